@@ -1,0 +1,25 @@
+"""fedloom: federated fine-tuning of language models with adapters held together by FedProx.
+
+from fedloom import load_recipe, run, read_run
+finished = run(load_recipe("tiny", ["federation.rounds=2"]))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedloom.experiment import plan, run
+    from fedloom.recipe import load_recipe
+    from fedloom.records import read_run
+
+__version__ = "0.1.0"
+
+_HOMES = {"load_recipe": "recipe", "plan": "experiment", "read_run": "records", "run": "experiment"}
+__all__ = ["load_recipe", "plan", "read_run", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when used: importing fedloom must not import torch.
+    if name in _HOMES:
+        return getattr(import_module(f"fedloom.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fedloom' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The weights that are trained and exchanged."""

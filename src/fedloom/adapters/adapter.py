@@ -1,0 +1,207 @@
+"""An adapter: named tensors over one flat vector; PEFT files in and out.
+
+One flat vector makes what happens to an adapter plain arithmetic: averaging, distance, clipping, the optimizer
+and the bytes on the wire need no names.
+
+Letters: P adapter parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.errors import ModelError
+from fedloom.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Adapter as AdapterSection
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of an adapter's tensors in the order in which they lie in the flat vector.
+
+    The names are those of PEFT's files: `base_model.model.….q_proj.lora_A.weight`.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
+    def split(self, weights_P: Tensor) -> dict[str, Tensor]:
+        """Each tensor as a view of the flat vector."""
+        ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
+        views = (weights_P[start:end] for start, end in pairwise(ends))
+        return {name: view.view(shape) for name, view, shape in zip(self.names, views, self.shapes, strict=True)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Weights that belong to nobody's model: on the CPU, never changed in place."""
+
+    layout: Layout
+    weights_P: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """The payload: what travels each way."""
+        return self.weights_P.numel() * self.weights_P.element_size()
+
+    def sha256(self) -> str:
+        """Of names, shapes and weights."""
+        digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
+        digest.update(self.weights_P.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class AdaptedModel:
+    """The frozen base model with a PEFT adapter whose trained weights, and their gradients, are flat vectors.
+
+    `weights_P` is one parameter, `gradient_P` its gradient; the layers see views of both. Loading an adapter copies
+    into `weights_P`, so the model is wrapped once and serves every client.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: PeftConfig, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
+            torch.manual_seed(derive_seed(seed, "adapter"))
+            self.model = _wrap(base, config)
+        self.config = config
+        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        self.layout = Layout(
+            names=tuple(name.replace(".default", "") for name, _ in trained),
+            shapes=tuple(value.shape for _, value in trained),
+        )
+        self.weights_P = nn.Parameter(torch.cat([value.detach().reshape(-1) for _, value in trained]))
+        self.gradient_P = torch.zeros_like(self.weights_P)
+        self.weights_P.grad = self.gradient_P
+        weights = self.layout.split(self.weights_P.data)
+        gradients = self.layout.split(self.gradient_P)
+        for name, (_, value) in zip(self.layout.names, trained, strict=True):
+            value.data = weights[name]
+            value.grad = gradients[name]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights_P.device
+
+    def load(self, adapter: Adapter) -> None:
+        """Copy an adapter's weights into the model."""
+        assert adapter.layout == self.layout, "an adapter of another model"
+        self.weights_P.data.copy_(adapter.weights_P)
+
+    def read(self) -> Adapter:
+        """A copy of the weights that are in the model now."""
+        return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))
+
+
+def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
+    """PEFT's configuration for the recipe's `[adapter]`.
+
+    Raises:
+        ModelError: a target that the model does not have, or none named where PEFT knows no default.
+    """
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    targets = section.targets
+    if isinstance(targets, tuple):
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in layers):
+                known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+                raise ModelError(
+                    f'the model has no layer "{target}"', where="adapter.targets", mend=f"it has: {', '.join(known)}"
+                )
+    return LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        use_rslora=section.rslora,
+        target_modules=sorted(targets) if isinstance(targets, tuple) else targets,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name_or_path,
+    )
+
+
+def count_adapted(base: PreTrainedModel, config: PeftConfig) -> tuple[int, int]:
+    """Parameters that would be trained, and all of them; `base` may be on the meta device, and is used up."""
+    with torch.device(base.device):
+        wrapped = _wrap(base, config)
+    sizes = [(value.numel(), value.requires_grad) for value in wrapped.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def save_adapter(adapter: Adapter, config: PeftConfig, folder: Path) -> None:
+    """Write the adapter as PEFT does; the folder is replaced whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        saved = copy.deepcopy(config)
+        saved.inference_mode = True
+        if isinstance(getattr(saved, "target_modules", None), set):
+            saved.target_modules = sorted(saved.target_modules)
+        saved.save_pretrained(str(temporary))
+        save_file(adapter.layout.split(adapter.weights_P), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
+        if folder.exists():
+            folder.rename(temporary / "replaced")
+        temporary.rename(folder)
+        shutil.rmtree(folder / "replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_adapter(folder: Path, layout: Layout) -> Adapter:
+    """Read an adapter that PEFT or `save_adapter` wrote.
+
+    Raises:
+        ModelError: there is none, it can't be read, or its tensors are not those of `layout`.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors raises its own kinds for damage
+        raise ModelError(f"no readable adapter ({type(error).__name__})", where=str(path)) from error
+    if set(tensors) != set(layout.names):
+        odd = sorted(set(tensors) ^ set(layout.names))[0]
+        raise ModelError(f"not an adapter of this model: {odd} is only on one side", where=str(path))
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if tensors[name].shape != shape:
+            raise ModelError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}", where=str(path))
+    return Adapter(layout, torch.cat([tensors[name].reshape(-1) for name in layout.names]))
+
+
+def _wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a property under its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(base, copy.deepcopy(config))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

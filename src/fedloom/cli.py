@@ -1,0 +1,110 @@
+"""The command line: parses, calls one function, prints errors. Heavy imports only inside commands.
+
+Exit codes: 0 done, 1 a bug (with its traceback), 2 the person can mend it (one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom import __version__
+from fedloom.errors import FedloomError
+
+app = typer.Typer(
+    name="fedloom",
+    help="Fine-tune a language model on documents that never leave their owners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, typed as in TOML.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options before the command."""
+    if version:
+        typer.echo(f"fedloom {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME-TIME if left out.")] = None,
+) -> None:
+    """Carry out a recipe and leave a run directory."""
+    from fedloom.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from fedloom.display import Terminal
+    from fedloom.experiment import run
+
+    display = Terminal()
+    try:
+        run(loaded, out, display)
+    finally:
+        display.close()
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Show what a run would load and need, and the audit of its splits; train nothing."""
+    from fedloom.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from fedloom.display import Terminal
+    from fedloom.experiment import plan
+
+    display = Terminal()
+    display.show_plan(plan(loaded, display))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
+    """List the recipes that ship; with a name, print one."""
+    from fedloom.recipe import load_recipe, shipped_recipes
+
+    if name is not None:
+        load_recipe(name)
+        typer.echo(shipped_recipes()[name], nl=False)
+        return
+    names = shipped_recipes()
+    width = max(map(len, names))
+    for shipped in names:
+        typer.echo(f"{shipped:<{width}}  {load_recipe(shipped).description}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, and what is missing."""
+    from fedloom.machine import examine
+
+    findings = examine()
+    for finding in findings:
+        typer.echo(f"{'ok' if finding.well else 'MISSING':<8}{finding.what:<14}{finding.found}")
+        if finding.mend:
+            typer.echo(f"{'':<22}{finding.mend}")
+    if not all(finding.well for finding in findings):
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        app()
+    except FedloomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

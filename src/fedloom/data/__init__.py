@@ -1,0 +1,1 @@
+"""Documents, the splits between them, and the token blocks made of them."""

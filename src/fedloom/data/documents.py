@@ -1,0 +1,285 @@
+"""Where text comes from: a data set of the hub, files, or the interpreter's own standard library.
+
+A row that holds no text is skipped and counted, never fatal; what is said of it is a reason, never its content.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.errors import DataError
+from fedloom.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Data
+
+STDLIB = "python:stdlib"
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
+SHUFFLE_BUFFER = 10_000
+"""Rows of a streamed data set that are shuffled among each other."""
+
+Row = Mapping[str, Any]
+
+
+class UnreadableError(Exception):
+    """Why a row gives no document: a few words that hold none of its content."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, where it came from (a path or a row, for people), and its label where the split needs one."""
+
+    text: str
+    origin: str
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Usable documents in the seeded order, and how many were skipped for which reason."""
+
+    documents: tuple[Document, ...]
+    skipped: Mapping[str, int]
+    source: str
+    revision: str
+
+    def explain_skipped(self) -> str:
+        """`skipped 3: 2 empty, 1 not UTF-8 text`, or nothing."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        return f"skipped {sum(self.skipped.values())}: {reasons}" if self.skipped else ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be opened one by one: a row is only read when it is wanted."""
+
+    open_rows: Iterable[tuple[str, Callable[[], Row]]]
+    revision: str
+    ordered: bool = False
+    """True where the rows already come in a seeded order (a stream)."""
+
+
+def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documents:
+    """Up to `at_most` usable documents in an order drawn from the seed.
+
+    Raises:
+        DataError: the source can't be found or reached, has no such column, or holds no usable document.
+    """
+    source = _open_source(data, derive_seed(seed, "documents"), at_most)
+    rows = source.open_rows
+    if not source.ordered:
+        rows = list(rows)
+        random.Random(derive_seed(seed, "documents")).shuffle(rows)
+    documents: list[Document] = []
+    skipped: Counter[str] = Counter()
+    for origin, open_row in rows:
+        if at_most is not None and len(documents) == at_most:
+            break
+        try:
+            documents.append(_to_document(open_row(), origin, data))
+        except UnreadableError as reason:
+            skipped[str(reason)] += 1
+    found = Documents(tuple(documents), dict(skipped), data.source, source.revision)
+    if not documents:
+        raise DataError(
+            f"no usable document ({found.explain_skipped() or 'nothing there'})",
+            where=f'data.source = "{data.source}"',
+            mend="look at data.text (the column that holds the text) and data.files (the glob)",
+        )
+    return found
+
+
+def _to_document(row: Row, origin: str, data: Data) -> Document:
+    text = row.get(data.text)
+    if not isinstance(text, str):
+        raise UnreadableError(f"without text in column {data.text}" if text is None else "not text")
+    if not text.strip().strip("\ufeff\x00"):
+        raise UnreadableError("empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UnreadableError("not valid Unicode") from None
+    if data.partition.by is None:
+        return Document(text, origin)
+    label = row.get(data.partition.by)
+    if label is None:
+        raise UnreadableError(f"without a value in column {data.partition.by}")
+    return Document(text, origin, str(label))
+
+
+def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
+    if data.source == STDLIB:
+        version = ".".join(map(str, sys.version_info[:3]))
+        return Source(_rows_of_folder(_standard_library(), data), f"Python {version}")
+    path = Path(data.source).expanduser()
+    if path.is_dir():
+        paths = sorted(file for file in path.glob(data.files) if file.is_file())
+        if not paths:
+            raise DataError(f'no file matches "{data.files}"', where=str(path), mend="change data.files")
+        return Source(_rows_of_folder(_relative(paths, path), data), _newest(paths))
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise DataError(
+                f'can\'t tell how to read "{path.suffix or path.name}"',
+                where=str(path),
+                mend=f"use {', '.join(READERS)}",
+            )
+        return Source(READERS[path.suffix](path, path.name, data), _newest([path]))
+    if path.suffix in READERS or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
+        raise DataError(
+            "no such file or folder", where=f'data.source = "{data.source}"', mend="paths start at the working folder"
+        )
+    return _open_hub(data, seed, at_most)
+
+
+def _standard_library() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return _relative(sorted(paths), root)
+
+
+def _relative(paths: list[Path], root: Path) -> list[tuple[str, Path]]:
+    return [(path.relative_to(root).as_posix(), path) for path in paths]
+
+
+def _newest(paths: list[Path]) -> str:
+    """What stands for a revision where files have none: how many, how large."""
+    return f"{len(paths)} files, {sum(path.stat().st_size for path in paths):,} bytes"
+
+
+def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """A file of rows gives its rows; any other file is one document with `path` and `package` columns."""
+    for origin, path in paths:
+        if path.suffix in (".jsonl", ".parquet", ".csv"):
+            yield from READERS[path.suffix](path, origin, data)
+        else:
+            yield origin, partial(_read_text_file, origin, path, data)
+
+
+def _read_text_file(origin: str, path: Path, data: Data) -> Row:
+    first = Path(origin).parts[0]
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UnreadableError("not UTF-8 text") from None
+    except OSError as error:
+        raise UnreadableError(f"unreadable file ({error.strerror})") from None
+    return {data.text: text, "path": origin, "package": Path(first).stem}
+
+
+def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Iterator[tuple[str, Callable[[], Row]]]:
+    def parse_line(line: bytes) -> Row:
+        try:
+            return parse(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise UnreadableError("not UTF-8 text") from None
+
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{origin}:{number}", partial(parse_line, line)
+
+
+def _read_jsonl(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+    def parse(line: str) -> Row:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UnreadableError("not valid JSON") from None
+        if not isinstance(row, dict):
+            raise UnreadableError("not a JSON object")
+        return row
+
+    return _rows_of_lines(path, origin, parse)
+
+
+def _read_txt(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+    return _rows_of_lines(path, origin, lambda line: {data.text: line.rstrip("\r\n")})
+
+
+def _read_csv(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        rows = csv.DictReader(lines)
+        _check_column(data, rows.fieldnames or [], path)
+        for row in rows:
+            yield f"{origin}:{rows.line_num}", partial(_as_is, row)
+
+
+def _read_parquet(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError("not a readable Parquet file", where=str(path), mend="write it again") from error
+    _check_column(data, table.schema_arrow.names, path)
+    columns = [name for name in table.schema_arrow.names if name in (data.text, data.partition.by)]
+    number = 0
+    for batch in table.iter_batches(columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{origin}:{number}", partial(_as_is, row)
+
+
+def _as_is(row: Row) -> Row:
+    return row
+
+
+def _check_column(data: Data, columns: Iterable[str], path: Path) -> None:
+    for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
+        if column is not None and column not in columns:
+            raise DataError(f'no column "{column}"', where=str(path), mend=f"set {key} to one of: {', '.join(columns)}")
+
+
+READERS: dict[str, Callable[[Path, str, Data], Iterator[tuple[str, Callable[[], Row]]]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".txt": _read_txt,
+}
+"""How a single file gives rows: a row a line for `.jsonl`, `.csv` and `.txt`."""
+
+
+def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
+    """A data set of the hub: streamed where only a part of it is wanted."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    datasets.disable_progress_bars()
+    where = f'data.source = "{data.source}"'
+    try:
+        revision = data.revision
+        if not constants.HF_HUB_OFFLINE:
+            revision = HfApi().dataset_info(data.source, revision=data.revision, timeout=10).sha
+        rows = datasets.load_dataset(
+            data.source, name=data.subset, split=data.split, revision=revision, streaming=at_most is not None
+        )
+    except Exception as error:  # the hub's client raises a dozen kinds, and none of them is a bug of ours
+        raise DataError(
+            f"the data set can't be had from {os.environ.get('HF_ENDPOINT', 'the hub')} ({type(error).__name__})",
+            where=where,
+            mend="check the name and the network, or download it and set data.source to the file or folder",
+        ) from error
+    columns = rows.column_names
+    if columns is not None and data.text not in columns:
+        raise DataError(f'no column "{data.text}"', where=where, mend=f"set data.text to one of: {', '.join(columns)}")
+    if at_most is not None:
+        rows = rows.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_BUFFER)
+    opened = ((f"row {number}", partial(_as_is, row)) for number, row in enumerate(rows))
+    return Source(opened, revision or "unknown", ordered=at_most is not None)

@@ -1,0 +1,293 @@
+"""The central hold-out first, then the clients' partitions, then each client's own hold-out; and the audit
+that proves them disjoint.
+
+The program behind the published experiment took its evaluation rows from the head of the same split that the
+clients drew from: 9.9 % of them could be trained on. Here a document can't stand on both sides, and copies of it,
+exact or near, are counted and dropped from training.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fedloom.data.documents import Document, Documents
+from fedloom.errors import DataError
+from fedloom.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Data, Partition
+
+NUM_PERMUTATIONS = 128
+SHINGLE_WORDS = 5
+
+
+@dataclass(frozen=True)
+class ClientDocuments:
+    """What one client trains on, and what it keeps aside."""
+
+    train: tuple[Document, ...]
+    holdout: tuple[Document, ...]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many documents of `side` have a copy in `other`: to the letter, or nearly."""
+
+    side: str
+    other: str
+    exact: int
+    near: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was compared, what was found in both, and what each client lost by it."""
+
+    central: int
+    train: int
+    holdout: int
+    near_duplicate: float
+    overlaps: tuple[Overlap, ...]
+    dropped: tuple[int, ...]
+    leaks: int
+    """Training documents that are left although a copy of them is held out: 0 unless only reported."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint documents for the central evaluation and for every client."""
+
+    central: tuple[Document, ...]
+    clients: tuple[ClientDocuments, ...]
+    audit: Audit
+
+
+def documents_needed(data: Data) -> int | None:
+    """How many documents a recipe asks for; None where it takes all there are."""
+    if data.documents_per_client is None:
+        return None
+    return data.central_holdout + data.clients * data.documents_per_client
+
+
+def split_documents(found: Documents, data: Data, seed: int) -> Splits:
+    """Give every document to the central hold-out, one client's training or one client's hold-out.
+
+    Raises:
+        DataError: fewer documents than asked for, or a client that is left without any to train on.
+    """
+    documents = found.documents
+    where = f'data.source = "{data.source}"'
+    needed = documents_needed(data) or data.central_holdout + data.clients
+    if len(documents) < needed:
+        skipped = found.explain_skipped()
+        raise DataError(
+            f"{len(documents)} usable documents, and the recipe asks for {needed}"
+            f" ({data.central_holdout} central + {data.clients} clients × {data.documents_per_client or 'at least 1'})"
+            + (f"; {skipped}" if skipped else ""),
+            where=where,
+            mend="lower data.documents_per_client or data.central_holdout",
+        )
+    central, pool = documents[: data.central_holdout], documents[data.central_holdout :]
+    clients = tuple(
+        _hold_out(part, data.client_holdout, derive_seed(seed, "client-holdout", client=client))
+        for client, part in enumerate(partition_documents(pool, data.partition, data.clients, seed))
+    )
+    clients, audit = audit_splits(central, clients, data.near_duplicate, drop=data.duplicates == "drop")
+    for client, part in enumerate(clients):
+        if not part.train:
+            raise DataError(
+                f"client {client} has no document to train on (held out: {len(part.holdout)}, dropped as copies of"
+                f" held-out documents: {audit.dropped[client]})",
+                where=where,
+                mend="give it more documents, fewer clients, a smaller data.client_holdout or another data.partition",
+            )
+    return Splits(central, clients, audit)
+
+
+def partition_documents(
+    documents: Sequence[Document], partition: Partition, clients: int, seed: int
+) -> list[list[Document]]:
+    """Spread documents over the clients with flwr-datasets' partitioner of that kind.
+
+    Raises:
+        DataError: the labels do not allow such a partition.
+    """
+    import datasets
+
+    labels = [document.label or "" for document in documents]
+    if partition.kind == "natural":
+        labels = _labels_to_clients(labels, partition, clients)
+    partitioner = _PARTITIONERS[partition.kind](partition, clients, derive_seed(seed, "partition") % 2**32)
+    partitioner.dataset = datasets.Dataset.from_dict({"index": range(len(documents)), "label": labels})
+    try:
+        parts = [partitioner.load_partition(client)["index"] for client in range(clients)]
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f"these {len(documents)} documents with {len(set(labels))} labels can't be partitioned: {error}",
+            where=f'data.partition = {{kind = "{partition.kind}"}}',
+            mend="use more documents, fewer clients or another kind",
+        ) from error
+    return [[documents[index] for index in part] for part in parts]
+
+
+def _labels_to_clients(labels: list[str], partition: Partition, clients: int) -> list[str]:
+    """Every label to one client, the largest first, each to the client that has the fewest documents yet."""
+    counts = Counter(labels)
+    if len(counts) < clients:
+        raise DataError(
+            f'column "{partition.by}" has {len(counts)} different values for {clients} clients',
+            where='data.partition = {kind = "natural"}',
+            mend="lower data.clients or partition by another column",
+        )
+    sizes = [0] * clients
+    owner = {}
+    for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        owner[label] = sizes.index(min(sizes))
+        sizes[owner[label]] += count
+    return [str(owner[label]) for label in labels]
+
+
+def _partitioner(name: str, **arguments: Any) -> Any:
+    from flwr_datasets import partitioner
+
+    return getattr(partitioner, name)(**arguments)
+
+
+_PARTITIONERS: dict[str, Callable[[Partition, int, int], Any]] = {
+    "iid": lambda _, clients, seed: _partitioner("IidPartitioner", num_partitions=clients),
+    "linear": lambda _, clients, seed: _partitioner("LinearPartitioner", num_partitions=clients),
+    "square": lambda _, clients, seed: _partitioner("SquarePartitioner", num_partitions=clients),
+    "exponential": lambda _, clients, seed: _partitioner("ExponentialPartitioner", num_partitions=clients),
+    "natural": lambda _, clients, seed: _partitioner("NaturalIdPartitioner", partition_by="label"),
+    "dirichlet": lambda partition, clients, seed: _partitioner(
+        "DirichletPartitioner",
+        num_partitions=clients,
+        partition_by="label",
+        alpha=partition.alpha,
+        min_partition_size=1,
+        seed=seed,
+    ),
+    "shard": lambda partition, clients, seed: _partitioner(
+        "ShardPartitioner",
+        num_partitions=clients,
+        partition_by="label",
+        num_shards_per_partition=partition.shards_per_client,
+        seed=seed,
+    ),
+}
+
+
+def _hold_out(documents: list[Document], share: float, seed: int) -> ClientDocuments:
+    """Set a share of a client's documents aside: at least one of two or more, unless the share is 0."""
+    shuffled = random.Random(seed).sample(documents, len(documents))
+    count = round(len(shuffled) * share)
+    if share > 0 and len(shuffled) > 1:
+        count = min(max(count, 1), len(shuffled) - 1)
+    return ClientDocuments(train=tuple(shuffled[count:]), holdout=tuple(shuffled[:count]))
+
+
+def audit_splits(
+    central: Sequence[Document], clients: Sequence[ClientDocuments], near_duplicate: float, *, drop: bool
+) -> tuple[tuple[ClientDocuments, ...], Audit]:
+    """Count documents that stand on two sides, and drop the training copies of held-out ones.
+
+    Exact: the same text after Unicode NFC and with white space folded. Near: a Jaccard similarity of word 5-grams
+    of at least `near_duplicate`; MinHash (Broder 1997) finds candidates and the true similarity decides.
+    A document that is both counts as exact. Copies within one side (two clients that train on the same file) are
+    no leak and are not looked for.
+    """
+    held_out = _HeldOut(near_duplicate)
+    held_out.add("central", central)
+    between_holdouts = Counter(held_out.find(document)["central"] for part in clients for document in part.holdout)
+    held_out.add("holdout", (document for part in clients for document in part.holdout))
+    cleaned, dropped, leaks = [], [], 0
+    by_central, by_holdout = Counter[str](), Counter[str]()
+    for part in clients:
+        kept = []
+        for document in part.train:
+            copies = held_out.find(document)
+            by_central[copies["central"]] += 1
+            by_holdout[copies["holdout"]] += 1
+            if not (drop and any(copies.values())):
+                kept.append(document)
+                leaks += any(copies.values())
+        dropped.append(len(part.train) - len(kept))
+        cleaned.append(replace(part, train=tuple(kept)))
+    overlaps = tuple(
+        Overlap(side, other, exact=counts["exact"], near=counts["near"])
+        for side, other, counts in (
+            ("train", "central", by_central),
+            ("train", "holdout", by_holdout),
+            ("holdout", "central", between_holdouts),
+        )
+    )
+    num_train = sum(len(part.train) for part in clients)
+    num_holdout = sum(len(part.holdout) for part in clients)
+    audit = Audit(len(central), num_train, num_holdout, near_duplicate, overlaps, tuple(dropped), leaks)
+    return tuple(cleaned), audit
+
+
+class _HeldOut:
+    """The held-out documents of both sides, to ask whether a document has a copy among them."""
+
+    def __init__(self, near_duplicate: float) -> None:
+        from datasketch import MinHashLSH
+
+        self._near_duplicate = near_duplicate
+        self._texts: dict[str, set[str]] = {"central": set(), "holdout": set()}
+        self._shingles: dict[tuple[str, int], set[int]] = {}
+        # Candidates are checked exactly, so the index is tuned to miss few rather than to propose few.
+        self._index = MinHashLSH(threshold=near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
+
+    def add(self, side: str, documents: Iterable[Document]) -> None:
+        for document in documents:
+            text = _normalise(document.text)
+            if text not in self._texts[side]:
+                self._texts[side].add(text)
+                key = (side, len(self._shingles))
+                self._shingles[key] = _shingles(text)
+                self._index.insert(key, _min_hash(self._shingles[key]))
+
+    def find(self, document: Document) -> dict[str, str]:
+        """For each side, whether a copy stands there: "exact", "near" or ""."""
+        text = _normalise(document.text)
+        shingles = _shingles(text)
+        candidates = self._index.query(_min_hash(shingles))
+        near = {side for side, key in candidates if self._similarity(shingles, (side, key)) >= self._near_duplicate}
+        return {
+            side: "exact" if text in texts else "near" if side in near else "" for side, texts in self._texts.items()
+        }
+
+    def _similarity(self, shingles: set[int], key: tuple[str, int]) -> float:
+        """Jaccard: the size of the intersection over that of the union."""
+        other = self._shingles[key]
+        return len(shingles & other) / len(shingles | other)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _shingles(text: str) -> set[int]:
+    """Hashes of every run of words."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
+    return {zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode()) for start in starts}
+
+
+def _min_hash(shingles: set[int]) -> Any:
+    from datasketch import MinHash
+
+    sketch = MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)
+    sketch.update_batch(shingles)
+    return sketch

@@ -1,0 +1,203 @@
+"""What a person sees of a run: the plan, a progress bar, one table row a round. Without a terminal, plain lines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from fedloom.plan import Plan
+from fedloom.progress import Clock, Progress
+
+if TYPE_CHECKING:
+    from fedloom.records import Run
+
+COLUMNS = (
+    ("round", 5),
+    ("train", 8),
+    ("clients", 8),
+    ("central", 8),
+    ("proximal", 9),
+    ("drift", 8),
+    ("seconds", 8),
+    ("bytes", 9),
+)
+PLAIN_SECONDS = 20.0
+"""Between two lines of progress where there is no terminal."""
+
+
+class Display(Protocol):
+    """What a run tells while it works."""
+
+    def show_step(self, what: str, detail: str) -> None: ...
+    def show_plan(self, plan: Plan) -> None: ...
+    def show_folder(self, folder: Path) -> None: ...
+    def watch(self, progress: Progress) -> None: ...
+    def show_round(self, record: dict[str, Any]) -> None: ...
+    def show_end(self, run: Run) -> None: ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def show_step(self, what: str, detail: str) -> None: ...
+    def show_plan(self, plan: Plan) -> None: ...
+    def show_folder(self, folder: Path) -> None: ...
+    def watch(self, progress: Progress) -> None: ...
+    def show_round(self, record: dict[str, Any]) -> None: ...
+    def show_end(self, run: Run) -> None: ...
+
+
+class Terminal:
+    """Shows a run on a terminal or in a notebook, or as plain lines where the output is a file or a pipe."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps  {task.fields[rate]}"),
+            console=self.console,
+        )
+        self._live = Live(self._bar, console=self.console, transient=True, refresh_per_second=4)
+        self._task = self._bar.add_task("", total=None, rate="", visible=False)
+        self._clock: Clock | None = None
+        self._steps = 0
+        self._total_steps = 0
+        self._said = time.perf_counter()
+        self._round = 0
+
+    def close(self) -> None:
+        """Take the progress bar off the screen."""
+        self._live.stop()
+
+    def show_step(self, what: str, detail: str) -> None:
+        self._print(f"[dim]{what:<10}{_plain(detail)}[/dim]")
+
+    def show_plan(self, plan: Plan) -> None:
+        self.console.print(render_plan(plan))
+        self._total_steps = plan.rounds * plan.steps_per_round
+        self._clock_total = {
+            "train": plan.rounds * plan.train_tokens_per_round,
+            "evaluate": plan.evaluate_tokens,
+        }
+
+    def show_folder(self, folder: Path) -> None:
+        self._print(f"[dim]{'run':<10}{_plain(str(folder))}[/dim]\n")
+        self._print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
+        self._clock = Clock(self._clock_total)  # type: ignore[arg-type]
+        if self.console.is_terminal:
+            self._bar.update(self._task, total=self._total_steps, visible=True)
+            self._live.start()
+
+    def watch(self, progress: Progress) -> None:
+        assert self._clock is not None, "shown before the plan"
+        self._clock.tick(progress)
+        if progress.phase == "train":
+            self._steps += 1
+            self._round = progress.round or self._round
+        doing = f"round {self._round}"
+        doing += f", client {progress.client}" if progress.phase == "train" else ", evaluating"
+        rate = self._rate(progress)
+        self._bar.update(self._task, completed=self._steps, description=doing, rate=rate)
+        if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
+            self._said = time.perf_counter()
+            self._print(f"      {doing}: {self._steps:,}/{self._total_steps:,} steps  {rate}")
+
+    def show_round(self, record: dict[str, Any]) -> None:
+        seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
+        cells = (
+            str(record["round"]),
+            _number(record.get("train_loss"), ".4f"),
+            _number(record.get("client_loss"), ".4f"),
+            _number(record.get("central_loss"), ".4f"),
+            _number(record.get("proximal_loss"), ".2e"),
+            _number(record.get("drift"), ".4f"),
+            f"{seconds:.1f}",
+            format_bytes(record["bytes_up"] + record["bytes_down"]),
+        )
+        self._print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
+
+    def show_end(self, run: Run) -> None:
+        self.close()
+        self._print("")
+        losses = [record["central_loss"] for record in run.rounds if "central_loss" in record]
+        if losses:
+            best = f"best in round {run.best_round}: {min(losses):.4f}"
+            self._print(f"central loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
+        self._print(f"best adapter  {_plain(str(run.folder / 'adapters' / 'best'))}")
+
+    def _rate(self, progress: Progress) -> str:
+        assert self._clock is not None
+        speed, left = self._clock.tokens_per_second(progress.phase), self._clock.seconds_left()
+        said = f"{speed:,.0f} tokens/s" if speed else ""
+        return said + (f"  {format_seconds(left)} left" if left is not None else "")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, soft_wrap=True)
+
+
+def render_plan(plan: Plan) -> Table:
+    """The plan as a table of two columns."""
+    clients, overlaps = plan.clients, plan.audit.overlaps
+    documents = _range([client.train_documents for client in clients])
+    holdouts = _range([client.holdout_documents for client in clients])
+    found = ", ".join(
+        f"{overlap.side}/{overlap.other} {overlap.exact} exact {overlap.near} near" for overlap in overlaps
+    )
+    kept = f"{plan.audit.leaks} copies left in training" if plan.audit.leaks else "disjoint"
+    rows = {
+        "model": f"{plan.model} ({plan.model_revision})",
+        "trainable": plan.trainable_share,
+        "data": f"{plan.data} ({plan.data_revision})",
+        "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out",
+        "central": f"{plan.central_documents} documents held out",
+        "audit": f"{found}; dropped {sum(plan.audit.dropped)}: {kept}",
+        "work": f"{plan.rounds} rounds of {plan.steps_per_round:,} steps, {plan.train_tokens_per_round:,} tokens",
+        "bytes": f"{format_bytes(plan.payload_bytes)} an adapter, {format_bytes(plan.bytes_per_round)} a round",
+        "device": f"{plan.device}, {plan.dtype}, engine {plan.engine}",
+    }
+    if plan.skipped:
+        rows["skipped"] = ", ".join(f"{count} {reason}" for reason, count in sorted(plan.skipped.items()))
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, _plain(value))
+    return table
+
+
+def format_bytes(count: float) -> str:
+    """12.3 MB: decimal units, as networks have them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _plain(text: str) -> str:
+    """Text of others, without a meaning as markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,44 @@
+"""The errors that a person can cause and mend, as a tree.
+
+FedloomError
+├── RecipeError      a key, a value or a combination in the recipe
+├── DataError        documents that can't be found, read, split or tokenised
+├── ModelError       a base model or an adapter that can't be had
+├── RunError         a run directory that exists, is missing or can't be read
+└── TrainingError    client work that can't go on; names round, client and step
+
+The command line prints one as a line and exits with 2. Everything else is a bug and shows its traceback.
+"""
+
+
+class FedloomError(Exception):
+    """What is wrong, where (file and dotted key), and what to do about it."""
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        self.what, self.where, self.mend = what, where, mend
+        super().__init__(" ".join("".join((where and f"{where}: ", what, mend and f"; {mend}")).split()))
+
+
+class RecipeError(FedloomError):
+    """A key, a value or a combination in the recipe."""
+
+
+class DataError(FedloomError):
+    """Documents that can't be found, read, split or tokenised."""
+
+
+class ModelError(FedloomError):
+    """A base model or an adapter that can't be had."""
+
+
+class RunError(FedloomError):
+    """A run directory that exists, is missing or can't be read."""
+
+
+class TrainingError(FedloomError):
+    """Client work that can't go on."""
+
+    def __init__(self, what: str, *, round: int, client: int, step: int | None = None, mend: str = "") -> None:
+        self.round, self.client, self.step = round, client, step
+        where = f"round {round}, client {client}" + ("" if step is None else f", step {step}")
+        super().__init__(what, where=where, mend=mend)

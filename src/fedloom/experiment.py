@@ -1,0 +1,219 @@
+"""Wires the parts together: the file to read first.
+
+recipe -> documents -> splits -> token blocks
+                                     |
+base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config, count_adapted, save_adapter
+from fedloom.data.documents import Document, load_documents
+from fedloom.data.splits import Splits, documents_needed, split_documents
+from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
+from fedloom.display import Display, Quiet
+from fedloom.errors import DataError, FedloomError, ModelError
+from fedloom.evaluation import Score, evaluate
+from fedloom.federation.aggregation import STRATEGIES
+from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.rounds import run_rounds
+from fedloom.federation.sampling import cohort_size
+from fedloom.machine import describe_machine
+from fedloom.model import ModelSource, build_meta_model, choose_device, load_model, open_model
+from fedloom.plan import ClientPlan, Plan
+from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.records import Run, RunWriter, check_free, judged_loss, read_run
+from fedloom.training.reference import build_reference_engine
+
+ENGINES = {"reference": build_reference_engine}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs but the base model's weights."""
+
+    source: ModelSource
+    central: TokenBlocks
+    clients: tuple[ClientBlocks, ...]
+    plan: Plan
+
+
+def run(recipe: Recipe, out: str | Path | None = None, display: Display | None = None) -> Run:
+    """Carry out a recipe and return its run directory, read.
+
+    Nothing is written before the data, the model and the adapter are there and fit together.
+
+    Raises:
+        FedloomError: what the person who asked can mend.
+    """
+    display = display or Quiet()
+    folder = Path(out) if out else Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_free(folder)
+    prepared = prepare(recipe, display)
+    display.show_plan(prepared.plan)
+    adapted = load_adapted_model(recipe, prepared.source, display)
+
+    writer = RunWriter(folder)
+    writer.write_text("recipe.toml", recipe_to_toml(recipe))
+    writer.write_json("resolved.json", recipe.model_dump(mode="json"))
+    writer.write_json("environment.json", describe_machine())
+    writer.write_json("plan.json", prepared.plan.to_json())
+    display.show_folder(folder)
+    try:
+        train_and_record(recipe, prepared, adapted, writer, display)
+    except KeyboardInterrupt:
+        writer.write_status("interrupted")
+        raise
+    except FedloomError as error:
+        writer.write_status("failed", error=str(error))
+        raise
+    except BaseException as error:
+        writer.write_status("failed", error=f"bug: {type(error).__name__}")
+        raise
+    finished = read_run(folder)
+    display.show_end(finished)
+    return finished
+
+
+def plan(recipe: Recipe, display: Display | None = None) -> Plan:
+    """What a run of the recipe would load and need; trains nothing and writes nothing.
+
+    Raises:
+        FedloomError: what a run would be refused for.
+    """
+    return prepare(recipe, display or Quiet()).plan
+
+
+def prepare(recipe: Recipe, display: Display) -> Prepared:
+    """Documents, splits, tokens and the model's shape: all that can be wrong before weights are loaded."""
+    device = choose_device(recipe.model.device)
+    display.show_step("documents", recipe.data.source)
+    found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
+    display.show_step("splits", f"{len(found.documents):,} documents")
+    splits = split_documents(found, recipe.data, recipe.seed)
+    display.show_step("model", recipe.model.source)
+    source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
+    if source.max_length is not None and recipe.data.max_length > source.max_length:
+        raise ModelError(
+            f"{recipe.data.max_length} tokens are more than the model's {source.max_length}",
+            where="data.max_length",
+            mend=f"at most {source.max_length}",
+        )
+    central, clients = tokenize_splits(splits, source, recipe)
+    shape = build_meta_model(source)
+    trainable, parameters = count_adapted(shape, build_config(recipe.adapter, shape))
+    engine = "reference" if recipe.training.engine == "auto" else recipe.training.engine
+    plan = Plan(
+        name=recipe.name,
+        model=source.name,
+        model_revision=source.revision,
+        dtype=recipe.model.dtype,
+        device=str(device),
+        engine=engine,
+        parameters=parameters,
+        trainable_parameters=trainable,
+        data=found.source,
+        data_revision=found.revision,
+        documents=len(found.documents),
+        skipped=found.skipped,
+        central_documents=len(splits.central),
+        central_tokens=central.num_tokens,
+        clients=tuple(
+            ClientPlan(
+                train_documents=len(documents.train),
+                holdout_documents=len(documents.holdout),
+                blocks=len(blocks.train),
+                tokens=blocks.train.num_tokens,
+                holdout_tokens=blocks.holdout.num_tokens,
+                steps=recipe.training.epochs * -(-len(blocks.train) // recipe.training.batch_size),
+            )
+            for documents, blocks in zip(splits.clients, clients, strict=True)
+        ),
+        clients_per_round=cohort_size(recipe.data.clients, recipe.federation.fraction),
+        audit=splits.audit,
+        rounds=recipe.federation.rounds,
+        epochs=recipe.training.epochs,
+        payload_bytes=trainable * (8 if recipe.model.dtype == "float64" else 4),
+    )
+    return Prepared(source, central, clients, plan)
+
+
+def tokenize_splits(
+    splits: Splits, source: ModelSource, recipe: Recipe
+) -> tuple[TokenBlocks, tuple[ClientBlocks, ...]]:
+    """Token blocks of the central hold-out and of every client.
+
+    Raises:
+        DataError: a client's documents are all too short, or the tokenizer is not the model's.
+    """
+
+    def tokenize(documents: Sequence[Document]) -> TokenBlocks:
+        blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
+        check_vocabulary(blocks, source.config.vocab_size)
+        return blocks
+
+    clients = tuple(ClientBlocks(tokenize(client.train), tokenize(client.holdout)) for client in splits.clients)
+    for client, blocks in enumerate(clients):
+        if not len(blocks.train):
+            raise DataError(
+                f"client {client} has nothing to train on: each of its {blocks.train.dropped} documents has fewer than"
+                " two tokens",
+                where=f'data.source = "{recipe.data.source}"',
+                mend="use longer documents or fewer clients",
+            )
+    central = tokenize(splits.central)
+    if not len(central) and not any(len(blocks.holdout) for blocks in clients):
+        raise DataError(
+            "nothing is held out, so no adapter can be judged",
+            where="data.central_holdout, data.client_holdout",
+            mend="hold out some documents, centrally or at the clients",
+        )
+    return central, clients
+
+
+def load_adapted_model(recipe: Recipe, source: ModelSource, display: Display) -> AdaptedModel:
+    """The base model, loaded once, with the adapter that every client starts from."""
+    display.show_step("weights", source.name)
+    device = choose_device(recipe.model.device)
+    base = load_model(source, dtype=recipe.model.dtype, device=device, seed=recipe.seed)
+    return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed)
+
+
+def train_and_record(
+    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, writer: RunWriter, display: Display
+) -> None:
+    """Every round, on record as soon as it is complete; the last and the best adapter kept."""
+    rounds, seed = recipe.federation.rounds, recipe.seed
+    train_clients = ENGINES[prepared.plan.engine](
+        adapted, recipe.training, rounds=rounds, seed=seed, watch=display.watch
+    )
+    score = partial(evaluate, adapted, batch_size=recipe.evaluation.batch_size, watch=display.watch)
+    keep = recipe.training.optimizer_state == "keep"
+    fleet = LocalFleet(prepared.clients, train_clients, score, keep_optimizer_state=keep)
+    aggregate = STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy)
+
+    def score_central(adapter: Adapter) -> Score | None:
+        return score(adapter, prepared.central) if len(prepared.central) else None
+
+    initial = adapted.read()
+    adapters = writer.folder / "adapters"
+    save_adapter(initial, adapted.config, adapters / "initial")
+    writer.write_status("running", round=0, rounds=rounds)
+    best = float("inf")
+    for result in run_rounds(
+        fleet, aggregate, score_central, initial, rounds=rounds, fraction=recipe.federation.fraction, seed=seed
+    ):
+        save_adapter(result.adapter, adapted.config, adapters / "last")
+        record = writer.append_round(result)
+        if judged_loss(record) < best:
+            best = judged_loss(record)
+            save_adapter(result.adapter, adapted.config, adapters / "best")
+        writer.write_status("running", round=result.round)
+        display.show_round(record)
+    writer.write_status("done")

@@ -1,0 +1,280 @@
+"""The frozen base model and its tokenizer, from a hub, a folder, a GGUF file, an installed package, or at random.
+
+Only safetensors, GGUF and JSON are read, no pickle and no remote code. A GGUF file is unpacked once and kept as
+safetensors, because unpacking takes tens of seconds and loading takes one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from fedloom.errors import ModelError
+from fedloom.randomness import derive_seed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "opt-350m": lambda: transformers.OPTConfig(
+        hidden_size=1024,
+        ffn_dim=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        word_embed_proj_dim=512,
+        do_layer_norm_before=False,
+    ),
+    "smollm2-135m": lambda: transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    ),
+    "tiny-opt": lambda: transformers.OPTConfig(
+        vocab_size=260,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=256,
+    ),
+    "tiny-llama": lambda: transformers.LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ),
+    "tiny-gpt2": lambda: transformers.GPT2Config(
+        vocab_size=260, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=256, eos_token_id=256
+    ),
+}
+"""Shapes that `random:NAME` builds: real ones for speed and counts, tiny ones for tests."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model comes from, resolved so far that its shape and its tokenizer are known."""
+
+    name: str
+    revision: str
+    config: PretrainedConfig
+    tokenizer: Any
+    location: str
+    """Folder or hub id that the weights are read from; empty for random ones."""
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model has positions for, where it says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def open_model(source: str, revision: str | None = None, say: Callable[[str], object] = str) -> ModelSource:
+    """Find a base model and read its configuration and tokenizer, not its weights; `say` is told of slow work.
+
+    Raises:
+        ModelError: there is no such model, or it can't be had.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    scheme, _, rest = source.partition(":")
+    if scheme == "random":
+        if rest not in SHAPES:
+            raise ModelError(f'no shape "{rest}"', where="model.source", mend=f"known: {', '.join(SHAPES)}")
+        return ModelSource(source, "seeded random weights", SHAPES[rest](), byte_tokenizer(), location="")
+    path = _find_in_package(rest) if scheme == "package" else Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        folder, digest = unpack_gguf(path, say)
+        return _read_folder(source, f"sha256 {digest[:16]}", folder)
+    if path.is_dir():
+        return _read_folder(source, "local folder", path)
+    if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
+        raise ModelError(f"no such model file or folder: {path}", where="model.source", mend="check the path")
+    return _open_hub(source, revision)
+
+
+def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: int) -> PreTrainedModel:
+    """The frozen base model in evaluation mode, on its device.
+
+    Raises:
+        ModelError: the weights can't be read.
+    """
+    if not source.location:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "model"))
+            model = _build(source.config, DTYPES[dtype])
+    else:
+        where = source.location
+        revision = None if Path(where).is_dir() else source.revision
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=revision or "main",
+                dtype=DTYPES[dtype],
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _not_loaded(source.name, error) from error
+    model.name_or_path = source.name  # what PEFT writes into an adapter as its base
+    model.requires_grad_(False)
+    model.eval()
+    return model.to(device)
+
+
+def build_meta_model(source: ModelSource) -> PreTrainedModel:
+    """The model's layers without memory for their weights: to count parameters and to check targets."""
+    with torch.device("meta"):
+        model = _build(source.config, torch.float32)
+    model.name_or_path = source.name
+    return model
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        ModelError: the wanted device is not there.
+    """
+    available = torch.cuda.device_count()
+    if wanted == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ModelError(
+            f"no device {wanted}: torch sees {available} GPUs", where="model.device", mend='use "auto" or "cpu"'
+        )
+    return device
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of 256 bytes and one special token, made here: nothing is downloaded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<|end|>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, str]:
+    """The folder with the GGUF file's model as safetensors, unpacked on first use, and the file's SHA-256.
+
+    Written whole or not at all: made in a temporary folder that is renamed when it is complete.
+
+    Raises:
+        ModelError: the file is no model that transformers can unpack.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
+    if folder.is_dir():
+        return folder, digest
+    say(f"unpacking {path.name} into {folder.parent}, once: about half a minute")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    try:
+        location = {"gguf_file": path.name, "pretrained_model_name_or_path": str(path.parent)}
+        # Kept packed, the weights would be unpacked again in every forward pass.
+        unpacked = transformers.GgufConfig(dequantize=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+            model = AutoModelForCausalLM.from_pretrained(**location, quantization_config=unpacked, dtype=torch.float32)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**location).save_pretrained(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(
+            f"not a GGUF model that transformers reads ({type(error).__name__})", where=str(path)
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, digest
+
+
+def cache_folder() -> Path:
+    """`$FEDLOOM_CACHE`, or fedloom's folder in the user's cache."""
+    if chosen := os.environ.get("FEDLOOM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedloom"
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def _find_in_package(rest: str) -> Path:
+    """NAME/FILE -> the file inside the installed package, found without importing it."""
+    package, _, file = rest.partition("/")
+    where = "model.source"
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f'no installed package "{package}"', where=where, mend=f"install the package {package}")
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / file).resolve()
+    if not path.is_relative_to(root):
+        raise ModelError(f'"{file}" leads out of the package {package}', where=where, mend="name a file inside it")
+    return path
+
+
+def _read_folder(name: str, revision: str, folder: Path) -> ModelSource:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+    return ModelSource(name, revision, config, tokenizer, location=str(folder))
+
+
+def _open_hub(name: str, revision: str | None) -> ModelSource:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+            # The rest is read at the commit that the configuration came from.
+            commit = getattr(config, "_commit_hash", None) or revision or "main"
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        hub = os.environ.get("HF_ENDPOINT", "the hub")
+        raise ModelError(
+            f"the model can't be had: {name} is no folder here, is not in the local cache, and asking {hub} failed"
+            f" ({type(error.__cause__ or error).__name__})",
+            where="model.source",
+            mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
+        ) from error
+    return ModelSource(name, commit, config, tokenizer, location=name)
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"the model can't be loaded: {reason[:200]}",
+        where=f'model.source = "{name}"',
+        mend="it must be a causal language model with safetensors weights and a tokenizer",
+    )

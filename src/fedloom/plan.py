@@ -1,0 +1,84 @@
+"""What a run would need, told before it starts. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedloom.data.splits import Audit
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """One client's share: documents, the token blocks that they give, and the optimizer steps of a round."""
+
+    train_documents: int
+    holdout_documents: int
+    blocks: int
+    tokens: int
+    holdout_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is loaded, who holds what, and what a run costs in steps, tokens and bytes."""
+
+    name: str
+    model: str
+    model_revision: str
+    dtype: str
+    device: str
+    engine: str
+    parameters: int
+    """Of the base model with the adapter."""
+    trainable_parameters: int
+    data: str
+    data_revision: str
+    documents: int
+    skipped: Mapping[str, int]
+    central_documents: int
+    central_tokens: int
+    clients: tuple[ClientPlan, ...]
+    clients_per_round: int
+    audit: Audit
+    rounds: int
+    epochs: int
+    payload_bytes: int
+    """Of one adapter, one way."""
+
+    @property
+    def steps_per_round(self) -> int:
+        """Of all clients that take part, on average where only some do."""
+        return round(sum(client.steps for client in self.clients) * self._share)
+
+    @property
+    def train_tokens_per_round(self) -> int:
+        return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+
+    @property
+    def evaluate_tokens(self) -> int:
+        """Of the whole run: round 0 and every round, and each trained client once more on its own hold-out."""
+        holdout = sum(client.holdout_tokens for client in self.clients)
+        return round((self.rounds + 1) * (self.central_tokens + holdout) + self.rounds * holdout * self._share)
+
+    @property
+    def bytes_per_round(self) -> int:
+        """Payload, down and up."""
+        return 2 * self.clients_per_round * self.payload_bytes
+
+    @property
+    def trainable_share(self) -> str:
+        """As `1,572,864 / 332,769,280 (0.47 %)`."""
+        share = 100 * self.trainable_parameters / self.parameters
+        return f"{self.trainable_parameters:,} / {self.parameters:,} ({share:.2f} %)"
+
+    @property
+    def _share(self) -> float:
+        return self.clients_per_round / len(self.clients)
+
+    def to_json(self) -> dict[str, Any]:
+        derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}

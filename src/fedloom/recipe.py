@@ -1,0 +1,331 @@
+"""TOML and overrides become a frozen, validated Recipe. No torch here.
+
+A key left out has the default that stands here; an unknown key or a bad value is an error that names the
+nearest valid key, the file and the line. Nothing is silently corrected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomlkit
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedloom.errors import RecipeError
+
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, without unknown keys, without silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    source: str = Field(
+        min_length=1, description="hub id, folder, `.gguf` file, `package:NAME/FILE`, or `random:SHAPE`"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="of the frozen weights")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+
+
+class Adapter(Section):
+    """The weights that are trained and exchanged."""
+
+    method: Literal["lora"] = Field("lora", description="`lora`")
+    rank: int = Field(16, ge=1, description="LoRA r")
+    alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r")
+    rslora: bool = Field(False, description="scale by α/√r instead (2312.03732)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input, in training")
+    targets: Names | Literal["all-linear"] | None = Field(
+        None, description="names of the layers to adapt; PEFT's choice for the architecture if left out"
+    )
+
+
+PARTITION_KEYS: dict[str, tuple[str, ...]] = {
+    "iid": (),
+    "dirichlet": ("by", "alpha"),
+    "natural": ("by",),
+    "shard": ("by", "shards_per_client"),
+    "linear": (),
+    "square": (),
+    "exponential": (),
+}
+"""What each kind of partition needs besides its name."""
+
+
+class Partition(Section):
+    """How the documents are spread over the clients (flwr-datasets' partitioners)."""
+
+    kind: Literal["iid", "dirichlet", "natural", "shard", "linear", "square", "exponential"] = Field(
+        "iid", description="`iid`, `dirichlet`, `natural`, `shard`, `linear`, `square` or `exponential`"
+    )
+    by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
+    alpha: float | None = Field(None, gt=0, description="concentration: small is skewed (`dirichlet`)")
+    shards_per_client: int | None = Field(None, ge=1, description="label shards that a client gets (`shard`)")
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Partition:
+        needed = PARTITION_KEYS[self.kind]
+        given = [key for key in ("by", "alpha", "shards_per_client") if getattr(self, key) is not None]
+        if missing := [key for key in needed if key not in given]:
+            raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
+        if spare := [key for key in given if key not in needed]:
+            raise ValueError(f'kind "{self.kind}" has no use for {" and ".join(spare)}')
+        return self
+
+
+class Data(Section):
+    """Documents, who holds them, and what is held out."""
+
+    source: str = Field(
+        min_length=1,
+        description="hub id, `.jsonl`, `.parquet`, `.csv` or `.txt` file, folder, or `python:stdlib`",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    files: str = Field("**/*", description="glob inside a folder")
+    text: str = Field("text", description="the column that holds the text")
+    max_length: int = Field(128, ge=2, description="tokens in a block")
+    window: Literal["truncate", "blocks"] = Field(
+        "truncate", description="`truncate` keeps a document's first block, `blocks` keeps every block"
+    )
+    pad_in_loss: bool = Field(False, description="count padding in the loss; only to replay programs that did")
+    clients: int = Field(3, ge=1, description="number of clients")
+    documents_per_client: int | None = Field(
+        None, ge=1, description="on average over clients, its own hold-out included; all there are if left out"
+    )
+    client_holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's documents, never trained on")
+    central_holdout: int = Field(
+        100, ge=0, description="documents for the central evaluation, disjoint from every client's"
+    )
+    partition: Partition = Field(default_factory=Partition, description="how documents are spread over clients")
+    duplicates: Literal["drop", "report"] = Field(
+        "drop", description="what to do with a training document that is also held out"
+    )
+    near_duplicate: float = Field(0.8, gt=0, le=1, description="Jaccard similarity from which two documents are one")
+
+
+class Training(Section):
+    """What a client does in a round."""
+
+    engine: Literal["auto", "reference"] = Field("auto", description="`reference`; `auto` chooses")
+    epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
+    batch_size: int = Field(2, ge=1, description="sequences in a step")
+    learning_rate: float = Field(1e-4, gt=0, description="peak")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the learning rate to 0")
+    schedule_scope: Literal["round", "run"] = Field("round", description="what the decay stretches over")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's, with its defaults")
+    optimizer_state: Literal["reset", "keep"] = Field("reset", description="between a client's rounds")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW")
+    max_gradient_norm: float | None = Field(None, gt=0, description="clip to this norm; off if left out")
+    proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
+
+
+class Strategy(Section):
+    """How the server makes one adapter of many."""
+
+    kind: Literal["fedavg"] = Field("fedavg", description="`fedavg`: the weighted mean")
+    weight_by: Literal["examples", "tokens"] = Field(
+        "examples", description="what a client's weight is proportional to"
+    )
+
+
+class Federation(Section):
+    """Rounds, who takes part, and how updates are combined."""
+
+    rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round; at least one")
+    strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
+
+
+class Evaluation(Section):
+    """How held-out loss is measured."""
+
+    batch_size: int = Field(8, ge=1, description="sequences in a forward pass; does not change the result")
+
+
+class Recipe(Section):
+    """What was asked for."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    description: str = Field("", description="a sentence for people")
+    seed: int = Field(42, ge=0, description="every random choice comes from it")
+    model: Model
+    adapter: Adapter = Field(default_factory=Adapter)
+    data: Data
+    training: Training = Field(default_factory=Training)
+    federation: Federation = Field(default_factory=Federation)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+
+def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its name, with `section.key=value` overrides on top.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
+    """
+    text, where = _find_recipe(source)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=where) from None
+    overridden = [_apply_override(values, override) for override in overrides]
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _recipe_error(error, text, where, overridden) from None
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML: only what was set, so that `load_recipe` gives the same recipe again."""
+    return tomlkit.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True))
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name -> TOML text of the recipes in the package."""
+    folder = resources.files("fedloom") / "recipes"
+    return {
+        item.name.removesuffix(".toml"): item.read_text(encoding="utf-8")
+        for item in sorted(folder.iterdir(), key=lambda item: item.name)
+        if item.name.endswith(".toml")
+    }
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`did you mean X?` where one of the known words is close; all of them otherwise."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+
+
+def _find_recipe(source: str | Path) -> tuple[str, str]:
+    path = Path(source).expanduser()
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise RecipeError(f"can't read the recipe: {reason}", where=str(path)) from None
+    shipped = shipped_recipes()
+    if str(source) not in shipped:
+        raise RecipeError(
+            f'no shipped recipe is named "{source}"',
+            mend=f"{nearest(str(source), list(shipped))} A file of your own ends in .toml",
+        )
+    return shipped[str(source)], f"recipe {source}"
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Set one `dotted.key=value` in the values and return the dotted key."""
+    dotted, equals, value = override.partition("=")
+    *sections, key = dotted.strip().split(".")
+    if not equals or not key or not all(sections):
+        raise RecipeError(f'"{override}" is no override', mend="write section.key=value, as in training.epochs=2")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f'"{dotted}" goes into a value', where=f"override {override}")
+    try:
+        table[key] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = value  # a bare word is a string: model.source=facebook/opt-350m
+    return dotted.strip()
+
+
+def _recipe_error(error: ValidationError, text: str, where: str, overridden: list[str]) -> RecipeError:
+    """The first thing that is wrong, as one line."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if str(part) in _words_of(Recipe) or first["type"] == "extra_forbidden"]
+    dotted = ".".join(path)
+    if any(key == dotted or dotted.startswith(key + ".") for key in overridden):
+        where = f"override {dotted}"
+    elif line := _line_of(text, path):
+        where = f"{where}:{line}"
+    if first["type"] == "extra_forbidden":
+        return RecipeError(f"unknown key `{dotted}`", where=where, mend=nearest(path[-1], _keys_at(path[:-1])))
+    if first["type"] == "missing":
+        return RecipeError(f"`{dotted}` is missing", where=where, mend="it has no default: set it")
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool | list) else ""
+    return RecipeError(f"`{dotted}`: {message[0].lower()}{message[1:]}{shown}", where=where)
+
+
+def _section_at(path: list[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        section = field.annotation
+    return section
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    section = _section_at(path)
+    return list(section.model_fields) if section else []
+
+
+def _words_of(section: type[BaseModel]) -> set[str]:
+    """Every key below a section: pydantic's locations hold union tags besides keys."""
+    words = set(section.model_fields)
+    for field in section.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            words |= _words_of(field.annotation)
+    return words
+
+
+def _line_of(text: str, path: list[str]) -> int | None:
+    """The line on which a dotted key stands, or the nearest part of it that has a line."""
+    header: list[str] = []
+    best: tuple[int, int] | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        stripped = line.split("#", 1)[0].strip()
+        if stripped.startswith("["):
+            header = stripped.strip("[] ").split(".")
+            here = header
+        elif "=" in stripped:
+            here = [*header, *stripped.split("=", 1)[0].strip().strip("\"'").split(".")]
+        else:
+            continue
+        if here == path[: len(here)] and (best is None or len(here) > best[0]):
+            best = (len(here), number)
+    return best[1] if best else None
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, as Markdown: the text of docs/recipe.md."""
+    lines: list[str] = []
+
+    def visit(section: type[BaseModel], prefix: str) -> None:
+        nested = []
+        for key, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                nested.append((field.annotation, f"{prefix}{key}."))
+                continue
+            default = "required" if field.is_required() else _toml_value(field.default)
+            lines.append(f"| `{prefix}{key}` | {default} | {field.description} |")
+        for annotation, path in nested:
+            lines.extend(["", f"{annotation.__doc__}", "", "| key | default | meaning |", "|---|---|---|"])
+            visit(annotation, path)
+
+    lines.extend(["| key | default | meaning |", "|---|---|---|"])
+    visit(Recipe, "")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    return "" if value is None else f"`{tomlkit.item(value).as_string()}`"
+
+
+assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))

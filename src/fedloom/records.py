@@ -1,0 +1,190 @@
+"""The run directory: what an execution leaves behind, written as it happens. No torch here.
+
+Every record is a line of JSON, flushed when it is written; every other file is written under a temporary name and
+renamed. A key whose value is not known is left out, never invented.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.errors import RunError
+
+if TYPE_CHECKING:
+    from fedloom.federation.rounds import RoundResult
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read. `recipe` is the resolved recipe; `status["state"]` is running, done, failed or
+    interrupted."""
+
+    folder: Path
+    recipe: Record
+    environment: Record
+    plan: Record
+    status: Record
+    rounds: list[Record]
+    clients: list[Record]
+
+    @property
+    def best_round(self) -> int | None:
+        """The round whose adapter is `adapters/best`."""
+        best = min(self.rounds, key=judged_loss, default=None)
+        return best["round"] if best else None
+
+
+def judged_loss(record: Record) -> float:
+    """What the best adapter is chosen by: the central loss, the clients' hold-out loss where there is none."""
+    loss: float = record.get("central_loss", record.get("client_loss", float("inf")))
+    return loss
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run that is done, failed or still going.
+
+    Raises:
+        RunError: the folder is no run, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "resolved.json").is_file():
+        raise RunError("not a run directory: it has no resolved.json", where=str(folder))
+    return Run(
+        folder,
+        **{
+            name: _read_json(folder / file)
+            for name, file in {
+                "recipe": "resolved.json",
+                "environment": "environment.json",
+                "plan": "plan.json",
+                "status": "status.json",
+            }.items()
+        },
+        rounds=_read_lines(folder / "rounds.jsonl"),
+        clients=_read_lines(folder / "clients.jsonl"),
+    )
+
+
+class RunWriter:
+    """Writes one run directory; makes it, and refuses one that is there."""
+
+    def __init__(self, folder: Path) -> None:
+        check_free(folder)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"can't make the run directory: {error.strerror}", where=str(folder)) from error
+        self.folder = folder
+        self._status: Record = {"started": now()}
+
+    def write_text(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.folder / name)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """What the run is doing now, or how it ended."""
+        self._status |= {"state": state, **more, "updated": now()}
+        self.write_json("status.json", self._status)
+
+    def append_round(self, result: RoundResult) -> Record:
+        """Add a round and its clients to the records, and return the round's record."""
+        record = round_record(result)
+        for report in result.reports:
+            self._append("clients.jsonl", _known(asdict(report)))
+        self._append("rounds.jsonl", record)
+        return record
+
+    def _append(self, name: str, record: Record) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a run directory that exists.
+
+    Raises:
+        RunError
+    """
+    if folder.exists():
+        raise RunError("the run directory exists", where=str(folder), mend="name another with --out, or remove it")
+
+
+def round_record(result: RoundResult) -> Record:
+    """One round as a line of `rounds.jsonl`."""
+    reports = result.reports
+    steps = sum(report.steps for report in reports)
+    client_score = reduce(add, result.clients.values()) if result.clients else None
+    record = {
+        "round": result.round,
+        "train_loss": sum(r.loss_mean * r.steps for r in reports) / steps if steps else None,
+        "client_loss": client_score.loss if client_score else None,
+        "central_loss": result.central.loss if result.central else None,
+        "central_perplexity": result.central.perplexity if result.central else None,
+        "central_accuracy": result.central.accuracy if result.central else None,
+        "proximal_loss": sum(r.proximal_loss * r.steps for r in reports) / steps if steps else None,
+        "proximal_ratio": sum(r.proximal_ratio * r.steps for r in reports) / steps if steps else None,
+        "drift": sum(r.drift for r in reports) / len(reports) if reports else None,
+        "clients": [report.client for report in reports],
+        "lost": sorted(set(result.cohort) - {report.client for report in reports}),
+        "train_seconds": result.train_seconds,
+        "aggregate_seconds": result.aggregate_seconds,
+        "evaluate_seconds": result.evaluate_seconds,
+        "train_tokens": sum(report.tokens for report in reports),
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "client_losses": {str(client): score.loss for client, score in result.clients.items()},
+        "adapter_sha256": result.adapter.sha256(),
+        "finished": now(),
+    }
+    return _known(record)
+
+
+def now() -> str:
+    """The time as records have it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _known(record: Record) -> Record:
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _read_json(path: Path) -> Record:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError("not valid JSON: the file is damaged", where=str(path)) from None
+    return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """Every whole line; the last may have been cut by a crash while it was written."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line)) if line else None
+        except ValueError:
+            if number < len(lines):
+                raise RunError("not valid JSON: the line is damaged", where=f"{path}:{number}") from None
+    return records

@@ -1,0 +1,78 @@
+"""The seam between whoever organises a round and whoever trains: jobs in, updates out as they finish.
+
+Letters: P adapter parameters, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedloom.adapters.adapter import Adapter
+from fedloom.data.tokens import TokenBlocks
+from fedloom.randomness import derive_seed
+
+OptimizerState = dict[str, Tensor]
+"""A client's optimizer state by name, over the flat adapter."""
+
+
+@dataclass(frozen=True)
+class ClientJob:
+    """What one client is asked to do in a round, with the data that it holds."""
+
+    round: int
+    client: int
+    blocks: TokenBlocks
+    optimizer_state: OptimizerState | None = None
+    """From the client's last round; None starts fresh."""
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What is known of a client's work in a round. Losses are nats per token; times are of no effect."""
+
+    round: int
+    client: int
+    examples: int
+    tokens: int
+    """Real tokens trained on, every epoch counted."""
+    steps: int
+    loss_first: float
+    loss_last: float
+    loss_mean: float
+    """Over steps; the proximal term left out."""
+    proximal_loss: float
+    """μ/2 ‖w − w_global‖², the mean over steps, as it stood in the objective."""
+    proximal_ratio: float
+    """The norm of the proximal gradient over that of the loss gradient, the mean over steps."""
+    drift: float
+    """‖w − w_global‖ after the last step."""
+    seconds: float
+    """In training."""
+    evaluate_seconds: float = 0.0
+    """On the client's own hold-out, after training."""
+    holdout_loss_before: float | None = None
+    holdout_loss_after: float | None = None
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What comes back from a job: the trained weights, and the state that the client keeps if it keeps any."""
+
+    report: ClientReport
+    adapter: Adapter
+    optimizer_state: OptimizerState
+
+
+TrainClients = Callable[[Adapter, Sequence[ClientJob]], Iterator[ClientUpdate]]
+"""Train every job from the same global adapter; yield each update when it is finished."""
+
+
+def draw_batches(num_blocks: int, batch_size: int, epochs: int, *, seed: int, round: int, client: int) -> list[Tensor]:
+    """The rows of every step of a client's round: each epoch visits each block once, in an order of its own."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", round, client))
+    orders = (torch.randperm(num_blocks, generator=generator) for _ in range(epochs))
+    return [rows for order in orders for rows in order.split(batch_size)]

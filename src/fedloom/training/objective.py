@@ -1,0 +1,116 @@
+"""What a client minimises and how: each formula once, for every engine.
+
+F_k(w) + μ/2 ‖w − w_global‖²  (FedProx, Li et al. 2020, arXiv 1812.06127, equation 2), with F_k the mean token loss
+of the batch. The proximal gradient μ(w − w_global) is added once a step, before clipping, over the trained weights.
+
+Letters: B sequences, T tokens, V vocabulary, P adapter parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedloom.data.tokens import IGNORED
+from fedloom.errors import TrainingError
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Training
+
+
+def next_token_targets(labels_BT: Tensor) -> Tensor:
+    """The label that each position predicts: its right neighbour's, and none at the end."""
+    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+
+
+def token_loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Negative log-likelihood of the counted targets, summed; computed in float32 at least."""
+    logits = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
+    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def mean_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The mean over a batch's counted tokens: padding has no share in it."""
+    targets_BT = next_token_targets(labels_BT)
+    return token_loss_sum(logits_BTV, targets_BT) / (targets_BT != IGNORED).sum()
+
+
+def proximal_loss(drift: float, mu: float) -> float:
+    """μ/2 ‖w − w_global‖², from the norm `drift`."""
+    return 0.5 * mu * drift**2
+
+
+def add_proximal_gradient(gradient_P: Tensor, offset_P: Tensor, mu: float) -> None:
+    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global."""
+    gradient_P.add_(offset_P, alpha=mu)
+
+
+def clip_gradient(gradient_P: Tensor, max_norm: float | None) -> None:
+    """Scale the gradient in place so that its norm is at most `max_norm`; None leaves it alone.
+
+    As torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1).
+    """
+    if max_norm is not None:
+        gradient_P.mul_((max_norm / (gradient_P.norm() + 1e-6)).clamp(max=1.0))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+"""Factor of the learning rate at a progress in [0, 1)."""
+
+
+def learning_rate(training: Training, step: int, steps: int, round: int, rounds: int) -> float:
+    """Of a step (from 0) among a round's steps, in a round (from 1) among the run's rounds."""
+    progress = step / steps
+    if training.schedule_scope == "run":
+        progress = (round - 1 + progress) / rounds
+    return training.learning_rate * SCHEDULES[training.schedule](progress)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Training], torch.optim.Optimizer]] = {
+    "adamw": lambda weights, training: torch.optim.AdamW(
+        weights, lr=training.learning_rate, weight_decay=training.weight_decay
+    ),
+    "sgd": lambda weights, training: torch.optim.SGD(
+        weights, lr=training.learning_rate, weight_decay=training.weight_decay
+    ),
+}
+
+
+def check_finite(loss: float, *, round: int, client: int, step: int) -> None:
+    """Stop on a loss that is no number.
+
+    Raises:
+        TrainingError: with round, client and step.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss}",
+            round=round,
+            client=client,
+            step=step,
+            mend="lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32",
+        )
+
+
+def check_proximal(drift: float, *, mu: float, steps: int, round: int, client: int) -> None:
+    """Stop when μ > 0 has nothing to hold: the mistake of the published experiment, whose term never was.
+
+    Raises:
+        TrainingError: after the first step the weights still equal the global ones.
+    """
+    if mu > 0 and steps > 1 and drift == 0:
+        raise TrainingError(
+            f"training.proximal_mu is {mu} and the proximal term is zero after {steps} steps",
+            round=round,
+            client=client,
+            mend="the weights did not move: raise training.learning_rate",
+        )

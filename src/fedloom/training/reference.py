@@ -1,0 +1,125 @@
+"""One client after another on one base model: stock PEFT and torch.optim, plain to read.
+
+Slow, and the oracle of any faster engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.data.tokens import take_batch
+from fedloom.progress import Progress, Watch, ignore
+from fedloom.randomness import derive_seed
+from fedloom.training.jobs import ClientJob, ClientReport, ClientUpdate, OptimizerState, TrainClients, draw_batches
+from fedloom.training.objective import (
+    OPTIMIZERS,
+    add_proximal_gradient,
+    check_finite,
+    check_proximal,
+    clip_gradient,
+    learning_rate,
+    mean_token_loss,
+    proximal_loss,
+)
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Training
+
+
+def build_reference_engine(
+    adapted: AdaptedModel, training: Training, *, rounds: int, seed: int, watch: Watch = ignore
+) -> TrainClients:
+    """An engine bound to a model: `rounds` is what a schedule of scope `run` stretches over."""
+
+    def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
+        for job in jobs:
+            yield train_client(adapted, training, adapter, job, rounds=rounds, seed=seed, watch=watch)
+
+    return train_clients
+
+
+def train_client(
+    adapted: AdaptedModel,
+    training: Training,
+    adapter: Adapter,
+    job: ClientJob,
+    *,
+    rounds: int,
+    seed: int,
+    watch: Watch = ignore,
+) -> ClientUpdate:
+    """One client's round, from the global adapter to its update.
+
+    Raises:
+        TrainingError: the loss is no longer a number, or the proximal term has no effect.
+    """
+    started = time.perf_counter()
+    adapted.load(adapter)
+    weights_P, gradient_P = adapted.weights_P, adapted.gradient_P
+    global_P = weights_P.detach().clone()
+    optimizer = OPTIMIZERS[training.optimizer]([weights_P], training)
+    _restore(optimizer, job.optimizer_state)
+    batches = draw_batches(
+        len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
+    )
+    losses, proximal_losses, ratios, tokens = [], [], [], 0
+    devices = [adapted.device] if adapted.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive_seed(seed, "dropout", job.round, job.client))
+        adapted.model.train()
+        for step, rows in enumerate(batches):
+            batch = take_batch(job.blocks, rows).to(adapted.device)
+
+            gradient_P.zero_()
+            loss = mean_token_loss(adapted.model(input_ids=batch.tokens_BT, use_cache=False).logits, batch.labels_BT)
+            loss.backward()
+
+            with torch.no_grad():
+                offset_P = weights_P - global_P
+                drift, gradient_norm = offset_P.norm().item(), gradient_P.norm().item()
+                add_proximal_gradient(gradient_P, offset_P, training.proximal_mu)
+                clip_gradient(gradient_P, training.max_gradient_norm)
+            optimizer.param_groups[0]["lr"] = learning_rate(training, step, len(batches), job.round, rounds)
+            optimizer.step()
+
+            losses.append(loss.item())
+            check_finite(losses[-1], round=job.round, client=job.client, step=step + 1)
+            proximal_losses.append(proximal_loss(drift, training.proximal_mu))
+            ratios.append(training.proximal_mu * drift / gradient_norm if gradient_norm else 0.0)
+            tokens += batch.num_tokens
+            watch(Progress("train", batch.num_tokens, job.round, job.client, losses[-1]))
+        adapted.model.eval()
+
+    drift = (weights_P - global_P).norm().item()
+    check_finite(drift, round=job.round, client=job.client, step=len(batches))
+    check_proximal(drift, mu=training.proximal_mu, steps=len(batches), round=job.round, client=job.client)
+    report = ClientReport(
+        round=job.round,
+        client=job.client,
+        examples=len(job.blocks),
+        tokens=tokens,
+        steps=len(batches),
+        loss_first=losses[0],
+        loss_last=losses[-1],
+        loss_mean=sum(losses) / len(losses),
+        proximal_loss=sum(proximal_losses) / len(losses),
+        proximal_ratio=sum(ratios) / len(losses),
+        drift=drift,
+        seconds=time.perf_counter() - started,
+    )
+    return ClientUpdate(report, adapted.read(), _state_of(optimizer))
+
+
+def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:
+    if state is not None:
+        copied = {name: value.clone() for name, value in state.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: copied}})
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    return {name: value for name, value in optimizer.state_dict()["state"].get(0, {}).items() if value is not None}

@@ -1,0 +1,197 @@
+"""The round loop over real clients, and over a scripted fleet."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import make_adapted, make_blocks, make_recipe
+
+from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.data.tokens import TokenBlocks
+from fedloom.evaluation import Score, evaluate
+from fedloom.federation.aggregation import STRATEGIES
+from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.rounds import RoundResult, run_rounds
+from fedloom.federation.sampling import cohort_size, sample_clients
+from fedloom.recipe import Strategy
+from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.training.reference import build_reference_engine, train_client
+
+FEDAVG = STRATEGIES["fedavg"](Strategy())
+
+
+def federate(
+    adapted: AdaptedModel,
+    start: Adapter,
+    data: Sequence[TokenBlocks],
+    *,
+    rounds: int = 3,
+    fraction: float = 1.0,
+    holdout: TokenBlocks | None = None,
+    **training: object,
+) -> list[RoundResult]:
+    section = make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **training}).training
+    engine = build_reference_engine(adapted, section, rounds=rounds, seed=7)
+    score = partial(evaluate, adapted, batch_size=4)
+    held_out = holdout or make_blocks(0)
+    fleet = LocalFleet(
+        [ClientBlocks(blocks, held_out) for blocks in data],
+        engine,
+        score,
+        keep_optimizer_state=section.optimizer_state == "keep",
+    )
+    central = make_blocks(6, seed=99)
+    return list(
+        run_rounds(
+            fleet, FEDAVG, lambda adapter: score(adapter, central), start, rounds=rounds, fraction=fraction, seed=7
+        )
+    )
+
+
+def test_one_client_federated_equals_plain_training_to_the_bit() -> None:
+    adapted, blocks = make_adapted(), make_blocks()
+    start = adapted.read()
+    kept = {"schedule": "cosine", "schedule_scope": "run", "optimizer_state": "keep"}
+    federated = federate(adapted, start, [blocks], **kept)[-1].adapter
+
+    from fedloom.training.jobs import ClientJob
+
+    section = make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **kept}).training
+    adapter, state = start, None
+    for round in (1, 2, 3):
+        update = train_client(adapted, section, adapter, ClientJob(round, 0, blocks, state), rounds=3, seed=7)
+        adapter, state = update.adapter, update.optimizer_state
+    assert federated.sha256() == adapter.sha256()
+    reset = federate(adapted, start, [blocks], **{**kept, "optimizer_state": "reset"})[-1].adapter
+    assert federated.sha256() != reset.sha256()
+
+
+def test_identical_clients_equal_one(shape: str) -> None:
+    adapted, blocks = make_adapted(shape), make_blocks()
+    start = adapted.read()
+    # One batch a client, so that their orders of their own do not matter; the model's dropout would.
+    for module in adapted.model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    whole = {"batch_size": 8, "epochs": 1, "proximal_mu": 0.1}
+    one = federate(adapted, start, [blocks], **whole)[-1].adapter
+    three = federate(adapted, start, [blocks] * 3, **whole)[-1].adapter
+    difference = (one.weights_P - three.weights_P).norm() / (one.weights_P - start.weights_P).norm()
+    assert difference < 1e-3
+
+
+def test_without_mu_it_is_federated_averaging_to_the_bit() -> None:
+    adapted, data = make_adapted(), [make_blocks(4 + 2 * k, seed=k) for k in range(3)]
+    start = adapted.read()
+    ours = federate(adapted, start, data, rounds=1, proximal_mu=0.0)[-1].adapter
+
+    # FedAvg as its paper has it: plain local training without any proximal code, then the mean by examples.
+    from fedloom.data.tokens import take_batch
+    from fedloom.training.jobs import draw_batches
+
+    sum_P, total = torch.zeros(start.layout.size, dtype=torch.float64), 0
+    for client, blocks in enumerate(data):
+        adapted.load(start)
+        adapted.model.train()
+        trained = [weight for weight in adapted.model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+        for rows in draw_batches(len(blocks), 2, 2, seed=7, round=1, client=client):
+            batch = take_batch(blocks, rows)
+            optimizer.zero_grad(set_to_none=False)
+            logits = adapted.model(input_ids=batch.tokens_BT, use_cache=False).logits
+            targets = torch.nn.functional.pad(batch.labels_BT[:, 1:], (0, 1), value=-100)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            (loss / (targets != -100).sum()).backward()
+            optimizer.step()
+        sum_P += len(blocks) * adapted.read().weights_P.double()
+        total += len(blocks)
+    assert torch.equal(ours.weights_P, (sum_P / total).float())
+    assert not torch.equal(
+        ours.weights_P, federate(adapted, start, data, rounds=1, proximal_mu=0.5)[-1].adapter.weights_P
+    )
+
+
+def test_round_0_is_evaluated_before_any_training_and_the_loss_falls() -> None:
+    adapted, data = make_adapted(), [make_blocks(8, seed=k) for k in range(3)]
+    start = adapted.read()
+    results = federate(adapted, start, data, holdout=make_blocks(3, seed=50))
+    assert [result.round for result in results] == [0, 1, 2, 3]
+    assert results[0].adapter is start
+    assert results[0].reports == ()
+    assert results[0].bytes_up == results[0].bytes_down == 0
+    losses = [result.central.loss for result in results if result.central]
+    assert losses == sorted(losses, reverse=True)
+    for result in results[1:]:
+        assert [report.client for report in result.reports] == [0, 1, 2]
+        assert result.bytes_up == result.bytes_down == 3 * start.num_bytes
+
+
+def test_hold_out_losses_before_training_are_those_of_the_global_adapter() -> None:
+    adapted, data = make_adapted(), [make_blocks(8, seed=k) for k in range(2)]
+    results = federate(adapted, adapted.read(), data, holdout=make_blocks(3, seed=50))
+    for before, after in pairwise(results):
+        for report in after.reports:
+            assert report.holdout_loss_before == before.clients[report.client].loss
+            assert report.holdout_loss_after not in (None, report.holdout_loss_before)
+    assert results[1].reports[0].holdout_loss_after < results[1].reports[0].holdout_loss_before
+
+
+def test_only_the_sampled_clients_train() -> None:
+    adapted, data = make_adapted(), [make_blocks(4, seed=k) for k in range(4)]
+    results = federate(adapted, adapted.read(), data, fraction=0.5)
+    cohorts = [result.cohort for result in results[1:]]
+    assert all(len(cohort) == 2 for cohort in cohorts)
+    assert all(tuple(r.client for r in result.reports) == result.cohort for result in results)
+    assert len(set(cohorts)) > 1
+
+
+class ScriptedFleet:
+    """Clients that answer with weights of the test's choosing, in an order of the test's choosing."""
+
+    clients: Sequence[int] = range(3)
+
+    def __init__(self, adapter: Adapter, order: Sequence[int]) -> None:
+        self.adapter, self.order = adapter, order
+        self.received: list[Adapter] = []
+
+    def train(self, round: int, cohort: Sequence[int], adapter: Adapter) -> Iterator[ClientUpdate]:
+        self.received.append(adapter)
+        for client in self.order:
+            report = ClientReport(
+                round=round, client=client, examples=1, tokens=1, steps=1, loss_first=1.0, loss_last=1.0,
+                loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
+            )  # fmt: skip
+            weights_P = torch.full_like(adapter.weights_P, 10.0 * round + client)
+            yield ClientUpdate(report, Adapter(adapter.layout, weights_P), {})
+
+    def evaluate(self, adapter: Adapter) -> dict[int, Score]:
+        return {}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,)])
+def test_each_round_starts_from_the_mean_of_the_last(order: tuple[int, ...]) -> None:
+    start = make_adapted().read()
+    fleet = ScriptedFleet(start, order)
+    results = list(run_rounds(fleet, FEDAVG, lambda adapter: None, start, rounds=2, fraction=1.0, seed=1))
+    mean = sum(order) / len(order)
+    assert [float(result.adapter.weights_P[0]) for result in results[1:]] == pytest.approx([10 + mean, 20 + mean])
+    assert fleet.received == [start, results[1].adapter]
+    assert [report.client for report in results[1].reports] == sorted(order)
+
+
+def test_sampling_is_drawn_for_the_round() -> None:
+    drawn = [sample_clients(range(100), 0.1, seed=1, round=round) for round in range(1, 21)]
+    assert all(len(set(clients)) == 10 and clients == sorted(clients) for clients in drawn)
+    assert drawn == [sample_clients(range(100), 0.1, seed=1, round=round) for round in range(1, 21)]
+    assert len({tuple(clients) for clients in drawn}) == 20
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=100)
+    assert counts.max() < 10, "no client is drawn again and again"
+
+
+@pytest.mark.parametrize(("clients", "fraction", "size"), [(3, 1.0, 3), (3, 0.5, 2), (3, 0.01, 1), (10, 0.25, 3)])
+def test_cohort_size(clients: int, fraction: float, size: int) -> None:
+    assert cohort_size(clients, fraction) == size

@@ -1,0 +1,95 @@
+"""The house: a module imports only from modules above it, and what must stay light stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedloom
+
+SOURCE = Path(fedloom.__file__).parent
+
+HOUSE = [
+    "errors",
+    "randomness",
+    "recipe",
+    "progress",
+    "data.documents",
+    "data.splits",
+    "data.tokens",
+    "model",
+    "adapters.adapter",
+    "training.jobs",
+    "training.objective",
+    "training.reference",
+    "evaluation",
+    "federation.aggregation",
+    "federation.sampling",
+    "federation.fleet",
+    "federation.rounds",
+    "plan",
+    "machine",
+    "records",
+    "display",
+    "experiment",
+    "cli",
+    "__main__",
+]
+"""The modules in the order in which data flows."""
+
+BARE = ["model", "adapters.adapter", "training.jobs", "training.objective", "training.reference", "evaluation"]
+"""Modules that also run on a bare GPU machine."""
+
+LIGHT = ["errors", "randomness", "recipe", "progress", "plan", "machine", "records", "display", "cli"]
+"""Modules that answer at once: no torch at import."""
+
+
+def imports_of(module: str, *, typing_only: bool = False) -> set[str]:
+    """The modules that a module imports when it is imported or its functions run, without those for types alone."""
+    tree = ast.parse((SOURCE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing_only:
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_the_house_holds_every_module() -> None:
+    files = {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        for path in SOURCE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert files == set(HOUSE)
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_imports_go_one_way(module: str) -> None:
+    above = {f"fedloom.{name}" for name in HOUSE[: HOUSE.index(module)]} | {"fedloom"}
+    ours = {name for name in imports_of(module) if name.split(".")[0] == "fedloom"}
+    assert ours <= above
+
+
+@pytest.mark.parametrize("module", BARE)
+def test_the_training_modules_need_only_what_a_gpu_machine_has(module: str) -> None:
+    allowed = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers", "fedloom"}
+    used = {name.split(".")[0] for name in imports_of(module)} - set(sys.stdlib_module_names)
+    assert used <= allowed
+
+
+def test_every_module_stays_readable() -> None:
+    long = {path.name: count for path in SOURCE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 400}
+    assert not long, "a module over 400 lines is asking to be two"
+
+
+def test_light_modules_do_not_import_torch() -> None:
+    code = "; ".join(f"import fedloom.{module}" for module in LIGHT)
+    code += "; import sys; assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
