@@ -14,6 +14,7 @@ SOURCE = Path(fedloom.__file__).parent
 HOUSE = [
     "errors",
     "randomness",
+    "hub",
     "recipe",
     "progress",
     "data.documents",
@@ -79,7 +80,7 @@ def test_imports_go_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", BARE)
 def test_the_training_modules_need_only_what_a_gpu_machine_has(module: str) -> None:
-    allowed = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers", "fedloom"}
+    allowed = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers", "huggingface_hub", "fedloom"}
     used = {name.split(".")[0] for name in imports_of(module)} - set(sys.stdlib_module_names)
     assert used <= allowed
 

@@ -12,7 +12,6 @@ import io
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,9 +20,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from fedloom.errors import ModelError
+from fedloom.hub import find_commit, hub_address
 from fedloom.randomness import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -135,7 +136,7 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _not_loaded(source.name, error) from error
     model.name_or_path = source.name  # what PEFT writes into an adapter as its base
     model.requires_grad_(False)
@@ -249,26 +250,36 @@ def _read_folder(name: str, revision: str, folder: Path) -> ModelSource:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from error
+    _check_tokenizer(name, tokenizer)
     return ModelSource(name, revision, config, tokenizer, location=str(folder))
 
 
 def _open_hub(name: str, revision: str | None) -> ModelSource:
+    unreachable: Exception | None = None
+    commit = revision or "main"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-            # The rest is read at the commit that the configuration came from.
-            commit = getattr(config, "_commit_hash", None) or revision or "main"
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)
+        commit = find_commit("model", name, revision) or commit
+    except Exception as error:  # of a dozen kinds; then only the local cache is left
+        unreachable = error
+    only_cached = {"local_files_only": unreachable is not None}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False, **only_cached)
+        commit = getattr(config, "_commit_hash", None) or commit
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False, **only_cached)
     except (OSError, ValueError) as error:
-        hub = os.environ.get("HF_ENDPOINT", "the hub")
         raise ModelError(
-            f"the model can't be had: {name} is no folder here, is not in the local cache, and asking {hub} failed"
-            f" ({type(error.__cause__ or error).__name__})",
+            f"the model can't be had: {name} is no folder here, is not in the local cache, and asking {hub_address()}"
+            f" failed ({type(unreachable or error).__name__})",
             where="model.source",
             mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
         ) from error
+    _check_tokenizer(name, tokenizer)
     return ModelSource(name, commit, config, tokenizer, location=name)
+
+
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    if len(tokenizer) < 2:  # what transformers makes of a folder without tokenizer files
+        raise _not_loaded(name, ValueError("it has no tokenizer"))
 
 
 def _not_loaded(name: str, error: Exception) -> ModelError:

@@ -46,8 +46,7 @@ class Run:
 
 def judged_loss(record: Record) -> float:
     """What the best adapter is chosen by: the central loss, the clients' hold-out loss where there is none."""
-    loss: float = record.get("central_loss", record.get("client_loss", float("inf")))
-    return loss
+    return float(record.get("central_loss", record.get("client_loss", "inf")))
 
 
 def read_run(folder: str | Path) -> Run:

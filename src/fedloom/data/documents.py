@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import DataError
+from fedloom.hub import find_commit, hub_address
 from fedloom.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -259,20 +260,17 @@ READERS: dict[str, Callable[[Path, str, Data], Iterator[tuple[str, Callable[[], 
 def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
     """A data set of the hub: streamed where only a part of it is wanted."""
     import datasets
-    from huggingface_hub import HfApi, constants
 
     datasets.disable_progress_bars()
     where = f'data.source = "{data.source}"'
     try:
-        revision = data.revision
-        if not constants.HF_HUB_OFFLINE:
-            revision = HfApi().dataset_info(data.source, revision=data.revision, timeout=10).sha
+        revision = find_commit("dataset", data.source, data.revision) or data.revision
         rows = datasets.load_dataset(
             data.source, name=data.subset, split=data.split, revision=revision, streaming=at_most is not None
         )
     except Exception as error:  # the hub's client raises a dozen kinds, and none of them is a bug of ours
         raise DataError(
-            f"the data set can't be had from {os.environ.get('HF_ENDPOINT', 'the hub')} ({type(error).__name__})",
+            f"the data set can't be had from {hub_address()} ({type(error).__name__})",
             where=where,
             mend="check the name and the network, or download it and set data.source to the file or folder",
         ) from error

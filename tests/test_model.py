@@ -1,0 +1,176 @@
+"""Base models from everywhere they come from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedloom.errors import ModelError
+from fedloom.model import SHAPES, build_meta_model, byte_tokenizer, load_model, open_model, unpack_gguf
+
+CPU = torch.device("cpu")
+
+
+def load(source: str, dtype: str = "float32", seed: int = 7) -> torch.nn.Module:
+    return load_model(open_model(source), dtype=dtype, device=CPU, seed=seed)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model as `save_pretrained` leaves it."""
+    load("random:tiny-opt").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_random_shapes_are_seeded_and_frozen() -> None:
+    first, again, other = (load("random:tiny-llama", seed=seed) for seed in (7, 7, 8))
+    digest = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
+    assert torch.equal(digest[0], digest[1])
+    assert not torch.equal(digest[0], digest[2])
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert not first.training
+
+
+@pytest.mark.parametrize(("shape", "count"), [("opt-350m", 331_196_416), ("smollm2-135m", 134_515_008)])
+def test_real_shapes_have_the_real_counts(shape: str, count: int) -> None:
+    model = build_meta_model(open_model(f"random:{shape}"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_dtypes(dtype: str) -> None:
+    assert load("random:tiny-gpt2", dtype).dtype == getattr(torch, dtype)
+
+
+def test_attention_is_sdpa() -> None:
+    for shape in ("tiny-opt", "tiny-llama", "tiny-gpt2"):
+        assert load(f"random:{shape}").config._attn_implementation == "sdpa"
+
+
+def test_building_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    load("random:tiny-opt")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_byte_tokenizer_gives_every_text_back() -> None:
+    tokenizer = byte_tokenizer()
+    for text in ("def f():\n    return 'ß→🙂'\t", " leading", "\x00\x7f"):
+        tokens = tokenizer(text)["input_ids"]
+        assert len(tokens) == len(text.encode())
+        assert tokenizer.decode(tokens) == text
+    assert tokenizer.pad_token is None
+    assert all(max(tokenizer("<|end|>")["input_ids"]) < SHAPES[name]().vocab_size for name in SHAPES)
+
+
+def test_a_folder_is_loaded(folder: Path) -> None:
+    ours = load(str(folder))
+    assert ours.name_or_path == str(folder)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, load("random:tiny-opt")(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "can't be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "can't be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 50), "can't be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_an_error_that_names_it(damage, words: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(ModelError, match=words) as raised:
+        load(str(folder))
+    assert str(folder) in str(raised.value)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (folder / "executed",))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Malicious()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError):
+        load(str(folder))
+    assert not (folder / "executed").exists()
+
+
+def test_a_file_that_is_no_gguf_is_an_error_and_leaves_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="not a GGUF model"):
+        open_model(str(tmp_path / "model.gguf"))
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+def test_a_gguf_file_is_unpacked_once_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    said: list[str] = []
+    source = open_model(str(path), say=said.append)
+    assert len(said) == 1
+    assert source.revision.startswith("sha256 ")
+    model = load_model(source, dtype="float32", device=CPU, seed=7)
+    embedding = model.get_input_embeddings().weight
+    assert embedding.dtype == torch.float32
+    assert not isinstance(embedding, torch.nn.UninitializedParameter)
+    assert embedding[3, 5] == pytest.approx(3 * 0.01 + 5 * 0.001, rel=1e-3)
+    unpacked, _ = unpack_gguf(path, say=said.append)
+    assert len(said) == 1, "the second time it is there"
+    assert [p.name for p in unpacked.parent.iterdir()] == [unpacked.name]
+    shutil.rmtree(tmp_path / "cache")
+
+
+def write_tiny_gguf(path: Path) -> Path:
+    """A one-layer Llama with a vocabulary of eight, as a GGUF file."""
+    gguf = pytest.importorskip("gguf")
+    numpy = pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(path, "llama")
+    width, hidden, words = 32, 64, ["<unk>", "<s>", "</s>", "a", "b", "ab", "c", "d"]
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    rows, columns = numpy.arange(len(words))[:, None], numpy.arange(width)
+    writer.add_tensor("token_embd.weight", (rows * 0.01 + columns * 0.001).astype(numpy.float32))
+    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width),
+              "attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width),
+              "ffn_down": (width, hidden), "attn_norm": (width,), "ffn_norm": (width,)}  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"blk.0.{name}.weight", numpy.full(shape, 0.02, numpy.float32))
+    writer.add_tensor("output_norm.weight", numpy.ones(width, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_weights_without_their_tokenizer_are_an_error(tmp_path: Path) -> None:
+    load("random:tiny-opt").save_pretrained(tmp_path / "model")
+    save_file({"x": torch.zeros(1)}, tmp_path / "unrelated.safetensors")
+    with pytest.raises(ModelError, match="tokenizer"):
+        open_model(str(tmp_path / "model"))
