@@ -201,3 +201,14 @@ def test_padding_can_be_counted_to_replay_a_program_that_did(tmp_path: Path, wri
     # Padding is easy to predict: what the published program took for a falling loss.
     fall = [r.rounds[0]["central_loss"] - r.rounds[1]["central_loss"] for r in (right, wrong)]
     assert fall[1] > fall[0]
+
+
+def test_files_that_begin_alike_are_not_trained_on_and_evaluated(tmp_path: Path, write_jsonl) -> None:
+    header = "# This licence stands at the head of every file of the project. " * 2
+    alike = [header + " ".join(str(i * 7919 + j) for j in range(200)) for i in range(10)]
+    path = write_jsonl([*alike, *(f"{i * 7919} begins otherwise" for i in range(30))])
+    dropped = plan(make_recipe(data={"source": str(path)}))
+    reported = plan(make_recipe(data={"source": str(path), "duplicates": "report"}))
+    assert dropped.shared_blocks == reported.shared_blocks > 0
+    blocks = [sum(client.blocks for client in planned.clients) for planned in (dropped, reported)]
+    assert blocks[1] - blocks[0] >= dropped.shared_blocks

@@ -148,17 +148,17 @@ def render_plan(plan: Plan) -> Table:
     clients, overlaps = plan.clients, plan.audit.overlaps
     documents = _range([client.train_documents for client in clients])
     holdouts = _range([client.holdout_documents for client in clients])
-    found = ", ".join(
-        f"{overlap.side}/{overlap.other} {overlap.exact} exact {overlap.near} near" for overlap in overlaps
-    )
-    kept = f"{plan.audit.leaks} copies left in training" if plan.audit.leaks else "disjoint"
+    found = "; ".join(f"{o.side}/{o.other} {o.exact} exact, {o.near} near" for o in overlaps)
+    copies = sum(plan.audit.dropped) + plan.audit.leaks
+    done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
+    audit = f"{found}: {copies} documents" + (f" and {plan.shared_blocks} equal blocks" if plan.shared_blocks else "")
     rows = {
         "model": f"{plan.model} ({plan.model_revision})",
         "trainable": plan.trainable_share,
         "data": f"{plan.data} ({plan.data_revision})",
         "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out",
         "central": f"{plan.central_documents} documents held out",
-        "audit": f"{found}; dropped {sum(plan.audit.dropped)}: {kept}",
+        "audit": f"{audit} {done}",
         "work": f"{plan.rounds} rounds of {plan.steps_per_round:,} steps, {plan.train_tokens_per_round:,} tokens",
         "bytes": f"{format_bytes(plan.payload_bytes)} an adapter, {format_bytes(plan.bytes_per_round)} a round",
         "device": f"{plan.device}, {plan.dtype}, engine {plan.engine}",

@@ -16,7 +16,13 @@ from pathlib import Path
 from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config, count_adapted, save_adapter
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
-from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
+from fedloom.data.tokens import (
+    TokenBlocks,
+    check_vocabulary,
+    distinct_blocks,
+    tokenize_documents,
+    without_blocks,
+)
 from fedloom.display import Display, Quiet
 from fedloom.errors import DataError, FedloomError, ModelError
 from fedloom.evaluation import Score, evaluate
@@ -105,7 +111,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
             where="data.max_length",
             mend=f"at most {source.max_length}",
         )
-    central, clients = tokenize_splits(splits, source, recipe)
+    central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     shape = build_meta_model(source)
     trainable, parameters = count_adapted(shape, build_config(recipe.adapter, shape))
     engine = "reference" if recipe.training.engine == "auto" else recipe.training.engine
@@ -137,6 +143,8 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         ),
         clients_per_round=cohort_size(recipe.data.clients, recipe.federation.fraction),
         audit=splits.audit,
+        shared_blocks=shared_blocks,
+        duplicates=recipe.data.duplicates,
         rounds=recipe.federation.rounds,
         epochs=recipe.training.epochs,
         payload_bytes=trainable * (8 if recipe.model.dtype == "float64" else 4),
@@ -146,11 +154,11 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
 
 def tokenize_splits(
     splits: Splits, source: ModelSource, recipe: Recipe
-) -> tuple[TokenBlocks, tuple[ClientBlocks, ...]]:
-    """Token blocks of the central hold-out and of every client.
+) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
+    """Token blocks of the central hold-out and of every client, and how many training blocks are also held out.
 
     Raises:
-        DataError: a client's documents are all too short, or the tokenizer is not the model's.
+        DataError: a client has nothing to train on, nothing is held out, or the tokenizer is not the model's.
     """
 
     def tokenize(documents: Sequence[Document]) -> TokenBlocks:
@@ -158,23 +166,29 @@ def tokenize_splits(
         check_vocabulary(blocks, source.config.vocab_size)
         return blocks
 
-    clients = tuple(ClientBlocks(tokenize(client.train), tokenize(client.holdout)) for client in splits.clients)
-    for client, blocks in enumerate(clients):
-        if not len(blocks.train):
-            raise DataError(
-                f"client {client} has nothing to train on: each of its {blocks.train.dropped} documents has fewer than"
-                " two tokens",
-                where=f'data.source = "{recipe.data.source}"',
-                mend="use longer documents or fewer clients",
-            )
-    central = tokenize(splits.central)
-    if not len(central) and not any(len(blocks.holdout) for blocks in clients):
+    where = f'data.source = "{recipe.data.source}"'
+    central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
+    held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
+    if not held_out:
         raise DataError(
             "nothing is held out, so no adapter can be judged",
             where="data.central_holdout, data.client_holdout",
             mend="hold out some documents, centrally or at the clients",
         )
-    return central, clients
+    clients, shared = [], 0
+    for client, holdout in enumerate(holdouts):
+        train = tokenize(splits.clients[client].train)
+        unseen = without_blocks(train, held_out)
+        shared += len(train) - len(unseen)
+        clients.append(ClientBlocks(unseen if recipe.data.duplicates == "drop" else train, holdout))
+        if not len(clients[client].train):
+            raise DataError(
+                f"client {client} has nothing to train on: {train.dropped} documents have fewer than two tokens,"
+                f" {len(train) - len(unseen)} begin like a held-out one",
+                where=where,
+                mend="use longer documents or fewer clients",
+            )
+    return central, tuple(clients), shared
 
 
 def load_adapted_model(recipe: Recipe, source: ModelSource, display: Display) -> AdaptedModel:

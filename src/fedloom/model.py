@@ -103,11 +103,15 @@ def open_model(source: str, revision: str | None = None, say: Callable[[str], ob
         if rest not in SHAPES:
             raise ModelError(f'no shape "{rest}"', where="model.source", mend=f"known: {', '.join(SHAPES)}")
         return ModelSource(source, "seeded random weights", SHAPES[rest](), byte_tokenizer(), location="")
-    path = _find_in_package(rest) if scheme == "package" else Path(source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    try:
+        path = _find_in_package(rest) if scheme == "package" else Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError("not a possible path", where=f'model.source = "{source[:80]}"') from error
+    if is_file and path.suffix == ".gguf":
         folder, digest = unpack_gguf(path, say)
         return _read_folder(source, f"sha256 {digest[:16]}", folder)
-    if path.is_dir():
+    if is_folder:
         return _read_folder(source, "local folder", path)
     if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
         raise ModelError(f"no such model file or folder: {path}", where="model.source", mend="check the path")

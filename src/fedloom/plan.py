@@ -44,6 +44,10 @@ class Plan:
     clients: tuple[ClientPlan, ...]
     clients_per_round: int
     audit: Audit
+    shared_blocks: int
+    """Training blocks whose tokens are also held out though the documents differ: files that begin alike."""
+    duplicates: str
+    """What was done with copies: drop or report."""
     rounds: int
     epochs: int
     payload_bytes: int

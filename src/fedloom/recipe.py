@@ -7,6 +7,7 @@ nearest valid key, the file and the line. Nothing is silently corrected.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fedloom.errors import RecipeError
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+def _to_names(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise ValueError('should be a list of names, or "all-linear"')  # noqa: TRY004: pydantic's own way
+    return tuple(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_to_names)]
 
 
 class Section(BaseModel):
@@ -177,7 +185,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     text, where = _find_recipe(source)
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"not valid TOML: {error}", where=where) from None
     overridden = [_apply_override(values, override) for override in overrides]
     try:
@@ -208,13 +216,15 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _find_recipe(source: str | Path) -> tuple[str, str]:
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.suffix == ".toml" or len(path.parts) > 1:
         try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise RecipeError(f"can't read the recipe: {reason}", where=str(path)) from None
+            return path.expanduser().read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError:
+            raise RecipeError("can't read the recipe: not UTF-8 text", where=str(path)) from None
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a possible path"
+            raise RecipeError(f"can't read the recipe: {reason}", where=str(path)[:200]) from None
     shipped = shipped_recipes()
     if str(source) not in shipped:
         raise RecipeError(
@@ -228,8 +238,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     """Set one `dotted.key=value` in the values and return the dotted key."""
     dotted, equals, value = override.partition("=")
     *sections, key = dotted.strip().split(".")
-    if not equals or not key or not all(sections):
-        raise RecipeError(f'"{override}" is no override', mend="write section.key=value, as in training.epochs=2")
+    if not equals or not key or not all(sections) or "\n" in override or not override.isprintable():
+        raise RecipeError(f"{override!r} is no override", mend="write section.key=value, as in training.epochs=2")
     table = values
     for section in sections:
         table = table.setdefault(section, {})
@@ -237,8 +247,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
             raise RecipeError(f'"{dotted}" goes into a value', where=f"override {override}")
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[key] = value  # a bare word is a string: model.source=facebook/opt-350m
+    except (ValueError, RecursionError):
+        table[key] = value.strip()  # a bare word is a string: model.source=facebook/opt-350m
     return dotted.strip()
 
 
@@ -247,7 +257,7 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"] if str(part) in _words_of(Recipe) or first["type"] == "extra_forbidden"]
     dotted = ".".join(path)
-    if any(key == dotted or dotted.startswith(key + ".") for key in overridden):
+    if any(f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.") for key in overridden):
         where = f"override {dotted}"
     elif line := _line_of(text, path):
         where = f"{where}:{line}"
@@ -256,9 +266,18 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
     if first["type"] == "missing":
         return RecipeError(f"`{dotted}` is missing", where=where, mend="it has no default: set it")
     message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool | list) else ""
-    return RecipeError(f"`{dotted}`: {message[0].lower()}{message[1:]}{shown}", where=where)
+    return RecipeError(f"`{dotted}`: {message[0].lower()}{message[1:]}{_shown(first['input'])}", where=where)
+
+
+def _shown(value: object) -> str:
+    """A wrong value as an error shows it, unless it is a whole table or too long to help."""
+    if not isinstance(value, str | int | float | list):
+        return ""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list ...
+        return ""
+    return f", not {text}" if len(text) <= 80 else ""
 
 
 def _section_at(path: list[str]) -> type[BaseModel] | None:
@@ -289,18 +308,26 @@ def _line_of(text: str, path: list[str]) -> int | None:
     """The line on which a dotted key stands, or the nearest part of it that has a line."""
     header: list[str] = []
     best: tuple[int, int] | None = None
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.split("#", 1)[0].strip()
-        if stripped.startswith("["):
-            header = stripped.strip("[] ").split(".")
-            here = header
-        elif "=" in stripped:
-            here = [*header, *stripped.split("=", 1)[0].strip().strip("\"'").split(".")]
-        else:
+    inside = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        quotes = re.findall(r'"""|\'\'\'', line)
+        if inside:
+            inside = "" if inside in quotes else inside
             continue
-        if here == path[: len(here)] and (best is None or len(here) > best[0]):
+        stripped = line.split("#", 1)[0].strip()
+        here = header
+        if stripped.startswith("["):
+            here = header = _dotted(stripped.strip("[]"))
+        elif "=" in stripped:
+            here = [*header, *_dotted(stripped.split("=", 1)[0])]
+        if here and here == path[: len(here)] and (best is None or len(here) > best[0]):
             best = (len(here), number)
+        inside = quotes[0] if len(quotes) % 2 else ""
     return best[1] if best else None
+
+
+def _dotted(key: str) -> list[str]:
+    return [part.strip(" \t\"'") for part in key.split(".")]
 
 
 def describe_keys() -> str:

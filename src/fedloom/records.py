@@ -7,6 +7,7 @@ renamed. A key whose value is not known is left out, never invented.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -46,7 +47,8 @@ class Run:
 
 def judged_loss(record: Record) -> float:
     """What the best adapter is chosen by: the central loss, the clients' hold-out loss where there is none."""
-    return float(record.get("central_loss", record.get("client_loss", "inf")))
+    loss = record.get("central_loss", record.get("client_loss"))
+    return math.inf if loss is None else float(loss)
 
 
 def read_run(folder: str | Path) -> Run:

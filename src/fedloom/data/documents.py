@@ -105,31 +105,33 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
     text = row.get(data.text)
     if not isinstance(text, str):
         raise UnreadableError(f"without text in column {data.text}" if text is None else "not text")
-    if not text.strip().strip("\ufeff\x00"):
+    if all(character.isspace() or character in "\ufeff\x00" for character in text):
         raise UnreadableError("empty")
+    label = None
+    if data.partition.by is not None:
+        if row.get(data.partition.by) is None:
+            raise UnreadableError(f"without a value in column {data.partition.by}")
+        label = str(row[data.partition.by])
     try:
-        text.encode("utf-8")
+        f"{text}{label}".encode()
     except UnicodeEncodeError:
         raise UnreadableError("not valid Unicode") from None
-    if data.partition.by is None:
-        return Document(text, origin)
-    label = row.get(data.partition.by)
-    if label is None:
-        raise UnreadableError(f"without a value in column {data.partition.by}")
-    return Document(text, origin, str(label))
+    return Document(text, origin, label)
 
 
 def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
     if data.source == STDLIB:
         version = ".".join(map(str, sys.version_info[:3]))
         return Source(_rows_of_folder(_standard_library(), data), f"Python {version}")
-    path = Path(data.source).expanduser()
-    if path.is_dir():
-        paths = sorted(file for file in path.glob(data.files) if file.is_file())
-        if not paths:
-            raise DataError(f'no file matches "{data.files}"', where=str(path), mend="change data.files")
+    try:
+        path = Path(data.source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError("not a possible path", where=f'data.source = "{data.source[:80]}"') from error
+    if is_folder:
+        paths = _find_files(path, data.files)
         return Source(_rows_of_folder(_relative(paths, path), data), _newest(paths))
-    if path.is_file():
+    if is_file:
         if path.suffix not in READERS:
             raise DataError(
                 f'can\'t tell how to read "{path.suffix or path.name}"',
@@ -142,6 +144,18 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
             "no such file or folder", where=f'data.source = "{data.source}"', mend="paths start at the working folder"
         )
     return _open_hub(data, seed, at_most)
+
+
+def _find_files(folder: Path, pattern: str) -> list[Path]:
+    try:
+        paths = sorted(file for file in folder.glob(pattern) if file.is_file())
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise DataError(
+            f'not a usable glob: "{pattern[:80]}" ({error})', where=str(folder), mend="change data.files, as **/*.py"
+        ) from error
+    if not paths:
+        raise DataError(f'no file matches "{pattern}"', where=str(folder), mend="change data.files")
+    return paths
 
 
 def _standard_library() -> list[tuple[str, Path]]:
@@ -216,7 +230,8 @@ def _read_csv(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callab
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines)
-        _check_column(data, rows.fieldnames or [], path)
+        # A file without a header has text in its first line: its names are not told.
+        _check_column(data, rows.fieldnames or [], path, mend="name a column of the file's first line, the header")
         for row in rows:
             yield f"{origin}:{rows.line_num}", partial(_as_is, row)
 
@@ -225,27 +240,35 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Ca
     import pyarrow
     from pyarrow import parquet
 
+    def read_row(batch: pyarrow.RecordBatch, index: int) -> Row:
+        try:
+            return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError:
+            raise UnreadableError("not UTF-8 text") from None
+
+    number = 0
     try:
         table = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError("not a readable Parquet file", where=str(path), mend="write it again") from error
-    _check_column(data, table.schema_arrow.names, path)
-    columns = [name for name in table.schema_arrow.names if name in (data.text, data.partition.by)]
-    number = 0
-    for batch in table.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{origin}:{number}", partial(_as_is, row)
+        names = table.schema_arrow.names
+        _check_column(data, names, path, mend=f"it has: {', '.join(names)}")
+        for batch in table.iter_batches(columns=[name for name in names if name in (data.text, data.partition.by)]):
+            for index in range(batch.num_rows):
+                number += 1
+                yield f"{origin}:{number}", partial(read_row, batch, index)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"not a readable Parquet file: damaged after row {number}", where=str(path), mend="write it again"
+        ) from error
 
 
 def _as_is(row: Row) -> Row:
     return row
 
 
-def _check_column(data: Data, columns: Iterable[str], path: Path) -> None:
+def _check_column(data: Data, columns: Iterable[str], path: Path, *, mend: str) -> None:
     for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
         if column is not None and column not in columns:
-            raise DataError(f'no column "{column}"', where=str(path), mend=f"set {key} to one of: {', '.join(columns)}")
+            raise DataError(f'no column "{column}", as {key} asks', where=str(path), mend=mend)
 
 
 READERS: dict[str, Callable[[Path, str, Data], Iterator[tuple[str, Callable[[], Row]]]]] = {

@@ -8,9 +8,12 @@ exact or near, are counted and dropped from training.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import re
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -80,7 +83,7 @@ def documents_needed(data: Data) -> int | None:
 
 
 def split_documents(found: Documents, data: Data, seed: int) -> Splits:
-    """Give every document to the central hold-out, one client's training or one client's hold-out.
+    """Give documents to the central hold-out, one client's training or one client's hold-out, and none to two.
 
     Raises:
         DataError: fewer documents than asked for, or a client that is left without any to train on.
@@ -130,8 +133,10 @@ def partition_documents(
     partitioner = _PARTITIONERS[partition.kind](partition, clients, derive_seed(seed, "partition") % 2**32)
     partitioner.dataset = datasets.Dataset.from_dict({"index": range(len(documents)), "label": labels})
     try:
-        parts = [partitioner.load_partition(client)["index"] for client in range(clients)]
-    except (ValueError, KeyError) as error:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # of libraries about themselves, and a bar that has no switch
+            parts = [partitioner.load_partition(client)["index"] for client in range(clients)]
+    except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
         raise DataError(
             f"these {len(documents)} documents with {len(set(labels))} labels can't be partitioned: {error}",
             where=f'data.partition = {{kind = "{partition.kind}"}}',
@@ -246,8 +251,9 @@ class _HeldOut:
         self._near_duplicate = near_duplicate
         self._texts: dict[str, set[str]] = {"central": set(), "holdout": set()}
         self._shingles: dict[tuple[str, int], set[int]] = {}
-        # Candidates are checked exactly, so the index is tuned to miss few rather than to propose few.
-        self._index = MinHashLSH(threshold=near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
+        # Candidates are checked exactly, so the index looks well below the threshold: it may propose many, and at
+        # the threshold itself it would miss one in ten.
+        self._index = MinHashLSH(threshold=0.75 * near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
 
     def add(self, side: str, documents: Iterable[Document]) -> None:
         for document in documents:

@@ -8,8 +8,8 @@ Letters: N blocks, B sequences in a batch, T tokens in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,20 @@ class Batch:
         return Batch(self.tokens_BT.to(device), self.labels_BT.to(device), self.num_tokens)
 
 
+def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:
+    """What a model sees of these blocks: their real tokens."""
+    return {tokens_T[:length].numpy().tobytes() for tokens_T, length in _rows(blocks)}
+
+
+def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
+    """The blocks whose tokens are not among the others': truncation makes one of two files that begin alike."""
+    kept = [tokens_T[:length].numpy().tobytes() not in others for tokens_T, length in _rows(blocks)]
+    rows = torch.tensor(kept, dtype=torch.bool)
+    return replace(
+        blocks, tokens_NT=blocks.tokens_NT[rows], lengths_N=blocks.lengths_N[rows], counted_N=blocks.counted_N[rows]
+    )
+
+
 def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     """The blocks of these rows, cut to the widest of them: padding that nobody needs is not computed."""
     counted_B = blocks.counted_N[rows]
@@ -78,14 +92,10 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
     pieces: list[list[int]] = []
     dropped = 0
     for document in documents:
-        tokens = tokenizer(
-            document.text,
-            truncation=data.window == "truncate",
-            max_length=data.max_length if data.window == "truncate" else None,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        blocks = [tokens[start : start + data.max_length] for start in range(0, len(tokens), data.max_length)]
+        # Cut here and not by the tokenizer, some of which cut at the left.
+        tokens = tokenizer(document.text, return_attention_mask=False, verbose=False)["input_ids"]
+        end = data.max_length if data.window == "truncate" else len(tokens)
+        blocks = [tokens[start : start + data.max_length] for start in range(0, end, data.max_length)]
         usable = [block for block in blocks if len(block) > 1]
         dropped += not usable
         pieces.extend(usable)
@@ -95,6 +105,10 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
         tokens_NT[row, : len(piece)] = torch.tensor(piece)
     counted_N = torch.full_like(lengths_N, data.max_length) if data.pad_in_loss else lengths_N
     return TokenBlocks(tokens_NT, lengths_N, counted_N, dropped)
+
+
+def _rows(blocks: TokenBlocks) -> Iterator[tuple[Tensor, int]]:
+    return zip(blocks.tokens_NT, blocks.lengths_N.tolist(), strict=True)
 
 
 def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:

@@ -1,0 +1,335 @@
+"""Hold-out first, then partitions; and the audit finds exactly the copies that were planted."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from conftest import make_recipe
+
+from fedloom.data.documents import Document, Documents, load_documents
+from fedloom.data.splits import (
+    Audit,
+    ClientDocuments,
+    Splits,
+    audit_splits,
+    documents_needed,
+    partition_documents,
+    split_documents,
+)
+from fedloom.errors import DataError
+
+# Of datasets, when flwr-datasets sorts for shards.
+pytestmark = pytest.mark.filterwarnings("ignore:Specifying null_placement:FutureWarning")
+
+PARTITIONS = {
+    "iid": {"kind": "iid"},
+    "dirichlet": {"kind": "dirichlet", "by": "label", "alpha": 0.5},
+    "natural": {"kind": "natural", "by": "label"},
+    "shard": {"kind": "shard", "by": "label", "shards_per_client": 2},
+    "linear": {"kind": "linear"},
+    "square": {"kind": "square"},
+    "exponential": {"kind": "exponential"},
+}
+
+SIZES = {
+    "iid": [20, 20, 20],
+    "natural": [24, 24, 12],
+    "shard": [20, 20, 20],
+    "linear": [10, 20, 30],
+    "square": [4, 17, 39],
+    "exponential": [5, 14, 41],
+}
+"""What 60 documents with 5 labels make for 3 clients: 1:2:3, 1:4:9 and e:e²:e³, rest to the last."""
+
+SIDES = ["train", "holdout", "central"]
+
+every_partition = pytest.mark.parametrize("kind", PARTITIONS)
+
+
+def make_text(name: object, num_words: int = 8) -> str:
+    """Words that stand in no other text."""
+    return " ".join(f"{name}w{word}" for word in range(num_words))
+
+
+def make_documents(count: int, labels: int = 5, name: str = "d", num_words: int = 8) -> tuple[Document, ...]:
+    return tuple(
+        Document(make_text(f"{name}{number}", num_words), f"{name}{number}", f"label {number % labels}")
+        for number in range(count)
+    )
+
+
+def split(documents: Sequence[Document], seed: int = 7, **data: object) -> Splits:
+    section = make_recipe(data={"documents_per_client": None, "central_holdout": 6, **data}).data
+    return split_documents(Documents(tuple(documents), {}, "planted", "none"), section, seed)
+
+
+def sizes(splits: Splits) -> list[int]:
+    return [len(part.train) + len(part.holdout) for part in splits.clients]
+
+
+def everything(splits: Splits) -> list[str]:
+    documents = [*splits.central, *(document for part in splits.clients for document in (*part.train, *part.holdout))]
+    return [document.origin for document in documents]
+
+
+def found(audit: Audit) -> dict[str, tuple[int, int]]:
+    """Exact and near copies of each pair of sides where there are any."""
+    counts = {f"{overlap.side}/{overlap.other}": (overlap.exact, overlap.near) for overlap in audit.overlaps}
+    assert list(counts) == ["train/central", "train/holdout", "holdout/central"]
+    return {sides: count for sides, count in counts.items() if any(count)}
+
+
+def audit(
+    train: Sequence[Document] = (),
+    holdout: Sequence[Document] = (),
+    central: Sequence[Document] = (),
+    *,
+    near_duplicate: float = 0.8,
+    drop: bool = True,
+) -> tuple[tuple[Document, ...], Audit]:
+    """What is left of the training documents of a single client, and the audit."""
+    client = ClientDocuments(tuple(train), tuple(holdout))
+    (cleaned,), audited = audit_splits(central, [client], near_duplicate, drop=drop)
+    assert cleaned.holdout == client.holdout
+    return cleaned.train, audited
+
+
+def respace(text: str) -> str:
+    return "\r\n\t" + text.replace(" ", " \n  ") + "\u00a0 "
+
+
+def reword(text: str, num_words: int = 2) -> str:
+    """The same text with a few words changed, far apart."""
+    words = text.split()
+    for number in range(num_words):
+        words[20 + number * len(words) // (num_words + 1)] = f"changed{number}"
+    return " ".join(words)
+
+
+@every_partition
+def test_central_is_held_out_before_anything_is_partitioned(kind: str) -> None:
+    documents = make_documents(66)
+    assert split(documents, partition=PARTITIONS[kind]).central == documents[:6]
+
+
+@every_partition
+def test_every_document_stands_on_one_side(kind: str) -> None:
+    documents = make_documents(66)
+    splits = split(documents, partition=PARTITIONS[kind])
+    assert sorted(everything(splits)) == sorted(document.origin for document in documents)
+    assert found(splits.audit) == {}
+
+
+@pytest.mark.parametrize(("kind", "expected"), SIZES.items(), ids=SIZES)
+def test_each_partition_has_its_shape(kind: str, expected: list[int]) -> None:
+    assert sizes(split(make_documents(66), partition=PARTITIONS[kind])) == expected
+
+
+@every_partition
+def test_a_split_is_the_same_for_the_same_seed(kind: str) -> None:
+    documents = make_documents(66)
+    first = split(documents, seed=1, partition=PARTITIONS[kind])
+    assert split(documents, seed=1, partition=PARTITIONS[kind]) == first
+    assert split(documents, seed=2, partition=PARTITIONS[kind]) != first
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "shard"])
+def test_partitions_by_chance_draw_it_from_the_seed(kind: str) -> None:
+    section = make_recipe(data={"partition": PARTITIONS[kind]}).data.partition
+    first, again, other = (partition_documents(make_documents(60), section, 3, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_natural_gives_every_label_to_one_client() -> None:
+    documents = [Document(make_text(f"{label}{n}"), f"{label}{n}", label) for label in "abcdefg" for n in range(9)]
+    splits = split(documents, central_holdout=0, partition=PARTITIONS["natural"])
+    labels = [{document.label for document in (*part.train, *part.holdout)} for part in splits.clients]
+    assert sorted(label for owned in labels for label in owned) == list("abcdefg")
+    assert sorted(sizes(splits)) == [18, 18, 27]
+
+
+def test_a_small_alpha_is_skewed_and_a_large_one_is_even() -> None:
+    def largest_share(alpha: float) -> float:
+        """The mean over labels of the share of a label's documents that one client holds."""
+        partition = {"kind": "dirichlet", "by": "label", "alpha": alpha}
+        section = make_recipe(data={"partition": partition}).data.partition
+        parts = partition_documents(make_documents(300), section, 3, seed=3)
+        counts = [Counter(document.label for document in part) for part in parts]
+        return sum(max(count[f"label {label}"] for count in counts) / 60 for label in range(5)) / 5
+
+    assert largest_share(0.05) > 0.8
+    assert largest_share(1000) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("share", "documents", "expected"), [(0.25, 20, 5), (0.2, 2000, 400), (0.0, 20, 0), (0.01, 20, 1), (0.99, 20, 19)]
+)
+def test_each_client_holds_out_its_share(share: float, documents: int, expected: int) -> None:
+    splits = split(make_documents(documents), clients=1, central_holdout=0, client_holdout=share)
+    assert len(splits.clients[0].holdout) == expected
+
+
+def test_a_client_with_one_document_trains_on_it() -> None:
+    splits = split(make_documents(3), central_holdout=0, client_holdout=0.5)
+    assert [(len(part.train), len(part.holdout)) for part in splits.clients] == [(1, 0)] * 3
+
+
+def test_as_many_documents_are_split_as_the_recipe_asks_for() -> None:
+    data = make_recipe(data={"clients": 4, "documents_per_client": 10, "central_holdout": 7}).data
+    assert documents_needed(data) == 47
+    loaded = load_documents(data, 7, documents_needed(data))
+    splits = split_documents(loaded, data, 7)
+    assert len(splits.central) == 7
+    assert sum(sizes(splits)) + sum(splits.audit.dropped) == 40
+
+
+def test_all_documents_are_taken_where_no_number_is_asked_for() -> None:
+    assert documents_needed(make_recipe(data={"documents_per_client": None}).data) is None
+    assert sizes(split(make_documents(66))) == [20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("documents_per_client", "asked"),
+    [(20, "66 (6 central + 3 clients × 20)"), (None, "9 (6 central + 3 clients × at")],
+)
+def test_too_few_documents_is_an_error_with_both_numbers(documents_per_client: int | None, asked: str) -> None:
+    data = make_recipe(data={"documents_per_client": documents_per_client}).data
+    loaded = Documents(make_documents(8), {"empty": 4}, "planted", "none")
+    with pytest.raises(DataError) as caught:
+        split_documents(loaded, data, 7)
+    for words in ("8 usable documents", f"asks for {asked}", "skipped 4: 4 empty", "data.documents_per_client"):
+        assert words in str(caught.value)
+
+
+def test_a_client_left_without_documents_is_an_error_that_says_why() -> None:
+    documents = make_documents(2)
+    with pytest.raises(DataError) as caught:
+        split([*documents, *documents], central_holdout=2, clients=1, client_holdout=0.0)
+    for words in ("client 0 has no document to train on", "held out: 0", "held-out documents: 2"):
+        assert words in str(caught.value)
+
+
+def test_too_few_labels_for_natural_is_an_error_with_both_numbers() -> None:
+    with pytest.raises(DataError, match='column "label" has 2 different values for 3 clients'):
+        split(make_documents(66, labels=2), partition=PARTITIONS["natural"])
+
+
+@pytest.mark.parametrize(
+    ("partition", "clients"),
+    [
+        (PARTITIONS["linear"], 30),
+        (PARTITIONS["square"], 30),
+        (PARTITIONS["exponential"], 30),
+        ({"kind": "shard", "by": "label", "shards_per_client": 50}, 3),
+        ({"kind": "dirichlet", "by": "label", "alpha": 0.001}, 30),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else str(value),
+)
+# Of flwr-datasets, at each of the ten draws that leave a client without documents.
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size:UserWarning")
+def test_a_partition_that_is_not_possible_is_an_error(partition: dict[str, object], clients: int) -> None:
+    with pytest.raises(DataError, match=f'data.partition = {{kind = "{partition["kind"]}"}}'):
+        split(make_documents(66), clients=clients, partition=partition)
+
+
+@pytest.mark.parametrize(("side", "other"), [("train", "central"), ("train", "holdout"), ("holdout", "central")])
+@pytest.mark.parametrize("drop", [True, False], ids=["drop", "report"])
+def test_planted_copies_are_counted_exactly(side: str, other: str, drop: bool) -> None:
+    own = {name: make_documents(10, name=name, num_words=200) for name in SIDES}
+    targets = [document.text for document in own[other]]
+    exact = [*targets[:2], respace(targets[2])]
+    near = [reword(targets[3]), reword(targets[4], 1), respace(reword(targets[5])), targets[6] + " and some more"]
+    planted = [Document(text, f"planted {number}") for number, text in enumerate([*exact, *near])]
+    left, audited = audit(**{**own, side: [*own[side], *planted]}, drop=drop)
+    assert found(audited) == {f"{side}/{other}": (3, 4)}
+    if side == "train":
+        assert left == (own["train"] if drop else (*own["train"], *planted))
+        assert audited.dropped == ((7,) if drop else (0,))
+        assert audited.leaks == (0 if drop else 7)
+    else:
+        assert left == own["train"]
+        assert audited.dropped == (0,)
+        assert audited.leaks == 0
+
+
+def test_a_copy_on_both_held_out_sides_counts_for_each_and_is_dropped_once() -> None:
+    (document,) = make_documents(1)
+    left, audited = audit([document, *make_documents(3, name="own")], [document], [document])
+    assert found(audited) == dict.fromkeys(("train/central", "train/holdout", "holdout/central"), (1, 0))
+    assert len(left) == 3
+    assert audited.dropped == (1,)
+
+
+def test_what_another_client_holds_out_is_not_trained_on() -> None:
+    first, second = make_documents(2)
+    clients = [ClientDocuments((first,), (second,)), ClientDocuments((second,), (first,))]
+    cleaned, audited = audit_splits([], clients, 0.8, drop=True)
+    assert [part.train for part in cleaned] == [(), ()]
+    assert audited.dropped == (1, 1)
+
+
+def test_copies_within_a_side_are_no_leak() -> None:
+    train, holdout, central = (make_documents(3, name=name) * 2 for name in SIDES)
+    left, audited = audit(train, holdout, central)
+    assert left == train
+    assert found(audited) == {}
+
+
+def test_composed_and_decomposed_letters_are_the_same_text() -> None:
+    _, audited = audit([Document("voilà un café", "a")], (), [Document("voila\u0300 un cafe\u0301", "b")])
+    assert found(audited) == {"train/central": (1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("near_duplicate", "near"), [(0.5, 1), (0.8, 1), (0.9, 1), (0.91, 0), (0.99, 0), (1.0, 0)], ids=str
+)
+def test_the_true_similarity_decides(near_duplicate: float, near: int) -> None:
+    text = make_text("a", 200)
+    # Two words changed touch 10 of 196 runs of five words: 186 of 206 are common, 0.903.
+    _, audited = audit([Document(reword(text), "a")], (), [Document(text, "b")], near_duplicate=near_duplicate)
+    assert found(audited) == ({"train/central": (0, near)} if near else {})
+
+
+def test_texts_that_differ_only_in_white_space_between_signs_are_near_at_any_threshold() -> None:
+    central = [Document("def f(x): return x + 1", "a")]
+    _, audited = audit([Document("def f( x ):\n    return x+1", "b")], (), central, near_duplicate=1.0)
+    assert found(audited) == {"train/central": (0, 1)}
+
+
+def test_unrelated_texts_have_no_overlap() -> None:
+    own = {name: make_documents(50, name=name, num_words=60) for name in SIDES}
+    left, audited = audit(**own)
+    assert left == own["train"]
+    assert found(audited) == {}
+    assert (audited.train, audited.holdout, audited.central, audited.leaks) == (50, 50, 50, 0)
+
+
+def test_the_original_programs_298_rows_are_found_and_dropped() -> None:
+    """It evaluated on the first 3,000 rows; of the rows that its clients drew, 298 were among them."""
+    central = make_documents(3_000, name="row")
+    pool = [*central[:298], *make_documents(1_202, name="own")]
+    clients = [ClientDocuments(tuple(pool[start::3]), ()) for start in range(3)]
+    cleaned, audited = audit_splits(central, clients, 0.8, drop=True)
+    assert found(audited) == {"train/central": (298, 0)}
+    assert sum(audited.dropped) == 298
+    assert audited.leaks == 0
+    assert not {document.text for part in cleaned for document in part.train} & {row.text for row in central}
+    assert sum(len(part.train) for part in cleaned) == 1_202
+
+
+@pytest.mark.parametrize(("duplicates", "dropped", "leaks"), [("drop", 4, 0), ("report", 0, 4)])
+def test_the_recipe_says_what_happens_to_copies(duplicates: str, dropped: int, leaks: int) -> None:
+    documents = make_documents(26)
+    splits = split([*documents, *documents[:4]], client_holdout=0.0, duplicates=duplicates)
+    assert found(splits.audit) == {"train/central": (4, 0)}
+    assert (sum(splits.audit.dropped), splits.audit.leaks) == (dropped, leaks)
+    assert sum(sizes(splits)) == 24 - dropped
+
+
+def test_an_audit_is_json() -> None:
+    _, audited = audit(make_documents(3), make_documents(3, name="h"), make_documents(3, name="c"))
+    written = json.loads(json.dumps(audited.to_json()))
+    assert written["dropped"] == [0]
+    assert [overlap["side"] for overlap in written["overlaps"]] == ["train", "train", "holdout"]

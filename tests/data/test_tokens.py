@@ -1,0 +1,181 @@
+"""Blocks hold a document's tokens in order, and padding never counts unless it is asked to."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_recipe
+
+from fedloom.data.documents import Document
+from fedloom.data.tokens import IGNORED, TokenBlocks, check_vocabulary, take_batch, tokenize_documents
+from fedloom.errors import DataError
+from fedloom.model import byte_tokenizer
+
+END = "<|end|>"
+TEXTS = ["abcdefghijk", "lm", "nopqrst", "uvwx"]
+"""11, 2, 7 and 4 tokens: a token a byte."""
+
+
+def tokenize(texts: list[str], tokenizer: Any = None, **data: object) -> TokenBlocks:
+    section = make_recipe(data={"max_length": 4, **data}).data
+    return tokenize_documents([Document(text, "test") for text in texts], tokenizer or byte_tokenizer(), section)
+
+
+def read(blocks: TokenBlocks) -> list[str]:
+    """The text of each block, without its padding."""
+    rows = zip(blocks.tokens_NT, blocks.lengths_N, strict=True)
+    return [byte_tokenizer().decode(row[:length]) for row, length in rows]
+
+
+def take_all(blocks: TokenBlocks) -> Any:
+    return take_batch(blocks, torch.arange(len(blocks)))
+
+
+def padded_by(token: str | None) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = token
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ("truncate", ["abcd", "lm", "nopq", "uvwx"]),
+        ("blocks", ["abcd", "efgh", "ijk", "lm", "nopq", "rst", "uvwx"]),
+    ],
+)
+def test_a_window_keeps_the_first_block_or_every_block(window: str, expected: list[str]) -> None:
+    blocks = tokenize(TEXTS, window=window)
+    assert read(blocks) == expected
+    assert blocks.lengths_N.tolist() == [len(text) for text in expected]
+    assert blocks.tokens_NT.shape == (len(expected), 4)
+    assert blocks.tokens_NT.dtype == torch.int64
+    assert blocks.num_tokens == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("window", ["truncate", "blocks"])
+def test_the_first_block_is_the_first_whatever_the_tokenizer_would_cut(window: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.truncation_side = "left"
+    assert read(tokenize(["abcdefghijk"], tokenizer, window=window))[0] == "abcd"
+
+
+def test_blocks_lose_no_byte_of_a_text() -> None:
+    text = "naïve 👩‍🚀 שלום e\u0301 \x00 end"
+    blocks = tokenize([text], window="blocks", max_length=7)
+    tokens = [row[:length] for row, length in zip(blocks.tokens_NT, blocks.lengths_N, strict=True)]
+    assert byte_tokenizer().decode(torch.cat(tokens)) == text
+
+
+def test_a_last_block_of_one_token_is_left_out_but_drops_no_document() -> None:
+    blocks = tokenize(["abcde"], window="blocks")
+    assert read(blocks) == ["abcd"]
+    assert blocks.dropped == 0
+
+
+@pytest.mark.parametrize("window", ["truncate", "blocks"])
+def test_documents_with_fewer_than_two_tokens_are_dropped_and_counted(window: str) -> None:
+    blocks = tokenize(["", "a", "bc", "d"], window=window)
+    assert read(blocks) == ["bc"]
+    assert blocks.dropped == 3
+
+
+@pytest.mark.parametrize(("texts", "dropped"), [([], 0), (["", "a"], 2)])
+@pytest.mark.parametrize("pad_in_loss", [True, False])
+def test_no_usable_document_gives_no_block(texts: list[str], dropped: int, pad_in_loss: bool) -> None:
+    blocks = tokenize(texts, pad_in_loss=pad_in_loss)
+    assert len(blocks) == 0
+    assert blocks.tokens_NT.shape == (0, 4)
+    assert (blocks.num_tokens, blocks.dropped) == (0, dropped)
+    check_vocabulary(blocks, 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_stands_on_the_right(side: str) -> None:
+    tokenizer = padded_by(END)
+    tokenizer.padding_side = side
+    blocks = tokenize(["ab"], tokenizer)
+    first, second = tokenizer("ab")["input_ids"]
+    assert blocks.tokens_NT.tolist() == [[first, second, tokenizer.pad_token_id, tokenizer.pad_token_id]]
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.pad_token_id is None
+    assert tokenize(["ab"], tokenizer).tokens_NT[0, 2:].tolist() == [tokenizer.eos_token_id] * 2
+
+
+def test_a_tokenizer_without_any_special_token_pads_with_zeros() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    blocks = tokenize(["ab"], tokenizer)
+    assert blocks.tokens_NT[0, 2:].tolist() == [0, 0]
+    assert take_all(blocks).labels_BT.shape == (1, 2)
+
+
+@pytest.mark.parametrize("pad_in_loss", [False, True])
+def test_padding_counts_only_where_it_is_asked_to(pad_in_loss: bool) -> None:
+    blocks = tokenize(TEXTS, pad_in_loss=pad_in_loss, max_length=8)
+    assert blocks.lengths_N.tolist() == [8, 2, 7, 4]
+    assert blocks.counted_N.tolist() == ([8, 8, 8, 8] if pad_in_loss else [8, 2, 7, 4])
+
+
+def test_a_batch_is_cut_to_its_widest_block() -> None:
+    blocks = tokenize(TEXTS, max_length=16)
+    for rows, width in (([1], 2), ([1, 3], 4), ([3, 2, 1], 7), ([0, 1, 2, 3], 11)):
+        batch = take_batch(blocks, torch.tensor(rows))
+        assert batch.tokens_BT.shape == batch.labels_BT.shape == (len(rows), width)
+        assert batch.num_tokens == sum(len(TEXTS[row]) for row in rows)
+        torch.testing.assert_close(batch.tokens_BT, blocks.tokens_NT[rows, :width])
+
+
+# Without a padding token, and with one that is the end of the text.
+@pytest.mark.parametrize("pad_token", [None, END])
+def test_labels_are_ignored_exactly_on_padding(pad_token: str | None) -> None:
+    blocks = tokenize([*TEXTS, f"ab{END}", f"{END}{END}", f"a{END}b{END}c"], padded_by(pad_token), max_length=16)
+    assert blocks.lengths_N.tolist() == [11, 2, 7, 4, 3, 2, 5]
+    batch = take_all(blocks)
+    padding_BT = torch.arange(11) >= blocks.lengths_N[:, None]
+    assert torch.equal(batch.labels_BT == IGNORED, padding_BT)
+    assert torch.equal(batch.labels_BT[~padding_BT], batch.tokens_BT[~padding_BT])
+
+
+def test_an_end_inside_the_text_stays_a_label_where_it_is_the_padding() -> None:
+    tokenizer = padded_by(END)
+    end = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == end
+    batch = take_all(tokenize([f"a{END}b{END}", "abcdefgh"], tokenizer, max_length=8))
+    assert (batch.labels_BT[0] == end).tolist() == [False, True, False, True, False, False, False, False]
+    assert batch.labels_BT[0, 4:].tolist() == [IGNORED] * 4
+
+
+def test_padding_that_counts_is_a_label_to_the_full_length() -> None:
+    tokenizer = byte_tokenizer()
+    batch = take_all(tokenize(["ab", "cde"], tokenizer, max_length=8, pad_in_loss=True))
+    assert batch.labels_BT.shape == (2, 8)
+    assert torch.equal(batch.labels_BT, batch.tokens_BT)
+    assert batch.labels_BT[0, 2:].tolist() == [tokenizer.eos_token_id] * 6
+    assert batch.num_tokens == 5
+
+
+def test_taking_a_batch_leaves_the_blocks_alone() -> None:
+    blocks = tokenize(TEXTS)
+    before_NT = blocks.tokens_NT.clone()
+    take_all(blocks).labels_BT.fill_(0)
+    assert torch.equal(blocks.tokens_NT, before_NT)
+
+
+def test_a_batch_moves_whole() -> None:
+    batch = take_all(tokenize(TEXTS)).to(torch.device("meta"))
+    assert batch.tokens_BT.device.type == batch.labels_BT.device.type == "meta"
+    assert batch.num_tokens == 14
+
+
+def test_a_vocabulary_that_is_too_small_is_refused() -> None:
+    blocks = tokenize(TEXTS, window="blocks")
+    largest = max(byte_tokenizer()("".join(TEXTS))["input_ids"] + [byte_tokenizer().eos_token_id])
+    check_vocabulary(blocks, largest + 1)
+    with pytest.raises(DataError) as caught:
+        check_vocabulary(blocks, largest)
+    for words in ("model.source", f"token {largest} ", f"vocabulary of {largest}", "the tokenizer that belongs to it"):
+        assert words in str(caught.value)

@@ -1,0 +1,94 @@
+"""What a user installs, and what the documents say."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fedloom.recipe import describe_keys, load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_runs_from_elsewhere(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist", ROOT], check=True
+    )
+    (wheel,) = (tmp_path / "dist").glob("fedloom-*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    assert {f"fedloom/recipes/{name}.toml" for name in shipped_recipes()} <= set(held)
+    assert "fedloom/py.typed" in held
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def fedloom(*arguments: str) -> str:
+        return subprocess.run(
+            [tmp_path / "site" / "bin" / "fedloom", *arguments],
+            cwd=elsewhere, env=environment, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    found = subprocess.run(
+        [sys.executable, "-c", "import fedloom; print(fedloom.__file__)"],
+        cwd=elsewhere, env=environment, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert found.startswith(str(tmp_path / "site"))
+    assert "quickstart" in fedloom("recipes")
+    assert "best adapter" in fedloom("run", "tiny", "--out", "run")
+    assert (elsewhere / "run" / "adapters" / "best" / "adapter_model.safetensors").is_file()
+
+
+def test_every_dependency_is_pinned_once() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)", line).groups() for line in lines)
+    assert len(pins) == len(lines)
+    pinned = {name.lower().replace("_", "-") for name in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert {re.match(r"[A-Za-z0-9-]+", line).group() for line in wanted} <= pinned
+
+
+def test_the_keys_in_the_documents_are_those_of_the_code() -> None:
+    assert describe_keys() in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8"), (
+        "docs/recipe.md is out of date: python -c 'from fedloom.recipe import describe_keys; print(describe_keys())'"
+    )
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_under_its_name_and_says_what_it_is(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_the_experiments_recipes_are_the_experiment() -> None:
+    whole, half = load_recipe("opt350m-lora-fedprox-6k"), load_recipe("opt350m-lora-fedprox-3k")
+    as_run = load_recipe("opt350m-lora-fedprox-6k-as-run")
+    assert (whole.adapter.rank, whole.adapter.alpha, whole.adapter.dropout) == (16, 32, 0.5)
+    assert (whole.data.clients, whole.data.documents_per_client, whole.data.central_holdout) == (3, 2000, 3000)
+    assert (whole.training.epochs, whole.training.learning_rate, whole.training.proximal_mu) == (3, 1e-5, 0.1)
+    assert (whole.federation.rounds, half.federation.rounds, half.data.documents_per_client) == (20, 10, 1000)
+    assert as_run.data.pad_in_loss
+    assert (as_run.training.proximal_mu, as_run.adapter.dropout) == (0.0, 0.05)
+    assert (as_run.training.schedule, as_run.training.schedule_scope) == ("linear", "round")
+
+
+def test_what_the_readme_shows_is_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make run" in readme
+    assert "make test" in readme
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`(src/[\w./]+|docs/[\w./]+)`", readme):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"fedloom (?:run|plan) ([a-z][\w-]*)", readme):
+        assert name in shipped_recipes(), name
