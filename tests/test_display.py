@@ -15,11 +15,7 @@ from fedloom.experiment import plan
 def show(tmp_path: Path, *, terminal: bool) -> str:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=100, highlight=False)
-    display = Terminal(console)
-    try:
-        run(make_recipe(), tmp_path / "run", display)
-    finally:
-        display.close()
+    run(make_recipe(), tmp_path / "run", Terminal(console))
     return screen.getvalue()
 
 

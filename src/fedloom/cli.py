@@ -46,14 +46,9 @@ def run(
     from fedloom.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.display import Terminal
     from fedloom.experiment import run
 
-    display = Terminal()
-    try:
-        run(loaded, out, display)
-    finally:
-        display.close()
+    run(loaded, out)
 
 
 @app.command()

@@ -41,6 +41,7 @@ class Display(Protocol):
     def watch(self, progress: Progress) -> None: ...
     def show_round(self, record: dict[str, Any]) -> None: ...
     def show_end(self, run: Run) -> None: ...
+    def close(self) -> None: ...
 
 
 class Quiet:
@@ -52,6 +53,7 @@ class Quiet:
     def watch(self, progress: Progress) -> None: ...
     def show_round(self, record: dict[str, Any]) -> None: ...
     def show_end(self, run: Run) -> None: ...
+    def close(self) -> None: ...
 
 
 class Terminal:
@@ -72,10 +74,6 @@ class Terminal:
         self._total_steps = 0
         self._said = time.perf_counter()
         self._round = 0
-
-    def close(self) -> None:
-        """Take the progress bar off the screen."""
-        self._live.stop()
 
     def show_step(self, what: str, detail: str) -> None:
         self._print(f"[dim]{what:<10}{_plain(detail)}[/dim]")
@@ -125,13 +123,16 @@ class Terminal:
         self._print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
 
     def show_end(self, run: Run) -> None:
-        self.close()
         self._print("")
         losses = [record["central_loss"] for record in run.rounds if "central_loss" in record]
         if losses:
             best = f"best in round {run.best_round}: {min(losses):.4f}"
             self._print(f"central loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
         self._print(f"best adapter  {_plain(str(run.folder / 'adapters' / 'best'))}")
+
+    def close(self) -> None:
+        """Take the progress bar off the screen."""
+        self._live.stop()
 
     def _rate(self, progress: Progress) -> str:
         assert self._clock is not None

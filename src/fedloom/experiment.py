@@ -23,7 +23,7 @@ from fedloom.data.tokens import (
     tokenize_documents,
     without_blocks,
 )
-from fedloom.display import Display, Quiet
+from fedloom.display import Display, Quiet, Terminal
 from fedloom.errors import DataError, FedloomError, ModelError
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
@@ -51,14 +51,14 @@ class Prepared:
 
 
 def run(recipe: Recipe, out: str | Path | None = None, display: Display | None = None) -> Run:
-    """Carry out a recipe and return its run directory, read.
+    """Carry out a recipe and return its run directory, read; shown on the terminal or notebook, or on `display`.
 
     Nothing is written before the data, the model and the adapter are there and fit together.
 
     Raises:
         FedloomError: what the person who asked can mend.
     """
-    display = display or Quiet()
+    display = display or Terminal()
     folder = Path(out) if out else Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(folder)
     prepared = prepare(recipe, display)
@@ -82,6 +82,8 @@ def run(recipe: Recipe, out: str | Path | None = None, display: Display | None =
     except BaseException as error:
         writer.write_status("failed", error=f"bug: {type(error).__name__}")
         raise
+    finally:
+        display.close()
     finished = read_run(folder)
     display.show_end(finished)
     return finished
