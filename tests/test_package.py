@@ -82,13 +82,17 @@ def test_the_experiments_recipes_are_the_experiment() -> None:
     assert (as_run.training.schedule, as_run.training.schedule_scope) == ("linear", "round")
 
 
-def test_what_the_readme_shows_is_there() -> None:
+def test_what_the_readme_shows_is_there(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "make run" in readme
-    assert "make test" in readme
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme) + re.findall(r"`((?:src|docs|tests)/[\w./]+)`", readme):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"`(src/[\w./]+|docs/[\w./]+)`", readme):
-        assert (ROOT / path).exists(), path
-    for name in re.findall(r"fedloom (?:run|plan) ([a-z][\w-]*)", readme):
+    for name in re.findall(r"fedloom (?:run|plan) ([a-z][\w-]*)(?!\S)", readme):
         assert name in shipped_recipes(), name
+    (recipe,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(recipe, encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.toml", ["training.proximal_mu=0.01"]).training.proximal_mu == 0.01
+    for name, text in shipped_recipes().items():
+        assert f"| `{name}` |" in readme
+        assert load_recipe(name).name in text
+    targets = set(re.findall(r"^make (\w+)", readme, re.MULTILINE))
+    assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
