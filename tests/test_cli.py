@@ -115,7 +115,7 @@ BAD_INPUT = {
     "no such device": (["model.device=cuda:7"], ["no device cuda:7", '"auto" or "cpu"']),
     "a loss that is no number": (
         ["training.learning_rate=1e30", "training.optimizer=sgd", "training.epochs=4"],
-        ["round 1, client 0, step", "the loss is", "lower training.learning_rate"],
+        ["round 1, client ", ", step ", "the loss is", "lower training.learning_rate"],
     ),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -132,11 +133,11 @@ def test_without_client_hold_outs_there_is_no_client_loss(tmp_path: Path) -> Non
 
 def test_a_diverging_run_stays_readable_and_says_where(tmp_path: Path) -> None:
     recipe = make_recipe(training={"learning_rate": 1e30, "optimizer": "sgd", "epochs": 3, "proximal_mu": 0.0})
-    with pytest.raises(TrainingError, match=r"round 1, client 0, step \d+: the loss is"):
+    with pytest.raises(TrainingError, match=r"round 1, client \d, step \d+: the loss is"):
         run(recipe, tmp_path / "run")
     stopped = read_run(tmp_path / "run")
     assert stopped.status["state"] == "failed"
-    assert "round 1, client 0, step" in stopped.status["error"]
+    assert re.search(r"round 1, client \d, step", stopped.status["error"])
     assert [record["round"] for record in stopped.rounds] == [0]
     assert (tmp_path / "run" / "adapters" / "best").is_dir()
 

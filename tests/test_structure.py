@@ -21,10 +21,15 @@ HOUSE = [
     "data.splits",
     "data.tokens",
     "model",
+    "readout",
     "adapters.adapter",
-    "training.jobs",
+    "adapters.stacked",
     "training.objective",
+    "training.jobs",
     "training.reference",
+    "training.client_dropout",
+    "training.stacked_optimizers",
+    "training.batched",
     "evaluation",
     "federation.aggregation",
     "federation.sampling",
@@ -40,7 +45,9 @@ HOUSE = [
 ]
 """The modules in the order in which data flows."""
 
-BARE = ["model", "adapters.adapter", "training.jobs", "training.objective", "training.reference", "evaluation"]
+BARE = [
+    module for module in HOUSE if module.split(".")[0] in ("model", "readout", "adapters", "training", "evaluation")
+]
 """Modules that also run on a bare GPU machine."""
 
 LIGHT = ["errors", "randomness", "recipe", "progress", "plan", "machine", "records", "display", "cli"]

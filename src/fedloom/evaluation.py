@@ -10,7 +10,7 @@ import torch
 from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.data.tokens import IGNORED, TokenBlocks, take_batch
 from fedloom.progress import Progress, Watch, ignore
-from fedloom.training.objective import next_token_targets, token_loss_sum
+from fedloom.training.objective import next_token_targets
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,20 @@ def evaluate(
 ) -> Score:
     """Score an adapter on every block, in the model's dtype, without gradients or dropout.
 
-    Batches are of similar lengths, so that little padding is computed; neither that nor the batch size changes the
-    sums beyond rounding.
+    Batches are of similar lengths, so that little padding is computed, and logits exist only for a few counted
+    positions at a time; neither that nor the batch size changes the sums beyond rounding.
     """
     adapted.load(adapter)
     adapted.model.eval()
-    score = Score(0.0, 0, 0)
+    loss, correct, num_targets = 0.0, 0, 0
     by_length = torch.argsort(blocks.counted_N, stable=True)
     with torch.inference_mode():
         for rows in by_length.split(batch_size):
             batch = take_batch(blocks, rows).to(adapted.device)
-            logits_BTV = adapted.model(input_ids=batch.tokens_BT, use_cache=False).logits
-            targets_BT = next_token_targets(batch.labels_BT)
-            correct_BT = logits_BTV.argmax(-1) == targets_BT  # never true where nothing counts
-            score += Score(
-                loss_sum=token_loss_sum(logits_BTV, targets_BT).item(),
-                correct=int(correct_BT.sum()),
-                num_targets=int((targets_BT != IGNORED).sum()),
-            )
+            targets_M = next_token_targets(batch.labels_BT).flatten()
+            counted_M = (targets_M != IGNORED).nonzero()[:, 0]
+            batch_loss, batch_correct = adapted.readout.score(batch.tokens_BT, counted_M, targets_M[counted_M])
+            loss, correct = loss + float(batch_loss), correct + int(batch_correct)
+            num_targets += len(counted_M)
             watch(Progress("evaluate", batch.num_tokens))
-    return score
+    return Score(loss, correct, num_targets)

@@ -7,7 +7,7 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -35,9 +35,15 @@ from fedloom.model import ModelSource, build_meta_model, choose_device, load_mod
 from fedloom.plan import ClientPlan, Plan
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Run, RunWriter, check_free, judged_loss, read_run
+from fedloom.training.batched import build_batched_engine
+from fedloom.training.jobs import TrainClients
 from fedloom.training.reference import build_reference_engine
 
-ENGINES = {"reference": build_reference_engine}
+ENGINES: dict[str, Callable[..., TrainClients]] = {
+    "batched": build_batched_engine,
+    "reference": build_reference_engine,
+}
+"""Both give the same updates: `batched` in one pass over all clients, `reference` plainly. `auto` is `batched`."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     shape = build_meta_model(source)
     trainable, parameters = count_adapted(shape, build_config(recipe.adapter, shape))
-    engine = "reference" if recipe.training.engine == "auto" else recipe.training.engine
+    engine = "batched" if recipe.training.engine == "auto" else recipe.training.engine
     plan = Plan(
         name=recipe.name,
         model=source.name,

@@ -18,7 +18,6 @@ class Progress:
     tokens: int
     round: int | None = None
     client: int | None = None
-    loss: float | None = None
 
 
 Watch = Callable[[Progress], None]

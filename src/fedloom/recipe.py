@@ -21,7 +21,7 @@ from fedloom.errors import RecipeError
 
 def _to_names(value: object) -> object:
     if not isinstance(value, list | tuple):
-        raise ValueError('should be a list of names, or "all-linear"')  # noqa: TRY004: pydantic's own way
+        raise ValueError('should be a list of names, or "all-linear"')
     return tuple(value)
 
 
@@ -126,7 +126,10 @@ class Data(Section):
 class Training(Section):
     """What a client does in a round."""
 
-    engine: Literal["auto", "reference"] = Field("auto", description="`reference`; `auto` chooses")
+    engine: Literal["auto", "batched", "reference"] = Field(
+        "auto", description="`batched`: all clients in one pass; `reference`: one after another; `auto` chooses"
+    )
+    clients_at_once: int | None = Field(None, ge=1, description="for `batched`; all of a round's if left out")
     epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
     batch_size: int = Field(2, ge=1, description="sequences in a step")
     learning_rate: float = Field(1e-4, gt=0, description="peak")

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
 from fedloom.randomness import derive_seed
+from fedloom.readout import Readout
 
 if TYPE_CHECKING:
     from fedloom.recipe import Adapter as AdapterSection
@@ -52,9 +53,13 @@ class Layout:
 
     def split(self, weights_P: Tensor) -> dict[str, Tensor]:
         """Each tensor as a view of the flat vector."""
+        return dict(zip(self.names, (view[0] for view in self.split_stacked(weights_P[None])), strict=True))
+
+    def split_stacked(self, weights_KP: Tensor) -> list[Tensor]:
+        """Each tensor of K adapters as a view of theirs, with the clients in front."""
         ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
-        views = (weights_P[start:end] for start, end in pairwise(ends))
-        return {name: view.view(shape) for name, view, shape in zip(self.names, views, self.shapes, strict=True)}
+        views = (weights_KP[:, start:end] for start, end in pairwise(ends))
+        return [view.unflatten(1, shape) for view, shape in zip(views, self.shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class AdaptedModel:
             torch.manual_seed(derive_seed(seed, "adapter"))
             self.model = _wrap(base, config)
         self.config = config
+        self.readout = Readout(self.model.get_base_model())
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         self.layout = Layout(
             names=tuple(name.replace(".default", "") for name, _ in trained),

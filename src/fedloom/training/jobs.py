@@ -5,6 +5,7 @@ Letters: P adapter parameters, N blocks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.randomness import derive_seed
+from fedloom.training.objective import check_finite, check_proximal, proximal_loss
 
 OptimizerState = dict[str, Tensor]
 """A client's optimizer state by name, over the flat adapter."""
@@ -65,6 +67,55 @@ class ClientUpdate:
     report: ClientReport
     adapter: Adapter
     optimizer_state: OptimizerState
+
+
+class WorkLog:
+    """What an engine writes down of a client's steps, until they are a report."""
+
+    def __init__(self, job: ClientJob, mu: float) -> None:
+        self.job = job
+        self._mu = mu
+        self._started = time.perf_counter()
+        self._losses: list[float] = []
+        self._proximal_losses: list[float] = []
+        self._ratios: list[float] = []
+        self._tokens = 0
+
+    def add_step(self, loss: float, drift: float, gradient_norm: float, num_tokens: int) -> None:
+        """One step: the batch's loss, ‖w − w_global‖ before it, and the norm of the loss gradient.
+
+        Raises:
+            TrainingError: the loss is no number.
+        """
+        self._losses.append(loss)
+        check_finite(loss, round=self.job.round, client=self.job.client, step=len(self._losses))
+        self._proximal_losses.append(proximal_loss(drift, self._mu))
+        self._ratios.append(self._mu * drift / gradient_norm if gradient_norm else 0.0)
+        self._tokens += num_tokens
+
+    def finish(self, drift: float) -> ClientReport:
+        """The report, with the ‖w − w_global‖ that is left after the last step.
+
+        Raises:
+            TrainingError: the weights are no numbers, or the proximal term never was.
+        """
+        job, steps = self.job, len(self._losses)
+        check_finite(drift, round=job.round, client=job.client, step=steps)
+        check_proximal(drift, mu=self._mu, steps=steps, round=job.round, client=job.client)
+        return ClientReport(
+            round=job.round,
+            client=job.client,
+            examples=len(job.blocks),
+            tokens=self._tokens,
+            steps=steps,
+            loss_first=self._losses[0],
+            loss_last=self._losses[-1],
+            loss_mean=sum(self._losses) / steps,
+            proximal_loss=sum(self._proximal_losses) / steps,
+            proximal_ratio=sum(self._ratios) / steps,
+            drift=drift,
+            seconds=time.perf_counter() - self._started,
+        )
 
 
 TrainClients = Callable[[Adapter, Sequence[ClientJob]], Iterator[ClientUpdate]]

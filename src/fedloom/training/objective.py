@@ -28,16 +28,11 @@ def next_token_targets(labels_BT: Tensor) -> Tensor:
     return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
-def token_loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Negative log-likelihood of the counted targets, summed; computed in float32 at least."""
-    logits = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
-    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def mean_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """The mean over a batch's counted tokens: padding has no share in it."""
+    """The mean over a batch's counted tokens, in float32 at least: padding has no share in it."""
+    logits = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
     targets_BT = next_token_targets(labels_BT)
-    return token_loss_sum(logits_BTV, targets_BT) / (targets_BT != IGNORED).sum()
+    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
 
 
 def proximal_loss(drift: float, mu: float) -> float:
@@ -46,17 +41,19 @@ def proximal_loss(drift: float, mu: float) -> float:
 
 
 def add_proximal_gradient(gradient_P: Tensor, offset_P: Tensor, mu: float) -> None:
-    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global."""
+    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global. Of [P] or [K, P]."""
     gradient_P.add_(offset_P, alpha=mu)
 
 
 def clip_gradient(gradient_P: Tensor, max_norm: float | None) -> None:
     """Scale the gradient in place so that its norm is at most `max_norm`; None leaves it alone.
 
-    As torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1).
+    As torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1); of [K, P] each row for
+    itself.
     """
     if max_norm is not None:
-        gradient_P.mul_((max_norm / (gradient_P.norm() + 1e-6)).clamp(max=1.0))
+        norm = gradient_P.norm(dim=-1, keepdim=True)
+        gradient_P.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

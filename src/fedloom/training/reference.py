@@ -5,7 +5,6 @@ Slow, and the oracle of any faster engine.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,16 +14,13 @@ from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.data.tokens import take_batch
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.randomness import derive_seed
-from fedloom.training.jobs import ClientJob, ClientReport, ClientUpdate, OptimizerState, TrainClients, draw_batches
+from fedloom.training.jobs import ClientJob, ClientUpdate, OptimizerState, TrainClients, WorkLog, draw_batches
 from fedloom.training.objective import (
     OPTIMIZERS,
     add_proximal_gradient,
-    check_finite,
-    check_proximal,
     clip_gradient,
     learning_rate,
     mean_token_loss,
-    proximal_loss,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +54,7 @@ def train_client(
     Raises:
         TrainingError: the loss is no longer a number, or the proximal term has no effect.
     """
-    started = time.perf_counter()
+    log = WorkLog(job, training.proximal_mu)
     adapted.load(adapter)
     weights_P, gradient_P = adapted.weights_P, adapted.gradient_P
     global_P = weights_P.detach().clone()
@@ -67,7 +63,6 @@ def train_client(
     batches = draw_batches(
         len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
     )
-    losses, proximal_losses, ratios, tokens = [], [], [], 0
     devices = [adapted.device] if adapted.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(derive_seed(seed, "dropout", job.round, job.client))
@@ -81,37 +76,15 @@ def train_client(
 
             with torch.no_grad():
                 offset_P = weights_P - global_P
-                drift, gradient_norm = offset_P.norm().item(), gradient_P.norm().item()
+                log.add_step(loss.item(), offset_P.norm().item(), gradient_P.norm().item(), batch.num_tokens)
                 add_proximal_gradient(gradient_P, offset_P, training.proximal_mu)
                 clip_gradient(gradient_P, training.max_gradient_norm)
             optimizer.param_groups[0]["lr"] = learning_rate(training, step, len(batches), job.round, rounds)
             optimizer.step()
 
-            losses.append(loss.item())
-            check_finite(losses[-1], round=job.round, client=job.client, step=step + 1)
-            proximal_losses.append(proximal_loss(drift, training.proximal_mu))
-            ratios.append(training.proximal_mu * drift / gradient_norm if gradient_norm else 0.0)
-            tokens += batch.num_tokens
-            watch(Progress("train", batch.num_tokens, job.round, job.client, losses[-1]))
+            watch(Progress("train", batch.num_tokens, job.round, job.client))
         adapted.model.eval()
-
-    drift = (weights_P - global_P).norm().item()
-    check_finite(drift, round=job.round, client=job.client, step=len(batches))
-    check_proximal(drift, mu=training.proximal_mu, steps=len(batches), round=job.round, client=job.client)
-    report = ClientReport(
-        round=job.round,
-        client=job.client,
-        examples=len(job.blocks),
-        tokens=tokens,
-        steps=len(batches),
-        loss_first=losses[0],
-        loss_last=losses[-1],
-        loss_mean=sum(losses) / len(losses),
-        proximal_loss=sum(proximal_losses) / len(losses),
-        proximal_ratio=sum(ratios) / len(losses),
-        drift=drift,
-        seconds=time.perf_counter() - started,
-    )
+    report = log.finish(drift=(weights_P - global_P).norm().item())
     return ClientUpdate(report, adapted.read(), _state_of(optimizer))
 
 

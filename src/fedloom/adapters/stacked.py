@@ -1,0 +1,128 @@
+"""LoRA layers that hold K clients' weights over one frozen layer: the client is a tensor dimension.
+
+A batch holds the sequences of all clients, each client's together. A frozen layer sees them as one batch; its
+adapter multiplies each client's rows by that client's own A and B. Nothing of one client reaches another: rows of a
+matrix product do not mix, and the batched product keeps clients apart.
+
+Letters: K clients, N rows of a client (its sequences × tokens), I and O features in and out, R rank, P adapter
+parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedloom.adapters.adapter import AdaptedModel
+
+PREFIX = "base_model.model."
+SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+
+class StackedLora(nn.Module):
+    """A frozen `nn.Linear` or `Conv1D` with K clients' LoRA on top: W x + s·B_k A_k x for the rows of client k."""
+
+    def __init__(self, base: nn.Module, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = scaling
+        self.dropout = dropout
+        self.lora_a_KRI: Tensor
+        self.lora_b_KOR: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is [K·B, T, I] or [K·B·T, I], client by client; its result has O features instead."""
+        result: Tensor = self.base(x)
+        # The adapter is in float32 whatever the base is in, and so are its product and the sum, as in PEFT.
+        x_KNI = x.reshape(self.lora_a_KRI.shape[0], -1, x.shape[-1]).to(self.lora_a_KRI.dtype)
+        if self.training and self.dropout:
+            x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
+        delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR)  # type: ignore[no-untyped-call]
+        return torch.add(result, delta_KNO.view_as(result), alpha=self.scaling).to(result.dtype)
+
+
+class _StackedProduct(torch.autograd.Function):
+    """B_k A_k x for the rows of each client, whose gradients are added to where `.grad` of A and B points.
+
+    Autograd itself would make a tensor for each gradient first, and then add it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor) -> Tensor:
+        hidden_KNR = torch.bmm(x_KNI, a_KRI.mT)
+        ctx.save_for_backward(x_KNI, hidden_KNR)
+        ctx.weights = a_KRI, b_KOR
+        return torch.bmm(hidden_KNR, b_KOR.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KNO: Tensor) -> tuple[Tensor | None, None, None]:
+        x_KNI, hidden_KNR = ctx.saved_tensors
+        a_KRI, b_KOR = ctx.weights
+        grad_KNR = torch.bmm(grad_KNO, b_KOR)
+        b_KOR.grad.baddbmm_(grad_KNO.mT, hidden_KNR)
+        a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
+        return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None
+
+
+class Stack:
+    """Every adapted layer of a model as a `StackedLora`, over weights and gradients of one flat buffer each.
+
+    The rows of `weights_KP` are flat adapters in the layout of the adapted model.
+    """
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self._adapted = adapted
+        self._places: list[tuple[nn.Module, str, nn.Module, StackedLora]] = []
+        self._owners: list[tuple[StackedLora, str]] = []
+        layers: dict[str, StackedLora] = {}
+        for name in adapted.layout.names:
+            path, suffix = name.removeprefix(PREFIX), name[-len(SUFFIXES[0]) :]
+            assert suffix in SUFFIXES, f"{name} is no LoRA weight"
+            path = path.removesuffix(suffix)
+            if path not in layers:
+                layers[path] = self._stack(path)
+            self._owners.append((layers[path], "lora_a_KRI" if suffix == SUFFIXES[0] else "lora_b_KOR"))
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model, whose adapted layers are stacked inside `installed`."""
+        model: nn.Module = self._adapted.model.get_base_model()
+        return model
+
+    def bind(self, weights_KP: Tensor, gradients_KP: Tensor) -> None:
+        """Let the layers use these weights and write their gradients there; K may differ from before."""
+        layout = self._adapted.layout
+        weights, gradients = layout.split_stacked(weights_KP), layout.split_stacked(gradients_KP)
+        for (layer, attribute), weight, gradient in zip(self._owners, weights, gradients, strict=True):
+            leaf = weight.detach().requires_grad_()
+            leaf.grad = gradient
+            setattr(layer, attribute, leaf)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put the stacked layers in the place of PEFT's, and PEFT's back afterwards."""
+        for parent, name, _, stacked in self._places:
+            setattr(parent, name, stacked)
+        try:
+            yield
+        finally:
+            for parent, name, original, _ in self._places:
+                setattr(parent, name, original)
+
+    def _stack(self, path: str) -> StackedLora:
+        parent_path, _, name = path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        original = getattr(parent, name)
+        assert isinstance(original, LoraLayer), f"{path} has no LoRA"
+        drop = original.lora_dropout["default"]
+        stacked = StackedLora(
+            original.get_base_layer(), original.scaling["default"], drop.p if isinstance(drop, nn.Dropout) else 0.0
+        )
+        self._places.append((parent, name, original, stacked))
+        return stacked

@@ -1,0 +1,81 @@
+"""Dropout that is each client's own: the adapters' and the base model's, whoever trains beside.
+
+Within `ClientDropout`, every call of torch's dropout, and attention with dropout, draws each client's mask from that
+client's generator, in the shape that the client's own batch has. So a client's masks do not depend on how many
+clients there are, nor on how wide their batches are.
+
+Letters: K clients, B sequences of a client, T tokens, D features, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class ClientDropout(TorchFunctionMode):
+    """Dropout for one forward pass over [K·B, T] tokens.
+
+    `sizes` holds each client's own (sequences, tokens), at most (B, T); what lies beyond is padding and kept.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self._generators = generators
+        self._sizes = sizes
+        self._num_sequences = max(sequences for sequences, _ in sizes)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return x
+        num_clients = len(self._generators)
+        by_client = (num_clients, self._num_sequences, -1, x.shape[-1])
+        if x.ndim == 4:  # attention: [K·B, H, T, T]
+            by_client = (num_clients, self._num_sequences, *x.shape[1:])
+        mask = torch.ones_like(x).reshape(by_client)
+        for client, (generator, (sequences, tokens)) in enumerate(zip(self._generators, self._sizes, strict=True)):
+            own = mask[client, :sequences]
+            own = own[:, :, :tokens, :tokens] if x.ndim == 4 else own[:, :tokens]
+            own.copy_(torch.empty(own.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator))
+            own.div_(1 - p)
+        return x * mask.view_as(x)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """softmax(s Q Kᵀ + mask) V, with dropout on the probabilities, as torch documents it."""
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        scores = query @ key.mT * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
+        if is_causal:
+            scores = scores.masked_fill(
+                torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -math.inf
+            )
+        elif attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self._dropout(scores.softmax(-1), dropout_p) @ value
