@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ def test_plan_trains_and_writes_nothing(tmp_path: Path) -> None:
     done = fedloom("plan", *TINY[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train/central" in done.stdout
-    assert "1 rounds of" in done.stdout
+    assert "1 round of" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,9 +114,17 @@ BAD_INPUT = {
     "no such file": (["data.source=./missing.jsonl"], ["no such file or folder", "missing.jsonl"]),
     "a model's length": (["data.max_length=1000"], ["1000 tokens are more than the model's 256", "data.max_length"]),
     "no such device": (["model.device=cuda:7"], ["no device cuda:7", '"auto" or "cpu"']),
+    "no targets": (["adapter.targets=[]"], ["`adapter.targets`", "should be a list of names"]),
+    "a key without effect": (["data.subset=python"], ["data.subset", "no effect", "leave it out"]),
+    "a revision of what has none": (["model.revision=main"], ["model.revision", "only a hub model"]),
+    "an evaluation that is no number": (
+        ["model.source=random:tiny-opt", "adapter.targets=all-linear", "training.batch_size=100",
+         "training.learning_rate=1e12"],
+        ["round 1", "evaluation", "the loss is"],
+    ),
     "a loss that is no number": (
         ["training.learning_rate=1e30", "training.optimizer=sgd", "training.epochs=4"],
-        ["round 1, client ", ", step ", "the loss is", "lower training.learning_rate"],
+        ["round 1, client ", ", step ", " is ", "lower training.learning_rate"],
     ),
 }  # fmt: skip
 
@@ -139,11 +148,74 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert line.startswith("error: ")
     for word in words:
         assert word in line
-    if case == "a loss that is no number":
+    if case.endswith("is no number"):
         (folder,) = (tmp_path / "runs").iterdir()
         assert read_run(folder).status["state"] == "failed"
     else:
         assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+# Beside overrides of a recipe: what else can be typed.
+BAD_COMMANDS = {
+    "no recipe": (["run"], ["Missing argument 'RECIPE'", "--help"]),
+    "unknown command": (["frob"], ["No such command 'frob'"]),
+    "unknown option": (["run", "tiny", "--frob"], ["No such option", "--frob"]),
+    "a recipe that is not there": (["run", "missing.toml"], ["missing.toml", "No such file"]),
+    "an unknown recipe": (["recipes", "quickstrat"], ['no shipped recipe is named "quickstrat"', "quickstart"]),
+    "a name that is too long": (["run", "tiny", "--out", "x" * 300], ["not a possible", "--out"]),
+    "a place that is no folder": (["run", "tiny", "--out", "/etc/passwd/x"], ["/etc/passwd is no folder"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_a_bad_command_is_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = BAD_COMMANDS[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedloom", *arguments])
+    from fedloom.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_file_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(shipped_recipes()["tiny"])
+    assert fedloom("recipes", "mine.toml", cwd=tmp_path).stdout == shipped_recipes()["tiny"]
+
+
+def test_ctrl_c_says_what_is_left(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-u", "-m", "fedloom", "run", "tiny", "federation.rounds=10000", "--out", "run"]
+    running = subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if re.match(r"\s+1 ", line):
+            break
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "run holds the rounds that are complete" in out
+    assert err == "interrupted\n"
+    assert read_run(tmp_path / "run").status["state"] == "interrupted"
+
+
+def test_an_old_terminal_loses_signs_not_runs(tmp_path: Path) -> None:
+    done = fedloom(*TINY, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "central loss" in done.stdout
+
+
+def test_fedloom_is_what_it_says_when_imported() -> None:
+    code = "import fedloom.experiment, fedloom; assert all(callable(getattr(fedloom, n)) for n in fedloom.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def refuse_connections(monkeypatch: pytest.MonkeyPatch) -> None:

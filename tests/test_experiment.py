@@ -14,7 +14,7 @@ from fedloom import load_recipe, read_run, run
 from fedloom.data.documents import load_documents
 from fedloom.data.splits import documents_needed, split_documents
 from fedloom.data.tokens import tokenize_documents
-from fedloom.display import Quiet
+from fedloom.display import Display
 from fedloom.errors import TrainingError
 from fedloom.experiment import plan
 from fedloom.model import load_model, open_model
@@ -59,7 +59,7 @@ def test_records_have_their_keys(finished: Run) -> None:
         assert record["proximal_loss"] > 0
         assert record["bytes_up"] == record["bytes_down"] == 3 * finished.plan["payload_bytes"] > 0
         assert record["central_perplexity"] == pytest.approx(math.exp(record["central_loss"]))
-    assert [(r["round"], r["client"]) for r in finished.clients] == [(r, c) for r in (1, 2) for c in (0, 1, 2)]
+    assert sorted((r["round"], r["client"]) for r in finished.clients) == [(r, c) for r in (1, 2) for c in (0, 1, 2)]
     assert {
         "round", "client", "examples", "tokens", "steps", "loss_first", "loss_last", "loss_mean", "proximal_loss",
         "proximal_ratio", "drift", "holdout_loss_before", "holdout_loss_after",
@@ -133,7 +133,7 @@ def test_without_client_hold_outs_there_is_no_client_loss(tmp_path: Path) -> Non
 
 def test_a_diverging_run_stays_readable_and_says_where(tmp_path: Path) -> None:
     recipe = make_recipe(training={"learning_rate": 1e30, "optimizer": "sgd", "epochs": 3, "proximal_mu": 0.0})
-    with pytest.raises(TrainingError, match=r"round 1, client \d, step \d+: the loss is"):
+    with pytest.raises(TrainingError, match=r"round 1, client \d, step \d+: the (loss|drift) is"):
         run(recipe, tmp_path / "run")
     stopped = read_run(tmp_path / "run")
     assert stopped.status["state"] == "failed"
@@ -142,7 +142,7 @@ def test_a_diverging_run_stays_readable_and_says_where(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapters" / "best").is_dir()
 
 
-class Impatient(Quiet):
+class Impatient(Display):
     """A person who presses Ctrl-C after the first round."""
 
     def show_round(self, record: dict) -> None:
@@ -158,7 +158,7 @@ def test_an_interrupted_run_stays_readable(tmp_path: Path) -> None:
     assert [record["round"] for record in stopped.rounds] == [0, 1]
 
 
-class Watching(Quiet):
+class Watching(Display):
     """Keeps what it is shown."""
 
     def __init__(self) -> None:

@@ -93,6 +93,39 @@ def test_a_damaged_folder_is_an_error_that_names_it(damage, words: str, folder: 
     assert str(folder) in str(raised.value)
 
 
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ModelError, match=r"lack \d+ of its weights, .*layers.2"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("config.json", '{"model_type": "t5"}'),
+        ("config.json", '{"model_type": "opt", "hidden_size": "x"}'),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+    ],
+)
+def test_files_that_make_no_causal_model_are_one_error(
+    file: str, text: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises(ModelError, match="can't be loaded") as raised:
+        build_meta_model(open_model(str(folder)))
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cache_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="set FEDLOOM_CACHE"):
+        unpack_gguf(write_tiny_gguf(tmp_path / "tiny.gguf"))
+
+
 def test_pickled_weights_are_refused(folder: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple:

@@ -15,5 +15,3 @@ def test_the_loss_of_a_real_model_falls(name: str, tmp_path: Path) -> None:
     assert 2 < after < before < 5, "a pretrained model, not a random one"
     assert finished.rounds[1]["proximal_loss"] > 0
     assert finished.plan["trainable_parameters"] == 921_600
-    if name == "quickstart-noniid":
-        assert len({record["examples"] for record in finished.clients}) >= 1

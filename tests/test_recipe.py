@@ -296,7 +296,7 @@ def test_a_folder_and_a_file_that_is_not_utf8_are_errors(tmp_path: Path) -> None
         ("training.proximal_mu=0", "training.proximal_mu", 0.0),
         ("adapter.rslora=true", "adapter.rslora", True),
         ("adapter.targets=['a', \"b\"]", "adapter.targets", ("a", "b")),
-        ("adapter.targets=[]", "adapter.targets", ()),
+        ('adapter.targets=["k_proj"]', "adapter.targets", ("k_proj",)),
         ("adapter.targets=all-linear", "adapter.targets", "all-linear"),
         ("model.source=facebook/opt-350m", "model.source", "facebook/opt-350m"),
         ("model.source = facebook/opt-350m", "model.source", "facebook/opt-350m"),

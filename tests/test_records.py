@@ -53,6 +53,7 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     writer.write_status("running", round=0)
     writer.write_status("done")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+    assert '"started"' in (tmp_path / "run" / "status.json").read_text()
     with pytest.raises(ValueError, match="JSON"):
         writer.write_json("status.json", {"loss": float("nan")})
     assert '"done"' in (tmp_path / "run" / "status.json").read_text()

@@ -15,6 +15,7 @@ HOUSE = [
     "errors",
     "randomness",
     "hub",
+    "machine",
     "recipe",
     "progress",
     "data.documents",
@@ -29,14 +30,14 @@ HOUSE = [
     "training.reference",
     "training.client_dropout",
     "training.stacked_optimizers",
+    "training.memory",
     "training.batched",
     "evaluation",
     "federation.aggregation",
     "federation.sampling",
     "federation.fleet",
     "federation.rounds",
-    "plan",
-    "machine",
+    "planning",
     "records",
     "display",
     "experiment",
@@ -50,7 +51,7 @@ BARE = [
 ]
 """Modules that also run on a bare GPU machine."""
 
-LIGHT = ["errors", "randomness", "recipe", "progress", "plan", "machine", "records", "display", "cli"]
+LIGHT = ["errors", "randomness", "recipe", "progress", "planning", "machine", "records", "display", "cli"]
 """Modules that answer at once: no torch at import."""
 
 

@@ -5,9 +5,10 @@ Exit codes: 0 done, 1 a bug (with its traceback), 2 the person can mend it (one 
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""What typer raises for a command that it can't make sense of; it keeps the class itself private."""
+INTERRUPTED = 130
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -67,11 +72,10 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
     """List the recipes that ship; with a name, print one."""
-    from fedloom.recipe import load_recipe, shipped_recipes
+    from fedloom.recipe import find_recipe, load_recipe, shipped_recipes
 
     if name is not None:
-        load_recipe(name)
-        typer.echo(shipped_recipes()[name], nl=False)
+        typer.echo(find_recipe(name)[0], nl=False)
         return
     names = shipped_recipes()
     width = max(map(len, names))
@@ -95,11 +99,18 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an old terminal shows ? for μ, and nothing fails for it
     try:
-        app()
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        usage = f"{error.ctx.command_path} --help" if error.ctx else "fedloom --help"
+        print(f"error: {error.format_message()} Try {usage}", file=sys.stderr)
+        sys.exit(2)
     except FedloomError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from fedloom.plan import Plan
+from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ PLAIN_SECONDS = 20.0
 """Between two lines of progress where there is no terminal."""
 
 
-class Display(Protocol):
-    """What a run tells while it works."""
+class Display:
+    """What a run tells while it works; this one shows nothing."""
 
     def show_step(self, what: str, detail: str) -> None: ...
     def show_plan(self, plan: Plan) -> None: ...
@@ -44,19 +44,7 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-class Quiet:
-    """Shows nothing."""
-
-    def show_step(self, what: str, detail: str) -> None: ...
-    def show_plan(self, plan: Plan) -> None: ...
-    def show_folder(self, folder: Path) -> None: ...
-    def watch(self, progress: Progress) -> None: ...
-    def show_round(self, record: dict[str, Any]) -> None: ...
-    def show_end(self, run: Run) -> None: ...
-    def close(self) -> None: ...
-
-
-class Terminal:
+class Terminal(Display):
     """Shows a run on a terminal or in a notebook, or as plain lines where the output is a file or a pipe."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -69,7 +57,7 @@ class Terminal:
         )
         self._live = Live(self._bar, console=self.console, transient=True, refresh_per_second=4)
         self._task = self._bar.add_task("", total=None, rate="", visible=False)
-        self._clock: Clock | None = None
+        self._clock = Clock({})
         self._steps = 0
         self._total_steps = 0
         self._said = time.perf_counter()
@@ -80,22 +68,20 @@ class Terminal:
 
     def show_plan(self, plan: Plan) -> None:
         self.console.print(render_plan(plan))
+        for warning in plan.warnings:
+            self._print(f"note      {warning}")
         self._total_steps = plan.rounds * plan.steps_per_round
-        self._clock_total = {
-            "train": plan.rounds * plan.train_tokens_per_round,
-            "evaluate": plan.evaluate_tokens,
-        }
+        self._clock = Clock({"train": plan.rounds * plan.train_tokens_per_round, "evaluate": plan.evaluate_tokens})
 
     def show_folder(self, folder: Path) -> None:
         self._print(f"[dim]{'run':<10}{_plain(str(folder))}[/dim]\n")
         self._print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
-        self._clock = Clock(self._clock_total)  # type: ignore[arg-type]
+        self._clock.start()
         if self.console.is_terminal:
             self._bar.update(self._task, total=self._total_steps, visible=True)
             self._live.start()
 
     def watch(self, progress: Progress) -> None:
-        assert self._clock is not None, "shown before the plan"
         self._clock.tick(progress)
         if progress.phase == "train":
             self._steps += 1
@@ -135,7 +121,6 @@ class Terminal:
         self._live.stop()
 
     def _rate(self, progress: Progress) -> str:
-        assert self._clock is not None
         speed, left = self._clock.tokens_per_second(progress.phase), self._clock.seconds_left()
         said = f"{speed:,.0f} tokens/s" if speed else ""
         return said + (f"  {format_seconds(left)} left" if left is not None else "")
@@ -149,23 +134,26 @@ def render_plan(plan: Plan) -> Table:
     clients, overlaps = plan.clients, plan.audit.overlaps
     documents = _range([client.train_documents for client in clients])
     holdouts = _range([client.holdout_documents for client in clients])
+    blocks = _range([client.blocks for client in clients])
     found = "; ".join(f"{o.side}/{o.other} {o.exact} exact, {o.near} near" for o in overlaps)
     copies = sum(plan.audit.dropped) + plan.audit.leaks
     done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
-    audit = f"{found}: {copies} documents" + (f" and {plan.shared_blocks} equal blocks" if plan.shared_blocks else "")
+    audit = f"{found}: {count(copies, 'document')}"
+    audit += f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
     rows = {
         "model": f"{plan.model} ({plan.model_revision})",
         "trainable": plan.trainable_share,
         "data": f"{plan.data} ({plan.data_revision})",
-        "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out",
-        "central": f"{plan.central_documents} documents held out",
+        "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out; {blocks} blocks",
+        "central": f"{count(plan.central_documents, 'document')} held out",
         "audit": f"{audit} {done}",
-        "work": f"{plan.rounds} rounds of {plan.steps_per_round:,} steps, {plan.train_tokens_per_round:,} tokens",
+        "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
+        f" and {count(plan.train_tokens_per_round, 'token')}",
         "bytes": f"{format_bytes(plan.payload_bytes)} an adapter, {format_bytes(plan.bytes_per_round)} a round",
         "device": f"{plan.device}, {plan.dtype}, engine {plan.engine}",
     }
     if plan.skipped:
-        rows["skipped"] = ", ".join(f"{count} {reason}" for reason, count in sorted(plan.skipped.items()))
+        rows["skipped"] = ", ".join(f"{number} {reason}" for reason, number in sorted(plan.skipped.items()))
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -174,13 +162,18 @@ def render_plan(plan: Plan) -> Table:
     return table
 
 
-def format_bytes(count: float) -> str:
+def count(number: int, noun: str) -> str:
+    """1 document, 2,000 documents."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def format_bytes(size: float) -> str:
     """12.3 MB: decimal units, as networks have them."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def format_seconds(seconds: float) -> str:

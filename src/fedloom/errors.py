@@ -5,7 +5,7 @@ FedloomError
 ├── DataError        documents that can't be found, read, split or tokenised
 ├── ModelError       a base model or an adapter that can't be had
 ├── RunError         a run directory that exists, is missing or can't be read
-└── TrainingError    client work that can't go on; names round, client and step
+└── TrainingError    a loss or weights that are no numbers any more; names round, client, step or stage
 
 The command line prints one as a line and exits with 2. Everything else is a bug and shows its traceback.
 """
@@ -36,9 +36,23 @@ class RunError(FedloomError):
 
 
 class TrainingError(FedloomError):
-    """Client work that can't go on."""
+    """Work on an adapter that can't go on."""
 
-    def __init__(self, what: str, *, round: int, client: int, step: int | None = None, mend: str = "") -> None:
-        self.round, self.client, self.step = round, client, step
-        where = f"round {round}, client {client}" + ("" if step is None else f", step {step}")
-        super().__init__(what, where=where, mend=mend)
+    def __init__(
+        self,
+        what: str,
+        *,
+        round: int,
+        client: int | None = None,
+        step: int | None = None,
+        stage: str = "",
+        mend: str = "",
+    ) -> None:
+        self.round, self.client, self.step, self.stage = round, client, step, stage
+        parts = (
+            f"round {round}",
+            "" if client is None else f"client {client}",
+            "" if step is None else f"step {step}",
+            stage,
+        )
+        super().__init__(what, where=", ".join(filter(None, parts)), mend=mend)

@@ -31,8 +31,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)"""
-        return math.exp(self.loss)
+        """exp(loss), infinite where that is more than a float holds."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
     def accuracy(self) -> float:

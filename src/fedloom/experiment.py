@@ -13,6 +13,8 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config, count_adapted, save_adapter
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
@@ -23,7 +25,7 @@ from fedloom.data.tokens import (
     tokenize_documents,
     without_blocks,
 )
-from fedloom.display import Display, Quiet, Terminal
+from fedloom.display import Display, Terminal
 from fedloom.errors import DataError, FedloomError, ModelError
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
@@ -32,7 +34,7 @@ from fedloom.federation.rounds import run_rounds
 from fedloom.federation.sampling import cohort_size
 from fedloom.machine import describe_machine
 from fedloom.model import ModelSource, build_meta_model, choose_device, load_model, open_model
-from fedloom.plan import ClientPlan, Plan
+from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Run, RunWriter, check_free, judged_loss, read_run
 from fedloom.training.batched import build_batched_engine
@@ -43,7 +45,7 @@ ENGINES: dict[str, Callable[..., TrainClients]] = {
     "batched": build_batched_engine,
     "reference": build_reference_engine,
 }
-"""Both give the same updates: `batched` in one pass over all clients, `reference` plainly. `auto` is `batched`."""
+"""Both give the same updates: `batched` in one pass over all clients, `reference` plainly."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Prepared:
     """Everything a run needs but the base model's weights."""
 
     source: ModelSource
+    device: torch.device
     central: TokenBlocks
     clients: tuple[ClientBlocks, ...]
     plan: Plan
@@ -69,18 +72,20 @@ def run(recipe: Recipe, out: str | Path | None = None, display: Display | None =
     check_free(folder)
     prepared = prepare(recipe, display)
     display.show_plan(prepared.plan)
-    adapted = load_adapted_model(recipe, prepared.source, display)
+    display.show_step("weights", prepared.source.name)
+    adapted = load_adapted_model(recipe, prepared)
 
     writer = RunWriter(folder)
-    writer.write_text("recipe.toml", recipe_to_toml(recipe))
-    writer.write_json("resolved.json", recipe.model_dump(mode="json"))
-    writer.write_json("environment.json", describe_machine())
-    writer.write_json("plan.json", prepared.plan.to_json())
-    display.show_folder(folder)
     try:
+        writer.write_text("recipe.toml", recipe_to_toml(recipe))
+        writer.write_json("resolved.json", recipe.model_dump(mode="json"))
+        writer.write_json("environment.json", describe_machine())
+        writer.write_json("plan.json", prepared.plan.to_json())
+        display.show_folder(folder)
         train_and_record(recipe, prepared, adapted, writer, display)
     except KeyboardInterrupt:
         writer.write_status("interrupted")
+        display.show_step("stopped", f"{folder} holds the rounds that are complete")
         raise
     except FedloomError as error:
         writer.write_status("failed", error=str(error))
@@ -101,7 +106,7 @@ def plan(recipe: Recipe, display: Display | None = None) -> Plan:
     Raises:
         FedloomError: what a run would be refused for.
     """
-    return prepare(recipe, display or Quiet()).plan
+    return prepare(recipe, display or Display()).plan
 
 
 def prepare(recipe: Recipe, display: Display) -> Prepared:
@@ -120,22 +125,22 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
             mend=f"at most {source.max_length}",
         )
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
+    short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
     shape = build_meta_model(source)
     trainable, parameters = count_adapted(shape, build_config(recipe.adapter, shape))
-    engine = "batched" if recipe.training.engine == "auto" else recipe.training.engine
     plan = Plan(
         name=recipe.name,
         model=source.name,
         model_revision=source.revision,
         dtype=recipe.model.dtype,
         device=str(device),
-        engine=engine,
+        engine=choose_engine(recipe.training.engine),
         parameters=parameters,
         trainable_parameters=trainable,
         data=found.source,
         data_revision=found.revision,
         documents=len(found.documents),
-        skipped=found.skipped,
+        skipped={**found.skipped, **({"too short": short} if short else {})},
         central_documents=len(splits.central),
         central_tokens=central.num_tokens,
         clients=tuple(
@@ -155,9 +160,15 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         duplicates=recipe.data.duplicates,
         rounds=recipe.federation.rounds,
         epochs=recipe.training.epochs,
+        proximal_mu=recipe.training.proximal_mu,
         payload_bytes=trainable * (8 if recipe.model.dtype == "float64" else 4),
     )
-    return Prepared(source, central, clients, plan)
+    return Prepared(source, device, central, clients, plan)
+
+
+def choose_engine(wanted: str) -> str:
+    """`auto` is `batched`, which has every method that there is."""
+    return "batched" if wanted == "auto" else wanted
 
 
 def tokenize_splits(
@@ -171,11 +182,17 @@ def tokenize_splits(
 
     def tokenize(documents: Sequence[Document]) -> TokenBlocks:
         blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
-        check_vocabulary(blocks, source.config.vocab_size)
+        check_vocabulary(blocks, source.vocabulary_size)
         return blocks
 
     where = f'data.source = "{recipe.data.source}"'
     central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
+    if splits.central and not len(central):
+        raise DataError(
+            "each of the central hold-out's documents has fewer than two tokens",
+            where=where,
+            mend="use longer documents",
+        )
     held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
     if not held_out:
         raise DataError(
@@ -192,18 +209,16 @@ def tokenize_splits(
         if not len(clients[client].train):
             raise DataError(
                 f"client {client} has nothing to train on: {train.dropped} documents have fewer than two tokens,"
-                f" {len(train) - len(unseen)} begin like a held-out one",
+                f" {len(train) - len(unseen)} blocks equal a held-out one",
                 where=where,
-                mend="use longer documents or fewer clients",
+                mend="use longer documents, fewer clients or a larger data.max_length",
             )
     return central, tuple(clients), shared
 
 
-def load_adapted_model(recipe: Recipe, source: ModelSource, display: Display) -> AdaptedModel:
+def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
     """The base model, loaded once, with the adapter that every client starts from."""
-    display.show_step("weights", source.name)
-    device = choose_device(recipe.model.device)
-    base = load_model(source, dtype=recipe.model.dtype, device=device, seed=recipe.seed)
+    base = load_model(prepared.source, dtype=recipe.model.dtype, device=prepared.device, seed=recipe.seed)
     return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed)
 
 
@@ -229,7 +244,14 @@ def train_and_record(
     writer.write_status("running", round=0, rounds=rounds)
     best = float("inf")
     for result in run_rounds(
-        fleet, aggregate, score_central, initial, rounds=rounds, fraction=recipe.federation.fraction, seed=seed
+        fleet,
+        aggregate,
+        score_central,
+        initial,
+        rounds=rounds,
+        fraction=recipe.federation.fraction,
+        seed=seed,
+        on_report=writer.append_client,
     ):
         save_adapter(result.adapter, adapted.config, adapters / "last")
         record = writer.append_round(result)

@@ -56,16 +56,14 @@ def describe_machine() -> dict[str, Any]:
 
 def examine() -> list[Finding]:
     """Everything that a run may need, and what is missing."""
-    from fedloom.model import cache_folder
-
-    machine = describe_machine()
-    memory = machine["memory_bytes"]
+    memory = _memory_bytes()
     findings = [
-        Finding("python", machine["python"]),
-        Finding("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"),
+        Finding("python", platform.python_version()),
+        Finding("processor", f"{_processor()}, {os.cpu_count()} cores"),
         Finding("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"),
-        Finding("GPUs", ", ".join(machine["gpus"]) or "none: runs use the processor"),
     ]
+    if _version("torch"):
+        findings.append(Finding("GPUs", ", ".join(describe_machine()["gpus"]) or "none: runs use the processor"))
     for name in PACKAGES:
         found = _version(name)
         findings.append(Finding(name, found or "missing", "" if found else f"install it: pip install {name}"))
@@ -87,9 +85,16 @@ def _examine_folder(what: str, folder: Path, needed_bytes: int) -> Finding:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     found = f"{folder}, {free / 2**30:.1f} GiB free"
-    if not os.access(existing, os.W_OK):
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return Finding(what, found, "can't be written to: change its owner or choose another folder")
     return Finding(what, found, "" if free > needed_bytes else "make room on this disk")
+
+
+def cache_folder() -> Path:
+    """`$FEDLOOM_CACHE`, or fedloom's folder in the user's cache."""
+    if chosen := os.environ.get("FEDLOOM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedloom"
 
 
 def _version(name: str) -> str | None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from fedloom.errors import ModelError
 from fedloom.hub import find_commit, hub_address
+from fedloom.machine import cache_folder
 from fedloom.randomness import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -88,7 +87,12 @@ class ModelSource:
     @property
     def max_length(self) -> int | None:
         """The longest sequence that the model has positions for, where it says so."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config.get_text_config().vocab_size)
 
 
 def open_model(source: str, revision: str | None = None, say: Callable[[str], object] = str) -> ModelSource:
@@ -98,6 +102,16 @@ def open_model(source: str, revision: str | None = None, say: Callable[[str], ob
         ModelError: there is no such model, or it can't be had.
     """
     transformers.utils.logging.disable_progress_bar()
+    found = _open_local(source, say)
+    if found is None:
+        return _open_hub(source, revision)
+    if revision is not None:
+        raise ModelError("only a hub model has revisions", where="model.revision", mend="leave it out")
+    return found
+
+
+def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None:
+    """The model, if the source is anything but a hub id."""
     scheme, _, rest = source.partition(":")
     if scheme == "random":
         if rest not in SHAPES:
@@ -115,7 +129,7 @@ def open_model(source: str, revision: str | None = None, say: Callable[[str], ob
         return _read_folder(source, "local folder", path)
     if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
         raise ModelError(f"no such model file or folder: {path}", where="model.source", mend="check the path")
-    return _open_hub(source, revision)
+    return None
 
 
 def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: int) -> PreTrainedModel:
@@ -129,19 +143,19 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
             torch.manual_seed(derive_seed(seed, "model"))
             model = _build(source.config, DTYPES[dtype])
     else:
-        where = source.location
-        revision = None if Path(where).is_dir() else source.revision
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                where,
-                revision=revision or "main",
+        with _loading(source.name), torch.random.fork_rng(devices=[]):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                revision="main" if Path(source.location).is_dir() else source.revision,
                 dtype=DTYPES[dtype],
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _not_loaded(source.name, error) from error
+            # What is missing, transformers would fill with random numbers.
+            if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
+                raise ValueError(f"its files lack {len(lacking)} of its weights, {lacking[0]} for one")
     model.name_or_path = source.name  # what PEFT writes into an adapter as its base
     model.requires_grad_(False)
     model.eval()
@@ -150,7 +164,7 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
 
 def build_meta_model(source: ModelSource) -> PreTrainedModel:
     """The model's layers without memory for their weights: to count parameters and to check targets."""
-    with torch.device("meta"):
+    with _loading(source.name), torch.device("meta"):
         model = _build(source.config, torch.float32)
     model.name_or_path = source.name
     return model
@@ -199,8 +213,13 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
     if folder.is_dir():
         return folder, digest
     say(f"unpacking {path.name} into {folder.parent}, once: about half a minute")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(
+            f"the cache can't be written to ({error.strerror})", where=str(folder.parent), mend="set FEDLOOM_CACHE"
+        ) from error
     try:
         location = {"gguf_file": path.name, "pretrained_model_name_or_path": str(path.parent)}
         # Kept packed, the weights would be unpacked again in every forward pass.
@@ -214,20 +233,15 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
         except OSError:
             if not folder.is_dir():  # else another process was first
                 raise
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise ModelError(
-            f"not a GGUF model that transformers reads ({type(error).__name__})", where=str(path)
+            f"not a GGUF model that transformers reads, or no room to unpack it ({type(error).__name__})",
+            where=str(path),
+            mend=f"try another file, and look at the room in {folder.parent}",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder, digest
-
-
-def cache_folder() -> Path:
-    """`$FEDLOOM_CACHE`, or fedloom's folder in the user's cache."""
-    if chosen := os.environ.get("FEDLOOM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedloom"
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -249,12 +263,10 @@ def _find_in_package(rest: str) -> Path:
 
 
 def _read_folder(name: str, revision: str, folder: Path) -> ModelSource:
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from error
-    _check_tokenizer(name, tokenizer)
+        _check_tokenizer(tokenizer)
     return ModelSource(name, revision, config, tokenizer, location=str(folder))
 
 
@@ -270,26 +282,38 @@ def _open_hub(name: str, revision: str | None) -> ModelSource:
         config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False, **only_cached)
         commit = getattr(config, "_commit_hash", None) or commit
         tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False, **only_cached)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ModelError(
             f"the model can't be had: {name} is no folder here, is not in the local cache, and asking {hub_address()}"
             f" failed ({type(unreachable or error).__name__})",
             where="model.source",
             mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
         ) from error
-    _check_tokenizer(name, tokenizer)
+    with _loading(name):
+        _check_tokenizer(tokenizer)
     return ModelSource(name, commit, config, tokenizer, location=name)
 
 
-def _check_tokenizer(name: str, tokenizer: Any) -> None:
+def _check_tokenizer(tokenizer: Any) -> None:
     if len(tokenizer) < 2:  # what transformers makes of a folder without tokenizer files
-        raise _not_loaded(name, ValueError("it has no tokenizer"))
+        raise ValueError("it has no tokenizer")
 
 
-def _not_loaded(name: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(
-        f"the model can't be loaded: {reason[:200]}",
-        where=f'model.source = "{name}"',
-        mend="it must be a causal language model with safetensors weights and a tokenizer",
-    )
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever a library says of a model that it can't load, as one error; and nothing beside it on the screen."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # of any kind: the files are not ours
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the model can't be loaded: {reason[:200]}",
+            where=f'model.source = "{name}"',
+            mend="it must be a causal language model with sdpa attention, whole safetensors weights and a tokenizer",
+        ) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)

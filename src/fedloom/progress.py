@@ -37,6 +37,10 @@ class Clock:
     seconds: dict[Phase, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0})
 
     def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Work begins now."""
         self._last = self.now()
 
     def tick(self, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from fedloom.errors import RecipeError
 
 
 def _to_names(value: object) -> object:
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) or not value:
         raise ValueError('should be a list of names, or "all-linear"')
     return tuple(value)
 
@@ -48,11 +48,13 @@ class Model(Section):
 class Adapter(Section):
     """The weights that are trained and exchanged."""
 
-    method: Literal["lora"] = Field("lora", description="`lora`")
-    rank: int = Field(16, ge=1, description="LoRA r")
+    method: Literal["lora"] = Field("lora", description="the PEFT method")
+    rank: int = Field(16, ge=1, le=4096, description="LoRA r")
     alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r")
     rslora: bool = Field(False, description="scale by α/√r instead (2312.03732)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input, in training")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="on the adapter's input, in training; the base model's own is on too"
+    )
     targets: Names | Literal["all-linear"] | None = Field(
         None, description="names of the layers to adapt; PEFT's choice for the architecture if left out"
     )
@@ -74,7 +76,7 @@ class Partition(Section):
     """How the documents are spread over the clients (flwr-datasets' partitioners)."""
 
     kind: Literal["iid", "dirichlet", "natural", "shard", "linear", "square", "exponential"] = Field(
-        "iid", description="`iid`, `dirichlet`, `natural`, `shard`, `linear`, `square` or `exponential`"
+        "iid", description="even; skewed by label; whole labels; shards of labels; sizes that grow so"
     )
     by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
     alpha: float | None = Field(None, gt=0, description="concentration: small is skewed (`dirichlet`)")
@@ -105,7 +107,7 @@ class Data(Section):
     text: str = Field("text", description="the column that holds the text")
     max_length: int = Field(128, ge=2, description="tokens in a block")
     window: Literal["truncate", "blocks"] = Field(
-        "truncate", description="`truncate` keeps a document's first block, `blocks` keeps every block"
+        "truncate", description="keep a document's first block, or every block"
     )
     pad_in_loss: bool = Field(False, description="count padding in the loss; only to replay programs that did")
     clients: int = Field(3, ge=1, description="number of clients")
@@ -127,9 +129,9 @@ class Training(Section):
     """What a client does in a round."""
 
     engine: Literal["auto", "batched", "reference"] = Field(
-        "auto", description="`batched`: all clients in one pass; `reference`: one after another; `auto` chooses"
+        "auto", description="choose; all clients in one pass; one after another"
     )
-    clients_at_once: int | None = Field(None, ge=1, description="for `batched`; all of a round's if left out")
+    clients_at_once: int | None = Field(None, ge=1, description="for `batched`; as many as fit in memory if left out")
     epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
     batch_size: int = Field(2, ge=1, description="sequences in a step")
     learning_rate: float = Field(1e-4, gt=0, description="peak")
@@ -145,7 +147,7 @@ class Training(Section):
 class Strategy(Section):
     """How the server makes one adapter of many."""
 
-    kind: Literal["fedavg"] = Field("fedavg", description="`fedavg`: the weighted mean")
+    kind: Literal["fedavg"] = Field("fedavg", description="the weighted mean")
     weight_by: Literal["examples", "tokens"] = Field(
         "examples", description="what a client's weight is proportional to"
     )
@@ -162,7 +164,7 @@ class Federation(Section):
 class Evaluation(Section):
     """How held-out loss is measured."""
 
-    batch_size: int = Field(8, ge=1, description="sequences in a forward pass; does not change the result")
+    batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
 
 
 class Recipe(Section):
@@ -185,7 +187,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
     """
-    text, where = _find_recipe(source)
+    text, where = find_recipe(source)
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -218,7 +220,12 @@ def nearest(word: str, known: list[str]) -> str:
     return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
 
 
-def _find_recipe(source: str | Path) -> tuple[str, str]:
+def find_recipe(source: str | Path) -> tuple[str, str]:
+    """The text of a recipe file or a shipped recipe, and what to call it in messages.
+
+    Raises:
+        RecipeError: there is none.
+    """
     path = Path(source)
     if path.suffix == ".toml" or len(path.parts) > 1:
         try:
@@ -344,7 +351,11 @@ def describe_keys() -> str:
                 nested.append((field.annotation, f"{prefix}{key}."))
                 continue
             default = "required" if field.is_required() else _toml_value(field.default)
-            lines.append(f"| `{prefix}{key}` | {default} | {field.description} |")
+            choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+            meaning = (f"{', '.join(f'`{choice}`' for choice in choices)}: " if choices else "") + str(
+                field.description
+            )
+            lines.append(f"| `{prefix}{key}` | {default} | {meaning} |")
         for annotation, path in nested:
             lines.extend(["", f"{annotation.__doc__}", "", "| key | default | meaning |", "|---|---|---|"])
             visit(annotation, path)

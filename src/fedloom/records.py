@@ -21,6 +21,7 @@ from fedloom.errors import RunError
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
+    from fedloom.training.jobs import ClientReport
 
 Record = dict[str, Any]
 
@@ -87,6 +88,7 @@ class RunWriter:
             raise RunError(f"can't make the run directory: {error.strerror}", where=str(folder)) from error
         self.folder = folder
         self._status: Record = {"started": now()}
+        self.write_status("running")
 
     def write_text(self, name: str, text: str) -> None:
         """Whole or not at all."""
@@ -103,28 +105,44 @@ class RunWriter:
         self.write_json("status.json", self._status)
 
     def append_round(self, result: RoundResult) -> Record:
-        """Add a round and its clients to the records, and return the round's record."""
+        """Add a round to the records, and return its record."""
         record = round_record(result)
-        for report in result.reports:
-            self._append("clients.jsonl", _known(asdict(report)))
         self._append("rounds.jsonl", record)
         return record
 
+    def append_client(self, report: ClientReport) -> None:
+        """Add one client's work in a round."""
+        self._append("clients.jsonl", _known(asdict(report)))
+
     def _append(self, name: str, record: Record) -> None:
+        line = json.dumps(record, allow_nan=False) + "\n"
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a run directory that exists.
+    """Refuse a run directory that exists, or that can't be made.
 
     Raises:
         RunError
     """
-    if folder.exists():
-        raise RunError("the run directory exists", where=str(folder), mend="name another with --out, or remove it")
+    try:
+        if folder.exists():
+            raise RunError("the run directory exists", where=str(folder), mend="name another with --out, or remove it")
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        usable = parent.is_dir() and os.access(parent, os.W_OK)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            "not a possible run directory", where=str(folder)[:120], mend="name another with --out"
+        ) from error
+    if not usable:
+        raise RunError(
+            f"can't make the run directory: {parent} is no folder that can be written to",
+            where=str(folder),
+            mend="name another with --out",
+        )
 
 
 def round_record(result: RoundResult) -> Record:
@@ -137,7 +155,7 @@ def round_record(result: RoundResult) -> Record:
         "train_loss": sum(r.loss_mean * r.steps for r in reports) / steps if steps else None,
         "client_loss": client_score.loss if client_score else None,
         "central_loss": result.central.loss if result.central else None,
-        "central_perplexity": result.central.perplexity if result.central else None,
+        "central_perplexity": _finite(result.central.perplexity) if result.central else None,
         "central_accuracy": result.central.accuracy if result.central else None,
         "proximal_loss": sum(r.proximal_loss * r.steps for r in reports) / steps if steps else None,
         "proximal_ratio": sum(r.proximal_ratio * r.steps for r in reports) / steps if steps else None,
@@ -160,6 +178,10 @@ def round_record(result: RoundResult) -> Record:
 def now() -> str:
     """The time as records have it: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _known(record: Record) -> Record:

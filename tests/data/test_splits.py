@@ -191,15 +191,20 @@ def test_all_documents_are_taken_where_no_number_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents_per_client", "asked"),
-    [(20, "66 (6 central + 3 clients × 20)"), (None, "9 (6 central + 3 clients × at")],
+    ("documents_per_client", "asked", "mend"),
+    [
+        (20, "66 (6 central + 3 clients × 20)", "data.documents_per_client"),
+        (None, "9 (6 central + 3 clients × at", "data.clients"),
+    ],
 )
-def test_too_few_documents_is_an_error_with_both_numbers(documents_per_client: int | None, asked: str) -> None:
+def test_too_few_documents_is_an_error_with_both_numbers(
+    documents_per_client: int | None, asked: str, mend: str
+) -> None:
     data = make_recipe(data={"documents_per_client": documents_per_client}).data
     loaded = Documents(make_documents(8), {"empty": 4}, "planted", "none")
     with pytest.raises(DataError) as caught:
         split_documents(loaded, data, 7)
-    for words in ("8 usable documents", f"asks for {asked}", "skipped 4: 4 empty", "data.documents_per_client"):
+    for words in ("8 usable documents", f"asks for {asked}", "skipped 4: 4 empty", f"lower {mend}"):
         assert words in str(caught.value)
 
 

@@ -96,13 +96,15 @@ def test_padding_stands_on_the_right(side: str) -> None:
     tokenizer.padding_side = side
     blocks = tokenize(["ab"], tokenizer)
     first, second = tokenizer("ab")["input_ids"]
-    assert blocks.tokens_NT.tolist() == [[first, second, tokenizer.pad_token_id, tokenizer.pad_token_id]]
+    assert blocks.tokens_NT.tolist() == [[first, second, 0, 0]]
 
 
-def test_a_tokenizer_without_a_padding_token_pads_with_its_end() -> None:
+def test_padding_that_counts_is_the_tokenizers_and_its_end_without_one() -> None:
     tokenizer = byte_tokenizer()
     assert tokenizer.pad_token_id is None
-    assert tokenize(["ab"], tokenizer).tokens_NT[0, 2:].tolist() == [tokenizer.eos_token_id] * 2
+    assert tokenize(["ab"], tokenizer).tokens_NT[0, 2:].tolist() == [0, 0], "masked, so any token does"
+    counted = tokenize(["ab"], tokenizer, pad_in_loss=True)
+    assert counted.tokens_NT[0, 2:].tolist() == [tokenizer.eos_token_id] * 2
 
 
 def test_a_tokenizer_without_any_special_token_pads_with_zeros() -> None:
@@ -173,7 +175,7 @@ def test_a_batch_moves_whole() -> None:
 
 def test_a_vocabulary_that_is_too_small_is_refused() -> None:
     blocks = tokenize(TEXTS, window="blocks")
-    largest = max(byte_tokenizer()("".join(TEXTS))["input_ids"] + [byte_tokenizer().eos_token_id])
+    largest = max(byte_tokenizer()("".join(TEXTS))["input_ids"])
     check_vocabulary(blocks, largest + 1)
     with pytest.raises(DataError) as caught:
         check_vocabulary(blocks, largest)

@@ -103,14 +103,16 @@ def test_linear_schedule_of_a_round_is_that_of_transformers() -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_names_round_client_and_step(loss: float) -> None:
     with pytest.raises(TrainingError, match="round 3, client 1, step 9: the loss is"):
-        check_finite(loss, round=3, client=1, step=9)
+        check_finite("the loss", loss, round=3, client=1, step=9)
+    check_finite("the loss", 1e300, round=3, client=1, step=9)
 
 
 def test_a_proximal_term_that_never_was_is_refused() -> None:
     with pytest.raises(TrainingError, match="proximal term is zero after 2 steps"):
-        check_proximal(0.0, mu=0.1, steps=2, round=1, client=0)
-    check_proximal(0.0, mu=0.0, steps=2, round=1, client=0)
-    check_proximal(1e-9, mu=0.1, steps=2, round=1, client=0)
+        check_proximal([0.0, 0.0], mu=0.1, round=1, client=0)
+    check_proximal([0.0, 0.0], mu=0.0, round=1, client=0)
+    check_proximal([0.0, 1e-30], mu=0.1, round=1, client=0)
+    check_proximal([0.0], mu=0.1, round=1, client=0)
 
 
 def test_targets_are_the_right_neighbours() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -130,21 +131,26 @@ def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
         ModelError: a target that the model does not have, or none named where PEFT knows no default.
     """
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-    targets = section.targets
+    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    targets, adapted = section.targets, list(layers.values())
     if isinstance(targets, tuple):
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
-                known = sorted({name.rsplit(".", 1)[-1] for name in layers})
-                raise ModelError(
-                    f'the model has no layer "{target}"', where="adapter.targets", mend=f"it has: {', '.join(known)}"
-                )
+        matches = {t: [v for name, v in layers.items() if name == t or name.endswith(f".{t}")] for t in targets}
+        adapted = [layer for layers in matches.values() for layer in layers]
+        if missing := [target for target, found in matches.items() if not found]:
+            raise ModelError(f'the model has no layer "{missing[0]}"', where="adapter.targets", mend=f"it has: {known}")
+    elif targets is None and base.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise ModelError(
+            f"PEFT knows no default layers for {base.config.model_type}",
+            where="adapter.targets",
+            mend=f"name some of: {known}",
+        )
     return LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         target_modules=sorted(targets) if isinstance(targets, tuple) else targets,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.name_or_path,
     )
@@ -202,8 +208,8 @@ def load_adapter(folder: Path, layout: Layout) -> Adapter:
 
 def _wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for a property under its old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # Of libraries about each other, and of tied heads being merged, which nobody does here.
+        warnings.simplefilter("ignore")
         return get_peft_model(base, copy.deepcopy(config))
 
 

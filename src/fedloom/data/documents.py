@@ -63,7 +63,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be opened one by one: a row is only read when it is wanted."""
+    """Rows that are opened one by one: files of a folder are read only when they are wanted."""
 
     open_rows: Iterable[tuple[str, Callable[[], Row]]]
     revision: str
@@ -96,7 +96,7 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
             where=f'data.source = "{data.source}"',
-            mend="look at data.text (the column that holds the text) and data.files (the glob)",
+            mend="look at data.text (the column that holds the text), data.partition.by and data.files (the glob)",
         )
     return found
 
@@ -121,6 +121,7 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
 
 def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
     if data.source == STDLIB:
+        _refuse_spare(data, "revision", "subset", "split")
         version = ".".join(map(str, sys.version_info[:3]))
         return Source(_rows_of_folder(_standard_library(), data), f"Python {version}")
     try:
@@ -129,21 +130,33 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError("not a possible path", where=f'data.source = "{data.source[:80]}"') from error
     if is_folder:
+        _refuse_spare(data, "revision", "subset", "split")
         paths = _find_files(path, data.files)
-        return Source(_rows_of_folder(_relative(paths, path), data), _newest(paths))
+        return Source(_rows_of_folder(_relative(paths, path), data), describe_files(paths))
     if is_file:
+        _refuse_spare(data, "revision", "subset", "split", "files")
         if path.suffix not in READERS:
             raise DataError(
                 f'can\'t tell how to read "{path.suffix or path.name}"',
                 where=str(path),
                 mend=f"use {', '.join(READERS)}",
             )
-        return Source(READERS[path.suffix](path, path.name, data), _newest([path]))
+        return Source(READERS[path.suffix](path, path.name, data), describe_files([path]))
     if path.suffix in READERS or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
         raise DataError(
             "no such file or folder", where=f'data.source = "{data.source}"', mend="paths start at the working folder"
         )
+    _refuse_spare(data, "files")
     return _open_hub(data, seed, at_most)
+
+
+def _refuse_spare(data: Data, *keys: str) -> None:
+    """A key that has no effect on such a source is a misunderstanding."""
+    for key in keys:
+        if key in data.model_fields_set:
+            raise DataError(
+                "this key has no effect on such a source", where=f"data.{key}", mend=f'leave it out for "{data.source}"'
+            )
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
@@ -171,16 +184,19 @@ def _relative(paths: list[Path], root: Path) -> list[tuple[str, Path]]:
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
 
-def _newest(paths: list[Path]) -> str:
+def describe_files(paths: list[Path]) -> str:
     """What stands for a revision where files have none: how many, how large."""
-    return f"{len(paths)} files, {sum(path.stat().st_size for path in paths):,} bytes"
+    return f"{len(paths)} file{'s'[: len(paths) != 1]}, {sum(path.stat().st_size for path in paths):,} bytes"
 
 
 def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
     """A file of rows gives its rows; any other file is one document with `path` and `package` columns."""
     for origin, path in paths:
         if path.suffix in (".jsonl", ".parquet", ".csv"):
-            yield from READERS[path.suffix](path, origin, data)
+            try:
+                yield from READERS[path.suffix](path, origin, data)
+            except DataError:  # one file of many
+                yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged")
         else:
             yield origin, partial(_read_text_file, origin, path, data)
 
@@ -193,7 +209,7 @@ def _read_text_file(origin: str, path: Path, data: Data) -> Row:
         raise UnreadableError("not UTF-8 text") from None
     except OSError as error:
         raise UnreadableError(f"unreadable file ({error.strerror})") from None
-    return {data.text: text, "path": origin, "package": Path(first).stem}
+    return {"path": origin, "package": Path(first).stem, data.text: text}
 
 
 def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -203,10 +219,13 @@ def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Iter
         except UnicodeDecodeError:
             raise UnreadableError("not UTF-8 text") from None
 
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{origin}:{number}", partial(parse_line, line)
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{origin}:{number}", partial(parse_line, line)
+    except OSError as error:
+        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="look at its permissions") from error
 
 
 def _read_jsonl(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -261,14 +280,18 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Ca
         ) from error
 
 
+def _refuse(reason: str) -> Row:
+    raise UnreadableError(reason)
+
+
 def _as_is(row: Row) -> Row:
     return row
 
 
-def _check_column(data: Data, columns: Iterable[str], path: Path, *, mend: str) -> None:
+def _check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend: str) -> None:
     for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
         if column is not None and column not in columns:
-            raise DataError(f'no column "{column}", as {key} asks', where=str(path), mend=mend)
+            raise DataError(f'no column "{column}", as {key} asks', where=str(where), mend=mend)
 
 
 READERS: dict[str, Callable[[Path, str, Data], Iterator[tuple[str, Callable[[], Row]]]]] = {
@@ -298,9 +321,19 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
             mend="check the name and the network, or download it and set data.source to the file or folder",
         ) from error
     columns = rows.column_names
-    if columns is not None and data.text not in columns:
-        raise DataError(f'no column "{data.text}"', where=where, mend=f"set data.text to one of: {', '.join(columns)}")
+    if columns is not None:
+        _check_column(data, columns, where, mend=f"it has: {', '.join(columns)}")
     if at_most is not None:
         rows = rows.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_BUFFER)
-    opened = ((f"row {number}", partial(_as_is, row)) for number, row in enumerate(rows))
-    return Source(opened, revision or "unknown", ordered=at_most is not None)
+
+    def opened() -> Iterator[tuple[str, Callable[[], Row]]]:
+        number = 0
+        try:
+            for number, row in enumerate(rows):
+                yield f"row {number}", partial(_as_is, row)
+        except Exception as error:  # as above, in the middle of a stream
+            raise DataError(
+                f"the data set broke off after row {number} ({type(error).__name__})", where=where, mend="try again"
+            ) from error
+
+    return Source(opened(), revision or "unknown", ordered=at_most is not None)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 5
+LONGEST_MEAN_WORD = 12
+"""Characters; above it, what looks like words are sentences without spaces."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def split_documents(found: Documents, data: Data, seed: int) -> Splits:
             f" ({data.central_holdout} central + {data.clients} clients × {data.documents_per_client or 'at least 1'})"
             + (f"; {skipped}" if skipped else ""),
             where=where,
-            mend="lower data.documents_per_client or data.central_holdout",
+            mend=f"lower data.{'documents_per_client' if data.documents_per_client else 'clients'}"
+            " or data.central_holdout",
         )
     central, pool = documents[: data.central_holdout], documents[data.central_holdout :]
     clients = tuple(
@@ -285,8 +288,10 @@ def _normalise(text: str) -> str:
 
 
 def _shingles(text: str) -> set[int]:
-    """Hashes of every run of words."""
+    """Hashes of every run of words; of characters in a script that puts no spaces between words."""
     words = re.findall(r"\w+|[^\w\s]", text)
+    if len(text) > LONGEST_MEAN_WORD * len(words):
+        words = list(text)
     starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
     return {zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode()) for start in starts}
 

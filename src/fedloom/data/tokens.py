@@ -88,7 +88,9 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
 
     A tokenizer without a padding token works: what stands in the padding is masked, not recognised.
     """
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    pad = 0  # any token: it is masked, unless it is to count
+    if data.pad_in_loss:
+        pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     pieces: list[list[int]] = []
     dropped = 0
     for document in documents:

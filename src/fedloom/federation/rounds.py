@@ -13,6 +13,7 @@ from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.fleet import Fleet
 from fedloom.federation.sampling import sample_clients
 from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.training.objective import check_finite
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,23 @@ def run_rounds(
     rounds: int,
     fraction: float,
     seed: int,
+    on_report: Callable[[ClientReport], None] = lambda report: None,
 ) -> Iterator[RoundResult]:
-    """Yield round 0 (the adapter as it is given, evaluated), then each round when it is complete."""
+    """Yield round 0 (the adapter as it is given, evaluated), then each round when it is complete.
+
+    `on_report` is told of each client's work as soon as its update has come.
+
+    Raises:
+        TrainingError: a loss is no longer a number.
+    """
 
     def evaluated(round: int, adapter: Adapter, evaluate_seconds: float = 0.0, **trained: Any) -> RoundResult:
         started = time.perf_counter()
         central, clients = evaluate_central(adapter), fleet.evaluate(adapter)
+        if central is not None:
+            check_finite("the loss", central.loss, round=round, stage="central evaluation")
+        for client, score in clients.items():
+            check_finite("the loss", score.loss, round=round, client=client, stage="evaluation")
         evaluate_seconds += time.perf_counter() - started
         return RoundResult(round, adapter, central, clients, evaluate_seconds, **trained)
 
@@ -60,7 +72,7 @@ def run_rounds(
         cohort = sample_clients(fleet.clients, fraction, seed=seed, round=round)
         bytes_down = len(cohort) * adapter.num_bytes
         started = time.perf_counter()
-        arrivals = _Arrivals(fleet.train(round, cohort, adapter))
+        arrivals = _Arrivals(fleet.train(round, cohort, adapter), on_report)
         state, adapter = aggregate.update(state, adapter, arrivals)
         aggregate_seconds = time.perf_counter() - started - arrivals.seconds
         evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)
@@ -80,8 +92,9 @@ def run_rounds(
 class _Arrivals:
     """Updates on their way to the strategy: what is known of each is kept, its weights are not."""
 
-    def __init__(self, updates: Iterable[ClientUpdate]) -> None:
+    def __init__(self, updates: Iterable[ClientUpdate], on_report: Callable[[ClientReport], None]) -> None:
         self._updates = iter(updates)
+        self._on_report = on_report
         self.reports: list[ClientReport] = []
         self.seconds = 0.0
         """Spent waiting for updates: the clients' training and evaluation."""
@@ -96,6 +109,11 @@ class _Arrivals:
             update = next(self._updates)
         finally:
             self.seconds += time.perf_counter() - started
-        self.reports.append(update.report)
+        report = update.report
+        if report.holdout_loss_after is not None:
+            where = {"round": report.round, "client": report.client, "stage": "evaluation after training"}
+            check_finite("the loss", report.holdout_loss_after, **where)
+        self.reports.append(report)
+        self._on_report(report)
         self.bytes += update.adapter.num_bytes
         return update

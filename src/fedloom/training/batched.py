@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from fedloom.progress import Progress, Watch, ignore
 from fedloom.randomness import derive_seed
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.jobs import ClientJob, ClientUpdate, TrainClients, WorkLog, draw_batches
+from fedloom.training.memory import free_bytes, measure_step
 from fedloom.training.objective import add_proximal_gradient, clip_gradient, learning_rate, next_token_targets
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS, StackedOptimizer
 
@@ -60,8 +62,16 @@ def build_batched_engine(
     """An engine bound to a model: `rounds` is what a schedule of scope `run` stretches over."""
     stack = Stack(adapted)
 
+    @cache
+    def clients_that_fit(max_length: int) -> int:
+        tokens = training.batch_size * max_length
+        step = measure_step(adapted, stack, tokens=tokens, optimizer=training.optimizer)
+        return step.clients_that_fit(free_bytes(adapted.device))
+
     def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
-        crew = Crew(adapted, stack, training, adapter, min(len(jobs), training.clients_at_once or len(jobs)))
+        widest = max(job.blocks.tokens_NT.shape[1] for job in jobs)
+        at_once = min(len(jobs), training.clients_at_once or clients_that_fit(widest))
+        crew = Crew(adapted, stack, training, adapter, at_once)
         waiting = deque(jobs)
         while waiting or crew.workers:
             while waiting and crew.has_room:

@@ -88,7 +88,7 @@ class WorkLog:
             TrainingError: the loss is no number.
         """
         self._losses.append(loss)
-        check_finite(loss, round=self.job.round, client=self.job.client, step=len(self._losses))
+        check_finite("the loss", loss, round=self.job.round, client=self.job.client, step=len(self._losses))
         self._proximal_losses.append(proximal_loss(drift, self._mu))
         self._ratios.append(self._mu * drift / gradient_norm if gradient_norm else 0.0)
         self._tokens += num_tokens
@@ -100,8 +100,8 @@ class WorkLog:
             TrainingError: the weights are no numbers, or the proximal term never was.
         """
         job, steps = self.job, len(self._losses)
-        check_finite(drift, round=job.round, client=job.client, step=steps)
-        check_proximal(drift, mu=self._mu, steps=steps, round=job.round, client=job.client)
+        check_finite("the drift", drift, round=job.round, client=job.client, step=steps)
+        check_proximal(self._proximal_losses, mu=self._mu, round=job.round, client=job.client)
         return ClientReport(
             round=job.round,
             client=job.client,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -82,29 +82,30 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Training], torch.optim.Optim
 }
 
 
-def check_finite(loss: float, *, round: int, client: int, step: int) -> None:
-    """Stop on a loss that is no number.
+def check_finite(what: str, value: float, **where: Any) -> None:
+    """Stop on a loss, or a distance, that is no number; `where` is TrainingError's: round, client, step, stage.
 
     Raises:
-        TrainingError: with round, client and step.
+        TrainingError
     """
-    if not math.isfinite(loss):
+    if not math.isfinite(value):
         raise TrainingError(
-            f"the loss is {loss}",
-            round=round,
-            client=client,
-            step=step,
+            f"{what} is {value}",
             mend="lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32",
+            **where,
         )
 
 
-def check_proximal(drift: float, *, mu: float, steps: int, round: int, client: int) -> None:
+def check_proximal(proximal_losses: list[float], *, mu: float, round: int, client: int) -> None:
     """Stop when μ > 0 has nothing to hold: the mistake of the published experiment, whose term never was.
 
+    In the first step the weights are the global ones and the term is zero; after that it must not be.
+
     Raises:
-        TrainingError: after the first step the weights still equal the global ones.
+        TrainingError: the term was zero in each of two or more steps.
     """
-    if mu > 0 and steps > 1 and drift == 0:
+    steps = len(proximal_losses)
+    if mu > 0 and steps > 1 and not any(proximal_losses):
         raise TrainingError(
             f"training.proximal_mu is {mu} and the proximal term is zero after {steps} steps",
             round=round,

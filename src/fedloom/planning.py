@@ -45,11 +45,12 @@ class Plan:
     clients_per_round: int
     audit: Audit
     shared_blocks: int
-    """Training blocks whose tokens are also held out though the documents differ: files that begin alike."""
+    """Training blocks whose tokens are also held out though the documents differ: files that begin alike, say."""
     duplicates: str
     """What was done with copies: drop or report."""
     rounds: int
     epochs: int
+    proximal_mu: float
     payload_bytes: int
     """Of one adapter, one way."""
 
@@ -82,6 +83,17 @@ class Plan:
     @property
     def _share(self) -> float:
         return self.clients_per_round / len(self.clients)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the recipe allows and its author may not have meant."""
+        found = []
+        if self.proximal_mu > 0 and (idle := sum(client.steps == 1 for client in self.clients)):
+            found.append(
+                f"{idle} of {len(self.clients)} clients take one step a round, in which the proximal term is zero:"
+                " lower training.batch_size or raise training.epochs"
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
