@@ -4,7 +4,7 @@ Each client's result is what it would be alone: its own batch order, dropout, lo
 The loss of a client is its own token mean, and the sum over clients is what is differentiated, so the number of
 clients scales no gradient. A client that has finished makes room; one that waits takes its place.
 
-Letters: K clients at once, B sequences of a client, T tokens, D features, M rows that count, P adapter parameters.
+Letters: K clients at once, B sequences of a client, T tokens, M rows that count, P adapter parameters.
 """
 
 from __future__ import annotations
