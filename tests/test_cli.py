@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,22 @@ def fedloom(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
         text=True,
         timeout=240,
     )
+
+
+def refused(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command is refused with, by exit code 2.
+
+    In this process: fifteen seconds of imports for each case would buy nothing.
+    """
+    from fedloom.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["fedloom", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def test_run_leaves_a_run_directory_and_plain_lines(tmp_path: Path) -> None:
@@ -133,19 +150,11 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_and_leaves_nothing(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # In this process: fifteen seconds of imports for each case would buy nothing.
     overrides, words = BAD_INPUT[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fedloom", "run", "tiny", *overrides])
     if "unreachable" in case:
         refuse_connections(monkeypatch)
-    from fedloom.cli import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    line = refused(["run", "tiny", *overrides], monkeypatch, capsys)
     for word in words:
         assert word in line
     if case.endswith("is no number"):
@@ -173,14 +182,7 @@ def test_a_bad_command_is_one_line(
 ) -> None:
     arguments, words = BAD_COMMANDS[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fedloom", *arguments])
-    from fedloom.cli import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    line = refused(arguments, monkeypatch, capsys)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == []
 
@@ -236,13 +238,8 @@ def test_a_run_directory_that_exists_is_refused_and_untouched(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fedloom", *TINY, "--out", "mine"])
-    from fedloom.cli import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: mine: the run directory exists; name another with --out, or remove it\n"
+    line = refused([*TINY, "--out", "mine"], monkeypatch, capsys)
+    assert line == "error: mine: the run directory exists; name another with --out, or remove it"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 

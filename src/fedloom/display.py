@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -54,8 +53,9 @@ class Terminal(Display):
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps  {task.fields[rate]}"),
             console=self.console,
+            transient=True,
+            refresh_per_second=4,
         )
-        self._live = Live(self._bar, console=self.console, transient=True, refresh_per_second=4)
         self._task = self._bar.add_task("", total=None, rate="", visible=False)
         self._clock = Clock({})
         self._steps = 0
@@ -79,7 +79,7 @@ class Terminal(Display):
         self._clock.start()
         if self.console.is_terminal:
             self._bar.update(self._task, total=self._total_steps, visible=True)
-            self._live.start()
+            self._bar.start()
 
     def watch(self, progress: Progress) -> None:
         self._clock.tick(progress)
@@ -118,7 +118,8 @@ class Terminal(Display):
 
     def close(self) -> None:
         """Take the progress bar off the screen."""
-        self._live.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def _rate(self, progress: Progress) -> str:
         speed, left = self._clock.tokens_per_second(progress.phase), self._clock.seconds_left()

@@ -306,8 +306,6 @@ def _loading(name: str) -> Iterator[None]:
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     try:
         yield
-    except ModelError:
-        raise
     except Exception as error:  # of any kind: the files are not ours
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -290,28 +290,24 @@ def _shown(value: object) -> str:
     return f", not {text}" if len(text) <= 80 else ""
 
 
-def _section_at(path: list[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Recipe
-    for part in path:
-        field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return None
-        section = field.annotation
-    return section
+def _subsections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The keys of a section that are sections themselves."""
+    annotations = {key: field.annotation for key, field in section.model_fields.items()}
+    return {key: kind for key, kind in annotations.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
 def _keys_at(path: list[str]) -> list[str]:
-    section = _section_at(path)
-    return list(section.model_fields) if section else []
+    section: type[BaseModel] = Recipe
+    for part in path:
+        if part not in _subsections(section):
+            return []
+        section = _subsections(section)[part]
+    return list(section.model_fields)
 
 
 def _words_of(section: type[BaseModel]) -> set[str]:
     """Every key below a section: pydantic's locations hold union tags besides keys."""
-    words = set(section.model_fields)
-    for field in section.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            words |= _words_of(field.annotation)
-    return words
+    return set(section.model_fields).union(*map(_words_of, _subsections(section).values()))
 
 
 def _line_of(text: str, path: list[str]) -> int | None:
@@ -345,20 +341,17 @@ def describe_keys() -> str:
     lines: list[str] = []
 
     def visit(section: type[BaseModel], prefix: str) -> None:
-        nested = []
+        nested = _subsections(section)
         for key, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                nested.append((field.annotation, f"{prefix}{key}."))
+            if key in nested:
                 continue
             default = "required" if field.is_required() else _toml_value(field.default)
             choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
-            meaning = (f"{', '.join(f'`{choice}`' for choice in choices)}: " if choices else "") + str(
-                field.description
-            )
-            lines.append(f"| `{prefix}{key}` | {default} | {meaning} |")
-        for annotation, path in nested:
-            lines.extend(["", f"{annotation.__doc__}", "", "| key | default | meaning |", "|---|---|---|"])
-            visit(annotation, path)
+            known = ", ".join(f"`{choice}`" for choice in choices)
+            lines.append(f"| `{prefix}{key}` | {default} | {known and known + ': '}{field.description} |")
+        for key, subsection in nested.items():
+            lines.extend(["", f"{subsection.__doc__}", "", "| key | default | meaning |", "|---|---|---|"])
+            visit(subsection, f"{prefix}{key}.")
 
     lines.extend(["| key | default | meaning |", "|---|---|---|"])
     visit(Recipe, "")

@@ -77,11 +77,12 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
     Raises:
         DataError: the source can't be found or reached, has no such column, or holds no usable document.
     """
-    source = _open_source(data, derive_seed(seed, "documents"), at_most)
+    order_seed = derive_seed(seed, "documents")
+    source = _open_source(data, order_seed, at_most)
     rows = source.open_rows
     if not source.ordered:
         rows = list(rows)
-        random.Random(derive_seed(seed, "documents")).shuffle(rows)
+        random.Random(order_seed).shuffle(rows)
     documents: list[Document] = []
     skipped: Counter[str] = Counter()
     for origin, open_row in rows:
@@ -141,7 +142,7 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
                 where=str(path),
                 mend=f"use {', '.join(READERS)}",
             )
-        return Source(READERS[path.suffix](path, path.name, data), describe_files([path]))
+        return Source(_read_rows(path, path.name, data), describe_files([path]))
     if path.suffix in READERS or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
         raise DataError(
             "no such file or folder", where=f'data.source = "{data.source}"', mend="paths start at the working folder"
@@ -194,7 +195,7 @@ def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Iterator[tuple
     for origin, path in paths:
         if path.suffix in (".jsonl", ".parquet", ".csv"):
             try:
-                yield from READERS[path.suffix](path, origin, data)
+                yield from _read_rows(path, origin, data)
             except DataError:  # one file of many
                 yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged")
         else:
@@ -219,13 +220,10 @@ def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Iter
         except UnicodeDecodeError:
             raise UnreadableError("not UTF-8 text") from None
 
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{origin}:{number}", partial(parse_line, line)
-    except OSError as error:
-        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="look at its permissions") from error
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{origin}:{number}", partial(parse_line, line)
 
 
 def _read_jsonl(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -301,6 +299,13 @@ READERS: dict[str, Callable[[Path, str, Data], Iterator[tuple[str, Callable[[], 
     ".txt": _read_txt,
 }
 """How a single file gives rows: a row a line for `.jsonl`, `.csv` and `.txt`."""
+
+
+def _read_rows(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+    try:
+        yield from READERS[path.suffix](path, origin, data)
+    except OSError as error:
+        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="look at its permissions") from error
 
 
 def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:

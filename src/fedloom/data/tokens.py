@@ -62,13 +62,12 @@ class Batch:
 
 def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:
     """What a model sees of these blocks: their real tokens."""
-    return {tokens_T[:length].numpy().tobytes() for tokens_T, length in _rows(blocks)}
+    return set(_real_tokens(blocks))
 
 
 def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
     """The blocks whose tokens are not among the others': truncation makes one of two files that begin alike."""
-    kept = [tokens_T[:length].numpy().tobytes() not in others for tokens_T, length in _rows(blocks)]
-    rows = torch.tensor(kept, dtype=torch.bool)
+    rows = torch.tensor([tokens not in others for tokens in _real_tokens(blocks)], dtype=torch.bool)
     return replace(
         blocks, tokens_NT=blocks.tokens_NT[rows], lengths_N=blocks.lengths_N[rows], counted_N=blocks.counted_N[rows]
     )
@@ -109,8 +108,10 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
     return TokenBlocks(tokens_NT, lengths_N, counted_N, dropped)
 
 
-def _rows(blocks: TokenBlocks) -> Iterator[tuple[Tensor, int]]:
-    return zip(blocks.tokens_NT, blocks.lengths_N.tolist(), strict=True)
+def _real_tokens(blocks: TokenBlocks) -> Iterator[bytes]:
+    """Each block's tokens without its padding, as something to compare."""
+    for tokens_T, length in zip(blocks.tokens_NT, blocks.lengths_N.tolist(), strict=True):
+        yield tokens_T[:length].numpy().tobytes()
 
 
 def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:
