@@ -55,9 +55,9 @@ class PeakMemory:
         self._thread.join()
 
 
-def make_blocks(num_blocks: int, seed: int) -> TokenBlocks:
-    tokens_NT = torch.randint(0, VOCABULARY, (num_blocks, LENGTH), generator=torch.Generator().manual_seed(seed))
-    lengths_N = torch.full((num_blocks,), LENGTH)
+def make_blocks(num_blocks: int, seed: int, length: int = LENGTH) -> TokenBlocks:
+    tokens_NT = torch.randint(0, VOCABULARY, (num_blocks, length), generator=torch.Generator().manual_seed(seed))
+    lengths_N = torch.full((num_blocks,), length)
     return TokenBlocks(tokens_NT, lengths_N, lengths_N)
 
 

@@ -55,12 +55,19 @@ def make_recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def make_adapted(shape: str = "tiny-llama", dtype: str = "float32", seed: int = 7, **adapter: Any) -> AdaptedModel:
+def make_adapted(
+    shape: str = "tiny-llama",
+    dtype: str = "float32",
+    seed: int = 7,
+    *,
+    freeze_a: bool = False,
+    device: str = "cpu",
+    **adapter: Any,
+) -> AdaptedModel:
     """A random two-layer model with a LoRA adapter."""
-    source = open_model(f"random:{shape}")
-    base = load_model(source, dtype=dtype, device=torch.device("cpu"), seed=seed)
+    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device), seed=seed)
     section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
-    return AdaptedModel(base, build_config(section, base), seed)
+    return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a)
 
 
 def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> TokenBlocks:

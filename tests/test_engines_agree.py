@@ -5,6 +5,7 @@ into signs.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from conftest import make_adapted, make_blocks, make_recipe
 
 from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.errors import TrainingError
+from fedloom.training import batched
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientUpdate
 from fedloom.training.reference import build_reference_engine
+from fedloom.training.stacked_step import StackedStep, StepInputs
 
 TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (1e-3, 1e-5), "bfloat16": (5e-2, 2e-2)}
 """By dtype: of the update, relative to its norm; of losses."""
@@ -40,7 +43,7 @@ def make_jobs(sizes: Sequence[int] = (8, 5, 11), states: Any = None) -> list[Cli
 def train(
     build: Any, adapted: AdaptedModel, start: Adapter, jobs: Sequence[ClientJob], **changes: Any
 ) -> dict[int, ClientUpdate]:
-    training = make_recipe(training={"epochs": 2, "proximal_mu": 0.1, **changes}).training
+    training = make_recipe(training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", **changes}).training
     updates = build(adapted, training, rounds=3, seed=7)(start, jobs)
     return {update.report.client: update for update in updates}
 
@@ -221,25 +224,68 @@ def test_a_client_with_a_huge_loss_does_not_move_the_others_by_a_bit(shape: str)
         assert wild[client].report.loss_last == calm[client].report.loss_last
 
 
-def test_a_leak_between_clients_would_be_caught() -> None:
-    # The same check on an engine with a deliberate mistake: the gradient of the mean over all clients' tokens.
-    from unittest.mock import patch
-
-    from fedloom.training import batched
-
+def test_a_leak_between_clients_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same check on an engine with a deliberate mistake: the gradient of the mean over all clients.
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs()
     theirs = train(build_reference_engine, adapted, start, jobs)
+    right = StackedStep._losses
 
-    def pooled(self: Any, batches: Any) -> torch.Tensor:
-        loss_K = right(self, batches)
-        return loss_K.mean().expand(len(batches)) + 0 * loss_K
+    def pooled(self: StackedStep, inputs: StepInputs) -> torch.Tensor:
+        loss_K = right(self, inputs)
+        return loss_K.mean().expand(len(loss_K)) + 0 * loss_K
 
-    right = batched.Crew._loss
-    with patch.object(batched.Crew, "_loss", pooled):
-        wrong = train(build_batched_engine, adapted, start, jobs)
+    monkeypatch.setattr(StackedStep, "_losses", pooled)
+    wrong = train(build_batched_engine, adapted, start, jobs)
     with pytest.raises(AssertionError):
         assert_agree(wrong, theirs, start, "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_with_a_frozen_a_only_b_is_trained(shape: str, dtype: str) -> None:
+    adapted = make_adapted(shape, dtype, freeze_a=True)
+    switch_off_dropout(adapted)
+    assert all(".lora_B." in name for name in adapted.layout.names)
+    frozen = {name: value.clone() for name, value in adapted.frozen.items()}
+    start, jobs = start_from(adapted), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, dtype)
+    assert all(torch.equal(adapted.frozen[name], value) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+def test_checkpointed_gradients_are_the_same(shape: str, build: Any, dropout: float) -> None:
+    adapted = make_adapted(shape, "float64", dropout=dropout)
+    start, jobs = start_from(adapted), make_jobs()
+    plain = train(build, adapted, start, jobs)
+    checkpointed = train(build, adapted, start, jobs, gradient_checkpointing=True)
+    for client in plain:
+        difference = (plain[client].adapter.weights_P - checkpointed[client].adapter.weights_P).norm()
+        assert difference < 1e-12 * plain[client].report.drift
+
+
+def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a GPU is given, whose recorded steps need shapes that stay: here the same arithmetic on the processor.
+    adapted = make_adapted(shape, "float64")
+    switch_off_dropout(adapted)
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
+    theirs = train(build_reference_engine, adapted, start, jobs, batch_size=3)
+    monkeypatch.setattr(batched, "Crew", partial(batched.Crew, fixed_shapes=True))
+    monkeypatch.setattr(batched, "READ_EVERY", 5)
+    ours = train(build_batched_engine, adapted, start, jobs, batch_size=3, clients_at_once=2)
+    assert_agree(ours, theirs, start, "float64")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_recorded_step_is_the_step(shape: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted(shape, device="cuda", dropout=dropout)
+    start, jobs = start_from(adapted), make_jobs()
+    recorded = train(build_batched_engine, adapted, start, jobs)
+    monkeypatch.setattr("fedloom.training.step_graph.WARM_UP", 10**9)
+    launched = train(build_batched_engine, adapted, start, jobs)
+    assert_agree(recorded, launched, start, "float32")
 
 
 def test_a_diverging_client_is_named() -> None:

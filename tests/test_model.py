@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from fedloom.errors import ModelError
-from fedloom.model import SHAPES, build_meta_model, byte_tokenizer, load_model, open_model, unpack_gguf
+from fedloom.model import (
+    SHAPES,
+    build_meta_model,
+    byte_tokenizer,
+    choose_dtype,
+    load_model,
+    open_model,
+    unpack_gguf,
+)
 
 CPU = torch.device("cpu")
 
@@ -46,9 +54,26 @@ def test_dtypes(dtype: str) -> None:
     assert load("random:tiny-gpt2", dtype).dtype == getattr(torch, dtype)
 
 
-def test_attention_is_sdpa() -> None:
-    for shape in ("tiny-opt", "tiny-llama", "tiny-gpt2"):
-        assert load(f"random:{shape}").config._attn_implementation == "sdpa"
+@pytest.mark.parametrize(("flags", "dtype"), [("fma avx2 avx512f", "float32"), ("avx512_bf16", "bfloat16")])
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    flags: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"processor\t: 0\nmodel name\t: Some: Processor\nflags\t\t: fpu {flags} sse\n\nprocessor\t: 1\n")
+    monkeypatch.setattr("fedloom.machine.CPU_FACTS", facts)
+    assert choose_dtype("auto", CPU) == dtype
+    assert choose_dtype("float64", CPU) == "float64"
+    monkeypatch.setattr("fedloom.machine.CPU_FACTS", tmp_path / "none")
+    assert choose_dtype("auto", CPU) == "float32"
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_a_shape_can_have_other_layers(shape: str, layers: int) -> None:
+    source = open_model(f"random:{shape}")
+    model = build_meta_model(source, dtype="bfloat16", layers=layers)
+    assert model.config.num_hidden_layers == layers
+    assert source.num_layers == 2
+    assert model.dtype == torch.bfloat16
 
 
 def test_building_leaves_the_global_random_state_alone() -> None:

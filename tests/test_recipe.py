@@ -64,7 +64,7 @@ def dotted_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str
 def test_what_is_left_out_has_its_default(write: Write) -> None:
     recipe = load_recipe(write(SHORTEST))
     assert (recipe.name, recipe.description, recipe.seed) == ("short", "", 42)
-    assert (recipe.model.dtype, recipe.model.device, recipe.model.revision) == ("float32", "auto", None)
+    assert (recipe.model.dtype, recipe.model.device, recipe.model.revision) == ("auto", "auto", None)
     assert (recipe.adapter.method, recipe.adapter.rank, recipe.adapter.targets) == ("lora", 16, None)
     assert (recipe.data.clients, recipe.data.client_holdout, recipe.data.central_holdout) == (3, 0.2, 100)
     assert (recipe.data.duplicates, recipe.data.pad_in_loss, recipe.data.partition.kind) == ("drop", False, "iid")

@@ -21,15 +21,19 @@ HOUSE = [
     "data.documents",
     "data.splits",
     "data.tokens",
+    "attention",
     "model",
     "readout",
     "adapters.adapter",
     "adapters.stacked",
     "training.objective",
     "training.jobs",
+    "training.checkpointing",
     "training.reference",
     "training.client_dropout",
     "training.stacked_optimizers",
+    "training.stacked_step",
+    "training.step_graph",
     "training.memory",
     "training.batched",
     "evaluation",
@@ -47,7 +51,9 @@ HOUSE = [
 """The modules in the order in which data flows."""
 
 BARE = [
-    module for module in HOUSE if module.split(".")[0] in ("model", "readout", "adapters", "training", "evaluation")
+    module
+    for module in HOUSE
+    if module.split(".")[0] in ("attention", "model", "readout", "adapters", "training", "evaluation")
 ]
 """Modules that also run on a bare GPU machine."""
 

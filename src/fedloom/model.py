@@ -7,6 +7,7 @@ safetensors, because unpacking takes tens of seconds and loading takes one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import shutil
@@ -21,9 +22,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from fedloom.attention import choose_attention
 from fedloom.errors import ModelError
 from fedloom.hub import find_commit, hub_address
-from fedloom.machine import cache_folder
+from fedloom.machine import cache_folder, computes_bfloat16
 from fedloom.randomness import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -90,6 +92,11 @@ class ModelSource:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return int(self.config.get_text_config().vocab_size)
@@ -148,7 +155,7 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
                 source.location,
                 revision="main" if Path(source.location).is_dir() else source.revision,
                 dtype=DTYPES[dtype],
-                attn_implementation="sdpa",
+                attn_implementation=choose_attention(source.config),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -162,12 +169,27 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
     return model.to(device)
 
 
-def build_meta_model(source: ModelSource) -> PreTrainedModel:
-    """The model's layers without memory for their weights: to count parameters and to check targets."""
+def build_meta_model(source: ModelSource, *, dtype: str = "float32", layers: int | None = None) -> PreTrainedModel:
+    """The model's layers without memory for their weights: to count and to check; with fewer layers, to trace."""
+    config = copy.deepcopy(source.config)
+    text = config.get_text_config()
+    if layers is not None and layers != text.num_hidden_layers:
+        text.num_hidden_layers = layers
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     with _loading(source.name), torch.device("meta"):
-        model = _build(source.config, torch.float32)
+        model = _build(config, DTYPES[dtype])
+    model.requires_grad_(False)
     model.name_or_path = source.name
     return model
+
+
+def choose_dtype(wanted: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the device computes it in hardware, and float32 elsewhere."""
+    if wanted != "auto":
+        return wanted
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
+    return "bfloat16" if fast else "float32"
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -245,7 +267,7 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=choose_attention(config))
 
 
 def _find_in_package(rest: str) -> Path:

@@ -43,6 +43,12 @@ class Plan:
     central_tokens: int
     clients: tuple[ClientPlan, ...]
     clients_per_round: int
+    clients_at_once: int
+    """That train in one pass."""
+    clients_that_fit: int | None
+    """In the memory that was free when the plan was made; None for an engine that takes one after another."""
+    peak_bytes: int | None
+    """Predicted, of a training step with the base model; for the engine `batched`."""
     audit: Audit
     shared_blocks: int
     """Training blocks whose tokens are also held out though the documents differ: files that begin alike, say."""

@@ -25,12 +25,17 @@ class Readout:
 
     The model is taken apart into a body and a frozen head where its logits are exactly `head(body(tokens))`. That is
     tried, not assumed: some models scale or cap their logits, and an adapter may sit on the head. Then all logits
-    are made at once.
+    are made at once. Only on the meta device, where there are no values to try, it is taken for granted.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._head = self._find_head()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Logits of a token."""
+        return int(self._model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
     def losses(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor) -> Tensor:
         """Negative log-likelihood of each counted row's target, [M], in float32 at least; differentiable."""
@@ -69,6 +74,8 @@ class Readout:
         head = self._model.get_output_embeddings()  # type: ignore[operator]
         if type(head) is not nn.Linear or self._model.base_model is self._model:
             return None
+        if head.weight.is_meta:
+            return head
         tokens_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
         logits_BTV = self._model(input_ids=tokens_BT, use_cache=False).logits
         return head if torch.equal(logits_BTV.flatten(0, 1), head(self._states(tokens_BT))) else None
@@ -94,10 +101,15 @@ class _RowLosses(torch.autograd.Function):
         return gradient_MD * grad_M[:, None].to(gradient_MD.dtype), None, None, None
 
 
+def rows_at_a_time(vocabulary_size: int) -> int:
+    """Rows whose logits exist together."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary_size))
+
+
 def _logit_chunks(
     states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+    rows = rows_at_a_time(len(weight_VD))
     for states, targets in zip(states_MD.split(rows), targets_M.split(rows), strict=True):
         yield _at_least_float32(functional.linear(states, weight_VD, bias_V)), targets
 

@@ -41,7 +41,10 @@ class Model(Section):
         min_length=1, description="hub id, folder, `.gguf` file, `package:NAME/FILE`, or `random:SHAPE`"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="of the frozen weights")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto",
+        description="of the frozen weights; `auto` is bfloat16 where the device has it in hardware, else float32",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 
 
@@ -132,6 +135,9 @@ class Training(Section):
         "auto", description="choose; all clients in one pass; one after another"
     )
     clients_at_once: int | None = Field(None, ge=1, description="for `batched`; as many as fit in memory if left out")
+    gradient_checkpointing: bool = Field(
+        False, description="keep each layer's input alone and compute the rest again: less memory, a third more time"
+    )
     epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
     batch_size: int = Field(2, ge=1, description="sequences in a step")
     learning_rate: float = Field(1e-4, gt=0, description="peak")
@@ -158,6 +164,9 @@ class Federation(Section):
 
     rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round; at least one")
+    lora_rule: Literal["factors", "ffa"] = Field(
+        "factors", description="average A and B apart; or train and send B alone, A frozen (2403.12313)"
+    )
     strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_adapted, make_blocks, make_recipe
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from fedloom.adapters.adapter import Adapter, build_config, count_adapted, load_adapter, save_adapter
+from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config, load_adapter, save_adapter
 from fedloom.errors import ModelError
 from fedloom.evaluation import evaluate
 from fedloom.model import build_meta_model, load_model, open_model
@@ -21,7 +21,8 @@ def test_opt_350m_has_the_experiments_counts() -> None:
     base = build_meta_model(open_model("random:opt-350m"))
     assert sum(parameter.numel() for parameter in base.parameters()) == 331_196_416
     section = make_recipe(adapter={"rank": 16, "targets": ["q_proj", "v_proj"]}).adapter
-    assert count_adapted(base, build_config(section, base)) == (1_572_864, 332_769_280)
+    adapted = AdaptedModel(base, build_config(section, base), 1)
+    assert (adapted.layout.size, adapted.num_parameters) == (1_572_864, 332_769_280)
 
 
 def test_names_and_shapes_are_those_of_pefts_state_dict(shape: str) -> None:
@@ -154,8 +155,7 @@ def test_a_target_that_is_not_there_names_those_that_are(shape: str) -> None:
 def test_targets_left_out_are_pefts_choice(shape: str) -> None:
     base = build_meta_model(open_model(f"random:{shape}"))
     section = make_recipe(adapter={"targets": None}).adapter
-    trainable, _ = count_adapted(base, build_config(section, base))
-    assert trainable == make_adapted(shape).layout.size
+    assert AdaptedModel(base, build_config(section, base), 1).layout == make_adapted(shape).layout
 
 
 def test_a_bfloat16_base_has_a_float32_adapter() -> None:
@@ -163,3 +163,15 @@ def test_a_bfloat16_base_has_a_float32_adapter() -> None:
     assert adapted.weights_P.dtype == torch.float32
     frozen = {weight.dtype for weight in adapted.model.parameters() if not weight.requires_grad}
     assert frozen == {torch.bfloat16}
+
+
+def test_a_frozen_a_is_saved_with_the_adapter_and_not_sent(tmp_path: Path, shape: str) -> None:
+    both, adapted = make_adapted(shape), make_adapted(shape, freeze_a=True)
+    assert adapted.layout.size + sum(value.numel() for value in adapted.frozen.values()) == both.layout.size
+    trained = Adapter(adapted.layout, torch.full((adapted.layout.size,), 0.1))
+    adapted.save(trained, tmp_path / "best")
+    assert torch.equal(load_adapter(tmp_path / "best", adapted.layout, adapted.frozen).weights_P, trained.weights_P)
+    adapted.load(trained)
+    tokens_BT = make_blocks(2).tokens_NT
+    opened = PeftModel.from_pretrained(load_base(shape), tmp_path / "best").eval()
+    assert torch.equal(opened(input_ids=tokens_BT).logits, adapted.model.eval()(input_ids=tokens_BT).logits)

@@ -40,7 +40,6 @@ def federate(
         [ClientBlocks(blocks, held_out) for blocks in data],
         engine,
         score,
-        keep_optimizer_state=section.optimizer_state == "keep",
     )
     central = make_blocks(6, seed=99)
     return list(

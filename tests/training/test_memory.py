@@ -1,51 +1,77 @@
-"""How many clients fit, and what a step of theirs needs."""
+"""How many clients fit, and what a step of theirs needs: predicted without memory, against a step that is run."""
+
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted
+from conftest import ARCHITECTURES, make_adapted, make_blocks, make_recipe
 
+from fedloom.adapters.adapter import AdaptedModel, build_config
 from fedloom.adapters.stacked import Stack
-from fedloom.training.memory import StepMemory, free_bytes, measure_step
+from fedloom.model import build_meta_model, open_model
+from fedloom.training import memory
+from fedloom.training.batched import Crew
+from fedloom.training.jobs import ClientJob
+from fedloom.training.memory import LiveBytes, StepMemory, free_bytes, predict_step, trace_step
+
+CPU = torch.device("cpu")
+LENGTH = 32
 
 
-def test_a_clients_share_grows_with_its_tokens_and_its_adapter(shape: str) -> None:
-    def client_bytes(tokens: int, optimizer: str = "adamw", **adapter: int) -> int:
-        adapted = make_adapted(shape, **adapter)
-        return measure_step(adapted, Stack(adapted), tokens=tokens, optimizer=optimizer).client_bytes
-
-    adapter_bytes = 4 * make_adapted(shape).layout.size
-    assert client_bytes(64) - client_bytes(64, "sgd") == 2 * adapter_bytes
-    activations = client_bytes(64) - 4 * adapter_bytes
-    assert client_bytes(256) - 4 * adapter_bytes == pytest.approx(4 * activations, rel=0.01)
-    # Two layers of width 64: at least the inputs of the adapted layers are kept, and not the logits of 260 words.
-    assert 64 * 2 * 64 * 4 < activations < 64 * 200 * 64 * 4
+def build(shape: str, layers: int = 2, dtype: str = "float32", **adapter: Any) -> AdaptedModel:
+    base = build_meta_model(open_model(f"random:{shape}"), layers=layers, dtype=dtype)
+    section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
+    return AdaptedModel(base, build_config(section, base), 7)
 
 
-def test_the_base_model_is_counted_once_and_not_with_a_client() -> None:
-    adapted = make_adapted()
-    base = sum(p.numel() * p.element_size() for p in adapted.model.parameters())
-    assert measure_step(adapted, Stack(adapted), tokens=64, optimizer="adamw").base_bytes == base
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clients", [1, 3])
+def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients: int) -> None:
+    training = make_recipe(training={"batch_size": 2, "max_gradient_norm": 1.0}).training
+    adapted = make_adapted(shape, dtype, dropout=0.1)
+    blocks = make_blocks(2, LENGTH)
+    full = type(blocks)(blocks.tokens_NT, torch.full((2,), LENGTH), torch.full((2,), LENGTH))
+    start = adapted.read()
+    with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), start.weights_P]) as live:
+        crew = Crew(adapted, Stack(adapted), training, start, clients)
+        for client in range(clients):
+            crew.admit(ClientJob(1, client, full), seed=1)
+        crew.step(1)
+    traced = trace_step(build(shape, dtype=dtype, dropout=0.1), training, clients, LENGTH, CPU)
+    assert traced == pytest.approx(live.peak, rel=0.03)
 
 
-def test_tracing_leaves_the_model_as_it_was() -> None:
-    adapted = make_adapted("tiny-opt", dropout=0.3)
-    adapted.model.eval()
-    before = adapted.read().sha256()
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    measure_step(adapted, Stack(adapted), tokens=64, optimizer="adamw")
-    assert torch.equal(torch.rand(3), expected)
-    assert not adapted.model.training
-    assert adapted.read().sha256() == before
+def predict(shape: str = "tiny-llama", clients: int = 2, layers: int = 2, **training: Any) -> StepMemory:
+    section = make_recipe(training={"batch_size": 2, **training}).training
+    return predict_step(lambda count: build(shape, count), layers, section, clients=clients, length=LENGTH, device=CPU)
 
 
-@pytest.mark.parametrize(("free", "fit"), [(0, 1), (499, 1), (1500, 5), (10_000, 39)])
+def test_deep_models_are_told_from_short_ones(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "HELD_BY_ALLOCATOR", {"cpu": 1.0})
+    traced = trace_step(build(shape, 6), make_recipe().training, 2, LENGTH, CPU)
+    predicted = predict(shape, layers=6)
+    assert predicted.peak_bytes(2) - predicted.base_bytes == pytest.approx(traced, rel=0.01)
+
+
+def test_what_costs_memory_shows(shape: str) -> None:
+    plain = predict(shape)
+    assert predict(shape, batch_size=4).client_bytes > 1.5 * plain.client_bytes
+    assert predict(shape, gradient_checkpointing=True).peak_bytes(20) < plain.peak_bytes(20)
+    assert predict(shape, optimizer="sgd").peak_bytes(2) < plain.peak_bytes(2)
+    assert plain.peak_bytes(5) - plain.peak_bytes(4) == plain.client_bytes > 0
+
+
+def test_the_base_model_is_counted_once() -> None:
+    base = sum(p.numel() * p.element_size() for p in make_adapted().model.parameters())
+    assert predict(clients=1).base_bytes == predict(clients=3).base_bytes == base
+
+
+@pytest.mark.parametrize(("free", "fit"), [(0, 1), (5800, 1), (8000, 10), (10_000, 19)])
 def test_clients_that_fit(free: int, fit: int) -> None:
-    step = StepMemory(base_bytes=5000, loss_bytes=200, client_bytes=200)
+    step = StepMemory(base_bytes=5000, fixed_bytes=200, client_bytes=200)
     assert step.clients_that_fit(free) == fit
     assert step.peak_bytes(3) == 5800
 
 
 def test_this_machine_has_memory() -> None:
-    assert free_bytes(torch.device("cpu")) > 2**20
+    assert free_bytes(CPU) > 2**20

@@ -87,8 +87,9 @@ def test_rounds_with_kept_state_and_a_schedule_over_the_run_equal_plain_training
     start = adapted.read()
     expected = plain_training(adapted, start, blocks, rounds=3)
     adapter, state = start, None
+    kept = {"schedule": "linear", "schedule_scope": "run", "optimizer_state": "keep"}
     for round in (1, 2, 3):
-        update = train(adapted, adapter, blocks, round=round, state=state, schedule="linear", schedule_scope="run")
+        update = train(adapted, adapter, blocks, round=round, state=state, **kept)
         adapter, state = update.adapter, update.optimizer_state
     assert relative_difference(adapter, expected, start) < 1e-9
 

@@ -14,9 +14,11 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+A_WEIGHT = ".lora_A.default.weight"
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,26 @@ class AdaptedModel:
     """The frozen base model with a PEFT adapter whose trained weights, and their gradients, are flat vectors.
 
     `weights_P` is one parameter, `gradient_P` its gradient; the layers see views of both. Loading an adapter copies
-    into `weights_P`, so the model is wrapped once and serves every client.
+    into `weights_P`, so the model is wrapped once and serves every client. With `freeze_a` only LoRA's B is trained,
+    and A, the same for everybody, is in `frozen` (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313).
+
+    `base` may be on the meta device: then everything has its shape, and nothing a value.
     """
 
-    def __init__(self, base: PreTrainedModel, config: PeftConfig, seed: int) -> None:
+    def __init__(self, base: PreTrainedModel, config: PeftConfig, seed: int, *, freeze_a: bool = False) -> None:
         with torch.random.fork_rng(devices=[]):
             # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
             torch.manual_seed(derive_seed(seed, "adapter"))
             self.model = _wrap(base, config)
+        for name, value in self.model.named_parameters():
+            if freeze_a and name.endswith(A_WEIGHT):
+                value.requires_grad_(False)
         self.config = config
+        self.frozen = {
+            name.replace(".default", ""): value.detach()
+            for name, value in self.model.named_parameters()
+            if freeze_a and name.endswith(A_WEIGHT)
+        }
         self.readout = Readout(self.model.get_base_model())
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         self.layout = Layout(
@@ -114,6 +128,15 @@ class AdaptedModel:
     def device(self) -> torch.device:
         return self.weights_P.device
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the base model with the adapter."""
+        return sum(value.numel() for value in self.model.parameters())
+
+    def parameter(self, name: str) -> Tensor:
+        """What the model has under a name of PEFT's files."""
+        return self.model.get_parameter(name.replace(".weight", ".default.weight"))
+
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter's weights into the model."""
         assert adapter.layout == self.layout, "an adapter of another model"
@@ -122,6 +145,10 @@ class AdaptedModel:
     def read(self) -> Adapter:
         """A copy of the weights that are in the model now."""
         return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        """Write an adapter with everything that PEFT needs to open it."""
+        save_adapter(adapter, self.config, folder, frozen=self.frozen)
 
 
 def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
@@ -156,16 +183,10 @@ def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
     )
 
 
-def count_adapted(base: PreTrainedModel, config: PeftConfig) -> tuple[int, int]:
-    """Parameters that would be trained, and all of them; `base` may be on the meta device, and is used up."""
-    with torch.device(base.device):
-        wrapped = _wrap(base, config)
-    sizes = [(value.numel(), value.requires_grad) for value in wrapped.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def save_adapter(adapter: Adapter, config: PeftConfig, folder: Path) -> None:
-    """Write the adapter as PEFT does; the folder is replaced whole or not at all."""
+def save_adapter(
+    adapter: Adapter, config: PeftConfig, folder: Path, *, frozen: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
+    """Write the adapter, and the frozen tensors beside it, as PEFT does; the folder is replaced whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -174,7 +195,8 @@ def save_adapter(adapter: Adapter, config: PeftConfig, folder: Path) -> None:
         if isinstance(getattr(saved, "target_modules", None), set):
             saved.target_modules = sorted(saved.target_modules)
         saved.save_pretrained(str(temporary))
-        save_file(adapter.layout.split(adapter.weights_P), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        tensors = {**adapter.layout.split(adapter.weights_P), **{name: value.cpu() for name, value in frozen.items()}}
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         for file in temporary.iterdir():
             file.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())
@@ -186,15 +208,15 @@ def save_adapter(adapter: Adapter, config: PeftConfig, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_adapter(folder: Path, layout: Layout) -> Adapter:
-    """Read an adapter that PEFT or `save_adapter` wrote.
+def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] = ()) -> Adapter:
+    """Read an adapter that PEFT or `save_adapter` wrote, leaving out the tensors that are `frozen`.
 
     Raises:
         ModelError: there is none, it can't be read, or its tensors are not those of `layout`.
     """
     path = folder / WEIGHTS_FILE
     try:
-        tensors = load_file(path)
+        tensors = {name: value for name, value in load_file(path).items() if name not in frozen}
     except Exception as error:  # safetensors raises its own kinds for damage
         raise ModelError(f"no readable adapter ({type(error).__name__})", where=str(path)) from error
     if set(tensors) != set(layout.names):
@@ -210,6 +232,9 @@ def _wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
         # Of libraries about each other, and of tied heads being merged, which nobody does here.
         warnings.simplefilter("ignore")
+        if base.device.type == "meta":
+            with torch.device("meta"):
+                return get_peft_model(base, copy.deepcopy(config))
         return get_peft_model(base, copy.deepcopy(config))
 
 

@@ -66,14 +66,16 @@ class _StackedProduct(torch.autograd.Function):
         a_KRI, b_KOR = ctx.weights
         grad_KNR = torch.bmm(grad_KNO, b_KOR)
         b_KOR.grad.baddbmm_(grad_KNO.mT, hidden_KNR)
-        a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
+        if a_KRI.requires_grad:
+            a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
         return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None
 
 
 class Stack:
     """Every adapted layer of a model as a `StackedLora`, over weights and gradients of one flat buffer each.
 
-    The rows of `weights_KP` are flat adapters in the layout of the adapted model.
+    The rows of `weights_KP` are flat adapters in the layout of the adapted model. An A that is frozen is not among
+    them: every client sees the one in the model.
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -88,6 +90,10 @@ class Stack:
             if path not in layers:
                 layers[path] = self._stack(path)
             self._owners.append((layers[path], "lora_a_KRI" if suffix == SUFFIXES[0] else "lora_b_KOR"))
+        self._frozen = [
+            (layers[name.removeprefix(PREFIX).removesuffix(SUFFIXES[0])], adapted.parameter(name))
+            for name in adapted.frozen
+        ]
 
     @property
     def model(self) -> nn.Module:
@@ -103,6 +109,8 @@ class Stack:
             leaf = weight.detach().requires_grad_()
             leaf.grad = gradient
             setattr(layer, attribute, leaf)
+        for layer, a_RI in self._frozen:
+            layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -48,14 +48,11 @@ class LocalFleet:
         data: Sequence[ClientBlocks],
         train_clients: TrainClients,
         evaluate_blocks: EvaluateBlocks,
-        *,
-        keep_optimizer_state: bool,
     ) -> None:
         self.clients: Sequence[int] = range(len(data))
         self._data = data
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
-        self._keep_optimizer_state = keep_optimizer_state
         self._optimizer_states: dict[int, OptimizerState] = {}
         self._evaluated: tuple[Adapter, dict[int, Score]] | None = None
 
@@ -66,7 +63,7 @@ class LocalFleet:
         ]
         for update in self._train_clients(adapter, jobs):
             client = update.report.client
-            if self._keep_optimizer_state:
+            if update.optimizer_state:
                 self._optimizer_states[client] = update.optimizer_state
             if client in before:
                 started = time.perf_counter()

@@ -4,7 +4,7 @@ Each client's result is what it would be alone: its own batch order, dropout, lo
 The loss of a client is its own token mean, and the sum over clients is what is differentiated, so the number of
 clients scales no gradient. A client that has finished makes room; one that waits takes its place.
 
-Letters: K clients at once, B sequences of a client, T tokens, M rows that count, P adapter parameters.
+Letters: K clients at once, B sequences of a client, T tokens, M positions of a client, P adapter parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,21 +24,23 @@ from fedloom.progress import Progress, Watch, ignore
 from fedloom.randomness import derive_seed
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.jobs import ClientJob, ClientUpdate, TrainClients, WorkLog, draw_batches
-from fedloom.training.memory import free_bytes, measure_step
-from fedloom.training.objective import add_proximal_gradient, clip_gradient, learning_rate, next_token_targets
-from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS, StackedOptimizer
+from fedloom.training.objective import learning_rate, next_token_targets
+from fedloom.training.stacked_step import StackedStep, StepInputs
+from fedloom.training.step_graph import StepGraph
 
 if TYPE_CHECKING:
     from fedloom.recipe import Training
 
+READ_EVERY = 16
+"""Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""
+
 
 @dataclass
 class Worker:
-    """A client at work: its steps, what it has written down, and where its dropout stands."""
+    """A client at work: its steps, and what it has written down."""
 
     log: WorkLog
     batches: list[Tensor]
-    dropout: torch.Generator
     step: int = 0
 
     @property
@@ -49,6 +50,11 @@ class Worker:
     @property
     def finished(self) -> bool:
         return self.step == len(self.batches)
+
+    @property
+    def largest_batch(self) -> tuple[int, int]:
+        """Sequences and tokens."""
+        return len(self.batches[0]), self.job.blocks.tokens_NT.shape[1]
 
 
 def build_batched_engine(
@@ -62,29 +68,26 @@ def build_batched_engine(
     """An engine bound to a model: `rounds` is what a schedule of scope `run` stretches over."""
     stack = Stack(adapted)
 
-    @cache
-    def clients_that_fit(max_length: int) -> int:
-        tokens = training.batch_size * max_length
-        step = measure_step(adapted, stack, tokens=tokens, optimizer=training.optimizer)
-        return step.clients_that_fit(free_bytes(adapted.device))
-
     def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
-        widest = max(job.blocks.tokens_NT.shape[1] for job in jobs)
-        at_once = min(len(jobs), training.clients_at_once or clients_that_fit(widest))
+        at_once = min(len(jobs), training.clients_at_once or len(jobs))
         crew = Crew(adapted, stack, training, adapter, at_once)
         waiting = deque(jobs)
         while waiting or crew.workers:
             while waiting and crew.has_room:
                 crew.admit(waiting.popleft(), seed=seed)
-            for worker, batch in crew.step(rounds):
-                watch(Progress("train", batch.num_tokens, worker.job.round, worker.job.client))
+            for worker, num_tokens in crew.step(rounds):
+                watch(Progress("train", num_tokens, worker.job.round, worker.job.client))
             yield from crew.retire()
 
     return train_clients
 
 
 class Crew:
-    """The clients that train at once: slot k of every buffer is the k-th worker's."""
+    """The clients that train at once: slot k is the k-th worker's.
+
+    With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to its client's largest; without, to the
+    largest of the step.
+    """
 
     def __init__(
         self,
@@ -93,18 +96,21 @@ class Crew:
         training: Training,
         adapter: Adapter,
         num_slots: int,
+        fixed_shapes: bool | None = None,
     ) -> None:
-        self._adapted, self._stack, self._training = adapted, stack, training
-        self._adapter = adapter
-        self._global_P = adapter.weights_P.to(adapted.device)
-        self._weights_KP = self._global_P.expand(num_slots, -1).clone()
-        self._gradient_KP = torch.zeros_like(self._weights_KP)
-        self._optimizer: StackedOptimizer = STACKED_OPTIMIZERS[training.optimizer](self._weights_KP, training)
+        self._training, self._adapter = training, adapter
+        self._device = adapted.device
+        self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
+        self._slots = StackedStep(adapted, stack, training, adapter.weights_P.to(self._device), num_slots)
+        self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
+        self._launch: StepGraph | None = None
+        self._sizes: Sequence[tuple[int, int]] = ()
+        self._unread: list[tuple[list[tuple[Worker, int]], Tensor]] = []
         self.workers: list[Worker] = []
 
     @property
     def has_room(self) -> bool:
-        return len(self.workers) < len(self._weights_KP)
+        return len(self.workers) < len(self._generators)
 
     def admit(self, job: ClientJob, *, seed: int) -> None:
         """Give a waiting client a slot, with the global weights and its own optimizer state."""
@@ -112,95 +118,107 @@ class Crew:
         batches = draw_batches(
             len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
         )
-        dropout = torch.Generator(self._adapted.device)
-        dropout.manual_seed(derive_seed(seed, "dropout", job.round, job.client))
-        self.workers.append(Worker(WorkLog(job, training.proximal_mu), batches, dropout))
-        self._weights_KP[slot] = self._global_P
-        self._optimizer.load(slot, job.optimizer_state)
-        self._bind()
+        self._generators[slot].manual_seed(derive_seed(seed, "dropout", job.round, job.client))
+        self.workers.append(Worker(WorkLog(job, training.proximal_mu), batches))
+        self._slots.weights_KP[slot] = self._slots.global_P
+        self._slots.optimizer.load(slot, job.optimizer_state)
 
-    def step(self, rounds: int) -> list[tuple[Worker, Batch]]:
-        """One step of every worker.
+    def step(self, rounds: int) -> list[tuple[Worker, int]]:
+        """One step of every worker; returns each with the tokens that it has learnt from.
 
         Raises:
-            TrainingError: a client's loss is no longer a number.
+            TrainingError: a client's loss is no longer a number. On a GPU, up to `READ_EVERY` steps later.
         """
-        training, workers = self._training, self.workers
+        workers = self.workers
         batches = [take_batch(worker.job.blocks, worker.batches[worker.step]) for worker in workers]
-        weights_KP, gradient_KP = self._weights_KP[: len(workers)], self._gradient_KP[: len(workers)]
+        rates = [
+            learning_rate(self._training, worker.step, len(worker.batches), worker.job.round, rounds)
+            for worker in workers
+        ]
+        sizes = [
+            worker.largest_batch if self._fixed_shapes else (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
+            for worker, batch in zip(workers, batches, strict=True)
+        ]
+        inputs = StepInputs(
+            *(value.to(self._device, non_blocking=True) for value in self._collect(batches, sizes, rates))
+        )
+        facts_3K = self._run(inputs, sizes)
 
-        gradient_KP.zero_()
-        with self._stack.installed():
-            loss_K = self._loss(batches)
-            loss_K.sum().backward()
-
-        with torch.no_grad():
-            offset_KP = weights_KP - self._global_P
-            facts = torch.stack([loss_K.detach().to(weights_KP.dtype), offset_KP.norm(dim=1), gradient_KP.norm(dim=1)])
-            add_proximal_gradient(gradient_KP, offset_KP, training.proximal_mu)
-            clip_gradient(gradient_KP, training.max_gradient_norm)
-            self._optimizer.step(gradient_KP, self._rates(rounds))
-
-        for worker, batch, (loss, drift, gradient_norm) in zip(workers, batches, facts.T.tolist(), strict=True):
-            worker.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
+        stepped = [(worker, batch.num_tokens) for worker, batch in zip(workers, batches, strict=True)]
+        self._unread.append((stepped, facts_3K))
+        for worker in workers:
             worker.step += 1
-        return list(zip(workers, batches, strict=True))
+        if self._device.type != "cuda" or len(self._unread) == READ_EVERY:
+            self._read()
+        return stepped
 
     def retire(self) -> Iterator[ClientUpdate]:
         """Yield the updates of the workers that have finished, and close the ranks."""
+        if any(worker.finished for worker in self.workers):
+            self._read()
+        slots, keep = self._slots, self._training.optimizer_state == "keep"
         for slot in reversed(range(len(self.workers))):
             worker = self.workers[slot]
             if not worker.finished:
                 continue
-            weights_P = self._weights_KP[slot]
-            report = worker.log.finish(drift=(weights_P - self._global_P).norm().item())
+            weights_P = slots.weights_KP[slot]
+            report = worker.log.finish(drift=(weights_P - slots.global_P).norm().item())
             update = ClientUpdate(
                 report,
                 replace(self._adapter, weights_P=weights_P.to("cpu", copy=True)),
-                self._optimizer.read(slot),
+                slots.optimizer.read(slot) if keep else {},
             )
             last = len(self.workers) - 1
-            self._weights_KP[slot] = self._weights_KP[last]
-            self._optimizer.move(last, slot)
+            slots.weights_KP[slot] = slots.weights_KP[last]
+            slots.optimizer.move(last, slot)
+            self._generators[slot].set_state(self._generators[last].get_state())
             self.workers[slot] = self.workers[last]
             self.workers.pop()
-            self._bind()
             yield update
 
-    def _bind(self) -> None:
-        count = len(self.workers)
-        if count:
-            self._stack.bind(self._weights_KP[:count], self._gradient_KP[:count])
+    def _run(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """The step itself: on a GPU recorded and launched whole, for as long as its shape stays."""
+        count = len(sizes)
+        dropout = ClientDropout(self._generators[:count], sizes)
+        if len(self._sizes) != count:
+            self._slots.use_slots(count)
+        if self._device.type != "cuda" or self._training.gradient_checkpointing:
+            self._sizes = sizes
+            return self._slots(inputs, dropout)
+        if self._launch is None or self._sizes != sizes:
+            self._launch = StepGraph(lambda inputs: self._slots(inputs, dropout), self._generators[:count])
+            self._sizes = sizes
+        return self._launch(inputs)
 
-    def _rates(self, rounds: int) -> Tensor:
-        rates = [
-            learning_rate(self._training, worker.step, len(worker.batches), worker.job.round, rounds)
-            for worker in self.workers
-        ]
-        return torch.tensor(rates, dtype=torch.float64, device=self._adapted.device)
+    def _read(self) -> None:
+        """Write down what the steps since the last look were."""
+        unread, self._unread = self._unread, []
+        for stepped, facts_3K in unread:
+            for (worker, num_tokens), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
+                worker.log.add_step(loss, drift, gradient_norm, num_tokens)
 
-    def _loss(self, batches: Sequence[Batch]) -> Tensor:
-        """Each client's mean over its own counted tokens, [K]."""
-        tokens_KBT, labels_KBT = pad_together(batches)
-        device = self._adapted.device
-        tokens = tokens_KBT.flatten(0, 1).to(device)
-        targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1).to(device)
+    def _collect(self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]], rates: list[float]) -> StepInputs:
+        """All clients' batches as one step's inputs, still in the memory of the processor."""
+        tokens_KBT, labels_KBT = pad_together(batches, sizes)
+        targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
+        shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._adapter.weights_P.dtype)
         rows = counted_KM.flatten().nonzero()[:, 0]
-        targets_M = targets_KM.flatten()[rows]
-        model = self._stack.model
-        model.train()
-        sizes = [(len(batch.tokens_BT), batch.tokens_BT.shape[1]) for batch in batches]
-        with ClientDropout([worker.dropout for worker in self.workers], sizes):
-            losses_M = self._adapted.readout.losses(tokens, rows, targets_M)
-        model.eval()
-        sums_K = losses_M.new_zeros(len(batches)).index_add(0, rows // targets_KM.shape[1], losses_M)
-        return sums_K / counted_KM.sum(1)
+        if self._fixed_shapes:
+            rows = torch.arange(counted_KM.numel())
+        return StepInputs(
+            tokens_NT=tokens_KBT.flatten(0, 1),
+            rows_M=rows,
+            targets_M=targets_KM.flatten()[rows].clamp(min=0),
+            clients_M=rows // targets_KM.shape[1],
+            shares_M=shares_KM.flatten()[rows],
+            rates_K=torch.tensor(rates, dtype=torch.float64),
+        )
 
 
-def pad_together(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+def pad_together(batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Clients' batches as [K, B, T] tokens and labels: short ones padded with what counts for nothing."""
-    num_sequences, num_tokens = (max(sizes) for sizes in zip(*(b.tokens_BT.shape for b in batches), strict=True))
+    num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
     tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
     labels_KBT = torch.full_like(tokens_KBT, IGNORED)
     for client, batch in enumerate(batches):

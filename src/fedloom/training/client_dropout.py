@@ -9,14 +9,17 @@ Letters: K clients, B sequences of a client, T tokens, D features, H heads.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from fedloom.attention import plain_attention, repeat_heads
 
 
 class ClientDropout(TorchFunctionMode):
@@ -30,6 +33,22 @@ class ClientDropout(TorchFunctionMode):
         self._generators = generators
         self._sizes = sizes
         self._num_sequences = max(sequences for sequences, _ in sizes)
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For a checkpointed layer: what it drops when it is computed again is what it dropped now."""
+        return nullcontext(), self._again([generator.get_state() for generator in self._generators])
+
+    @contextmanager
+    def _again(self, states: Sequence[Tensor]) -> Iterator[None]:
+        now = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+        try:
+            with ClientDropout(self._generators, self._sizes):
+                yield
+        finally:  # torch leaves the layer by an exception once it has what it needs
+            for generator, state in zip(self._generators, now, strict=True):
+                generator.set_state(state)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,15 +86,7 @@ class ClientDropout(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """softmax(s Q Kᵀ + mask) V, with dropout on the probabilities, as torch documents it."""
         if enable_gqa:
-            groups = query.shape[1] // key.shape[1]
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        scores = query @ key.mT * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
-        if is_causal:
-            scores = scores.masked_fill(
-                torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -math.inf
-            )
-        elif attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        return self._dropout(scores.softmax(-1), dropout_p) @ value
+            key, value = repeat_heads(key, value, query.shape[1] // key.shape[1])
+        drop = partial(self._dropout, p=dropout_p)
+        return plain_attention(query, key, value, drop=drop, scale=scale, mask=attn_mask)

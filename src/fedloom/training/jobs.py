@@ -62,7 +62,7 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What comes back from a job: the trained weights, and the state that the client keeps if it keeps any."""
+    """What comes back from a job: the trained weights, and the optimizer's state where the client keeps it."""
 
     report: ClientReport
     adapter: Adapter

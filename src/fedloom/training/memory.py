@@ -1,74 +1,141 @@
 """What a training step needs, and how many clients fit at once in what there is.
 
-Counted, not guessed from the shape: a short forward pass is traced, and what autograd keeps of it for the backward
-pass is added up; it grows with the number of tokens.
+Traced, not guessed from the shape: the very step that will run is run on tensors that have shapes and no memory, and
+what is alive at each moment is added up. That takes a while for each layer, and layers are alike: two short models
+tell what a layer adds.
 
-Letters: B sequences, T tokens, P adapter parameters.
+Letters: K clients, L layers, B sequences, T tokens, P adapter parameters.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.stacked import Stack
-from fedloom.readout import CHUNK_BYTES
+from fedloom.readout import rows_at_a_time
+from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.stacked_step import StackedStep, StepInputs
 
-ADAPTER_COPIES = {"adamw": 4, "sgd": 2}
-"""Flat vectors of a client: weights and gradient, and for AdamW two moments."""
-TRACED_TOKENS = 32
-SHARE_OF_FREE = 0.8
-"""Of the free memory, what training may take: the rest is for evaluation, the allocator and everybody else."""
+if TYPE_CHECKING:
+    from fedloom.recipe import Training
+
+HELD_BY_ALLOCATOR = {"cpu": 1.4, "cuda": 1.0}
+"""What a process holds for each byte that is alive in a step: glibc keeps freed pieces, 1.3 to 1.5 times as much in
+all (docs/benchmarks.md). Told to give them back at once, it holds exactly what is alive, and steps take a quarter
+longer."""
+SHARE_OF_FREE = 0.9
+"""Of the free memory, what a run may take: the rest is for the allocator and everybody else."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step: of the base model, of the loss, and of each client."""
+    """Bytes of a training step: of the base model, of what does not grow with the clients, and of each client."""
 
     base_bytes: int
-    loss_bytes: int
+    fixed_bytes: int
     client_bytes: int
 
     def peak_bytes(self, clients: int) -> int:
         """With so many clients at once."""
-        return self.base_bytes + self.loss_bytes + clients * self.client_bytes
+        return self.base_bytes + self.fixed_bytes + clients * self.client_bytes
 
     def clients_that_fit(self, free_bytes: int) -> int:
-        """Next to the base model, in memory that is free; at least one, which may be one too many."""
-        return max(1, int((SHARE_OF_FREE * free_bytes - self.loss_bytes) // self.client_bytes))
+        """In memory that is free, the base model not yet loaded; at least one, which may be one too many."""
+        left = SHARE_OF_FREE * free_bytes - self.base_bytes - self.fixed_bytes
+        return max(1, int(left // self.client_bytes))
 
 
-def measure_step(adapted: AdaptedModel, stack: Stack, *, tokens: int, optimizer: str) -> StepMemory:
-    """What a step of so many tokens a client (B × T) needs, found by tracing a forward pass of a few."""
-    weights_P = adapted.weights_P.detach()
-    stack.bind(weights_P[None], torch.empty_like(weights_P)[None])
-    base_bytes = sum(value.numel() * value.element_size() for value in stack.model.parameters())
-    own = {value.untyped_storage()._cdata for value in (*stack.model.parameters(), *stack.model.buffers(), weights_P)}
-    saved: dict[int, int] = {}
+def predict_step(
+    build: Callable[[int], AdaptedModel],
+    layers: int,
+    training: Training,
+    *,
+    clients: int,
+    length: int,
+    device: torch.device,
+) -> StepMemory:
+    """What a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
 
-    def note(kept: Tensor) -> Tensor:
-        storage = kept.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
-        alive.append(kept)
-        return kept
+    `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`.
+    """
+    whole = build(layers)
+    # From a full chunk of logits on, every client adds the same to what the loss needs; before that, less.
+    full = -(-rows_at_a_time(whole.readout.vocabulary_size) // (training.batch_size * length))
+    few = min(clients, full)
 
-    alive: list[Tensor] = []  # a storage that is freed could give its name to another
-    traced = min(tokens, TRACED_TOKENS)
-    tokens_BT = torch.zeros(1, traced, dtype=torch.int64, device=adapted.device)
-    rows_M = torch.arange(traced, device=adapted.device)
-    with torch.random.fork_rng([adapted.device] if adapted.device.type == "cuda" else []), stack.installed():
-        stack.model.train()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
-            adapted.readout.losses(tokens_BT, rows_M, torch.zeros_like(rows_M))
-        stack.model.eval()
-    adapter_bytes = ADAPTER_COPIES[optimizer] * weights_P.numel() * weights_P.element_size()
-    return StepMemory(base_bytes, 3 * CHUNK_BYTES, sum(saved.values()) * tokens // traced + adapter_bytes)
+    def trace(clients: int, count: int) -> int:
+        return trace_step(build(count), training, clients, length, device)
+
+    def peak(clients: int) -> int:
+        if layers <= 3:
+            return trace(clients, layers)
+        two, three = trace(clients, 2), trace(clients, 3)
+        return two + (layers - 2) * (three - two)
+
+    at_few, one_more = (round(HELD_BY_ALLOCATOR[device.type] * peak(clients)) for clients in (few, few + 1))
+    client_bytes = one_more - at_few
+    base_bytes = sum(value.numel() * value.element_size() for value in {*whole.model.parameters()})
+    return StepMemory(base_bytes, at_few - few * client_bytes, client_bytes)
+
+
+def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device) -> int:
+    """The most bytes that a step has alive beside the base model; `adapted` is on the meta device, and is used up."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        adapted.model.to_empty(device=device)
+        base = [*adapted.model.parameters(), *adapted.model.buffers()]
+        with LiveBytes(base) as live:
+            global_P = torch.zeros(adapted.layout.size, dtype=adapted.weights_P.dtype, device=device)
+            slots = StackedStep(adapted, Stack(adapted), training, global_P, clients)
+            slots.use_slots(clients)
+            positions = torch.arange(clients * training.batch_size * length, device=device)
+            inputs = StepInputs(
+                tokens_NT=positions.view(-1, length),
+                rows_M=positions,
+                targets_M=positions,
+                clients_M=positions,
+                shares_M=positions.to(global_P.dtype),
+                rates_K=torch.zeros(clients, dtype=torch.float64, device=device),
+            )
+            generators = [torch.Generator(device)] * clients
+            slots(inputs, ClientDropout(generators, [(training.batch_size, length)] * clients))
+    return int(live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make while they are alive, those of `others` left out."""
+
+    def __init__(self, others: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = weakref.WeakKeyDictionary({value.untyped_storage(): None for value in others})
+        self.now: int = 0
+        self.peak: int = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._seen:
+                self._seen[storage] = None
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def free_bytes(device: torch.device) -> int:

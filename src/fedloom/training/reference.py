@@ -14,6 +14,7 @@ from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.data.tokens import take_batch
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.randomness import derive_seed
+from fedloom.training.checkpointing import gradient_checkpointing
 from fedloom.training.jobs import ClientJob, ClientUpdate, OptimizerState, TrainClients, WorkLog, draw_batches
 from fedloom.training.objective import (
     OPTIMIZERS,
@@ -64,7 +65,8 @@ def train_client(
         len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
     )
     devices = [adapted.device] if adapted.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    checkpointing = gradient_checkpointing(adapted.model.get_base_model(), training.gradient_checkpointing)
+    with torch.random.fork_rng(devices), checkpointing:
         torch.manual_seed(derive_seed(seed, "dropout", job.round, job.client))
         adapted.model.train()
         for step, rows in enumerate(batches):
@@ -85,7 +87,7 @@ def train_client(
             watch(Progress("train", batch.num_tokens, job.round, job.client))
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
-    return ClientUpdate(report, adapted.read(), _state_of(optimizer))
+    return ClientUpdate(report, adapted.read(), _state_of(optimizer) if training.optimizer_state == "keep" else {})
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:

@@ -1,0 +1,107 @@
+"""Predicted against measured peak memory of the batched engine, over models, lengths and clients at once.
+
+    python bench/memory.py [--quick]
+
+Each case is a process of its own, so that none finds what another left behind. Measured is the most that the process
+held in a round of two steps, beyond what it held before the base model was loaded; on a GPU, what torch had allocated.
+One JSON line a case follows the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = [
+    ("smollm2-135m", 64, 1),
+    ("smollm2-135m", 128, 1),
+    ("smollm2-135m", 128, 3),
+    ("smollm2-135m", 128, 8),
+    ("smollm2-135m", 512, 1),
+    ("smollm2-135m", 512, 3),
+    ("opt-350m", 64, 1),
+    ("opt-350m", 128, 1),
+    ("opt-350m", 128, 3),
+    ("opt-350m", 128, 8),
+    ("opt-350m", 512, 1),
+    ("opt-350m", 512, 3),
+]
+"""Shape, tokens of a block, clients at once."""
+BATCH = 2
+
+
+def measure(shape: str, length: int, clients: int) -> dict[str, object]:
+    """One case, in this process."""
+    import torch
+    from engines import build_adapted, make_blocks
+
+    from fedloom.adapters.adapter import AdaptedModel, build_config
+    from fedloom.machine import peak_memory, reset_peak_memory
+    from fedloom.model import build_meta_model, choose_device, open_model
+    from fedloom.recipe import Adapter as AdapterSection
+    from fedloom.recipe import Training
+    from fedloom.training.batched import build_batched_engine
+    from fedloom.training.jobs import ClientJob
+    from fedloom.training.memory import predict_step
+
+    device = choose_device("auto")
+    training = Training(batch_size=BATCH, learning_rate=1e-5)
+    source = open_model(f"random:{shape}")
+
+    def build(layers: int) -> AdaptedModel:
+        base = build_meta_model(source, layers=layers)
+        section = AdapterSection(rank=16, alpha=32, targets=("q_proj", "v_proj"))
+        return AdaptedModel(base, build_config(section, base), 1)
+
+    predicted = predict_step(build, source.num_layers, training, clients=clients, length=length, device=device)
+
+    jobs = [ClientJob(1, client, make_blocks(BATCH * 2, client, length)) for client in range(clients)]
+    reset_peak_memory()
+    before = peak_memory()
+    adapted = build_adapted(shape)
+    engine = build_batched_engine(adapted, training, rounds=1, seed=1)
+    start = adapted.read()
+    reset_peak_memory()
+    for _ in engine(start, jobs):
+        pass
+    measured = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory() - before
+    return {
+        "shape": shape,
+        "tokens": length,
+        "clients": clients,
+        "device": str(device),
+        "predicted_bytes": predicted.peak_bytes(clients),
+        "measured_bytes": measured,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", nargs=3, metavar=("SHAPE", "TOKENS", "CLIENTS"), help="one case, as a JSON line")
+    options = parser.parse_args()
+    if options.case:
+        shape, length, clients = options.case
+        print(json.dumps(measure(shape, int(length), int(clients))))
+        return
+    print("| shape | tokens | K | predicted | measured | predicted / measured |")
+    print("|---|---|---|---|---|---|")
+    lines = []
+    for case in CASES:
+        command = [sys.executable, str(Path(__file__)), "--case", *map(str, case)]
+        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        found = json.loads(line)
+        predicted, measured = found["predicted_bytes"], found["measured_bytes"]
+        print(
+            f"| {case[0]} | {case[1]} | {case[2]} | {predicted / 1e9:.2f} GB | {measured / 1e9:.2f} GB"
+            f" | {predicted / measured:.2f} |",
+            flush=True,
+        )
+        lines.append(line)
+    print("\n".join(["", *lines]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""One step of K clients: arithmetic on a device, which is asked nothing and told everything before.
+
+That is why it can be recorded as a CUDA graph and launched whole (`step_graph`), and traced for what memory it takes
+(`memory`).
+
+Letters: K clients, N sequences of all clients, T tokens, M rows that count, P adapter parameters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.stacked import Stack
+from fedloom.training.checkpointing import gradient_checkpointing
+from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.objective import add_proximal_gradient, clip_gradient
+from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Training
+
+
+class StepInputs(NamedTuple):
+    """What a step works on; every client has as many sequences as the others."""
+
+    tokens_NT: Tensor
+    """Client by client."""
+    rows_M: Tensor
+    """Positions in the flattened tokens whose loss counts, in order; each at most once."""
+    targets_M: Tensor
+    """The token that each of them predicts."""
+    clients_M: Tensor
+    """Whose it is."""
+    shares_M: Tensor
+    """One over the number of its client's rows: the loss of a client is its own mean. 0 for a row of padding."""
+    rates_K: Tensor
+    """Learning rates."""
+
+
+class StackedStep:
+    """Weights, gradients and optimizer of the clients that train at once: slot k of every buffer is one client's."""
+
+    def __init__(
+        self, adapted: AdaptedModel, stack: Stack, training: Training, global_P: Tensor, num_slots: int
+    ) -> None:
+        self._adapted, self._stack, self._training = adapted, stack, training
+        self.global_P = global_P
+        self.weights_KP = global_P.expand(num_slots, -1).clone()
+        self._gradient_KP = torch.zeros_like(self.weights_KP)
+        self.optimizer = STACKED_OPTIMIZERS[training.optimizer](self.weights_KP, training)
+
+    def use_slots(self, count: int) -> None:
+        """From now on, step the first `count` slots."""
+        self._count = count
+        self._stack.bind(self.weights_KP[:count], self._gradient_KP[:count])
+
+    def __call__(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
+        """Step, and return what was true before it, [3, K]: losses, ‖w − w_global‖, norms of the loss gradients."""
+        training = self._training
+        weights_KP, gradient_KP = self.weights_KP[: self._count], self._gradient_KP[: self._count]
+
+        gradient_KP.zero_()
+        model = self._stack.model
+        model.train()
+        with self._stack.installed(), gradient_checkpointing(model, training.gradient_checkpointing, dropout.contexts):
+            with dropout:
+                loss_K = self._losses(inputs)
+            loss_K.sum().backward()
+        model.eval()
+
+        with torch.no_grad():
+            offset_KP = weights_KP - self.global_P
+            facts_3K = torch.stack(
+                [loss_K.detach().to(weights_KP.dtype), offset_KP.norm(dim=1), gradient_KP.norm(dim=1)]
+            )
+            add_proximal_gradient(gradient_KP, offset_KP, training.proximal_mu)
+            clip_gradient(gradient_KP, training.max_gradient_norm)
+            self.optimizer.step(gradient_KP, inputs.rates_K)
+        return facts_3K
+
+    def _losses(self, inputs: StepInputs) -> Tensor:
+        """Each client's mean over its own counted tokens, [K]."""
+        losses_M = self._adapted.readout.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M)
+        shared_M = losses_M * inputs.shares_M
+        if shared_M.is_cuda:  # index_add sums in any order there; these are the same rows for every client
+            return shared_M.view(self._count, -1).sum(1)
+        return shared_M.new_zeros(self._count).index_add(0, inputs.clients_M, shared_M)

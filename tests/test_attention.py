@@ -1,0 +1,75 @@
+"""Attention without a mask against transformers' own, for every kind of model that gets it."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fedloom.attention import MASKLESS, MODEL_TYPES, choose_attention
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+OTHER_NAMES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "qwen3": {"head_dim": 8},
+}
+
+
+def build(model_type: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model(model_type, **TINY | OTHER_NAMES.get(model_type, {}))
+    name = attention or choose_attention(config)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name).eval()
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_transformers_own(model_type: str, dtype: torch.dtype) -> None:
+    ours, theirs = build(model_type, dtype=dtype), build(model_type, "sdpa", dtype)
+    assert ours.config._attn_implementation == MASKLESS
+    tokens_BT = torch.randint(0, 99, (3, 20), generator=torch.Generator().manual_seed(1))
+    difference = ours(input_ids=tokens_BT).logits - theirs(input_ids=tokens_BT).logits
+    assert difference.abs().max() < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_sees_what_stands_to_its_right(model_type: str, dtype: torch.dtype) -> None:
+    model = build(model_type, dtype=dtype)
+    tokens_BT = torch.randint(0, 99, (2, 20), generator=torch.Generator().manual_seed(1))
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, 12:] = 7
+    before, after = model(input_ids=tokens_BT).logits, model(input_ids=changed_BT).logits
+    assert torch.allclose(before[:, :12], after[:, :12], atol=1e-6)
+    assert not torch.allclose(before[:, 12:], after[:, 12:], atol=1e-2)
+
+
+def test_gradients_of_the_plain_kind_are_the_fused_ones() -> None:
+    from fedloom.attention import plain_attention
+
+    query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ours = plain_attention(query, key, value, drop=lambda probabilities: probabilities)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert torch.allclose(ours, theirs)
+    for our, their in zip(
+        torch.autograd.grad(ours.square().sum(), (query, key, value)),
+        torch.autograd.grad(theirs.square().sum(), (query, key, value)),
+        strict=True,
+    ):
+        assert torch.allclose(our, their)
+
+
+def test_windows_and_unknown_models_keep_their_masks() -> None:
+    sliding = transformers.Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert choose_attention(sliding) == "sdpa"
+    assert choose_attention(transformers.MistralConfig()) == "sdpa"
+    assert choose_attention(transformers.LlamaConfig()) == MASKLESS
