@@ -1,6 +1,6 @@
 # make run     fine-tune a real model on real files, federated: the recipe quickstart
 # make test    format, lint, types and tests, as CI runs them
-# make bench   speed of the engines against HF Trainer + PEFT, side by side: minutes
+# make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up: three quarters of an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
 VENV := .venv
@@ -18,8 +18,11 @@ test: install
 	$(BIN)/pytest -q -n 2
 
 bench: install
-	$(BIN)/python bench/engines.py --shape smollm2-135m
-	$(BIN)/python bench/engines.py --shape opt-350m --steps 2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python bench/engines.py --shape smollm2-135m --more-clients 1 8 32
+	$(BIN)/python bench/engines.py --shape opt-350m --steps 2 --more-clients 1 8 32
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/startup.py
 
 install: $(VENV)/installed
 

@@ -1,10 +1,12 @@
 """Training and evaluation speed of both engines against what a user would otherwise run, side by side in one process.
 
-    python bench/engines.py [--shape smollm2-135m] [--clients 3] [--steps 3] [--repeats 2]
+    python bench/engines.py [--shape smollm2-135m] [--clients 3] [--more-clients 1 8 32] [--steps 3] [--repeats 2]
 
 Random weights and random tokens: speed does not depend on them; losses here mean nothing. Every contender does the
 same number of steps of 2 × 128 tokens for every client, in turn, `--repeats` times; the table has the best of each,
 because what else the machine does only ever takes time away. One JSON line a contender follows the table.
+
+On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would.
 """
 
 from __future__ import annotations
@@ -12,21 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fedloom.adapters.adapter import AdaptedModel, build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
-from fedloom.machine import describe_machine
-from fedloom.model import load_model, open_model
+from fedloom.machine import describe_machine, peak_memory, reset_peak_memory
+from fedloom.model import choose_device, choose_dtype, load_model, open_model
 from fedloom.recipe import Adapter as AdapterSection
-from fedloom.recipe import Training
+from fedloom.recipe import Training, load_recipe
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob
 from fedloom.training.reference import build_reference_engine
@@ -34,62 +36,60 @@ from fedloom.training.reference import build_reference_engine
 BATCH, LENGTH, VOCABULARY = 2, 128, 40_000
 EVALUATED = 16
 """Sequences of an evaluation."""
+DEVICE = choose_device("auto")
+DTYPE = choose_dtype("auto", DEVICE)
+
+Work = Callable[[], None]
+Found = dict[str, float]
 
 
-class PeakMemory:
-    """The most memory that this process held inside the block, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        self.bytes, self._done = 0, False
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done:
-            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
-            time.sleep(0.005)
-
-    def __exit__(self, *_: object) -> None:
-        self._done = True
-        self._thread.join()
-
-
-def make_blocks(num_blocks: int, seed: int, length: int = LENGTH) -> TokenBlocks:
-    tokens_NT = torch.randint(0, VOCABULARY, (num_blocks, length), generator=torch.Generator().manual_seed(seed))
+def make_blocks(num_blocks: int, seed: int, length: int = LENGTH, *, mixed: bool = False) -> TokenBlocks:
+    """Random tokens; with `mixed`, of lengths evenly spread, so that cut and padded to `length` half is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_NT = torch.randint(0, VOCABULARY, (num_blocks, length), generator=generator)
     lengths_N = torch.full((num_blocks,), length)
+    if mixed:
+        lengths_N = (
+            torch.linspace(2, length, num_blocks).round().long()[torch.randperm(num_blocks, generator=generator)]
+        )
     return TokenBlocks(tokens_NT, lengths_N, lengths_N)
 
 
-def build_adapted(shape: str) -> AdaptedModel:
-    base = load_model(open_model(f"random:{shape}"), dtype="float32", device=torch.device("cpu"), seed=1)
-    section = AdapterSection(rank=16, alpha=32, targets=["q_proj", "v_proj"])
+def build_adapted(shape: str, dtype: str = "float32") -> AdaptedModel:
+    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=DEVICE, seed=1)
+    section = AdapterSection(rank=16, alpha=32, targets=("q_proj", "v_proj"))
     return AdaptedModel(base, build_config(section, base), 1)
 
 
-def make_contenders(shape: str, clients: int, steps: int) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
-    """Name -> how it trains all clients, and how it evaluates."""
-    adapted = build_adapted(shape)
-    start, data = adapted.read(), [make_blocks(BATCH * steps, client) for client in range(clients)]
-    held_out = make_blocks(EVALUATED, 99)
-    training = Training(batch_size=BATCH, learning_rate=1e-5)
+def our_contender(
+    build: Callable[..., object], shape: str, data: list[TokenBlocks], held_out: TokenBlocks
+) -> tuple[Work, Work]:
+    adapted = build_adapted(shape, DTYPE)
+    start = adapted.read()
     jobs = [ClientJob(1, client, blocks) for client, blocks in enumerate(data)]
-    engines = {
-        name: build(adapted, training, rounds=1, seed=1)
-        for name, build in (("reference", build_reference_engine), ("batched", build_batched_engine))
-    }
+    engine = build(adapted, Training(batch_size=BATCH, learning_rate=1e-5), rounds=1, seed=1)
 
-    def train(name: str) -> None:
-        for update in engines[name](start, jobs):
-            assert update.report.steps == steps
+    def train() -> None:
+        for _ in engine(start, jobs):
+            pass
 
     def score() -> None:
         evaluate(adapted, start, held_out, batch_size=8)
 
-    theirs = build_adapted(shape).model
+    return train, score
+
+
+def trainer_contender(dtype: str, shape: str, data: list[TokenBlocks], held_out: TokenBlocks) -> tuple[Work, Work]:
+    """HF Trainer + PEFT, one client after another; documents cut to a length and padded, as tokenizers do it."""
+    model = build_adapted(shape, dtype).model
+    model.get_base_model().set_attn_implementation("sdpa")
 
     def trainer(blocks: TokenBlocks, folder: str) -> Trainer:
-        rows = [{"input_ids": row, "labels": row.clone()} for row in blocks.tokens_NT]
+        seen_NT = torch.arange(blocks.tokens_NT.shape[1]) < blocks.lengths_N[:, None]
+        rows = [
+            {"input_ids": row, "attention_mask": seen.long(), "labels": row.masked_fill(~seen, -100)}
+            for row, seen in zip(blocks.tokens_NT, seen_NT, strict=True)
+        ]
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=BATCH,
@@ -100,77 +100,160 @@ def make_contenders(shape: str, clients: int, steps: int) -> dict[str, tuple[Cal
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=DEVICE.type == "cpu",
+            dataloader_pin_memory=DEVICE.type == "cuda",
         )
-        made = Trainer(model=theirs, args=arguments, train_dataset=rows, eval_dataset=rows)
+        made = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
         made.remove_callback(PrinterCallback)
         return made
 
-    def train_theirs() -> None:
+    def train() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for blocks in data:
                 trainer(blocks, folder).train()
 
-    def score_theirs() -> None:
+    def score() -> None:
         with tempfile.TemporaryDirectory() as folder:
             trainer(held_out, folder).evaluate()
 
-    return {
-        "HF Trainer + PEFT, clients in turn": (train_theirs, score_theirs),
-        "reference": (lambda: train("reference"), score),
-        "batched": (lambda: train("batched"), score),
-    }
+    return train, score
+
+
+def measure(work: Work) -> tuple[float, int]:
+    """Seconds, and the peak of memory: of the GPU, or of this process."""
+    reset_peak_memory()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return seconds, torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak_memory()
+
+
+def compare(contenders: dict[str, tuple[Work, Work]], train_samples: int, repeats: int) -> dict[str, Found]:
+    """Each contender in turn, `repeats` times; the best of each."""
+    best: dict[str, Found] = {name: {} for name in contenders}
+    for _ in range(repeats):
+        for name, works in contenders.items():
+            for phase, work, samples in zip(("train", "evaluate"), works, (train_samples, EVALUATED), strict=True):
+                seconds, peak = measure(work)
+                found = best[name]
+                rate = f"{phase}_samples_per_second"
+                found[rate] = max(found.get(rate, 0.0), samples / seconds)
+                found[f"{phase}_peak_bytes"] = max(found.get(f"{phase}_peak_bytes", 0), peak)
+    return best
 
 
 def measure_products(rows: int, features: int, seconds: float = 1.0) -> float:
-    """FLOP/s that this machine reaches on products of [rows, features] with a square weight."""
-    left, right = torch.randn(rows, features), torch.randn(features, features)
+    """FLOP/s that this machine reaches on products of [rows, features] with a square weight, in our dtype."""
+    dtype = getattr(torch, DTYPE)
+    left, right = (torch.randn(size, features, dtype=dtype, device=DEVICE) for size in (rows, features))
     left @ right
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         left @ right
         count += 1
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
     return count * 2 * rows * features**2 / (time.perf_counter() - started)
+
+
+def count_flops(shape: str) -> float:
+    """Of the matrix products of one sample's training step."""
+    train, _ = our_contender(build_reference_engine, shape, [make_blocks(BATCH, 1)], make_blocks(1, 2))
+    with FlopCounterMode(display=False) as counter:
+        train()
+    return counter.get_total_flops() / BATCH
+
+
+def predict_experiment(found: Found) -> float:
+    """Seconds of the recipe `opt350m-lora-fedprox-6k` at these rates: every step, every evaluation."""
+    recipe = load_recipe("opt350m-lora-fedprox-6k")
+    data, rounds = recipe.data, recipe.federation.rounds
+    holdout = data.clients * round(data.client_holdout * data.documents_per_client)
+    trained = rounds * recipe.training.epochs * (data.clients * data.documents_per_client - holdout)
+    evaluated = (rounds + 1) * (data.central_holdout + holdout) + rounds * holdout
+    return trained / found["train_samples_per_second"] + evaluated / found["evaluate_samples_per_second"]
+
+
+def show(title: str, best: dict[str, Found], **facts: object) -> None:
+    first = next(iter(best.values()))
+    print(f"\n{title}\n")
+    print("| | train samples/s | tokens/s | × the first | evaluation samples/s | × the first | peak memory, training |")
+    print("|---|---|---|---|---|---|---|")
+    for name, found in best.items():
+        train, score = found["train_samples_per_second"], found.get("evaluate_samples_per_second")
+        scored = f"{score:.2f} | {score / first['evaluate_samples_per_second']:.2f}" if score else " | "
+        memory = f"{found['train_peak_bytes'] / 1e9:.1f} GB" if "train_peak_bytes" in found else ""
+        print(
+            f"| {name} | {train:.2f} | {train * LENGTH:.0f} | {train / first['train_samples_per_second']:.2f}"
+            f" | {scored} | {memory} |"
+        )
+    for name, found in best.items():
+        print(json.dumps({"contender": name, **facts, **found}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="smollm2-135m")
     parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--more-clients", type=int, nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--gigabytes", type=float)
+    parser.add_argument("--no-flower", action="store_true")
     options = parser.parse_args()
+    if options.gigabytes:
+        share = options.gigabytes * 1e9 / torch.cuda.get_device_properties(DEVICE).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
 
-    contenders = make_contenders(options.shape, options.clients, options.steps)
-    best: dict[str, dict[str, float]] = {name: {} for name in contenders}
-    for _ in range(options.repeats):
-        for name, (train, score) in contenders.items():
-            for phase, work in (("train", train), ("evaluate", score)):
-                with PeakMemory() as memory:
-                    started = time.perf_counter()
-                    work()
-                    seconds = time.perf_counter() - started
-                samples = options.clients * options.steps * BATCH if phase == "train" else EVALUATED
-                rate, peak = f"{phase}_samples_per_second", f"{phase}_peak_bytes"
-                best[name][rate] = max(best[name].get(rate, 0.0), samples / seconds)
-                best[name][peak] = max(best[name].get(peak, 0.0), memory.bytes)
-
-    machine = describe_machine()
+    machine, shape, steps, clients = describe_machine(), options.shape, options.steps, options.clients
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
-    print(f"{machine['processor']}, {machine['threads']} threads, float32; Python {machine['python']}, {versions}")
-    print(f"{options.shape}, K = {options.clients}, {BATCH} × {LENGTH} tokens, {options.steps} steps a client")
-    print(f"products: {measure_products(options.clients * BATCH * LENGTH, 1024) / 1e9:.0f} GFLOP/s\n")
-    print("| | train samples/s | tokens/s | against HF Trainer | evaluation samples/s | peak memory, training |")
-    print("|---|---|---|---|---|---|")
-    first = next(iter(best.values()))["train_samples_per_second"]
-    for name, found in best.items():
-        rate = found["train_samples_per_second"]
-        print(
-            f"| {name} | {rate:.2f} | {rate * LENGTH:.0f} | {rate / first:.2f} ×"
-            f" | {found['evaluate_samples_per_second']:.2f} | {found['train_peak_bytes'] / 1e9:.1f} GB |"
-        )
-    for name, found in best.items():
-        print(json.dumps({"contender": name, "shape": options.shape, "clients": options.clients, **found}))
+    where = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['threads']} threads"
+    print(f"{where}, {DTYPE}; Python {machine['python']}, {versions}")
+    print(f"{shape}, {BATCH} × {LENGTH} tokens a client and step, {steps} steps a client, K = {clients}")
+
+    theirs = {"HF Trainer + PEFT, float32": partial(trainer_contender, "float32")}
+    if DTYPE == "bfloat16":
+        theirs["HF Trainer + PEFT, bfloat16"] = partial(trainer_contender, "bfloat16")
+    ours = {
+        f"{name}, {DTYPE}": partial(our_contender, build)
+        for name, build in (("reference", build_reference_engine), ("batched", build_batched_engine))
+    }
+    samples = clients * steps * BATCH
+    for title, mixed in (("Without padding", False), ("Documents of mixed lengths, half of it padding", True)):
+        data = [make_blocks(BATCH * steps, client, mixed=mixed) for client in range(clients)]
+        held_out = make_blocks(EVALUATED, 99, mixed=mixed)
+        contenders = {name: make(shape, data, held_out) for name, make in (theirs | ours).items()}
+        best = compare(contenders, samples, options.repeats)
+        if not (mixed or options.no_flower):
+            from flower import simulate_round
+
+            whole, alone = simulate_round(shape, clients, steps, BATCH, LENGTH, torch.get_num_threads())
+            best["Flower's simulation, its round alone"] = {"train_samples_per_second": samples / alone}
+            best["Flower's simulation, with its start"] = {"train_samples_per_second": samples / whole}
+        show(title, best, shape=shape, clients=clients, mixed=mixed)
+        if not mixed:
+            whole_run = {name: predict_experiment(found) for name, found in best.items() if len(found) > 1}
+            reached = measure_products(clients * BATCH * LENGTH, 1024)
+            flops = count_flops(shape) * best[f"batched, {DTYPE}"]["train_samples_per_second"]
+    print(f"\nproducts of [{clients * BATCH * LENGTH}, 1024] with a square: {reached / 1e9:.0f} GFLOP/s")
+    print(f"the products of a step of batched: {flops / 1e9:.0f} GFLOP/s, {100 * flops / reached:.0f} % of it")
+    if shape == "opt-350m":
+        for name, seconds in whole_run.items():
+            print(f"the whole experiment at these rates: {seconds / 3600:.1f} h with {name}")
+
+    if options.more_clients:
+        contenders.clear()
+        best = {}
+        for count in options.more_clients:
+            data = [make_blocks(BATCH * steps, client) for client in range(count)]
+            contender = {f"batched, K = {count}": our_contender(build_batched_engine, shape, data, held_out)}
+            best |= compare(contender, count * steps * BATCH, 1)
+        show("More clients at once, one turn each", best, shape=shape)
 
 
 if __name__ == "__main__":

@@ -338,3 +338,19 @@ def test_an_audit_is_json() -> None:
     written = json.loads(json.dumps(audited.to_json()))
     assert written["dropped"] == [0]
     assert [overlap["side"] for overlap in written["overlaps"]] == ["train", "train", "holdout"]
+
+
+@pytest.mark.parametrize(("count", "clients"), [(10, 4), (11, 3), (80, 3), (7, 7)])
+def test_even_shares_are_those_of_flwr_datasets(count: int, clients: int) -> None:
+    import datasets
+    from flwr_datasets.partitioner import IidPartitioner
+
+    from fedloom.data.splits import partition_documents
+    from fedloom.recipe import Partition
+
+    partitioner = IidPartitioner(num_partitions=clients)
+    partitioner.dataset = datasets.Dataset.from_dict({"index": range(count)})
+    theirs = [partitioner.load_partition(client)["index"] for client in range(clients)]
+    documents = [Document(str(index), "") for index in range(count)]
+    ours = partition_documents(documents, Partition(), clients, seed=1)
+    assert [[int(document.text) for document in part] for part in ours] == [list(part) for part in theirs]
