@@ -21,7 +21,7 @@ from fedloom.experiment import choose_engine, plan
 from fedloom.model import load_model, open_model
 from fedloom.records import Run
 
-TIMES = ("seconds", "finished")
+TIMES = ("seconds", "finished", "peak_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,10 @@ def test_a_run_directory_has_what_the_design_says(finished: Run) -> None:
     adapters = {
         f"adapters/{which}/{file}"
         for which in ("initial", "best", "last")
-        for file in ("adapter_config.json", "adapter_model.safetensors")
+        for file in ("README.md", "adapter_config.json", "adapter_model.safetensors")
     }
     files = {"recipe.toml", "resolved.json", "environment.json", "plan.json", "status.json"}
+    files |= {"report.md", "report.html", *(f"plots/{name}.svg" for name in ("loss", "clients", "time", "drift"))}
     assert found == adapters | files | {"rounds.jsonl", "clients.jsonl"}
     assert finished.status["state"] == "done"
     assert finished.environment["versions"]["torch"] == torch.__version__

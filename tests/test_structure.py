@@ -13,6 +13,7 @@ SOURCE = Path(fedloom.__file__).parent
 
 HOUSE = [
     "errors",
+    "words",
     "randomness",
     "hub",
     "machine",
@@ -43,8 +44,18 @@ HOUSE = [
     "federation.rounds",
     "planning",
     "records",
+    "telemetry",
+    "trackers",
+    "model_card",
+    "report.document",
+    "report.plots",
+    "report.figures",
+    "report.observations",
+    "report.run_report",
+    "report.compare",
     "display",
     "experiment",
+    "use",
     "cli",
     "__main__",
 ]
@@ -57,7 +68,10 @@ BARE = [
 ]
 """Modules that also run on a bare GPU machine."""
 
-LIGHT = ["errors", "randomness", "recipe", "progress", "planning", "machine", "records", "display", "cli"]
+LIGHT = [
+    *("errors", "words", "randomness", "recipe", "progress", "planning", "machine", "records", "telemetry", "trackers"),
+    *("model_card", "report.run_report", "report.compare", "display", "cli"),
+]
 """Modules that answer at once: no torch at import."""
 
 
@@ -72,7 +86,8 @@ def imports_of(module: str, *, typing_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & {f"fedloom.{name}" for name in HOUSE}
+            found |= inside or {node.module}
     return found
 
 

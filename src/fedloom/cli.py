@@ -28,6 +28,7 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, typed as in TOML.")
 ]
@@ -46,14 +47,20 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME-TIME if left out.")] = None,
+    log: Annotated[
+        str | None, typer.Option(help="Tell each round's numbers to tensorboard, mlflow, wandb or trackio.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write the report after every round, not only at the end.")
+    ] = False,
 ) -> None:
-    """Carry out a recipe and leave a run directory."""
+    """Carry out a recipe and leave a run directory with a report."""
     from fedloom.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.experiment import run
 
-    run(loaded, out)
+    run(loaded, out, log_to=log, watch=watch)
 
 
 @app.command()
@@ -67,6 +74,55 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     display = Terminal()
     display.show_plan(plan(loaded, display))
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    reference: Annotated[str | None, typer.Option(help="Lay a published trajectory over the plot: experiment.")] = None,
+) -> None:
+    """Write report.md, report.html and plots from a run's records."""
+    from fedloom.report.run_report import write_report
+
+    typer.echo(write_report(run, reference=reference))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN [RUN]...", help="Two run directories or more.")],
+    out: Annotated[Path, typer.Option(help="Where comparison.html goes.")] = Path("comparison"),
+) -> None:
+    """Set runs side by side: what differs, in what was asked for and in what came of it."""
+    from fedloom.report.compare import write_comparison
+
+    typer.echo(write_comparison(runs, out))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
+) -> None:
+    """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""
+    from fedloom.display import Terminal
+    from fedloom.use import export
+
+    distance = export(run, to, merged=merged, display=Terminal())
+    typer.echo(f"{to}: its logits lie {distance:.1e} from the run's, relative to their norm")
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Argument(help="What to write on from.")],
+    base: Annotated[bool, typer.Option("--base", help="First without the adapter.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 80,
+) -> None:
+    """Let a run's best adapter write on from a prompt."""
+    from fedloom.use import generate
+
+    generate(run, prompt, base=base, max_new_tokens=tokens)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
+from fedloom.words import count, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fedloom.records import Run
@@ -39,7 +40,7 @@ class Display:
     def show_folder(self, folder: Path) -> None: ...
     def watch(self, progress: Progress) -> None: ...
     def show_round(self, record: dict[str, Any]) -> None: ...
-    def show_end(self, run: Run) -> None: ...
+    def show_end(self, run: Run, report: Path) -> None: ...
     def close(self) -> None: ...
 
 
@@ -108,13 +109,14 @@ class Terminal(Display):
         )
         self._print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
 
-    def show_end(self, run: Run) -> None:
+    def show_end(self, run: Run, report: Path) -> None:
         self._print("")
         losses = [record["central_loss"] for record in run.rounds if "central_loss" in record]
         if losses:
             best = f"best in round {run.best_round}: {min(losses):.4f}"
             self._print(f"central loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
         self._print(f"best adapter  {_plain(str(run.folder / 'adapters' / 'best'))}")
+        self._print(f"report        {_plain(str(report))}")
 
     def close(self) -> None:
         """Take the progress bar off the screen."""
@@ -166,27 +168,6 @@ def render_plan(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, _plain(value))
     return table
-
-
-def count(number: int, noun: str) -> str:
-    """1 document, 2,000 documents."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def format_bytes(size: float) -> str:
-    """12.3 MB: decimal units, as networks have them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _range(values: list[int]) -> str:

@@ -60,5 +60,5 @@ def evaluate(
             batch_loss, batch_correct = adapted.readout.score(batch.tokens_BT, counted_M, targets_M[counted_M])
             loss, correct = loss + float(batch_loss), correct + int(batch_correct)
             num_targets += len(counted_M)
-            watch(Progress("evaluate", batch.num_tokens))
+            watch(Progress("evaluate", batch.num_tokens, len(rows)))
     return Score(loss, correct, num_targets)

@@ -7,7 +7,8 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -35,11 +36,15 @@ from fedloom.federation.rounds import run_rounds
 from fedloom.federation.sampling import cohort_size
 from fedloom.machine import describe_machine
 from fedloom.model import ModelSource, build_meta_model, choose_device, choose_dtype, load_model, open_model
+from fedloom.model_card import write_card
 from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe import Recipe, recipe_to_toml
-from fedloom.records import Run, RunWriter, check_free, judged_loss, read_run
+from fedloom.records import Record, Run, RunWriter, check_free, judged_loss, read_run
+from fedloom.report.run_report import write_report
+from fedloom.telemetry import Telemetry
+from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.training.batched import build_batched_engine
-from fedloom.training.jobs import TrainClients
+from fedloom.training.jobs import ClientJob, ClientUpdate, TrainClients
 from fedloom.training.memory import free_bytes, predict_step
 from fedloom.training.reference import build_reference_engine
 
@@ -64,10 +69,18 @@ class Prepared:
     plan: Plan
 
 
-def run(recipe: Recipe, out: str | Path | None = None, display: Display | None = None) -> Run:
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    display: Display | None = None,
+    *,
+    log_to: str | None = None,
+    watch: bool = False,
+) -> Run:
     """Carry out a recipe and return its run directory, read; shown on the terminal or notebook, or on `display`.
 
-    Nothing is written before the data, the model and the adapter are there and fit together.
+    Nothing is written before the data, the model and the adapter are there and fit together. The report is written at
+    the end, with `watch` after every round too. `log_to` names a tracker that is told each round's numbers.
 
     Raises:
         FedloomError: what the person who asked can mend.
@@ -75,33 +88,47 @@ def run(recipe: Recipe, out: str | Path | None = None, display: Display | None =
     display = display or Terminal()
     folder = Path(out) if out else Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(folder)
-    prepared = prepare(recipe, display)
-    display.show_plan(prepared.plan)
-    display.show_step("weights", prepared.source.name)
-    adapted = load_adapted_model(recipe, prepared)
+    if log_to:
+        check_tracker(log_to)
+    gpu = choose_device(recipe.model.device).type == "cuda"
+    with Telemetry(gpu=gpu, watch=display.watch) as telemetry, ExitStack() as stack:
+        prepared = prepare(recipe, display)
+        display.show_plan(prepared.plan)
+        display.show_step("weights", prepared.source.name)
+        adapted = load_adapted_model(recipe, prepared)
+        resolved = recipe.model_dump(mode="json")
 
-    writer = RunWriter(folder)
-    try:
-        writer.write_text("recipe.toml", recipe_to_toml(recipe))
-        writer.write_json("resolved.json", recipe.model_dump(mode="json"))
-        writer.write_json("environment.json", describe_machine())
-        writer.write_json("plan.json", prepared.plan.to_json())
-        display.show_folder(folder)
-        train_and_record(recipe, prepared, adapted, writer, display)
-    except KeyboardInterrupt:
-        writer.write_status("interrupted")
-        display.show_step("stopped", f"{folder} holds the rounds that are complete")
-        raise
-    except FedloomError as error:
-        writer.write_status("failed", error=str(error))
-        raise
-    except BaseException as error:
-        writer.write_status("failed", error=f"bug: {type(error).__name__}")
-        raise
-    finally:
-        display.close()
+        writer = RunWriter(folder)
+        try:
+            writer.write_text("recipe.toml", recipe_to_toml(recipe))
+            writer.write_json("resolved.json", resolved)
+            writer.write_json("environment.json", describe_machine())
+            writer.write_json("plan.json", prepared.plan.to_json())
+            display.show_folder(folder)
+            log = stack.enter_context(open_tracker(log_to, folder, resolved)) if log_to else None
+            stack.enter_context(telemetry.phase("aggregation"))
+            for record in train_and_record(recipe, prepared, adapted, writer, telemetry):
+                display.show_round(record)
+                if log:
+                    log(record["round"], scalars(record))
+                if watch:
+                    write_report(folder)
+            writer.write_status("done")
+        except KeyboardInterrupt:
+            writer.write_status("interrupted")
+            display.show_step("stopped", f"{folder} holds the rounds that are complete")
+            raise
+        except FedloomError as error:
+            writer.write_status("failed", error=str(error))
+            raise
+        except BaseException as error:
+            writer.write_status("failed", error=f"bug: {type(error).__name__}")
+            raise
+        finally:
+            display.close()
+    report = write_report(folder)
     finished = read_run(folder)
-    display.show_end(finished)
+    display.show_end(finished, report)
     return finished
 
 
@@ -268,27 +295,35 @@ def adapt(base: PreTrainedModel, recipe: Recipe) -> AdaptedModel:
 
 
 def train_and_record(
-    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, writer: RunWriter, display: Display
-) -> None:
-    """Every round, on record as soon as it is complete; the last and the best adapter kept."""
-    rounds, seed = recipe.federation.rounds, recipe.seed
-    training = recipe.training.model_copy(update={"clients_at_once": prepared.plan.clients_at_once})
-    train_clients = ENGINES[prepared.plan.engine](adapted, training, rounds=rounds, seed=seed, watch=display.watch)
-    score = partial(evaluate, adapted, batch_size=recipe.evaluation.batch_size, watch=display.watch)
-    fleet = LocalFleet(prepared.clients, train_clients, score)
-    aggregate = STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy)
+    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, writer: RunWriter, telemetry: Telemetry
+) -> Iterator[Record]:
+    """Every round's record, as soon as the round is complete; the last and the best adapter kept.
+
+    What is neither training nor evaluation here is aggregation and its records.
+    """
+    rounds, seed, plan = recipe.federation.rounds, recipe.seed, prepared.plan
+    training = recipe.training.model_copy(update={"clients_at_once": plan.clients_at_once})
+    engine = ENGINES[plan.engine](adapted, training, rounds=rounds, seed=seed, watch=telemetry.watch)
+
+    def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
+        return telemetry.iterate("training", engine(adapter, jobs))
+
+    def score(adapter: Adapter, blocks: TokenBlocks) -> Score:
+        with telemetry.phase("evaluation"):
+            batch_size = recipe.evaluation.batch_size
+            return evaluate(adapted, adapter, blocks, batch_size=batch_size, watch=telemetry.watch)
 
     def score_central(adapter: Adapter) -> Score | None:
         return score(adapter, prepared.central) if len(prepared.central) else None
 
     initial = adapted.read()
     adapters = writer.folder / "adapters"
-    adapted.save(initial, adapters / "initial")
+    adapted.save(initial, adapters / "initial", write_card(recipe, plan, None))
     writer.write_status("running", round=0, rounds=rounds)
     best = float("inf")
     for result in run_rounds(
-        fleet,
-        aggregate,
+        LocalFleet(prepared.clients, train_clients, score),
+        STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy),
         score_central,
         initial,
         rounds=rounds,
@@ -296,11 +331,11 @@ def train_and_record(
         seed=seed,
         on_report=writer.append_client,
     ):
-        adapted.save(result.adapter, adapters / "last")
-        record = writer.append_round(result)
+        record = writer.append_round(result, telemetry.take())
+        card = write_card(recipe, plan, record)
+        adapted.save(result.adapter, adapters / "last", card)
         if judged_loss(record) < best:
             best = judged_loss(record)
-            adapted.save(result.adapter, adapters / "best")
+            adapted.save(result.adapter, adapters / "best", card)
         writer.write_status("running", round=result.round)
-        display.show_round(record)
-    writer.write_status("done")
+        yield record

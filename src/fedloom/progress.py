@@ -12,10 +12,11 @@ Phase = Literal["train", "evaluate"]
 
 @dataclass(frozen=True)
 class Progress:
-    """One optimizer step, or one evaluated batch, of so many real tokens."""
+    """One optimizer step of a client, or one evaluated batch, of so many real tokens and sequences."""
 
     phase: Phase
     tokens: int
+    samples: int = 1
     round: int | None = None
     client: int | None = None
 

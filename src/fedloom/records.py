@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from functools import reduce
 from operator import add
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import RunError
@@ -104,9 +105,9 @@ class RunWriter:
         self._status |= {"state": state, **more, "updated": now()}
         self.write_json("status.json", self._status)
 
-    def append_round(self, result: RoundResult) -> Record:
-        """Add a round to the records, and return its record."""
-        record = round_record(result)
+    def append_round(self, result: RoundResult, measured: Mapping[str, Any] = MappingProxyType({})) -> Record:
+        """Add a round, with what telemetry measured in it, to the records, and return its record."""
+        record = {**round_record(result), **measured}
         self._append("rounds.jsonl", record)
         return record
 

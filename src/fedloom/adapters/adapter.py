@@ -135,7 +135,8 @@ class AdaptedModel:
 
     def parameter(self, name: str) -> Tensor:
         """What the model has under a name of PEFT's files."""
-        return self.model.get_parameter(name.replace(".weight", ".default.weight"))
+        found: Tensor = self.model.get_parameter(name.replace(".weight", ".default.weight"))
+        return found
 
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter's weights into the model."""
@@ -146,9 +147,9 @@ class AdaptedModel:
         """A copy of the weights that are in the model now."""
         return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))
 
-    def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write an adapter with everything that PEFT needs to open it."""
-        save_adapter(adapter, self.config, folder, frozen=self.frozen)
+    def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:
+        """Write an adapter with everything that PEFT needs to open it, and its model card."""
+        save_adapter(adapter, self.config, folder, frozen=self.frozen, card=card)
 
 
 def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
@@ -184,7 +185,12 @@ def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
 
 
 def save_adapter(
-    adapter: Adapter, config: PeftConfig, folder: Path, *, frozen: Mapping[str, Tensor] = MappingProxyType({})
+    adapter: Adapter,
+    config: PeftConfig,
+    folder: Path,
+    *,
+    frozen: Mapping[str, Tensor] = MappingProxyType({}),
+    card: str = "",
 ) -> None:
     """Write the adapter, and the frozen tensors beside it, as PEFT does; the folder is replaced whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +203,8 @@ def save_adapter(
         saved.save_pretrained(str(temporary))
         tensors = {**adapter.layout.split(adapter.weights_P), **{name: value.cpu() for name, value in frozen.items()}}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.iterdir():
             file.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())

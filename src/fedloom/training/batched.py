@@ -75,8 +75,9 @@ def build_batched_engine(
         while waiting or crew.workers:
             while waiting and crew.has_room:
                 crew.admit(waiting.popleft(), seed=seed)
-            for worker, num_tokens in crew.step(rounds):
-                watch(Progress("train", num_tokens, worker.job.round, worker.job.client))
+            for worker, batch in crew.step(rounds):
+                job, samples = worker.job, len(batch.tokens_BT)
+                watch(Progress("train", batch.num_tokens, samples, job.round, job.client))
             yield from crew.retire()
 
     return train_clients
@@ -105,7 +106,7 @@ class Crew:
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
         self._launch: StepGraph | None = None
         self._sizes: Sequence[tuple[int, int]] = ()
-        self._unread: list[tuple[list[tuple[Worker, int]], Tensor]] = []
+        self._unread: list[tuple[list[tuple[Worker, Batch]], Tensor]] = []
         self.workers: list[Worker] = []
 
     @property
@@ -123,8 +124,8 @@ class Crew:
         self._slots.weights_KP[slot] = self._slots.global_P
         self._slots.optimizer.load(slot, job.optimizer_state)
 
-    def step(self, rounds: int) -> list[tuple[Worker, int]]:
-        """One step of every worker; returns each with the tokens that it has learnt from.
+    def step(self, rounds: int) -> list[tuple[Worker, Batch]]:
+        """One step of every worker; returns each with what it has learnt from.
 
         Raises:
             TrainingError: a client's loss is no longer a number. On a GPU, up to `READ_EVERY` steps later.
@@ -144,7 +145,7 @@ class Crew:
         )
         facts_3K = self._run(inputs, sizes)
 
-        stepped = [(worker, batch.num_tokens) for worker, batch in zip(workers, batches, strict=True)]
+        stepped = list(zip(workers, batches, strict=True))
         self._unread.append((stepped, facts_3K))
         for worker in workers:
             worker.step += 1
@@ -194,8 +195,8 @@ class Crew:
         """Write down what the steps since the last look were."""
         unread, self._unread = self._unread, []
         for stepped, facts_3K in unread:
-            for (worker, num_tokens), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
-                worker.log.add_step(loss, drift, gradient_norm, num_tokens)
+            for (worker, batch), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
+                worker.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
 
     def _collect(self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]], rates: list[float]) -> StepInputs:
         """All clients' batches as one step's inputs, still in the memory of the processor."""

@@ -84,7 +84,7 @@ def train_client(
             optimizer.param_groups[0]["lr"] = learning_rate(training, step, len(batches), job.round, rounds)
             optimizer.step()
 
-            watch(Progress("train", batch.num_tokens, job.round, job.client))
+            watch(Progress("train", batch.num_tokens, len(rows), job.round, job.client))
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
     return ClientUpdate(report, adapted.read(), _state_of(optimizer) if training.optimizer_state == "keep" else {})

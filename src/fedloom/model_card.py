@@ -1,0 +1,74 @@
+"""The README.md of an adapter's folder, in the hub's model-card format, so that the folder can be uploaded as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from fedloom.planning import Plan
+from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.records import Record
+
+METRICS = {
+    "central_loss": ("loss", "Loss on the central hold-out (nats per token)"),
+    "central_perplexity": ("perplexity", "Perplexity on the central hold-out"),
+    "central_accuracy": ("accuracy", "Next-token accuracy on the central hold-out"),
+    "client_loss": ("loss", "Loss on the clients' own hold-outs (nats per token)"),
+}
+"""Key of a round's record -> the hub's type, and what to call it."""
+
+
+def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
+    """The card of the adapter of a round; `record` is None for one that has not been evaluated yet."""
+    known = {key: record[key] for key in METRICS if record and key in record}
+    # Only a hub's model has a commit for a revision, and only a hub's model can be linked.
+    on_a_hub = re.fullmatch(r"[0-9a-f]{40}", plan.model_revision)
+    base = f"base_model: {_yaml(plan.model)}\n" if on_a_hub else ""
+    lines = [
+        "---",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "license: other",
+        "license_name: see-base-model-and-data",
+        f"{base}tags:\n- lora\n- federated-learning\n- fedloom",
+    ]
+    if known:
+        lines += [
+            "model-index:",
+            f"- name: {_yaml(recipe.name)}",
+            "  results:",
+            "  - task:\n      type: text-generation",
+            f"    dataset:\n      name: {_yaml(plan.data)}\n      type: {_yaml(plan.data)}",
+            "    metrics:",
+        ]
+        for key, value in known.items():
+            lines.append(f"    - type: {METRICS[key][0]}\n      name: {METRICS[key][1]}\n      value: {value}")
+    lines.append("---")
+    round = f"round {record['round']}" if record else "before any training"
+    text = [
+        f"# {recipe.name}",
+        recipe.description,
+        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {plan.model} ({plan.model_revision}),"
+        f" {round} of {plan.rounds}. It was trained by federation: {len(plan.clients)} clients, each on its own"
+        " documents, which stayed where they were; only adapters travelled.",
+        f"- Data: {plan.data} ({plan.data_revision})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
+        "- Licence: that of the base model and of the data; set it before you publish this",
+        "\n".join(
+            [
+                "| metric | value |",
+                "|---|---|",
+                *(f"| {METRICS[key][1]} | {value:.4f} |" for key, value in known.items()),
+            ]
+        )
+        if known
+        else "",
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```',
+        f"The recipe:\n\n```toml\n{recipe_to_toml(recipe).rstrip()}\n```",
+    ]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"
+
+
+def _yaml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,265 @@
+"""Runs side by side: what differs in what was asked for, and in what came out of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom.errors import RunError
+from fedloom.records import Run, read_run
+from fedloom.report import figures
+from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
+from fedloom.report.plots import Line, draw_lines
+from fedloom.report.run_report import LOSS_AXIS, STATES, completed, write_document
+from fedloom.words import format_bytes, format_seconds
+
+NOT_SETTINGS = {"name", "description"}
+"""Keys of a recipe that change nothing."""
+
+
+def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Compare runs in `OUT/comparison.md` and `OUT/comparison.html`; return the page's path.
+
+    Raises:
+        RunError: a folder is no run, there are fewer than two, or one has no round on record.
+    """
+    runs = [read_run(folder) for folder in folders]
+    if len(runs) < 2:
+        raise RunError(
+            "a comparison needs two runs or more", where="fedloom compare", mend="name another run directory"
+        )
+    for run in runs:
+        if not figures.judged_series(run)[1]:
+            raise RunError("no round is on record yet", where=str(run.folder), mend="wait for its first evaluation")
+    return write_document(build_comparison(runs), Path(out), "comparison")
+
+
+def build_comparison(runs: Sequence[Run]) -> Document:
+    """The document's section 4, for any runs."""
+    names = _names(runs)
+    return Document(
+        title="Comparison: " + ", ".join(names),
+        subtitle=f"{len(runs)} runs",
+        state=", ".join(sorted({STATES.get(run.status.get("state", ""), "unknown") for run in runs})),
+        sections=[
+            Section("What differs", _differences(runs, names)),
+            Section("Loss", _losses(runs, names)),
+            Section("Convergence", _convergence(runs, names)),
+            Section("Cost", _cost(runs, names)),
+        ],
+    )
+
+
+def unfairness(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Why the losses of these runs can't be set against each other, a sentence each."""
+    what: dict[str, list[Any]] = {
+        "base models": [(run.plan["model"], run.plan["model_revision"]) for run in runs],
+        "dtypes": [run.plan["dtype"] for run in runs],
+        "data": [(run.plan["data"], run.plan["data_revision"]) for run in runs],
+        "tokens in a block": [
+            (run.recipe["data"]["max_length"], run.recipe["data"]["window"], run.recipe["data"]["pad_in_loss"])
+            for run in runs
+        ],
+        "central hold-outs": [
+            (run.plan["central_documents"], run.plan["central_tokens"], run.recipe["seed"]) for run in runs
+        ],
+    }
+    found = []
+    for name, values in what.items():
+        odd = [names[number] for number, value in enumerate(values) if value != values[0]]
+        if odd:
+            found.append(f"{', '.join(odd)}: other {name} than {names[0]}. Losses are not of the same thing.")
+    starts = [figures.judged_series(run)[2][0] for run in runs]
+    if not found and max(starts) - min(starts) > 1e-3 * max(starts):
+        found.append("The runs begin with different losses: they are not judged on the same tokens.")
+    return found
+
+
+def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Every key of the resolved recipes on which the runs do not agree, with each run's value."""
+    flat = [figures.flatten(run.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe if key not in NOT_SETTINGS)
+    values = {key: [recipe.get(key) for recipe in flat] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    differences = recipe_differences(runs)
+    rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences.items()]
+    blocks: list[Block] = [Text(warning, note=True) for warning in unfairness(runs, names)]
+    if not rows:
+        return [*blocks, Text("Their recipes ask for the same.")]
+    return [*blocks, Table(["Key", *names], rows, text_columns=1 + len(runs))]
+
+
+def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    curves = [figures.judged_series(run) for run in runs]
+    shared = sorted(set.intersection(*(set(rounds) for _, rounds, _ in curves)))
+    first, last = shared[0], shared[-1]
+    by_round = [dict(zip(rounds, losses, strict=True)) for _, rounds, losses in curves]
+    rows = [
+        ["Judged by", *(name for name, _, _ in curves)],
+        [
+            f"Δ loss ({first} → {last})",
+            *(f"{of[last] - of[first]:+.4f} ({of[first]:.4f} → {of[last]:.4f})" for of in by_round),
+        ],
+        [
+            "Best loss",
+            *(f"{min(losses):.4f} in round {rounds[losses.index(min(losses))]}" for _, rounds, losses in curves),
+        ],
+        ["Last loss", *(f"{losses[-1]:.4f} in round {rounds[-1]}" for _, rounds, losses in curves)],
+        ["Overfitting", *(_onset(figures.overfitting_onset(rounds, losses)) for _, rounds, losses in curves)],
+        ["Movement that went up", *(f"{figures.roughness(losses):.1%}" for _, _, losses in curves)],
+    ]
+    gaps = {
+        name: losses[-1] - train[-1]
+        for name, run, (_, _, losses) in zip(names, runs, curves, strict=True)
+        if (train := figures.series(run, "train_loss")[1])
+    }
+    if gaps:
+        rows.append(["Held-out above training loss", *(f"{gaps[name]:+.4f}" if name in gaps else "" for name in names)])
+    lines = [Line(name, rounds, losses) for name, (_, rounds, losses) in zip(names, curves, strict=True)]
+    blocks: list[Block] = [
+        Table(["", *names], rows),
+        Figure(
+            "comparison-loss",
+            "The judged loss of each run, by round.",
+            draw_lines(lines, x_label="round", y_label=LOSS_AXIS),
+        ),
+    ]
+    return blocks + _over_seeds(runs, names)
+
+
+def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    """Runs that differ in nothing but their seed, as one: the mean with its spread."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    named: dict[str, list[str]] = defaultdict(list)
+    for run, name in zip(runs, names, strict=True):
+        settings = {k: v for k, v in figures.flatten(run.recipe).items() if k not in NOT_SETTINGS | {"seed"}}
+        groups[repr(settings)].append(run)
+        named[repr(settings)].append(name)
+    rows, lines = [], []
+    for key, members in groups.items():
+        if len({run.recipe["seed"] for run in members}) < 2:
+            continue
+        title = f"{named[key][0]} and {len(members) - 1} more" if len(members) > 1 else named[key][0]
+        by_round = [dict(zip(*figures.judged_series(run)[1:], strict=True)) for run in members]
+        rounds = sorted(set.intersection(*map(set, by_round)))
+        spreads = [figures.spread([of[round] for of in by_round]) for round in rounds]
+        means, deviations = [s.mean for s in spreads], [s.deviation for s in spreads]
+        lines.append(
+            Line(
+                title,
+                rounds,
+                means,
+                low=[m - d for m, d in zip(means, deviations, strict=True)],
+                high=[m + d for m, d in zip(means, deviations, strict=True)],
+            )
+        )
+        seeds = ", ".join(str(run.recipe["seed"]) for run in members)
+        rows.append([title, seeds, f"{means[-1]:.4f} ± {deviations[-1]:.4f}", f"{min(means):.4f}"])
+    if not rows:
+        return []
+    return [
+        Text("Runs that differ in their seed alone, together: mean and standard deviation over seeds."),
+        Table(["Runs", "Seeds", "Last loss", "Best mean loss"], rows, text_columns=2),
+        Figure(
+            "comparison-seeds",
+            "Mean over seeds, with one standard deviation.",
+            draw_lines(lines, x_label="round", y_label=LOSS_AXIS),
+        ),
+    ]
+
+
+def _convergence(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    goal = max(min(figures.judged_series(run)[2]) for run in runs)
+    starts = [figures.judged_series(run)[2][0] for run in runs]
+    goals = [goal + share * (max(starts) - goal) for share in (0.5, 0.25, 0.0) if max(starts) > goal]
+    rows = []
+    for loss in goals or [goal]:
+        found = [figures.reach(run, loss) for run in runs]
+        for what, form in _REACHED.items():
+            rows.append(
+                [f"{what} to {loss:.4f}", *("never" if one is None else form(one[what.lower()]) for one in found)]
+            )
+    lines = []
+    for run, name in zip(runs, names, strict=True):
+        _, rounds, losses = figures.judged_series(run)
+        tokens, total = {}, 0
+        for record in run.rounds:
+            total += record["train_tokens"]
+            tokens[record["round"]] = total
+        lines.append(Line(name, [tokens[round] / 1000 for round in rounds], losses))
+    return [
+        Text("What it took to reach a loss that all of them reached, and two on the way there."),
+        Table(["", *names], rows),
+        Figure(
+            "comparison-tokens",
+            "The judged loss over the tokens that were trained on.",
+            draw_lines(lines, x_label="tokens trained on (thousands)", y_label=LOSS_AXIS),
+        ),
+    ]
+
+
+_REACHED = {
+    "Rounds": lambda value: f"{value:.0f}",
+    "Tokens": lambda value: f"{value:,.0f}",
+    "Seconds": lambda value: f"{value:,.1f}",
+    "Bytes": format_bytes,
+}
+
+
+def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    def row(name: str, values: Sequence[str]) -> list[str]:
+        return [name, *values]
+
+    rows = [
+        row("Rounds", [f"{completed(run)} of {run.recipe['federation']['rounds']}" for run in runs]),
+        row("Runtime", [_seconds(figures.elapsed_seconds(run)) for run in runs]),
+        row(
+            "A round",
+            [f"{fmean(map(figures.round_seconds, figures.trained_rounds(run) or run.rounds)):,.1f} s" for run in runs],
+        ),
+        *(
+            row(f"Of which {phase}", [f"{share[phase]:.0%}" for share in map(figures.phase_shares, runs)])
+            for phase in figures.PHASES
+        ),
+        row("Peak RAM", [_peak(run, "ram") for run in runs]),
+        row("Trainable parameters", [f"{run.plan['trainable_parameters']:,}" for run in runs]),
+        row("Adapter", [format_bytes(run.plan["payload_bytes"]) for run in runs]),
+        row("Exchanged in all", [format_bytes(figures.bytes_moved(run)) for run in runs]),
+    ]
+    if any(figures.peak_memory(run, "gpu") for run in runs):
+        rows.insert(-3, row("Peak GPU memory", [_peak(run, "gpu") for run in runs]))
+    return [Table(["", *names], rows), Bullets(_machines(runs, names))]
+
+
+def _machines(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    return [
+        f"{name}: {run.environment.get('processor')}, {', '.join(run.environment.get('gpus', ())) or 'no GPU'}"
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Each run's recipe, and its folder where two have the same."""
+    names = [run.recipe["name"] for run in runs]
+    return [
+        name if names.count(name) == 1 else run.folder.resolve().name for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _peak(run: Run, kind: str) -> str:
+    peaks = figures.peak_memory(run, kind)
+    return format_bytes(max(peaks.values())) if peaks else "not on record"
+
+
+def _onset(round: int | None) -> str:
+    return "none" if round is None else f"from round {round}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds:,.0f} s ({format_seconds(seconds)})"

@@ -1,0 +1,107 @@
+"""What a report is made of, and how it becomes Markdown and one HTML page that needs nothing from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; `note` is one that warns."""
+
+    text: str
+    note: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown. Numbers are aligned to the right; so is every column but the first `text_columns`."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot: its file is `plots/NAME.svg`."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+Block = Text | Bullets | Code | Table | Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report or a comparison; `state` says in a word or two whether the run is done."""
+
+    title: str
+    subtitle: str
+    state: str
+    sections: Sequence[Section]
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [block for section in self.sections for block in section.blocks if isinstance(block, Figure)]
+
+
+def to_markdown(document: Document) -> str:
+    """GitHub's Markdown, with the plots as linked files."""
+    parts = [f"# {document.title}", document.subtitle]
+    for number, section in enumerate(document.sections, start=1):
+        parts.append(f"## {number}. {section.title}")
+        parts += [_block_to_markdown(block) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(document: Document) -> str:
+    """One page with its styles and plots inside."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = (resources.files("fedloom.report") / "page.html.j2").read_text(encoding="utf-8")
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (Text, Bullets, Code, Table, Figure)}
+
+    def is_a(block: Block, kind: str) -> bool:
+        return isinstance(block, kinds[kind])
+
+    environment.tests["a"] = is_a
+    return environment.from_string(template).render(document=document)
+
+
+def _block_to_markdown(block: Block) -> str:
+    if isinstance(block, Text):
+        return f"> **Note:** {block.text}" if block.note else block.text
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {item}" for item in block.items)
+    if isinstance(block, Code):
+        return f"```\n{block.text.rstrip()}\n```"
+    if isinstance(block, Figure):
+        return f"![{block.caption}](plots/{block.name}.svg)"
+    marks = ["---" if column < block.text_columns else "---:" for column in range(len(block.header))]
+    rows = [block.header, marks, *block.rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)

@@ -1,0 +1,171 @@
+"""Sentences that a run's numbers call for. Each has a rule; where it does not hold, nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedloom.records import Run
+from fedloom.report.figures import (
+    bytes_moved,
+    client_series,
+    full_model_bytes,
+    judged_series,
+    outliers,
+    overfitting_onset,
+    phase_shares,
+    series,
+    trained_rounds,
+)
+from fedloom.words import format_bytes
+
+STILL_FALLS = 0.02
+"""Share of the whole fall that a last round must bring for the loss to be falling still."""
+CLIENTS_DIFFER = 0.05
+"""Share of the mean by which clients' hold-out losses lie apart before that is worth a word."""
+DOMINATES = 0.5
+GAP = 0.1
+"""Nats by which training loss lies below the hold-out's before that is worth a word."""
+
+
+def the_fall(run: Run) -> str | None:
+    """What the loss fell, or rose, by."""
+    name, rounds, losses = judged_series(run)
+    if len(losses) < 2:
+        return None
+    change = losses[-1] - losses[0]
+    word = "fell" if change < 0 else "rose"
+    return (
+        f"The {name} loss {word} by {abs(change):.4f} nats a token, from {losses[0]:.4f} to {losses[-1]:.4f}"
+        f" ({100 * change / losses[0]:+.1f} %), in {rounds[-1]} round{'s' if rounds[-1] > 1 else ''}."
+    )
+
+
+def its_pace(run: Run) -> str | None:
+    """How fast at first, how fast at the end, and whether it still falls; where it fell at all."""
+    name, rounds, losses = judged_series(run)
+    if len(losses) < 4 or losses[-1] >= losses[0]:
+        return None
+    first, last, whole = losses[0] - losses[1], losses[-2] - losses[-1], losses[0] - losses[-1]
+    text = f"The first round brought {first:.4f} of it and the last {last:.4f}"
+    if last > STILL_FALLS * whole:
+        return f"{text}: the {name} loss was still falling in round {rounds[-1]}, so more rounds may help."
+    return f"{text}: the {name} loss had levelled off."
+
+
+def the_best_round(run: Run) -> str | None:
+    """Where the best round is, unless it is the last."""
+    name, rounds, losses = judged_series(run)
+    if len(losses) < 2 or losses[-1] == min(losses):
+        return None
+    best = losses.index(min(losses))
+    return (
+        f"The best round is {rounds[best]} ({losses[best]:.4f}), not the last: the {name} loss was"
+        f" {losses[-1] - losses[best]:.4f} higher at the end."
+    )
+
+
+def overfitting(run: Run) -> str | None:
+    """The round from which the loss rose."""
+    name, rounds, losses = judged_series(run)
+    onset = overfitting_onset(rounds, losses)
+    if onset is None:
+        return None
+    return f"Overfitting sets in at round {onset}: from there the {name} loss rises while training goes on."
+
+
+def the_gap(run: Run) -> str | None:
+    """Training loss well below the loss on unseen documents."""
+    name, _, losses = judged_series(run)
+    _, train = series(run, "train_loss")
+    if not losses or not train or losses[-1] - train[-1] < GAP:
+        return None
+    return f"In the last round the training loss is {losses[-1] - train[-1]:.4f} below the {name} loss."
+
+
+def the_clients(run: Run) -> str | None:
+    """Which clients the adapter serves best and worst, where they lie apart."""
+    last = {
+        client: losses[-1]
+        for client in range(len(run.plan.get("clients", ())))
+        if (losses := client_series(run, client)[1])
+    }
+    if len(last) < 2:
+        return None
+    worst, best = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    apart, mean = last[worst] - last[best], sum(last.values()) / len(last)
+    if apart < CLIENTS_DIFFER * mean:
+        return None
+    return (
+        f"Clients differ: on its own hold-out, client {best} ends at {last[best]:.4f} and client {worst} at"
+        f" {last[worst]:.4f}, {100 * apart / mean:.0f} % of the mean apart."
+    )
+
+
+def the_proximal_term(run: Run) -> str | None:
+    """How much of the gradient held the clients together."""
+    mu = run.recipe["training"]["proximal_mu"]
+    _, ratios = series(run, "proximal_ratio")
+    if not mu or not ratios:
+        return None
+    return (
+        f"With μ = {mu:g} the proximal gradient was {100 * ratios[-1]:.2g} % of the loss gradient in the last round"
+        f" (up to {100 * max(ratios):.2g} % in any)."
+    )
+
+
+def the_time(run: Run) -> str | None:
+    """The phase that took most of the run."""
+    shares = phase_shares(run)
+    phase = max(shares, key=shares.__getitem__)
+    if shares[phase] < DOMINATES:
+        return None
+    return f"{phase.capitalize()} took {100 * shares[phase]:.0f} % of the time."
+
+
+def the_outliers(run: Run) -> str | None:
+    """Rounds that took much longer than the others."""
+    named = [
+        f"{phase} in round {round} ({took:.1f} s, median {median:.1f} s)"
+        for round, phase, took, median in outliers(run)
+    ]
+    return f"Out of the ordinary: {'; '.join(named[:5])}." if named else None
+
+
+def the_lost(run: Run) -> str | None:
+    """Clients whose updates did not come."""
+    lost = {record["round"]: record["lost"] for record in trained_rounds(run) if record.get("lost")}
+    if not lost:
+        return None
+    named = "; ".join(f"round {round}: {', '.join(map(str, clients))}" for round, clients in list(lost.items())[:5])
+    return f"Updates were lost in {len(lost)} of {len(trained_rounds(run))} rounds ({named})."
+
+
+def the_payload(run: Run) -> str | None:
+    """What adapters saved on the wire."""
+    moved, payload = bytes_moved(run), run.plan.get("payload_bytes")
+    if not moved or not payload:
+        return None
+    times = full_model_bytes(run) / payload
+    return (
+        f"{format_bytes(moved)} of adapters were exchanged; the whole model would have been {times:,.0f} times as much."
+    )
+
+
+RULES: tuple[Callable[[Run], str | None], ...] = (
+    the_fall,
+    its_pace,
+    the_best_round,
+    overfitting,
+    the_gap,
+    the_clients,
+    the_proximal_term,
+    the_time,
+    the_outliers,
+    the_lost,
+    the_payload,
+)
+
+
+def observe(run: Run) -> list[str]:
+    """Every sentence whose rule holds, in order."""
+    return [sentence for rule in RULES if (sentence := rule(run))]

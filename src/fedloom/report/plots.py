@@ -1,0 +1,114 @@
+"""Plots as SVG that fits its page: text and axes take the page's colour, so that they are right in light and dark.
+
+Lines are told apart by colour and by dash, in the palette of Okabe and Ito, which colour-blind people can read.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("-", "--", "-.", ":")
+INK = "#010203"
+"""Stands for the page's own colour until the plot is written."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y) under a name; `low` and `high` give it a band, `faint` puts it in the background."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    faint: bool = False
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line with a word at it."""
+
+    x: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Stacked bars: for each name, a value at every x."""
+
+    x: Sequence[float]
+    values: dict[str, Sequence[float]] = field(default_factory=dict)
+
+
+def draw_lines(lines: Sequence[Line], *, x_label: str, y_label: str, marks: Sequence[Mark] = ()) -> str:
+    """Curves over rounds, or over anything else."""
+    figure, axes = _start(x_label, y_label)
+    strong = [line for line in lines if not line.faint]
+    for line in lines:
+        number = strong.index(line) if not line.faint else lines.index(line)
+        color, dash = PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)]
+        style: dict[str, Any] = {"color": color, "linestyle": dash, "label": line.name}
+        style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2, "marker": "o", "markersize": 4}
+        axes.plot(line.x, line.y, **style)
+        if line.low:
+            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
+    for mark in marks:
+        axes.axvline(mark.x, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            mark.name, (mark.x, 1), xycoords=("data", "axes fraction"), xytext=(3, -11), textcoords="offset points",
+            color=INK, fontsize=9,
+        )  # fmt: skip
+    if all(float(x).is_integer() for line in lines for x in line.x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return _finish(figure, axes, legend=len(lines) > 1)
+
+
+def draw_bars(bars: Bars, *, x_label: str, y_label: str) -> str:
+    """What each round spent on what."""
+    figure, axes = _start(x_label, y_label)
+    below = [0.0] * len(bars.x)
+    for number, (name, values) in enumerate(bars.values.items()):
+        axes.bar(bars.x, values, bottom=below, color=PALETTE[number % len(PALETTE)], label=name, width=0.7)
+        below = [low + value for low, value in zip(below, values, strict=True)]
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _finish(figure, axes, legend=True)
+
+
+def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # a second to import
+
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
+    import matplotlib
+
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+    axes.tick_params(colors=INK, labelcolor=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    if legend:
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0.0}
+        axes.legend(frameon=False, labelcolor=INK, ncols=3, fontsize=9, **above)
+    file = io.StringIO()
+    # The same numbers give the same file: no date, and names that come from what is drawn.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedloom", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(
+        r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )

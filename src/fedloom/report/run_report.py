@@ -1,0 +1,394 @@
+"""One run's records as a report: the sections of the published experiment's document, with real numbers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from fedloom.errors import RunError
+from fedloom.records import Record, Run, read_run
+from fedloom.report import figures
+from fedloom.report.document import Block, Bullets, Code, Document, Figure, Section, Table, Text, to_html, to_markdown
+from fedloom.report.observations import observe
+from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
+from fedloom.words import count, format_bytes, format_seconds
+
+LOSS_AXIS = "loss (nats per token)"
+REFERENCES = ("experiment",)
+STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
+
+
+def write_report(folder: str | Path, *, reference: str | None = None) -> Path:
+    """Write `report.md`, `report.html` and `plots/*.svg` into a run directory; return the page's path.
+
+    `reference` names a published trajectory to lay over the plot: `experiment`.
+
+    Raises:
+        RunError: the folder is no run, or a file in it is damaged.
+    """
+    run = read_run(folder)
+    return write_document(build_report(run, reference=reference), run.folder, "report")
+
+
+def write_document(document: Document, folder: Path, name: str) -> Path:
+    """Write a document as NAME.md and NAME.html with its plots; each file whole or not at all."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    files = {f"plots/{figure.name}.svg": figure.svg for figure in document.figures}
+    files |= {f"{name}.md": to_markdown(document), f"{name}.html": to_html(document)}
+    for path, text in files.items():
+        temporary = folder / f"{path}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / path)
+    return folder / f"{name}.html"
+
+
+def build_report(run: Run, *, reference: str | None = None) -> Document:
+    """The report of a run that is done, still going, stopped or failed."""
+    state = STATES.get(run.status.get("state", ""), "unknown")
+    done, scheduled = completed(run), run.recipe["federation"]["rounds"]
+    return Document(
+        title=run.recipe["name"],
+        subtitle=run.recipe.get("description") or f"{run.plan.get('model', '')} on {run.plan.get('data', '')}",
+        state=f"{state}, {done} of {scheduled} rounds",
+        sections=[
+            Section("Setup", _setup(run, state)),
+            Section("Loss trajectories", _losses(run, reference)),
+            Section("Runtime and throughput", _runtime(run)),
+            Section("Federation", _federation(run)),
+            Section("Communication", _communication(run)),
+            Section("Observations", _observations(run)),
+            Section("How to repeat it", _repeat(run)),
+        ],
+    )
+
+
+def completed(run: Run) -> int:
+    """Rounds on record, round 0 left out."""
+    return len(figures.trained_rounds(run))
+
+
+def load_reference(name: str) -> dict[str, Any]:
+    """A published trajectory that ships with fedloom, with its source and what is wrong with it.
+
+    Raises:
+        RunError: there is none of that name.
+    """
+    if name not in REFERENCES:
+        raise RunError(f'no reference "{name}"', where="--reference", mend=f"one of: {', '.join(REFERENCES)}")
+    text = (resources.files("fedloom.report") / f"{name}.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def _setup(run: Run, state: str) -> list[Block]:
+    recipe, plan, status = run.recipe, run.plan, run.status
+    adapter, data, training = recipe["adapter"], recipe["data"], recipe["training"]
+    elapsed = figures.elapsed_seconds(run)
+    targets = adapter["targets"] or "PEFT's choice of layers"
+    strategy = recipe["federation"]["strategy"]
+    partition = ", ".join(
+        value if key == "kind" else f"{key} {value}" for key, value in data["partition"].items() if value is not None
+    )
+    rate = f"{training['learning_rate']:g}, {training['schedule']}"
+    rate += f" over the {training['schedule_scope']}" if training["schedule"] != "constant" else ""
+    rows = {
+        "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
+        "Adapter": f"{adapter['method']}, r = {adapter['rank']}, α = {adapter['alpha']:g},"
+        f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
+        "Trainable parameters": _trainable(plan),
+        "Data": f"{plan['data']} ({plan['data_revision']})",
+        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}",
+        "Documents": _documents(plan),
+        "Block": f"{data['max_length']} tokens, {data['window']};"
+        f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
+        "Objective": f"FedProx, μ = {training['proximal_mu']:g}" if training["proximal_mu"] else "FedAvg",
+        "Strategy": f"{strategy['kind']}, weighted by {strategy['weight_by']}",
+        "Epochs per client": str(training["epochs"]),
+        "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
+        "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",
+        "Engine": f"{plan['engine']}, {count(plan.get('clients_at_once', 1), 'client')} at once",
+        "Rounds": f"{completed(run)} completed of {recipe['federation']['rounds']} scheduled",
+        "Start": _time(status.get("started")),
+        "Finish" if state != STATES["running"] else "Last heard of": _time(status.get("updated")),
+        "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "not known",
+        "Machine": _machine(run.environment),
+        "Versions": _versions(run.environment),
+    }
+    blocks: list[Block] = [Table(["", ""], list(rows.items()), text_columns=2)]
+    if state != STATES["done"]:
+        why = f": {status['error']}" if status.get("error") else ""
+        blocks.insert(0, Text(f"This run is {state}{why}. What follows is what it has on record.", note=True))
+    blocks += [Text("The audit of the split, before copies were dropped from training:"), _audit(plan)]
+    memory = _memory(run)
+    return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
+
+
+def _losses(run: Run, reference: str | None) -> list[Block]:
+    if not run.rounds:
+        return [Text("No round is complete yet.")]
+    name, rounds, losses = figures.judged_series(run)
+    onset = figures.overfitting_onset(rounds, losses)
+    rows = [
+        [
+            str(record["round"]),
+            *(_number(record.get(key), form) for key, form in _LOSS_COLUMNS.values()),
+        ]
+        for record in run.rounds
+    ]
+    marks = [Mark(run.best_round, "best")] if run.best_round is not None else []
+    marks += [Mark(onset, "overfitting")] if onset is not None and onset != run.best_round else []
+    lines = [
+        Line(label, *found)
+        for label, key in (
+            ("central", "central_loss"),
+            ("clients' hold-out", "client_loss"),
+            ("training", "train_loss"),
+        )
+        if (found := figures.series(run, key))[0]
+    ]
+    notes: list[Block] = []
+    if reference:
+        published = load_reference(reference)
+        lines += [
+            Line(
+                trajectory["name"], list(range(len(trajectory["central_loss"]))), trajectory["central_loss"], faint=True
+            )
+            for trajectory in published["trajectories"]
+        ]
+        notes = [
+            Text(f"Laid over: {published['source']}."),
+            Text("What is known to be wrong with those numbers:"),
+            Bullets(published["caveats"]),
+        ]
+    best = f"The best adapter is round {run.best_round}'s, by {name} loss." if losses else ""
+    blocks: list[Block] = [
+        Text(
+            "Mean negative log-likelihood of a token: in training (over the steps of the round, the proximal term left"
+            " out), of the round's new global adapter on the clients' own hold-outs, and on the central hold-out."
+            f" {best}"
+        ),
+        Table(["Round", *_LOSS_COLUMNS], rows),
+        Figure(
+            "loss",
+            "Loss by round; round 0 is the adapter before any training.",
+            draw_lines(lines, x_label="round", y_label=LOSS_AXIS, marks=marks),
+        ),
+        *notes,
+    ]
+    clients = range(len(run.plan.get("clients", ())))
+    each = [Line(f"client {client}", *found) for client in clients if (found := figures.client_series(run, client))[0]]
+    if each:
+        svg = draw_lines(each[:12], x_label="round", y_label=LOSS_AXIS)
+        shown = "" if len(each) <= 12 else f" (the first 12 of {len(each)})"
+        blocks.append(Figure("clients", f"Each client's hold-out loss under the global adapter{shown}.", svg))
+    return blocks
+
+
+_LOSS_COLUMNS = {
+    "Training loss": ("train_loss", ".4f"),
+    "Clients' hold-out loss": ("client_loss", ".4f"),
+    "Central loss": ("central_loss", ".4f"),
+    "Central perplexity": ("central_perplexity", ".3f"),
+    "Central accuracy": ("central_accuracy", ".2%"),
+}
+
+
+def _runtime(run: Run) -> list[Block]:
+    if not run.rounds:
+        return [Text("No round is complete yet.")]
+    shares, rows = figures.phase_shares(run), []
+    for phase, key in figures.PHASES.items():
+        seconds = [record[key] for record in (figures.trained_rounds(run) if phase != "evaluation" else run.rounds)]
+        if not seconds:
+            continue
+        rates = figures.throughput(run, phase) if phase != "aggregation" else {}
+        rows.append(
+            [
+                phase.capitalize(),
+                _spread(figures.spread(seconds), ".2f"),
+                *(
+                    _spread(rates[name], ",.2f") if name in rates else ""
+                    for name in ("samples/s", "steps/s", "tokens/s")
+                ),
+                f"{100 * shares[phase]:.1f} %",
+            ]
+        )
+    rounds = [record["round"] for record in run.rounds]
+    bars = Bars(rounds, {phase: [r[key] for r in run.rounds] for phase, key in figures.PHASES.items()})
+    elapsed, total = figures.elapsed_seconds(run), figures.total_seconds(run)
+    rest = f", {elapsed:,.0f} s from start to end" if elapsed is not None else ""
+    blocks: list[Block] = [
+        Text(f"Average and standard deviation over rounds. {total:,.1f} s in rounds{rest}."),
+        Table(["Phase", "Seconds a round", "Samples/s", "Steps/s", "Tokens/s", "Share of rounds"], rows),
+        Figure("time", "Seconds of each round, by phase.", draw_bars(bars, x_label="round", y_label="time (s)")),
+    ]
+    if unusual := figures.outliers(run):
+        text = "; ".join(
+            f"round {r}, {phase}: {took:.1f} s against a median of {m:.1f} s" for r, phase, took, m in unusual
+        )
+        blocks.insert(2, Text(f"Out of the ordinary: {text}."))
+    return blocks
+
+
+def _federation(run: Run) -> list[Block]:
+    rounds = figures.trained_rounds(run)
+    if not rounds:
+        return [Text("No client has trained yet.")]
+    everyone = len(run.plan.get("clients", ()))
+    columns = {
+        "Proximal loss": ("proximal_loss", ".3e"),
+        "Proximal / loss gradient": ("proximal_ratio", ".2%"),
+        "Drift": ("drift", ".4f"),
+        "LoRA averaging error": ("lora_error", ".2%"),
+    }
+    known = {name: value for name, value in columns.items() if any(value[0] in record for record in rounds)}
+    rows = [
+        [
+            str(record["round"]),
+            *(_number(record.get(key), form) for key, form in known.values()),
+            _who(record["clients"], everyone),
+            _who(record["lost"], None) if record.get("lost") else "none",
+        ]
+        for record in rounds
+    ]
+    drift = Line("drift", *figures.series(run, "drift"))
+    return [
+        Text(
+            "The proximal term μ/2 ‖w − w_global‖² as it stood in the objective, mean over steps; the norm of its"
+            " gradient over that of the loss; and how far a client's adapter ended from the global one, mean over"
+            " clients."
+        ),
+        Table(["Round", *known, "Took part", "Lost"], rows),
+        Figure(
+            "drift",
+            "Mean drift of the clients' adapters.",
+            draw_lines([drift], x_label="round", y_label="‖w − w_global‖"),
+        ),
+    ]
+
+
+def _communication(run: Run) -> list[Block]:
+    rounds = figures.trained_rounds(run)
+    if not rounds:
+        return [Text("Nothing has travelled yet.")]
+    whole = figures.full_model_bytes(run)
+    rows = [
+        [
+            str(record["round"]),
+            format_bytes(record["bytes_down"]),
+            format_bytes(record["bytes_up"]),
+            format_bytes(record["bytes_up"] / len(record["clients"])) if record["clients"] else "",
+            format_bytes(record["wire_bytes"]) if "wire_bytes" in record else "",
+            format_bytes(2 * whole * len(record["clients"])),
+        ]
+        for record in rounds
+    ]
+    wire = any("wire_bytes" in record for record in rounds)
+    header = ["Round", "Down", "Up", "Up, a client", "On the wire", "The full model, both ways"]
+    drop = set() if wire else {4}
+    moved = figures.bytes_moved(run)
+    local = "" if wire else " All clients are on this machine: it is the payload that would have travelled."
+    return [
+        Text(
+            f"An adapter is {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
+            f" {format_bytes(whole)}. {format_bytes(moved)} in all, both ways.{local}"
+        ),
+        Table(_without(header, drop), [_without(row, drop) for row in rows]),
+    ]
+
+
+def _observations(run: Run) -> list[Block]:
+    sentences = observe(run)
+    return [Bullets(sentences)] if sentences else [Text("There is not enough on record yet to say anything.")]
+
+
+def _repeat(run: Run) -> list[Block]:
+    asked = run.folder / "recipe.toml"
+    text = asked.read_text(encoding="utf-8") if asked.is_file() else ""
+    return [
+        Text(f"Seed {run.recipe['seed']}; {_versions(run.environment)}. The recipe is in this run's folder:"),
+        Code(f"fedloom run {shlex.quote(str(asked))} --out runs/again"),
+        Text("What was asked for:"),
+        Code(text),
+        Text("What it meant, every default resolved:"),
+        Code(tomlkit.dumps(_without_none(run.recipe))),
+    ]
+
+
+def _memory(run: Run) -> Table | None:
+    ram, gpu = figures.peak_memory(run, "ram"), figures.peak_memory(run, "gpu")
+    phases = [phase for phase in ("loading", *figures.PHASES) if phase in ram or phase in gpu]
+    rows = [[phase.capitalize(), *(_size(kind.get(phase)) for kind in (ram, gpu))] for phase in phases]
+    drop = set() if gpu else {2}
+    return Table(_without(["Phase", "RAM", "GPU"], drop), [_without(row, drop) for row in rows]) if rows else None
+
+
+def _audit(plan: Record) -> Table:
+    rows = [[f"{o['side']} / {o['other']}", f"{o['exact']:,}", f"{o['near']:,}"] for o in plan["audit"]["overlaps"]]
+    return Table(["Between", "Exact copies", "Near copies"], rows)
+
+
+def _documents(plan: Record) -> str:
+    clients = plan["clients"]
+    train, holdout = (sum(client[key] for client in clients) for key in ("train_documents", "holdout_documents"))
+    dropped = sum(plan["audit"]["dropped"])
+    text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
+    return text + (f"; {dropped:,} dropped from training as copies" if dropped else "")
+
+
+def _trainable(plan: Record) -> str:
+    trained, parameters = plan["trainable_parameters"], plan["parameters"]
+    return f"{trained:,} / {parameters:,} ({100 * trained / parameters:.2f} %)"
+
+
+def _machine(environment: Record) -> str:
+    if not environment:
+        return "not on record"
+    gpus = ", ".join(environment.get("gpus", ())) or "no GPU"
+    memory = environment.get("memory_bytes")
+    return f"{environment.get('processor')}, {environment.get('cores')} cores, {_size(memory)}, {gpus}"
+
+
+def _versions(environment: Record) -> str:
+    versions = environment.get("versions", {})
+    return ", ".join([f"Python {environment.get('python')}", *(f"{name} {found}" for name, found in versions.items())])
+
+
+def _who(clients: Sequence[int], everyone: int | None) -> str:
+    if len(clients) == everyone:
+        return f"all {everyone}"
+    return ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
+
+
+def _spread(found: figures.Spread, form: str) -> str:
+    return f"{found.mean:{form}} ± {found.deviation:{form}}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form).replace("%", " %")
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else format_bytes(size)
+
+
+def _time(moment: str | None) -> str:
+    return moment.replace("T", " ").replace("+00:00", " UTC") if moment else "not known"
+
+
+def _without(cells: Sequence[str], columns: set[int]) -> list[str]:
+    return [cell for column, cell in enumerate(cells) if column not in columns]
+
+
+def _without_none(section: Record) -> Record:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value is not None
+    }

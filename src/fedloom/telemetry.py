@@ -1,0 +1,133 @@
+"""Memory of each phase of a run, and the work of evaluating, measured. No torch here, unless there is a GPU.
+
+RAM is sampled, of this process and its children; GPU memory is torch's own count of its peak. Both are told apart by
+phase: loading, training, aggregation, evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from fedloom.progress import Progress, Watch, ignore
+
+Item = TypeVar("Item")
+
+SAMPLE_SECONDS = 0.05
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Telemetry:
+    """Measures until it is closed; `take` hands over what was found since the last time, for a round's record."""
+
+    def __init__(self, *, gpu: bool = False, watch: Watch = ignore) -> None:
+        self._gpu = gpu
+        self._forward = watch
+        self._phases = ["loading"]
+        self._reset()
+        self._closed = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Telemetry:
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._sampler.join()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens inside belongs to this phase; phases may lie inside each other."""
+        self._note()
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._note()
+            self._phases.pop()
+
+    def iterate(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
+        """Each wait for the next item belongs to this phase, what is done with it does not."""
+        while True:
+            with self.phase(name):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def watch(self, progress: Progress) -> None:
+        """Count an evaluated batch, and pass it on; of their steps, clients report themselves."""
+        if progress.phase == "evaluate":
+            for what, number in (("tokens", progress.tokens), ("samples", progress.samples), ("steps", 1)):
+                self._counts[f"evaluate_{what}"] += number
+        self._forward(progress)
+
+    def take(self) -> dict[str, Any]:
+        """What was found since the last time, as a round's record has it.
+
+        `evaluate_tokens`, `evaluate_samples`, `evaluate_steps`; `ram_peak_bytes` and `gpu_peak_bytes` by phase.
+        """
+        self._note()
+        taken: dict[str, Any] = {**self._counts, "ram_peak_bytes": dict(self._ram)}
+        if self._gpu:
+            taken["gpu_peak_bytes"] = dict(self._gpu_bytes)
+        self._reset()
+        return taken
+
+    def _reset(self) -> None:
+        self._counts: dict[str, int] = defaultdict(int)
+        self._ram: dict[str, int] = {}
+        self._gpu_bytes: dict[str, int] = {}
+
+    def _sample(self) -> None:
+        while not self._closed.wait(SAMPLE_SECONDS):
+            self._note_ram()
+
+    def _note(self) -> None:
+        """Before the phase changes: what it has taken until now is its own."""
+        self._note_ram()
+        if self._gpu:
+            import torch
+
+            self._keep_most(self._gpu_bytes, torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    def _note_ram(self) -> None:
+        self._keep_most(self._ram, ram_bytes())
+
+    def _keep_most(self, peaks: dict[str, int], size: int) -> None:
+        phase = self._phases[-1]
+        peaks[phase] = max(peaks.get(phase, 0), size)
+
+
+def ram_bytes() -> int:
+    """Memory that this process and its children hold now; where only the peak can be told, that."""
+    try:
+        return sum(
+            int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE_BYTES
+            for process in _with_children("self")
+        )
+    except (OSError, IndexError, ValueError):  # no /proc, or a child that ended just now
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _with_children(process: str) -> Iterator[str]:
+    yield process
+    for task in Path(f"/proc/{process}/task").iterdir():
+        children = task / "children"
+        if children.exists():
+            for child in children.read_text().split():
+                yield from _with_children(child)

@@ -1,0 +1,174 @@
+"""What is done with a run's adapter afterwards: hand it on, proven to be the same, or let it write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TextStreamer
+
+from fedloom.adapters.adapter import AdaptedModel, load_adapter
+from fedloom.attention import choose_attention
+from fedloom.display import Display
+from fedloom.errors import ModelError, RunError
+from fedloom.experiment import Prepared, adapt, load_adapted_model, prepare
+from fedloom.model import choose_device, choose_dtype, load_model, open_model
+from fedloom.recipe import Recipe, load_recipe
+from fedloom.records import read_run
+
+PROOF_BLOCKS = 4
+"""Hold-out blocks on which what was written must give the run's own logits."""
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+"""Of a merged model's logits, relative to their norm: W + BA rounds otherwise than W and BA apart."""
+
+
+def export(
+    folder: str | Path, to: str | Path, *, merged: bool = False, which: str = "best", display: Display | None = None
+) -> float:
+    """Copy a run's adapter, or write the base model with it merged in, and prove it by its logits.
+
+    Returns the distance of the logits of what was written from the run's, relative to their norm, on a few hold-out
+    blocks: 0.0 for a copied adapter.
+
+    Raises:
+        RunError: no such run or adapter, the target exists, or what was written is not the same.
+    """
+    display = display or Display()
+    folder, to = Path(folder), Path(to)
+    recipe = _recipe_of(folder)
+    source = _adapter_folder(folder, which)
+    if to.exists():
+        raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
+    prepared = prepare(recipe, display)
+    display.show_step("weights", prepared.source.name)
+    adapted = _open(recipe, prepared, source)
+    blocks = prepared.central if len(prepared.central) else prepared.clients[0].holdout
+    tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
+    expected = _logits(adapted.model, tokens_BT)
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
+    written = temporary / to.name
+    try:
+        display.show_step("writing", str(to))
+        if merged:
+            adapted.model.merge_and_unload().save_pretrained(written)
+            prepared.source.tokenizer.save_pretrained(written)
+            opened = _open_merged(written, expected.dtype, adapted.device)
+        else:
+            shutil.copytree(source, written)
+            base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device, seed=recipe.seed)
+            opened = PeftModel.from_pretrained(base, written).eval()
+        display.show_step("proof", f"logits of {len(tokens_BT)} hold-out blocks")
+        found = _logits(opened, tokens_BT)
+        distance = float((found - expected).norm() / expected.norm())
+        if not distance <= (TOLERANCES[prepared.plan.dtype] if merged else 0.0):
+            raise RunError(
+                f"what was written is not the run's adapter: its logits lie {distance:.1e} apart", where=str(to)
+            )
+        written.rename(to)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return distance
+
+
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    base: bool = False,
+    max_new_tokens: int = 80,
+    which: str = "best",
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Write on from a prompt with a run's adapter, likeliest token first; with `base`, first without it.
+
+    Raises:
+        RunError: no such run or adapter.
+    """
+    folder, say = Path(folder), say or partial(print, end="", flush=True)
+    recipe = _recipe_of(folder)
+    source = _adapter_folder(folder, which)
+    device = choose_device(recipe.model.device)
+    opened = open_model(recipe.model.source, recipe.model.revision)
+    dtype = choose_dtype(recipe.model.dtype, device)
+    adapted = adapt(load_model(opened, dtype=dtype, device=device, seed=recipe.seed), recipe)
+    adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
+    inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    if inputs.shape[1] == 0:
+        raise RunError("the prompt is empty", where="PROMPT", mend="give it a word or more")
+    longest = opened.max_length
+    room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1])
+    if room < 1:
+        raise RunError(f"the prompt has {inputs.shape[1]} tokens, the model has room for {longest}", where="PROMPT")
+
+    def write() -> None:
+        streamer = _Streamer(opened.tokenizer, say)
+        padding = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
+        with torch.inference_mode():
+            adapted.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=room,
+                do_sample=False,
+                pad_token_id=padding,
+                streamer=streamer,
+            )
+
+    if base:
+        say("--- base model ---\n")
+        with adapted.model.disable_adapter():
+            write()
+        say("--- with the adapter ---\n")
+    write()
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Tells each piece of text as soon as it is whole."""
+
+    def __init__(self, tokenizer: object, say: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._say(text + ("\n" if stream_end else ""))
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    """What was asked for, not what it was resolved to: a key that a source has no use for may not be set."""
+    return load_recipe(read_run(folder).folder / "recipe.toml")
+
+
+def _adapter_folder(folder: Path, which: str) -> Path:
+    source = folder / "adapters" / which
+    if not source.is_dir():
+        raise RunError(f'no adapter "{which}"', where=str(folder), mend="its first round is not complete")
+    return source
+
+
+def _open(recipe: Recipe, prepared: Prepared, source: Path) -> AdaptedModel:
+    adapted = load_adapted_model(recipe, prepared)
+    adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
+    return adapted
+
+
+def _open_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # of any kind: it is transformers' own writing that it can't read
+        raise ModelError(f"what was written can't be read: {type(error).__name__}", where=str(folder)) from error
+    model.set_attn_implementation(choose_attention(model.config))
+    opened: torch.nn.Module = model.to(device).eval()
+    return opened
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module, tokens_BT: Tensor) -> Tensor:
+    logits: Tensor = model.eval()(input_ids=tokens_BT, use_cache=False).logits
+    return logits

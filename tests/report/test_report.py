@@ -1,0 +1,236 @@
+"""The report of real runs, recomputed from their records; and of runs that are not done."""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_recipe
+from made_runs import make_run
+
+from fedloom import run
+from fedloom.display import Display
+from fedloom.errors import RunError
+from fedloom.records import Run, read_run
+from fedloom.report.figures import overfitting_onset, reach, roughness
+from fedloom.report.run_report import build_report, load_reference, write_report
+
+SECTIONS = [
+    "Setup",
+    "Loss trajectories",
+    "Runtime and throughput",
+    "Federation",
+    "Communication",
+    "Observations",
+    "How to repeat it",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(make_recipe(), tmp_path_factory.mktemp("runs") / "run", Display())
+
+
+def tables(markdown: str) -> dict[str, list[list[str]]]:
+    """Every table of a report, by its first heading cell and its section."""
+    found: dict[str, list[list[str]]] = {}
+    for section in markdown.split("\n## ")[1:]:
+        title = re.sub(r"^\d+\. ", "", section.splitlines()[0])
+        for block in re.findall(r"(?:^\|.*\n)+", section + "\n", flags=re.M):
+            rows = [[cell.strip() for cell in line.strip("|\n ").split(" | ")] for line in block.strip().split("\n")]
+            found[f"{title}/{rows[0][0]}"] = [rows[0], *rows[2:]]
+    return found
+
+
+def test_a_run_ends_with_its_report(finished: Run) -> None:
+    found = {str(path.relative_to(finished.folder)) for path in finished.folder.rglob("*")}
+    assert {"report.md", "report.html", "plots/loss.svg", "plots/clients.svg", "plots/time.svg"} <= found
+    assert not [name for name in found if name.endswith(".tmp")]
+    text = (finished.folder / "report.md").read_text()
+    assert re.findall(r"^## \d+\. (.*)$", text, flags=re.M) == SECTIONS
+
+
+def test_every_number_of_the_tables_is_in_the_records(finished: Run) -> None:
+    found = tables((finished.folder / "report.md").read_text())
+    rounds = [json.loads(line) for line in (finished.folder / "rounds.jsonl").read_text().splitlines()]
+    clients = [json.loads(line) for line in (finished.folder / "clients.jsonl").read_text().splitlines()]
+
+    def text(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form).replace("%", " %")
+
+    assert found["Loss trajectories/Round"][1:] == [
+        [
+            str(record["round"]),
+            text(record.get("train_loss"), ".4f"),
+            text(record["client_loss"], ".4f"),
+            text(record["central_loss"], ".4f"),
+            text(record["central_perplexity"], ".3f"),
+            text(record["central_accuracy"], ".2%"),
+        ]
+        for record in rounds
+    ]
+    assert found["Federation/Round"][1:] == [
+        [
+            str(record["round"]),
+            text(record["proximal_loss"], ".3e"),
+            text(record["proximal_ratio"], ".2%"),
+            text(record["drift"], ".4f"),
+            "all 3",
+            "none",
+        ]
+        for record in rounds[1:]
+    ]
+    phases = {row[0]: row[1:] for row in found["Runtime and throughput/Phase"][1:]}
+    rates: dict[str, list[float]] = {"samples": [], "steps": [], "tokens": []}
+    for record in rounds[1:]:
+        mine = [client for client in clients if client["round"] == record["round"]]
+        for rate, key in zip(rates.values(), ("examples", "steps", "tokens"), strict=True):
+            rate.append(sum(client[key] for client in mine) / record["train_seconds"])
+    seconds = [record["train_seconds"] for record in rounds[1:]]
+    total = sum(r["train_seconds"] + r["aggregate_seconds"] + r["evaluate_seconds"] for r in rounds)
+    assert phases["Training"] == [
+        f"{statistics.fmean(seconds):.2f} ± {statistics.stdev(seconds):.2f}",
+        *(f"{statistics.fmean(rate):,.2f} ± {statistics.stdev(rate):,.2f}" for rate in rates.values()),
+        f"{100 * sum(seconds) / total:.1f} %",
+    ]
+    scored = [record["evaluate_samples"] / record["evaluate_seconds"] for record in rounds]
+    assert phases["Evaluation"][1] == f"{statistics.fmean(scored):,.2f} ± {statistics.stdev(scored):,.2f}"
+    payload = finished.plan["payload_bytes"] / 1000
+    assert found["Communication/Round"][1][1:4] == [
+        f"{3 * payload:.1f} kB",
+        f"{3 * payload:.1f} kB",
+        f"{payload:.1f} kB",
+    ]
+
+
+def test_evaluation_counts_what_it_scored(finished: Run) -> None:
+    plan = finished.plan
+    holdout = sum(client["holdout_tokens"] for client in plan["clients"])
+    assert finished.rounds[0]["evaluate_tokens"] == plan["central_tokens"] + holdout
+    assert finished.rounds[1]["evaluate_tokens"] == plan["central_tokens"] + 2 * holdout
+
+
+def test_memory_is_on_record_by_phase(finished: Run) -> None:
+    assert set(finished.rounds[0]["ram_peak_bytes"]) == {"loading", "aggregation", "evaluation"}
+    assert set(finished.rounds[1]["ram_peak_bytes"]) == {"training", "aggregation", "evaluation"}
+    assert all(2**27 < size < 2**34 for record in finished.rounds for size in record["ram_peak_bytes"].values())
+
+
+def test_the_page_needs_nothing_from_anywhere(finished: Run) -> None:
+    page = (finished.folder / "report.html").read_text()
+    links = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page)
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert "<script" not in page
+    assert page.count("<svg") == len(list((finished.folder / "plots").iterdir())) == 4
+
+
+def test_the_same_records_give_the_same_files(finished: Run) -> None:
+    before = {path: path.read_bytes() for path in finished.folder.rglob("*.*g") if path.suffix in (".svg",)}
+    before |= {path: path.read_bytes() for path in (finished.folder / "report.md", finished.folder / "report.html")}
+    write_report(finished.folder)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_no_torch_is_needed(finished: Run) -> None:
+    code = (
+        "import sys; from fedloom.report.run_report import write_report; from fedloom.report.compare import"
+        f" write_comparison; f = {str(finished.folder)!r}; write_report(f); write_comparison([f, f], f + '/both');"
+        " assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
+def test_a_run_that_is_not_done_says_so(state: str, tmp_path: Path) -> None:
+    error = "round 2, client 1, step 3: the loss is nan" if state == "failed" else ""
+    made = make_run(tmp_path / "run", [3.0, 2.5], state=state, error=error, federation={"rounds": 4})
+    page = write_report(made.folder).read_text()
+    said = {"running": "still running", "failed": "failed", "interrupted": "interrupted"}[state]
+    assert f"This run is {said}" in page
+    assert f"{said}, 1 of 4 rounds" in page
+    assert error in page
+
+
+def test_a_run_without_a_round_has_a_report(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0], state="running")
+    (made.folder / "rounds.jsonl").write_text("")
+    text = write_report(made.folder).with_suffix(".md").read_text()
+    assert text.count("No round is complete yet.") == 2
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run directory"):
+        write_report(tmp_path)
+
+
+def test_the_published_trajectory_is_laid_over(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5])
+    write_report(made.folder, reference="experiment")
+    text = (made.folder / "report.md").read_text()
+    assert "The proximal term was never applied" in text
+    assert "I. Kosiakov" in text
+    svg = (made.folder / "plots" / "loss.svg").read_text()
+    assert "published: LoRA, 2,000 files a client" in svg
+    trajectories = load_reference("experiment")["trajectories"]
+    assert [len(trajectory["central_loss"]) for trajectory in trajectories] == [21, 11, 11]
+    assert trajectories[0]["central_loss"][10] == 2.2944
+    with pytest.raises(RunError, match='no reference "nonsense"'):
+        write_report(made.folder, reference="nonsense")
+
+
+def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.0, 1.9, 2.1, 2.3])
+    loss = next(figure for figure in build_report(made).figures if figure.name == "loss").svg
+    assert "best" in loss
+    assert "overfitting" in loss
+    falling = make_run(tmp_path / "falling", [3.0, 2.0, 1.9])
+    assert "overfitting" not in next(figure for figure in build_report(falling).figures if figure.name == "loss").svg
+
+
+@pytest.mark.parametrize(
+    ("losses", "onset"),
+    [
+        ([], None),
+        ([3.0], None),
+        ([3, 2, 1], None),
+        ([3, 2, 2.1], None),
+        ([3, 2, 2.1, 2.2], 2),
+        ([3, 2, 2.1, 2.05], None),
+    ],
+)
+def test_overfitting_needs_two_rises(losses: list[float], onset: int | None) -> None:
+    assert overfitting_onset(range(len(losses)), losses) == onset
+
+
+def test_what_it_took_to_reach_a_loss(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5, 2.0])
+    assert reach(made, 2.5) == {"rounds": 1, "tokens": 300, "seconds": pytest.approx(3.01), "bytes": 6000}
+    assert reach(made, 1.0) is None
+    assert roughness([3, 2, 1]) == 0
+    assert roughness([1, 2, 1]) == 0.5
+
+
+def test_text_of_recipes_can_not_break_the_page(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script> | ** " + "x" * 400
+    made = make_run(tmp_path / "run", [3.0, 2.5], plan={"data": hostile}, description=hostile)
+    page = write_report(made.folder).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_report_while_it_runs(tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(Display):
+        def show_round(self, record: dict) -> None:
+            page = tmp_path / "run" / "report.html"
+            seen.append(page.is_file() and "still running" in page.read_text())
+
+    run(make_recipe(), tmp_path / "run", Watching(), watch=True)
+    assert seen == [False, True, True]
+    assert "done, 2 of 2 rounds" in (tmp_path / "run" / "report.html").read_text()
+    assert read_run(tmp_path / "run").status["state"] == "done"

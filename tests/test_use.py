@@ -1,0 +1,101 @@
+"""What is done with an adapter afterwards: it stays the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_recipe
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedloom import run
+from fedloom.display import Display
+from fedloom.errors import RunError
+from fedloom.model import load_model, open_model
+from fedloom.records import Run
+from fedloom.use import export, generate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["factors", "ffa"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    recipe = make_recipe(federation={"rounds": 1, "lora_rule": request.param})
+    return run(recipe, tmp_path_factory.mktemp("runs") / "run", Display())
+
+
+def test_an_exported_adapter_is_the_runs(finished: Run, tmp_path: Path) -> None:
+    assert export(finished.folder, tmp_path / "out" / "adapter") == 0.0
+    files = {path.name for path in (tmp_path / "out" / "adapter").iterdir()}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
+
+
+def test_a_merged_model_opens_without_peft_and_says_the_same(finished: Run, tmp_path: Path) -> None:
+    assert 0 < export(finished.folder, tmp_path / "merged", merged=True) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = load_model(open_model("random:tiny-llama"), dtype="float32", device=CPU, seed=7)
+    with_adapter = PeftModel.from_pretrained(base, finished.folder / "adapters" / "best").eval()
+    tokens_BT = AutoTokenizer.from_pretrained(tmp_path / "merged")("def main():", return_tensors="pt")["input_ids"]
+    assert torch.allclose(merged(tokens_BT).logits, with_adapter(tokens_BT).logits, atol=1e-4)
+
+
+def test_what_is_not_the_same_is_not_written(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.use.TOLERANCES", {"float32": 0.0})
+    with pytest.raises(RunError, match="not the run's adapter"):
+        export(finished.folder, tmp_path / "merged", merged=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(RunError, match="the target exists"):
+        export(finished.folder, tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_text_comes_piece_by_piece_from_both(finished: Run) -> None:
+    pieces: list[str] = []
+    generate(finished.folder, "import os", base=True, max_new_tokens=8, say=pieces.append)
+    text = "".join(pieces)
+    assert text.startswith("--- base model ---\nimport os")
+    assert text.count("import os") == 2
+    again: list[str] = []
+    generate(finished.folder, "import os", max_new_tokens=8, say=again.append)
+    assert text.endswith("".join(again))
+
+
+def test_generation_is_transformers_own(finished: Run) -> None:
+    pieces: list[str] = []
+    generate(finished.folder, "import os", max_new_tokens=12, say=pieces.append)
+    source = open_model("random:tiny-llama")
+    base = load_model(source, dtype="float32", device=CPU, seed=7)
+    base.set_attn_implementation("sdpa")
+    model = PeftModel.from_pretrained(base, finished.folder / "adapters" / "best").eval()
+    inputs = source.tokenizer("import os", return_tensors="pt")["input_ids"]
+    written = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False, pad_token_id=256
+    )
+    assert "".join(pieces).strip() == source.tokenizer.decode(written[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(("prompt", "says"), [("", "the prompt is empty"), ("x" * 300, "has 300 tokens")])
+def test_a_prompt_that_can_not_be_written_on(finished: Run, prompt: str, says: str) -> None:
+    with pytest.raises(RunError, match=says):
+        generate(finished.folder, prompt)
+
+
+def test_a_card_is_what_a_hub_reads(finished: Run) -> None:
+    import yaml
+
+    text = (finished.folder / "adapters" / "best" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["library_name"] == "peft"
+    assert "base_model" not in card, "random weights are on no hub"
+    metrics = {metric["name"]: metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]}
+    best = next(record for record in finished.rounds if record["round"] == finished.best_round)
+    assert metrics["Loss on the central hold-out (nats per token)"] == best["central_loss"]
+    assert f"round {best['round']} of 1" in body
+    assert 'source = "random:tiny-llama"' in body
+    assert "model-index" not in (finished.folder / "adapters" / "initial" / "README.md").read_text()
