@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,8 @@ def generate(
     def write() -> None:
         streamer = _Streamer(opened.tokenizer, say)
         padding = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transformers about itself
             adapted.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),

@@ -6,7 +6,7 @@ import pytest
 from made_runs import make_run
 
 from fedloom.errors import RunError
-from fedloom.report.compare import build_comparison, recipe_differences, unfairness, write_comparison
+from fedloom.report.compare import build_comparison, conclude, recipe_differences, unfairness, write_comparison
 from fedloom.report.document import Table, to_markdown
 
 
@@ -89,3 +89,18 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no round is on record yet"):
         write_comparison([one.folder, two.folder], tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
+    quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", plan={"payload_bytes": 500})
+    slow = make_run(
+        tmp_path / "slow", [3.0, 2.8, 2.5], name="slow", seconds={"train": [0, 3, 3], "evaluate": [1, 1, 1]}
+    )
+    assert conclude([quick, slow], ["quick", "slow"]) == [
+        "After round 2, the last that all of them have, quick is ahead: 1.9000, 0.6000 nats a token below slow.",
+        "quick descends fastest at first: 0.8000 in its first round, slow 0.2000.",
+        "Overfitting: quick from round 3.",
+        "slow sends 2.0 times the bytes of quick in an update.",
+        "A round of slow takes 4.0 s, 2.0 times one of quick.",
+    ]
+    assert conclude([slow, slow], ["slow", "again"]) == ["None of them overfits in the rounds on record."]

@@ -18,6 +18,8 @@ from fedloom.words import format_bytes, format_seconds
 
 NOT_SETTINGS = {"name", "description"}
 """Keys of a recipe that change nothing."""
+NOTICEABLE = 0.1
+"""Share by which two figures lie apart before a sentence is made of it."""
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
@@ -49,6 +51,7 @@ def build_comparison(runs: Sequence[Run]) -> Document:
             Section("Loss", _losses(runs, names)),
             Section("Convergence", _convergence(runs, names)),
             Section("Cost", _cost(runs, names)),
+            Section("In words", [Bullets(conclude(runs, names))]),
         ],
     )
 
@@ -86,6 +89,54 @@ def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
+def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """What the tables say, in sentences; each only where it holds."""
+    curves = [figures.judged_series(run)[1:] for run in runs]
+    last_shared = min(rounds[-1] for rounds, _ in curves)
+    shared = {
+        name: losses[list(rounds).index(last_shared)]
+        for name, (rounds, losses) in zip(names, curves, strict=True)
+        if last_shared in rounds
+    }
+    sentences = []
+    ahead, behind = min(shared, key=shared.__getitem__), max(shared, key=shared.__getitem__)
+    if ahead != behind:
+        gap = shared[behind] - shared[ahead]
+        sentences.append(
+            f"After round {last_shared}, the last that all of them have, {ahead} is ahead: {shared[ahead]:.4f},"
+            f" {gap:.4f} nats a token below {behind}."
+        )
+    falls = {name: losses[0] - losses[1] for name, (_, losses) in zip(names, curves, strict=True) if len(losses) > 1}
+    if len(falls) > 1:
+        first, other = max(falls, key=falls.__getitem__), min(falls, key=falls.__getitem__)
+        if falls[first] - falls[other] > NOTICEABLE * abs(falls[first]):
+            sentences.append(
+                f"{first} descends fastest at first: {falls[first]:.4f} in its first round, {other} {falls[other]:.4f}."
+            )
+    onsets = {name: figures.overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
+    late = [f"{name} from round {onset}" for name, onset in onsets.items() if onset is not None]
+    sentences.append(f"Overfitting: {', '.join(late)}." if late else "None of them overfits in the rounds on record.")
+    payloads = {name: run.plan["payload_bytes"] for name, run in zip(names, runs, strict=True)}
+    small, large = min(payloads, key=payloads.__getitem__), max(payloads, key=payloads.__getitem__)
+    if payloads[small] < payloads[large]:
+        sentences.append(
+            f"{large} sends {payloads[large] / payloads[small]:.1f} times the bytes of {small} in an update."
+        )
+    seconds = {
+        name: fmean(map(figures.round_seconds, rounds))
+        for name, run in zip(names, runs, strict=True)
+        if (rounds := figures.trained_rounds(run))
+    }
+    if len(seconds) > 1:
+        fast, long = min(seconds, key=seconds.__getitem__), max(seconds, key=seconds.__getitem__)
+        if seconds[long] > (1 + NOTICEABLE) * seconds[fast]:
+            sentences.append(
+                f"A round of {long} takes {seconds[long]:.1f} s, {seconds[long] / seconds[fast]:.1f} times one of"
+                f" {fast}."
+            )
+    return sentences
+
+
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     differences = recipe_differences(runs)
     rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences.items()]
@@ -112,7 +163,7 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         ],
         ["Last loss", *(f"{losses[-1]:.4f} in round {rounds[-1]}" for _, rounds, losses in curves)],
         ["Overfitting", *(_onset(figures.overfitting_onset(rounds, losses)) for _, rounds, losses in curves)],
-        ["Movement that went up", *(f"{figures.roughness(losses):.1%}" for _, _, losses in curves)],
+        ["Stability: movement that went up", *(f"{100 * figures.roughness(losses):.1f} %" for _, _, losses in curves)],
     ]
     gaps = {
         name: losses[-1] - train[-1]
@@ -224,7 +275,7 @@ def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
             [f"{fmean(map(figures.round_seconds, figures.trained_rounds(run) or run.rounds)):,.1f} s" for run in runs],
         ),
         *(
-            row(f"Of which {phase}", [f"{share[phase]:.0%}" for share in map(figures.phase_shares, runs)])
+            row(f"Of which {phase}", [f"{100 * share[phase]:.0f} %" for share in map(figures.phase_shares, runs)])
             for phase in figures.PHASES
         ),
         row("Peak RAM", [_peak(run, "ram") for run in runs]),
