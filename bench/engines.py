@@ -27,8 +27,9 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
 from fedloom.machine import describe_machine, peak_memory, reset_peak_memory
 from fedloom.model import choose_device, choose_dtype, load_model, open_model
-from fedloom.recipe import Adapter as AdapterSection
-from fedloom.recipe import Training, load_recipe
+from fedloom.recipe import load_recipe
+from fedloom.sections import Adapter as AdapterSection
+from fedloom.sections import Training
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob
 from fedloom.training.reference import build_reference_engine
@@ -210,6 +211,8 @@ def main() -> None:
         share = options.gigabytes * 1e9 / torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
 
+    if DEVICE.type == "cuda":
+        options.steps = max(options.steps, 500)  # the first few are not recorded yet
     machine, shape, steps, clients = describe_machine(), options.shape, options.steps, options.clients
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     where = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['threads']} threads"

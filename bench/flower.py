@@ -13,6 +13,7 @@ os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", 
 def simulate_round(shape: str, clients: int, steps: int, batch: int, length: int, threads: int) -> tuple[float, float]:
     """Seconds of the whole simulation, and of its only round alone."""
     warnings.simplefilter("ignore")
+    import torch
     from flwr.client import ClientApp, NumPyClient
     from flwr.common import Context, ndarrays_to_parameters
     from flwr.server import ServerApp, ServerAppComponents, ServerConfig
@@ -22,14 +23,13 @@ def simulate_round(shape: str, clients: int, steps: int, batch: int, length: int
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
     def weights_of(model):
-        return [value.detach().numpy() for value in model.parameters() if value.requires_grad]
+        return [value.detach().cpu().numpy() for value in model.parameters() if value.requires_grad]
 
     class Client(NumPyClient):
         def __init__(self, number: int) -> None:
             self.number = number
 
         def fit(self, parameters, config):
-            import torch
             from engines import build_adapted, make_blocks
 
             torch.set_num_threads(threads)
@@ -40,7 +40,7 @@ def simulate_round(shape: str, clients: int, steps: int, batch: int, length: int
             blocks = make_blocks(batch * steps, self.number, length)
             optimizer = torch.optim.AdamW(trained, lr=1e-5)
             model.train()
-            for tokens_BT in blocks.tokens_NT.split(batch):
+            for tokens_BT in blocks.tokens_NT.to(model.device).split(batch):
                 optimizer.zero_grad(set_to_none=False)
                 model(input_ids=tokens_BT, labels=tokens_BT).loss.backward()
                 optimizer.step()
@@ -68,11 +68,12 @@ def simulate_round(shape: str, clients: int, steps: int, batch: int, length: int
         strategy = Timed(initial_parameters=initial, fraction_evaluate=0.0, min_available_clients=clients)
         return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=1))
 
+    gpus = torch.cuda.device_count()
     started = time.perf_counter()
     run_simulation(
         server_app=ServerApp(server_fn=make_server),
         client_app=ClientApp(client_fn=make_client),
         num_supernodes=clients,
-        backend_config={"client_resources": {"num_cpus": os.cpu_count() or 1}},
+        backend_config={"client_resources": {"num_cpus": os.cpu_count() or 1, "num_gpus": gpus}},
     )
     return time.perf_counter() - started, Timed.seconds

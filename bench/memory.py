@@ -41,8 +41,8 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     from fedloom.adapters.adapter import AdaptedModel, build_config
     from fedloom.machine import peak_memory, reset_peak_memory
     from fedloom.model import build_meta_model, choose_device, open_model
-    from fedloom.recipe import Adapter as AdapterSection
-    from fedloom.recipe import Training
+    from fedloom.sections import Adapter as AdapterSection
+    from fedloom.sections import Training
     from fedloom.training.batched import build_batched_engine
     from fedloom.training.jobs import ClientJob
     from fedloom.training.memory import predict_step
@@ -58,7 +58,8 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
 
     predicted = predict_step(build, source.num_layers, training, clients=clients, length=length, device=device)
 
-    jobs = [ClientJob(1, client, make_blocks(BATCH * 2, client, length)) for client in range(clients)]
+    steps = 2 if device.type == "cpu" else 8  # the first few on a GPU are not recorded yet
+    jobs = [ClientJob(1, client, make_blocks(BATCH * steps, client, length)) for client in range(clients)]
     reset_peak_memory()
     before = peak_memory()
     adapted = build_adapted(shape)

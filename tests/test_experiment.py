@@ -250,3 +250,21 @@ def test_clients_at_once_is_what_was_asked_for() -> None:
     assert plan(make_recipe(training={"clients_at_once": 2})).clients_at_once == 2
     alone = plan(make_recipe(training={"engine": "reference"}))
     assert (alone.clients_at_once, alone.peak_bytes, alone.clients_that_fit) == (1, None, None)
+
+
+def test_layers_named_by_their_path_can_be_planned() -> None:
+    recipe = make_recipe(model={"source": "random:smollm2-135m"}, adapter={"targets": ["layers.29.self_attn.q_proj"]})
+    found = plan(recipe)
+    assert found.peak_bytes is not None
+    assert found.trainable_parameters == 2 * (576 + 576)
+
+
+def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise RuntimeError("no meta function")
+
+    monkeypatch.setattr("fedloom.experiment.predict_step", refuse)
+    finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Display())
+    assert finished.plan["peak_bytes"] is None
+    assert finished.plan["clients_at_once"] == 1
+    assert finished.status["state"] == "done"

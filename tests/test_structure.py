@@ -17,6 +17,7 @@ HOUSE = [
     "randomness",
     "hub",
     "machine",
+    "sections",
     "recipe",
     "progress",
     "data.documents",
@@ -39,6 +40,7 @@ HOUSE = [
     "training.batched",
     "evaluation",
     "federation.aggregation",
+    "federation.averaging_error",
     "federation.sampling",
     "federation.fleet",
     "federation.rounds",
@@ -69,7 +71,19 @@ BARE = [
 """Modules that also run on a bare GPU machine."""
 
 LIGHT = [
-    *("errors", "words", "randomness", "recipe", "progress", "planning", "machine", "records", "telemetry", "trackers"),
+    *(
+        "errors",
+        "words",
+        "randomness",
+        "sections",
+        "recipe",
+        "progress",
+        "planning",
+        "machine",
+        "records",
+        "telemetry",
+        "trackers",
+    ),
     *("model_card", "report.run_report", "report.compare", "display", "cli"),
 ]
 """Modules that answer at once: no torch at import."""

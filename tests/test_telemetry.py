@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedloom.progress import Progress
-from fedloom.telemetry import SAMPLE_SECONDS, Telemetry, ram_bytes
+from fedloom.telemetry import SAMPLE_SECONDS, Telemetry, find_children, ram_bytes
 
 
 def test_memory_belongs_to_the_phase_that_held_it() -> None:
@@ -37,12 +37,13 @@ def test_phases_lie_inside_each_other() -> None:
 
 def test_children_count() -> None:
     code = "x = bytearray(200 * 2**20); print(1, flush=True); input()"
-    before = ram_bytes()
+    before = ram_bytes(find_children())
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
         child.stdout.readline()
-        assert ram_bytes() - before > 190 * 2**20
+        assert str(child.pid) in find_children()
+        assert ram_bytes(find_children()) - before > 190 * 2**20
     finally:
         child.communicate(b"\n")
 

@@ -38,21 +38,52 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
 
 
 class Recorder(SimpleNamespace):
-    """Stands for a tracker's package: whatever is called, is written down."""
+    """Stands for a tracker's package: what is called is written down."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments, **named: self.calls.append((name, arguments, named))
 
 
-@pytest.mark.parametrize("kind", ["mlflow", "wandb", "trackio"])
+RECIPE = {"name": "test"}
+METRICS = {"central_loss": 2.5}
+STARTED = {"project": "fedloom", "name": "run", "config": RECIPE}
+CALLS: dict[str, list[Any]] = {
+    "mlflow": [
+        ("set_experiment", ("test",), {}),
+        ("start_run", (), {"run_name": "run"}),
+        ("log_dict", (RECIPE, "recipe.json"), {}),
+        ("log_metrics", (METRICS,), {"step": 1}),
+        ("end_run", (), {}),
+    ],
+    "wandb": [
+        ("Settings", (), {"disable_git": True, "save_code": False, "console": "off"}),
+        ("init", (), {**STARTED, "settings": None}),
+        ("log", (METRICS,), {"step": 1}),
+        ("finish", (), {}),
+    ],
+    "trackio": [("init", (), STARTED), ("log", (METRICS,), {"step": 1}), ("finish", (), {})],
+}
+"""What each is told, and that W&B takes no patch of the working tree and no console."""
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
 def test_others_are_told_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setitem(sys.modules, kind, Recorder(calls=calls))
-    with open_tracker(kind, tmp_path / "run", {"name": "test"}) as log:
-        log(1, {"central_loss": 2.5})
-    names = [name for name, *_ in calls]
-    assert names[-2:] == (["log_metrics", "end_run"] if kind == "mlflow" else ["log", "finish"])
-    assert calls[-2][1:] == (({"central_loss": 2.5},), {"step": 1})
+    with open_tracker(kind, tmp_path / "run", RECIPE) as log:
+        log(1, METRICS)
+    assert calls == CALLS[kind]
+
+
+def test_a_tracker_that_is_down_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda folder, recipe: (fail, fail))
+    with pytest.warns(RuntimeWarning, match="tensorboard takes no more numbers: ConnectionError") as said:
+        finished = run(make_recipe(), tmp_path / "run", Display(), log_to="tensorboard")
+    assert len(said) == 1
+    assert finished.status["state"] == "done"
 
 
 @pytest.mark.parametrize("kind", sorted(TRACKERS))

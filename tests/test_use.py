@@ -1,6 +1,8 @@
 """What is done with an adapter afterwards: it stays the same."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +101,30 @@ def test_a_card_is_what_a_hub_reads(finished: Run) -> None:
     assert f"round {best['round']} of 1" in body
     assert 'source = "random:tiny-llama"' in body
     assert "model-index" not in (finished.folder / "adapters" / "initial" / "README.md").read_text()
+
+
+def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
+    path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl")
+    finished = run(make_recipe(data={"source": str(path)}, federation={"rounds": 1}), tmp_path / "run", Display())
+    text = (finished.folder / "adapters" / "best" / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert "local: patients.jsonl" in text
+    assert "AutoPeftModelForCausalLM" not in text, "there is no hub model to load"
+
+
+def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) -> None:
+    from fedloom.use import _recipe_of
+
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for name in ("resolved.json", "rounds.jsonl", "clients.jsonl", "status.json", "environment.json"):
+        (copied / name).write_bytes((finished.folder / name).read_bytes())
+    (copied / "plan.json").write_text(json.dumps({**finished.plan, "model_revision": "a" * 40}))
+    (copied / "recipe.toml").write_text((finished.folder / "recipe.toml").read_text())
+    assert _recipe_of(copied).model.revision == "a" * 40
+    assert _recipe_of(finished.folder).model.revision is None
+
+
+def test_without_a_central_hold_out_the_clients_prove_it(tmp_path: Path) -> None:
+    finished = run(make_recipe(data={"central_holdout": 0}, federation={"rounds": 1}), tmp_path / "run", Display())
+    assert export(finished.folder, tmp_path / "adapter") == 0.0

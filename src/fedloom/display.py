@@ -111,6 +111,8 @@ class Terminal(Display):
 
     def show_end(self, run: Run, report: Path) -> None:
         self._print("")
+        if run.status.get("stopped_early"):
+            self._print(f"stopped early: {run.status['stopped_early']}")
         losses = [record["central_loss"] for record in run.rounds if "central_loss" in record]
         if losses:
             best = f"best in round {run.best_round}: {min(losses):.4f}"
@@ -160,6 +162,8 @@ def render_plan(plan: Plan) -> Table:
             f"{format_bytes(plan.peak_bytes)} predicted for model and training, {plan.clients_at_once} clients at once;"
             f" {count(plan.clients_that_fit, 'client')} would fit"
         )
+    elif plan.engine == "batched":
+        rows["memory"] = f"can't be predicted for this model; {count(plan.clients_at_once, 'client')} at once"
     if plan.skipped:
         rows["skipped"] = ", ".join(f"{number} {reason}" for reason, number in sorted(plan.skipped.items()))
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))

@@ -8,11 +8,12 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,7 +31,8 @@ from fedloom.data.tokens import (
 from fedloom.display import Display, Terminal
 from fedloom.errors import DataError, FedloomError, ModelError, RecipeError
 from fedloom.evaluation import Score, evaluate
-from fedloom.federation.aggregation import STRATEGIES
+from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, check_strategy
+from fedloom.federation.averaging_error import AveragingMeter
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import run_rounds
 from fedloom.federation.sampling import cohort_size
@@ -41,6 +43,7 @@ from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Record, Run, RunWriter, check_free, judged_loss, read_run
 from fedloom.report.run_report import write_report
+from fedloom.sections import EarlyStop
 from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.training.batched import build_batched_engine
@@ -115,14 +118,14 @@ def run(
                     write_report(folder)
             writer.write_status("done")
         except KeyboardInterrupt:
-            writer.write_status("interrupted")
+            _write_end(writer, "interrupted")
             display.show_step("stopped", f"{folder} holds the rounds that are complete")
             raise
         except FedloomError as error:
-            writer.write_status("failed", error=str(error))
+            _write_end(writer, "failed", error=str(error))
             raise
         except BaseException as error:
-            writer.write_status("failed", error=f"bug: {type(error).__name__}")
+            _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
             raise
         finally:
             display.close()
@@ -130,6 +133,13 @@ def run(
     finished = read_run(folder)
     display.show_end(finished, report)
     return finished
+
+
+def _write_end(writer: RunWriter, state: str, **more: Any) -> None:
+    """How a run ended that was not meant to, and a report that says so; what failed is raised, not what comes after."""
+    writer.write_status(state, **more)
+    with suppress(Exception):
+        write_report(writer.folder)
 
 
 def plan(recipe: Recipe, display: Display | None = None) -> Plan:
@@ -144,6 +154,10 @@ def plan(recipe: Recipe, display: Display | None = None) -> Plan:
 def prepare(recipe: Recipe, display: Display) -> Prepared:
     """Documents, splits, tokens and the model's shape: all that can be wrong before weights are loaded."""
     device = choose_device(recipe.model.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    per_round = cohort_size(recipe.data.clients, recipe.federation.fraction)
+    check_strategy(recipe.federation.strategy, per_round)
     display.show_step("documents", recipe.data.source)
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
     display.show_step("splits", f"{len(found.documents):,} documents")
@@ -169,16 +183,24 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
-    per_round = cohort_size(recipe.data.clients, recipe.federation.fraction)
     at_once, memory, fit = 1, None, None
     if engine == "batched":
         wanted = min(per_round, recipe.training.clients_at_once or per_round)
         length = recipe.data.max_length
-        memory = predict_step(
-            build_shape, source.num_layers, recipe.training, clients=wanted, length=length, device=device
-        )
-        fit = memory.clients_that_fit(free_bytes(device))
-        at_once = min(per_round, recipe.training.clients_at_once or fit)
+        with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
+            memory = predict_step(
+                build_shape,
+                source.num_layers,
+                recipe.training,
+                clients=wanted,
+                length=length,
+                device=device,
+                alike=not any("." in target for target in recipe.adapter.targets or ()),
+            )
+        if memory:
+            fit = memory.clients_that_fit(free_bytes(device))
+            at_once = min(fit, memory.clients_worthwhile(device))
+        at_once = min(per_round, recipe.training.clients_at_once or at_once)
     plan = Plan(
         name=recipe.name,
         model=source.name,
@@ -320,7 +342,13 @@ def train_and_record(
     adapters = writer.folder / "adapters"
     adapted.save(initial, adapters / "initial", write_card(recipe, plan, None))
     writer.write_status("running", round=0, rounds=rounds)
-    best = float("inf")
+    losses: list[float] = []
+    meter, weigh = AveragingMeter(adapted.layout), WEIGHTS[recipe.federation.strategy.weight_by]
+
+    def on_update(update: ClientUpdate) -> None:
+        writer.append_client(update.report)
+        meter.add(update.adapter.weights_P, weigh(update.report))
+
     for result in run_rounds(
         LocalFleet(prepared.clients, train_clients, score),
         STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy),
@@ -329,13 +357,36 @@ def train_and_record(
         rounds=rounds,
         fraction=recipe.federation.fraction,
         seed=seed,
-        on_report=writer.append_client,
+        on_update=on_update,
     ):
-        record = writer.append_round(result, telemetry.take())
+        record = writer.append_round(result, {**telemetry.take(), **_averaging_error(meter)})
         card = write_card(recipe, plan, record)
         adapted.save(result.adapter, adapters / "last", card)
-        if judged_loss(record) < best:
-            best = judged_loss(record)
+        losses.append(judged_loss(record))
+        if losses[-1] == min(losses):
             adapted.save(result.adapter, adapters / "best", card)
         writer.write_status("running", round=result.round)
         yield record
+        if why := stop_early(recipe.federation.early_stop, losses):
+            writer.write_status("running", stopped_early=f"{rounds} scheduled, {result.round} completed: {why}")
+            return
+
+
+def stop_early(early_stop: EarlyStop | None, losses: Sequence[float]) -> str | None:
+    """Why a run should stop after these losses (round 0 first), or None: no new best for too many rounds."""
+    if early_stop is None:
+        return None
+    best_round, best = 0, losses[0]
+    for round, loss in enumerate(losses):
+        if loss < best - early_stop.min_delta:
+            best_round, best = round, loss
+    waited = len(losses) - 1 - best_round
+    if waited < early_stop.patience:
+        return None
+    better = f"better than round {best_round}'s {best:.4f} by more than {early_stop.min_delta:g}"
+    return f"no loss {better} in {waited} rounds"
+
+
+def _averaging_error(meter: AveragingMeter) -> dict[str, Any]:
+    error = meter.take()
+    return {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}

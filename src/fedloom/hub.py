@@ -6,9 +6,12 @@ What is asked later may try again and again; a hub that does not answer this wil
 from __future__ import annotations
 
 import os
+import re
 from typing import Literal
 
 TIMEOUT_SECONDS = 10.0
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""What a hub calls a revision; nothing else that a source has for one looks so."""
 
 
 def find_commit(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 
+from fedloom.hub import COMMIT
 from fedloom.planning import Plan
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Record
@@ -21,9 +21,16 @@ METRICS = {
 def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
     """The card of the adapter of a round; `record` is None for one that has not been evaluated yet."""
     known = {key: record[key] for key in METRICS if record and key in record}
-    # Only a hub's model has a commit for a revision, and only a hub's model can be linked.
-    on_a_hub = re.fullmatch(r"[0-9a-f]{40}", plan.model_revision)
-    base = f"base_model: {_yaml(plan.model)}\n" if on_a_hub else ""
+    # Only what a hub has, has a commit for a revision; a path is nobody else's business.
+    on_a_hub = COMMIT.fullmatch(plan.model_revision)
+    model, data = _public(plan.model, plan.model_revision), _public(plan.data, plan.data_revision)
+    base = f"base_model: {_yaml(model)}\n" if on_a_hub else ""
+    public = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"source": model}),
+            "data": recipe.data.model_copy(update={"source": data}),
+        }
+    )
     lines = [
         "---",
         "library_name: peft",
@@ -38,7 +45,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
             f"- name: {_yaml(recipe.name)}",
             "  results:",
             "  - task:\n      type: text-generation",
-            f"    dataset:\n      name: {_yaml(plan.data)}\n      type: {_yaml(plan.data)}",
+            f"    dataset:\n      name: {_yaml(data)}\n      type: {_yaml(data)}",
             "    metrics:",
         ]
         for key, value in known.items():
@@ -48,10 +55,10 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
     text = [
         f"# {recipe.name}",
         recipe.description,
-        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {plan.model} ({plan.model_revision}),"
+        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {model} ({plan.model_revision}),"
         f" {round} of {plan.rounds}. It was trained by federation: {len(plan.clients)} clients, each on its own"
         " documents, which stayed where they were; only adapters travelled.",
-        f"- Data: {plan.data} ({plan.data_revision})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"- Data: {data} ({plan.data_revision})\n- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         "\n".join(
@@ -64,10 +71,19 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         if known
         else "",
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```',
-        f"The recipe:\n\n```toml\n{recipe_to_toml(recipe).rstrip()}\n```",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```'
+        if on_a_hub
+        else f"To use it: load {model} with transformers, then `PeftModel.from_pretrained(model, this_folder)`.",
+        f"The recipe:\n\n```toml\n{recipe_to_toml(public).rstrip()}\n```",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"
+
+
+def _public(source: str, revision: str) -> str:
+    """A source without the folders that it lies in on this machine."""
+    if COMMIT.fullmatch(revision) or ":" in source:
+        return source
+    return f"local: {source.rstrip('/').rsplit('/', 1)[-1]}"
 
 
 def _yaml(text: str) -> str:

@@ -20,12 +20,16 @@ CHUNK_BYTES = 64 * 2**20
 """Logits that exist at a time."""
 
 
+CHANGES_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+"""Settings of models whose logits are more than their head's product."""
+
+
 class Readout:
     """The losses of a causal language model's counted tokens.
 
     The model is taken apart into a body and a frozen head where its logits are exactly `head(body(tokens))`. That is
     tried, not assumed: some models scale or cap their logits, and an adapter may sit on the head. Then all logits
-    are made at once. Only on the meta device, where there are no values to try, it is taken for granted.
+    are made at once. On the meta device there are no values to try, and the configuration is asked.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,7 +79,8 @@ class Readout:
         if type(head) is not nn.Linear or self._model.base_model is self._model:
             return None
         if head.weight.is_meta:
-            return head
+            text = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
+            return None if any(getattr(text, name, None) for name in CHANGES_LOGITS) else head
         tokens_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
         logits_BTV = self._model(input_ids=tokens_BT, use_cache=False).logits
         return head if torch.equal(logits_BTV.flatten(0, 1), head(self._states(tokens_BT))) else None

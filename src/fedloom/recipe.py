@@ -11,169 +11,14 @@ import re
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import tomlkit
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from fedloom.errors import RecipeError
-
-
-def _to_names(value: object) -> object:
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError('should be a list of names, or "all-linear"')
-    return tuple(value)
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_to_names)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, without unknown keys, without silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    """The frozen base model."""
-
-    source: str = Field(
-        min_length=1, description="hub id, folder, `.gguf` file, `package:NAME/FILE`, or `random:SHAPE`"
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto",
-        description="of the frozen weights; `auto` is bfloat16 where the device has it in hardware, else float32",
-    )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
-
-
-class Adapter(Section):
-    """The weights that are trained and exchanged."""
-
-    method: Literal["lora"] = Field("lora", description="the PEFT method")
-    rank: int = Field(16, ge=1, le=4096, description="LoRA r")
-    alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r")
-    rslora: bool = Field(False, description="scale by α/√r instead (2312.03732)")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="on the adapter's input, in training; the base model's own is on too"
-    )
-    targets: Names | Literal["all-linear"] | None = Field(
-        None, description="names of the layers to adapt; PEFT's choice for the architecture if left out"
-    )
-
-
-PARTITION_KEYS: dict[str, tuple[str, ...]] = {
-    "iid": (),
-    "dirichlet": ("by", "alpha"),
-    "natural": ("by",),
-    "shard": ("by", "shards_per_client"),
-    "linear": (),
-    "square": (),
-    "exponential": (),
-}
-"""What each kind of partition needs besides its name."""
-
-
-class Partition(Section):
-    """How the documents are spread over the clients (flwr-datasets' partitioners)."""
-
-    kind: Literal["iid", "dirichlet", "natural", "shard", "linear", "square", "exponential"] = Field(
-        "iid", description="even; skewed by label; whole labels; shards of labels; sizes that grow so"
-    )
-    by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
-    alpha: float | None = Field(None, gt=0, description="concentration: small is skewed (`dirichlet`)")
-    shards_per_client: int | None = Field(None, ge=1, description="label shards that a client gets (`shard`)")
-
-    @model_validator(mode="after")
-    def _has_what_its_kind_needs(self) -> Partition:
-        needed = PARTITION_KEYS[self.kind]
-        given = [key for key in ("by", "alpha", "shards_per_client") if getattr(self, key) is not None]
-        if missing := [key for key in needed if key not in given]:
-            raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
-        if spare := [key for key in given if key not in needed]:
-            raise ValueError(f'kind "{self.kind}" has no use for {" and ".join(spare)}')
-        return self
-
-
-class Data(Section):
-    """Documents, who holds them, and what is held out."""
-
-    source: str = Field(
-        min_length=1,
-        description="hub id, `.jsonl`, `.parquet`, `.csv` or `.txt` file, folder, or `python:stdlib`",
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
-    files: str = Field("**/*", description="glob inside a folder")
-    text: str = Field("text", description="the column that holds the text")
-    max_length: int = Field(128, ge=2, description="tokens in a block")
-    window: Literal["truncate", "blocks"] = Field(
-        "truncate", description="keep a document's first block, or every block"
-    )
-    pad_in_loss: bool = Field(False, description="count padding in the loss; only to replay programs that did")
-    clients: int = Field(3, ge=1, description="number of clients")
-    documents_per_client: int | None = Field(
-        None, ge=1, description="on average over clients, its own hold-out included; all there are if left out"
-    )
-    client_holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's documents, never trained on")
-    central_holdout: int = Field(
-        100, ge=0, description="documents for the central evaluation, disjoint from every client's"
-    )
-    partition: Partition = Field(default_factory=Partition, description="how documents are spread over clients")
-    duplicates: Literal["drop", "report"] = Field(
-        "drop", description="what to do with a training document that is also held out"
-    )
-    near_duplicate: float = Field(0.8, gt=0, le=1, description="Jaccard similarity from which two documents are one")
-
-
-class Training(Section):
-    """What a client does in a round."""
-
-    engine: Literal["auto", "batched", "reference"] = Field(
-        "auto", description="choose; all clients in one pass; one after another"
-    )
-    clients_at_once: int | None = Field(None, ge=1, description="for `batched`; as many as fit in memory if left out")
-    gradient_checkpointing: bool = Field(
-        False, description="keep each layer's input alone and compute the rest again: less memory, a third more time"
-    )
-    epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
-    batch_size: int = Field(2, ge=1, description="sequences in a step")
-    learning_rate: float = Field(1e-4, gt=0, description="peak")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the learning rate to 0")
-    schedule_scope: Literal["round", "run"] = Field("round", description="what the decay stretches over")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's, with its defaults")
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="between a client's rounds")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW")
-    max_gradient_norm: float | None = Field(None, gt=0, description="clip to this norm; off if left out")
-    proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
-
-
-class Strategy(Section):
-    """How the server makes one adapter of many."""
-
-    kind: Literal["fedavg"] = Field("fedavg", description="the weighted mean")
-    weight_by: Literal["examples", "tokens"] = Field(
-        "examples", description="what a client's weight is proportional to"
-    )
-
-
-class Federation(Section):
-    """Rounds, who takes part, and how updates are combined."""
-
-    rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round; at least one")
-    lora_rule: Literal["factors", "ffa"] = Field(
-        "factors", description="average A and B apart; or train and send B alone, A frozen (2403.12313)"
-    )
-    strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
-
-
-class Evaluation(Section):
-    """How held-out loss is measured."""
-
-    batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
+from fedloom.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
 
 
 class Recipe(Section):
@@ -301,7 +146,12 @@ def _shown(value: object) -> str:
 
 def _subsections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """The keys of a section that are sections themselves."""
-    annotations = {key: field.annotation for key, field in section.model_fields.items()}
+    annotations = {
+        key: next((kind for kind in get_args(field.annotation) if kind is not NoneType), None)
+        if get_origin(field.annotation) is UnionType
+        else field.annotation
+        for key, field in section.model_fields.items()
+    }
     return {key: kind for key, kind in annotations.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
@@ -369,6 +219,3 @@ def describe_keys() -> str:
 
 def _toml_value(value: object) -> str:
     return "" if value is None else f"`{tomlkit.item(value).as_string()}`"
-
-
-assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))

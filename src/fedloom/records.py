@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from fedloom.training.jobs import ClientReport
 
 Record = dict[str, Any]
+
+PATIENCE = 2
+"""Rises in a row, from the best round on, that are overfitting and not noise."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Run:
 
     @property
     def best_round(self) -> int | None:
-        """The round whose adapter is `adapters/best`."""
-        best = min(self.rounds, key=judged_loss, default=None)
+        """The round whose adapter is `adapters/best`: of equal losses, the last."""
+        best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
 
 
@@ -51,6 +55,17 @@ def judged_loss(record: Record) -> float:
     """What the best adapter is chosen by: the central loss, the clients' hold-out loss where there is none."""
     loss = record.get("central_loss", record.get("client_loss"))
     return math.inf if loss is None else float(loss)
+
+
+def overfitting_onset(rounds: Sequence[int], losses: Sequence[float], patience: int = PATIENCE) -> int | None:
+    """The first round, after the best, from which the loss rose `patience` times in a row; None where it did not."""
+    if not losses:
+        return None
+    best = len(losses) - 1 - losses[::-1].index(min(losses))
+    for start in range(best, len(losses) - patience):
+        if all(low < high for low, high in pairwise(losses[start : start + patience + 1])):
+            return rounds[start + 1]
+    return None
 
 
 def read_run(folder: str | Path) -> Run:

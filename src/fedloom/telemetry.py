@@ -11,7 +11,7 @@ import resource
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,8 @@ from fedloom.progress import Progress, Watch, ignore
 Item = TypeVar("Item")
 
 SAMPLE_SECONDS = 0.05
+CHILDREN_EVERY = 20
+"""Samples between two looks for children: each thread has to be asked for its own."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -33,6 +35,8 @@ class Telemetry:
         self._forward = watch
         self._phases = ["loading"]
         self._reset()
+        self._children: list[str] = []
+        self._samples = 0
         self._closed = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
@@ -93,6 +97,9 @@ class Telemetry:
 
     def _sample(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
+            if self._samples % CHILDREN_EVERY == 0:
+                self._children = find_children()
+            self._samples += 1
             self._note_ram()
 
     def _note(self) -> None:
@@ -105,29 +112,38 @@ class Telemetry:
             torch.cuda.reset_peak_memory_stats()
 
     def _note_ram(self) -> None:
-        self._keep_most(self._ram, ram_bytes())
+        self._keep_most(self._ram, ram_bytes(self._children))
 
     def _keep_most(self, peaks: dict[str, int], size: int) -> None:
         phase = self._phases[-1]
         peaks[phase] = max(peaks.get(phase, 0), size)
 
 
-def ram_bytes() -> int:
-    """Memory that this process and its children hold now; where only the peak can be told, that."""
-    try:
-        return sum(
-            int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE_BYTES
-            for process in _with_children("self")
-        )
-    except (OSError, IndexError, ValueError):  # no /proc, or a child that ended just now
+def ram_bytes(children: Sequence[str] = ()) -> int:
+    """Memory that this process and these children of its hold now; where only the peak can be told, that."""
+    own = _resident("self")
+    if own == 0:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+    return own + sum(map(_resident, children))
 
 
-def _with_children(process: str) -> Iterator[str]:
-    yield process
-    for task in Path(f"/proc/{process}/task").iterdir():
-        children = task / "children"
-        if children.exists():
-            for child in children.read_text().split():
-                yield from _with_children(child)
+def find_children(process: str = "self") -> list[str]:
+    """Every process that this one has started, and those that they have."""
+    try:
+        found = [
+            child
+            for task in Path(f"/proc/{process}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:  # no /proc, or a process that ended just now
+        return []
+    return found + [grandchild for child in found for grandchild in find_children(child)]
+
+
+def _resident(process: str) -> int:
+    """0 for a process that has ended."""
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE_BYTES
+    except (OSError, IndexError, ValueError):
+        return 0

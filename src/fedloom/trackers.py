@@ -6,8 +6,9 @@ documents.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,22 @@ def check_tracker(kind: str) -> None:
 def open_tracker(kind: str, folder: Path, recipe: Record) -> Iterator[Log]:
     """Where to log a run's rounds; `folder` is the run directory."""
     log, close = TRACKERS[kind](folder, recipe)
+    failed = False
+
+    def log_or_say(round: int, values: dict[str, float]) -> None:
+        nonlocal failed
+        try:
+            log(round, values)
+        except Exception as error:  # of any kind: a tracker that is down must not end a run
+            if not failed:
+                warnings.warn(f"{kind} takes no more numbers: {type(error).__name__}", RuntimeWarning, stacklevel=2)
+            failed = True
+
     try:
-        yield log
+        yield log_or_say
     finally:
-        close()
+        with suppress(Exception):
+            close()
 
 
 def _tensorboard(folder: Path, recipe: Record) -> tuple[Log, Callable[[], Any]]:
@@ -80,8 +93,8 @@ def _mlflow(folder: Path, recipe: Record) -> tuple[Log, Callable[[], Any]]:
     return log, mlflow.end_run
 
 
-def _like_wandb(module: Any, folder: Path, recipe: Record) -> tuple[Log, Callable[[], Any]]:
-    module.init(project="fedloom", name=folder.name, config=recipe)
+def _like_wandb(module: Any, folder: Path, recipe: Record, **settings: Any) -> tuple[Log, Callable[[], Any]]:
+    module.init(project="fedloom", name=folder.name, config=recipe, **settings)
 
     def log(round: int, values: dict[str, float]) -> None:
         module.log(values, step=round)
@@ -92,7 +105,9 @@ def _like_wandb(module: Any, folder: Path, recipe: Record) -> tuple[Log, Callabl
 def _wandb(folder: Path, recipe: Record) -> tuple[Log, Callable[[], Any]]:
     import wandb
 
-    return _like_wandb(wandb, folder, recipe)
+    # By itself it also sends a patch of what is not committed, which may be documents, and what the console shows.
+    quiet = wandb.Settings(disable_git=True, save_code=False, console="off")
+    return _like_wandb(wandb, folder, recipe, settings=quiet)
 
 
 def _trackio(folder: Path, recipe: Record) -> tuple[Log, Callable[[], Any]]:

@@ -18,8 +18,9 @@ from fedloom.adapters.adapter import AdaptedModel, load_adapter
 from fedloom.attention import choose_attention
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment import Prepared, adapt, load_adapted_model, prepare
-from fedloom.model import choose_device, choose_dtype, load_model, open_model
+from fedloom.experiment import adapt, prepare
+from fedloom.hub import COMMIT
+from fedloom.model import ModelSource, choose_device, choose_dtype, load_model, open_model
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import read_run
 
@@ -48,8 +49,9 @@ def export(
         raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
     prepared = prepare(recipe, display)
     display.show_step("weights", prepared.source.name)
-    adapted = _open(recipe, prepared, source)
-    blocks = prepared.central if len(prepared.central) else prepared.clients[0].holdout
+    adapted = _open(recipe, prepared.source, source)
+    held_out = (prepared.central, *(client.holdout for client in prepared.clients))
+    blocks = next(blocks for blocks in held_out if len(blocks))
     tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
     expected = _logits(adapted.model, tokens_BT)
 
@@ -96,12 +98,9 @@ def generate(
     folder, say = Path(folder), say or partial(print, end="", flush=True)
     recipe = _recipe_of(folder)
     source = _adapter_folder(folder, which)
-    device = choose_device(recipe.model.device)
     opened = open_model(recipe.model.source, recipe.model.revision)
-    dtype = choose_dtype(recipe.model.dtype, device)
-    adapted = adapt(load_model(opened, dtype=dtype, device=device, seed=recipe.seed), recipe)
-    adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
-    inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    adapted = _open(recipe, opened, source)
+    inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
     if inputs.shape[1] == 0:
         raise RunError("the prompt is empty", where="PROMPT", mend="give it a word or more")
     longest = opened.max_length
@@ -143,8 +142,11 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
 
 def _recipe_of(folder: Path) -> Recipe:
-    """What was asked for, not what it was resolved to: a key that a source has no use for may not be set."""
-    return load_recipe(read_run(folder).folder / "recipe.toml")
+    """What was asked for, at the commits that the run had: a hub's main branch may have moved on."""
+    run = read_run(folder)
+    commits = {"model.revision": run.plan.get("model_revision", ""), "data.revision": run.plan.get("data_revision", "")}
+    pinned = [f'{key}="{commit}"' for key, commit in commits.items() if COMMIT.fullmatch(commit)]
+    return load_recipe(run.folder / "recipe.toml", pinned)
 
 
 def _adapter_folder(folder: Path, which: str) -> Path:
@@ -154,8 +156,11 @@ def _adapter_folder(folder: Path, which: str) -> Path:
     return source
 
 
-def _open(recipe: Recipe, prepared: Prepared, source: Path) -> AdaptedModel:
-    adapted = load_adapted_model(recipe, prepared)
+def _open(recipe: Recipe, model: ModelSource, source: Path) -> AdaptedModel:
+    """The base model with a run's adapter in it."""
+    device = choose_device(recipe.model.device)
+    dtype = choose_dtype(recipe.model.dtype, device)
+    adapted = adapt(load_model(model, dtype=dtype, device=device, seed=recipe.seed), recipe)
     adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
     return adapted
 

@@ -7,7 +7,7 @@ import torch
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, weighted_mean
-from fedloom.recipe import Strategy
+from fedloom.sections import Strategy
 from fedloom.training.jobs import ClientReport, ClientUpdate
 
 LAYOUT = Layout(("a", "b"), (torch.Size([2, 3]), torch.Size([4])))

@@ -15,7 +15,7 @@ from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import RoundResult, run_rounds
 from fedloom.federation.sampling import cohort_size, sample_clients
-from fedloom.recipe import Strategy
+from fedloom.sections import Strategy
 from fedloom.training.jobs import ClientReport, ClientUpdate
 from fedloom.training.reference import build_reference_engine, train_client
 

@@ -104,3 +104,16 @@ def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
         "A round of slow takes 4.0 s, 2.0 times one of quick.",
     ]
     assert conclude([slow, slow], ["slow", "again"]) == ["None of them overfits in the rounds on record."]
+
+
+def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", [3.0, 2.5], name="one")
+    two = make_run(tmp_path / "two", [3.0, 2.0], name="two", plan={"model": "another"})
+    assert not any("ahead" in sentence or "fastest" in sentence for sentence in conclude([one, two], ["one", "two"]))
+    rising = [make_run(tmp_path / f"r{n}", [3.0, 3.0 + n / 10], name=f"r{n}") for n in (1, 2)]
+    assert not any("fastest" in sentence for sentence in conclude(rising, ["r1", "r2"]))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / seed / "run", [3.0, 2.5], name="same") for seed in ("a", "b")]
+    assert build_comparison(runs).title == "Comparison: run (1), run (2)"

@@ -14,8 +14,8 @@ from made_runs import make_run
 from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import RunError
-from fedloom.records import Run, read_run
-from fedloom.report.figures import overfitting_onset, reach, roughness
+from fedloom.records import Run, overfitting_onset, read_run
+from fedloom.report.figures import reach, roughness
 from fedloom.report.run_report import build_report, load_reference, write_report
 
 SECTIONS = [
@@ -78,6 +78,7 @@ def test_every_number_of_the_tables_is_in_the_records(finished: Run) -> None:
             text(record["proximal_loss"], ".3e"),
             text(record["proximal_ratio"], ".2%"),
             text(record["drift"], ".4f"),
+            text(record["lora_error"], ".2%"),
             "all 3",
             "none",
         ]
@@ -200,6 +201,7 @@ def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
         ([3, 2, 2.1], None),
         ([3, 2, 2.1, 2.2], 2),
         ([3, 2, 2.1, 2.05], None),
+        ([3, 2, 2.1, 2.05, 2.2, 2.3], 4),
     ],
 )
 def test_overfitting_needs_two_rises(losses: list[float], onset: int | None) -> None:
@@ -234,3 +236,25 @@ def test_a_report_while_it_runs(tmp_path: Path) -> None:
     assert seen == [False, True, True]
     assert "done, 2 of 2 rounds" in (tmp_path / "run" / "report.html").read_text()
     assert read_run(tmp_path / "run").status["state"] == "done"
+
+
+def test_rounds_that_take_much_longer_are_named(tmp_path: Path) -> None:
+    spike = {"train": [0, 1, 1, 1, 1, 1], "evaluate": [2.0, 2.0, 2.1, 2.0, 2.05, 9.0]}
+    calm = {"train": [0, 1, 1, 1, 1, 1], "evaluate": [2.0, 2.0, 2.1, 2.0, 2.05, 2.1]}
+    for name, seconds, named in (("spike", spike, True), ("calm", calm, False)):
+        made = make_run(tmp_path / name, [3.0, 2, 2, 2, 2, 2], seconds=seconds)
+        text = write_report(made.folder).with_suffix(".md").read_text()
+        assert ("Out of the ordinary: round 5, evaluation: 9.0 s against a median of 2.0 s." in text) == named
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_ends_badly_has_a_report_that_says_so(error: type[BaseException], tmp_path: Path) -> None:
+    class Failing(Display):
+        def show_round(self, record: dict) -> None:
+            if record["round"] == 1:
+                raise error
+
+    with pytest.raises(error):
+        run(make_recipe(), tmp_path / "run", Failing(), watch=True)
+    said = "interrupted" if error is KeyboardInterrupt else "failed"
+    assert f"{said}, 1 of 2 rounds" in (tmp_path / "run" / "report.html").read_text()

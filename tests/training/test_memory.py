@@ -1,5 +1,6 @@
 """How many clients fit, and what a step of theirs needs: predicted without memory, against a step that is run."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,5 +74,21 @@ def test_clients_that_fit(free: int, fit: int) -> None:
     assert step.peak_bytes(3) == 5800
 
 
+def test_on_a_processor_there_can_be_too_many() -> None:
+    step = StepMemory(base_bytes=5000, fixed_bytes=200, client_bytes=2**30)
+    assert step.clients_worthwhile(CPU) == 5
+    assert step.clients_worthwhile(torch.device("cuda")) > 10**9
+    assert StepMemory(0, 0, 2**34).clients_worthwhile(CPU) == 1
+
+
 def test_this_machine_has_memory() -> None:
     assert free_bytes(CPU) > 2**20
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) > 2**20
+    (tmp_path / "memory.max").write_text("3000000\n")
+    assert free_bytes(CPU) == 2_000_000

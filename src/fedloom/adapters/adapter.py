@@ -34,7 +34,7 @@ from fedloom.randomness import derive_seed
 from fedloom.readout import Readout
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Adapter as AdapterSection
+    from fedloom.sections import Adapter as AdapterSection
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

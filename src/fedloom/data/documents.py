@@ -23,7 +23,7 @@ from fedloom.hub import find_commit, hub_address
 from fedloom.randomness import derive_seed
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Data
+    from fedloom.sections import Data
 
 STDLIB = "python:stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}

@@ -26,7 +26,7 @@ from fedloom.errors import DataError
 from fedloom.randomness import derive_seed
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Data, Partition
+    from fedloom.sections import Data, Partition
 
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 5

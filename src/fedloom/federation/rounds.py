@@ -46,11 +46,11 @@ def run_rounds(
     rounds: int,
     fraction: float,
     seed: int,
-    on_report: Callable[[ClientReport], None] = lambda report: None,
+    on_update: Callable[[ClientUpdate], None] = lambda update: None,
 ) -> Iterator[RoundResult]:
     """Yield round 0 (the adapter as it is given, evaluated), then each round when it is complete.
 
-    `on_report` is told of each client's work as soon as its update has come.
+    `on_update` sees each client's update as soon as it has come.
 
     Raises:
         TrainingError: a loss is no longer a number.
@@ -72,7 +72,7 @@ def run_rounds(
         cohort = sample_clients(fleet.clients, fraction, seed=seed, round=round)
         bytes_down = len(cohort) * adapter.num_bytes
         started = time.perf_counter()
-        arrivals = _Arrivals(fleet.train(round, cohort, adapter), on_report)
+        arrivals = _Arrivals(fleet.train(round, cohort, adapter), on_update)
         state, adapter = aggregate.update(state, adapter, arrivals)
         aggregate_seconds = time.perf_counter() - started - arrivals.seconds
         evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)
@@ -92,9 +92,9 @@ def run_rounds(
 class _Arrivals:
     """Updates on their way to the strategy: what is known of each is kept, its weights are not."""
 
-    def __init__(self, updates: Iterable[ClientUpdate], on_report: Callable[[ClientReport], None]) -> None:
+    def __init__(self, updates: Iterable[ClientUpdate], on_update: Callable[[ClientUpdate], None]) -> None:
         self._updates = iter(updates)
-        self._on_report = on_report
+        self._on_update = on_update
         self.reports: list[ClientReport] = []
         self.seconds = 0.0
         """Spent waiting for updates: the clients' training and evaluation."""
@@ -114,6 +114,6 @@ class _Arrivals:
             where = {"round": report.round, "client": report.client, "stage": "evaluation after training"}
             check_finite("the loss", report.holdout_loss_after, **where)
         self.reports.append(report)
-        self._on_report(report)
+        self._on_update(update)
         self.bytes += update.adapter.num_bytes
         return update

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records import Run, read_run
+from fedloom.records import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
 from fedloom.report.plots import Line, draw_lines
@@ -100,20 +100,21 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     }
     sentences = []
     ahead, behind = min(shared, key=shared.__getitem__), max(shared, key=shared.__getitem__)
-    if ahead != behind:
+    comparable = not unfairness(runs, names)
+    if comparable and shared[ahead] < shared[behind]:
         gap = shared[behind] - shared[ahead]
         sentences.append(
             f"After round {last_shared}, the last that all of them have, {ahead} is ahead: {shared[ahead]:.4f},"
             f" {gap:.4f} nats a token below {behind}."
         )
     falls = {name: losses[0] - losses[1] for name, (_, losses) in zip(names, curves, strict=True) if len(losses) > 1}
-    if len(falls) > 1:
+    if comparable and len(falls) > 1:
         first, other = max(falls, key=falls.__getitem__), min(falls, key=falls.__getitem__)
-        if falls[first] - falls[other] > NOTICEABLE * abs(falls[first]):
+        if falls[first] > 0 and falls[first] - falls[other] > NOTICEABLE * falls[first]:
             sentences.append(
                 f"{first} descends fastest at first: {falls[first]:.4f} in its first round, {other} {falls[other]:.4f}."
             )
-    onsets = {name: figures.overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
+    onsets = {name: overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
     late = [f"{name} from round {onset}" for name, onset in onsets.items() if onset is not None]
     sentences.append(f"Overfitting: {', '.join(late)}." if late else "None of them overfits in the rounds on record.")
     payloads = {name: run.plan["payload_bytes"] for name, run in zip(names, runs, strict=True)}
@@ -162,7 +163,7 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
             *(f"{min(losses):.4f} in round {rounds[losses.index(min(losses))]}" for _, rounds, losses in curves),
         ],
         ["Last loss", *(f"{losses[-1]:.4f} in round {rounds[-1]}" for _, rounds, losses in curves)],
-        ["Overfitting", *(_onset(figures.overfitting_onset(rounds, losses)) for _, rounds, losses in curves)],
+        ["Overfitting", *(_onset(overfitting_onset(rounds, losses)) for _, rounds, losses in curves)],
         ["Stability: movement that went up", *(f"{100 * figures.roughness(losses):.1f} %" for _, _, losses in curves)],
     ]
     gaps = {
@@ -196,7 +197,7 @@ def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     for key, members in groups.items():
         if len({run.recipe["seed"] for run in members}) < 2:
             continue
-        title = f"{named[key][0]} and {len(members) - 1} more" if len(members) > 1 else named[key][0]
+        title = f"{named[key][0]} and {len(members) - 1} more"
         by_round = [dict(zip(*figures.judged_series(run)[1:], strict=True)) for run in members]
         rounds = sorted(set.intersection(*map(set, by_round)))
         spreads = [figures.spread([of[round] for of in by_round]) for round in rounds]
@@ -264,27 +265,22 @@ _REACHED = {
 
 
 def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    def row(name: str, values: Sequence[str]) -> list[str]:
-        return [name, *values]
-
-    rows = [
-        row("Rounds", [f"{completed(run)} of {run.recipe['federation']['rounds']}" for run in runs]),
-        row("Runtime", [_seconds(figures.elapsed_seconds(run)) for run in runs]),
-        row(
-            "A round",
-            [f"{fmean(map(figures.round_seconds, figures.trained_rounds(run) or run.rounds)):,.1f} s" for run in runs],
-        ),
-        *(
-            row(f"Of which {phase}", [f"{100 * share[phase]:.0f} %" for share in map(figures.phase_shares, runs)])
-            for phase in figures.PHASES
-        ),
-        row("Peak RAM", [_peak(run, "ram") for run in runs]),
-        row("Trainable parameters", [f"{run.plan['trainable_parameters']:,}" for run in runs]),
-        row("Adapter", [format_bytes(run.plan["payload_bytes"]) for run in runs]),
-        row("Exchanged in all", [format_bytes(figures.bytes_moved(run)) for run in runs]),
-    ]
-    if any(figures.peak_memory(run, "gpu") for run in runs):
-        rows.insert(-3, row("Peak GPU memory", [_peak(run, "gpu") for run in runs]))
+    rounds = [figures.trained_rounds(run) or run.rounds for run in runs]
+    shares = [figures.phase_shares(run) for run in runs]
+    columns: dict[str, Sequence[str]] = {
+        "Rounds": [f"{completed(run)} of {run.recipe['federation']['rounds']}" for run in runs],
+        "Runtime": [_seconds(figures.elapsed_seconds(run)) for run in runs],
+        "A round": [f"{fmean(map(figures.round_seconds, records)):,.1f} s" for records in rounds],
+        **{f"Of which {phase}": [f"{100 * share[phase]:.0f} %" for share in shares] for phase in figures.PHASES},
+        "Peak RAM": [_peak(run, "ram") for run in runs],
+        "Peak GPU memory": [_peak(run, "gpu") for run in runs],
+        "Trainable parameters": [f"{run.plan['trainable_parameters']:,}" for run in runs],
+        "Adapter": [format_bytes(run.plan["payload_bytes"]) for run in runs],
+        "Exchanged in all": [format_bytes(figures.bytes_moved(run)) for run in runs],
+    }
+    if not any(figures.peak_memory(run, "gpu") for run in runs):
+        del columns["Peak GPU memory"]
+    rows = [[name, *values] for name, values in columns.items()]
     return [Table(["", *names], rows), Bullets(_machines(runs, names))]
 
 
@@ -296,11 +292,11 @@ def _machines(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Each run's recipe, and its folder where two have the same."""
-    names = [run.recipe["name"] for run in runs]
-    return [
-        name if names.count(name) == 1 else run.folder.resolve().name for run, name in zip(runs, names, strict=True)
-    ]
+    """Each run's recipe, or its folder where two have the same; numbered where that is not enough."""
+    recipes = [run.recipe["name"] for run in runs]
+    folders = [run.folder.resolve().name for run in runs]
+    names = [name if recipes.count(name) == 1 else folder for name, folder in zip(recipes, folders, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def _peak(run: Run, kind: str) -> str:

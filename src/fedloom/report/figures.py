@@ -16,8 +16,6 @@ from fedloom.records import Record, Run
 
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
 """Phase -> its key in a round's record."""
-PATIENCE = 2
-"""Rises in a row, above the best round, from which a run overfits."""
 OUTLIER_SPREADS, OUTLIER_SHARE = 5.0, 1.15
 """A round stands out by so many median deviations, and is so much longer than the median round."""
 
@@ -51,16 +49,6 @@ def judged_series(run: Run) -> tuple[str, list[int], list[float]]:
         if losses:
             return name, rounds, losses
     return "central", [], []
-
-
-def overfitting_onset(rounds: Sequence[int], losses: Sequence[float], patience: int = PATIENCE) -> int | None:
-    """The first round after the best of which the loss rose `patience` times in a row, never coming back below it."""
-    if not losses:
-        return None
-    best = losses.index(min(losses))
-    after = losses[best : best + patience + 1]
-    rises = all(low < high for low, high in itertools.pairwise(after))
-    return rounds[best + 1] if len(after) == patience + 1 and rises else None
 
 
 def trained_rounds(run: Run) -> list[Record]:

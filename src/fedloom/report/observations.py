@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedloom.records import Run
+from fedloom.records import Run, overfitting_onset
 from fedloom.report.figures import (
     bytes_moved,
     client_series,
     full_model_bytes,
     judged_series,
-    outliers,
-    overfitting_onset,
     phase_shares,
     series,
     trained_rounds,
@@ -49,7 +47,7 @@ def its_pace(run: Run) -> str | None:
     text = f"The first round brought {first:.4f} of it and the last {last:.4f}"
     if last > STILL_FALLS * whole:
         return f"{text}: the {name} loss was still falling in round {rounds[-1]}, so more rounds may help."
-    return f"{text}: the {name} loss had levelled off."
+    return f"{text}: the {name} loss had levelled off." if last >= 0 else None
 
 
 def the_best_round(run: Run) -> str | None:
@@ -122,15 +120,6 @@ def the_time(run: Run) -> str | None:
     return f"{phase.capitalize()} took {100 * shares[phase]:.0f} % of the time."
 
 
-def the_outliers(run: Run) -> str | None:
-    """Rounds that took much longer than the others."""
-    named = [
-        f"{phase} in round {round} ({took:.1f} s, median {median:.1f} s)"
-        for round, phase, took, median in outliers(run)
-    ]
-    return f"Out of the ordinary: {'; '.join(named[:5])}." if named else None
-
-
 def the_lost(run: Run) -> str | None:
     """Clients whose updates did not come."""
     lost = {record["round"]: record["lost"] for record in trained_rounds(run) if record.get("lost")}
@@ -160,7 +149,6 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_clients,
     the_proximal_term,
     the_time,
-    the_outliers,
     the_lost,
     the_payload,
 )

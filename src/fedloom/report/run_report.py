@@ -12,7 +12,7 @@ from typing import Any
 import tomlkit
 
 from fedloom.errors import RunError
-from fedloom.records import Record, Run, read_run
+from fedloom.records import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Code, Document, Figure, Section, Table, Text, to_html, to_markdown
 from fedloom.report.observations import observe
@@ -121,6 +121,8 @@ def _setup(run: Run, state: str) -> list[Block]:
         "Versions": _versions(run.environment),
     }
     blocks: list[Block] = [Table(["", ""], list(rows.items()), text_columns=2)]
+    if run.status.get("stopped_early"):
+        blocks.insert(0, Text(f"Stopped early: {run.status['stopped_early']}."))
     if state != STATES["done"]:
         why = f": {status['error']}" if status.get("error") else ""
         blocks.insert(0, Text(f"This run is {state}{why}. What follows is what it has on record.", note=True))
@@ -133,7 +135,7 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
     if not run.rounds:
         return [Text("No round is complete yet.")]
     name, rounds, losses = figures.judged_series(run)
-    onset = figures.overfitting_onset(rounds, losses)
+    onset = overfitting_onset(rounds, losses)
     rows = [
         [
             str(record["round"]),

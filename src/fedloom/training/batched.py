@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ from fedloom.training.stacked_step import StackedStep, StepInputs
 from fedloom.training.step_graph import StepGraph
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Training
+    from fedloom.sections import Training
 
 READ_EVERY = 16
 """Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""
@@ -183,11 +184,11 @@ class Crew:
         dropout = ClientDropout(self._generators[:count], sizes)
         if len(self._sizes) != count:
             self._slots.use_slots(count)
-        if self._device.type != "cuda" or self._training.gradient_checkpointing:
+        if self._device.type != "cuda" or not self._training.cuda_graph or self._training.gradient_checkpointing:
             self._sizes = sizes
             return self._slots(inputs, dropout)
         if self._launch is None or self._sizes != sizes:
-            self._launch = StepGraph(lambda inputs: self._slots(inputs, dropout), self._generators[:count])
+            self._launch = StepGraph(partial(self._slots, dropout=dropout), self._generators[:count])
             self._sizes = sizes
         return self._launch(inputs)
 

@@ -10,6 +10,7 @@ Letters: K clients, L layers, B sequences, T tokens, P adapter parameters.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Training
+    from fedloom.sections import Training
 
-HELD_BY_ALLOCATOR = {"cpu": 1.4, "cuda": 1.0}
+HELD_BY_ALLOCATOR = {"cpu": 1.45, "cuda": 1.0}
 """What a process holds for each byte that is alive in a step: glibc keeps freed pieces, 1.3 to 1.5 times as much in
 all (docs/benchmarks.md). Told to give them back at once, it holds exactly what is alive, and steps take a quarter
 longer."""
+WORTHWHILE_ON_CPU = 5 * 2**30
+"""Bytes of all clients at once: beyond it, a processor waits for its memory (docs/benchmarks.md, K = 32)."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 SHARE_OF_FREE = 0.9
 """Of the free memory, what a run may take: the rest is for the allocator and everybody else."""
 
@@ -56,6 +60,10 @@ class StepMemory:
         left = SHARE_OF_FREE * free_bytes - self.base_bytes - self.fixed_bytes
         return max(1, int(left // self.client_bytes))
 
+    def clients_worthwhile(self, device: torch.device) -> int:
+        """So many that more at once would only be slower: on a GPU there is no such number."""
+        return sys.maxsize if device.type == "cuda" else max(1, WORTHWHILE_ON_CPU // self.client_bytes)
+
 
 def predict_step(
     build: Callable[[int], AdaptedModel],
@@ -65,10 +73,12 @@ def predict_step(
     clients: int,
     length: int,
     device: torch.device,
+    alike: bool = True,
 ) -> StepMemory:
     """What a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
 
-    `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`.
+    `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`. Where
+    they are not `alike`, because some are adapted and others not, all of them are traced.
     """
     whole = build(layers)
     # From a full chunk of logits on, every client adds the same to what the loss needs; before that, less.
@@ -79,7 +89,7 @@ def predict_step(
         return trace_step(build(count), training, clients, length, device)
 
     def peak(clients: int) -> int:
-        if layers <= 3:
+        if layers <= 3 or not alike:
             return trace(clients, layers)
         two, three = trace(clients, 2), trace(clients, 3)
         return two + (layers - 2) * (three - two)
@@ -139,12 +149,25 @@ class LiveBytes(TorchDispatchMode):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now: of the GPU with what torch holds unused, or of the machine."""
+    """Memory that can be had now: of the GPU with what torch holds unused, or of the machine or its container."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return min(_free_on_machine(), _free_in_container())
+
+
+def _free_on_machine() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_in_container() -> int:
+    """What a control group leaves of its limit; no end where there is none."""
+    try:
+        limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return sys.maxsize
+    return max(0, limit - used)

@@ -20,7 +20,7 @@ from fedloom.data.tokens import IGNORED
 from fedloom.errors import TrainingError
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Training
+    from fedloom.sections import Training
 
 
 def next_token_targets(labels_BT: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fedloom.training.objective import (
 )
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Training
+    from fedloom.sections import Training
 
 
 def build_reference_engine(

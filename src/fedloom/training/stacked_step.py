@@ -21,7 +21,7 @@ from fedloom.training.objective import add_proximal_gradient, clip_gradient
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Training
+    from fedloom.sections import Training
 
 
 class StepInputs(NamedTuple):

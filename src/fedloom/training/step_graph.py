@@ -7,12 +7,12 @@ Graphs").
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fedloom.errors import ModelError
 from fedloom.training.stacked_step import StepInputs
 
 WARM_UP = 3
@@ -20,34 +20,37 @@ WARM_UP = 3
 
 
 class StepGraph:
-    """Steps of one shape on a GPU: the first few as they are, the rest as a graph.
-
-    Where recording fails, the steps go on as they are, and a warning says so.
-    """
+    """Steps of one shape on a GPU: the first few as they are, the rest as a graph."""
 
     def __init__(self, step: Callable[[StepInputs], Tensor], generators: Sequence[torch.Generator]) -> None:
         self._step = step
         self._generators = generators
+        self._stream = torch.cuda.Stream()
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: StepInputs) -> Tensor:
+        """Step, and return its facts.
+
+        Raises:
+            ModelError: an operation of this model can't be recorded.
+        """
         self._steps += 1
-        if self._steps == WARM_UP + 1:
-            self._record(inputs)
-        if self._graph is None:
+        if self._steps <= WARM_UP:
             return self._on_a_stream_of_its_own(inputs)
+        if self._graph is None:
+            self._record(inputs)
+        assert self._graph is not None
         for held, given in zip(self._held, inputs, strict=True):
             held.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._facts_3K.clone()
 
     def _on_a_stream_of_its_own(self, inputs: StepInputs) -> Tensor:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             facts_3K = self._step(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return facts_3K
 
     def _record(self, inputs: StepInputs) -> None:
@@ -56,9 +59,13 @@ class StepGraph:
             graph.register_generator_state(generator)
         self._held = StepInputs(*(given.clone() for given in inputs))
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 self._facts_3K = self._step(self._held)
-        except RuntimeError as error:  # an operation of this model can't be recorded
-            warnings.warn(f"steps are not recorded as a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
-        else:
-            self._graph = graph
+        except RuntimeError as error:
+            # Streams, generators and the allocator are left in the middle of a recording: nothing goes on from here.
+            raise ModelError(
+                f"a step of this model can't be recorded as a CUDA graph ({str(error).splitlines()[0]})",
+                where="training.cuda_graph",
+                mend="set it to false",
+            ) from error
+        self._graph = graph

@@ -1,0 +1,238 @@
+"""The sections of a recipe: every key, its type, its default and its meaning. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _to_names(value: object) -> object:
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError('should be a list of names, or "all-linear"')
+    return tuple(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_to_names)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, without unknown keys, without silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    source: str = Field(
+        min_length=1, description="hub id, folder, `.gguf` file, `package:NAME/FILE`, or `random:SHAPE`"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto",
+        description="of the frozen weights; `auto` is bfloat16 where the device has it in hardware, else float32",
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+
+
+class Adapter(Section):
+    """The weights that are trained and exchanged."""
+
+    method: Literal["lora"] = Field("lora", description="the PEFT method")
+    rank: int = Field(16, ge=1, le=4096, description="LoRA r")
+    alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r")
+    rslora: bool = Field(False, description="scale by α/√r instead (2312.03732)")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="on the adapter's input, in training; the base model's own is on too"
+    )
+    targets: Names | Literal["all-linear"] | None = Field(
+        None, description="names of the layers to adapt; PEFT's choice for the architecture if left out"
+    )
+
+
+PARTITION_KEYS: dict[str, tuple[str, ...]] = {
+    "iid": (),
+    "dirichlet": ("by", "alpha"),
+    "natural": ("by",),
+    "shard": ("by", "shards_per_client"),
+    "linear": (),
+    "square": (),
+    "exponential": (),
+}
+"""What each kind of partition needs besides its name."""
+
+
+class Partition(Section):
+    """How the documents are spread over the clients (flwr-datasets' partitioners)."""
+
+    kind: Literal["iid", "dirichlet", "natural", "shard", "linear", "square", "exponential"] = Field(
+        "iid", description="even; skewed by label; whole labels; shards of labels; sizes that grow so"
+    )
+    by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
+    alpha: float | None = Field(None, gt=0, description="concentration: small is skewed (`dirichlet`)")
+    shards_per_client: int | None = Field(None, ge=1, description="label shards that a client gets (`shard`)")
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Partition:
+        needed = PARTITION_KEYS[self.kind]
+        given = [key for key in ("by", "alpha", "shards_per_client") if getattr(self, key) is not None]
+        if missing := [key for key in needed if key not in given]:
+            raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
+        if spare := [key for key in given if key not in needed]:
+            raise ValueError(f'kind "{self.kind}" has no use for {" and ".join(spare)}')
+        return self
+
+
+class Data(Section):
+    """Documents, who holds them, and what is held out."""
+
+    source: str = Field(
+        min_length=1,
+        description="hub id, `.jsonl`, `.parquet`, `.csv` or `.txt` file, folder, or `python:stdlib`",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    files: str = Field("**/*", description="glob inside a folder")
+    text: str = Field("text", description="the column that holds the text")
+    max_length: int = Field(128, ge=2, description="tokens in a block")
+    window: Literal["truncate", "blocks"] = Field(
+        "truncate", description="keep a document's first block, or every block"
+    )
+    pad_in_loss: bool = Field(False, description="count padding in the loss; only to replay programs that did")
+    clients: int = Field(3, ge=1, description="number of clients")
+    documents_per_client: int | None = Field(
+        None, ge=1, description="on average over clients, its own hold-out included; all there are if left out"
+    )
+    client_holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's documents, never trained on")
+    central_holdout: int = Field(
+        100, ge=0, description="documents for the central evaluation, disjoint from every client's"
+    )
+    partition: Partition = Field(default_factory=Partition, description="how documents are spread over clients")
+    duplicates: Literal["drop", "report"] = Field(
+        "drop", description="what to do with a training document that is also held out"
+    )
+    near_duplicate: float = Field(0.8, gt=0, le=1, description="Jaccard similarity from which two documents are one")
+
+
+class Training(Section):
+    """What a client does in a round."""
+
+    engine: Literal["auto", "batched", "reference"] = Field(
+        "auto", description="choose; all clients in one pass; one after another"
+    )
+    clients_at_once: int | None = Field(None, ge=1, description="for `batched`; as many as fit in memory if left out")
+    gradient_checkpointing: bool = Field(
+        False, description="keep each layer's input alone and compute the rest again: less memory, a third more time"
+    )
+    cuda_graph: bool = Field(
+        True, description="record a step on a GPU and launch it whole; not with `gradient_checkpointing`"
+    )
+    epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
+    batch_size: int = Field(2, ge=1, description="sequences in a step")
+    learning_rate: float = Field(1e-4, gt=0, description="peak")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the learning rate to 0")
+    schedule_scope: Literal["round", "run"] = Field("round", description="what the decay stretches over")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's, with its defaults")
+    optimizer_state: Literal["reset", "keep"] = Field("reset", description="between a client's rounds")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW")
+    max_gradient_norm: float | None = Field(None, gt=0, description="clip to this norm; off if left out")
+    proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
+
+
+STRATEGY_DEFAULTS: dict[str, dict[str, float]] = {
+    "fedavg": {},
+    "fedavgm": {"learning_rate": 1.0, "momentum": 0.9, "nesterov": 0},
+    "fedadam": {"learning_rate": 0.1, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-9},
+    "fedyogi": {"learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3},
+    "fedadagrad": {"learning_rate": 0.1, "tau": 1e-9},
+    "fedmedian": {},
+    "trimmed_mean": {"trim": 0.2},
+    "krum": {"malicious": 0},
+    "multi_krum": {"malicious": 0, "keep": 1},
+    "bulyan": {"malicious": 0},
+    "norm_clipped": {"max_norm": 1.0},
+}
+"""Each strategy's own keys, with what they are where they are left out: Flower's defaults, where it has them."""
+
+UNWEIGHTED = ("fedmedian", "trimmed_mean", "krum", "bulyan")
+"""Strategies in which every client counts alike."""
+
+
+class Strategy(Section):
+    """How the server makes one adapter of many. A key that the kind has no use for is an error."""
+
+    kind: Literal[
+        "fedavg",
+        "fedavgm",
+        "fedadam",
+        "fedyogi",
+        "fedadagrad",
+        "fedmedian",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "bulyan",
+        "norm_clipped",
+    ] = Field("fedavg", description="the rule; its paper and formula are in the README's table")
+    weight_by: Literal["examples", "tokens"] = Field(
+        "examples", description="what a client's weight is proportional to, where the kind weighs clients"
+    )
+    learning_rate: float | None = Field(None, gt=0, description="of the server (`fedavgm`, `fedadam`, ...)")
+    momentum: float | None = Field(None, ge=0, lt=1, description="of the server (`fedavgm`)")
+    nesterov: bool | None = Field(None, description="look ahead (`fedavgm`)")
+    beta_1: float | None = Field(None, ge=0, lt=1, description="decay of the mean change (`fedadam`, `fedyogi`)")
+    beta_2: float | None = Field(None, ge=0, lt=1, description="decay of its square (`fedadam`, `fedyogi`)")
+    tau: float | None = Field(None, gt=0, description="added to the root of the squares: how adaptive the step is")
+    trim: float | None = Field(None, ge=0, lt=0.5, description="share cut off at each end (`trimmed_mean`)")
+    malicious: int | None = Field(None, ge=0, description="updates that may be anything (`krum`, `bulyan`, ...)")
+    keep: int | None = Field(None, ge=1, description="updates that are averaged (`multi_krum`)")
+    max_norm: float | None = Field(None, gt=0, description="a client's change is scaled down to this (`norm_clipped`)")
+
+    @model_validator(mode="after")
+    def _has_only_what_its_kind_needs(self) -> Strategy:
+        needed = STRATEGY_DEFAULTS[self.kind]
+        given = [key for key in STRATEGY_KEYS if getattr(self, key) is not None]
+        if spare := [key for key in given if key not in needed]:
+            raise ValueError(f'kind "{self.kind}" has no use for {" and ".join(spare)}')
+        if "weight_by" in self.model_fields_set and self.kind in UNWEIGHTED:
+            raise ValueError(f'kind "{self.kind}" has no use for weight_by: every client counts alike')
+        return self
+
+    def setting(self, key: str) -> float:
+        """The value of one of the kind's own keys, its default where it was left out."""
+        given = getattr(self, key)
+        return STRATEGY_DEFAULTS[self.kind][key] if given is None else float(given)
+
+
+STRATEGY_KEYS = tuple(dict.fromkeys(key for keys in STRATEGY_DEFAULTS.values() for key in keys))
+
+
+class EarlyStop(Section):
+    """When to stop before the last round."""
+
+    patience: int = Field(ge=1, description="rounds without a new best central loss after which a run stops")
+    min_delta: float = Field(0.0, ge=0, description="nats that a new best must be better by")
+
+
+class Federation(Section):
+    """Rounds, who takes part, and how updates are combined."""
+
+    rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round; at least one")
+    lora_rule: Literal["factors", "ffa"] = Field(
+        "factors", description="average A and B apart; or train and send B alone, A frozen (2403.12313)"
+    )
+    strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
+    early_stop: EarlyStop | None = Field(None, description="stop before the last round; never if left out")
+
+
+class Evaluation(Section):
+    """How held-out loss is measured."""
+
+    batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
+
+
+assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))
+assert set(STRATEGY_DEFAULTS) == set(get_args(Strategy.model_fields["kind"].annotation))
