@@ -17,8 +17,9 @@ from fedloom.data.splits import documents_needed, split_documents
 from fedloom.data.tokens import tokenize_documents
 from fedloom.display import Display
 from fedloom.errors import RecipeError, TrainingError
-from fedloom.experiment import choose_engine, plan
+from fedloom.experiment import plan
 from fedloom.model import load_model, open_model
+from fedloom.preparation import choose_engine
 from fedloom.records import Run
 
 TIMES = ("seconds", "finished", "peak_bytes")
@@ -263,7 +264,7 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
     def refuse(*arguments: object, **named: object) -> None:
         raise RuntimeError("no meta function")
 
-    monkeypatch.setattr("fedloom.experiment.predict_step", refuse)
+    monkeypatch.setattr("fedloom.preparation.predict_step", refuse)
     finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Display())
     assert finished.plan["peak_bytes"] is None
     assert finished.plan["clients_at_once"] == 1

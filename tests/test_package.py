@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.federation.aggregation import describe_strategies
 from fedloom.recipe import describe_keys, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_the_strategies_in_the_readme_are_those_of_the_code() -> None:
+    assert describe_strategies() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_wheel_runs_from_elsewhere(tmp_path: Path) -> None:

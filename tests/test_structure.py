@@ -56,6 +56,7 @@ HOUSE = [
     "report.run_report",
     "report.compare",
     "display",
+    "preparation",
     "experiment",
     "use",
     "cli",

@@ -9,37 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config
-from fedloom.data.documents import Document, load_documents
-from fedloom.data.splits import Splits, documents_needed, split_documents
+from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.data.tokens import (
     TokenBlocks,
-    check_vocabulary,
-    distinct_blocks,
-    tokenize_documents,
-    without_blocks,
 )
 from fedloom.display import Display, Terminal
-from fedloom.errors import DataError, FedloomError, ModelError, RecipeError
+from fedloom.errors import FedloomError
 from fedloom.evaluation import Score, evaluate
-from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, check_strategy
+from fedloom.federation.aggregation import STRATEGIES, WEIGHTS
 from fedloom.federation.averaging_error import AveragingMeter
-from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.rounds import run_rounds
-from fedloom.federation.sampling import cohort_size
 from fedloom.machine import describe_machine
-from fedloom.model import ModelSource, build_meta_model, choose_device, choose_dtype, load_model, open_model
+from fedloom.model import choose_device
 from fedloom.model_card import write_card
-from fedloom.planning import ClientPlan, Plan
+from fedloom.planning import Plan
+from fedloom.preparation import Prepared, choose_judges, load_adapted_model, prepare
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Record, Run, RunWriter, check_free, judged_loss, read_run
 from fedloom.report.run_report import write_report
@@ -48,7 +37,6 @@ from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientUpdate, TrainClients
-from fedloom.training.memory import free_bytes, predict_step
 from fedloom.training.reference import build_reference_engine
 
 ENGINES: dict[str, Callable[..., TrainClients]] = {
@@ -56,20 +44,6 @@ ENGINES: dict[str, Callable[..., TrainClients]] = {
     "reference": build_reference_engine,
 }
 """Both give the same updates: `batched` in one pass over all clients, `reference` plainly."""
-
-BATCHED_METHODS = ("lora",)
-"""PEFT methods that the engine `batched` has."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs but the base model's weights."""
-
-    source: ModelSource
-    device: torch.device
-    central: TokenBlocks
-    clients: tuple[ClientBlocks, ...]
-    plan: Plan
 
 
 def run(
@@ -151,171 +125,6 @@ def plan(recipe: Recipe, display: Display | None = None) -> Plan:
     return prepare(recipe, display or Display()).plan
 
 
-def prepare(recipe: Recipe, display: Display) -> Prepared:
-    """Documents, splits, tokens and the model's shape: all that can be wrong before weights are loaded."""
-    device = choose_device(recipe.model.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    per_round = cohort_size(recipe.data.clients, recipe.federation.fraction)
-    check_strategy(recipe.federation.strategy, per_round)
-    display.show_step("documents", recipe.data.source)
-    found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
-    display.show_step("splits", f"{len(found.documents):,} documents")
-    splits = split_documents(found, recipe.data, recipe.seed)
-    display.show_step("model", recipe.model.source)
-    source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
-    if source.max_length is not None and recipe.data.max_length > source.max_length:
-        raise ModelError(
-            f"{recipe.data.max_length} tokens are more than the model's {source.max_length}",
-            where="data.max_length",
-            mend=f"at most {source.max_length}",
-        )
-    central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
-    short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
-    engine = choose_engine(recipe.training.engine, recipe.adapter.method)
-    dtype = choose_dtype(recipe.model.dtype, device)
-
-    def build_shape(layers: int) -> AdaptedModel:
-        return adapt(build_meta_model(source, dtype=dtype, layers=layers), recipe)
-
-    shape = build_shape(source.num_layers)
-    if recipe.training.gradient_checkpointing and not shape.model.get_base_model().supports_gradient_checkpointing:
-        raise ModelError(
-            "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
-        )
-    at_once, memory, fit = 1, None, None
-    if engine == "batched":
-        wanted = min(per_round, recipe.training.clients_at_once or per_round)
-        length = recipe.data.max_length
-        with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
-            memory = predict_step(
-                build_shape,
-                source.num_layers,
-                recipe.training,
-                clients=wanted,
-                length=length,
-                device=device,
-                alike=not any("." in target for target in recipe.adapter.targets or ()),
-            )
-        if memory:
-            fit = memory.clients_that_fit(free_bytes(device))
-            at_once = min(fit, memory.clients_worthwhile(device))
-        at_once = min(per_round, recipe.training.clients_at_once or at_once)
-    plan = Plan(
-        name=recipe.name,
-        model=source.name,
-        model_revision=source.revision,
-        dtype=dtype,
-        device=str(device),
-        engine=engine,
-        parameters=shape.num_parameters,
-        trainable_parameters=shape.layout.size,
-        data=found.source,
-        data_revision=found.revision,
-        documents=len(found.documents),
-        skipped={**found.skipped, **({"too short": short} if short else {})},
-        central_documents=len(splits.central),
-        central_tokens=central.num_tokens,
-        clients=tuple(
-            ClientPlan(
-                train_documents=len(documents.train),
-                holdout_documents=len(documents.holdout),
-                blocks=len(blocks.train),
-                tokens=blocks.train.num_tokens,
-                holdout_tokens=blocks.holdout.num_tokens,
-                steps=recipe.training.epochs * -(-len(blocks.train) // recipe.training.batch_size),
-            )
-            for documents, blocks in zip(splits.clients, clients, strict=True)
-        ),
-        clients_per_round=per_round,
-        clients_at_once=at_once,
-        clients_that_fit=fit,
-        peak_bytes=memory.peak_bytes(at_once) if memory else None,
-        audit=splits.audit,
-        shared_blocks=shared_blocks,
-        duplicates=recipe.data.duplicates,
-        rounds=recipe.federation.rounds,
-        epochs=recipe.training.epochs,
-        proximal_mu=recipe.training.proximal_mu,
-        payload_bytes=shape.weights_P.numel() * shape.weights_P.element_size(),
-    )
-    return Prepared(source, device, central, clients, plan)
-
-
-def choose_engine(wanted: str, method: str) -> str:
-    """`auto` is `batched` for the methods that it has, and `reference` for the others.
-
-    Raises:
-        RecipeError: `batched` is asked for with a method that it does not have.
-    """
-    if wanted == "auto":
-        return "batched" if method in BATCHED_METHODS else "reference"
-    if wanted == "batched" and method not in BATCHED_METHODS:
-        raise RecipeError(
-            f'the engine batched has no method "{method}"',
-            where="training.engine",
-            mend=f"use reference or auto, or one of: {', '.join(BATCHED_METHODS)}",
-        )
-    return wanted
-
-
-def tokenize_splits(
-    splits: Splits, source: ModelSource, recipe: Recipe
-) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
-    """Token blocks of the central hold-out and of every client, and how many training blocks are also held out.
-
-    Raises:
-        DataError: a client has nothing to train on, nothing is held out, or the tokenizer is not the model's.
-    """
-
-    def tokenize(documents: Sequence[Document]) -> TokenBlocks:
-        blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
-        check_vocabulary(blocks, source.vocabulary_size)
-        return blocks
-
-    where = f'data.source = "{recipe.data.source}"'
-    central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
-    if splits.central and not len(central):
-        raise DataError(
-            "each of the central hold-out's documents has fewer than two tokens",
-            where=where,
-            mend="use longer documents",
-        )
-    held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
-    if not held_out:
-        raise DataError(
-            "nothing is held out, so no adapter can be judged",
-            where="data.central_holdout, data.client_holdout",
-            mend="hold out some documents, centrally or at the clients",
-        )
-    clients, shared = [], 0
-    for client, holdout in enumerate(holdouts):
-        train = tokenize(splits.clients[client].train)
-        unseen = without_blocks(train, held_out)
-        shared += len(train) - len(unseen)
-        clients.append(ClientBlocks(unseen if recipe.data.duplicates == "drop" else train, holdout))
-        if not len(clients[client].train):
-            raise DataError(
-                f"client {client} has nothing to train on: {train.dropped} documents have fewer than two tokens,"
-                f" {len(train) - len(unseen)} blocks equal a held-out one",
-                where=where,
-                mend="use longer documents, fewer clients or a larger data.max_length",
-            )
-    return central, tuple(clients), shared
-
-
-def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
-    """The base model, loaded once, with the adapter that every client starts from."""
-    base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device, seed=recipe.seed)
-    return adapt(base, recipe)
-
-
-def adapt(base: PreTrainedModel, recipe: Recipe) -> AdaptedModel:
-    """A base model with the recipe's adapter."""
-    freeze_a = recipe.federation.lora_rule == "ffa"
-    return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed, freeze_a=freeze_a)
-
-
 def train_and_record(
     recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, writer: RunWriter, telemetry: Telemetry
 ) -> Iterator[Record]:
@@ -350,7 +159,7 @@ def train_and_record(
         meter.add(update.adapter.weights_P, weigh(update.report))
 
     for result in run_rounds(
-        LocalFleet(prepared.clients, train_clients, score),
+        LocalFleet(prepared.clients, train_clients, score, choose_judges(prepared.clients, recipe)),
         STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy),
         score_central,
         initial,

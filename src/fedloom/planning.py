@@ -39,6 +39,8 @@ class Plan:
     data_revision: str
     documents: int
     skipped: Mapping[str, int]
+    judged_tokens: int
+    """Of the clients' hold-outs that are scored."""
     central_documents: int
     central_tokens: int
     clients: tuple[ClientPlan, ...]
@@ -72,8 +74,8 @@ class Plan:
     @property
     def evaluate_tokens(self) -> int:
         """Of the whole run: round 0 and every round, and each trained client once more on its own hold-out."""
-        holdout = sum(client.holdout_tokens for client in self.clients)
-        return round((self.rounds + 1) * (self.central_tokens + holdout) + self.rounds * holdout * self._share)
+        every_round = (self.rounds + 1) * (self.central_tokens + self.judged_tokens)
+        return round(every_round + self.rounds * self.judged_tokens * self._share)
 
     @property
     def bytes_per_round(self) -> int:

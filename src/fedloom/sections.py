@@ -232,6 +232,9 @@ class Evaluation(Section):
     """How held-out loss is measured."""
 
     batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
+    clients: int | None = Field(
+        None, ge=1, description="clients, the same in every round, whose own hold-outs are scored; all if left out"
+    )
 
 
 assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))

@@ -18,9 +18,9 @@ from fedloom.adapters.adapter import AdaptedModel, load_adapter
 from fedloom.attention import choose_attention
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment import adapt, prepare
 from fedloom.hub import COMMIT
 from fedloom.model import ModelSource, choose_device, choose_dtype, load_model, open_model
+from fedloom.preparation import adapt, prepare
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import read_run
 

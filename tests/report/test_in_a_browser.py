@@ -74,6 +74,17 @@ def test_every_plot_is_drawn_and_nothing_sticks_out(pages: list[Path], tmp_path:
             assert plot["text"] >= 6, "axes with numbers and names"
 
 
+def test_it_prints(pages: list[Path], tmp_path: Path) -> None:
+    for page in pages:
+        printed = tmp_path / f"{page.stem}.pdf"
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        command = [str(BROWSER), *QUIET, profile, "--no-pdf-header-footer", f"--print-to-pdf={printed}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        held = printed.read_bytes()
+        assert held.startswith(b"%PDF")
+        assert 2 <= len(re.findall(rb"/Type\s*/Page\b", held)) <= 12
+
+
 def test_dark_is_dark(pages: list[Path], tmp_path: Path) -> None:
     def brightness(color: str) -> float:
         return sum(map(int, re.findall(r"\d+", color)[:3])) / 3

@@ -250,6 +250,16 @@ STRATEGIES: dict[str, Callable[[Strategy], Aggregate]] = {
     "norm_clipped": norm_clipped,
 }
 
+
+def describe_strategies() -> str:
+    """Every strategy with what it does and where it comes from, as Markdown: the README's table."""
+    rows = [
+        f"| `{kind}` | {' '.join((strategy.__doc__ or '').split(chr(10) * 2)[0].split())} |"
+        for kind, strategy in STRATEGIES.items()
+    ]
+    return "\n".join(["| strategy | rule and source |", "|---|---|", *rows]) + "\n"
+
+
 LEAST_CLIENTS: dict[str, Callable[[Strategy], int]] = {
     "krum": lambda strategy: int(2 * strategy.setting("malicious") + 3),
     "multi_krum": lambda strategy: int(max(2 * strategy.setting("malicious") + 3, strategy.setting("keep"))),

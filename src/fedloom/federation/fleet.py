@@ -41,18 +41,23 @@ class ClientBlocks:
 
 
 class LocalFleet:
-    """All clients in this process. It keeps what real clients would keep: data and optimizer state."""
+    """All clients in this process. It keeps what real clients would keep: data and optimizer state.
+
+    `judges` are the clients whose hold-outs adapters are scored on; all if left out.
+    """
 
     def __init__(
         self,
         data: Sequence[ClientBlocks],
         train_clients: TrainClients,
         evaluate_blocks: EvaluateBlocks,
+        judges: Sequence[int] | None = None,
     ) -> None:
         self.clients: Sequence[int] = range(len(data))
         self._data = data
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
+        self._judges = self.clients if judges is None else judges
         self._optimizer_states: dict[int, OptimizerState] = {}
         self._evaluated: tuple[Adapter, dict[int, Score]] | None = None
 
@@ -81,9 +86,9 @@ class LocalFleet:
         # The round loop has the new global adapter evaluated, and training starts from that same adapter.
         if self._evaluated is None or self._evaluated[0] is not adapter:
             scores = {
-                client: self._evaluate_blocks(adapter, blocks.holdout)
-                for client, blocks in enumerate(self._data)
-                if len(blocks.holdout)
+                client: self._evaluate_blocks(adapter, self._data[client].holdout)
+                for client in self._judges
+                if len(self._data[client].holdout)
             }
             self._evaluated = adapter, scores
         return self._evaluated[1]
