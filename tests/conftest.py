@@ -51,7 +51,7 @@ def make_recipe(**sections: Any) -> Recipe:
         "federation": {"rounds": 2},
     }
     for name, section in sections.items():
-        values[name] = {**values[name], **section} if isinstance(section, dict) else section
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
     return Recipe.model_validate(values)
 
 

@@ -269,3 +269,14 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
     assert finished.plan["peak_bytes"] is None
     assert finished.plan["clients_at_once"] == 1
     assert finished.status["state"] == "done"
+
+
+def test_a_fixed_share_of_the_clients_is_scored(tmp_path: Path) -> None:
+    recipe = make_recipe(data={"clients": 6}, evaluation={"clients": 2}, federation={"rounds": 2, "fraction": 0.5})
+    planned, finished = plan(recipe), run(recipe, tmp_path / "run", Display())
+    scored = [set(record["client_losses"]) for record in finished.rounds]
+    assert [len(clients) for clients in scored] == [2, 2, 2]
+    assert scored[0] == scored[1] == scored[2]
+    holdouts = [planned.clients[int(client)].holdout_tokens for client in scored[0]]
+    assert planned.judged_tokens == sum(holdouts)
+    assert finished.rounds[0]["evaluate_tokens"] == planned.central_tokens + planned.judged_tokens

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import make_adapted, make_blocks
 from torch.nn import functional
 
@@ -87,3 +88,16 @@ def test_a_model_that_cannot_be_taken_apart_is_taken_whole() -> None:
 
 def test_an_adapter_on_the_head_is_not_left_out() -> None:
     assert make_adapted(targets=["lm_head"]).readout._head is None
+
+
+@pytest.mark.parametrize(("scaling", "splits"), [(1.0, True), (8.0, False)])
+def test_on_the_meta_device_the_configuration_tells_scaled_logits(scaling: float, splits: bool) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "logits_scaling": scaling}
+    with torch.device("meta"):
+        scaled = transformers.AutoModelForCausalLM.from_config(transformers.GraniteConfig(**sizes, **heads))
+        plain = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        )
+    assert (Readout(scaled)._head is not None) == splits
+    assert Readout(plain)._head is not None

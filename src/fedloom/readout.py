@@ -80,7 +80,7 @@ class Readout:
             return None
         if head.weight.is_meta:
             text = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
-            return None if any(getattr(text, name, None) for name in CHANGES_LOGITS) else head
+            return None if any(getattr(text, name, None) not in (None, 0, 1) for name in CHANGES_LOGITS) else head
         tokens_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
         logits_BTV = self._model(input_ids=tokens_BT, use_cache=False).logits
         return head if torch.equal(logits_BTV.flatten(0, 1), head(self._states(tokens_BT))) else None
