@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
-from fedloom.words import count, format_bytes, format_seconds
+from fedloom.words import count, format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
     from fedloom.records import Run
@@ -99,11 +99,11 @@ class Terminal(Display):
         seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
         cells = (
             str(record["round"]),
-            _number(record.get("train_loss"), ".4f"),
-            _number(record.get("client_loss"), ".4f"),
-            _number(record.get("central_loss"), ".4f"),
-            _number(record.get("proximal_loss"), ".2e"),
-            _number(record.get("drift"), ".4f"),
+            format_number(record.get("train_loss"), ".4f"),
+            format_number(record.get("client_loss"), ".4f"),
+            format_number(record.get("central_loss"), ".4f"),
+            format_number(record.get("proximal_loss"), ".2e"),
+            format_number(record.get("drift"), ".4f"),
             f"{seconds:.1f}",
             format_bytes(record["bytes_up"] + record["bytes_down"]),
         )
@@ -177,10 +177,6 @@ def render_plan(plan: Plan) -> Table:
 def _range(values: list[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _plain(text: str) -> str:

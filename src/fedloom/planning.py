@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedloom.words import format_trainable
+
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit
 
@@ -85,8 +87,7 @@ class Plan:
     @property
     def trainable_share(self) -> str:
         """As `1,572,864 / 332,769,280 (0.47 %)`."""
-        share = 100 * self.trainable_parameters / self.parameters
-        return f"{self.trainable_parameters:,} / {self.parameters:,} ({share:.2f} %)"
+        return format_trainable(self.trainable_parameters, self.parameters)
 
     @property
     def _share(self) -> float:

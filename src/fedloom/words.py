@@ -22,3 +22,13 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_number(value: float | None, form: str) -> str:
+    """Nothing for what is not known; 12.3 % with its space."""
+    return "" if value is None else format(value, form).replace("%", " %")
+
+
+def format_trainable(trained: int, parameters: int) -> str:
+    """1,572,864 / 332,769,280 (0.47 %)."""
+    return f"{trained:,} / {parameters:,} ({100 * trained / parameters:.2f} %)"

@@ -17,7 +17,7 @@ from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Code, Document, Figure, Section, Table, Text, to_html, to_markdown
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
-from fedloom.words import count, format_bytes, format_seconds
+from fedloom.words import count, format_bytes, format_number, format_seconds, format_trainable
 
 LOSS_AXIS = "loss (nats per token)"
 REFERENCES = ("experiment",)
@@ -101,7 +101,7 @@ def _setup(run: Run, state: str) -> list[Block]:
         "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
         "Adapter": f"{adapter['method']}, r = {adapter['rank']}, α = {adapter['alpha']:g},"
         f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
-        "Trainable parameters": _trainable(plan),
+        "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
         "Data": f"{plan['data']} ({plan['data_revision']})",
         "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}",
         "Documents": _documents(plan),
@@ -139,7 +139,7 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
     rows = [
         [
             str(record["round"]),
-            *(_number(record.get(key), form) for key, form in _LOSS_COLUMNS.values()),
+            *(format_number(record.get(key), form) for key, form in _LOSS_COLUMNS.values()),
         ]
         for record in run.rounds
     ]
@@ -253,7 +253,7 @@ def _federation(run: Run) -> list[Block]:
     rows = [
         [
             str(record["round"]),
-            *(_number(record.get(key), form) for key, form in known.values()),
+            *(format_number(record.get(key), form) for key, form in known.values()),
             _who(record["clients"], everyone),
             _who(record["lost"], None) if record.get("lost") else "none",
         ]
@@ -344,11 +344,6 @@ def _documents(plan: Record) -> str:
     return text + (f"; {dropped:,} dropped from training as copies" if dropped else "")
 
 
-def _trainable(plan: Record) -> str:
-    trained, parameters = plan["trainable_parameters"], plan["parameters"]
-    return f"{trained:,} / {parameters:,} ({100 * trained / parameters:.2f} %)"
-
-
 def _machine(environment: Record) -> str:
     if not environment:
         return "not on record"
@@ -370,10 +365,6 @@ def _who(clients: Sequence[int], everyone: int | None) -> str:
 
 def _spread(found: figures.Spread, form: str) -> str:
     return f"{found.mean:{form}} ± {found.deviation:{form}}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form).replace("%", " %")
 
 
 def _size(size: int | None) -> str:
