@@ -7,17 +7,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is asked of a hub, except where a test says so.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel, build_config
+from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model import load_model, open_model
 from fedloom.recipe import Recipe
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate, OptimizerState
 
 ARCHITECTURES = {
     "tiny-opt": ("q_proj", "v_proj"),
@@ -61,13 +62,14 @@ def make_adapted(
     seed: int = 7,
     *,
     freeze_a: bool = False,
+    residuals: bool = False,
     device: str = "cpu",
     **adapter: Any,
 ) -> AdaptedModel:
     """A random two-layer model with a LoRA adapter."""
     base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device), seed=seed)
     section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
-    return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a)
+    return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a, residuals=residuals)
 
 
 def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> TokenBlocks:
@@ -78,6 +80,52 @@ def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> Tok
     lengths_N = torch.randint(max_length // 2, max_length + 1, (num_blocks,), generator=generator)
     tokens_NT = tokens_NT.masked_fill(torch.arange(max_length) >= lengths_N[:, None], 0)
     return TokenBlocks(tokens_NT, lengths_N, counted_N=lengths_N)
+
+
+def updates_of(results: Iterable[ClientResult]) -> Iterator[ClientUpdate]:
+    """What an engine gave; a client's failure is raised."""
+    for result in results:
+        if isinstance(result, ClientFailure):
+            raise result.error
+        yield result
+
+
+def make_update(
+    adapter: Adapter, client: int = 0, *, round: int = 1, examples: int = 1, tokens: int = 1, arm: int = 0
+) -> ClientUpdate:
+    """An update of made-up weights."""
+    report = ClientReport(
+        round=round, client=client, examples=examples, tokens=tokens, steps=1, proximal_mu=0.0, loss_first=1.0,
+        loss_last=1.0, loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
+    )  # fmt: skip
+    return ClientUpdate(report, adapter, {}, arm)
+
+
+def make_job(
+    blocks: TokenBlocks,
+    adapter: Adapter,
+    *,
+    round: int = 1,
+    client: int = 0,
+    rounds: int = 3,
+    state: OptimizerState | None = None,
+    trains_P: torch.Tensor | None = None,
+    arm: int = 0,
+    **training: Any,
+) -> ClientJob:
+    """A client's job of two epochs without a proximal term, unless told otherwise."""
+    return ClientJob(
+        round=round,
+        client=client,
+        adapter=adapter,
+        training=make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **training}).training,
+        rounds=rounds,
+        seed=7,
+        trains_P=trains_P,
+        arm=arm,
+        blocks=blocks,
+        optimizer_state=state,
+    )
 
 
 @pytest.fixture

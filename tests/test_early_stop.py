@@ -7,7 +7,7 @@ from conftest import make_recipe
 
 from fedloom import run
 from fedloom.display import Display
-from fedloom.experiment import stop_early
+from fedloom.federation.stopping import stop_early
 from fedloom.records import overfitting_onset
 from fedloom.report.run_report import load_reference
 from fedloom.sections import EarlyStop

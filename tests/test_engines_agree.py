@@ -5,14 +5,15 @@ into signs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_recipe
+from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel, Adapter, Layout
 from fedloom.errors import TrainingError
 from fedloom.training import batched
 from fedloom.training.batched import build_batched_engine
@@ -20,6 +21,7 @@ from fedloom.training.jobs import ClientJob, ClientUpdate
 from fedloom.training.reference import build_reference_engine
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
+NOWHERE = Adapter(Layout((), ()), torch.empty(0))
 TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (1e-3, 1e-5), "bfloat16": (5e-2, 2e-2)}
 """By dtype: of the update, relative to its norm; of losses."""
 
@@ -34,8 +36,15 @@ def switch_off_dropout(adapted: AdaptedModel) -> None:
 
 
 def make_jobs(sizes: Sequence[int] = (8, 5, 11), states: Any = None) -> list[ClientJob]:
+    """Where they start from, and how they train, `train` says."""
     return [
-        ClientJob(2, client, make_blocks(size, 12 + 2 * client, seed=client), states[client] if states else None)
+        make_job(
+            make_blocks(size, 12 + 2 * client, seed=client),
+            NOWHERE,
+            round=2,
+            client=client,
+            state=states[client] if states else None,
+        )
         for client, size in enumerate(sizes)
     ]
 
@@ -44,8 +53,8 @@ def train(
     build: Any, adapted: AdaptedModel, start: Adapter, jobs: Sequence[ClientJob], **changes: Any
 ) -> dict[int, ClientUpdate]:
     training = make_recipe(training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", **changes}).training
-    updates = build(adapted, training, rounds=3, seed=7)(start, jobs)
-    return {update.report.client: update for update in updates}
+    told = [replace(job, adapter=start, training=training) for job in jobs]
+    return {update.report.client: update for update in updates_of(build(adapted)(told))}
 
 
 def start_from(adapted: AdaptedModel) -> Adapter:
@@ -149,8 +158,6 @@ def test_the_scale_is_that_of_the_method(adapter: dict[str, Any]) -> None:
 
 
 def test_counted_padding_agrees() -> None:
-    from dataclasses import replace
-
     adapted = make_adapted(dtype="float64")
     start = start_from(adapted)
     jobs = [
@@ -175,7 +182,7 @@ def test_dropout_is_there_and_each_clients_own(shape: str) -> None:
     adapted = make_adapted(shape, "float64", dropout=0.4)
     start = start_from(adapted)
     blocks = make_blocks(2)
-    same_data = [ClientJob(1, client, blocks) for client in range(3)]
+    same_data = [make_job(blocks, NOWHERE, client=client) for client in range(3)]
     one_step = {"epochs": 1, "batch_size": 2}
     updates = train(build_batched_engine, adapted, start, same_data, **one_step)
     assert len({update.adapter.sha256() for update in updates.values()}) == 3
@@ -309,7 +316,6 @@ def test_after_the_engine_the_model_is_pefts_again(shape: str) -> None:
 
 def test_updates_come_as_clients_finish() -> None:
     adapted = make_adapted()
-    training = make_recipe().training
-    engine = build_batched_engine(adapted, training, rounds=1, seed=7)
-    order = [update.report.client for update in engine(start_from(adapted), make_jobs((11, 3, 7)))]
+    jobs = [replace(job, adapter=start_from(adapted)) for job in make_jobs((11, 3, 7))]
+    order = [update.report.client for update in updates_of(build_batched_engine(adapted)(jobs))]
     assert order == [1, 2, 0]

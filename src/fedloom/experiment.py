@@ -7,6 +7,7 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -14,29 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.adapters.adapter import AdaptedModel, Adapter
-from fedloom.data.tokens import (
-    TokenBlocks,
-)
+from fedloom.data.tokens import TokenBlocks
 from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError
 from fedloom.evaluation import Score, evaluate
-from fedloom.federation.aggregation import STRATEGIES, WEIGHTS
+from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.averaging_error import AveragingMeter
 from fedloom.federation.fleet import LocalFleet
-from fedloom.federation.rounds import run_rounds
+from fedloom.federation.lora_rules import LORA_RULES
+from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
 from fedloom.machine import describe_machine
 from fedloom.model import choose_device
 from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges, load_adapted_model, prepare
 from fedloom.recipe import Recipe, recipe_to_toml
-from fedloom.records import Record, Run, RunWriter, check_free, judged_loss, read_run
+from fedloom.records import Record, Run, RunWriter, check_free, read_run
 from fedloom.report.run_report import write_report
-from fedloom.sections import EarlyStop
 from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.training.batched import build_batched_engine
-from fedloom.training.jobs import ClientJob, ClientUpdate, TrainClients
+from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
 from fedloom.training.reference import build_reference_engine
 
 ENGINES: dict[str, Callable[..., TrainClients]] = {
@@ -132,12 +131,21 @@ def train_and_record(
 
     What is neither training nor evaluation here is aggregation and its records.
     """
-    rounds, seed, plan = recipe.federation.rounds, recipe.seed, prepared.plan
-    training = recipe.training.model_copy(update={"clients_at_once": plan.clients_at_once})
-    engine = ENGINES[plan.engine](adapted, training, rounds=rounds, seed=seed, watch=telemetry.watch)
+    run, fleet, recorder = set_up(recipe, prepared, adapted, writer, telemetry)
+    for result in run_rounds(run, fleet):
+        yield recorder.record(result, run)
 
-    def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
-        return telemetry.iterate("training", engine(adapter, jobs))
+
+def set_up(
+    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, writer: RunWriter, telemetry: Telemetry, arm: int = 0
+) -> tuple[FederatedRun, LocalFleet, Recorder]:
+    """A run that is ready to begin, the clients that train for it, and who writes it down."""
+    training = recipe.training.model_copy(update={"clients_at_once": prepared.plan.clients_at_once})
+    recipe = recipe.model_copy(update={"training": training})
+    engine = ENGINES[prepared.plan.engine](adapted, telemetry.watch)
+
+    def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        return telemetry.iterate("training", engine(jobs))
 
     def score(adapter: Adapter, blocks: TokenBlocks) -> Score:
         with telemetry.phase("evaluation"):
@@ -147,55 +155,50 @@ def train_and_record(
     def score_central(adapter: Adapter) -> Score | None:
         return score(adapter, prepared.central) if len(prepared.central) else None
 
+    recorder = Recorder(recipe, prepared.plan, adapted, writer, telemetry)
+    fleet = LocalFleet(prepared.clients, train_clients, score, choose_judges(prepared.clients, recipe))
+    aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
     initial = adapted.read()
-    adapters = writer.folder / "adapters"
-    adapted.save(initial, adapters / "initial", write_card(recipe, plan, None))
-    writer.write_status("running", round=0, rounds=rounds)
-    losses: list[float] = []
-    meter, weigh = AveragingMeter(adapted.layout), WEIGHTS[recipe.federation.strategy.weight_by]
-
-    def on_update(update: ClientUpdate) -> None:
-        writer.append_client(update.report)
-        meter.add(update.adapter.weights_P, weigh(update.report))
-
-    for result in run_rounds(
-        LocalFleet(prepared.clients, train_clients, score, choose_judges(prepared.clients, recipe)),
-        STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy),
-        score_central,
-        initial,
-        rounds=rounds,
-        fraction=recipe.federation.fraction,
-        seed=seed,
-        on_update=on_update,
-    ):
-        record = writer.append_round(result, {**telemetry.take(), **_averaging_error(meter)})
-        card = write_card(recipe, plan, record)
-        adapted.save(result.adapter, adapters / "last", card)
-        losses.append(judged_loss(record))
-        if losses[-1] == min(losses):
-            adapted.save(result.adapter, adapters / "best", card)
-        writer.write_status("running", round=result.round)
-        yield record
-        if why := stop_early(recipe.federation.early_stop, losses):
-            writer.write_status("running", stopped_early=f"{rounds} scheduled, {result.round} completed: {why}")
-            return
+    recorder.begin(initial)
+    run = FederatedRun(recipe, fleet, aggregate, score_central, initial, on_update=recorder.add_client, arm=arm)
+    return run, fleet, recorder
 
 
-def stop_early(early_stop: EarlyStop | None, losses: Sequence[float]) -> str | None:
-    """Why a run should stop after these losses (round 0 first), or None: no new best for too many rounds."""
-    if early_stop is None:
-        return None
-    best_round, best = 0, losses[0]
-    for round, loss in enumerate(losses):
-        if loss < best - early_stop.min_delta:
-            best_round, best = round, loss
-    waited = len(losses) - 1 - best_round
-    if waited < early_stop.patience:
-        return None
-    better = f"better than round {best_round}'s {best:.4f} by more than {early_stop.min_delta:g}"
-    return f"no loss {better} in {waited} rounds"
+class Recorder:
+    """Writes a run down, round by round, and keeps its adapters."""
 
+    def __init__(
+        self, recipe: Recipe, plan: Plan, adapted: AdaptedModel, writer: RunWriter, telemetry: Telemetry
+    ) -> None:
+        self._recipe, self._plan, self._adapted = recipe, plan, adapted
+        self._writer, self._telemetry = writer, telemetry
+        self._meter = AveragingMeter(adapted.layout)
+        self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
+        self._best = math.inf
 
-def _averaging_error(meter: AveragingMeter) -> dict[str, Any]:
-    error = meter.take()
-    return {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+    def begin(self, initial: Adapter) -> None:
+        """Keep the adapter that every client starts from."""
+        self._save(initial, "initial", write_card(self._recipe, self._plan, None))
+        self._writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
+
+    def add_client(self, update: ClientUpdate) -> None:
+        """One client's work in a round."""
+        self._writer.append_client(update.report)
+        self._meter.add(update.adapter.weights_P, self._weigh(update.report))
+
+    def record(self, result: RoundResult, run: FederatedRun) -> Record:
+        """One round, and whether the run ends with it."""
+        error = self._meter.take()
+        measured = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+        record = self._writer.append_round(result, {**self._telemetry.take(), **measured})
+        card = write_card(self._recipe, self._plan, record)
+        self._save(result.adapter, "last", card)
+        if result.judged_loss <= self._best:
+            self._best = result.judged_loss
+            self._save(result.adapter, "best", card)
+        stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
+        self._writer.write_status("running", round=result.round, **stopped)
+        return record
+
+    def _save(self, adapter: Adapter, name: str, card: str) -> None:
+        self._adapted.save(adapter, self._writer.folder / "adapters" / name, card)

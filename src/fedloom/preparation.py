@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     device = choose_device(recipe.model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    per_round = cohort_size(recipe.data.clients, recipe.federation.fraction)
+    per_round = cohort_size(recipe.data.clients, recipe.federation)
     check_strategy(recipe.federation.strategy, per_round)
     display.show_step("documents", recipe.data.source)
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
@@ -212,8 +212,9 @@ def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
 
 def adapt(base: PreTrainedModel, recipe: Recipe) -> AdaptedModel:
     """A base model with the recipe's adapter."""
-    freeze_a = recipe.federation.lora_rule == "ffa"
-    return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed, freeze_a=freeze_a)
+    rule = recipe.federation.lora_rule
+    config = build_config(recipe.adapter, base)
+    return AdaptedModel(base, config, recipe.seed, freeze_a=rule == "ffa", residuals=rule == "fedex")
 
 
 def choose_judges(clients: Sequence[ClientBlocks], recipe: Recipe) -> Sequence[int]:

@@ -12,9 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import reduce
 from itertools import pairwise
-from operator import add
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -163,9 +161,8 @@ def check_free(folder: Path) -> None:
 
 def round_record(result: RoundResult) -> Record:
     """One round as a line of `rounds.jsonl`."""
-    reports = result.reports
+    reports, client_score = result.reports, result.client_score
     steps = sum(report.steps for report in reports)
-    client_score = reduce(add, result.clients.values()) if result.clients else None
     record = {
         "round": result.round,
         "train_loss": sum(r.loss_mean * r.steps for r in reports) / steps if steps else None,
@@ -173,11 +170,13 @@ def round_record(result: RoundResult) -> Record:
         "central_loss": result.central.loss if result.central else None,
         "central_perplexity": _finite(result.central.perplexity) if result.central else None,
         "central_accuracy": result.central.accuracy if result.central else None,
+        "proximal_mu": result.proximal_mu,
         "proximal_loss": sum(r.proximal_loss * r.steps for r in reports) / steps if steps else None,
         "proximal_ratio": sum(r.proximal_ratio * r.steps for r in reports) / steps if steps else None,
         "drift": sum(r.drift for r in reports) / len(reports) if reports else None,
         "clients": [report.client for report in reports],
-        "lost": sorted(set(result.cohort) - {report.client for report in reports}),
+        "lost": sorted(result.lost),
+        "lost_because": {str(client): why for client, why in result.lost.items()} or None,
         "train_seconds": result.train_seconds,
         "aggregate_seconds": result.aggregate_seconds,
         "evaluate_seconds": result.evaluate_seconds,

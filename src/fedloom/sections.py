@@ -16,6 +16,12 @@ def _to_names(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_to_names)]
 
 
+def _to_ranks(value: object) -> object:
+    if not isinstance(value, list | tuple) or not all(type(rank) is int and rank > 0 for rank in value):
+        raise ValueError("should be a list of whole numbers, one for each client")
+    return tuple(value)
+
+
 class Section(BaseModel):
     """A part of the recipe: frozen, without unknown keys, without silent conversions."""
 
@@ -139,6 +145,11 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW")
     max_gradient_norm: float | None = Field(None, gt=0, description="clip to this norm; off if left out")
     proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
+    proximal_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
+        "constant",
+        description="of μ over the rounds: the same, falling to 0, or up by 0.1 when the loss rises and down by 0.1"
+        " after five falls (1812.06127, section 5.3)",
+    )
 
 
 STRATEGY_DEFAULTS: dict[str, dict[str, float]] = {
@@ -220,9 +231,16 @@ class Federation(Section):
     """Rounds, who takes part, and how updates are combined."""
 
     rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round; at least one")
-    lora_rule: Literal["factors", "ffa"] = Field(
-        "factors", description="average A and B apart; or train and send B alone, A frozen (2403.12313)"
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round")
+    min_clients: int = Field(1, ge=1, description="clients that train in a round at the least")
+    max_lost_clients: int = Field(
+        0, ge=0, description="clients that a round may lose, by a loss that is no number, say, before the run ends"
+    )
+    lora_rule: Literal["factors", "ffa", "rolora", "svd", "fedex"] = Field(
+        "factors", description="how LoRA's A and B are averaged; the README's table tells them apart"
+    )
+    client_ranks: Annotated[tuple[int, ...], BeforeValidator(_to_ranks)] | None = Field(
+        None, description='a LoRA rank for each client, none above `adapter.rank`; with `lora_rule = "svd"`'
     )
     strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
     early_stop: EarlyStop | None = Field(None, description="stop before the last round; never if left out")

@@ -4,26 +4,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import make_update
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, weighted_mean
 from fedloom.sections import Strategy
-from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.training.jobs import ClientUpdate
 
 LAYOUT = Layout(("a", "b"), (torch.Size([2, 3]), torch.Size([4])))
 ZERO = Adapter(LAYOUT, torch.zeros(10))
 
 
-def make_update(client: int, weights_P: torch.Tensor, examples: int = 1, tokens: int = 1) -> ClientUpdate:
-    report = ClientReport(
-        round=1, client=client, examples=examples, tokens=tokens, steps=1, loss_first=1.0, loss_last=1.0,
-        loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
-    )  # fmt: skip
-    return ClientUpdate(report, Adapter(LAYOUT, weights_P), {})
+def update_of(client: int, weights_P: torch.Tensor, examples: int = 1, tokens: int = 1) -> ClientUpdate:
+    return make_update(Adapter(LAYOUT, weights_P), client, examples=examples, tokens=tokens)
 
 
 def test_the_mean_is_weighted_by_examples_or_tokens() -> None:
-    updates = [make_update(0, torch.zeros(10), 30, 100), make_update(1, torch.ones(10), 10, 300)]
+    updates = [update_of(0, torch.zeros(10), 30, 100), update_of(1, torch.ones(10), 10, 300)]
     for weight_by, expected in (("examples", 0.25), ("tokens", 0.75)):
         aggregate = STRATEGIES["fedavg"](Strategy(weight_by=weight_by))
         _, adapter = aggregate.update(aggregate.init(updates[0].adapter), updates[0].adapter, iter(updates))
@@ -33,7 +30,7 @@ def test_the_mean_is_weighted_by_examples_or_tokens() -> None:
 
 def test_the_mean_equals_numpys_average() -> None:
     generator = torch.Generator().manual_seed(0)
-    updates = [make_update(k, torch.randn(10, generator=generator), examples=k + 1) for k in range(5)]
+    updates = [update_of(k, torch.randn(10, generator=generator), examples=k + 1) for k in range(5)]
     numpy = pytest.importorskip("numpy")
     expected = numpy.average([u.adapter.weights_P.double().numpy() for u in updates], axis=0, weights=[1, 2, 3, 4, 5])
     mean = weighted_mean(ZERO, updates, WEIGHTS["examples"])
@@ -43,13 +40,13 @@ def test_the_mean_equals_numpys_average() -> None:
 
 def test_equal_updates_are_their_own_mean_to_the_bit() -> None:
     weights_P = torch.randn(10, generator=torch.Generator().manual_seed(1))
-    updates = [make_update(k, weights_P.clone(), examples=k + 3) for k in range(7)]
+    updates = [update_of(k, weights_P.clone(), examples=k + 3) for k in range(7)]
     assert torch.equal(weighted_mean(ZERO, updates, WEIGHTS["examples"]).weights_P, weights_P)
 
 
 def test_the_order_of_arrival_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(2)
-    updates = [make_update(k, torch.randn(10, generator=generator), examples=k + 3) for k in range(7)]
+    updates = [update_of(k, torch.randn(10, generator=generator), examples=k + 3) for k in range(7)]
     forwards, backwards = (weighted_mean(ZERO, u, WEIGHTS["examples"]) for u in (updates, updates[::-1]))
     assert torch.equal(forwards.weights_P, backwards.weights_P)
 
@@ -61,7 +58,7 @@ def test_updates_are_consumed_as_they_arrive() -> None:
 
     def arriving() -> Iterator[ClientUpdate]:
         for client in range(50):
-            update = make_update(client, torch.full((10,), float(client)))
+            update = update_of(client, torch.full((10,), float(client)))
             alive.append(weakref.ref(update.adapter))
             assert sum(ref() is not None for ref in alive) <= 2
             yield update

@@ -3,20 +3,22 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_recipe
+from conftest import make_adapted, make_blocks, make_job, make_recipe, make_update
 
 from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
-from fedloom.federation.rounds import RoundResult, run_rounds
+from fedloom.federation.lora_rules import LORA_RULES
+from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
 from fedloom.federation.sampling import cohort_size, sample_clients
-from fedloom.sections import Strategy
-from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.sections import Federation, Strategy
+from fedloom.training.jobs import ClientTask, ClientUpdate
 from fedloom.training.reference import build_reference_engine, train_client
 
 FEDAVG = STRATEGIES["fedavg"](Strategy())
@@ -30,10 +32,14 @@ def federate(
     rounds: int = 3,
     fraction: float = 1.0,
     holdout: TokenBlocks | None = None,
-    **training: object,
+    federation: dict[str, Any] | None = None,
+    **training: Any,
 ) -> list[RoundResult]:
-    section = make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **training}).training
-    engine = build_reference_engine(adapted, section, rounds=rounds, seed=7)
+    recipe = make_recipe(
+        training={"epochs": 2, "proximal_mu": 0.0, **training},
+        federation={"rounds": rounds, "fraction": fraction, **(federation or {})},
+    )
+    engine = build_reference_engine(adapted)
     score = partial(evaluate, adapted, batch_size=4)
     held_out = holdout or make_blocks(0)
     fleet = LocalFleet(
@@ -42,11 +48,8 @@ def federate(
         score,
     )
     central = make_blocks(6, seed=99)
-    return list(
-        run_rounds(
-            fleet, FEDAVG, lambda adapter: score(adapter, central), start, rounds=rounds, fraction=fraction, seed=7
-        )
-    )
+    aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
+    return list(run_rounds(FederatedRun(recipe, fleet, aggregate, lambda a: score(a, central), start), fleet))
 
 
 def test_one_client_federated_equals_plain_training_to_the_bit() -> None:
@@ -55,12 +58,9 @@ def test_one_client_federated_equals_plain_training_to_the_bit() -> None:
     kept = {"schedule": "cosine", "schedule_scope": "run", "optimizer_state": "keep"}
     federated = federate(adapted, start, [blocks], **kept)[-1].adapter
 
-    from fedloom.training.jobs import ClientJob
-
-    section = make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **kept}).training
     adapter, state = start, None
     for round in (1, 2, 3):
-        update = train_client(adapted, section, adapter, ClientJob(round, 0, blocks, state), rounds=3, seed=7)
+        update = train_client(adapted, make_job(blocks, adapter, round=round, state=state, **kept))
         adapter, state = update.adapter, update.optimizer_state
     assert federated.sha256() == adapter.sha256()
     reset = federate(adapted, start, [blocks], **{**kept, "optimizer_state": "reset"})[-1].adapter
@@ -90,7 +90,6 @@ def test_without_mu_it_is_federated_averaging_to_the_bit() -> None:
 
     # FedAvg as its paper has it: plain local training without any proximal code, then the mean by examples.
     from fedloom.data.tokens import take_batch
-    from fedloom.training.jobs import draw_batches
 
     sum_P, total = torch.zeros(start.layout.size, dtype=torch.float64), 0
     for client, blocks in enumerate(data):
@@ -98,7 +97,7 @@ def test_without_mu_it_is_federated_averaging_to_the_bit() -> None:
         adapted.model.train()
         trained = [weight for weight in adapted.model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-        for rows in draw_batches(len(blocks), 2, 2, seed=7, round=1, client=client):
+        for rows in make_job(blocks, start, client=client).draw_batches():
             batch = take_batch(blocks, rows)
             optimizer.zero_grad(set_to_none=False)
             logits = adapted.model(input_ids=batch.tokens_BT, use_cache=False).logits
@@ -157,25 +156,22 @@ class ScriptedFleet:
         self.adapter, self.order = adapter, order
         self.received: list[Adapter] = []
 
-    def train(self, round: int, cohort: Sequence[int], adapter: Adapter) -> Iterator[ClientUpdate]:
+    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+        round, adapter = tasks[0].round, tasks[0].adapter
         self.received.append(adapter)
         for client in self.order:
-            report = ClientReport(
-                round=round, client=client, examples=1, tokens=1, steps=1, loss_first=1.0, loss_last=1.0,
-                loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
-            )  # fmt: skip
             weights_P = torch.full_like(adapter.weights_P, 10.0 * round + client)
-            yield ClientUpdate(report, Adapter(adapter.layout, weights_P), {})
+            yield make_update(Adapter(adapter.layout, weights_P), client, round=round)
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
-        return {}
+        return {0: Score(1.0, 0, 1)}
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,)])
 def test_each_round_starts_from_the_mean_of_the_last(order: tuple[int, ...]) -> None:
     start = make_adapted().read()
     fleet = ScriptedFleet(start, order)
-    results = list(run_rounds(fleet, FEDAVG, lambda adapter: None, start, rounds=2, fraction=1.0, seed=1))
+    results = list(run_rounds(FederatedRun(make_recipe(), fleet, FEDAVG, lambda adapter: None, start), fleet))
     mean = sum(order) / len(order)
     assert [float(result.adapter.weights_P[0]) for result in results[1:]] == pytest.approx([10 + mean, 20 + mean])
     assert fleet.received == [start, results[1].adapter]
@@ -183,14 +179,18 @@ def test_each_round_starts_from_the_mean_of_the_last(order: tuple[int, ...]) -> 
 
 
 def test_sampling_is_drawn_for_the_round() -> None:
-    drawn = [sample_clients(range(100), 0.1, seed=1, round=round) for round in range(1, 21)]
+    section = Federation(fraction=0.1)
+    drawn = [sample_clients(range(100), section, seed=1, round=round) for round in range(1, 21)]
     assert all(len(set(clients)) == 10 and clients == sorted(clients) for clients in drawn)
-    assert drawn == [sample_clients(range(100), 0.1, seed=1, round=round) for round in range(1, 21)]
+    assert drawn == [sample_clients(range(100), section, seed=1, round=round) for round in range(1, 21)]
     assert len({tuple(clients) for clients in drawn}) == 20
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=100)
     assert counts.max() < 10, "no client is drawn again and again"
 
 
-@pytest.mark.parametrize(("clients", "fraction", "size"), [(3, 1.0, 3), (3, 0.5, 2), (3, 0.01, 1), (10, 0.25, 3)])
-def test_cohort_size(clients: int, fraction: float, size: int) -> None:
-    assert cohort_size(clients, fraction) == size
+@pytest.mark.parametrize(
+    ("clients", "fraction", "least", "size"),
+    [(3, 1.0, 1, 3), (3, 0.5, 1, 2), (3, 0.01, 1, 1), (10, 0.25, 1, 3), (10, 0.1, 4, 4), (3, 0.1, 5, 3)],
+)
+def test_cohort_size(clients: int, fraction: float, least: int, size: int) -> None:
+    assert cohort_size(clients, Federation(fraction=fraction, min_clients=least)) == size

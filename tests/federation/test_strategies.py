@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_recipe
+from conftest import make_recipe, make_update
 
 from fedloom import run
 from fedloom.adapters.adapter import Adapter, Layout
@@ -17,19 +17,15 @@ from fedloom.experiment import plan
 from fedloom.federation.aggregation import STRATEGIES, check_strategy
 from fedloom.recipe import load_recipe
 from fedloom.sections import STRATEGY_DEFAULTS, Strategy
-from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.training.jobs import ClientUpdate
 
 SHAPES = (torch.Size([3, 4]), torch.Size([5]))
 LAYOUT = Layout(("a", "b"), SHAPES)
 ROUNDS, CLIENTS = 4, 7
 
 
-def make_update(client: int, weights_P: torch.Tensor, examples: int) -> ClientUpdate:
-    report = ClientReport(
-        round=1, client=client, examples=examples, tokens=1, steps=1, loss_first=1.0, loss_last=1.0,
-        loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
-    )  # fmt: skip
-    return ClientUpdate(report, Adapter(LAYOUT, weights_P), {})
+def update_of(client: int, weights_P: torch.Tensor, examples: int) -> ClientUpdate:
+    return make_update(Adapter(LAYOUT, weights_P), client, examples=examples)
 
 
 def start() -> Adapter:
@@ -40,7 +36,7 @@ def draw_updates(round: int, adapter: Adapter) -> list[ClientUpdate]:
     """The same change of every client whatever the strategy made of the last round."""
     generator = torch.Generator().manual_seed(round)
     return [
-        make_update(k, adapter.weights_P + 0.1 * torch.randn(17, generator=generator).double(), examples=3 * k + 1)
+        update_of(k, adapter.weights_P + 0.1 * torch.randn(17, generator=generator).double(), examples=3 * k + 1)
         for k in range(CLIENTS)
     ]
 
@@ -131,7 +127,7 @@ def test_momentum_is_torchs(nesterov: bool) -> None:
 def test_a_huge_update_moves_the_clipped_mean_by_no_more_than_its_share() -> None:
     adapter = start()
     updates = draw_updates(1, adapter)
-    updates[3] = make_update(3, adapter.weights_P + 1e6, updates[3].report.examples)
+    updates[3] = update_of(3, adapter.weights_P + 1e6, updates[3].report.examples)
     aggregate = STRATEGIES["norm_clipped"](Strategy(kind="norm_clipped", max_norm=0.2))
     _, found = aggregate.update(None, adapter, iter(updates))
     assert float((found.weights_P - adapter.weights_P).norm()) <= 0.2 + 1e-9
@@ -144,7 +140,7 @@ def test_a_huge_update_moves_the_clipped_mean_by_no_more_than_its_share() -> Non
 def test_robust_rules_are_not_moved_by_one_liar(kind: str) -> None:
     adapter = start()
     honest = draw_updates(1, adapter)
-    lied = [*honest[:-1], make_update(CLIENTS - 1, torch.full((17,), 1e9, dtype=torch.float64), 1000)]
+    lied = [*honest[:-1], update_of(CLIENTS - 1, torch.full((17,), 1e9, dtype=torch.float64), 1000)]
     malicious = {"malicious": 1} if "malicious" in STRATEGY_DEFAULTS[kind] else {}
     aggregate = STRATEGIES[kind](Strategy(kind=kind, **malicious))
     _, found = aggregate.update(None, adapter, iter(lied))

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_adapted, make_blocks, make_recipe
+from conftest import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
 
 from fedloom.adapters.adapter import AdaptedModel, build_config
 from fedloom.adapters.stacked import Stack
 from fedloom.model import build_meta_model, open_model
 from fedloom.training import memory
 from fedloom.training.batched import Crew
-from fedloom.training.jobs import ClientJob
 from fedloom.training.memory import LiveBytes, StepMemory, free_bytes, predict_step, trace_step
 
 CPU = torch.device("cpu")
@@ -34,10 +33,14 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
     full = type(blocks)(blocks.tokens_NT, torch.full((2,), LENGTH), torch.full((2,), LENGTH))
     start = adapted.read()
     with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), start.weights_P]) as live:
-        crew = Crew(adapted, Stack(adapted), training, start, clients)
-        for client in range(clients):
-            crew.admit(ClientJob(1, client, full), seed=1)
-        crew.step(1)
+        jobs = [
+            make_job(full, start, client=client, batch_size=2, max_gradient_norm=1.0, epochs=1)
+            for client in range(clients)
+        ]
+        crew = Crew(adapted, Stack(adapted), jobs)
+        for job in jobs:
+            crew.admit(job)
+        crew.step()
     traced = trace_step(build(shape, dtype=dtype, dropout=0.1), training, clients, LENGTH, CPU)
     assert traced == pytest.approx(live.peak, rel=0.03)
 

@@ -1,17 +1,18 @@
 """One client's work against plain training, and FedProx against what it must do at its limits."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_recipe
+from conftest import make_adapted, make_blocks, make_job, updates_of
 from torch.nn import functional
 
 from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.data.tokens import IGNORED, TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.randomness import derive_seed
-from fedloom.training.jobs import ClientJob, ClientUpdate, OptimizerState, draw_batches
+from fedloom.training.jobs import ClientUpdate, OptimizerState
 from fedloom.training.reference import build_reference_engine, train_client
 
 
@@ -24,11 +25,10 @@ def train(
     client: int = 0,
     rounds: int = 3,
     state: OptimizerState | None = None,
-    **training: object,
+    **training: Any,
 ) -> ClientUpdate:
-    section = make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **training}).training
-    job = ClientJob(round, client, blocks, state)
-    return train_client(adapted, section, adapter, job, rounds=rounds, seed=7)
+    job = make_job(blocks, adapter, round=round, client=client, rounds=rounds, state=state, **training)
+    return train_client(adapted, job)
 
 
 def plain_training(
@@ -40,11 +40,7 @@ def plain_training(
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     start = [weight.detach().clone() for weight in trained]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-    batches = [
-        rows
-        for round in range(1, rounds + 1)
-        for rows in draw_batches(len(blocks), 2, 2, seed=7, round=round, client=0)
-    ]
+    batches = [rows for round in range(1, rounds + 1) for rows in make_job(blocks, adapter, round=round).draw_batches()]
     for step, rows in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / len(batches))
@@ -140,11 +136,10 @@ def test_a_learning_rate_too_small_to_move_is_refused_with_a_proximal_term() -> 
 def test_training_is_repeatable_and_does_not_depend_on_who_trains_beside() -> None:
     adapted = make_adapted(dropout=0.3)
     start = adapted.read()
-    section = make_recipe(training={"epochs": 2}).training
-    engine = build_reference_engine(adapted, section, rounds=1, seed=7)
-    jobs = [ClientJob(1, client, make_blocks(4 + client, seed=client)) for client in range(3)]
-    together = {update.report.client: update.adapter.sha256() for update in engine(start, jobs)}
-    alone = {job.client: next(engine(start, [job])).adapter.sha256() for job in reversed(jobs)}
+    engine = build_reference_engine(adapted)
+    jobs = [make_job(make_blocks(4 + client, seed=client), start, client=client) for client in range(3)]
+    together = {update.report.client: update.adapter.sha256() for update in updates_of(engine(jobs))}
+    alone = {job.client: next(updates_of(engine([job]))).adapter.sha256() for job in reversed(jobs)}
     assert together == alone
     assert len(set(together.values())) == 3
 
@@ -187,12 +182,13 @@ def test_losses_on_record() -> None:
 
 
 def test_every_epoch_visits_each_block_once_in_another_order() -> None:
-    batches = draw_batches(7, 3, 2, seed=1, round=1, client=0)
+    job = make_job(make_blocks(7), make_adapted().read(), batch_size=3)
+    batches = job.draw_batches()
     assert [len(rows) for rows in batches] == [3, 3, 1, 3, 3, 1]
     epochs = torch.cat(batches[:3]).tolist(), torch.cat(batches[3:]).tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
     assert epochs[0] != epochs[1]
-    assert [r.tolist() for r in batches] == [r.tolist() for r in draw_batches(7, 3, 2, seed=1, round=1, client=0)]
+    assert [r.tolist() for r in batches] == [r.tolist() for r in job.draw_batches()]
 
 
 def test_seeds_differ_by_purpose_round_and_client() -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.adapters.residual import A_SUFFIX, Residual, lora_pairs, make_room_for_residuals
 from fedloom.errors import ModelError
 from fedloom.randomness import derive_seed
 from fedloom.readout import Readout
@@ -72,16 +73,23 @@ class Adapter:
 
     layout: Layout
     weights_P: Tensor
+    residual: Residual | None = None
+    """With `lora_rule = "fedex"`: what belongs to the model beside the adapter."""
 
     @property
     def num_bytes(self) -> int:
-        """The payload: what travels each way."""
-        return self.weights_P.numel() * self.weights_P.element_size()
+        """The payload: what travels."""
+        beside = self.residual.num_bytes if self.residual else 0
+        return self.weights_P.numel() * self.weights_P.element_size() + beside
 
     def sha256(self) -> str:
         """Of names, shapes and weights."""
         digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
-        digest.update(self.weights_P.contiguous().numpy().tobytes())
+        digest.update(self.weights_P.contiguous().numpy().data)
+        for layer, pair in self.residual.factors.items() if self.residual else ():
+            for factor in pair:
+                digest.update(f"{layer}{tuple(factor.shape)}".encode())
+                digest.update(factor.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -90,12 +98,21 @@ class AdaptedModel:
 
     `weights_P` is one parameter, `gradient_P` its gradient; the layers see views of both. Loading an adapter copies
     into `weights_P`, so the model is wrapped once and serves every client. With `freeze_a` only LoRA's B is trained,
-    and A, the same for everybody, is in `frozen` (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313).
+    and A, the same for everybody, is in `frozen` (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). With `residuals` the
+    adapted layers have room for an adapter's residual.
 
     `base` may be on the meta device: then everything has its shape, and nothing a value.
     """
 
-    def __init__(self, base: PreTrainedModel, config: PeftConfig, seed: int, *, freeze_a: bool = False) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: PeftConfig,
+        seed: int,
+        *,
+        freeze_a: bool = False,
+        residuals: bool = False,
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
             torch.manual_seed(derive_seed(seed, "adapter"))
@@ -109,6 +126,7 @@ class AdaptedModel:
             for name, value in self.model.named_parameters()
             if freeze_a and name.endswith(A_WEIGHT)
         }
+        self._rooms = make_room_for_residuals(self.model) if residuals else {}
         self.readout = Readout(self.model.get_base_model())
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         self.layout = Layout(
@@ -142,6 +160,12 @@ class AdaptedModel:
         """Copy an adapter's weights into the model."""
         assert adapter.layout == self.layout, "an adapter of another model"
         self.weights_P.data.copy_(adapter.weights_P)
+        self.load_residual(adapter)
+
+    def load_residual(self, adapter: Adapter) -> None:
+        """Let the layers add what an adapter has beside its weights."""
+        for layer, room in self._rooms.items():
+            room.load(adapter.residual.factors[layer] if adapter.residual else None)
 
     def read(self) -> Adapter:
         """A copy of the weights that are in the model now."""
@@ -200,8 +224,11 @@ def save_adapter(
         saved.inference_mode = True
         if isinstance(getattr(saved, "target_modules", None), set):
             saved.target_modules = sorted(saved.target_modules)
-        saved.save_pretrained(str(temporary))
         tensors = {**adapter.layout.split(adapter.weights_P), **{name: value.cpu() for name, value in frozen.items()}}
+        if adapter.residual:
+            tensors, more = adapter.residual.widen(tensors)
+            _widen(saved, more)
+        saved.save_pretrained(str(temporary))
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         if card:
             (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -219,6 +246,8 @@ def save_adapter(
 def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] = ()) -> Adapter:
     """Read an adapter that PEFT or `save_adapter` wrote, leaving out the tensors that are `frozen`.
 
+    Ranks beyond those of `layout` are its residual.
+
     Raises:
         ModelError: there is none, it can't be read, or its tensors are not those of `layout`.
     """
@@ -230,10 +259,23 @@ def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] = ()) -> 
     if set(tensors) != set(layout.names):
         odd = sorted(set(tensors) ^ set(layout.names))[0]
         raise ModelError(f"not an adapter of this model: {odd} is only on one side", where=str(path))
+    ranks = {
+        layer: layout.shapes[layout.names.index(a_name)][0] for layer, (a_name, _) in lora_pairs(layout.names).items()
+    }
+    residual = None
+    if any(len(tensors[layer + A_SUFFIX]) > rank for layer, rank in ranks.items()):
+        tensors, residual = Residual.split(tensors, ranks)
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         if tensors[name].shape != shape:
             raise ModelError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}", where=str(path))
-    return Adapter(layout, torch.cat([tensors[name].reshape(-1) for name in layout.names]))
+    return Adapter(layout, torch.cat([tensors[name].reshape(-1) for name in layout.names]), residual)
+
+
+def _widen(config: PeftConfig, ranks: int) -> None:
+    """More ranks for a LoRA configuration, and an α that leaves its scale as it was."""
+    wider = config.r + ranks
+    config.lora_alpha *= (wider / config.r) ** (0.5 if config.use_rslora else 1)
+    config.r = wider
 
 
 def _wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:

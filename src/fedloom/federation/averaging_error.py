@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Layout
+from fedloom.adapters.residual import lora_pairs
 
-A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 MOST_CLIENTS = 64
 """Updates that are held for it; a round with more is not measured."""
 
@@ -36,11 +36,7 @@ class AveragingMeter:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._pairs = {
-            name.removesuffix(A_SUFFIX): (name, name.replace(A_SUFFIX, B_SUFFIX))
-            for name in layout.names
-            if name.endswith(A_SUFFIX) and name.replace(A_SUFFIX, B_SUFFIX) in layout.names
-        }
+        self._pairs = lora_pairs(layout.names)
         self._updates: list[tuple[float, Tensor]] = []
         self._count = 0
 

@@ -1,4 +1,4 @@
-"""Whoever carries out jobs: the Fleet protocol, and the fleet that is this process."""
+"""Whoever carries out tasks: the Fleet protocol, and the fleet that is this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import Score
-from fedloom.training.jobs import ClientJob, ClientUpdate, OptimizerState, TrainClients
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, OptimizerState, TrainClients
 
 EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
 
@@ -23,8 +23,8 @@ class Fleet(Protocol):
         """Ids of all clients, in ascending order."""
         ...
 
-    def train(self, round: int, cohort: Sequence[int], adapter: Adapter) -> Iterator[ClientUpdate]:
-        """Have each client of the cohort train from the global adapter; yield updates as they finish."""
+    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
+        """Have each client carry out its task; yield what comes of it as they finish."""
         ...
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
@@ -59,36 +59,45 @@ class LocalFleet:
         self._evaluate_blocks = evaluate_blocks
         self._judges = self.clients if judges is None else judges
         self._optimizer_states: dict[int, OptimizerState] = {}
-        self._evaluated: tuple[Adapter, dict[int, Score]] | None = None
+        self._scores: dict[int, Score] = {}
 
-    def train(self, round: int, cohort: Sequence[int], adapter: Adapter) -> Iterator[ClientUpdate]:
-        before = self.evaluate(adapter)
-        jobs = [
-            ClientJob(round, client, self._data[client].train, self._optimizer_states.get(client)) for client in cohort
+    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
+        return map(self.finish, self._train_clients(self.jobs(tasks)))
+
+    def jobs(self, tasks: Sequence[ClientTask]) -> list[ClientJob]:
+        """Each client's task with what it holds."""
+        return [
+            ClientJob(
+                **vars(task),
+                blocks=self._data[task.client].train,
+                optimizer_state=self._optimizer_states.get(task.client),
+            )
+            for task in tasks
         ]
-        for update in self._train_clients(adapter, jobs):
-            client = update.report.client
-            if update.optimizer_state:
-                self._optimizer_states[client] = update.optimizer_state
-            if client in before:
-                started = time.perf_counter()
-                after = self._evaluate_blocks(update.adapter, self._data[client].holdout)
-                report = replace(
-                    update.report,
-                    holdout_loss_before=before[client].loss,
-                    holdout_loss_after=after.loss,
-                    evaluate_seconds=time.perf_counter() - started,
-                )
-                update = replace(update, report=report)
-            yield update
+
+    def finish(self, update: ClientResult) -> ClientResult:
+        """Keep what the client keeps, and score its own adapter on its hold-out, beside the global one's score."""
+        if isinstance(update, ClientFailure):
+            return update
+        client = update.report.client
+        if update.optimizer_state:
+            self._optimizer_states[client] = update.optimizer_state
+        if client not in self._scores:
+            return update
+        started = time.perf_counter()
+        after = self._evaluate_blocks(update.adapter, self._data[client].holdout)
+        report = replace(
+            update.report,
+            holdout_loss_before=self._scores[client].loss,
+            holdout_loss_after=after.loss,
+            evaluate_seconds=time.perf_counter() - started,
+        )
+        return replace(update, report=report)
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
-        # The round loop has the new global adapter evaluated, and training starts from that same adapter.
-        if self._evaluated is None or self._evaluated[0] is not adapter:
-            scores = {
-                client: self._evaluate_blocks(adapter, self._data[client].holdout)
-                for client in self._judges
-                if len(self._data[client].holdout)
-            }
-            self._evaluated = adapter, scores
-        return self._evaluated[1]
+        self._scores = {
+            client: self._evaluate_blocks(adapter, self._data[client].holdout)
+            for client in self._judges
+            if len(self._data[client].holdout)
+        }
+        return self._scores

@@ -1,19 +1,32 @@
-"""The round loop: sample, train, aggregate, evaluate. A generator that knows nothing of files."""
+"""A run's rounds: sample, train, aggregate, evaluate. It knows nothing of files.
+
+A `FederatedRun` says what is to be trained and takes what was; whoever drives it does the training between the two:
+`run_rounds` one run on any fleet, `run_together` several runs in one pass over one model.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.adapter import Adapter
+from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.federation.aggregation import Aggregate
-from fedloom.federation.fleet import Fleet
+from fedloom.federation.fleet import Fleet, LocalFleet
+from fedloom.federation.lora_rules import adapter_of_rank, trained_part
+from fedloom.federation.proximal import proximal_mu
 from fedloom.federation.sampling import sample_clients
-from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.federation.stopping import stop_early
+from fedloom.training.jobs import ClientFailure, ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
 from fedloom.training.objective import check_finite
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -30,90 +43,222 @@ class RoundResult:
     """Central, and the clients' own before and after training."""
     cohort: tuple[int, ...] = ()
     reports: tuple[ClientReport, ...] = ()
+    lost: Mapping[int, str] = field(default_factory=dict)
+    """Clients of the cohort without an update, and why."""
+    proximal_mu: float | None = None
     train_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
     """Payload of the adapters that travelled; on a local fleet, that would have."""
 
+    @property
+    def client_score(self) -> Score | None:
+        """Over all clients' hold-outs, every token alike."""
+        return reduce(add, self.clients.values()) if self.clients else None
 
-def run_rounds(
-    fleet: Fleet,
-    aggregate: Aggregate,
-    evaluate_central: Callable[[Adapter], Score | None],
-    adapter: Adapter,
-    *,
-    rounds: int,
-    fraction: float,
-    seed: int,
-    on_update: Callable[[ClientUpdate], None] = lambda update: None,
-) -> Iterator[RoundResult]:
-    """Yield round 0 (the adapter as it is given, evaluated), then each round when it is complete.
+    @property
+    def judged_loss(self) -> float:
+        """What adapters are chosen by: the central loss, the clients' where there is none."""
+        score = self.central or self.client_score
+        assert score is not None, "nothing is held out"
+        return score.loss
 
-    `on_update` sees each client's update as soon as it has come.
 
-    Raises:
-        TrainingError: a loss is no longer a number.
+class FederatedRun:
+    """One run between its rounds: the global adapter, the strategy's state, the losses so far.
+
+    `on_update` sees each client's update as soon as it has come. `arm` marks its tasks among those of other runs.
     """
 
-    def evaluated(round: int, adapter: Adapter, evaluate_seconds: float = 0.0, **trained: Any) -> RoundResult:
+    def __init__(
+        self,
+        recipe: Recipe,
+        fleet: Fleet,
+        aggregate: Aggregate,
+        evaluate_central: Callable[[Adapter], Score | None],
+        adapter: Adapter,
+        *,
+        on_update: Callable[[ClientUpdate], None] = lambda update: None,
+        arm: int = 0,
+    ) -> None:
+        self._recipe = recipe
+        self._fleet = fleet
+        self._aggregate = aggregate
+        self._evaluate_central = evaluate_central
+        self._on_update = on_update
+        self._arm = arm
+        self._adapter = adapter
+        self._state = aggregate.init(adapter)
+        self._losses: list[float] = []
+        self._tasks: list[ClientTask] = []
+
+    @property
+    def finished(self) -> bool:
+        return len(self._losses) > self._recipe.federation.rounds or self.stopped_early is not None
+
+    @property
+    def stopped_early(self) -> str | None:
+        """How many rounds were to be, how many were, and why; None for a run that did not stop early."""
+        section, completed = self._recipe.federation, len(self._losses) - 1
+        why = stop_early(section.early_stop, self._losses)
+        return f"{section.rounds} scheduled, {completed} completed: {why}" if why else None
+
+    def begin(self) -> RoundResult:
+        """Round 0: the adapter as it is given, evaluated."""
+        return self._evaluate(round=0)
+
+    def tasks(self) -> list[ClientTask]:
+        """What the next round's clients are asked to do."""
+        recipe, section, round = self._recipe, self._recipe.federation, len(self._losses)
+        mu = proximal_mu(recipe.training, self._losses, section.rounds)
+        training = recipe.training.model_copy(update={"proximal_mu": mu})
+        cohort = sample_clients(self._fleet.clients, section, seed=recipe.seed, round=round)
+        layout = self._adapter.layout
+        ranks = {client: section.client_ranks[client] if section.client_ranks else None for client in cohort}
+        starts = {rank: adapter_of_rank(self._adapter, rank) for rank in set(ranks.values())}
+        self._tasks = [
+            ClientTask(
+                round=round,
+                client=client,
+                adapter=starts[rank],
+                training=training,
+                rounds=section.rounds,
+                seed=recipe.seed,
+                trains_P=trained_part(layout, section.lora_rule, round, rank),
+                arm=self._arm,
+            )
+            for client, rank in ranks.items()
+        ]
+        return self._tasks
+
+    def complete(self, results: Iterable[ClientResult], train_seconds: float | None = None) -> RoundResult:
+        """Aggregate what came of the tasks as it comes, and evaluate what becomes of it.
+
+        `train_seconds` is what they took where they are there already.
+
+        Raises:
+            TrainingError: more clients are lost than may be, or a loss is no longer a number.
+        """
+        tasks, started = self._tasks, time.perf_counter()
+        arrivals = _Arrivals(results, self._on_update, self._recipe.federation.max_lost_clients)
+        self._state, self._adapter = self._aggregate.update(self._state, self._adapter, arrivals)
+        aggregate_seconds = time.perf_counter() - started - arrivals.seconds
+        evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)
+        payloads = {task.client: task.num_bytes for task in tasks}
+        return self._evaluate(
+            evaluate_seconds,
+            round=tasks[0].round,
+            cohort=tuple(payloads),
+            reports=tuple(sorted(arrivals.reports, key=lambda report: report.client)),
+            lost=arrivals.lost,
+            proximal_mu=tasks[0].training.proximal_mu,
+            train_seconds=arrivals.seconds - evaluate_seconds if train_seconds is None else train_seconds,
+            aggregate_seconds=aggregate_seconds,
+            bytes_down=sum(self._bytes_down(task) for task in tasks),
+            bytes_up=sum(payloads[report.client] for report in arrivals.reports),
+        )
+
+    def _bytes_down(self, task: ClientTask) -> int:
+        """What a client has to be sent: with RoLoRA, one that was there last round lacks only what changed in it."""
+        section = self._recipe.federation
+        knows_the_rest = section.lora_rule == "rolora" and section.fraction == 1
+        return task.num_bytes if knows_the_rest or section.client_ranks else task.adapter.num_bytes
+
+    def _evaluate(self, evaluate_seconds: float = 0.0, *, round: int, **trained: Any) -> RoundResult:
         started = time.perf_counter()
-        central, clients = evaluate_central(adapter), fleet.evaluate(adapter)
+        central, clients = self._evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
         if central is not None:
             check_finite("the loss", central.loss, round=round, stage="central evaluation")
         for client, score in clients.items():
             check_finite("the loss", score.loss, round=round, client=client, stage="evaluation")
         evaluate_seconds += time.perf_counter() - started
-        return RoundResult(round, adapter, central, clients, evaluate_seconds, **trained)
+        result = RoundResult(round, self._adapter, central, clients, evaluate_seconds, **trained)
+        self._losses.append(result.judged_loss)
+        return result
 
-    yield evaluated(0, adapter)
-    state = aggregate.init(adapter)
-    for round in range(1, rounds + 1):
-        cohort = sample_clients(fleet.clients, fraction, seed=seed, round=round)
-        bytes_down = len(cohort) * adapter.num_bytes
+
+def run_rounds(run: FederatedRun, fleet: Fleet) -> Iterator[RoundResult]:
+    """Yield round 0, then each round when it is complete.
+
+    Raises:
+        TrainingError: a loss is no longer a number.
+    """
+    yield run.begin()
+    while not run.finished:
+        yield run.complete(fleet.train(run.tasks()))
+
+
+def run_together(
+    arms: Sequence[tuple[FederatedRun, LocalFleet]], train_clients: TrainClients
+) -> Iterator[tuple[int, RoundResult]]:
+    """As `run_rounds`, of several runs: each round of all of them is one call of the engine.
+
+    The runs are numbered as their `arm`s. Their updates of a round are held until all are there.
+    """
+    for arm, (run, _) in enumerate(arms):
+        yield arm, run.begin()
+    while going := [(arm, run, fleet) for arm, (run, fleet) in enumerate(arms) if not run.finished]:
         started = time.perf_counter()
-        arrivals = _Arrivals(fleet.train(round, cohort, adapter), on_update)
-        state, adapter = aggregate.update(state, adapter, arrivals)
-        aggregate_seconds = time.perf_counter() - started - arrivals.seconds
-        evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)
-        yield evaluated(
-            round,
-            adapter,
-            evaluate_seconds,
-            cohort=tuple(cohort),
-            reports=tuple(sorted(arrivals.reports, key=lambda report: report.client)),
-            train_seconds=arrivals.seconds - evaluate_seconds,
-            aggregate_seconds=aggregate_seconds,
-            bytes_down=bytes_down,
-            bytes_up=arrivals.bytes,
-        )
+        arrived: dict[int, list[ClientResult]] = {arm: [] for arm, _, _ in going}
+        for update in train_clients([job for _, run, fleet in going for job in fleet.jobs(run.tasks())]):
+            arrived[update.arm].append(update)
+        train_seconds = time.perf_counter() - started
+        for arm, run, fleet in going:
+            yield arm, run.complete(map(fleet.finish, arrived.pop(arm)), train_seconds)
 
 
 class _Arrivals:
     """Updates on their way to the strategy: what is known of each is kept, its weights are not."""
 
-    def __init__(self, updates: Iterable[ClientUpdate], on_update: Callable[[ClientUpdate], None]) -> None:
-        self._updates = iter(updates)
+    def __init__(
+        self, results: Iterable[ClientResult], on_update: Callable[[ClientUpdate], None], max_lost: int
+    ) -> None:
+        self._results = iter(results)
         self._on_update = on_update
+        self._max_lost = max_lost
+        self._last_error: TrainingError | None = None
         self.reports: list[ClientReport] = []
+        self.lost: dict[int, str] = {}
         self.seconds = 0.0
         """Spent waiting for updates: the clients' training and evaluation."""
-        self.bytes = 0
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         return self
 
     def __next__(self) -> ClientUpdate:
+        while True:
+            result = self._wait()
+            if isinstance(result, ClientUpdate):
+                try:
+                    _check(result.report)
+                except TrainingError as error:
+                    result = ClientFailure(result.report.client, error)
+            if isinstance(result, ClientUpdate):
+                self.reports.append(result.report)
+                self._on_update(result)
+                return result
+            self._lose(result)
+
+    def _wait(self) -> ClientResult:
         started = time.perf_counter()
         try:
-            update = next(self._updates)
+            return next(self._results)
+        except StopIteration:
+            if not self.reports and self._last_error:
+                raise self._last_error from None
+            raise
         finally:
             self.seconds += time.perf_counter() - started
-        report = update.report
-        if report.holdout_loss_after is not None:
-            where = {"round": report.round, "client": report.client, "stage": "evaluation after training"}
-            check_finite("the loss", report.holdout_loss_after, **where)
-        self.reports.append(report)
-        self._on_update(update)
-        self.bytes += update.adapter.num_bytes
-        return update
+
+    def _lose(self, failure: ClientFailure) -> None:
+        self.lost[failure.client] = str(failure.error)
+        self._last_error = failure.error
+        if len(self.lost) > self._max_lost:
+            raise failure.error
+
+
+def _check(report: ClientReport) -> None:
+    if report.holdout_loss_after is not None:
+        where = {"round": report.round, "client": report.client, "stage": "evaluation after training"}
+        check_finite("the loss", report.holdout_loss_after, **where)

@@ -13,27 +13,32 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.stacked import Stack
 from fedloom.data.tokens import IGNORED, Batch, take_batch
+from fedloom.errors import TrainingError
 from fedloom.progress import Progress, Watch, ignore
-from fedloom.randomness import derive_seed
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.jobs import ClientJob, ClientUpdate, TrainClients, WorkLog, draw_batches
-from fedloom.training.objective import learning_rate, next_token_targets
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate, TrainClients, WorkLog
+from fedloom.training.objective import next_token_targets
 from fedloom.training.stacked_step import StackedStep, StepInputs
 from fedloom.training.step_graph import StepGraph
 
-if TYPE_CHECKING:
-    from fedloom.sections import Training
-
 READ_EVERY = 16
 """Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""
+OF_ALL_CLIENTS = (
+    "clients_at_once",
+    "gradient_checkpointing",
+    "cuda_graph",
+    "optimizer",
+    "weight_decay",
+    "max_gradient_norm",
+)
+"""Settings of `Training` that a step has once; the others are each client's own."""
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Worker:
     log: WorkLog
     batches: list[Tensor]
     step: int = 0
+    error: TrainingError | None = None
 
     @property
     def job(self) -> ClientJob:
@@ -50,7 +56,7 @@ class Worker:
 
     @property
     def finished(self) -> bool:
-        return self.step == len(self.batches)
+        return self.error is not None or self.step == len(self.batches)
 
     @property
     def largest_batch(self) -> tuple[int, int]:
@@ -58,30 +64,34 @@ class Worker:
         return len(self.batches[0]), self.job.blocks.tokens_NT.shape[1]
 
 
-def build_batched_engine(
-    adapted: AdaptedModel,
-    training: Training,
-    *,
-    rounds: int,
-    seed: int,
-    watch: Watch = ignore,
-) -> TrainClients:
-    """An engine bound to a model: `rounds` is what a schedule of scope `run` stretches over."""
+def build_batched_engine(adapted: AdaptedModel, watch: Watch = ignore) -> TrainClients:
+    """An engine bound to a model. Its jobs may differ in everything but what `can_share_a_step` compares."""
     stack = Stack(adapted)
 
-    def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
-        at_once = min(len(jobs), training.clients_at_once or len(jobs))
-        crew = Crew(adapted, stack, training, adapter, at_once)
+    def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        if not jobs:
+            return
+        assert all(can_share_a_step(job, jobs[0]) for job in jobs), "jobs that can't share a step"
+        adapted.load_residual(jobs[0].adapter)
+        crew = Crew(adapted, stack, jobs)
         waiting = deque(jobs)
         while waiting or crew.workers:
             while waiting and crew.has_room:
-                crew.admit(waiting.popleft(), seed=seed)
-            for worker, batch in crew.step(rounds):
+                crew.admit(waiting.popleft())
+            for worker, batch in crew.step():
                 job, samples = worker.job, len(batch.tokens_BT)
                 watch(Progress("train", batch.num_tokens, samples, job.round, job.client))
             yield from crew.retire()
 
     return train_clients
+
+
+def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
+    """Whether two jobs can train at once: what is one for all of a step's clients is the same."""
+    mine, its = one.training, other.training
+    return one.adapter.residual is other.adapter.residual and all(
+        getattr(mine, name) == getattr(its, name) for name in OF_ALL_CLIENTS
+    )
 
 
 class Crew:
@@ -95,15 +105,15 @@ class Crew:
         self,
         adapted: AdaptedModel,
         stack: Stack,
-        training: Training,
-        adapter: Adapter,
-        num_slots: int,
+        jobs: Sequence[ClientJob],
         fixed_shapes: bool | None = None,
     ) -> None:
-        self._training, self._adapter = training, adapter
+        self._training = training = jobs[0].training
+        num_slots = min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        self._slots = StackedStep(adapted, stack, training, adapter.weights_P.to(self._device), num_slots)
+        partly = any(job.trains_P is not None for job in jobs)
+        self._slots = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
         self._launch: StepGraph | None = None
         self._sizes: Sequence[tuple[int, int]] = ()
@@ -114,35 +124,32 @@ class Crew:
     def has_room(self) -> bool:
         return len(self.workers) < len(self._generators)
 
-    def admit(self, job: ClientJob, *, seed: int) -> None:
-        """Give a waiting client a slot, with the global weights and its own optimizer state."""
-        slot, training = len(self.workers), self._training
-        batches = draw_batches(
-            len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
-        )
-        self._generators[slot].manual_seed(derive_seed(seed, "dropout", job.round, job.client))
-        self.workers.append(Worker(WorkLog(job, training.proximal_mu), batches))
-        self._slots.weights_KP[slot] = self._slots.global_P
-        self._slots.optimizer.load(slot, job.optimizer_state)
+    def admit(self, job: ClientJob) -> None:
+        """Give a waiting client a slot, with the weights that it starts from and its own optimizer state."""
+        slot, slots = len(self.workers), self._slots
+        self._generators[slot].manual_seed(job.dropout_seed)
+        self.workers.append(Worker(WorkLog(job), job.draw_batches()))
+        slots.start_KP[slot] = job.adapter.weights_P.to(self._device)
+        slots.weights_KP[slot] = slots.start_KP[slot]
+        if slots.trains_KP is not None:
+            slots.trains_KP[slot] = True if job.trains_P is None else job.trains_P.to(self._device)
+        slots.optimizer.load(slot, job.optimizer_state)
 
-    def step(self, rounds: int) -> list[tuple[Worker, Batch]]:
+    def step(self) -> list[tuple[Worker, Batch]]:
         """One step of every worker; returns each with what it has learnt from.
 
-        Raises:
-            TrainingError: a client's loss is no longer a number. On a GPU, up to `READ_EVERY` steps later.
+        One whose loss is no longer a number has failed, and is finished. On a GPU, up to `READ_EVERY` steps later.
         """
         workers = self.workers
         batches = [take_batch(worker.job.blocks, worker.batches[worker.step]) for worker in workers]
-        rates = [
-            learning_rate(self._training, worker.step, len(worker.batches), worker.job.round, rounds)
-            for worker in workers
-        ]
+        rates = [worker.job.rate(worker.step, len(worker.batches)) for worker in workers]
+        mus = [worker.job.training.proximal_mu for worker in workers]
         sizes = [
             worker.largest_batch if self._fixed_shapes else (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
             for worker, batch in zip(workers, batches, strict=True)
         ]
         inputs = StepInputs(
-            *(value.to(self._device, non_blocking=True) for value in self._collect(batches, sizes, rates))
+            *(value.to(self._device, non_blocking=True) for value in self._collect(batches, sizes, rates, mus))
         )
         facts_3K = self._run(inputs, sizes)
 
@@ -154,29 +161,35 @@ class Crew:
             self._read()
         return stepped
 
-    def retire(self) -> Iterator[ClientUpdate]:
-        """Yield the updates of the workers that have finished, and close the ranks."""
+    def retire(self) -> Iterator[ClientResult]:
+        """Yield the updates, or the failures, of the workers that have finished, and close the ranks."""
         if any(worker.finished for worker in self.workers):
             self._read()
-        slots, keep = self._slots, self._training.optimizer_state == "keep"
+        slots = self._slots
         for slot in reversed(range(len(self.workers))):
             worker = self.workers[slot]
             if not worker.finished:
                 continue
-            weights_P = slots.weights_KP[slot]
-            report = worker.log.finish(drift=(weights_P - slots.global_P).norm().item())
-            update = ClientUpdate(
-                report,
-                replace(self._adapter, weights_P=weights_P.to("cpu", copy=True)),
-                slots.optimizer.read(slot) if keep else {},
-            )
+            result = self._result(slot)
             last = len(self.workers) - 1
-            slots.weights_KP[slot] = slots.weights_KP[last]
-            slots.optimizer.move(last, slot)
+            slots.move(last, slot)
             self._generators[slot].set_state(self._generators[last].get_state())
             self.workers[slot] = self.workers[last]
             self.workers.pop()
-            yield update
+            yield result
+
+    def _result(self, slot: int) -> ClientResult:
+        """What came of the worker in a slot."""
+        worker, slots = self.workers[slot], self._slots
+        job, weights_P = worker.job, slots.weights_KP[slot]
+        try:
+            if worker.error:
+                raise worker.error
+            report = worker.log.finish(drift=(weights_P - slots.start_KP[slot]).norm().item())
+        except TrainingError as error:
+            return ClientFailure(job.client, error, job.arm)
+        state = slots.optimizer.read(slot) if job.training.optimizer_state == "keep" else {}
+        return ClientUpdate(report, replace(job.adapter, weights_P=weights_P.to("cpu", copy=True)), state, job.arm)
 
     def _run(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """The step itself: on a GPU recorded and launched whole, for as long as its shape stays."""
@@ -197,14 +210,20 @@ class Crew:
         unread, self._unread = self._unread, []
         for stepped, facts_3K in unread:
             for (worker, batch), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
-                worker.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
+                if worker.error is None:
+                    try:
+                        worker.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
+                    except TrainingError as error:
+                        worker.error = error
 
-    def _collect(self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]], rates: list[float]) -> StepInputs:
+    def _collect(
+        self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]], rates: list[float], mus: list[float]
+    ) -> StepInputs:
         """All clients' batches as one step's inputs, still in the memory of the processor."""
         tokens_KBT, labels_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
-        shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._adapter.weights_P.dtype)
+        shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._slots.weights_KP.dtype)
         rows = counted_KM.flatten().nonzero()[:, 0]
         if self._fixed_shapes:
             rows = torch.arange(counted_KM.numel())
@@ -215,6 +234,7 @@ class Crew:
             clients_M=rows // targets_KM.shape[1],
             shares_M=shares_KM.flatten()[rows],
             rates_K=torch.tensor(rates, dtype=torch.float64),
+            mus_K=torch.tensor(mus, dtype=torch.float64),
         )
 
 

@@ -8,28 +8,71 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks
+from fedloom.errors import TrainingError
 from fedloom.randomness import derive_seed
-from fedloom.training.objective import check_finite, check_proximal, proximal_loss
+from fedloom.training.objective import check_finite, check_proximal, learning_rate, proximal_loss
+
+if TYPE_CHECKING:
+    from fedloom.sections import Training
 
 OptimizerState = dict[str, Tensor]
 """A client's optimizer state by name, over the flat adapter."""
 
 
 @dataclass(frozen=True)
-class ClientJob:
-    """What one client is asked to do in a round, with the data that it holds."""
+class ClientTask:
+    """What one client is asked to do in a round: all that it is told."""
 
     round: int
     client: int
+    adapter: Adapter
+    """Where training starts, and what the proximal term holds to."""
+    training: Training
+    """How to train; its `proximal_mu` is this round's."""
+    rounds: int
+    """That a schedule of scope `run` stretches over."""
+    seed: int
+    trains_P: Tensor | None = None
+    """True where the adapter may change; None is everywhere."""
+    arm: int = 0
+    """Of several runs that train together, which one asks."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The payload of the answer: the weights that may have changed."""
+        weights_P = self.adapter.weights_P
+        count = weights_P.numel() if self.trains_P is None else int(self.trains_P.sum())
+        return count * weights_P.element_size()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientJob(ClientTask):
+    """A task with what the client holds. Nothing else decides what comes of it."""
+
     blocks: TokenBlocks
     optimizer_state: OptimizerState | None = None
     """From the client's last round; None starts fresh."""
+
+    def draw_batches(self) -> list[Tensor]:
+        """The rows of every step: each epoch visits each block once, in an order of its own."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
+        orders = (torch.randperm(len(self.blocks), generator=generator) for _ in range(self.training.epochs))
+        return [rows for order in orders for rows in order.split(self.training.batch_size)]
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step (from 0)."""
+        return learning_rate(self.training, step, steps, self.round, self.rounds)
+
+    @property
+    def dropout_seed(self) -> int:
+        return derive_seed(self.seed, "dropout", self.round, self.client)
 
 
 @dataclass(frozen=True)
@@ -42,6 +85,7 @@ class ClientReport:
     tokens: int
     """Real tokens trained on, every epoch counted."""
     steps: int
+    proximal_mu: float
     loss_first: float
     loss_last: float
     loss_mean: float
@@ -67,14 +111,27 @@ class ClientUpdate:
     report: ClientReport
     adapter: Adapter
     optimizer_state: OptimizerState
+    arm: int = 0
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """What comes back where there is no update: why not."""
+
+    client: int
+    error: TrainingError
+    arm: int = 0
+
+
+ClientResult = ClientUpdate | ClientFailure
 
 
 class WorkLog:
     """What an engine writes down of a client's steps, until they are a report."""
 
-    def __init__(self, job: ClientJob, mu: float) -> None:
+    def __init__(self, job: ClientJob) -> None:
         self.job = job
-        self._mu = mu
+        self._mu = job.training.proximal_mu
         self._started = time.perf_counter()
         self._losses: list[float] = []
         self._proximal_losses: list[float] = []
@@ -108,6 +165,7 @@ class WorkLog:
             examples=len(job.blocks),
             tokens=self._tokens,
             steps=steps,
+            proximal_mu=self._mu,
             loss_first=self._losses[0],
             loss_last=self._losses[-1],
             loss_mean=sum(self._losses) / steps,
@@ -118,12 +176,5 @@ class WorkLog:
         )
 
 
-TrainClients = Callable[[Adapter, Sequence[ClientJob]], Iterator[ClientUpdate]]
-"""Train every job from the same global adapter; yield each update when it is finished."""
-
-
-def draw_batches(num_blocks: int, batch_size: int, epochs: int, *, seed: int, round: int, client: int) -> list[Tensor]:
-    """The rows of every step of a client's round: each epoch visits each block once, in an order of its own."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", round, client))
-    orders = (torch.randperm(num_blocks, generator=generator) for _ in range(epochs))
-    return [rows for order in orders for rows in order.split(batch_size)]
+TrainClients = Callable[[Sequence[ClientJob]], Iterator[ClientResult]]
+"""Carry out every job; yield each client's update, or its failure, when it is finished."""

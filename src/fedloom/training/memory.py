@@ -106,8 +106,7 @@ def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: 
         adapted.model.to_empty(device=device)
         base = [*adapted.model.parameters(), *adapted.model.buffers()]
         with LiveBytes(base) as live:
-            global_P = torch.zeros(adapted.layout.size, dtype=adapted.weights_P.dtype, device=device)
-            slots = StackedStep(adapted, Stack(adapted), training, global_P, clients)
+            slots = StackedStep(adapted, Stack(adapted), training, clients, device)
             slots.use_slots(clients)
             positions = torch.arange(clients * training.batch_size * length, device=device)
             inputs = StepInputs(
@@ -115,8 +114,9 @@ def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: 
                 rows_M=positions,
                 targets_M=positions,
                 clients_M=positions,
-                shares_M=positions.to(global_P.dtype),
+                shares_M=positions.to(slots.weights_KP.dtype),
                 rates_K=torch.zeros(clients, dtype=torch.float64, device=device),
+                mus_K=torch.zeros(clients, dtype=torch.float64, device=device),
             )
             generators = [torch.Generator(device)] * clients
             slots(inputs, ClientDropout(generators, [(training.batch_size, length)] * clients))

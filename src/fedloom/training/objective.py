@@ -40,9 +40,15 @@ def proximal_loss(drift: float, mu: float) -> float:
     return 0.5 * mu * drift**2
 
 
-def add_proximal_gradient(gradient_P: Tensor, offset_P: Tensor, mu: float) -> None:
-    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global. Of [P] or [K, P]."""
-    gradient_P.add_(offset_P, alpha=mu)
+def add_proximal_gradient(gradient_P: Tensor, offset_P: Tensor, mu: float | Tensor) -> None:
+    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global. Of [P], or of [K, P] with μ [K, 1]."""
+    gradient_P.addcmul_(offset_P, mu) if isinstance(mu, Tensor) else gradient_P.add_(offset_P, alpha=mu)
+
+
+@torch.no_grad()
+def hold_still(weights_P: Tensor, start_P: Tensor, trains_P: Tensor) -> None:
+    """Undo in place what a step changed (by weight decay) where `trains_P` is false."""
+    weights_P.copy_(torch.where(trains_P, weights_P, start_P))
 
 
 def clip_gradient(gradient_P: Tensor, max_norm: float | None) -> None:

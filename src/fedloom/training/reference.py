@@ -6,68 +6,63 @@ Slow, and the oracle of any faster engine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
 from fedloom.data.tokens import take_batch
+from fedloom.errors import TrainingError
 from fedloom.progress import Progress, Watch, ignore
-from fedloom.randomness import derive_seed
 from fedloom.training.checkpointing import gradient_checkpointing
-from fedloom.training.jobs import ClientJob, ClientUpdate, OptimizerState, TrainClients, WorkLog, draw_batches
+from fedloom.training.jobs import (
+    ClientFailure,
+    ClientJob,
+    ClientResult,
+    ClientUpdate,
+    OptimizerState,
+    TrainClients,
+    WorkLog,
+)
 from fedloom.training.objective import (
     OPTIMIZERS,
     add_proximal_gradient,
     clip_gradient,
-    learning_rate,
+    hold_still,
     mean_token_loss,
 )
 
-if TYPE_CHECKING:
-    from fedloom.sections import Training
 
+def build_reference_engine(adapted: AdaptedModel, watch: Watch = ignore) -> TrainClients:
+    """An engine bound to a model."""
 
-def build_reference_engine(
-    adapted: AdaptedModel, training: Training, *, rounds: int, seed: int, watch: Watch = ignore
-) -> TrainClients:
-    """An engine bound to a model: `rounds` is what a schedule of scope `run` stretches over."""
-
-    def train_clients(adapter: Adapter, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
+    def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         for job in jobs:
-            yield train_client(adapted, training, adapter, job, rounds=rounds, seed=seed, watch=watch)
+            try:
+                yield train_client(adapted, job, watch)
+            except TrainingError as error:
+                yield ClientFailure(job.client, error, job.arm)
 
     return train_clients
 
 
-def train_client(
-    adapted: AdaptedModel,
-    training: Training,
-    adapter: Adapter,
-    job: ClientJob,
-    *,
-    rounds: int,
-    seed: int,
-    watch: Watch = ignore,
-) -> ClientUpdate:
+def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -> ClientUpdate:
     """One client's round, from the global adapter to its update.
 
     Raises:
         TrainingError: the loss is no longer a number, or the proximal term has no effect.
     """
-    log = WorkLog(job, training.proximal_mu)
-    adapted.load(adapter)
+    log, training = WorkLog(job), job.training
+    adapted.load(job.adapter)
     weights_P, gradient_P = adapted.weights_P, adapted.gradient_P
-    global_P = weights_P.detach().clone()
+    global_P = job.adapter.weights_P.to(adapted.device)
+    trains_P = None if job.trains_P is None else job.trains_P.to(adapted.device)
     optimizer = OPTIMIZERS[training.optimizer]([weights_P], training)
     _restore(optimizer, job.optimizer_state)
-    batches = draw_batches(
-        len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
-    )
+    batches = job.draw_batches()
     devices = [adapted.device] if adapted.device.type == "cuda" else []
     checkpointing = gradient_checkpointing(adapted.model.get_base_model(), training.gradient_checkpointing)
     with torch.random.fork_rng(devices), checkpointing:
-        torch.manual_seed(derive_seed(seed, "dropout", job.round, job.client))
+        torch.manual_seed(job.dropout_seed)
         adapted.model.train()
         for step, rows in enumerate(batches):
             batch = take_batch(job.blocks, rows).to(adapted.device)
@@ -77,17 +72,22 @@ def train_client(
             loss.backward()
 
             with torch.no_grad():
+                if trains_P is not None:
+                    gradient_P.mul_(trains_P)
                 offset_P = weights_P - global_P
                 log.add_step(loss.item(), offset_P.norm().item(), gradient_P.norm().item(), batch.num_tokens)
                 add_proximal_gradient(gradient_P, offset_P, training.proximal_mu)
                 clip_gradient(gradient_P, training.max_gradient_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate(training, step, len(batches), job.round, rounds)
+            optimizer.param_groups[0]["lr"] = job.rate(step, len(batches))
             optimizer.step()
+            if trains_P is not None:
+                hold_still(weights_P, global_P, trains_P)
 
             watch(Progress("train", batch.num_tokens, len(rows), job.round, job.client))
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
-    return ClientUpdate(report, adapted.read(), _state_of(optimizer) if training.optimizer_state == "keep" else {})
+    state = _state_of(optimizer) if training.optimizer_state == "keep" else {}
+    return ClientUpdate(report, adapted.read(), state, job.arm)
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:

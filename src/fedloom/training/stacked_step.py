@@ -17,7 +17,7 @@ from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.stacked import Stack
 from fedloom.training.checkpointing import gradient_checkpointing
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.objective import add_proximal_gradient, clip_gradient
+from fedloom.training.objective import add_proximal_gradient, clip_gradient, hold_still
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -39,17 +39,31 @@ class StepInputs(NamedTuple):
     """One over the number of its client's rows: the loss of a client is its own mean. 0 for a row of padding."""
     rates_K: Tensor
     """Learning rates."""
+    mus_K: Tensor
+    """Of the proximal terms."""
 
 
 class StackedStep:
-    """Weights, gradients and optimizer of the clients that train at once: slot k of every buffer is one client's."""
+    """Weights, gradients and optimizer of the clients that train at once: slot k of every buffer is one client's.
+
+    `start_KP` is where each began, and what its proximal term holds to; with `partly`, `trains_KP` is false where a
+    client's weights stay as they began.
+    """
 
     def __init__(
-        self, adapted: AdaptedModel, stack: Stack, training: Training, global_P: Tensor, num_slots: int
+        self,
+        adapted: AdaptedModel,
+        stack: Stack,
+        training: Training,
+        num_slots: int,
+        device: torch.device,
+        *,
+        partly: bool = False,
     ) -> None:
         self._adapted, self._stack, self._training = adapted, stack, training
-        self.global_P = global_P
-        self.weights_KP = global_P.expand(num_slots, -1).clone()
+        self.weights_KP = torch.zeros(num_slots, adapted.layout.size, dtype=adapted.weights_P.dtype, device=device)
+        self.start_KP = torch.zeros_like(self.weights_KP)
+        self.trains_KP = torch.ones_like(self.weights_KP, dtype=torch.bool) if partly else None
         self._gradient_KP = torch.zeros_like(self.weights_KP)
         self.optimizer = STACKED_OPTIMIZERS[training.optimizer](self.weights_KP, training)
 
@@ -58,10 +72,18 @@ class StackedStep:
         self._count = count
         self._stack.bind(self.weights_KP[:count], self._gradient_KP[:count])
 
+    def move(self, source: int, target: int) -> None:
+        """A client moves to another slot."""
+        buffers = [self.weights_KP, self.start_KP]
+        for rows in buffers if self.trains_KP is None else [*buffers, self.trains_KP]:
+            rows[target] = rows[source]
+        self.optimizer.move(source, target)
+
     def __call__(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
         """Step, and return what was true before it, [3, K]: losses, ‖w − w_global‖, norms of the loss gradients."""
         training = self._training
         weights_KP, gradient_KP = self.weights_KP[: self._count], self._gradient_KP[: self._count]
+        start_KP, trains_KP = self.start_KP[: self._count], self.trains_KP
 
         gradient_KP.zero_()
         model = self._stack.model
@@ -73,13 +95,17 @@ class StackedStep:
         model.eval()
 
         with torch.no_grad():
-            offset_KP = weights_KP - self.global_P
+            if trains_KP is not None:
+                gradient_KP.mul_(trains_KP[: self._count])
+            offset_KP = weights_KP - start_KP
             facts_3K = torch.stack(
                 [loss_K.detach().to(weights_KP.dtype), offset_KP.norm(dim=1), gradient_KP.norm(dim=1)]
             )
-            add_proximal_gradient(gradient_KP, offset_KP, training.proximal_mu)
+            add_proximal_gradient(gradient_KP, offset_KP, inputs.mus_K.to(weights_KP.dtype)[:, None])
             clip_gradient(gradient_KP, training.max_gradient_norm)
             self.optimizer.step(gradient_KP, inputs.rates_K)
+            if trains_KP is not None:
+                hold_still(weights_KP, start_KP, trains_KP[: self._count])
         return facts_3K
 
     def _losses(self, inputs: StepInputs) -> Tensor:

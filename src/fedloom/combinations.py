@@ -1,0 +1,91 @@
+"""What a recipe's parts can't be combined to, in one table. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedloom.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
+
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+
+
+class Clash(NamedTuple):
+    """Two settings that exclude each other, why, and how to mend it."""
+
+    clashes: Callable[[Recipe], bool]
+    where: str
+    why: str
+    mend: str
+
+
+CLASHES = (
+    Clash(
+        lambda recipe: recipe.federation.lora_rule != "factors" and recipe.adapter.method != "lora",
+        "federation.lora_rule",
+        "there are no A and B to average with this adapter.method",
+        'leave it out, or set adapter.method = "lora"',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule in ("svd", "fedex") and recipe.federation.strategy.kind != "fedavg",
+        "federation.strategy",
+        "this lora_rule makes the mean of the clients' products itself, and leaves nothing to another strategy",
+        'set kind = "fedavg"',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule == "rolora" and recipe.federation.strategy.kind in SERVER_OPTIMIZERS,
+        "federation.strategy",
+        'an optimizer on the server goes on moving the factor that is not trained: "rolora" would not be exact',
+        'set kind = "fedavg", or another lora_rule',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule in ("rolora", "svd") and recipe.training.optimizer_state == "keep",
+        "training.optimizer_state",
+        "with this lora_rule other factors are trained in each round: the state of the last ones says nothing of them",
+        'set it to "reset"',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.client_ranks is not None and recipe.federation.lora_rule != "svd",
+        "federation.client_ranks",
+        "factors of different ranks can't be averaged apart",
+        'set lora_rule = "svd", or leave it out',
+    ),
+    Clash(
+        lambda recipe: len(recipe.federation.client_ranks or ()) not in (0, recipe.data.clients),
+        "federation.client_ranks",
+        "there must be a rank for each of data.clients",
+        "give as many as there are clients",
+    ),
+    Clash(
+        lambda recipe: max(recipe.federation.client_ranks or (0,)) > recipe.adapter.rank,
+        "federation.client_ranks",
+        "a client's rank is above adapter.rank, that of the adapter that all of them make",
+        "raise adapter.rank to the highest of them",
+    ),
+    Clash(
+        lambda recipe: recipe.federation.min_clients > recipe.data.clients,
+        "federation.min_clients",
+        "it is more than data.clients",
+        "lower it",
+    ),
+    Clash(
+        lambda recipe: recipe.training.proximal_schedule != "constant" and recipe.federation.rounds == 1,
+        "training.proximal_schedule",
+        "one round leaves nothing to schedule",
+        "leave it out, or raise federation.rounds",
+    ),
+)
+
+
+def check_combinations(recipe: Recipe) -> None:
+    """Refuse what can't be combined.
+
+    Raises:
+        RecipeError
+    """
+    for clash in CLASHES:
+        if clash.clashes(recipe):
+            raise RecipeError(clash.why, where=clash.where, mend=clash.mend)
