@@ -14,10 +14,12 @@ import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
 from fedloom.adapters.adapter import AdaptedModel, Adapter, Layout
+from fedloom.adapters.residual import Residual, lora_pairs
 from fedloom.errors import TrainingError
+from fedloom.federation.lora_rules import trained_part
 from fedloom.training import batched
 from fedloom.training.batched import build_batched_engine
-from fedloom.training.jobs import ClientJob, ClientUpdate
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
 from fedloom.training.reference import build_reference_engine
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
@@ -260,6 +262,66 @@ def test_with_a_frozen_a_only_b_is_trained(shape: str, dtype: str) -> None:
     assert all(torch.equal(adapted.frozen[name], value) for name, value in frozen.items())
 
 
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.3}, {"max_gradient_norm": 0.05, "proximal_mu": 5.0}])
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_what_a_client_does_not_train_stays(changes: dict[str, Any], at_once: int) -> None:
+    # One client trains B alone, as RoLoRA has it, one the lowest rank alone, as with ranks that differ, one everything.
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((7, 4, 12))
+    layout = adapted.layout
+    parts = [trained_part(layout, "rolora", 1), trained_part(layout, "svd", 1, rank=1), None]
+    jobs = [replace(job, trains_P=part) for job, part in zip(jobs, parts, strict=True)]
+    theirs = train(build_reference_engine, adapted, start, jobs, **changes)
+    ours = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once, **changes)
+    assert_agree(ours, theirs, start, "float64")
+    for client, part_P in enumerate(parts[:2]):
+        assert part_P is not None
+        changed_P = ours[client].adapter.weights_P != start.weights_P
+        assert not changed_P[~part_P].any()
+        assert changed_P[part_P].float().mean() > 0.9
+
+
+def test_a_residual_is_part_of_the_model(shape: str) -> None:
+    adapted = make_adapted(shape, "float64", residuals=True)
+    switch_off_dropout(adapted)
+    plain = start_from(adapted)
+    generator = torch.Generator().manual_seed(2)
+    tensors = plain.layout.split(plain.weights_P)
+    residual = Residual(
+        {
+            layer: (
+                0.1 * torch.randn(len(tensors[b_name]), 4, generator=generator).double(),
+                torch.randn(4, tensors[a_name].shape[1], generator=generator).double(),
+            )
+            for layer, (a_name, b_name) in lora_pairs(plain.layout.names).items()
+        }
+    )
+    start, jobs = replace(plain, residual=residual), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+    without = train(build_batched_engine, adapted, plain, jobs)
+    assert without[0].report.loss_first != pytest.approx(theirs[0].report.loss_first, rel=1e-6)
+
+
+def test_runs_of_their_own_share_a_step() -> None:
+    # As a sweep has it: another start, seed, μ, learning rate, schedule, batch size and number of epochs each.
+    adapted = make_adapted(dtype="float64", dropout=0.3)
+    first, second = start_from(adapted), adapted.read()
+    settings: list[dict[str, Any]] = [
+        {"proximal_mu": 0.0, "learning_rate": 3e-3},
+        {"proximal_mu": 2.0, "epochs": 3, "schedule": "linear", "optimizer_state": "keep"},
+        {"proximal_mu": 0.5, "batch_size": 4},
+    ]
+    jobs = [
+        replace(make_job(make_blocks(5 + arm, seed=arm), start, round=2, arm=arm, **changes), seed=arm)
+        for arm, (start, changes) in enumerate(zip([first, second, first], settings, strict=True))
+    ]
+    alone = {job.arm: next(updates_of(build_batched_engine(adapted)([job]))) for job in jobs}
+    together = {update.arm: update for update in updates_of(build_batched_engine(adapted)(jobs))}
+    for job in jobs:
+        assert_agree({0: together[job.arm]}, {0: alone[job.arm]}, job.adapter, "float64")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
 def test_checkpointed_gradients_are_the_same(shape: str, build: Any, dropout: float) -> None:
@@ -294,6 +356,25 @@ def test_a_recorded_step_is_the_step(shape: str, dropout: float, at_once: int) -
     recorded = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once)
     launched = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once, cuda_graph=False)
     assert_agree(recorded, launched, start, "float32")
+
+
+@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_a_client_that_fails_leaves_the_others_as_they_are(build: Any, at_once: int) -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs()
+    calm = train(build, adapted, start, jobs, clients_at_once=at_once)
+    training = make_recipe(
+        training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", "clients_at_once": at_once}
+    ).training
+    wild = training.model_copy(update={"learning_rate": 1e300})
+    told = [replace(job, adapter=start, training=wild if job.client == 1 else training) for job in jobs]
+    results = list(build(adapted)(told))
+    failures = [result for result in results if isinstance(result, ClientFailure)]
+    assert [failure.client for failure in failures] == [1]
+    assert "round 2, client 1" in str(failures[0].error)
+    others = {result.report.client: result for result in results if isinstance(result, ClientUpdate)}
+    assert_agree(others, {client: calm[client] for client in (0, 2)}, start, "float64")
 
 
 def test_a_diverging_client_is_named() -> None:
