@@ -57,7 +57,7 @@ def make_blocks(num_blocks: int, seed: int, length: int = LENGTH, *, mixed: bool
 
 
 def build_adapted(shape: str, dtype: str = "float32") -> AdaptedModel:
-    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=DEVICE, seed=1)
+    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=DEVICE)
     section = AdapterSection(rank=16, alpha=32, targets=("q_proj", "v_proj"))
     return AdaptedModel(base, build_config(section, base), 1)
 

@@ -108,7 +108,7 @@ def test_plain_peft_gives_the_central_loss_on_record(source: str, tmp_path: Path
     recipe = make_recipe(model={"source": source}, federation={"rounds": 1})
     finished = run(recipe, tmp_path / "run")
     opened = open_model(source)
-    base = load_model(opened, dtype="float32", device=torch.device("cpu"), seed=recipe.seed)
+    base = load_model(opened, dtype="float32", device=torch.device("cpu"))
     model = PeftModel.from_pretrained(base, finished.folder / "adapters" / "last").eval()
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
     blocks = tokenize_documents(split_documents(found, recipe.data, recipe.seed).central, opened.tokenizer, recipe.data)

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def load(source: str, dtype: str = "float32", seed: int = 7) -> torch.nn.Module:
-    return load_model(open_model(source), dtype=dtype, device=CPU, seed=seed)
+    return load_model(open_model(source), dtype=dtype, device=CPU)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_gguf_file_is_unpacked_once_and_loaded(tmp_path: Path, monkeypatch: py
     source = open_model(str(path), say=said.append)
     assert len(said) == 1
     assert source.revision.startswith("sha256 ")
-    model = load_model(source, dtype="float32", device=CPU, seed=7)
+    model = load_model(source, dtype="float32", device=CPU)
     embedding = model.get_input_embeddings().weight
     assert embedding.dtype == torch.float32
     assert not isinstance(embedding, torch.nn.UninitializedParameter)

@@ -36,7 +36,7 @@ def test_an_exported_adapter_is_the_runs(finished: Run, tmp_path: Path) -> None:
 def test_a_merged_model_opens_without_peft_and_says_the_same(finished: Run, tmp_path: Path) -> None:
     assert 0 < export(finished.folder, tmp_path / "merged", merged=True) < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    base = load_model(open_model("random:tiny-llama"), dtype="float32", device=CPU, seed=7)
+    base = load_model(open_model("random:tiny-llama"), dtype="float32", device=CPU)
     with_adapter = PeftModel.from_pretrained(base, finished.folder / "adapters" / "best").eval()
     tokens_BT = AutoTokenizer.from_pretrained(tmp_path / "merged")("def main():", return_tensors="pt")["input_ids"]
     assert torch.allclose(merged(tokens_BT).logits, with_adapter(tokens_BT).logits, atol=1e-4)
@@ -71,7 +71,7 @@ def test_generation_is_transformers_own(finished: Run) -> None:
     pieces: list[str] = []
     generate(finished.folder, "import os", max_new_tokens=12, say=pieces.append)
     source = open_model("random:tiny-llama")
-    base = load_model(source, dtype="float32", device=CPU, seed=7)
+    base = load_model(source, dtype="float32", device=CPU)
     base.set_attn_implementation("sdpa")
     model = PeftModel.from_pretrained(base, finished.folder / "adapters" / "best").eval()
     inputs = source.tokenizer("import os", return_tensors="pt")["input_ids"]

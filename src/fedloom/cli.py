@@ -77,6 +77,23 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(
+    recipe: RecipeName,
+    axes: Annotated[
+        list[str], typer.Argument(metavar="SECTION.KEY=VALUE,VALUE...", help="Settings, each with what it is to be.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder; runs/NAME-sweep-TIME if left out.")] = None,
+    draw: Annotated[
+        int | None, typer.Option("--random", min=1, help="Only so many of the combinations, drawn at random.")
+    ] = None,
+) -> None:
+    """Run every combination of some settings, in as few passes as can be, and compare them."""
+    from fedloom.sweep import sweep
+
+    sweep(recipe, axes, out, num_random=draw)
+
+
+@app.command()
 def report(
     run: RunFolder,
     reference: Annotated[str | None, typer.Option(help="Lay a published trajectory over the plot: experiment.")] = None,

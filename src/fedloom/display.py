@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,9 @@ class Display:
     def watch(self, progress: Progress) -> None: ...
     def show_round(self, record: dict[str, Any]) -> None: ...
     def show_end(self, run: Run, report: Path) -> None: ...
+    def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None: ...
+    def show_arm(self, name: str, record: dict[str, Any]) -> None: ...
+    def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None: ...
     def close(self) -> None: ...
 
 
@@ -77,6 +81,28 @@ class Terminal(Display):
     def show_folder(self, folder: Path) -> None:
         self._print(f"[dim]{'run':<10}{_plain(str(folder))}[/dim]\n")
         self._print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
+        self._start_bar()
+
+    def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
+        self._steps = 0
+        self._total_steps = sum(plan.rounds * plan.steps_per_round for plan in plans)
+        tokens = sum(plan.rounds * plan.train_tokens_per_round for plan in plans)
+        self._clock = Clock({"train": tokens, "evaluate": sum(plan.evaluate_tokens for plan in plans)})
+        self._print(f"[dim]{'pass':<10}{count(len(names), 'run')} together[/dim]")
+        self._start_bar()
+
+    def show_arm(self, name: str, record: dict[str, Any]) -> None:
+        loss = format_number(record.get("central_loss", record.get("client_loss")), ".4f")
+        self._print(f"{record['round']:>5}{loss:>10}  {_plain(name)}")
+
+    def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
+        self._print(f"\n{'best':>8}{'round':>7}{'last':>9}  run", style="bold")
+        for name, best, last, round in ranked:
+            self._print(f"{best:>8.4f}{round:>7}{last:>9.4f}  {_plain(name)}")
+        if len(ranked) > 1:
+            self._print(f"comparison    {_plain(str(folder / 'comparison.html'))}")
+
+    def _start_bar(self) -> None:
         self._clock.start()
         if self.console.is_terminal:
             self._bar.update(self._task, total=self._total_steps, visible=True)

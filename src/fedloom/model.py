@@ -123,7 +123,7 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
     if scheme == "random":
         if rest not in SHAPES:
             raise ModelError(f'no shape "{rest}"', where="model.source", mend=f"known: {', '.join(SHAPES)}")
-        return ModelSource(source, "seeded random weights", SHAPES[rest](), byte_tokenizer(), location="")
+        return ModelSource(source, "fixed random weights", SHAPES[rest](), byte_tokenizer(), location="")
     try:
         path = _find_in_package(rest) if scheme == "package" else Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -139,7 +139,7 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
     return None
 
 
-def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: int) -> PreTrainedModel:
+def load_model(source: ModelSource, *, dtype: str, device: torch.device) -> PreTrainedModel:
     """The frozen base model in evaluation mode, on its device.
 
     Raises:
@@ -147,7 +147,7 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
     """
     if not source.location:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "model"))
+            torch.manual_seed(derive_seed(0, source.name))  # one and the same model in every run, as others are
             model = _build(source.config, DTYPES[dtype])
     else:
         with _loading(source.name), torch.random.fork_rng(devices=[]):

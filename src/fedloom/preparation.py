@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fedloom.adapters.adapter import AdaptedModel, build_config
-from fedloom.data.documents import Document, load_documents
+from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (
     TokenBlocks,
@@ -40,6 +40,19 @@ BATCHED_METHODS = ("lora",)
 
 
 @dataclass(frozen=True)
+class Material:
+    """The base model without its weights, and the documents as it sees them: the same for all recipes that agree on
+    `model`, `data` and `seed`."""
+
+    source: ModelSource
+    found: Documents
+    splits: Splits
+    central: TokenBlocks
+    clients: tuple[ClientBlocks, ...]
+    shared_blocks: int
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Everything a run needs but the base model's weights."""
 
@@ -48,15 +61,12 @@ class Prepared:
     central: TokenBlocks
     clients: tuple[ClientBlocks, ...]
     plan: Plan
+    capacity: int
+    """Clients that may train in one pass, were there as many."""
 
 
-def prepare(recipe: Recipe, display: Display) -> Prepared:
-    """Documents, splits, tokens and the model's shape: all that can be wrong before weights are loaded."""
-    device = choose_device(recipe.model.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    per_round = cohort_size(recipe.data.clients, recipe.federation)
-    check_strategy(recipe.federation.strategy, per_round)
+def gather(recipe: Recipe, display: Display) -> Material:
+    """Documents, splits and tokens, and the tokenizer that they take."""
     display.show_step("documents", recipe.data.source)
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
     display.show_step("splits", f"{len(found.documents):,} documents")
@@ -69,7 +79,22 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
             where="data.max_length",
             mend=f"at most {source.max_length}",
         )
-    central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
+    return Material(source, found, splits, *tokenize_splits(splits, source, recipe))
+
+
+def prepare(recipe: Recipe, display: Display, material: Material | None = None) -> Prepared:
+    """Documents, splits, tokens and the model's shape: all that can be wrong before weights are loaded.
+
+    `material` is what `gather` gave for a recipe with the same `model`, `data` and `seed`, where there is some.
+    """
+    device = choose_device(recipe.model.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    per_round = cohort_size(recipe.data.clients, recipe.federation)
+    check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
+    material = material or gather(recipe, display)
+    source, found, splits = material.source, material.found, material.splits
+    central, clients, shared_blocks = material.central, material.clients, material.shared_blocks
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
     engine = choose_engine(recipe.training.engine, recipe.adapter.method)
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -82,7 +107,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
-    at_once, memory, fit = 1, None, None
+    capacity, memory, fit = 1, None, None
     if engine == "batched":
         wanted = min(per_round, recipe.training.clients_at_once or per_round)
         length = recipe.data.max_length
@@ -98,8 +123,9 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
             )
         if memory:
             fit = memory.clients_that_fit(free_bytes(device))
-            at_once = min(fit, memory.clients_worthwhile(device))
-        at_once = min(per_round, recipe.training.clients_at_once or at_once)
+            capacity = min(fit, memory.clients_worthwhile(device))
+        capacity = recipe.training.clients_at_once or capacity
+    at_once = min(per_round, capacity)
     plan = Plan(
         name=recipe.name,
         model=source.name,
@@ -139,7 +165,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         proximal_mu=recipe.training.proximal_mu,
         payload_bytes=shape.weights_P.numel() * shape.weights_P.element_size(),
     )
-    return Prepared(source, device, central, clients, plan)
+    return Prepared(source, device, central, clients, plan, capacity)
 
 
 def choose_engine(wanted: str, method: str) -> str:
@@ -206,7 +232,7 @@ def tokenize_splits(
 
 def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
     """The base model, loaded once, with the adapter that every client starts from."""
-    base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device, seed=recipe.seed)
+    base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device)
     return adapt(base, recipe)
 
 

@@ -41,6 +41,7 @@ class Run:
     status: Record
     rounds: list[Record]
     clients: list[Record]
+    baselines: Record
 
     @property
     def best_round(self) -> int | None:
@@ -84,6 +85,7 @@ def read_run(folder: str | Path) -> Run:
                 "environment": "environment.json",
                 "plan": "plan.json",
                 "status": "status.json",
+                "baselines": "baselines.json",
             }.items()
         },
         rounds=_read_lines(folder / "rounds.jsonl"),
@@ -105,13 +107,10 @@ class RunWriter:
         self.write_status("running")
 
     def write_text(self, name: str, text: str) -> None:
-        """Whole or not at all."""
-        temporary = self.folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.folder / name)
+        write_text(self.folder / name, text)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(self.folder / name, value)
 
     def write_status(self, state: str, **more: Any) -> None:
         """What the run is doing now, or how it ended."""
@@ -134,6 +133,23 @@ class RunWriter:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def default_folder(name: str) -> Path:
+    """Where a run goes that was not told where."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def check_free(folder: Path) -> None:

@@ -66,7 +66,7 @@ def export(
             opened = _open_merged(written, expected.dtype, adapted.device)
         else:
             shutil.copytree(source, written)
-            base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device, seed=recipe.seed)
+            base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device)
             opened = PeftModel.from_pretrained(base, written).eval()
         display.show_step("proof", f"logits of {len(tokens_BT)} hold-out blocks")
         found = _logits(opened, tokens_BT)
@@ -160,7 +160,7 @@ def _open(recipe: Recipe, model: ModelSource, source: Path) -> AdaptedModel:
     """The base model with a run's adapter in it."""
     device = choose_device(recipe.model.device)
     dtype = choose_dtype(recipe.model.dtype, device)
-    adapted = adapt(load_model(model, dtype=dtype, device=device, seed=recipe.seed), recipe)
+    adapted = adapt(load_model(model, dtype=dtype, device=device), recipe)
     adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
     return adapted
 

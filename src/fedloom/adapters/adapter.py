@@ -167,6 +167,16 @@ class AdaptedModel:
         for layer, room in self._rooms.items():
             room.load(adapter.residual.factors[layer] if adapter.residual else None)
 
+    def draw(self, seed: int) -> Adapter:
+        """The LoRA adapter that a run with another seed starts from."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "adapter"))
+            self.model.add_adapter("drawn", copy.deepcopy(self.config))
+        drawn = [self.model.get_parameter(name.replace(".weight", ".drawn.weight")) for name in self.layout.names]
+        weights_P = torch.cat([value.detach().reshape(-1) for value in drawn]).cpu()
+        self.model.delete_adapter("drawn")
+        return Adapter(self.layout, weights_P)
+
     def read(self) -> Adapter:
         """A copy of the weights that are in the model now."""
         return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))

@@ -8,7 +8,7 @@ Letters: N blocks, B sequences in a batch, T tokens in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.tokens_BT.to(device), self.labels_BT.to(device), self.num_tokens)
+
+
+def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
+    """All blocks of several as those of one."""
+    return TokenBlocks(
+        tokens_NT=torch.cat([part.tokens_NT for part in parts]),
+        lengths_N=torch.cat([part.lengths_N for part in parts]),
+        counted_N=torch.cat([part.counted_N for part in parts]),
+        dropped=sum(part.dropped for part in parts),
+    )
 
 
 def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:

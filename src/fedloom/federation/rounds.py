@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -87,22 +87,33 @@ class FederatedRun:
         self._aggregate = aggregate
         self._evaluate_central = evaluate_central
         self._on_update = on_update
-        self._arm = arm
+        self.arm = arm
         self._adapter = adapter
         self._state = aggregate.init(adapter)
-        self._losses: list[float] = []
+        self.losses: list[float] = []
+        """By which adapters are judged, round 0 first."""
         self._tasks: list[ClientTask] = []
+        self._ended = False
+
+    @property
+    def completed(self) -> int:
+        """Rounds that are complete, round 0 left out."""
+        return len(self.losses) - 1
+
+    def end(self) -> None:
+        """No more rounds, though more were to be."""
+        self._ended = True
 
     @property
     def finished(self) -> bool:
-        return len(self._losses) > self._recipe.federation.rounds or self.stopped_early is not None
+        return self._ended or self.completed >= self._recipe.federation.rounds or self.stopped_early is not None
 
     @property
     def stopped_early(self) -> str | None:
         """How many rounds were to be, how many were, and why; None for a run that did not stop early."""
-        section, completed = self._recipe.federation, len(self._losses) - 1
-        why = stop_early(section.early_stop, self._losses)
-        return f"{section.rounds} scheduled, {completed} completed: {why}" if why else None
+        section = self._recipe.federation
+        why = stop_early(section.early_stop, self.losses)
+        return f"{section.rounds} scheduled, {self.completed} completed: {why}" if why else None
 
     def begin(self) -> RoundResult:
         """Round 0: the adapter as it is given, evaluated."""
@@ -110,8 +121,8 @@ class FederatedRun:
 
     def tasks(self) -> list[ClientTask]:
         """What the next round's clients are asked to do."""
-        recipe, section, round = self._recipe, self._recipe.federation, len(self._losses)
-        mu = proximal_mu(recipe.training, self._losses, section.rounds)
+        recipe, section, round = self._recipe, self._recipe.federation, len(self.losses)
+        mu = proximal_mu(recipe.training, self.losses, section.rounds)
         training = recipe.training.model_copy(update={"proximal_mu": mu})
         cohort = sample_clients(self._fleet.clients, section, seed=recipe.seed, round=round)
         layout = self._adapter.layout
@@ -126,7 +137,7 @@ class FederatedRun:
                 rounds=section.rounds,
                 seed=recipe.seed,
                 trains_P=trained_part(layout, section.lora_rule, round, rank),
-                arm=self._arm,
+                arm=self.arm,
             )
             for client, rank in ranks.items()
         ]
@@ -174,7 +185,7 @@ class FederatedRun:
             check_finite("the loss", score.loss, round=round, client=client, stage="evaluation")
         evaluate_seconds += time.perf_counter() - started
         result = RoundResult(round, self._adapter, central, clients, evaluate_seconds, **trained)
-        self._losses.append(result.judged_loss)
+        self.losses.append(result.judged_loss)
         return result
 
 
@@ -191,21 +202,36 @@ def run_rounds(run: FederatedRun, fleet: Fleet) -> Iterator[RoundResult]:
 
 def run_together(
     arms: Sequence[tuple[FederatedRun, LocalFleet]], train_clients: TrainClients
-) -> Iterator[tuple[int, RoundResult]]:
+) -> Iterator[tuple[int, RoundResult | TrainingError]]:
     """As `run_rounds`, of several runs: each round of all of them is one call of the engine.
 
-    The runs are numbered as their `arm`s. Their updates of a round are held until all are there.
+    What is yielded comes with its run's `arm`. Where there is more than one, the updates of a round are held until all
+    are there. A run that can't go on ends with its error, and the others go on.
     """
-    for arm, (run, _) in enumerate(arms):
-        yield arm, run.begin()
-    while going := [(arm, run, fleet) for arm, (run, fleet) in enumerate(arms) if not run.finished]:
+    failed: set[int] = set()
+
+    def attempt(run: FederatedRun, step: Callable[[], RoundResult]) -> tuple[int, RoundResult | TrainingError]:
+        try:
+            return run.arm, step()
+        except TrainingError as error:
+            failed.add(run.arm)
+            return run.arm, error
+
+    for run, _ in arms:
+        yield attempt(run, run.begin)
+    while going := [(run, fleet) for run, fleet in arms if run.arm not in failed and not run.finished]:
+        if len(going) == 1:
+            ((run, fleet),) = going
+            yield attempt(run, lambda run=run, fleet=fleet: run.complete(fleet.train(run.tasks())))  # type: ignore[misc]
+            continue
         started = time.perf_counter()
-        arrived: dict[int, list[ClientResult]] = {arm: [] for arm, _, _ in going}
-        for update in train_clients([job for _, run, fleet in going for job in fleet.jobs(run.tasks())]):
-            arrived[update.arm].append(update)
+        arrived: dict[int, list[ClientResult]] = {run.arm: [] for run, _ in going}
+        for result in train_clients([job for run, fleet in going for job in fleet.jobs(run.tasks())]):
+            arrived[result.arm].append(result)
         train_seconds = time.perf_counter() - started
-        for arm, run, fleet in going:
-            yield arm, run.complete(map(fleet.finish, arrived.pop(arm)), train_seconds)
+        for run, fleet in going:
+            finished = map(fleet.finish, arrived.pop(run.arm))
+            yield attempt(run, partial(run.complete, finished, train_seconds))
 
 
 class _Arrivals:

@@ -14,6 +14,7 @@ from fedloom.report.figures import (
     series,
     trained_rounds,
 )
+from fedloom.report.help import did_it_help
 from fedloom.words import format_bytes
 
 STILL_FALLS = 0.02
@@ -101,12 +102,14 @@ def the_clients(run: Run) -> str | None:
 
 def the_proximal_term(run: Run) -> str | None:
     """How much of the gradient held the clients together."""
-    mu = run.recipe["training"]["proximal_mu"]
+    mus = series(run, "proximal_mu")[1] or [run.recipe["training"]["proximal_mu"]]
     _, ratios = series(run, "proximal_ratio")
-    if not mu or not ratios:
+    if not any(mus) or not ratios:
         return None
+    low, high = min(mus), max(mus)
+    said = f"= {low:g}" if low == high else f"from {low:g} to {high:g}"
     return (
-        f"With μ = {mu:g} the proximal gradient was {100 * ratios[-1]:.2g} % of the loss gradient in the last round"
+        f"With μ {said} the proximal gradient was {100 * ratios[-1]:.2g} % of the loss gradient in the last round"
         f" (up to {100 * max(ratios):.2g} % in any)."
     )
 
@@ -151,6 +154,7 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_time,
     the_lost,
     the_payload,
+    did_it_help,
 )
 
 

@@ -15,6 +15,9 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", "-.", ":")
 INK = "#010203"
 """Stands for the page's own colour until the plot is written."""
+LONGEST_NAME = 60
+MOST_NAMES = 6
+"""In a legend: more would leave no room for what is drawn."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,12 @@ def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
     axes.yaxis.label.set_color(INK)
     if legend:
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0.0}
-        axes.legend(frameon=False, labelcolor=INK, ncols=3, fontsize=9, **above)
+        handles, names = axes.get_legend_handles_labels()
+        short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
+        columns = 3 if max(map(len, short)) < LONGEST_NAME // 2 else 1
+        axes.legend(
+            handles[:MOST_NAMES], short[:MOST_NAMES], frameon=False, labelcolor=INK, ncols=columns, fontsize=9, **above
+        )
     file = io.StringIO()
     # The same numbers give the same file: no date, and names that come from what is drawn.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedloom", "font.family": "sans-serif"}

@@ -15,6 +15,7 @@ from fedloom.errors import RunError
 from fedloom.records import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Code, Document, Figure, Section, Table, Text, to_html, to_markdown
+from fedloom.report.help import show_help
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
 from fedloom.words import count, format_bytes, format_number, format_seconds, format_trainable
@@ -59,6 +60,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
         sections=[
             Section("Setup", _setup(run, state)),
             Section("Loss trajectories", _losses(run, reference)),
+            *([Section("Did federation help?", helped)] if (helped := show_help(run, LOSS_AXIS)) else []),
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),
             Section("Communication", _communication(run)),
@@ -66,6 +68,13 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             Section("How to repeat it", _repeat(run)),
         ],
     )
+
+
+def _objective(training: Record) -> str:
+    schedule = training.get("proximal_schedule", "constant")
+    if not training["proximal_mu"] and schedule != "adaptive":
+        return "FedAvg"
+    return f"FedProx, μ = {training['proximal_mu']:g}" + (f", {schedule}" if schedule != "constant" else "")
 
 
 def completed(run: Run) -> int:
@@ -107,8 +116,9 @@ def _setup(run: Run, state: str) -> list[Block]:
         "Documents": _documents(plan),
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
-        "Objective": f"FedProx, μ = {training['proximal_mu']:g}" if training["proximal_mu"] else "FedAvg",
-        "Strategy": f"{strategy['kind']}, weighted by {strategy['weight_by']}",
+        "Objective": _objective(training),
+        "Strategy": f"{strategy['kind']}, weighted by {strategy['weight_by']};"
+        f" LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
         "Epochs per client": str(training["epochs"]),
         "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
         "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",

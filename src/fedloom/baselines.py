@@ -1,0 +1,115 @@
+"""What a federation is set against: no training, each client alone, and all documents together.
+
+Each baseline starts from the run's own adapter, trains as the run does but for the proximal term, on as many tokens as
+the federation had for the same documents, and is judged on the same hold-out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedloom.adapters.adapter import Adapter
+from fedloom.data.tokens import TokenBlocks, join_blocks
+from fedloom.errors import TrainingError
+from fedloom.evaluation import Score
+from fedloom.federation.aggregation import STRATEGIES
+from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.rounds import FederatedRun, RoundResult
+from fedloom.federation.sampling import cohort_size
+from fedloom.sections import Federation
+from fedloom.training.jobs import ClientUpdate, TrainClients
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
+
+EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
+
+
+@dataclass
+class Baseline:
+    """A run of one client that stands for something else; `client` is None for all of them together."""
+
+    client: int | None
+    run: FederatedRun
+    fleet: LocalFleet
+    losses: list[float] = field(default_factory=list)
+    """On the run's own hold-out, round 0 first."""
+    tokens: int = 0
+    """Trained on."""
+    error: str | None = None
+
+    def note(self, result: RoundResult | TrainingError) -> None:
+        """Its next round, or its end."""
+        if isinstance(result, TrainingError):
+            self.error = str(result)
+        else:
+            self.losses.append(result.judged_loss)
+
+
+def set_up_baselines(
+    recipe: Recipe,
+    clients: Sequence[ClientBlocks],
+    central: TokenBlocks,
+    initial: Adapter,
+    train_clients: TrainClients,
+    score: EvaluateBlocks,
+    *,
+    rounds: int,
+    first_arm: int = 0,
+) -> list[Baseline]:
+    """The recipe's baselines, ready to begin, for a federation of so many rounds."""
+    share = cohort_size(len(clients), recipe.federation) / len(clients)
+    told = recipe.model_copy(
+        update={
+            "training": recipe.training.model_copy(update={"proximal_mu": 0.0, "proximal_schedule": "constant"}),
+            "federation": Federation(rounds=max(1, round(rounds * share))),
+        }
+    )
+    held_out = [central] if len(central) else [client.holdout for client in clients if len(client.holdout)]
+
+    def judge(adapter: Adapter) -> Score:
+        return reduce(add, (score(adapter, blocks) for blocks in held_out))
+
+    data: dict[int | None, TokenBlocks] = {}
+    if "pooled" in recipe.baselines:
+        data[None] = join_blocks([client.train for client in clients])
+    if "local" in recipe.baselines:
+        data |= {number: client.train for number, client in enumerate(clients)}
+    found: list[Baseline] = []
+    for arm, (client, blocks) in enumerate(data.items(), start=first_arm):
+        nothing = torch.zeros(0, blocks.tokens_NT.shape[1], dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64)
+        fleet = LocalFleet([ClientBlocks(blocks, TokenBlocks(nothing, none, none))], train_clients, score, judges=())
+        aggregate = STRATEGIES["fedavg"](told.federation.strategy)
+        run = FederatedRun(told, fleet, aggregate, judge, initial, arm=arm, on_update=_counts(found, arm - first_arm))
+        found.append(Baseline(client, run, fleet))
+    return found
+
+
+def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[str]) -> dict[str, Any]:
+    """What `baselines.json` holds: of each baseline its losses by round, the tokens it trained on, or why it failed."""
+
+    def one(baseline: Baseline) -> dict[str, Any]:
+        told: dict[str, Any] = {"losses": baseline.losses, "tokens": baseline.tokens}
+        return told if baseline.error is None else {**told, "error": baseline.error}
+
+    record: dict[str, Any] = {"round0": {"losses": run.losses[:1], "tokens": 0}} if "round0" in wanted else {}
+    for baseline in baselines:
+        if baseline.client is None:
+            record["pooled"] = one(baseline)
+        else:
+            record.setdefault("local", {})[str(baseline.client)] = one(baseline)
+    return record
+
+
+def _counts(baselines: list[Baseline], number: int) -> Callable[[ClientUpdate], None]:
+    def count(update: ClientUpdate) -> None:
+        baselines[number].tokens += update.report.tokens
+
+    return count

@@ -1,0 +1,186 @@
+"""What runs over one base model share, and one run on it: the fleet, the rounds, and who writes them down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.baselines import Baseline, set_up_baselines
+from fedloom.data.tokens import TokenBlocks
+from fedloom.errors import FedloomError, TrainingError
+from fedloom.evaluation import Score, evaluate
+from fedloom.federation.aggregation import WEIGHTS
+from fedloom.federation.averaging_error import AveragingMeter
+from fedloom.federation.fleet import LocalFleet
+from fedloom.federation.lora_rules import LORA_RULES
+from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
+from fedloom.machine import describe_machine
+from fedloom.model_card import write_card
+from fedloom.planning import Plan
+from fedloom.preparation import Prepared, choose_judges
+from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.records import Record, RunWriter
+from fedloom.report.run_report import write_report
+from fedloom.telemetry import Telemetry
+from fedloom.training.batched import build_batched_engine
+from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
+from fedloom.training.reference import build_reference_engine
+
+ENGINES: dict[str, Callable[..., TrainClients]] = {
+    "batched": build_batched_engine,
+    "reference": build_reference_engine,
+}
+"""Both give the same updates: `batched` in one pass over all clients, `reference` plainly."""
+
+
+class Workshop:
+    """A model, an engine and what measures them: all that runs share which train on the same base model.
+
+    What is neither training nor evaluation here is aggregation and its records.
+    """
+
+    def __init__(self, adapted: AdaptedModel, engine: str, telemetry: Telemetry) -> None:
+        self.adapted = adapted
+        self.telemetry = telemetry
+        self._engine_name = engine
+        self._engine = ENGINES[engine](adapted, telemetry.watch)
+
+    def train_clients(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        return self.telemetry.iterate("training", self._engine(jobs))
+
+    def run_all(
+        self, runs: Sequence[tuple[FederatedRun, LocalFleet]]
+    ) -> Iterator[tuple[int, RoundResult | TrainingError]]:
+        """The rounds of several runs, by their arms: in one pass where the engine takes all their clients at once."""
+        for group in [runs] if self._engine_name == "batched" else [[run] for run in runs]:
+            yield from run_together(group, self.train_clients)
+
+    def score(self, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int) -> Score:
+        with self.telemetry.phase("evaluation"):
+            return evaluate(self.adapted, adapter, blocks, batch_size=batch_size, watch=self.telemetry.watch)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A run that is ready to begin, the clients that train for it, and who writes it down."""
+
+    recipe: Recipe
+    prepared: Prepared
+    initial: Adapter
+    run: FederatedRun
+    fleet: LocalFleet
+    recorder: Recorder
+
+
+def set_up(
+    recipe: Recipe,
+    prepared: Prepared,
+    workshop: Workshop,
+    writer: RunWriter,
+    initial: Adapter,
+    *,
+    clients_at_once: int,
+    number: int = 0,
+) -> Arm:
+    """Everything for one run over the workshop's model, from an adapter that every client starts from."""
+    training = recipe.training.model_copy(update={"clients_at_once": clients_at_once})
+    recipe = recipe.model_copy(update={"training": training})
+    score = partial(workshop.score, batch_size=recipe.evaluation.batch_size)
+
+    def score_central(adapter: Adapter) -> Score | None:
+        return score(adapter, prepared.central) if len(prepared.central) else None
+
+    recorder = Recorder(recipe, prepared.plan, workshop, writer)
+    fleet = LocalFleet(prepared.clients, workshop.train_clients, score, choose_judges(prepared.clients, recipe))
+    aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
+    recorder.begin(initial)
+    run = FederatedRun(recipe, fleet, aggregate, score_central, initial, on_update=recorder.add_client, arm=number)
+    return Arm(recipe, prepared, initial, run, fleet, recorder)
+
+
+def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 0) -> list[Baseline]:
+    """The baselines that a run's recipe asks for, ready to begin."""
+    score = partial(workshop.score, batch_size=arm.recipe.evaluation.batch_size)
+    return set_up_baselines(
+        arm.recipe,
+        arm.prepared.clients,
+        arm.prepared.central,
+        arm.initial,
+        workshop.train_clients,
+        score,
+        rounds=rounds,
+        first_arm=first_arm,
+    )
+
+
+class Recorder:
+    """Writes a run down, round by round, and keeps its adapters."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, workshop: Workshop, writer: RunWriter) -> None:
+        self._recipe, self._plan, self._workshop, self._writer = recipe, plan, workshop, writer
+        self._meter = AveragingMeter(workshop.adapted.layout)
+        self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
+        self._best = math.inf
+
+    def begin(self, initial: Adapter) -> None:
+        """Keep the adapter that every client starts from."""
+        self._save(initial, "initial", write_card(self._recipe, self._plan, None))
+        self._writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
+
+    def add_client(self, update: ClientUpdate) -> None:
+        """One client's work in a round."""
+        self._writer.append_client(update.report)
+        self._meter.add(update.adapter.weights_P, self._weigh(update.report))
+
+    def record(self, result: RoundResult, run: FederatedRun) -> Record:
+        """One round, and whether the run ends with it."""
+        error = self._meter.take()
+        measured = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+        record = self._writer.append_round(result, {**self._workshop.telemetry.take(), **measured})
+        card = write_card(self._recipe, self._plan, record)
+        self._save(result.adapter, "last", card)
+        if result.judged_loss <= self._best:
+            self._best = result.judged_loss
+            self._save(result.adapter, "best", card)
+        stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
+        self._writer.write_status("running", round=result.round, **stopped)
+        return record
+
+    def _save(self, adapter: Adapter, name: str, card: str) -> None:
+        self._workshop.adapted.save(adapter, self._writer.folder / "adapters" / name, card)
+
+
+@contextmanager
+def open_run(folder: Path, recipe: Recipe, prepared: Prepared) -> Iterator[RunWriter]:
+    """A new run directory, whose status and report say how the run ended, whatever happens inside."""
+    writer = RunWriter(folder)
+    try:
+        writer.write_text("recipe.toml", recipe_to_toml(recipe))
+        writer.write_json("resolved.json", recipe.model_dump(mode="json"))
+        writer.write_json("environment.json", describe_machine())
+        writer.write_json("plan.json", prepared.plan.to_json())
+        yield writer
+        writer.write_status("done")
+    except KeyboardInterrupt:
+        _write_end(writer, "interrupted")
+        raise
+    except FedloomError as error:
+        _write_end(writer, "failed", error=str(error))
+        raise
+    except BaseException as error:
+        _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
+        raise
+    write_report(folder)
+
+
+def _write_end(writer: RunWriter, state: str, **more: Any) -> None:
+    """How a run ended that was not meant to, and a report that says so; what failed is raised, not what comes after."""
+    writer.write_status(state, **more)
+    with suppress(Exception):
+        write_report(writer.folder)
