@@ -13,6 +13,7 @@ SOURCE = Path(fedloom.__file__).parent
 
 HOUSE = [
     "errors",
+    "failpoints",
     "words",
     "randomness",
     "hub",
@@ -49,8 +50,10 @@ HOUSE = [
     "federation.stopping",
     "federation.fleet",
     "federation.rounds",
+    "interruption",
     "planning",
     "records",
+    "run_state",
     "telemetry",
     "trackers",
     "model_card",
@@ -83,6 +86,7 @@ BARE = [
 LIGHT = [
     *(
         "errors",
+        "failpoints",
         "words",
         "randomness",
         "sections",

@@ -14,6 +14,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.errors import FedloomError
+from fedloom.machine import Finding
 
 app = typer.Typer(
     name="fedloom",
@@ -25,7 +26,7 @@ app = typer.Typer(
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """What typer raises for a command that it can't make sense of; it keeps the class itself private."""
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -53,14 +54,25 @@ def run(
     watch: Annotated[
         bool, typer.Option("--watch", help="Write the report after every round, not only at the end.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
+    ] = False,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.recipe import load_recipe
 
+    if resume and (Path(recipe) / "recipe.toml").is_file():
+        out, recipe = out or Path(recipe), str(Path(recipe) / "recipe.toml")
+    elif resume and out is None:
+        raise typer.BadParameter("--resume needs a run directory: fedloom run --resume RUN, or RECIPE --out RUN.")
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.experiment import run
+    from fedloom.interruption import Terminated
 
-    run(loaded, out, log_to=log, watch=watch)
+    try:
+        run(loaded, out, resume=resume, log_to=log, watch=watch)
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
 
 
 @app.command()
@@ -161,9 +173,21 @@ def doctor() -> None:
     """Show what this machine has, and what is missing."""
     from fedloom.machine import examine
 
-    findings = examine()
+    show_findings(examine(), "MISSING")
+
+
+@app.command()
+def fsck(run: RunFolder) -> None:
+    """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged."""
+    from fedloom.fsck import check_run
+
+    show_findings(check_run(run), "BAD")
+
+
+def show_findings(findings: list[Finding], word: str) -> None:
+    """A line each, and how to mend what is not well; that ends with 2."""
     for finding in findings:
-        typer.echo(f"{'ok' if finding.well else 'MISSING':<8}{finding.what:<14}{finding.found}")
+        typer.echo(f"{'ok' if finding.well else word:<8}{finding.what:<14}{finding.found}")
         if finding.mend:
             typer.echo(f"{'':<22}{finding.mend}")
     if not all(finding.well for finding in findings):
@@ -184,6 +208,6 @@ def main() -> None:
     except FedloomError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         print("interrupted", file=sys.stderr)
     sys.exit(code)

@@ -7,21 +7,29 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from fedloom.baselines import describe
 from fedloom.display import Display, Terminal
+from fedloom.errors import RunError
+from fedloom.failpoints import failpoint
 from fedloom.federation.rounds import run_rounds
+from fedloom.interruption import Interruption
 from fedloom.model import choose_device
 from fedloom.planning import Plan
-from fedloom.preparation import load_adapted_model, prepare
+from fedloom.preparation import Prepared, load_adapted_model, prepare
+from fedloom.progress import Progress
 from fedloom.recipe import Recipe
 from fedloom.records import Run, RunWriter, check_free, default_folder, read_run
+from fedloom.report.figures import flatten
 from fedloom.report.run_report import write_report
+from fedloom.run_state import RunState, load_state
 from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
-from fedloom.workshop import Arm, Workshop, baselines_of, open_run, set_up
+from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up
 
 
 def run(
@@ -29,40 +37,68 @@ def run(
     out: str | Path | None = None,
     display: Display | None = None,
     *,
+    resume: bool = False,
     log_to: str | None = None,
     watch: bool = False,
 ) -> Run:
     """Carry out a recipe and return its run directory, read; shown on the terminal or notebook, or on `display`.
 
     Nothing is written before the data, the model and the adapter are there and fit together. The report is written at
-    the end, with `watch` after every round too. `log_to` names a tracker that is told each round's numbers.
+    the end, with `watch` after every round too. `log_to` names a tracker that is told each round's numbers. With
+    `resume`, a run directory that is there goes on after its last complete round, to the same result.
 
     Raises:
         FedloomError: what the person who asked can mend.
     """
     display = display or Terminal()
     folder = Path(out) if out else default_folder(recipe.name)
-    check_free(folder)
+    resume = resume and folder.is_dir()
+    if not resume:
+        check_free(folder)
     if log_to:
         check_tracker(log_to)
     gpu = choose_device(recipe.model.device).type == "cuda"
-    with Telemetry(gpu=gpu, watch=display.watch) as telemetry, ExitStack() as stack:
+    with ExitStack() as stack:
         stack.callback(display.close)
+        interruption = stack.enter_context(Interruption(partial(display.show_step, "stopping")))
+
+        def note(progress: Progress) -> None:
+            display.watch(progress)
+            interruption.check()
+
+        telemetry = stack.enter_context(Telemetry(gpu=gpu, watch=note))
+        writer = stack.enter_context(closing(RunWriter(folder, resume=True))) if resume else None
+        if writer:
+            check_same_recipe(folder, recipe)
+            if writer.status.get("state") == "done":
+                display.show_step("done", f"{folder} is complete: nothing is left to do")
+                return read_run(folder)
         prepared = prepare(recipe, display)
+        interruption.check()
         display.show_plan(prepared.plan)
+        failpoint("run.prepared")
         display.show_step("weights", prepared.source.name)
         workshop = Workshop(load_adapted_model(recipe, prepared), prepared.plan.engine, telemetry)
+        identity = identify(prepared, workshop.adapted)
+        failpoint("run.loaded")
+        interruption.check()
+        if writer is None:
+            writer = stack.enter_context(closing(RunWriter(folder)))
         try:
-            with open_run(folder, recipe, prepared) as writer:
+            state = load_state(folder, partial(display.show_step, "skipped"))
+            if state:
+                check_same_inputs(folder, state.identity, identity)
+                display.show_step("resumed", f"after round {state.round}")
+            with open_run(writer, recipe, prepared):
                 display.show_folder(folder)
                 log = None
                 if log_to:
                     log = stack.enter_context(open_tracker(log_to, folder, recipe.model_dump(mode="json")))
                 stack.enter_context(telemetry.phase("aggregation"))
-                initial, at_once = workshop.adapted.read(), prepared.plan.clients_at_once
-                arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once)
+                arm = begin_or_restore(recipe, prepared, workshop, writer, state)
                 for result in run_rounds(arm.run, arm.fleet):
                     record = arm.recorder.record(result, arm.run)
+                    arm.commit(identity)
                     display.show_round(record)
                     if log:
                         log(record["round"], scalars(record))
@@ -70,12 +106,62 @@ def run(
                         write_report(folder)
                 if recipe.baselines:
                     run_baselines(arm, workshop, writer, display)
+                    failpoint("baselines.written")
         except KeyboardInterrupt:
-            display.show_step("stopped", f"{folder} holds the rounds that are complete")
+            display.show_step("stopped", f"go on with: fedloom run --resume {folder}")
             raise
+        failpoint("run.ends")
     finished = read_run(folder)
     display.show_end(finished, folder / "report.html")
     return finished
+
+
+def begin_or_restore(
+    recipe: Recipe, prepared: Prepared, workshop: Workshop, writer: RunWriter, state: RunState | None
+) -> Arm:
+    """A run at its beginning, or after its last complete round."""
+    # How many train at once moves results by rounding: a run that goes on has as many as it began with.
+    at_once = read_run(writer.folder).plan["clients_at_once"]
+    initial = workshop.adapted.read() if state is None else state.adapter
+    arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once)
+    if state:
+        arm.restore(state)
+        writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)
+    else:
+        arm.begin(initial)
+    return arm
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with another recipe than the run began with.
+
+    Raises:
+        RunError: naming the keys that differ.
+    """
+    if not (folder / "plan.json").is_file():  # killed before it began
+        return
+    began, asked = flatten(read_run(folder).recipe), flatten(recipe.model_dump(mode="json"))
+    differing = sorted(key for key in began | asked if began.get(key) != asked.get(key))
+    if differing:
+        raise RunError(
+            f"the run began with another recipe: {', '.join(differing[:5])}",
+            where=str(folder),
+            mend="go on with the recipe.toml in it, or begin a run of its own with another --out",
+        )
+
+
+def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuse to go on with another base model or other documents.
+
+    Raises:
+        RunError: naming which.
+    """
+    if differing := [name for name in found if began.get(name) != found[name]]:
+        raise RunError(
+            f"the {' and the '.join(differing)} are not those that the run began with",
+            where=str(folder),
+            mend="bring them back, or begin a run of its own with another --out",
+        )
 
 
 def plan(recipe: Recipe, display: Display | None = None) -> Plan:

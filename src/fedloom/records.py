@@ -6,10 +6,13 @@ renamed. A key whose value is not known is left out, never invented.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -18,12 +21,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import RunError
+from fedloom.failpoints import failpoint
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
     from fedloom.training.jobs import ClientReport
 
 Record = dict[str, Any]
+
+RECORDS = ("rounds.jsonl", "clients.jsonl")
+LOCK = ".lock"
 
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
@@ -94,17 +101,43 @@ def read_run(folder: str | Path) -> Run:
 
 
 class RunWriter:
-    """Writes one run directory; makes it, and refuses one that is there."""
+    """Writes one run directory, which nobody else writes meanwhile; makes it, and refuses one that is there.
 
-    def __init__(self, folder: Path) -> None:
-        check_free(folder)
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise RunError(f"can't make the run directory: {error.strerror}", where=str(folder)) from error
+    With `resume` it may be there. A killed writer leaves no lock behind.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool = False) -> None:
+        if not (resume and folder.is_dir()):
+            check_free(folder)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise RunError(f"can't make the run directory: {error.strerror}", where=str(folder)) from error
         self.folder = folder
-        self._status: Record = {"started": now()}
-        self.write_status("running")
+        self._lock = take_lock(folder)
+        self._status: Record = _read_json(folder / "status.json") or {"started": now()}
+
+    def close(self) -> None:
+        """Let others write the run directory."""
+        os.close(self._lock)
+
+    @property
+    def status(self) -> Record:
+        """What `status.json` holds."""
+        return self._status
+
+    @property
+    def record_bytes(self) -> dict[str, int]:
+        """How long the records are."""
+        paths = [self.folder / name for name in RECORDS]
+        return {path.name: path.stat().st_size if path.is_file() else 0 for path in paths}
+
+    def cut_records(self, sizes: Mapping[str, int]) -> None:
+        """Take back what was recorded of a round that never was complete."""
+        with writing(self.folder):
+            for name, size in sizes.items():
+                if (self.folder / name).is_file():
+                    os.truncate(self.folder / name, size)
 
     def write_text(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)
@@ -121,15 +154,18 @@ class RunWriter:
         """Add a round, with what telemetry measured in it, to the records, and return its record."""
         record = {**round_record(result), **measured}
         self._append("rounds.jsonl", record)
+        failpoint("record.round")
         return record
 
     def append_client(self, report: ClientReport) -> None:
         """Add one client's work in a round."""
         self._append("clients.jsonl", _known(asdict(report)))
+        failpoint("record.client")
 
     def _append(self, name: str, record: Record) -> None:
         line = json.dumps(record, allow_nan=False) + "\n"
-        with (self.folder / name).open("a", encoding="utf-8") as file:
+        path = self.folder / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -138,8 +174,46 @@ class RunWriter:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, and whatever else keeps a file from being written, as an error that says how to go on.
+
+    Raises:
+        RunError
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"can't be written ({error.strerror or type(error).__name__})",
+            where=str(path),
+            mend="the rounds that were complete are kept: make room for it, and go on with fedloom run --resume",
+        ) from error
+
+
+def take_lock(folder: Path) -> int:
+    """Be the only one that writes a run directory, until the descriptor is closed or the process ends.
+
+    Raises:
+        RunError: another process is.
+    """
+    path = folder / LOCK
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise RunError(f"another run is at work in it ({holder})", where=str(folder), mend="wait for its end") from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    return descriptor
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,7 +253,8 @@ class OpenArm:
     ) -> None:
         self.trial = trial
         self._exits = all_open.enter_context(ExitStack())
-        self.writer: RunWriter = self._exits.enter_context(open_run(folder / trial.name, trial.recipe, prepared))
+        self.writer = self._exits.enter_context(closing(RunWriter(folder / trial.name)))
+        self._exits.enter_context(open_run(self.writer, trial.recipe, prepared))
         self.arm: Arm = set_up(
             trial.recipe,
             prepared,
@@ -263,6 +264,7 @@ class OpenArm:
             clients_at_once=prepared.capacity,
             number=number,
         )
+        self.arm.begin(initial)
         self.baselines: list[Baseline] = []
 
     def finish(self) -> None:

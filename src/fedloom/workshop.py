@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel, Adapter, load_adapter
 from fedloom.baselines import Baseline, set_up_baselines
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError
 from fedloom.evaluation import Score, evaluate
+from fedloom.failpoints import failpoint
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.averaging_error import AveragingMeter
 from fedloom.federation.fleet import LocalFleet
@@ -25,8 +24,9 @@ from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe import Recipe, recipe_to_toml
-from fedloom.records import Record, RunWriter
+from fedloom.records import RECORDS, Record, RunWriter, writing
 from fedloom.report.run_report import write_report
+from fedloom.run_state import RunState, clear_unfinished, hash_tensors, save_state
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
@@ -72,10 +72,36 @@ class Arm:
 
     recipe: Recipe
     prepared: Prepared
-    initial: Adapter
     run: FederatedRun
     fleet: LocalFleet
     recorder: Recorder
+
+    def begin(self, initial: Adapter) -> None:
+        """Nothing is on record of a run that never was at its first round."""
+        self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
+        clear_unfinished(self.recorder.adapters)
+        self.recorder.begin(initial)
+
+    def commit(self, identity: Mapping[str, str]) -> None:
+        """Make the last round one that is never lost."""
+        run, fleet, writer = self.run, self.fleet, self.recorder.writer
+        state = RunState(
+            adapter=run.adapter,
+            strategy=run.strategy_state,
+            losses=run.losses,
+            scores=fleet.scores,
+            optimizers=fleet.optimizer_states,
+            record_bytes=writer.record_bytes,
+            identity=identity,
+        )
+        save_state(writer.folder, state)
+
+    def restore(self, state: RunState) -> None:
+        """Go on from a committed round; what was written of a later one is taken back."""
+        self.recorder.writer.cut_records(state.record_bytes)
+        clear_unfinished(self.recorder.adapters)
+        self.run.restore(state.adapter, state.strategy, state.losses)
+        self.fleet.restore(state.optimizers, state.scores)
 
 
 def set_up(
@@ -99,19 +125,19 @@ def set_up(
     recorder = Recorder(recipe, prepared.plan, workshop, writer)
     fleet = LocalFleet(prepared.clients, workshop.train_clients, score, choose_judges(prepared.clients, recipe))
     aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
-    recorder.begin(initial)
     run = FederatedRun(recipe, fleet, aggregate, score_central, initial, on_update=recorder.add_client, arm=number)
-    return Arm(recipe, prepared, initial, run, fleet, recorder)
+    return Arm(recipe, prepared, run, fleet, recorder)
 
 
 def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 0) -> list[Baseline]:
-    """The baselines that a run's recipe asks for, ready to begin."""
+    """The baselines that a run's recipe asks for, ready to begin from the adapter that it began with."""
+    initial = load_adapter(arm.recorder.adapters / "initial", workshop.adapted.layout, workshop.adapted.frozen)
     score = partial(workshop.score, batch_size=arm.recipe.evaluation.batch_size)
     return set_up_baselines(
         arm.recipe,
         arm.prepared.clients,
         arm.prepared.central,
-        arm.initial,
+        initial,
         workshop.train_clients,
         score,
         rounds=rounds,
@@ -119,54 +145,69 @@ def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 
     )
 
 
+def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
+    """Hashes of all that a run's result comes from beside its recipe: the model as it was loaded, and the data."""
+    blocks = [prepared.central, *(part for client in prepared.clients for part in (client.train, client.holdout))]
+    parts = {
+        "base model": adapted.model.state_dict().values(),
+        "documents": [tensor for part in blocks for tensor in (part.tokens_NT, part.lengths_N, part.counted_N)],
+    }
+    return {name: hash_tensors(tensors) for name, tensors in parts.items()}
+
+
 class Recorder:
     """Writes a run down, round by round, and keeps its adapters."""
 
     def __init__(self, recipe: Recipe, plan: Plan, workshop: Workshop, writer: RunWriter) -> None:
-        self._recipe, self._plan, self._workshop, self._writer = recipe, plan, workshop, writer
+        self._recipe, self._plan, self._workshop = recipe, plan, workshop
+        self.writer = writer
+        self.adapters = writer.folder / "adapters"
         self._meter = AveragingMeter(workshop.adapted.layout)
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
-        self._best = math.inf
 
     def begin(self, initial: Adapter) -> None:
         """Keep the adapter that every client starts from."""
         self._save(initial, "initial", write_card(self._recipe, self._plan, None))
-        self._writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
+        self.writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
 
     def add_client(self, update: ClientUpdate) -> None:
         """One client's work in a round."""
-        self._writer.append_client(update.report)
+        self.writer.append_client(update.report)
         self._meter.add(update.adapter.weights_P, self._weigh(update.report))
 
     def record(self, result: RoundResult, run: FederatedRun) -> Record:
         """One round, and whether the run ends with it."""
         error = self._meter.take()
         measured = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
-        record = self._writer.append_round(result, {**self._workshop.telemetry.take(), **measured})
+        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)
-        if result.judged_loss <= self._best:
-            self._best = result.judged_loss
+        if result.judged_loss <= min(run.losses):
             self._save(result.adapter, "best", card)
         stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
-        self._writer.write_status("running", round=result.round, **stopped)
+        self.writer.write_status("running", round=result.round, **stopped)
         return record
 
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
-        self._workshop.adapted.save(adapter, self._writer.folder / "adapters" / name, card)
+        with writing(self.adapters / name):
+            self._workshop.adapted.save(adapter, self.adapters / name, card)
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, prepared: Prepared) -> Iterator[RunWriter]:
-    """A new run directory, whose status and report say how the run ended, whatever happens inside."""
-    writer = RunWriter(folder)
+def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[RunWriter]:
+    """A run directory whose status and report say how the run ended, whatever happens inside."""
     try:
-        writer.write_text("recipe.toml", recipe_to_toml(recipe))
-        writer.write_json("resolved.json", recipe.model_dump(mode="json"))
-        writer.write_json("environment.json", describe_machine())
-        writer.write_json("plan.json", prepared.plan.to_json())
+        writer.write_status("running")
+        if not (writer.folder / "plan.json").is_file():
+            writer.write_text("recipe.toml", recipe_to_toml(recipe))
+            writer.write_json("resolved.json", recipe.model_dump(mode="json"))
+            writer.write_json("environment.json", describe_machine())
+            writer.write_json("plan.json", prepared.plan.to_json())
+        failpoint("run.opened")
         yield writer
         writer.write_status("done")
+        write_report(writer.folder)
+        failpoint("report.written")
     except KeyboardInterrupt:
         _write_end(writer, "interrupted")
         raise
@@ -176,11 +217,10 @@ def open_run(folder: Path, recipe: Recipe, prepared: Prepared) -> Iterator[RunWr
     except BaseException as error:
         _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
         raise
-    write_report(folder)
 
 
 def _write_end(writer: RunWriter, state: str, **more: Any) -> None:
     """How a run ended that was not meant to, and a report that says so; what failed is raised, not what comes after."""
-    writer.write_status(state, **more)
     with suppress(Exception):
+        writer.write_status(state, **more)
         write_report(writer.folder)

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.adapters.residual import A_SUFFIX, Residual, lora_pairs, make_room_for_residuals
 from fedloom.errors import ModelError
+from fedloom.failpoints import failpoint
 from fedloom.randomness import derive_seed
 from fedloom.readout import Readout
 
@@ -245,9 +246,12 @@ def save_adapter(
         for file in temporary.iterdir():
             file.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())
+        failpoint("adapter.written")
         if folder.exists():
             folder.rename(temporary / "replaced")
+        failpoint("adapter.between")
         temporary.rename(folder)
+        failpoint("adapter.renamed")
         shutil.rmtree(folder / "replaced", ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -58,8 +58,9 @@ class LocalFleet:
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
         self._judges = self.clients if judges is None else judges
-        self._optimizer_states: dict[int, OptimizerState] = {}
-        self._scores: dict[int, Score] = {}
+        self.optimizer_states: dict[int, OptimizerState] = {}
+        self.scores: dict[int, Score] = {}
+        """Of the last adapter that was evaluated."""
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         return map(self.finish, self._train_clients(self.jobs(tasks)))
@@ -70,7 +71,7 @@ class LocalFleet:
             ClientJob(
                 **vars(task),
                 blocks=self._data[task.client].train,
-                optimizer_state=self._optimizer_states.get(task.client),
+                optimizer_state=self.optimizer_states.get(task.client),
             )
             for task in tasks
         ]
@@ -81,23 +82,27 @@ class LocalFleet:
             return update
         client = update.report.client
         if update.optimizer_state:
-            self._optimizer_states[client] = update.optimizer_state
-        if client not in self._scores:
+            self.optimizer_states[client] = update.optimizer_state
+        if client not in self.scores:
             return update
         started = time.perf_counter()
         after = self._evaluate_blocks(update.adapter, self._data[client].holdout)
         report = replace(
             update.report,
-            holdout_loss_before=self._scores[client].loss,
+            holdout_loss_before=self.scores[client].loss,
             holdout_loss_after=after.loss,
             evaluate_seconds=time.perf_counter() - started,
         )
         return replace(update, report=report)
 
+    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+        """What the clients of another run of the same recipe kept, and how its adapter did."""
+        self.optimizer_states, self.scores = optimizer_states, scores
+
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
-        self._scores = {
+        self.scores = {
             client: self._evaluate_blocks(adapter, self._data[client].holdout)
             for client in self._judges
             if len(self._data[client].holdout)
         }
-        return self._scores
+        return self.scores

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
-from fedloom.federation.aggregation import Aggregate
+from fedloom.failpoints import failpoint
+from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
 from fedloom.federation.proximal import proximal_mu
@@ -96,6 +97,20 @@ class FederatedRun:
         self._ended = False
 
     @property
+    def adapter(self) -> Adapter:
+        """The global one, after the last round that is complete."""
+        return self._adapter
+
+    @property
+    def strategy_state(self) -> State:
+        """What the strategy remembers."""
+        return self._state
+
+    def restore(self, adapter: Adapter, strategy_state: State, losses: Sequence[float]) -> None:
+        """Go on from where another run of the same recipe was."""
+        self._adapter, self._state, self.losses = adapter, strategy_state, list(losses)
+
+    @property
     def completed(self) -> int:
         """Rounds that are complete, round 0 left out."""
         return len(self.losses) - 1
@@ -155,6 +170,7 @@ class FederatedRun:
         arrivals = _Arrivals(results, self._on_update, self._recipe.federation.max_lost_clients)
         self._state, self._adapter = self._aggregate.update(self._state, self._adapter, arrivals)
         aggregate_seconds = time.perf_counter() - started - arrivals.seconds
+        failpoint("round.aggregated")
         evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)
         payloads = {task.client: task.num_bytes for task in tasks}
         return self._evaluate(
@@ -186,17 +202,20 @@ class FederatedRun:
         evaluate_seconds += time.perf_counter() - started
         result = RoundResult(round, self._adapter, central, clients, evaluate_seconds, **trained)
         self.losses.append(result.judged_loss)
+        failpoint("round.evaluated")
         return result
 
 
 def run_rounds(run: FederatedRun, fleet: Fleet) -> Iterator[RoundResult]:
-    """Yield round 0, then each round when it is complete.
+    """Yield round 0, then each round when it is complete; of a run that was restored, the rounds that are left.
 
     Raises:
         TrainingError: a loss is no longer a number.
     """
-    yield run.begin()
+    if not run.losses:
+        yield run.begin()
     while not run.finished:
+        failpoint("round.begins")
         yield run.complete(fleet.train(run.tasks()))
 
 
@@ -262,6 +281,7 @@ class _Arrivals:
                     result = ClientFailure(result.report.client, error)
             if isinstance(result, ClientUpdate):
                 self.reports.append(result.report)
+                failpoint("client.trained")
                 self._on_update(result)
                 return result
             self._lose(result)

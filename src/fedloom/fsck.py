@@ -1,0 +1,119 @@
+"""Whether a run directory holds together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedloom.adapters.adapter import load_adapter
+from fedloom.errors import FedloomError, RunError
+from fedloom.machine import Finding
+from fedloom.records import Run, read_run
+from fedloom.run_state import RunState, committed, read_state
+
+GO_ON = "go on with it: fedloom run --resume puts it right"
+
+
+def check_run(folder: str | Path) -> list[Finding]:
+    """What was found, a line for each thing that must hold.
+
+    Raises:
+        RunError: the folder is no run, or its records are damaged in the middle.
+    """
+    run = read_run(folder)
+    states: dict[Path, RunState | RunError] = {}
+    for path in committed(run.folder):
+        try:
+            states[path] = read_state(path)
+        except RunError as error:
+            states[path] = error
+    newest = next((state for state in states.values() if isinstance(state, RunState)), None)
+    return [
+        _check_states(states),
+        _check_rounds(run, newest),
+        _check_clients(run),
+        _check_numbers(run),
+        *(_check_adapter(run, name, round, newest) for name, round in _adapters(run)),
+        _check_remains(run),
+    ]
+
+
+def _check_states(states: dict[Path, RunState | RunError]) -> Finding:
+    damaged = [path.name for path, state in states.items() if isinstance(state, RunError)]
+    if damaged:
+        return Finding("state", f"damaged: {', '.join(damaged)}", GO_ON)
+    newest = next(iter(states), None)
+    return Finding("state", f"{newest.name} is whole" if newest else "no round was committed")
+
+
+def _check_rounds(run: Run, newest: RunState | None) -> Finding:
+    rounds = [record["round"] for record in run.rounds]
+    if rounds != list(range(len(rounds))):
+        return Finding("rounds", "not one after another", GO_ON)
+    if newest and newest.round >= len(rounds):
+        return Finding("rounds", f"round {newest.round} was committed and is not on record", "restore rounds.jsonl")
+    if newest and newest.round < len(rounds) - 1:
+        return Finding("rounds", f"round {len(rounds) - 1} is on record and was not committed", GO_ON)
+    return Finding("rounds", f"{len(rounds)} on record, none missing")
+
+
+def _check_clients(run: Run) -> Finding:
+    seen = Counter((record["round"], record["client"]) for record in run.clients)
+    twice = [pair for pair, times in seen.items() if times > 1]
+    if twice:
+        return Finding("clients", "round {}: client {} is counted twice".format(*twice[0]), GO_ON)
+    told = {(record["round"], client) for record in run.rounds for client in record.get("clients", ())}
+    if told != set(seen):
+        round, client = min(told ^ set(seen))
+        return Finding("clients", f"round {round}: client {client} is in one record and not in the other", GO_ON)
+    return Finding("clients", f"{len(seen)} updates, none counted twice")
+
+
+def _check_numbers(run: Run) -> Finding:
+    for name, records in (("rounds.jsonl", run.rounds), ("clients.jsonl", run.clients)):
+        for line, record in enumerate(records, start=1):
+            if not all(map(math.isfinite, _numbers(record))):
+                return Finding("numbers", f"{name}:{line} has one that is not finite", "take the run for failed")
+    return Finding("numbers", "all finite")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _adapters(run: Run) -> list[tuple[str, int]]:
+    """The adapters that must be there, with the rounds that they are of."""
+    if not run.rounds:
+        return []
+    return [("last", run.rounds[-1]["round"]), ("best", run.best_round or 0)]
+
+
+def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> Finding:
+    what = f"adapters/{name}"
+    if newest is None:
+        return Finding(what, "not checked: there is no state that says what is in it")
+    try:
+        found = load_adapter(run.folder / "adapters" / name, newest.adapter.layout, frozen=None)
+    except FedloomError as error:
+        return Finding(what, str(error), GO_ON)
+    if found.sha256() != run.rounds[round]["adapter_sha256"]:
+        return Finding(what, f"not the adapter of round {round}", GO_ON)
+    return Finding(what, f"the adapter of round {round}")
+
+
+def _check_remains(run: Run) -> Finding:
+    """Only a run that is done must have left nothing behind."""
+    patterns: tuple[str, ...] = (".*.tmp", "*.tmp", "adapters/.*", "state/.*", "plots/*.tmp")
+    left = sorted({str(path.relative_to(run.folder)) for pattern in patterns for path in run.folder.glob(pattern)})
+    if left and run.status.get("state") == "done":
+        return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")
+    return Finding("remains", "of a round that was not complete" if left else "nothing left behind")
+
+
