@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,5 +115,3 @@ def _check_remains(run: Run) -> Finding:
     if left and run.status.get("state") == "done":
         return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")
     return Finding("remains", "of a round that was not complete" if left else "nothing left behind")
-
-

@@ -1,0 +1,139 @@
+"""A run that is killed at any instant goes on to the same result."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed_runs import TWINS, carry_out, make_recipe, result_of, start
+
+from fedloom.failpoints import NAMES
+from fedloom.fsck import check_run
+from fedloom.records import read_run
+
+RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "100"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], float]:
+    """A recipe, what it comes to uninterrupted, and in how many seconds."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = make_recipe(folder, baselines=["pooled"])
+    assert carry_out(recipe, folder / "warm") == 0
+    started = time.perf_counter()
+    assert carry_out(recipe, folder / "run") == 0
+    return recipe, result_of(folder / "run"), time.perf_counter() - started
+
+
+def assert_sound(folder: Path) -> None:
+    bad = [f"{finding.what}: {finding.found}" for finding in check_run(folder) if not finding.well]
+    assert not bad
+
+
+def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:
+    recipe, result, _ = whole
+    assert carry_out(recipe, tmp_path / "run") == 0
+    assert result_of(tmp_path / "run") == result
+    assert len(result["rounds.jsonl"]) == 4
+    assert_sound(tmp_path / "run")
+
+
+@pytest.mark.parametrize("time", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_a_failpoint_it_goes_on_to_the_same_result(name: str, time: int, whole: Any, tmp_path: Path) -> None:
+    recipe, result, _ = whole
+    code = carry_out(recipe, tmp_path / "run", f"{name}=kill@{time}")
+    if code == 0:
+        assert time > 1, f"the run never comes by {name}"
+        pytest.skip("the run comes by fewer than three times")
+    assert code == -signal.SIGKILL
+    assert carry_out(recipe, tmp_path / "run") == 0
+    assert result_of(tmp_path / "run") == result
+    assert_sound(tmp_path / "run")
+
+
+def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> None:
+    recipe, result, _ = whole
+    for name in ("state.manifest", "run.loaded", "record.client", "adapter.between", "state.renamed", "client.trained"):
+        assert carry_out(recipe, tmp_path / "run", f"{name}=kill@1") == -signal.SIGKILL
+    assert carry_out(recipe, tmp_path / "run") == 0
+    assert result_of(tmp_path / "run") == result
+    assert_sound(tmp_path / "run")
+
+
+def test_killed_at_random_instants_it_goes_on_to_the_same_result(whole: Any, tmp_path: Path) -> None:
+    recipe, result, seconds = whole
+    instants = random.Random(2026)
+    killed, rounds_kept = 0, {}
+    for number in range(RANDOM_KILLS):
+        folder = tmp_path / str(number)
+        process = start(recipe, folder)
+        time.sleep(instants.uniform(0, seconds))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        kept = len(read_run(folder).rounds) if (folder / "resolved.json").exists() else 0
+        rounds_kept[kept] = rounds_kept.get(kept, 0) + 1
+        assert carry_out(recipe, folder) == 0, (tmp_path / f"{number}.error").read_text()
+        assert result_of(folder) == result, f"kill {number}"
+        assert_sound(folder)
+    print(f"{killed} of {RANDOM_KILLS} killed, all resumed to the same result; rounds on record when killed:", end=" ")
+    print(dict(sorted(rounds_kept.items())))
+    assert killed > 0.6 * RANDOM_KILLS
+    assert len(rounds_kept) > 2, "in several phases"
+
+
+@pytest.mark.parametrize("twin", [name for name in TWINS if name != "none"])
+def test_a_writer_without_one_of_the_rules_is_caught(twin: str, whole: Any, tmp_path: Path) -> None:
+    recipe, result, _ = whole
+    caught = 0
+    for number, failpoint in enumerate(("state.manifest=kill@3", "record.client=kill@5", "round.begins=kill@3")):
+        folder = tmp_path / str(number)
+        assert carry_out(recipe, folder, failpoint, twin) == -signal.SIGKILL
+        caught += carry_out(recipe, folder, "", twin) != 0 or result_of(folder) != result
+    assert caught, "the twin's mistake goes unnoticed"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_after_the_step_and_it_goes_on(number: int, code: int, whole: Any, tmp_path: Path) -> None:
+    recipe, result, _ = whole
+    process = start(recipe, tmp_path / "run", "round.begins=sleep:0.5@2")
+    while not (tmp_path / "run" / "rounds.jsonl").exists():
+        time.sleep(0.01)
+        assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == code
+    assert read_run(tmp_path / "run").status["state"] == "interrupted"
+    assert carry_out(recipe, tmp_path / "run") == 0
+    assert result_of(tmp_path / "run") == result
+
+
+def test_a_second_signal_ends_it_at_once(whole: Any, tmp_path: Path) -> None:
+    recipe, result, _ = whole
+    process = start(recipe, tmp_path / "run", "round.begins=sleep:30")
+    while not (tmp_path / "run" / "rounds.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive(), "the first waits for the step's end"
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    assert carry_out(recipe, tmp_path / "run") == 0
+    assert result_of(tmp_path / "run") == result
+
+
+def test_a_done_run_is_left_alone(whole: Any, tmp_path: Path) -> None:
+    recipe, _, _ = whole
+    assert carry_out(recipe, tmp_path / "run") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert carry_out(recipe, tmp_path / "run") == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {path.name for path in before if before[path] != after[path]} <= {".lock"}
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
