@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel, build_config
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.configuration import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model import load_model, open_model
 from fedloom.recipe import Recipe
@@ -33,7 +34,7 @@ def shape(request: pytest.FixtureRequest) -> str:
 
 
 def make_recipe(**sections: Any) -> Recipe:
-    """The recipe of most tests: seconds long; sections given replace its keys."""
+    """The recipe of most tests: seconds long; sections given replace its keys; an adapter's None leaves one out."""
     values: dict[str, Any] = {
         "name": "test",
         "seed": 7,
@@ -52,6 +53,7 @@ def make_recipe(**sections: Any) -> Recipe:
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    values["adapter"] = {key: value for key, value in values["adapter"].items() if value is not None}
     return Recipe.model_validate(values)
 
 

@@ -221,15 +221,27 @@ def test_files_that_begin_alike_are_not_trained_on_and_evaluated(tmp_path: Path,
     assert blocks[1] - blocks[0] >= dropped.shared_blocks
 
 
-@pytest.mark.parametrize(("wanted", "method", "chosen"), [("auto", "lora", "batched"), ("auto", "ia3", "reference")])
-def test_auto_takes_batched_where_it_has_the_method(wanted: str, method: str, chosen: str) -> None:
-    assert choose_engine(wanted, method) == chosen
-    assert choose_engine("reference", method) == "reference"
+@pytest.mark.parametrize(
+    ("adapter", "lacks"),
+    [
+        ({}, None),
+        ({"options": {"init_lora_weights": "gaussian", "layers_to_transform": [0]}}, None),
+        ({"dora": True}, "adapter.dora"),
+        ({"options": {"lora_bias": True}}, "adapter.options.lora_bias"),
+        ({"method": "ia3", "rank": None, "alpha": None}, 'method "ia3"'),
+    ],
+)
+def test_auto_takes_batched_where_it_has_the_method(adapter: dict, lacks: str | None) -> None:
+    def choose(engine: str) -> str:
+        return choose_engine(make_recipe(adapter=adapter, training={"engine": engine}))
 
-
-def test_batched_refuses_a_method_that_it_lacks() -> None:
-    with pytest.raises(RecipeError, match=r'batched has no method "ia3".*reference or auto'):
-        choose_engine("batched", "ia3")
+    assert choose("auto") == ("reference" if lacks else "batched")
+    assert choose("reference") == "reference"
+    if lacks:
+        with pytest.raises(RecipeError, match=rf"batched has no {lacks}.*reference or auto"):
+            choose("batched")
+    else:
+        assert choose("batched") == "batched"
 
 
 def test_a_frozen_a_halves_what_travels(tmp_path: Path) -> None:

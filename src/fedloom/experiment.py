@@ -72,7 +72,7 @@ def run(
         prepared = prepare(recipe, display)
         display.show_plan(prepared.plan)
         display.show_step("weights", prepared.source.name)
-        adapted = load_adapted_model(recipe, prepared)
+        adapted = load_adapted_model(recipe, prepared.source)
         resolved = recipe.model_dump(mode="json")
 
         writer = RunWriter(folder)

@@ -139,26 +139,36 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
     return None
 
 
-def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: int) -> PreTrainedModel:
-    """The frozen base model in evaluation mode, on its device.
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str,
+    device: torch.device,
+    seed: int,
+    attention: str | None = None,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """The frozen base model in evaluation mode, on its device; `attention` is by transformers' name.
 
     Raises:
         ModelError: the weights can't be read.
     """
+    attention = attention or choose_attention(source.config)
     if not source.location:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "model"))
-            model = _build(source.config, DTYPES[dtype])
+            model = _build(source.config, DTYPES[dtype], attention)
     else:
         with _loading(source.name), torch.random.fork_rng(devices=[]):
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 revision="main" if Path(source.location).is_dir() else source.revision,
                 dtype=DTYPES[dtype],
-                attn_implementation=choose_attention(source.config),
+                attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **quantized(quantization, device),
             )
             # What is missing, transformers would fill with random numbers.
             if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
@@ -166,10 +176,47 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device, seed: i
     model.name_or_path = source.name  # what PEFT writes into an adapter as its base
     model.requires_grad_(False)
     model.eval()
-    return model.to(device)
+    return model if quantization else model.to(device)
 
 
-def build_meta_model(source: ModelSource, *, dtype: str = "float32", layers: int | None = None) -> PreTrainedModel:
+def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
+    """What transformers is told so that it packs the weights while it loads them: QLoRA's NF4 with packed scales
+    (Dettmers et al. 2023, arXiv 2305.14314, section 3), or LLM.int8 (arXiv 2208.07339)."""
+    if quantization is None:
+        return {}
+    four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    known: dict[str, dict[str, Any]] = {
+        "4bit": {"load_in_4bit": True, **four_bits},
+        "8bit": {"load_in_8bit": True},
+    }
+    return {"quantization_config": transformers.BitsAndBytesConfig(**known[quantization]), "device_map": {"": device}}
+
+
+def check_quantization(quantization: str | None, source: ModelSource, device: torch.device) -> None:
+    """Refuse packed weights that can't be had here, or that nothing can be trained over.
+
+    Raises:
+        ModelError
+    """
+    where = "model.quantization"
+    if quantization == "packed":
+        raise ModelError(
+            "an adapter can't be trained over packed GGUF weights: PEFT has no layer for them, transformers' own can't"
+            " be differentiated, and its kernels would be fetched from a hub as machine code",
+            where=where,
+            mend='leave it out: the file is unpacked once; or "4bit" on a GPU',
+        )
+    if quantization and device.type != "cuda":
+        raise ModelError(f"{quantization} weights need a GPU", where=where, mend="leave it out, or set model.device")
+    if quantization and find_spec("bitsandbytes") is None:
+        raise ModelError("bitsandbytes is not installed", where=where, mend="pip install 'fedloom[quantized]'")
+    if quantization and not source.location:
+        raise ModelError("a random model has no weights to pack", where=where, mend="leave it out")
+
+
+def build_meta_model(
+    source: ModelSource, *, dtype: str = "float32", layers: int | None = None, attention: str | None = None
+) -> PreTrainedModel:
     """The model's layers without memory for their weights: to count and to check; with fewer layers, to trace."""
     config = copy.deepcopy(source.config)
     text = config.get_text_config()
@@ -178,7 +225,7 @@ def build_meta_model(source: ModelSource, *, dtype: str = "float32", layers: int
         if kinds := getattr(text, "layer_types", None):
             text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     with _loading(source.name), torch.device("meta"):
-        model = _build(config, DTYPES[dtype])
+        model = _build(config, DTYPES[dtype], attention or choose_attention(config))
     model.requires_grad_(False)
     model.name_or_path = source.name
     return model
@@ -266,8 +313,8 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
     return folder, digest
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=choose_attention(config))
+def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def _find_in_package(rest: str) -> Path:

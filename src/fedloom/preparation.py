@@ -14,7 +14,9 @@ from random import Random
 import torch
 from transformers import PreTrainedModel
 
-from fedloom.adapters.adapter import AdaptedModel, build_config
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.configuration import build_config
+from fedloom.adapters.methods import METHODS
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (
@@ -29,14 +31,25 @@ from fedloom.errors import DataError, ModelError, RecipeError
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.sampling import cohort_size
-from fedloom.model import ModelSource, build_meta_model, choose_device, choose_dtype, load_model, open_model
+from fedloom.model import (
+    ModelSource,
+    build_meta_model,
+    check_quantization,
+    choose_device,
+    choose_dtype,
+    load_model,
+    open_model,
+)
 from fedloom.planning import ClientPlan, Plan
 from fedloom.randomness import derive_seed
 from fedloom.recipe import Recipe
 from fedloom.training.memory import free_bytes, predict_step
 
-BATCHED_METHODS = ("lora",)
-"""PEFT methods that the engine `batched` has."""
+BATCHED_OPTIONS = (
+    *("init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern"),
+)
+"""PEFT's options of LoRA that the engine `batched` has too."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +76,23 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     splits = split_documents(found, recipe.data, recipe.seed)
     display.show_step("model", recipe.model.source)
     source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
-    if source.max_length is not None and recipe.data.max_length > source.max_length:
-        raise ModelError(
-            f"{recipe.data.max_length} tokens are more than the model's {source.max_length}",
-            where="data.max_length",
-            mend=f"at most {source.max_length}",
-        )
+    check_method(recipe, source, device)
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
-    engine = choose_engine(recipe.training.engine, recipe.adapter.method)
-    dtype = choose_dtype(recipe.model.dtype, device)
+    engine = choose_engine(recipe)
+    dtype = dtype_of(recipe, device)
 
     def build_shape(layers: int) -> AdaptedModel:
-        return adapt(build_meta_model(source, dtype=dtype, layers=layers), recipe)
+        base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
+        if METHODS[recipe.adapter.method].needs_values:
+            base = base.to_empty(device="cpu")
+            for value in base.state_dict().values():
+                value.zero_()
+        return adapt(base, recipe, source)
 
     shape = build_shape(source.num_layers)
-    if recipe.training.gradient_checkpointing and not shape.model.get_base_model().supports_gradient_checkpointing:
+    check_length(recipe.data.max_length, source, shape)
+    if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
@@ -94,7 +108,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
                 clients=wanted,
                 length=length,
                 device=device,
-                alike=not any("." in target for target in recipe.adapter.targets or ()),
+                alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
             )
         if memory:
             fit = memory.clients_that_fit(free_bytes(device))
@@ -142,21 +156,84 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     return Prepared(source, device, central, clients, plan)
 
 
-def choose_engine(wanted: str, method: str) -> str:
-    """`auto` is `batched` for the methods that it has, and `reference` for the others.
+def check_method(recipe: Recipe, source: ModelSource, device: torch.device) -> None:
+    """Refuse what the adapter's method can't be combined with.
 
     Raises:
-        RecipeError: `batched` is asked for with a method that it does not have.
+        RecipeError, ModelError
     """
-    if wanted == "auto":
-        return "batched" if method in BATCHED_METHODS else "reference"
-    if wanted == "batched" and method not in BATCHED_METHODS:
+    method = recipe.adapter.method
+    check_quantization(recipe.model.quantization, source, device)
+    if recipe.model.quantization and METHODS[method].float32_base:
         raise RecipeError(
-            f'the engine batched has no method "{method}"',
-            where="training.engine",
-            mend=f"use reference or auto, or one of: {', '.join(BATCHED_METHODS)}",
+            f'"{method}" trains weights of the base model, and packed ones can\'t be trained',
+            where="model.quantization",
+            mend="leave it out, or use lora",
         )
-    return wanted
+    if recipe.federation.lora_rule == "ffa" and method != "lora":
+        raise RecipeError(f'"{method}" has no A to freeze', where="federation.lora_rule", mend="leave it out")
+    if recipe.training.gradient_checkpointing and method == "prefix_tuning":
+        raise RecipeError(
+            "prefix_tuning's keys and values would be lost in a second pass",
+            where="training.gradient_checkpointing",
+            mend="leave it out",
+        )
+
+
+def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) -> None:
+    """Refuse blocks that, with the adapter's prompt before them, are longer than the model.
+
+    Raises:
+        ModelError
+    """
+    prompt = adapted.prompt_length
+    if source.max_length is not None and max_length + prompt > source.max_length:
+        raise ModelError(
+            f"{max_length} tokens{f' after a prompt of {prompt}' if prompt else ''} are more than the model's"
+            f" {source.max_length}",
+            where="data.max_length",
+            mend=f"at most {source.max_length - prompt}",
+        )
+
+
+def choose_engine(recipe: Recipe) -> str:
+    """`auto` is `batched` for plain LoRA, and `reference` for every other method.
+
+    Raises:
+        RecipeError: `batched` is asked for with what it does not have.
+    """
+    adapter, wanted = recipe.adapter, recipe.training.engine
+    lacks = [
+        *([f'method "{adapter.method}"'] if adapter.method != "lora" else []),
+        *(["adapter.dora"] if adapter.dora else []),
+        *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
+        *(["model.quantization"] if recipe.model.quantization else []),
+    ]
+    if wanted == "batched" and lacks:
+        raise RecipeError(
+            f"the engine batched has no {lacks[0]}",
+            where="training.engine",
+            mend="use reference or auto, or plain lora",
+        )
+    return "reference" if lacks or wanted == "reference" else "batched"
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> str:
+    """What the base model is loaded in: the recipe's choice, or the device's.
+
+    Raises:
+        ModelError: bfloat16 for a method whose trained weights would be in it.
+    """
+    if not METHODS[recipe.adapter.method].float32_base:
+        return choose_dtype(recipe.model.dtype, device)
+    if recipe.model.dtype == "bfloat16":
+        raise ModelError(
+            f'"{recipe.adapter.method}" trains weights in the base model\'s dtype, and bfloat16, with 8 bits of'
+            " mantissa, loses steps as small as 1e-5",
+            where="model.dtype",
+            mend='use "float32", or leave it out',
+        )
+    return "float32" if recipe.model.dtype == "auto" else recipe.model.dtype
 
 
 def tokenize_splits(
@@ -204,16 +281,34 @@ def tokenize_splits(
     return central, tuple(clients), shared
 
 
-def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
+def load_adapted_model(recipe: Recipe, source: ModelSource) -> AdaptedModel:
     """The base model, loaded once, with the adapter that every client starts from."""
-    base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device, seed=recipe.seed)
-    return adapt(base, recipe)
+    return adapt(load_base(recipe, source), recipe, source)
 
 
-def adapt(base: PreTrainedModel, recipe: Recipe) -> AdaptedModel:
+def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
+    """The base model as the recipe wants it."""
+    device = choose_device(recipe.model.device)
+    return load_model(
+        source,
+        dtype=dtype_of(recipe, device),
+        device=device,
+        seed=recipe.seed,
+        attention=_attention(recipe),
+        quantization=recipe.model.quantization,
+    )
+
+
+def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> AdaptedModel:
     """A base model with the recipe's adapter."""
     freeze_a = recipe.federation.lora_rule == "ffa"
-    return AdaptedModel(base, build_config(recipe.adapter, base), recipe.seed, freeze_a=freeze_a)
+    config = build_config(recipe.adapter, base)
+    return AdaptedModel(base, config, recipe.seed, freeze_a=freeze_a, tokenizer=source.tokenizer)
+
+
+def _attention(recipe: Recipe) -> str | None:
+    """`sdpa` where a prefix makes keys more than queries, which attention without masks can't tell from a cache."""
+    return "sdpa" if recipe.adapter.method == "prefix_tuning" else None
 
 
 def choose_judges(clients: Sequence[ClientBlocks], recipe: Recipe) -> Sequence[int]:

@@ -58,14 +58,14 @@ def train_client(
     log = WorkLog(job, training.proximal_mu)
     adapted.load(adapter)
     weights_P, gradient_P = adapted.weights_P, adapted.gradient_P
-    global_P = weights_P.detach().clone()
+    global_P = adapter.weights_P.to(adapted.device)  # on a processor the server's own, which nobody changes
     optimizer = OPTIMIZERS[training.optimizer]([weights_P], training)
     _restore(optimizer, job.optimizer_state)
     batches = draw_batches(
         len(job.blocks), training.batch_size, training.epochs, seed=seed, round=job.round, client=job.client
     )
     devices = [adapted.device] if adapted.device.type == "cuda" else []
-    checkpointing = gradient_checkpointing(adapted.model.get_base_model(), training.gradient_checkpointing)
+    checkpointing = gradient_checkpointing(adapted.base, training.gradient_checkpointing)
     with torch.random.fork_rng(devices), checkpointing:
         torch.manual_seed(derive_seed(seed, "dropout", job.round, job.client))
         adapted.model.train()
@@ -73,7 +73,7 @@ def train_client(
             batch = take_batch(job.blocks, rows).to(adapted.device)
 
             gradient_P.zero_()
-            loss = mean_token_loss(adapted.model(input_ids=batch.tokens_BT, use_cache=False).logits, batch.labels_BT)
+            loss = mean_token_loss(adapted.logits(batch.tokens_BT), batch.labels_BT)
             loss.backward()
 
             with torch.no_grad():
@@ -87,7 +87,7 @@ def train_client(
             watch(Progress("train", batch.num_tokens, len(rows), job.round, job.client))
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
-    return ClientUpdate(report, adapted.read(), _state_of(optimizer) if training.optimizer_state == "keep" else {})
+    return ClientUpdate(report, adapted.lend(), _state_of(optimizer) if training.optimizer_state == "keep" else {})
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:
