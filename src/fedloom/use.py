@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
-from fedloom.adapters.adapter import AdaptedModel, load_adapter
+from fedloom.adapters.adapter import AdaptedModel
 from fedloom.attention import choose_attention
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
@@ -51,7 +51,7 @@ def export(
     prepared = prepare(recipe, display)
     display.show_step("weights", prepared.source.name)
     adapted = load_adapted_model(recipe, prepared.source)
-    adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
+    adapted.load(adapted.open(source))
     held_out = (prepared.central, *(client.holdout for client in prepared.clients))
     blocks = next(blocks for blocks in held_out if len(blocks))
     tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
@@ -70,7 +70,9 @@ def export(
         if merged or adapted.is_whole:
             opened = _open_merged(written, expected.dtype, adapted.device)
         else:
-            opened = PeftModel.from_pretrained(load_base(recipe, prepared.source), written)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PEFT about layers that it knows less well
+                opened = PeftModel.from_pretrained(load_base(recipe, prepared.source), written)
         display.show_step("proof", f"logits of {len(tokens_BT)} hold-out blocks")
         found = _logits(opened, tokens_BT)
         distance = float((found - expected).norm() / expected.norm())
@@ -133,7 +135,7 @@ def generate(
         with nullcontext() if adapted.is_whole else adapted.model.disable_adapter():
             write()
         say("--- with the adapter ---\n")
-    adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
+    adapted.load(adapted.open(source))
     write()
 
 

@@ -125,6 +125,12 @@ class AdaptedModel:
             raise ModelError("nothing of this model would be trained", where="[adapter]", mend="name other targets")
         ours = {id(value) for _, value in trained}
         self.frozen = {name: value.detach() for name, value in saved.items() if id(value) not in ours}
+        # PEFT saves what layers share under each of its names, transformers under the first.
+        self._aliases = {
+            name: names[id(value)]
+            for name, value in saved.items()
+            if config is not None and id(value) in ours and name != names[id(value)]
+        }
         self.layout = Layout(
             names=tuple(names[id(value)] for _, value in trained), shapes=tuple(value.shape for _, value in trained)
         )
@@ -191,9 +197,19 @@ class AdaptedModel:
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:
         """Write an adapter with everything that PEFT, or transformers for a whole model, needs to open it."""
         if self.config is not None:
-            save_adapter(adapter, self.config, folder, frozen=self.frozen, card=card)
+            tensors = self.layout.split(adapter.weights_P)
+            shared = {name: tensors[first] for name, first in self._aliases.items()}
+            save_adapter(adapter, self.config, folder, frozen={**self.frozen, **shared}, card=card)
         else:
             save_model(adapter, self.base, folder, frozen=self.frozen, tokenizer=self._tokenizer, card=card)
+
+    def open(self, folder: Path) -> Adapter:
+        """What `save`, PEFT or transformers wrote for this model.
+
+        Raises:
+            ModelError: there is none, it can't be read, or it belongs to another model.
+        """
+        return load_adapter(folder, self.layout, {*self.frozen, *self._aliases})
 
     def _saved(self) -> dict[str, Tensor]:
         """What belongs into the adapter's file: name there -> the model's own tensor."""
