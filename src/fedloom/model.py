@@ -201,10 +201,10 @@ def check_quantization(quantization: str | None, source: ModelSource, device: to
     where = "model.quantization"
     if quantization == "packed":
         raise ModelError(
-            "an adapter can't be trained over packed GGUF weights: PEFT has no layer for them, transformers' own can't"
-            " be differentiated, and its kernels would be fetched from a hub as machine code",
+            "PEFT has no adapter for packed GGUF layers, and transformers keeps them packed only with kernels that it"
+            " fetches from a hub as machine code",
             where=where,
-            mend='leave it out: the file is unpacked once; or "4bit" on a GPU',
+            mend='leave it out: the file is unpacked once; or use "4bit" on a GPU',
         )
     if quantization and device.type != "cuda":
         raise ModelError(f"{quantization} weights need a GPU", where=where, mend="leave it out, or set model.device")

@@ -81,16 +81,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
     engine = choose_engine(recipe)
     dtype = dtype_of(recipe, device)
-
-    def build_shape(layers: int) -> AdaptedModel:
-        base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
-        if METHODS[recipe.adapter.method].needs_values:
-            base = base.to_empty(device="cpu")
-            for value in base.state_dict().values():
-                value.zero_()
-        return adapt(base, recipe, source)
-
-    shape = build_shape(source.num_layers)
+    shape = build_shape(recipe, source, dtype)
     check_length(recipe.data.max_length, source, shape)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
@@ -102,7 +93,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         length = recipe.data.max_length
         with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
             memory = predict_step(
-                build_shape,
+                partial(build_shape, recipe, source, dtype),
                 source.num_layers,
                 recipe.training,
                 clients=wanted,
@@ -279,6 +270,16 @@ def tokenize_splits(
                 mend="use longer documents, fewer clients or a larger data.max_length",
             )
     return central, tuple(clients), shared
+
+
+def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
+    """The adapted model without its values, and where PEFT can do with it without memory for them."""
+    base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
+    if METHODS[recipe.adapter.method].needs_values:
+        base = base.to_empty(device="cpu")
+        for value in base.state_dict().values():
+            value.zero_()
+    return adapt(base, recipe, source)
 
 
 def load_adapted_model(recipe: Recipe, source: ModelSource) -> AdaptedModel:
