@@ -244,6 +244,16 @@ def test_auto_takes_batched_where_it_has_the_method(adapter: dict, lacks: str | 
         assert choose("batched") == "batched"
 
 
+@pytest.mark.parametrize(("name", "engine"), [("tiny-full", "reference"), ("tiny-dora", "reference")])
+def test_a_small_twin_learns_in_seconds(name: str, engine: str, tmp_path: Path) -> None:
+    finished = run(load_recipe(name), tmp_path / "run", Display())
+    assert finished.plan["engine"] == engine
+    assert finished.rounds[-1]["central_loss"] < finished.rounds[0]["central_loss"]
+    assert sum(record["train_seconds"] + record["evaluate_seconds"] for record in finished.rounds) < 60
+    assert ("full" in name) == (finished.plan["trainable_parameters"] == finished.plan["parameters"])
+    assert ("lora_error" in finished.rounds[1]) == ("dora" in name)
+
+
 def test_a_frozen_a_halves_what_travels(tmp_path: Path) -> None:
     both = plan(make_recipe())
     ffa = make_recipe(federation={"rounds": 1, "lora_rule": "ffa"})

@@ -1,5 +1,6 @@
 """Base models from everywhere they come from."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from fedloom.model import (
     SHAPES,
     build_meta_model,
     byte_tokenizer,
+    check_quantization,
     choose_dtype,
     load_model,
     open_model,
+    quantized,
     unpack_gguf,
 )
 
@@ -232,3 +235,42 @@ def test_weights_without_their_tokenizer_are_an_error(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "unrelated.safetensors")
     with pytest.raises(ModelError, match="tokenizer"):
         open_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        (None, {}),
+        ("8bit", {"load_in_8bit": True, "load_in_4bit": False}),
+        (
+            "4bit",
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": torch.bfloat16,
+            },
+        ),
+    ],
+)
+def test_what_transformers_is_told_of_packed_weights(quantization: str | None, expected: dict) -> None:
+    gpu = torch.device("cuda:0")
+    told = quantized(quantization, gpu)
+    assert (told == {}) == (quantization is None)
+    assert {key: getattr(told["quantization_config"], key) for key in expected} == expected
+    if quantization:
+        assert told["device_map"] == {"": gpu}
+
+
+def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, gpu = open_model("random:tiny-llama"), torch.device("cuda:0")
+    check_quantization(None, source, CPU)
+    with pytest.raises(ModelError, match=r"8bit weights need a GPU"):
+        check_quantization("8bit", source, CPU)
+    monkeypatch.setattr("fedloom.model.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"bitsandbytes is not installed; pip install 'fedloom\[quantized\]'"):
+        check_quantization("4bit", source, gpu)
+    monkeypatch.setattr("fedloom.model.find_spec", lambda name: object())
+    with pytest.raises(ModelError, match="a random model has no weights to pack"):
+        check_quantization("4bit", source, gpu)
+    check_quantization("4bit", dataclasses.replace(source, location="somewhere"), gpu)

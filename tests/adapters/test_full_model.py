@@ -111,7 +111,11 @@ def test_a_run_has_the_records_of_every_run_and_the_payload_of_a_model(finished:
     assert finished.plan["payload_bytes"] > 50 * adapter.payload_bytes
     assert all(record["proximal_loss"] > 0 for record in finished.rounds[1:])
     assert "lora_error" not in finished.rounds[1]
-    assert "the model itself" in (finished.folder / "adapters" / "best" / "README.md").read_text()
+    card = (finished.folder / "adapters" / "best" / "README.md").read_text()
+    assert "The model itself, every weight of it fine-tuned from random:tiny-llama" in card
+    assert "library_name: transformers" in card
+    assert "- full" not in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
 
 
 def test_the_published_models_payload_is_210_adapters(tmp_path: Path) -> None:
