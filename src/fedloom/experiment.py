@@ -147,9 +147,13 @@ def train_and_record(
     def score_central(adapter: Adapter) -> Score | None:
         return score(adapter, prepared.central) if len(prepared.central) else None
 
-    initial = adapted.read()
     adapters = writer.folder / "adapters"
-    adapted.save(initial, adapters / "initial", write_card(recipe, plan, None))
+
+    def start() -> Adapter:
+        initial = adapted.read()
+        adapted.save(initial, adapters / "initial", write_card(recipe, plan, None))
+        return initial
+
     writer.write_status("running", round=0, rounds=rounds)
     losses: list[float] = []
     meter, weigh = AveragingMeter(adapted.layout), WEIGHTS[recipe.federation.strategy.weight_by]
@@ -162,7 +166,7 @@ def train_and_record(
         LocalFleet(prepared.clients, train_clients, score, choose_judges(prepared.clients, recipe)),
         STRATEGIES[recipe.federation.strategy.kind](recipe.federation.strategy),
         score_central,
-        initial,
+        start(),  # not by a name, which would keep it to the end: of a whole model, a model more
         rounds=rounds,
         fraction=recipe.federation.fraction,
         seed=seed,

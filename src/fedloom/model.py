@@ -201,8 +201,8 @@ def check_quantization(quantization: str | None, source: ModelSource, device: to
     where = "model.quantization"
     if quantization == "packed":
         raise ModelError(
-            "PEFT has no adapter for packed GGUF layers, and transformers keeps them packed only with kernels that it"
-            " fetches from a hub as machine code",
+            "PEFT has no adapter for packed GGUF layers, and transformers keeps them packed for a few architectures"
+            " alone, with kernels that it fetches from a hub as machine code",
             where=where,
             mend='leave it out: the file is unpacked once; or use "4bit" on a GPU',
         )

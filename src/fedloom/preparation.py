@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     splits = split_documents(found, recipe.data, recipe.seed)
     display.show_step("model", recipe.model.source)
     source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
-    check_method(recipe, source, device)
+    check_combination(recipe, source, device)
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
     engine = choose_engine(recipe)
@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     return Prepared(source, device, central, clients, plan)
 
 
-def check_method(recipe: Recipe, source: ModelSource, device: torch.device) -> None:
+def check_combination(recipe: Recipe, source: ModelSource, device: torch.device) -> None:
     """Refuse what the adapter's method can't be combined with.
 
     Raises:

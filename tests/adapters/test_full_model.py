@@ -1,5 +1,6 @@
 """A whole model as the adapter: the same records, files that transformers opens, and little memory on the server."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedloom.experiment import plan
 from fedloom.federation import aggregation
 from fedloom.federation.aggregation import STRATEGIES, weighted_mean
 from fedloom.model import byte_tokenizer, load_model, open_model
+from fedloom.progress import Progress
 from fedloom.records import Run
 from fedloom.sections import Strategy
 from fedloom.training.jobs import ClientJob, ClientUpdate
@@ -195,6 +197,24 @@ def test_the_server_needs_less_than_three_models(monkeypatch: pytest.MonkeyPatch
     assert len(peaks) == 4
     assert max(peaks) < 2.2 * model_bytes, "the global model, and the sum that becomes the next; the client's is apart"
     assert digest == whole.open(tmp_path / "model").sha256()
+
+
+class Counting(Display):
+    """Counts the weights of adapters that are alive while clients train."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def watch(self, progress: Progress) -> None:
+        if progress.phase == "train":
+            adapters = [value for value in gc.get_objects() if type(value) is Adapter]
+            self.most = max(self.most, len({adapter.weights_P.data_ptr() for adapter in adapters}))
+
+
+def test_a_run_keeps_the_global_model_alone(tmp_path: Path) -> None:
+    counting = Counting()
+    run(make_recipe(adapter=FULL, federation={"rounds": 3}), tmp_path / "run", counting)
+    assert counting.most == 2, "the server's, and a client's that is the model itself"
 
 
 def test_a_lent_update_is_the_models_own_and_robust_rules_copy_it() -> None:

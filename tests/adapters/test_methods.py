@@ -43,11 +43,24 @@ EVERYWHERE = ("lora", "dora", "ia3", "vera", "prompt_tuning", "prefix_tuning")
 """Those that are tried on every architecture."""
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"dora": True},
+    "rslora": {"rslora": True},
+    "everywhere": {"targets": "all-linear"},
+    "with a head": {"options": {"modules_to_save": ["lm_head"]}},
+    "with biases": {"options": {"lora_bias": True}},
+    "from a gaussian": {"options": {"init_lora_weights": "gaussian"}},
+    "with ranks": {"options": {"rank_pattern": {"v_proj": 2}, "layers_to_transform": [1], "init_lora_weights": False}},
+    "with tokens": {"options": {"trainable_token_indices": [*range(0, 256, 4)]}},
+}
+"""LoRA's."""
+
+
 def make(name: str, shape: str = "tiny-llama", **adapter: Any) -> Recipe:
-    """A recipe with a method; `dora` is LoRA's."""
+    """A recipe with a method, or a variant of LoRA."""
+    if name in VARIANTS:
+        return make("lora", shape, **{**VARIANTS[name], **adapter})
     section = {"rank": None, "alpha": None, "options": NEEDED.get(name, {}), **adapter}
-    if name == "dora":
-        return make(shape=shape, name="lora", dora=True, **{"rank": 4, **adapter})
     if METHODS[name].rank and "rank" not in adapter:
         section["rank"] = 4
     return make_recipe(model={"source": f"random:{shape}", "dtype": "float32"}, adapter={"method": name, **section})
@@ -81,7 +94,7 @@ def test_the_table_has_every_method_of_peft() -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(name, "tiny-llama") for name in [*ALLOWED, "dora"] if name != "full"]
+    [(name, "tiny-llama") for name in [*ALLOWED, *VARIANTS] if name != "full"]
     + [(name, shape) for name in EVERYWHERE for shape in ("tiny-opt", "tiny-gpt2")],
 )
 def test_peft_opens_what_a_federation_trained_and_gives_its_logits(name: str, shape: str, tmp_path: Path) -> None:
@@ -153,6 +166,7 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
     ("recipe", "says"),
     [
         (make("vera", options={"d_initail": 0.2}), r'no "d_initail"; did you mean `d_initial`'),
+        (make("lora", options={"lora_bias": True, "init_lora_weights": "gaussian"}), "PEFT refuses.*lora_bias"),
         (make("ia3", targets=["q_projj"]), r'no layer "q_projj".*k_proj'),
         (make("ln_tuning", "tiny-opt"), r"can't put ln_tuning on this model: Please specify"),
         (make("hra", "tiny-gpt2"), r"can't put hra on this model.*Conv1D"),

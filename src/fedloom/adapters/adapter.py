@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedloom.adapters.configuration import reason_of
 from fedloom.adapters.methods import SEEDS
 from fedloom.errors import ModelError
 from fedloom.randomness import derive_seed
@@ -339,9 +340,8 @@ def _wrap(base: PreTrainedModel, config: PeftConfig | None, seed: int) -> Any:
         try:
             return get_peft_model(base, copy.deepcopy(config))
         except Exception as error:  # of any kind: each method finds in its own way what it can't do
-            reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
             raise ModelError(
-                f"PEFT can't put {config.peft_type.value.lower()} on this model: {reason}",
+                f"PEFT can't put {config.peft_type.value.lower()} on this model: {reason_of(error)}",
                 where="[adapter]",
                 mend="change its targets or options, or choose another method",
             ) from error
