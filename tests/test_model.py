@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny_gguf
 from safetensors.torch import save_file
 
 from fedloom.errors import ModelError
@@ -192,42 +193,6 @@ def test_a_gguf_file_is_unpacked_once_and_loaded(tmp_path: Path, monkeypatch: py
     assert len(said) == 1, "the second time it is there"
     assert [p.name for p in unpacked.parent.iterdir()] == [unpacked.name]
     shutil.rmtree(tmp_path / "cache")
-
-
-def write_tiny_gguf(path: Path) -> Path:
-    """A one-layer Llama with a vocabulary of eight, as a GGUF file."""
-    gguf = pytest.importorskip("gguf")
-    numpy = pytest.importorskip("numpy")
-    writer = gguf.GGUFWriter(path, "llama")
-    width, hidden, words = 32, 64, ["<unk>", "<s>", "</s>", "a", "b", "ab", "c", "d"]
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(hidden)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    rows, columns = numpy.arange(len(words))[:, None], numpy.arange(width)
-    writer.add_tensor("token_embd.weight", (rows * 0.01 + columns * 0.001).astype(numpy.float32))
-    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width),
-              "attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width),
-              "ffn_down": (width, hidden), "attn_norm": (width,), "ffn_norm": (width,)}  # fmt: skip
-    for name, shape in shapes.items():
-        writer.add_tensor(f"blk.0.{name}.weight", numpy.full(shape, 0.02, numpy.float32))
-    writer.add_tensor("output_norm.weight", numpy.ones(width, numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_weights_without_their_tokenizer_are_an_error(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ HOUSE = [
     "data.splits",
     "data.tokens",
     "attention",
+    "packed",
     "model",
     "readout",
     "adapters.configuration",

@@ -13,7 +13,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fedloom.attention import choose_attention
 from fedloom.errors import ModelError
 from fedloom.hub import find_commit, hub_address
 from fedloom.machine import cache_folder, computes_bfloat16
+from fedloom.packed import pack_model
 from fedloom.randomness import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -85,6 +86,8 @@ class ModelSource:
     tokenizer: Any
     location: str
     """Folder or hub id that the weights are read from; empty for random ones."""
+    file: Path | None = None
+    """The GGUF file that the folder was unpacked from."""
 
     @property
     def max_length(self) -> int | None:
@@ -131,7 +134,7 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
         raise ModelError("not a possible path", where=f'model.source = "{source[:80]}"') from error
     if is_file and path.suffix == ".gguf":
         folder, digest = unpack_gguf(path, say)
-        return _read_folder(source, f"sha256 {digest[:16]}", folder)
+        return replace(_read_folder(source, f"sha256 {digest[:16]}", folder), file=path)
     if is_folder:
         return _read_folder(source, "local folder", path)
     if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
@@ -176,13 +179,15 @@ def load_model(
     model.name_or_path = source.name  # what PEFT writes into an adapter as its base
     model.requires_grad_(False)
     model.eval()
-    return model if quantization else model.to(device)
+    if quantization == "packed" and source.file and not pack_model(model, source.file):
+        raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
+    return model if quantization in ("4bit", "8bit") else model.to(device)
 
 
 def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
     """What transformers is told so that it packs the weights while it loads them: QLoRA's NF4 with packed scales
     (Dettmers et al. 2023, arXiv 2305.14314, section 3), or LLM.int8 (arXiv 2208.07339)."""
-    if quantization is None:
+    if quantization not in ("4bit", "8bit"):
         return {}
     four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
     known: dict[str, dict[str, Any]] = {
@@ -193,19 +198,16 @@ def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
 
 
 def check_quantization(quantization: str | None, source: ModelSource, device: torch.device) -> None:
-    """Refuse packed weights that can't be had here, or that nothing can be trained over.
+    """Refuse packed weights that can't be had here.
 
     Raises:
         ModelError
     """
     where = "model.quantization"
     if quantization == "packed":
-        raise ModelError(
-            "PEFT has no adapter for packed GGUF layers, and transformers keeps them packed for a few architectures"
-            " alone, with kernels that it fetches from a hub as machine code",
-            where=where,
-            mend='leave it out: the file is unpacked once; or use "4bit" on a GPU',
-        )
+        if source.file is None:
+            raise ModelError("only a .gguf file has packed weights", where=where, mend="name one in model.source")
+        return
     if quantization and device.type != "cuda":
         raise ModelError(f"{quantization} weights need a GPU", where=where, mend="leave it out, or set model.device")
     if quantization and find_spec("bitsandbytes") is None:

@@ -161,6 +161,12 @@ def check_combination(recipe: Recipe, source: ModelSource, device: torch.device)
             where="model.quantization",
             mend="leave it out, or use lora",
         )
+    if recipe.model.quantization == "packed" and (method != "lora" or recipe.adapter.dora):
+        raise RecipeError(
+            "over a packed GGUF file there is plain LoRA alone: other methods look into the weights",
+            where="model.quantization",
+            mend='leave it out, or use adapter.method = "lora" without dora',
+        )
     if recipe.federation.lora_rule == "ffa" and method != "lora":
         raise RecipeError(f'"{method}" has no A to freeze', where="federation.lora_rule", mend="leave it out")
     if recipe.training.gradient_checkpointing and method == "prefix_tuning":
@@ -198,7 +204,7 @@ def choose_engine(recipe: Recipe) -> str:
         *([f'method "{adapter.method}"'] if adapter.method != "lora" else []),
         *(["adapter.dora"] if adapter.dora else []),
         *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
-        *(["model.quantization"] if recipe.model.quantization else []),
+        *(["model.quantization"] if recipe.model.quantization in ("4bit", "8bit") else []),
     ]
     if wanted == "batched" and lacks:
         raise RecipeError(

@@ -38,7 +38,8 @@ class Model(Section):
     )
     quantization: Literal["4bit", "8bit", "packed"] | None = Field(
         None,
-        description="keep the frozen weights packed: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU; not if left out",
+        description="keep the frozen weights packed: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as a"
+        " `.gguf` file has them; not if left out",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 

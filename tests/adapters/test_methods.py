@@ -182,7 +182,7 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
         (make("ia3").model_copy(update={"federation": make_recipe(federation={"lora_rule": "ffa"}).federation}),
          '"ia3" has no A to freeze'),
         (make_recipe(model={"quantization": "4bit"}), "4bit weights need a GPU"),
-        (make_recipe(model={"quantization": "packed"}), "no adapter for packed GGUF layers"),
+        (make_recipe(model={"quantization": "packed"}), "only a .gguf file has packed weights"),
     ],
 )  # fmt: skip
 def test_a_combination_that_can_not_be_is_refused_before_weights_are_loaded(recipe: Recipe, says: str) -> None:
