@@ -157,7 +157,7 @@ def check_combination(recipe: Recipe, source: ModelSource, device: torch.device)
     check_quantization(recipe.model.quantization, source, device)
     if recipe.model.quantization and METHODS[method].float32_base:
         raise RecipeError(
-            f'"{method}" trains weights of the base model, and packed ones can\'t be trained',
+            f"\"{method}\" trains weights that have the base model's dtype, and packed ones can't be trained",
             where="model.quantization",
             mend="leave it out, or use lora",
         )
@@ -216,21 +216,10 @@ def choose_engine(recipe: Recipe) -> str:
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> str:
-    """What the base model is loaded in: the recipe's choice, or the device's.
-
-    Raises:
-        ModelError: bfloat16 for a method whose trained weights would be in it.
-    """
-    if not METHODS[recipe.adapter.method].float32_base:
-        return choose_dtype(recipe.model.dtype, device)
-    if recipe.model.dtype == "bfloat16":
-        raise ModelError(
-            f'"{recipe.adapter.method}" trains weights in the base model\'s dtype, and bfloat16, with 8 bits of'
-            " mantissa, loses steps as small as 1e-5",
-            where="model.dtype",
-            mend='use "float32", or leave it out',
-        )
-    return "float32" if recipe.model.dtype == "auto" else recipe.model.dtype
+    """What the base model is loaded in: the recipe's choice, or the device's, or what the method can be trained in."""
+    if recipe.model.dtype == "auto" and METHODS[recipe.adapter.method].float32_base:
+        return "float32"
+    return choose_dtype(recipe.model.dtype, device)
 
 
 def tokenize_splits(

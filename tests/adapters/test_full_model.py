@@ -3,17 +3,19 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import make_blocks, make_recipe
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
 from fedloom.adapters.adapter import AdaptedModel, Adapter
-from fedloom.display import Display
+from fedloom.display import Display, render_plan
 from fedloom.errors import ModelError
 from fedloom.evaluation import evaluate
 from fedloom.experiment import plan
@@ -120,13 +122,18 @@ def test_a_run_has_the_records_of_every_run_and_the_payload_of_a_model(finished:
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
-def test_the_published_models_payload_is_210_adapters(tmp_path: Path) -> None:
+def test_the_published_models_payload_is_210_adapters() -> None:
     whole, lora = (
         plan(make_recipe(model={"source": "random:opt-350m", "dtype": "float32"}, adapter=adapter))
         for adapter in (FULL, {"rank": 16, "targets": ["q_proj", "v_proj"]})
     )
     assert whole.payload_bytes == 4 * 331_196_416
     assert whole.payload_bytes / lora.payload_bytes == pytest.approx(210.6, abs=0.1)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(render_plan(whole))
+    shown = console.export_text()
+    assert "331,196,416 / 331,196,416 (100.00 %)" in shown
+    assert "1.3 GB a model, 7.9 GB a round" in shown
 
 
 @pytest.mark.parametrize("merged", [False, True])

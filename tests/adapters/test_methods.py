@@ -66,6 +66,10 @@ def make(name: str, shape: str = "tiny-llama", **adapter: Any) -> Recipe:
     return make_recipe(model={"source": f"random:{shape}", "dtype": "float32"}, adapter={"method": name, **section})
 
 
+def in_bfloat16(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+
+
 def opened(recipe: Recipe) -> AdaptedModel:
     return load_adapted_model(recipe, open_model(recipe.model.source))
 
@@ -176,7 +180,9 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
          "and not save it"),
         (make("vblora", options={**NEEDED["vblora"], "save_only_topk_weights": True}), "and not save it"),
         (make("prompt_tuning", options={"num_virtual_tokens": 250}), r"32 tokens after a prompt of 250.*at most 6"),
-        (make_recipe(model={"dtype": "bfloat16"}, adapter={"method": "full", "rank": None, "alpha": None}), "1e-5"),
+        (in_bfloat16(make("full")), "model.dtype: .* would be trained in bfloat16.*1e-5"),
+        (in_bfloat16(make("ln_tuning")), "layernorm.* would be trained in bfloat16"),
+        (in_bfloat16(make("with a head")), "lm_head.* would be trained in bfloat16"),
         (make("prefix_tuning").model_copy(update={"training": make_recipe(
             training={"gradient_checkpointing": True}).training}), "training.gradient_checkpointing"),
         (make("ia3").model_copy(update={"federation": make_recipe(federation={"lora_rule": "ffa"}).federation}),
@@ -199,13 +205,20 @@ def test_what_is_trained_is_counted_without_the_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALLOWED if not METHODS[name].float32_base])
-def test_over_a_bfloat16_base_float32_is_trained(name: str) -> None:
-    recipe = make(name)
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+def test_over_a_bfloat16_base_float32_is_trained(name: str, tmp_path: Path) -> None:
+    recipe = in_bfloat16(make(name))
     adapted = opened(recipe)
     assert adapted.weights_P.dtype == torch.float32
-    adapted.logits(make_blocks(2).tokens_NT).float().logsumexp(-1).sum().backward()
-    assert torch.isfinite(adapted.gradient_P).all()
+    trained = federate(recipe, adapted)
+    adapted.load(trained)
+    adapted.save(trained, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(load_base(recipe, open_model(recipe.model.source)), tmp_path / "adapter")
+    tokens_BT = make_blocks(3).tokens_NT
+    with torch.inference_mode():
+        ours = adapted.model.eval()(input_ids=tokens_BT, use_cache=False).logits
+        assert torch.equal(theirs.eval()(input_ids=tokens_BT, use_cache=False).logits, ours)
 
 
 @pytest.mark.parametrize("name", ["vera", "pvera", "randlora", "shira", "tinylora", "unilora", "fourierft"])

@@ -124,6 +124,12 @@ class AdaptedModel:
             )
         if not trained:
             raise ModelError("nothing of this model would be trained", where="[adapter]", mend="name other targets")
+        if coarse := [name for name, value in trained if value.dtype in (torch.bfloat16, torch.float16)]:
+            raise ModelError(
+                f"{coarse[0]} would be trained in bfloat16, whose 8 bits of mantissa lose steps as small as 1e-5",
+                where="model.dtype",
+                mend='use "float32"',
+            )
         ours = {id(value) for _, value in trained}
         self.frozen = {name: value.detach() for name, value in saved.items() if id(value) not in ours}
         # PEFT saves what layers share under each of its names, transformers under the first.
@@ -136,9 +142,7 @@ class AdaptedModel:
             names=tuple(names[id(value)] for _, value in trained), shapes=tuple(value.shape for _, value in trained)
         )
         self._places = {names[id(value)]: name for name, value in self.model.named_parameters() if id(value) in names}
-        flat_P = torch.cat([value.detach().reshape(-1) for _, value in trained])
-        # In bfloat16 a step of an optimizer would be lost: see Micikevicius et al. 2018, arXiv 1710.03740.
-        self.weights_P = nn.Parameter(flat_P.float() if flat_P.dtype in (torch.bfloat16, torch.float16) else flat_P)
+        self.weights_P = nn.Parameter(torch.cat([value.detach().reshape(-1) for _, value in trained]))
         self.gradient_P = torch.zeros_like(self.weights_P)
         self.weights_P.grad = self.gradient_P
         weights = self.layout.split(self.weights_P.data)

@@ -23,7 +23,7 @@ class Method:
     dropout: str = ""
     targets: str = "target_modules"
     float32_base: bool = False
-    """Its weights have the base model's dtype, and bfloat16 loses their steps."""
+    """Its weights have the base model's dtype, in which bfloat16 would lose their steps."""
     needs_values: bool = False
     """PEFT can't make its layers on the meta device, where there are shapes alone."""
 
