@@ -22,7 +22,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from fedloom.adapters.adapter import AdaptedModel, build_config
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.configuration import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
 from fedloom.machine import describe_machine, peak_memory, reset_peak_memory

@@ -38,7 +38,8 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     import torch
     from engines import build_adapted, make_blocks
 
-    from fedloom.adapters.adapter import AdaptedModel, build_config
+    from fedloom.adapters.adapter import AdaptedModel
+    from fedloom.adapters.configuration import build_config
     from fedloom.machine import peak_memory, reset_peak_memory
     from fedloom.model import build_meta_model, choose_device, open_model
     from fedloom.sections import Adapter as AdapterSection

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter, build_config
+from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.configuration import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model import load_model, open_model
 from fedloom.recipe import Recipe
@@ -34,7 +35,7 @@ def shape(request: pytest.FixtureRequest) -> str:
 
 
 def make_recipe(**sections: Any) -> Recipe:
-    """The recipe of most tests: seconds long; sections given replace its keys."""
+    """The recipe of most tests: seconds long; sections given replace its keys; an adapter's None leaves one out."""
     values: dict[str, Any] = {
         "name": "test",
         "seed": 7,
@@ -53,6 +54,7 @@ def make_recipe(**sections: Any) -> Recipe:
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    values["adapter"] = {key: value for key, value in values["adapter"].items() if value is not None}
     return Recipe.model_validate(values)
 
 
@@ -126,6 +128,48 @@ def make_job(
         blocks=blocks,
         optimizer_state=state,
     )
+
+
+def write_tiny_gguf(path: Path, packed: str | None = None) -> Path:
+    """A one-layer Llama with a vocabulary of eight, as a GGUF file; random and `packed` as `Q8_0`, say."""
+    gguf = pytest.importorskip("gguf")
+    numpy = pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(path, "llama")
+    width, hidden, words = 32, 64, ["<unk>", "<s>", "</s>", "a", "b", "ab", "c", "d"]
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    rows, columns = numpy.arange(len(words))[:, None], numpy.arange(width)
+    writer.add_tensor("token_embd.weight", (rows * 0.01 + columns * 0.001).astype(numpy.float32))
+    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width),
+              "attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width),
+              "ffn_down": (width, hidden), "attn_norm": (width,), "ffn_norm": (width,)}  # fmt: skip
+    for name, shape in shapes.items():
+        weights = numpy.full(shape, 0.02, numpy.float32)
+        if packed and len(shape) == 2:
+            kind = gguf.GGMLQuantizationType[packed]
+            weights = numpy.random.default_rng(len(name)).normal(0, 0.2, shape).astype(numpy.float32)
+            writer.add_tensor(f"blk.0.{name}.weight", gguf.quants.quantize(weights, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"blk.0.{name}.weight", weights)
+    writer.add_tensor("output_norm.weight", numpy.ones(width, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.fixture

@@ -221,15 +221,37 @@ def test_files_that_begin_alike_are_not_trained_on_and_evaluated(tmp_path: Path,
     assert blocks[1] - blocks[0] >= dropped.shared_blocks
 
 
-@pytest.mark.parametrize(("wanted", "method", "chosen"), [("auto", "lora", "batched"), ("auto", "ia3", "reference")])
-def test_auto_takes_batched_where_it_has_the_method(wanted: str, method: str, chosen: str) -> None:
-    assert choose_engine(wanted, method) == chosen
-    assert choose_engine("reference", method) == "reference"
+@pytest.mark.parametrize(
+    ("adapter", "lacks"),
+    [
+        ({}, None),
+        ({"options": {"init_lora_weights": "gaussian", "layers_to_transform": [0]}}, None),
+        ({"dora": True}, "adapter.dora"),
+        ({"options": {"lora_bias": True}}, "adapter.options.lora_bias"),
+        ({"method": "ia3", "rank": None, "alpha": None}, 'method "ia3"'),
+    ],
+)
+def test_auto_takes_batched_where_it_has_the_method(adapter: dict, lacks: str | None) -> None:
+    def choose(engine: str) -> str:
+        return choose_engine(make_recipe(adapter=adapter, training={"engine": engine}))
+
+    assert choose("auto") == ("reference" if lacks else "batched")
+    assert choose("reference") == "reference"
+    if lacks:
+        with pytest.raises(RecipeError, match=rf"batched has no {lacks}.*reference or auto"):
+            choose("batched")
+    else:
+        assert choose("batched") == "batched"
 
 
-def test_batched_refuses_a_method_that_it_lacks() -> None:
-    with pytest.raises(RecipeError, match=r'batched has no method "ia3".*reference or auto'):
-        choose_engine("batched", "ia3")
+@pytest.mark.parametrize(("name", "engine"), [("tiny-full", "reference"), ("tiny-dora", "reference")])
+def test_a_small_twin_learns_in_seconds(name: str, engine: str, tmp_path: Path) -> None:
+    finished = run(load_recipe(name), tmp_path / "run", Display())
+    assert finished.plan["engine"] == engine
+    assert finished.rounds[-1]["central_loss"] < finished.rounds[0]["central_loss"]
+    assert sum(record["train_seconds"] + record["evaluate_seconds"] for record in finished.rounds) < 60
+    assert ("full" in name) == (finished.plan["trainable_parameters"] == finished.plan["parameters"])
+    assert ("lora_error" in finished.rounds[1]) == ("dora" in name)
 
 
 def test_a_frozen_a_halves_what_travels(tmp_path: Path) -> None:

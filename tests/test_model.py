@@ -1,10 +1,12 @@
 """Base models from everywhere they come from."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny_gguf
 from safetensors.torch import save_file
 
 from fedloom.errors import ModelError
@@ -12,9 +14,11 @@ from fedloom.model import (
     SHAPES,
     build_meta_model,
     byte_tokenizer,
+    check_quantization,
     choose_dtype,
     load_model,
     open_model,
+    quantized,
     unpack_gguf,
 )
 
@@ -191,44 +195,47 @@ def test_a_gguf_file_is_unpacked_once_and_loaded(tmp_path: Path, monkeypatch: py
     shutil.rmtree(tmp_path / "cache")
 
 
-def write_tiny_gguf(path: Path) -> Path:
-    """A one-layer Llama with a vocabulary of eight, as a GGUF file."""
-    gguf = pytest.importorskip("gguf")
-    numpy = pytest.importorskip("numpy")
-    writer = gguf.GGUFWriter(path, "llama")
-    width, hidden, words = 32, 64, ["<unk>", "<s>", "</s>", "a", "b", "ab", "c", "d"]
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(hidden)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    rows, columns = numpy.arange(len(words))[:, None], numpy.arange(width)
-    writer.add_tensor("token_embd.weight", (rows * 0.01 + columns * 0.001).astype(numpy.float32))
-    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width),
-              "attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width),
-              "ffn_down": (width, hidden), "attn_norm": (width,), "ffn_norm": (width,)}  # fmt: skip
-    for name, shape in shapes.items():
-        writer.add_tensor(f"blk.0.{name}.weight", numpy.full(shape, 0.02, numpy.float32))
-    writer.add_tensor("output_norm.weight", numpy.ones(width, numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_weights_without_their_tokenizer_are_an_error(tmp_path: Path) -> None:
     load("random:tiny-opt").save_pretrained(tmp_path / "model")
     save_file({"x": torch.zeros(1)}, tmp_path / "unrelated.safetensors")
     with pytest.raises(ModelError, match="tokenizer"):
         open_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        (None, {}),
+        ("8bit", {"load_in_8bit": True, "load_in_4bit": False}),
+        (
+            "4bit",
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": torch.bfloat16,
+            },
+        ),
+    ],
+)
+def test_what_transformers_is_told_of_packed_weights(quantization: str | None, expected: dict) -> None:
+    gpu = torch.device("cuda:0")
+    told = quantized(quantization, gpu)
+    assert (told == {}) == (quantization is None)
+    assert {key: getattr(told["quantization_config"], key) for key in expected} == expected
+    if quantization:
+        assert told["device_map"] == {"": gpu}
+
+
+def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, gpu = open_model("random:tiny-llama"), torch.device("cuda:0")
+    check_quantization(None, source, CPU)
+    with pytest.raises(ModelError, match=r"8bit weights need a GPU"):
+        check_quantization("8bit", source, CPU)
+    monkeypatch.setattr("fedloom.model.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"bitsandbytes is not installed; pip install 'fedloom\[quantized\]'"):
+        check_quantization("4bit", source, gpu)
+    monkeypatch.setattr("fedloom.model.find_spec", lambda name: object())
+    with pytest.raises(ModelError, match="a random model has no weights to pack"):
+        check_quantization("4bit", source, gpu)
+    check_quantization("4bit", dataclasses.replace(source, location="somewhere"), gpu)

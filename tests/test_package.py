@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.adapters.methods import describe_methods
 from fedloom.federation.aggregation import describe_strategies
 from fedloom.recipe import describe_keys, load_recipe, shipped_recipes
 
@@ -18,6 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_strategies_in_the_readme_are_those_of_the_code() -> None:
     assert describe_strategies() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_methods_in_the_readme_are_those_of_the_code() -> None:
+    assert describe_methods() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_wheel_runs_from_elsewhere(tmp_path: Path) -> None:
@@ -82,6 +87,11 @@ def test_the_experiments_recipes_are_the_experiment() -> None:
     assert (whole.data.clients, whole.data.documents_per_client, whole.data.central_holdout) == (3, 2000, 3000)
     assert (whole.training.epochs, whole.training.learning_rate, whole.training.proximal_mu) == (3, 1e-5, 0.1)
     assert (whole.federation.rounds, half.federation.rounds, half.data.documents_per_client) == (20, 10, 1000)
+    full, dora = load_recipe("opt350m-fedprox-full-6k"), load_recipe("opt350m-dora-fedprox-6k")
+    for other in (full, dora):
+        assert (other.data, other.training, other.model.source) == (whole.data, whole.training, whole.model.source)
+    assert (full.adapter.method, full.model.dtype, full.federation.rounds) == ("full", "float32", 10)
+    assert dora.adapter == whole.adapter.model_copy(update={"dora": True})
     assert as_run.data.pad_in_loss
     assert (as_run.training.proximal_mu, as_run.adapter.dropout) == (0.0, 0.05)
     assert (as_run.training.schedule, as_run.training.schedule_scope) == ("linear", "round")

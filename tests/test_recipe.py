@@ -163,7 +163,7 @@ def test_a_bad_value_names_its_key_and_its_line(write: Write, text: str, words: 
         ("model.dtype", "float16", ("'float32'", "'bfloat16'", "'float64'", "not 'float16'")),
         ("model.device", "gpu", ("pattern", "cuda", "not 'gpu'")),
         ("model.device", "cuda:", ("pattern",)),
-        ("adapter.method", "dora", ("'lora'", "not 'dora'")),
+        ("adapter.method", "ia4", ("`ia3`", "not 'ia4'")),
         ("adapter.rank", "0", ("greater than or equal to 1", "not 0")),
         ("adapter.rank", "2.5", ("valid integer", "not 2.5")),
         ("adapter.alpha", "0", ("greater than 0",)),

@@ -128,3 +128,39 @@ def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) 
 def test_without_a_central_hold_out_the_clients_prove_it(tmp_path: Path) -> None:
     finished = run(make_recipe(data={"central_holdout": 0}, federation={"rounds": 1}), tmp_path / "run", Display())
     assert export(finished.folder, tmp_path / "adapter") == 0.0
+
+
+OTHERS = {
+    "ia3": {"method": "ia3", "rank": None, "alpha": None},
+    "dora": {"dora": True},
+    "prompt_tuning": {"method": "prompt_tuning", "rank": None, "alpha": None, "options": {"num_virtual_tokens": 4}},
+    "prefix_tuning": {"method": "prefix_tuning", "rank": None, "alpha": None, "options": {"num_virtual_tokens": 4}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of PEFT, about itself
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_are_handed_on_and_write(name: str, tmp_path: Path) -> None:
+    recipe = make_recipe(adapter=OTHERS[name], federation={"rounds": 1})
+    other = run(recipe, tmp_path / "run", Display())
+    assert export(other.folder, tmp_path / "adapter") == 0.0
+    if name in ("ia3", "dora"):
+        assert export(other.folder, tmp_path / "merged", merged=True) < 1e-4
+    else:
+        with pytest.raises(RunError, match=f"PEFT can't merge {name} into"):
+            export(other.folder, tmp_path / "merged", merged=True)
+    pieces: list[str] = []
+    generate(other.folder, "import os", base=True, max_new_tokens=6, say=pieces.append)
+    assert "".join(pieces).count("import os") == 2
+
+    source = open_model("random:tiny-llama")
+    base = load_model(source, dtype="float32", device=CPU, attention="sdpa")
+    model = PeftModel.from_pretrained(base, other.folder / "adapters" / "best").eval()
+    tokens = source.tokenizer("import os", return_tensors="pt")["input_ids"]
+    written = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, pad_token_id=256
+    )
+    text = source.tokenizer.decode(written[0], skip_special_tokens=True)
+    assert "".join(pieces).split("--- with the adapter ---\n")[1].strip() == text.strip()
+    card = (other.folder / "adapters" / "best" / "README.md").read_text()
+    assert f"An adapter ({'lora, DoRA, rank 2' if name == 'dora' else name}) of random:tiny-llama" in card

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedloom.adapters.methods import METHODS
 from fedloom.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -64,6 +65,32 @@ CLASHES = (
         "federation.client_ranks",
         "a client's rank is above adapter.rank, that of the adapter that all of them make",
         "raise adapter.rank to the highest of them",
+    ),
+    Clash(
+        lambda recipe: bool(recipe.model.quantization) and METHODS[recipe.adapter.method].float32_base,
+        "model.quantization",
+        "this adapter.method trains weights that have the base model's dtype, and packed ones can't be trained",
+        "leave it out, or use lora",
+    ),
+    Clash(
+        lambda recipe: (
+            recipe.model.quantization == "packed" and (recipe.adapter.method != "lora" or recipe.adapter.dora)
+        ),
+        "model.quantization",
+        "over a packed GGUF file there is plain LoRA alone: other methods look into the weights",
+        'leave it out, or use adapter.method = "lora" without dora',
+    ),
+    Clash(
+        lambda recipe: recipe.training.gradient_checkpointing and recipe.adapter.method == "prefix_tuning",
+        "training.gradient_checkpointing",
+        "prefix_tuning's keys and values would be lost in a second pass",
+        "leave it out",
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule != "factors" and recipe.adapter.dora,
+        "federation.lora_rule",
+        "DoRA's magnitudes are not part of the product of A and B that this lora_rule averages",
+        "leave it out, or dora",
     ),
     Clash(
         lambda recipe: recipe.federation.min_clients > recipe.data.clients,

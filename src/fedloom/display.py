@@ -171,6 +171,7 @@ def render_plan(plan: Plan) -> Table:
     done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
     audit = f"{found}: {count(copies, 'document')}"
     audit += f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
+    payload = "a model" if plan.trainable_parameters == plan.parameters else "an adapter"
     rows = {
         "model": f"{plan.model} ({plan.model_revision})",
         "trainable": plan.trainable_share,
@@ -180,7 +181,7 @@ def render_plan(plan: Plan) -> Table:
         "audit": f"{audit} {done}",
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
         f" and {count(plan.train_tokens_per_round, 'token')}",
-        "bytes": f"{format_bytes(plan.payload_bytes)} an adapter, {format_bytes(plan.bytes_per_round)} a round",
+        "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
         "device": f"{plan.device}, {plan.dtype}, engine {plan.engine}",
     }
     if plan.peak_bytes and plan.clients_that_fit:

@@ -78,7 +78,7 @@ def run(
         display.show_plan(prepared.plan)
         failpoint("run.prepared")
         display.show_step("weights", prepared.source.name)
-        workshop = Workshop(load_adapted_model(recipe, prepared), prepared.plan.engine, telemetry)
+        workshop = Workshop(load_adapted_model(recipe, prepared.source), prepared.plan.engine, telemetry)
         identity = identify(prepared, workshop.adapted)
         failpoint("run.loaded")
         interruption.check()

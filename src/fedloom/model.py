@@ -13,7 +13,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fedloom.attention import choose_attention
 from fedloom.errors import ModelError
 from fedloom.hub import find_commit, hub_address
 from fedloom.machine import cache_folder, computes_bfloat16
+from fedloom.packed import pack_model
 from fedloom.randomness import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -85,6 +86,8 @@ class ModelSource:
     tokenizer: Any
     location: str
     """Folder or hub id that the weights are read from; empty for random ones."""
+    file: Path | None = None
+    """The GGUF file that the folder was unpacked from."""
 
     @property
     def max_length(self) -> int | None:
@@ -131,7 +134,7 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
         raise ModelError("not a possible path", where=f'model.source = "{source[:80]}"') from error
     if is_file and path.suffix == ".gguf":
         folder, digest = unpack_gguf(path, say)
-        return _read_folder(source, f"sha256 {digest[:16]}", folder)
+        return replace(_read_folder(source, f"sha256 {digest[:16]}", folder), file=path)
     if is_folder:
         return _read_folder(source, "local folder", path)
     if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
@@ -139,26 +142,35 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
     return None
 
 
-def load_model(source: ModelSource, *, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The frozen base model in evaluation mode, on its device.
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str,
+    device: torch.device,
+    attention: str | None = None,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """The frozen base model in evaluation mode, on its device; `attention` is by transformers' name.
 
     Raises:
         ModelError: the weights can't be read.
     """
+    attention = attention or choose_attention(source.config)
     if not source.location:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(0, source.name))  # one and the same model in every run, as others are
-            model = _build(source.config, DTYPES[dtype])
+            model = _build(source.config, DTYPES[dtype], attention)
     else:
         with _loading(source.name), torch.random.fork_rng(devices=[]):
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 revision="main" if Path(source.location).is_dir() else source.revision,
                 dtype=DTYPES[dtype],
-                attn_implementation=choose_attention(source.config),
+                attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **quantized(quantization, device),
             )
             # What is missing, transformers would fill with random numbers.
             if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
@@ -166,10 +178,46 @@ def load_model(source: ModelSource, *, dtype: str, device: torch.device) -> PreT
     model.name_or_path = source.name  # what PEFT writes into an adapter as its base
     model.requires_grad_(False)
     model.eval()
-    return model.to(device)
+    if quantization == "packed" and source.file and not pack_model(model, source.file):
+        raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
+    return model if quantization in ("4bit", "8bit") else model.to(device)
 
 
-def build_meta_model(source: ModelSource, *, dtype: str = "float32", layers: int | None = None) -> PreTrainedModel:
+def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
+    """What transformers is told so that it packs the weights while it loads them: QLoRA's NF4 with packed scales
+    (Dettmers et al. 2023, arXiv 2305.14314, section 3), or LLM.int8 (arXiv 2208.07339)."""
+    if quantization not in ("4bit", "8bit"):
+        return {}
+    four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    known: dict[str, dict[str, Any]] = {
+        "4bit": {"load_in_4bit": True, **four_bits},
+        "8bit": {"load_in_8bit": True},
+    }
+    return {"quantization_config": transformers.BitsAndBytesConfig(**known[quantization]), "device_map": {"": device}}
+
+
+def check_quantization(quantization: str | None, source: ModelSource, device: torch.device) -> None:
+    """Refuse packed weights that can't be had here.
+
+    Raises:
+        ModelError
+    """
+    where = "model.quantization"
+    if quantization == "packed":
+        if source.file is None:
+            raise ModelError("only a .gguf file has packed weights", where=where, mend="name one in model.source")
+        return
+    if quantization and device.type != "cuda":
+        raise ModelError(f"{quantization} weights need a GPU", where=where, mend="leave it out, or set model.device")
+    if quantization and find_spec("bitsandbytes") is None:
+        raise ModelError("bitsandbytes is not installed", where=where, mend="pip install 'fedloom[quantized]'")
+    if quantization and not source.location:
+        raise ModelError("a random model has no weights to pack", where=where, mend="leave it out")
+
+
+def build_meta_model(
+    source: ModelSource, *, dtype: str = "float32", layers: int | None = None, attention: str | None = None
+) -> PreTrainedModel:
     """The model's layers without memory for their weights: to count and to check; with fewer layers, to trace."""
     config = copy.deepcopy(source.config)
     text = config.get_text_config()
@@ -178,7 +226,7 @@ def build_meta_model(source: ModelSource, *, dtype: str = "float32", layers: int
         if kinds := getattr(text, "layer_types", None):
             text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     with _loading(source.name), torch.device("meta"):
-        model = _build(config, DTYPES[dtype])
+        model = _build(config, DTYPES[dtype], attention or choose_attention(config))
     model.requires_grad_(False)
     model.name_or_path = source.name
     return model
@@ -266,8 +314,8 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
     return folder, digest
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=choose_attention(config))
+def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def _find_in_package(rest: str) -> Path:

@@ -25,6 +25,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
     on_a_hub = COMMIT.fullmatch(plan.model_revision)
     model, data = _public(plan.model, plan.model_revision), _public(plan.data, plan.data_revision)
     base = f"base_model: {_yaml(model)}\n" if on_a_hub else ""
+    method, whole = recipe.adapter.method, recipe.adapter.method == "full"
     public = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"source": model}),
@@ -33,11 +34,11 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
     )
     lines = [
         "---",
-        "library_name: peft",
+        f"library_name: {'transformers' if whole else 'peft'}",
         "pipeline_tag: text-generation",
         "license: other",
         "license_name: see-base-model-and-data",
-        f"{base}tags:\n- lora\n- federated-learning\n- fedloom",
+        f"{base}tags:\n{'' if whole else f'- {method}{chr(10)}'}- federated-learning\n- fedloom",
     ]
     if known:
         lines += [
@@ -55,9 +56,9 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
     text = [
         f"# {recipe.name}",
         recipe.description,
-        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {model} ({plan.model_revision}),"
-        f" {round} of {plan.rounds}. It was trained by federation: {len(plan.clients)} clients, each on its own"
-        " documents, which stayed where they were; only adapters travelled.",
+        f"{_describe(recipe)} {model} ({plan.model_revision}), {round} of {plan.rounds}. It was trained by federation:"
+        f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
+        f" {'the weights of models' if whole else 'adapters'} travelled.",
         f"- Data: {data} ({plan.data_revision})\n- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
@@ -70,13 +71,27 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         )
         if known
         else "",
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```'
-        if on_a_hub
-        else f"To use it: load {model} with transformers, then `PeftModel.from_pretrained(model, this_folder)`.",
+        _how_to_load(model, whole=whole, on_a_hub=bool(on_a_hub)),
         f"The recipe:\n\n```toml\n{recipe_to_toml(public).rstrip()}\n```",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"
+
+
+def _describe(recipe: Recipe) -> str:
+    """What the folder holds, up to the name of the base model."""
+    adapter = recipe.adapter
+    if adapter.method == "full":
+        return "The model itself, every weight of it fine-tuned from"
+    facts = [adapter.method, *(["DoRA"] if adapter.dora else [])]
+    facts += [f"rank {adapter.rank}"] if adapter.method == "lora" or "rank" in adapter.given else []
+    return f"An adapter ({', '.join(facts)}) of"
+
+
+def _how_to_load(model: str, *, whole: bool, on_a_hub: bool) -> str:
+    if whole or on_a_hub:
+        library, kind = ("transformers", "AutoModelForCausalLM") if whole else ("peft", "AutoPeftModelForCausalLM")
+        return f'```python\nfrom {library} import {kind}\n\nmodel = {kind}.from_pretrained("this folder")\n```'
+    return f"To use it: load {model} with transformers, then `PeftModel.from_pretrained(model, this_folder)`."
 
 
 def _public(source: str, revision: str) -> str:

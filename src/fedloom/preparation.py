@@ -14,7 +14,9 @@ from random import Random
 import torch
 from transformers import PreTrainedModel
 
-from fedloom.adapters.adapter import AdaptedModel, build_config
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.configuration import build_config
+from fedloom.adapters.methods import METHODS
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (
@@ -29,14 +31,25 @@ from fedloom.errors import DataError, ModelError, RecipeError
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.sampling import cohort_size
-from fedloom.model import ModelSource, build_meta_model, choose_device, choose_dtype, load_model, open_model
+from fedloom.model import (
+    ModelSource,
+    build_meta_model,
+    check_quantization,
+    choose_device,
+    choose_dtype,
+    load_model,
+    open_model,
+)
 from fedloom.planning import ClientPlan, Plan
 from fedloom.randomness import derive_seed
 from fedloom.recipe import Recipe
 from fedloom.training.memory import free_bytes, predict_step
 
-BATCHED_METHODS = ("lora",)
-"""PEFT methods that the engine `batched` has."""
+BATCHED_OPTIONS = (
+    *("init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern"),
+)
+"""PEFT's options of LoRA that the engine `batched` has too."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,6 @@ def gather(recipe: Recipe, display: Display) -> Material:
     splits = split_documents(found, recipe.data, recipe.seed)
     display.show_step("model", recipe.model.source)
     source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
-    if source.max_length is not None and recipe.data.max_length > source.max_length:
-        raise ModelError(
-            f"{recipe.data.max_length} tokens are more than the model's {source.max_length}",
-            where="data.max_length",
-            mend=f"at most {source.max_length}",
-        )
     return Material(source, found, splits, *tokenize_splits(splits, source, recipe))
 
 
@@ -95,15 +102,13 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
     material = material or gather(recipe, display)
     source, found, splits = material.source, material.found, material.splits
     central, clients, shared_blocks = material.central, material.clients, material.shared_blocks
+    check_quantization(recipe.model.quantization, source, device)
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
-    engine = choose_engine(recipe.training.engine, recipe.adapter.method)
-    dtype = choose_dtype(recipe.model.dtype, device)
-
-    def build_shape(layers: int) -> AdaptedModel:
-        return adapt(build_meta_model(source, dtype=dtype, layers=layers), recipe)
-
-    shape = build_shape(source.num_layers)
-    if recipe.training.gradient_checkpointing and not shape.model.get_base_model().supports_gradient_checkpointing:
+    engine = choose_engine(recipe)
+    dtype = dtype_of(recipe, device)
+    shape = build_shape(recipe, source, dtype)
+    check_length(recipe.data.max_length, source, shape)
+    if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
@@ -113,13 +118,13 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
         length = recipe.data.max_length
         with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
             memory = predict_step(
-                build_shape,
+                partial(build_shape, recipe, source, dtype),
                 source.num_layers,
                 recipe.training,
                 clients=wanted,
                 length=length,
                 device=device,
-                alike=not any("." in target for target in recipe.adapter.targets or ()),
+                alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
             )
         if memory:
             fit = memory.clients_that_fit(free_bytes(device))
@@ -168,21 +173,49 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
     return Prepared(source, device, central, clients, plan, capacity)
 
 
-def choose_engine(wanted: str, method: str) -> str:
-    """`auto` is `batched` for the methods that it has, and `reference` for the others.
+def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) -> None:
+    """Refuse blocks that, with the adapter's prompt before them, are longer than the model.
 
     Raises:
-        RecipeError: `batched` is asked for with a method that it does not have.
+        ModelError
     """
-    if wanted == "auto":
-        return "batched" if method in BATCHED_METHODS else "reference"
-    if wanted == "batched" and method not in BATCHED_METHODS:
-        raise RecipeError(
-            f'the engine batched has no method "{method}"',
-            where="training.engine",
-            mend=f"use reference or auto, or one of: {', '.join(BATCHED_METHODS)}",
+    prompt = adapted.prompt_length
+    if source.max_length is not None and max_length + prompt > source.max_length:
+        raise ModelError(
+            f"{max_length} tokens{f' after a prompt of {prompt}' if prompt else ''} are more than the model's"
+            f" {source.max_length}",
+            where="data.max_length",
+            mend=f"at most {source.max_length - prompt}",
         )
-    return wanted
+
+
+def choose_engine(recipe: Recipe) -> str:
+    """`auto` is `batched` for plain LoRA, and `reference` for every other method.
+
+    Raises:
+        RecipeError: `batched` is asked for with what it does not have.
+    """
+    adapter, wanted = recipe.adapter, recipe.training.engine
+    lacks = [
+        *([f'method "{adapter.method}"'] if adapter.method != "lora" else []),
+        *(["adapter.dora"] if adapter.dora else []),
+        *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
+        *(["model.quantization"] if recipe.model.quantization in ("4bit", "8bit") else []),
+    ]
+    if wanted == "batched" and lacks:
+        raise RecipeError(
+            f"the engine batched has no {lacks[0]}",
+            where="training.engine",
+            mend="use reference or auto, or plain lora",
+        )
+    return "reference" if lacks or wanted == "reference" else "batched"
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> str:
+    """What the base model is loaded in: the recipe's choice, or the device's, or what the method can be trained in."""
+    if recipe.model.dtype == "auto" and METHODS[recipe.adapter.method].float32_base:
+        return "float32"
+    return choose_dtype(recipe.model.dtype, device)
 
 
 def tokenize_splits(
@@ -230,17 +263,49 @@ def tokenize_splits(
     return central, tuple(clients), shared
 
 
-def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:
+def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
+    """The adapted model without its values, and where PEFT can do with it without memory for them."""
+    base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
+    if METHODS[recipe.adapter.method].needs_values:
+        base = base.to_empty(device="cpu")
+        for value in base.state_dict().values():
+            value.zero_()
+    return adapt(base, recipe, source)
+
+
+def load_adapted_model(recipe: Recipe, source: ModelSource) -> AdaptedModel:
     """The base model, loaded once, with the adapter that every client starts from."""
-    base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device)
-    return adapt(base, recipe)
+    return adapt(load_base(recipe, source), recipe, source)
 
 
-def adapt(base: PreTrainedModel, recipe: Recipe) -> AdaptedModel:
+def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
+    """The base model as the recipe wants it."""
+    device = choose_device(recipe.model.device)
+    return load_model(
+        source,
+        dtype=dtype_of(recipe, device),
+        device=device,
+        attention=_attention(recipe),
+        quantization=recipe.model.quantization,
+    )
+
+
+def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> AdaptedModel:
     """A base model with the recipe's adapter."""
     rule = recipe.federation.lora_rule
-    config = build_config(recipe.adapter, base)
-    return AdaptedModel(base, config, recipe.seed, freeze_a=rule == "ffa", residuals=rule == "fedex")
+    return AdaptedModel(
+        base,
+        build_config(recipe.adapter, base),
+        recipe.seed,
+        freeze_a=rule == "ffa",
+        residuals=rule == "fedex",
+        tokenizer=source.tokenizer,
+    )
+
+
+def _attention(recipe: Recipe) -> str | None:
+    """`sdpa` where a prefix makes keys more than queries, which attention without masks can't tell from a cache."""
+    return "sdpa" if recipe.adapter.method == "prefix_tuning" else None
 
 
 def choose_judges(clients: Sequence[ClientBlocks], recipe: Recipe) -> Sequence[int]:

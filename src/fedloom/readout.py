@@ -9,7 +9,7 @@ Letters: B sequences, T tokens, M rows that count (of the B·T), D features, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Readout:
 
     The model is taken apart into a body and a frozen head where its logits are exactly `head(body(tokens))`. That is
     tried, not assumed: some models scale or cap their logits, and an adapter may sit on the head. Then all logits
-    are made at once. On the meta device there are no values to try, and the configuration is asked.
+    are made at once. On the meta device there are no values to try, and the configuration is asked. `logits` stands
+    for a model that is more than `model`: it gives the logits of tokens, and nothing is taken apart.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor] | None = None) -> None:
         self._model = model
-        self._head = self._find_head()
+        self._logits = logits or self._own_logits
+        self._head = None if logits else self._find_head()
 
     @property
     def vocabulary_size(self) -> int:
@@ -42,7 +44,10 @@ class Readout:
         return int(self._model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
     def losses(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor) -> Tensor:
-        """Negative log-likelihood of each counted row's target, [M], in float32 at least; differentiable."""
+        """Negative log-likelihood of each counted row's target, [M], in float32 at least; differentiable.
+
+        The head's own weights get no gradient: where they are trained, the logits are not for this.
+        """
         if self._head is None:
             return functional.cross_entropy(self._whole_logits(tokens_BT, rows_M), targets_M, reduction="none")
         losses_M: Tensor = _RowLosses.apply(
@@ -71,7 +76,11 @@ class Readout:
         return states.flatten(0, 1)
 
     def _whole_logits(self, tokens_BT: Tensor, rows_M: Tensor) -> Tensor:
-        return _at_least_float32(self._model(input_ids=tokens_BT, use_cache=False).logits.flatten(0, 1)[rows_M])
+        return _at_least_float32(self._logits(tokens_BT).flatten(0, 1)[rows_M])
+
+    def _own_logits(self, tokens_BT: Tensor) -> Tensor:
+        logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
+        return logits
 
     @torch.no_grad()
     def _find_head(self) -> nn.Linear | None:
@@ -82,7 +91,7 @@ class Readout:
             text = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
             return None if any(getattr(text, name, None) not in (None, 0, 1) for name in CHANGES_LOGITS) else head
         tokens_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
-        logits_BTV = self._model(input_ids=tokens_BT, use_cache=False).logits
+        logits_BTV = self._own_logits(tokens_BT)
         return head if torch.equal(logits_BTV.flatten(0, 1), head(self._states(tokens_BT))) else None
 
 

@@ -6,7 +6,6 @@ nearest valid key, the file and the line. Nothing is silently corrected.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from importlib import resources
@@ -20,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from fedloom.combinations import check_combinations
 from fedloom.errors import RecipeError
 from fedloom.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
+from fedloom.words import nearest
 
 
 def _to_tuple(value: object) -> object:
@@ -79,12 +79,6 @@ def shipped_recipes() -> dict[str, str]:
         for item in sorted(folder.iterdir(), key=lambda item: item.name)
         if item.name.endswith(".toml")
     }
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """`did you mean X?` where one of the known words is close; all of them otherwise."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
 
 
 def find_recipe(source: str | Path) -> tuple[str, str]:
@@ -231,4 +225,4 @@ def describe_keys() -> str:
 
 
 def _toml_value(value: object) -> str:
-    return "" if value is None else f"`{tomlkit.item(value).as_string()}`"
+    return "" if value in (None, {}) else f"`{tomlkit.item(value).as_string()}`"

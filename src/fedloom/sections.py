@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+from fedloom.adapters.methods import check_choice, check_method
 
 
 def _to_names(value: object) -> object:
@@ -37,7 +39,13 @@ class Model(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto",
-        description="of the frozen weights; `auto` is bfloat16 where the device has it in hardware, else float32",
+        description="of the base model's weights; `auto` is bfloat16 where the device has it in hardware and the method"
+        " can do with it, else float32",
+    )
+    quantization: Literal["4bit", "8bit", "packed"] | None = Field(
+        None,
+        description="keep the frozen weights packed: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as a"
+        " `.gguf` file has them; not if left out",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 
@@ -45,16 +53,32 @@ class Model(Section):
 class Adapter(Section):
     """The weights that are trained and exchanged."""
 
-    method: Literal["lora"] = Field("lora", description="the PEFT method")
-    rank: int = Field(16, ge=1, le=4096, description="LoRA r")
-    alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r")
-    rslora: bool = Field(False, description="scale by α/√r instead (2312.03732)")
+    method: Annotated[str, AfterValidator(check_method)] = Field(
+        "lora", description="a PEFT method by its name, or `full`; the README has a table of them"
+    )
+    rank: int = Field(16, ge=1, le=4096, description="LoRA r; of another method, PEFT's default if left out")
+    alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r; of another method likewise")
+    rslora: bool = Field(False, description="scale by α/√r instead (`lora`; 2312.03732)")
+    dora: bool = Field(False, description="train each column's magnitude apart from its direction (`lora`; 2402.09353)")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="on the adapter's input, in training; the base model's own is on too"
     )
     targets: Names | Literal["all-linear"] | None = Field(
         None, description="names of the layers to adapt; PEFT's choice for the architecture if left out"
     )
+    options: dict[str, JsonValue] = Field(
+        {}, description="the method's other options, by PEFT's names: a table, `[adapter.options]`"
+    )
+
+    @model_validator(mode="after")
+    def _has_only_what_its_method_needs(self) -> Adapter:
+        check_choice(self.method, self.given, self.options)
+        return self
+
+    @property
+    def given(self) -> set[str]:
+        """The keys that the recipe sets."""
+        return {key for key in self.model_fields_set if getattr(self, key) is not None}
 
 
 PARTITION_KEYS: dict[str, tuple[str, ...]] = {

@@ -172,22 +172,18 @@ def is_done(folder: Path) -> bool:
     return False
 
 
-def engine_of(recipe: Recipe) -> str:
-    return choose_engine(recipe.training.engine, recipe.adapter.method)
-
-
 def same_model(recipe: Recipe) -> Hashable:
     """Recipes for which this is equal can share an adapted model."""
     rule = recipe.federation.lora_rule
     layers = rule if rule in ("ffa", "fedex") else "plain"
     # What is frozen comes from the seed with "ffa", and other methods than plain LoRA have more than one vector.
-    seed = None if engine_of(recipe) == "batched" and rule != "ffa" else recipe.seed
-    return recipe.model, recipe.adapter, layers, engine_of(recipe), seed
+    seed = None if choose_engine(recipe) == "batched" and rule != "ffa" else recipe.seed
+    return recipe.model, recipe.adapter, layers, choose_engine(recipe), seed
 
 
 def same_pass(recipe: Recipe) -> Hashable:
     """Recipes for which this is equal, and `same_model`, can train in one pass."""
-    alone = None if engine_of(recipe) == "batched" and recipe.federation.lora_rule != "fedex" else id(recipe)
+    alone = None if choose_engine(recipe) == "batched" and recipe.federation.lora_rule != "fedex" else id(recipe)
     return alone, *(getattr(recipe.training, name) for name in OF_ALL_CLIENTS)
 
 
@@ -221,7 +217,7 @@ def run_group(
     device = ready[first.name].device
     with Telemetry(gpu=device.type == "cuda", watch=display.watch) as telemetry, ExitStack() as stack:
         display.show_step("weights", ready[first.name].source.name)
-        adapted = load_adapted_model(first.recipe, ready[first.name])
+        adapted = load_adapted_model(first.recipe, ready[first.name].source)
         workshop = Workshop(adapted, ready[first.name].plan.engine, telemetry)
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))

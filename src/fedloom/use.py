@@ -6,21 +6,22 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
-from fedloom.adapters.adapter import AdaptedModel, load_adapter
+from fedloom.adapters.adapter import AdaptedModel
 from fedloom.attention import choose_attention
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
-from fedloom.model import ModelSource, choose_device, choose_dtype, load_model, open_model
-from fedloom.preparation import adapt, prepare
+from fedloom.model import ModelSource, open_model
+from fedloom.preparation import load_adapted_model, load_base, prepare
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import read_run
 
@@ -49,7 +50,9 @@ def export(
         raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
     prepared = prepare(recipe, display)
     display.show_step("weights", prepared.source.name)
-    adapted = _open(recipe, prepared.source, source)
+    adapted = load_adapted_model(recipe, prepared.source)
+    adapter = adapted.open(source)
+    adapted.load(adapter)
     held_out = (prepared.central, *(client.holdout for client in prepared.clients))
     blocks = next(blocks for blocks in held_out if len(blocks))
     tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
@@ -60,18 +63,22 @@ def export(
     written = temporary / to.name
     try:
         display.show_step("writing", str(to))
-        if merged:
-            adapted.model.merge_and_unload().save_pretrained(written)
+        if merged and not adapted.is_whole:
+            _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
             prepared.source.tokenizer.save_pretrained(written)
-            opened = _open_merged(written, expected.dtype, adapted.device)
         else:
             shutil.copytree(source, written)
-            base = load_model(prepared.source, dtype=prepared.plan.dtype, device=prepared.device)
-            opened = PeftModel.from_pretrained(base, written).eval()
+        if merged or adapted.is_whole:
+            opened = _open_merged(written, expected.dtype, adapted.device)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PEFT about layers that it knows less well
+                opened = PeftModel.from_pretrained(load_base(recipe, prepared.source), written)
         display.show_step("proof", f"logits of {len(tokens_BT)} hold-out blocks")
         found = _logits(opened, tokens_BT)
         distance = float((found - expected).norm() / expected.norm())
-        if not distance <= (TOLERANCES[prepared.plan.dtype] if merged else 0.0):
+        rounds_otherwise = (merged and not adapted.is_whole) or adapter.residual is not None
+        if not distance <= (TOLERANCES[prepared.plan.dtype] if rounds_otherwise else 0.0):
             raise RunError(
                 f"what was written is not the run's adapter: its logits lie {distance:.1e} apart", where=str(to)
             )
@@ -99,14 +106,15 @@ def generate(
     recipe = _recipe_of(folder)
     source = _adapter_folder(folder, which)
     opened = open_model(recipe.model.source, recipe.model.revision)
-    adapted = _open(recipe, opened, source)
+    adapted = load_adapted_model(recipe, opened)
     inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
     if inputs.shape[1] == 0:
         raise RunError("the prompt is empty", where="PROMPT", mend="give it a word or more")
     longest = opened.max_length
-    room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1])
+    room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1] - adapted.prompt_length)
     if room < 1:
         raise RunError(f"the prompt has {inputs.shape[1]} tokens, the model has room for {longest}", where="PROMPT")
+    adapted.model.eval()
 
     def write() -> None:
         streamer = _Streamer(opened.tokenizer, say)
@@ -124,9 +132,11 @@ def generate(
 
     if base:
         say("--- base model ---\n")
-        with adapted.model.disable_adapter():
+        # A whole model is still the base model: what was trained is not loaded yet.
+        with nullcontext() if adapted.is_whole else adapted.model.disable_adapter():
             write()
         say("--- with the adapter ---\n")
+    adapted.load(adapted.open(source))
     write()
 
 
@@ -156,13 +166,24 @@ def _adapter_folder(folder: Path, which: str) -> Path:
     return source
 
 
-def _open(recipe: Recipe, model: ModelSource, source: Path) -> AdaptedModel:
-    """The base model with a run's adapter in it."""
-    device = choose_device(recipe.model.device)
-    dtype = choose_dtype(recipe.model.dtype, device)
-    adapted = adapt(load_model(model, dtype=dtype, device=device), recipe)
-    adapted.load(load_adapter(source, adapted.layout, adapted.frozen))
-    return adapted
+def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Path) -> PreTrainedModel:
+    """The base model with the adapter in its weights.
+
+    Raises:
+        RunError: PEFT can't do that for this method.
+    """
+    if recipe.model.quantization:
+        raise RunError("packed weights can't take an adapter in", where="--merged", mend="leave it out")
+    try:
+        if (
+            recipe.federation.lora_rule == "fedex"
+        ):  # whose residual stands beside the layers: PEFT's file has all in one
+            return PeftModel.from_pretrained(load_base(recipe, model), source).merge_and_unload()
+        return adapted.model.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise RunError(
+            f"PEFT can't merge {recipe.adapter.method} into the model's weights", where="--merged", mend="leave it out"
+        ) from error
 
 
 def _open_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

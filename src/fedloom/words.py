@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
+
+import difflib
 
 
 def count(number: int, noun: str) -> str:
@@ -32,3 +34,9 @@ def format_number(value: float | None, form: str) -> str:
 def format_trainable(trained: int, parameters: int) -> str:
     """1,572,864 / 332,769,280 (0.47 %)."""
     return f"{trained:,} / {parameters:,} ({100 * trained / parameters:.2f} %)"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`did you mean X?` where one of the known words is close; all of them otherwise."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter, load_adapter
+from fedloom.adapters.adapter import AdaptedModel, Adapter
 from fedloom.baselines import Baseline, set_up_baselines
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError
@@ -131,7 +131,7 @@ def set_up(
 
 def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 0) -> list[Baseline]:
     """The baselines that a run's recipe asks for, ready to begin from the adapter that it began with."""
-    initial = load_adapter(arm.recorder.adapters / "initial", workshop.adapted.layout, workshop.adapted.frozen)
+    initial = workshop.adapted.open(arm.recorder.adapters / "initial")
     score = partial(workshop.score, batch_size=arm.recipe.evaluation.batch_size)
     return set_up_baselines(
         arm.recipe,

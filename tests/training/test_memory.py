@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
 
-from fedloom.adapters.adapter import AdaptedModel, build_config
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.configuration import build_config
 from fedloom.adapters.stacked import Stack
 from fedloom.model import build_meta_model, open_model
 from fedloom.training import memory

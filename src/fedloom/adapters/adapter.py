@@ -1,4 +1,4 @@
-"""An adapter: named tensors over one flat vector; PEFT files in and out.
+"""An adapter: named tensors over one flat vector; PEFT's files, or a whole model's, in and out.
 
 One flat vector makes what happens to an adapter plain arithmetic: averaging, distance, clipping, the optimizer
 and the bytes on the wire need no names.
@@ -14,32 +14,31 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from fedloom.adapters.configuration import reason_of
+from fedloom.adapters.methods import SEEDS
 from fedloom.adapters.residual import A_SUFFIX, Residual, lora_pairs, make_room_for_residuals
 from fedloom.errors import ModelError
 from fedloom.failpoints import failpoint
 from fedloom.randomness import derive_seed
 from fedloom.readout import Readout
 
-if TYPE_CHECKING:
-    from fedloom.sections import Adapter as AdapterSection
-
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+MODEL_FILE = "model.safetensors"
+PROMPT = "prompt_embeddings"
 A_WEIGHT = ".lora_A.default.weight"
 
 
@@ -47,7 +46,7 @@ A_WEIGHT = ".lora_A.default.weight"
 class Layout:
     """Names and shapes of an adapter's tensors in the order in which they lie in the flat vector.
 
-    The names are those of PEFT's files: `base_model.model.….q_proj.lora_A.weight`.
+    The names are those of the saved files: PEFT's, `base_model.model.….q_proj.lora_A.weight`, or the model's own.
     """
 
     names: tuple[str, ...]
@@ -95,45 +94,66 @@ class Adapter:
 
 
 class AdaptedModel:
-    """The frozen base model with a PEFT adapter whose trained weights, and their gradients, are flat vectors.
+    """The base model with an adapter whose trained weights, and their gradients, are flat vectors.
 
     `weights_P` is one parameter, `gradient_P` its gradient; the layers see views of both. Loading an adapter copies
-    into `weights_P`, so the model is wrapped once and serves every client. With `freeze_a` only LoRA's B is trained,
-    and A, the same for everybody, is in `frozen` (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). With `residuals` the
-    adapted layers have room for an adapter's residual.
+    into `weights_P`, so the model is wrapped once and serves every client. What belongs to the adapter and is not
+    trained, the same for everybody, is in `frozen`: random projections of some methods, and with `freeze_a` LoRA's A,
+    of which then only B is trained (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). With `residuals` the adapted layers
+    have room for an adapter's residual.
 
+    Without a `config` the adapter is the model: every weight is trained. `tokenizer` is what is saved beside it.
     `base` may be on the meta device: then everything has its shape, and nothing a value.
+
+    Raises:
+        ModelError: PEFT can't put this adapter on this model, or would not save all that is trained.
     """
 
     def __init__(
         self,
         base: PreTrainedModel,
-        config: PeftConfig,
+        config: PeftConfig | None,
         seed: int,
         *,
         freeze_a: bool = False,
         residuals: bool = False,
+        tokenizer: Any = None,
     ) -> None:
-        with torch.random.fork_rng(devices=[]):
-            # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
-            torch.manual_seed(derive_seed(seed, "adapter"))
-            self.model = _wrap(base, config)
+        self.base = base
+        self.config = config and _seeded(config, seed)
+        self.model = _wrap(base, self.config, seed)
+        self._tokenizer = tokenizer
         for name, value in self.model.named_parameters():
             if freeze_a and name.endswith(A_WEIGHT):
                 value.requires_grad_(False)
-        self.config = config
-        self.frozen = {
-            name.replace(".default", ""): value.detach()
-            for name, value in self.model.named_parameters()
-            if freeze_a and name.endswith(A_WEIGHT)
-        }
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
-        self.readout = Readout(self.model.get_base_model())
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        saved = self._saved()
+        names = {id(value): name for name, value in reversed(saved.items())}
+        if lost := [name for name, value in trained if id(value) not in names]:
+            raise ModelError(
+                f"PEFT would train {lost[0]} and not save it", where="[adapter]", mend="change the options"
+            )
+        if not trained:
+            raise ModelError("nothing of this model would be trained", where="[adapter]", mend="name other targets")
+        if coarse := [name for name, value in trained if value.dtype in (torch.bfloat16, torch.float16)]:
+            raise ModelError(
+                f"{coarse[0]} would be trained in bfloat16, whose 8 bits of mantissa lose steps as small as 1e-5",
+                where="model.dtype",
+                mend='use "float32"',
+            )
+        ours = {id(value) for _, value in trained}
+        self.frozen = {name: value.detach() for name, value in saved.items() if id(value) not in ours}
+        # PEFT saves what layers share under each of its names, transformers under the first.
+        self._aliases = {
+            name: names[id(value)]
+            for name, value in saved.items()
+            if config is not None and id(value) in ours and name != names[id(value)]
+        }
         self.layout = Layout(
-            names=tuple(name.replace(".default", "") for name, _ in trained),
-            shapes=tuple(value.shape for _, value in trained),
+            names=tuple(names[id(value)] for _, value in trained), shapes=tuple(value.shape for _, value in trained)
         )
+        self._places = {names[id(value)]: name for name, value in self.model.named_parameters() if id(value) in names}
         self.weights_P = nn.Parameter(torch.cat([value.detach().reshape(-1) for _, value in trained]))
         self.gradient_P = torch.zeros_like(self.weights_P)
         self.weights_P.grad = self.gradient_P
@@ -142,19 +162,40 @@ class AdaptedModel:
         for name, (_, value) in zip(self.layout.names, trained, strict=True):
             value.data = weights[name]
             value.grad = gradients[name]
+        self.readout = Readout(base, self.logits if self.has_prompt else None)
 
     @property
     def device(self) -> torch.device:
         return self.weights_P.device
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the adapter is the model itself."""
+        return self.config is None
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether trained tokens stand before those of the text."""
+        return self.config is not None and bool(self.config.is_prompt_learning)
+
+    @property
+    def prompt_length(self) -> int:
+        """Trained tokens that stand before those of the text."""
+        return int(self.config.num_virtual_tokens) if self.config is not None and self.has_prompt else 0
+
+    @property
     def num_parameters(self) -> int:
         """Of the base model with the adapter."""
         return sum(value.numel() for value in self.model.parameters())
 
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T, V]: of the tokens that are given, where a prompt stands before them."""
+        logits: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
+        return logits[:, -tokens_BT.shape[1] :]
+
     def parameter(self, name: str) -> Tensor:
-        """What the model has under a name of PEFT's files."""
-        found: Tensor = self.model.get_parameter(name.replace(".weight", ".default.weight"))
+        """What the model has under a name of the saved files."""
+        found: Tensor = self.model.get_parameter(self._places[name])
         return found
 
     def load(self, adapter: Adapter) -> None:
@@ -173,7 +214,8 @@ class AdaptedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
             self.model.add_adapter("drawn", copy.deepcopy(self.config))
-        drawn = [self.model.get_parameter(name.replace(".weight", ".drawn.weight")) for name in self.layout.names]
+        places = [self._places[name].replace(".default.", ".drawn.") for name in self.layout.names]
+        drawn = [self.model.get_parameter(place) for place in places]
         weights_P = torch.cat([value.detach().reshape(-1) for value in drawn]).cpu()
         self.model.delete_adapter("drawn")
         return Adapter(self.layout, weights_P)
@@ -182,41 +224,42 @@ class AdaptedModel:
         """A copy of the weights that are in the model now."""
         return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))
 
+    def lend(self) -> Adapter:
+        """The weights that are in the model now; of a whole model on a processor not a copy but the model's own."""
+        return Adapter(self.layout, self.weights_P.detach().cpu()) if self.is_whole else self.read()
+
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:
-        """Write an adapter with everything that PEFT needs to open it, and its model card."""
-        save_adapter(adapter, self.config, folder, frozen=self.frozen, card=card)
+        """Write an adapter with everything that PEFT, or transformers for a whole model, needs to open it."""
+        if self.config is not None:
+            tensors = self.layout.split(adapter.weights_P)
+            shared = {name: tensors[first] for name, first in self._aliases.items()}
+            save_adapter(adapter, self.config, folder, frozen={**self.frozen, **shared}, card=card)
+        else:
+            save_model(adapter, self.base, folder, frozen=self.frozen, tokenizer=self._tokenizer, card=card)
 
+    def open(self, folder: Path) -> Adapter:
+        """What `save`, PEFT or transformers wrote for this model.
 
-def build_config(section: AdapterSection, base: PreTrainedModel) -> LoraConfig:
-    """PEFT's configuration for the recipe's `[adapter]`.
+        Raises:
+            ModelError: there is none, it can't be read, or it belongs to another model.
+        """
+        return load_adapter(folder, self.layout, {*self.frozen, *self._aliases})
 
-    Raises:
-        ModelError: a target that the model does not have, or none named where PEFT knows no default.
-    """
-    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
-    targets, adapted = section.targets, list(layers.values())
-    if isinstance(targets, tuple):
-        matches = {t: [v for name, v in layers.items() if name == t or name.endswith(f".{t}")] for t in targets}
-        adapted = [layer for layers in matches.values() for layer in layers]
-        if missing := [target for target, found in matches.items() if not found]:
-            raise ModelError(f'the model has no layer "{missing[0]}"', where="adapter.targets", mend=f"it has: {known}")
-    elif targets is None and base.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        raise ModelError(
-            f"PEFT knows no default layers for {base.config.model_type}",
-            where="adapter.targets",
-            mend=f"name some of: {known}",
-        )
-    return LoraConfig(
-        r=section.rank,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        use_rslora=section.rslora,
-        target_modules=sorted(targets) if isinstance(targets, tuple) else targets,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name_or_path,
-    )
+    def _saved(self) -> dict[str, Tensor]:
+        """What belongs into the adapter's file: name there -> the model's own tensor."""
+        own: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        if self.config is None:
+            return own
+        if self.has_prompt:
+            # PEFT saves the prompt that it computes, which is what is trained unless a network computes it.
+            prompt = [value for name, value in own.items() if name.startswith("prompt_encoder.")]
+            return {PROMPT: prompt[0]} if len(prompt) == 1 else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved: dict[str, Tensor] = get_peft_model_state_dict(
+                self.model, state_dict=own, save_embedding_layers=False
+            )
+        return saved
 
 
 def save_adapter(
@@ -228,21 +271,59 @@ def save_adapter(
     card: str = "",
 ) -> None:
     """Write the adapter, and the frozen tensors beside it, as PEFT does; the folder is replaced whole or not at all."""
+    saved = copy.deepcopy(config)
+    saved.inference_mode = True
+    if isinstance(getattr(saved, "target_modules", None), set):
+        saved.target_modules = sorted(saved.target_modules)
+    tensors = adapter.layout.split(adapter.weights_P)
+    if adapter.residual:
+        tensors, more = adapter.residual.widen(tensors)
+        _widen(saved, more)
+    with _replacing(folder) as temporary:
+        saved.save_pretrained(str(temporary))
+        _write(tensors, frozen, temporary / WEIGHTS_FILE, card)
+
+
+def save_model(
+    adapter: Adapter,
+    base: PreTrainedModel,
+    folder: Path,
+    *,
+    frozen: Mapping[str, Tensor] = MappingProxyType({}),
+    tokenizer: Any = None,
+    card: str = "",
+) -> None:
+    """Write a whole model as transformers does; the folder is replaced whole or not at all.
+
+    The weights are written from where they are: no copy of the model is made.
+    """
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    config.dtype = adapter.weights_P.dtype
+    with _replacing(folder) as temporary:
+        config.save_pretrained(temporary)
+        if base.generation_config is not None:
+            base.generation_config.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _write(adapter.layout.split(adapter.weights_P), frozen, temporary / MODEL_FILE, card)
+
+
+def _write(tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], file: Path, card: str) -> None:
+    # Frozen tensors may share their memory, which the format has no way to say.
+    others = {name: value.to("cpu", copy=True).contiguous() for name, value in frozen.items()}
+    save_file({**tensors, **others}, file, metadata={"format": "pt"})
+    if card:
+        (file.parent / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the folder's place at the end, with the rights that the umask leaves."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        saved = copy.deepcopy(config)
-        saved.inference_mode = True
-        if isinstance(getattr(saved, "target_modules", None), set):
-            saved.target_modules = sorted(saved.target_modules)
-        tensors = {**adapter.layout.split(adapter.weights_P), **{name: value.cpu() for name, value in frozen.items()}}
-        if adapter.residual:
-            tensors, more = adapter.residual.widen(tensors)
-            _widen(saved, more)
-        saved.save_pretrained(str(temporary))
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        yield temporary
         for file in temporary.iterdir():
             file.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())
@@ -257,17 +338,20 @@ def save_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] = ()) -> Adapter:
-    """Read an adapter that PEFT or `save_adapter` wrote, leaving out the tensors that are `frozen`.
+def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] | None = ()) -> Adapter:
+    """Read an adapter that PEFT, `save_adapter` or `save_model` wrote, leaving out the tensors that are `frozen`:
+    with None, all that are not in `layout`.
 
     Ranks beyond those of `layout` are its residual.
 
     Raises:
         ModelError: there is none, it can't be read, or its tensors are not those of `layout`.
     """
-    path = folder / WEIGHTS_FILE
+    path = folder / (MODEL_FILE if (folder / MODEL_FILE).exists() else WEIGHTS_FILE)
     try:
-        tensors = {name: value for name, value in load_file(path).items() if name not in frozen}
+        found = load_file(path)
+        leave_out = found.keys() - set(layout.names) if frozen is None else frozen
+        tensors = {name: value for name, value in found.items() if name not in leave_out}
     except Exception as error:  # safetensors raises its own kinds for damage
         raise ModelError(f"no readable adapter ({type(error).__name__})", where=str(path)) from error
     if set(tensors) != set(layout.names):
@@ -292,14 +376,33 @@ def _widen(config: PeftConfig, ranks: int) -> None:
     config.r = wider
 
 
-def _wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    with warnings.catch_warnings():
-        # Of libraries about each other, and of tied heads being merged, which nobody does here.
+def _seeded(config: PeftConfig, seed: int) -> PeftConfig:
+    """A copy whose random, untrained parts come from the recipe's seed, so that they are the same on every client."""
+    seeded = copy.deepcopy(config)
+    for field in SEEDS:
+        if hasattr(seeded, field):
+            setattr(seeded, field, derive_seed(seed, field) % 2**31)
+    return seeded
+
+
+def _wrap(base: PreTrainedModel, config: PeftConfig | None, seed: int) -> Any:
+    """The base model with PEFT's adapter, or itself with every weight trained."""
+    if config is None:
+        return base.requires_grad_(True)
+    place = torch.device("meta") if base.device.type == "meta" else nullcontext()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place:
+        # Of libraries about each other, of tied heads being merged, which nobody does here.
         warnings.simplefilter("ignore")
-        if base.device.type == "meta":
-            with torch.device("meta"):
-                return get_peft_model(base, copy.deepcopy(config))
-        return get_peft_model(base, copy.deepcopy(config))
+        # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        try:
+            return get_peft_model(base, copy.deepcopy(config))
+        except Exception as error:  # of any kind: each method finds in its own way what it can't do
+            raise ModelError(
+                f"PEFT can't put {config.peft_type.value.lower()} on this model: {reason_of(error)}",
+                where="[adapter]",
+                mend="change its targets or options, or choose another method",
+            ) from error
 
 
 def _umask() -> int:

@@ -98,8 +98,8 @@ class Stack:
     @property
     def model(self) -> nn.Module:
         """The base model, whose adapted layers are stacked inside `installed`."""
-        model: nn.Module = self._adapted.model.get_base_model()
-        return model
+        base: nn.Module = self._adapted.base
+        return base
 
     def bind(self, weights_KP: Tensor, gradients_KP: Tensor) -> None:
         """Let the layers use these weights and write their gradients there; K may differ from before."""

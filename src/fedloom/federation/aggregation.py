@@ -42,13 +42,19 @@ WEIGHTS: dict[str, Callable[[ClientReport], float]] = {
 """What a client's share in the mean is proportional to."""
 
 
+MOST_IN_FLOAT64 = 2**26
+"""Weights that are summed in float64. Of a whole model the sum would be as large as two more models, so that the server
+had no room in what it has room for; float32 loses a 10⁻⁷th of a weight."""
+
+
 def weighted_mean(adapter: Adapter, updates: Iterable[ClientUpdate], weigh: Callable[[ClientReport], float]) -> Adapter:
     """Σ n_k w_k / Σ n_k (FedAvg, McMahan et al. 2017, arXiv 1602.05629, algorithm 1), in the layout of `adapter`.
 
     Summed in float64: the mean of equal updates is that update to the bit, and the order of arrival is lost in
-    the rounding.
+    the rounding. Of more than `MOST_IN_FLOAT64` weights, in their own dtype.
     """
-    total, sum_P = 0.0, torch.zeros_like(adapter.weights_P, dtype=torch.float64)
+    wide = adapter.weights_P.numel() <= MOST_IN_FLOAT64
+    total, sum_P = 0.0, torch.zeros_like(adapter.weights_P, dtype=torch.float64 if wide else None)
     for update in updates:
         weight = float(weigh(update.report))
         sum_P.add_(update.adapter.weights_P, alpha=weight)
@@ -159,9 +165,20 @@ def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Ag
     weigh = WEIGHTS[strategy.weight_by]
 
     def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        arrived = sorted(updates, key=lambda update: update.report.client)
-        weights_KP = torch.stack([update.adapter.weights_P for update in arrived]).double()
-        share_K = torch.tensor([float(weigh(update.report)) for update in arrived], dtype=torch.float64)
+        # Copies: an update may be lent, until the next is asked for.
+        arrived = sorted(
+            (
+                (
+                    update.report.client,
+                    float(weigh(update.report)),
+                    update.adapter.weights_P.to(torch.float64, copy=True),
+                )
+                for update in updates
+            ),
+            key=lambda found: found[0],
+        )
+        weights_KP = torch.stack([weights_P for _, _, weights_P in arrived])
+        share_K = torch.tensor([share for _, share, _ in arrived], dtype=torch.float64)
         return state, replace(adapter, weights_P=choose(weights_KP, share_K).to(adapter.weights_P.dtype))
 
     return Aggregate(lambda adapter: None, update)

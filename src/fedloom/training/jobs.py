@@ -106,7 +106,11 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What comes back from a job: the trained weights, and the optimizer's state where the client keeps it."""
+    """What comes back from a job: the trained weights, and the optimizer's state where the client keeps it.
+
+    The weights of a whole model are lent: they are valid until the next update is asked for, or the model is used for
+    something else. Who wants them longer copies them.
+    """
 
     report: ClientReport
     adapter: Adapter

@@ -54,13 +54,13 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     log, training = WorkLog(job), job.training
     adapted.load(job.adapter)
     weights_P, gradient_P = adapted.weights_P, adapted.gradient_P
-    global_P = job.adapter.weights_P.to(adapted.device)
+    global_P = job.adapter.weights_P.to(adapted.device)  # on a processor the server's own, which nobody changes
     trains_P = None if job.trains_P is None else job.trains_P.to(adapted.device)
     optimizer = OPTIMIZERS[training.optimizer]([weights_P], training)
     _restore(optimizer, job.optimizer_state)
     batches = job.draw_batches()
     devices = [adapted.device] if adapted.device.type == "cuda" else []
-    checkpointing = gradient_checkpointing(adapted.model.get_base_model(), training.gradient_checkpointing)
+    checkpointing = gradient_checkpointing(adapted.base, training.gradient_checkpointing)
     with torch.random.fork_rng(devices), checkpointing:
         torch.manual_seed(job.dropout_seed)
         adapted.model.train()
@@ -68,7 +68,7 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
             batch = take_batch(job.blocks, rows).to(adapted.device)
 
             gradient_P.zero_()
-            loss = mean_token_loss(adapted.model(input_ids=batch.tokens_BT, use_cache=False).logits, batch.labels_BT)
+            loss = mean_token_loss(adapted.logits(batch.tokens_BT), batch.labels_BT)
             loss.backward()
 
             with torch.no_grad():
@@ -87,7 +87,7 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
     state = _state_of(optimizer) if training.optimizer_state == "keep" else {}
-    return ClientUpdate(report, adapted.read(), state, job.arm)
+    return ClientUpdate(report, adapted.lend(), state, job.arm)
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:
