@@ -32,7 +32,7 @@ def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(section.method.upper())]
     fields = {field.name for field in dataclasses.fields(kind)}
     owned = own_keys(section.method)
-    choices = sorted(fields - owned.keys() - set(SET_BY_FEDLOOM))
+    choices = sorted(field for field in fields - owned.keys() - {*SET_BY_FEDLOOM} if not field.endswith("_config"))
     for option in section.options:
         if option not in choices:
             raise ModelError(
