@@ -12,6 +12,7 @@ import fedloom
 SOURCE = Path(fedloom.__file__).parent
 
 HOUSE = [
+    "quoting",
     "errors",
     "words",
     "randomness",
@@ -73,6 +74,7 @@ BARE = [
 
 LIGHT = [
     *(
+        "quoting",
         "errors",
         "words",
         "randomness",

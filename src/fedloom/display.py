@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
+from fedloom.quoting import show_controls
 from fedloom.words import count, format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Terminal(Display):
         self._round = 0
 
     def show_step(self, what: str, detail: str) -> None:
-        self._print(f"[dim]{what:<10}{_plain(detail)}[/dim]")
+        self._print(f"{what:<10}{detail}", style="dim")
 
     def show_plan(self, plan: Plan) -> None:
         self.console.print(render_plan(plan))
@@ -75,7 +77,7 @@ class Terminal(Display):
         self._clock = Clock({"train": plan.rounds * plan.train_tokens_per_round, "evaluate": plan.evaluate_tokens})
 
     def show_folder(self, folder: Path) -> None:
-        self._print(f"[dim]{'run':<10}{_plain(str(folder))}[/dim]\n")
+        self._print(f"{'run':<10}{folder}\n", style="dim")
         self._print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
         self._clock.start()
         if self.console.is_terminal:
@@ -117,8 +119,8 @@ class Terminal(Display):
         if losses:
             best = f"best in round {run.best_round}: {min(losses):.4f}"
             self._print(f"central loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
-        self._print(f"best adapter  {_plain(str(run.folder / 'adapters' / 'best'))}")
-        self._print(f"report        {_plain(str(report))}")
+        self._print(f"best adapter  {run.folder / 'adapters' / 'best'}")
+        self._print(f"report        {report}")
 
     def close(self) -> None:
         """Take the progress bar off the screen."""
@@ -131,7 +133,7 @@ class Terminal(Display):
         return said + (f"  {format_seconds(left)} left" if left is not None else "")
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, soft_wrap=True)
+        self.console.print(show_controls(text), style=style, soft_wrap=True, markup=False)
 
 
 def render_plan(plan: Plan) -> Table:
@@ -170,15 +172,10 @@ def render_plan(plan: Plan) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in rows.items():
-        table.add_row(name, _plain(value))
+        table.add_row(name, Text(show_controls(value)))
     return table
 
 
 def _range(values: list[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _plain(text: str) -> str:
-    """Text of others, without a meaning as markup."""
-    return text.replace("[", r"\[")

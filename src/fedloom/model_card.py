@@ -6,6 +6,7 @@ import json
 
 from fedloom.hub import COMMIT
 from fedloom.planning import Plan
+from fedloom.quoting import to_markdown_code, to_markdown_text
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Record
 
@@ -54,11 +55,12 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
     round = f"round {record['round']}" if record else "before any training"
     text = [
         f"# {recipe.name}",
-        recipe.description,
-        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {model} ({plan.model_revision}),"
+        to_markdown_text(recipe.description),
+        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {to_markdown_text(model)}"
+        f" ({to_markdown_text(plan.model_revision)}),"
         f" {round} of {plan.rounds}. It was trained by federation: {len(plan.clients)} clients, each on its own"
         " documents, which stayed where they were; only adapters travelled.",
-        f"- Data: {data} ({plan.data_revision})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"- Data: {to_markdown_text(data)} ({to_markdown_text(plan.data_revision)})\n- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         "\n".join(
@@ -73,8 +75,8 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```'
         if on_a_hub
-        else f"To use it: load {model} with transformers, then `PeftModel.from_pretrained(model, this_folder)`.",
-        f"The recipe:\n\n```toml\n{recipe_to_toml(public).rstrip()}\n```",
+        else f"To use it: load {to_markdown_text(model)} with transformers, then `PeftModel.from_pretrained(model, this_folder)`.",
+        f"The recipe:\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"
 

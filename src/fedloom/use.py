@@ -21,6 +21,7 @@ from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
 from fedloom.model import ModelSource, choose_device, choose_dtype, load_model, open_model
 from fedloom.preparation import adapt, prepare
+from fedloom.quoting import show_controls
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import read_run
 
@@ -138,7 +139,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
         self._say = say
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._say(text + ("\n" if stream_end else ""))
+        self._say(show_controls(text) + ("\n" if stream_end else ""))
 
 
 def _recipe_of(folder: Path) -> Recipe:
