@@ -52,15 +52,17 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         for key, value in known.items():
             lines.append(f"    - type: {METRICS[key][0]}\n      name: {METRICS[key][1]}\n      value: {value}")
     lines.append("---")
+    shown_model, shown_data = to_markdown_text(model), to_markdown_text(data)
+    revisions = [to_markdown_text(revision) for revision in (plan.model_revision, plan.data_revision)]
     round = f"round {record['round']}" if record else "before any training"
     text = [
         f"# {recipe.name}",
         to_markdown_text(recipe.description),
-        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {to_markdown_text(model)}"
-        f" ({to_markdown_text(plan.model_revision)}),"
+        f"An adapter ({recipe.adapter.method}, rank {recipe.adapter.rank}) of {shown_model}"
+        f" ({revisions[0]}),"
         f" {round} of {plan.rounds}. It was trained by federation: {len(plan.clients)} clients, each on its own"
         " documents, which stayed where they were; only adapters travelled.",
-        f"- Data: {to_markdown_text(data)} ({to_markdown_text(plan.data_revision)})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         "\n".join(
@@ -75,7 +77,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```'
         if on_a_hub
-        else f"To use it: load {to_markdown_text(model)} with transformers, then `PeftModel.from_pretrained(model, this_folder)`.",
+        else f"To use it: load {shown_model} with transformers, then `PeftModel.from_pretrained(model, this_folder)`.",
         f"The recipe:\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"

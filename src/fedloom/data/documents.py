@@ -1,6 +1,7 @@
 """Where text comes from: a data set of the hub, files, or the interpreter's own standard library.
 
-A row that holds no text is skipped and counted, never fatal; what is said of it is a reason, never its content.
+A row without a usable text is skipped and counted, or ends the run where the recipe wants that or too many are bad;
+what is said of it is a reason and a place, never its content.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.errors import DataError
 from fedloom.hub import find_commit, hub_address
 from fedloom.randomness import derive_seed
+from fedloom.words import count
 
 if TYPE_CHECKING:
     from fedloom.sections import Data
@@ -31,6 +34,10 @@ SHUFFLE_BUFFER = 10_000
 """Rows of a streamed data set that are shuffled among each other."""
 
 Row = Mapping[str, Any]
+
+
+EMPTY = "empty"
+"""The reason that is no fault: there is nothing to learn from an empty text, and nothing wrong with it."""
 
 
 class UnreadableError(Exception):
@@ -75,7 +82,8 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
     """Up to `at_most` usable documents in an order drawn from the seed.
 
     Raises:
-        DataError: the source can't be found or reached, has no such column, or holds no usable document.
+        DataError: the source can't be found or reached, has no such column, or holds no usable document; a row is bad
+            where none may be, or more rows than the recipe allows.
     """
     order_seed = derive_seed(seed, "documents")
     source = _open_source(data, order_seed, at_most)
@@ -85,6 +93,7 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
         random.Random(order_seed).shuffle(rows)
     documents: list[Document] = []
     skipped: Counter[str] = Counter()
+    first_bad = ""
     for origin, open_row in rows:
         if at_most is not None and len(documents) == at_most:
             break
@@ -92,6 +101,11 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
             documents.append(_to_document(open_row(), origin, data))
         except UnreadableError as reason:
             skipped[str(reason)] += 1
+            if str(reason) != EMPTY:
+                first_bad = first_bad or f"{origin}: {reason}"
+                if data.on_bad_row == "error":
+                    break
+    _check_bad_rows(data, len(documents), skipped, first_bad)
     found = Documents(tuple(documents), dict(skipped), data.source, source.revision)
     if not documents:
         raise DataError(
@@ -102,12 +116,30 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
     return found
 
 
+def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: str) -> None:
+    """Refuse a source with a bad row where none may be, or with more of them than the recipe allows."""
+    bad, read = skipped.total() - skipped[EMPTY], usable + skipped.total()
+    if bad and data.on_bad_row == "error":
+        raise DataError(
+            f"a bad row, {first_bad}",
+            where=f'data.source = "{data.source}"',
+            mend='mend or remove it, or count such rows instead: data.on_bad_row = "skip"',
+        )
+    if usable and bad > data.max_bad_fraction * read:
+        raise DataError(
+            f"{bad:,} of {read:,} rows are bad ({100 * bad / read:.2g} %), one of them {first_bad}",
+            where=f'data.source = "{data.source}"',
+            mend="mend them, look at data.text, data.partition.by and data.files, or raise data.max_bad_fraction"
+            f" (now {data.max_bad_fraction:g})",
+        )
+
+
 def _to_document(row: Row, origin: str, data: Data) -> Document:
     text = row.get(data.text)
     if not isinstance(text, str):
         raise UnreadableError(f"without text in column {data.text}" if text is None else "not text")
     if all(character.isspace() or character in "\ufeff\x00" for character in text):
-        raise UnreadableError("empty")
+        raise UnreadableError(EMPTY)
     label = None
     if data.partition.by is not None:
         if row.get(data.partition.by) is None:
@@ -161,6 +193,8 @@ def _refuse_spare(data: Data, *keys: str) -> None:
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
+    if ".." in Path(pattern).parts:
+        raise DataError(f'"{pattern}" leads out of the folder', where=str(folder), mend="change data.files, as **/*.py")
     try:
         paths = sorted(file for file in folder.glob(pattern) if file.is_file())
     except (ValueError, NotImplementedError, OSError) as error:
@@ -187,7 +221,11 @@ def _relative(paths: list[Path], root: Path) -> list[tuple[str, Path]]:
 
 def describe_files(paths: list[Path]) -> str:
     """What stands for a revision where files have none: how many, how large."""
-    return f"{len(paths)} file{'s'[: len(paths) != 1]}, {sum(path.stat().st_size for path in paths):,} bytes"
+    sizes = []
+    for path in paths:
+        with suppress(OSError):  # gone since it was listed: it is counted as unreadable when its turn comes
+            sizes.append(path.stat().st_size)
+    return f"{count(len(sizes), 'file')}, {sum(sizes):,} bytes"
 
 
 def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -306,6 +344,8 @@ def _read_rows(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Calla
         yield from READERS[path.suffix](path, origin, data)
     except OSError as error:
         raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="look at its permissions") from error
+    except csv.Error as error:
+        raise DataError("not a readable .csv file", where=str(path), mend="write it again") from error
 
 
 def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:

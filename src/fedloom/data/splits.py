@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 5
+COMPARED_CHARACTERS = 200_000
+"""Of a document's head, by which near duplicates are found: 10 million would take gigabytes."""
 LONGEST_MEAN_WORD = 12
 """Characters; above it, what looks like words are sentences without spaces."""
 
@@ -294,6 +296,7 @@ def _normalise(text: str) -> str:
 
 def _shingles(text: str) -> set[int]:
     """Hashes of every run of words; of characters in a script that puts no spaces between words."""
+    text = text[:COMPARED_CHARACTERS]
     words = re.findall(r"\w+|[^\w\s]", text)
     if len(text) > LONGEST_MEAN_WORD * len(words):
         words = list(text)
