@@ -55,8 +55,7 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
     device = choose_device(recipe.model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    per_round = cohort_size(recipe.data.clients, recipe.federation.fraction)
-    check_strategy(recipe.federation.strategy, per_round)
+    check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation.fraction))
     display.show_step("documents", recipe.data.source)
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
     display.show_step("splits", f"{len(found.documents):,} documents")
@@ -69,8 +68,20 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
             where="data.max_length",
             mend=f"at most {source.max_length}",
         )
-    central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
-    short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
+    central, tokenized, shared_blocks = tokenize_splits(splits, source, recipe)
+    short = sum(blocks.dropped for blocks in (central, *(b for c in tokenized for b in (c.train, c.holdout))))
+    able = [client for client, blocks in enumerate(tokenized) if len(blocks.train)]
+    clients = tuple(tokenized[client] for client in able)
+    left_out = tuple(_why_idle(client, splits, tokenized) for client in range(len(tokenized)) if client not in able)
+    if not able:
+        raise DataError(
+            f"no client has anything to train on: {left_out[0]}",
+            where=f'data.source = "{recipe.data.source}"',
+            mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
+            " data.max_length",
+        )
+    per_round = cohort_size(len(able), recipe.federation.fraction)
+    check_strategy(recipe.federation.strategy, per_round)
     engine = choose_engine(recipe.training.engine, recipe.adapter.method)
     dtype = choose_dtype(recipe.model.dtype, device)
 
@@ -125,8 +136,9 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
                 holdout_tokens=blocks.holdout.num_tokens,
                 steps=recipe.training.epochs * -(-len(blocks.train) // recipe.training.batch_size),
             )
-            for documents, blocks in zip(splits.clients, clients, strict=True)
+            for documents, blocks in zip((splits.clients[client] for client in able), clients, strict=True)
         ),
+        left_out=left_out,
         clients_per_round=per_round,
         clients_at_once=at_once,
         clients_that_fit=fit,
@@ -165,7 +177,7 @@ def tokenize_splits(
     """Token blocks of the central hold-out and of every client, and how many training blocks are also held out.
 
     Raises:
-        DataError: a client has nothing to train on, nothing is held out, or the tokenizer is not the model's.
+        DataError: nothing is held out, or the tokenizer is not the model's.
     """
 
     def tokenize(documents: Sequence[Document]) -> TokenBlocks:
@@ -194,14 +206,20 @@ def tokenize_splits(
         unseen = without_blocks(train, held_out)
         shared += len(train) - len(unseen)
         clients.append(ClientBlocks(unseen if recipe.data.duplicates == "drop" else train, holdout))
-        if not len(clients[client].train):
-            raise DataError(
-                f"client {client} has nothing to train on: {train.dropped} documents have fewer than two tokens,"
-                f" {len(train) - len(unseen)} blocks equal a held-out one",
-                where=where,
-                mend="use longer documents, fewer clients or a larger data.max_length",
-            )
     return central, tuple(clients), shared
+
+
+def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) -> str:
+    """What became of the documents of a client that has nothing to train on."""
+    documents, train = splits.clients[client], tokenized[client].train
+    counts = {
+        "held out": len(documents.holdout),
+        "dropped as a copy of held-out text": splits.audit.dropped[client],
+        "too short": train.dropped,
+        "equal to held-out text within data.max_length": len(documents.train) - train.dropped,
+    }
+    why = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    return f"client {client} of {len(tokenized)}: {why or 'no document'}"
 
 
 def load_adapted_model(recipe: Recipe, prepared: Prepared) -> AdaptedModel:

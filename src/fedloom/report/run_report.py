@@ -103,7 +103,8 @@ def _setup(run: Run, state: str) -> list[Block]:
         f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
         "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
         "Data": f"{plan['data']} ({plan['data_revision']})",
-        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}",
+        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
+        f"{_left_out(plan)}",
         "Documents": _documents(plan),
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
@@ -342,6 +343,11 @@ def _documents(plan: Record) -> str:
     dropped = sum(plan["audit"]["dropped"])
     text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
     return text + (f"; {dropped:,} dropped from training as copies" if dropped else "")
+
+
+def _left_out(plan: Record) -> str:
+    idle = plan.get("left_out", ())
+    return f"; {len(idle)} more left out with nothing to train on" if idle else ""
 
 
 def _machine(environment: Record) -> str:
