@@ -21,6 +21,7 @@ HOUSE = [
     "sections",
     "recipe",
     "progress",
+    "data.rows",
     "data.documents",
     "data.splits",
     "data.tokens",
