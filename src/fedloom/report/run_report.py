@@ -49,7 +49,9 @@ def write_document(document: Document, folder: Path, name: str) -> Path:
 
 
 def build_report(run: Run, *, reference: str | None = None) -> Document:
-    """The report of a run that is done, still going, stopped or failed."""
+    """The report of a run that is done, still going, stopped or failed; a RunError for one that never began."""
+    if not run.plan:
+        raise RunError("it has no plan.json: it ended before it began", where=str(run.folder), mend="run it again")
     state = STATES.get(run.status.get("state", ""), "unknown")
     done, scheduled = completed(run), run.recipe["federation"]["rounds"]
     return Document(
