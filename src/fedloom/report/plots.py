@@ -15,6 +15,7 @@ from fedloom.quoting import show_controls
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", "-.", ":")
+LONGEST_LABEL = 40
 INK = "#010203"
 """Stands for the page's own colour until the plot is written."""
 
@@ -82,8 +83,10 @@ def draw_bars(bars: Bars, *, x_label: str, y_label: str) -> str:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: a dollar begins no formula, an underscore hides no line."""
-    shown = show_controls(name).replace("$", r"\$")
+    """A name as matplotlib draws it letter by letter: a dollar begins no formula, an underscore hides no line, and a
+    long one leaves room for the plot."""
+    shown = show_controls(name)
+    shown = (shown if len(shown) <= LONGEST_LABEL else f"{shown[:LONGEST_LABEL]}…").replace("$", r"\$")
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
