@@ -209,7 +209,7 @@ def _read_json(path: Path) -> Record:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise RunError("not a JSON object: the file is damaged", where=str(path))
@@ -227,7 +227,7 @@ def _read_lines(path: Path) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 continue
             record = None

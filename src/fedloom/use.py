@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +95,7 @@ def generate(
     Raises:
         RunError: no such run or adapter.
     """
-    folder, say = Path(folder), say or partial(print, end="", flush=True)
+    folder, say = Path(folder), say or _print
     recipe = _recipe_of(folder)
     source = _adapter_folder(folder, which)
     opened = open_model(recipe.model.source, recipe.model.revision)
@@ -131,6 +130,11 @@ def generate(
     write()
 
 
+def _print(text: str) -> None:
+    """What a model writes could be a terminal's escape sequence."""
+    print(show_controls(text), end="", flush=True)
+
+
 class _Streamer(TextStreamer):  # type: ignore[misc]
     """Tells each piece of text as soon as it is whole."""
 
@@ -139,7 +143,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
         self._say = say
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._say(show_controls(text) + ("\n" if stream_end else ""))
+        self._say(text + ("\n" if stream_end else ""))
 
 
 def _recipe_of(folder: Path) -> Recipe:

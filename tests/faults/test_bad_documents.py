@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from fedloom.cli import main
 from fedloom.data import documents as loader
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import split_documents
@@ -263,6 +264,80 @@ def test_any_text_is_a_document_or_counted_and_none_is_lost(
         assert blocks.num_tokens == sum(min(size, 4) for size in sizes if size > 1)
     else:
         assert blocks.num_tokens == sum(size - (size % 4 == 1) for size in sizes)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    content=st.one_of(
+        st.binary(max_size=120),
+        st.text(alphabet='{}[]":,textd\\\n\r\x00"5.e-', max_size=80).map(str.encode),
+        st.builds(
+            lambda head, tail: b"text,label\n" + head + b'"' + tail, st.binary(max_size=40), st.binary(max_size=40)
+        ),
+    ),
+    suffix=st.sampled_from([".jsonl", ".csv", ".txt", ".parquet", ".py"]),
+    alone=st.booleans(),
+)
+def test_any_bytes_are_documents_or_one_error(
+    content: bytes, suffix: str, alone: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"any{suffix}"
+    path.write_bytes(content)
+    try:
+        found = load(path if alone else folder, max_bad_fraction=1)
+    except DataError as error:
+        said = str(error)
+    else:
+        said = ""
+        assert all(document.text.strip() for document in found.documents)
+    assert len(said.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("at_most", [None, 3])
+@pytest.mark.parametrize(
+    ("values", "skipped"),
+    [
+        (["good", None, "good", ""], {"without text in column text": 1, "empty": 1}),
+        ([1, 2, 3], None),
+        ([["xylophone"], ["xylophone"]], None),
+    ],
+    ids=["null and empty", "numbers", "lists"],
+)
+def test_rows_of_a_hubs_data_set_are_checked_as_those_of_files(
+    values: list[Any],
+    skipped: dict[str, int] | None,
+    at_most: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "rows.parquet")
+    # What the hub would give: `datasets` opens a folder as it opens a repository.
+    monkeypatch.setattr(loader, "_open_source", loader._open_hub)
+    if skipped is None:
+        assert f"no usable document (skipped {len(values)}: {len(values)} not text)" in refusal(tmp_path)
+    else:
+        found = load(tmp_path, at_most, max_bad_fraction=0.25)
+        assert [document.text for document in found.documents] == ["good", "good"]
+        assert found.skipped == skipped
+        assert "without text in column text" in refusal(tmp_path, on_bad_row="error")
+
+
+def test_the_command_line_refuses_bad_rows_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", *[GOOD] * 50, BAD["malformed"][0])
+    counts = ["data.clients=3", "data.documents_per_client=9", "data.central_holdout=24"]
+    arguments = ["run", "tiny", f"data.source={path}", *counts, "data.on_bad_row=error"]
+    monkeypatch.setattr("sys.argv", ["fedloom", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a bad row, a.jsonl:51: not valid JSON" in line
+    assert [found.name for found in tmp_path.iterdir()] == ["a.jsonl"], "nothing half-written"
 
 
 def test_a_loader_without_checks_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

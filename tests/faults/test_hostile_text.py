@@ -12,7 +12,7 @@ import pytest
 from conftest import make_recipe
 from rich.console import Console
 
-from fedloom import run
+from fedloom import run, use
 from fedloom.cli import main
 from fedloom.display import Display, Terminal
 from fedloom.errors import RecipeError
@@ -136,6 +136,17 @@ def test_a_terminal_is_not_told_what_to_do(terminal: bool, folder: Path) -> None
     assert r"<script>alert(1)<" in shown
     assert r"\x1b[31mred" in shown
     assert "[\u2215bold]\\[red]" in shown, "rich's markup is text, too"
+
+
+def test_what_a_model_writes_does_not_tell_a_terminal_what_to_do(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(use._Streamer, "put", lambda self, tokens: self.on_finalized_text(f"def\n\t{ESCAPES}"))
+    monkeypatch.setattr(use._Streamer, "end", lambda self: None)
+    use.generate(finished.folder, "def", max_new_tokens=1)
+    written = capsys.readouterr().out
+    assert written.startswith("def\n\t\\x1b[31mred\\x1b]0;title\\x07")
+    assert "\x1b" not in written
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_file_that_was_cut_anywhere_is_refused_by_name(name: str, damaged: Pat
 
 
 @pytest.mark.parametrize("name", LINES)
-@pytest.mark.parametrize("line", [b"null", b"3", b'"text"', b"[]", b"{", b"\xff\xfe", b"\x00" * 9])
+@pytest.mark.parametrize("line", [b"null", b"3", b'"text"', b"[]", b"{", b"\xff\xfe", b"\x00" * 9, b"[" * 100_000])
 def test_a_line_that_is_no_record_is_refused_by_its_place(name: str, line: bytes, damaged: Path) -> None:
     first, *rest = (damaged / name).read_bytes().split(b"\n")
     (damaged / name).write_bytes(b"\n".join([first, line, *rest]))

@@ -344,7 +344,9 @@ def _documents(plan: Record) -> str:
     train, holdout = (sum(client[key] for client in clients) for key in ("train_documents", "holdout_documents"))
     dropped = sum(plan["audit"]["dropped"])
     text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
-    return text + (f"; {dropped:,} dropped from training as copies" if dropped else "")
+    skipped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(plan.get("skipped", {}).items()))
+    text += f"; {dropped:,} dropped from training as copies" if dropped else ""
+    return text + (f"; skipped: {skipped}" if skipped else "")
 
 
 def _left_out(plan: Record) -> str:
