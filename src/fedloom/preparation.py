@@ -70,15 +70,13 @@ def prepare(recipe: Recipe, display: Display) -> Prepared:
         )
     central, tokenized, shared_blocks = tokenize_splits(splits, source, recipe)
     short = sum(blocks.dropped for blocks in (central, *(b for c in tokenized for b in (c.train, c.holdout))))
-    able = [client for client, blocks in enumerate(tokenized) if len(blocks.train)]
+    able, left_out = _choose_able(splits, tokenized, recipe)
     clients = tuple(tokenized[client] for client in able)
-    left_out = tuple(_why_idle(client, splits, tokenized) for client in range(len(tokenized)) if client not in able)
-    if not able:
+    if not len(central) and not any(len(client.holdout) for client in clients):
         raise DataError(
-            f"no client has anything to train on: {left_out[0]}",
-            where=f'data.source = "{recipe.data.source}"',
-            mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
-            " data.max_length",
+            "nothing is held out, so no adapter can be judged",
+            where="data.central_holdout, data.client_holdout",
+            mend="hold out some documents, centrally or at the clients",
         )
     per_round = cohort_size(len(able), recipe.federation.fraction)
     check_strategy(recipe.federation.strategy, per_round)
@@ -177,7 +175,7 @@ def tokenize_splits(
     """Token blocks of the central hold-out and of every client, and how many training blocks are also held out.
 
     Raises:
-        DataError: nothing is held out, or the tokenizer is not the model's.
+        DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
     """
 
     def tokenize(documents: Sequence[Document]) -> TokenBlocks:
@@ -194,12 +192,6 @@ def tokenize_splits(
             mend="use longer documents",
         )
     held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
-    if not held_out:
-        raise DataError(
-            "nothing is held out, so no adapter can be judged",
-            where="data.central_holdout, data.client_holdout",
-            mend="hold out some documents, centrally or at the clients",
-        )
     clients, shared = [], 0
     for client, holdout in enumerate(holdouts):
         train = tokenize(splits.clients[client].train)
@@ -207,6 +199,28 @@ def tokenize_splits(
         shared += len(train) - len(unseen)
         clients.append(ClientBlocks(unseen if recipe.data.duplicates == "drop" else train, holdout))
     return central, tuple(clients), shared
+
+
+def _choose_able(
+    splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe
+) -> tuple[list[int], tuple[str, ...]]:
+    """The clients that have something to train on, and why each of the others has not.
+
+    Raises:
+        DataError: none has.
+    """
+    able = [client for client, blocks in enumerate(tokenized) if len(blocks.train)]
+    left_out = tuple(
+        _why_idle(client, splits, tokenized) for client, blocks in enumerate(tokenized) if not len(blocks.train)
+    )
+    if not able:
+        raise DataError(
+            f"no client has anything to train on: {left_out[0]}",
+            where=f'data.source = "{recipe.data.source}"',
+            mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
+            " data.max_length",
+        )
+    return able, left_out
 
 
 def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) -> str:

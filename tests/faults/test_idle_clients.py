@@ -102,6 +102,19 @@ def find_seed(path: Path) -> int:
     raise AssertionError("no such seed")
 
 
+def test_where_only_a_client_that_is_left_out_holds_anything_out_it_is_an_error(tmp_path: Path) -> None:
+    path = write_clients(tmp_path / "a.jsonl", a=texts_of(0, count=1), b=["x", "y", "long enough"])
+    for seed in range(30):
+        recipe = recipe_of(path, 2, data={"client_holdout": 0.34}, seed=seed)
+        try:
+            planned = plan(recipe)
+        except DataError as error:
+            said = str(error)
+            break
+        assert len(planned.clients) == 2, "the long text of the second client is trained on"
+    assert said.startswith("data.central_holdout, data.client_holdout: nothing is held out")
+
+
 def test_where_too_few_are_left_for_the_strategy_it_is_an_error(tmp_path: Path) -> None:
     owners = {f"owner{number}": texts_of(number) for number in range(4)}
     path = write_clients(tmp_path / "a.jsonl", **owners, last=["x"])

@@ -27,6 +27,7 @@ class UnreadableError(Exception):
 
 
 def as_is(row: Row) -> Row:
+    """Open a row that was read already."""
     return row
 
 
@@ -96,6 +97,11 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Rows:
 
 
 def check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend: str) -> None:
+    """Refuse columns among which the text or the label is not.
+
+    Raises:
+        DataError
+    """
     for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
         if column is not None and column not in columns:
             raise DataError(f'no column "{column}", as {key} asks', where=str(where), mend=mend)
@@ -111,6 +117,11 @@ READERS: dict[str, Callable[[Path, str, Data], Rows]] = {
 
 
 def read_rows(path: Path, origin: str, data: Data) -> Rows:
+    """The rows of a file whose suffix is among READERS.
+
+    Raises:
+        DataError: it can't be read, or has no such column.
+    """
     try:
         yield from READERS[path.suffix](path, origin, data)
     except OSError as error:
