@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
+from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model import load_model, open_model
 from fedloom.recipe import Recipe

@@ -204,7 +204,7 @@ def test_ctrl_c_says_what_is_left(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert "run holds the rounds that are complete" in out
+    assert "fedloom run --resume run" in out
     assert err == "interrupted\n"
     assert read_run(tmp_path / "run").status["state"] == "interrupted"
 

@@ -54,7 +54,9 @@ def test_the_plan_names_what_was_skipped(write_jsonl) -> None:
     path = write_jsonl([*(f"document {i} with words {i * i}" for i in range(60)), "", {"other": 1}])
     screen = io.StringIO()
     display = Terminal(Console(file=screen, width=200))
-    display.show_plan(plan(make_recipe(data={"source": str(path), "documents_per_client": None})))
+    display.show_plan(
+        plan(make_recipe(data={"source": str(path), "documents_per_client": None, "max_bad_fraction": 0.1}))
+    )
     assert "1 empty, 1 without text in column text" in screen.getvalue()
 
 

@@ -43,7 +43,12 @@ def test_a_run_directory_has_what_the_design_says(finished: Run) -> None:
     }
     files = {"recipe.toml", "resolved.json", "environment.json", "plan.json", "status.json"}
     files |= {"report.md", "report.html", *(f"plots/{name}.svg" for name in ("loss", "clients", "time", "drift"))}
-    assert found == adapters | files | {"rounds.jsonl", "clients.jsonl"}
+    states = {
+        f"state/round-{round:06d}/{file}"
+        for round in (1, 2)
+        for file in ("manifest.json", "server.safetensors", "clients.safetensors")
+    }
+    assert found == adapters | files | states | {"rounds.jsonl", "clients.jsonl", ".lock"}
     assert finished.status["state"] == "done"
     assert finished.environment["versions"]["torch"] == torch.__version__
 

@@ -25,7 +25,7 @@ from fedloom.model import (
 CPU = torch.device("cpu")
 
 
-def load(source: str, dtype: str = "float32", seed: int = 7) -> torch.nn.Module:
+def load(source: str, dtype: str = "float32") -> torch.nn.Module:
     return load_model(open_model(source), dtype=dtype, device=CPU)
 
 
@@ -37,11 +37,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_random_shapes_are_seeded_and_frozen() -> None:
-    first, again, other = (load("random:tiny-llama", seed=seed) for seed in (7, 7, 8))
+def test_random_shapes_are_always_the_same_and_frozen() -> None:
+    first, again, other = (load(f"random:{shape}") for shape in ("tiny-llama", "tiny-llama", "tiny-opt"))
     digest = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
     assert torch.equal(digest[0], digest[1])
-    assert not torch.equal(digest[0], digest[2])
+    assert digest[0].shape != digest[2].shape
     assert not any(parameter.requires_grad for parameter in first.parameters())
     assert not first.training
 

@@ -52,7 +52,7 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run")
     writer.write_status("running", round=0)
     writer.write_status("done")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "status.json"]
     assert '"started"' in (tmp_path / "run" / "status.json").read_text()
     with pytest.raises(ValueError, match="JSON"):
         writer.write_json("status.json", {"loss": float("nan")})

@@ -12,6 +12,7 @@ import fedloom
 SOURCE = Path(fedloom.__file__).parent
 
 HOUSE = [
+    "quoting",
     "errors",
     "failpoints",
     "words",
@@ -23,6 +24,7 @@ HOUSE = [
     "combinations",
     "recipe",
     "progress",
+    "data.rows",
     "data.documents",
     "data.splits",
     "data.tokens",
@@ -31,6 +33,8 @@ HOUSE = [
     "model",
     "readout",
     "adapters.residual",
+    "adapters.weights",
+    "adapters.files",
     "adapters.configuration",
     "adapters.adapter",
     "adapters.stacked",
@@ -73,6 +77,7 @@ HOUSE = [
     "workshop",
     "experiment",
     "sweep",
+    "fsck",
     "use",
     "cli",
     "__main__",
@@ -88,6 +93,7 @@ BARE = [
 
 LIGHT = [
     *(
+        "quoting",
         "errors",
         "failpoints",
         "words",

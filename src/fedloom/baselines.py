@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks, join_blocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
@@ -64,7 +64,8 @@ def set_up_baselines(
     first_arm: int = 0,
 ) -> list[Baseline]:
     """The recipe's baselines, ready to begin, for a federation of so many rounds."""
-    share = cohort_size(len(clients), recipe.federation) / len(clients)
+    able = {number: client.train for number, client in enumerate(clients) if len(client.train)}
+    share = cohort_size(len(able), recipe.federation) / len(able)
     told = recipe.model_copy(
         update={
             "training": recipe.training.model_copy(update={"proximal_mu": 0.0, "proximal_schedule": "constant"}),
@@ -78,9 +79,9 @@ def set_up_baselines(
 
     data: dict[int | None, TokenBlocks] = {}
     if "pooled" in recipe.baselines:
-        data[None] = join_blocks([client.train for client in clients])
+        data[None] = join_blocks([*able.values()])
     if "local" in recipe.baselines:
-        data |= {number: client.train for number, client in enumerate(clients)}
+        data |= dict(able.items())
     found: list[Baseline] = []
     for arm, (client, blocks) in enumerate(data.items(), start=first_arm):
         nothing = torch.zeros(0, blocks.tokens_NT.shape[1], dtype=torch.int64)

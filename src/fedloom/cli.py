@@ -15,6 +15,7 @@ import typer
 from fedloom import __version__
 from fedloom.errors import FedloomError
 from fedloom.machine import Finding
+from fedloom.quoting import show_controls
 
 app = typer.Typer(
     name="fedloom",
@@ -113,7 +114,7 @@ def report(
     """Write report.md, report.html and plots from a run's records."""
     from fedloom.report.run_report import write_report
 
-    typer.echo(write_report(run, reference=reference))
+    typer.echo(show_controls(str(write_report(run, reference=reference))))
 
 
 @app.command()
@@ -124,7 +125,7 @@ def compare(
     """Set runs side by side: what differs, in what was asked for and in what came of it."""
     from fedloom.report.compare import write_comparison
 
-    typer.echo(write_comparison(runs, out))
+    typer.echo(show_controls(str(write_comparison(runs, out))))
 
 
 @app.command()
@@ -138,7 +139,7 @@ def export(
     from fedloom.use import export
 
     distance = export(run, to, merged=merged, display=Terminal())
-    typer.echo(f"{to}: its logits lie {distance:.1e} from the run's, relative to their norm")
+    typer.echo(f"{show_controls(str(to))}: its logits lie {distance:.1e} from the run's, relative to their norm")
 
 
 @app.command()
@@ -203,7 +204,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except USAGE_ERROR as error:
         usage = f"{error.ctx.command_path} --help" if error.ctx else "fedloom --help"
-        print(f"error: {error.format_message()} Try {usage}", file=sys.stderr)
+        print(f"error: {show_controls(error.format_message())} Try {usage}", file=sys.stderr)
         sys.exit(2)
     except FedloomError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
+from fedloom.quoting import show_controls
 from fedloom.words import count, format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Terminal(Display):
         self._round = 0
 
     def show_step(self, what: str, detail: str) -> None:
-        self._print(f"[dim]{what:<10}{_plain(detail)}[/dim]")
+        self._print(f"{what:<10}{detail}", style="dim")
 
     def show_plan(self, plan: Plan) -> None:
         self.console.print(render_plan(plan))
@@ -79,7 +81,7 @@ class Terminal(Display):
         self._clock = Clock({"train": plan.rounds * plan.train_tokens_per_round, "evaluate": plan.evaluate_tokens})
 
     def show_folder(self, folder: Path) -> None:
-        self._print(f"[dim]{'run':<10}{_plain(str(folder))}[/dim]\n")
+        self._print(f"{'run':<10}{folder}\n", style="dim")
         self._print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
         self._start_bar()
 
@@ -88,19 +90,19 @@ class Terminal(Display):
         self._total_steps = sum(plan.rounds * plan.steps_per_round for plan in plans)
         tokens = sum(plan.rounds * plan.train_tokens_per_round for plan in plans)
         self._clock = Clock({"train": tokens, "evaluate": sum(plan.evaluate_tokens for plan in plans)})
-        self._print(f"[dim]{'pass':<10}{count(len(names), 'run')} together[/dim]")
+        self._print(f"{'pass':<10}{count(len(names), 'run')} together", style="dim")
         self._start_bar()
 
     def show_arm(self, name: str, record: dict[str, Any]) -> None:
         loss = format_number(record.get("central_loss", record.get("client_loss")), ".4f")
-        self._print(f"{record['round']:>5}{loss:>10}  {_plain(name)}")
+        self._print(f"{record['round']:>5}{loss:>10}  {name}")
 
     def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
         self._print(f"\n{'best':>8}{'round':>7}{'last':>9}  run", style="bold")
         for name, best, last, round in ranked:
-            self._print(f"{best:>8.4f}{round:>7}{last:>9.4f}  {_plain(name)}")
+            self._print(f"{best:>8.4f}{round:>7}{last:>9.4f}  {name}")
         if len(ranked) > 1:
-            self._print(f"comparison    {_plain(str(folder / 'comparison.html'))}")
+            self._print(f"comparison    {folder / 'comparison.html'!s}")
 
     def _start_bar(self) -> None:
         self._clock.start()
@@ -143,8 +145,8 @@ class Terminal(Display):
         if losses:
             best = f"best in round {run.best_round}: {min(losses):.4f}"
             self._print(f"central loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
-        self._print(f"best adapter  {_plain(str(run.folder / 'adapters' / 'best'))}")
-        self._print(f"report        {_plain(str(report))}")
+        self._print(f"best adapter  {run.folder / 'adapters' / 'best'}")
+        self._print(f"report        {report}")
 
     def close(self) -> None:
         """Take the progress bar off the screen."""
@@ -157,7 +159,7 @@ class Terminal(Display):
         return said + (f"  {format_seconds(left)} left" if left is not None else "")
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, soft_wrap=True)
+        self.console.print(show_controls(text), style=style, soft_wrap=True, markup=False)
 
 
 def render_plan(plan: Plan) -> Table:
@@ -197,15 +199,10 @@ def render_plan(plan: Plan) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in rows.items():
-        table.add_row(name, _plain(value))
+        table.add_row(name, Text(show_controls(value)))
     return table
 
 
 def _range(values: list[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _plain(text: str) -> str:
-    """Text of others, without a meaning as markup."""
-    return text.replace("[", r"\[")

@@ -7,8 +7,13 @@ FedloomError
 ├── RunError         a run directory that exists, is missing or can't be read
 └── TrainingError    a loss or weights that are no numbers any more; names round, client, step or stage
 
+A message is one line that a terminal shows as it stands, without passwords and tokens, whatever it quotes.
 The command line prints one as a line and exits with 2. Everything else is a bug and shows its traceback.
 """
+
+from __future__ import annotations
+
+from fedloom.quoting import hide_secrets, show_controls
 
 
 class FedloomError(Exception):
@@ -16,7 +21,8 @@ class FedloomError(Exception):
 
     def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
         self.what, self.where, self.mend = what, where, mend
-        super().__init__(" ".join("".join((where and f"{where}: ", what, mend and f"; {mend}")).split()))
+        one_line = " ".join("".join((where and f"{where}: ", what, mend and f"; {mend}")).split())
+        super().__init__(hide_secrets(show_controls(one_line)))
 
 
 class RecipeError(FedloomError):

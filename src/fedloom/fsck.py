@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedloom.adapters.adapter import load_adapter
+from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.machine import Finding
 from fedloom.records import Run, read_run

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 TIMEOUT_SECONDS = 10.0
@@ -26,6 +28,20 @@ def find_commit(kind: Literal["model", "dataset"], name: str, revision: str | No
         return None
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
     return ask(name, revision=revision, timeout=TIMEOUT_SECONDS).sha
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Have the hub's client and `datasets` look into their local caches alone, at once, and not wait for a hub."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def hub_address() -> str:

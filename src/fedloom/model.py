@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from fedloom.attention import choose_attention
@@ -30,6 +32,9 @@ from fedloom.packed import pack_model
 from fedloom.randomness import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""What weights may be called that are no data but a program."""
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-350m": lambda: transformers.OPTConfig(
@@ -337,36 +342,63 @@ def _read_folder(name: str, revision: str, folder: Path) -> ModelSource:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         _check_tokenizer(tokenizer)
+        _check_weights(folder)
     return ModelSource(name, revision, config, tokenizer, location=str(folder))
 
 
 def _open_hub(name: str, revision: str | None) -> ModelSource:
-    unreachable: Exception | None = None
-    commit = revision or "main"
+    found, refused = None, "HF_HUB_OFFLINE is set"
     try:
-        commit = find_commit("model", name, revision) or commit
+        found = find_commit("model", name, revision)
     except Exception as error:  # of a dozen kinds; then only the local cache is left
-        unreachable = error
-    only_cached = {"local_files_only": unreachable is not None}
+        refused = type(error).__name__
+    commit = found or revision or "main"
+    options = {"trust_remote_code": False, "local_files_only": found is None}
     try:
-        config = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False, **only_cached)
-        commit = getattr(config, "_commit_hash", None) or commit
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False, **only_cached)
-    except Exception as error:
+        with _loading(name):
+            config = AutoConfig.from_pretrained(name, revision=commit, **options)
+            commit = getattr(config, "_commit_hash", None) or commit
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, **options)
+            _check_tokenizer(tokenizer)
+    except ModelError as error:
+        if found:
+            raise
         raise ModelError(
-            f"the model can't be had: {name} is no folder here, is not in the local cache, and asking {hub_address()}"
-            f" failed ({type(unreachable or error).__name__})",
+            f"the model can't be had: {name} is no folder here, is not whole in the local cache, and asking"
+            f" {hub_address()} failed ({refused})",
             where="model.source",
             mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
         ) from error
-    with _loading(name):
-        _check_tokenizer(tokenizer)
     return ModelSource(name, commit, config, tokenizer, location=name)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
     if len(tokenizer) < 2:  # what transformers makes of a folder without tokenizer files
         raise ValueError("it has no tokenizer")
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that are pickles, incomplete or cut off, by the names of their files."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    elif index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index.name} is damaged") from None
+    elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+        raise ValueError(f"{pickles[0]} is a pickle, which could run code and is never opened; save it as safetensors")
+    else:
+        raise ValueError("it has no model.safetensors")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file.name} is missing")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            raise ValueError(f"{file.name} is damaged or cut off") from None
 
 
 @contextlib.contextmanager
@@ -381,7 +413,8 @@ def _loading(name: str) -> Iterator[None]:
         raise ModelError(
             f"the model can't be loaded: {reason[:200]}",
             where=f'model.source = "{name}"',
-            mend="it must be a causal language model with sdpa attention, whole safetensors weights and a tokenizer",
+            mend="it must be a causal language model of transformers' own (a model's own code is never run), with sdpa"
+            " attention, whole safetensors weights and a tokenizer",
         ) from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)

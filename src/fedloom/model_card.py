@@ -6,6 +6,7 @@ import json
 
 from fedloom.hub import COMMIT
 from fedloom.planning import Plan
+from fedloom.quoting import to_markdown_code, to_markdown_text
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Record
 
@@ -52,14 +53,16 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         for key, value in known.items():
             lines.append(f"    - type: {METRICS[key][0]}\n      name: {METRICS[key][1]}\n      value: {value}")
     lines.append("---")
+    shown_model, shown_data = to_markdown_text(model), to_markdown_text(data)
+    revisions = [to_markdown_text(revision) for revision in (plan.model_revision, plan.data_revision)]
     round = f"round {record['round']}" if record else "before any training"
     text = [
         f"# {recipe.name}",
-        recipe.description,
-        f"{_describe(recipe)} {model} ({plan.model_revision}), {round} of {plan.rounds}. It was trained by federation:"
+        to_markdown_text(recipe.description),
+        f"{_describe(recipe)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}. It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
-        f"- Data: {data} ({plan.data_revision})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         "\n".join(
@@ -71,8 +74,8 @@ def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
         )
         if known
         else "",
-        _how_to_load(model, whole=whole, on_a_hub=bool(on_a_hub)),
-        f"The recipe:\n\n```toml\n{recipe_to_toml(public).rstrip()}\n```",
+        _how_to_load(shown_model, whole=whole, on_a_hub=bool(on_a_hub)),
+        f"The recipe:\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"
 

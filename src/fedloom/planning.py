@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedloom.words import format_trainable
+from fedloom.words import count, format_trainable
 
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit
@@ -46,6 +46,9 @@ class Plan:
     central_documents: int
     central_tokens: int
     clients: tuple[ClientPlan, ...]
+    left_out: tuple[str, ...]
+    """Clients that the partition made and that have nothing to train on, each with why; the others are numbered
+    without them."""
     clients_per_round: int
     clients_at_once: int
     """That train in one pass."""
@@ -91,12 +94,17 @@ class Plan:
 
     @property
     def _share(self) -> float:
-        return self.clients_per_round / len(self.clients)
+        return self.clients_per_round / sum(client.steps > 0 for client in self.clients)
 
     @property
     def warnings(self) -> list[str]:
         """What the recipe allows and its author may not have meant."""
         found = []
+        if self.left_out:
+            found.append(
+                f"{count(len(self.left_out), 'client')} with nothing to train on left out"
+                f" ({'; '.join(self.left_out[:3])}{'; ...' if len(self.left_out) > 3 else ''})"
+            )
         if self.proximal_mu > 0 and (idle := sum(client.steps == 1 for client in self.clients)):
             found.append(
                 f"{idle} of {len(self.clients)} clients take one step a round, in which the proximal term is zero:"

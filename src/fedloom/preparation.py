@@ -63,6 +63,8 @@ class Material:
     central: TokenBlocks
     clients: tuple[ClientBlocks, ...]
     shared_blocks: int
+    idle: tuple[str, ...]
+    """Why each client that has nothing to train on has not."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,14 @@ def gather(recipe: Recipe, display: Display) -> Material:
     splits = split_documents(found, recipe.data, recipe.seed)
     display.show_step("model", recipe.model.source)
     source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
-    return Material(source, found, splits, *tokenize_splits(splits, source, recipe))
+    central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
+    if not len(central) and not any(len(client.holdout) for client in clients):
+        raise DataError(
+            "nothing is held out, so no adapter can be judged",
+            where="data.central_holdout, data.client_holdout",
+            mend="hold out some documents, centrally or at the clients",
+        )
+    return Material(source, found, splits, central, clients, shared_blocks, find_idle(splits, clients, recipe))
 
 
 def prepare(recipe: Recipe, display: Display, material: Material | None = None) -> Prepared:
@@ -97,12 +106,13 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
     device = choose_device(recipe.model.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    per_round = cohort_size(recipe.data.clients, recipe.federation)
-    check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
+    check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, display)
     source, found, splits = material.source, material.found, material.splits
     central, clients, shared_blocks = material.central, material.clients, material.shared_blocks
     check_quantization(recipe.model.quantization, source, device)
+    per_round = cohort_size(sum(1 for client in clients if len(client.train)), recipe.federation)
+    check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
     short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
     engine = choose_engine(recipe)
     dtype = dtype_of(recipe, device)
@@ -158,6 +168,7 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
             )
             for documents, blocks in zip(splits.clients, clients, strict=True)
         ),
+        left_out=material.idle,
         clients_per_round=per_round,
         clients_at_once=at_once,
         clients_that_fit=fit,
@@ -224,7 +235,7 @@ def tokenize_splits(
     """Token blocks of the central hold-out and of every client, and how many training blocks are also held out.
 
     Raises:
-        DataError: a client has nothing to train on, nothing is held out, or the tokenizer is not the model's.
+        DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
     """
 
     def tokenize(documents: Sequence[Document]) -> TokenBlocks:
@@ -241,26 +252,45 @@ def tokenize_splits(
             mend="use longer documents",
         )
     held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
-    if not held_out:
-        raise DataError(
-            "nothing is held out, so no adapter can be judged",
-            where="data.central_holdout, data.client_holdout",
-            mend="hold out some documents, centrally or at the clients",
-        )
     clients, shared = [], 0
     for client, holdout in enumerate(holdouts):
         train = tokenize(splits.clients[client].train)
         unseen = without_blocks(train, held_out)
         shared += len(train) - len(unseen)
         clients.append(ClientBlocks(unseen if recipe.data.duplicates == "drop" else train, holdout))
-        if not len(clients[client].train):
-            raise DataError(
-                f"client {client} has nothing to train on: {train.dropped} documents have fewer than two tokens,"
-                f" {len(train) - len(unseen)} blocks equal a held-out one",
-                where=where,
-                mend="use longer documents, fewer clients or a larger data.max_length",
-            )
     return central, tuple(clients), shared
+
+
+def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe) -> tuple[str, ...]:
+    """Why each of the clients that have nothing to train on has not; they hold out what they have, and never train.
+
+    Raises:
+        DataError: none has.
+    """
+    left_out = tuple(
+        _why_idle(client, splits, tokenized) for client, blocks in enumerate(tokenized) if not len(blocks.train)
+    )
+    if len(left_out) == len(tokenized):
+        raise DataError(
+            f"no client has anything to train on: {left_out[0]}",
+            where=f'data.source = "{recipe.data.source}"',
+            mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
+            " data.max_length",
+        )
+    return left_out
+
+
+def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) -> str:
+    """What became of the documents of a client that has nothing to train on."""
+    documents, train = splits.clients[client], tokenized[client].train
+    counts = {
+        "held out": len(documents.holdout),
+        "dropped as a copy of held-out text": splits.audit.dropped[client],
+        "too short": train.dropped,
+        "equal to held-out text within data.max_length": len(documents.train) - train.dropped,
+    }
+    why = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    return f"client {client} of {len(tokenized)}: {why or 'no document'}"
 
 
 def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:

@@ -298,9 +298,11 @@ def _read_json(path: Path) -> Record:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError("not valid JSON: the file is damaged", where=str(path)) from None
-    return value if isinstance(value, dict) else {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RunError("not a JSON object: the file is damaged", where=str(path))
+    return value
 
 
 def _read_lines(path: Path) -> list[Record]:
@@ -310,9 +312,15 @@ def _read_lines(path: Path) -> list[Record]:
     lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
-            records.append(json.loads(line)) if line else None
-        except ValueError:
-            if number < len(lines):
-                raise RunError("not valid JSON: the line is damaged", where=f"{path}:{number}") from None
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                continue
+            record = None
+        if not isinstance(record, dict):
+            raise RunError("not a JSON object: the line is damaged", where=f"{path}:{number}")
+        records.append(record)
     return records

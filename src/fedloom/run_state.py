@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.residual import Residual
+from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import RunError
 from fedloom.evaluation import Score
 from fedloom.failpoints import failpoint

@@ -126,6 +126,13 @@ class Data(Section):
     split: str = Field("train", description="split of a hub data set")
     files: str = Field("**/*", description="glob inside a folder")
     text: str = Field("text", description="the column that holds the text")
+    on_bad_row: Literal["skip", "error"] = Field(
+        "skip",
+        description="what to do with a row or file that gives no text: count it, or stop; one of blanks is no bad row",
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of bad rows among those read, above which a run stops (`skip`)"
+    )
     max_length: int = Field(128, ge=2, description="tokens in a block")
     window: Literal["truncate", "blocks"] = Field(
         "truncate", description="keep a document's first block, or every block"

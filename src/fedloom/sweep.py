@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.weights import Adapter
 from fedloom.baselines import Baseline, describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
@@ -178,7 +178,7 @@ def same_model(recipe: Recipe) -> Hashable:
     layers = rule if rule in ("ffa", "fedex") else "plain"
     # What is frozen comes from the seed with "ffa", and other methods than plain LoRA have more than one vector.
     seed = None if choose_engine(recipe) == "batched" and rule != "ffa" else recipe.seed
-    return recipe.model, recipe.adapter, layers, choose_engine(recipe), seed
+    return recipe.model, recipe.adapter.model_dump_json(), layers, choose_engine(recipe), seed
 
 
 def same_pass(recipe: Recipe) -> Hashable:

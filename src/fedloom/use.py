@@ -7,7 +7,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
 from fedloom.model import ModelSource, open_model
 from fedloom.preparation import load_adapted_model, load_base, prepare
+from fedloom.quoting import show_controls
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import read_run
 
@@ -102,7 +102,7 @@ def generate(
     Raises:
         RunError: no such run or adapter.
     """
-    folder, say = Path(folder), say or partial(print, end="", flush=True)
+    folder, say = Path(folder), say or _print
     recipe = _recipe_of(folder)
     source = _adapter_folder(folder, which)
     opened = open_model(recipe.model.source, recipe.model.revision)
@@ -138,6 +138,11 @@ def generate(
         say("--- with the adapter ---\n")
     adapted.load(adapted.open(source))
     write()
+
+
+def _print(text: str) -> None:
+    """What a model writes could be a terminal's escape sequence."""
+    print(show_controls(text), end="", flush=True)
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.weights import Adapter
 from fedloom.baselines import Baseline, set_up_baselines
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError

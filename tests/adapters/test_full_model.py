@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_blocks, make_recipe
+from conftest import make_blocks, make_job, make_recipe, updates_of
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.weights import Adapter
 from fedloom.display import Display, render_plan
 from fedloom.errors import ModelError
 from fedloom.evaluation import evaluate
@@ -25,7 +26,7 @@ from fedloom.model import byte_tokenizer, load_model, open_model
 from fedloom.progress import Progress
 from fedloom.records import Run
 from fedloom.sections import Strategy
-from fedloom.training.jobs import ClientJob, ClientUpdate
+from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import LiveBytes
 from fedloom.training.reference import build_reference_engine
 from fedloom.use import export, generate
@@ -85,14 +86,14 @@ def test_transformers_opens_a_saved_model_and_gives_its_logits(shape: str, tmp_p
 @pytest.mark.parametrize("shape", ["tiny-opt", "tied"])
 def test_a_step_is_that_of_plain_training(shape: str) -> None:
     """One client's round over every weight against torch.optim over the model's own parameters."""
-    training = make_recipe(training={"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4}).training
     whole, blocks = make_whole(shape), make_blocks(4)
     whole.base.config.attention_dropout = 0.0
     for module in whole.base.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
     start = whole.read()
-    (update,) = build_reference_engine(whole, training, rounds=1, seed=1)(start, [ClientJob(1, 0, blocks)])
+    job = make_job(blocks, start, optimizer="sgd", learning_rate=0.1, batch_size=4, epochs=1, proximal_mu=0.1)
+    (update,) = updates_of(build_reference_engine(whole)([job]))
     found = {name: value.clone() for name, value in whole.layout.split(update.adapter.weights_P).items()}
 
     whole.load(start)
@@ -180,17 +181,19 @@ def test_the_server_needs_less_than_three_models(monkeypatch: pytest.MonkeyPatch
     whole = middling()
     model_bytes = whole.layout.size * 4
     assert 8e6 < whole.layout.size < 20e6
-    training = make_recipe(training={"optimizer": "sgd", "proximal_mu": 0.0}).training
-    engine = build_reference_engine(whole, training, rounds=1, seed=1)
+    engine = build_reference_engine(whole)
     peaks: list[int] = []
 
     with LiveBytes([whole.weights_P, whole.gradient_P]) as live:
         start = whole.read()
 
         def updates() -> Iterator[ClientUpdate]:
-            jobs = [ClientJob(1, client, make_blocks(2, seed=client)) for client in range(3)]
+            jobs = [
+                make_job(make_blocks(2, seed=client), start, client=client, optimizer="sgd", epochs=1)
+                for client in range(3)
+            ]
             # What training has alive at a moment is the client's; what is left when its update arrives, the server's.
-            for update in engine(start, jobs):
+            for update in updates_of(engine(jobs)):
                 live.peak = live.now
                 yield update
                 peaks.append(live.peak)
@@ -231,12 +234,14 @@ def test_a_run_keeps_the_global_model_alone(tmp_path: Path) -> None:
 
 
 def test_a_lent_update_is_the_models_own_and_robust_rules_copy_it() -> None:
-    training = make_recipe(training={"optimizer": "sgd", "learning_rate": 0.1}).training
     whole = make_whole()
-    engine, start = build_reference_engine(whole, training, rounds=1, seed=1), make_whole().read()
-    jobs = [ClientJob(1, client, make_blocks(2, seed=client)) for client in range(3)]
+    engine, start = build_reference_engine(whole), make_whole().read()
+    jobs = [
+        make_job(make_blocks(2, seed=client), start, client=client, optimizer="sgd", learning_rate=0.1)
+        for client in range(3)
+    ]
     digests, kept = [], []
-    for update in engine(start, jobs):
+    for update in updates_of(engine(jobs)):
         assert update.adapter.weights_P.data_ptr() == whole.weights_P.data_ptr()
         digests.append(update.adapter.sha256())
         kept.append(replace(update, adapter=replace(update.adapter, weights_P=update.adapter.weights_P.clone())))
@@ -245,7 +250,8 @@ def test_a_lent_update_is_the_models_own_and_robust_rules_copy_it() -> None:
     for kind in ("fedmedian", "trimmed_mean", "krum", "fedavg", "norm_clipped"):
         strategy = STRATEGIES[kind](Strategy(kind=kind))
         lent, copied = (
-            strategy.update(strategy.init(start), start, updates)[1].sha256() for updates in (engine(start, jobs), kept)
+            strategy.update(strategy.init(start), start, updates)[1].sha256()
+            for updates in (updates_of(engine(jobs)), kept)
         )
         assert lent == copied, kind
 
@@ -254,10 +260,8 @@ def test_a_lent_update_is_the_models_own_and_robust_rules_copy_it() -> None:
 def test_a_sum_in_its_own_dtype_is_the_mean_all_the_same(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregation, "MOST_IN_FLOAT64", most)
     whole = make_whole()
-    training = make_recipe(training={"optimizer": "sgd"}).training
-    (update,) = build_reference_engine(whole, training, rounds=1, seed=1)(
-        whole.read(), [ClientJob(1, 0, make_blocks(2))]
-    )
+    job = make_job(make_blocks(2), whole.read(), optimizer="sgd")
+    (update,) = updates_of(build_reference_engine(whole)([job]))
     updates = [
         replace(update, adapter=replace(update.adapter, weights_P=update.adapter.weights_P * factor))
         for factor in (1.0, 2.0, 6.0)

@@ -10,18 +10,20 @@ from conftest import make_blocks, make_recipe
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
 from fedloom.adapters.methods import METHODS
+from fedloom.adapters.weights import Adapter
 from fedloom.errors import ModelError, RecipeError
 from fedloom.evaluation import evaluate
 from fedloom.experiment import plan
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
-from fedloom.federation.rounds import run_rounds
+from fedloom.federation.rounds import FederatedRun, run_rounds
 from fedloom.model import open_model
 from fedloom.preparation import adapt, build_shape, load_adapted_model, load_base
 from fedloom.recipe import Recipe
+from fedloom.sections import Federation
 from fedloom.training.reference import build_reference_engine
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -77,16 +79,16 @@ def opened(recipe: Recipe) -> AdaptedModel:
 def federate(recipe: Recipe, adapted: AdaptedModel) -> Adapter:
     """One round of two clients; the new global adapter."""
     clients = [ClientBlocks(make_blocks(4, seed=seed), make_blocks(2, seed=seed + 7)) for seed in (1, 2)]
-    engine = build_reference_engine(adapted, recipe.training, rounds=1, seed=1)
+    engine = build_reference_engine(adapted)
 
     def score(adapter: Adapter, blocks: Any) -> Any:
         return evaluate(adapted, adapter, blocks, batch_size=4)
 
     strategy = STRATEGIES["fedavg"](recipe.federation.strategy)
     start = adapted.read()
-    *_, last = run_rounds(
-        LocalFleet(clients, engine, score), strategy, lambda adapter: None, start, rounds=1, fraction=1.0, seed=1
-    )
+    fleet = LocalFleet(clients, engine, score)
+    one_round = recipe.model_copy(update={"federation": Federation(rounds=1)})
+    *_, last = run_rounds(FederatedRun(one_round, fleet, strategy, lambda adapter: None, start), fleet)
     assert last.reports[0].loss_last > 0
     assert not torch.equal(start.weights_P, last.adapter.weights_P), "nothing was learnt"
     return last.adapter

@@ -11,8 +11,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from fedloom import run
-from fedloom.adapters.adapter import AdaptedModel, Adapter, load_adapter
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.files import load_adapter
 from fedloom.adapters.residual import lora_pairs
+from fedloom.adapters.weights import Adapter
 from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, factored_svd, trained_part

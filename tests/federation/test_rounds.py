@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, make_update
 
-from fedloom.adapters.adapter import AdaptedModel, Adapter
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES

@@ -1,38 +1,27 @@
-"""An adapter: named tensors over one flat vector; PEFT's files, or a whole model's, in and out.
+"""A base model with an adapter on it, whose trained weights are one flat vector.
 
-One flat vector makes what happens to an adapter plain arithmetic: averaging, distance, clipping, the optimizer
-and the bytes on the wire need no names.
-
-Letters: P adapter parameters.
+Letters: B sequences, T tokens, V vocabulary, P adapter parameters.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from contextlib import nullcontext
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom.adapters.configuration import reason_of
+from fedloom.adapters.files import load_adapter, save_adapter, save_model
 from fedloom.adapters.methods import SEEDS
-from fedloom.adapters.residual import A_SUFFIX, Residual, lora_pairs, make_room_for_residuals
+from fedloom.adapters.residual import make_room_for_residuals
+from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import ModelError
-from fedloom.failpoints import failpoint
 from fedloom.randomness import derive_seed
 from fedloom.readout import Readout
 
@@ -40,57 +29,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
 PROMPT = "prompt_embeddings"
 A_WEIGHT = ".lora_A.default.weight"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names and shapes of an adapter's tensors in the order in which they lie in the flat vector.
-
-    The names are those of the saved files: PEFT's, `base_model.model.….q_proj.lora_A.weight`, or the model's own.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(shape.numel() for shape in self.shapes)
-
-    def split(self, weights_P: Tensor) -> dict[str, Tensor]:
-        """Each tensor as a view of the flat vector."""
-        return dict(zip(self.names, (view[0] for view in self.split_stacked(weights_P[None])), strict=True))
-
-    def split_stacked(self, weights_KP: Tensor) -> list[Tensor]:
-        """Each tensor of K adapters as a view of theirs, with the clients in front."""
-        ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
-        views = (weights_KP[:, start:end] for start, end in pairwise(ends))
-        return [view.unflatten(1, shape) for view, shape in zip(views, self.shapes, strict=True)]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Weights that belong to nobody's model: on the CPU, never changed in place."""
-
-    layout: Layout
-    weights_P: Tensor
-    residual: Residual | None = None
-    """With `lora_rule = "fedex"`: what belongs to the model beside the adapter."""
-
-    @property
-    def num_bytes(self) -> int:
-        """The payload: what travels."""
-        beside = self.residual.num_bytes if self.residual else 0
-        return self.weights_P.numel() * self.weights_P.element_size() + beside
-
-    def sha256(self) -> str:
-        """Of names, shapes and weights."""
-        digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
-        digest.update(self.weights_P.contiguous().numpy().data)
-        for layer, pair in self.residual.factors.items() if self.residual else ():
-            for factor in pair:
-                digest.update(f"{layer}{tuple(factor.shape)}".encode())
-                digest.update(factor.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 class AdaptedModel:
@@ -262,120 +200,6 @@ class AdaptedModel:
         return saved
 
 
-def save_adapter(
-    adapter: Adapter,
-    config: PeftConfig,
-    folder: Path,
-    *,
-    frozen: Mapping[str, Tensor] = MappingProxyType({}),
-    card: str = "",
-) -> None:
-    """Write the adapter, and the frozen tensors beside it, as PEFT does; the folder is replaced whole or not at all."""
-    saved = copy.deepcopy(config)
-    saved.inference_mode = True
-    if isinstance(getattr(saved, "target_modules", None), set):
-        saved.target_modules = sorted(saved.target_modules)
-    tensors = adapter.layout.split(adapter.weights_P)
-    if adapter.residual:
-        tensors, more = adapter.residual.widen(tensors)
-        _widen(saved, more)
-    with _replacing(folder) as temporary:
-        saved.save_pretrained(str(temporary))
-        _write(tensors, frozen, temporary / WEIGHTS_FILE, card)
-
-
-def save_model(
-    adapter: Adapter,
-    base: PreTrainedModel,
-    folder: Path,
-    *,
-    frozen: Mapping[str, Tensor] = MappingProxyType({}),
-    tokenizer: Any = None,
-    card: str = "",
-) -> None:
-    """Write a whole model as transformers does; the folder is replaced whole or not at all.
-
-    The weights are written from where they are: no copy of the model is made.
-    """
-    config = copy.deepcopy(base.config)
-    config.architectures = [type(base).__name__]
-    config.dtype = adapter.weights_P.dtype
-    with _replacing(folder) as temporary:
-        config.save_pretrained(temporary)
-        if base.generation_config is not None:
-            base.generation_config.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _write(adapter.layout.split(adapter.weights_P), frozen, temporary / MODEL_FILE, card)
-
-
-def _write(tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], file: Path, card: str) -> None:
-    # Frozen tensors may share their memory, which the format has no way to say.
-    others = {name: value.to("cpu", copy=True).contiguous() for name, value in frozen.items()}
-    save_file({**tensors, **others}, file, metadata={"format": "pt"})
-    if card:
-        (file.parent / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the folder's place at the end, with the rights that the umask leaves."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~_umask())
-        temporary.chmod(0o777 & ~_umask())
-        failpoint("adapter.written")
-        if folder.exists():
-            folder.rename(temporary / "replaced")
-        failpoint("adapter.between")
-        temporary.rename(folder)
-        failpoint("adapter.renamed")
-        shutil.rmtree(folder / "replaced", ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] | None = ()) -> Adapter:
-    """Read an adapter that PEFT, `save_adapter` or `save_model` wrote, leaving out the tensors that are `frozen`:
-    with None, all that are not in `layout`.
-
-    Ranks beyond those of `layout` are its residual.
-
-    Raises:
-        ModelError: there is none, it can't be read, or its tensors are not those of `layout`.
-    """
-    path = folder / (MODEL_FILE if (folder / MODEL_FILE).exists() else WEIGHTS_FILE)
-    try:
-        found = load_file(path)
-        leave_out = found.keys() - set(layout.names) if frozen is None else frozen
-        tensors = {name: value for name, value in found.items() if name not in leave_out}
-    except Exception as error:  # safetensors raises its own kinds for damage
-        raise ModelError(f"no readable adapter ({type(error).__name__})", where=str(path)) from error
-    if set(tensors) != set(layout.names):
-        odd = sorted(set(tensors) ^ set(layout.names))[0]
-        raise ModelError(f"not an adapter of this model: {odd} is only on one side", where=str(path))
-    ranks = {
-        layer: layout.shapes[layout.names.index(a_name)][0] for layer, (a_name, _) in lora_pairs(layout.names).items()
-    }
-    residual = None
-    if any(len(tensors[layer + A_SUFFIX]) > rank for layer, rank in ranks.items()):
-        tensors, residual = Residual.split(tensors, ranks)
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        if tensors[name].shape != shape:
-            raise ModelError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}", where=str(path))
-    return Adapter(layout, torch.cat([tensors[name].reshape(-1) for name in layout.names]), residual)
-
-
-def _widen(config: PeftConfig, ranks: int) -> None:
-    """More ranks for a LoRA configuration, and an α that leaves its scale as it was."""
-    wider = config.r + ranks
-    config.lora_alpha *= (wider / config.r) ** (0.5 if config.use_rslora else 1)
-    config.r = wider
-
-
 def _seeded(config: PeftConfig, seed: int) -> PeftConfig:
     """A copy whose random, untrained parts come from the recipe's seed, so that they are the same on every client."""
     seeded = copy.deepcopy(config)
@@ -403,9 +227,3 @@ def _wrap(base: PreTrainedModel, config: PeftConfig | None, seed: int) -> Any:
                 where="[adapter]",
                 mend="change its targets or options, or choose another method",
             ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,26 +1,28 @@
 """Where text comes from: a data set of the hub, files, or the interpreter's own standard library.
 
-A row that holds no text is skipped and counted, never fatal; what is said of it is a reason, never its content.
+A row without a usable text is skipped and counted, or ends the run where the recipe wants that or too many are bad;
+what is said of it is a reason and a place, never its content.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedloom.data.rows import READERS, Row, Rows, UnreadableError, as_is, check_column, read_rows
 from fedloom.errors import DataError
-from fedloom.hub import find_commit, hub_address
+from fedloom.hub import COMMIT, find_commit, hub_address, without_hub
 from fedloom.randomness import derive_seed
+from fedloom.words import count
 
 if TYPE_CHECKING:
     from fedloom.sections import Data
@@ -29,12 +31,8 @@ STDLIB = "python:stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
 SHUFFLE_BUFFER = 10_000
 """Rows of a streamed data set that are shuffled among each other."""
-
-Row = Mapping[str, Any]
-
-
-class UnreadableError(Exception):
-    """Why a row gives no document: a few words that hold none of its content."""
+EMPTY = "empty"
+"""The reason that is no fault: there is nothing to learn from an empty text, and nothing wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
     """Up to `at_most` usable documents in an order drawn from the seed.
 
     Raises:
-        DataError: the source can't be found or reached, has no such column, or holds no usable document.
+        DataError: the source can't be found or reached, has no such column, or holds no usable document; a row is bad
+            where none may be, or more rows than the recipe allows.
     """
     order_seed = derive_seed(seed, "documents")
     source = _open_source(data, order_seed, at_most)
@@ -85,6 +84,7 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
         random.Random(order_seed).shuffle(rows)
     documents: list[Document] = []
     skipped: Counter[str] = Counter()
+    first_bad = ""
     for origin, open_row in rows:
         if at_most is not None and len(documents) == at_most:
             break
@@ -92,6 +92,11 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
             documents.append(_to_document(open_row(), origin, data))
         except UnreadableError as reason:
             skipped[str(reason)] += 1
+            if str(reason) != EMPTY:
+                first_bad = first_bad or f"{origin}: {reason}"
+                if data.on_bad_row == "error":
+                    break
+    _check_bad_rows(data, len(documents), skipped, first_bad)
     found = Documents(tuple(documents), dict(skipped), data.source, source.revision)
     if not documents:
         raise DataError(
@@ -102,12 +107,30 @@ def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documen
     return found
 
 
+def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: str) -> None:
+    """Refuse a source with a bad row where none may be, or with more of them than the recipe allows."""
+    bad, read = skipped.total() - skipped[EMPTY], usable + skipped.total()
+    if bad and data.on_bad_row == "error":
+        raise DataError(
+            f"a bad row, {first_bad}",
+            where=f'data.source = "{data.source}"',
+            mend='mend or remove it, or count such rows instead: data.on_bad_row = "skip"',
+        )
+    if usable and bad > data.max_bad_fraction * read:
+        raise DataError(
+            f"{bad:,} of {read:,} rows are bad ({100 * bad / read:.2g} %), one of them {first_bad}",
+            where=f'data.source = "{data.source}"',
+            mend="mend them, look at data.text, data.partition.by and data.files, or raise data.max_bad_fraction"
+            f" (now {data.max_bad_fraction:g})",
+        )
+
+
 def _to_document(row: Row, origin: str, data: Data) -> Document:
     text = row.get(data.text)
     if not isinstance(text, str):
         raise UnreadableError(f"without text in column {data.text}" if text is None else "not text")
     if all(character.isspace() or character in "\ufeff\x00" for character in text):
-        raise UnreadableError("empty")
+        raise UnreadableError(EMPTY)
     label = None
     if data.partition.by is not None:
         if row.get(data.partition.by) is None:
@@ -142,7 +165,7 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
                 where=str(path),
                 mend=f"use {', '.join(READERS)}",
             )
-        return Source(_read_rows(path, path.name, data), describe_files([path]))
+        return Source(read_rows(path, path.name, data), describe_files([path]))
     if path.suffix in READERS or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
         raise DataError(
             "no such file or folder", where=f'data.source = "{data.source}"', mend="paths start at the working folder"
@@ -161,6 +184,8 @@ def _refuse_spare(data: Data, *keys: str) -> None:
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
+    if ".." in Path(pattern).parts:
+        raise DataError(f'"{pattern}" leads out of the folder', where=str(folder), mend="change data.files, as **/*.py")
     try:
         paths = sorted(file for file in folder.glob(pattern) if file.is_file())
     except (ValueError, NotImplementedError, OSError) as error:
@@ -187,15 +212,23 @@ def _relative(paths: list[Path], root: Path) -> list[tuple[str, Path]]:
 
 def describe_files(paths: list[Path]) -> str:
     """What stands for a revision where files have none: how many, how large."""
-    return f"{len(paths)} file{'s'[: len(paths) != 1]}, {sum(path.stat().st_size for path in paths):,} bytes"
+    sizes = []
+    for path in paths:
+        with suppress(OSError):  # gone since it was listed: it is counted as unreadable when its turn comes
+            sizes.append(path.stat().st_size)
+    return f"{count(len(sizes), 'file')}, {sum(sizes):,} bytes"
 
 
-def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
+def _refuse(reason: str) -> Row:
+    raise UnreadableError(reason)
+
+
+def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Rows:
     """A file of rows gives its rows; any other file is one document with `path` and `package` columns."""
     for origin, path in paths:
         if path.suffix in (".jsonl", ".parquet", ".csv"):
             try:
-                yield from _read_rows(path, origin, data)
+                yield from read_rows(path, origin, data)
             except DataError:  # one file of many
                 yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged")
         else:
@@ -213,129 +246,49 @@ def _read_text_file(origin: str, path: Path, data: Data) -> Row:
     return {"path": origin, "package": Path(first).stem, data.text: text}
 
 
-def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Iterator[tuple[str, Callable[[], Row]]]:
-    def parse_line(line: bytes) -> Row:
-        try:
-            return parse(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise UnreadableError("not UTF-8 text") from None
-
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{origin}:{number}", partial(parse_line, line)
-
-
-def _read_jsonl(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
-    def parse(line: str) -> Row:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UnreadableError("not valid JSON") from None
-        if not isinstance(row, dict):
-            raise UnreadableError("not a JSON object")
-        return row
-
-    return _rows_of_lines(path, origin, parse)
-
-
-def _read_txt(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
-    return _rows_of_lines(path, origin, lambda line: {data.text: line.rstrip("\r\n")})
-
-
-def _read_csv(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines)
-        # A file without a header has text in its first line: its names are not told.
-        _check_column(data, rows.fieldnames or [], path, mend="name a column of the file's first line, the header")
-        for row in rows:
-            yield f"{origin}:{rows.line_num}", partial(_as_is, row)
-
-
-def _read_parquet(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    def read_row(batch: pyarrow.RecordBatch, index: int) -> Row:
-        try:
-            return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-        except UnicodeDecodeError:
-            raise UnreadableError("not UTF-8 text") from None
-
-    number = 0
-    try:
-        table = parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        _check_column(data, names, path, mend=f"it has: {', '.join(names)}")
-        for batch in table.iter_batches(columns=[name for name in names if name in (data.text, data.partition.by)]):
-            for index in range(batch.num_rows):
-                number += 1
-                yield f"{origin}:{number}", partial(read_row, batch, index)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"not a readable Parquet file: damaged after row {number}", where=str(path), mend="write it again"
-        ) from error
-
-
-def _refuse(reason: str) -> Row:
-    raise UnreadableError(reason)
-
-
-def _as_is(row: Row) -> Row:
-    return row
-
-
-def _check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend: str) -> None:
-    for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
-        if column is not None and column not in columns:
-            raise DataError(f'no column "{column}", as {key} asks', where=str(where), mend=mend)
-
-
-READERS: dict[str, Callable[[Path, str, Data], Iterator[tuple[str, Callable[[], Row]]]]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".txt": _read_txt,
-}
-"""How a single file gives rows: a row a line for `.jsonl`, `.csv` and `.txt`."""
-
-
-def _read_rows(path: Path, origin: str, data: Data) -> Iterator[tuple[str, Callable[[], Row]]]:
-    try:
-        yield from READERS[path.suffix](path, origin, data)
-    except OSError as error:
-        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="look at its permissions") from error
-
-
 def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
-    """A data set of the hub: streamed where only a part of it is wanted."""
+    """A data set of the hub: streamed where only a part of it is wanted; from the local cache where no hub answers."""
     import datasets
 
     datasets.disable_progress_bars()
     where = f'data.source = "{data.source}"'
+    unreachable: Exception | None = None
+    commit = None
     try:
-        revision = find_commit("dataset", data.source, data.revision) or data.revision
-        rows = datasets.load_dataset(
-            data.source, name=data.subset, split=data.split, revision=revision, streaming=at_most is not None
-        )
+        commit = find_commit("dataset", data.source, data.revision)
+    except Exception as error:  # of a dozen kinds; then only the local cache is left
+        unreachable = error
+    what: dict[str, Any] = {"path": data.source, "name": data.subset, "revision": commit or data.revision}
+    try:
+        with nullcontext() if commit else without_hub():
+            found = commit or datasets.load_dataset_builder(**what).hash
+            rows = datasets.load_dataset(**what, split=data.split, streaming=at_most is not None)
     except Exception as error:  # the hub's client raises a dozen kinds, and none of them is a bug of ours
         raise DataError(
-            f"the data set can't be had from {hub_address()} ({type(error).__name__})",
+            f"the data set can't be had: asking {hub_address()} failed ({type(unreachable or error).__name__})"
+            + ("" if commit else ", and it is not in the local cache"),
             where=where,
             mend="check the name and the network, or download it and set data.source to the file or folder",
         ) from error
+    revision = found if COMMIT.fullmatch(found or "") else data.revision
+    # A cache holds whichever commit was asked for last.
+    if data.revision and COMMIT.fullmatch(data.revision) and revision != data.revision:
+        raise DataError(
+            f"the local cache holds another commit, {revision}, and {hub_address()} can't be asked",
+            where="data.revision",
+            mend="check the network, or set data.revision to that commit",
+        )
     columns = rows.column_names
     if columns is not None:
-        _check_column(data, columns, where, mend=f"it has: {', '.join(columns)}")
+        check_column(data, columns, where, mend=f"it has: {', '.join(columns)}")
     if at_most is not None:
         rows = rows.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_BUFFER)
 
-    def opened() -> Iterator[tuple[str, Callable[[], Row]]]:
+    def opened() -> Rows:
         number = 0
         try:
             for number, row in enumerate(rows):
-                yield f"row {number}", partial(_as_is, row)
+                yield f"row {number}", partial(as_is, row)
         except Exception as error:  # as above, in the middle of a stream
             raise DataError(
                 f"the data set broke off after row {number} ({type(error).__name__})", where=where, mend="try again"

@@ -25,6 +25,10 @@ IGNORED = -100
 """The label of a position that does not count, as in torch's cross-entropy."""
 
 
+LONGEST_MEAN_TOKEN = 1000
+"""Characters a token, of the head of a document that is tokenised where only its first block is wanted."""
+
+
 @dataclass(frozen=True)
 class TokenBlocks:
     """Blocks of one client, or of a hold-out.
@@ -104,8 +108,12 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
     dropped = 0
     for document in documents:
         # Cut here and not by the tokenizer, some of which cut at the left.
-        tokens = tokenizer(document.text, return_attention_mask=False, verbose=False)["input_ids"]
-        end = data.max_length if data.window == "truncate" else len(tokens)
+        if data.window == "truncate":
+            tokens = _tokenize_head(document.text, tokenizer, data.max_length)
+            end = data.max_length
+        else:
+            tokens = _tokenize(document.text, tokenizer)
+            end = len(tokens)
         blocks = [tokens[start : start + data.max_length] for start in range(0, end, data.max_length)]
         usable = [block for block in blocks if len(block) > 1]
         dropped += not usable
@@ -116,6 +124,22 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
         tokens_NT[row, : len(piece)] = torch.tensor(piece)
     counted_N = torch.full_like(lengths_N, data.max_length) if data.pad_in_loss else lengths_N
     return TokenBlocks(tokens_NT, lengths_N, counted_N, dropped)
+
+
+def _tokenize(text: str, tokenizer: Any) -> list[int]:
+    tokens: list[int] = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokens
+
+
+def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> list[int]:
+    """The text's first tokens, at least `wanted` where it has them, in a time that its length has no part in.
+
+    The head ends as many tokens again behind the last that is wanted, where a cut through a word can't reach it.
+    """
+    length = LONGEST_MEAN_TOKEN * wanted
+    while len(tokens := _tokenize(text[:length], tokenizer)) < 2 * wanted and length < len(text):
+        length *= 2
+    return tokens
 
 
 def _real_tokens(blocks: TokenBlocks) -> Iterator[bytes]:

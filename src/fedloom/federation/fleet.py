@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import Score
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, OptimizerState, TrainClients
@@ -53,11 +53,12 @@ class LocalFleet:
         evaluate_blocks: EvaluateBlocks,
         judges: Sequence[int] | None = None,
     ) -> None:
-        self.clients: Sequence[int] = range(len(data))
+        # A client with nothing to train on is never asked to.
+        self.clients: Sequence[int] = [client for client, held in enumerate(data) if len(held.train)]
         self._data = data
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
-        self._judges = self.clients if judges is None else judges
+        self._judges = range(len(data)) if judges is None else judges
         self.optimizer_states: dict[int, OptimizerState] = {}
         self.scores: dict[int, Score] = {}
         """Of the last adapter that was evaluated."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.residual import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
+from fedloom.adapters.weights import Adapter, Layout
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, weighted_mean
 from fedloom.training.jobs import ClientUpdate
 

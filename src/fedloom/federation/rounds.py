@@ -13,7 +13,7 @@ from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.weights import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.failpoints import failpoint

@@ -8,6 +8,9 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import markupsafe
+
+from fedloom.quoting import show_controls, to_markdown_code, to_markdown_text
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ class Document:
 
 def to_markdown(document: Document) -> str:
     """GitHub's Markdown, with the plots as linked files."""
-    parts = [f"# {document.title}", document.subtitle]
+    parts = [f"# {to_markdown_text(document.title)}", to_markdown_text(document.subtitle)]
     for number, section in enumerate(document.sections, start=1):
-        parts.append(f"## {number}. {section.title}")
+        parts.append(f"## {number}. {to_markdown_text(section.title)}")
         parts += [_block_to_markdown(block) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
 
@@ -81,7 +84,7 @@ def to_markdown(document: Document) -> str:
 def to_html(document: Document) -> str:
     """One page with its styles and plots inside."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
     template = (resources.files("fedloom.report") / "page.html.j2").read_text(encoding="utf-8")
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (Text, Bullets, Code, Table, Figure)}
@@ -93,15 +96,21 @@ def to_html(document: Document) -> str:
     return environment.from_string(template).render(document=document)
 
 
+def _finalize(value: object) -> object:
+    """What a template shows: a plot as it was drawn, any other text without control characters."""
+    return show_controls(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
+
+
 def _block_to_markdown(block: Block) -> str:
     if isinstance(block, Text):
-        return f"> **Note:** {block.text}" if block.note else block.text
+        text = to_markdown_text(block.text)
+        return f"> **Note:** {text}" if block.note else text
     if isinstance(block, Bullets):
-        return "\n".join(f"- {item}" for item in block.items)
+        return "\n".join(f"- {to_markdown_text(item)}" for item in block.items)
     if isinstance(block, Code):
-        return f"```\n{block.text.rstrip()}\n```"
+        return to_markdown_code(block.text)
     if isinstance(block, Figure):
-        return f"![{block.caption}](plots/{block.name}.svg)"
+        return f"![{to_markdown_text(block.caption)}](plots/{block.name}.svg)"
     marks = ["---" if column < block.text_columns else "---:" for column in range(len(block.header))]
     rows = [block.header, marks, *block.rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(to_markdown_text(str(cell)) for cell in row) + " |" for row in rows)

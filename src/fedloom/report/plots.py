@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedloom.quoting import show_controls
+
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", "-.", ":")
+LONGEST_LABEL = 40
 INK = "#010203"
 """Stands for the page's own colour until the plot is written."""
 LONGEST_NAME = 60
@@ -55,7 +58,7 @@ def draw_lines(lines: Sequence[Line], *, x_label: str, y_label: str, marks: Sequ
     for line in lines:
         number = strong.index(line) if not line.faint else lines.index(line)
         color, dash = PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)]
-        style: dict[str, Any] = {"color": color, "linestyle": dash, "label": line.name}
+        style: dict[str, Any] = {"color": color, "linestyle": dash, "label": _label(line.name)}
         style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2, "marker": "o", "markersize": 4}
         axes.plot(line.x, line.y, **style)
         if line.low:
@@ -76,10 +79,18 @@ def draw_bars(bars: Bars, *, x_label: str, y_label: str) -> str:
     figure, axes = _start(x_label, y_label)
     below = [0.0] * len(bars.x)
     for number, (name, values) in enumerate(bars.values.items()):
-        axes.bar(bars.x, values, bottom=below, color=PALETTE[number % len(PALETTE)], label=name, width=0.7)
+        axes.bar(bars.x, values, bottom=below, color=PALETTE[number % len(PALETTE)], label=_label(name), width=0.7)
         below = [low + value for low, value in zip(below, values, strict=True)]
     axes.xaxis.get_major_locator().set_params(integer=True)
     return _finish(figure, axes, legend=True)
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib draws it letter by letter: a dollar begins no formula, an underscore hides no line, and a
+    long one leaves room for the plot."""
+    shown = show_controls(name)
+    shown = (shown if len(shown) <= LONGEST_LABEL else f"{shown[:LONGEST_LABEL]}…").replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def _start(x_label: str, y_label: str) -> tuple[Any, Any]:

@@ -50,7 +50,9 @@ def write_document(document: Document, folder: Path, name: str) -> Path:
 
 
 def build_report(run: Run, *, reference: str | None = None) -> Document:
-    """The report of a run that is done, still going, stopped or failed."""
+    """The report of a run that is done, still going, stopped or failed; a RunError for one that never began."""
+    if not run.plan:
+        raise RunError("it has no plan.json: it ended before it began", where=str(run.folder), mend="run it again")
     state = STATES.get(run.status.get("state", ""), "unknown")
     done, scheduled = completed(run), run.recipe["federation"]["rounds"]
     return Document(
@@ -112,7 +114,8 @@ def _setup(run: Run, state: str) -> list[Block]:
         f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
         "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
         "Data": f"{plan['data']} ({plan['data_revision']})",
-        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}",
+        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
+        f"{_left_out(plan)}",
         "Documents": _documents(plan),
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
@@ -351,7 +354,14 @@ def _documents(plan: Record) -> str:
     train, holdout = (sum(client[key] for client in clients) for key in ("train_documents", "holdout_documents"))
     dropped = sum(plan["audit"]["dropped"])
     text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
-    return text + (f"; {dropped:,} dropped from training as copies" if dropped else "")
+    skipped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(plan.get("skipped", {}).items()))
+    text += f"; {dropped:,} dropped from training as copies" if dropped else ""
+    return text + (f"; skipped: {skipped}" if skipped else "")
+
+
+def _left_out(plan: Record) -> str:
+    idle = plan.get("left_out", ())
+    return f"; {len(idle)} more left out with nothing to train on" if idle else ""
 
 
 def _machine(environment: Record) -> str:

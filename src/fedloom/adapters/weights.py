@@ -1,0 +1,69 @@
+"""An adapter: named tensors over one flat vector.
+
+One flat vector makes what happens to an adapter plain arithmetic: averaging, distance, clipping, the optimizer
+and the bytes on the wire need no names.
+
+Letters: P adapter parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from fedloom.adapters.residual import Residual
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of an adapter's tensors in the order in which they lie in the flat vector.
+
+    The names are those of the saved files: PEFT's, `base_model.model.….q_proj.lora_A.weight`, or the model's own.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
+    def split(self, weights_P: Tensor) -> dict[str, Tensor]:
+        """Each tensor as a view of the flat vector."""
+        return dict(zip(self.names, (view[0] for view in self.split_stacked(weights_P[None])), strict=True))
+
+    def split_stacked(self, weights_KP: Tensor) -> list[Tensor]:
+        """Each tensor of K adapters as a view of theirs, with the clients in front."""
+        ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
+        views = (weights_KP[:, start:end] for start, end in pairwise(ends))
+        return [view.unflatten(1, shape) for view, shape in zip(views, self.shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Weights that belong to nobody's model: on the CPU, never changed in place."""
+
+    layout: Layout
+    weights_P: Tensor
+    residual: Residual | None = None
+    """With `lora_rule = "fedex"`: what belongs to the model beside the adapter."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The payload: what travels."""
+        beside = self.residual.num_bytes if self.residual else 0
+        return self.weights_P.numel() * self.weights_P.element_size() + beside
+
+    def sha256(self) -> str:
+        """Of names, shapes and weights."""
+        digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
+        digest.update(self.weights_P.contiguous().numpy().data)
+        for layer, pair in self.residual.factors.items() if self.residual else ():
+            for factor in pair:
+                digest.update(f"{layer}{tuple(factor.shape)}".encode())
+                digest.update(factor.contiguous().numpy().data)
+        return digest.hexdigest()

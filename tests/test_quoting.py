@@ -1,0 +1,80 @@
+"""Text that others chose is shown as text: controls, markup and passwords have no power."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedloom.errors import DataError, FedloomError
+from fedloom.quoting import hide_secrets, show_controls, to_markdown_code, to_markdown_text
+from fedloom.report.plots import Line, draw_lines
+
+TEXTS = st.text(alphabet=st.one_of(st.characters(), st.sampled_from("\x1b\x07\r\n\u202e\u2028`|<&[*$_\\")), max_size=60)
+some_hundred = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b]0;title\x07", r"\x1b[31mred\x1b]0;title\x07"),
+        ("erased\x08\rover", r"erased\x08\rover"),
+        ("file\u202eexe.txt", r"file\u202eexe.txt"),
+        ("lone \udcff", r"lone \udcff"),
+        ("kept\tand\nkept", "kept\tand\nkept"),
+        ("👩‍🚀 שלום e\u0301", "👩‍🚀 שלום e\u0301"),
+    ],
+)
+def test_controls_are_written_out_and_other_text_is_kept(text: str, shown: str) -> None:
+    assert show_controls(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("https://someone:s3cret@mirror.example/x", "s3cret"),
+        ("https://mirror.example/x?a=b&access_token=s3cret&c=d", "s3cret"),
+        ("hf_" + "Ab1" * 12, "Ab1Ab1"),
+    ],
+)
+def test_secrets_are_left_out_of_errors_and_the_rest_is_told(text: str, secret: str) -> None:
+    error = DataError("can't be had", where=text, mend="write section.key=value")
+    assert secret in text
+    assert secret not in str(error)
+    assert "can't be had; write section.key=value" in str(error)
+    assert "hf_datasets_cache/x" in hide_secrets("hf_datasets_cache/x")
+
+
+@some_hundred
+@given(TEXTS)
+def test_an_error_is_one_line_that_a_terminal_can_show(text: str) -> None:
+    shown = str(FedloomError(text, where=text, mend=text))
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u202e]", shown)
+    shown.encode("utf-8")
+
+
+@some_hundred
+@given(TEXTS)
+def test_markdown_has_no_tag_link_or_cell_that_was_not_meant(text: str) -> None:
+    shown = to_markdown_text(text)
+    assert "<" not in shown
+    assert "\n" not in shown
+    unescaped = re.sub(r"\\.", "", shown)
+    assert not set(unescaped) & set("[|`*")
+
+
+@some_hundred
+@given(TEXTS)
+def test_nothing_ends_a_block_of_code_early(text: str) -> None:
+    opening, *lines = to_markdown_code(text).split("\n")
+    assert [line for line in lines if line.strip() == opening] == [opening]
+    assert lines[-1] == opening
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$x^$", "_hidden", "\x1b[31m", "a & b", "cost $5"])
+def test_a_name_stays_a_name_in_a_plot(name: str) -> None:
+    svg = draw_lines([Line(name, [0, 1], [1, 2]), Line("other", [0, 1], [2, 1])], x_label="x", y_label="y")
+    texts = [element.text or "" for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert any(text.lstrip("\u200b") == show_controls(name) for text in texts)
+    assert "<script>" not in svg
