@@ -10,17 +10,8 @@ from conftest import write_tiny_gguf
 from safetensors.torch import save_file
 
 from fedloom.errors import ModelError
-from fedloom.model import (
-    SHAPES,
-    build_meta_model,
-    byte_tokenizer,
-    check_quantization,
-    choose_dtype,
-    load_model,
-    open_model,
-    quantized,
-    unpack_gguf,
-)
+from fedloom.model import build_meta_model, check_quantization, choose_dtype, load_model, quantized
+from fedloom.model_source import SHAPES, byte_tokenizer, open_model, unpack_gguf
 
 CPU = torch.device("cpu")
 

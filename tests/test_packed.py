@@ -11,7 +11,8 @@ from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import ModelError, RecipeError, RunError
 from fedloom.experiment import plan
-from fedloom.model import load_model, open_model
+from fedloom.model import load_model
+from fedloom.model_source import open_model
 from fedloom.packed import PackedLinear, pack_model
 from fedloom.recipe import Recipe
 from fedloom.use import export

@@ -7,7 +7,8 @@ from conftest import make_adapted, make_blocks
 from torch.nn import functional
 
 from fedloom import readout
-from fedloom.model import load_model, open_model
+from fedloom.model import load_model
+from fedloom.model_source import open_model
 from fedloom.readout import Readout
 
 

@@ -30,6 +30,7 @@ HOUSE = [
     "data.tokens",
     "attention",
     "packed",
+    "model_source",
     "model",
     "readout",
     "adapters.residual",
@@ -68,6 +69,7 @@ HOUSE = [
     "report.plots",
     "report.figures",
     "report.help",
+    "report.setup",
     "report.observations",
     "report.run_report",
     "report.compare",
@@ -87,7 +89,7 @@ HOUSE = [
 BARE = [
     module
     for module in HOUSE
-    if module.split(".")[0] in ("attention", "model", "readout", "adapters", "training", "evaluation")
+    if module.split(".")[0] in ("attention", "model_source", "model", "readout", "adapters", "training", "evaluation")
 ]
 """Modules that also run on a bare GPU machine."""
 

@@ -31,15 +31,8 @@ from fedloom.errors import DataError, ModelError, RecipeError
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.sampling import cohort_size
-from fedloom.model import (
-    ModelSource,
-    build_meta_model,
-    check_quantization,
-    choose_device,
-    choose_dtype,
-    load_model,
-    open_model,
-)
+from fedloom.model import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
+from fedloom.model_source import ModelSource, open_model
 from fedloom.planning import ClientPlan, Plan
 from fedloom.randomness import derive_seed
 from fedloom.recipe import Recipe

@@ -19,7 +19,7 @@ from fedloom.attention import choose_attention
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
-from fedloom.model import ModelSource, open_model
+from fedloom.model_source import ModelSource, open_model
 from fedloom.preparation import load_adapted_model, load_base, prepare
 from fedloom.quoting import show_controls
 from fedloom.recipe import Recipe, load_recipe

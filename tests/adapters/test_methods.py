@@ -20,7 +20,7 @@ from fedloom.experiment import plan
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, run_rounds
-from fedloom.model import open_model
+from fedloom.model_source import open_model
 from fedloom.preparation import adapt, build_shape, load_adapted_model, load_base
 from fedloom.recipe import Recipe
 from fedloom.sections import Federation
@@ -185,10 +185,6 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
         (in_bfloat16(make("full")), "model.dtype: .* would be trained in bfloat16.*1e-5"),
         (in_bfloat16(make("ln_tuning")), "layernorm.* would be trained in bfloat16"),
         (in_bfloat16(make("with a head")), "lm_head.* would be trained in bfloat16"),
-        (make("prefix_tuning").model_copy(update={"training": make_recipe(
-            training={"gradient_checkpointing": True}).training}), "training.gradient_checkpointing"),
-        (make("ia3").model_copy(update={"federation": make_recipe(federation={"lora_rule": "ffa"}).federation}),
-         '"ia3" has no A to freeze'),
         (make_recipe(model={"quantization": "4bit"}), "4bit weights need a GPU"),
         (make_recipe(model={"quantization": "packed"}), "only a .gguf file has packed weights"),
     ],

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import DataError, ModelError
-from fedloom.model import byte_tokenizer, load_model, open_model
+from fedloom.model import load_model
+from fedloom.model_source import byte_tokenizer, open_model
 from fedloom.use import export, generate
 
 CPU = torch.device("cpu")
@@ -22,14 +23,14 @@ INDEX = "model.safetensors.index.json"
 
 
 def load(folder: Path) -> torch.nn.Module:
-    return load_model(open_model(str(folder)), dtype="float32", device=CPU, seed=7)
+    return load_model(open_model(str(folder)), dtype="float32", device=CPU)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in several shards, with its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "sharded"
-    load_model(open_model("random:tiny-opt"), dtype="float32", device=CPU, seed=7).save_pretrained(
+    load_model(open_model("random:tiny-opt"), dtype="float32", device=CPU).save_pretrained(
         folder, max_shard_size="100KB"
     )
     byte_tokenizer().save_pretrained(folder)

@@ -16,7 +16,7 @@ from conftest import make_recipe
 from fedloom import hub
 from fedloom.data.documents import load_documents
 from fedloom.errors import DataError, FedloomError, ModelError
-from fedloom.model import open_model
+from fedloom.model_source import open_model
 from fedloom.sections import Data
 
 LIMIT_SECONDS = 0.3

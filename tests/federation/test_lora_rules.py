@@ -18,12 +18,17 @@ from fedloom.adapters.weights import Adapter
 from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, factored_svd, trained_part
-from fedloom.model import load_model, open_model
+from fedloom.model import load_model
+from fedloom.model_source import open_model
 from fedloom.sections import Federation
 
 TARGETS = {"tiny-llama": ["k_proj", "down_proj"], "tiny-gpt2": ["c_attn"], "tiny-opt": ["fc1", "v_proj"]}
 """Layers with more features on one side than on the other: nn.Linear, and GPT-2's Conv1D."""
 EXAMPLES = (5, 1, 3)
+NO_RANK: dict[str, Any] = {"rank": None, "alpha": None}
+IA3 = {"method": "ia3", **NO_RANK}
+PREFIX = {"method": "prefix_tuning", "options": {"num_virtual_tokens": 4}, **NO_RANK}
+FULL = {"method": "full", **NO_RANK}
 
 
 def make_model(shape: str, rule: str, **adapter: Any) -> AdaptedModel:
@@ -151,15 +156,15 @@ def test_the_residual_takes_no_more_ranks_than_it_has() -> None:
 def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -> None:
     recipe = make_recipe(
         federation={"rounds": 2, "lora_rule": rule},
-        adapter={"targets": ["k_proj"]},
+        adapter={"targets": ["down_proj"]},
         training={"engine": engine, "epochs": 2},
     )
     finished = run(recipe, tmp_path / "run", Display())
     first, last = finished.rounds[1], finished.rounds[2]
-    one_way = 3 * 4 * {"ffa": 2 * 32 * 2, "rolora": 2 * 32 * 2}.get(rule, 2 * (32 + 64) * 2)
+    one_way = 3 * 4 * {"ffa": 2 * 64 * 2, "rolora": 2 * 64 * 2}.get(rule, 2 * (128 + 64) * 2)
     assert first["bytes_up"] == one_way
     assert first["bytes_down"] == one_way
-    assert last["bytes_up"] == {"rolora": 3 * 4 * 2 * 64 * 2}.get(rule, one_way)
+    assert last["bytes_up"] == {"rolora": 3 * 4 * 2 * 128 * 2}.get(rule, one_way)
     assert (last["bytes_down"] > last["bytes_up"]) == (rule == "fedex")
     error = last.get("lora_error")
     assert error is None if rule == "ffa" else error < 1e-7 if rule == "rolora" else error > 1e-7
@@ -190,6 +195,11 @@ def test_clients_of_different_ranks_train_and_send_their_own(engine: str, tmp_pa
         ({"federation": {"client_ranks": [1, 2], "lora_rule": "svd"}}, "federation.client_ranks"),
         ({"federation": {"client_ranks": [1, 2, 3], "lora_rule": "svd"}}, "federation.client_ranks"),
         ({"federation": {"min_clients": 4}}, "federation.min_clients"),
+        ({"federation": {"lora_rule": "ffa"}, "adapter": IA3}, "federation.lora_rule"),
+        ({"federation": {"lora_rule": "svd"}, "adapter": {"dora": True}}, "federation.lora_rule"),
+        ({"training": {"gradient_checkpointing": True}, "adapter": PREFIX}, "training.gradient_checkpointing"),
+        ({"model": {"quantization": "4bit"}, "adapter": FULL}, "model.quantization"),
+        ({"model": {"quantization": "packed"}, "adapter": {"dora": True}}, "model.quantization"),
         ({"federation": {"rounds": 1}, "training": {"proximal_schedule": "adaptive"}}, "training.proximal_schedule"),
     ],
 )

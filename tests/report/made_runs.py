@@ -21,6 +21,7 @@ def make_run(
     error: str = "",
     lost: dict[int, list[int]] | None = None,
     plan: dict[str, Any] | None = None,
+    baselines: dict[str, Any] | None = None,
     **sections: Any,
 ) -> Run:
     """A run directory whose round r has the central loss `central[r]`, and what else is given."""
@@ -69,6 +70,7 @@ def make_run(
             "updated": "2026-11-22T10:01:40+00:00",
             **({"error": error} if error else {}),
         },
+        **({"baselines.json": baselines} if baselines else {}),
         "plan.json": {
             "model": "random:tiny-llama",
             "model_revision": "seeded random weights",

@@ -15,6 +15,7 @@ FALLING = [3.0, 2.5, 2.2, 2.0]
 FLAT = [3.0, 2.5, 2.2, 2.199]
 OVERFIT = [3.0, 2.0, 1.9, 2.1, 2.3]
 SLOW_EVALUATION = {"train": [0, 1, 1, 1], "evaluate": [9, 9, 9, 9]}
+ALONE = {"local": {"0": {"losses": [3.0, 2.3], "tokens": 9}}}
 EVEN = {"train": [0, 1.33, 1.33, 1.33], "evaluate": [1, 1, 1, 1]}
 
 CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, Any]]] = [
@@ -31,6 +32,7 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_time, {"central": FALLING, "seconds": SLOW_EVALUATION}, "Evaluation took 92 % of the time", {"central": FALLING, "seconds": EVEN}),
     (o.the_lost, {"central": FALLING, "lost": {2: [1]}}, "lost in 1 of 3 rounds (round 2: 1)", {"central": FALLING}),
     (o.the_payload, {"central": FALLING}, "18.0 kB of adapters were exchanged; the whole model would have been 399 times", {"central": [3.0]}),
+    (o.did_it_help, {"central": FALLING, "baselines": ALONE}, "Federation helped: its best loss is 0.3000 nats", {"central": FALLING}),
 ]  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from fedloom.records import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
 from fedloom.report.plots import Line, draw_lines
-from fedloom.report.run_report import LOSS_AXIS, STATES, completed, write_document
+from fedloom.report.run_report import LOSS_AXIS, write_document
+from fedloom.report.setup import STATES
 from fedloom.words import format_bytes, format_seconds
 
 NOT_SETTINGS = {"name", "description"}
@@ -268,7 +269,7 @@ def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     rounds = [figures.trained_rounds(run) or run.rounds for run in runs]
     shares = [figures.phase_shares(run) for run in runs]
     columns: dict[str, Sequence[str]] = {
-        "Rounds": [f"{completed(run)} of {run.recipe['federation']['rounds']}" for run in runs],
+        "Rounds": [f"{figures.completed(run)} of {run.recipe['federation']['rounds']}" for run in runs],
         "Runtime": [_seconds(figures.elapsed_seconds(run)) for run in runs],
         "A round": [f"{fmean(map(figures.round_seconds, records)):,.1f} s" for records in rounds],
         **{f"Of which {phase}": [f"{100 * share[phase]:.0f} %" for share in shares] for phase in figures.PHASES},

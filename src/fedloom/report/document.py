@@ -114,3 +114,7 @@ def _block_to_markdown(block: Block) -> str:
     marks = ["---" if column < block.text_columns else "---:" for column in range(len(block.header))]
     rows = [block.header, marks, *block.rows]
     return "\n".join("| " + " | ".join(to_markdown_text(str(cell)) for cell in row) + " |" for row in rows)
+
+
+def without_columns(cells: Sequence[str], columns: set[int]) -> list[str]:
+    return [cell for column, cell in enumerate(cells) if column not in columns]

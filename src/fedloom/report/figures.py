@@ -171,3 +171,8 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def completed(run: Run) -> int:
+    """Rounds on record, round 0 left out."""
+    return len(trained_rounds(run))

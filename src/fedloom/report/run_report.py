@@ -14,15 +14,27 @@ import tomlkit
 from fedloom.errors import RunError
 from fedloom.records import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
-from fedloom.report.document import Block, Bullets, Code, Document, Figure, Section, Table, Text, to_html, to_markdown
+from fedloom.report.document import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Figure,
+    Section,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+    without_columns,
+)
 from fedloom.report.help import show_help
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
-from fedloom.words import count, format_bytes, format_number, format_seconds, format_trainable
+from fedloom.report.setup import STATES, name_versions, show_setup
+from fedloom.words import format_bytes, format_number
 
 LOSS_AXIS = "loss (nats per token)"
 REFERENCES = ("experiment",)
-STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
 
 
 def write_report(folder: str | Path, *, reference: str | None = None) -> Path:
@@ -54,13 +66,13 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
     if not run.plan:
         raise RunError("it has no plan.json: it ended before it began", where=str(run.folder), mend="run it again")
     state = STATES.get(run.status.get("state", ""), "unknown")
-    done, scheduled = completed(run), run.recipe["federation"]["rounds"]
+    done, scheduled = figures.completed(run), run.recipe["federation"]["rounds"]
     return Document(
         title=run.recipe["name"],
         subtitle=run.recipe.get("description") or f"{run.plan.get('model', '')} on {run.plan.get('data', '')}",
         state=f"{state}, {done} of {scheduled} rounds",
         sections=[
-            Section("Setup", _setup(run, state)),
+            Section("Setup", show_setup(run, state)),
             Section("Loss trajectories", _losses(run, reference)),
             *([Section("Did federation help?", helped)] if (helped := show_help(run, LOSS_AXIS)) else []),
             Section("Runtime and throughput", _runtime(run)),
@@ -70,18 +82,6 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             Section("How to repeat it", _repeat(run)),
         ],
     )
-
-
-def _objective(training: Record) -> str:
-    schedule = training.get("proximal_schedule", "constant")
-    if not training["proximal_mu"] and schedule != "adaptive":
-        return "FedAvg"
-    return f"FedProx, μ = {training['proximal_mu']:g}" + (f", {schedule}" if schedule != "constant" else "")
-
-
-def completed(run: Run) -> int:
-    """Rounds on record, round 0 left out."""
-    return len(figures.trained_rounds(run))
 
 
 def load_reference(name: str) -> dict[str, Any]:
@@ -95,53 +95,6 @@ def load_reference(name: str) -> dict[str, Any]:
     text = (resources.files("fedloom.report") / f"{name}.json").read_text(encoding="utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded
-
-
-def _setup(run: Run, state: str) -> list[Block]:
-    recipe, plan, status = run.recipe, run.plan, run.status
-    adapter, data, training = recipe["adapter"], recipe["data"], recipe["training"]
-    elapsed = figures.elapsed_seconds(run)
-    targets = adapter["targets"] or "PEFT's choice of layers"
-    strategy = recipe["federation"]["strategy"]
-    partition = ", ".join(
-        value if key == "kind" else f"{key} {value}" for key, value in data["partition"].items() if value is not None
-    )
-    rate = f"{training['learning_rate']:g}, {training['schedule']}"
-    rate += f" over the {training['schedule_scope']}" if training["schedule"] != "constant" else ""
-    rows = {
-        "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
-        "Adapter": f"{adapter['method']}, r = {adapter['rank']}, α = {adapter['alpha']:g},"
-        f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
-        "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
-        "Data": f"{plan['data']} ({plan['data_revision']})",
-        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
-        f"{_left_out(plan)}",
-        "Documents": _documents(plan),
-        "Block": f"{data['max_length']} tokens, {data['window']};"
-        f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
-        "Objective": _objective(training),
-        "Strategy": f"{strategy['kind']}, weighted by {strategy['weight_by']};"
-        f" LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
-        "Epochs per client": str(training["epochs"]),
-        "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
-        "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",
-        "Engine": f"{plan['engine']}, {count(plan.get('clients_at_once', 1), 'client')} at once",
-        "Rounds": f"{completed(run)} completed of {recipe['federation']['rounds']} scheduled",
-        "Start": _time(status.get("started")),
-        "Finish" if state != STATES["running"] else "Last heard of": _time(status.get("updated")),
-        "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "not known",
-        "Machine": _machine(run.environment),
-        "Versions": _versions(run.environment),
-    }
-    blocks: list[Block] = [Table(["", ""], list(rows.items()), text_columns=2)]
-    if run.status.get("stopped_early"):
-        blocks.insert(0, Text(f"Stopped early: {run.status['stopped_early']}."))
-    if state != STATES["done"]:
-        why = f": {status['error']}" if status.get("error") else ""
-        blocks.insert(0, Text(f"This run is {state}{why}. What follows is what it has on record.", note=True))
-    blocks += [Text("The audit of the split, before copies were dropped from training:"), _audit(plan)]
-    memory = _memory(run)
-    return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
 
 
 def _losses(run: Run, reference: str | None) -> list[Block]:
@@ -314,7 +267,7 @@ def _communication(run: Run) -> list[Block]:
             f"An adapter is {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
             f" {format_bytes(whole)}. {format_bytes(moved)} in all, both ways.{local}"
         ),
-        Table(_without(header, drop), [_without(row, drop) for row in rows]),
+        Table(without_columns(header, drop), [without_columns(row, drop) for row in rows]),
     ]
 
 
@@ -327,54 +280,13 @@ def _repeat(run: Run) -> list[Block]:
     asked = run.folder / "recipe.toml"
     text = asked.read_text(encoding="utf-8") if asked.is_file() else ""
     return [
-        Text(f"Seed {run.recipe['seed']}; {_versions(run.environment)}. The recipe is in this run's folder:"),
+        Text(f"Seed {run.recipe['seed']}; {name_versions(run.environment)}. The recipe is in this run's folder:"),
         Code(f"fedloom run {shlex.quote(str(asked))} --out runs/again"),
         Text("What was asked for:"),
         Code(text),
         Text("What it meant, every default resolved:"),
         Code(tomlkit.dumps(_without_none(run.recipe))),
     ]
-
-
-def _memory(run: Run) -> Table | None:
-    ram, gpu = figures.peak_memory(run, "ram"), figures.peak_memory(run, "gpu")
-    phases = [phase for phase in ("loading", *figures.PHASES) if phase in ram or phase in gpu]
-    rows = [[phase.capitalize(), *(_size(kind.get(phase)) for kind in (ram, gpu))] for phase in phases]
-    drop = set() if gpu else {2}
-    return Table(_without(["Phase", "RAM", "GPU"], drop), [_without(row, drop) for row in rows]) if rows else None
-
-
-def _audit(plan: Record) -> Table:
-    rows = [[f"{o['side']} / {o['other']}", f"{o['exact']:,}", f"{o['near']:,}"] for o in plan["audit"]["overlaps"]]
-    return Table(["Between", "Exact copies", "Near copies"], rows)
-
-
-def _documents(plan: Record) -> str:
-    clients = plan["clients"]
-    train, holdout = (sum(client[key] for client in clients) for key in ("train_documents", "holdout_documents"))
-    dropped = sum(plan["audit"]["dropped"])
-    text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
-    skipped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(plan.get("skipped", {}).items()))
-    text += f"; {dropped:,} dropped from training as copies" if dropped else ""
-    return text + (f"; skipped: {skipped}" if skipped else "")
-
-
-def _left_out(plan: Record) -> str:
-    idle = plan.get("left_out", ())
-    return f"; {len(idle)} more left out with nothing to train on" if idle else ""
-
-
-def _machine(environment: Record) -> str:
-    if not environment:
-        return "not on record"
-    gpus = ", ".join(environment.get("gpus", ())) or "no GPU"
-    memory = environment.get("memory_bytes")
-    return f"{environment.get('processor')}, {environment.get('cores')} cores, {_size(memory)}, {gpus}"
-
-
-def _versions(environment: Record) -> str:
-    versions = environment.get("versions", {})
-    return ", ".join([f"Python {environment.get('python')}", *(f"{name} {found}" for name, found in versions.items())])
 
 
 def _who(clients: Sequence[int], everyone: int | None) -> str:
@@ -385,18 +297,6 @@ def _who(clients: Sequence[int], everyone: int | None) -> str:
 
 def _spread(found: figures.Spread, form: str) -> str:
     return f"{found.mean:{form}} ± {found.deviation:{form}}"
-
-
-def _size(size: int | None) -> str:
-    return "" if size is None else format_bytes(size)
-
-
-def _time(moment: str | None) -> str:
-    return moment.replace("T", " ").replace("+00:00", " UTC") if moment else "not known"
-
-
-def _without(cells: Sequence[str], columns: set[int]) -> list[str]:
-    return [cell for column, cell in enumerate(cells) if column not in columns]
 
 
 def _without_none(section: Record) -> Record:

@@ -1,0 +1,295 @@
+"""Where a base model comes from: a hub, a folder, a GGUF file, an installed package, or at random.
+
+Only safetensors, GGUF and JSON are read, no pickle and no remote code. A GGUF file is unpacked once and kept as
+safetensors, because unpacking takes tens of seconds and loading takes one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from fedloom.errors import ModelError
+from fedloom.hub import find_commit, hub_address
+from fedloom.machine import cache_folder
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""What weights may be called that are no data but a program."""
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "opt-350m": lambda: transformers.OPTConfig(
+        hidden_size=1024,
+        ffn_dim=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        word_embed_proj_dim=512,
+        do_layer_norm_before=False,
+    ),
+    "smollm2-135m": lambda: transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    ),
+    "tiny-opt": lambda: transformers.OPTConfig(
+        vocab_size=260,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=256,
+    ),
+    "tiny-llama": lambda: transformers.LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ),
+    "tiny-gpt2": lambda: transformers.GPT2Config(
+        vocab_size=260, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=256, eos_token_id=256
+    ),
+}
+"""Shapes that `random:NAME` builds: real ones for speed and counts, tiny ones for tests."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model comes from, resolved so far that its shape and its tokenizer are known."""
+
+    name: str
+    revision: str
+    config: PretrainedConfig
+    tokenizer: Any
+    location: str
+    """Folder or hub id that the weights are read from; empty for random ones."""
+    file: Path | None = None
+    """The GGUF file that the folder was unpacked from."""
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model has positions for, where it says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config.get_text_config().vocab_size)
+
+
+def open_model(source: str, revision: str | None = None, say: Callable[[str], object] = str) -> ModelSource:
+    """Find a base model and read its configuration and tokenizer, not its weights; `say` is told of slow work.
+
+    Raises:
+        ModelError: there is no such model, or it can't be had.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    found = _open_local(source, say)
+    if found is None:
+        return _open_hub(source, revision)
+    if revision is not None:
+        raise ModelError("only a hub model has revisions", where="model.revision", mend="leave it out")
+    return found
+
+
+def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None:
+    """The model, if the source is anything but a hub id."""
+    scheme, _, rest = source.partition(":")
+    if scheme == "random":
+        if rest not in SHAPES:
+            raise ModelError(f'no shape "{rest}"', where="model.source", mend=f"known: {', '.join(SHAPES)}")
+        return ModelSource(source, "fixed random weights", SHAPES[rest](), byte_tokenizer(), location="")
+    try:
+        path = _find_in_package(rest) if scheme == "package" else Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError("not a possible path", where=f'model.source = "{source[:80]}"') from error
+    if is_file and path.suffix == ".gguf":
+        folder, digest = unpack_gguf(path, say)
+        return replace(_read_folder(source, f"sha256 {digest[:16]}", folder), file=path)
+    if is_folder:
+        return _read_folder(source, "local folder", path)
+    if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
+        raise ModelError(f"no such model file or folder: {path}", where="model.source", mend="check the path")
+    return None
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of 256 bytes and one special token, made here: nothing is downloaded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<|end|>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, str]:
+    """The folder with the GGUF file's model as safetensors, unpacked on first use, and the file's SHA-256.
+
+    Written whole or not at all: made in a temporary folder that is renamed when it is complete.
+
+    Raises:
+        ModelError: the file is no model that transformers can unpack.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
+    if folder.is_dir():
+        return folder, digest
+    say(f"unpacking {path.name} into {folder.parent}, once: about half a minute")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(
+            f"the cache can't be written to ({error.strerror})", where=str(folder.parent), mend="set FEDLOOM_CACHE"
+        ) from error
+    try:
+        location = {"gguf_file": path.name, "pretrained_model_name_or_path": str(path.parent)}
+        # Kept packed, the weights would be unpacked again in every forward pass.
+        unpacked = transformers.GgufConfig(dequantize=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+            model = AutoModelForCausalLM.from_pretrained(**location, quantization_config=unpacked, dtype=torch.float32)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**location).save_pretrained(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise ModelError(
+            f"not a GGUF model that transformers reads, or no room to unpack it ({type(error).__name__})",
+            where=str(path),
+            mend=f"try another file, and look at the room in {folder.parent}",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, digest
+
+
+def _find_in_package(rest: str) -> Path:
+    """NAME/FILE -> the file inside the installed package, found without importing it."""
+    package, _, file = rest.partition("/")
+    where = "model.source"
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f'no installed package "{package}"', where=where, mend=f"install the package {package}")
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / file).resolve()
+    if not path.is_relative_to(root):
+        raise ModelError(f'"{file}" leads out of the package {package}', where=where, mend="name a file inside it")
+    return path
+
+
+def _read_folder(name: str, revision: str, folder: Path) -> ModelSource:
+    with loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _check_tokenizer(tokenizer)
+        _check_weights(folder)
+    return ModelSource(name, revision, config, tokenizer, location=str(folder))
+
+
+def _open_hub(name: str, revision: str | None) -> ModelSource:
+    found, refused = None, "HF_HUB_OFFLINE is set"
+    try:
+        found = find_commit("model", name, revision)
+    except Exception as error:  # of a dozen kinds; then only the local cache is left
+        refused = type(error).__name__
+    commit = found or revision or "main"
+    options = {"trust_remote_code": False, "local_files_only": found is None}
+    try:
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, revision=commit, **options)
+            commit = getattr(config, "_commit_hash", None) or commit
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, **options)
+            _check_tokenizer(tokenizer)
+    except ModelError as error:
+        if found:
+            raise
+        raise ModelError(
+            f"the model can't be had: {name} is no folder here, is not whole in the local cache, and asking"
+            f" {hub_address()} failed ({refused})",
+            where="model.source",
+            mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
+        ) from error
+    return ModelSource(name, commit, config, tokenizer, location=name)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if len(tokenizer) < 2:  # what transformers makes of a folder without tokenizer files
+        raise ValueError("it has no tokenizer")
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that are pickles, incomplete or cut off, by the names of their files."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    elif index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index.name} is damaged") from None
+    elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+        raise ValueError(f"{pickles[0]} is a pickle, which could run code and is never opened; save it as safetensors")
+    else:
+        raise ValueError("it has no model.safetensors")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file.name} is missing")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            raise ValueError(f"{file.name} is damaged or cut off") from None
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever a library says of a model that it can't load, as one error; and nothing beside it on the screen."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:  # of any kind: the files are not ours
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the model can't be loaded: {reason[:200]}",
+            where=f'model.source = "{name}"',
+            mend="it must be a causal language model of transformers' own (a model's own code is never run), with sdpa"
+            " attention, whole safetensors weights and a tokenizer",
+        ) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)

@@ -1,0 +1,117 @@
+"""A report's first section: what was run, on what, and when."""
+
+from __future__ import annotations
+
+from fedloom.records import Record, Run
+from fedloom.report import figures
+from fedloom.report.document import Block, Table, Text, without_columns
+from fedloom.words import count, format_bytes, format_seconds, format_trainable
+
+STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
+
+
+def show_setup(run: Run, state: str) -> list[Block]:
+    recipe, plan, status = run.recipe, run.plan, run.status
+    adapter, data, training = recipe["adapter"], recipe["data"], recipe["training"]
+    elapsed = figures.elapsed_seconds(run)
+    targets = adapter["targets"] or "PEFT's choice of layers"
+    strategy = recipe["federation"]["strategy"]
+    partition = ", ".join(
+        value if key == "kind" else f"{key} {value}" for key, value in data["partition"].items() if value is not None
+    )
+    rate = f"{training['learning_rate']:g}, {training['schedule']}"
+    rate += f" over the {training['schedule_scope']}" if training["schedule"] != "constant" else ""
+    rows = {
+        "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
+        "Adapter": f"{adapter['method']}, r = {adapter['rank']}, α = {adapter['alpha']:g},"
+        f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
+        "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
+        "Data": f"{plan['data']} ({plan['data_revision']})",
+        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
+        f"{_left_out(plan)}",
+        "Documents": _documents(plan),
+        "Block": f"{data['max_length']} tokens, {data['window']};"
+        f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
+        "Objective": _objective(training),
+        "Strategy": f"{strategy['kind']}, weighted by {strategy['weight_by']};"
+        f" LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
+        "Epochs per client": str(training["epochs"]),
+        "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
+        "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",
+        "Engine": f"{plan['engine']}, {count(plan.get('clients_at_once', 1), 'client')} at once",
+        "Rounds": f"{figures.completed(run)} completed of {recipe['federation']['rounds']} scheduled",
+        "Start": _time(status.get("started")),
+        "Finish" if state != STATES["running"] else "Last heard of": _time(status.get("updated")),
+        "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "not known",
+        "Machine": _machine(run.environment),
+        "Versions": name_versions(run.environment),
+    }
+    blocks: list[Block] = [Table(["", ""], list(rows.items()), text_columns=2)]
+    if run.status.get("stopped_early"):
+        blocks.insert(0, Text(f"Stopped early: {run.status['stopped_early']}."))
+    if state != STATES["done"]:
+        why = f": {status['error']}" if status.get("error") else ""
+        blocks.insert(0, Text(f"This run is {state}{why}. What follows is what it has on record.", note=True))
+    blocks += [Text("The audit of the split, before copies were dropped from training:"), _audit(plan)]
+    memory = _memory(run)
+    return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
+
+
+def _objective(training: Record) -> str:
+    schedule = training.get("proximal_schedule", "constant")
+    if not training["proximal_mu"] and schedule != "adaptive":
+        return "FedAvg"
+    return f"FedProx, μ = {training['proximal_mu']:g}" + (f", {schedule}" if schedule != "constant" else "")
+
+
+def _documents(plan: Record) -> str:
+    clients = plan["clients"]
+    train, holdout = (sum(client[key] for client in clients) for key in ("train_documents", "holdout_documents"))
+    dropped = sum(plan["audit"]["dropped"])
+    text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
+    skipped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(plan.get("skipped", {}).items()))
+    text += f"; {dropped:,} dropped from training as copies" if dropped else ""
+    return text + (f"; skipped: {skipped}" if skipped else "")
+
+
+def _left_out(plan: Record) -> str:
+    idle = plan.get("left_out", ())
+    return f"; {len(idle)} of them left out with nothing to train on" if idle else ""
+
+
+def _machine(environment: Record) -> str:
+    if not environment:
+        return "not on record"
+    gpus = ", ".join(environment.get("gpus", ())) or "no GPU"
+    memory = environment.get("memory_bytes")
+    return f"{environment.get('processor')}, {environment.get('cores')} cores, {_size(memory)}, {gpus}"
+
+
+def _time(moment: str | None) -> str:
+    return moment.replace("T", " ").replace("+00:00", " UTC") if moment else "not known"
+
+
+def name_versions(environment: Record) -> str:
+    versions = environment.get("versions", {})
+    return ", ".join([f"Python {environment.get('python')}", *(f"{name} {found}" for name, found in versions.items())])
+
+
+def _audit(plan: Record) -> Table:
+    rows = [[f"{o['side']} / {o['other']}", f"{o['exact']:,}", f"{o['near']:,}"] for o in plan["audit"]["overlaps"]]
+    return Table(["Between", "Exact copies", "Near copies"], rows)
+
+
+def _memory(run: Run) -> Table | None:
+    ram, gpu = figures.peak_memory(run, "ram"), figures.peak_memory(run, "gpu")
+    phases = [phase for phase in ("loading", *figures.PHASES) if phase in ram or phase in gpu]
+    rows = [[phase.capitalize(), *(_size(kind.get(phase)) for kind in (ram, gpu))] for phase in phases]
+    drop = set() if gpu else {2}
+    return (
+        Table(without_columns(["Phase", "RAM", "GPU"], drop), [without_columns(row, drop) for row in rows])
+        if rows
+        else None
+    )
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else format_bytes(size)
