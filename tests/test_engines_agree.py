@@ -95,7 +95,7 @@ def test_every_clients_adapter_is_the_references(shape: str, dtype: str) -> None
     switch_off_dropout(adapted)
     start, jobs = start_from(adapted), make_jobs()
     # Until something is learnt: in bfloat16, the first steps of a random model are mostly rounding.
-    learning = {"batch_size": 4, "epochs": 4}
+    learning = {"batch_size": 4, "epochs": 8}
     theirs = train(build_reference_engine, adapted, start, jobs, **learning)
     assert theirs[0].report.loss_last < theirs[0].report.loss_first
     assert_agree(train(build_batched_engine, adapted, start, jobs, **learning), theirs, start, dtype)

@@ -17,7 +17,7 @@ from fedloom.adapters.residual import lora_pairs
 from fedloom.adapters.weights import Adapter
 from fedloom.display import Display
 from fedloom.errors import RecipeError
-from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, factored_svd, trained_part
+from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
 from fedloom.model import load_model
 from fedloom.model_source import open_model
 from fedloom.sections import Federation
@@ -169,6 +169,10 @@ def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -
     error = last.get("lora_error")
     assert error is None if rule == "ffa" else error < 1e-7 if rule == "rolora" else error > 1e-7
     assert last["central_loss"] < finished.rounds[0]["central_loss"]
+
+
+def test_the_readme_has_every_rule() -> None:
+    assert describe_lora_rules() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("engine", ["batched", "reference"])
