@@ -24,6 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
+from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
 from fedloom.machine import describe_machine, peak_memory, reset_peak_memory
@@ -64,16 +65,24 @@ def build_adapted(shape: str, dtype: str = "float32") -> AdaptedModel:
     return AdaptedModel(base, build_config(section, base), 1)
 
 
+def make_jobs(start: Adapter, data: list[TokenBlocks]) -> list[ClientJob]:
+    training = Training(batch_size=BATCH, learning_rate=1e-5)
+    return [
+        ClientJob(round=1, client=client, adapter=start, training=training, rounds=1, seed=1, blocks=blocks)
+        for client, blocks in enumerate(data)
+    ]
+
+
 def our_contender(
     build: Callable[..., object], shape: str, data: list[TokenBlocks], held_out: TokenBlocks
 ) -> tuple[Work, Work]:
     adapted = build_adapted(shape, DTYPE)
     start = adapted.read()
-    jobs = [ClientJob(1, client, blocks) for client, blocks in enumerate(data)]
-    engine = build(adapted, Training(batch_size=BATCH, learning_rate=1e-5), rounds=1, seed=1)
+    jobs = make_jobs(start, data)
+    engine = build(adapted)
 
     def train() -> None:
-        for _ in engine(start, jobs):
+        for _ in engine(jobs):
             pass
 
     def score() -> None:

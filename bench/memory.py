@@ -36,7 +36,7 @@ BATCH = 2
 def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     """One case, in this process."""
     import torch
-    from engines import build_adapted, make_blocks
+    from engines import build_adapted, make_blocks, make_jobs
 
     from fedloom.adapters.adapter import AdaptedModel
     from fedloom.adapters.configuration import build_config
@@ -46,7 +46,6 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     from fedloom.sections import Adapter as AdapterSection
     from fedloom.sections import Training
     from fedloom.training.batched import build_batched_engine
-    from fedloom.training.jobs import ClientJob
     from fedloom.training.memory import predict_step
 
     device = choose_device("auto")
@@ -61,14 +60,13 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     predicted = predict_step(build, source.num_layers, training, clients=clients, length=length, device=device)
 
     steps = 2 if device.type == "cpu" else 8  # the first few on a GPU are not recorded yet
-    jobs = [ClientJob(1, client, make_blocks(BATCH * steps, client, length)) for client in range(clients)]
+    data = [make_blocks(BATCH * steps, client, length) for client in range(clients)]
     reset_peak_memory()
     before = peak_memory()
     adapted = build_adapted(shape)
-    engine = build_batched_engine(adapted, training, rounds=1, seed=1)
-    start = adapted.read()
+    engine, jobs = build_batched_engine(adapted), make_jobs(adapted.read(), data)
     reset_peak_memory()
-    for _ in engine(start, jobs):
+    for _ in engine(jobs):
         pass
     measured = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory() - before
     return {

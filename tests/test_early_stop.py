@@ -8,7 +8,7 @@ from conftest import make_recipe
 from fedloom import run
 from fedloom.display import Display
 from fedloom.federation.stopping import stop_early
-from fedloom.records import overfitting_onset
+from fedloom.records import overfitting_onset, overfitting_onsets
 from fedloom.report.run_report import load_reference
 from fedloom.sections import EarlyStop
 
@@ -23,6 +23,16 @@ def test_the_experiments_own_trajectories() -> None:
         "published: LoRA, 1,000 files a client": None,
         "published: full model, 2,000 files a client": 5,
     }
+
+
+def test_the_onset_is_told_for_the_central_hold_out_and_for_each_clients_own() -> None:
+    central, first = [3.0, 2.0, 2.1, 2.2, 2.3], [3.0, 2.5, 2.4, 2.3, 2.2]
+    rounds = [
+        {"round": round, "central_loss": central[round], "client_losses": {"0": first[round], "1": central[round]}}
+        for round in range(5)
+    ]
+    assert overfitting_onsets(rounds) == {"central": 2, "clients": {"0": None, "1": 2}}
+    assert overfitting_onsets([]) == {"central": None, "clients": {}}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +56,7 @@ def test_a_run_that_gets_no_better_stops_and_says_why(tmp_path: Path) -> None:
     finished = run(recipe, tmp_path / "run", Display())
     assert [record["round"] for record in finished.rounds] == [0, 1, 2]
     assert finished.status["state"] == "done"
+    assert finished.status["overfitting_onset"] == {"central": None, "clients": {"0": None, "1": None, "2": None}}
     assert finished.status["stopped_early"].startswith("9 scheduled, 2 completed: no loss better than round 0's")
     assert (tmp_path / "run" / "adapters" / "best").is_dir()
     text = (tmp_path / "run" / "report.md").read_text()

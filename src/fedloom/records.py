@@ -74,6 +74,24 @@ def overfitting_onset(rounds: Sequence[int], losses: Sequence[float], patience: 
     return None
 
 
+def overfitting_onsets(rounds: Sequence[Record]) -> Record:
+    """From which round the central loss, and each client's on its own hold-out, only rose; None where it did not."""
+    clients = sorted({client for record in rounds for client in record.get("client_losses", {})}, key=int)
+    central = [(record["round"], record["central_loss"]) for record in rounds if "central_loss" in record]
+    own = {
+        client: [(r["round"], r["client_losses"][client]) for r in rounds if client in r.get("client_losses", {})]
+        for client in clients
+    }
+    return {
+        "central": overfitting_onset(*_unzip(central)),
+        "clients": {client: overfitting_onset(*_unzip(pairs)) for client, pairs in own.items()},
+    }
+
+
+def _unzip(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [round for round, _ in pairs], [loss for _, loss in pairs]
+
+
 def read_run(folder: str | Path) -> Run:
     """Read a run that is done, failed or still going.
 

@@ -25,7 +25,7 @@ from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe import Recipe, recipe_to_toml
-from fedloom.records import RECORDS, Record, RunWriter, writing
+from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read_run, writing
 from fedloom.report.run_report import write_report
 from fedloom.run_state import RunState, clear_unfinished, hash_tensors, save_state
 from fedloom.telemetry import Telemetry
@@ -206,7 +206,7 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
             writer.write_json("plan.json", prepared.plan.to_json())
         failpoint("run.opened")
         yield writer
-        writer.write_status("done")
+        writer.write_status("done", overfitting_onset=overfitting_onsets(read_run(writer.folder).rounds))
         write_report(writer.folder)
         failpoint("report.written")
     except KeyboardInterrupt:
