@@ -1,6 +1,7 @@
 """Sweeps: every combination, in as few passes as can be, each equal to its own run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import RecipeError, RunError
 from fedloom.recipe import load_recipe, recipe_to_toml
-from fedloom.records import read_run
+from fedloom.records import read_run, take_lock
 from fedloom.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
 from fedloom.workshop import Workshop
 
@@ -60,7 +61,9 @@ def test_each_arm_of_one_pass_is_its_own_run(recipe_file: Path, tmp_path: Path) 
         assert ours["pooled"]["losses"] == pytest.approx(alone["pooled"]["losses"], rel=1e-9)
     assert len({read_run(folder / trial.name).rounds[-1]["adapter_sha256"] for trial in trials}) == 8
     assert [row[1] for row in display.ranked] == sorted(row[1] for row in display.ranked)
+    assert {record["runs_together"] for record in read_run(folder / trials[0].name).rounds} == {8}
     page = (folder / "comparison.html").read_text()
+    assert "Trained in one pass with others" in page
     assert "mean and standard deviation over seeds" in page
 
 
@@ -188,6 +191,10 @@ def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path
     sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Display())
     with pytest.raises(RunError, match="a sweep over something else"):
         sweep(recipe_file, ["seed=1,3"], tmp_path / "sweep", Display())
+    held = take_lock(tmp_path / "sweep")
+    with pytest.raises(RunError, match=f"another run is at work in it .process {os.getpid()} on"):
+        sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Display())
+    os.close(held)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(RunError, match="is no sweep"):

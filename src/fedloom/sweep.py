@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -24,7 +25,7 @@ from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.preparation import Material, Prepared, choose_engine, gather, load_adapted_model, prepare
 from fedloom.recipe import Recipe, load_recipe
-from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_run, write_json
+from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_run, take_lock, write_json
 from fedloom.report.compare import write_comparison
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import OF_ALL_CLIENTS
@@ -63,6 +64,7 @@ def sweep(
     trials = list(expand(source, axes, num_random))
     folder = Path(out) if out else default_folder(f"{trials[0].recipe.name}-sweep")
     open_sweep(folder, trials)
+    lock = take_lock(folder)
     done = {trial.name for trial in trials if is_done(folder / trial.name)}
     left = [trial for trial in trials if trial.name not in done]
     display.show_step("sweep", f"{len(trials)} runs, {len(done)} of them done, in {folder}")
@@ -73,6 +75,7 @@ def sweep(
             errors |= run_group(folder, group, materials, display)
     finally:
         display.close()
+        os.close(lock)
     finished = [read_run(folder / trial.name) for trial in trials if is_done(folder / trial.name)]
     if len(finished) > 1:
         write_comparison([run.folder for run in finished], folder)
@@ -279,6 +282,7 @@ def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> d
     """Train arms, and their baselines, together where the engine can; what went wrong, by name."""
     number = len(arms)
     for arm in arms:
+        arm.arm.recorder.runs_together = len(arms)
         rounds = arm.trial.recipe.federation.rounds
         arm.baselines = baselines_of(arm.arm, workshop, rounds=rounds, first_arm=number)
         number += len(arm.baselines)

@@ -163,6 +163,8 @@ class Recorder:
         self._recipe, self._plan, self._workshop = recipe, plan, workshop
         self.writer = writer
         self.adapters = writer.folder / "adapters"
+        self.runs_together = 1
+        """In one pass: its seconds are those of all of them."""
         self._meter = AveragingMeter(workshop.adapted.layout)
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
 
@@ -179,7 +181,9 @@ class Recorder:
     def record(self, result: RoundResult, run: FederatedRun) -> Record:
         """One round, and whether the run ends with it."""
         error = self._meter.take()
-        measured = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+        measured: Record = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+        if self.runs_together > 1:
+            measured["runs_together"] = self.runs_together
         record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)

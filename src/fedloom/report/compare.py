@@ -282,7 +282,9 @@ def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     if not any(figures.peak_memory(run, "gpu") for run in runs):
         del columns["Peak GPU memory"]
     rows = [[name, *values] for name, values in columns.items()]
-    return [Table(["", *names], rows), Bullets(_machines(runs, names))]
+    shared = [name for name, run in zip(names, runs, strict=True) if any("runs_together" in r for r in run.rounds)]
+    notes = [f"Trained in one pass with others, whose seconds are in theirs: {', '.join(shared)}."] if shared else []
+    return [Table(["", *names], rows), Bullets([*_machines(runs, names), *notes])]
 
 
 def _machines(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
