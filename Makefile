@@ -1,12 +1,13 @@
 # make run     fine-tune a real model on real files, federated: the recipe quickstart
 # make test    format, lint, types and tests, as CI runs them
+# make soak    what make test does of faults, with ten times the kills: an hour
 # make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up: three quarters of an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test bench install clean
+.PHONY: run test soak bench install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
@@ -16,6 +17,9 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2
+
+soak: install
+	FEDLOOM_RANDOM_KILLS=1000 $(BIN)/pytest -q -n 2 --timeout 3600 tests/faults
 
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

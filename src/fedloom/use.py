@@ -64,7 +64,9 @@ def export(
     try:
         display.show_step("writing", str(to))
         if merged and not adapted.is_whole:
-            _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries about each other
+                _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
             prepared.source.tokenizer.save_pretrained(written)
         else:
             shutil.copytree(source, written)

@@ -26,6 +26,7 @@ from fedloom.experiment import run
 from fedloom.interruption import Terminated
 from fedloom.recipe import Recipe
 from fedloom.records import RunWriter
+from fedloom.report import run_report
 
 TIMES = ("seconds", "finished", "ram_peak_bytes", "gpu_peak_bytes")
 """Parts of the names of what no two runs have alike."""
@@ -83,6 +84,7 @@ def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:
     """In the child: the run, until it is done or something happens to it; the exit code says which."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     failpoints.arm(failpoint)
+    run_report.draw_lines = run_report.draw_bars = lambda *_, **__: "<svg></svg>"  # half of the time, and no state
     TWINS[twin]()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:

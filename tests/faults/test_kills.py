@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "100"))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], float]:
-    """A recipe, what it comes to uninterrupted, and in how many seconds."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+    """A recipe, and what it comes to uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = make_recipe(folder, baselines=["pooled"])
-    assert carry_out(recipe, folder / "warm") == 0
-    started = time.perf_counter()
     assert carry_out(recipe, folder / "run") == 0
-    return recipe, result_of(folder / "run"), time.perf_counter() - started
+    return recipe, result_of(folder / "run")
 
 
 def assert_sound(folder: Path) -> None:
@@ -43,7 +42,7 @@ def rounds_lost(folder: Path) -> int:
 
 
 def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:
-    recipe, result, _ = whole
+    recipe, result = whole
     assert carry_out(recipe, tmp_path / "run") == 0
     assert result_of(tmp_path / "run") == result
     assert len(result["rounds.jsonl"]) == 4
@@ -53,7 +52,7 @@ def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("time", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_a_failpoint_it_goes_on_to_the_same_result(name: str, time: int, whole: Any, tmp_path: Path) -> None:
-    recipe, result, _ = whole
+    recipe, result = whole
     code = carry_out(recipe, tmp_path / "run", f"{name}=kill@{time}")
     if code == 0:
         assert time > 1, f"the run never comes by {name}"
@@ -66,7 +65,7 @@ def test_killed_at_a_failpoint_it_goes_on_to_the_same_result(name: str, time: in
 
 
 def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> None:
-    recipe, result, _ = whole
+    recipe, result = whole
     for name in ("state.manifest", "run.loaded", "record.client", "adapter.between", "state.renamed", "client.trained"):
         assert carry_out(recipe, tmp_path / "run", f"{name}=kill@1") == -signal.SIGKILL
     assert carry_out(recipe, tmp_path / "run") == 0
@@ -74,11 +73,15 @@ def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> 
     assert_sound(tmp_path / "run")
 
 
-def test_killed_at_random_instants_it_goes_on_to_the_same_result(whole: Any, tmp_path: Path) -> None:
-    recipe, result, seconds = whole
-    instants = random.Random(2026)
-    killed, rounds_kept = 0, {}
-    for number in range(RANDOM_KILLS):
+@pytest.mark.parametrize("batch", range(10))
+def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, whole: Any, tmp_path: Path) -> None:
+    recipe, result = whole
+    instants = random.Random(2026 + batch)
+    started = time.perf_counter()
+    assert carry_out(recipe, tmp_path / "whole") == 0
+    seconds = time.perf_counter() - started
+    kills, killed, kept = RANDOM_KILLS // 10, 0, Counter()
+    for number in range(kills):
         folder = tmp_path / str(number)
         process = start(recipe, folder)
         time.sleep(instants.uniform(0, seconds))
@@ -86,20 +89,17 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_result(whole: Any, tmp
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         assert not folder.exists() or rounds_lost(folder) <= 1
-        kept = len(read_run(folder).rounds) if (folder / "resolved.json").exists() else 0
-        rounds_kept[kept] = rounds_kept.get(kept, 0) + 1
+        kept[len(read_run(folder).rounds) if (folder / "resolved.json").exists() else 0] += 1
         assert carry_out(recipe, folder) == 0, (tmp_path / f"{number}.error").read_text()
         assert result_of(folder) == result, f"kill {number}"
         assert_sound(folder)
-    print(f"{killed} of {RANDOM_KILLS} killed, all resumed to the same result; rounds on record when killed:", end=" ")
-    print(dict(sorted(rounds_kept.items())))
-    assert killed > 0.6 * RANDOM_KILLS
-    assert len(rounds_kept) > 2, "in several phases"
+    print(f"{killed} of {kills} killed, all went on to the same result; rounds on record when killed: {dict(kept)}")
+    assert killed > kills / 2
 
 
 @pytest.mark.parametrize("twin", [name for name in TWINS if name != "none"])
 def test_a_writer_without_one_of_the_rules_is_caught(twin: str, whole: Any, tmp_path: Path) -> None:
-    recipe, result, _ = whole
+    recipe, result = whole
     caught = 0
     for number, failpoint in enumerate(("state.manifest=kill@3", "record.client=kill@5", "round.begins=kill@3")):
         folder = tmp_path / str(number)
@@ -111,7 +111,7 @@ def test_a_writer_without_one_of_the_rules_is_caught(twin: str, whole: Any, tmp_
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_after_the_step_and_it_goes_on(number: int, code: int, whole: Any, tmp_path: Path) -> None:
-    recipe, result, _ = whole
+    recipe, result = whole
     process = start(recipe, tmp_path / "run", "round.begins=sleep:0.5@2")
     while not (tmp_path / "run" / "rounds.jsonl").exists():
         time.sleep(0.01)
@@ -125,7 +125,7 @@ def test_a_signal_ends_it_after_the_step_and_it_goes_on(number: int, code: int, 
 
 
 def test_a_second_signal_ends_it_at_once(whole: Any, tmp_path: Path) -> None:
-    recipe, result, _ = whole
+    recipe, result = whole
     process = start(recipe, tmp_path / "run", "round.begins=sleep:30")
     while not (tmp_path / "run" / "rounds.jsonl").exists():
         time.sleep(0.01)
@@ -141,7 +141,7 @@ def test_a_second_signal_ends_it_at_once(whole: Any, tmp_path: Path) -> None:
 
 
 def test_a_done_run_is_left_alone(whole: Any, tmp_path: Path) -> None:
-    recipe, _, _ = whole
+    recipe, _ = whole
     assert carry_out(recipe, tmp_path / "run") == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert carry_out(recipe, tmp_path / "run") == 0
