@@ -267,6 +267,7 @@ def round_record(result: RoundResult) -> Record:
         "clients": [report.client for report in reports],
         "lost": sorted(result.lost),
         "lost_because": {str(client): why for client, why in result.lost.items()} or None,
+        "refused": list(result.refused) or None,
         "train_seconds": result.train_seconds,
         "aggregate_seconds": result.aggregate_seconds,
         "evaluate_seconds": result.evaluate_seconds,
