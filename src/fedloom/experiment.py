@@ -78,7 +78,8 @@ def run(
         display.show_plan(prepared.plan)
         failpoint("run.prepared")
         display.show_step("weights", prepared.source.name)
-        workshop = Workshop(load_adapted_model(recipe, prepared.source), prepared.plan.engine, telemetry)
+        adapted = load_adapted_model(recipe, prepared.source)
+        workshop = Workshop(adapted, prepared.plan.engine, telemetry, display.show_step)
         identity = identify(prepared, workshop.adapted)
         failpoint("run.loaded")
         interruption.check()
@@ -121,7 +122,7 @@ def begin_or_restore(
 ) -> Arm:
     """A run at its beginning, or after its last complete round."""
     # How many train at once moves results by rounding: a run that goes on has as many as it began with.
-    at_once = read_run(writer.folder).plan["clients_at_once"]
+    at_once = writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
     initial = workshop.adapted.read() if state is None else state.adapter
     arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once)
     if state:

@@ -46,11 +46,28 @@ class Workshop:
     What is neither training nor evaluation here is aggregation and its records.
     """
 
-    def __init__(self, adapted: AdaptedModel, engine: str, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        engine: str,
+        telemetry: Telemetry,
+        say: Callable[[str, str], object] = "{}: {}".format,
+    ) -> None:
         self.adapted = adapted
         self.telemetry = telemetry
         self._engine_name = engine
-        self._engine = ENGINES[engine](adapted, telemetry.watch)
+        self._engine = ENGINES[engine](adapted, telemetry.watch, self._lower)
+        self._say = say
+        self._lowered: int | None = None
+
+    def _lower(self, clients: int) -> None:
+        self._lowered = clients
+        self._say("memory", f"not enough: {clients} at once from now on; the clients under way begin their round again")
+
+    def take_lowered(self) -> dict[str, int]:
+        """How many clients train at once since memory ran out, where it did since the last look."""
+        lowered, self._lowered = self._lowered, None
+        return {"clients_at_once": lowered} if lowered else {}
 
     def train_clients(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         return self.telemetry.iterate("training", self._engine(jobs))
@@ -126,7 +143,16 @@ def set_up(
     recorder = Recorder(recipe, prepared.plan, workshop, writer)
     fleet = LocalFleet(prepared.clients, workshop.train_clients, score, choose_judges(prepared.clients, recipe))
     aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
-    run = FederatedRun(recipe, fleet, aggregate, score_central, initial, on_update=recorder.add_client, arm=number)
+    run = FederatedRun(
+        recipe,
+        fleet,
+        aggregate,
+        score_central,
+        initial,
+        on_update=recorder.add_client,
+        holdings=fleet.holdings,
+        arm=number,
+    )
     return Arm(recipe, prepared, run, fleet, recorder)
 
 
@@ -180,13 +206,14 @@ class Recorder:
         """One round, and whether the run ends with it."""
         error = self._meter.take()
         measured = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
-        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured})
+        lowered = self._workshop.take_lowered()
+        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured, **lowered})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)
         if result.judged_loss <= min(run.losses):
             self._save(result.adapter, "best", card)
         stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
-        self.writer.write_status("running", round=result.round, **stopped)
+        self.writer.write_status("running", round=result.round, **stopped, **lowered)
         return record
 
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
