@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 NAMES = (
+    "file.write",
     "run.opened",
     "run.prepared",
     "run.loaded",

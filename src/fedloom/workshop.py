@@ -25,9 +25,17 @@ from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe import Recipe, recipe_to_toml
-from fedloom.records import RECORDS, Record, RunWriter, writing
+from fedloom.records import RECORDS, Record, RunWriter, read_run, writing
 from fedloom.report.run_report import write_report
-from fedloom.run_state import RunState, clear_unfinished, hash_tensors, save_state
+from fedloom.run_state import (
+    RunState,
+    clear_unfinished,
+    damaged_adapters,
+    forget_states,
+    hash_folder,
+    hash_tensors,
+    save_state,
+)
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
@@ -95,7 +103,8 @@ class Arm:
     recorder: Recorder
 
     def begin(self, initial: Adapter) -> None:
-        """Nothing is on record of a run that never was at its first round."""
+        """Nothing is on record of a run that never was at its first round, or that can't go on from any other."""
+        forget_states(self.recorder.writer.folder)
         self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
         clear_unfinished(self.recorder.adapters)
         self.recorder.begin(initial)
@@ -110,15 +119,22 @@ class Arm:
             scores=fleet.scores,
             optimizers=fleet.optimizer_states,
             record_bytes=writer.record_bytes,
+            record_hashes=writer.record_hashes,
+            adapters=self.recorder.saved,
+            norms=run.gate.norms,
             identity=identity,
         )
         save_state(writer.folder, state)
 
-    def restore(self, state: RunState) -> None:
-        """Go on from a committed round; what was written of a later one is taken back."""
+    def restore(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
+        """Go on from a committed round; what was written of a later one is taken back, and `say` told what was mended.
+
+        `read_initial` gives the adapter that the run began with.
+        """
         self.recorder.writer.cut_records(state.record_bytes)
         clear_unfinished(self.recorder.adapters)
-        self.run.restore(state.adapter, state.strategy, state.losses)
+        self.recorder.mend(state, read_initial, say)
+        self.run.restore(state.adapter, state.strategy, state.losses, state.norms)
         self.fleet.restore(state.optimizers, state.scores)
 
 
@@ -189,6 +205,8 @@ class Recorder:
         self._recipe, self._plan, self._workshop = recipe, plan, workshop
         self.writer = writer
         self.adapters = writer.folder / "adapters"
+        self.saved: dict[str, dict[str, str]] = {}
+        """SHA-256 of the files of each adapter."""
         self._meter = AveragingMeter(workshop.adapted.layout)
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
 
@@ -196,6 +214,17 @@ class Recorder:
         """Keep the adapter that every client starts from."""
         self._save(initial, "initial", write_card(self._recipe, self._plan, None))
         self.writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
+
+    def mend(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
+        """Write again what is no longer as a state knows it; of a later round, the rounds that come write it again."""
+        self.saved = {name: dict(files) for name, files in state.adapters.items()}
+        held = {"initial", "last", *(("best",) if state.best_round == state.round else ())}
+        rounds = read_run(self.writer.folder).rounds
+        for name, files in damaged_adapters(self.writer.folder, state).items():
+            if name in held:
+                say(f"adapters/{name} ({', '.join(files)}) is not what it was: written again")
+                adapter, record = (read_initial(), None) if name == "initial" else (state.adapter, rounds[state.round])
+                self._save(adapter, name, write_card(self._recipe, self._plan, record))
 
     def add_client(self, update: ClientUpdate) -> None:
         """One client's work in a round."""
@@ -219,6 +248,7 @@ class Recorder:
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
         with writing(self.adapters / name):
             self._workshop.adapted.save(adapter, self.adapters / name, card)
+            self.saved[name] = hash_folder(self.adapters / name)
 
 
 @contextmanager
@@ -234,8 +264,6 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
         failpoint("run.opened")
         yield writer
         writer.write_status("done")
-        write_report(writer.folder)
-        failpoint("report.written")
     except KeyboardInterrupt:
         _write_end(writer, "interrupted")
         raise
@@ -245,6 +273,8 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
     except BaseException as error:
         _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
         raise
+    write_report(writer.folder)  # a run is done without it
+    failpoint("report.written")
 
 
 def _write_end(writer: RunWriter, state: str, **more: Any) -> None:

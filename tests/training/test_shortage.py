@@ -124,8 +124,8 @@ def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 def _train_in_little(megabytes: int, answers: Any) -> None:
     torch.set_num_threads(1)
     adapted, lowered = make_adapted(dtype="float64"), []
-    blocks = [make_blocks(2, max_length=256, seed=client) for client in range(16)]
-    jobs = [make_job(blocks[client], adapted.read(), client=client, epochs=1) for client in range(16)]
+    blocks = [make_blocks(16, max_length=56, seed=client) for client in range(16)]
+    jobs = [make_job(blocks[client], adapted.read(), client=client, epochs=1, batch_size=16) for client in range(16)]
     list(build_reference_engine(adapted)(jobs[:1]))  # what one client needs is there
     expected = list(updates_of(build_reference_engine(adapted)(jobs)))
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
