@@ -136,6 +136,8 @@ class Terminal(Display):
             format_bytes(record["bytes_up"] + record["bytes_down"]),
         )
         self._print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
+        for why in (*record.get("lost_because", {}).values(), *record.get("refused", ())):
+            self._print(f"lost      {why}")
 
     def show_end(self, run: Run, report: Path) -> None:
         self._print("")

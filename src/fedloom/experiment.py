@@ -7,7 +7,7 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from fedloom.recipe import Recipe
 from fedloom.records import Run, RunWriter, check_free, default_folder, read_run
 from fedloom.report.figures import flatten
 from fedloom.report.run_report import write_report
-from fedloom.run_state import RunState, load_state
+from fedloom.run_state import RunState, committed, damaged_adapters, load_state
 from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up
@@ -70,7 +70,9 @@ def run(
         writer = stack.enter_context(closing(RunWriter(folder, resume=True))) if resume else None
         if writer:
             check_same_recipe(folder, recipe)
-            if writer.status.get("state") == "done":
+            if writer.status.get("state") == "done" and is_sound(folder):
+                if not (folder / "report.html").is_file():
+                    write_report(folder)
                 display.show_step("done", f"{folder} is complete: nothing is left to do")
                 return read_run(folder)
         prepared = prepare(recipe, display)
@@ -78,7 +80,8 @@ def run(
         display.show_plan(prepared.plan)
         failpoint("run.prepared")
         display.show_step("weights", prepared.source.name)
-        workshop = Workshop(load_adapted_model(recipe, prepared.source), prepared.plan.engine, telemetry)
+        adapted = load_adapted_model(recipe, prepared.source)
+        workshop = Workshop(adapted, prepared.plan.engine, telemetry, display.show_step)
         identity = identify(prepared, workshop.adapted)
         failpoint("run.loaded")
         interruption.check()
@@ -95,7 +98,7 @@ def run(
                 if log_to:
                     log = stack.enter_context(open_tracker(log_to, folder, recipe.model_dump(mode="json")))
                 stack.enter_context(telemetry.phase("aggregation"))
-                arm = begin_or_restore(recipe, prepared, workshop, writer, state)
+                arm = begin_or_restore(recipe, prepared, workshop, writer, state, partial(display.show_step, "mended"))
                 for result in run_rounds(arm.run, arm.fleet):
                     record = arm.recorder.record(result, arm.run)
                     arm.commit(identity)
@@ -103,7 +106,7 @@ def run(
                     if log:
                         log(record["round"], scalars(record))
                     if watch:
-                        write_report(folder)
+                        report_or_say(folder, display)
                 if recipe.baselines:
                     run_baselines(arm, workshop, writer, display)
                     failpoint("baselines.written")
@@ -117,19 +120,39 @@ def run(
 
 
 def begin_or_restore(
-    recipe: Recipe, prepared: Prepared, workshop: Workshop, writer: RunWriter, state: RunState | None
+    recipe: Recipe,
+    prepared: Prepared,
+    workshop: Workshop,
+    writer: RunWriter,
+    state: RunState | None,
+    say: Callable[[str], object],
 ) -> Arm:
     """A run at its beginning, or after its last complete round."""
     # How many train at once moves results by rounding: a run that goes on has as many as it began with.
-    at_once = read_run(writer.folder).plan["clients_at_once"]
+    at_once = writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
     initial = workshop.adapted.read() if state is None else state.adapter
     arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once)
     if state:
-        arm.restore(state)
+        arm.restore(state, workshop.adapted.read, say)
         writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)
     else:
         arm.begin(initial)
     return arm
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether the newest state of a run that is done is whole, and the adapters are as it knows them."""
+    state = load_state(folder)
+    newest = next(iter(committed(folder)), None)
+    return bool(state and newest and newest.name == state.name and not damaged_adapters(folder, state))
+
+
+def report_or_say(folder: Path, display: Display) -> None:
+    """Write the report of a run that is still going, which can do without it."""
+    try:
+        write_report(folder)
+    except RunError as error:
+        display.show_step("report", str(error))
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:

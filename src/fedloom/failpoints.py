@@ -1,7 +1,7 @@
 """Named places in the code at which a test can make things go wrong: nothing happens while none is armed.
 
 `FEDLOOM_FAILPOINT="state.renamed=kill@3"` kills the process the third time it comes by. Actions: `kill` (SIGKILL),
-`stop` (SIGTERM), `raise` (an error that is a bug), `enospc` (a full disk), `sleep:SECONDS`.
+`stop` (SIGTERM), `raise` (an error that is a bug), `enospc` (a full disk), `memory` (none left), `sleep:SECONDS`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 
 NAMES = (
+    "file.write",
     "run.opened",
     "run.prepared",
     "run.loaded",
     "round.begins",
+    "training.stepped",
     "client.trained",
     "round.aggregated",
     "round.evaluated",
@@ -77,11 +79,16 @@ def _enospc(_: str) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _memory(_: str) -> None:
+    raise MemoryError("a failpoint")
+
+
 ACTIONS: dict[str, Callable[[str], object]] = {
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "raise": _raise,
     "enospc": _enospc,
+    "memory": _memory,
     "sleep": lambda seconds: time.sleep(float(seconds)),
 }
 

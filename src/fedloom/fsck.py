@@ -12,7 +12,7 @@ from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.machine import Finding
 from fedloom.records import Run, read_run
-from fedloom.run_state import RunState, committed, read_state
+from fedloom.run_state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
 
@@ -27,7 +27,9 @@ def check_run(folder: str | Path) -> list[Finding]:
     states: dict[Path, RunState | RunError] = {}
     for path in committed(run.folder):
         try:
-            states[path] = read_state(path)
+            state = read_state(path)
+            check_records(run.folder, state)
+            states[path] = state
         except RunError as error:
             states[path] = error
     newest = next((state for state in states.values() if isinstance(state, RunState)), None)
@@ -36,15 +38,17 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_rounds(run, newest),
         _check_clients(run),
         _check_numbers(run),
-        *(_check_adapter(run, name, round, newest) for name, round in _adapters(run)),
+        *(_check_adapter(run, name, round, newest) for name, round in _adapters(run).items()),
         _check_remains(run),
     ]
 
 
 def _check_states(states: dict[Path, RunState | RunError]) -> Finding:
-    damaged = [path.name for path, state in states.items() if isinstance(state, RunError)]
+    damaged = [f"{path.name} ({state.what})" for path, state in states.items() if isinstance(state, RunError)]
     if damaged:
-        return Finding("state", f"damaged: {', '.join(damaged)}", GO_ON)
+        whole = len(damaged) < len(states)
+        mend = GO_ON if whole else "remove the run directory and begin again: no state is whole"
+        return Finding("state", f"damaged: {', '.join(damaged)}", mend)
     newest = next(iter(states), None)
     return Finding("state", f"{newest.name} is whole" if newest else "no round was committed")
 
@@ -88,17 +92,20 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _adapters(run: Run) -> list[tuple[str, int]]:
+def _adapters(run: Run) -> dict[str, int]:
     """The adapters that must be there, with the rounds that they are of."""
     if not run.rounds:
-        return []
-    return [("last", run.rounds[-1]["round"]), ("best", run.best_round or 0)]
+        return {}
+    return {"initial": 0, "last": run.rounds[-1]["round"], "best": run.best_round or 0}
 
 
 def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> Finding:
     what = f"adapters/{name}"
     if newest is None:
         return Finding(what, "not checked: there is no state that says what is in it")
+    changed = damaged_adapters(run.folder, newest).get(name)
+    if changed and (round <= newest.round or name == "initial"):
+        return Finding(what, f"damaged: {', '.join(changed)}", GO_ON)
     try:
         found = load_adapter(run.folder / "adapters" / name, newest.adapter.layout, frozen=None)
     except FedloomError as error:
@@ -110,7 +117,7 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
 
 def _check_remains(run: Run) -> Finding:
     """Only a run that is done must have left nothing behind."""
-    patterns: tuple[str, ...] = (".*.tmp", "*.tmp", "adapters/.*", "state/.*", "plots/*.tmp")
+    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "state/.*", "plots/.*.tmp")
     left = sorted({str(path.relative_to(run.folder)) for pattern in patterns for path in run.folder.glob(pattern)})
     if left and run.status.get("state") == "done":
         return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")

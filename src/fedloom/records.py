@@ -6,19 +6,24 @@ renamed. A key whose value is not known is left out, never invented.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from fedloom.errors import RunError
 from fedloom.failpoints import failpoint
@@ -133,7 +138,12 @@ class RunWriter:
                 raise RunError(f"can't make the run directory: {error.strerror}", where=str(folder)) from error
         self.folder = folder
         self._lock = take_lock(folder)
-        self._status: Record = _read_json(folder / "status.json") or {"started": now()}
+        try:
+            self._status: Record = _read_json(folder / "status.json") or {"started": now()}
+            self._digests = {name: hash_start(folder / name) for name in RECORDS}
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let others write the run directory."""
@@ -150,12 +160,18 @@ class RunWriter:
         paths = [self.folder / name for name in RECORDS]
         return {path.name: path.stat().st_size if path.is_file() else 0 for path in paths}
 
+    @property
+    def record_hashes(self) -> dict[str, str]:
+        """SHA-256 of the records."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
     def cut_records(self, sizes: Mapping[str, int]) -> None:
         """Take back what was recorded of a round that never was complete."""
         with writing(self.folder):
             for name, size in sizes.items():
                 if (self.folder / name).is_file():
                     os.truncate(self.folder / name, size)
+                self._digests[name] = hash_start(self.folder / name)
 
     def write_text(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)
@@ -187,31 +203,59 @@ class RunWriter:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._digests[name].update(line.encode())
 
 
-def write_text(path: Path, text: str) -> None:
+def hash_start(path: Path, size: int | None = None) -> hashlib._Hash:
+    """The SHA-256 of a file, or of so many bytes of it; of a file that is not there, of none."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            left = path.stat().st_size if size is None else size
+            while left > 0 and (piece := file.read(min(left, 2**20))):
+                digest.update(piece)
+                left -= len(piece)
+    return digest
+
+
+GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
+
+
+def write_text(path: Path, text: str, mend: str = GO_ON) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+    with writing(path, mend):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):  # half a file takes room that there is none of
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, mend: str = GO_ON) -> Iterator[None]:
     """A full disk, and whatever else keeps a file from being written, as an error that says how to go on.
 
     Raises:
         RunError
     """
     try:
+        failpoint("file.write")
         yield
-    except OSError as error:
-        raise RunError(
-            f"can't be written ({error.strerror or type(error).__name__})",
-            where=str(path),
-            mend="the rounds that were complete are kept: make room for it, and go on with fedloom run --resume",
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = _reason(error)
+        closed = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        first = "see that it may be written" if closed else "make room for it"
+        raise RunError(f"can't be written ({why})", where=str(path), mend=f"{first}, and {mend}") from error
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    found = re.search(r"I/O error: (.+?) \(os error", str(error))
+    return found[1] if found else type(error).__name__
 
 
 def take_lock(folder: Path) -> int:
@@ -229,8 +273,13 @@ def take_lock(folder: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
         raise RunError(f"another run is at work in it ({holder})", where=str(folder), mend="wait for its end") from None
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    try:
+        with writing(path):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    except RunError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -285,6 +334,7 @@ def round_record(result: RoundResult) -> Record:
         "clients": [report.client for report in reports],
         "lost": sorted(result.lost),
         "lost_because": {str(client): why for client, why in result.lost.items()} or None,
+        "refused": list(result.refused) or None,
         "train_seconds": result.train_seconds,
         "aggregate_seconds": result.aggregate_seconds,
         "evaluate_seconds": result.evaluate_seconds,

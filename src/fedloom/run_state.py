@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,13 +28,13 @@ from fedloom.errors import RunError
 from fedloom.evaluation import Score
 from fedloom.failpoints import failpoint
 from fedloom.federation.aggregation import State
-from fedloom.records import writing
+from fedloom.records import hash_start, judged_loss, read_run, writing
 from fedloom.training.jobs import OptimizerState
 
 FOLDER = "state"
 MANIFEST = "manifest.json"
 KEPT = 2
-VERSION = 1
+VERSION = 2
 """Of the format: a state of another one is refused."""
 
 
@@ -50,6 +52,12 @@ class RunState:
     """What clients keep."""
     record_bytes: Mapping[str, int]
     """How long the records were: what is beyond belongs to a round that never was complete."""
+    record_hashes: Mapping[str, str]
+    """SHA-256 of so much of them."""
+    adapters: Mapping[str, Mapping[str, str]]
+    """`initial`, `best` and `last`: SHA-256 of each file."""
+    norms: Sequence[float]
+    """What the gate remembers."""
     identity: Mapping[str, str]
     """What must be the same for the run to go on: hashes of the base model and of the data."""
 
@@ -57,6 +65,16 @@ class RunState:
     def round(self) -> int:
         """The last that is complete."""
         return len(self.losses) - 1
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"round-{self.round:06d}"
+
+    @property
+    def best_round(self) -> int:
+        """Of equal losses, the last."""
+        return self.round - self.losses[::-1].index(min(self.losses))
 
 
 def save_state(run: Path, state: RunState) -> None:
@@ -66,9 +84,9 @@ def save_state(run: Path, state: RunState) -> None:
         RunError: it can't be written; what was committed before is still there.
     """
     parent = run / FOLDER
-    target = parent / f"round-{state.round:06d}"
+    target = parent / state.name
     temporary = parent / f".{target.name}.tmp"
-    with writing(target):
+    with writing(target), _clearing(parent):
         parent.mkdir(exist_ok=True)
         clear_unfinished(parent)
         temporary.mkdir()
@@ -92,6 +110,9 @@ def save_state(run: Path, state: RunState) -> None:
             "losses": state.losses,
             "scores": {client: [s.loss_sum, s.correct, s.num_targets] for client, s in state.scores.items()},
             "record_bytes": dict(state.record_bytes),
+            "record_hashes": dict(state.record_hashes),
+            "adapters": {name: dict(files) for name, files in state.adapters.items()},
+            "norms": list(state.norms),
             "identity": dict(state.identity),
             "files": {file.name: hash_file(file) for file in sorted(temporary.iterdir())},
         }
@@ -119,16 +140,65 @@ def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None
         RunError: there are states, and none of them is whole.
     """
     folders = committed(run)
+    whole = False
     for folder in folders:
         try:
-            return read_state(folder)
+            state = read_state(folder)
+            check_records(run, state)
         except RunError as error:
             say(str(error))
-    if folders:
+            continue
+        whole = True
+        if not _lost_its_best(run, state):
+            return state
+        say(f"{folder}: adapters/best is damaged, and this state does not hold it")
+    if folders and not whole:
         raise RunError(
             "no state in it is whole", where=str(run / FOLDER), mend="remove the run directory and begin again"
         )
+    if whole:
+        say("no state holds the best adapter: all rounds are trained again")
     return None
+
+
+def check_records(run: Path, state: RunState) -> None:
+    """Refuse a state that the records do not go with: they were changed, or it is another run's.
+
+    Raises:
+        RunError
+    """
+    for name, size in state.record_bytes.items():
+        if hash_start(run / name, size).hexdigest() != state.record_hashes[name]:
+            raise RunError(f"not what it was at the end of round {state.round}", where=str(run / name))
+
+
+def damaged_adapters(run: Path, state: RunState) -> dict[str, list[str]]:
+    """`initial`, `best` and `last`, where they are not what they were when the state was written, with their files."""
+    found = {}
+    for name, files in state.adapters.items():
+        now = hash_folder(run / "adapters" / name)
+        if now != files:
+            found[name] = sorted(file for file in {**files, **now} if now.get(file) != files.get(file))
+    return found
+
+
+def _lost_its_best(run: Path, state: RunState) -> bool:
+    """Whether the best adapter is damaged, and neither in the state nor made again by the rounds that come."""
+    if state.best_round == state.round or "best" not in damaged_adapters(run, state):
+        return False
+    later = read_run(run).rounds[state.round + 1 :]
+    return not any(judged_loss(record) <= min(state.losses) for record in later)
+
+
+def forget_states(run: Path) -> None:
+    """Remove every state, all at once."""
+    parent, doomed = run / FOLDER, run / f".{FOLDER}.tmp"
+    with writing(parent):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        if parent.exists():
+            parent.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def read_state(folder: Path) -> RunState:
@@ -171,6 +241,9 @@ def read_state(folder: Path) -> RunState:
             scores={int(client): Score(*score) for client, score in told["scores"].items()},
             optimizers=optimizers,
             record_bytes=told["record_bytes"],
+            record_hashes=told["record_hashes"],
+            adapters=told["adapters"],
+            norms=told["norms"],
             identity=told["identity"],
         )
     except RunError:
@@ -184,6 +257,17 @@ def committed(run: Path) -> list[Path]:
     """The folders of the states that were renamed into place, the newest first."""
     parent = run / FOLDER
     return sorted((path for path in parent.glob("round-*") if path.is_dir()), reverse=True) if parent.is_dir() else []
+
+
+@contextmanager
+def _clearing(parent: Path) -> Iterator[None]:
+    """What could not be finished takes no room."""
+    try:
+        yield
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            clear_unfinished(parent)
+        raise
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -220,6 +304,11 @@ def hash_file(path: Path) -> str:
     """SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file; of a folder that is not there, none."""
+    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:

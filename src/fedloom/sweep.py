@@ -221,7 +221,7 @@ def run_group(
     with Telemetry(gpu=device.type == "cuda", watch=display.watch) as telemetry, ExitStack() as stack:
         display.show_step("weights", ready[first.name].source.name)
         adapted = load_adapted_model(first.recipe, ready[first.name].source)
-        workshop = Workshop(adapted, ready[first.name].plan.engine, telemetry)
+        workshop = Workshop(adapted, ready[first.name].plan.engine, telemetry, display.show_step)
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))
         for together in group_by(able, same_pass):

@@ -47,8 +47,18 @@ def check_tracker(kind: str) -> None:
 
 @contextmanager
 def open_tracker(kind: str, folder: Path, recipe: Record) -> Iterator[Log]:
-    """Where to log a run's rounds; `folder` is the run directory."""
-    log, close = TRACKERS[kind](folder, recipe)
+    """Where to log a run's rounds; `folder` is the run directory.
+
+    Raises:
+        RunError: it can't be opened.
+    """
+    try:
+        log, close = TRACKERS[kind](folder, recipe)
+    except Exception as error:  # of any kind: each tool has its own
+        why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise RunError(
+            f"{kind} can't be told anything ({why})", where="--log", mend="mend it, or leave --log out"
+        ) from error
     failed = False
 
     def log_or_say(round: int, values: dict[str, float]) -> None:

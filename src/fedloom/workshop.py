@@ -27,7 +27,15 @@ from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read_run, writing
 from fedloom.report.run_report import write_report
-from fedloom.run_state import RunState, clear_unfinished, hash_tensors, save_state
+from fedloom.run_state import (
+    RunState,
+    clear_unfinished,
+    damaged_adapters,
+    forget_states,
+    hash_folder,
+    hash_tensors,
+    save_state,
+)
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
@@ -46,11 +54,28 @@ class Workshop:
     What is neither training nor evaluation here is aggregation and its records.
     """
 
-    def __init__(self, adapted: AdaptedModel, engine: str, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        engine: str,
+        telemetry: Telemetry,
+        say: Callable[[str, str], object] = "{}: {}".format,
+    ) -> None:
         self.adapted = adapted
         self.telemetry = telemetry
         self._engine_name = engine
-        self._engine = ENGINES[engine](adapted, telemetry.watch)
+        self._engine = ENGINES[engine](adapted, telemetry.watch, self._lower)
+        self._say = say
+        self._lowered: int | None = None
+
+    def _lower(self, clients: int) -> None:
+        self._lowered = clients
+        self._say("memory", f"not enough: {clients} at once from now on; the clients under way begin their round again")
+
+    def take_lowered(self) -> dict[str, int]:
+        """How many clients train at once since memory ran out, where it did since the last look."""
+        lowered, self._lowered = self._lowered, None
+        return {"clients_at_once": lowered} if lowered else {}
 
     def train_clients(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         return self.telemetry.iterate("training", self._engine(jobs))
@@ -78,7 +103,8 @@ class Arm:
     recorder: Recorder
 
     def begin(self, initial: Adapter) -> None:
-        """Nothing is on record of a run that never was at its first round."""
+        """Nothing is on record of a run that never was at its first round, or that can't go on from any other."""
+        forget_states(self.recorder.writer.folder)
         self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
         clear_unfinished(self.recorder.adapters)
         self.recorder.begin(initial)
@@ -93,15 +119,22 @@ class Arm:
             scores=fleet.scores,
             optimizers=fleet.optimizer_states,
             record_bytes=writer.record_bytes,
+            record_hashes=writer.record_hashes,
+            adapters=self.recorder.saved,
+            norms=run.gate.norms,
             identity=identity,
         )
         save_state(writer.folder, state)
 
-    def restore(self, state: RunState) -> None:
-        """Go on from a committed round; what was written of a later one is taken back."""
+    def restore(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
+        """Go on from a committed round; what was written of a later one is taken back, and `say` told what was mended.
+
+        `read_initial` gives the adapter that the run began with.
+        """
         self.recorder.writer.cut_records(state.record_bytes)
         clear_unfinished(self.recorder.adapters)
-        self.run.restore(state.adapter, state.strategy, state.losses)
+        self.recorder.mend(state, read_initial, say)
+        self.run.restore(state.adapter, state.strategy, state.losses, state.norms)
         self.fleet.restore(state.optimizers, state.scores)
 
 
@@ -126,7 +159,16 @@ def set_up(
     recorder = Recorder(recipe, prepared.plan, workshop, writer)
     fleet = LocalFleet(prepared.clients, workshop.train_clients, score, choose_judges(prepared.clients, recipe))
     aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
-    run = FederatedRun(recipe, fleet, aggregate, score_central, initial, on_update=recorder.add_client, arm=number)
+    run = FederatedRun(
+        recipe,
+        fleet,
+        aggregate,
+        score_central,
+        initial,
+        on_update=recorder.add_client,
+        holdings=fleet.holdings,
+        arm=number,
+    )
     return Arm(recipe, prepared, run, fleet, recorder)
 
 
@@ -165,6 +207,8 @@ class Recorder:
         self.adapters = writer.folder / "adapters"
         self.runs_together = 1
         """In one pass: its seconds are those of all of them."""
+        self.saved: dict[str, dict[str, str]] = {}
+        """SHA-256 of the files of each adapter."""
         self._meter = AveragingMeter(workshop.adapted.layout)
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
 
@@ -172,6 +216,17 @@ class Recorder:
         """Keep the adapter that every client starts from."""
         self._save(initial, "initial", write_card(self._recipe, self._plan, None))
         self.writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
+
+    def mend(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
+        """Write again what is no longer as a state knows it; of a later round, the rounds that come write it again."""
+        self.saved = {name: dict(files) for name, files in state.adapters.items()}
+        held = {"initial", "last", *(("best",) if state.best_round == state.round else ())}
+        rounds = read_run(self.writer.folder).rounds
+        for name, files in damaged_adapters(self.writer.folder, state).items():
+            if name in held:
+                say(f"adapters/{name} ({', '.join(files)}) is not what it was: written again")
+                adapter, record = (read_initial(), None) if name == "initial" else (state.adapter, rounds[state.round])
+                self._save(adapter, name, write_card(self._recipe, self._plan, record))
 
     def add_client(self, update: ClientUpdate) -> None:
         """One client's work in a round."""
@@ -184,18 +239,20 @@ class Recorder:
         measured: Record = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
         if self.runs_together > 1:
             measured["runs_together"] = self.runs_together
-        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured})
+        lowered = self._workshop.take_lowered()
+        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured, **lowered})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)
         if result.judged_loss <= min(run.losses):
             self._save(result.adapter, "best", card)
         stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
-        self.writer.write_status("running", round=result.round, **stopped)
+        self.writer.write_status("running", round=result.round, **stopped, **lowered)
         return record
 
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
         with writing(self.adapters / name):
             self._workshop.adapted.save(adapter, self.adapters / name, card)
+            self.saved[name] = hash_folder(self.adapters / name)
 
 
 @contextmanager
@@ -211,8 +268,6 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
         failpoint("run.opened")
         yield writer
         writer.write_status("done", overfitting_onset=overfitting_onsets(read_run(writer.folder).rounds))
-        write_report(writer.folder)
-        failpoint("report.written")
     except KeyboardInterrupt:
         _write_end(writer, "interrupted")
         raise
@@ -222,6 +277,8 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
     except BaseException as error:
         _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
         raise
+    write_report(writer.folder)  # a run is done without it
+    failpoint("report.written")
 
 
 def _write_end(writer: RunWriter, state: str, **more: Any) -> None:

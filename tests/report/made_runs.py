@@ -20,6 +20,8 @@ def make_run(
     state: str = "done",
     error: str = "",
     lost: dict[int, list[int]] | None = None,
+    refused: dict[int, list[str]] | None = None,
+    at_once: dict[int, int] | None = None,
     plan: dict[str, Any] | None = None,
     baselines: dict[str, Any] | None = None,
     **sections: Any,
@@ -55,6 +57,10 @@ def make_run(
         if clients:
             record["client_losses"] = {str(client): losses[round] for client, losses in enumerate(clients)}
             record["client_loss"] = sum(losses[round] for losses in clients) / len(clients)
+        if refused and round in refused:
+            record["refused"] = refused[round]
+        if at_once and round in at_once:
+            record["clients_at_once"] = at_once[round]
         if round:
             record |= {"drift": 0.5, "proximal_loss": 1e-3, "proximal_ratio": 0.02 * round}
             record["train_loss"] = train[round - 1] if train else central[round]

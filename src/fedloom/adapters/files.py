@@ -95,8 +95,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
         failpoint("adapter.written")
         if folder.exists():
             folder.rename(temporary / "replaced")
-        failpoint("adapter.between")
-        temporary.rename(folder)
+        try:
+            failpoint("adapter.between")
+            temporary.rename(folder)
+        except BaseException:
+            if (temporary / "replaced").exists():
+                (temporary / "replaced").rename(folder)
+            raise
         failpoint("adapter.renamed")
         shutil.rmtree(folder / "replaced", ignore_errors=True)
     finally:

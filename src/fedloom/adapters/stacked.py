@@ -112,6 +112,11 @@ class Stack:
         for layer, a_RI in self._frozen:
             layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)
 
+    def let_go(self) -> None:
+        """Keep no weights and gradients of any client alive."""
+        nothing_KP = torch.zeros(0, self._adapted.layout.size)
+        self.bind(nothing_KP, nothing_KP)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Put the stacked layers in the place of PEFT's, and PEFT's back afterwards."""

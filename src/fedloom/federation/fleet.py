@@ -10,6 +10,7 @@ from typing import Protocol
 from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import Score
+from fedloom.federation.admission import Holding
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, OptimizerState, TrainClients
 
 EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
@@ -63,6 +64,12 @@ class LocalFleet:
         self.scores: dict[int, Score] = {}
         """Of the last adapter that was evaluated."""
 
+    @property
+    def holdings(self) -> dict[int, Holding]:
+        """What each client has to train on."""
+        held = {client: self._data[client].train for client in self.clients}
+        return {client: Holding(len(blocks), blocks.num_tokens) for client, blocks in held.items()}
+
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         return map(self.finish, self._train_clients(self.jobs(tasks)))
 
@@ -79,9 +86,10 @@ class LocalFleet:
 
     def finish(self, update: ClientResult) -> ClientResult:
         """Keep what the client keeps, and score its own adapter on its hold-out, beside the global one's score."""
+        client = update.client
         if isinstance(update, ClientFailure):
+            self.optimizer_states.pop(client, None)  # it may be what failed, and would fail again
             return update
-        client = update.report.client
         if update.optimizer_state:
             self.optimizer_states[client] = update.optimizer_state
         if client not in self.scores:

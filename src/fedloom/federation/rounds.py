@@ -11,19 +11,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.weights import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.failpoints import failpoint
+from fedloom.federation.admission import Gate, Holding
 from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
 from fedloom.federation.proximal import proximal_mu
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.stopping import stop_early
-from fedloom.training.jobs import ClientFailure, ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
+from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
 from fedloom.training.objective import check_finite
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class RoundResult:
     reports: tuple[ClientReport, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
     """Clients of the cohort without an update, and why."""
+    refused: tuple[str, ...] = ()
+    """Updates that nobody asked for, and why: late, second, or of others. They cost no client its own."""
     proximal_mu: float | None = None
     train_seconds: float = 0.0
     aggregate_seconds: float = 0.0
@@ -69,7 +73,8 @@ class RoundResult:
 class FederatedRun:
     """One run between its rounds: the global adapter, the strategy's state, the losses so far.
 
-    `on_update` sees each client's update as soon as it has come. `arm` marks its tasks among those of other runs.
+    `on_update` sees each client's update as soon as it is admitted. `holdings` is what clients are known to have, where
+    that is known. `arm` marks its tasks among those of other runs.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class FederatedRun:
         adapter: Adapter,
         *,
         on_update: Callable[[ClientUpdate], None] = lambda update: None,
+        holdings: Mapping[int, Holding] = MappingProxyType({}),
         arm: int = 0,
     ) -> None:
         self._recipe = recipe
@@ -93,6 +99,7 @@ class FederatedRun:
         self._state = aggregate.init(adapter)
         self.losses: list[float] = []
         """By which adapters are judged, round 0 first."""
+        self.gate = Gate(holdings)
         self._tasks: list[ClientTask] = []
         self._ended = False
 
@@ -106,9 +113,12 @@ class FederatedRun:
         """What the strategy remembers."""
         return self._state
 
-    def restore(self, adapter: Adapter, strategy_state: State, losses: Sequence[float]) -> None:
-        """Go on from where another run of the same recipe was."""
+    def restore(
+        self, adapter: Adapter, strategy_state: State, losses: Sequence[float], norms: Sequence[float] = ()
+    ) -> None:
+        """Go on from where another run of the same recipe was; `norms` are its gate's."""
         self._adapter, self._state, self.losses = adapter, strategy_state, list(losses)
+        self.gate.restore(norms)
 
     @property
     def completed(self) -> int:
@@ -167,7 +177,8 @@ class FederatedRun:
             TrainingError: more clients are lost than may be, or a loss is no longer a number.
         """
         tasks, started = self._tasks, time.perf_counter()
-        arrivals = _Arrivals(results, self._on_update, self._recipe.federation.max_lost_clients)
+        self.gate.open(tasks)
+        arrivals = _Arrivals(results, self.gate, self._on_update, self._recipe.federation.max_lost_clients)
         self._state, self._adapter = self._aggregate.update(self._state, self._adapter, arrivals)
         aggregate_seconds = time.perf_counter() - started - arrivals.seconds
         failpoint("round.aggregated")
@@ -179,6 +190,7 @@ class FederatedRun:
             cohort=tuple(payloads),
             reports=tuple(sorted(arrivals.reports, key=lambda report: report.client)),
             lost=arrivals.lost,
+            refused=tuple(why for _, why in arrivals.strays),
             proximal_mu=tasks[0].training.proximal_mu,
             train_seconds=arrivals.seconds - evaluate_seconds if train_seconds is None else train_seconds,
             aggregate_seconds=aggregate_seconds,
@@ -257,14 +269,20 @@ class _Arrivals:
     """Updates on their way to the strategy: what is known of each is kept, its weights are not."""
 
     def __init__(
-        self, results: Iterable[ClientResult], on_update: Callable[[ClientUpdate], None], max_lost: int
+        self,
+        results: Iterable[ClientResult],
+        gate: Gate,
+        on_update: Callable[[ClientUpdate], None],
+        max_lost: int,
     ) -> None:
         self._results = iter(results)
+        self._gate = gate
         self._on_update = on_update
         self._max_lost = max_lost
         self._last_error: TrainingError | None = None
         self.reports: list[ClientReport] = []
         self.lost: dict[int, str] = {}
+        self.strays: list[tuple[int, str]] = []
         self.seconds = 0.0
         """Spent waiting for updates: the clients' training and evaluation."""
 
@@ -272,39 +290,39 @@ class _Arrivals:
         return self
 
     def __next__(self) -> ClientUpdate:
-        while True:
-            result = self._wait()
-            if isinstance(result, ClientUpdate):
-                try:
-                    _check(result.report)
-                except TrainingError as error:
-                    result = ClientFailure(result.report.client, error)
-            if isinstance(result, ClientUpdate):
-                self.reports.append(result.report)
-                failpoint("client.trained")
-                self._on_update(result)
-                return result
-            self._lose(result)
+        while (result := self._wait()) is not None:
+            if why := self._gate.stray(result):
+                self.strays.append((result.client, why))
+                continue
+            try:
+                if not isinstance(result, ClientUpdate):
+                    raise result.error
+                self._gate.check(result)
+            except TrainingError as error:
+                self._lose(result.client, error)
+                continue
+            self.reports.append(result.report)
+            failpoint("client.trained")
+            self._on_update(result)
+            return result
+        for client, why in self.strays:
+            if self._gate.misses(client):
+                self._lose(
+                    client, TrainingError(f"no other update came ({why})", round=self._gate.round, client=client)
+                )
+        if not self.reports:
+            raise self._last_error or TrainingError("no update came", round=self._gate.round)
+        raise StopIteration
 
-    def _wait(self) -> ClientResult:
+    def _wait(self) -> ClientResult | None:
         started = time.perf_counter()
         try:
-            return next(self._results)
-        except StopIteration:
-            if not self.reports and self._last_error:
-                raise self._last_error from None
-            raise
+            return next(self._results, None)
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _lose(self, failure: ClientFailure) -> None:
-        self.lost[failure.client] = str(failure.error)
-        self._last_error = failure.error
+    def _lose(self, client: int, error: TrainingError) -> None:
+        self.lost[client] = str(error)
+        self._last_error = error
         if len(self.lost) > self._max_lost:
-            raise failure.error
-
-
-def _check(report: ClientReport) -> None:
-    if report.holdout_loss_after is not None:
-        where = {"round": report.round, "client": report.client, "stage": "evaluation after training"}
-        check_finite("the loss", report.holdout_loss_after, **where)
+            raise error

@@ -15,7 +15,7 @@ from fedloom.report.figures import (
     trained_rounds,
 )
 from fedloom.report.help import did_it_help
-from fedloom.words import format_bytes
+from fedloom.words import count, format_bytes
 
 STILL_FALLS = 0.02
 """Share of the whole fall that a last round must bring for the loss to be falling still."""
@@ -129,7 +129,27 @@ def the_lost(run: Run) -> str | None:
     if not lost:
         return None
     named = "; ".join(f"round {round}: {', '.join(map(str, clients))}" for round, clients in list(lost.items())[:5])
-    return f"Updates were lost in {len(lost)} of {len(trained_rounds(run))} rounds ({named})."
+    told = f"Updates were lost in {len(lost)} of {len(trained_rounds(run))} rounds ({named})."
+    why = [why for record in trained_rounds(run) for why in record.get("lost_because", {}).values()]
+    return f"{told} The last: {why[-1]}" if why else told
+
+
+def the_refused(run: Run) -> str | None:
+    """Updates that nobody asked for."""
+    refused = [why for record in trained_rounds(run) for why in record.get("refused", ())]
+    if not refused:
+        return None
+    were = "update was" if len(refused) == 1 else "updates were"
+    return f"{len(refused)} {were} refused that nobody had asked for, the last: {refused[-1]}."
+
+
+def the_memory(run: Run) -> str | None:
+    """Memory that ran out, and what was done about it."""
+    fewer = {record["round"]: record["clients_at_once"] for record in run.rounds if "clients_at_once" in record}
+    if not fewer:
+        return None
+    round, clients = list(fewer.items())[-1]
+    return f"Memory was not enough in round {round}: {count(clients, 'client')} at once from then on."
 
 
 def the_payload(run: Run) -> str | None:
@@ -153,6 +173,8 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_proximal_term,
     the_time,
     the_lost,
+    the_refused,
+    the_memory,
     the_payload,
     did_it_help,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import tomlkit
 
 from fedloom.errors import RunError
-from fedloom.records import Record, Run, overfitting_onset, read_run
+from fedloom.records import Record, Run, overfitting_onset, read_run, write_text, writing
 from fedloom.report import figures
 from fedloom.report.document import (
     Block,
@@ -50,14 +50,18 @@ def write_report(folder: str | Path, *, reference: str | None = None) -> Path:
 
 
 def write_document(document: Document, folder: Path, name: str) -> Path:
-    """Write a document as NAME.md and NAME.html with its plots; each file whole or not at all."""
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    """Write a document as NAME.md and NAME.html with its plots; each file whole or not at all.
+
+    Raises:
+        RunError: one can't be written.
+    """
+    mend = "write it again: the run itself is not touched by this"
+    with writing(folder / "plots", mend):
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
     files = {f"plots/{figure.name}.svg": figure.svg for figure in document.figures}
     files |= {f"{name}.md": to_markdown(document), f"{name}.html": to_html(document)}
     for path, text in files.items():
-        temporary = folder / f"{path}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / path)
+        write_text(folder / path, text, mend)
     return folder / f"{name}.html"
 
 

@@ -10,7 +10,7 @@ Letters: K clients at once, B sequences of a client, T tokens, M positions of a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,10 +21,12 @@ from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.stacked import Stack
 from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
+from fedloom.failpoints import failpoint
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate, TrainClients, WorkLog
 from fedloom.training.objective import next_token_targets
+from fedloom.training.shortage import SHORT, is_shortage, too_large
 from fedloom.training.stacked_step import StackedStep, StepInputs
 from fedloom.training.step_graph import StepGraph
 
@@ -64,24 +66,47 @@ class Worker:
         return len(self.batches[0]), self.job.blocks.tokens_NT.shape[1]
 
 
-def build_batched_engine(adapted: AdaptedModel, watch: Watch = ignore) -> TrainClients:
-    """An engine bound to a model. Its jobs may differ in everything but what `can_share_a_step` compares."""
+def build_batched_engine(
+    adapted: AdaptedModel, watch: Watch = ignore, lowered: Callable[[int], object] = int
+) -> TrainClients:
+    """An engine bound to a model. Its jobs may differ in everything but what `can_share_a_step` compares.
+
+    Where memory runs out, half as many clients train at once from then on, and those under way begin again: a job
+    says all that decides what comes of it. `lowered` is told how many.
+    """
     stack = Stack(adapted)
+    at_most: int | None = None
 
     def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        nonlocal at_most
         if not jobs:
             return
         assert all(can_share_a_step(job, jobs[0]) for job in jobs), "jobs that can't share a step"
         adapted.load_residual(jobs[0].adapter)
-        crew = Crew(adapted, stack, jobs)
         waiting = deque(jobs)
-        while waiting or crew.workers:
-            while waiting and crew.has_room:
-                crew.admit(waiting.popleft())
-            for worker, batch in crew.step():
-                job, samples = worker.job, len(batch.tokens_BT)
-                watch(Progress("train", batch.num_tokens, samples, job.round, job.client))
-            yield from crew.retire()
+        while waiting:
+            asked = jobs[0].training.clients_at_once or len(jobs)
+            at_once = min(len(waiting), asked, at_most or asked)
+            crew: Crew | None = None
+            try:
+                crew = Crew(adapted, stack, jobs, at_once)
+                yield from crew.carry_out(waiting, watch)
+            except SHORT as error:
+                if not is_shortage(error):
+                    raise
+                under_way = [worker.job for worker in crew.workers] if crew else []
+                waiting.extendleft(reversed(under_way))
+                if at_once == 1:
+                    raise too_large(waiting[0], error) from error
+            else:
+                return
+            # Not where the error is caught, which holds the memory of what was under way.
+            crew = None
+            stack.let_go()
+            if adapted.device.type == "cuda":
+                torch.cuda.empty_cache()
+            at_most = at_once // 2
+            lowered(at_most)
 
     return train_clients
 
@@ -106,10 +131,11 @@ class Crew:
         adapted: AdaptedModel,
         stack: Stack,
         jobs: Sequence[ClientJob],
+        num_slots: int | None = None,
         fixed_shapes: bool | None = None,
     ) -> None:
         self._training = training = jobs[0].training
-        num_slots = min(len(jobs), training.clients_at_once or len(jobs))
+        num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
         partly = any(job.trains_P is not None for job in jobs)
@@ -120,6 +146,20 @@ class Crew:
         self._unread: list[tuple[list[tuple[Worker, Batch]], Tensor]] = []
         self.workers: list[Worker] = []
 
+    def carry_out(self, waiting: deque[ClientJob], watch: Watch) -> Iterator[ClientResult]:
+        """Take jobs from those that wait while there is room, until all are finished.
+
+        A job is always in one place: it waits, it is a worker's, or what came of it was yielded.
+        """
+        while waiting or self.workers:
+            while waiting and self.has_room:
+                self.admit(waiting[0])
+                waiting.popleft()
+            for worker, batch in self.step():
+                job, samples = worker.job, len(batch.tokens_BT)
+                watch(Progress("train", batch.num_tokens, samples, job.round, job.client))
+            yield from self.retire()
+
     @property
     def has_room(self) -> bool:
         return len(self.workers) < len(self._generators)
@@ -127,13 +167,14 @@ class Crew:
     def admit(self, job: ClientJob) -> None:
         """Give a waiting client a slot, with the weights that it starts from and its own optimizer state."""
         slot, slots = len(self.workers), self._slots
+        worker = Worker(WorkLog(job), job.draw_batches())
         self._generators[slot].manual_seed(job.dropout_seed)
-        self.workers.append(Worker(WorkLog(job), job.draw_batches()))
         slots.start_KP[slot] = job.adapter.weights_P.to(self._device)
         slots.weights_KP[slot] = slots.start_KP[slot]
         if slots.trains_KP is not None:
             slots.trains_KP[slot] = True if job.trains_P is None else job.trains_P.to(self._device)
         slots.optimizer.load(slot, job.optimizer_state)
+        self.workers.append(worker)
 
     def step(self) -> list[tuple[Worker, Batch]]:
         """One step of every worker; returns each with what it has learnt from.
@@ -152,6 +193,7 @@ class Crew:
             *(value.to(self._device, non_blocking=True) for value in self._collect(batches, sizes, rates, mus))
         )
         facts_3K = self._run(inputs, sizes)
+        failpoint("training.stepped")
 
         stepped = list(zip(workers, batches, strict=True))
         self._unread.append((stepped, facts_3K))

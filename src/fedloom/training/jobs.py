@@ -117,6 +117,11 @@ class ClientUpdate:
     optimizer_state: OptimizerState
     arm: int = 0
 
+    @property
+    def client(self) -> int:
+        """Whose it is."""
+        return self.report.client
+
 
 @dataclass(frozen=True)
 class ClientFailure:

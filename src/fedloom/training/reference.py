@@ -5,13 +5,14 @@ Slow, and the oracle of any faster engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.data.tokens import take_batch
 from fedloom.errors import TrainingError
+from fedloom.failpoints import failpoint
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (
@@ -30,10 +31,13 @@ from fedloom.training.objective import (
     hold_still,
     mean_token_loss,
 )
+from fedloom.training.shortage import SHORT, is_shortage, too_large
 
 
-def build_reference_engine(adapted: AdaptedModel, watch: Watch = ignore) -> TrainClients:
-    """An engine bound to a model."""
+def build_reference_engine(
+    adapted: AdaptedModel, watch: Watch = ignore, lowered: Callable[[int], object] = int
+) -> TrainClients:
+    """An engine bound to a model; there is never more than one client at once, so that `lowered` is told nothing."""
 
     def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         for job in jobs:
@@ -41,6 +45,8 @@ def build_reference_engine(adapted: AdaptedModel, watch: Watch = ignore) -> Trai
                 yield train_client(adapted, job, watch)
             except TrainingError as error:
                 yield ClientFailure(job.client, error, job.arm)
+            except SHORT as error:
+                raise (too_large(job, error) if is_shortage(error) else error) from error
 
     return train_clients
 
@@ -83,6 +89,7 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
             if trains_P is not None:
                 hold_still(weights_P, global_P, trains_P)
 
+            failpoint("training.stepped")
             watch(Progress("train", batch.num_tokens, len(rows), job.round, job.client))
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())

@@ -1,0 +1,221 @@
+"""Memory that runs out while clients train: fewer at once, and what comes of it is what would have come."""
+
+import json
+import multiprocessing
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
+
+from fedloom import failpoints
+from fedloom.adapters.adapter import AdaptedModel
+from fedloom.display import Display
+from fedloom.errors import TrainingError
+from fedloom.experiment import run
+from fedloom.training.batched import Crew, build_batched_engine
+from fedloom.training.jobs import ClientJob, ClientUpdate
+from fedloom.training.reference import build_reference_engine
+from fedloom.training.shortage import is_shortage
+from fedloom.training.stacked_step import StackedStep
+
+PROCESSORS = (
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+)
+SHORTAGES: dict[str, Callable[[], Exception]] = {
+    "a GPU's": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "a processor's": lambda: RuntimeError(PROCESSORS),
+    "Python's": MemoryError,
+}
+
+
+def make_jobs(adapted: AdaptedModel, count: int = 7) -> list[ClientJob]:
+    """Clients of several sizes, so that they finish apart and others take their place."""
+    start = adapted.read()
+    blocks = [make_blocks(3 + 2 * (client % 3), seed=client) for client in range(count)]
+    kept = {"optimizer_state": "keep", "batch_size": 2, "clients_at_once": 5, "proximal_mu": 0.1}
+    return [make_job(blocks[client], start, client=client, **kept) for client in range(count)]
+
+
+def by_client(updates: list[ClientUpdate]) -> dict[int, ClientUpdate]:
+    found = {update.client: update for update in updates}
+    assert len(found) == len(updates), "each comes once"
+    return found
+
+
+def assert_same(found: list[ClientUpdate], expected: list[ClientUpdate]) -> None:
+    """As float64 can tell: weights, what the optimizer keeps, and the report."""
+    mine, its = by_client(found), by_client(expected)
+    assert mine.keys() == its.keys()
+    for client, update in mine.items():
+        other = its[client]
+        torch.testing.assert_close(update.adapter.weights_P, other.adapter.weights_P, rtol=1e-9, atol=1e-12)
+        for name, value in update.optimizer_state.items():
+            torch.testing.assert_close(value, other.optimizer_state[name], rtol=1e-7, atol=1e-14)
+        assert update.report.steps == other.report.steps
+        assert update.report.tokens == other.report.tokens
+        assert update.report.loss_mean == pytest.approx(other.report.loss_mean, rel=1e-9)
+
+
+def fail_with_more_than(at_most: int, kind: str, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
+    """Steps of more clients fail, at their very end, once so many have not."""
+    right, steps = StackedStep.__call__, [0]
+
+    def step(self: StackedStep, *args: Any) -> Any:
+        facts = right(self, *args)
+        steps[0] += 1
+        if steps[0] > after and self._count > at_most:
+            raise SHORTAGES[kind]()
+        return facts
+
+    monkeypatch.setattr(StackedStep, "__call__", step)
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+@pytest.mark.parametrize(("at_most", "told"), [(4, [2]), (2, [2]), (1, [2, 1])])
+@pytest.mark.parametrize("kind", SHORTAGES)
+def test_fewer_at_once_come_to_the_same(
+    kind: str, at_most: int, told: list[int], after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = make_adapted(dtype="float64")
+    jobs = make_jobs(adapted)
+    expected = list(updates_of(build_reference_engine(adapted)(jobs)))
+    lowered: list[int] = []
+    engine = build_batched_engine(adapted, lowered=lowered.append)
+    fail_with_more_than(at_most, kind, monkeypatch, after=after)
+    assert_same(list(updates_of(engine(jobs))), expected)
+    assert lowered == told
+    assert_same(list(updates_of(engine(jobs))), expected)
+    assert lowered == told, "the next round begins with as many as there was memory for"
+
+
+def test_each_clients_dropout_is_what_it_would_have_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted(dtype="float64", dropout=0.2)
+    jobs = make_jobs(adapted)
+    expected = list(updates_of(build_batched_engine(adapted)(jobs)))
+    fail_with_more_than(2, "Python's", monkeypatch, after=3)
+    assert_same(list(updates_of(build_batched_engine(adapted)(jobs))), expected)
+
+
+@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+def test_too_little_for_one_client_says_what_to_lower(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted()
+    fail_with_more_than(0, "a processor's", monkeypatch)
+    monkeypatch.setattr(AdaptedModel, "logits", lambda self, tokens: torch.empty(2**50))
+    says = (
+        r"round 1, client 0, training: .*single client.*training\.batch_size \(2\) or data\.max_length \(16\), or set"
+    )
+    with pytest.raises(TrainingError, match=says):
+        list(build(adapted)(make_jobs(adapted)))
+
+
+def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted()
+    monkeypatch.setitem(SHORTAGES, "other", lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    fail_with_more_than(0, "other", monkeypatch)
+    with pytest.raises(RuntimeError, match="mat1"):
+        list(build_batched_engine(adapted)(make_jobs(adapted)))
+    assert not is_shortage(ValueError("can't allocate memory"))
+
+
+def _train_in_little(megabytes: int, answers: Any) -> None:
+    torch.set_num_threads(1)
+    adapted, lowered = make_adapted(dtype="float64"), []
+    blocks = [make_blocks(16, max_length=56, seed=client) for client in range(16)]
+    jobs = [make_job(blocks[client], adapted.read(), client=client, epochs=1, batch_size=16) for client in range(16)]
+    list(build_reference_engine(adapted)(jobs[:1]))  # what one client needs is there
+    expected = list(updates_of(build_reference_engine(adapted)(jobs)))
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, resource.RLIM_INFINITY))
+    found = list(updates_of(build_batched_engine(adapted, lowered=lowered.append)(jobs)))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert_same(found, expected)
+    answers.put(lowered)
+
+
+def test_a_process_that_may_not_have_more_memory_trains_fewer_at_once() -> None:
+    """No fault made up: the kernel refuses."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=_train_in_little, args=(48, answers))
+    process.start()
+    lowered = answers.get(timeout=60)
+    process.join(20)
+    assert process.exitcode == 0
+    print(f"16 clients at once, then {lowered}")
+    assert lowered
+    assert lowered == [16 // 2 ** (number + 1) for number in range(len(lowered))]
+
+
+class Said(Display):
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, str]] = []
+
+    def show_step(self, what: str, detail: str) -> None:
+        self.steps.append((what, detail))
+
+
+def test_a_run_says_it_and_puts_it_on_record(tmp_path: Path) -> None:
+    recipe = make_recipe(data={"clients": 4}, training={"engine": "batched"})
+    whole = run(recipe, tmp_path / "whole", Display())
+    display = Said()
+    failpoints.arm("training.stepped=memory@2")
+    try:
+        found = run(recipe, tmp_path / "run", display)
+    finally:
+        failpoints.arm("")
+    assert found.status["state"] == "done"
+    assert found.status["clients_at_once"] == 2
+    assert [record.get("clients_at_once") for record in found.rounds] == [None, 2, None]
+    assert any(what == "memory" and "2 at once from now on" in detail for what, detail in display.steps)
+    assert "Memory was not enough in round 1: 2 clients at once from then on." in (
+        (tmp_path / "run" / "report.md").read_text()
+    )
+    for mine, its in zip(found.rounds, whole.rounds, strict=True):
+        assert mine["central_loss"] == pytest.approx(its["central_loss"], rel=1e-5)
+        assert mine["train_tokens"] == its["train_tokens"]
+    assert len(found.clients) == len(whole.clients)
+
+
+def test_a_run_with_too_little_for_one_client_fails_and_keeps_what_was_complete(tmp_path: Path) -> None:
+    recipe = make_recipe(training={"engine": "reference"})
+    failpoints.arm("training.stepped=memory@12")
+    try:
+        with pytest.raises(TrainingError, match=r"round 2, client \d, training: there is not enough memory"):
+            run(recipe, tmp_path / "run", Display())
+    finally:
+        failpoints.arm("")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "training.batch_size" in status["error"]
+    assert run(recipe, tmp_path / "run", Display(), resume=True).status["state"] == "done"
+
+
+def test_an_engine_that_takes_the_step_again_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: as if nothing of a step were done before it fails."""
+    adapted = make_adapted(dtype="float64", dropout=0.2)
+    jobs = make_jobs(adapted)
+    expected = list(updates_of(build_batched_engine(adapted)(jobs)))
+    fail_with_more_than(2, "Python's", monkeypatch, after=3)
+    right, failed = Crew.step, [0]
+
+    def step(self: Crew) -> Any:
+        try:
+            return right(self)
+        except MemoryError:
+            failed[0] += 1
+            with monkeypatch.context() as patch:
+                patch.setattr(StackedStep, "__call__", ORIGINAL)
+                return right(self)
+
+    monkeypatch.setattr(Crew, "step", step)
+    found = list(updates_of(build_batched_engine(adapted)(jobs)))
+    assert failed[0]
+    with pytest.raises(AssertionError):
+        assert_same(found, expected)
+
+
+ORIGINAL = StackedStep.__call__
