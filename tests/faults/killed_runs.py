@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -164,7 +165,7 @@ TWINS: dict[str, Callable[[], None]] = {
     "forgets the losses": _forget("losses"),
 }
 
-if os.environ.get("FEDLOOM_WARM", "") != "no" and __name__ == "killed_runs":
+if os.environ.get("FEDLOOM_WARM", "") != "no" and __name__ == "killed_runs" and "pytest" not in sys.modules:
     with tempfile.TemporaryDirectory() as _folder:
         _started = time.perf_counter()
         run(make_recipe(Path(_folder)), Path(_folder) / "run", Display())
