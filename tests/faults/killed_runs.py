@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -168,7 +169,7 @@ TWINS: dict[str, Callable[[], None]] = {
     "forgets the server's moments": _forget("strategy"),
 }
 
-if os.environ.get("FEDLOOM_WARM", "") != "no" and __name__ == "killed_runs":
+if os.environ.get("FEDLOOM_WARM", "") != "no" and __name__ == "killed_runs" and "pytest" not in sys.modules:
     with tempfile.TemporaryDirectory() as _folder:
         _started = time.perf_counter()
         run(make_recipe(Path(_folder)), Path(_folder) / "run", Display())

@@ -1,0 +1,241 @@
+"""Files of a state, of adapters and of records that are not what was written: noticed, and put right or refused."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quick_runs import Said, attempt, make_recipe, plain_plots, result_of
+
+from fedloom import run_state
+from fedloom.errors import RunError
+from fedloom.fsck import check_run
+from fedloom.records import read_run, take_lock
+from fedloom.run_state import check_records, committed, load_state, read_state
+
+BITS = int(os.environ.get("FEDLOOM_FLIPPED_BITS", "300"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    with plain_plots():
+        yield
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path, Path]:
+    """A recipe, what it comes to, a run that was stopped after its second round, and one of another seed."""
+    folder = tmp_path_factory.mktemp("begun")
+    recipe = make_recipe(folder)
+    assert not attempt(recipe, folder / "whole")
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(recipe, folder / "run", "round.begins=raise@3")
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(recipe.model_copy(update={"seed": 6}), folder / "other", "round.begins=raise@3")
+    return recipe, result_of(folder / "whole"), folder / "run", folder / "other"
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: path.write_bytes(b""),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "a flipped bit": lambda path: flip(path, 8 * path.stat().st_size - 5),
+    "missing": lambda path: path.unlink(),
+}
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+def bad(folder: Path) -> str:
+    return "; ".join(f"{finding.what}: {finding.found}" for finding in check_run(folder) if not finding.well)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", ["manifest.json", "server.safetensors", "clients.safetensors"])
+def test_a_damaged_state_is_named_and_the_one_before_is_used(
+    file: str, damage: str, begun: Any, tmp_path: Path
+) -> None:
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    newest, before = committed(folder)
+    DAMAGE[damage](newest / file)
+    assert f"state: damaged: {newest.name}" in bad(folder)
+    said: list[str] = []
+    state = load_state(folder, said.append)
+    assert state is not None
+    assert state.name == before.name
+    assert newest.name in said[0]
+    if damage == "a flipped bit":
+        display = Said()
+        assert not attempt(recipe, folder, display=display)
+        assert result_of(folder) == result
+        assert any(line.startswith("skipped: ") and newest.name in line for line in display.steps)
+        assert not bad(folder)
+
+
+def test_every_flipped_bit_is_noticed(begun: Any, tmp_path: Path) -> None:
+    _, _, stopped, _ = begun
+    folder, drawn = copy(stopped, tmp_path / "run"), random.Random(11)
+    newest = committed(folder)[0]
+    files = [*newest.iterdir(), *folder.glob("adapters/*/*"), folder / "rounds.jsonl", folder / "clients.jsonl"]
+    for _ in range(BITS):
+        path, content = (chosen := drawn.choice(files)), chosen.read_bytes()
+        flip(path, drawn.randrange(8 * len(content)))
+        state = None
+        try:
+            state = read_state(newest)
+            check_records(folder, state)
+        except RunError:
+            noticed = True
+        else:
+            noticed = path.name in run_state.damaged_adapters(folder, state).get(path.parent.name, [])
+        path.write_bytes(content)
+        assert noticed, path
+    print(f"{BITS} of {BITS} flipped bits noticed, in {len(files)} files")
+
+
+@pytest.mark.parametrize(
+    ("which", "damage"), [(w, d) for w in ("initial", "best", "last") for d in ("missing", "cut off")]
+)
+def test_a_damaged_adapter_is_named_and_written_again(which: str, damage: str, begun: Any, tmp_path: Path) -> None:
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    for path in [*(folder / "adapters" / which).iterdir()]:
+        DAMAGE[damage](path)
+        assert f"adapters/{which}: " in bad(folder)
+        assert path.name in bad(folder)
+    display = Said()
+    assert not attempt(recipe, folder, display=display)
+    assert result_of(folder) == result
+    assert any(f"adapters/{which}" in line for line in display.steps)
+    assert not bad(folder)
+
+
+def test_a_done_run_with_a_damaged_adapter_is_put_right(begun: Any, tmp_path: Path) -> None:
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped.parent / "whole", tmp_path / "run")
+    DAMAGE["a flipped bit"](folder / "adapters" / "last" / "adapter_model.safetensors")
+    assert not attempt(recipe, folder)
+    assert result_of(folder) == result
+    assert not bad(folder)
+
+
+def test_a_best_adapter_that_no_state_holds_is_trained_again(tmp_path: Path) -> None:
+    rising = make_recipe(
+        tmp_path,
+        adapter={"targets": ["lm_head"]},
+        training={"learning_rate": 3.0},
+        federation={"strategy": {"kind": "fedavg", "learning_rate": None}},
+    )
+    assert not attempt(rising, tmp_path / "whole")
+    assert read_run(tmp_path / "whole").best_round == 0
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(rising, tmp_path / "run", "round.begins=raise@3")
+    (tmp_path / "run/adapters/best/adapter_model.safetensors").unlink()
+    display = Said()
+    assert not attempt(rising, tmp_path / "run", display=display)
+    assert "skipped: no state holds the best adapter: all rounds are trained again" in display.steps
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_a_state_of_another_run_is_not_used(begun: Any, tmp_path: Path) -> None:
+    recipe, result, stopped, other = begun
+    folder = copy(stopped, tmp_path / "run")
+    newest = committed(folder)[0]
+    copy(other / "state" / newest.name, newest)
+    assert "not what it was at the end of round" in bad(folder)
+    assert not attempt(recipe, folder)
+    assert result_of(folder) == result
+
+
+def test_without_a_whole_state_it_says_so_and_overwrites_nothing(begun: Any, tmp_path: Path) -> None:
+    recipe, _, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    for state in committed(folder):
+        DAMAGE["cut off"](state / "server.safetensors")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert "no state in it is whole; remove the run directory and begin again" in attempt(recipe, folder)
+    assert before == {path: path.read_bytes() for path in before}
+    assert "no state is whole" in next(finding.mend for finding in check_run(folder) if finding.what == "state")
+
+
+def test_a_loader_that_does_not_verify_would_be_caught(
+    begun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: whatever can be parsed is taken for what was written."""
+    _, result, stopped, _ = begun
+    recipe = begun[0]
+    folder = copy(stopped, tmp_path / "run")
+    server = committed(folder)[0] / "server.safetensors"
+    flip(server, 8 * (server.stat().st_size - 40) + 4)
+    monkeypatch.setattr(run_state, "hash_file", lambda path: "the same")
+    monkeypatch.setattr(run_state, "_hash_json", lambda value: "the same")
+    told = json.loads((committed(folder)[0] / "manifest.json").read_text())
+    told |= {"sha256": "the same", "files": dict.fromkeys(told["files"], "the same")}
+    (committed(folder)[0] / "manifest.json").write_text(json.dumps(told))
+    attempt(recipe, folder)
+    assert result_of(folder) != result
+
+
+def test_a_second_run_in_a_directory_is_refused_by_process_and_host(begun: Any, tmp_path: Path) -> None:
+    import platform
+
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    held = take_lock(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refusal = attempt(recipe, folder)
+    assert f"another run is at work in it (process {os.getpid()} on {platform.node()})" in refusal
+    assert before == {path: path.read_bytes() for path in before}
+    os.close(held)  # as the kernel does for a process that is killed
+    (folder / ".lock").write_text("process 1 on nowhere")
+    assert not attempt(recipe, folder)
+    assert result_of(folder) == result
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training": {"learning_rate": 2e-2}}, "began with another recipe: training.learning_rate;"),
+        ({"seed": 8}, "began with another recipe: seed;"),
+        ({"model": {"source": "random:tiny-opt"}}, "began with another recipe: model.source;"),
+    ],
+)
+def test_another_recipe_is_refused_by_its_keys(changes: Any, says: str, begun: Any, tmp_path: Path) -> None:
+    _, _, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    assert says in attempt(make_recipe(stopped.parent, **changes), folder)
+
+
+def test_other_documents_or_another_base_model_are_refused_by_name(tmp_path: Path, begun: Any) -> None:
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    documents = stopped.parent / "documents.jsonl"
+    was = documents.read_text()
+    documents.write_text(was.replace("word1", "ward1", 1))
+    assert "the documents are not those that the run began with; bring them back" in attempt(recipe, folder)
+    documents.write_text(was)
+    with pytest.MonkeyPatch.context() as patch:
+        from fedloom import workshop
+
+        right = workshop.hash_tensors
+        patch.setattr(
+            workshop, "hash_tensors", lambda tensors: right([t + 1 for t in tensors if t.is_floating_point()])
+        )
+        assert "the base model" in attempt(recipe, folder)
+    assert not attempt(recipe, folder)
+    assert result_of(folder) == result
