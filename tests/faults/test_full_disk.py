@@ -189,10 +189,8 @@ def test_documents_and_trackers_that_can_not_be_written_say_so(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setitem(TRACKERS, "tensorboard", refuse)
-    with (
-        pytest.raises(RunError, match=r"--log: tensorboard can't be told anything \(Read-only file system\)"),
-        open_tracker("tensorboard", tmp_path, {}),
-    ):
+    says = r"--log: tensorboard can't be told anything \(Read-only file system\)"
+    with pytest.raises(RunError, match=says), open_tracker("tensorboard", tmp_path, {}):
         pass
 
 
