@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fedloom import failpoints, run_state, workshop
+from fedloom import failpoints, preparation, run_state, workshop
 from fedloom.display import Display
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
@@ -84,7 +84,9 @@ def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:
     """In the child: the run, until it is done or something happens to it; the exit code says which."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     failpoints.arm(failpoint)
-    run_report.draw_lines = run_report.draw_bars = lambda *_, **__: "<svg></svg>"  # half of the time, and no state
+    # What takes most of the time and remembers nothing: plots, and the prediction of what memory a step needs.
+    run_report.draw_lines = run_report.draw_bars = lambda *_, **__: "<svg></svg>"
+    preparation.predict_step = None  # type: ignore[assignment]
     TWINS[twin]()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
