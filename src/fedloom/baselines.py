@@ -61,9 +61,13 @@ def set_up_baselines(
     score: EvaluateBlocks,
     *,
     rounds: int,
+    judges: Sequence[int],
     first_arm: int = 0,
 ) -> list[Baseline]:
-    """The recipe's baselines, ready to begin, for a federation of so many rounds."""
+    """The recipe's baselines, ready to begin, for a federation of so many rounds.
+
+    `judges` are the clients whose hold-outs judge where there is no central one, as they judge the run.
+    """
     able = {number: client.train for number, client in enumerate(clients) if len(client.train)}
     share = cohort_size(len(able), recipe.federation) / len(able)
     told = recipe.model_copy(
@@ -72,7 +76,7 @@ def set_up_baselines(
             "federation": Federation(rounds=max(1, round(rounds * share))),
         }
     )
-    held_out = [central] if len(central) else [client.holdout for client in clients if len(client.holdout)]
+    held_out = [central] if len(central) else [clients[judge].holdout for judge in judges]
 
     def judge(adapter: Adapter) -> Score:
         return reduce(add, (score(adapter, blocks) for blocks in held_out))

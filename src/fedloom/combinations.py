@@ -93,6 +93,15 @@ CLASHES = (
         "leave it out, or dora",
     ),
     Clash(
+        lambda recipe: (
+            recipe.federation.lora_rule == "fedex"
+            and not {"rank_pattern", "alpha_pattern"}.isdisjoint(recipe.adapter.options)
+        ),
+        "federation.lora_rule",
+        "a residual makes every layer's rank wider by the same number, which patterns of ranks can't say",
+        "leave out adapter.options' rank_pattern and alpha_pattern",
+    ),
+    Clash(
         lambda recipe: recipe.federation.min_clients > recipe.data.clients,
         "federation.min_clients",
         "it is more than data.clients",

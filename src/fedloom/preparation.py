@@ -30,6 +30,7 @@ from fedloom.display import Display
 from fedloom.errors import DataError, ModelError, RecipeError
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.fleet import ClientBlocks
+from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.sampling import cohort_size
 from fedloom.model import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
 from fedloom.model_source import ModelSource, open_model
@@ -111,6 +112,7 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
     dtype = dtype_of(recipe, device)
     shape = build_shape(recipe, source, dtype)
     check_length(recipe.data.max_length, source, shape)
+    check_lora_rule(shape.layout, recipe.federation)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"

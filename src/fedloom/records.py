@@ -181,6 +181,8 @@ class RunWriter:
 
     def write_status(self, state: str, **more: Any) -> None:
         """What the run is doing now, or how it ended."""
+        if state == "running":
+            self._status.pop("error", None)  # of an earlier try
         self._status |= {"state": state, **more, "updated": now()}
         self.write_json("status.json", self._status)
 

@@ -1,8 +1,8 @@
 """Every combination of a few settings of a recipe, over as few base models and in as few passes as can be.
 
 Runs whose base model and adapter are alike share them. Where the engine takes many clients at once, the clients of
-all these runs, and of their baselines, are clients of one pass: seeds, μ, learning rates, schedules, batch sizes,
-epochs, strategies and data ride along.
+all these runs are clients of one pass, and then those of all their baselines: seeds, μ, learning rates, schedules,
+batch sizes, epochs, strategies and data ride along.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def sweep(
     materials: dict[Hashable, Material] = {}
     try:
         for group in group_by(left, same_model):
-            errors |= run_group(folder, group, materials, display)
+            try:
+                errors |= run_group(folder, group, materials, display)
+            except FedloomError as error:  # what they share: the base model, say
+                errors |= {trial.name: str(error) for trial in group if not is_done(folder / trial.name)}
     finally:
         display.close()
         os.close(lock)
@@ -81,9 +84,9 @@ def sweep(
         write_comparison([run.folder for run in finished], folder)
     display.show_sweep_end(rank(finished), folder)
     if errors:
-        name, error = next(iter(errors.items()))
+        name, why = next(iter(errors.items()))
         raise RunError(
-            f"{len(errors)} of {len(trials)} runs failed, {name} for one: {error}",
+            f"{len(errors)} of {len(trials)} runs failed, {name} for one: {why}",
             where=str(folder),
             mend="the others are done; run the same sweep with the same --out to try these again",
         )
@@ -228,11 +231,13 @@ def run_group(
             display.show_pass([trial.name for trial in together], [ready[trial.name].plan for trial in together])
             with ExitStack() as all_open:
                 arms: list[OpenArm] = []
+                at_once = min(ready[trial.name].capacity for trial in together)
                 for trial in together:
                     shutil.rmtree(folder / trial.name, ignore_errors=True)  # of an earlier try that was not done
                     seed = trial.recipe.seed
                     initial = first_adapter if seed == first.recipe.seed else adapted.draw(seed)
-                    arms.append(OpenArm(folder, trial, ready[trial.name], workshop, initial, len(arms), all_open))
+                    opened = OpenArm(folder, trial, ready[trial.name], workshop, initial, at_once, len(arms), all_open)
+                    arms.append(opened)
                 errors |= run_pass(arms, workshop, display)
     return errors
 
@@ -247,6 +252,7 @@ class OpenArm:
         prepared: Prepared,
         workshop: Workshop,
         initial: Adapter,
+        clients_at_once: int,
         number: int,
         all_open: ExitStack,
     ) -> None:
@@ -260,7 +266,7 @@ class OpenArm:
             workshop,
             self.writer,
             initial,
-            clients_at_once=prepared.capacity,
+            clients_at_once=clients_at_once,
             number=number,
         )
         self.arm.begin(initial)
@@ -273,39 +279,40 @@ class OpenArm:
             self.writer.write_json("baselines.json", told)
         self._exits.close()
 
-    def fail(self, error: TrainingError) -> None:
-        with suppress(TrainingError), self._exits:
+    def fail(self, error: FedloomError) -> None:
+        with suppress(FedloomError), self._exits:
             raise error
 
 
 def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> dict[str, str]:
-    """Train arms, and their baselines, together where the engine can; what went wrong, by name."""
-    number = len(arms)
+    """Train arms together where the engine can, then all their baselines; what went wrong, by name."""
+    errors: dict[str, str] = {}
     for arm in arms:
         arm.arm.recorder.runs_together = len(arms)
-        rounds = arm.trial.recipe.federation.rounds
-        arm.baselines = baselines_of(arm.arm, workshop, rounds=rounds, first_arm=number)
-        number += len(arm.baselines)
-    baselines = {baseline.run.arm: baseline for arm in arms for baseline in arm.baselines}
-    everyone = [(arm.arm.run, arm.arm.fleet) for arm in arms]
-    everyone += [(baseline.run, baseline.fleet) for baseline in baselines.values()]
-    errors: dict[str, str] = {}
-    for arm_number, result in workshop.run_all(everyone):
-        if arm_number in baselines:
-            baselines[arm_number].note(result)
-            continue
-        arm = arms[arm_number]
-        if isinstance(result, TrainingError):
-            errors[arm.trial.name] = str(result)
-            arm.fail(result)
-        else:
+    for number, result in workshop.run_all([(arm.arm.run, arm.arm.fleet) for arm in arms]):
+        arm = arms[number]
+        try:
+            if isinstance(result, TrainingError):
+                raise result
             display.show_arm(arm.trial.name, arm.arm.recorder.record(result, arm.arm.run))
-            if arm.arm.run.stopped_early:
-                for baseline in arm.baselines:
-                    baseline.run.end()
-    for arm in arms:
-        if arm.trial.name not in errors:
+        except FedloomError as error:
+            errors[arm.trial.name] = str(error)
+            arm.arm.run.end()
+            arm.fail(error)
+    whole = [arm for arm in arms if arm.trial.name not in errors]
+    number = 0
+    for arm in whole:
+        arm.baselines = baselines_of(arm.arm, workshop, rounds=arm.arm.run.completed, first_arm=number)
+        number += len(arm.baselines)
+    baselines = [baseline for arm in whole for baseline in arm.baselines]
+    for number, result in workshop.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
+        baselines[number].note(result)
+    workshop.telemetry.take()  # of the baselines: no round's
+    for arm in whole:
+        try:
             arm.finish()
+        except FedloomError as error:
+            errors[arm.trial.name] = str(error)
     return errors
 
 

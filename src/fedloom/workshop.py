@@ -184,6 +184,7 @@ def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 
         workshop.train_clients,
         score,
         rounds=rounds,
+        judges=choose_judges(arm.prepared.clients, arm.recipe),
         first_arm=first_arm,
     )
 

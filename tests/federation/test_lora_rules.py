@@ -17,7 +17,9 @@ from fedloom.adapters.residual import lora_pairs
 from fedloom.adapters.weights import Adapter
 from fedloom.display import Display
 from fedloom.errors import RecipeError
+from fedloom.experiment import plan
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
+from fedloom.fsck import check_run
 from fedloom.model import load_model
 from fedloom.model_source import open_model
 from fedloom.sections import Federation
@@ -28,6 +30,7 @@ EXAMPLES = (5, 1, 3)
 NO_RANK: dict[str, Any] = {"rank": None, "alpha": None}
 IA3 = {"method": "ia3", **NO_RANK}
 PREFIX = {"method": "prefix_tuning", "options": {"num_virtual_tokens": 4}, **NO_RANK}
+PATTERN = {"options": {"rank_pattern": {"q_proj": 4}}}
 FULL = {"method": "full", **NO_RANK}
 
 
@@ -163,12 +166,37 @@ def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -
     first, last = finished.rounds[1], finished.rounds[2]
     one_way = 3 * 4 * {"ffa": 2 * 64 * 2, "rolora": 2 * 64 * 2}.get(rule, 2 * (128 + 64) * 2)
     assert first["bytes_up"] == one_way
-    assert first["bytes_down"] == one_way
+    assert first["bytes_down"] == (3 * 4 * 2 * (128 + 64) * 2 if rule == "rolora" else one_way)
     assert last["bytes_up"] == {"rolora": 3 * 4 * 2 * 128 * 2}.get(rule, one_way)
-    assert (last["bytes_down"] > last["bytes_up"]) == (rule == "fedex")
+    assert (last["bytes_down"] > one_way) == (rule == "fedex")
     error = last.get("lora_error")
     assert error is None if rule == "ffa" else error < 1e-7 if rule == "rolora" else error > 1e-7
     assert last["central_loss"] < finished.rounds[0]["central_loss"]
+
+
+@pytest.mark.parametrize("rule", ["rolora", "svd"])
+def test_rules_of_the_factors_alone_refuse_more(rule: str) -> None:
+    recipe = make_recipe(federation={"lora_rule": rule}, adapter={"options": {"lora_bias": True, "bias": "lora_only"}})
+    with pytest.raises(RecipeError, match=r"is about LoRA's factors alone, and .*bias is trained too"):
+        plan(recipe)
+
+
+@pytest.mark.parametrize("engine", ["batched", "reference"])
+def test_a_client_is_scored_with_the_residual(engine: str, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        federation={"rounds": 3, "lora_rule": "fedex"},
+        adapter={"targets": ["k_proj", "q_proj"], "rank": 8},
+        training={"engine": engine, "learning_rate": 0.03, "epochs": 4},
+        model={"dtype": "float64"},
+    )
+    finished = run(recipe, tmp_path / "run", Display())
+    found = [client["holdout_loss_after"] for client in finished.clients if client["round"] == 3]
+    assert found == pytest.approx(AFTER.setdefault("losses", found), rel=1e-9)
+    assert not [finding for finding in check_run(tmp_path / "run") if not finding.well]
+
+
+AFTER: dict[str, list[float]] = {}
+"""What the engine that came first found."""
 
 
 def test_the_readme_has_every_rule() -> None:
@@ -199,6 +227,7 @@ def test_clients_of_different_ranks_train_and_send_their_own(engine: str, tmp_pa
         ({"federation": {"client_ranks": [1, 2], "lora_rule": "svd"}}, "federation.client_ranks"),
         ({"federation": {"client_ranks": [1, 2, 3], "lora_rule": "svd"}}, "federation.client_ranks"),
         ({"federation": {"min_clients": 4}}, "federation.min_clients"),
+        ({"federation": {"lora_rule": "fedex"}, "adapter": PATTERN}, "federation.lora_rule"),
         ({"federation": {"lora_rule": "ffa"}, "adapter": IA3}, "federation.lora_rule"),
         ({"federation": {"lora_rule": "svd"}, "adapter": {"dora": True}}, "federation.lora_rule"),
         ({"training": {"gradient_checkpointing": True}, "adapter": PREFIX}, "training.gradient_checkpointing"),

@@ -59,7 +59,8 @@ class Residual:
         for layer, rank in ranks.items():
             a, b = layer + A_SUFFIX, layer + B_SUFFIX
             narrow[a], narrow[b] = tensors[a][:rank].contiguous(), tensors[b][:, :rank].contiguous()
-            factors[layer] = tensors[b][:, rank:].contiguous(), tensors[a][rank:].contiguous()
+            own = int(tensors[a][rank:].any(dim=1).sum())  # the rest was filled with zeros
+            factors[layer] = tensors[b][:, rank : rank + own].contiguous(), tensors[a][rank : rank + own].contiguous()
         return narrow, Residual(factors)
 
 

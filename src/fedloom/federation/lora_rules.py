@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedloom.adapters.residual import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.adapters.weights import Adapter, Layout
+from fedloom.errors import RecipeError
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, weighted_mean
 from fedloom.training.jobs import ClientUpdate
 
@@ -46,8 +47,8 @@ def rolora(section: Federation) -> Aggregate:
 def svd(section: Federation) -> Aggregate:
     """The best rank-r approximation of the exact mean, r up to each client (Bai et al. 2024, arXiv 2402.11505).
 
-    A gets orthonormal rows, as long as those that LoRA starts with, and B the rest, largest first: a client of a
-    smaller rank takes the first of them.
+    A gets orthonormal rows, about as long as those that LoRA starts with, and B the rest, largest first: a client of
+    a smaller rank takes the first of them.
     """
 
     def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
@@ -89,7 +90,8 @@ def fedex(section: Federation) -> Aggregate:
             dtype = mean.weights_P.dtype
             rank = int((s_S > torch.finfo(dtype).eps * s_S.max()).sum())
             found[layer] = (u_OS * s_S)[:, :rank].to(dtype).contiguous(), v_SI[:rank].to(dtype).contiguous()
-        return state, replace(mean, residual=Residual(found))
+        some = any(a_SI.shape[0] for _, a_SI in found.values())
+        return state, replace(mean, residual=Residual(found) if some else None)
 
     return Aggregate(lambda adapter: None, update)
 
@@ -113,6 +115,22 @@ def _part(layout: Layout, suffix: str | None, rank: int | None) -> Tensor:
             (part if name.endswith(A_SUFFIX) else part.mT)[rank:] = False
         parts.append(part.flatten())
     return torch.cat(parts)
+
+
+def check_lora_rule(layout: Layout, section: Federation) -> None:
+    """Refuse a rule that knows LoRA's factors alone where more than those is trained.
+
+    Raises:
+        RecipeError
+    """
+    known = {name for pair in lora_pairs(layout.names).values() for name in pair}
+    others = [name for name in layout.names if name not in known]
+    if section.lora_rule in ("rolora", "svd") and others:
+        raise RecipeError(
+            f'"{section.lora_rule}" is about LoRA\'s factors alone, and {others[0]} is trained too',
+            where="federation.lora_rule",
+            mend="leave it out, or what adapter.options adds to LoRA",
+        )
 
 
 def trained_part(layout: Layout, rule: str, round: int, rank: int | None = None) -> Tensor | None:

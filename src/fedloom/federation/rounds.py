@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
 from types import MappingProxyType
@@ -201,8 +201,10 @@ class FederatedRun:
     def _bytes_down(self, task: ClientTask) -> int:
         """What a client has to be sent: with RoLoRA, one that was there last round lacks only what changed in it."""
         section = self._recipe.federation
-        knows_the_rest = section.lora_rule == "rolora" and section.fraction == 1
-        return task.num_bytes if knows_the_rest or section.client_ranks else task.adapter.num_bytes
+        if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:
+            task = replace(task, trains_P=trained_part(task.adapter.layout, section.lora_rule, task.round - 1))
+            return task.num_bytes
+        return task.num_bytes if section.client_ranks else task.adapter.num_bytes
 
     def _evaluate(self, evaluate_seconds: float = 0.0, *, round: int, **trained: Any) -> RoundResult:
         started = time.perf_counter()

@@ -93,8 +93,10 @@ def did_it_help(run: Run) -> str | None:
     gap = min(best.losses) - ours
     if gap > 0:
         text = f"Federation helped: its best loss is {gap:.4f} nats a token below that of {best.name}, the best of them"
-    else:
+    elif gap < 0:
         text = f"Federation did not help: {best.name} is {-gap:.4f} nats a token below its best loss"
+    else:
+        text = f"Federation made no difference: {best.name} comes to the same loss"
     pooled = [thing for thing in things if thing.name == "all documents together"]
     if not pooled:
         return text + "."

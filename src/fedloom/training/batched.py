@@ -96,8 +96,7 @@ def build_batched_engine(
                     raise
                 under_way = [worker.job for worker in crew.workers] if crew else []
                 waiting.extendleft(reversed(under_way))
-                if at_once == 1:
-                    raise too_large(waiting[0], error) from error
+                failure = too_large(waiting[0], error) if at_once == 1 else None
             else:
                 return
             # Not where the error is caught, which holds the memory of what was under way.
@@ -105,6 +104,10 @@ def build_batched_engine(
             stack.let_go()
             if adapted.device.type == "cuda":
                 torch.cuda.empty_cache()
+            if failure:
+                job = waiting.popleft()
+                yield ClientFailure(job.client, failure, job.arm)
+                continue
             at_most = at_once // 2
             lowered(at_most)
 

@@ -6,6 +6,7 @@ Slow, and the oracle of any faster engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -46,7 +47,9 @@ def build_reference_engine(
             except TrainingError as error:
                 yield ClientFailure(job.client, error, job.arm)
             except SHORT as error:
-                raise (too_large(job, error) if is_shortage(error) else error) from error
+                if not is_shortage(error):
+                    raise
+                yield ClientFailure(job.client, too_large(job, error), job.arm)
 
     return train_clients
 
@@ -94,7 +97,8 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
     state = _state_of(optimizer) if training.optimizer_state == "keep" else {}
-    return ClientUpdate(report, adapted.lend(), state, job.arm)
+    update = replace(job.adapter, weights_P=adapted.lend().weights_P)
+    return ClientUpdate(report, update, state, job.arm)
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:
