@@ -62,10 +62,7 @@ def run(
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.recipe import load_recipe
 
-    if resume and (Path(recipe) / "recipe.toml").is_file():
-        out, recipe = out or Path(recipe), str(Path(recipe) / "recipe.toml")
-    elif resume and out is None:
-        raise typer.BadParameter("--resume needs a run directory: fedloom run --resume RUN, or RECIPE --out RUN.")
+    out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.experiment import run
     from fedloom.interruption import Terminated
@@ -74,6 +71,69 @@ def run(
         run(loaded, out, resume=resume, log_to=log, watch=watch)
     except Terminated:
         raise typer.Exit(TERMINATED) from None
+
+
+@app.command()
+def serve(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME-TIME if left out.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
+    ] = False,
+) -> None:
+    """Carry out a recipe with clients on other machines."""
+    from fedloom.recipe import load_recipe
+
+    out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
+    loaded = load_recipe(recipe, overrides or ())
+    from fedloom.deployment.serving import serve
+    from fedloom.interruption import Terminated
+
+    if not insecure:
+        raise typer.BadParameter("only --insecure is there yet.")
+    try:
+        serve(loaded, out, resume=resume, port=port, wait_seconds=wait)
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
+
+
+@app.command()
+def join(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="The file that the server's owner sent.")],
+    data: Annotated[Path, typer.Option(help="This client's documents: a file or a folder.")],
+    policy: Annotated[Path | None, typer.Option(help="What the server may ask for; anything if left out.")] = None,
+) -> None:
+    """Take part in a federation with documents that stay on this machine."""
+    from fedloom.deployment.joining import join, read_kit
+    from fedloom.interruption import Terminated
+
+    try:
+        join(read_kit(kit), data, policy, lambda what, detail: typer.echo(f"{what:<10}{detail}"))
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
+
+
+@app.command()
+def split(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
+    from fedloom.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from fedloom.deployment.documents import write_splits
+    from fedloom.display import Terminal
+
+    for folder in write_splits(loaded, to, Terminal()):
+        typer.echo(show_controls(str(folder)))
 
 
 @app.command()
@@ -183,6 +243,17 @@ def fsck(run: RunFolder) -> None:
     from fedloom.fsck import check_run
 
     show_findings(check_run(run), "BAD")
+
+
+def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
+    """The run directory and the recipe: of a run that goes on, its own."""
+    if resume and (Path(recipe) / "recipe.toml").is_file():
+        return out or Path(recipe), str(Path(recipe) / "recipe.toml")
+    if resume and out is None:
+        raise typer.BadParameter(
+            f"--resume needs a run directory: fedloom {command} --resume RUN, or RECIPE --out RUN."
+        )
+    return out, recipe
 
 
 def show_findings(findings: list[Finding], word: str) -> None:

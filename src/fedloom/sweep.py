@@ -22,6 +22,7 @@ from fedloom.adapters.weights import Adapter
 from fedloom.baselines import Baseline, describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
+from fedloom.federation.fleet import LocalFleet
 from fedloom.preparation import Material, Prepared, choose_engine, gather, load_adapted_model, prepare
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_run, write_json
@@ -283,7 +284,7 @@ def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> d
         arm.baselines = baselines_of(arm.arm, workshop, rounds=rounds, first_arm=number)
         number += len(arm.baselines)
     baselines = {baseline.run.arm: baseline for arm in arms for baseline in arm.baselines}
-    everyone = [(arm.arm.run, arm.arm.fleet) for arm in arms]
+    everyone = [(arm.arm.run, arm.arm.fleet) for arm in arms if isinstance(arm.arm.fleet, LocalFleet)]
     everyone += [(baseline.run, baseline.fleet) for baseline in baselines.values()]
     errors: dict[str, str] = {}
     for arm_number, result in workshop.run_all(everyone):

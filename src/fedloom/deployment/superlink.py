@@ -1,0 +1,185 @@
+"""The server's side of Flower: starts and watches the SuperLink, submits the app, and is the `Link` that it makes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom import __version__
+from fedloom.deployment.processes import Child, find_program, programs_environment, tail
+from fedloom.deployment.wire import Frame, receive_frame, send_frame
+from fedloom.errors import DeploymentError
+from fedloom.federation.remote import Answer, Node
+
+START_SECONDS = 120.0
+"""That the SuperLink, its app and what they need have to come up."""
+ANSWER_SECONDS = 120.0
+"""That the app has for an answer: an adapter goes through it."""
+RESTARTS = 5
+"""Of a SuperLink that ends, in a row without an answer in between."""
+APP = """\
+from fedloom.federation import flower
+
+server_app = flower.server_app
+client_app = flower.client_app
+"""
+PROJECT = f"""\
+[project]
+name = "fedloom"
+version = "{__version__}"
+description = "passes frames on"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedloom"
+
+[tool.flwr.app.components]
+serverapp = "relay:server_app"
+clientapp = "relay:client_app"
+
+[tool.flwr.app.config]
+socket = ""
+"""
+
+
+@dataclass(frozen=True)
+class Security:
+    """What the SuperLink proves itself by, and the clients whose keys it takes: name -> public key file."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+    clients: dict[str, Path]
+
+
+class SuperLink:
+    """A running SuperLink with our app on it. It listens on the loopback alone; without `security`, to anyone there."""
+
+    def __init__(self, folder: Path, port: int, security: Security | None) -> None:
+        self._folder, self._port, self._security = folder, port, security
+        self._check: Callable[[], None] = lambda: None
+        self._log = folder / "superlink.log"
+        self._environment = programs_environment(folder / "flower")
+        self._app: socket.socket | None = None
+        self._child: Child | None = None
+        self._restarts = 0
+        (folder / "app").mkdir()
+        (folder / "app" / "relay.py").write_text(APP, encoding="utf-8")
+        (folder / "app" / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+        (folder / "flower").mkdir()
+        trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
+        host = "localhost" if security else "127.0.0.1"
+        connection = f'[superlink.here]\naddress = "{host}:{port}"\n{trust}\n'
+        (folder / "flower" / "config.toml").write_text(connection, encoding="utf-8")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / "serve.sock"))
+        self._listener.listen()
+        self._listener.settimeout(0.2)
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Have this called at every wait: it raises where the run is to end."""
+        self._check = check
+
+    def open(self) -> None:
+        """Start it, register the clients' keys and submit the app.
+
+        Raises:
+            DeploymentError: it does not come up.
+        """
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+                raise DeploymentError(
+                    f"port {self._port} is taken", mend="end whatever listens there, or choose another with --port"
+                )
+        command = [find_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--disable-runtime-dependency-installation"]
+        if self._security:
+            command += ["--ssl-ca-certfile", str(self._security.ca), "--ssl-certfile", str(self._security.certificate)]
+            command += ["--ssl-keyfile", str(self._security.key), "--enable-supernode-auth"]
+        else:
+            command += ["--insecure"]
+        self._child = Child(command, self._log, self._environment)
+        until = time.monotonic() + START_SECONDS
+        while not self._listens():
+            self._wait(until, "it does not listen")
+        for name, key in self._security.clients.items() if self._security else ():
+            self._flower("supernode", "register", str(key), "here", "--name", name)
+        self._flower("run", str(self._folder / "app"), "here", "--run-config", f'socket="{self._folder}/serve.sock"')
+        while True:
+            try:
+                self._app, _ = self._listener.accept()
+            except TimeoutError:
+                self._wait(until, "its app does not start")
+                continue
+            self._app.settimeout(ANSWER_SECONDS)
+            return
+
+    def close(self) -> None:
+        """End all of it."""
+        if self._app:
+            self._app.close()
+        self._listener.close()
+        if self._child:
+            self._child.end()
+
+    def nodes(self) -> Sequence[Node]:
+        return [Node(*told) for told in self._ask(Frame({"do": "nodes"})).manifest["nodes"]]
+
+    def send(self, node: Node, frame: Frame, seconds: float) -> str:
+        told = {"do": "send", "node": node.id, "ttl": seconds, "manifest": frame.manifest}
+        return str(self._ask(Frame(told, frame.payload)).manifest["message"])
+
+    def pull(self, messages: Collection[str]) -> Answer | None:
+        found = self._ask(Frame({"do": "pull", "messages": [*messages]}))
+        told = found.manifest
+        if not told["message"]:
+            return None
+        self._restarts = 0
+        frame = None if "error" in told else Frame(told["manifest"], found.payload)
+        return Answer(told["message"], frame, told.get("error", ""))
+
+    def reopen(self) -> None:
+        self._restarts += 1
+        if self._restarts > RESTARTS:
+            raise DeploymentError(f"the SuperLink ended {RESTARTS} times in a row: {tail(self._log)}")
+        if self._app:
+            self._app.close()
+        if self._child:
+            self._child.end()
+        self.open()
+
+    def _ask(self, frame: Frame) -> Frame:
+        self._check()
+        assert self._app is not None, "the SuperLink is not open"
+        send_frame(self._app, frame)
+        return receive_frame(self._app)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def _wait(self, until: float, what: str) -> None:
+        self._check()
+        if (self._child and self._child.ended) or time.monotonic() > until:
+            raise DeploymentError(f"the SuperLink can't be had: {what}: {tail(self._log)}")
+        time.sleep(0.1)
+
+    def _flower(self, *words: str) -> None:
+        """One of Flower's own commands."""
+        command = [find_program("flwr"), *words, "--format", "json"]
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, timeout=START_SECONDS, check=False
+        )
+        try:
+            told = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+        except ValueError:
+            told = {}
+        if not told.get("success"):
+            why = told.get("error-message") or done.stderr.strip() or done.stdout.strip()
+            raise DeploymentError(f"flwr {words[0]} failed: {why[-300:]}")

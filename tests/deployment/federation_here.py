@@ -1,0 +1,113 @@
+"""A federation of this machine's processes, started as people start it; all of them end with the test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedloom.deployment.processes import free_port
+from fedloom.experiment import run
+from fedloom.recipe import Recipe, load_recipe
+from fedloom.records import Run, read_run
+
+SECONDS = 150.0
+"""That any wait of a test takes at the most."""
+QUICK = ["training.engine=reference", "model.dtype=float32", "data.documents_per_client=10"]
+
+
+def tiny(*overrides: str) -> Recipe:
+    """`tiny` on the engine that is the same everywhere."""
+    return load_recipe("tiny", [*QUICK, *overrides])
+
+
+class Federation:
+    """A server and its clients, each a process of its own, with what they say in files."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self._stack = folder, stack
+        self.port = free_port()
+        self.out = folder / "served"
+
+    def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        """One `fedloom` command."""
+        command = [sys.executable, "-m", "fedloom", *words]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+        self._stack.callback(end, process)
+        return process
+
+    def serve(self, recipe: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        return self.start(
+            "serve", "serve", recipe, *words, "--insecure", "--port", str(self.port), "--wait", "120", **environment
+        )
+
+    def join(self, name: str, data: Path, *words: str) -> subprocess.Popen[bytes]:
+        kit = self.folder / f"{name}.kit"
+        kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
+        return self.start(name, "join", str(kit), "--data", str(data), *words)
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def wait_for(self, name: str, text: str) -> None:
+        """Until somebody has said something."""
+        until = time.monotonic() + SECONDS
+        while text not in self.said(name):
+            assert time.monotonic() < until, f"{name} never said {text!r}:\n{self.said(name)}"
+            time.sleep(0.1)
+
+    def finish(self, server: subprocess.Popen[bytes]) -> Run:
+        """The run that a server left behind."""
+        code = server.wait(SECONDS)
+        assert code == 0, self.said("serve")
+        return read_run(self.out)
+
+
+@contextmanager
+def federation(folder: Path) -> Iterator[Federation]:
+    with ExitStack() as stack:
+        yield Federation(folder, stack)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """As a person ends it, and by force where that does not do."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    assert process.returncode != -signal.SIGKILL, "it had to be killed"
+
+
+def split(recipe: Recipe, folder: Path) -> list[Path]:
+    from fedloom.deployment.documents import write_splits
+    from fedloom.display import Display
+
+    return write_splits(recipe, folder, Display())
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without times, memory and what depends on them."""
+    kept = []
+    for record in records:
+        told = {
+            key: value
+            for key, value in record.items()
+            if not any(word in key for word in ("seconds", "finished", "peak_bytes"))
+        }
+        kept.append(json.loads(json.dumps(told)))
+    return kept
+
+
+def run_here(recipe: Recipe, folder: Path) -> Run:
+    from fedloom.display import Display
+
+    return run(recipe, folder, Display())
