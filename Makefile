@@ -1,12 +1,13 @@
 # make run     fine-tune a real model on real files, federated: the recipe quickstart
 # make test    format, lint, types and tests, as CI runs them
+# make soak    tests that take minutes: processes of a deployment killed, stopped and resumed
 # make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up: three quarters of an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test bench install clean
+.PHONY: run test soak bench install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
@@ -16,6 +17,9 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2
+
+soak: install
+	$(BIN)/pytest -q -m slow
 
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

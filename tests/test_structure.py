@@ -82,6 +82,7 @@ HOUSE = [
     "experiment",
     "deployment.policy",
     "deployment.processes",
+    "deployment.provisioning",
     "deployment.superlink",
     "deployment.documents",
     "deployment.serving",

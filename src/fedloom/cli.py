@@ -73,6 +73,59 @@ def run(
         raise typer.Exit(TERMINATED) from None
 
 
+provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
+app.add_typer(provision, name="provision")
+ServerFolder = Annotated[Path, typer.Option("--folder", help="The server's folder.")]
+
+
+@provision.command("init")
+def provision_init(
+    host: Annotated[str, typer.Option(help="The name or address that clients reach this machine by.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="That they connect to.")] = 8443,
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: make a certificate authority, the server's certificate, and an empty list of clients."""
+    from fedloom.deployment.provisioning import describe_expiry, init
+
+    typer.echo(f"{folder}: {describe_expiry(init(folder, host, port))}")
+
+
+@provision.command("request")
+def provision_request(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What this client is to be called.")],
+    folder: Annotated[Path, typer.Option(help="Where its key is kept.")] = Path(),
+) -> None:
+    """Client: make a key, which stays here, and the file that goes to the server's owner."""
+    from fedloom.deployment.provisioning import request
+
+    typer.echo(f"send {request(name, folder)} to the server's owner; keep {folder / name}.key to yourself")
+
+
+@provision.command("approve")
+def provision_approve(
+    request: Annotated[Path, typer.Argument(metavar="FILE", help="What a client sent.")],
+    to: Annotated[Path, typer.Option(help="Where the kit goes.")] = Path(),
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: take a client's key, and write the kit to send back."""
+    from fedloom.deployment.provisioning import approve
+
+    kit, fingerprint = approve(folder, request, to)
+    typer.echo(f"send {kit} back, and read this aloud:\n{fingerprint}")
+
+
+@provision.command("revoke")
+def provision_revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The client.")],
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: take a client's key no longer; a server that runs lets go of it."""
+    from fedloom.deployment.provisioning import revoke
+
+    revoke(folder, name)
+    typer.echo(f"{name} is revoked")
+
+
 @app.command()
 def serve(
     recipe: RecipeName,
@@ -83,6 +136,7 @@ def serve(
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
     wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
+    server: Annotated[Path, typer.Option(help="What provision init made.")] = Path("fedloom-server"),
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
     ] = False,
@@ -92,13 +146,13 @@ def serve(
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
     loaded = load_recipe(recipe, overrides or ())
+    from fedloom.deployment.provisioning import open_server
     from fedloom.deployment.serving import serve
     from fedloom.interruption import Terminated
 
-    if not insecure:
-        raise typer.BadParameter("only --insecure is there yet.")
+    security = None if insecure else open_server(server)
     try:
-        serve(loaded, out, resume=resume, port=port, wait_seconds=wait)
+        serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait)
     except Terminated:
         raise typer.Exit(TERMINATED) from None
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fedloom.deployment import provisioning
 from fedloom.deployment.processes import free_port
 from fedloom.experiment import run
 from fedloom.recipe import Recipe, load_recipe
@@ -29,10 +30,13 @@ def tiny(*overrides: str) -> Recipe:
 class Federation:
     """A server and its clients, each a process of its own, with what they say in files."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, *, secure: bool) -> None:
         self.folder, self._stack = folder, stack
         self.port = free_port()
         self.out = folder / "served"
+        self._server = folder / "server" if secure else None
+        if self._server:
+            provisioning.init(self._server, "localhost", self.port)
 
     def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         """One `fedloom` command."""
@@ -43,13 +47,17 @@ class Federation:
         return process
 
     def serve(self, recipe: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        return self.start(
-            "serve", "serve", recipe, *words, "--insecure", "--port", str(self.port), "--wait", "120", **environment
-        )
+        how = ("--server", str(self._server)) if self._server else ("--insecure", "--port", str(self.port))
+        return self.start("serve", "serve", recipe, *how, *words, **environment)
 
     def join(self, name: str, data: Path, *words: str) -> subprocess.Popen[bytes]:
-        kit = self.folder / f"{name}.kit"
-        kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
+        kit = self.folder / name / f"{name}.kit"
+        if self._server:
+            asked = provisioning.request(name, kit.parent)
+            provisioning.approve(self._server, asked, kit.parent)
+        else:
+            kit.parent.mkdir()
+            kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
         return self.start(name, "join", str(kit), "--data", str(data), *words)
 
     def said(self, name: str) -> str:
@@ -70,9 +78,28 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path) -> Iterator[Federation]:
+def federation(folder: Path, *, secure: bool = False) -> Iterator[Federation]:
     with ExitStack() as stack:
-        yield Federation(folder, stack)
+        yield Federation(folder, stack, secure=secure)
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process started, and that they did."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    children = [int(word) for word in listed.read_text().split()] if listed.exists() else []
+    return [*children, *(found for child in children for found in descendants(child))]
+
+
+def find_process(parent: int, word: str) -> int:
+    """A descendant with a word in its command line, once there is one."""
+    until = time.monotonic() + SECONDS
+    while True:
+        for found in descendants(parent):
+            with suppress(OSError):
+                if word.encode() in Path(f"/proc/{found}/cmdline").read_bytes():
+                    return found
+        assert time.monotonic() < until, f"no process {word}"
+        time.sleep(0.02)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -7,12 +7,13 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.policy import load_policy
 from fedloom.deployment.processes import Child, check_flower, free_port, private_folder, programs_environment, tail
+from fedloom.deployment.provisioning import fingerprint
 from fedloom.errors import DeploymentError
 from fedloom.interruption import Interruption
 
@@ -30,26 +31,35 @@ class Kit:
     name: str
     server: str
     """HOST:PORT."""
-    ca: Path | None = None
+    ca: str = ""
+    """The certificate authority of the server, PEM."""
     key: Path | None = None
 
 
 def read_kit(path: Path) -> Kit:
-    """What the server's owner sent.
+    """What the server's owner sent, with the key that `provision request` made, which lies beside it or here.
 
     Raises:
-        DeploymentError: it is no kit.
+        DeploymentError: it is no kit, or the key is not there.
     """
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
-        kit = Kit(str(told["name"]), str(told["server"]))
+        kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")))
     except OSError as error:
         raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
     except (ValueError, KeyError):
         raise DeploymentError("not a kit of fedloom's", where=str(path)) from None
     if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
         raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
-    return kit
+    if not kit.ca:
+        return kit
+    keys = [folder / f"{kit.name}.key" for folder in (path.parent, Path())]
+    for key in keys:
+        if key.is_file():
+            return replace(kit, key=key.resolve())
+    raise DeploymentError(
+        f"{kit.name}'s key is not there", where=str(keys[0]), mend="put the kit where fedloom provision request was run"
+    )
 
 
 def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], object]) -> None:
@@ -87,8 +97,11 @@ def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], ob
             str(free_port()),
         ]
         node += ["--node-config", f'socket="{worker_socket}"']
-        if kit.ca and kit.key:
-            node += ["--root-certificates", str(kit.ca), "--auth-supernode-private-key", str(kit.key)]
+        if kit.key:
+            ca = folder / "ca.crt"
+            ca.write_text(kit.ca, encoding="utf-8")
+            say("server", f"fingerprint {fingerprint(ca)}: what its owner reads aloud")
+            node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
         children: dict[str, Child] = {}

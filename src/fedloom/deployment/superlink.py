@@ -6,20 +6,25 @@ import json
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedloom import __version__
 from fedloom.deployment.processes import Child, find_program, programs_environment, tail
+from fedloom.deployment.provisioning import Security
 from fedloom.deployment.wire import Frame, receive_frame, send_frame
 from fedloom.errors import DeploymentError
 from fedloom.federation.remote import Answer, Node
 
+FREE_SECONDS = 20.0
+"""That a SuperLink whose server was killed has to end."""
 START_SECONDS = 120.0
 """That the SuperLink, its app and what they need have to come up."""
 ANSWER_SECONDS = 120.0
 """That the app has for an answer: an adapter goes through it."""
+REGISTERED_AT_ONCE = 4
 RESTARTS = 5
 """Of a SuperLink that ends, in a row without an answer in between."""
 APP = """\
@@ -48,16 +53,6 @@ socket = ""
 """
 
 
-@dataclass(frozen=True)
-class Security:
-    """What the SuperLink proves itself by, and the clients whose keys it takes: name -> public key file."""
-
-    ca: Path
-    certificate: Path
-    key: Path
-    clients: dict[str, Path]
-
-
 class SuperLink:
     """A running SuperLink with our app on it. It listens on the loopback alone; without `security`, to anyone there."""
 
@@ -69,6 +64,8 @@ class SuperLink:
         self._app: socket.socket | None = None
         self._child: Child | None = None
         self._restarts = 0
+        self._registered: set[str] = set()
+        """Clients whose keys the SuperLink knows."""
         (folder / "app").mkdir()
         (folder / "app" / "relay.py").write_text(APP, encoding="utf-8")
         (folder / "app" / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
@@ -92,11 +89,14 @@ class SuperLink:
         Raises:
             DeploymentError: it does not come up.
         """
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+        free_by = time.monotonic() + FREE_SECONDS
+        while self._listens():
+            self._check()
+            if time.monotonic() > free_by:
                 raise DeploymentError(
                     f"port {self._port} is taken", mend="end whatever listens there, or choose another with --port"
                 )
+            time.sleep(0.2)
         command = [find_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--disable-runtime-dependency-installation"]
         if self._security:
@@ -108,8 +108,8 @@ class SuperLink:
         until = time.monotonic() + START_SECONDS
         while not self._listens():
             self._wait(until, "it does not listen")
-        for name, key in self._security.clients.items() if self._security else ():
-            self._flower("supernode", "register", str(key), "here", "--name", name)
+        self._registered = set()
+        self._register()
         self._flower("run", str(self._folder / "app"), "here", "--run-config", f'socket="{self._folder}/serve.sock"')
         while True:
             try:
@@ -129,7 +129,14 @@ class SuperLink:
             self._child.end()
 
     def nodes(self) -> Sequence[Node]:
-        return [Node(*told) for told in self._ask(Frame({"do": "nodes"})).manifest["nodes"]]
+        self._register()
+        nodes = [Node(*told) for told in self._ask(Frame({"do": "nodes"})).manifest["nodes"]]
+        if self._security is None:
+            return nodes
+        for node in nodes:
+            if node.name not in self._registered:
+                self._flower("supernode", "unregister", node.id, "here")
+        return [node for node in nodes if node.name in self._registered]
 
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
         told = {"do": "send", "node": node.id, "ttl": seconds, "manifest": frame.manifest}
@@ -159,6 +166,16 @@ class SuperLink:
         assert self._app is not None, "the SuperLink is not open"
         send_frame(self._app, frame)
         return receive_frame(self._app)
+
+    def _register(self) -> None:
+        """Take the keys that were approved since, and know who was revoked."""
+        listed = self._security.clients() if self._security else {}
+        new = [name for name in listed if name not in self._registered]
+        with ThreadPoolExecutor(REGISTERED_AT_ONCE) as pool:
+            # Each is a process of Flower's that takes seconds to start.
+            words = [("supernode", "register", str(listed[name]), "here", "--name", name) for name in new]
+            deque(pool.map(lambda these: self._flower(*these), words), maxlen=0)
+        self._registered = set(listed)
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
