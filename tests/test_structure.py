@@ -57,6 +57,7 @@ HOUSE = [
     "federation.stopping",
     "federation.fleet",
     "deployment.wire",
+    "deployment.app",
     "federation.packing",
     "federation.remote",
     "federation.flower",

@@ -72,7 +72,7 @@ class Federation:
 
     def finish(self, server: subprocess.Popen[bytes]) -> Run:
         """The run that a server left behind."""
-        code = server.wait(SECONDS)
+        code = server.wait(2 * SECONDS)
         assert code == 0, self.said("serve")
         return read_run(self.out)
 

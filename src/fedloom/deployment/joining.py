@@ -21,7 +21,9 @@ AGAIN_SECONDS = 2.0
 """Before what ended is started again."""
 RESTARTS = 10
 """Within `SETTLED_SECONDS`, after which it is given up."""
-SETTLED_SECONDS = 120.0
+SETTLED_SECONDS = 600.0
+MOST_SECONDS = 30.0
+"""Before what ends again and again is started again."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,11 @@ def watch(
                 if len(restarts) > RESTARTS:
                     why = f": {tail(log)}" if what == "SuperNode" else ""
                     raise DeploymentError(f"the {what} ended {RESTARTS} times{why}")
-                say("again", f"the {what} ended; it is started again")
-                time.sleep(AGAIN_SECONDS)
+                why = f" ({tail(log, 1)})" if what == "SuperNode" else ""
+                say("again", f"the {what} ended; it is started again{why}")
+                rested = now + min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS)
+                while time.monotonic() < rested:
+                    check()
+                    time.sleep(0.1)
                 child.start()
         time.sleep(0.2)

@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedloom.deployment.processes import check_flower
 from fedloom.errors import DeploymentError
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def init(folder: Path, host: str, port: int) -> Security:
     Raises:
         DeploymentError: the folder exists, or the host is no name or address.
     """
+    check_flower()  # whose own library for keys this is
     from cryptography.hazmat.primitives.asymmetric import ec
 
     if not HOST.fullmatch(host):
@@ -134,6 +136,7 @@ def open_server(folder: Path) -> Security:
     Raises:
         DeploymentError: it is not there, or its certificate has expired.
     """
+    check_flower()
     try:
         told = tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))
         security = Security(folder, str(told["host"]), int(told["port"]))
@@ -160,6 +163,7 @@ def request(name: str, folder: Path) -> Path:
     Raises:
         DeploymentError: the name is none, or has a key here already.
     """
+    check_flower()
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 

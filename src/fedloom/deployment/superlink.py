@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fedloom import __version__
+from fedloom.deployment.app import write_app
 from fedloom.deployment.processes import Child, find_program, programs_environment, tail
 from fedloom.deployment.provisioning import Security
 from fedloom.deployment.wire import Frame, receive_frame, send_frame
@@ -22,35 +22,11 @@ FREE_SECONDS = 20.0
 """That a SuperLink whose server was killed has to end."""
 START_SECONDS = 120.0
 """That the SuperLink, its app and what they need have to come up."""
-ANSWER_SECONDS = 120.0
-"""That the app has for an answer: an adapter goes through it."""
+ANSWER_SECONDS = 60.0
+"""That the app has for an answer. It can hang: Flower waits for hours for the rest of an answer whose sender died."""
 REGISTERED_AT_ONCE = 4
 RESTARTS = 5
 """Of a SuperLink that ends, in a row without an answer in between."""
-APP = """\
-from fedloom.federation import flower
-
-server_app = flower.server_app
-client_app = flower.client_app
-"""
-PROJECT = f"""\
-[project]
-name = "fedloom"
-version = "{__version__}"
-description = "passes frames on"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedloom"
-
-[tool.flwr.app.components]
-serverapp = "relay:server_app"
-clientapp = "relay:client_app"
-
-[tool.flwr.app.config]
-socket = ""
-"""
 
 
 class SuperLink:
@@ -66,9 +42,7 @@ class SuperLink:
         self._restarts = 0
         self._registered: set[str] = set()
         """Clients whose keys the SuperLink knows."""
-        (folder / "app").mkdir()
-        (folder / "app" / "relay.py").write_text(APP, encoding="utf-8")
-        (folder / "app" / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+        write_app(folder / "app")
         (folder / "flower").mkdir()
         trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
         host = "localhost" if security else "127.0.0.1"
@@ -110,6 +84,10 @@ class SuperLink:
             self._wait(until, "it does not listen")
         self._registered = set()
         self._register()
+        self._submit(until)
+
+    def _submit(self, until: float) -> None:
+        """Start the app, and wait until it is there."""
         self._flower("run", str(self._folder / "app"), "here", "--run-config", f'socket="{self._folder}/serve.sock"')
         while True:
             try:
@@ -157,6 +135,9 @@ class SuperLink:
             raise DeploymentError(f"the SuperLink ended {RESTARTS} times in a row: {tail(self._log)}")
         if self._app:
             self._app.close()
+        if self._child and not self._child.ended and self._restarts == 1:
+            self._submit(time.monotonic() + START_SECONDS)
+            return
         if self._child:
             self._child.end()
         self.open()

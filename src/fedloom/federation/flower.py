@@ -14,9 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
 
+from fedloom.deployment.app import check_app
 from fedloom.deployment.wire import Frame, ask, receive_frame, send_frame
 
 WORKER_PATIENCE_SECONDS = 120.0
@@ -71,13 +74,21 @@ def relay(grid: Grid, context: Context) -> None:
 
 
 def run_supernode() -> None:
-    """Flower's SuperNode, with its own arguments, that looks for messages more often."""
+    """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
     def sleep(seconds: float) -> None:
         time.sleep(min(seconds, POLL_SECONDS))
 
+    # What it does first with an app that it was sent.
+    take_app = node.get_fused_config_from_fab  # type: ignore
+
+    def check_and_take_app(bundle: bytes, run: Run) -> UserConfig:
+        check_app(bundle)
+        return take_app(bundle, run)
+
+    node.get_fused_config_from_fab = check_and_take_app  # type: ignore
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
     flower_supernode()
 
