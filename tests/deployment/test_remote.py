@@ -136,7 +136,7 @@ def test_a_client_under_another_node_is_asked_again_and_counted_once() -> None:
 
     def dies_once(asked: Node, frame: Frame) -> Frame | str | None:
         if asked == node("1") and frame.manifest["do"] == "train":
-            link.there = [node("0"), node("2"), node("1", "2")]
+            link.there = [node("0"), node("2"), node("1", "2"), node("1")]
             return None
         return honest(asked, frame)
 

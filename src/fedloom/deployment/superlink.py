@@ -171,9 +171,12 @@ class SuperLink:
     def _flower(self, *words: str) -> None:
         """One of Flower's own commands."""
         command = [find_program("flwr"), *words, "--format", "json"]
-        done = subprocess.run(
-            command, env=self._environment, capture_output=True, text=True, timeout=START_SECONDS, check=False
-        )
+        try:
+            done = subprocess.run(
+                command, env=self._environment, capture_output=True, text=True, timeout=START_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise DeploymentError(f"flwr {words[0]} took more than {START_SECONDS:.0f} seconds") from None
         try:
             told = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
         except ValueError:

@@ -168,7 +168,8 @@ class Exchange:
         if time.monotonic() - self._looked < ATTEND_SECONDS:
             return self._present
         self._looked = time.monotonic()
-        nodes = self._link.nodes()
+        # Flower lists a node that was killed for a minute more: of two with one name, the later is the client.
+        nodes = sorted(self._link.nodes(), key=lambda node: node.session)
         for node in nodes:
             if node not in self._names and node not in self._meeting.values():
                 question = Frame({"do": "meet", "recipe": self._recipe})
