@@ -63,10 +63,10 @@ class Federation:
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def wait_for(self, name: str, text: str) -> None:
+    def wait_for(self, name: str, text: str, *, times: int = 1) -> None:
         """Until somebody has said something."""
         until = time.monotonic() + SECONDS
-        while text not in self.said(name):
+        while self.said(name).count(text) < times:
             assert time.monotonic() < until, f"{name} never said {text!r}:\n{self.said(name)}"
             time.sleep(0.1)
 

@@ -63,13 +63,13 @@ def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: P
         there.wait_for("client-1", "round 1")
         worker = find_process(joined["client-1"], "fedloom.deployment.worker")
         os.kill(worker, signal.SIGSTOP)
-        there.wait_for("serve", "lost")
+        there.wait_for("serve", "lost", times=2)  # once for the evaluation after round 1, once for round 2
         os.kill(worker, signal.SIGCONT)
         served = there.finish(server)
     lost = [record["lost"] for record in served.rounds]
     assert len(served.rounds) == 4
-    assert [1] in lost
-    assert lost[3] == []
+    assert lost == [[], [], [1], []]
+    assert "no answer within" in served.rounds[2]["lost_because"]["1"]
     assert len(served.clients) == 6 - sum(map(len, lost))
 
 

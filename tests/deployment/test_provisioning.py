@@ -110,3 +110,14 @@ def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(provisioning, "SERVER_DAYS", 0)
     with pytest.raises(DeploymentError, match="expired"):
         init(tmp_path / "three", "localhost", 1)
+
+
+def test_clients_elsewhere_are_not_served_without_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedloom.deployment import serving
+
+    monkeypatch.setattr(serving, "find_nginx", lambda: None)
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    with pytest.raises(DeploymentError, match="nginx is not installed"), serving.proxy(security, 8000, tmp_path):
+        pass
+    with serving.proxy(init(tmp_path / "local", "localhost", 8443), 8000, tmp_path):
+        pass
