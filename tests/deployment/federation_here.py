@@ -111,7 +111,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-    assert process.returncode != -signal.SIGKILL, "it had to be killed"
+        raise AssertionError("it had to be killed")
 
 
 def split(recipe: Recipe, folder: Path) -> list[Path]:
