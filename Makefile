@@ -1,6 +1,6 @@
 # make run     fine-tune a real model on real files, federated: the recipe quickstart
 # make test    format, lint, types and tests, as CI runs them
-# make soak    what make test does of faults, with ten times the kills: an hour
+# make soak    faults and deployments at length: a thousand kills at random instants, processes killed and resumed
 # make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up: three quarters of an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
@@ -20,6 +20,7 @@ test: install
 
 soak: install
 	FEDLOOM_RANDOM_KILLS=1000 $(BIN)/pytest -q -n 2 --timeout 3600 tests/faults
+	$(BIN)/pytest -q -m slow
 
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

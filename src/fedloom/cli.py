@@ -62,10 +62,7 @@ def run(
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.recipe import load_recipe
 
-    if resume and (Path(recipe) / "recipe.toml").is_file():
-        out, recipe = out or Path(recipe), str(Path(recipe) / "recipe.toml")
-    elif resume and out is None:
-        raise typer.BadParameter("--resume needs a run directory: fedloom run --resume RUN, or RECIPE --out RUN.")
+    out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.experiment import run
     from fedloom.interruption import Terminated
@@ -74,6 +71,123 @@ def run(
         run(loaded, out, resume=resume, log_to=log, watch=watch)
     except Terminated:
         raise typer.Exit(TERMINATED) from None
+
+
+provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
+app.add_typer(provision, name="provision")
+ServerFolder = Annotated[Path, typer.Option("--folder", help="The server's folder.")]
+
+
+@provision.command("init")
+def provision_init(
+    host: Annotated[str, typer.Option(help="The name or address that clients reach this machine by.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="That they connect to.")] = 8443,
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: make a certificate authority, the server's certificate, and an empty list of clients."""
+    from fedloom.deployment.provisioning import describe_expiry, init
+
+    typer.echo(f"{folder}: {describe_expiry(init(folder, host, port))}")
+
+
+@provision.command("request")
+def provision_request(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What this client is to be called.")],
+    folder: Annotated[Path, typer.Option(help="Where its key is kept.")] = Path(),
+) -> None:
+    """Client: make a key, which stays here, and the file that goes to the server's owner."""
+    from fedloom.deployment.provisioning import request
+
+    typer.echo(f"send {request(name, folder)} to the server's owner; keep {folder / name}.key to yourself")
+
+
+@provision.command("approve")
+def provision_approve(
+    request: Annotated[Path, typer.Argument(metavar="FILE", help="What a client sent.")],
+    to: Annotated[Path, typer.Option(help="Where the kit goes.")] = Path(),
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: take a client's key, and write the kit to send back."""
+    from fedloom.deployment.provisioning import approve
+
+    kit, fingerprint = approve(folder, request, to)
+    typer.echo(f"send {kit} back, and read this aloud:\n{fingerprint}")
+
+
+@provision.command("revoke")
+def provision_revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The client.")],
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: take a client's key no longer; a server that runs lets go of it."""
+    from fedloom.deployment.provisioning import revoke
+
+    revoke(folder, name)
+    typer.echo(f"{name} is revoked")
+
+
+@app.command()
+def serve(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME-TIME if left out.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
+    server: Annotated[Path, typer.Option(help="What provision init made.")] = Path("fedloom-server"),
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
+    ] = False,
+) -> None:
+    """Carry out a recipe with clients on other machines."""
+    from fedloom.recipe import load_recipe
+
+    out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
+    loaded = load_recipe(recipe, overrides or ())
+    from fedloom.deployment.provisioning import open_server
+    from fedloom.deployment.serving import serve
+    from fedloom.interruption import Terminated
+
+    security = None if insecure else open_server(server)
+    try:
+        serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait)
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
+
+
+@app.command()
+def join(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="The file that the server's owner sent.")],
+    data: Annotated[Path, typer.Option(help="This client's documents: a file or a folder.")],
+    policy: Annotated[Path | None, typer.Option(help="What the server may ask for; anything if left out.")] = None,
+) -> None:
+    """Take part in a federation with documents that stay on this machine."""
+    from fedloom.deployment.joining import join, read_kit
+    from fedloom.interruption import Terminated
+
+    try:
+        join(read_kit(kit), data, policy, lambda what, detail: typer.echo(f"{what:<10}{detail}"))
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
+
+
+@app.command()
+def split(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
+    from fedloom.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from fedloom.deployment.documents import write_splits
+    from fedloom.display import Terminal
+
+    for folder in write_splits(loaded, to, Terminal()):
+        typer.echo(show_controls(str(folder)))
 
 
 @app.command()
@@ -183,6 +297,17 @@ def fsck(run: RunFolder) -> None:
     from fedloom.fsck import check_run
 
     show_findings(check_run(run), "BAD")
+
+
+def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
+    """The run directory and the recipe: of a run that goes on, its own."""
+    if resume and (Path(recipe) / "recipe.toml").is_file():
+        return out or Path(recipe), str(Path(recipe) / "recipe.toml")
+    if resume and out is None:
+        raise typer.BadParameter(
+            f"--resume needs a run directory: fedloom {command} --resume RUN, or RECIPE --out RUN."
+        )
+    return out, recipe
 
 
 def show_findings(findings: list[Finding], word: str) -> None:

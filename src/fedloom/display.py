@@ -173,7 +173,7 @@ def render_plan(plan: Plan) -> Table:
     found = "; ".join(f"{o.side}/{o.other} {o.exact} exact, {o.near} near" for o in overlaps)
     copies = sum(plan.audit.dropped) + plan.audit.leaks
     done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
-    audit = f"{found}: {count(copies, 'document')}"
+    audit = f"{found or 'each client within its own documents'}: {count(copies, 'document')}"
     audit += f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
     payload = "a model" if plan.trainable_parameters == plan.parameters else "an adapter"
     rows = {

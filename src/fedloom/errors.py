@@ -5,6 +5,8 @@ FedloomError
 ├── DataError        documents that can't be found, read, split or tokenised
 ├── ModelError       a base model or an adapter that can't be had
 ├── RunError         a run directory that exists, is missing or can't be read
+├── DeploymentError  a server, a client or what they need of each other that can't be had
+├── MessageError     what a client or a server sent and can't be what was asked for
 └── TrainingError    a loss or weights that are no numbers any more; names round, client, step or stage
 
 A message is one line that a terminal shows as it stands, without passwords and tokens, whatever it quotes.
@@ -39,6 +41,14 @@ class ModelError(FedloomError):
 
 class RunError(FedloomError):
     """A run directory that exists, is missing or can't be read."""
+
+
+class DeploymentError(FedloomError):
+    """A server, a client or what they need of each other that can't be had."""
+
+
+class MessageError(FedloomError):
+    """What a client or a server sent and can't be what was asked for."""
 
 
 class TrainingError(FedloomError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedloom.baselines import describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import RunError
 from fedloom.failpoints import failpoint
+from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.rounds import run_rounds
 from fedloom.interruption import Interruption
 from fedloom.model import choose_device
@@ -32,6 +34,24 @@ from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up
 
 
+@dataclass(frozen=True)
+class Venue:
+    """Where a run's clients are: how one prepares for them, who asks them, and what is typed to go on."""
+
+    prepare: Callable[[Recipe, Display, Callable[[], None]], Prepared]
+    """The third is to be called now and then: it raises where the run is to end."""
+    open_fleet: Callable[[Recipe, Prepared, Workshop], LoyalFleet | None]
+    command: str
+
+
+HERE = Venue(
+    lambda recipe, display, check: prepare(recipe, display),
+    lambda recipe, prepared, workshop: None,
+    "fedloom run --resume",
+)
+"""In this process."""
+
+
 def run(
     recipe: Recipe,
     out: str | Path | None = None,
@@ -40,6 +60,7 @@ def run(
     resume: bool = False,
     log_to: str | None = None,
     watch: bool = False,
+    venue: Venue = HERE,
 ) -> Run:
     """Carry out a recipe and return its run directory, read; shown on the terminal or notebook, or on `display`.
 
@@ -75,7 +96,7 @@ def run(
                     write_report(folder)
                 display.show_step("done", f"{folder} is complete: nothing is left to do")
                 return read_run(folder)
-        prepared = prepare(recipe, display)
+        prepared = venue.prepare(recipe, display, interruption.check)
         interruption.check()
         display.show_plan(prepared.plan)
         failpoint("run.prepared")
@@ -98,7 +119,9 @@ def run(
                 if log_to:
                     log = stack.enter_context(open_tracker(log_to, folder, recipe.model_dump(mode="json")))
                 stack.enter_context(telemetry.phase("aggregation"))
-                arm = begin_or_restore(recipe, prepared, workshop, writer, state, partial(display.show_step, "mended"))
+                fleet = venue.open_fleet(recipe, prepared, workshop)
+                mended = partial(display.show_step, "mended")
+                arm = begin_or_restore(recipe, prepared, workshop, writer, state, mended, fleet)
                 for result in run_rounds(arm.run, arm.fleet):
                     record = arm.recorder.record(result, arm.run)
                     arm.commit(identity)
@@ -111,7 +134,7 @@ def run(
                     run_baselines(arm, workshop, writer, display)
                     failpoint("baselines.written")
         except KeyboardInterrupt:
-            display.show_step("stopped", f"go on with: fedloom run --resume {folder}")
+            display.show_step("stopped", f"go on with: {venue.command} {folder}")
             raise
         failpoint("run.ends")
     finished = read_run(folder)
@@ -126,12 +149,13 @@ def begin_or_restore(
     writer: RunWriter,
     state: RunState | None,
     say: Callable[[str], object],
+    fleet: LoyalFleet | None = None,
 ) -> Arm:
     """A run at its beginning, or after its last complete round."""
     # How many train at once moves results by rounding: a run that goes on has as many as it began with.
     at_once = writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
     initial = workshop.adapted.read() if state is None else state.adapter
-    arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once)
+    arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once, fleet=fleet)
     if state:
         arm.restore(state, workshop.adapted.read, say)
         writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)

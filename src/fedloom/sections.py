@@ -267,6 +267,14 @@ class Federation(Section):
     max_lost_clients: int = Field(
         0, ge=0, description="clients that a round may lose, by a loss that is no number, say, before the run ends"
     )
+    round_deadline: float = Field(
+        3600.0, gt=0, description="seconds that a client on another machine has for an answer; later ones are refused"
+    )
+    on_quorum_lost: Literal["wait", "skip", "stop"] = Field(
+        "stop",
+        description="when a round loses more than `max_lost_clients`: ask those again, on other machines; leave the"
+        " adapter as it was and go on; end the run, which can be resumed",
+    )
     lora_rule: Literal["factors", "ffa", "rolora", "svd", "fedex"] = Field(
         "factors", description="how LoRA's A and B are averaged; the README's table tells them apart"
     )

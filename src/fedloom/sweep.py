@@ -23,6 +23,7 @@ from fedloom.adapters.weights import Adapter
 from fedloom.baselines import Baseline, describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
+from fedloom.federation.fleet import LocalFleet
 from fedloom.preparation import Material, Prepared, choose_engine, gather, load_adapted_model, prepare
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_run, take_lock, write_json
@@ -289,7 +290,9 @@ def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> d
     errors: dict[str, str] = {}
     for arm in arms:
         arm.arm.recorder.runs_together = len(arms)
-    for number, result in workshop.run_all([(arm.arm.run, arm.arm.fleet) for arm in arms]):
+    for number, result in workshop.run_all(
+        [(arm.arm.run, arm.arm.fleet) for arm in arms if isinstance(arm.arm.fleet, LocalFleet)]
+    ):
         arm = arms[number]
         try:
             if isinstance(result, TrainingError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.weights import Adapter
@@ -17,7 +20,7 @@ from fedloom.evaluation import Score, evaluate
 from fedloom.failpoints import failpoint
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.averaging_error import AveragingMeter
-from fedloom.federation.fleet import LocalFleet
+from fedloom.federation.fleet import LocalFleet, LoyalFleet
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
 from fedloom.machine import describe_machine
@@ -99,7 +102,7 @@ class Arm:
     recipe: Recipe
     prepared: Prepared
     run: FederatedRun
-    fleet: LocalFleet
+    fleet: LoyalFleet
     recorder: Recorder
 
     def begin(self, initial: Adapter) -> None:
@@ -147,8 +150,12 @@ def set_up(
     *,
     clients_at_once: int,
     number: int = 0,
+    fleet: LoyalFleet | None = None,
 ) -> Arm:
-    """Everything for one run over the workshop's model, from an adapter that every client starts from."""
+    """Everything for one run over the workshop's model, from an adapter that every client starts from.
+
+    Its clients are those of `fleet`; without one, they are here.
+    """
     training = recipe.training.model_copy(update={"clients_at_once": clients_at_once})
     recipe = recipe.model_copy(update={"training": training})
     score = partial(workshop.score, batch_size=recipe.evaluation.batch_size)
@@ -157,7 +164,8 @@ def set_up(
         return score(adapter, prepared.central) if len(prepared.central) else None
 
     recorder = Recorder(recipe, prepared.plan, workshop, writer)
-    fleet = LocalFleet(prepared.clients, workshop.train_clients, score, choose_judges(prepared.clients, recipe))
+    judges = choose_judges([len(client.holdout) for client in prepared.clients], recipe)
+    fleet = fleet or LocalFleet(prepared.clients, workshop.train_clients, score, judges)
     aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
     run = FederatedRun(
         recipe,
@@ -184,7 +192,7 @@ def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 
         workshop.train_clients,
         score,
         rounds=rounds,
-        judges=choose_judges(arm.prepared.clients, arm.recipe),
+        judges=choose_judges([len(client.holdout) for client in arm.prepared.clients], arm.recipe),
         first_arm=first_arm,
     )
 
@@ -192,11 +200,20 @@ def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 
 def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
     """Hashes of all that a run's result comes from beside its recipe: the model as it was loaded, and the data."""
     blocks = [prepared.central, *(part for client in prepared.clients for part in (client.train, client.holdout))]
-    parts = {
-        "base model": adapted.model.state_dict().values(),
-        "documents": [tensor for part in blocks for tensor in (part.tokens_NT, part.lengths_N, part.counted_N)],
-    }
-    return {name: hash_tensors(tensors) for name, tensors in parts.items()}
+    documents = hash_tensors(tensors_of(blocks))
+    if prepared.told:
+        documents = hashlib.sha256("".join([documents, *prepared.told]).encode()).hexdigest()
+    return {"base model": hash_base(adapted), "documents": documents}
+
+
+def hash_base(adapted: AdaptedModel) -> str:
+    """Of the model as it was loaded, the adapter that it begins with included: before anything is trained."""
+    return hash_tensors(adapted.model.state_dict().values())
+
+
+def tensors_of(parts: Iterable[TokenBlocks]) -> list[Tensor]:
+    """All that blocks consist of."""
+    return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, part.counted_N)]
 
 
 class Recorder:

@@ -69,17 +69,17 @@ class Source:
     """True where the rows already come in a seeded order (a stream)."""
 
 
-def load_documents(data: Data, seed: int, at_most: int | None = None) -> Documents:
-    """Up to `at_most` usable documents in an order drawn from the seed.
+def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> Documents:
+    """Up to `at_most` usable documents in an order drawn from the seed; without one, in the order of their files.
 
     Raises:
         DataError: the source can't be found or reached, has no such column, or holds no usable document; a row is bad
             where none may be, or more rows than the recipe allows.
     """
-    order_seed = derive_seed(seed, "documents")
+    order_seed = derive_seed(seed or 0, "documents")
     source = _open_source(data, order_seed, at_most)
     rows = source.open_rows
-    if not source.ordered:
+    if not source.ordered and seed is not None:
         rows = list(rows)
         random.Random(order_seed).shuffle(rows)
     documents: list[Document] = []

@@ -107,7 +107,7 @@ def split_documents(found: Documents, data: Data, seed: int) -> Splits:
         )
     central, pool = documents[: data.central_holdout], documents[data.central_holdout :]
     clients = tuple(
-        _hold_out(part, data.client_holdout, derive_seed(seed, "client-holdout", client=client))
+        hold_out(part, data.client_holdout, derive_seed(seed, "client-holdout", client=client))
         for client, part in enumerate(partition_documents(pool, data.partition, data.clients, seed))
     )
     clients, audit = audit_splits(central, clients, data.near_duplicate, drop=data.duplicates == "drop")
@@ -193,7 +193,7 @@ _PARTITIONERS: dict[str, Callable[[Partition, int, int], Any]] = {
 }
 
 
-def _hold_out(documents: list[Document], share: float, seed: int) -> ClientDocuments:
+def hold_out(documents: list[Document], share: float, seed: int) -> ClientDocuments:
     """Set a share of a client's documents aside: at least one of two or more, unless the share is 0."""
     shuffled = random.Random(seed).sample(documents, len(documents))
     count = round(len(shuffled) * share)

@@ -33,6 +33,29 @@ class Fleet(Protocol):
         ...
 
 
+class LoyalFleet(Fleet, Protocol):
+    """A fleet that can go on where another one of the same run was."""
+
+    @property
+    def optimizer_states(self) -> dict[int, OptimizerState]:
+        """What clients keep between rounds, as far as it is the server's to keep."""
+        ...
+
+    @property
+    def scores(self) -> dict[int, Score]:
+        """Of the last adapter that was evaluated."""
+        ...
+
+    @property
+    def holdings(self) -> dict[int, Holding]:
+        """What each client has to train on."""
+        ...
+
+    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+        """Take on what that fleet kept."""
+        ...
+
+
 @dataclass(frozen=True)
 class ClientBlocks:
     """What one client holds."""

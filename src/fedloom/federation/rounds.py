@@ -173,13 +173,19 @@ class FederatedRun:
 
         `train_seconds` is what they took where they are there already.
 
+        A round that loses more clients than may be leaves the adapter as it was, where the recipe says so.
+
         Raises:
             TrainingError: more clients are lost than may be, or a loss is no longer a number.
         """
         tasks, started = self._tasks, time.perf_counter()
         self.gate.open(tasks)
         arrivals = _Arrivals(results, self.gate, self._on_update, self._recipe.federation.max_lost_clients)
-        self._state, self._adapter = self._aggregate.update(self._state, self._adapter, arrivals)
+        try:
+            self._state, self._adapter = self._aggregate.update(self._state, self._adapter, arrivals)
+        except TrainingError:
+            if not arrivals.lost or self._recipe.federation.on_quorum_lost != "skip":
+                raise
         aggregate_seconds = time.perf_counter() - started - arrivals.seconds
         failpoint("round.aggregated")
         evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)

@@ -1,0 +1,1 @@
+"""The same run over real machines: Flower carries it."""

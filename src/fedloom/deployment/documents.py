@@ -1,0 +1,90 @@
+"""What one client of a deployment holds: documents of its own, split and tokenised as the recipe says.
+
+A folder with `train.jsonl` and `holdout.jsonl` is a split that its owner made: it is taken as it stands, in its order.
+Anything else that a recipe could name is split here, by the recipe's share. `write_splits` writes the split of a run on
+one machine as such folders, so that a deployment can be held to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.data.documents import Document, load_documents
+from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
+from fedloom.data.tokens import TokenBlocks, check_vocabulary, distinct_blocks, tokenize_documents, without_blocks
+from fedloom.display import Display
+from fedloom.errors import DataError
+from fedloom.federation.fleet import ClientBlocks
+from fedloom.model_source import ModelSource, open_model
+from fedloom.preparation import gather
+from fedloom.randomness import derive_seed
+from fedloom.recipe import Recipe
+
+TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"
+
+
+def gather_client(recipe: Recipe, path: Path) -> tuple[ModelSource, ClientDocuments, ClientBlocks, Mapping[str, Any]]:
+    """The tokenizer's model, a client's documents and blocks, and what may be told of how they came about.
+
+    Raises:
+        DataError: they can't be read, or leave nothing to train on.
+    """
+    documents = _split(recipe, path)
+    drop = recipe.data.duplicates == "drop"
+    (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)
+    source = open_model(recipe.model.source, recipe.model.revision)
+
+    def tokenize(part: tuple[Document, ...]) -> TokenBlocks:
+        blocks = tokenize_documents(part, source.tokenizer, recipe.data)
+        check_vocabulary(blocks, source.vocabulary_size)
+        return blocks
+
+    train, holdout = tokenize(documents.train), tokenize(documents.holdout)
+    unseen = without_blocks(train, distinct_blocks(holdout))
+    shared = len(train) - len(unseen)
+    blocks = ClientBlocks(unseen if drop else train, holdout)
+    if not len(blocks.train):
+        raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
+    return source, documents, blocks, {"shared_blocks": shared, "dropped": audit.dropped[0], "leaks": audit.leaks}
+
+
+def _split(recipe: Recipe, path: Path) -> ClientDocuments:
+    def load(source: Path, seed: int | None, at_most: int | None = None) -> tuple[Document, ...]:
+        data = recipe.data.model_copy(update={"source": str(source)})
+        return load_documents(data, seed, at_most).documents
+
+    if (path / TRAIN).is_file() and (path / HOLDOUT).is_file():
+        holdout = load(path / HOLDOUT, None) if (path / HOLDOUT).stat().st_size else ()
+        return ClientDocuments(load(path / TRAIN, None), holdout)
+    found = load(path, recipe.seed, recipe.data.documents_per_client)
+    return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
+
+
+def write_splits(recipe: Recipe, folder: Path, display: Display) -> list[Path]:
+    """Write what each client of a run on this machine holds as a folder that `fedloom join --data` takes as it stands.
+
+    Documents that the run would not train on, because a part of them is held out elsewhere, are left out: a client
+    can't know of them.
+
+    Raises:
+        DataError: the recipe's documents can't be had.
+    """
+    material = gather(recipe, display)
+    held_out = set().union(*map(distinct_blocks, [material.central, *(blocks.holdout for blocks in material.clients)]))
+
+    def is_trained_on(document: Document) -> bool:
+        blocks = tokenize_documents([document], material.source.tokenizer, recipe.data)
+        return recipe.data.duplicates != "drop" or len(without_blocks(blocks, held_out)) > 0
+
+    folders = []
+    for client, documents in enumerate(material.splits.clients):
+        target = folder / f"client-{client}"
+        target.mkdir(parents=True)
+        for name, part in ((TRAIN, filter(is_trained_on, documents.train)), (HOLDOUT, documents.holdout)):
+            rows = [json.dumps({recipe.data.text: document.text}) + "\n" for document in part]
+            (target / name).write_text("".join(rows), encoding="utf-8")
+        folders.append(target)
+    return folders

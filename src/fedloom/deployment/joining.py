@@ -1,0 +1,146 @@
+"""`fedloom join`: one client's node. Starts and watches Flower's SuperNode and the worker; no torch here."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from fedloom.deployment.policy import load_policy
+from fedloom.deployment.processes import Child, check_flower, free_port, private_folder, programs_environment, tail
+from fedloom.deployment.provisioning import fingerprint
+from fedloom.errors import DeploymentError
+from fedloom.interruption import Interruption
+
+AGAIN_SECONDS = 2.0
+"""Before what ended is started again."""
+RESTARTS = 10
+"""Within `SETTLED_SECONDS`, after which it is given up."""
+SETTLED_SECONDS = 600.0
+MOST_SECONDS = 30.0
+"""Before what ends again and again is started again."""
+
+
+@dataclass(frozen=True)
+class Kit:
+    """Where the server is, and what this client proves itself by."""
+
+    name: str
+    server: str
+    """HOST:PORT."""
+    ca: str = ""
+    """The certificate authority of the server, PEM."""
+    key: Path | None = None
+
+
+def read_kit(path: Path) -> Kit:
+    """What the server's owner sent, with the key that `provision request` made, which lies beside it or here.
+
+    Raises:
+        DeploymentError: it is no kit, or the key is not there.
+    """
+    try:
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")))
+    except OSError as error:
+        raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
+    except (ValueError, KeyError):
+        raise DeploymentError("not a kit of fedloom's", where=str(path)) from None
+    if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
+        raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
+    if not kit.ca:
+        return kit
+    keys = [folder / f"{kit.name}.key" for folder in (path.parent, Path())]
+    for key in keys:
+        if key.is_file():
+            return replace(kit, key=key.resolve())
+    raise DeploymentError(
+        f"{kit.name}'s key is not there", where=str(keys[0]), mend="put the kit where fedloom provision request was run"
+    )
+
+
+def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], object]) -> None:
+    """Take part until the process is told to end.
+
+    Raises:
+        DeploymentError: Flower is missing, or what is started ends again and again.
+    """
+    if not data.exists():
+        raise DeploymentError(
+            "no such file or folder", where=str(data), mend="name this client's documents: --data PATH"
+        )
+    if policy:
+        load_policy(policy)
+    check_flower()
+    with private_folder() as folder:
+        worker_socket, log = folder / "worker.sock", folder / "supernode.log"
+        command = [
+            sys.executable,
+            "-m",
+            "fedloom.deployment.worker",
+            "--socket",
+            str(worker_socket),
+            "--name",
+            kit.name,
+        ]
+        command += ["--data", str(data), *(["--policy", str(policy)] if policy else [])]
+        node = [
+            sys.executable,
+            "-m",
+            "fedloom.federation.flower",
+            "--superlink",
+            kit.server,
+            "--port",
+            str(free_port()),
+        ]
+        node += ["--node-config", f'socket="{worker_socket}"']
+        if kit.key:
+            ca = folder / "ca.crt"
+            ca.write_text(kit.ca, encoding="utf-8")
+            say("server", f"fingerprint {fingerprint(ca)}: what its owner reads aloud")
+            node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
+        else:
+            node += ["--insecure"]
+        children: dict[str, Child] = {}
+        try:
+            children["worker"] = Child(command, None, {**os.environ})
+            children["SuperNode"] = Child(node, log, programs_environment(folder / "flower"))
+            say("joining", f"{kit.server} as {kit.name}")
+            with Interruption(partial(say, "leaving")) as interruption:
+                watch(children, log, say, interruption.check)
+        finally:
+            for child in reversed(children.values()):
+                child.end()
+
+
+def watch(
+    children: Mapping[str, Child], log: Path, say: Callable[[str, str], object], check: Callable[[], None]
+) -> None:
+    """Start again what ends, until `check` raises.
+
+    Raises:
+        DeploymentError: something ends again and again.
+    """
+    restarts: list[float] = []
+    while True:
+        check()
+        for what, child in children.items():
+            if child.ended:
+                now = time.monotonic()
+                restarts = [then for then in restarts if now - then < SETTLED_SECONDS] + [now]
+                if len(restarts) > RESTARTS:
+                    why = f": {tail(log)}" if what == "SuperNode" else ""
+                    raise DeploymentError(f"the {what} ended {RESTARTS} times{why}")
+                why = f" ({tail(log, 1)})" if what == "SuperNode" else ""
+                say("again", f"the {what} ended; it is started again{why}")
+                rested = now + min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS)
+                while time.monotonic() < rested:
+                    check()
+                    time.sleep(0.1)
+                child.start()
+        time.sleep(0.2)

@@ -1,0 +1,60 @@
+"""What a client allows a server to ask of it: a file of its owner's, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, ValidationError
+
+from fedloom.errors import RecipeError
+from fedloom.sections import Names, Section
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
+
+
+class Policy(Section):
+    """A key left out allows everything."""
+
+    models: Names | None = Field(None, description="base models that may be trained, as a recipe's model.source")
+    max_epochs: int | None = Field(None, ge=1, description="the most passes over the documents in a round")
+    max_rounds: int | None = Field(None, ge=1, description="the most rounds of a run")
+    tell_holdout_loss: bool = Field(True, description="whether the loss on the client's hold-out may be told")
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy file.
+
+    Raises:
+        RecipeError: there is none, or it is none.
+    """
+    try:
+        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(f"can't read the policy: {error.strerror}", where=str(path)) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "policy"
+        known = ", ".join(Policy.model_fields)
+        raise RecipeError(f"{key}: {first['msg']}", where=str(path), mend=f"known are {known}") from None
+    except ValueError:
+        raise RecipeError("not valid TOML", where=str(path)) from None
+
+
+def check_policy(policy: Policy, recipe: Recipe) -> None:
+    """Refuse a recipe that asks for more than the client's owner allows.
+
+    Raises:
+        RecipeError: naming what, for both sides.
+    """
+    epochs, rounds, source = recipe.training.epochs, recipe.federation.rounds, recipe.model.source
+    if policy.models is not None and source not in policy.models:
+        raise RecipeError(f'its policy does not allow the base model "{source}"', where="policy.models")
+    if policy.max_epochs is not None and epochs > policy.max_epochs:
+        raise RecipeError(
+            f"its policy allows {policy.max_epochs} epochs a round, not {epochs}", where="policy.max_epochs"
+        )
+    if policy.max_rounds is not None and rounds > policy.max_rounds:
+        raise RecipeError(f"its policy allows {policy.max_rounds} rounds, not {rounds}", where="policy.max_rounds")

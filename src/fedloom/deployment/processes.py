@@ -1,0 +1,121 @@
+"""Processes that a command starts and watches: they end with it, however it ends. No torch here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedloom.errors import DeploymentError
+
+LEASH = "import ctypes,os,signal,sys; ctypes.CDLL(None).prctl(1,signal.SIGTERM); os.execvp(sys.argv[1],sys.argv[1:])"
+"""Linux ends a process whose parent was killed, if it asks for that."""
+GRACE_SECONDS = 10.0
+FLOWER = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds, for 1
+}
+"""Settings of Flower's: it tells nobody what it does, and starts apps sooner."""
+
+
+class Child:
+    """A process, and all that it starts, with its output in a file."""
+
+    def __init__(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str]) -> None:
+        self._command, self._log, self._environment = list(command), log, dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again if need be; what is left of it is ended before."""
+        self.end()
+        leash = [sys.executable, "-c", LEASH] if sys.platform == "linux" else []
+        with open(self._log, "ab") if self._log else nullcontext() as output:
+            self._process = subprocess.Popen(
+                [*leash, *self._command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    @property
+    def ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def end(self) -> None:
+        """Ask it to end, and after a while make it; its own children too."""
+        if self._process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_SECONDS)
+        self._process = None
+
+
+def programs_environment(home: Path) -> dict[str, str]:
+    """For Flower's programs: quiet, with their own home, and this Python's programs found first."""
+    here = str(Path(sys.executable).parent)
+    return {**os.environ, **FLOWER, "FLWR_HOME": str(home), "PATH": os.pathsep.join([here, os.environ.get("PATH", "")])}
+
+
+def check_flower() -> None:
+    """Refuse to go on without Flower.
+
+    Raises:
+        DeploymentError
+    """
+    if find_spec("flwr") is None:
+        raise DeploymentError("Flower is not installed", mend="install it: pip install 'fedloom[deploy]'")
+
+
+def find_program(name: str) -> str:
+    """One of Flower's programs, which lie beside this Python's own.
+
+    Raises:
+        DeploymentError
+    """
+    check_flower()
+    path = Path(sys.executable).parent / name
+    if not path.is_file():
+        raise DeploymentError(
+            f"{name} is not beside {sys.executable}", mend="install it: pip install 'fedloom[deploy]'"
+        )
+    return str(path)
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """A folder for sockets, keys' settings and logs that nobody else can look into; it is gone afterwards."""
+    # Paths of Unix sockets are short, so it is not in the run directory.
+    with tempfile.TemporaryDirectory(prefix="fedloom-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tail(log: Path, lines: int = 3) -> str:
+    """The end of a log, for an error."""
+    if not log.is_file():
+        return ""
+    return " / ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])[-500:]

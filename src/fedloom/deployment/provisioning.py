@@ -1,0 +1,320 @@
+"""Keys and certificates of a deployment: the server's, and the list of clients whose keys it takes. No torch here.
+
+A client's private key is made on its own machine and stays there: what it sends is a public key, what it gets back is
+a kit with the server's address and certificate authority. Whoever holds a registered key is that client.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.deployment.processes import check_flower
+from fedloom.errors import DeploymentError
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
+CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+NGINX = """\
+# Written by fedloom provision init: only the fleet's path reaches Flower; what operates it stays on this machine.
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/nginx-body;
+  proxy_temp_path {folder}/nginx-proxy;
+  fastcgi_temp_path {folder}/nginx-fastcgi;
+  uwsgi_temp_path {folder}/nginx-uwsgi;
+  scgi_temp_path {folder}/nginx-scgi;
+  server {{
+    listen {port} ssl;
+    ssl_certificate {folder}/server.crt;
+    ssl_certificate_key {folder}/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    client_max_body_size 0;
+    proxy_request_buffering off;
+    proxy_buffering off;
+    location /v1/fleet/ {{
+      proxy_pass https://127.0.0.1:{inner};
+      proxy_http_version 1.1;
+      proxy_read_timeout 300s;
+      proxy_ssl_trusted_certificate {folder}/ca.crt;
+      proxy_ssl_verify on;
+      proxy_ssl_name localhost;
+    }}
+    location / {{ return 403; }}
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Security:
+    """What a server proves itself by, and whose keys it takes."""
+
+    folder: Path
+    host: str
+    port: int
+    """That clients connect to: nginx's, or on the loopback the SuperLink's own."""
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.crt"
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "server.crt"
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "server.key"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all clients are on this machine, so that no proxy is needed."""
+        return self.host in LOOPBACK
+
+    def clients(self) -> Mapping[str, Path]:
+        """The public keys of the clients that were approved and not revoked."""
+        return {path.stem: path for path in sorted((self.folder / "clients").glob("*.pub"))}
+
+    def expires(self) -> datetime:
+        """When the server's certificate does."""
+        return _read_certificate(self.certificate).not_valid_after_utc
+
+    def write_nginx(self, inner: int) -> Path:
+        """The proxy's configuration, in front of a SuperLink on this port."""
+        path = self.folder / "nginx.conf"
+        path.write_text(NGINX.format(folder=self.folder.resolve(), port=self.port, inner=inner), encoding="utf-8")
+        return path
+
+
+def init(folder: Path, host: str, port: int) -> Security:
+    """Make a certificate authority, the server's certificate for its names, and an empty list of clients.
+
+    Raises:
+        DeploymentError: the folder exists, or the host is no name or address.
+    """
+    check_flower()  # whose own library for keys this is
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    if not HOST.fullmatch(host):
+        raise DeploymentError("no host name or address", where=f"--host {host[:80]}")
+    if folder.exists():
+        raise DeploymentError("the folder exists", where=str(folder), mend="name another with --folder")
+    (folder / "clients").mkdir(parents=True)
+    folder.chmod(0o700)
+    ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    ca = _certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
+    server = _certify(host, server_key, (ca, ca_key), SERVER_DAYS, hosts=(host, *LOOPBACK))
+    for name, key in (("ca", ca_key), ("server", server_key)):
+        _write_private(folder / f"{name}.key", _private_pem(key))
+    for name, certificate in (("ca", ca), ("server", server)):
+        (folder / f"{name}.crt").write_bytes(_certificate_pem(certificate))
+    (folder / "server.toml").write_text(f'host = "{host}"\nport = {port}\n', encoding="utf-8")
+    return open_server(folder)
+
+
+def open_server(folder: Path) -> Security:
+    """What `init` made.
+
+    Raises:
+        DeploymentError: it is not there, or its certificate has expired.
+    """
+    check_flower()
+    try:
+        told = tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))
+        security = Security(folder, str(told["host"]), int(told["port"]))
+        expires = security.expires()
+    except (OSError, ValueError, KeyError) as error:
+        raise DeploymentError(
+            "no server is set up in it", where=str(folder), mend="make one: fedloom provision init --host HOST"
+        ) from error
+    if expires < datetime.now(UTC):
+        raise DeploymentError(f"the server's certificate expired on {expires:%Y-%m-%d}", where=str(folder))
+    return security
+
+
+def describe_expiry(security: Security) -> str:
+    """The date, and from 30 days ahead a warning."""
+    left = (security.expires() - datetime.now(UTC)).days
+    warning = f": ONLY {left} DAYS LEFT" if left < WARN_DAYS else ""
+    return f"the certificate is valid until {security.expires():%Y-%m-%d}{warning}"
+
+
+def request(name: str, folder: Path) -> Path:
+    """Make this client's key, which stays here, and the small file that goes to the server's owner.
+
+    Raises:
+        DeploymentError: the name is none, or has a key here already.
+    """
+    check_flower()
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    _check_name(name)
+    key_file = folder / f"{name}.key"
+    if key_file.exists():
+        raise DeploymentError("there is a key of that name", where=str(key_file), mend="use it, or another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    _write_private(key_file, private)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path = folder / f"{name}.request"
+    path.write_text(json.dumps({"fedloom": 1, "name": name, "key": public.decode()}) + "\n", encoding="utf-8")
+    return path
+
+
+def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
+    """Take a client's key onto the list; the kit to send back, and the fingerprint to read aloud.
+
+    Raises:
+        DeploymentError: the file is no request, or another client has that name.
+    """
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    security = open_server(folder)
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        name, public = str(told["name"]), str(told["key"]).strip()
+        load_ssh_public_key(public.encode())
+    except OSError as error:
+        raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None
+    except Exception as error:  # of a dozen kinds, from a file that may be anything
+        raise DeploymentError("not a request of fedloom's", where=str(file)) from error
+    _check_name(name)
+    known = folder / "clients" / f"{name}.pub"
+    if known.exists() and known.read_text(encoding="utf-8").strip() != public:
+        raise DeploymentError(
+            f"{name} has another key already",
+            where=str(known),
+            mend=f"revoke it first: fedloom provision revoke {name}",
+        )
+    known.write_text(public + "\n", encoding="utf-8")
+    ca = security.ca.read_text(encoding="utf-8")
+    kit = to / f"{name}.kit"
+    kit.write_text(
+        f'name = "{name}"\nserver = "{security.host}:{security.port}"\nca = """\n{ca}"""\n', encoding="utf-8"
+    )
+    return kit, fingerprint(security.ca)
+
+
+def revoke(folder: Path, name: str) -> None:
+    """Take a client's key off the list: a server that runs lets go of it within seconds.
+
+    Raises:
+        DeploymentError: nobody of that name is on it.
+    """
+    security = open_server(folder)
+    known = security.clients()
+    if name not in known:
+        raise DeploymentError(f'no client is named "{name}"', where=str(folder), mend=f"known: {', '.join(known)}")
+    (folder / "revoked").mkdir(exist_ok=True)
+    known[name].replace(folder / "revoked" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.pub")
+
+
+def fingerprint(ca: Path) -> str:
+    """SHA-256 of a certificate, in groups that can be read aloud."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    digits = _read_certificate(ca).fingerprint(SHA256()).hex()
+    return " ".join(digits[start : start + 8] for start in range(0, len(digits), 8))
+
+
+def find_nginx() -> str | None:
+    """Where the proxy is, if it is installed."""
+    return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise DeploymentError(f"not a name for a client: {name[:80]!r}", mend="use letters, digits, . _ and -")
+
+
+def _certify(
+    name: str, key: Any, issuer: tuple[x509.Certificate, Any] | None, days: int, hosts: tuple[str, ...]
+) -> x509.Certificate:
+    """A certificate of one's own, or one that a CA signed for hosts."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.hashes import SHA384
+
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name[:64])])
+    now = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ
+    signer = issuer[1] if issuer else key
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer[0].subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    if hosts:
+        names = [_general_name(host) for host in dict.fromkeys(hosts)]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    else:
+        usage: dict[str, bool] = dict.fromkeys(
+            ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+        )
+        builder = builder.add_extension(
+            x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False),
+            critical=True,
+        )
+    return builder.sign(signer, SHA384())
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    from cryptography import x509
+
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def _certificate_pem(certificate: x509.Certificate) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def _private_pem(key: Any) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    found: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return found
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Readable by its owner alone from the first moment on."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)

@@ -1,0 +1,186 @@
+"""The server's side of Flower: starts and watches the SuperLink, submits the app, and is the `Link` that it makes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fedloom.deployment.app import write_app
+from fedloom.deployment.processes import Child, find_program, programs_environment, tail
+from fedloom.deployment.provisioning import Security
+from fedloom.deployment.wire import Frame, receive_frame, send_frame
+from fedloom.errors import DeploymentError
+from fedloom.federation.remote import Answer, Node
+
+FREE_SECONDS = 20.0
+"""That a SuperLink whose server was killed has to end."""
+START_SECONDS = 120.0
+"""That the SuperLink, its app and what they need have to come up."""
+ANSWER_SECONDS = 60.0
+"""That the app has for an answer. It can hang: Flower waits for hours for the rest of an answer whose sender died."""
+REGISTERED_AT_ONCE = 4
+RESTARTS = 5
+"""Of a SuperLink that ends, in a row without an answer in between."""
+
+
+class SuperLink:
+    """A running SuperLink with our app on it. It listens on the loopback alone; without `security`, to anyone there."""
+
+    def __init__(self, folder: Path, port: int, security: Security | None) -> None:
+        self._folder, self._port, self._security = folder, port, security
+        self._check: Callable[[], None] = lambda: None
+        self._log = folder / "superlink.log"
+        self._environment = programs_environment(folder / "flower")
+        self._app: socket.socket | None = None
+        self._child: Child | None = None
+        self._restarts = 0
+        self._registered: set[str] = set()
+        """Clients whose keys the SuperLink knows."""
+        write_app(folder / "app")
+        (folder / "flower").mkdir()
+        trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
+        host = "localhost" if security else "127.0.0.1"
+        connection = f'[superlink.here]\naddress = "{host}:{port}"\n{trust}\n'
+        (folder / "flower" / "config.toml").write_text(connection, encoding="utf-8")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / "serve.sock"))
+        self._listener.listen()
+        self._listener.settimeout(0.2)
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Have this called at every wait: it raises where the run is to end."""
+        self._check = check
+
+    def open(self) -> None:
+        """Start it, register the clients' keys and submit the app.
+
+        Raises:
+            DeploymentError: it does not come up.
+        """
+        free_by = time.monotonic() + FREE_SECONDS
+        while self._listens():
+            self._check()
+            if time.monotonic() > free_by:
+                raise DeploymentError(
+                    f"port {self._port} is taken", mend="end whatever listens there, or choose another with --port"
+                )
+            time.sleep(0.2)
+        command = [find_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--disable-runtime-dependency-installation"]
+        if self._security:
+            command += ["--ssl-ca-certfile", str(self._security.ca), "--ssl-certfile", str(self._security.certificate)]
+            command += ["--ssl-keyfile", str(self._security.key), "--enable-supernode-auth"]
+        else:
+            command += ["--insecure"]
+        self._child = Child(command, self._log, self._environment)
+        until = time.monotonic() + START_SECONDS
+        while not self._listens():
+            self._wait(until, "it does not listen")
+        self._registered = set()
+        self._register()
+        self._submit(until)
+
+    def _submit(self, until: float) -> None:
+        """Start the app, and wait until it is there."""
+        self._flower("run", str(self._folder / "app"), "here", "--run-config", f'socket="{self._folder}/serve.sock"')
+        while True:
+            try:
+                self._app, _ = self._listener.accept()
+            except TimeoutError:
+                self._wait(until, "its app does not start")
+                continue
+            self._app.settimeout(ANSWER_SECONDS)
+            return
+
+    def close(self) -> None:
+        """End all of it."""
+        if self._app:
+            self._app.close()
+        self._listener.close()
+        if self._child:
+            self._child.end()
+
+    def nodes(self) -> Sequence[Node]:
+        self._register()
+        nodes = [Node(*told) for told in self._ask(Frame({"do": "nodes"})).manifest["nodes"]]
+        if self._security is None:
+            return nodes
+        for node in nodes:
+            if node.name not in self._registered:
+                self._flower("supernode", "unregister", node.id, "here")
+        return [node for node in nodes if node.name in self._registered]
+
+    def send(self, node: Node, frame: Frame, seconds: float) -> str:
+        told = {"do": "send", "node": node.id, "ttl": seconds, "manifest": frame.manifest}
+        return str(self._ask(Frame(told, frame.payload)).manifest["message"])
+
+    def pull(self, messages: Collection[str]) -> Answer | None:
+        found = self._ask(Frame({"do": "pull", "messages": [*messages]}))
+        told = found.manifest
+        if not told["message"]:
+            return None
+        self._restarts = 0
+        frame = None if "error" in told else Frame(told["manifest"], found.payload)
+        return Answer(told["message"], frame, told.get("error", ""))
+
+    def reopen(self) -> None:
+        self._restarts += 1
+        if self._restarts > RESTARTS:
+            raise DeploymentError(f"the SuperLink ended {RESTARTS} times in a row: {tail(self._log)}")
+        if self._app:
+            self._app.close()
+        if self._child and not self._child.ended and self._restarts == 1:
+            self._submit(time.monotonic() + START_SECONDS)
+            return
+        if self._child:
+            self._child.end()
+        self.open()
+
+    def _ask(self, frame: Frame) -> Frame:
+        self._check()
+        assert self._app is not None, "the SuperLink is not open"
+        send_frame(self._app, frame)
+        return receive_frame(self._app)
+
+    def _register(self) -> None:
+        """Take the keys that were approved since, and know who was revoked."""
+        listed = self._security.clients() if self._security else {}
+        new = [name for name in listed if name not in self._registered]
+        with ThreadPoolExecutor(REGISTERED_AT_ONCE) as pool:
+            # Each is a process of Flower's that takes seconds to start.
+            words = [("supernode", "register", str(listed[name]), "here", "--name", name) for name in new]
+            deque(pool.map(lambda these: self._flower(*these), words), maxlen=0)
+        self._registered = set(listed)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def _wait(self, until: float, what: str) -> None:
+        self._check()
+        if (self._child and self._child.ended) or time.monotonic() > until:
+            raise DeploymentError(f"the SuperLink can't be had: {what}: {tail(self._log)}")
+        time.sleep(0.1)
+
+    def _flower(self, *words: str) -> None:
+        """One of Flower's own commands."""
+        command = [find_program("flwr"), *words, "--format", "json"]
+        try:
+            done = subprocess.run(
+                command, env=self._environment, capture_output=True, text=True, timeout=START_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise DeploymentError(f"flwr {words[0]} took more than {START_SECONDS:.0f} seconds") from None
+        try:
+            told = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+        except ValueError:
+            told = {}
+        if not told.get("success"):
+            why = told.get("error-message") or done.stderr.strip() or done.stdout.strip()
+            raise DeploymentError(f"flwr {words[0]} failed: {why[-300:]}")

@@ -1,0 +1,84 @@
+"""Frames between two processes of one machine: a JSON manifest and raw bytes. Never pickle; no torch here."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HEAD = struct.Struct(">QQ")
+MOST_MANIFEST_BYTES = 2**26
+MOST_PAYLOAD_BYTES = 2**36
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is said, and the numbers that go with it: float32, little-endian."""
+
+    manifest: Mapping[str, Any]
+    payload: bytes = b""
+
+
+def send_frame(connection: socket.socket, frame: Frame) -> None:
+    """Write a frame whole.
+
+    Raises:
+        OSError: the other side is gone, or takes longer than the connection's timeout.
+    """
+    manifest = json.dumps(frame.manifest).encode()
+    connection.sendall(HEAD.pack(len(manifest), len(frame.payload)) + manifest)
+    if frame.payload:
+        connection.sendall(frame.payload)
+
+
+def receive_frame(connection: socket.socket) -> Frame:
+    """Read a frame whole.
+
+    Raises:
+        OSError: the other side is gone, says nothing within the connection's timeout, or speaks something else.
+    """
+    manifest_bytes, payload_bytes = HEAD.unpack(_read(connection, HEAD.size))
+    if manifest_bytes > MOST_MANIFEST_BYTES or payload_bytes > MOST_PAYLOAD_BYTES:
+        raise ConnectionError("no frame of fedloom's")
+    try:
+        manifest = json.loads(_read(connection, manifest_bytes))
+    except (ValueError, RecursionError) as error:
+        raise ConnectionError("no frame of fedloom's") from error
+    return Frame(manifest, _read(connection, payload_bytes))
+
+
+def ask(path: str, frame: Frame, *, patience_seconds: float, answer_seconds: float) -> Frame:
+    """One question to whoever listens at a path; who is not there yet, or breaks off, is asked again for a while.
+
+    Raises:
+        OSError: nobody answered in time.
+    """
+    until = time.monotonic() + patience_seconds
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(answer_seconds)
+                connection.connect(path)
+                send_frame(connection, frame)
+                return receive_frame(connection)
+        except TimeoutError:
+            raise
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+def _read(connection: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    view, filled = memoryview(data), 0
+    while filled < count:
+        found = connection.recv_into(view[filled:])
+        if not found:
+            raise ConnectionError("the other side is gone")
+        filled += found
+    return bytes(data)

@@ -1,0 +1,204 @@
+"""A client's worker: holds the base model and the client's own documents for the node's life, and does what is asked.
+
+It answers questions on a Unix socket: who are you (`meet`), how good is this adapter (`evaluate`), train it (`train`).
+The recipe comes from the server, the documents from this machine's command line, and never the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fedloom import __version__
+from fedloom.adapters.weights import Adapter
+from fedloom.deployment.documents import gather_client
+from fedloom.deployment.policy import Policy, check_policy, load_policy
+from fedloom.deployment.wire import Frame, receive_frame, send_frame
+from fedloom.errors import DataError, FedloomError, MessageError
+from fedloom.evaluation import Score, evaluate
+from fedloom.federation.fleet import ClientBlocks
+from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, unpack_task
+from fedloom.preparation import choose_engine, load_adapted_model
+from fedloom.progress import Progress
+from fedloom.recipe import Recipe
+from fedloom.run_state import hash_tensors
+from fedloom.training.jobs import ClientFailure, ClientJob
+from fedloom.workshop import ENGINES, hash_base, tensors_of
+
+
+class Bench:
+    """One recipe's base model and this client's blocks, and what is asked of them."""
+
+    def __init__(self, recipe: Recipe, data: Path) -> None:
+        source, documents, blocks, told = gather_client(recipe, data)
+        self._blocks: ClientBlocks = blocks
+        self._recipe = recipe
+        say("model", source.name)
+        self._adapted = load_adapted_model(recipe, source)
+        self._train_clients = ENGINES[choose_engine(recipe)](self._adapted, self._note)
+        self._progress: list[Progress] = []
+        self._scored: tuple[str, Score | None] = "", None
+        self.facts: dict[str, Any] = {
+            "version": __version__,
+            "base": hash_base(self._adapted),
+            "documents": hash_tensors(tensors_of([blocks.train, blocks.holdout])),
+            "train_documents": len(documents.train),
+            "holdout_documents": len(documents.holdout),
+            "blocks": len(blocks.train),
+            "tokens": blocks.train.num_tokens,
+            "holdout_blocks": len(blocks.holdout),
+            "holdout_tokens": blocks.holdout.num_tokens,
+            **told,
+        }
+
+    def take_progress(self) -> list[list[Any]]:
+        """The batches that were worked on since this was last asked: the server counts them as its own run's."""
+        taken, self._progress = self._progress, []
+        return [[*asdict(progress).values()] for progress in taken]
+
+    def _note(self, progress: Progress) -> None:
+        self._progress.append(progress)
+
+    def evaluate(self, asked: Frame) -> Frame:
+        """How good an adapter is on this client's own hold-out."""
+        return Frame({"score": pack_score(self._score(unpack_adapter(asked, self._adapted.layout)))})
+
+    def train(self, asked: Frame) -> Frame:
+        """A round's work; with `judge` the adapter is scored before and after it."""
+        task = unpack_task(asked, self._adapted.layout, self._recipe)
+        before = self._score(task.adapter) if asked.manifest.get("judge") else None
+        job = ClientJob(**vars(task), blocks=self._blocks.train)
+        (result,) = self._train_clients([job])
+        if isinstance(result, ClientFailure):
+            raise result.error
+        report = result.report
+        if before:
+            started = time.perf_counter()
+            after = self._evaluate(result.adapter)
+            report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
+                             evaluate_seconds=time.perf_counter() - started)  # fmt: skip
+        say(f"round {task.round}", f"{report.steps} steps, loss {report.loss_first:.4f} → {report.loss_last:.4f}")
+        return pack_update(replace(result, report=report), task.trains_P)
+
+    def _score(self, adapter: Adapter) -> Score | None:
+        """Of an adapter that is judged more than once, worked out once."""
+        digest = adapter.sha256()
+        if self._scored[0] != digest:
+            self._scored = digest, self._evaluate(adapter) if len(self._blocks.holdout) else None
+        return self._scored[1]
+
+    def _evaluate(self, adapter: Adapter) -> Score:
+        return evaluate(
+            self._adapted,
+            adapter,
+            self._blocks.holdout,
+            batch_size=self._recipe.evaluation.batch_size,
+            watch=self._note,
+        )
+
+
+class Worker:
+    """Answers questions, one after another."""
+
+    def __init__(self, name: str, data: Path, policy: Policy) -> None:
+        self._name, self._data, self._policy = name, data, policy
+        self._told: Mapping[str, Any] | None = None
+        self._bench: Bench | None = None
+        self._last: tuple[Frame, Frame] | None = None
+
+    def answer(self, asked: Frame) -> Frame:
+        """What is asked, or why not: in words that hold nothing of this client's documents or paths."""
+        if self._last and self._last[0] == asked:
+            return self._last[1]  # asked again, because the answer was lost on its way
+        try:
+            bench, do = self._open(asked.manifest.get("recipe")), asked.manifest.get("do")
+            if do == "meet":
+                found = Frame({"name": self._name, **bench.facts})
+            elif do == "evaluate":
+                found = bench.evaluate(asked) if self._policy.tell_holdout_loss else Frame({"score": None})
+            elif do == "train":
+                self._check_task(asked)
+                found = bench.train(asked)
+            else:
+                raise MessageError("no question that this fedloom knows")
+        except DataError as error:
+            say("error", str(error))
+            return Frame({"name": self._name, "error": "its documents can't be used: its owner sees why"})
+        except FedloomError as error:
+            say("error", str(error))
+            return Frame({"name": self._name, "error": str(error)})
+        found = replace(found, manifest={**found.manifest, "progress": bench.take_progress()})
+        self._last = asked, found
+        return found
+
+    def _open(self, told: Any) -> Bench:
+        if self._bench is None or told != self._told:
+            recipe = read_told_recipe(told)
+            check_policy(self._policy, recipe)
+            self._bench = self._told = None
+            self._bench, self._told = Bench(recipe, self._data), told
+        return self._bench
+
+    def _check_task(self, asked: Frame) -> None:
+        """What a task says is what the recipe says: a policy is kept by both or neither."""
+        free = {"proximal_mu", "clients_at_once"}
+        training = dict(asked.manifest.get("training", {}))
+        known = read_told_recipe(self._told).training.model_dump(mode="json", exclude=free)
+        if {key: value for key, value in training.items() if key not in free} != known:
+            raise MessageError("the task is not the recipe's")
+
+
+def read_told_recipe(told: Any) -> Recipe:
+    """The recipe as the server tells it: without its source of documents.
+
+    Raises:
+        MessageError: it is none.
+    """
+    try:
+        return Recipe.model_validate({**told, "data": {"source": "the client's own", **told["data"]}})
+    except (KeyError, TypeError, ValueError) as error:
+        raise MessageError("the server's recipe is none that this fedloom reads") from error
+
+
+def say(what: str, detail: str) -> None:
+    """A line for whoever watches `fedloom join`."""
+    print(f"{what:<10}{detail}", flush=True)
+
+
+def serve(listener: socket.socket, worker: Worker) -> None:
+    """Answer until the process ends."""
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(60.0)
+            try:
+                asked = receive_frame(connection)
+                send_frame(connection, worker.answer(asked))
+            except OSError as error:  # the app that asked was killed, say; it is asked again
+                say("again", f"whoever asked is gone ({type(error).__name__})")
+
+
+def main() -> None:
+    """`python -m fedloom.deployment.worker`: started by `fedloom join`, never by hand."""
+    parser = argparse.ArgumentParser()
+    for option in ("--socket", "--name", "--data", "--policy"):
+        parser.add_argument(option, default="")
+    chosen = parser.parse_args()
+    policy = load_policy(Path(chosen.policy)) if chosen.policy else Policy()
+    worker = Worker(chosen.name, Path(chosen.data), policy)
+    with socket.socket(socket.AF_UNIX) as listener:
+        Path(chosen.socket).unlink(missing_ok=True)
+        listener.bind(chosen.socket)
+        os.chmod(chosen.socket, 0o600)
+        listener.listen()
+        serve(listener, worker)
+
+
+if __name__ == "__main__":
+    main()

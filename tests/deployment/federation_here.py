@@ -1,0 +1,140 @@
+"""A federation of this machine's processes, started as people start it; all of them end with the test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedloom.deployment import provisioning
+from fedloom.deployment.processes import free_port
+from fedloom.experiment import run
+from fedloom.recipe import Recipe, load_recipe
+from fedloom.records import Run, read_run
+
+SECONDS = 150.0
+"""That any wait of a test takes at the most."""
+QUICK = ["training.engine=reference", "model.dtype=float32", "data.documents_per_client=10"]
+
+
+def tiny(*overrides: str) -> Recipe:
+    """`tiny` on the engine that is the same everywhere."""
+    return load_recipe("tiny", [*QUICK, *overrides])
+
+
+class Federation:
+    """A server and its clients, each a process of its own, with what they say in files."""
+
+    def __init__(self, folder: Path, stack: ExitStack, *, secure: bool) -> None:
+        self.folder, self._stack = folder, stack
+        self.port = free_port()
+        self.out = folder / "served"
+        self._server = folder / "server" if secure else None
+        if self._server:
+            provisioning.init(self._server, "localhost", self.port)
+
+    def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        """One `fedloom` command."""
+        command = [sys.executable, "-m", "fedloom", *words]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+        self._stack.callback(end, process)
+        return process
+
+    def serve(self, recipe: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        how = ("--server", str(self._server)) if self._server else ("--insecure", "--port", str(self.port))
+        return self.start("serve", "serve", recipe, *how, *words, **environment)
+
+    def join(self, name: str, data: Path, *words: str) -> subprocess.Popen[bytes]:
+        kit = self.folder / name / f"{name}.kit"
+        if self._server:
+            asked = provisioning.request(name, kit.parent)
+            provisioning.approve(self._server, asked, kit.parent)
+        else:
+            kit.parent.mkdir()
+            kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
+        return self.start(name, "join", str(kit), "--data", str(data), *words)
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def wait_for(self, name: str, text: str, *, times: int = 1) -> None:
+        """Until somebody has said something."""
+        until = time.monotonic() + SECONDS
+        while self.said(name).count(text) < times:
+            assert time.monotonic() < until, f"{name} never said {text!r}:\n{self.said(name)}"
+            time.sleep(0.1)
+
+    def finish(self, server: subprocess.Popen[bytes]) -> Run:
+        """The run that a server left behind."""
+        code = server.wait(2 * SECONDS)
+        assert code == 0, self.said("serve")
+        return read_run(self.out)
+
+
+@contextmanager
+def federation(folder: Path, *, secure: bool = False) -> Iterator[Federation]:
+    with ExitStack() as stack:
+        yield Federation(folder, stack, secure=secure)
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process started, and that they did."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    children = [int(word) for word in listed.read_text().split()] if listed.exists() else []
+    return [*children, *(found for child in children for found in descendants(child))]
+
+
+def find_process(parent: int, word: str) -> int:
+    """A descendant with a word in its command line, once there is one."""
+    until = time.monotonic() + SECONDS
+    while True:
+        for found in descendants(parent):
+            with suppress(OSError):
+                if word.encode() in Path(f"/proc/{found}/cmdline").read_bytes():
+                    return found
+        assert time.monotonic() < until, f"no process {word}"
+        time.sleep(0.02)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """As a person ends it, and by force where that does not do."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+        raise AssertionError("it had to be killed")
+
+
+def split(recipe: Recipe, folder: Path) -> list[Path]:
+    from fedloom.deployment.documents import write_splits
+    from fedloom.display import Display
+
+    return write_splits(recipe, folder, Display())
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without times, memory and what depends on them."""
+    kept = []
+    for record in records:
+        told = {
+            key: value
+            for key, value in record.items()
+            if not any(word in key for word in ("seconds", "finished", "peak_bytes"))
+        }
+        kept.append(json.loads(json.dumps(told)))
+    return kept
+
+
+def run_here(recipe: Recipe, folder: Path) -> Run:
+    from fedloom.display import Display
+
+    return run(recipe, folder, Display())

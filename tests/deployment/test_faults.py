@@ -1,0 +1,99 @@
+"""Processes of a deployment that are killed, stopped or late: the run ends, and nothing counts twice."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
+
+from federation_here import Federation, federation, find_process, run_here, split, tiny
+
+from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.records import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+if not Path("/proc/self/task").is_dir():
+    pytest.skip("processes are found through /proc", allow_module_level=True)
+
+CLIENTS = ("client-0", "client-1")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return tiny("data.clients=2", "federation.rounds=2", *overrides)
+
+
+def join_all(there: Federation, recipe: Recipe) -> dict[str, int]:
+    """Each client's `fedloom join`, by its process."""
+    folders = split(recipe, there.folder / "split")
+    return {name: there.join(name, folder).pid for name, folder in zip(CLIENTS, folders, strict=True)}
+
+
+def write(recipe: Recipe, folder: Path) -> str:
+    (folder / "recipe.toml").write_text(recipe_to_toml(recipe))
+    return str(folder / "recipe.toml")
+
+
+def hashes(run: Run) -> list[str]:
+    return [record["adapter_sha256"] for record in run.rounds]
+
+
+@pytest.mark.parametrize("victim", ["fedloom.deployment.worker", "flwr-clientapp", "federation.flower"])
+def test_what_a_client_lost_is_started_again_and_no_round_is_lost(victim: str, tmp_path: Path) -> None:
+    """Its worker, Flower's process for one message, or its SuperNode."""
+    asked = recipe()
+    with federation(tmp_path) as there:
+        joined = join_all(there, asked)
+        server = there.serve(write(asked, tmp_path), "--out", str(there.out))
+        there.wait_for("client-1", "round 1")
+        os.kill(find_process(joined["client-1"], victim), signal.SIGKILL)
+        served = there.finish(server)
+    assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
+    assert len(served.clients) == 4
+
+
+def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: Path) -> None:
+    asked = tiny(
+        "data.clients=2", "federation.rounds=3", "federation.max_lost_clients=1", "federation.round_deadline=30"
+    )
+    with federation(tmp_path) as there:
+        joined = join_all(there, asked)
+        server = there.serve(write(asked, tmp_path), "--out", str(there.out))
+        there.wait_for("client-1", "round 1")
+        worker = find_process(joined["client-1"], "fedloom.deployment.worker")
+        os.kill(worker, signal.SIGSTOP)
+        there.wait_for("serve", "lost", times=2)  # once for the evaluation after round 1, once for round 2
+        os.kill(worker, signal.SIGCONT)
+        served = there.finish(server)
+    lost = [record["lost"] for record in served.rounds]
+    assert len(served.rounds) == 4
+    assert lost == [[], [], [1], []]
+    assert "no answer within" in served.rounds[2]["lost_because"]["1"]
+    assert len(served.clients) == 6 - sum(map(len, lost))
+
+
+def test_a_server_that_was_killed_goes_on_and_its_clients_come_back(tmp_path: Path) -> None:
+    asked = recipe()
+    with federation(tmp_path) as there:
+        join_all(there, asked)
+        server = there.serve(write(asked, tmp_path), "--out", str(there.out), FEDLOOM_FAILPOINT="round.begins=kill@2")
+        assert server.wait(150) == -signal.SIGKILL
+        served = there.finish(there.serve(str(there.out), "--resume"))
+    assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
+    assert served.status["resumed"] == 1
+
+
+def test_a_policy_is_kept_and_told_on_both_sides(tmp_path: Path) -> None:
+    asked = recipe("training.epochs=3")
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max_epochs = 2\n")
+    with federation(tmp_path) as there:
+        server = there.serve(write(asked, tmp_path), "--out", str(there.out), "--wait", "45")
+        folders = split(asked, tmp_path / "split")
+        there.join("client-0", folders[0])
+        there.join("client-1", folders[1], "--policy", str(policy))
+        assert server.wait(150) == 2
+        for side in ("serve", "client-1"):
+            assert "its policy allows 2 epochs a round, not 3" in there.said(side)
+    assert not there.out.exists()

@@ -1,0 +1,123 @@
+"""Keys and certificates: what is made where, what leaves a machine, and what is refused."""
+
+import json
+import ssl
+import stat
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
+
+from cryptography import x509
+
+from fedloom.deployment import provisioning
+from fedloom.deployment.joining import read_kit
+from fedloom.deployment.provisioning import approve, fingerprint, init, open_server, request, revoke
+from fedloom.errors import DeploymentError
+
+
+def test_the_servers_certificate_has_its_names_and_is_signed_by_its_authority(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    certificate = x509.load_pem_x509_certificate(security.certificate.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(security.ca.read_bytes()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(security.certificate, security.key)
+    for key in ("ca.key", "server.key"):
+        assert stat.S_IMODE((tmp_path / "server" / key).stat().st_mode) == 0o600
+    assert not security.is_local
+    assert open_server(tmp_path / "server").port == 8443
+
+
+def test_a_clients_key_stays_where_it_was_made(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    sent = request("alice", tmp_path / "alice")
+    secret = (tmp_path / "alice" / "alice.key").read_text()
+    assert stat.S_IMODE((tmp_path / "alice" / "alice.key").stat().st_mode) == 0o600
+    kit, read_aloud = approve(security.folder, sent, tmp_path / "alice")
+    assert set(json.loads(sent.read_text())) == {"fedloom", "name", "key"}
+    for file in (sent, kit, *(tmp_path / "server").rglob("*.pub")):
+        assert "PRIVATE KEY" not in file.read_text()
+    assert "PRIVATE KEY" in secret
+    assert read_aloud == fingerprint(security.ca)
+    assert list(security.clients()) == ["alice"]
+    assert read_kit(kit).server == "localhost:8443"
+    assert read_kit(kit).key == (tmp_path / "alice" / "alice.key").resolve()
+
+
+def test_a_kit_without_its_key_is_refused(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    kit, _ = approve(security.folder, request("alice", tmp_path / "alice"), tmp_path)
+    with pytest.raises(DeploymentError, match="alice's key is not there"):
+        read_kit(kit)
+
+
+def test_a_kit_without_a_certificate_is_for_the_loopback_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.kit").write_text('name = "a"\nserver = "fed.example.org:8443"\n')
+    with pytest.raises(DeploymentError, match="for this machine alone"):
+        read_kit(tmp_path / "a.kit")
+
+
+def test_a_name_has_one_key_until_it_is_revoked(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    approve(security.folder, request("alice", tmp_path / "one"), tmp_path)
+    other = request("alice", tmp_path / "two")
+    with pytest.raises(DeploymentError, match="alice has another key already"):
+        approve(security.folder, other, tmp_path)
+    revoke(security.folder, "alice")
+    assert not security.clients()
+    approve(security.folder, other, tmp_path)
+    with pytest.raises(DeploymentError, match='no client is named "bob"; known: alice'):
+        revoke(security.folder, "bob")
+
+
+@pytest.mark.parametrize("name", ["../alice", "", "a b", "a" * 64, ".hidden"])
+def test_a_name_is_no_path(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match="not a name for a client"):
+        request(name, tmp_path)
+    security = init(tmp_path / "server", "localhost", 8443)
+    asked = request("alice", tmp_path)
+    asked.write_text(json.dumps({**json.loads(asked.read_text()), "name": name}))
+    with pytest.raises(DeploymentError, match="not a name for a client"):
+        approve(security.folder, asked, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"name": "a", "key": "ssh-rsa AAAA"}', "\0", "[" * 9999])
+def test_a_request_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    (tmp_path / "a.request").write_text(text)
+    with pytest.raises(DeploymentError, match="not a request of fedloom's"):
+        approve(security.folder, tmp_path / "a.request", tmp_path)
+
+
+def test_the_proxy_lets_through_the_fleet_and_nothing_else(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    text = security.write_nginx(8000).read_text()
+    assert "listen 8443 ssl" in text
+    assert text.count("proxy_pass") == 1
+    assert "location /v1/fleet/ {\n      proxy_pass https://127.0.0.1:8000;" in text
+    assert "location / { return 403; }" in text
+    assert "proxy_ssl_verify on" in text
+    assert text.count("{") == text.count("}")
+
+
+def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "DAYS LEFT" not in provisioning.describe_expiry(init(tmp_path / "one", "localhost", 1))
+    monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
+    assert "ONLY 19 DAYS LEFT" in provisioning.describe_expiry(init(tmp_path / "two", "localhost", 1))
+    monkeypatch.setattr(provisioning, "SERVER_DAYS", 0)
+    with pytest.raises(DeploymentError, match="expired"):
+        init(tmp_path / "three", "localhost", 1)
+
+
+def test_clients_elsewhere_are_not_served_without_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedloom.deployment import serving
+
+    monkeypatch.setattr(serving, "find_nginx", lambda: None)
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    with pytest.raises(DeploymentError, match="nginx is not installed"), serving.proxy(security, 8000, tmp_path):
+        pass
+    with serving.proxy(init(tmp_path / "local", "localhost", 8443), 8000, tmp_path):
+        pass
