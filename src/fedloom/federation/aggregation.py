@@ -9,7 +9,7 @@ Letters: K clients of a round, P adapter parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -268,13 +268,18 @@ STRATEGIES: dict[str, Callable[[Strategy], Aggregate]] = {
 }
 
 
+def describe_table(header: str, table: Mapping[str, object]) -> str:
+    """The first paragraph of what each entry says of itself, by its name, as a Markdown table of two columns."""
+    rows = [
+        f"| `{name}` | {' '.join((entry.__doc__ or '').split(chr(10) * 2)[0].split())} |"
+        for name, entry in table.items()
+    ]
+    return "\n".join([f"| {header} |", "|---|---|", *rows]) + "\n"
+
+
 def describe_strategies() -> str:
     """Every strategy with what it does and where it comes from, as Markdown: the README's table."""
-    rows = [
-        f"| `{kind}` | {' '.join((strategy.__doc__ or '').split(chr(10) * 2)[0].split())} |"
-        for kind, strategy in STRATEGIES.items()
-    ]
-    return "\n".join(["| strategy | rule and source |", "|---|---|", *rows]) + "\n"
+    return describe_table("strategy | rule and source", STRATEGIES)
 
 
 LEAST_CLIENTS: dict[str, Callable[[Strategy], int]] = {

@@ -11,6 +11,7 @@ Letters: K clients, R rank, I and O features in and out.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +58,18 @@ class AveragingMeter:
         tensors = [self._layout.split(weights_P) for _, weights_P in updates]
         squares = {}
         for layer, (a_name, b_name) in self._pairs.items():
-            a_KRI = torch.stack([named[a_name].double() for named in tensors])
-            b_KOR = torch.stack([named[b_name].double() for named in tensors])
+            a_KRI, b_KOR = stack_factors(tensors, a_name, b_name)
             squares[layer] = covariance_and_mean(a_KRI, b_KOR, share_K)
         errors, means = (sum(values) for values in zip(*squares.values(), strict=True))
         return AveragingError(
             whole=_ratio(errors, means), layers={layer: _ratio(*found) for layer, found in squares.items()}
         )
+
+
+def stack_factors(tensors: Sequence[Mapping[str, Tensor]], a_name: str, b_name: str) -> tuple[Tensor, Tensor]:
+    """A [K, R, I] and B [K, O, R] of one layer of K adapters, in float64."""
+    a_KRI, b_KOR = (torch.stack([named[name].double() for named in tensors]) for name in (a_name, b_name))
+    return a_KRI, b_KOR
 
 
 def covariance_and_mean(a_KRI: Tensor, b_KOR: Tensor, share_K: Tensor) -> tuple[float, float]:

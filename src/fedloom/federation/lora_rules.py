@@ -19,14 +19,15 @@ from torch import Tensor
 from fedloom.adapters.residual import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import RecipeError
-from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, weighted_mean
+from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, describe_table, weighted_mean
+from fedloom.federation.averaging_error import stack_factors
 from fedloom.training.jobs import ClientUpdate
 
 if TYPE_CHECKING:
     from fedloom.sections import Federation
 
-Held = list[tuple[float, Tensor]]
-"""A round's updates: each client's share in the mean, and its weights [P]."""
+Held = tuple[Tensor, list[dict[str, Tensor]]]
+"""A round's updates: p_k, [K], and each client's tensors by name."""
 
 
 def factors(section: Federation) -> Aggregate:
@@ -52,11 +53,11 @@ def svd(section: Federation) -> Aggregate:
     """
 
     def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        held = hold(section, updates)
+        share_K, held = hold(section, updates)
         tensors = adapter.layout.split(adapter.weights_P.clone())
         for a_name, b_name in lora_pairs(adapter.layout.names).values():
-            a_KRI, b_KOR = stack_factors(adapter.layout, held, a_name, b_name)
-            u_OS, s_S, v_SI = factored_svd(side_by_side(b_KOR, shares(held)), a_KRI.flatten(0, 1))
+            a_KRI, b_KOR = stack_factors(held, a_name, b_name)
+            u_OS, s_S, v_SI = factored_svd(side_by_side(b_KOR, share_K), a_KRI.flatten(0, 1))
             rank = min(len(s_S), len(tensors[a_name]))
             tensors[a_name].zero_()[:rank] = v_SI[:rank]
             tensors[b_name].zero_()[:, :rank] = (u_OS * s_S)[:, :rank]
@@ -75,13 +76,13 @@ def fedex(section: Federation) -> Aggregate:
 
     def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
         arrived = list(updates)
-        held = hold(section, arrived)
+        share_K, held = hold(section, arrived)
         mean = weighted_mean(adapter, arrived, weigh)
         means = mean.layout.split(mean.weights_P.double())
         found = {}
         for layer, (a_name, b_name) in lora_pairs(mean.layout.names).items():
-            a_KRI, b_KOR = stack_factors(mean.layout, held, a_name, b_name)
-            b_OS = side_by_side(b_KOR - means[b_name], shares(held))
+            a_KRI, b_KOR = stack_factors(held, a_name, b_name)
+            b_OS = side_by_side(b_KOR - means[b_name], share_K)
             a_SI = (a_KRI - means[a_name]).flatten(0, 1)
             if adapter.residual is not None:
                 old_b_OS, old_a_SI = adapter.residual.factors[layer]
@@ -158,21 +159,8 @@ def hold(section: Federation, updates: Iterable[ClientUpdate]) -> Held:
     """A round's updates by client, whatever order they came in."""
     weigh = WEIGHTS[section.strategy.weight_by]
     arrived = sorted(updates, key=lambda update: update.report.client)
-    total = sum(float(weigh(update.report)) for update in arrived)
-    return [(weigh(update.report) / total, update.adapter.weights_P) for update in arrived]
-
-
-def shares(held: Held) -> Tensor:
-    """p_k, [K]."""
-    return torch.tensor([share for share, _ in held], dtype=torch.float64)
-
-
-def stack_factors(layout: Layout, held: Held, a_name: str, b_name: str) -> tuple[Tensor, Tensor]:
-    """A [K, R, I] and B [K, O, R] of one layer, in float64."""
-    tensors = [layout.split(weights_P) for _, weights_P in held]
-    return torch.stack([named[a_name] for named in tensors]).double(), torch.stack(
-        [named[b_name] for named in tensors]
-    ).double()
+    weight_K = torch.tensor([float(weigh(update.report)) for update in arrived], dtype=torch.float64)
+    return weight_K / weight_K.sum(), [update.adapter.layout.split(update.adapter.weights_P) for update in arrived]
 
 
 def side_by_side(b_KOR: Tensor, share_K: Tensor) -> Tensor:
@@ -182,8 +170,4 @@ def side_by_side(b_KOR: Tensor, share_K: Tensor) -> Tensor:
 
 def describe_lora_rules() -> str:
     """Every rule with what it does and where it comes from, as Markdown: the README's table."""
-    rows = [
-        f"| `{name}` | {' '.join((rule.__doc__ or '').split(chr(10) * 2)[0].split())} |"
-        for name, rule in LORA_RULES.items()
-    ]
-    return "\n".join(["| lora_rule | what is done and where it comes from |", "|---|---|", *rows]) + "\n"
+    return describe_table("lora_rule | what is done and where it comes from", LORA_RULES)
