@@ -227,6 +227,17 @@ def dtype_of(recipe: Recipe, device: torch.device) -> str:
     return choose_dtype(recipe.model.dtype, device)
 
 
+def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Document]) -> TokenBlocks:
+    """Documents as a base model sees them.
+
+    Raises:
+        DataError: the tokenizer is not the model's.
+    """
+    blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
+    check_vocabulary(blocks, source.vocabulary_size)
+    return blocks
+
+
 def tokenize_splits(
     splits: Splits, source: ModelSource, recipe: Recipe
 ) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
@@ -236,11 +247,7 @@ def tokenize_splits(
         DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
     """
 
-    def tokenize(documents: Sequence[Document]) -> TokenBlocks:
-        blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
-        check_vocabulary(blocks, source.vocabulary_size)
-        return blocks
-
+    tokenize = partial(tokenize_for, source, recipe)
     where = f'data.source = "{recipe.data.source}"'
     central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
     if splits.central and not len(central):

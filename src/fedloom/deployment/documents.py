@@ -14,12 +14,12 @@ from typing import Any
 
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
-from fedloom.data.tokens import TokenBlocks, check_vocabulary, distinct_blocks, tokenize_documents, without_blocks
+from fedloom.data.tokens import distinct_blocks, tokenize_documents, without_blocks
 from fedloom.display import Display
 from fedloom.errors import DataError
 from fedloom.federation.fleet import ClientBlocks
 from fedloom.model_source import ModelSource, open_model
-from fedloom.preparation import gather
+from fedloom.preparation import gather, tokenize_for
 from fedloom.randomness import derive_seed
 from fedloom.recipe import Recipe
 
@@ -37,12 +37,7 @@ def gather_client(recipe: Recipe, path: Path) -> tuple[ModelSource, ClientDocume
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)
     source = open_model(recipe.model.source, recipe.model.revision)
 
-    def tokenize(part: tuple[Document, ...]) -> TokenBlocks:
-        blocks = tokenize_documents(part, source.tokenizer, recipe.data)
-        check_vocabulary(blocks, source.vocabulary_size)
-        return blocks
-
-    train, holdout = tokenize(documents.train), tokenize(documents.holdout)
+    train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
     unseen = without_blocks(train, distinct_blocks(holdout))
     shared = len(train) - len(unseen)
     blocks = ClientBlocks(unseen if drop else train, holdout)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
-from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
+from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.processes import Child, check_flower, free_port, private_folder, tail
 from fedloom.deployment.provisioning import Security, describe_expiry, find_nginx
 from fedloom.deployment.superlink import SuperLink
@@ -26,7 +26,15 @@ from fedloom.federation.sampling import cohort_size
 from fedloom.model import choose_device
 from fedloom.model_source import open_model
 from fedloom.planning import ClientPlan, Plan
-from fedloom.preparation import Prepared, build_shape, check_length, choose_engine, choose_judges, dtype_of
+from fedloom.preparation import (
+    Prepared,
+    build_shape,
+    check_length,
+    choose_engine,
+    choose_judges,
+    dtype_of,
+    tokenize_for,
+)
 from fedloom.recipe import Recipe
 from fedloom.records import Run
 from fedloom.workshop import Workshop, hash_base
@@ -194,9 +202,7 @@ def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]
     """The server's own hold-out: the first documents of its source, none where the recipe asks for none."""
     wanted = recipe.data.central_holdout
     found = load_documents(recipe.data, recipe.seed, wanted) if wanted else Documents((), {}, "none", "unknown")
-    blocks = tokenize_documents(found.documents, source.tokenizer, recipe.data)
-    check_vocabulary(blocks, source.vocabulary_size)
-    return found, blocks
+    return found, tokenize_for(source, recipe, found.documents)
 
 
 def _plan_client(fact: Any, recipe: Recipe) -> ClientPlan:
