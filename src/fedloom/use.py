@@ -181,12 +181,11 @@ def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Pa
     """
     if recipe.model.quantization:
         raise RunError("packed weights can't take an adapter in", where="--merged", mend="leave it out")
+    merging = adapted.model
+    if recipe.federation.lora_rule == "fedex":  # whose residual stands beside the layers: PEFT's file has all in one
+        merging = PeftModel.from_pretrained(load_base(recipe, model), source)
     try:
-        if (
-            recipe.federation.lora_rule == "fedex"
-        ):  # whose residual stands beside the layers: PEFT's file has all in one
-            return PeftModel.from_pretrained(load_base(recipe, model), source).merge_and_unload()
-        return adapted.model.merge_and_unload()
+        return merging.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise RunError(
             f"PEFT can't merge {recipe.adapter.method} into the model's weights", where="--merged", mend="leave it out"
