@@ -23,7 +23,7 @@ from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.sampling import cohort_size
 from fedloom.sections import Federation
-from fedloom.training.jobs import ClientUpdate, TrainClients
+from fedloom.training.jobs import TrainClients
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -50,6 +50,7 @@ class Baseline:
             self.error = str(result)
         else:
             self.losses.append(result.judged_loss)
+            self.tokens += sum(report.tokens for report in result.reports)
 
 
 def set_up_baselines(
@@ -92,8 +93,7 @@ def set_up_baselines(
         none = torch.zeros(0, dtype=torch.int64)
         fleet = LocalFleet([ClientBlocks(blocks, TokenBlocks(nothing, none, none))], train_clients, score, judges=())
         aggregate = STRATEGIES["fedavg"](told.federation.strategy)
-        run = FederatedRun(told, fleet, aggregate, judge, initial, arm=arm, on_update=_counts(found, arm - first_arm))
-        found.append(Baseline(client, run, fleet))
+        found.append(Baseline(client, FederatedRun(told, fleet, aggregate, judge, initial, arm=arm), fleet))
     return found
 
 
@@ -111,10 +111,3 @@ def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[
         else:
             record.setdefault("local", {})[str(baseline.client)] = one(baseline)
     return record
-
-
-def _counts(baselines: list[Baseline], number: int) -> Callable[[ClientUpdate], None]:
-    def count(update: ClientUpdate) -> None:
-        baselines[number].tokens += update.report.tokens
-
-    return count

@@ -31,7 +31,7 @@ from fedloom.report.run_report import write_report
 from fedloom.run_state import RunState, committed, damaged_adapters, load_state
 from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
-from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up
+from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up, train_baselines
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,5 @@ def run_baselines(arm: Arm, workshop: Workshop, writer: RunWriter, display: Disp
     """Train a finished run's baselines, all of them in one pass where the engine can, and put them on record."""
     display.show_step("baselines", ", ".join(arm.recipe.baselines))
     baselines = baselines_of(arm, workshop, rounds=arm.run.completed)
-    for number, result in workshop.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
-        baselines[number].note(result)
+    train_baselines(baselines, workshop)
     writer.write_json("baselines.json", describe(baselines, arm.run, arm.recipe.baselines))

@@ -30,7 +30,7 @@ from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_ru
 from fedloom.report.compare import write_comparison
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import OF_ALL_CLIENTS
-from fedloom.workshop import Arm, Workshop, baselines_of, open_run, set_up
+from fedloom.workshop import Arm, Workshop, baselines_of, open_run, set_up, train_baselines
 
 MANIFEST = "sweep.json"
 
@@ -66,7 +66,7 @@ def sweep(
     folder = Path(out) if out else default_folder(f"{trials[0].recipe.name}-sweep")
     open_sweep(folder, trials)
     lock = take_lock(folder)
-    done = {trial.name for trial in trials if is_done(folder / trial.name)}
+    done = {trial.name for trial in trials if read_done(folder / trial.name)}
     left = [trial for trial in trials if trial.name not in done]
     display.show_step("sweep", f"{len(trials)} runs, {len(done)} of them done, in {folder}")
     errors: dict[str, str] = {}
@@ -76,11 +76,11 @@ def sweep(
             try:
                 errors |= run_group(folder, group, materials, display)
             except FedloomError as error:  # what they share: the base model, say
-                errors |= {trial.name: str(error) for trial in group if not is_done(folder / trial.name)}
+                errors |= {trial.name: str(error) for trial in group if not read_done(folder / trial.name)}
     finally:
         display.close()
         os.close(lock)
-    finished = [read_run(folder / trial.name) for trial in trials if is_done(folder / trial.name)]
+    finished = [run for trial in trials if (run := read_done(folder / trial.name))]
     if len(finished) > 1:
         write_comparison([run.folder for run in finished], folder)
     display.show_sweep_end(rank(finished), folder)
@@ -172,11 +172,12 @@ def open_sweep(folder: Path, trials: Sequence[Trial]) -> None:
         raise RunError(f"can't make the folder: {error.strerror}", where=str(folder)) from error
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a run was carried out to its end."""
+def read_done(folder: Path) -> Run | None:
+    """A run that was carried out to its end; None for one that was not."""
     with suppress(RunError):
-        return read_run(folder).status.get("state") == "done"
-    return False
+        run = read_run(folder)
+        return run if run.status.get("state") == "done" else None
+    return None
 
 
 def same_model(recipe: Recipe) -> Hashable:
@@ -270,6 +271,8 @@ class OpenArm:
             clients_at_once=clients_at_once,
             number=number,
         )
+        assert isinstance(self.arm.fleet, LocalFleet), "a sweep's clients are here"
+        self.fleet = self.arm.fleet
         self.arm.begin(initial)
         self.baselines: list[Baseline] = []
 
@@ -290,9 +293,7 @@ def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> d
     errors: dict[str, str] = {}
     for arm in arms:
         arm.arm.recorder.runs_together = len(arms)
-    for number, result in workshop.run_all(
-        [(arm.arm.run, arm.arm.fleet) for arm in arms if isinstance(arm.arm.fleet, LocalFleet)]
-    ):
+    for number, result in workshop.run_all([(arm.arm.run, arm.fleet) for arm in arms]):
         arm = arms[number]
         try:
             if isinstance(result, TrainingError):
@@ -303,13 +304,11 @@ def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> d
             arm.arm.run.end()
             arm.fail(error)
     whole = [arm for arm in arms if arm.trial.name not in errors]
-    number = 0
+    baselines: list[Baseline] = []
     for arm in whole:
-        arm.baselines = baselines_of(arm.arm, workshop, rounds=arm.arm.run.completed, first_arm=number)
-        number += len(arm.baselines)
-    baselines = [baseline for arm in whole for baseline in arm.baselines]
-    for number, result in workshop.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
-        baselines[number].note(result)
+        arm.baselines = baselines_of(arm.arm, workshop, rounds=arm.arm.run.completed, first_arm=len(baselines))
+        baselines += arm.baselines
+    train_baselines(baselines, workshop)
     workshop.telemetry.take()  # of the baselines: no round's
     for arm in whole:
         try:
