@@ -64,6 +64,7 @@ HOUSE = [
     "federation.packing",
     "federation.remote",
     "federation.flower",
+    "federation.flower_programs",
     "federation.rounds",
     "interruption",
     "planning",

@@ -34,9 +34,6 @@ publisher = "fedloom"
 [tool.flwr.app.components]
 serverapp = "{COMPONENTS["serverapp"]}"
 clientapp = "{COMPONENTS["clientapp"]}"
-
-[tool.flwr.app.config]
-socket = ""
 """
 FILES = {"relay.py", "pyproject.toml", ".info/CONTENT"}
 MOST_BYTES = 10_000

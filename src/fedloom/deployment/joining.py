@@ -12,7 +12,16 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.policy import load_policy
-from fedloom.deployment.processes import Child, check_flower, free_port, private_folder, programs_environment, tail
+from fedloom.deployment.processes import (
+    Child,
+    check_flower,
+    free_port,
+    private_folder,
+    programs_environment,
+    tail,
+    tasks_command,
+    write_secret,
+)
 from fedloom.deployment.provisioning import fingerprint
 from fedloom.errors import DeploymentError
 from fedloom.interruption import Interruption
@@ -89,16 +98,11 @@ def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], ob
             kit.name,
         ]
         command += ["--data", str(data), *(["--policy", str(policy)] if policy else [])]
-        node = [
-            sys.executable,
-            "-m",
-            "fedloom.federation.flower",
-            "--superlink",
-            kit.server,
-            "--port",
-            str(free_port()),
-        ]
+        port, secret = free_port(), write_secret(folder)
+        node = [sys.executable, "-m", "fedloom.federation.flower_programs", "supernode", "--superlink", kit.server]
+        node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         node += ["--node-config", f'socket="{worker_socket}"']
+        tasks = tasks_command("client", f"127.0.0.1:{port}", secret, None)
         if kit.key:
             ca = folder / "ca.crt"
             ca.write_text(kit.ca, encoding="utf-8")
@@ -109,7 +113,9 @@ def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], ob
         children: dict[str, Child] = {}
         try:
             children["worker"] = Child(command, None, {**os.environ})
-            children["SuperNode"] = Child(node, log, programs_environment(folder / "flower"))
+            environment = programs_environment(folder / "flower")
+            children["SuperNode"] = Child(node, log, environment)
+            children["tasks"] = Child(tasks, folder / "tasks.log", environment)
             say("joining", f"{kit.server} as {kit.name}")
             with Interruption(partial(say, "leaving")) as interruption:
                 watch(children, log, say, interruption.check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -21,7 +22,8 @@ GRACE_SECONDS = 10.0
 FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds, for 1
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds, for 1
+    "OPENBLAS_NUM_THREADS": "1",
 }
 """Settings of Flower's: it tells nobody what it does, and starts apps sooner."""
 
@@ -97,6 +99,20 @@ def find_program(name: str) -> str:
             f"{name} is not beside {sys.executable}", mend="install it: pip install 'fedloom[deploy]'"
         )
     return str(path)
+
+
+def write_secret(folder: Path) -> Path:
+    """What proves who may take the tasks of a SuperNode or SuperLink, which everyone on this machine can reach."""
+    path = folder / "tasks.secret"
+    path.write_bytes(secrets.token_bytes(32))
+    return path
+
+
+def tasks_command(kind: str, address: str, secret: Path, ca: Path | None) -> list[str]:
+    """Who carries out the tasks of a SuperNode (`client`) or SuperLink (`server`)."""
+    trust = ["--root-certificates", str(ca)] if ca else ["--insecure"]
+    program = [sys.executable, "-m", "fedloom.federation.flower_programs", f"{kind}-tasks"]
+    return [*program, "--runtime-api-address", address, "--superexec-auth-secret-file", str(secret), *trust]
 
 
 @contextmanager

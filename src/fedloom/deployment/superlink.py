@@ -12,9 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedloom.deployment.app import write_app
-from fedloom.deployment.processes import Child, find_program, programs_environment, tail
+from fedloom.deployment.processes import (
+    Child,
+    find_program,
+    programs_environment,
+    tail,
+    tasks_command,
+    write_secret,
+)
 from fedloom.deployment.provisioning import Security
-from fedloom.deployment.wire import Frame, receive_frame, send_frame
+from fedloom.deployment.wire import SERVE_SOCKET, Frame, receive_frame, send_frame
 from fedloom.errors import DeploymentError
 from fedloom.federation.remote import Answer, Node
 
@@ -36,20 +43,23 @@ class SuperLink:
         self._folder, self._port, self._security = folder, port, security
         self._check: Callable[[], None] = lambda: None
         self._log = folder / "superlink.log"
-        self._environment = programs_environment(folder / "flower")
+        self._socket = folder / "serve.sock"
+        self._environment = programs_environment(folder / "flower") | {SERVE_SOCKET: str(self._socket)}
         self._app: socket.socket | None = None
         self._child: Child | None = None
+        self._tasks: Child | None = None
+        self._secret = write_secret(folder)
         self._restarts = 0
         self._registered: set[str] = set()
         """Clients whose keys the SuperLink knows."""
         write_app(folder / "app")
         (folder / "flower").mkdir()
         trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
-        host = "localhost" if security else "127.0.0.1"
-        connection = f'[superlink.here]\naddress = "{host}:{port}"\n{trust}\n'
+        self._address = f"{'localhost' if security else '127.0.0.1'}:{port}"
+        connection = f'[superlink.here]\naddress = "{self._address}"\n{trust}\n'
         (folder / "flower" / "config.toml").write_text(connection, encoding="utf-8")
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(folder / "serve.sock"))
+        self._listener.bind(str(self._socket))
         self._listener.listen()
         self._listener.settimeout(0.2)
 
@@ -72,7 +82,8 @@ class SuperLink:
                 )
             time.sleep(0.2)
         command = [find_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--disable-runtime-dependency-installation"]
+        command += ["--disable-runtime-dependency-installation", "--isolation", "process"]
+        command += ["--superexec-auth-secret-file", str(self._secret)]
         if self._security:
             command += ["--ssl-ca-certfile", str(self._security.ca), "--ssl-certfile", str(self._security.certificate)]
             command += ["--ssl-keyfile", str(self._security.key), "--enable-supernode-auth"]
@@ -84,11 +95,13 @@ class SuperLink:
             self._wait(until, "it does not listen")
         self._registered = set()
         self._register()
+        tasks = tasks_command("server", self._address, self._secret, self._security.ca if self._security else None)
+        self._tasks = Child(tasks, self._folder / "tasks.log", self._environment)
         self._submit(until)
 
     def _submit(self, until: float) -> None:
         """Start the app, and wait until it is there."""
-        self._flower("run", str(self._folder / "app"), "here", "--run-config", f'socket="{self._folder}/serve.sock"')
+        self._flower("run", str(self._folder / "app"), "here")
         while True:
             try:
                 self._app, _ = self._listener.accept()
@@ -103,8 +116,7 @@ class SuperLink:
         if self._app:
             self._app.close()
         self._listener.close()
-        if self._child:
-            self._child.end()
+        self._end()
 
     def nodes(self) -> Sequence[Node]:
         self._register()
@@ -138,9 +150,13 @@ class SuperLink:
         if self._child and not self._child.ended and self._restarts == 1:
             self._submit(time.monotonic() + START_SECONDS)
             return
-        if self._child:
-            self._child.end()
+        self._end()
         self.open()
+
+    def _end(self) -> None:
+        for child in (self._tasks, self._child):
+            if child:
+                child.end()
 
     def _ask(self, frame: Frame) -> Frame:
         self._check()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 HEAD = struct.Struct(">QQ")
+SERVE_SOCKET = "FEDLOOM_SERVE_SOCKET"
+"""In the environment of the server app: where `fedloom serve` listens. Whoever else submits the app gets no further."""
 MOST_MANIFEST_BYTES = 2**26
 MOST_PAYLOAD_BYTES = 2**36
 

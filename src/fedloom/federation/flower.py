@@ -1,4 +1,4 @@
-"""Flower's side of a deployment: two thin apps that pass frames on. The only module that imports flwr; no torch here.
+"""Flower's side of a deployment: two thin apps that pass frames on. No torch here.
 
 Flower starts a process for every message to a client, in which loading a model would be paid each time. So what it
 carries is unpacked elsewhere: the server app talks to `fedloom serve`, the client app to the worker of `fedloom join`,
@@ -8,25 +8,20 @@ each over a Unix socket of its own machine.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
-from types import SimpleNamespace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
 
-from fedloom.deployment.app import check_app
-from fedloom.deployment.wire import Frame, ask, receive_frame, send_frame
+from fedloom.deployment.wire import SERVE_SOCKET, Frame, ask, receive_frame, send_frame
 
 WORKER_PATIENCE_SECONDS = 120.0
 """For which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
-POLL_SECONDS = 0.5
-"""Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -52,7 +47,7 @@ def relay(grid: Grid, context: Context) -> None:
     arrived: list[Message] = []
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(SERVER_PATIENCE_SECONDS)
-        connection.connect(str(context.run_config["socket"]))
+        connection.connect(os.environ[SERVE_SOCKET])
         connection.settimeout(None)  # as long as `fedloom serve` lives: its end closes the connection
         while True:
             asked = receive_frame(connection)
@@ -71,26 +66,6 @@ def relay(grid: Grid, context: Context) -> None:
                     send_frame(connection, _answer(arrived.pop()) if arrived else Frame({"message": ""}))
                 case "end":
                     return
-
-
-def run_supernode() -> None:
-    """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
-    from flwr.supernode import start_client_internal as node
-    from flwr.supernode.cli import flower_supernode
-
-    def sleep(seconds: float) -> None:
-        time.sleep(min(seconds, POLL_SECONDS))
-
-    # What it does first with an app that it was sent.
-    take_app = node.get_fused_config_from_fab  # type: ignore
-
-    def check_and_take_app(bundle: bytes, run: Run) -> UserConfig:
-        check_app(bundle)
-        return take_app(bundle, run)
-
-    node.get_fused_config_from_fab = check_and_take_app  # type: ignore
-    node.time = SimpleNamespace(sleep=sleep)  # type: ignore
-    flower_supernode()
 
 
 def _answer(message: Message) -> Frame:
@@ -113,7 +88,3 @@ def to_frame(record: RecordDict) -> Frame:
     manifest = json.loads(str(record.config_records["told"]["manifest"]))
     numbers = record.array_records["numbers"]["all"].numpy()
     return Frame(manifest, numbers.astype("<f4", copy=False).tobytes())
-
-
-if __name__ == "__main__":
-    run_supernode()

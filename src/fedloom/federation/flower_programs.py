@@ -1,0 +1,126 @@
+"""Flower's programs as fedloom runs them: a SuperNode, and who carries out the tasks of a SuperNode or SuperLink.
+
+Flower starts a process for every task, which for a message is a second or two of loading. Here a task is a fork of a
+process that has loaded it all. It takes tasks of one kind, and runs no app but ours. Beside `flower` the only module
+that imports flwr; no torch here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+from fedloom.deployment.app import check_app
+
+POLL_SECONDS = 0.5
+"""Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
+END_WITH_PARENT, BE_NAMED = 1, 15
+"""PR_SET_PDEATHSIG and PR_SET_NAME of Linux."""
+TASK_NAME = b"fedloom-task"
+
+
+def run_supernode() -> None:
+    """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
+    from flwr.supernode import start_client_internal as node
+    from flwr.supernode.cli import flower_supernode
+
+    def sleep(seconds: float) -> None:
+        time.sleep(min(seconds, POLL_SECONDS))
+
+    # What it does first with an app that it was sent.
+    node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
+    node.time = SimpleNamespace(sleep=sleep)  # type: ignore
+    flower_supernode()
+
+
+def run_client_tasks() -> None:
+    """Flower's SuperExec, with its own arguments, for a SuperNode's messages."""
+    from flwr.supercore.constant import TaskType
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    _run_tasks(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp")
+
+
+def run_server_tasks() -> None:
+    """Flower's SuperExec, with its own arguments, for a SuperLink's one app."""
+    from flwr.supercore.constant import TaskType
+    from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
+
+    _run_tasks(TaskType.SERVER_APP, flwr_serverapp, "flwr.superlink.runtime.run_serverapp")
+
+
+def _run_tasks(kind: Any, program: Callable[[], object], module: str) -> None:
+    """`program` carries out one task, as its arguments say; `module` is where it takes the app."""
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+    from flwr.supercore.exit import exit_handler
+    from flwr.supercore.superexec import run_superexec
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    import fedloom.federation.flower  # noqa: F401  (what the app imports)
+
+    class Forks(subprocess_executor.SubprocessExecutor):
+        """Starts a task as Flower's own executor does, but for the program."""
+
+        def get_eligible_capacity(self, supported_task_types: set[Any], **told: Any) -> tuple[set[Any], set[str]]:
+            return supported_task_types & {kind}, set()
+
+        def reconcile(self) -> None:
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
+
+    def start(command: Sequence[str], **told: Any) -> None:
+        if os.fork():
+            return
+        with suppress(AttributeError, OSError):  # not Linux: it ends with its task
+            ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+            ctypes.CDLL(None).prctl(BE_NAMED, TASK_NAME)
+        code = 1
+        try:
+            exit_handler.registered_exit_handlers.clear()  # they are the parent's, as is what they close
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            sys.argv = [*command]
+            program()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    task: Any = import_module(module)
+    task.install_from_fab = checked(task.install_from_fab)
+    subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=None)  # type: ignore
+    run_superexec.get_executor = lambda *chosen, **told: Forks()  # type: ignore
+    gc.freeze()
+    flower_superexec()
+
+
+def checked(take: Callable[..., Any]) -> Callable[..., Any]:
+    """As `take`, of an app that is ours: else it raises DeploymentError."""
+
+    def check_and_take(bundle: bytes, *others: Any, **named: Any) -> Any:
+        check_app(bundle)
+        return take(bundle, *others, **named)
+
+    return check_and_take
+
+
+PROGRAMS = {"supernode": run_supernode, "client-tasks": run_client_tasks, "server-tasks": run_server_tasks}
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv.pop(1)]()
