@@ -82,6 +82,7 @@ HOUSE = [
     "report.run_report",
     "report.compare",
     "display",
+    "at_work",
     "baselines",
     "preparation",
     "workshop",
@@ -127,7 +128,7 @@ LIGHT = [
         "telemetry",
         "trackers",
     ),
-    *("model_card", "report.run_report", "report.compare", "display", "cli"),
+    *("model_card", "report.run_report", "report.compare", "display", "at_work", "cli"),
 ]
 """Modules that answer at once: no torch at import."""
 

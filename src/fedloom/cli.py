@@ -174,6 +174,27 @@ def join(
 
 
 @app.command()
+def status(run: RunFolder) -> None:
+    """Show what a run is doing, its clients and its last rounds; or how it ended."""
+    from fedloom.at_work import describe
+
+    for line in describe(run):
+        typer.echo(show_controls(line))
+
+
+@app.command()
+def stop(
+    run: RunFolder,
+    now: Annotated[bool, typer.Option("--now", help="At once, not after the step that is under way.")] = False,
+) -> None:
+    """End a run that is at work on this machine, as Ctrl-C does: it can go on later."""
+    from fedloom.at_work import stop
+
+    work = stop(run, at_once=now)
+    typer.echo(show_controls(f"stopped; go on with: {work.command} --resume {run}"))
+
+
+@app.command()
 def split(
     recipe: RecipeName,
     to: Annotated[Path, typer.Option(help="The folder to write.")],

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from fedloom.planning import Plan
-from fedloom.progress import Clock, Progress
+from fedloom.progress import Clock, Phase, Progress
 from fedloom.quoting import show_controls
 from fedloom.words import count, format_bytes, format_number, format_seconds
 
@@ -31,6 +32,9 @@ COLUMNS = (
     ("seconds", 8),
     ("bytes", 9),
 )
+ROUND_HEADER = "".join(f"{name:>{width}}" for name, width in COLUMNS)
+CLIENTS_NAMED = 6
+"""On the screen at once; where there are more, they are counted."""
 PLAIN_SECONDS = 20.0
 """Between two lines of progress where there is no terminal."""
 
@@ -43,6 +47,7 @@ class Display:
     def show_folder(self, folder: Path) -> None: ...
     def watch(self, progress: Progress) -> None: ...
     def show_round(self, record: dict[str, Any]) -> None: ...
+    def show_clients(self, phases: Mapping[str, str]) -> None: ...
     def show_end(self, run: Run, report: Path) -> None: ...
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None: ...
     def show_arm(self, name: str, record: dict[str, Any]) -> None: ...
@@ -55,7 +60,7 @@ class Terminal(Display):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self._bar = Bar(
+        self._bar = _BarAndClients(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps  {task.fields[rate]}"),
@@ -78,18 +83,17 @@ class Terminal(Display):
         for warning in plan.warnings:
             self._print(f"note      {warning}")
         self._total_steps = plan.rounds * plan.steps_per_round
-        self._clock = Clock({"train": plan.rounds * plan.train_tokens_per_round, "evaluate": plan.evaluate_tokens})
+        self._clock = Clock(plan.tokens)
 
     def show_folder(self, folder: Path) -> None:
         self._print(f"{'run':<10}{folder}\n", style="dim")
-        self._print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
+        self._print(ROUND_HEADER, style="bold")
         self._start_bar()
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         self._steps = 0
         self._total_steps = sum(plan.rounds * plan.steps_per_round for plan in plans)
-        tokens = sum(plan.rounds * plan.train_tokens_per_round for plan in plans)
-        self._clock = Clock({"train": tokens, "evaluate": sum(plan.evaluate_tokens for plan in plans)})
+        self._clock = Clock({phase: sum(plan.tokens[phase] for plan in plans) for phase in get_args(Phase)})
         self._print(f"{'pass':<10}{count(len(names), 'run')} together", style="dim")
         self._start_bar()
 
@@ -124,20 +128,15 @@ class Terminal(Display):
             self._print(f"      {doing}: {self._steps:,}/{self._total_steps:,} steps  {rate}")
 
     def show_round(self, record: dict[str, Any]) -> None:
-        seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
-        cells = (
-            str(record["round"]),
-            format_number(record.get("train_loss"), ".4f"),
-            format_number(record.get("client_loss"), ".4f"),
-            format_number(record.get("central_loss"), ".4f"),
-            format_number(record.get("proximal_loss"), ".2e"),
-            format_number(record.get("drift"), ".4f"),
-            f"{seconds:.1f}",
-            format_bytes(record["bytes_up"] + record["bytes_down"]),
-        )
-        self._print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
+        self._print(format_round(record))
         for why in (*record.get("lost_because", {}).values(), *record.get("refused", ())):
             self._print(f"lost      {why}")
+
+    def show_clients(self, phases: Mapping[str, str]) -> None:
+        self._bar.clients = describe_clients(phases)
+        if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
+            self._said = time.perf_counter()
+            self._print(f"      {self._bar.clients}")
 
     def show_end(self, run: Run, report: Path) -> None:
         self._print("")
@@ -162,6 +161,40 @@ class Terminal(Display):
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(show_controls(text), style=style, soft_wrap=True, markup=False)
+
+
+class _BarAndClients(Bar):
+    """A progress bar, and beneath it what the clients of a deployment are doing."""
+
+    clients = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.clients:
+            yield Text(show_controls(self.clients), style="dim")
+
+
+def format_round(record: Mapping[str, Any]) -> str:
+    """A round's row, beneath `ROUND_HEADER`."""
+    seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
+    cells = (
+        str(record["round"]),
+        format_number(record.get("train_loss"), ".4f"),
+        format_number(record.get("client_loss"), ".4f"),
+        format_number(record.get("central_loss"), ".4f"),
+        format_number(record.get("proximal_loss"), ".2e"),
+        format_number(record.get("drift"), ".4f"),
+        f"{seconds:.1f}",
+        format_bytes(record["bytes_up"] + record["bytes_down"]),
+    )
+    return "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+
+
+def describe_clients(phases: Mapping[str, str]) -> str:
+    """What each is doing; of many, how many are doing what."""
+    if len(phases) <= CLIENTS_NAMED:
+        return ", ".join(f"{name} {phase}" for name, phase in sorted(phases.items()))
+    return ", ".join(f"{number} {phase}" for phase, number in Counter(phases.values()).most_common())
 
 
 def render_plan(plan: Plan) -> Table:

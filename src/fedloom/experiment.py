@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fedloom.at_work import telling
 from fedloom.baselines import describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import RunError
@@ -36,7 +37,7 @@ from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, se
 
 @dataclass(frozen=True)
 class Venue:
-    """Where a run's clients are: how one prepares for them, who asks them, and what is typed to go on."""
+    """Where a run's clients are: how one prepares for them, who asks them, and what is typed for it."""
 
     prepare: Callable[[Recipe, Display, Callable[[], None]], Prepared]
     """The third is to be called now and then: it raises where the run is to end."""
@@ -47,7 +48,7 @@ class Venue:
 HERE = Venue(
     lambda recipe, display, check: prepare(recipe, display),
     lambda recipe, prepared, workshop: None,
-    "fedloom run --resume",
+    "fedloom run",
 )
 """In this process."""
 
@@ -80,6 +81,7 @@ def run(
         check_tracker(log_to)
     gpu = choose_device(recipe.model.device).type == "cuda"
     with ExitStack() as stack:
+        display = stack.enter_context(telling(display, folder, venue.command))
         stack.callback(display.close)
         interruption = stack.enter_context(Interruption(partial(display.show_step, "stopping")))
 
@@ -134,7 +136,7 @@ def run(
                     run_baselines(arm, workshop, writer, display)
                     failpoint("baselines.written")
         except KeyboardInterrupt:
-            display.show_step("stopped", f"go on with: {venue.command} {folder}")
+            display.show_step("stopped", f"go on with: {venue.command} --resume {folder}")
             raise
         failpoint("run.ends")
     finished = read_run(folder)

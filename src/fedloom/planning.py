@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedloom.progress import Phase
 from fedloom.words import count, format_trainable
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ class Plan:
     @property
     def train_tokens_per_round(self) -> int:
         return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+
+    @property
+    def tokens(self) -> dict[Phase, int]:
+        """Of the whole run."""
+        return {"train": self.rounds * self.train_tokens_per_round, "evaluate": self.evaluate_tokens}
 
     @property
     def evaluate_tokens(self) -> int:

@@ -68,8 +68,8 @@ def serve(
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder))
         link = stack.enter_context(closing(SuperLink(folder, port, security)))
-        host = Host(link, wait_seconds, display)
-        venue = Venue(host.prepare, host.open_fleet, "fedloom serve --resume")
+        host = Host(link, wait_seconds)
+        venue = Venue(host.prepare, host.open_fleet, "fedloom serve")
         return run(recipe, out, display, resume=resume, venue=venue)
 
 
@@ -118,8 +118,8 @@ def check_deployable(recipe: Recipe) -> None:
 class Host:
     """Opens the link when the run is prepared, and knows who came."""
 
-    def __init__(self, link: SuperLink, wait_seconds: float, display: Display) -> None:
-        self._link, self._wait_seconds, self._display = link, wait_seconds, display
+    def __init__(self, link: SuperLink, wait_seconds: float) -> None:
+        self._link, self._wait_seconds = link, wait_seconds
         self._names: list[str] = []
         self._exchange: Exchange | None = None
 
@@ -137,7 +137,7 @@ class Host:
         display.show_step("server", "starting Flower's SuperLink")
         self._link.watch(check)
         self._link.open()
-        self._exchange = Exchange(self._link, recipe, display.show_step)
+        self._exchange = Exchange(self._link, recipe, display.show_step, display.show_clients)
         display.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
         facts = [self._exchange.facts[name] for name in self._names]
@@ -194,8 +194,7 @@ class Host:
                 mend='give all the same files, the same versions of packages and model.dtype = "float32"',
             )
         judges = choose_judges([facts[name]["holdout_blocks"] for name in self._names], recipe)
-        say, watch = self._display.show_step, workshop.telemetry.watch
-        return RemoteFleet(self._exchange, self._names, recipe, judges, say, watch)
+        return RemoteFleet(self._exchange, self._names, recipe, judges, workshop.telemetry.watch)
 
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:

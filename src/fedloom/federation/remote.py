@@ -37,6 +37,8 @@ ATTEND_SECONDS = 1.0
 """Between two looks at who is there."""
 TRIES = 3
 """Of a question that Flower could not deliver or whose process died."""
+PHASES = {"train": "training", "evaluate": "scoring"}
+"""What a client is doing, by what it was asked."""
 DEADLINES = 10
 """That a round waits for its quorum, with `on_quorum_lost = "wait"`."""
 
@@ -80,8 +82,14 @@ class Link(Protocol):
 class Exchange:
     """Who is there, by name, and questions to them."""
 
-    def __init__(self, link: Link, recipe: Recipe, say: Callable[[str, str], object]) -> None:
-        self._link, self._say = link, say
+    def __init__(
+        self,
+        link: Link,
+        recipe: Recipe,
+        say: Callable[[str, str], object],
+        show_clients: Callable[[Mapping[str, str]], object] = dict,
+    ) -> None:
+        self._link, self.say, self._show_clients = link, say, show_clients
         # Where the server's own documents are and how they lie is not told: nothing of it would be used.
         servers = {"source", "revision", "subset", "split", "files", "partition", "clients", "central_holdout"}
         self._recipe = recipe.model_dump(
@@ -91,6 +99,7 @@ class Exchange:
         self.facts: dict[str, Facts] = {}
         """Of every client that was met and not refused."""
         self.refused: dict[str, str] = {}
+        self._phases: dict[str, str] = {}
         self._names: dict[Node, str] = {}
         self._meeting: dict[str, Node] = {}
         self._present: dict[str, Node] = {}
@@ -142,6 +151,7 @@ class Exchange:
                     if node and sent.get(name) != node:
                         asked[self._link.send(node, frame, max(until - time.monotonic(), 1.0))] = name
                         sent[name] = node
+                        self._show(name, PHASES[frame.manifest["do"]])
                 answer = self._look(asked)
             except OSError:
                 self._reopen()
@@ -152,13 +162,15 @@ class Exchange:
             if answer and name in waiting:
                 tries[name] += 1
                 if answer.frame is None and tries[name] < TRIES:
-                    self._say("again", f"{name}: {answer.error}")
+                    self.say("again", f"{name}: {answer.error}")
                     del sent[name]
                     continue
                 del waiting[name]
+                self._show(name, "answered" if answer.frame else "lost")
                 yield name, answer.frame or answer.error
             elif time.monotonic() > until:
                 for name in waiting:
+                    self._show(name, "late" if name in self._present else "gone")
                     yield name, f"no answer within {format_seconds(self._seconds)}: what comes later is refused"
                 return
             elif answer is None:
@@ -175,10 +187,13 @@ class Exchange:
             if node not in self._names and node not in self._meeting.values():
                 question = Frame({"do": "meet", "recipe": self._recipe})
                 self._meeting[self._link.send(node, question, self._seconds)] = node
+                if node.name:
+                    self._show(node.name, "loading")
         before = set(self._present)
         self._present = {name: node for node in nodes if (name := self._names.get(node, ""))}
         for name in before - set(self._present):
-            self._say("gone", name)
+            self.say("gone", name)
+            self._show(name, "gone")
         return self._present
 
     def _look(self, asked: Mapping[str, str]) -> Answer | None:
@@ -205,14 +220,20 @@ class Exchange:
         except MessageError as error:
             self._names[node] = ""
             self.refused[name] = str(error)
-            self._say("refused", f"{name}: {error}")
+            self.say("refused", f"{name}: {error}")
             return
         self._names[node] = name
         self.facts[name] = told
-        self._say("client", f"{name}: {count(told['train_documents'], 'document')}, {count(told['blocks'], 'block')}")
+        self._show(name, "connected")
+        self.say("client", f"{name}: {count(told['train_documents'], 'document')}, {count(told['blocks'], 'block')}")
+
+    def _show(self, name: str, phase: str) -> None:
+        if self._phases.get(name) != phase:
+            self._phases[name] = phase
+            self._show_clients(dict(self._phases))
 
     def _reopen(self) -> None:
-        self._say("link", "lost; it is made anew")
+        self.say("link", "lost; it is made anew")
         self._meeting.clear()
         self._names.clear()
         self._present = {}
@@ -229,7 +250,6 @@ class RemoteFleet:
     """Client numbers are places in it."""
     recipe: Recipe
     judges: Collection[int]
-    say: Callable[[str, str], object]
     watch: Watch = ignore
 
     def __post_init__(self) -> None:
@@ -263,7 +283,7 @@ class RemoteFleet:
             lost = [name for name, result in done.items() if isinstance(result, ClientFailure)]
             if section.on_quorum_lost != "wait" or len(lost) <= section.max_lost_clients:
                 break
-            self.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
+            self.exchange.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
             self._missing.clear()
             waiting = {name: waiting[name] for name in lost}
         yield from (done.pop(self.names[task.client]) for task in tasks)
@@ -281,7 +301,7 @@ class RemoteFleet:
                 if score := unpack_score(found.manifest.get("score")):
                     scores[numbers[name]] = score
             except MessageError as error:
-                self.say("unscored", f"{name}: {error}")
+                self.exchange.say("unscored", f"{name}: {error}")
         self.scores = dict(sorted(scores.items()))
         return self.scores
 
@@ -303,11 +323,11 @@ class RemoteFleet:
     def _note(self, name: str, found: Frame | str) -> None:
         if isinstance(found, str):
             self._missing.add(name)
-            self.say("lost", f"{name}: {found}")
+            self.exchange.say("lost", f"{name}: {found}")
             return
         self._missing.discard(name)
         try:
             for progress in unpack_progress(found.manifest.get("progress", ())):
                 self.watch(progress)
         except MessageError as error:
-            self.say("odd", f"{name}: {error}")
+            self.exchange.say("odd", f"{name}: {error}")

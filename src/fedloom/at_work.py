@@ -1,0 +1,204 @@
+"""What a run that is at work is doing, for `fedloom status` and `fedloom stop` in another terminal. No torch here.
+
+It tells so in a file of a folder that is this person's alone, beside another that it holds locked: the lock ends with
+the process, however that ends. Runs are found by their folders, which need not be there yet.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedloom.display import ROUND_HEADER, Display, format_round
+from fedloom.errors import RunError
+from fedloom.planning import Plan
+from fedloom.progress import Clock, Progress
+from fedloom.records import Run, now, read_run, write_json
+from fedloom.words import format_seconds
+
+TELL_SECONDS = 1.0
+"""Between two lines about progress."""
+LOOK_SECONDS = 0.1
+ROUNDS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process told last."""
+
+    process: int
+    command: str
+    since: str
+    doing: str = "starting"
+    round: int | None = None
+    rounds: int | None = None
+    seconds_left: float | None = None
+    clients: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    """Of a deployment, by name: what each is doing, and since when (seconds of this machine's clock)."""
+
+
+class Telling(Display):
+    """A display that also tells, for as long as it is open; where it can't, it only shows."""
+
+    def __init__(self, display: Display, command: str, file: Path | None) -> None:
+        self._display, self._file = display, file
+        self._work = Work(os.getpid(), command, now())
+        self._clock = Clock({})
+        self._told = 0.0
+        self._tell()
+
+    def show_step(self, what: str, detail: str) -> None:
+        self._display.show_step(what, detail)
+        self._tell(doing=f"{what}: {detail}")
+
+    def show_plan(self, plan: Plan) -> None:
+        self._display.show_plan(plan)
+        self._clock = Clock(plan.tokens)
+        self._tell(rounds=plan.rounds)
+
+    def show_folder(self, folder: Path) -> None:
+        self._display.show_folder(folder)
+        self._clock.start()
+
+    def show_clients(self, phases: Mapping[str, str]) -> None:
+        self._display.show_clients(phases)
+        known, at = self._work.clients, time.time()
+        same = {name for name, phase in phases.items() if name in known and known[name][0] == phase}
+        self._tell(clients={name: known[name] if name in same else (phases[name], at) for name in phases})
+
+    def watch(self, progress: Progress) -> None:
+        self._display.watch(progress)
+        self._clock.tick(progress)
+        if time.monotonic() - self._told > TELL_SECONDS:
+            doing = "training" if progress.phase == "train" else "evaluating"
+            self._tell(doing=doing, round=progress.round or self._work.round, seconds_left=self._clock.seconds_left())
+
+    def show_round(self, record: dict[str, Any]) -> None:
+        self._display.show_round(record)
+        self._tell(round=record["round"], seconds_left=self._clock.seconds_left())
+
+    def show_end(self, run: Run, report: Path) -> None:
+        self._display.show_end(run, report)
+
+    def close(self) -> None:
+        self._display.close()
+
+    def _tell(self, **changed: Any) -> None:
+        self._told = time.monotonic()
+        self._work = replace(self._work, **changed)
+        if self._file:
+            with suppress(RunError):
+                write_json(self._file, asdict(self._work))
+
+
+@contextmanager
+def telling(display: Display, run: Path, command: str) -> Iterator[Display]:
+    """Tell what is shown to whoever asks for this run in another terminal."""
+    file = _file_of(run)
+    try:
+        descriptor = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600) if file else None
+        if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another one is at work in it, which the run directory's own lock refuses
+        file = descriptor = None
+    try:
+        yield Telling(display, command, file)
+    finally:
+        if file and descriptor is not None:
+            for path in (file, file.with_suffix(".lock")):
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def find_work(run: Path) -> Work | None:
+    """What the process that is at work in a run told last; None where there is none on this machine."""
+    file = _file_of(run)
+    if file is None or not _is_held(file.with_suffix(".lock")):
+        return None
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return Work(**{one.name: told[one.name] for one in fields(Work)})
+    except (OSError, ValueError, KeyError):
+        return None  # it is just beginning, or ending
+
+
+def stop(run: Path, *, at_once: bool) -> Work:
+    """End the process that is at work in a run as Ctrl-C does, and wait for its end.
+
+    Raises:
+        RunError: there is none.
+    """
+    work, file = find_work(run), _file_of(run)
+    if work is None or file is None:
+        raise RunError("nobody is at work in it on this machine", where=str(run))
+    for _ in range(2 if at_once else 1):
+        with suppress(ProcessLookupError):
+            os.kill(work.process, signal.SIGTERM)
+        time.sleep(LOOK_SECONDS)
+    while _is_held(file.with_suffix(".lock")):
+        time.sleep(LOOK_SECONDS)
+    return work
+
+
+def describe(run: Path) -> Iterator[str]:
+    """What a run is doing, or how it ended, and its last rounds: lines.
+
+    Raises:
+        RunError: there is neither a run nor anybody at work.
+    """
+    work = find_work(run)
+    read = read_run(run) if work is None or (run / "resolved.json").is_file() else None
+    if work:
+        yield f"{'at work':<10}{work.command}, process {work.process}, since {work.since}"
+        yield f"{'doing':<10}{work.doing}"
+        if work.rounds is not None:
+            left = f", {format_seconds(work.seconds_left)} left" if work.seconds_left is not None else ""
+            yield f"{'round':<10}{work.round or 0} of {work.rounds}{left}"
+        for name, (phase, since) in sorted(work.clients.items()):
+            yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
+    elif read:
+        state = read.status.get("state", "unknown")
+        state = "killed: go on with --resume" if state == "running" else state
+        yield f"{'ended':<10}{state}, {read.status.get('updated', '')}"
+        if error := read.status.get("error"):
+            yield f"{'error':<10}{error}"
+    if read and read.rounds:
+        yield ROUND_HEADER
+        yield from (format_round(record) for record in read.rounds[-ROUNDS_SHOWN:])
+
+
+def _file_of(run: Path) -> Path | None:
+    """Where a run tells; None where this person has no folder that nobody else can write to."""
+    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    folder = parent / f".fedloom-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            return folder / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.json"
+    return None
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)

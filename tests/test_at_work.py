@@ -1,0 +1,119 @@
+"""What is told of a run in another terminal, and how it is ended from there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedloom import at_work
+from fedloom.at_work import describe, find_work, telling
+from fedloom.cli import app
+from fedloom.display import Display
+from fedloom.errors import RunError
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+def test_who_is_at_work_tells_what_it_does_and_nobody_does_afterwards(tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    with telling(Display(), run, "fedloom serve") as display:
+        display.show_step("waiting", "for 2 clients")
+        display.show_clients({"alice": "connected", "bob": "loading"})
+        lines = [*describe(run)]
+    assert f"process {os.getpid()}" in lines[0]
+    assert lines[1] == "doing     waiting: for 2 clients"
+    assert lines[2].startswith("client    alice: connected, for ")
+    assert lines[3].startswith("client    bob: loading, for ")
+    assert find_work(run) is None
+    with pytest.raises(RunError, match="not a run directory"):
+        list(describe(run))
+
+
+def test_a_phase_keeps_its_time_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 200.0])
+    with telling(Display(), tmp_path / "first", "fedloom serve") as display:
+        monkeypatch.setattr(time, "time", lambda: next(clock))
+        display.show_clients({"alice": "training", "bob": "training"})
+        display.show_clients({"alice": "training", "bob": "answered"})
+        work = find_work(tmp_path / "first")
+    assert work is not None
+    assert dict(work.clients) == {"alice": ["training", 100.0], "bob": ["answered", 200.0]}
+
+
+def test_everything_that_is_shown_reaches_the_display(tmp_path: Path) -> None:
+    """A method that `Telling` forgot would be silent for every run."""
+    shown = []
+
+    class Shows(Display):
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith(("show_", "watch", "close")):
+                shown.append(name)
+            return super().__getattribute__(name)
+
+    sweeps = {"show_pass", "show_arm", "show_sweep_end"}
+    methods = {name for name in vars(Display) if not name.startswith("_")} - sweeps
+    assert methods <= set(vars(at_work.Telling))
+    with telling(Shows(), tmp_path / "first", "fedloom run") as display:
+        display.show_step("a", "b")
+        display.close()
+    assert shown == ["show_step", "close"]
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / f".fedloom-{os.getuid()}").mkdir(mode=0o777)
+    (tmp_path / f".fedloom-{os.getuid()}").chmod(0o777)
+    with telling(Display(), tmp_path / "first", "fedloom run"):
+        assert find_work(tmp_path / "first") is None
+    assert not [*(tmp_path / f".fedloom-{os.getuid()}").iterdir()]
+
+
+def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    code = (
+        "import sys, time; from pathlib import Path; from fedloom.at_work import telling; "
+        "from fedloom.display import Display\n"
+        "with telling(Display(), Path(sys.argv[1]), 'fedloom run'): print(flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    assert find_work(run) is not None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert find_work(run) is None
+
+
+def test_a_run_is_watched_and_stopped_from_another_terminal(tmp_path: Path) -> None:
+    out = tmp_path / "first"
+    words = ["run", "tiny", "federation.rounds=200", "--out", str(out)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "fedloom", *words], stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 120
+        while "round     1 of 200" not in (told := CliRunner().invoke(app, ["status", str(out)]).output):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < until, told
+            time.sleep(0.2)
+        stopped = CliRunner().invoke(app, ["stop", str(out)])
+        assert stopped.exit_code == 0
+        assert f"fedloom run --resume {out}" in stopped.output.replace("\n", "")
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+        process.wait()
+    assert "interrupted" in CliRunner().invoke(app, ["status", str(out)]).output
+    assert json.loads((out / "status.json").read_text())["state"] == "interrupted"
+    again = CliRunner().invoke(app, ["stop", str(out)])
+    assert isinstance(again.exception, RunError)
+    assert "nobody is at work" in str(again.exception)
