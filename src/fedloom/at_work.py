@@ -24,7 +24,7 @@ from fedloom.display import ROUND_HEADER, Display, format_round
 from fedloom.errors import RunError
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
-from fedloom.records import Run, now, read_run, write_json
+from fedloom.records import Run, now, read_run
 from fedloom.words import format_seconds
 
 TELL_SECONDS = 1.0
@@ -98,8 +98,10 @@ class Telling(Display):
         self._told = time.monotonic()
         self._work = replace(self._work, **changed)
         if self._file:
-            with suppress(RunError):
-                write_json(self._file, asdict(self._work))
+            with suppress(OSError):  # a run can do without
+                temporary = self._file.with_suffix(".tmp")
+                temporary.write_text(json.dumps(asdict(self._work)), encoding="utf-8")
+                temporary.replace(self._file)
 
 
 @contextmanager

@@ -41,13 +41,14 @@ class Venue:
 
     prepare: Callable[[Recipe, Display, Callable[[], None]], Prepared]
     """The third is to be called now and then: it raises where the run is to end."""
-    open_fleet: Callable[[Recipe, Prepared, Workshop], LoyalFleet | None]
+    open_fleet: Callable[[Recipe, Prepared, Workshop, Path], LoyalFleet | None]
+    """The last is the run directory."""
     command: str
 
 
 HERE = Venue(
     lambda recipe, display, check: prepare(recipe, display),
-    lambda recipe, prepared, workshop: None,
+    lambda recipe, prepared, workshop, folder: None,
     "fedloom run",
 )
 """In this process."""
@@ -121,7 +122,7 @@ def run(
                 if log_to:
                     log = stack.enter_context(open_tracker(log_to, folder, recipe.model_dump(mode="json")))
                 stack.enter_context(telemetry.phase("aggregation"))
-                fleet = venue.open_fleet(recipe, prepared, workshop)
+                fleet = venue.open_fleet(recipe, prepared, workshop, folder)
                 mended = partial(display.show_step, "mended")
                 arm = begin_or_restore(recipe, prepared, workshop, writer, state, mended, fleet)
                 for result in run_rounds(arm.run, arm.fleet):

@@ -6,16 +6,13 @@ renamed. A key whose value is not known is left out, never invented.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -23,10 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from fedloom.errors import RunError
 from fedloom.failpoints import failpoint
+from fedloom.writing import write_json, write_text, writing
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
@@ -220,46 +216,6 @@ def hash_start(path: Path, size: int | None = None) -> hashlib._Hash:
     return digest
 
 
-GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
-
-
-def write_text(path: Path, text: str, mend: str = GO_ON) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, mend):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            with suppress(OSError):  # half a file takes room that there is none of
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def writing(path: Path, mend: str = GO_ON) -> Iterator[None]:
-    """A full disk, and whatever else keeps a file from being written, as an error that says how to go on.
-
-    Raises:
-        RunError
-    """
-    try:
-        failpoint("file.write")
-        yield
-    except (OSError, SafetensorError) as error:
-        why = _reason(error)
-        closed = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        first = "see that it may be written" if closed else "make room for it"
-        raise RunError(f"can't be written ({why})", where=str(path), mend=f"{first}, and {mend}") from error
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    found = re.search(r"I/O error: (.+?) \(os error", str(error))
-    return found[1] if found else type(error).__name__
-
-
 def take_lock(folder: Path) -> int:
     """Be the only one that writes a run directory, until the descriptor is closed or the process ends.
 
@@ -283,11 +239,6 @@ def take_lock(folder: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def default_folder(name: str) -> Path:

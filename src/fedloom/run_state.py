@@ -28,8 +28,9 @@ from fedloom.errors import RunError
 from fedloom.evaluation import Score
 from fedloom.failpoints import failpoint
 from fedloom.federation.aggregation import State
-from fedloom.records import hash_start, judged_loss, read_run, writing
+from fedloom.records import hash_start, judged_loss, read_run
 from fedloom.training.jobs import OptimizerState
+from fedloom.writing import writing
 
 FOLDER = "state"
 MANIFEST = "manifest.json"

@@ -28,7 +28,7 @@ from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe import Recipe, recipe_to_toml
-from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read_run, writing
+from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read_run
 from fedloom.report.run_report import write_report
 from fedloom.run_state import (
     RunState,
@@ -43,6 +43,7 @@ from fedloom.telemetry import Telemetry
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
 from fedloom.training.reference import build_reference_engine
+from fedloom.writing import writing
 
 ENGINES: dict[str, Callable[..., TrainClients]] = {
     "batched": build_batched_engine,

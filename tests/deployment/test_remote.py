@@ -1,7 +1,10 @@
 """The fleet of other machines on a scripted link: who comes late, twice, under another node or with nonsense."""
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from conftest import make_adapted, make_recipe, make_update
 
 from fedloom.adapters.weights import Adapter
 from fedloom.deployment.wire import Frame
-from fedloom.errors import DeploymentError, MessageError
+from fedloom.errors import DeploymentError, MessageError, RunError
 from fedloom.federation import remote
 from fedloom.federation.packing import (
     COUNTS,
@@ -93,11 +96,11 @@ def honest(asked: Node, frame: Frame) -> Frame | str | None:
 
 
 def open_fleet(script: Script, clients: int = 3, **federation: Any) -> tuple[RemoteFleet, ScriptedLink, list[str]]:
-    recipe = make_recipe(data={"clients": clients}, federation={"round_deadline": 0.3, **federation})
+    recipe = make_recipe(data={"clients": clients}, federation={"round_deadline": 20.0, **federation})
     link, said = ScriptedLink([node(str(n)) for n in range(clients)], script), list[str]()
     exchange = Exchange(link, recipe, lambda what, detail: said.append(f"{what} {detail}"))
     names = exchange.assemble(clients, 5.0)
-    return RemoteFleet(exchange, names, recipe, range(clients)), link, said
+    return RemoteFleet(exchange, names, recipe, range(clients), Path(gettempdir())), link, said
 
 
 def tasks(fleet: RemoteFleet, round: int = 1) -> list[ClientTask]:
@@ -123,7 +126,9 @@ def test_updates_come_by_client_and_hold_outs_are_scored() -> None:
 
 
 def test_who_is_late_is_lost_and_is_not_waited_for_while_it_is_gone() -> None:
-    fleet, link, _ = open_fleet(lambda n, f: None if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f))
+    fleet, link, _ = open_fleet(
+        lambda n, f: None if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f), round_deadline=1.0
+    )
     found = outcome(fleet)
     assert [line[:9] for line in found] == ["0 trained", "1 round 1", "2 trained"]
     assert "no answer within" in found[1]
@@ -163,6 +168,7 @@ def test_a_round_waits_for_its_quorum_if_the_recipe_says_so() -> None:
     fleet, _, said = open_fleet(
         lambda n, f: next(tried, honest(n, f)) if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f),
         on_quorum_lost="wait",
+        round_deadline=1.0,
     )
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
     assert sum(line.startswith("waiting") for line in said) == 2
@@ -184,7 +190,7 @@ def test_who_is_refused_or_refuses_is_named_with_the_reason(answer: Frame, why: 
 
 
 def test_a_client_with_other_documents_is_not_the_client_that_left() -> None:
-    fleet, link, said = open_fleet(honest, 2)
+    fleet, link, said = open_fleet(honest, 2, round_deadline=1.0)
     link.there = [node("0"), node("1", "2")]
     link._script = lambda n, f: facts("1", documents="others") if n == node("1", "2") else honest(n, f)
     assert "no answer within" in outcome(fleet)[1]
@@ -240,3 +246,31 @@ def test_an_update_that_can_not_be_one_is_refused(spoil: Callable[[Frame], Frame
     task = ClientTask(1, 0, start, make_recipe().training, 3, 7)
     with pytest.raises(MessageError):
         unpack_update(spoil(pack_update(make_update(start, 0), None)), task)
+
+
+def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered first but is summed last is held by nobody: neither in memory nor in a file that stays."""
+    fleet, _, _ = open_fleet(honest)
+    fleet.folder = tmp_path
+    alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+
+    def watched(frame: Frame, task: ClientTask) -> ClientUpdate:
+        update = unpack_update(frame, task)
+        alive.add(update.adapter)
+        return update
+
+    monkeypatch.setattr(remote, "unpack_update", watched)
+    most = 0
+    for result in fleet.train(tasks(fleet)):
+        assert isinstance(result, ClientUpdate)
+        most = max(most, len(alive))
+        assert not [*tmp_path.iterdir()]
+        del result
+    assert most <= 2
+
+
+def test_a_disk_without_room_for_answers_is_said(tmp_path: Path) -> None:
+    fleet, _, _ = open_fleet(honest)
+    fleet.folder = tmp_path / "not there"
+    with pytest.raises(RunError, match="can't be written"):
+        list(fleet.train(tasks(fleet)))

@@ -179,7 +179,7 @@ class Host:
         told = tuple(fact["documents"] for fact in facts)
         return Prepared(source, device, central, (), plan, 1, told)
 
-    def open_fleet(self, recipe: Recipe, prepared: Prepared, workshop: Workshop) -> LoyalFleet:
+    def open_fleet(self, recipe: Recipe, prepared: Prepared, workshop: Workshop, folder: Path) -> LoyalFleet:
         """The clients that came.
 
         Raises:
@@ -194,7 +194,7 @@ class Host:
                 mend='give all the same files, the same versions of packages and model.dtype = "float32"',
             )
         judges = choose_judges([facts[name]["holdout_blocks"] for name in self._names], recipe)
-        return RemoteFleet(self._exchange, self._names, recipe, judges, workshop.telemetry.watch)
+        return RemoteFleet(self._exchange, self._names, recipe, judges, folder, workshop.telemetry.watch)
 
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:

@@ -6,10 +6,13 @@ now: one that comes back is asked again, and only the first answer counts.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fedloom.adapters.weights import Adapter
 from fedloom.deployment.wire import Frame
@@ -28,6 +31,7 @@ from fedloom.federation.packing import (
 from fedloom.progress import Watch, ignore
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
 from fedloom.words import count, format_seconds
+from fedloom.writing import writing
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -241,6 +245,38 @@ class Exchange:
         self._link.reopen()
 
 
+class Shelf:
+    """Answers of a round, on the disk until their turn comes: in a file without a name, which ends with the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with writing(folder):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by `__exit__`)
+        self._kept: dict[str, tuple[Mapping[str, Any], int, int]] = {}
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self._file.close()
+
+    def put(self, name: str, frame: Frame) -> None:
+        """Keep an answer.
+
+        Raises:
+            RunError: it can't be written.
+        """
+        with writing(self._folder):
+            self._kept[name] = frame.manifest, self._file.tell(), len(frame.payload)
+            self._file.write(frame.payload)
+            self._file.flush()
+
+    def take(self, name: str) -> Frame:
+        """An answer that was kept."""
+        manifest, start, length = self._kept[name]
+        return Frame(manifest, os.pread(self._file.fileno(), length, start))
+
+
 @dataclass
 class RemoteFleet:
     """The fleet whose clients are other machines. They keep their data; the server keeps their scores."""
@@ -250,6 +286,8 @@ class RemoteFleet:
     """Client numbers are places in it."""
     recipe: Recipe
     judges: Collection[int]
+    folder: Path
+    """Where answers lie until their turn comes."""
     watch: Watch = ignore
 
     def __post_init__(self) -> None:
@@ -273,20 +311,26 @@ class RemoteFleet:
         """The updates of a round by client, whatever order they come in: sums then have one order."""
         section = self.recipe.federation
         waiting = {self.names[task.client]: task for task in tasks}
-        done: dict[str, ClientResult] = {}
-        for _ in range(DEADLINES):
-            for name, found in self.exchange.ask(
-                {n: self._question(task) for n, task in waiting.items()}, self._missing
-            ):
-                self._note(name, found)
-                done[name] = self._read(waiting[name], found)
-            lost = [name for name, result in done.items() if isinstance(result, ClientFailure)]
-            if section.on_quorum_lost != "wait" or len(lost) <= section.max_lost_clients:
-                break
-            self.exchange.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
-            self._missing.clear()
-            waiting = {name: waiting[name] for name in lost}
-        yield from (done.pop(self.names[task.client]) for task in tasks)
+        lost: dict[str, ClientFailure] = {}
+        with Shelf(self.folder) as shelf:
+            for _ in range(DEADLINES):
+                questions = {name: self._question(task) for name, task in waiting.items()}
+                for name, found in self.exchange.ask(questions, self._missing):
+                    self._note(name, found)
+                    result = self._read(waiting[name], found)
+                    if isinstance(result, ClientFailure):
+                        lost[name] = result
+                    else:
+                        lost.pop(name, None)
+                        shelf.put(name, found)  # type: ignore[arg-type]
+                if section.on_quorum_lost != "wait" or len(lost) <= section.max_lost_clients:
+                    break
+                self.exchange.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
+                self._missing.clear()
+                waiting = {name: waiting[name] for name in lost}
+            for task in tasks:
+                name = self.names[task.client]
+                yield lost[name] if name in lost else self._read(task, shelf.take(name))
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         packed = pack_adapter(adapter)

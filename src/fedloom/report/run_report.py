@@ -12,7 +12,7 @@ from typing import Any
 import tomlkit
 
 from fedloom.errors import RunError
-from fedloom.records import Record, Run, overfitting_onset, read_run, write_text, writing
+from fedloom.records import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import (
     Block,
@@ -32,6 +32,7 @@ from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
 from fedloom.report.setup import STATES, name_versions, show_setup
 from fedloom.words import format_bytes, format_number
+from fedloom.writing import write_text, writing
 
 LOSS_AXIS = "loss (nats per token)"
 REFERENCES = ("experiment",)
