@@ -14,7 +14,7 @@ from pathlib import Path
 from fedloom.deployment.app import write_app
 from fedloom.deployment.processes import Child, find_program, programs_environment, tail
 from fedloom.deployment.provisioning import Security
-from fedloom.deployment.wire import Frame, receive_frame, send_frame
+from fedloom.deployment.wire import Frame, read_manifest, receive_frame, send_frame
 from fedloom.errors import DeploymentError
 from fedloom.federation.remote import Answer, Node
 
@@ -23,7 +23,7 @@ FREE_SECONDS = 20.0
 START_SECONDS = 120.0
 """That the SuperLink, its app and what they need have to come up."""
 ANSWER_SECONDS = 60.0
-"""That the app has for an answer. It can hang: Flower waits for hours for the rest of an answer whose sender died."""
+"""That the app has for an answer to what it is asked here."""
 REGISTERED_AT_ONCE = 4
 RESTARTS = 5
 """Of a SuperLink that ends, in a row without an answer in between."""
@@ -126,8 +126,12 @@ class SuperLink:
         if not told["message"]:
             return None
         self._restarts = 0
-        frame = None if "error" in told else Frame(told["manifest"], found.payload)
-        return Answer(told["message"], frame, told.get("error", ""))
+        if "error" in told:
+            return Answer(told["message"], None, told["error"])
+        manifest = read_manifest(told["manifest"])
+        if manifest is None:
+            return Answer(told["message"], None, "no answer of fedloom's")
+        return Answer(told["message"], Frame(manifest, found.payload), "")
 
     def reopen(self) -> None:
         self._restarts += 1
