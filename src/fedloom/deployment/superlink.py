@@ -122,16 +122,10 @@ class SuperLink:
 
     def pull(self, messages: Collection[str]) -> Answer | None:
         found = self._ask(Frame({"do": "pull", "messages": [*messages]}))
-        told = found.manifest
-        if not told["message"]:
-            return None
-        self._restarts = 0
-        if "error" in told:
-            return Answer(told["message"], None, told["error"])
-        manifest = read_manifest(told["manifest"])
-        if manifest is None:
-            return Answer(told["message"], None, "no answer of fedloom's")
-        return Answer(told["message"], Frame(manifest, found.payload), "")
+        answer = read_answer(found)
+        if answer:
+            self._restarts = 0
+        return answer
 
     def reopen(self) -> None:
         self._restarts += 1
@@ -188,3 +182,16 @@ class SuperLink:
         if not told.get("success"):
             why = told.get("error-message") or done.stderr.strip() or done.stdout.strip()
             raise DeploymentError(f"flwr {words[0]} failed: {why[-300:]}")
+
+
+def read_answer(found: Frame) -> Answer | None:
+    """What the app says that a client answered, if there is anything; the client's part of it may be anything."""
+    told = found.manifest
+    if not told["message"]:
+        return None
+    if "error" in told:
+        return Answer(told["message"], None, told["error"])
+    manifest = read_manifest(told["manifest"])
+    if manifest is None:
+        return Answer(told["message"], None, "no answer of fedloom's")
+    return Answer(told["message"], Frame(manifest, found.payload), "")
