@@ -47,6 +47,9 @@ MOST_OBJECTS = 8
 POLL_SECONDS = 0.5
 """Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
 
+RETRY_SECONDS = 4
+"""That a SuperNode leaves a server alone that does not answer, at the most. Flower's own is 20."""
+
 server_app = ServerApp()
 client_app = ClientApp()
 
@@ -197,6 +200,7 @@ def _end_with(connection: socket.socket) -> None:
 
 def run_supernode() -> None:
     """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
+    from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
@@ -212,6 +216,7 @@ def run_supernode() -> None:
 
     node.get_fused_config_from_fab = check_and_take_app  # type: ignore
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
+    http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     flower_supernode()
 
 
