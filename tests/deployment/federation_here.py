@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ def tiny(*overrides: str) -> Recipe:
 class Federation:
     """A server and its clients, each a process of its own, with what they say in files."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, secure: bool) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, *, secure: bool, host: str) -> None:
         self.folder, self._stack = folder, stack
         self.port = free_port()
         self.out = folder / "served"
         self._server = folder / "server" if secure else None
         if self._server:
-            provisioning.init(self._server, "localhost", self.port)
+            provisioning.init(self._server, host, self.port)
 
     def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         """One `fedloom` command."""
@@ -47,8 +47,9 @@ class Federation:
         return process
 
     def serve(self, recipe: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        how = ("--server", str(self._server)) if self._server else ("--insecure", "--port", str(self.port))
-        return self.start("serve", "serve", recipe, *how, *words, **environment)
+        how = ("--server", str(self._server)) if self._server else ("--insecure",)
+        port = free_port() if self._server else self.port  # behind a proxy, which has the other
+        return self.start("serve", "serve", recipe, *how, "--port", str(port), *words, **environment)
 
     def join(self, name: str, data: Path, *words: str) -> subprocess.Popen[bytes]:
         kit = self.folder / name / f"{name}.kit"
@@ -78,9 +79,10 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, *, secure: bool = False) -> Iterator[Federation]:
+def federation(folder: Path, *, secure: bool = False, host: str = "localhost") -> Iterator[Federation]:
+    """`host` is what clients call the server; one other than localhost gets a proxy."""
     with ExitStack() as stack:
-        yield Federation(folder, stack, secure=secure)
+        yield Federation(folder, stack, secure=secure, host=host)
 
 
 def descendants(process: int) -> list[int]:
@@ -91,14 +93,22 @@ def descendants(process: int) -> list[int]:
 
 
 def find_process(parent: int, word: str) -> int:
-    """A descendant with a word in its command line, once there is one."""
+    """A descendant with a word in its name or command line, once there is one."""
     until = time.monotonic() + SECONDS
     while True:
         for found in descendants(parent):
             with suppress(OSError):
-                if word.encode() in Path(f"/proc/{found}/cmdline").read_bytes():
+                if any(word.encode() in Path(f"/proc/{found}/{what}").read_bytes() for what in ("comm", "cmdline")):
                     return found
         assert time.monotonic() < until, f"no process {word}"
+        time.sleep(0.02)
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    """Until something is so."""
+    until = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < until, f"{what} did not happen"
         time.sleep(0.02)
 
 

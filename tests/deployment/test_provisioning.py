@@ -14,6 +14,7 @@ from cryptography import x509
 from fedloom.deployment import provisioning
 from fedloom.deployment.joining import read_kit
 from fedloom.deployment.provisioning import approve, fingerprint, init, open_server, request, revoke
+from fedloom.display import Display
 from fedloom.errors import DeploymentError
 
 
@@ -117,7 +118,10 @@ def test_clients_elsewhere_are_not_served_without_the_proxy(tmp_path: Path, monk
 
     monkeypatch.setattr(serving, "find_nginx", lambda: None)
     security = init(tmp_path / "server", "fed.example.org", 8443)
-    with pytest.raises(DeploymentError, match="nginx is not installed"), serving.proxy(security, 8000, tmp_path):
+    with (
+        pytest.raises(DeploymentError, match="nginx is not installed"),
+        serving.proxy(security, 8000, tmp_path, Display()),
+    ):
         pass
-    with serving.proxy(init(tmp_path / "local", "localhost", 8443), 8000, tmp_path):
+    with serving.proxy(init(tmp_path / "local", "localhost", 8443), 8000, tmp_path, Display()):
         pass

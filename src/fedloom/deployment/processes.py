@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from fedloom.errors import DeploymentError
 LEASH = "import ctypes,os,signal,sys; ctypes.CDLL(None).prctl(1,signal.SIGTERM); os.execvp(sys.argv[1],sys.argv[1:])"
 """Linux ends a process whose parent was killed, if it asks for that."""
 GRACE_SECONDS = 10.0
+PREFIX, LOCK = "fedloom-", "owner.lock"
+"""Of private folders, and of the file in them that their owner holds."""
 FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -117,10 +121,25 @@ def tasks_command(kind: str, address: str, secret: Path, ca: Path | None) -> lis
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder for sockets, keys' settings and logs that nobody else can look into; it is gone afterwards."""
+    """A folder for sockets, keys' settings and logs that nobody else can look into; it is gone afterwards.
+
+    Those whose owner was killed are removed: an owner holds a lock.
+    """
+    _sweep()
     # Paths of Unix sockets are short, so it is not in the run directory.
-    with tempfile.TemporaryDirectory(prefix="fedloom-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, ExitStack() as stack:
+        lock = stack.enter_context(open(Path(name) / "taken", "w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, Path(name) / LOCK)  # only now it is seen, held
         yield Path(name)
+
+
+def _sweep() -> None:
+    """Remove folders of processes that are gone."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), open(lock) as held:  # not ours, or swept by another
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def free_port() -> int:

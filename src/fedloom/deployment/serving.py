@@ -40,6 +40,8 @@ from fedloom.records import Run
 from fedloom.workshop import Workshop, hash_base
 
 WAIT_SECONDS = 600.0
+PROXY_SECONDS = 5.0
+"""A proxy that ends sooner does not start at all."""
 
 
 def serve(
@@ -66,22 +68,22 @@ def serve(
         if security:
             display.show_step("server", describe_expiry(security))
             port = security.port if security.is_local else port
-            stack.enter_context(proxy(security, port, folder))
+        tend_proxy = stack.enter_context(proxy(security, port, folder, display))
         link = stack.enter_context(closing(SuperLink(folder, port, security)))
-        host = Host(link, wait_seconds)
+        host = Host(link, wait_seconds, tend_proxy)
         venue = Venue(host.prepare, host.open_fleet, "fedloom serve")
         return run(recipe, out, display, resume=resume, venue=venue)
 
 
 @contextmanager
-def proxy(security: Security, inner: int, folder: Path) -> Iterator[None]:
-    """nginx in front of the SuperLink on this port, where clients come from other machines.
+def proxy(security: Security | None, inner: int, folder: Path, display: Display) -> Iterator[Callable[[], None]]:
+    """nginx in front of the SuperLink on this port, where clients come from other machines, and what tends it.
 
     Raises:
         DeploymentError: it is not installed, or does not start.
     """
-    if security.is_local:
-        yield
+    if security is None or security.is_local:
+        yield lambda: None
         return
     nginx = find_nginx()
     if nginx is None:
@@ -90,11 +92,22 @@ def proxy(security: Security, inner: int, folder: Path) -> Iterator[None]:
             mend="install it, as with: apt install nginx",
         )
     child = Child([nginx, "-c", str(security.write_nginx(inner).resolve())], folder / "nginx.log", {**os.environ})
+    started = time.monotonic()
+
+    def tend() -> None:
+        nonlocal started
+        if not child.ended:
+            return
+        if time.monotonic() - started < PROXY_SECONDS:
+            raise DeploymentError(f"nginx ends as soon as it starts: {tail(folder / 'nginx.log')}")
+        display.show_step("again", "nginx ended; it is started again")
+        child.start()
+        started = time.monotonic()
+
     try:
         time.sleep(1.0)
-        if child.ended:
-            raise DeploymentError(f"nginx does not start: {tail(folder / 'nginx.log')}")
-        yield
+        tend()
+        yield tend
     finally:
         child.end()
 
@@ -118,8 +131,8 @@ def check_deployable(recipe: Recipe) -> None:
 class Host:
     """Opens the link when the run is prepared, and knows who came."""
 
-    def __init__(self, link: SuperLink, wait_seconds: float) -> None:
-        self._link, self._wait_seconds = link, wait_seconds
+    def __init__(self, link: SuperLink, wait_seconds: float, tend_proxy: Callable[[], None]) -> None:
+        self._link, self._wait_seconds, self._tend_proxy = link, wait_seconds, tend_proxy
         self._names: list[str] = []
         self._exchange: Exchange | None = None
 
@@ -135,7 +148,12 @@ class Host:
         shape = build_shape(recipe, source, dtype_of(recipe, device))
         check_length(recipe.data.max_length, source, shape)
         display.show_step("server", "starting Flower's SuperLink")
-        self._link.watch(check)
+
+        def watch() -> None:
+            check()
+            self._tend_proxy()
+
+        self._link.watch(watch)
         self._link.open()
         self._exchange = Exchange(self._link, recipe, display.show_step, display.show_clients)
         display.show_step("waiting", f"for {recipe.data.clients} clients")

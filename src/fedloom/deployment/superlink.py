@@ -21,7 +21,7 @@ from fedloom.deployment.processes import (
     write_secret,
 )
 from fedloom.deployment.provisioning import Security
-from fedloom.deployment.wire import SERVE_SOCKET, Frame, receive_frame, send_frame
+from fedloom.deployment.wire import SERVE_SOCKET, Frame, read_manifest, receive_frame, send_frame
 from fedloom.errors import DeploymentError
 from fedloom.federation.remote import Answer, Node
 
@@ -30,7 +30,7 @@ FREE_SECONDS = 20.0
 START_SECONDS = 120.0
 """That the SuperLink, its app and what they need have to come up."""
 ANSWER_SECONDS = 60.0
-"""That the app has for an answer. It can hang: Flower waits for hours for the rest of an answer whose sender died."""
+"""That the app has for an answer to what it is asked here."""
 REGISTERED_AT_ONCE = 4
 RESTARTS = 5
 """Of a SuperLink that ends, in a row without an answer in between."""
@@ -134,12 +134,10 @@ class SuperLink:
 
     def pull(self, messages: Collection[str]) -> Answer | None:
         found = self._ask(Frame({"do": "pull", "messages": [*messages]}))
-        told = found.manifest
-        if not told["message"]:
-            return None
-        self._restarts = 0
-        frame = None if "error" in told else Frame(told["manifest"], found.payload)
-        return Answer(told["message"], frame, told.get("error", ""))
+        answer = read_answer(found)
+        if answer:
+            self._restarts = 0
+        return answer
 
     def reopen(self) -> None:
         self._restarts += 1
@@ -200,3 +198,16 @@ class SuperLink:
         if not told.get("success"):
             why = told.get("error-message") or done.stderr.strip() or done.stdout.strip()
             raise DeploymentError(f"flwr {words[0]} failed: {why[-300:]}")
+
+
+def read_answer(found: Frame) -> Answer | None:
+    """What the app says that a client answered, if there is anything; the client's part of it may be anything."""
+    told = found.manifest
+    if not told["message"]:
+        return None
+    if "error" in told:
+        return Answer(told["message"], None, told["error"])
+    manifest = read_manifest(told["manifest"])
+    if manifest is None:
+        return Answer(told["message"], None, "no answer of fedloom's")
+    return Answer(told["message"], Frame(manifest, found.payload), "")

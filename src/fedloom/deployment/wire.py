@@ -13,7 +13,7 @@ from typing import Any
 HEAD = struct.Struct(">QQ")
 SERVE_SOCKET = "FEDLOOM_SERVE_SOCKET"
 """In the environment of the server app: where `fedloom serve` listens. Whoever else submits the app gets no further."""
-MOST_MANIFEST_BYTES = 2**26
+MOST_MANIFEST_BYTES = 2**24
 MOST_PAYLOAD_BYTES = 2**36
 
 
@@ -46,11 +46,19 @@ def receive_frame(connection: socket.socket) -> Frame:
     manifest_bytes, payload_bytes = HEAD.unpack(_read(connection, HEAD.size))
     if manifest_bytes > MOST_MANIFEST_BYTES or payload_bytes > MOST_PAYLOAD_BYTES:
         raise ConnectionError("no frame of fedloom's")
-    try:
-        manifest = json.loads(_read(connection, manifest_bytes))
-    except (ValueError, RecursionError) as error:
-        raise ConnectionError("no frame of fedloom's") from error
+    manifest = read_manifest(_read(connection, manifest_bytes))
+    if manifest is None:
+        raise ConnectionError("no frame of fedloom's")
     return Frame(manifest, _read(connection, payload_bytes))
+
+
+def read_manifest(told: bytes | str) -> Mapping[str, Any] | None:
+    """What a JSON text says, if it is one and a mapping."""
+    try:
+        manifest = json.loads(told)
+    except (ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def ask(path: str, frame: Frame, *, patience_seconds: float, answer_seconds: float) -> Frame:

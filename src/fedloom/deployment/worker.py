@@ -73,6 +73,7 @@ class Bench:
         """A round's work; with `judge` the adapter is scored before and after it."""
         task = unpack_task(asked, self._adapted.layout, self._recipe)
         before = self._score(task.adapter) if asked.manifest.get("judge") else None
+        say(f"round {task.round}", "training")
         job = ClientJob(**vars(task), blocks=self._blocks.train)
         (result,) = self._train_clients([job])
         if isinstance(result, ClientFailure):

@@ -7,21 +7,42 @@ each over a Unix socket of its own machine.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import select
 import socket
+import threading
 import time
+from collections.abc import Collection
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedloom.deployment.wire import SERVE_SOCKET, Frame, ask, receive_frame, send_frame
+from fedloom.deployment.wire import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
 
 WORKER_PATIENCE_SECONDS = 120.0
 """For which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
+ARRIVAL_SECONDS = 0.05
+"""That an answer may take from the SuperLink to here before whoever asked for it is told that there is none."""
+ARRIVING_AT_ONCE = 8
+"""Answers, so that memory does not grow with the number of clients; the others wait at the SuperLink."""
+MOST_OBJECTS = 8
+"""That Flower takes an answer apart into, beyond the chunks of its array: the message, its records, …"""
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -44,11 +65,12 @@ def work(message: Message, context: Context) -> Message:
 @server_app.main()
 def relay(grid: Grid, context: Context) -> None:
     """Do what `fedloom serve` asks: tell who is there, send a question, look for answers."""
-    arrived: list[Message] = []
+    inbox = Inbox(grid)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(SERVER_PATIENCE_SECONDS)
         connection.connect(os.environ[SERVE_SOCKET])
         connection.settimeout(None)  # as long as `fedloom serve` lives: its end closes the connection
+        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         while True:
             asked = receive_frame(connection)
             match asked.manifest["do"]:
@@ -60,20 +82,131 @@ def relay(grid: Grid, context: Context) -> None:
                     told = asked.manifest
                     record = to_record(Frame(told["manifest"], asked.payload))
                     message = Message(record, dst_node_id=int(told["node"]), message_type="train", ttl=told["ttl"])
-                    send_frame(connection, Frame({"message": next(iter(grid.push_messages([message])))}))
+                    question = str(next(iter(grid.push_messages([message]))))
+                    inbox.expect(question, len(asked.payload), told["ttl"])
+                    send_frame(connection, Frame({"message": question}))
                 case "pull":
-                    arrived = arrived or [*grid.pull_messages(asked.manifest["messages"])]
-                    send_frame(connection, _answer(arrived.pop()) if arrived else Frame({"message": ""}))
-                case "end":
-                    return
+                    answer = inbox.pull(asked.manifest["messages"])
+                    send_frame(connection, _answer(answer) if answer else Frame({"message": ""}))
 
 
-def _answer(message: Message) -> Frame:
+class Expected(NamedTuple):
+    """What an answer may be at the most."""
+
+    most_bytes: int
+    until: float
+
+
+class Inbox:
+    """Answers, each by itself and no larger than it may be.
+
+    Flower's own way waits for the rest of one answer, hours if its sender died, before it looks at the next, and takes
+    whatever comes.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._expected: dict[str, Expected] = {}
+        self._arrived: SimpleQueue[Message | Unusable] = SimpleQueue()
+        self._places = threading.Semaphore(ARRIVING_AT_ONCE)
+
+    def expect(self, question: str, payload_bytes: int, seconds: float) -> None:
+        """An answer holds no more numbers than its question, and comes in time."""
+        self._expected[question] = Expected(payload_bytes + MOST_MANIFEST_BYTES, time.monotonic() + seconds)
+
+    def pull(self, questions: Collection[str]) -> Message | Unusable | None:
+        """An answer to one of these questions that is all there, if there is one."""
+        # What is on its way here is no longer expected, and unknown to Flower.
+        if self._arrived.empty() and (asked := [question for question in questions if question in self._expected]):
+            self._look(asked)
+        with suppress(Empty):
+            answer = self._arrived.get(timeout=ARRIVAL_SECONDS)
+            self._places.release()
+            return answer
+        return None
+
+    def _look(self, asked: Collection[str]) -> None:
+        if not isinstance(self._grid, HttpGrid):  # Flower's simulation, where answers are objects of this process
+            for message in self._grid.pull_messages(asked):
+                self._arrived.put(message)
+            return
+        found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            question = message.metadata.reply_to_message_id
+            one = PullAppMessagesResponse(messages_list=[message], message_object_trees=[tree])
+            if expected := self._expected.pop(question, None):
+                threading.Thread(target=self._take, args=(question, one, expected), daemon=True).start()
+
+    def _take(self, question: str, found: PullAppMessagesResponse, expected: Expected) -> None:
+        """Have Flower put one answer together."""
+        self._places.acquire()  # until it is asked for
+        try:
+            grid = copy.copy(self._grid)
+            grid._client = _limit(grid._runtime_client, found, expected)  # type: ignore[attr-defined]
+            (message,) = grid.pull_messages([question])
+            self._arrived.put(message)
+        except Exception as error:  # of any kind, from bytes that may be anything
+            self._arrived.put(Unusable(question, str(error) or type(error).__name__))
+
+
+class Unusable(NamedTuple):
+    """An answer that is none."""
+
+    question: str
+    why: str
+
+
+def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: Expected) -> SimpleNamespace:
+    """A client of Flower's that knows of one answer, and gives it up where it is too large or too late."""
+    left = expected.most_bytes
+    num_objects = sum(1 for _ in iterate_object_tree(found.message_object_trees[0]))
+    if num_objects > MOST_OBJECTS + left // CHUNK_BYTES:
+        raise ObjectPullError("answer", f"{num_objects} objects are more than an answer has")
+
+    def pull_object(request: PullObjectRequest) -> PullObjectResponse:
+        nonlocal left
+        if time.monotonic() > expected.until:
+            raise ObjectPullError(request.object_id, "its sender is gone")
+        response = client.PullObject(request)
+        left -= len(response.object_content) + _repeated_bytes(response.object_content)
+        if left < 0:
+            raise ObjectPullError(request.object_id, f"more than {expected.most_bytes:,} bytes")
+        return response
+
+    return SimpleNamespace(
+        PullMessages=lambda request: found,
+        PullObject=pull_object,
+        ConfirmMessageReceived=client.ConfirmMessageReceived,
+    )
+
+
+def _repeated_bytes(content: bytes) -> int:
+    """What an array says that it holds twice, at the most."""
+    if not content.startswith(b"Array "):
+        return 0
+    chunks = json.loads(content[content.index(b"\0") + 1 :])["arraychunk_ids"]
+    return CHUNK_BYTES * (len(chunks) - len(set(chunks)))
+
+
+def _end_with(connection: socket.socket) -> None:
+    """End this process when the other side does, even where it hangs in a call of Flower's."""
+    hung_up = select.poll()
+    hung_up.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
+    hung_up.poll()
+    os._exit(1)
+
+
+def _answer(message: Message | Unusable) -> Frame:
+    """An answer for `fedloom serve`, its manifest as it came: it is read there."""
+    if isinstance(message, Unusable):
+        return Frame({"message": message.question, "error": message.why[:300]})
     told = {"message": message.metadata.reply_to_message_id}
     if message.has_error():
-        return Frame({**told, "error": f"Flower's error {message.error.code}"})
-    frame = to_frame(message.content)
-    return Frame({**told, "manifest": frame.manifest}, frame.payload)
+        return Frame({**told, "error": f"Flower's error {message.error.code}: {(message.error.reason or '')[:200]}"})
+    try:
+        return Frame({**told, "manifest": _manifest(message.content)}, _numbers(message.content))
+    except Exception:  # of any kind, from bytes that may be anything
+        return Frame({**told, "error": "no answer of fedloom's"})
 
 
 def to_record(frame: Frame) -> RecordDict:
@@ -85,6 +218,15 @@ def to_record(frame: Frame) -> RecordDict:
 
 def to_frame(record: RecordDict) -> Frame:
     """The inverse of `to_record`."""
-    manifest = json.loads(str(record.config_records["told"]["manifest"]))
+    return Frame(json.loads(_manifest(record)), _numbers(record))
+
+
+def _manifest(record: RecordDict) -> str:
+    return str(record.config_records["told"]["manifest"])
+
+
+def _numbers(record: RecordDict) -> bytes:
     numbers = record.array_records["numbers"]["all"].numpy()
-    return Frame(manifest, numbers.astype("<f4", copy=False).tobytes())
+    if numbers.dtype != np.dtype("<f4") or numbers.ndim != 1:
+        raise ValueError(f"numbers of {numbers.dtype}, {numbers.shape}")
+    return numbers.tobytes()

@@ -24,6 +24,8 @@ from fedloom.deployment.app import check_app
 
 POLL_SECONDS = 0.5
 """Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
+RETRY_SECONDS = 4
+"""That a SuperNode leaves a server alone that does not answer, at the most. Flower's own is 20."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """PR_SET_PDEATHSIG and PR_SET_NAME of Linux."""
 TASK_NAME = b"fedloom-task"
@@ -31,6 +33,7 @@ TASK_NAME = b"fedloom-task"
 
 def run_supernode() -> None:
     """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
+    from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
@@ -40,6 +43,7 @@ def run_supernode() -> None:
     # What it does first with an app that it was sent.
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
+    http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     flower_supernode()
 
 

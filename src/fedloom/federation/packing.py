@@ -120,11 +120,11 @@ def pack_score(score: Score | None) -> list[float] | None:
     return None if score is None else [score.loss_sum, score.correct, score.num_targets]
 
 
-def unpack_score(told: Any) -> Score | None:
-    """The inverse of `pack_score`.
+def unpack_score(told: Any, most_targets: int) -> Score | None:
+    """The inverse of `pack_score`, of a client with so many tokens held out.
 
     Raises:
-        MessageError
+        MessageError: it is none, or one that can't have been.
     """
     if told is None:
         return None
@@ -133,8 +133,10 @@ def unpack_score(told: Any) -> Score | None:
         score = Score(float(loss_sum), int(correct), int(num_targets))
     except (TypeError, ValueError, OverflowError) as error:
         raise MessageError("no score") from error
-    if score.num_targets < 1:
-        raise MessageError("a score of nothing")
+    if not (1 <= score.num_targets <= most_targets and 0 <= score.correct <= score.num_targets):
+        raise MessageError(f"a score of {score.num_targets} tokens, {score.correct} of them right")
+    if not 0 <= score.loss_sum < math.inf:
+        raise MessageError(f"a score whose loss is {score.loss_sum}")
     return score
 
 

@@ -342,7 +342,8 @@ class RemoteFleet:
             try:
                 if isinstance(found, str):
                     raise MessageError(found)
-                if score := unpack_score(found.manifest.get("score")):
+                tokens = self.exchange.facts[name]["holdout_tokens"]
+                if score := unpack_score(found.manifest.get("score"), tokens):
                     scores[numbers[name]] = score
             except MessageError as error:
                 self.exchange.say("unscored", f"{name}: {error}")
