@@ -8,6 +8,8 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,9 +213,10 @@ def run_with(
     section = {"rounds": ROUNDS, "max_lost_clients": 1, "round_deadline": deadline}
     recipe = make_recipe(federation=section, data={"clients": 3}, training={"proximal_mu": 0.0})
     said: list[str] = []
-    say = lambda what, detail: said.append(f"{what} {detail}")  # noqa: E731
-    exchange = Exchange(ScriptedSuperLink(hostility, spoil), recipe, say)
-    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe, range(3), say)
+    exchange = Exchange(
+        ScriptedSuperLink(hostility, spoil), recipe, lambda what, detail: said.append(f"{what} {detail}")
+    )
+    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe, range(3), Path(gettempdir()))
     aggregate = LORA_RULES["factors"](recipe.federation)
     run = FederatedRun(
         recipe, fleet, aggregate, lambda a: Score(1.0, 0, 1), make_adapted().read(), holdings=fleet.holdings
