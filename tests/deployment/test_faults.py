@@ -51,7 +51,7 @@ VICTIMS = {
     "SuperNode": "supernode",
     "server app": "fedloom-task",
     "who starts that": "server-tasks",
-    "SuperLink": "flower-superlink",
+    "SuperLink": "superlink",
     "nginx": "nginx",
     "fedloom serve": "",
 }

@@ -15,6 +15,7 @@ from fedloom.deployment.policy import load_policy
 from fedloom.deployment.processes import (
     Child,
     check_flower,
+    flower_command,
     free_port,
     private_folder,
     programs_environment,
@@ -99,7 +100,7 @@ def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], ob
         ]
         command += ["--data", str(data), *(["--policy", str(policy)] if policy else [])]
         port, secret = free_port(), write_secret(folder)
-        node = [sys.executable, "-m", "fedloom.federation.flower_programs", "supernode", "--superlink", kit.server]
+        node = flower_command("supernode", "--superlink", kit.server)
         node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         node += ["--node-config", f'socket="{worker_socket}"']
         tasks = tasks_command("client", f"127.0.0.1:{port}", secret, None)

@@ -30,6 +30,8 @@ FLOWER = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 """Settings of Flower's: it tells nobody what it does, and starts apps sooner."""
+CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
+"""In the environment of a SuperLink and of what operates it: others on this machine can reach its port, too."""
 
 
 class Child:
@@ -90,19 +92,9 @@ def check_flower() -> None:
         raise DeploymentError("Flower is not installed", mend="install it: pip install 'fedloom[deploy]'")
 
 
-def find_program(name: str) -> str:
-    """One of Flower's programs, which lie beside this Python's own.
-
-    Raises:
-        DeploymentError
-    """
-    check_flower()
-    path = Path(sys.executable).parent / name
-    if not path.is_file():
-        raise DeploymentError(
-            f"{name} is not beside {sys.executable}", mend="install it: pip install 'fedloom[deploy]'"
-        )
-    return str(path)
+def flower_command(program: str, *words: str) -> list[str]:
+    """One of Flower's programs, as `federation.flower_programs` runs it."""
+    return [sys.executable, "-m", "fedloom.federation.flower_programs", program, *words]
 
 
 def write_secret(folder: Path) -> Path:
@@ -115,8 +107,8 @@ def write_secret(folder: Path) -> Path:
 def tasks_command(kind: str, address: str, secret: Path, ca: Path | None) -> list[str]:
     """Who carries out the tasks of a SuperNode (`client`) or SuperLink (`server`)."""
     trust = ["--root-certificates", str(ca)] if ca else ["--insecure"]
-    program = [sys.executable, "-m", "fedloom.federation.flower_programs", f"{kind}-tasks"]
-    return [*program, "--runtime-api-address", address, "--superexec-auth-secret-file", str(secret), *trust]
+    words = ("--runtime-api-address", address, "--superexec-auth-secret-file", str(secret), *trust)
+    return flower_command(f"{kind}-tasks", *words)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import subprocess
 import time
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from fedloom.deployment.app import write_app
 from fedloom.deployment.processes import (
+    CONTROL_SECRET,
     Child,
-    find_program,
+    flower_command,
     programs_environment,
     tail,
     tasks_command,
@@ -44,7 +46,10 @@ class SuperLink:
         self._check: Callable[[], None] = lambda: None
         self._log = folder / "superlink.log"
         self._socket = folder / "serve.sock"
-        self._environment = programs_environment(folder / "flower") | {SERVE_SOCKET: str(self._socket)}
+        self._environment = programs_environment(folder / "flower") | {
+            SERVE_SOCKET: str(self._socket),
+            CONTROL_SECRET: secrets.token_hex(32),
+        }
         self._app: socket.socket | None = None
         self._child: Child | None = None
         self._tasks: Child | None = None
@@ -81,7 +86,7 @@ class SuperLink:
                     f"port {self._port} is taken", mend="end whatever listens there, or choose another with --port"
                 )
             time.sleep(0.2)
-        command = [find_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self._port)]
+        command = flower_command("superlink", "--host", "127.0.0.1", "--port", str(self._port))
         command += ["--disable-runtime-dependency-installation", "--isolation", "process"]
         command += ["--superexec-auth-secret-file", str(self._secret)]
         if self._security:
@@ -184,7 +189,7 @@ class SuperLink:
 
     def _flower(self, *words: str) -> None:
         """One of Flower's own commands."""
-        command = [find_program("flwr"), *words, "--format", "json"]
+        command = flower_command("flwr", *words, "--format", "json")
         try:
             done = subprocess.run(
                 command, env=self._environment, capture_output=True, text=True, timeout=START_SECONDS, check=False

@@ -1,8 +1,8 @@
-"""Flower's programs as fedloom runs them: a SuperNode, and who carries out the tasks of a SuperNode or SuperLink.
+"""Flower's programs as fedloom runs them, each with Flower's own arguments. No torch here.
 
 Flower starts a process for every task, which for a message is a second or two of loading. Here a task is a fork of a
-process that has loaded it all. It takes tasks of one kind, and runs no app but ours. Beside `flower` the only module
-that imports flwr; no torch here.
+process that has loaded it all. It takes tasks of one kind, and runs no app but ours. What operates a SuperLink has no
+password of Flower's: here it has one. Beside `flower` the only module that imports flwr.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import secrets
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 from fedloom.deployment.app import check_app
+from fedloom.deployment.processes import CONTROL_SECRET
 
 POLL_SECONDS = 0.5
 """Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
@@ -28,11 +30,53 @@ RETRY_SECONDS = 4
 """That a SuperNode leaves a server alone that does not answer, at the most. Flower's own is 20."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """PR_SET_PDEATHSIG and PR_SET_NAME of Linux."""
+SECRET_HEADER = "x-fedloom-secret"
 TASK_NAME = b"fedloom-task"
 
 
+class Guard:
+    """Lets nobody operate a SuperLink without its secret; nodes and tasks have proofs of their own."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+        self._secret = os.environ[CONTROL_SECRET].encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith(("/v1/fleet/", "/v1/runtime/")):
+            told = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
+            if not secrets.compare_digest(told, self._secret):
+                await send({"type": "http.response.start", "status": 403, "headers": []})
+                await send({"type": "http.response.body"})
+                return
+        await self._app(scope, receive, send)
+
+
+def run_superlink() -> None:
+    """Flower's SuperLink, behind a guard."""
+    from flwr.superlink import extensions
+    from flwr.superlink.cli import flower_superlink
+
+    extensions.configure_app = lambda app: app.add_middleware(Guard)
+    flower_superlink()
+
+
+def run_flwr() -> None:
+    """Flower's command line, which tells the guard its secret."""
+    from flwr.cli.app import app
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    make: Any = ProtobufClient.__init__
+
+    def make_with_secret(self: Any, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        self._client.headers[SECRET_HEADER] = os.environ[CONTROL_SECRET]
+
+    ProtobufClient.__init__ = make_with_secret  # type: ignore[method-assign]
+    app()
+
+
 def run_supernode() -> None:
-    """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
+    """Flower's SuperNode: it looks for messages more often, and takes no app but ours."""
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
@@ -48,7 +92,7 @@ def run_supernode() -> None:
 
 
 def run_client_tasks() -> None:
-    """Flower's SuperExec, with its own arguments, for a SuperNode's messages."""
+    """Flower's SuperExec, for a SuperNode's messages."""
     from flwr.supercore.constant import TaskType
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
@@ -56,7 +100,7 @@ def run_client_tasks() -> None:
 
 
 def run_server_tasks() -> None:
-    """Flower's SuperExec, with its own arguments, for a SuperLink's one app."""
+    """Flower's SuperExec, for a SuperLink's one app."""
     from flwr.supercore.constant import TaskType
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
@@ -124,7 +168,13 @@ def checked(take: Callable[..., Any]) -> Callable[..., Any]:
     return check_and_take
 
 
-PROGRAMS = {"supernode": run_supernode, "client-tasks": run_client_tasks, "server-tasks": run_server_tasks}
+PROGRAMS = {
+    "superlink": run_superlink,
+    "supernode": run_supernode,
+    "client-tasks": run_client_tasks,
+    "server-tasks": run_server_tasks,
+    "flwr": run_flwr,
+}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv.pop(1)]()
