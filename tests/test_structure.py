@@ -86,6 +86,7 @@ HOUSE = [
     "workshop",
     "experiment",
     "deployment.policy",
+    "deployment.journal",
     "deployment.processes",
     "deployment.provisioning",
     "deployment.superlink",

@@ -162,13 +162,22 @@ def join(
     kit: Annotated[Path, typer.Argument(metavar="KIT", help="The file that the server's owner sent.")],
     data: Annotated[Path, typer.Option(help="This client's documents: a file or a folder.")],
     policy: Annotated[Path | None, typer.Option(help="What the server may ask for; anything if left out.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Where each round is written down; beside the kit if left out.")
+    ] = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.joining import join, read_kit
     from fedloom.interruption import Terminated
 
     try:
-        join(read_kit(kit), data, policy, lambda what, detail: typer.echo(f"{what:<10}{detail}"))
+        join(
+            read_kit(kit),
+            data,
+            policy,
+            journal or kit.with_suffix(".journal.jsonl"),
+            lambda what, detail: typer.echo(f"{what:<10}{detail}"),
+        )
     except Terminated:
         raise typer.Exit(TERMINATED) from None
 
