@@ -89,6 +89,8 @@ HOUSE = [
     "deployment.journal",
     "deployment.processes",
     "deployment.provisioning",
+    "deployment.compose",
+    "deployment.health",
     "deployment.superlink",
     "deployment.documents",
     "deployment.serving",
@@ -128,6 +130,7 @@ LIGHT = [
         "trackers",
     ),
     *("model_card", "report.run_report", "report.compare", "display", "cli"),
+    *("deployment.policy", "deployment.journal", "deployment.compose", "deployment.health"),
 ]
 """Modules that answer at once: no torch at import."""
 

@@ -126,6 +126,14 @@ def provision_revoke(
     typer.echo(f"{name} is revoked")
 
 
+@provision.command("compose")
+def provision_compose(to: Annotated[Path, typer.Option(help="The folder that gets them.")]) -> None:
+    """Either side: write a Dockerfile and Compose files that run the server or a client."""
+    from fedloom.deployment.compose import write_compose
+
+    typer.echo("\n".join(map(str, write_compose(to))))
+
+
 @app.command()
 def serve(
     recipe: RecipeName,
