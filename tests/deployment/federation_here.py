@@ -91,12 +91,13 @@ def descendants(process: int) -> list[int]:
 
 
 def find_process(parent: int, word: str) -> int:
-    """A descendant with a word in its command line, once there is one."""
+    """A descendant with a word in its command line or as its name, once there is one."""
     until = time.monotonic() + SECONDS
     while True:
         for found in descendants(parent):
             with suppress(OSError):
-                if word.encode() in Path(f"/proc/{found}/cmdline").read_bytes():
+                told = [Path(f"/proc/{found}/{what}").read_bytes() for what in ("cmdline", "comm")]
+                if any(word.encode() in one for one in told):
                     return found
         assert time.monotonic() < until, f"no process {word}"
         time.sleep(0.02)

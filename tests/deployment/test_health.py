@@ -20,7 +20,6 @@ from fedloom.deployment.health import check_client, check_server
 from fedloom.deployment.processes import free_port
 from fedloom.deployment.provisioning import Security, init
 
-
 WORDS = ("fedloom.deployment.worker", "fedloom.federation.flower")
 """Of the command lines that `fedloom join` starts."""
 

@@ -22,8 +22,9 @@ FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds, for 1
+    "OPENBLAS_NUM_THREADS": "1",  # of numpy's, which only moves bytes there
 }
-"""Settings of Flower's: it tells nobody what it does, and starts apps sooner."""
+"""Settings of Flower's programs: they tell nobody what they do, start apps sooner, and have no threads to fork."""
 
 
 class Child:

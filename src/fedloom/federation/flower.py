@@ -2,13 +2,19 @@
 
 Flower starts a process for every message to a client, in which loading a model would be paid each time. So what it
 carries is unpacked elsewhere: the server app talks to `fedloom serve`, the client app to the worker of `fedloom join`,
-each over a Unix socket of its own machine.
+each over a Unix socket of its own machine. Importing Flower alone takes two seconds of a core, so a client's processes
+are forked from one that has done it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -25,6 +31,9 @@ from fedloom.deployment.wire import Frame, ask, receive_frame, send_frame
 WORKER_PATIENCE_SECONDS = 120.0
 """For which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
+HOME = "fedloom.federation.flower"
+"""This module, whatever it was started as."""
+PR_SET_NAME = 15
 POLL_SECONDS = 0.5
 """Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
 
@@ -74,7 +83,10 @@ def relay(grid: Grid, context: Context) -> None:
 
 
 def run_supernode() -> None:
-    """Flower's SuperNode, with its own arguments: it looks for messages more often, and takes no app but ours."""
+    """Flower's SuperNode, with its own arguments.
+
+    It looks for messages more often, takes no app but ours, and has our SuperExec.
+    """
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
@@ -89,8 +101,39 @@ def run_supernode() -> None:
         return take_app(bundle, run)
 
     node.get_fused_config_from_fab = check_and_take_app  # type: ignore
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", HOME, *command])
+
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
+    node.subprocess = SimpleNamespace(Popen=start)  # type: ignore
     flower_supernode()
+
+
+def run_superexec() -> None:
+    """Flower's SuperExec, which the SuperNode starts to start processes: it forks them, with Flower imported."""
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([HOME, "flwr.supernode.cli"])
+    multiprocessing.forkserver.ensure_running()  # before the first message
+
+    def start(command: list[str], **_: object) -> None:
+        forks.Process(target=run_client_app, args=(command,), daemon=True).start()
+
+    subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=None)  # type: ignore
+    flower_superexec()
+
+
+def run_client_app(command: list[str]) -> None:
+    """Flower's process for one message."""
+    from flwr.supernode.cli import flwr_clientapp
+
+    sys.argv = command
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_NAME, command[0].encode())  # what `ps` and `top` show
+    flwr_clientapp()
 
 
 def _answer(message: Message) -> Frame:
@@ -116,4 +159,8 @@ def to_frame(record: RecordDict) -> Frame:
 
 
 if __name__ == "__main__":
-    run_supernode()
+    if sys.argv[1:2] == ["flower-superexec"]:
+        del sys.argv[0]
+        run_superexec()
+    else:
+        run_supernode()
