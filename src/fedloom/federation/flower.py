@@ -111,8 +111,15 @@ def run_supernode() -> None:
 
 
 def run_superexec() -> None:
-    """Flower's SuperExec, which the SuperNode starts to start processes: it forks them, with Flower imported."""
+    """Flower's SuperExec, which the SuperNode starts to start processes."""
     from flwr.supercore.cli.flower_superexec import flower_superexec
+
+    fork_client_apps()
+    flower_superexec()
+
+
+def fork_client_apps() -> None:
+    """Have Flower's processes for messages forked from one that has imported what they need."""
     from flwr.supercore.superexec.executor import subprocess_executor
 
     forks = multiprocessing.get_context("forkserver")
@@ -123,7 +130,6 @@ def run_superexec() -> None:
         forks.Process(target=run_client_app, args=(command,), daemon=True).start()
 
     subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=None)  # type: ignore
-    flower_superexec()
 
 
 def run_client_app(command: list[str]) -> None:
