@@ -17,8 +17,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 
@@ -74,11 +74,10 @@ def join_with_echo(kit: Path) -> None:
     joining.join(joining.read_kit(kit), kit, None, kit.with_suffix(".journal.jsonl"), lambda what, detail: None)
 
 
-@contextmanager
-def deployment(folder: Path) -> Iterator[tuple[Security, list[Path]]]:
-    """Keys of a server and three clients."""
+def provision(folder: Path) -> tuple[Security, list[Path]]:
+    """A server's keys and certificate, and three clients' kits."""
     security = init(folder / "server", "localhost", free_port())
-    yield security, [approve(security.folder, request(name, folder), folder)[0] for name in NAMES]
+    return security, [approve(security.folder, request(name, folder), folder)[0] for name in NAMES]
 
 
 def measure_overhead(rounds: int) -> dict[str, object]:
@@ -90,7 +89,7 @@ def measure_overhead(rounds: int) -> dict[str, object]:
     payload = os.urandom(4 * WEIGHTS)
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
-        security, kits = stack.enter_context(deployment(folder))
+        security, kits = provision(folder)
         for kit in kits:
             command = [sys.executable, __file__, "--join", str(kit)]
             stack.callback(Child(command, kit.with_suffix(".log"), os.environ).end)
@@ -142,7 +141,8 @@ def measure_tiny(rounds: int) -> dict[str, object]:
     from fedloom.recipe import recipe_to_toml
 
     fedloom = [sys.executable, "-m", "fedloom"]
-    with private_folder() as folder, deployment(folder) as (security, kits), ExitStack() as stack:
+    with private_folder() as folder, ExitStack() as stack:
+        security, kits = provision(folder)
         recipe = load_recipe("tiny", [f"federation.rounds={rounds}"])
         (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
         for kit, data in zip(kits, write_splits(recipe, folder / "split", Display()), strict=True):
