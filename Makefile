@@ -1,7 +1,7 @@
 # make run     fine-tune a real model on real files, federated: the recipe quickstart
 # make test    format, lint, types and tests, as CI runs them
 # make soak    faults and deployments at length: a thousand kills at random instants, processes killed and resumed
-# make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up: three quarters of an hour
+# make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up, what Flower costs: an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
 VENV := .venv
@@ -29,6 +29,7 @@ bench: install
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/clients.py
+	$(BIN)/python bench/deployment.py
 
 install: $(VENV)/installed
 

@@ -90,7 +90,10 @@ HOUSE = [
     "workshop",
     "experiment",
     "deployment.policy",
+    "deployment.journal",
     "deployment.provisioning",
+    "deployment.compose",
+    "deployment.health",
     "deployment.superlink",
     "deployment.documents",
     "deployment.serving",
@@ -131,6 +134,7 @@ LIGHT = [
         "trackers",
     ),
     *("model_card", "report.run_report", "report.compare", "display", "at_work", "cli"),
+    *("deployment.policy", "deployment.journal", "deployment.compose", "deployment.health"),
 ]
 """Modules that answer at once: no torch at import."""
 

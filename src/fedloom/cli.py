@@ -126,6 +126,14 @@ def provision_revoke(
     typer.echo(f"{name} is revoked")
 
 
+@provision.command("compose")
+def provision_compose(to: Annotated[Path, typer.Option(help="The folder that gets them.")]) -> None:
+    """Either side: write a Dockerfile and Compose files that run the server or a client."""
+    from fedloom.deployment.compose import write_compose
+
+    typer.echo("\n".join(map(str, write_compose(to))))
+
+
 @app.command()
 def serve(
     recipe: RecipeName,
@@ -162,13 +170,22 @@ def join(
     kit: Annotated[Path, typer.Argument(metavar="KIT", help="The file that the server's owner sent.")],
     data: Annotated[Path, typer.Option(help="This client's documents: a file or a folder.")],
     policy: Annotated[Path | None, typer.Option(help="What the server may ask for; anything if left out.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Where each round is written down; beside the kit if left out.")
+    ] = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.joining import join, read_kit
     from fedloom.interruption import Terminated
 
     try:
-        join(read_kit(kit), data, policy, lambda what, detail: typer.echo(f"{what:<10}{detail}"))
+        join(
+            read_kit(kit),
+            data,
+            policy,
+            journal or kit.with_suffix(".journal.jsonl"),
+            lambda what, detail: typer.echo(f"{what:<10}{detail}"),
+        )
     except Terminated:
         raise typer.Exit(TERMINATED) from None
 

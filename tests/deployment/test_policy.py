@@ -29,7 +29,12 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("max_epoch = 1", "known are models, max_epochs"), ("max_epochs = 0", "max_epochs"), ("=", "not valid TOML")],
+    [
+        ("max_epoch = 1", "known are models, max_epochs"),
+        ("max_epochs = 0", "max_epochs"),
+        ("max_rounds_a_day = 0", "max_rounds_a_day"),
+        ("=", "not valid TOML"),
+    ],
 )
 def test_a_policy_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text(text)

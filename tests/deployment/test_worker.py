@@ -1,20 +1,25 @@
 """A client's worker: what it takes as a question, what it never tells."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_recipe
 
+from fedloom import failpoints
 from fedloom.deployment.documents import HOLDOUT, TRAIN, gather_client, write_splits
+from fedloom.deployment.journal import Journal
 from fedloom.deployment.policy import Policy
 from fedloom.deployment.wire import Frame
 from fedloom.deployment.worker import Worker
 from fedloom.display import Display
 from fedloom.errors import DataError
-from fedloom.federation.packing import unpack_facts
-from fedloom.preparation import prepare
+from fedloom.federation.packing import pack_task, unpack_facts
+from fedloom.model_source import open_model
+from fedloom.preparation import load_adapted_model, prepare
+from fedloom.training.jobs import ClientTask
 
 RECIPE = make_recipe(training={"engine": "reference"}, model={"dtype": "float32"})
 SECRET = "a text that nobody else may see"
@@ -32,8 +37,20 @@ def write_rows(path: Path, count: int) -> Path:
     return path
 
 
+def worker_of(path: Path, policy: Policy | None = None) -> Worker:
+    """A worker as `fedloom join` starts it, with its journal beside the documents."""
+    return Worker("alice", path, policy or Policy(), Journal(path.parent / "alice.journal.jsonl"))
+
+
+def task(round: int, **changed: Any) -> Frame:
+    """A round's question, as a server asks it."""
+    adapter = load_adapted_model(RECIPE, open_model(RECIPE.model.source)).read()
+    packed = pack_task(replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed))
+    return replace(packed, manifest={**packed.manifest, "do": "train", "recipe": told()})
+
+
 def test_it_says_what_it_holds_and_nothing_of_it(tmp_path: Path) -> None:
-    worker = Worker("alice", write_rows(tmp_path / "private.jsonl", 12), Policy())
+    worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
     facts = unpack_facts(answer.manifest)
     assert (facts["name"], facts["train_documents"], facts["holdout_documents"]) == ("alice", 6, 2)
@@ -48,7 +65,7 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
     path = tmp_path / "private.jsonl"
     if content is not None:
         path.write_text(content)
-    answer = Worker("alice", path, Policy()).answer(Frame({"do": "meet", "recipe": told()}))
+    answer = worker_of(path).answer(Frame({"do": "meet", "recipe": told()}))
     assert answer.manifest == {"name": "alice", "error": "its documents can't be used: its owner sees why"}
     assert "private.jsonl" in capsys.readouterr().out
 
@@ -64,14 +81,61 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
     ],
 )
 def test_a_question_that_is_none_is_refused(asked: dict[str, Any], why: str, tmp_path: Path) -> None:
-    worker = Worker("alice", write_rows(tmp_path / "private.jsonl", 12), Policy())
+    worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     assert why in worker.answer(Frame(asked)).manifest["error"]
 
 
 def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
-    worker = Worker("alice", tmp_path / "not there", Policy(models=("another",)))
+    worker = worker_of(tmp_path / "not there", Policy(models=("another",)))
     answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
     assert "does not allow the base model" in answer.manifest["error"]
+
+
+def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "private.jsonl", 12)
+    for asked in (task(1, rounds=500), task(500)):
+        answer = worker_of(data, Policy(max_rounds=2)).answer(asked)
+        assert answer.manifest["error"] == "policy.max_rounds: its policy allows 2 rounds, not 500"
+        assert worker_of(data).answer(asked).manifest["error"] == "the task is not the recipe's"
+    assert not (tmp_path / "alice.journal.jsonl").exists()
+
+
+def test_every_round_stands_in_the_journal_and_nothing_of_the_documents(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "private.jsonl", 12)
+    report = worker_of(data).answer(task(1)).manifest["report"]
+    (line,) = (tmp_path / "alice.journal.jsonl").read_text().splitlines()
+    noted = json.loads(line)
+    assert set(noted) == {"when", "recipe", "model", "round", "epochs", "steps", "tokens", "task"}
+    assert (noted["recipe"], noted["model"], noted["round"]) == ("test", "random:tiny-llama", 1)
+    assert (noted["steps"], noted["tokens"]) == (report["steps"], report["tokens"])
+    assert SECRET not in line
+    assert "private" not in line
+
+
+def test_rounds_a_day_are_counted_over_workers_and_one_that_died_in_training(tmp_path: Path) -> None:
+    data, policy = write_rows(tmp_path / "private.jsonl", 12), Policy(max_rounds_a_day=1)
+    first, second = task(1), task(2)
+    failpoints.arm("training.stepped=raise")
+    try:
+        with pytest.raises(RuntimeError):
+            worker_of(data, policy).answer(first)
+    finally:
+        failpoints.arm("")
+    refused = worker_of(data, policy).answer(second).manifest["error"]
+    assert refused.startswith("policy.max_rounds_a_day: its policy allows 1 rounds a day; the next may begin on ")
+    # The round that was cut off is asked again: it is the same one, told whether the hold-out is scored or not.
+    again = replace(first, manifest={**first.manifest, "judge": True})
+    assert "report" in worker_of(data, policy).answer(again).manifest
+    assert "report" in worker_of(data, Policy(max_rounds_a_day=2)).answer(second).manifest
+
+
+def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
+    (tmp_path / "alice.journal.jsonl").mkdir()
+    error = worker.answer(task(1)).manifest["error"]
+    assert error.startswith("alice.journal.jsonl: the journal of rounds can't be read (Is a directory)")
+    assert str(tmp_path) not in error
+    assert error in capsys.readouterr().out
 
 
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from fedloom.deployment.journal import Journal
 from fedloom.deployment.policy import load_policy
 from fedloom.deployment.processes import (
     Child,
@@ -74,11 +75,11 @@ def read_kit(path: Path) -> Kit:
     )
 
 
-def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], object]) -> None:
+def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable[[str, str], object]) -> None:
     """Take part until the process is told to end.
 
     Raises:
-        DeploymentError: Flower is missing, or what is started ends again and again.
+        DeploymentError: Flower is missing, the journal can't be kept, or what is started ends again and again.
     """
     if not data.exists():
         raise DeploymentError(
@@ -86,6 +87,7 @@ def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], ob
         )
     if policy:
         load_policy(policy)
+    Journal(journal).check()
     check_flower()
     with private_folder() as folder:
         worker_socket, log = folder / "worker.sock", folder / "supernode.log"
@@ -98,7 +100,7 @@ def join(kit: Kit, data: Path, policy: Path | None, say: Callable[[str, str], ob
             "--name",
             kit.name,
         ]
-        command += ["--data", str(data), *(["--policy", str(policy)] if policy else [])]
+        command += ["--data", str(data), "--journal", str(journal), *(["--policy", str(policy)] if policy else [])]
         port, secret = free_port(), write_secret(folder)
         node = flower_command("supernode", "--superlink", kit.server)
         node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]

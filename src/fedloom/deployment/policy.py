@@ -13,6 +13,7 @@ from fedloom.sections import Names, Section
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
+    from fedloom.training.jobs import ClientTask
 
 
 class Policy(Section):
@@ -21,6 +22,7 @@ class Policy(Section):
     models: Names | None = Field(None, description="base models that may be trained, as a recipe's model.source")
     max_epochs: int | None = Field(None, ge=1, description="the most passes over the documents in a round")
     max_rounds: int | None = Field(None, ge=1, description="the most rounds of a run")
+    max_rounds_a_day: int | None = Field(None, ge=1, description="the most rounds in 24 hours, of all runs together")
     tell_holdout_loss: bool = Field(True, description="whether the loss on the client's hold-out may be told")
 
 
@@ -43,13 +45,17 @@ def load_policy(path: Path) -> Policy:
         raise RecipeError("not valid TOML", where=str(path)) from None
 
 
-def check_policy(policy: Policy, recipe: Recipe) -> None:
-    """Refuse a recipe that asks for more than the client's owner allows.
+def check_policy(policy: Policy, recipe: Recipe, task: ClientTask | None = None) -> None:
+    """Refuse a recipe, or a task whatever its recipe says, that asks for more than the client's owner allows.
+
+    `max_rounds_a_day` is the journal's to check.
 
     Raises:
         RecipeError: naming what, for both sides.
     """
     epochs, rounds, source = recipe.training.epochs, recipe.federation.rounds, recipe.model.source
+    if task:
+        epochs, rounds = max(epochs, task.training.epochs), max(rounds, task.rounds, task.round)
     if policy.models is not None and source not in policy.models:
         raise RecipeError(f'its policy does not allow the base model "{source}"', where="policy.models")
     if policy.max_epochs is not None and epochs > policy.max_epochs:

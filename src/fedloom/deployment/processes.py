@@ -27,9 +27,9 @@ FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds, for 1
-    "OPENBLAS_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # of numpy's, which only moves bytes there
 }
-"""Settings of Flower's: it tells nobody what it does, and starts apps sooner."""
+"""Settings of Flower's programs: they tell nobody what they do, start apps sooner, and have no threads to fork."""
 CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
 """In the environment of a SuperLink and of what operates it: others on this machine can reach its port, too."""
 

@@ -18,6 +18,7 @@ from typing import Any
 from fedloom import __version__
 from fedloom.adapters.weights import Adapter
 from fedloom.deployment.documents import gather_client
+from fedloom.deployment.journal import Journal, hash_task
 from fedloom.deployment.policy import Policy, check_policy, load_policy
 from fedloom.deployment.wire import Frame, receive_frame, send_frame
 from fedloom.errors import DataError, FedloomError, MessageError
@@ -28,7 +29,7 @@ from fedloom.preparation import choose_engine, load_adapted_model
 from fedloom.progress import Progress
 from fedloom.recipe import Recipe
 from fedloom.run_state import hash_tensors
-from fedloom.training.jobs import ClientFailure, ClientJob
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
 from fedloom.workshop import ENGINES, hash_base, tensors_of
 
 
@@ -69,10 +70,29 @@ class Bench:
         """How good an adapter is on this client's own hold-out."""
         return Frame({"score": pack_score(self._score(unpack_adapter(asked, self._adapted.layout)))})
 
-    def train(self, asked: Frame) -> Frame:
+    def read_task(self, asked: Frame) -> ClientTask:
+        """The task in a question.
+
+        Raises:
+            MessageError: it is none of this recipe.
+        """
+        return unpack_task(asked, self._adapted.layout, self._recipe)
+
+    def describe(self, task: ClientTask) -> dict[str, Any]:
+        """A task for its owner's journal."""
+        epochs, blocks = task.training.epochs, self._blocks.train
+        return {
+            "recipe": self._recipe.name,
+            "model": self._recipe.model.source,
+            "round": task.round,
+            "epochs": epochs,
+            "steps": epochs * -(-len(blocks) // task.training.batch_size),
+            "tokens": epochs * blocks.num_tokens,
+        }
+
+    def train(self, task: ClientTask, *, judge: bool) -> Frame:
         """A round's work; with `judge` the adapter is scored before and after it."""
-        task = unpack_task(asked, self._adapted.layout, self._recipe)
-        before = self._score(task.adapter) if asked.manifest.get("judge") else None
+        before = self._score(task.adapter) if judge else None
         say(f"round {task.round}", "training")
         job = ClientJob(**vars(task), blocks=self._blocks.train)
         (result,) = self._train_clients([job])
@@ -107,8 +127,8 @@ class Bench:
 class Worker:
     """Answers questions, one after another."""
 
-    def __init__(self, name: str, data: Path, policy: Policy) -> None:
-        self._name, self._data, self._policy = name, data, policy
+    def __init__(self, name: str, data: Path, policy: Policy, journal: Journal) -> None:
+        self._name, self._data, self._policy, self._journal = name, data, policy, journal
         self._told: Mapping[str, Any] | None = None
         self._bench: Bench | None = None
         self._last: tuple[Frame, Frame] | None = None
@@ -124,8 +144,8 @@ class Worker:
             elif do == "evaluate":
                 found = bench.evaluate(asked) if self._policy.tell_holdout_loss else Frame({"score": None})
             elif do == "train":
-                self._check_task(asked)
-                found = bench.train(asked)
+                task = self._admit(asked, bench)
+                found = bench.train(task, judge=bool(asked.manifest.get("judge")))
             else:
                 raise MessageError("no question that this fedloom knows")
         except DataError as error:
@@ -146,13 +166,19 @@ class Worker:
             self._bench, self._told = Bench(recipe, self._data), told
         return self._bench
 
-    def _check_task(self, asked: Frame) -> None:
-        """What a task says is what the recipe says: a policy is kept by both or neither."""
+    def _admit(self, asked: Frame, bench: Bench) -> ClientTask:
+        """A task that its recipe and the policy allow, once it stands in the journal."""
         free = {"proximal_mu", "clients_at_once"}
-        training = dict(asked.manifest.get("training", {}))
-        known = read_told_recipe(self._told).training.model_dump(mode="json", exclude=free)
+        recipe, training = read_told_recipe(self._told), dict(asked.manifest.get("training", {}))
+        known = recipe.training.model_dump(mode="json", exclude=free)
         if {key: value for key, value in training.items() if key not in free} != known:
             raise MessageError("the task is not the recipe's")
+        task = bench.read_task(asked)
+        check_policy(self._policy, recipe, task)
+        if not 1 <= task.round <= task.rounds == recipe.federation.rounds:
+            raise MessageError("the task is not the recipe's")
+        self._journal.note(hash_task(asked), bench.describe(task), at_most=self._policy.max_rounds_a_day)
+        return task
 
 
 def read_told_recipe(told: Any) -> Recipe:
@@ -188,11 +214,11 @@ def serve(listener: socket.socket, worker: Worker) -> None:
 def main() -> None:
     """`python -m fedloom.deployment.worker`: started by `fedloom join`, never by hand."""
     parser = argparse.ArgumentParser()
-    for option in ("--socket", "--name", "--data", "--policy"):
+    for option in ("--socket", "--name", "--data", "--policy", "--journal"):
         parser.add_argument(option, default="")
     chosen = parser.parse_args()
     policy = load_policy(Path(chosen.policy)) if chosen.policy else Policy()
-    worker = Worker(chosen.name, Path(chosen.data), policy)
+    worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)))
     with socket.socket(socket.AF_UNIX) as listener:
         Path(chosen.socket).unlink(missing_ok=True)
         listener.bind(chosen.socket)

@@ -93,10 +93,7 @@ def run_supernode() -> None:
 
 def run_client_tasks() -> None:
     """Flower's SuperExec, for a SuperNode's messages."""
-    from flwr.supercore.constant import TaskType
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
-    _run_tasks(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp")
+    _run_tasks(client_executor())
 
 
 def run_server_tasks() -> None:
@@ -104,14 +101,29 @@ def run_server_tasks() -> None:
     from flwr.supercore.constant import TaskType
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
-    _run_tasks(TaskType.SERVER_APP, flwr_serverapp, "flwr.superlink.runtime.run_serverapp")
+    _run_tasks(_executor(TaskType.SERVER_APP, flwr_serverapp, "flwr.superlink.runtime.run_serverapp"))
 
 
-def _run_tasks(kind: Any, program: Callable[[], object], module: str) -> None:
-    """`program` carries out one task, as its arguments say; `module` is where it takes the app."""
+def client_executor() -> Any:
+    """What starts a process for each message, of Flower's type."""
+    from flwr.supercore.constant import TaskType
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    return _executor(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp")
+
+
+def _run_tasks(executor: Any) -> None:
     from flwr.supercore.cli.flower_superexec import flower_superexec
-    from flwr.supercore.exit import exit_handler
     from flwr.supercore.superexec import run_superexec
+
+    run_superexec.get_executor = lambda *chosen, **told: executor  # type: ignore
+    gc.freeze()
+    flower_superexec()
+
+
+def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
+    """`program` carries out one task, as its arguments say; `module` is where it takes the app."""
+    from flwr.supercore.exit import exit_handler
     from flwr.supercore.superexec.executor import subprocess_executor
 
     import fedloom.federation.flower  # noqa: F401  (what the app imports)
@@ -153,9 +165,7 @@ def _run_tasks(kind: Any, program: Callable[[], object], module: str) -> None:
     task: Any = import_module(module)
     task.install_from_fab = checked(task.install_from_fab)
     subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=None)  # type: ignore
-    run_superexec.get_executor = lambda *chosen, **told: Forks()  # type: ignore
-    gc.freeze()
-    flower_superexec()
+    return Forks()
 
 
 def checked(take: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,269 @@
+"""What Flower costs: a round without training, the recipe tiny, a message's start, the server's memory.
+
+    python bench/deployment.py [--rounds 10]
+
+Server and clients are processes of this machine, over TLS with node keys, as `fedloom serve` and `fedloom join` start
+them. Without training, an echo stands where each client's worker is: 6.3 MB to each client and back. Memory is that of
+a server whose link makes every reply when it is looked at, a process a case. One JSON line each follows the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from statistics import median
+
+from fedloom.deployment.processes import Child, free_port, private_folder
+from fedloom.deployment.provisioning import Security, approve, init, request
+from fedloom.deployment.wire import Frame, receive_frame, send_frame
+
+WEIGHTS = 1_572_864
+"""Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
+NAMES = ("alice", "bob", "carol")
+WORKER = "fedloom.deployment.worker"
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def echo(path: str) -> None:
+    """A worker that gives back what it gets, and tells of the process that brought it."""
+    from fedloom.federation.packing import COUNTS, WORDS
+
+    facts = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(WORDS, "echo")}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                process = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                told = {**describe_start(process), "arrived": time.time()}
+                asked = receive_frame(connection)
+                payload = asked.payload if asked.manifest["do"] == "train" else b""
+                send_frame(connection, Frame({**facts, **told, "answered": time.time()}, payload))
+
+
+def describe_start(process: int) -> dict[str, float]:
+    """How old a process is, and how long it has computed."""
+    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    born = int(words[19]) / TICKS
+    return {
+        "age_seconds": time.clock_gettime(time.CLOCK_BOOTTIME) - born,
+        "cpu_seconds": (int(words[11]) + int(words[12])) / TICKS,
+    }
+
+
+def join_with_echo(kit: Path) -> None:
+    """`fedloom join`, but for its worker."""
+    from fedloom.deployment import joining
+
+    def start(command: list[str], *rest: object) -> Child:
+        if WORKER in command:
+            command = [sys.executable, __file__, "--echo", command[command.index("--socket") + 1]]
+        return Child(command, *rest)
+
+    joining.Child = start
+    joining.join(joining.read_kit(kit), kit, None, kit.with_suffix(".journal.jsonl"), lambda what, detail: None)
+
+
+def provision(folder: Path) -> tuple[Security, list[Path]]:
+    """A server's keys and certificate, and three clients' kits."""
+    security = init(folder / "server", "localhost", free_port())
+    return security, [approve(security.folder, request(name, folder), folder)[0] for name in NAMES]
+
+
+def measure_overhead(rounds: int) -> dict[str, object]:
+    """Rounds of three clients with one and with two messages each, and messages to one client alone."""
+    from fedloom.deployment.superlink import SuperLink
+    from fedloom.federation.remote import Exchange
+    from fedloom.recipe import load_recipe
+
+    payload = os.urandom(4 * WEIGHTS)
+    with ExitStack() as stack:
+        folder = stack.enter_context(private_folder())
+        security, kits = provision(folder)
+        for kit in kits:
+            command = [sys.executable, __file__, "--join", str(kit)]
+            stack.callback(Child(command, kit.with_suffix(".log"), os.environ).end)
+        link = stack.enter_context(closing(SuperLink(folder, security.port, security)))
+        link.open()
+        exchange = Exchange(link, load_recipe("tiny"), lambda what, detail: print(f"{what:<10}{detail}", flush=True))
+        exchange.assemble(len(NAMES), 300)
+
+        def ask(names: Sequence[str], do: str) -> list[Frame]:
+            answers = [found for _, found in exchange.ask(dict.fromkeys(names, Frame({"do": do}, payload)))]
+            assert all(isinstance(answer, Frame) for answer in answers), answers
+            return answers
+
+        ask(NAMES, "train")
+        train_seconds, both_seconds, to_worker, back, age, cpu = [], [], [], [], [], []
+        for _ in range(rounds):
+            started = time.time()
+            ask(NAMES, "train")
+            train_seconds.append(time.time() - started)
+            ask(NAMES, "evaluate")
+            both_seconds.append(time.time() - started)
+        for _ in range(rounds):
+            started = time.time()
+            (answer,) = ask(NAMES[:1], "train")
+            told = answer.manifest
+            to_worker.append(told["arrived"] - started)
+            back.append(time.time() - told["answered"])
+            age.append(told["age_seconds"])
+            cpu.append(told["cpu_seconds"])
+    print("\n| | median, s | worst, s |\n|---|---|---|")
+    rows = {
+        "a round: train": train_seconds,
+        "a round: train, then score": both_seconds,
+        "one client alone: from the question to its worker": to_worker,
+        "of it, Flower's process for the message": age,
+        "of it, computing": cpu,
+        "one client alone: from its worker to the answer": back,
+    }
+    for what, seconds in rows.items():
+        print(f"| {what} | {median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
+    return {what: [round(one, 3) for one in seconds] for what, seconds in rows.items()}
+
+
+def measure_tiny(rounds: int) -> dict[str, object]:
+    """`tiny` through `fedloom serve` and three times `fedloom join`."""
+    from fedloom import load_recipe, read_run
+    from fedloom.deployment.documents import write_splits
+    from fedloom.display import Display
+    from fedloom.recipe import recipe_to_toml
+
+    fedloom = [sys.executable, "-m", "fedloom"]
+    with private_folder() as folder, ExitStack() as stack:
+        security, kits = provision(folder)
+        recipe = load_recipe("tiny", [f"federation.rounds={rounds}"])
+        (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
+        for kit, data in zip(kits, write_splits(recipe, folder / "split", Display()), strict=True):
+            command = [*fedloom, "join", str(kit), "--data", str(data)]
+            stack.callback(Child(command, kit.with_suffix(".log"), os.environ).end)
+        command = [*fedloom, "serve", str(folder / "tiny.toml"), "--server", str(security.folder)]
+        subprocess.run([*command, "--out", str(folder / "run")], check=True, stdout=subprocess.DEVNULL)
+        finished = read_run(folder / "run")
+        loads = [kit.with_suffix(".log").read_text().count("\nmodel ") for kit in kits]
+    whole, working = [], []
+    for record in finished.rounds[1:]:
+        reports = [report for report in finished.clients if report["round"] == record["round"]]
+        whole.append(sum(record[key] for key in ("train_seconds", "aggregate_seconds", "evaluate_seconds")))
+        whole[-1] += max(report["evaluate_seconds"] for report in reports)
+        working.append(max(report["seconds"] + report["evaluate_seconds"] for report in reports))
+    beyond = [one - other for one, other in zip(whole, working, strict=True)]
+    print("\n| `tiny`, 3 clients | median, s | worst, s |\n|---|---|---|")
+    for what, seconds in (("a round", whole), ("beyond the slowest client's work", beyond)):
+        print(f"| {what} | {median(seconds):.2f} | {max(seconds):.2f} |")
+    print(f"\nEach worker loaded the base model {' and '.join(sorted({str(count) for count in loads}))} times.")
+    return {"round_seconds": whole, "beyond_seconds": beyond, "loads": loads}
+
+
+def measure_memory(clients: int) -> dict[str, object]:
+    """The most that a server holds in a round beyond what it held before, in this process."""
+    import torch
+
+    from fedloom import load_recipe
+    from fedloom.adapters.weights import Adapter, Layout
+    from fedloom.evaluation import Score
+    from fedloom.federation import remote
+    from fedloom.federation.lora_rules import factors
+    from fedloom.federation.packing import COUNTS, WORDS, pack_update
+    from fedloom.federation.remote import Answer, Exchange, Node, RemoteFleet
+    from fedloom.federation.rounds import FederatedRun
+    from fedloom.machine import peak_memory, reset_peak_memory
+    from fedloom.training.jobs import ClientReport, ClientUpdate
+
+    start = Adapter(Layout(("weight",), (torch.Size((WEIGHTS,)),)), torch.randn(WEIGHTS) * 0.02)
+    numbers = {"examples": 1, "tokens": 1, "steps": 1}
+    names = [field for field in ClientReport.__dataclass_fields__ if not field.startswith("holdout")]
+
+    class MadeLink:
+        """Nodes whose answers are made when they are looked at."""
+
+        def __init__(self, count: int) -> None:
+            self._nodes = [Node(f"{number:03}", f"client-{number:03}", "1") for number in range(count)]
+            self._asked: dict[str, Callable[[], Frame]] = {}
+
+        def nodes(self) -> Sequence[Node]:
+            return self._nodes
+
+        def send(self, node: Node, frame: Frame, seconds: float) -> str:
+            message = str(time.monotonic_ns())
+            told = frame.manifest
+            if told["do"] == "meet":
+                facts = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(WORDS, node.name)}
+                self._asked[message] = lambda: Frame(facts)
+            else:
+                self._asked[message] = lambda: self._train(told["round"], told["client"])
+            return message
+
+        def pull(self, messages: Collection[str]) -> Answer | None:
+            for message in messages:
+                if made := self._asked.pop(message, None):
+                    return Answer(message, made(), "")
+            return None
+
+        def reopen(self) -> None:
+            raise AssertionError("this link is never lost")
+
+        def _train(self, round: int, client: int) -> Frame:
+            told = {**dict.fromkeys(names, 1.0), **numbers, "round": round, "client": client}
+            weights_P = start.weights_P + torch.randn(WEIGHTS) * 1e-3
+            return pack_update(ClientUpdate(ClientReport(**told), Adapter(start.layout, weights_P), {}), None)
+
+    remote.ATTEND_SECONDS, remote.POLL_SECONDS = 0.0, 0.001
+
+    def run_round(count: int) -> None:
+        recipe = load_recipe("tiny", [f"data.clients={count}"])
+        exchange = Exchange(MadeLink(count), recipe, lambda what, detail: None)
+        found = exchange.assemble(count, 60)
+        fleet = RemoteFleet(exchange, found, recipe, (), lambda what, detail: None)
+        judge = lambda adapter: Score(1.0, 0, 1)  # noqa: E731
+        run = FederatedRun(recipe, fleet, factors(recipe.federation), judge, start, holdings=fleet.holdings)
+        run.begin()
+        result = run.complete(fleet.train(run.tasks()))
+        assert len(result.reports) == count, result.lost
+
+    run_round(1)
+    reset_peak_memory()
+    before = peak_memory()
+    run_round(clients)
+    return {"clients": clients, "replies_bytes": clients * 4 * WEIGHTS, "peak_bytes": peak_memory() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
+    parser.add_argument("--echo", metavar="SOCKET", help="stand where a client's worker is")
+    parser.add_argument("--join", metavar="KIT", type=Path, help="be one client, with an echo")
+    parser.add_argument("--memory", metavar="CLIENTS", type=int, help="one case, as a JSON line")
+    options = parser.parse_args()
+    if options.echo:
+        return echo(options.echo)
+    if options.join:
+        return join_with_echo(options.join)
+    if options.memory:
+        return print(json.dumps(measure_memory(options.memory)))
+    lines = [json.dumps(measure(options.rounds)) for measure in (measure_overhead, measure_tiny)]
+    print("\n| clients | replies | server's memory beyond what it held |\n|---|---|---|")
+    for clients in options.clients:
+        command = [sys.executable, __file__, "--memory", str(clients)]
+        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        found = json.loads(line)
+        print(f"| {clients} | {found['replies_bytes'] / 1e6:.0f} MB | {found['peak_bytes'] / 1e6:.0f} MB |", flush=True)
+        lines.append(line)
+    print("\n".join(["", *lines]))
+    return None
+
+
+if __name__ == "__main__":
+    main()

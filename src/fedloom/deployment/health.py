@@ -1,0 +1,74 @@
+"""Whether a side of a deployment is alive: `python -m fedloom.deployment.health server FOLDER`, or `… client`.
+
+For Docker's health checks: exit code 0, or 1 and why. It starts often, so it needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import sys
+import tomllib
+from pathlib import Path
+
+WAIT_SECONDS = 10.0
+GATEWAY_ERRORS = range(502, 505)
+CHILDREN = {
+    "worker": b"fedloom.deployment.worker",
+    "SuperNode": b"flower_programs\0supernode",
+    "tasks": b"flower_programs\0client-tasks",
+}
+"""What a client's `fedloom join` keeps alive, and the words that each has in its command line."""
+
+
+def check_server(folder: Path) -> str:
+    """What is wrong with the server whose certificate lies in this folder; empty where clients would reach it.
+
+    nginx must answer with that certificate, and have a SuperLink behind it.
+    """
+    try:
+        port = int(tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))["port"])
+        trust = ssl.create_default_context(cafile=folder / "ca.crt")
+        connection = http.client.HTTPSConnection("localhost", port, timeout=WAIT_SECONDS, context=trust)
+        connection.request("GET", "/v1/fleet/")
+        status = connection.getresponse().status
+        connection.close()
+    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"HTTP {status}: no SuperLink behind the proxy" if status in GATEWAY_ERRORS else ""
+
+
+def check_client(parent: int = 1) -> str:
+    """What does not run among the descendants of a process; a container's first is 1."""
+    parents, commands = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            # The name, in brackets, may hold anything; behind it stand the state and the parent.
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(path.name)] = (path / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+    family = {parent}
+    while more := {child for child, of in parents.items() if of in family} - family:
+        family |= more
+    missing = [
+        what for what, word in CHILDREN.items() if not any(word in commands.get(process, b"") for process in family)
+    ]
+    return f"not running: {', '.join(missing)}" if missing else ""
+
+
+def main() -> None:
+    """What Docker calls."""
+    match sys.argv[1:]:
+        case ["server", folder]:
+            wrong = check_server(Path(folder))
+        case ["client"]:
+            wrong = check_client()
+        case _:
+            wrong = "usage: python -m fedloom.deployment.health server FOLDER | client"
+    print(wrong or "well")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The files for Docker as data, and as docker compose reads them. No container is run here: there is no engine."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from fedloom import __version__
+from fedloom.cli import app
+from fedloom.deployment.compose import FILES, write_compose
+from fedloom.errors import DeploymentError
+
+SIDES = ("server", "client")
+WRITABLE = {"server": {"/fedloom/runs", "/models"}, "client": {"/fedloom/journal", "/models"}}
+
+
+def service(folder: Path, side: str) -> dict[str, Any]:
+    write_compose(folder)
+    told: dict[str, Any] = yaml.safe_load((folder / f"compose.{side}.yaml").read_text())["services"]
+    assert list(told) == [side]
+    found: dict[str, Any] = told[side]
+    return found
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_container_can_do_no_more_than_it_must(side: str, tmp_path: Path) -> None:
+    told = service(tmp_path, side)
+    assert told["user"] == "${FEDLOOM_USER:-1000:1000}"
+    assert told["read_only"] is True
+    assert told["cap_drop"] == ["ALL"]
+    assert told["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "devices", "pid", "network_mode", "ipc", "environment", "env_file"} & set(told)
+    assert told["tmpfs"][0] == "/tmp"
+    written = {volume.split(":")[-1] for volume in told["volumes"] if not volume.endswith(":ro")}
+    assert written == WRITABLE[side]
+    assert ("ports" in told) == (side == "server")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_container_is_watched_and_ends_in_peace(side: str, tmp_path: Path) -> None:
+    told = service(tmp_path, side)
+    assert told["healthcheck"]["test"][:5] == ["CMD", "python", "-m", "fedloom.deployment.health", side]
+    assert (told["stop_signal"], told["stop_grace_period"], told["init"]) == ("SIGTERM", "60s", True)
+    assert told["restart"] != "no"
+
+
+def test_secrets_stay_out_of_the_image_and_the_authoritys_key_out_of_the_container(tmp_path: Path) -> None:
+    assert not any(
+        "ca.key" in volume or volume.startswith((".:", "./:")) for volume in service(tmp_path, "server")["volumes"]
+    )
+    dockerfile = (tmp_path / "Dockerfile").read_text()
+    assert not any(line.startswith(("COPY", "ADD")) for line in dockerfile.splitlines())
+    assert f"fedloom[deploy]=={__version__}" in dockerfile
+    users = [line for line in dockerfile.splitlines() if line.startswith("USER")]
+    assert (users[-1], users[0]) == ("USER 1000:1000", "USER 1000:1000")
+    assert (tmp_path / ".dockerignore").read_text().split() == ["*", "!*.whl"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_there_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(DeploymentError, match="the file exists"):
+        write_compose(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeploymentError, match="can't be written"):
+        write_compose(tmp_path / "file" / "folder")
+
+
+def test_the_commands_in_the_files_are_commands(tmp_path: Path) -> None:
+    for side in SIDES:
+        folder = tmp_path / side
+        command, *words = service(folder, side)["command"]
+        known = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+        assert all(word in known for word in words if word.startswith("--")), known
+
+
+def compose_program() -> list[str]:
+    """`docker compose`, or the program that it was; neither needs an engine to read a file."""
+    if shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+        return ["docker", "compose"]
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    pytest.skip("neither docker compose nor docker-compose is installed")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_docker_compose_reads_the_files(side: str, tmp_path: Path) -> None:
+    program = compose_program()
+    write_compose(tmp_path)
+    command = [*program, "-f", f"compose.{side}.yaml", "config"]
+    environment = {**os.environ, "FEDLOOM_NAME": "alice", "FEDLOOM_DATA": "./documents", "FEDLOOM_USER": "1234:1234"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = yaml.safe_load(done.stdout)["services"][side]
+    assert told["user"] == "1234:1234"
+    assert f"fedloom-{side}:{__version__}" == told["image"]
+    if side == "client":
+        assert told["command"][:2] == ["join", "alice.kit"]
+        del environment["FEDLOOM_NAME"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "the name in the kit" in done.stderr

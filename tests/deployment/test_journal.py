@@ -1,0 +1,89 @@
+"""What a client's journal holds, counts and survives."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fedloom.deployment.joining import Kit, join
+from fedloom.deployment.journal import Journal, hash_task
+from fedloom.deployment.wire import Frame
+from fedloom.errors import DeploymentError, RecipeError
+
+TOLD = {"recipe": "r", "round": 1}
+
+
+def write(path: Path, *rounds: tuple[float, str]) -> Journal:
+    """A journal of rounds that began so many hours ago."""
+    now = datetime.now(UTC)
+    lines = [json.dumps({"when": (now - timedelta(hours=hours)).isoformat(), "task": task}) for hours, task in rounds]
+    path.write_text("".join(line + "\n" for line in lines))
+    return Journal(path)
+
+
+def tasks(journal: Journal) -> list[str]:
+    return [json.loads(line)["task"] for line in journal.path.read_text().splitlines()]
+
+
+def test_rounds_count_for_a_day(tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (24.1, "old"), (23.9, "a"), (1, "b"))
+    journal.note("c", TOLD, at_most=3)
+    with pytest.raises(RecipeError, match="allows 3 rounds a day"):
+        journal.note("d", TOLD, at_most=3)
+    assert tasks(journal) == ["old", "a", "b", "c"]
+    journal.note("d", TOLD)
+    assert tasks(journal)[-1] == "d"
+
+
+def test_it_is_said_when_the_next_round_may_begin(tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (5, "a"), (3, "b"), (2, "c"))
+    b = datetime.fromisoformat(json.loads(journal.path.read_text().splitlines()[1])["when"])
+    free = b + timedelta(days=1)  # c alone then counts
+    with pytest.raises(RecipeError, match=f"{free:%Y-%m-%d at %H:%M:%S} UTC"):
+        journal.note("d", TOLD, at_most=2)
+
+
+def test_the_same_task_is_one_round(tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (2, "a"), (1, "b"))
+    for _ in range(3):
+        journal.note("a", TOLD, at_most=2)
+    with pytest.raises(RecipeError):
+        journal.note("c", TOLD, at_most=2)
+    assert tasks(journal) == ["a", "b", "a", "a", "a"]
+
+
+def test_a_task_is_all_that_training_depends_on() -> None:
+    asked = Frame({"round": 1, "recipe": {"a": 1}, "judge": False}, b"1234")
+    assert hash_task(asked) == hash_task(Frame({"judge": True, "recipe": {"a": 1}, "round": 1}, b"1234"))
+    others = [Frame({**asked.manifest, "round": 2}, b"1234"), Frame(asked.manifest, b"1235")]
+    assert len({hash_task(asked), *map(hash_task, others)}) == 3
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_line_that_was_cut_off_is_no_round(cut: int, tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (2, "a"), (1, "b"))
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole[:-cut])
+    journal.check()
+    journal.note("c", TOLD, at_most=2)
+    assert tasks(journal) == ["a", "c"]
+
+
+@pytest.mark.parametrize("line", ["noise", "{}", "[]", '{"when": 1, "task": "a"}', '{"when": "then", "task": "a"}', ""])
+def test_a_damaged_journal_is_refused_by_its_line(line: str, tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (2, "a"))
+    journal.path.write_text(journal.path.read_text() + line + "\n" + journal.path.read_text())
+    for use in (journal.check, lambda: journal.note("c", TOLD)):
+        with pytest.raises(DeploymentError, match="line 2 is no round"):
+            use()
+
+
+def test_a_journal_that_can_not_be_kept_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"a.jsonl: the journal of rounds can't be written .*--journal FILE"):
+        join(Kit("a", "127.0.0.1:1"), tmp_path, None, tmp_path / "not there" / "a.jsonl", lambda what, detail: None)
+
+
+def test_it_is_its_owners_alone(tmp_path: Path) -> None:
+    Journal(tmp_path / "a.jsonl").check()
+    assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o600
