@@ -88,6 +88,8 @@ HOUSE = [
     "deployment.policy",
     "deployment.processes",
     "deployment.provisioning",
+    "deployment.proxy",
+    "deployment.preflight",
     "deployment.superlink",
     "deployment.documents",
     "deployment.serving",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
-from fedloom.deployment.processes import Child, check_flower, free_port, private_folder, tail
-from fedloom.deployment.provisioning import Security, describe_expiry, find_nginx
+from fedloom.deployment.processes import check_flower, free_port, private_folder
+from fedloom.deployment.provisioning import Security, describe_expiry
+from fedloom.deployment.proxy import proxy
 from fedloom.deployment.superlink import SuperLink
 from fedloom.display import Display, Terminal
 from fedloom.errors import DeploymentError, RecipeError
@@ -64,39 +63,13 @@ def serve(
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         if security:
-            display.show_step("server", describe_expiry(security))
+            display.show_step("server", describe_expiry(security.expires()))
             port = security.port if security.is_local else port
-            stack.enter_context(proxy(security, port, folder))
+            stack.enter_context(proxy(security, port, folder, display.show_step))
         link = stack.enter_context(closing(SuperLink(folder, port, security)))
         host = Host(link, wait_seconds, display)
         venue = Venue(host.prepare, host.open_fleet, "fedloom serve --resume")
         return run(recipe, out, display, resume=resume, venue=venue)
-
-
-@contextmanager
-def proxy(security: Security, inner: int, folder: Path) -> Iterator[None]:
-    """nginx in front of the SuperLink on this port, where clients come from other machines.
-
-    Raises:
-        DeploymentError: it is not installed, or does not start.
-    """
-    if security.is_local:
-        yield
-        return
-    nginx = find_nginx()
-    if nginx is None:
-        raise DeploymentError(
-            "nginx is not installed: without it, clients would reach what operates Flower too",
-            mend="install it, as with: apt install nginx",
-        )
-    child = Child([nginx, "-c", str(security.write_nginx(inner).resolve())], folder / "nginx.log", {**os.environ})
-    try:
-        time.sleep(1.0)
-        if child.ended:
-            raise DeploymentError(f"nginx does not start: {tail(folder / 'nginx.log')}")
-        yield
-    finally:
-        child.end()
 
 
 def check_deployable(recipe: Recipe) -> None:
