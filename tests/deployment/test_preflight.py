@@ -123,7 +123,7 @@ def test_a_slow_link_does_not_make_a_clock_look_wrong() -> None:
 
 @pytest.mark.parametrize(
     ("days", "moved", "why"),
-    [(-1, 0, r"expired on \d{4}-\d\d-\d\d"), (365, 3600, r"begins on \d{4}-\d\d-\d\d \d\d:\d\d UTC")],
+    [(0, 0, r"expired on \d{4}-\d\d-\d\d"), (365, 3600, r"begins on \d{4}-\d\d-\d\d \d\d:\d\d UTC")],
 )
 def test_a_certificate_of_another_time_is_refused_where_both_clocks_agree(
     days: int, moved: float, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

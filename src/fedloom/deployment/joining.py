@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ REFUSED_SECONDS = 120.0
 listens, and a SuperNode that was killed counts as there for a minute."""
 REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
 """What Flower's SuperNode says before it ends for a key that is not taken: when it begins, and after HTTP 401."""
+TAKEN = b"SuperNode ID:"
+"""What it says when its key was."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Refusals:
     def __init__(self, name: str, log: Path, greet: Callable[[], object], say: Callable[[str, str], object]) -> None:
         self._name, self._log, self._greet, self._say = name, log, greet, say
         self._read = 0
-        self._first = self._last = -REFUSED_SECONDS
+        self._first = self._last = -math.inf
 
     def look(self) -> bool:
         """Whether it was for this that the SuperNode ended.
@@ -146,6 +149,8 @@ class Refusals:
             log.seek(self._read)
             told = log.read()
         self._read += len(told)
+        if TAKEN in told:
+            self._last = -math.inf
         if not any(refusal in told for refusal in REFUSALS):
             return False
         self._greet()  # which knows better, where it is for the clock
