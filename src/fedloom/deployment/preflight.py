@@ -39,15 +39,15 @@ def await_server(server: str, ca: str, say: Callable[[str, str], object], check:
     Raises:
         DeploymentError: another server answers, or it would refuse this machine for its clock.
     """
-    told = ""
+    told: set[str] = set()
     while True:
         check()
         try:
             return greet_server(server, ca)
         except AbsentError as absent:
-            if str(absent) != told:
-                told = str(absent)
-                say("waiting", f"for {server}: {told}")
+            if str(absent) not in told:
+                say("waiting", f"for {server}: {absent}")
+            told.add(str(absent))
         again = time.monotonic() + AGAIN_SECONDS
         while time.monotonic() < again:
             check()
