@@ -94,6 +94,8 @@ HOUSE = [
     "deployment.provisioning",
     "deployment.compose",
     "deployment.health",
+    "deployment.proxy",
+    "deployment.preflight",
     "deployment.superlink",
     "deployment.documents",
     "deployment.serving",

@@ -87,7 +87,7 @@ def provision_init(
     """Server: make a certificate authority, the server's certificate, and an empty list of clients."""
     from fedloom.deployment.provisioning import describe_expiry, init
 
-    typer.echo(f"{folder}: {describe_expiry(init(folder, host, port))}")
+    typer.echo(f"{folder}: {describe_expiry(init(folder, host, port).expires())}")
 
 
 @provision.command("request")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,32 +30,34 @@ def tiny(*overrides: str) -> Recipe:
 class Federation:
     """A server and its clients, each a process of its own, with what they say in files."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, secure: bool, host: str) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, *, secure: bool, host: str = "localhost") -> None:
         self.folder, self._stack = folder, stack
-        self.port = free_port()
+        self.port, self.inner = free_port(), free_port()
         self.out = folder / "served"
-        self._server = folder / "server" if secure else None
-        if self._server:
-            provisioning.init(self._server, host, self.port)
+        self.server = folder / "server" if secure else None
+        if self.server:
+            provisioning.init(self.server, host, self.port)
 
-    def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        """One `fedloom` command."""
-        command = [sys.executable, "-m", "fedloom", *words]
+    def start(
+        self, name: str, *words: str, before: Sequence[str] = (), folder: Path | None = None, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """One `fedloom` command, after the words of one that it is to be run by, in a folder."""
+        command = [*before, sys.executable, "-m", "fedloom", *words]
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment})
         self._stack.callback(end, process)
         return process
 
     def serve(self, recipe: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        how = ("--server", str(self._server)) if self._server else ("--insecure",)
-        port = free_port() if self._server else self.port  # behind a proxy, which has the other
-        return self.start("serve", "serve", recipe, *how, "--port", str(port), *words, **environment)
+        how = ("--server", str(self.server)) if self.server else ("--insecure",)
+        port = ("--port", str(self.inner if self.server else self.port))
+        return self.start("serve", "serve", recipe, *how, *port, *words, **environment)
 
     def join(self, name: str, data: Path, *words: str) -> subprocess.Popen[bytes]:
         kit = self.folder / name / f"{name}.kit"
-        if self._server:
+        if self.server:
             asked = provisioning.request(name, kit.parent)
-            provisioning.approve(self._server, asked, kit.parent)
+            provisioning.approve(self.server, asked, kit.parent)
         else:
             kit.parent.mkdir()
             kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
@@ -80,7 +82,7 @@ class Federation:
 
 @contextmanager
 def federation(folder: Path, *, secure: bool = False, host: str = "localhost") -> Iterator[Federation]:
-    """`host` is what clients call the server; one other than localhost gets a proxy."""
+    """With another host than localhost, behind nginx."""
     with ExitStack() as stack:
         yield Federation(folder, stack, secure=secure, host=host)
 

@@ -14,7 +14,6 @@ from cryptography import x509
 from fedloom.deployment import provisioning
 from fedloom.deployment.joining import read_kit
 from fedloom.deployment.provisioning import approve, fingerprint, init, open_server, request, revoke
-from fedloom.display import Display
 from fedloom.errors import DeploymentError
 
 
@@ -93,35 +92,10 @@ def test_a_request_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
         approve(security.folder, tmp_path / "a.request", tmp_path)
 
 
-def test_the_proxy_lets_through_the_fleet_and_nothing_else(tmp_path: Path) -> None:
-    security = init(tmp_path / "server", "fed.example.org", 8443)
-    text = security.write_nginx(8000).read_text()
-    assert "listen 8443 ssl" in text
-    assert text.count("proxy_pass") == 1
-    assert "location /v1/fleet/ {\n      proxy_pass https://127.0.0.1:8000;" in text
-    assert "location / { return 403; }" in text
-    assert "proxy_ssl_verify on" in text
-    assert text.count("{") == text.count("}")
-
-
 def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "DAYS LEFT" not in provisioning.describe_expiry(init(tmp_path / "one", "localhost", 1))
+    assert "DAYS LEFT" not in provisioning.describe_expiry(init(tmp_path / "one", "localhost", 1).expires())
     monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
-    assert "ONLY 19 DAYS LEFT" in provisioning.describe_expiry(init(tmp_path / "two", "localhost", 1))
+    assert "ONLY 19 DAYS LEFT" in provisioning.describe_expiry(init(tmp_path / "two", "localhost", 1).expires())
     monkeypatch.setattr(provisioning, "SERVER_DAYS", 0)
     with pytest.raises(DeploymentError, match="expired"):
         init(tmp_path / "three", "localhost", 1)
-
-
-def test_clients_elsewhere_are_not_served_without_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedloom.deployment import serving
-
-    monkeypatch.setattr(serving, "find_nginx", lambda: None)
-    security = init(tmp_path / "server", "fed.example.org", 8443)
-    with (
-        pytest.raises(DeploymentError, match="nginx is not installed"),
-        serving.proxy(security, 8000, tmp_path, Display()),
-    ):
-        pass
-    with serving.proxy(init(tmp_path / "local", "localhost", 8443), 8000, tmp_path, Display()):
-        pass

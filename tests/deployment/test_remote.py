@@ -189,6 +189,18 @@ def test_who_is_refused_or_refuses_is_named_with_the_reason(answer: Frame, why: 
         Exchange(link, recipe, lambda what, detail: None).assemble(2, 0.2)
 
 
+def test_who_came_and_left_before_the_run_began_is_none_of_its_clients() -> None:
+    """Revoked, say: it would be waited for in every round."""
+    link = ScriptedLink([node("0")], honest)
+    exchange = Exchange(link, make_recipe(data={"clients": 2}), lambda what, detail: None)
+    for present in ("0", "1"):
+        link.there = [node(present)]
+        with pytest.raises(DeploymentError, match=rf"1 of 2 clients came within .* \({present}\)"):
+            exchange.assemble(2, 0.3)
+    link.there = [node("1"), node("2")]
+    assert exchange.assemble(2, 5.0) == ["1", "2"]
+
+
 def test_a_client_with_other_documents_is_not_the_client_that_left() -> None:
     fleet, link, said = open_fleet(honest, 2, round_deadline=1.0)
     link.there = [node("0"), node("1", "2")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from fedloom.deployment.journal import Journal
 from fedloom.deployment.policy import load_policy
+from fedloom.deployment.preflight import await_server
 from fedloom.deployment.processes import (
     Child,
     check_flower,
@@ -35,6 +37,13 @@ RESTARTS = 10
 SETTLED_SECONDS = 600.0
 MOST_SECONDS = 30.0
 """Before what ends again and again is started again."""
+REFUSED_SECONDS = 120.0
+"""For which a server may refuse a key that it takes later: one that was started again reads its clients' keys after it
+listens, and a SuperNode that was killed counts as there for a minute."""
+REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
+"""What Flower's SuperNode says before it ends for a key that is not taken: when it begins, and after HTTP 401."""
+TAKEN = b"SuperNode ID:"
+"""What it says when its key was."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     """Take part until the process is told to end.
 
     Raises:
-        DeploymentError: Flower is missing, the journal can't be kept, or what is started ends again and again.
+        DeploymentError: Flower is missing, the journal can't be kept, the server is another or refuses this client, or
+            what is started ends again and again.
     """
     if not data.exists():
         raise DeploymentError(
@@ -115,25 +125,72 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
             node += ["--insecure"]
         children: dict[str, Child] = {}
         try:
-            children["worker"] = Child(command, None, {**os.environ})
-            environment = programs_environment(folder / "flower")
-            children["SuperNode"] = Child(node, log, environment)
-            children["tasks"] = Child(tasks, folder / "tasks.log", environment)
-            say("joining", f"{kit.server} as {kit.name}")
             with Interruption(partial(say, "leaving")) as interruption:
-                watch(children, log, say, interruption.check)
+                greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
+                if words := greet():
+                    say("server", words)
+                children["worker"] = Child(command, None, {**os.environ})
+                environment = programs_environment(folder / "flower")
+                children["SuperNode"] = Child(node, log, environment)
+                children["tasks"] = Child(tasks, folder / "tasks.log", environment)
+                say("joining", f"{kit.server} as {kit.name}")
+                watch(children, log, Refusals(kit.name, log, greet, say), say, interruption.check)
         finally:
             for child in reversed(children.values()):
                 child.end()
 
 
+class Refusals:
+    """How long the server has refused this client's key, over all starts of its SuperNode."""
+
+    def __init__(self, name: str, log: Path, greet: Callable[[], object], say: Callable[[str, str], object]) -> None:
+        self._name, self._log, self._greet, self._say = name, log, greet, say
+        self._read = 0
+        self._first = self._last = -math.inf
+
+    def look(self) -> bool:
+        """Whether it was for this that the SuperNode ended.
+
+        Raises:
+            DeploymentError: the server is not going to take this client.
+        """
+        with self._log.open("rb") as log:
+            log.seek(self._read)
+            told = log.read()
+        self._read += len(told)
+        if TAKEN in told:
+            self._last = -math.inf
+        if not any(refusal in told for refusal in REFUSALS):
+            return False
+        self._greet()  # which knows better, where it is for the clock
+        now = time.monotonic()
+        if now - self._last >= REFUSED_SECONDS:
+            self._first = now
+            minutes = REFUSED_SECONDS / 60
+            self._say(
+                "refused", f"the server does not know {self._name}'s key, or not yet: asked for {minutes:.0f} minutes"
+            )
+        self._last = now
+        if now - self._first >= REFUSED_SECONDS:
+            raise DeploymentError(
+                f"the server refuses {self._name}'s key: it was not approved there, it is revoked, or another fedloom "
+                "join uses it",
+                mend="ask the server's owner",
+            )
+        return True
+
+
 def watch(
-    children: Mapping[str, Child], log: Path, say: Callable[[str, str], object], check: Callable[[], None]
+    children: Mapping[str, Child],
+    log: Path,
+    refusals: Refusals,
+    say: Callable[[str, str], object],
+    check: Callable[[], None],
 ) -> None:
     """Start again what ends, until `check` raises.
 
     Raises:
-        DeploymentError: something ends again and again.
+        DeploymentError: something ends again and again, or the server refuses this client.
     """
     restarts: list[float] = []
     while True:
@@ -142,11 +199,12 @@ def watch(
             if child.ended:
                 now = time.monotonic()
                 restarts = [then for then in restarts if now - then < SETTLED_SECONDS] + [now]
-                if len(restarts) > RESTARTS:
-                    why = f": {tail(log)}" if what == "SuperNode" else ""
-                    raise DeploymentError(f"the {what} ended {RESTARTS} times{why}")
-                why = f" ({tail(log, 1)})" if what == "SuperNode" else ""
-                say("again", f"the {what} ended; it is started again{why}")
+                is_node = what == "SuperNode"
+                if not (is_node and refusals.look()):
+                    why = tail(log) if is_node else ""
+                    if len(restarts) > RESTARTS:
+                        raise DeploymentError(f"the {what} ended {RESTARTS} times: {why}".rstrip(": "))
+                    say("again", f"the {what} ended; it is started again" + (why and f" ({tail(log, 1)})"))
                 rested = now + min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS)
                 while time.monotonic() < rested:
                     check()

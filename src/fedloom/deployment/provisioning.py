@@ -10,7 +10,6 @@ import ipaddress
 import json
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,39 +27,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-NGINX = """\
-# Written by fedloom provision init: only the fleet's path reaches Flower; what operates it stays on this machine.
-daemon off;
-pid {folder}/nginx.pid;
-error_log {folder}/nginx.log;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/nginx-body;
-  proxy_temp_path {folder}/nginx-proxy;
-  fastcgi_temp_path {folder}/nginx-fastcgi;
-  uwsgi_temp_path {folder}/nginx-uwsgi;
-  scgi_temp_path {folder}/nginx-scgi;
-  server {{
-    listen {port} ssl;
-    ssl_certificate {folder}/server.crt;
-    ssl_certificate_key {folder}/server.key;
-    ssl_protocols TLSv1.2 TLSv1.3;
-    client_max_body_size 0;
-    proxy_request_buffering off;
-    proxy_buffering off;
-    location /v1/fleet/ {{
-      proxy_pass https://127.0.0.1:{inner};
-      proxy_http_version 1.1;
-      proxy_read_timeout 300s;
-      proxy_ssl_trusted_certificate {folder}/ca.crt;
-      proxy_ssl_verify on;
-      proxy_ssl_name localhost;
-    }}
-    location / {{ return 403; }}
-  }}
-}}
-"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +34,7 @@ class Security:
     """What a server proves itself by, and whose keys it takes."""
 
     folder: Path
+    """Absolute, as Flower wants its files named."""
     host: str
     port: int
     """That clients connect to: nginx's, or on the loopback the SuperLink's own."""
@@ -96,12 +63,6 @@ class Security:
     def expires(self) -> datetime:
         """When the server's certificate does."""
         return _read_certificate(self.certificate).not_valid_after_utc
-
-    def write_nginx(self, inner: int) -> Path:
-        """The proxy's configuration, in front of a SuperLink on this port."""
-        path = self.folder / "nginx.conf"
-        path.write_text(NGINX.format(folder=self.folder.resolve(), port=self.port, inner=inner), encoding="utf-8")
-        return path
 
 
 def init(folder: Path, host: str, port: int) -> Security:
@@ -139,7 +100,7 @@ def open_server(folder: Path) -> Security:
     check_flower()
     try:
         told = tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))
-        security = Security(folder, str(told["host"]), int(told["port"]))
+        security = Security(folder.resolve(), str(told["host"]), int(told["port"]))
         expires = security.expires()
     except (OSError, ValueError, KeyError) as error:
         raise DeploymentError(
@@ -150,11 +111,11 @@ def open_server(folder: Path) -> Security:
     return security
 
 
-def describe_expiry(security: Security) -> str:
+def describe_expiry(expires: datetime) -> str:
     """The date, and from 30 days ahead a warning."""
-    left = (security.expires() - datetime.now(UTC)).days
+    left = (expires - datetime.now(UTC)).days
     warning = f": ONLY {left} DAYS LEFT" if left < WARN_DAYS else ""
-    return f"the certificate is valid until {security.expires():%Y-%m-%d}{warning}"
+    return f"the certificate is valid until {expires:%Y-%m-%d}{warning}"
 
 
 def request(name: str, folder: Path) -> Path:
@@ -237,11 +198,6 @@ def fingerprint(ca: Path) -> str:
 
     digits = _read_certificate(ca).fingerprint(SHA256()).hex()
     return " ".join(digits[start : start + 8] for start in range(0, len(digits), 8))
-
-
-def find_nginx() -> str | None:
-    """Where the proxy is, if it is installed."""
-    return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
 def _check_name(name: str) -> None:

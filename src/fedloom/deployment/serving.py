@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
-from fedloom.deployment.processes import Child, check_flower, free_port, private_folder, tail
-from fedloom.deployment.provisioning import Security, describe_expiry, find_nginx
+from fedloom.deployment.processes import check_flower, free_port, private_folder
+from fedloom.deployment.provisioning import Security, describe_expiry
+from fedloom.deployment.proxy import proxy
 from fedloom.deployment.superlink import SuperLink
 from fedloom.display import Display, Terminal
 from fedloom.errors import DeploymentError, RecipeError
@@ -40,8 +39,6 @@ from fedloom.records import Run
 from fedloom.workshop import Workshop, hash_base
 
 WAIT_SECONDS = 600.0
-PROXY_SECONDS = 5.0
-"""A proxy that ends sooner does not start at all."""
 
 
 def serve(
@@ -66,50 +63,13 @@ def serve(
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         if security:
-            display.show_step("server", describe_expiry(security))
+            display.show_step("server", describe_expiry(security.expires()))
             port = security.port if security.is_local else port
-        tend_proxy = stack.enter_context(proxy(security, port, folder, display))
+            stack.enter_context(proxy(security, port, folder, display.show_step))
         link = stack.enter_context(closing(SuperLink(folder, port, security)))
-        host = Host(link, wait_seconds, tend_proxy)
+        host = Host(link, wait_seconds)
         venue = Venue(host.prepare, host.open_fleet, "fedloom serve")
         return run(recipe, out, display, resume=resume, venue=venue)
-
-
-@contextmanager
-def proxy(security: Security | None, inner: int, folder: Path, display: Display) -> Iterator[Callable[[], None]]:
-    """nginx in front of the SuperLink on this port, where clients come from other machines, and what tends it.
-
-    Raises:
-        DeploymentError: it is not installed, or does not start.
-    """
-    if security is None or security.is_local:
-        yield lambda: None
-        return
-    nginx = find_nginx()
-    if nginx is None:
-        raise DeploymentError(
-            "nginx is not installed: without it, clients would reach what operates Flower too",
-            mend="install it, as with: apt install nginx",
-        )
-    child = Child([nginx, "-c", str(security.write_nginx(inner).resolve())], folder / "nginx.log", {**os.environ})
-    started = time.monotonic()
-
-    def tend() -> None:
-        nonlocal started
-        if not child.ended:
-            return
-        if time.monotonic() - started < PROXY_SECONDS:
-            raise DeploymentError(f"nginx ends as soon as it starts: {tail(folder / 'nginx.log')}")
-        display.show_step("again", "nginx ended; it is started again")
-        child.start()
-        started = time.monotonic()
-
-    try:
-        time.sleep(1.0)
-        tend()
-        yield tend
-    finally:
-        child.end()
 
 
 def check_deployable(recipe: Recipe) -> None:
@@ -131,8 +91,8 @@ def check_deployable(recipe: Recipe) -> None:
 class Host:
     """Opens the link when the run is prepared, and knows who came."""
 
-    def __init__(self, link: SuperLink, wait_seconds: float, tend_proxy: Callable[[], None]) -> None:
-        self._link, self._wait_seconds, self._tend_proxy = link, wait_seconds, tend_proxy
+    def __init__(self, link: SuperLink, wait_seconds: float) -> None:
+        self._link, self._wait_seconds = link, wait_seconds
         self._names: list[str] = []
         self._exchange: Exchange | None = None
 
@@ -148,12 +108,7 @@ class Host:
         shape = build_shape(recipe, source, dtype_of(recipe, device))
         check_length(recipe.data.max_length, source, shape)
         display.show_step("server", "starting Flower's SuperLink")
-
-        def watch() -> None:
-            check()
-            self._tend_proxy()
-
-        self._link.watch(watch)
+        self._link.watch(check)
         self._link.open()
         self._exchange = Exchange(self._link, recipe, display.show_step, display.show_clients)
         display.show_step("waiting", f"for {recipe.data.clients} clients")

@@ -110,28 +110,28 @@ class Exchange:
         self._looked = float("-inf")
 
     def assemble(self, clients: int, seconds: float) -> list[str]:
-        """Wait until so many clients are there; their names, sorted.
+        """Wait until so many clients are there at once; their names, sorted.
 
         Raises:
             DeploymentError: they did not come in time.
         """
         until = time.monotonic() + seconds
-        while len(self.facts) < clients:
+        while len(there := sorted(self.facts.keys() & self._present.keys())) < clients:
             try:
                 self._attend()
                 self._look({})
             except OSError:
                 self._reopen()
             if time.monotonic() > until:
-                there = ", ".join(sorted(self.facts)) or "none"
                 refused = "".join(f"; {name or 'a client'} refused: {why}" for name, why in self.refused.items())
                 raise DeploymentError(
-                    f"{len(self.facts)} of {clients} clients came within {format_seconds(seconds)} ({there}){refused}",
+                    f"{len(there)} of {clients} clients came within {format_seconds(seconds)} "
+                    f"({', '.join(there) or 'none'}){refused}",
                     where="data.clients",
                     mend="start the others with fedloom join, or give them longer: --wait SECONDS",
                 )
             time.sleep(POLL_SECONDS)
-        return sorted(self.facts)[:clients]
+        return there[:clients]
 
     def ask(self, questions: Mapping[str, Frame], missing: Collection[str] = ()) -> Iterator[tuple[str, Frame | str]]:
         """Each client's answer as it comes, or why there is none. Who is `missing` and not back is not waited for."""

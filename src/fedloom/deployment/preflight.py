@@ -1,0 +1,152 @@
+"""Before a client starts anything heavy: is it the kit's server that answers, and do both clocks agree?
+
+One HTTP request, for the date of its answer. Flower itself says nothing of all this: with another's certificate its
+SuperNode tries for ever, and one whose clock is off ends without a word. Nothing of the client's is told.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from urllib.request import getproxies, proxy_bypass
+
+from fedloom.deployment.provisioning import describe_expiry
+from fedloom.errors import DeploymentError
+
+AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0
+"""That a client's clock may be off. Its SuperNode signs each request with the time; the server refuses it with HTTP 401
+from there on (flwr.superlink.routers.fleet.node_auth)."""
+ANSWER_SECONDS = 15.0
+AGAIN_SECONDS = 2.0
+"""Between two looks for a server that is not there yet."""
+NO_CHECK_TIME = 0x200000
+"""OpenSSL's: a certificate's dates are left to us, who know the server's clock too."""
+OTHER_NAME = (62, 64)
+"""OpenSSL's: the certificate is for other names or addresses."""
+
+
+class AbsentError(Exception):
+    """Nobody answers, which may change."""
+
+
+def await_server(server: str, ca: str, say: Callable[[str, str], object], check: Callable[[], None]) -> str:
+    """What there is to say of the kit's server, once it answers; until then, `check` may raise.
+
+    Raises:
+        DeploymentError: another server answers, or it would refuse this machine for its clock.
+    """
+    told: set[str] = set()
+    while True:
+        check()
+        try:
+            return greet_server(server, ca)
+        except AbsentError as absent:
+            if str(absent) not in told:
+                say("waiting", f"for {server}: {absent}")
+            told.add(str(absent))
+        again = time.monotonic() + AGAIN_SECONDS
+        while time.monotonic() < again:
+            check()
+            time.sleep(0.1)
+
+
+def greet_server(server: str, ca: str) -> str:
+    """What there is to say of the server that answers; without a certificate authority, over plain HTTP.
+
+    Raises:
+        AbsentError: nobody answers.
+        DeploymentError: another server answers, or it would refuse this machine for its clock.
+    """
+    host, _, port = server.rpartition(":")
+    if ca and getproxies().keys() & {"https", "all"} and not proxy_bypass(host):
+        return ""  # Flower's connection goes another way than ours would
+    connection = _connect(host.strip("[]"), int(port), ca)
+    try:
+        before = time.time()
+        connection.connect()
+        certificate = connection.sock.getpeercert() if isinstance(connection.sock, ssl.SSLSocket) else None
+        connection.request("HEAD", "/")
+        date = connection.getresponse().getheader("Date")
+        after = time.time()
+    except ssl.SSLCertVerificationError as error:
+        raise _refusal(error, server, host) from None
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        raise AbsentError("it closes the connection") from None
+    except ssl.SSLError as error:
+        raise DeploymentError(f"TLS fails: {error.reason or error}", where=server) from None
+    except TimeoutError:
+        raise AbsentError("no answer") from None
+    except HTTPException:
+        raise AbsentError("what answers is no HTTP") from None
+    except OSError as error:
+        raise AbsentError((error.strerror or type(error).__name__).lower()) from None
+    finally:
+        connection.close()
+    if date:
+        check_clock(parsedate_to_datetime(date).timestamp(), before, after)
+    return _check_dates(certificate, server) if certificate else ""
+
+
+def check_clock(served: float, before: float, after: float) -> None:
+    """Refuse a clock that Flower would, given the server's time in whole seconds at some moment between two of ours.
+
+    Raises:
+        DeploymentError: it is off however those are read.
+    """
+    ahead, behind = before - (served + 1), served - after
+    mend = "set it (timedatectl set-ntp true), or have the server's set"
+    for seconds, most, side in ((ahead, AHEAD_SECONDS, "ahead of"), (behind, BEHIND_SECONDS, "behind")):
+        if seconds >= most:
+            off = f"{seconds:.0f} s" if seconds < 7200 else str(timedelta(seconds=round(seconds)))
+            raise DeploymentError(
+                f"this machine's clock is {off} {side} the server's: Flower refuses more than {most:.0f} s", mend=mend
+            )
+
+
+def _connect(host: str, port: int, ca: str) -> HTTPConnection:
+    if not ca:
+        return HTTPConnection(host, port, timeout=ANSWER_SECONDS)
+    try:
+        context = ssl.create_default_context(cadata=ca)
+    except ssl.SSLError:
+        raise DeploymentError(
+            "the kit's certificate is none", mend="ask the server's owner for the kit again"
+        ) from None
+    context.verify_flags |= NO_CHECK_TIME
+    return HTTPSConnection(host, port, timeout=ANSWER_SECONDS, context=context)
+
+
+def _refusal(error: ssl.SSLCertVerificationError, server: str, host: str) -> DeploymentError:
+    if error.verify_code in OTHER_NAME:
+        return DeploymentError(f"the server's certificate is not for {host}", where=server, mend="ask its owner")
+    return DeploymentError(
+        f"the server's certificate is not by the kit's authority ({error.verify_message})",
+        where=server,
+        mend="ask its owner for a new kit, and compare the fingerprint",
+    )
+
+
+def _check_dates(certificate: Mapping[str, object], server: str) -> str:
+    """What to say of a certificate's dates, after both clocks were found to agree."""
+    begins, ends = (
+        datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate[key])), UTC)
+        for key in ("notBefore", "notAfter")
+    )
+    now = datetime.now(UTC)
+    if now > ends:
+        raise DeploymentError(
+            f"the server's certificate expired on {ends:%Y-%m-%d}; both clocks agree on that",
+            where=server,
+            mend="its owner makes another",
+        )
+    if now < begins:
+        raise DeploymentError(
+            f"the server's certificate begins on {begins:%Y-%m-%d %H:%M} UTC, and both clocks say that it is not yet",
+            where=server,
+            mend="set both machines' clocks",
+        )
+    return describe_expiry(ends)

@@ -1,0 +1,114 @@
+"""nginx in front of the SuperLink: clients reach Flower's path for the fleet, and nothing that operates it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedloom.deployment.processes import Child, tail
+from fedloom.deployment.provisioning import Security
+from fedloom.errors import DeploymentError
+
+START_SECONDS = 20.0
+"""That nginx has to listen: for two or three of them it tries again where its port is taken."""
+AGAIN_SECONDS = 0.5
+"""Before nginx is started again where it ended."""
+NGINX = """\
+# Written by fedloom serve. Paths are relative to this folder.
+daemon off;
+pid nginx.pid;
+error_log nginx.log;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off;
+  client_body_temp_path nginx-body;
+  proxy_temp_path nginx-proxy;
+  fastcgi_temp_path nginx-fastcgi;
+  uwsgi_temp_path nginx-uwsgi;
+  scgi_temp_path nginx-scgi;
+  server {{
+    listen {port} ssl;
+    ssl_certificate server.crt;
+    ssl_certificate_key server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    server_tokens off;
+    client_max_body_size 0;
+    proxy_request_buffering off;
+    proxy_buffering off;
+    location /v1/fleet/ {{
+      proxy_pass https://127.0.0.1:{inner};
+      proxy_http_version 1.1;
+      proxy_read_timeout 300s;
+      proxy_ssl_trusted_certificate ca.crt;
+      proxy_ssl_verify on;
+      proxy_ssl_name localhost;
+    }}
+    location / {{ return 403; }}
+  }}
+}}
+"""
+
+
+def write_configuration(security: Security, inner: int) -> Path:
+    """nginx's, in front of a SuperLink on this port."""
+    path = security.folder / "nginx.conf"
+    path.write_text(NGINX.format(port=security.port, inner=inner), encoding="utf-8")
+    return path
+
+
+def find_nginx() -> str | None:
+    """Where it is, if it is installed."""
+    return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+@contextmanager
+def proxy(security: Security, inner: int, logs: Path, say: Callable[[str, str], object]) -> Iterator[None]:
+    """nginx in front of the SuperLink on this port, where clients come from other machines; started again if it ends.
+
+    Raises:
+        DeploymentError: it is not installed, or does not start.
+    """
+    if security.is_local:
+        yield
+        return
+    nginx = find_nginx()
+    if nginx is None:
+        raise DeploymentError(
+            "nginx is not installed: without it, clients would reach what operates Flower too",
+            mend="install it, as with: apt install nginx",
+        )
+    log = logs / "nginx.log"
+    command = [nginx, "-p", f"{security.folder}/", "-c", str(write_configuration(security, inner))]
+    child = Child(command, log, {**os.environ})
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(child, over, say), daemon=True)
+    try:
+        _wait(child, security.folder / "nginx.pid", log)
+        watcher.start()
+        yield
+    finally:
+        over.set()
+        if watcher.ident:
+            watcher.join()
+        child.end()
+
+
+def _wait(child: Child, pid: Path, log: Path) -> None:
+    """Until it listens: it writes its number when it does. Something else may listen on its port."""
+    until = time.monotonic() + START_SECONDS
+    while not (pid.is_file() and pid.read_text(encoding="utf-8").strip() == str(child.pid)):
+        if child.ended or time.monotonic() > until:
+            raise DeploymentError(f"nginx does not start: {tail(log)}")
+        time.sleep(0.05)
+
+
+def _watch(child: Child, over: threading.Event, say: Callable[[str, str], object]) -> None:
+    while not over.wait(AGAIN_SECONDS):
+        if child.ended:
+            say("again", "nginx ended; it is started again")
+            child.start()  # whatever is left of it is ended first: its workers would keep the port

@@ -1,0 +1,69 @@
+"""When a client gives up because its key is not taken, and when it does not: from what Flower's SuperNode says."""
+
+from pathlib import Path
+
+import pytest
+
+from fedloom.deployment import joining
+from fedloom.deployment.joining import REFUSED_SECONDS, Refusals
+from fedloom.errors import DeploymentError
+
+NOT_TAKEN = "ERROR: Exit Code: 305\n[code: 2004] Failed to activate SuperNode.\n"
+UNAUTHORIZED = "INFO: SuperNode terminated gracefully.\n"
+TAKEN = "INFO: SuperNode ID: 123\n"
+
+
+class Node:
+    """A SuperNode's log, and a clock."""
+
+    def __init__(self, log: Path) -> None:
+        self.now, self.said, self.greeted = 0.0, [], 0
+        self._log = log
+        self._refusals = Refusals("alice", log, self._greet, lambda what, detail: self.said.append(what))
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def _greet(self) -> None:
+        self.greeted += 1
+
+    def ends(self, told: str, after: float) -> bool:
+        self.now += after
+        with self._log.open("a") as log:
+            log.write(told)
+        return self._refusals.look()
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    made = Node(tmp_path / "supernode.log")
+    monkeypatch.setattr(joining, "time", made)
+    return made
+
+
+@pytest.mark.parametrize("told", [NOT_TAKEN, UNAUTHORIZED])
+def test_a_client_gives_up_when_its_key_was_refused_for_two_minutes(told: str, node: Node) -> None:
+    assert node.ends(told, 0)
+    assert node.ends(told, REFUSED_SECONDS / 2)
+    assert node.said == ["refused"]
+    with pytest.raises(
+        DeploymentError, match="the server refuses alice's key: it was not approved there, it is revoked"
+    ):
+        node.ends(told, REFUSED_SECONDS / 2)
+    assert node.greeted == 3, "each time the clock may be why"
+
+
+def test_a_server_that_is_started_again_may_refuse_for_a_while_each_time(node: Node) -> None:
+    """It reads its clients' keys after it listens, and takes them then; or is gone again before that."""
+    for _ in range(9):
+        assert node.ends(NOT_TAKEN, 60)
+        assert node.ends(TAKEN + UNAUTHORIZED, 60)
+    for _ in range(9):
+        assert node.ends(NOT_TAKEN, REFUSED_SECONDS)
+
+
+def test_what_ends_for_another_reason_was_not_refused(node: Node) -> None:
+    assert not node.ends(TAKEN + "Traceback: killed\n", 0)
+    assert not node.ends("SSL/TLS handshake error detected.\n", 500)
+    assert node.said == []
+    assert node.greeted == 0

@@ -1,0 +1,189 @@
+"""What `fedloom join` finds out before it starts anything: whose server answers, if any, and what time it is there."""
+
+import http.server
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
+
+from fedloom.deployment import provisioning
+from fedloom.deployment.preflight import AbsentError, await_server, check_clock, greet_server
+from fedloom.deployment.processes import free_port
+from fedloom.deployment.provisioning import Security, init
+from fedloom.errors import DeploymentError
+
+
+@contextmanager
+def server(security: Security | None, *, ahead: float = 0, port: int = 0) -> Iterator[str]:
+    """One that answers, with a clock of its own; over plain HTTP without certificates."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response_only(403)
+            self.send_header("Date", format_datetime(datetime.now(UTC) + timedelta(seconds=ahead), usegmt=True))
+            self.end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer) as listener:
+        listener.handle_error = lambda *_: None  # type: ignore[method-assign]
+        if security:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(security.certificate, security.key)
+            listener.socket = context.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
+        thread = threading.Thread(target=listener.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"localhost:{listener.server_address[1]}"
+        finally:
+            listener.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def security(tmp_path_factory: pytest.TempPathFactory) -> Security:
+    return init(tmp_path_factory.mktemp("keys") / "server", "localhost", 1)
+
+
+def ca(security: Security) -> str:
+    return security.ca.read_text()
+
+
+def test_the_kits_server_is_told_by_its_certificates_last_day(security: Security) -> None:
+    with server(security) as there:
+        assert greet_server(there, ca(security)) == provisioning.describe_expiry(security.expires())
+    with server(None) as there:
+        assert greet_server(there, "") == ""
+
+
+def test_another_authoritys_server_is_refused(security: Security, tmp_path: Path) -> None:
+    other = init(tmp_path / "other", "localhost", 1)
+    with server(other) as there, pytest.raises(DeploymentError, match="not by the kit's authority"):
+        greet_server(there, ca(security))
+
+
+def test_a_certificate_for_another_name_is_refused(
+    security: Security, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provisioning, "LOOPBACK", ())
+    other = init(tmp_path / "other", "fed.example.org", 1)
+    with server(other) as there, pytest.raises(DeploymentError, match="the server's certificate is not for localhost"):
+        greet_server(there, ca(other))
+
+
+def test_what_speaks_no_tls_and_a_kit_without_a_certificate_in_it_are_refused(security: Security) -> None:
+    with server(None) as there:
+        with pytest.raises(DeploymentError, match="TLS fails"):
+            greet_server(there, ca(security))
+        with pytest.raises(DeploymentError, match="the kit's certificate is none"):
+            greet_server(there, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+
+
+@pytest.mark.parametrize(
+    ("ahead", "why"),
+    [
+        (-25, r"this machine's clock is 2[345] s ahead of the server's: Flower refuses more than 5 s; set it"),
+        (400, r"this machine's clock is (398|399|400) s behind the server's: Flower refuses more than 305 s; set it"),
+        (-3 * 86400, r"this machine's clock is (2 days, 23:59:5.|3 days, 0:00:00) ahead of the server's"),
+        (400 * 86400, r"this machine's clock is (399 days, 23:59:5.|400 days, 0:00:00) behind the server's"),
+    ],
+)
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_clock_that_flower_would_refuse_is_said(ahead: float, why: str, secure: bool, security: Security) -> None:
+    """Before the certificate's dates, which a clock that is years off would make look wrong."""
+    with (
+        server(security if secure else None, ahead=ahead) as there,
+        pytest.raises(DeploymentError, match=why),
+    ):
+        greet_server(there, ca(security) if secure else "")
+
+
+@pytest.mark.parametrize("ahead", [-3, 0, 250])
+def test_a_clock_that_flower_takes_is_taken(ahead: float, security: Security) -> None:
+    with server(security, ahead=ahead) as there:
+        greet_server(there, ca(security))
+
+
+def test_a_slow_link_does_not_make_a_clock_look_wrong() -> None:
+    """The server read its clock somewhere between our question and its answer, and told whole seconds."""
+    check_clock(1000.0, 995.0, 1030.0)
+    check_clock(1000.0, 1005.9, 1030.0)
+    with pytest.raises(DeploymentError, match="6 s ahead of"):
+        check_clock(1000.0, 1007.0, 1030.0)
+    check_clock(1000.0, 600.0, 695.5)
+    with pytest.raises(DeploymentError, match="306 s behind"):
+        check_clock(1000.0, 600.0, 694.0)
+
+
+@pytest.mark.parametrize(
+    ("days", "moved", "why"),
+    [(0, 0, r"expired on \d{4}-\d\d-\d\d"), (365, 3600, r"begins on \d{4}-\d\d-\d\d \d\d:\d\d UTC")],
+)
+def test_a_certificate_of_another_time_is_refused_where_both_clocks_agree(
+    days: int, moved: float, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None) -> datetime:  # type: ignore[override, no-untyped-def]
+            return datetime.now(tz) + timedelta(seconds=moved)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(provisioning, "datetime", Clock)
+        patched.setattr(provisioning, "SERVER_DAYS", days)
+        patched.setattr(provisioning, "open_server", lambda folder: Security(folder, "localhost", 1))
+        other = init(tmp_path / "other", "localhost", 1)
+    with server(other) as there, pytest.raises(DeploymentError, match=why):
+        greet_server(there, ca(other))
+
+
+def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
+    other = init(tmp_path / "other", "localhost", 1)
+    with server(other) as there:
+        assert greet_server(there, ca(other)).endswith("ONLY 19 DAYS LEFT")
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for(security: Security) -> None:
+    port, said = free_port(), []
+    with pytest.raises(AbsentError, match="connection refused"):
+        greet_server(f"localhost:{port}", ca(security))
+
+    def come() -> None:
+        time.sleep(1)
+        with server(security, port=port):
+            time.sleep(4)
+
+    coming = threading.Thread(target=come)
+    coming.start()
+    words = await_server(
+        f"localhost:{port}", ca(security), lambda what, detail: said.append((what, detail)), lambda: None
+    )
+    coming.join()
+    assert words.startswith("the certificate is valid until")
+    assert said == [("waiting", f"for localhost:{port}: connection refused")]
+
+
+def test_waiting_for_a_server_can_be_ended(security: Security) -> None:
+    looks = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await_server(f"localhost:{free_port()}", ca(security), lambda *_: None, check)
+
+
+def test_behind_a_proxy_of_the_environment_nothing_is_checked(
+    security: Security, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower goes through it, and ours would not."""
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    assert greet_server("fed.example.org:8443", ca(security)) == ""

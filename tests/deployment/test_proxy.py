@@ -1,0 +1,124 @@
+"""nginx in front of the SuperLink: what it is told, that it ends with the server, and is started again without it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
+
+from fedloom.deployment import proxy as module
+from fedloom.deployment.processes import free_port
+from fedloom.deployment.provisioning import Security, init
+from fedloom.deployment.proxy import find_nginx, proxy, write_configuration
+from fedloom.errors import DeploymentError
+
+with_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
+
+
+def make(folder: Path) -> Security:
+    """A server that is not of this machine alone."""
+    return init(folder, "127.0.0.2", free_port())
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.2", port)) == 0
+
+
+def becomes(wanted: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 30
+    while not wanted() and time.monotonic() < until:
+        time.sleep(0.05)
+    return wanted()
+
+
+def test_it_lets_through_the_fleet_and_nothing_else(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    text = write_configuration(security, 8000).read_text()
+    assert "listen 8443 ssl" in text
+    assert text.count("proxy_pass") == 1
+    assert "location /v1/fleet/ {\n      proxy_pass https://127.0.0.1:8000;" in text
+    assert "location / { return 403; }" in text
+    assert "proxy_ssl_verify on" in text
+    assert text.count("{") == text.count("}")
+
+
+def test_clients_elsewhere_are_not_served_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_nginx", lambda: None)
+    with (
+        pytest.raises(DeploymentError, match="nginx is not installed"),
+        proxy(make(tmp_path / "a"), 1, tmp_path, print),
+    ):
+        pass
+    with proxy(init(tmp_path / "local", "localhost", 8443), 8000, tmp_path, print):
+        pass
+
+
+@with_nginx
+@pytest.mark.parametrize("name", ["server", "a folder; with $odd {names}"])
+def test_it_listens_as_long_as_it_is_wanted(name: str, tmp_path: Path) -> None:
+    security = make(tmp_path / name)
+    with proxy(security, 1, tmp_path, print):
+        assert listens(security.port)
+    assert not listens(security.port)
+    assert "emerg" not in (tmp_path / "nginx.log").read_text()
+
+
+@with_nginx
+def test_a_port_that_something_else_has_is_said(tmp_path: Path) -> None:
+    security = make(tmp_path / "server")
+    with socket.socket() as other:
+        other.bind(("", security.port))
+        other.listen()
+        with (
+            pytest.raises(DeploymentError, match=r"nginx does not start: .*Address already in use"),
+            proxy(security, 1, tmp_path, print),
+        ):
+            pass
+
+
+@with_nginx
+def test_it_is_started_again_where_it_ended_or_left_its_workers_behind(tmp_path: Path) -> None:
+    security, said = make(tmp_path / "server"), []
+    number = security.folder / "nginx.pid"
+    with proxy(security, 1, tmp_path, lambda what, detail: said.append(f"{what}: {detail}")):
+        for times in (1, 2):
+            before = number.read_text()
+            os.kill(int(before), signal.SIGKILL)
+            assert becomes(lambda then=before: number.is_file() and number.read_text() not in ("", then))
+            assert becomes(lambda: listens(security.port))
+            assert said == ["again: nginx ended; it is started again"] * times
+    assert becomes(lambda: not listens(security.port))
+
+
+@with_nginx
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends what a killed process started")
+def test_it_does_not_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
+    security = make(tmp_path / "server")
+    code = f"""
+import time
+from pathlib import Path
+from fedloom.deployment.provisioning import open_server
+from fedloom.deployment.proxy import proxy
+with proxy(open_server(Path({str(security.folder)!r})), 1, Path({str(tmp_path)!r}), print):
+    time.sleep(600)
+"""
+    server = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert becomes(lambda: listens(security.port))
+    finally:
+        server.kill()
+        server.wait()
+    assert becomes(lambda: not listens(security.port))
+    with proxy(security, 1, tmp_path, print):  # what it left behind is in nobody's way
+        assert listens(security.port)
+    with suppress(FileNotFoundError):
+        assert (security.folder / "nginx.pid").read_text() == ""

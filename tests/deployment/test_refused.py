@@ -1,0 +1,217 @@
+"""Who has no business in a federation: each is refused, is told why, and gets no byte of the model; the run goes on."""
+
+import http.client
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
+
+from federation_here import Federation, end, federation, run_here, split, tiny
+
+from fedloom.deployment import provisioning
+from fedloom.deployment.app import write_app
+from fedloom.deployment.processes import find_program, free_port, programs_environment
+from fedloom.deployment.proxy import find_nginx
+from fedloom.recipe import recipe_to_toml
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+if find_nginx() is None:
+    pytest.skip("nginx is not installed", allow_module_level=True)
+if shutil.which("faketime") is None:
+    pytest.skip("faketime is not installed", allow_module_level=True)
+
+HOST = "127.0.0.2"
+SECONDS = 400.0
+"""That the refused have to give up: they ask for two minutes."""
+
+
+class Relay:
+    """A way to the server that counts what comes back over each connection."""
+
+    def __init__(self, port: int) -> None:
+        self._server, self.most_bytes = (HOST, port), 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"localhost:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(self._server)
+                except OSError:
+                    client.close()
+                    continue
+                threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
+                threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(65536):
+                passed += len(data)
+                self.most_bytes = max(self.most_bytes, passed) if counts else self.most_bytes
+                target.sendall(data)
+        for end_of in (source, target):
+            with suppress(OSError):
+                end_of.shutdown(socket.SHUT_RDWR)
+        if counts:
+            source.close()
+            target.close()
+
+
+@contextmanager
+def relay(port: int) -> Iterator[Relay]:
+    made = Relay(port)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def write_kit(folder: Path, name: str, server: str, ca: Path) -> Path:
+    """As `approve` would, by whoever makes one for himself."""
+    folder.mkdir(exist_ok=True)
+    kit = folder / f"{name}.kit"
+    kit.write_text(f'name = "{name}"\nserver = "{server}"\nca = """\n{ca.read_text()}"""\n')
+    return kit
+
+
+def status_of(host: str, port: int, path: str) -> int:
+    """What a server on this machine answers to a question without content."""
+    context = ssl._create_unverified_context()
+    connection = http.client.HTTPSConnection(host, port, timeout=30, context=context)
+    connection.request("POST", path)
+    return connection.getresponse().status
+
+
+def submit_run(there: Federation, address: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """An app of a client's own, sent to where clients connect."""
+    assert there.server is not None
+    (home / "flower").mkdir(parents=True)
+    ca = there.server / "ca.crt"
+    settings = f'[superlink.there]\naddress = "{address}"\nroot-certificates = "{ca}"\n'
+    (home / "flower" / "config.toml").write_text(settings)
+    write_app(home / "app")
+    command = [find_program("flwr"), "run", str(home / "app"), "there", "--format", "json"]
+    return subprocess.run(
+        command, env=programs_environment(home / "flower"), capture_output=True, text=True, timeout=120
+    )
+
+
+def start_without_key(there: Federation, address: str) -> "subprocess.Popen[bytes]":
+    """Flower's SuperNode with the certificate alone, which makes itself a key."""
+    command = [sys.executable, "-m", "fedloom.federation.flower", "--superlink", address, "--port", str(free_port())]
+    command += ["--root-certificates", str(there.server / "ca.crt"), "--node-config", 'socket="/nowhere"']
+    with (there.folder / "keyless.log").open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=programs_environment(there.folder / "f"), start_new_session=True
+        )
+
+
+def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
+    from flwr.supercore.routers.runtime.router import router as runtime
+    from flwr.superlink.routers.control.router import router as control
+
+    recipe = tiny("data.clients=2", "federation.rounds=1")
+    local = run_here(recipe, tmp_path / "local")
+    (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
+    data = split(recipe, tmp_path / "split")
+    with federation(tmp_path, secure=True, host=HOST) as there, relay(there.port) as way, relay(there.port) as honest:
+        assert there.server is not None
+        ca = there.server / "ca.crt"
+        other = provisioning.init(tmp_path / "other", HOST, there.port)
+
+        def approve(name: str, through: str = "") -> Path:
+            """A client's kit; its name is its folder's."""
+            asked = provisioning.request(name, tmp_path / name)
+            provisioning.approve(there.server, asked, tmp_path / name)
+            return write_kit(tmp_path / name, name, through or way.address, ca)
+
+        def join(name: str, kit: Path, *before: str, data: Path = data[0]) -> "subprocess.Popen[bytes]":
+            return there.start(name, "join", str(kit), "--data", str(data), before=before)
+
+        erin = approve("erin")
+        provisioning.revoke(there.server, "erin")
+        server = there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out), "--wait", "900")
+        there.wait_for("serve", "waiting")
+        provisioning.request("mallory", tmp_path / "mallory")
+        provisioning.request("oscar", tmp_path / "oscar")
+        patient = {
+            "erin": join("erin", erin),
+            "mallory": join("mallory", write_kit(tmp_path / "mallory", "mallory", way.address, ca)),
+            # She is a client at first, who is told the recipe; the bytes of that are not counted.
+            "carol": join("carol", approve("carol", f"{HOST}:{there.port}")),
+        }
+        there.wait_for("serve", "client    carol: ")
+        provisioning.revoke(there.server, "carol")
+
+        frank = approve("frank")
+        quick = {
+            "oscar": join("oscar", write_kit(tmp_path / "oscar", "oscar", way.address, other.ca)),
+            "nobody": join("nobody", write_kit(tmp_path / "nobody", "nobody", way.address, ca)),
+            "ahead": join("ahead", frank, "faketime", "-f", "+60s"),
+            "behind": join("behind", frank, "faketime", "-f", "-400s"),
+        }
+        keyless = start_without_key(there, way.address)
+        try:
+            assert {name: process.wait(SECONDS) for name, process in quick.items()} == dict.fromkeys(quick, 2)
+            assert keyless.wait(SECONDS) != 0
+        finally:
+            end(keyless)
+        submitted = submit_run(there, way.address, tmp_path / "submit")
+        paths = [route.path for router in (control, runtime) for route in router.routes]
+        through_proxy = {path: status_of(HOST, there.port, path) for path in paths}
+        behind_it = {status_of("localhost", there.inner, path) for path in paths}
+        there.join("alice", data[0])
+        asked_since = time.monotonic()
+        assert {name: process.wait(SECONDS) for name, process in patient.items()} == dict.fromkeys(patient, 2)
+        print("gave up after", time.monotonic() - asked_since)
+
+        knocking = join("mallory-again", tmp_path / "mallory" / "mallory.kit")
+        there.wait_for("mallory-again", "refused")
+        bob = join("bob", approve("bob", honest.address), "faketime", "-f", "-200s", data=data[1])
+        served = there.finish(server)
+        assert bob.poll() is None
+        assert knocking.poll() is None
+
+    assert [record["adapter_sha256"] for record in served.rounds] == [
+        record["adapter_sha256"] for record in local.rounds
+    ], "the honest clients' run is that of a run without the others; one of them is 200 s behind"
+    said = {name: there.said(name).strip().splitlines()[-1] for name in (*quick, *patient)}
+    assert "the server's certificate is not by the kit's authority" in said["oscar"]
+    assert "nobody's key is not there" in said["nobody"]
+    assert "s ahead of the server's: Flower refuses more than 5 s; set it" in said["ahead"]
+    assert "s behind the server's: Flower refuses more than 305 s; set it" in said["behind"]
+    for name in patient:
+        assert said[name].startswith(
+            f"error: the server refuses {name}'s key: it was not approved there, it is revoked"
+        )
+        assert "again" not in there.said(name), "being refused is no fault of the SuperNode's"
+    assert submitted.returncode != 0 or '"success": true' not in submitted.stdout
+    assert "403" in submitted.stdout + submitted.stderr
+    assert len(paths) > 40
+    assert not {403, 404} & behind_it, "these are paths of Flower's"
+    assert set(through_proxy.values()) == {403}
+    assert served.plan["data"] == "alice, bob: each its own", "who came and was revoked is none of the run's clients"
+    assert all(f"client    {name}: " not in there.said("serve") for name in ("erin", "mallory", "frank"))
+
+    # Of the model, which is one array in one answer, nothing can have come over connections shorter than it.
+    payload = int(local.plan["payload_bytes"])
+    print("payload", payload, "refused", way.most_bytes, "honest", honest.most_bytes)
+    assert 0 < way.most_bytes < payload < honest.most_bytes
