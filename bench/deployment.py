@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
+from tempfile import gettempdir
 
 from fedloom.deployment.processes import Child, free_port, private_folder
 from fedloom.deployment.provisioning import Security, approve, init, request
@@ -225,7 +226,7 @@ def measure_memory(clients: int) -> dict[str, object]:
         recipe = load_recipe("tiny", [f"data.clients={count}"])
         exchange = Exchange(MadeLink(count), recipe, lambda what, detail: None)
         found = exchange.assemble(count, 60)
-        fleet = RemoteFleet(exchange, found, recipe, (), lambda what, detail: None)
+        fleet = RemoteFleet(exchange, found, recipe, (), Path(gettempdir()))
         judge = lambda adapter: Score(1.0, 0, 1)  # noqa: E731
         run = FederatedRun(recipe, fleet, factors(recipe.federation), judge, start, holdings=fleet.holdings)
         run.begin()

@@ -221,7 +221,7 @@ def test_a_task_and_its_update_are_the_same_after_they_travelled(rule: str) -> N
 
     recipe, start = make_recipe(federation={"lora_rule": rule}), adapter()
     task = ClientTask(1, 0, start, recipe.training, 3, 7, trained_part(start.layout, rule, 1))
-    unpacked = unpack_task(pack_task(task), start.layout, recipe)
+    unpacked = unpack_task(pack_task(task, pack_adapter(start)), start.layout, recipe)
     assert unpacked.adapter.sha256() == start.sha256()
     assert (unpacked.training, unpacked.rounds, unpacked.seed) == (task.training, 3, 7)
     assert (unpacked.trains_P is None) == (task.trains_P is None)

@@ -16,7 +16,7 @@ from fedloom.deployment.wire import Frame
 from fedloom.deployment.worker import Worker
 from fedloom.display import Display
 from fedloom.errors import DataError
-from fedloom.federation.packing import pack_task, unpack_facts
+from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
 from fedloom.model_source import open_model
 from fedloom.preparation import load_adapted_model, prepare
 from fedloom.training.jobs import ClientTask
@@ -45,7 +45,9 @@ def worker_of(path: Path, policy: Policy | None = None) -> Worker:
 def task(round: int, **changed: Any) -> Frame:
     """A round's question, as a server asks it."""
     adapter = load_adapted_model(RECIPE, open_model(RECIPE.model.source)).read()
-    packed = pack_task(replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed))
+    packed = pack_task(
+        replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed), pack_adapter(adapter)
+    )
     return replace(packed, manifest={**packed.manifest, "do": "train", "recipe": told()})
 
 
@@ -76,7 +78,8 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
         ({"do": "meet"}, "recipe is none"),
         ({"do": "meet", "recipe": {"data": 1}}, "recipe is none"),
         ({"do": "leave", "recipe": told()}, "no question"),
-        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "the task is not the recipe's"),
+        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "no task"),
+        ({"do": "train", "recipe": told(), "training": 5}, "no task"),
         ({"do": "evaluate", "recipe": told()}, "an adapter of another model"),
     ],
 )
@@ -89,6 +92,12 @@ def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
     worker = worker_of(tmp_path / "not there", Policy(models=("another",)))
     answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
     assert "does not allow the base model" in answer.manifest["error"]
+
+
+def test_a_task_trains_as_its_recipe_says(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "private.jsonl", 12)
+    longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 99}))
+    assert worker_of(data).answer(longer).manifest["error"] == "the task is not the recipe's"
 
 
 def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -> None:

@@ -168,14 +168,11 @@ class Worker:
 
     def _admit(self, asked: Frame, bench: Bench) -> ClientTask:
         """A task that its recipe and the policy allow, once it stands in the journal."""
-        free = {"proximal_mu", "clients_at_once"}
-        recipe, training = read_told_recipe(self._told), dict(asked.manifest.get("training", {}))
-        known = recipe.training.model_dump(mode="json", exclude=free)
-        if {key: value for key, value in training.items() if key not in free} != known:
-            raise MessageError("the task is not the recipe's")
-        task = bench.read_task(asked)
+        recipe, task = read_told_recipe(self._told), bench.read_task(asked)
         check_policy(self._policy, recipe, task)
-        if not 1 <= task.round <= task.rounds == recipe.federation.rounds:
+        known, training = (part.model_dump(exclude={"proximal_mu", "clients_at_once"})
+                           for part in (recipe.training, task.training))  # fmt: skip
+        if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not the recipe's")
         self._journal.note(hash_task(asked), bench.describe(task), at_most=self._policy.max_rounds_a_day)
         return task

@@ -64,9 +64,8 @@ def unpack_adapter(frame: Frame, layout: Layout) -> Adapter:
     return Adapter(layout, weights_P, Residual(dict(zip(told["residual"], pairs, strict=True))) if factors else None)
 
 
-def pack_task(task: ClientTask) -> Frame:
-    """All that a client is told."""
-    adapter = pack_adapter(task.adapter)
+def pack_task(task: ClientTask, adapter: Frame) -> Frame:
+    """All that a client is told, with the adapter that it starts from, packed."""
     told = {"round": task.round, "client": task.client, "rounds": task.rounds, "seed": task.seed}
     return Frame({**adapter.manifest, **told, "training": task.training.model_dump(mode="json")}, adapter.payload)
 

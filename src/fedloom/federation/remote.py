@@ -314,8 +314,7 @@ class RemoteFleet:
         lost: dict[str, ClientFailure] = {}
         with Shelf(self.folder) as shelf:
             for _ in range(DEADLINES):
-                questions = {name: self._question(task) for name, task in waiting.items()}
-                for name, found in self.exchange.ask(questions, self._missing):
+                for name, found in self.exchange.ask(self._questions(waiting), self._missing):
                     self._note(name, found)
                     result = self._read(waiting[name], found)
                     if isinstance(result, ClientFailure):
@@ -350,9 +349,16 @@ class RemoteFleet:
         self.scores = dict(sorted(scores.items()))
         return self.scores
 
-    def _question(self, task: ClientTask) -> Frame:
-        packed = pack_task(task)
-        return replace(packed, manifest={**packed.manifest, "do": "train", "judge": task.client in self.scores})
+    def _questions(self, tasks: Mapping[str, ClientTask]) -> dict[str, Frame]:
+        """Clients that start from one adapter share its bytes."""
+        starts = {id(task.adapter): task.adapter for task in tasks.values()}
+        packed = {number: pack_adapter(adapter) for number, adapter in starts.items()}
+        questions = {}
+        for name, task in tasks.items():
+            frame = pack_task(task, packed[id(task.adapter)])
+            judge = task.client in self.scores
+            questions[name] = replace(frame, manifest={**frame.manifest, "do": "train", "judge": judge})
+        return questions
 
     def _read(self, task: ClientTask, found: Frame | str) -> ClientResult:
         try:
