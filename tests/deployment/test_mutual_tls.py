@@ -43,9 +43,12 @@ def start_tunnel(there: Federation, stack: ExitStack, name: str, text: str, fold
         process = subprocess.Popen(["stunnel4", str(file)], stdout=log, stderr=log, cwd=folder)
     stack.callback(end, process)
     until = time.monotonic() + SECONDS
-    while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+    while True:
         assert process.poll() is None, there.said(name)
         assert time.monotonic() < until
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
         time.sleep(0.1)
 
 
