@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from federation_here import Federation, federation, find_process, run_here, split, tiny, wait_until
+from federation_here import Federation, federation, find_process, run_here, split, tiny
 
 from fedloom.deployment.provisioning import find_nginx
 from fedloom.recipe import Recipe, recipe_to_toml
@@ -66,23 +66,17 @@ def test_what_is_killed_is_started_again_and_no_round_is_lost(victim: str, tmp_p
     proxied = find_nginx() is not None
     if victim == "nginx" and not proxied:
         pytest.skip("nginx is not installed")
-    asked = recipe(f"federation.rounds={3 * REPEATS}", "training.epochs=5")
-    trials: list[dict[str, Any]] = []
+    asked = recipe(f"federation.rounds={3 * REPEATS}", "training.epochs=5", "data.client_holdout=0")
     with federation(tmp_path, secure=True, host="127.0.0.2" if proxied else "localhost") as there:
         joined = join_all(there, asked)
         server = there.serve(write(asked, tmp_path), "--out", str(there.out))
-        rounds = there.out / "rounds.jsonl"
-
-        def committed() -> int:
-            return rounds.read_bytes().count(b"\n") if rounds.exists() else 0
-
         for repeat in range(REPEATS):
             for when in ("in training", "between rounds"):
                 if when == "in training":
                     there.wait_for("client-1", f"round {3 * repeat + 1}".ljust(10) + "training")
                 else:
-                    wait_until(lambda: committed() >= 3 * repeat + 3, "a round")  # noqa: B023
-                before = committed()
+                    there.wait_for_rounds(3 * repeat + 3)
+                before = there.committed()
                 if victim == "fedloom serve":
                     kill(server.pid)
                     server.wait()
@@ -90,10 +84,12 @@ def test_what_is_killed_is_started_again_and_no_round_is_lost(victim: str, tmp_p
                 else:
                     kill(find_process(joined["client-1"] if victim in OF_A_CLIENT else server.pid, VICTIMS[victim]))
                 killed = time.monotonic()
-                wait_until(lambda: committed() > before, "another round")  # noqa: B023
-                trials.append({"victim": victim, "when": when, "seconds": time.monotonic() - killed})
+                there.wait_for_rounds(before + 1)
+                tell({"victim": victim, "when": when, "seconds": round(time.monotonic() - killed, 1)})
         served = there.finish(server)
-    tell(trials, served)
+    # Of every three rounds the first is killed in, and the last as it begins; the other is the measure.
+    usual = [record["train_seconds"] + record["evaluate_seconds"] for record in served.rounds[2::3]]
+    tell({"victim": "none", "when": victim, "seconds": round(median(usual), 1)})
     assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
     assert [record["lost"] for record in served.rounds] == [[]] * len(served.rounds)
     assert len(served.clients) == 2 * asked.federation.rounds
@@ -103,13 +99,11 @@ def kill(process: int) -> None:
     os.kill(process, signal.SIGKILL)
 
 
-def tell(trials: list[dict[str, Any]], served: Run) -> None:
+def tell(trial: dict[str, Any]) -> None:
     """Append what was measured to a file, for `docs/reliability.md`."""
-    # Of every three rounds the first is killed in, and the last after the one before.
-    usual = median(record["train_seconds"] + record["evaluate_seconds"] for record in served.rounds[2::3])
     if path := os.environ.get("FEDLOOM_KILL_TABLE"):
         with open(path, "a") as file:
-            file.writelines(json.dumps({**trial, "usual_seconds": usual}) + "\n" for trial in trials)
+            file.write(json.dumps(trial) + "\n")
 
 
 def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: Path) -> None:

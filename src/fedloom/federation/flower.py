@@ -37,6 +37,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedloom.deployment.app import check_app
 from fedloom.deployment.wire import MOST_MANIFEST_BYTES, Frame, ask, receive_frame, send_frame
 
+SOCKETS = "FEDLOOM_SOCKETS"
+"""The environment variable that names the folder of sockets, under Flower's simulation."""
 WORKER_PATIENCE_SECONDS = 120.0
 """For which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
@@ -60,7 +62,7 @@ def work(message: Message, context: Context) -> Message:
     frame = to_frame(message.content)
     left = message.metadata.created_at + message.metadata.ttl - time.time()
     answer = ask(
-        str(context.node_config["socket"]),
+        find_socket(context.node_config, f"worker-{context.node_config.get('partition-id')}"),
         frame,
         patience_seconds=min(WORKER_PATIENCE_SECONDS, max(left, 1.0)),
         answer_seconds=max(left, 1.0),
@@ -74,7 +76,7 @@ def relay(grid: Grid, context: Context) -> None:
     inbox = Inbox(grid)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(SERVER_PATIENCE_SECONDS)
-        connection.connect(str(context.run_config["socket"]))
+        connection.connect(find_socket(context.run_config, "serve"))
         connection.settimeout(None)  # as long as `fedloom serve` lives: its end closes the connection
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         while True:
@@ -94,6 +96,11 @@ def relay(grid: Grid, context: Context) -> None:
                 case "pull":
                     answer = inbox.pull(asked.manifest["messages"])
                     send_frame(connection, _answer(answer) if answer else Frame({"message": ""}))
+
+
+def find_socket(config: UserConfig, name: str) -> str:
+    """Where an app's other half listens: as it was told, or in a folder. Flower's simulation tells apps nothing."""
+    return str(config.get("socket") or f"{os.environ[SOCKETS]}/{name}.sock")
 
 
 class Expected(NamedTuple):
@@ -131,6 +138,7 @@ class Inbox:
     def _look(self, asked: Collection[str]) -> None:
         if not isinstance(self._grid, HttpGrid):  # Flower's simulation, where answers are objects of this process
             for message in self._grid.pull_messages(asked):
+                del self._expected[message.metadata.reply_to_message_id]
                 self._arrived.put(message)
             return
         found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
