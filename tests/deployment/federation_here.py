@@ -51,7 +51,9 @@ class Federation:
         port = free_port() if self._server else self.port  # behind a proxy, which has the other
         return self.start("serve", "serve", recipe, *how, "--port", str(port), *words, **environment)
 
-    def join(self, name: str, data: Path, *words: str, through: int | None = None) -> subprocess.Popen[bytes]:
+    def join(
+        self, name: str, data: Path, *words: str, through: int | None = None, **environment: str
+    ) -> subprocess.Popen[bytes]:
         """`through` is a port of this machine that leads to the server's."""
         kit = self.folder / name / f"{name}.kit"
         if self._server:
@@ -62,7 +64,7 @@ class Federation:
             kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
         if through:
             kit.write_text(kit.read_text().replace(f":{self.port}", f":{through}"))
-        return self.start(name, "join", str(kit), "--data", str(data), *words)
+        return self.start(name, "join", str(kit), "--data", str(data), *words, **environment)
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()

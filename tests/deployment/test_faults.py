@@ -137,6 +137,38 @@ def test_a_server_that_was_killed_goes_on_and_its_clients_come_back(tmp_path: Pa
     assert served.status["resumed"] == 1
 
 
+LIAR = """\
+import sys
+if "fedloom.deployment.worker" in sys.orig_argv:
+    from dataclasses import replace
+    from fedloom.federation import packing
+    pack_update = packing.pack_update
+
+    def lie(update, trains_P):
+        frame = pack_update(update, trains_P)
+        return replace(frame, payload=b"\\xff" * len(frame.payload))
+
+    packing.pack_update = lie
+"""
+
+
+def test_a_worker_that_lies_is_refused_and_the_others_make_the_model(tmp_path: Path) -> None:
+    """Its weights are no numbers."""
+    asked = recipe("federation.max_lost_clients=1")
+    (tmp_path / "liar").mkdir()
+    (tmp_path / "liar" / "sitecustomize.py").write_text(LIAR)
+    with federation(tmp_path, secure=True) as there:
+        folders = split(asked, tmp_path / "split")
+        there.join("client-0", folders[0])
+        path = os.pathsep.join([str(tmp_path / "liar"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        there.join("client-1", folders[1], PYTHONPATH=path)
+        served = there.finish(there.serve(write(asked, tmp_path), "--out", str(there.out)))
+    assert [record["lost"] for record in served.rounds] == [[], [1], [1]]
+    assert "has a weight that is not finite" in served.rounds[1]["lost_because"]["1"]
+    assert [record["client"] for record in served.clients] == [0, 0]
+    assert len(set(hashes(served))) == 3
+
+
 def test_a_policy_is_kept_and_told_on_both_sides(tmp_path: Path) -> None:
     asked = recipe("training.epochs=3")
     policy = tmp_path / "policy.toml"
