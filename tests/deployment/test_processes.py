@@ -1,0 +1,119 @@
+"""What `serve` and `join` start ends with them, comes back if it dies, and leaves nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedloom.deployment import serving
+from fedloom.deployment.processes import free_port, private_folder
+from fedloom.deployment.provisioning import find_nginx, init
+from fedloom.display import Display
+from fedloom.errors import DeploymentError
+
+HOLDS_A_FOLDER = """\
+import time
+from fedloom.deployment.processes import private_folder
+with private_folder() as folder:
+    (folder / "secret").write_text("")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+HANGS = """\
+import socket, sys, threading, time
+from fedloom.federation.flower import _end_with
+connection = socket.socket(fileno=int(sys.argv[1]))
+threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+print("hangs", flush=True)
+time.sleep(600)
+"""
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)  # where it was found before
+    (tmp_path / "fedloom-of-somebody").mkdir()
+    owners = [subprocess.Popen([sys.executable, "-c", HOLDS_A_FOLDER], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        folders = [Path(owner.stdout.readline().decode().strip()) for owner in owners if owner.stdout]
+        assert len(set(folders)) == 2
+        owners[0].kill()
+        owners[0].wait()
+        assert folders[0].is_dir(), "a killed process can't tidy up"
+        with private_folder() as mine:
+            assert mine.parent == tmp_path
+            assert not folders[0].exists()
+            assert (folders[1] / "secret").is_file()
+        assert not mine.exists()
+        assert (tmp_path / "fedloom-of-somebody").is_dir()
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.communicate()
+
+
+def test_the_server_app_ends_with_serve_even_where_it_hangs() -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-c", HANGS, str(theirs.fileno())]
+        app = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE)
+        try:
+            theirs.close()
+            assert app.stdout
+            assert app.stdout.readline() == b"hangs\n"
+            ours.sendall(b"a question that it does not read")
+            time.sleep(0.3)
+            assert app.poll() is None
+            ours.close()
+            assert app.wait(30) == 1
+        finally:
+            app.kill()
+            app.communicate()
+
+
+@pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
+def test_a_proxy_that_was_killed_is_started_again_unless_it_can_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
+    security = init(tmp_path / "server", "127.0.0.2", free_port())
+
+    def process() -> int:
+        return int((tmp_path / "server" / "nginx.pid").read_text())
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.2", security.port)) == 0
+
+    monkeypatch.setattr(serving, "PROXY_SECONDS", 0.5)
+    with serving.proxy(security, 8000, tmp_path, Display()) as tend:
+        wait_until(listens)
+        killed = process()
+        tend()
+        assert process() == killed
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{killed}").exists() or "Z" in Path(f"/proc/{killed}/stat").read_text())
+        tend()
+        wait_until(lambda: listens() and process() != killed)
+        monkeypatch.setattr(serving, "PROXY_SECONDS", 600.0)
+        os.kill(process(), signal.SIGKILL)
+        time.sleep(0.2)
+        with pytest.raises(DeploymentError, match="nginx ends as soon as it starts"):
+            tend()
+    wait_until(lambda: not listens())
