@@ -1,4 +1,4 @@
-"""`python tests/deployment/kill_table.py FILE`: what `FEDLOOM_KILL_TABLE=FILE pytest … test_faults.py` saw, as a table."""
+"""`python tests/deployment/kill_table.py FILE`: what test_faults.py saw with FEDLOOM_KILL_TABLE=FILE, as a table."""
 
 import json
 import sys

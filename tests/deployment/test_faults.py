@@ -18,7 +18,7 @@ from fedloom.deployment.provisioning import find_nginx
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 if not Path("/proc/self/task").is_dir():
     pytest.skip("processes are found through /proc", allow_module_level=True)
 
@@ -59,7 +59,7 @@ REPEATS = int(os.environ.get("FEDLOOM_KILL_REPEATS", "1"))
 """Of each kill, in one run."""
 
 
-@pytest.mark.timeout(300 + 400 * REPEATS)
+@pytest.mark.timeout(900 + 900 * REPEATS)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_what_is_killed_is_started_again_and_no_round_is_lost(victim: str, tmp_path: Path) -> None:
     """In training and between rounds: the adapters are those of a run without a kill, and each update counts once."""

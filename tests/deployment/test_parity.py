@@ -13,7 +13,7 @@ from federation_here import federation, run_here, split, timeless, tiny
 from fedloom.recipe import recipe_to_toml
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("clients", "rounds"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.slow, id="the whole of tiny")]
 )
