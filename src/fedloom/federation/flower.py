@@ -29,13 +29,13 @@ from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedloom.deployment.app import check_app
 from fedloom.deployment.wire import MOST_MANIFEST_BYTES, Frame, ask, receive_frame, send_frame
+from fedloom.errors import MessageError
 
 SOCKETS = "FEDLOOM_SOCKETS"
 """The environment variable that names the folder of sockets, under Flower's simulation."""
@@ -155,8 +155,10 @@ class Inbox:
             grid._client = _limit(grid._runtime_client, found, expected)  # type: ignore[attr-defined]
             (message,) = grid.pull_messages([question])
             self._arrived.put(message)
+        except MessageError as error:
+            self._arrived.put(Unusable(question, str(error)))
         except Exception as error:  # of any kind, from bytes that may be anything
-            self._arrived.put(Unusable(question, str(error) or type(error).__name__))
+            self._arrived.put(Unusable(question, f"no answer of fedloom's ({type(error).__name__})"))
 
 
 class Unusable(NamedTuple):
@@ -171,16 +173,16 @@ def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: 
     left = expected.most_bytes
     num_objects = sum(1 for _ in iterate_object_tree(found.message_object_trees[0]))
     if num_objects > MOST_OBJECTS + left // CHUNK_BYTES:
-        raise ObjectPullError("answer", f"{num_objects} objects are more than an answer has")
+        raise MessageError(f"an answer of {num_objects} objects")
 
     def pull_object(request: PullObjectRequest) -> PullObjectResponse:
         nonlocal left
         if time.monotonic() > expected.until:
-            raise ObjectPullError(request.object_id, "its sender is gone")
+            raise MessageError("an answer that never came whole")
         response = client.PullObject(request)
         left -= len(response.object_content) + _repeated_bytes(response.object_content)
         if left < 0:
-            raise ObjectPullError(request.object_id, f"more than {expected.most_bytes:,} bytes")
+            raise MessageError(f"an answer of more than {expected.most_bytes:,} bytes")
         return response
 
     return SimpleNamespace(
@@ -231,10 +233,10 @@ def run_supernode() -> None:
 def _answer(message: Message | Unusable) -> Frame:
     """An answer for `fedloom serve`, its manifest as it came: it is read there."""
     if isinstance(message, Unusable):
-        return Frame({"message": message.question, "error": message.why[:300]})
+        return Frame({"message": message.question, "error": message.why})
     told = {"message": message.metadata.reply_to_message_id}
     if message.has_error():
-        return Frame({**told, "error": f"Flower's error {message.error.code}: {(message.error.reason or '')[:200]}"})
+        return Frame({**told, "error": f"Flower's error {message.error.code}"})
     try:
         return Frame({**told, "manifest": _manifest(message.content)}, _numbers(message.content))
     except Exception:  # of any kind, from bytes that may be anything
