@@ -14,12 +14,14 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -29,6 +31,7 @@ from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
@@ -227,7 +230,26 @@ def run_supernode() -> None:
     node.get_fused_config_from_fab = check_and_take_app  # type: ignore
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
-    flower_supernode()
+    http_retry.RetryInvoker = _patient(http_retry.RetryInvoker)  # type: ignore
+    try:
+        flower_supernode()
+    except Exception:
+        # Flower's threads would keep the process, which does nothing any more: `join` starts another.
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _patient(invoker: Callable[..., RetryInvoker]) -> Callable[..., RetryInvoker]:
+    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up."""
+
+    def build(*args: Any, should_giveup: Callable[[Exception], bool], **options: Any) -> RetryInvoker:
+        def gives_up(error: Exception) -> bool:
+            is_a_cut = isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
+            return not is_a_cut and should_giveup(error)
+
+        return invoker(*args, should_giveup=gives_up, **options)
+
+    return build
 
 
 def _answer(message: Message | Unusable) -> Frame:
