@@ -87,6 +87,25 @@ def test_the_server_app_ends_with_serve_even_where_it_hangs() -> None:
             app.communicate()
 
 
+def test_a_link_that_is_cut_in_a_handshake_is_tried_again_and_a_wrong_certificate_is_not() -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
+    import httpx
+    from flwr.supercore.retry import http_retry
+
+    from fedloom.federation import flower
+
+    flowers = http_retry.make_simple_http_retry_invoker().should_giveup
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_retry, "RetryInvoker", flower._patient(http_retry.RetryInvoker))
+        ours = http_retry.make_simple_http_retry_invoker().should_giveup
+    assert flowers
+    assert ours
+    cut = httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol (_ssl.c:1006)")
+    wrong = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+    assert (flowers(cut), flowers(wrong)) == (True, True)
+    assert (ours(cut), ours(wrong)) == (False, True)
+
+
 @pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
 def test_a_proxy_that_was_killed_is_started_again_unless_it_can_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
