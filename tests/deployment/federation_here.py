@@ -17,7 +17,7 @@ from fedloom.experiment import run
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import Run, read_run
 
-SECONDS = 150.0
+SECONDS = 400.0
 """That any wait of a test takes at the most."""
 QUICK = ["training.engine=reference", "model.dtype=float32", "data.documents_per_client=10"]
 
@@ -53,7 +53,10 @@ class Federation:
         port = ("--port", str(self.inner if self.server else self.port))
         return self.start("serve", "serve", recipe, *how, *port, *words, **environment)
 
-    def join(self, name: str, data: Path, *words: str) -> subprocess.Popen[bytes]:
+    def join(
+        self, name: str, data: Path, *words: str, through: int | None = None, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """`through` is a port of this machine that leads to the server's."""
         kit = self.folder / name / f"{name}.kit"
         if self.server:
             asked = provisioning.request(name, kit.parent)
@@ -61,7 +64,9 @@ class Federation:
         else:
             kit.parent.mkdir()
             kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
-        return self.start(name, "join", str(kit), "--data", str(data), *words)
+        if through:
+            kit.write_text(kit.read_text().replace(f":{self.port}", f":{through}"))
+        return self.start(name, "join", str(kit), "--data", str(data), *words, **environment)
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -73,9 +78,17 @@ class Federation:
             assert time.monotonic() < until, f"{name} never said {text!r}:\n{self.said(name)}"
             time.sleep(0.1)
 
+    def committed(self) -> int:
+        """Rounds that are on record, round 0 among them."""
+        rounds = self.out / "rounds.jsonl"
+        return rounds.read_bytes().count(b"\n") if rounds.exists() else 0
+
+    def wait_for_rounds(self, number: int) -> None:
+        wait_until(lambda: self.committed() >= number, f"{number} rounds")
+
     def finish(self, server: subprocess.Popen[bytes]) -> Run:
         """The run that a server left behind."""
-        code = server.wait(2 * SECONDS)
+        code = server.wait(SECONDS)
         assert code == 0, self.said("serve")
         return read_run(self.out)
 
@@ -119,7 +132,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
+        process.wait(120)
     if process.poll() is None:
         process.kill()
         process.wait()

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
@@ -11,7 +13,7 @@ from federation_here import federation, run_here, split, timeless, tiny
 from fedloom.recipe import recipe_to_toml
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("clients", "rounds"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.slow, id="the whole of tiny")]
 )
@@ -32,3 +34,30 @@ def test_clients_over_flower_and_tls_make_the_adapter_of_a_local_run(clients: in
     key = lambda record: (record["round"], record["client"])  # noqa: E731
     assert sorted(timeless(served.clients), key=key) == sorted(timeless(local.clients), key=key)
     assert (there.out / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_batched_engine_makes_the_same_over_flower_within_rounding(tmp_path: Path) -> None:
+    """Held to both engines of a local run: one client at a time is another order of sums than all at once."""
+    overrides = ("data.clients=2", "federation.rounds=2", "training.optimizer=sgd", "training.learning_rate=0.1")
+    batched = tiny(*overrides, "training.engine=batched")
+    with federation(tmp_path, secure=True) as there:
+        for client, data in enumerate(split(batched, tmp_path / "split")):
+            there.join(f"client-{client}", data)
+        (tmp_path / "tiny.toml").write_text(recipe_to_toml(batched))
+        served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
+    last = read_weights(there.out)
+    start = load_file(there.out / "adapters" / "initial" / "adapter_model.safetensors")
+    for engine in ("batched", "reference"):
+        local = run_here(tiny(*overrides, f"training.engine={engine}"), tmp_path / engine)
+        for name, expected in read_weights(tmp_path / engine).items():
+            assert torch.allclose(last[name], expected, rtol=1e-3, atol=1e-5), (engine, name)
+        assert [record["client_loss"] for record in served.rounds] == pytest.approx(
+            [record["client_loss"] for record in local.rounds], rel=1e-4
+        )
+    assert any(not torch.allclose(last[name], start[name], atol=1e-3) for name in start), "it learned"
+
+
+def read_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapters" / "last" / "adapter_model.safetensors")

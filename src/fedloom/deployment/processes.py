@@ -27,9 +27,12 @@ FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds, for 1
+    # Bytes, for 5 MB. Two of them travel at once, and must in 30 seconds: on a link of 0.6 Mbit/s these do.
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(2**20),
     "OPENBLAS_NUM_THREADS": "1",  # of numpy's, which only moves bytes there
 }
-"""Settings of Flower's programs: they tell nobody what they do, start apps sooner, and have no threads to fork."""
+"""Settings of Flower's programs: they tell nobody what they do, start apps sooner, get through slow links, and have no
+threads to fork."""
 CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
 """In the environment of a SuperLink and of what operates it: others on this machine can reach its port, too."""
 

@@ -28,12 +28,14 @@ from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedloom.deployment.wire import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
+from fedloom.errors import MessageError
 
+WORKER_SOCKETS = "FEDLOOM_WORKER_SOCKETS"
+"""The environment variable that names the folder of workers' sockets, under Flower's simulation."""
 WORKER_PATIENCE_SECONDS = 120.0
 """For which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
@@ -54,7 +56,7 @@ def work(message: Message, context: Context) -> Message:
     frame = to_frame(message.content)
     left = message.metadata.created_at + message.metadata.ttl - time.time()
     answer = ask(
-        str(context.node_config["socket"]),
+        worker_socket(context),
         frame,
         patience_seconds=min(WORKER_PATIENCE_SECONDS, max(left, 1.0)),
         answer_seconds=max(left, 1.0),
@@ -88,6 +90,12 @@ def relay(grid: Grid, context: Context) -> None:
                 case "pull":
                     answer = inbox.pull(asked.manifest["messages"])
                     send_frame(connection, _answer(answer) if answer else Frame({"message": ""}))
+
+
+def worker_socket(context: Context) -> str:
+    """Where this node's worker listens: as it was told. Flower's simulation tells nodes nothing but their numbers."""
+    told = context.node_config.get("socket")
+    return str(told or f"{os.environ[WORKER_SOCKETS]}/worker-{context.node_config['partition-id']}.sock")
 
 
 class Expected(NamedTuple):
@@ -128,6 +136,7 @@ class Inbox:
     def _look(self, asked: Collection[str]) -> None:
         if not isinstance(self._grid, HttpGrid):  # Flower's simulation, where answers are objects of this process
             for message in self._grid.pull_messages(asked):
+                del self._expected[message.metadata.reply_to_message_id]
                 self._arrived.put(message)
             return
         found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
@@ -145,8 +154,10 @@ class Inbox:
             grid._client = _limit(grid._runtime_client, found, expected)  # type: ignore[attr-defined]
             (message,) = grid.pull_messages([question])
             self._arrived.put(message)
+        except MessageError as error:
+            self._arrived.put(Unusable(question, str(error)))
         except Exception as error:  # of any kind, from bytes that may be anything
-            self._arrived.put(Unusable(question, str(error) or type(error).__name__))
+            self._arrived.put(Unusable(question, f"no answer of fedloom's ({type(error).__name__})"))
 
 
 class Unusable(NamedTuple):
@@ -161,16 +172,16 @@ def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: 
     left = expected.most_bytes
     num_objects = sum(1 for _ in iterate_object_tree(found.message_object_trees[0]))
     if num_objects > MOST_OBJECTS + left // CHUNK_BYTES:
-        raise ObjectPullError("answer", f"{num_objects} objects are more than an answer has")
+        raise MessageError(f"an answer of {num_objects} objects")
 
     def pull_object(request: PullObjectRequest) -> PullObjectResponse:
         nonlocal left
         if time.monotonic() > expected.until:
-            raise ObjectPullError(request.object_id, "its sender is gone")
+            raise MessageError("an answer that never came whole")
         response = client.PullObject(request)
         left -= len(response.object_content) + _repeated_bytes(response.object_content)
         if left < 0:
-            raise ObjectPullError(request.object_id, f"more than {expected.most_bytes:,} bytes")
+            raise MessageError(f"an answer of more than {expected.most_bytes:,} bytes")
         return response
 
     return SimpleNamespace(
@@ -199,10 +210,10 @@ def _end_with(connection: socket.socket) -> None:
 def _answer(message: Message | Unusable) -> Frame:
     """An answer for `fedloom serve`, its manifest as it came: it is read there."""
     if isinstance(message, Unusable):
-        return Frame({"message": message.question, "error": message.why[:300]})
+        return Frame({"message": message.question, "error": message.why})
     told = {"message": message.metadata.reply_to_message_id}
     if message.has_error():
-        return Frame({**told, "error": f"Flower's error {message.error.code}: {(message.error.reason or '')[:200]}"})
+        return Frame({**told, "error": f"Flower's error {message.error.code}"})
     try:
         return Frame({**told, "manifest": _manifest(message.content)}, _numbers(message.content))
     except Exception:  # of any kind, from bytes that may be anything

@@ -88,7 +88,27 @@ def run_supernode() -> None:
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
-    flower_supernode()
+    http_retry.RetryInvoker = patient(http_retry.RetryInvoker)  # type: ignore
+    try:
+        flower_supernode()
+    except Exception:
+        # Flower's threads would keep the process, which does nothing any more: `join` starts another.
+        traceback.print_exc()
+        os._exit(1)
+
+
+def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up."""
+    import httpx
+
+    def build(*args: Any, should_giveup: Callable[[Exception], bool], **options: Any) -> Any:
+        def gives_up(error: Exception) -> bool:
+            is_a_cut = isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
+            return not is_a_cut and should_giveup(error)
+
+        return invoker(*args, should_giveup=gives_up, **options)
+
+    return build
 
 
 def run_client_tasks() -> None:
