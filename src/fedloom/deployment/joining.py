@@ -17,6 +17,7 @@ from fedloom.deployment.policy import load_policy
 from fedloom.deployment.preflight import await_server
 from fedloom.deployment.processes import (
     Child,
+    Together,
     check_flower,
     flower_command,
     free_port,
@@ -123,7 +124,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
-        children: dict[str, Child] = {}
+        children: dict[str, Child | Together] = {}
         try:
             with Interruption(partial(say, "leaving")) as interruption:
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
@@ -131,8 +132,8 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
                     say("server", words)
                 children["worker"] = Child(command, None, {**os.environ})
                 environment = programs_environment(folder / "flower")
-                children["SuperNode"] = Child(node, log, environment)
-                children["tasks"] = Child(tasks, folder / "tasks.log", environment)
+                parts = (Child(node, log, environment), Child(tasks, folder / "tasks.log", environment))
+                children["SuperNode"] = Together(*parts)
                 say("joining", f"{kit.server} as {kit.name}")
                 watch(children, log, Refusals(kit.name, log, greet, say), say, interruption.check)
         finally:
@@ -181,7 +182,7 @@ class Refusals:
 
 
 def watch(
-    children: Mapping[str, Child],
+    children: Mapping[str, Child | Together],
     log: Path,
     refusals: Refusals,
     say: Callable[[str, str], object],

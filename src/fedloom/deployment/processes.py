@@ -79,6 +79,26 @@ class Child:
         self._process = None
 
 
+class Together:
+    """Processes that are no use without each other: where one ended, all are started again."""
+
+    def __init__(self, *children: Child) -> None:
+        self._children = children
+
+    def start(self) -> None:
+        self.end()
+        for child in self._children:
+            child.start()
+
+    @property
+    def ended(self) -> bool:
+        return any(child.ended for child in self._children)
+
+    def end(self) -> None:
+        for child in reversed(self._children):
+            child.end()
+
+
 def programs_environment(home: Path) -> dict[str, str]:
     """For Flower's programs: quiet, with their own home, and this Python's programs found first."""
     here = str(Path(sys.executable).parent)

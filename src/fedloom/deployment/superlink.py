@@ -150,7 +150,8 @@ class SuperLink:
             raise DeploymentError(f"the SuperLink ended {RESTARTS} times in a row: {tail(self._log)}")
         if self._app:
             self._app.close()
-        if self._child and not self._child.ended and self._restarts == 1:
+        if self._child and self._tasks and not self._child.ended and self._restarts == 1:
+            self._tasks.start()
             self._submit(time.monotonic() + START_SECONDS)
             return
         self._end()

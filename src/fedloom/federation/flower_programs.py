@@ -25,7 +25,10 @@ from fedloom.deployment.app import check_app
 from fedloom.deployment.processes import CONTROL_SECRET
 
 POLL_SECONDS = 0.5
-"""Between two looks of a SuperNode for messages. Flower's own 3 seconds are most of what a round costs."""
+"""Between two looks of a SuperNode for messages; where it waits for its own app it looks more often. Flower's own 3
+seconds, and 0.5, are most of what a round costs."""
+BACKOFF_SECONDS = 0.1
+"""Before a part of a message that is not there yet is asked for again. Flower's own is 1."""
 RETRY_SECONDS = 4
 """That a SuperNode leaves a server alone that does not answer, at the most. Flower's own is 20."""
 END_WITH_PARENT, BE_NAMED = 1, 15
@@ -82,7 +85,7 @@ def run_supernode() -> None:
     from flwr.supernode.cli import flower_supernode
 
     def sleep(seconds: float) -> None:
-        time.sleep(min(seconds, POLL_SECONDS))
+        time.sleep(min(seconds / 6, POLL_SECONDS))
 
     # What it does first with an app that it was sent.
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
@@ -155,9 +158,11 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
             return supported_task_types & {kind}, set()
 
         def reconcile(self) -> None:
+            """Bury what ended. A SuperNode may wait for ever for what a killed one began to say: both begin anew."""
             with suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
+                while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                    if os.WIFSIGNALED(ended[1]):
+                        raise SystemExit("a task was killed")
 
     def start(command: Sequence[str], **told: Any) -> None:
         if os.fork():
@@ -207,4 +212,7 @@ PROGRAMS = {
 }
 
 if __name__ == "__main__":
+    from flwr.supercore import constant
+
+    constant.PULL_INITIAL_BACKOFF = BACKOFF_SECONDS  # type: ignore  # before what takes it from there
     PROGRAMS[sys.argv.pop(1)]()
