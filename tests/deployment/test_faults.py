@@ -14,7 +14,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 
 from federation_here import Federation, federation, find_process, run_here, split, tiny
 
-from fedloom.deployment.provisioning import find_nginx
+from fedloom.deployment.proxy import find_nginx
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Run
 

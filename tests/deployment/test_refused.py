@@ -19,7 +19,7 @@ from federation_here import Federation, end, federation, run_here, split, tiny
 
 from fedloom.deployment import provisioning
 from fedloom.deployment.app import write_app
-from fedloom.deployment.processes import find_program, free_port, programs_environment
+from fedloom.deployment.processes import flower_command, free_port, programs_environment
 from fedloom.deployment.proxy import find_nginx
 from fedloom.recipe import recipe_to_toml
 
@@ -107,7 +107,7 @@ def submit_run(there: Federation, address: str, home: Path) -> subprocess.Comple
     settings = f'[superlink.there]\naddress = "{address}"\nroot-certificates = "{ca}"\n'
     (home / "flower" / "config.toml").write_text(settings)
     write_app(home / "app")
-    command = [find_program("flwr"), "run", str(home / "app"), "there", "--format", "json"]
+    command = [str(Path(sys.executable).parent / "flwr"), "run", str(home / "app"), "there", "--format", "json"]
     return subprocess.run(
         command, env=programs_environment(home / "flower"), capture_output=True, text=True, timeout=120
     )
@@ -115,7 +115,7 @@ def submit_run(there: Federation, address: str, home: Path) -> subprocess.Comple
 
 def start_without_key(there: Federation, address: str) -> "subprocess.Popen[bytes]":
     """Flower's SuperNode with the certificate alone, which makes itself a key."""
-    command = [sys.executable, "-m", "fedloom.federation.flower", "--superlink", address, "--port", str(free_port())]
+    command = flower_command("supernode", "--superlink", address, "--port", str(free_port()))
     command += ["--root-certificates", str(there.server / "ca.crt"), "--node-config", 'socket="/nowhere"']
     with (there.folder / "keyless.log").open("wb") as log:
         return subprocess.Popen(
@@ -176,7 +176,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
         submitted = submit_run(there, way.address, tmp_path / "submit")
         paths = [route.path for router in (control, runtime) for route in router.routes]
         through_proxy = {path: status_of(HOST, there.port, path) for path in paths}
-        behind_it = {status_of("localhost", there.inner, path) for path in paths}
+        behind_it = {path: status_of("localhost", there.inner, path) for path in paths}
         there.join("alice", data[0])
         assert {name: process.wait(SECONDS) for name, process in patient.items()} == dict.fromkeys(patient, 2)
 
@@ -203,7 +203,9 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
     assert submitted.returncode != 0 or '"success": true' not in submitted.stdout
     assert "403" in submitted.stdout + submitted.stderr
     assert len(paths) > 40
-    assert not {403, 404} & behind_it, "these are paths of Flower's"
+    operating = {route.path for route in control.routes}
+    assert not {403, 404} & {status for path, status in behind_it.items() if path not in operating}, "they are there"
+    assert {behind_it[path] for path in operating} == {403}, "and on the server's own machine, too"
     assert set(through_proxy.values()) == {403}
     assert served.plan["data"] == "alice, bob: each its own", "who came and was revoked is none of the run's clients"
     assert all(f"client    {name}: " not in there.said("serve") for name in ("erin", "mallory", "frank"))
