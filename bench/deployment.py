@@ -84,7 +84,7 @@ def provision(folder: Path) -> tuple[Security, list[Path]]:
 def measure_overhead(rounds: int) -> dict[str, object]:
     """Rounds of three clients with one and with two messages each, and messages to one client alone."""
     from fedloom.deployment.superlink import SuperLink
-    from fedloom.federation.remote import Exchange
+    from fedloom.federation.exchange import Exchange
     from fedloom.recipe import load_recipe
 
     payload = os.urandom(4 * WEIGHTS)
@@ -174,10 +174,11 @@ def measure_memory(clients: int) -> dict[str, object]:
     from fedloom import load_recipe
     from fedloom.adapters.weights import Adapter, Layout
     from fedloom.evaluation import Score
-    from fedloom.federation import remote
+    from fedloom.federation import exchange as waits
+    from fedloom.federation.exchange import Answer, Exchange, Node
     from fedloom.federation.lora_rules import factors
     from fedloom.federation.packing import COUNTS, WORDS, pack_update
-    from fedloom.federation.remote import Answer, Exchange, Node, RemoteFleet
+    from fedloom.federation.remote import RemoteFleet
     from fedloom.federation.rounds import FederatedRun
     from fedloom.machine import peak_memory, reset_peak_memory
     from fedloom.training.jobs import ClientReport, ClientUpdate
@@ -220,7 +221,7 @@ def measure_memory(clients: int) -> dict[str, object]:
             weights_P = start.weights_P + torch.randn(WEIGHTS) * 1e-3
             return pack_update(ClientUpdate(ClientReport(**told), Adapter(start.layout, weights_P), {}), None)
 
-    remote.ATTEND_SECONDS, remote.POLL_SECONDS = 0.0, 0.001
+    waits.ATTEND_SECONDS, waits.POLL_SECONDS = 0.0, 0.001
 
     def run_round(count: int) -> None:
         recipe = load_recipe("tiny", [f"data.clients={count}"])

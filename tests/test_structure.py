@@ -64,6 +64,7 @@ HOUSE = [
     "deployment.app",
     "federation.packing",
     "writing",
+    "federation.exchange",
     "federation.remote",
     "federation.flower",
     "federation.flower_programs",

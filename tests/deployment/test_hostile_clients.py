@@ -30,10 +30,11 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedloom.deployment.superlink import read_answer
 from fedloom.deployment.wire import Frame
 from fedloom.evaluation import Score
-from fedloom.federation import flower, remote
+from fedloom.federation import exchange, flower
+from fedloom.federation.exchange import Answer, Exchange, Node
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.packing import COUNTS, pack_update
-from fedloom.federation.remote import Answer, Exchange, Node, RemoteFleet
+from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
 
 HOSTILE = 2
@@ -198,8 +199,8 @@ KINDS: dict[str, Hostility] = {
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "ATTEND_SECONDS", 0.0)
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 def honestly(answer: Frame, round: int) -> Content:
@@ -233,7 +234,7 @@ def without_it() -> str:
     """The adapter that the other two make."""
     said = Frame({"error": "not today"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "POLL_SECONDS", 0.01)
+        patch.setattr(exchange, "POLL_SECONDS", 0.01)
         return final(run_with(lambda answer, round: [flower.to_record(said)])[0])
 
 

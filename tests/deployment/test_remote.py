@@ -14,7 +14,8 @@ from conftest import make_adapted, make_recipe, make_update
 from fedloom.adapters.weights import Adapter
 from fedloom.deployment.wire import Frame
 from fedloom.errors import DeploymentError, MessageError, RunError
-from fedloom.federation import remote
+from fedloom.federation import exchange, remote
+from fedloom.federation.exchange import Answer, Exchange, Node
 from fedloom.federation.packing import (
     COUNTS,
     pack_adapter,
@@ -24,7 +25,7 @@ from fedloom.federation.packing import (
     unpack_task,
     unpack_update,
 )
-from fedloom.federation.remote import Answer, Exchange, Node, RemoteFleet
+from fedloom.federation.remote import RemoteFleet
 from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 
 Script = Callable[[Node, Frame], Frame | str | None]
@@ -66,8 +67,8 @@ class ScriptedLink:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "ATTEND_SECONDS", 0.0)
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 def facts(name: str, **changed: Any) -> Frame:
@@ -153,7 +154,7 @@ def test_a_client_under_another_node_is_asked_again_and_counted_once() -> None:
 def test_a_process_that_died_is_asked_again_but_not_for_ever() -> None:
     fleet, link, _ = open_fleet(lambda n, f: "Flower's error 1" if f.manifest["do"] == "train" else honest(n, f), 1)
     assert "Flower's error 1" in outcome(fleet)[0]
-    assert [do for _, do in link.asked].count("train") == remote.TRIES
+    assert [do for _, do in link.asked].count("train") == exchange.TRIES
 
 
 def test_a_lost_link_is_made_anew_and_the_questions_asked_again() -> None:

@@ -19,8 +19,9 @@ from fedloom.display import Display, Terminal
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment import Venue, run
 from fedloom.federation.aggregation import check_strategy
+from fedloom.federation.exchange import Exchange
 from fedloom.federation.fleet import LoyalFleet
-from fedloom.federation.remote import Exchange, RemoteFleet
+from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.sampling import cohort_size
 from fedloom.model import choose_device
 from fedloom.model_source import open_model

@@ -25,7 +25,7 @@ from fedloom.deployment.processes import (
 from fedloom.deployment.provisioning import Security
 from fedloom.deployment.wire import SERVE_SOCKET, Frame, read_manifest, receive_frame, send_frame
 from fedloom.errors import DeploymentError
-from fedloom.federation.remote import Answer, Node
+from fedloom.federation.exchange import Answer, Node
 
 FREE_SECONDS = 20.0
 """That a SuperLink whose server was killed has to end."""

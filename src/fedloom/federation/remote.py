@@ -1,248 +1,39 @@
-"""A fleet of other machines: questions to clients by their names, and their answers, with a deadline on every wait.
+"""The fleet of other machines: tasks and adapters as questions to them, and what their answers come to.
 
-It knows nothing of Flower: a `Link` tells who is there and carries frames. A client is its name, whatever node it is
-now: one that comes back is asked again, and only the first answer counts.
+A round's answers lie on the disk until all are there, so memory does not grow with the number of clients.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.weights import Adapter
 from fedloom.deployment.wire import Frame
-from fedloom.errors import DeploymentError, MessageError, TrainingError
+from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation import Score
 from fedloom.federation.admission import Holding
+from fedloom.federation.exchange import Exchange
 from fedloom.federation.packing import (
-    Facts,
     pack_adapter,
     pack_task,
-    unpack_facts,
     unpack_progress,
     unpack_score,
     unpack_update,
 )
 from fedloom.progress import Watch, ignore
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
-from fedloom.words import count, format_seconds
 from fedloom.writing import writing
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
 
-POLL_SECONDS = 0.2
-ATTEND_SECONDS = 1.0
-"""Between two looks at who is there."""
-TRIES = 3
-"""Of a question that Flower could not deliver or whose process died."""
-PHASES = {"train": "training", "evaluate": "scoring"}
-"""What a client is doing, by what it was asked."""
 DEADLINES = 10
 """That a round waits for its quorum, with `on_quorum_lost = "wait"`."""
-
-
-class Node(NamedTuple):
-    """One session of one of Flower's nodes."""
-
-    id: str
-    name: str
-    """That its key was registered with; empty on a link without keys."""
-    session: str
-
-
-class Answer(NamedTuple):
-    message: str
-    frame: Frame | None
-    error: str
-
-
-class Link(Protocol):
-    """Whoever carries frames to nodes. Every call raises OSError where the link is lost."""
-
-    def nodes(self) -> Sequence[Node]: ...
-    def send(self, node: Node, frame: Frame, seconds: float) -> str:
-        """Send a question, of no use after so many seconds; its id."""
-        ...
-
-    def pull(self, messages: Collection[str]) -> Answer | None:
-        """An answer to one of these questions, if there is one."""
-        ...
-
-    def reopen(self) -> None:
-        """Make a lost link anew; what was under way is lost.
-
-        Raises:
-            DeploymentError: that can't be done.
-        """
-        ...
-
-
-class Exchange:
-    """Who is there, by name, and questions to them."""
-
-    def __init__(
-        self,
-        link: Link,
-        recipe: Recipe,
-        say: Callable[[str, str], object],
-        show_clients: Callable[[Mapping[str, str]], object] = dict,
-    ) -> None:
-        self._link, self.say, self._show_clients = link, say, show_clients
-        # Where the server's own documents are and how they lie is not told: nothing of it would be used.
-        servers = {"source", "revision", "subset", "split", "files", "partition", "clients", "central_holdout"}
-        self._recipe = recipe.model_dump(
-            mode="json", exclude_unset=True, exclude_none=True, exclude={"data": servers, "baselines": True}
-        )
-        self._seconds = recipe.federation.round_deadline
-        self.facts: dict[str, Facts] = {}
-        """Of every client that was met and not refused."""
-        self.refused: dict[str, str] = {}
-        self._phases: dict[str, str] = {}
-        self._names: dict[Node, str] = {}
-        self._meeting: dict[str, Node] = {}
-        self._present: dict[str, Node] = {}
-        self._looked = float("-inf")
-
-    def assemble(self, clients: int, seconds: float) -> list[str]:
-        """Wait until so many clients are there at once; their names, sorted.
-
-        Raises:
-            DeploymentError: they did not come in time.
-        """
-        until = time.monotonic() + seconds
-        while len(there := sorted(self.facts.keys() & self._present.keys())) < clients:
-            try:
-                self._attend()
-                self._look({})
-            except OSError:
-                self._reopen()
-            if time.monotonic() > until:
-                refused = "".join(f"; {name or 'a client'} refused: {why}" for name, why in self.refused.items())
-                raise DeploymentError(
-                    f"{len(there)} of {clients} clients came within {format_seconds(seconds)} "
-                    f"({', '.join(there) or 'none'}){refused}",
-                    where="data.clients",
-                    mend="start the others with fedloom join, or give them longer: --wait SECONDS",
-                )
-            time.sleep(POLL_SECONDS)
-        return there[:clients]
-
-    def ask(self, questions: Mapping[str, Frame], missing: Collection[str] = ()) -> Iterator[tuple[str, Frame | str]]:
-        """Each client's answer as it comes, or why there is none. Who is `missing` and not back is not waited for."""
-        waiting = {name: replace(frame, manifest={**frame.manifest, "recipe": self._recipe})
-                   for name, frame in questions.items()}  # fmt: skip
-        asked: dict[str, str] = {}
-        sent: dict[str, Node] = {}
-        tries = dict.fromkeys(waiting, 0)
-        until = time.monotonic() + self._seconds
-        first_look = True
-        while waiting:
-            try:
-                present = self._attend()
-                if first_look:
-                    for name in [name for name in waiting if name in missing and name not in present]:
-                        del waiting[name]
-                        yield name, "is still not connected"
-                    first_look = False
-                for name, frame in waiting.items():
-                    node = present.get(name)
-                    if node and sent.get(name) != node:
-                        asked[self._link.send(node, frame, max(until - time.monotonic(), 1.0))] = name
-                        sent[name] = node
-                        self._show(name, PHASES[frame.manifest["do"]])
-                answer = self._look(asked)
-            except OSError:
-                self._reopen()
-                asked.clear()
-                sent.clear()
-                continue
-            name = asked.pop(answer.message, "") if answer else ""
-            if answer and name in waiting:
-                tries[name] += 1
-                if answer.frame is None and tries[name] < TRIES:
-                    self.say("again", f"{name}: {answer.error}")
-                    del sent[name]
-                    continue
-                del waiting[name]
-                self._show(name, "answered" if answer.frame else "lost")
-                yield name, answer.frame or answer.error
-            elif time.monotonic() > until:
-                for name in waiting:
-                    self._show(name, "late" if name in self._present else "gone")
-                    yield name, f"no answer within {format_seconds(self._seconds)}: what comes later is refused"
-                return
-            elif answer is None:
-                time.sleep(POLL_SECONDS)
-
-    def _attend(self) -> Mapping[str, Node]:
-        """Who is there, by name; who is new is asked who it is."""
-        if time.monotonic() - self._looked < ATTEND_SECONDS:
-            return self._present
-        self._looked = time.monotonic()
-        # Flower lists a node that was killed for a minute more: of two with one name, the later is the client.
-        nodes = sorted(self._link.nodes(), key=lambda node: node.session)
-        for node in nodes:
-            if node not in self._names and node not in self._meeting.values():
-                question = Frame({"do": "meet", "recipe": self._recipe})
-                self._meeting[self._link.send(node, question, self._seconds)] = node
-                if node.name:
-                    self._show(node.name, "loading")
-        before = set(self._present)
-        self._present = {name: node for node in nodes if (name := self._names.get(node, ""))}
-        for name in before - set(self._present):
-            self.say("gone", name)
-            self._show(name, "gone")
-        return self._present
-
-    def _look(self, asked: Mapping[str, str]) -> Answer | None:
-        """An answer to one of these questions; answers to who one is are taken in."""
-        answer = self._link.pull([*asked, *self._meeting]) if asked or self._meeting else None
-        if answer and answer.message in self._meeting:
-            self._meet(self._meeting.pop(answer.message), answer)
-            self._looked = float("-inf")
-            return None
-        return answer
-
-    def _meet(self, node: Node, answer: Answer) -> None:
-        if answer.frame is None:
-            return  # it is asked again at the next look
-        told = answer.frame.manifest
-        name = node.name or str(told.get("name", ""))[:64]
-        known = self.facts.get(name)
-        try:
-            if "error" in told:
-                raise MessageError(str(told["error"])[:300])
-            told = unpack_facts(told)
-            if known and any(known[key] != told[key] for key in ("base", "documents")):
-                raise MessageError("it came back with another base model or other documents")
-        except MessageError as error:
-            self._names[node] = ""
-            self.refused[name] = str(error)
-            self.say("refused", f"{name}: {error}")
-            return
-        self._names[node] = name
-        self.facts[name] = told
-        self._show(name, "connected")
-        self.say("client", f"{name}: {count(told['train_documents'], 'document')}, {count(told['blocks'], 'block')}")
-
-    def _show(self, name: str, phase: str) -> None:
-        if self._phases.get(name) != phase:
-            self._phases[name] = phase
-            self._show_clients(dict(self._phases))
-
-    def _reopen(self) -> None:
-        self.say("link", "lost; it is made anew")
-        self._meeting.clear()
-        self._names.clear()
-        self._present = {}
-        self._looked = float("-inf")
-        self._link.reopen()
 
 
 class Shelf:
