@@ -58,7 +58,9 @@ class ScriptedLink:
         for message in messages:
             if message in self._answers:
                 found = self._answers.pop(message)
-                return Answer(message, None, found) if isinstance(found, str) else Answer(message, found, "")
+                if isinstance(found, str):
+                    return Answer(message, None, found, is_gone=found == "gone")
+                return Answer(message, found, "")
         return None
 
     def reopen(self) -> None:
@@ -155,6 +157,20 @@ def test_a_process_that_died_is_asked_again_but_not_for_ever() -> None:
     fleet, link, _ = open_fleet(lambda n, f: "Flower's error 1" if f.manifest["do"] == "train" else honest(n, f), 1)
     assert "Flower's error 1" in outcome(fleet)[0]
     assert [do for _, do in link.asked].count("train") == exchange.TRIES
+
+
+def test_a_node_that_went_away_is_asked_again_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often Flower says that it is away: that is no try."""
+    monkeypatch.setattr(exchange, "GONE_SECONDS", 0.05)
+    away = iter(["gone"] * (exchange.TRIES + 2))
+
+    def goes_away(asked: Node, frame: Frame) -> Frame | str | None:
+        train = frame.manifest["do"] == "train" and asked.id[-1] == "1"
+        return next(away, honest(asked, frame)) if train else honest(asked, frame)
+
+    fleet, link, _ = open_fleet(goes_away)
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert [n.id[-1] for n, do in link.asked if do == "train"].count("1") == exchange.TRIES + 3
 
 
 def test_a_lost_link_is_made_anew_and_the_questions_asked_again() -> None:

@@ -212,7 +212,7 @@ def read_answer(found: Frame) -> Answer | None:
     if not told["message"]:
         return None
     if "error" in told:
-        return Answer(told["message"], None, told["error"])
+        return Answer(told["message"], None, told["error"], is_gone=told.get("is_gone", False))
     manifest = read_manifest(told["manifest"])
     if manifest is None:
         return Answer(told["message"], None, "no answer of fedloom's")

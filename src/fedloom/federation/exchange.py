@@ -24,6 +24,8 @@ ATTEND_SECONDS = 1.0
 """Between two looks at who is there."""
 TRIES = 3
 """Of a question that Flower could not deliver or whose process died."""
+GONE_SECONDS = 3.0
+"""Before a node that went away is asked again, if it is listed all the same."""
 PHASES = {"train": "training", "evaluate": "scoring"}
 """What a client is doing, by what it was asked."""
 
@@ -41,6 +43,8 @@ class Answer(NamedTuple):
     message: str
     frame: Frame | None
     error: str
+    is_gone: bool = False
+    """Whether it is an error because the node went away."""
 
 
 class Link(Protocol):
@@ -120,6 +124,7 @@ class Exchange:
                    for name, frame in questions.items()}  # fmt: skip
         asked: dict[str, str] = {}
         sent: dict[str, Node] = {}
+        rested: dict[str, float] = {}
         tries = dict.fromkeys(waiting, 0)
         until = time.monotonic() + self._seconds
         first_look = True
@@ -133,7 +138,7 @@ class Exchange:
                     first_look = False
                 for name, frame in waiting.items():
                     node = present.get(name)
-                    if node and sent.get(name) != node:
+                    if node and sent.get(name) != node and time.monotonic() >= rested.get(name, 0.0):
                         asked[self._link.send(node, frame, max(until - time.monotonic(), 1.0))] = name
                         sent[name] = node
                         self._show(name, PHASES[frame.manifest["do"]])
@@ -144,7 +149,10 @@ class Exchange:
                 sent.clear()
                 continue
             name = asked.pop(answer.message, "") if answer else ""
-            if answer and name in waiting:
+            if answer and name in waiting and answer.is_gone:
+                rested[name] = time.monotonic() + GONE_SECONDS
+                sent.pop(name, None)
+            elif answer and name in waiting:
                 tries[name] += 1
                 if answer.frame is None and tries[name] < TRIES:
                     self.say("again", f"{name}: {answer.error}")

@@ -24,6 +24,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid, ServerApp
@@ -213,7 +214,8 @@ def _answer(message: Message | Unusable) -> Frame:
         return Frame({"message": message.question, "error": message.why})
     told = {"message": message.metadata.reply_to_message_id}
     if message.has_error():
-        return Frame({**told, "error": f"Flower's error {message.error.code}"})
+        is_gone = message.error.code == ErrorCode.NODE_UNAVAILABLE
+        return Frame({**told, "error": f"Flower's error {message.error.code}", "is_gone": is_gone})
     try:
         return Frame({**told, "manifest": _manifest(message.content)}, _numbers(message.content))
     except Exception:  # of any kind, from bytes that may be anything
