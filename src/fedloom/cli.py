@@ -90,6 +90,14 @@ def provision_init(
     typer.echo(f"{folder}: {describe_expiry(init(folder, host, port).expires())}")
 
 
+@provision.command("renew")
+def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
+    """Server: make it another certificate by the same authority; clients' kits stay as they are."""
+    from fedloom.deployment.provisioning import describe_expiry, renew
+
+    typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
+
+
 @provision.command("request")
 def provision_request(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What this client is to be called.")],

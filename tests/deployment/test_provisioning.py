@@ -97,5 +97,22 @@ def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
     assert "ONLY 19 DAYS LEFT" in provisioning.describe_expiry(init(tmp_path / "two", "localhost", 1).expires())
     monkeypatch.setattr(provisioning, "SERVER_DAYS", 0)
-    with pytest.raises(DeploymentError, match="expired"):
+    with pytest.raises(DeploymentError, match=r"expired .*fedloom provision renew"):
         init(tmp_path / "three", "localhost", 1)
+
+
+def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    before = security.certificate.read_bytes()
+    _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
+    monkeypatch.setattr(provisioning, "SERVER_DAYS", 365)
+    assert "DAYS LEFT" not in provisioning.describe_expiry(provisioning.renew(tmp_path / "server").expires())
+    assert fingerprint(security.ca) == read_aloud
+    ca, renewed = (x509.load_pem_x509_certificate(path.read_bytes()) for path in (security.ca, security.certificate))
+    renewed.verify_directly_issued_by(ca)
+    assert security.certificate.read_bytes() != before
+    ssl.create_default_context(cafile=security.ca).load_cert_chain(security.certificate, security.key)
+    (tmp_path / "server" / "ca.key").unlink()
+    with pytest.raises(DeploymentError, match="can't be read"):
+        provisioning.renew(tmp_path / "server")

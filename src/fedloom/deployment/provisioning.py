@@ -82,7 +82,7 @@ def init(folder: Path, host: str, port: int) -> Security:
     folder.chmod(0o700)
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     ca = _certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
-    server = _certify(host, server_key, (ca, ca_key), SERVER_DAYS, hosts=(host, *LOOPBACK))
+    server = _certify_server(host, server_key, (ca, ca_key))
     for name, key in (("ca", ca_key), ("server", server_key)):
         _write_private(folder / f"{name}.key", _private_pem(key))
     for name, certificate in (("ca", ca), ("server", server)):
@@ -91,30 +91,62 @@ def init(folder: Path, host: str, port: int) -> Security:
     return open_server(folder)
 
 
+def renew(folder: Path) -> Security:
+    """Make the server another certificate, by the same authority: clients' kits stay as they are.
+
+    Raises:
+        DeploymentError: no server is set up there, or its keys can't be read.
+    """
+    security = _read_server(folder)
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        ca_key, key = ((folder / name).read_bytes() for name in ("ca.key", "server.key"))
+        issuer = _read_certificate(security.ca), load_pem_private_key(ca_key, None)
+        certificate = _certify_server(security.host, load_pem_private_key(key, None), issuer)
+    except (OSError, ValueError) as error:
+        raise DeploymentError(
+            "the keys in it can't be read", where=str(folder), mend="bring ca.key and server.key back to it"
+        ) from error
+    temporary = folder / "server.crt.new"
+    temporary.write_bytes(_certificate_pem(certificate))
+    temporary.replace(security.certificate)
+    return security
+
+
 def open_server(folder: Path) -> Security:
     """What `init` made.
 
     Raises:
         DeploymentError: it is not there, or its certificate has expired.
     """
+    security = _read_server(folder)
+    if (expires := security.expires()) < datetime.now(UTC):
+        raise DeploymentError(
+            f"the server's certificate expired on {expires:%Y-%m-%d}",
+            where=str(folder),
+            mend="make another: fedloom provision renew",
+        )
+    return security
+
+
+def _read_server(folder: Path) -> Security:
     check_flower()
     try:
         told = tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))
         security = Security(folder.resolve(), str(told["host"]), int(told["port"]))
-        expires = security.expires()
+        security.expires()
     except (OSError, ValueError, KeyError) as error:
         raise DeploymentError(
             "no server is set up in it", where=str(folder), mend="make one: fedloom provision init --host HOST"
         ) from error
-    if expires < datetime.now(UTC):
-        raise DeploymentError(f"the server's certificate expired on {expires:%Y-%m-%d}", where=str(folder))
     return security
 
 
 def describe_expiry(expires: datetime) -> str:
     """The date, and from 30 days ahead a warning."""
     left = (expires - datetime.now(UTC)).days
-    warning = f": ONLY {left} DAYS LEFT" if left < WARN_DAYS else ""
+    warning = f": ONLY {left} DAYS LEFT (fedloom provision renew, on the server)" if left < WARN_DAYS else ""
     return f"the certificate is valid until {expires:%Y-%m-%d}{warning}"
 
 
@@ -203,6 +235,10 @@ def fingerprint(ca: Path) -> str:
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise DeploymentError(f"not a name for a client: {name[:80]!r}", mend="use letters, digits, . _ and -")
+
+
+def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -> x509.Certificate:
+    return _certify(host, key, issuer, SERVER_DAYS, hosts=(host, *LOOPBACK))
 
 
 def _certify(
