@@ -51,6 +51,7 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
         for client, data in enumerate(split(asked, tmp_path / "split")):
             command = [sys.executable, "-m", "fedloom.deployment.worker", "--socket", f"{folder}/worker-{client}.sock"]
             command += ["--name", f"client-{client}", "--data", str(data)]
+            command += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
             worker = Child(command, tmp_path / f"client-{client}.log", programs_environment(folder))
             stack.callback(worker.end)
         link = stack.enter_context(closing(Simulation(folder, 0, None)))
