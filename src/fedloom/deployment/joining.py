@@ -23,6 +23,7 @@ from fedloom.deployment.processes import (
     free_port,
     private_folder,
     programs_environment,
+    rest,
     tail,
     tasks_command,
     write_secret,
@@ -102,16 +103,8 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     check_flower()
     with private_folder() as folder:
         worker_socket, log = folder / "worker.sock", folder / "supernode.log"
-        command = [
-            sys.executable,
-            "-m",
-            "fedloom.deployment.worker",
-            "--socket",
-            str(worker_socket),
-            "--name",
-            kit.name,
-        ]
-        command += ["--data", str(data), "--journal", str(journal), *(["--policy", str(policy)] if policy else [])]
+        options = {"socket": worker_socket, "name": kit.name, "data": data, "journal": journal, "policy": policy or ""}
+        command = [sys.executable, "-m", "fedloom.deployment.worker", *(f"--{key}={options[key]}" for key in options)]
         port, secret = free_port(), write_secret(folder)
         node = flower_command("supernode", "--superlink", kit.server)
         node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
@@ -206,9 +199,6 @@ def watch(
                     if len(restarts) > RESTARTS:
                         raise DeploymentError(f"the {what} ended {RESTARTS} times: {why}".rstrip(": "))
                     say("again", f"the {what} ended; it is started again" + (why and f" ({tail(log, 1)})"))
-                rested = now + min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS)
-                while time.monotonic() < rested:
-                    check()
-                    time.sleep(0.1)
+                rest(min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS), check)
                 child.start()
         time.sleep(0.2)

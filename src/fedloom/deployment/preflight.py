@@ -14,6 +14,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.request import getproxies, proxy_bypass
 
+from fedloom.deployment.processes import rest
 from fedloom.deployment.provisioning import describe_expiry
 from fedloom.errors import DeploymentError
 
@@ -48,10 +49,7 @@ def await_server(server: str, ca: str, say: Callable[[str, str], object], check:
             if str(absent) not in told:
                 say("waiting", f"for {server}: {absent}")
             told.add(str(absent))
-        again = time.monotonic() + AGAIN_SECONDS
-        while time.monotonic() < again:
-            check()
-            time.sleep(0.1)
+        rest(AGAIN_SECONDS, check)
 
 
 def greet_server(server: str, ca: str) -> str:

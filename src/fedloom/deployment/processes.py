@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,6 +156,14 @@ def _sweep() -> None:
         with suppress(OSError), open(lock) as held:  # not ours, or swept by another
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def rest(seconds: float, check: Callable[[], None]) -> None:
+    """Wait so long; meanwhile, `check` may raise."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        check()
+        time.sleep(0.1)
 
 
 def free_port() -> int:
