@@ -28,7 +28,7 @@ from fedloom.deployment.processes import (
     tasks_command,
     write_secret,
 )
-from fedloom.deployment.provisioning import fingerprint
+from fedloom.deployment.provisioning import check_name, fingerprint, is_address, read_authority
 from fedloom.errors import DeploymentError
 from fedloom.interruption import Interruption
 
@@ -56,7 +56,7 @@ class Kit:
     server: str
     """HOST:PORT."""
     ca: str = ""
-    """The certificate authority of the server, PEM."""
+    """The certificate authority of the server, PEM: one certificate, whose fingerprint is told."""
     key: Path | None = None
 
 
@@ -71,12 +71,18 @@ def read_kit(path: Path) -> Kit:
         kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")))
     except OSError as error:
         raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         raise DeploymentError("not a kit of fedloom's", where=str(path)) from None
+    check_name(kit.name, where=str(path))
+    if not is_address(kit.server):
+        raise DeploymentError(
+            f"not HOST:PORT: {kit.server[:80]!r}", where=f"{path}: server", mend="ask the server's owner for the kit again"
+        )
     if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
         raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
     if not kit.ca:
         return kit
+    kit = replace(kit, ca=read_authority(kit.ca, where=f"{path}: ca"))
     keys = [folder / f"{kit.name}.key" for folder in (path.parent, Path())]
     for key in keys:
         if key.is_file():

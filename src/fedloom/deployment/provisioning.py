@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
+PORT = re.compile(r"[1-9][0-9]{0,4}")
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -160,7 +161,7 @@ def request(name: str, folder: Path) -> Path:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    _check_name(name)
+    check_name(name)
     key_file = folder / f"{name}.key"
     if key_file.exists():
         raise DeploymentError("there is a key of that name", where=str(key_file), mend="use it, or another name")
@@ -193,7 +194,7 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
         raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None
     except Exception as error:  # of a dozen kinds, from a file that may be anything
         raise DeploymentError("not a request of fedloom's", where=str(file)) from error
-    _check_name(name)
+    check_name(name)
     known = folder / "clients" / f"{name}.pub"
     if known.exists() and known.read_text(encoding="utf-8").strip() != public:
         raise DeploymentError(
@@ -232,9 +233,45 @@ def fingerprint(ca: Path) -> str:
     return " ".join(digits[start : start + 8] for start in range(0, len(digits), 8))
 
 
-def _check_name(name: str) -> None:
+def read_authority(pem: str, where: str) -> str:
+    """The one certificate in a kit and nothing else: all that stands there would be trusted, and one is told aloud.
+
+    Raises:
+        DeploymentError: it is none, or more than one.
+    """
+    check_flower()
+    from cryptography import x509
+
+    try:
+        (certificate,) = x509.load_pem_x509_certificates(pem.encode())
+    except ValueError:
+        raise DeploymentError(
+            "not exactly one certificate", where=where, mend="ask the server's owner for the kit again"
+        ) from None
+    return _certificate_pem(certificate).decode()
+
+
+def is_address(text: str) -> bool:
+    """Whether it is HOST:PORT, as a kit names its server."""
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host[:1] + host[-1:] == "[]" else host
+    try:
+        host.encode("idna")  # as whoever connects does: no part of it is empty or too long
+    except UnicodeError:
+        return False
+    return bool(HOST.fullmatch(host) and PORT.fullmatch(port) and int(port) < 2**16)
+
+
+def check_name(name: str, where: str = "") -> None:
+    """Refuse what is no name for a client: it becomes part of paths.
+
+    Raises:
+        DeploymentError
+    """
     if not NAME.fullmatch(name):
-        raise DeploymentError(f"not a name for a client: {name[:80]!r}", mend="use letters, digits, . _ and -")
+        raise DeploymentError(
+            f"not a name for a client: {name[:80]!r}", where=where, mend="use letters, digits, . _ and -"
+        )
 
 
 def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -> x509.Certificate:
