@@ -92,7 +92,10 @@ def provision_init(
 
 @provision.command("renew")
 def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
-    """Server: make it another certificate by the same authority; clients' kits stay as they are."""
+    """Server: make it another certificate by the same authority; clients' kits stay as they are.
+
+    A serve that runs keeps the old one until it is started anew: stop it, and serve --resume.
+    """
     from fedloom.deployment.provisioning import describe_expiry, renew
 
     typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
@@ -192,7 +195,7 @@ def join(
             data,
             policy,
             journal or kit.with_suffix(".journal.jsonl"),
-            lambda what, detail: typer.echo(f"{what:<10}{detail}"),
+            lambda what, detail: typer.echo(show_controls(f"{what:<10}{detail}")),
         )
     except Terminated:
         raise typer.Exit(TERMINATED) from None

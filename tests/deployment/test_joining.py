@@ -1,9 +1,11 @@
 """When a client gives up because its key is not taken, and when it does not: from what Flower's SuperNode says."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from fedloom.cli import main
 from fedloom.deployment import joining
 from fedloom.deployment.joining import REFUSED_SECONDS, Refusals
 from fedloom.errors import DeploymentError
@@ -67,3 +69,14 @@ def test_what_ends_for_another_reason_was_not_refused(node: Node) -> None:
     assert not node.ends("SSL/TLS handshake error detected.\n", 500)
     assert node.said == []
     assert node.greeted == 0
+
+
+def test_what_a_server_says_can_not_command_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.kit").write_text('name = "a"\nserver = "localhost:1"\n')
+    monkeypatch.setattr(joining, "join", lambda kit, data, policy, journal, say: say("waiting", "\x1b]0;owned\x07"))
+    monkeypatch.setattr(sys, "argv", ["fedloom", "join", str(tmp_path / "a.kit"), "--data", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out == "waiting   \\x1b]0;owned\\x07\n"

@@ -76,7 +76,9 @@ def read_kit(path: Path) -> Kit:
     check_name(kit.name, where=str(path))
     if not is_address(kit.server):
         raise DeploymentError(
-            f"not HOST:PORT: {kit.server[:80]!r}", where=f"{path}: server", mend="ask the server's owner for the kit again"
+            f"not HOST:PORT: {kit.server[:80]!r}",
+            where=f"{path}: server",
+            mend="ask the server's owner for the kit again",
         )
     if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
         raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
