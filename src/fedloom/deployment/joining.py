@@ -136,7 +136,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
                 parts = (Child(node, log, environment), Child(tasks, folder / "tasks.log", environment))
                 children["SuperNode"] = Together(*parts)
                 say("joining", f"{kit.server} as {kit.name}")
-                watch(children, log, Refusals(kit.name, log, greet, say), say, interruption.check)
+                watch(children, Refusals(kit.name, log, greet, say), say, interruption.check)
         finally:
             for child in reversed(children.values()):
                 child.end()
@@ -184,7 +184,6 @@ class Refusals:
 
 def watch(
     children: Mapping[str, Child | Together],
-    log: Path,
     refusals: Refusals,
     say: Callable[[str, str], object],
     check: Callable[[], None],
@@ -194,19 +193,21 @@ def watch(
     Raises:
         DeploymentError: something ends again and again, or the server refuses this client.
     """
-    restarts: list[float] = []
+    restarts: dict[str, list[float]] = {what: [] for what in children}
     while True:
         check()
         for what, child in children.items():
             if child.ended:
                 now = time.monotonic()
-                restarts = [then for then in restarts if now - then < SETTLED_SECONDS] + [now]
-                is_node = what == "SuperNode"
-                if not (is_node and refusals.look()):
-                    why = tail(log) if is_node else ""
-                    if len(restarts) > RESTARTS:
-                        raise DeploymentError(f"the {what} ended {RESTARTS} times: {why}".rstrip(": "))
-                    say("again", f"the {what} ended; it is started again" + (why and f" ({tail(log, 1)})"))
-                rest(min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS), check)
+                recent = restarts[what] = [then for then in restarts[what] if now - then < SETTLED_SECONDS]
+                log = child.log
+                if not (what == "SuperNode" and refusals.look()):  # which counts its own
+                    recent.append(now)
+                    if len(recent) > RESTARTS:
+                        why = log and tail(log)
+                        raise DeploymentError(f"the {what} ended {RESTARTS} times" + (f": {why}" if why else ""))
+                    why = log and tail(log, 1)
+                    say("again", f"the {what} ended; it is started again" + (f" ({why})" if why else ""))
+                rest(min(AGAIN_SECONDS * 2 ** max(len(recent) - 1, 0), MOST_SECONDS), check)
                 child.start()
         time.sleep(0.2)

@@ -42,7 +42,7 @@ class Child:
     """A process, and all that it starts, with its output in a file."""
 
     def __init__(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str]) -> None:
-        self._command, self._log, self._environment = list(command), log, dict(environment)
+        self._command, self.log, self._environment = list(command), log, dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -50,7 +50,7 @@ class Child:
         """Start it, again if need be; what is left of it is ended before."""
         self.end()
         leash = [sys.executable, "-c", LEASH] if sys.platform == "linux" else []
-        with open(self._log, "ab") if self._log else nullcontext() as output:
+        with open(self.log, "ab") if self.log else nullcontext() as output:
             self._process = subprocess.Popen(
                 [*leash, *self._command],
                 stdin=subprocess.DEVNULL,
@@ -94,6 +94,11 @@ class Together:
     @property
     def ended(self) -> bool:
         return any(child.ended for child in self._children)
+
+    @property
+    def log(self) -> Path | None:
+        """Of the first that ended."""
+        return next((child.log for child in self._children if child.ended), None)
 
     def end(self) -> None:
         for child in reversed(self._children):
