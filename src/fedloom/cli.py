@@ -92,13 +92,11 @@ def provision_init(
 
 @provision.command("renew")
 def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
-    """Server: make it another certificate by the same authority; clients' kits stay as they are.
-
-    A serve that runs keeps the old one until it is started anew: stop it, and serve --resume.
-    """
+    """Server: make it another certificate by the same authority; clients' kits stay as they are."""
     from fedloom.deployment.provisioning import describe_expiry, renew
 
     typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
+    typer.echo("a serve that runs keeps the old one until it is started anew (serve --resume)")
 
 
 @provision.command("request")

@@ -3,13 +3,17 @@
 import json
 import ssl
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedloom.deployment import provisioning
 from fedloom.deployment.joining import read_kit
@@ -115,6 +119,31 @@ def test_a_name_has_one_key_until_it_is_revoked(tmp_path: Path) -> None:
     approve(security.folder, other, tmp_path)
     with pytest.raises(DeploymentError, match='no client is named "bob"; known: alice'):
         revoke(security.folder, "bob")
+
+
+@pytest.mark.parametrize("make", [ed25519.Ed25519PrivateKey.generate, lambda: ec.generate_private_key(ec.SECP256R1())])
+def test_a_key_of_another_kind_is_refused(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Flower would take none or another, when the run has begun."""
+    security = init(tmp_path / "server", "localhost", 8443)
+    public = make().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    (tmp_path / "a.request").write_text(json.dumps({"fedloom": 1, "name": "a", "key": public}))
+    with pytest.raises(DeploymentError, match=r"a\.request: its key is not ECDSA on P-384; .*provision request"):
+        approve(security.folder, tmp_path / "a.request", tmp_path)
+    assert not security.clients()
+
+
+def test_a_key_has_one_name(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    asked = request("alice", tmp_path)
+    approve(security.folder, asked, tmp_path)
+    approve(security.folder, asked, tmp_path)
+    told = json.loads(asked.read_text())
+    asked.write_text(json.dumps({**told, "name": "bob", "key": told["key"] + " a comment"}))
+    with pytest.raises(DeploymentError, match=r"alice has that key already; .*fedloom provision revoke alice"):
+        approve(security.folder, asked, tmp_path)
+    revoke(security.folder, "alice")
+    approve(security.folder, asked, tmp_path)
+    assert list(security.clients()) == ["bob"]
 
 
 @pytest.mark.parametrize("name", ["../alice", "", "a b", "a" * 64, ".hidden"])

@@ -181,17 +181,16 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
     """Take a client's key onto the list; the kit to send back, and the fingerprint to read aloud.
 
     Raises:
-        DeploymentError: the file is no request, or another client has that name.
+        DeploymentError: the file is no request, or another client has that name or key.
     """
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-
     security = open_server(folder)
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        name, public = str(told["name"]), str(told["key"]).strip()
-        load_ssh_public_key(public.encode())
+        name, public = str(told["name"]), _read_public_key(str(told["key"]))
     except OSError as error:
         raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None
+    except DeploymentError as error:
+        raise DeploymentError(error.what, where=str(file), mend=error.mend) from None
     except Exception as error:  # of a dozen kinds, from a file that may be anything
         raise DeploymentError("not a request of fedloom's", where=str(file)) from error
     check_name(name)
@@ -202,6 +201,14 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
             where=str(known),
             mend=f"revoke it first: fedloom provision revoke {name}",
         )
+    for other, path in security.clients().items():
+        if other != name and path.read_text(encoding="utf-8").strip() == public:
+            raise DeploymentError(
+                f"{other} has that key already",
+                where=str(path),
+                mend=f"have {name}'s owner make another (fedloom provision request), or revoke it: "
+                f"fedloom provision revoke {other}",
+            )
     known.write_text(public + "\n", encoding="utf-8")
     ca = security.ca.read_text(encoding="utf-8")
     kit = to / f"{name}.kit"
@@ -209,6 +216,22 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
         f'name = "{name}"\nserver = "{security.host}:{security.port}"\nca = """\n{ca}"""\n', encoding="utf-8"
     )
     return kit, fingerprint(security.ca)
+
+
+def _read_public_key(text: str) -> str:
+    """A key of the kind that `request` makes and Flower takes, without the comment that it may have.
+
+    Raises:
+        DeploymentError: it is of another kind.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = serialization.load_ssh_public_key(text.strip().encode())
+    if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)):
+        raise DeploymentError("its key is not ECDSA on P-384", mend="have its owner run fedloom provision request anew")
+    public = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public.decode()
 
 
 def revoke(folder: Path, name: str) -> None:
