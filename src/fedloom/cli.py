@@ -96,6 +96,7 @@ def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
     from fedloom.deployment.provisioning import describe_expiry, renew
 
     typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
+    typer.echo("a serve that runs keeps the old one until it is started anew (serve --resume)")
 
 
 @provision.command("request")
@@ -192,7 +193,7 @@ def join(
             data,
             policy,
             journal or kit.with_suffix(".journal.jsonl"),
-            lambda what, detail: typer.echo(f"{what:<10}{detail}"),
+            lambda what, detail: typer.echo(show_controls(f"{what:<10}{detail}")),
         )
     except Terminated:
         raise typer.Exit(TERMINATED) from None

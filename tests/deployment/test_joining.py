@@ -1,11 +1,15 @@
 """When a client gives up because its key is not taken, and when it does not: from what Flower's SuperNode says."""
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from fedloom.cli import main
 from fedloom.deployment import joining
-from fedloom.deployment.joining import REFUSED_SECONDS, Refusals
+from fedloom.deployment.joining import REFUSED_SECONDS, RESTARTS, Refusals, watch
+from fedloom.deployment.processes import Child, Together
 from fedloom.errors import DeploymentError
 
 NOT_TAKEN = "ERROR: Exit Code: 305\n[code: 2004] Failed to activate SuperNode.\n"
@@ -67,3 +71,78 @@ def test_what_ends_for_another_reason_was_not_refused(node: Node) -> None:
     assert not node.ends("SSL/TLS handshake error detected.\n", 500)
     assert node.said == []
     assert node.greeted == 0
+
+
+def test_what_a_server_says_can_not_command_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.kit").write_text('name = "a"\nserver = "localhost:1"\n')
+    monkeypatch.setattr(joining, "join", lambda kit, data, policy, journal, say: say("waiting", "\x1b]0;owned\x07"))
+    monkeypatch.setattr(sys, "argv", ["fedloom", "join", str(tmp_path / "a.kit"), "--data", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out == "waiting   \\x1b]0;owned\\x07\n"
+
+
+class Ending:
+    """What ends as soon as it is started, and a clock on which that is now."""
+
+    log = None
+    ended = True
+
+    def __init__(self, at_most: int) -> None:
+        self.starts, self._at_most = 0, at_most
+
+    def start(self) -> None:
+        self.starts += 1
+        if self.starts > self._at_most:
+            raise KeyboardInterrupt
+
+
+class Refusing:
+    """A server that does or does not refuse the SuperNode."""
+
+    def __init__(self, answer: bool) -> None:
+        self._answer = answer
+
+    def look(self) -> bool:
+        return self._answer
+
+
+def watch_here(children: dict[str, Ending | Together], *, refused: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `watch` says until it is ended, without rests."""
+    said: list[str] = []
+    monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
+    with pytest.raises(KeyboardInterrupt):
+        watch(children, Refusing(refused), lambda what, detail: said.append(detail), lambda: None)
+    return said
+
+
+def test_the_worker_and_the_supernode_have_restarts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    children = {"worker": Ending(RESTARTS - 1), "SuperNode": Ending(RESTARTS)}
+    watch_here(children, refused=False, monkeypatch=monkeypatch)
+    with pytest.raises(DeploymentError, match=f"the worker ended {RESTARTS} times$"):
+        watch({"worker": Ending(RESTARTS + 1)}, Refusing(False), lambda *_: None, lambda: None)
+
+
+def test_being_refused_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    assert watch_here({"SuperNode": Ending(3 * RESTARTS)}, refused=True, monkeypatch=monkeypatch) == []
+
+
+@pytest.mark.parametrize("ends", ["node", "tasks"])
+def test_what_ended_is_quoted(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def child(name: str) -> Child:
+        code = f"print('{name} fails', flush=True)" + ("" if name == ends else "; import time; time.sleep(600)")
+        return Child([sys.executable, "-c", code], tmp_path / f"{name}.log", {})
+
+    together = Together(child("node"), child("tasks"))
+    try:
+        while not together.ended:
+            time.sleep(0.05)
+        monkeypatch.setattr(together, "start", Ending(0).start)
+        said = watch_here({"SuperNode": together}, refused=False, monkeypatch=monkeypatch)
+    finally:
+        together.end()
+    assert said == [f"the SuperNode ended; it is started again ({ends} fails)"]

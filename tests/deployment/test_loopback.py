@@ -1,9 +1,10 @@
-"""What another user of the server's machine gets from the SuperLink's port: nothing that operates it."""
+"""What another user of the server's machine gets from the SuperLink's port, nothing that operates it; and its keys."""
 
 import ssl
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPSConnection
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from fedloom.deployment import provisioning
 from fedloom.deployment.processes import free_port, private_folder
 from fedloom.deployment.superlink import SuperLink
+from fedloom.deployment.wire import Frame
+from fedloom.errors import DeploymentError
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,97 @@ def test_who_has_the_certificate_alone_operates_nothing(door: provisioning.Secur
         answer = connection.getresponse()
         told = answer.read()
     assert answer.status == status, told
+
+
+class ScriptedSuperLink(SuperLink):
+    """Takes keys as Flower does: none twice while it runs, even one whose node was unregistered."""
+
+    def __init__(self, folder: Path, security: provisioning.Security, said: list[str]) -> None:
+        super().__init__(folder, security.port, security, lambda what, detail: said.append(f"{what} {detail}"))
+        self.begun = 0
+        self.given: dict[str, str] = {}
+
+    def open(self) -> None:
+        self.begun += 1
+        self.given.clear()
+        self._registered, self._taken = {}, {}
+        self._register()
+
+    def _flower(self, *words: str) -> None:
+        _, do, file, _, _, name = words
+        assert do == "register"
+        key = Path(file).read_text()
+        if key in self.given or name == "eve":
+            raise DeploymentError("flwr supernode failed: Public key already in use.")
+        self.given[key] = name
+
+    def _ask(self, frame: Frame) -> Frame:
+        return Frame({"nodes": [[name, name, key] for key, name in self.given.items()]})
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Iterator[tuple[ScriptedSuperLink, list[str]]]:
+    said: list[str] = []
+    security = provisioning.init(tmp_path / "server", "localhost", 1)
+    with private_folder() as folder, closing(ScriptedSuperLink(folder, security, said)) as link:
+        link.open()
+        yield link, said
+
+
+def names_of(link: SuperLink) -> list[str]:
+    return [node.name for node in link.nodes()]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_name_that_has_another_key_is_not_open_to_the_old_one(
+    looks: bool, scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
+) -> None:
+    """Its node may not have been there when the key was revoked, so that Flower still takes it."""
+    link, _ = scripted
+    server = tmp_path / "server"
+    provisioning.approve(server, provisioning.request("alice", tmp_path / "old"), tmp_path)
+    assert names_of(link) == ["alice"]
+    provisioning.revoke(server, "alice")
+    if looks:
+        link._register()
+    provisioning.approve(server, provisioning.request("alice", tmp_path / "new"), tmp_path)
+    with pytest.raises(OSError, match="keys changed"):
+        link.nodes()
+    link.reopen()
+    assert link.begun == 2
+    assert names_of(link) == ["alice"]
+    assert [*link.given] == [(server / "clients" / "alice.pub").read_text()]
+
+
+def test_a_key_that_was_revoked_can_be_approved_again(
+    scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
+) -> None:
+    link, said = scripted
+    asked = provisioning.request("alice", tmp_path)
+    provisioning.approve(tmp_path / "server", asked, tmp_path)
+    assert names_of(link) == ["alice"]
+    for _ in range(2):
+        provisioning.revoke(tmp_path / "server", "alice")
+        link._register()
+        provisioning.approve(tmp_path / "server", asked, tmp_path)
+        with pytest.raises(OSError, match="keys changed"):
+            link.nodes()
+        link.reopen()
+        assert names_of(link) == ["alice"]
+    assert link.begun == 3
+    assert not [words for words in said if words.startswith("refused")]
+
+
+def test_a_key_that_flower_does_not_take_does_not_end_the_run(
+    scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
+) -> None:
+    link, said = scripted
+    for name in ("alice", "eve"):
+        provisioning.approve(tmp_path / "server", provisioning.request(name, tmp_path), tmp_path)
+    assert names_of(link) == names_of(link) == ["alice"]
+    assert said == [
+        "refused eve's key, which Flower does not take: flwr supernode failed: Public key already in use."
+    ], "once"
+    provisioning.revoke(tmp_path / "server", "eve")
+    assert names_of(link) == ["alice"]
+    assert link.begun == 1

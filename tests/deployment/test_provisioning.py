@@ -3,13 +3,17 @@
 import json
 import ssl
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedloom.deployment import provisioning
 from fedloom.deployment.joining import read_kit
@@ -60,6 +64,50 @@ def test_a_kit_without_a_certificate_is_for_the_loopback_alone(tmp_path: Path) -
         read_kit(tmp_path / "a.kit")
 
 
+def test_a_kits_authority_is_one_certificate_and_that_is_what_is_trusted(tmp_path: Path) -> None:
+    """Its fingerprint is told aloud: a second one would be trusted unseen."""
+    security = init(tmp_path / "server", "localhost", 8443)
+    other = init(tmp_path / "other", "localhost", 8443)
+    kit, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
+    sent, ca = kit.read_text(), security.ca.read_text()
+    for wrong in (ca + other.ca.read_text(), ca.replace("MII", "MIX"), ca[:200], "none", other.key.read_text()):
+        kit.write_text(sent.replace(ca, wrong))
+        with pytest.raises(DeploymentError, match=r"alice.kit: ca: not exactly one certificate"):
+            read_kit(kit)
+    kit.write_text(sent.replace(ca, f"of the server's owner\n{ca}{other.key.read_text()}"))
+    assert read_kit(kit).ca == ca
+    (tmp_path / "ca.crt").write_text(read_kit(kit).ca)
+    assert fingerprint(tmp_path / "ca.crt") == read_aloud
+
+
+@pytest.mark.parametrize(
+    "server",
+    ["localhost", "localhost:", ":8443", "localhost:0", "localhost:65536", "localhost:8443x", "localhost:८४४३",
+     "localhost :8443", "localhost: 8443", "https://localhost:8443", "localhost:8443/", "a..b:1", f"{'a' * 64}:1", ""],
+)  # fmt: skip
+def test_a_kit_whose_server_is_mistyped_is_refused(server: str, tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    kit, _ = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit.write_text(kit.read_text().replace("localhost:8443", server))
+    with pytest.raises(DeploymentError, match=r"alice.kit: server: not HOST:PORT"):
+        read_kit(kit)
+
+
+@pytest.mark.parametrize("server", ["fed.example.org:1", "10.0.0.1:65535", "[::1]:8443", "::1:8443"])
+def test_a_kits_server_is_a_name_or_an_address(server: str, tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    kit, _ = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit.write_text(kit.read_text().replace("localhost:8443", server))
+    assert read_kit(kit).server == server
+
+
+@pytest.mark.parametrize("text", ["", "\0", "name = 5", "x = " + "[" * 9999])
+def test_a_kit_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.kit").write_text(text)
+    with pytest.raises(DeploymentError, match="not a kit of fedloom's"):
+        read_kit(tmp_path / "a.kit")
+
+
 def test_a_name_has_one_key_until_it_is_revoked(tmp_path: Path) -> None:
     security = init(tmp_path / "server", "localhost", 8443)
     approve(security.folder, request("alice", tmp_path / "one"), tmp_path)
@@ -73,6 +121,31 @@ def test_a_name_has_one_key_until_it_is_revoked(tmp_path: Path) -> None:
         revoke(security.folder, "bob")
 
 
+@pytest.mark.parametrize("make", [ed25519.Ed25519PrivateKey.generate, lambda: ec.generate_private_key(ec.SECP256R1())])
+def test_a_key_of_another_kind_is_refused(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Flower would take none or another, when the run has begun."""
+    security = init(tmp_path / "server", "localhost", 8443)
+    public = make().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    (tmp_path / "a.request").write_text(json.dumps({"fedloom": 1, "name": "a", "key": public}))
+    with pytest.raises(DeploymentError, match=r"a\.request: its key is not ECDSA on P-384; .*provision request"):
+        approve(security.folder, tmp_path / "a.request", tmp_path)
+    assert not security.clients()
+
+
+def test_a_key_has_one_name(tmp_path: Path) -> None:
+    security = init(tmp_path / "server", "localhost", 8443)
+    asked = request("alice", tmp_path)
+    approve(security.folder, asked, tmp_path)
+    approve(security.folder, asked, tmp_path)
+    told = json.loads(asked.read_text())
+    asked.write_text(json.dumps({**told, "name": "bob", "key": told["key"] + " a comment"}))
+    with pytest.raises(DeploymentError, match=r"alice has that key already; .*fedloom provision revoke alice"):
+        approve(security.folder, asked, tmp_path)
+    revoke(security.folder, "alice")
+    approve(security.folder, asked, tmp_path)
+    assert list(security.clients()) == ["bob"]
+
+
 @pytest.mark.parametrize("name", ["../alice", "", "a b", "a" * 64, ".hidden"])
 def test_a_name_is_no_path(name: str, tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match="not a name for a client"):
@@ -82,6 +155,9 @@ def test_a_name_is_no_path(name: str, tmp_path: Path) -> None:
     asked.write_text(json.dumps({**json.loads(asked.read_text()), "name": name}))
     with pytest.raises(DeploymentError, match="not a name for a client"):
         approve(security.folder, asked, tmp_path)
+    (tmp_path / "a.kit").write_text(f'name = "{name}"\nserver = "localhost:1"\n')
+    with pytest.raises(DeploymentError, match=r"a\.kit: not a name for a client"):
+        read_kit(tmp_path / "a.kit")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"name": "a", "key": "ssh-rsa AAAA"}', "\0", "[" * 9999])

@@ -13,7 +13,7 @@ from fedloom.deployment.documents import HOLDOUT, TRAIN, gather_client, write_sp
 from fedloom.deployment.journal import Journal
 from fedloom.deployment.policy import Policy
 from fedloom.deployment.wire import Frame
-from fedloom.deployment.worker import Worker
+from fedloom.deployment.worker import Worker, say
 from fedloom.display import Display
 from fedloom.errors import DataError
 from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
@@ -86,6 +86,11 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
 def test_a_question_that_is_none_is_refused(asked: dict[str, Any], why: str, tmp_path: Path) -> None:
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     assert why in worker.answer(Frame(asked)).manifest["error"]
+
+
+def test_what_a_server_says_can_not_command_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say("model", "\x1b]0;owned\x07")
+    assert capsys.readouterr().out == "model     \\x1b]0;owned\\x07\n"
 
 
 def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from fedloom.deployment.processes import (
     free_port,
     private_folder,
     programs_environment,
+    rest,
     tail,
     tasks_command,
     write_secret,
 )
-from fedloom.deployment.provisioning import fingerprint
+from fedloom.deployment.provisioning import check_name, fingerprint, is_address, read_authority
 from fedloom.errors import DeploymentError
 from fedloom.interruption import Interruption
 
@@ -55,7 +56,7 @@ class Kit:
     server: str
     """HOST:PORT."""
     ca: str = ""
-    """The certificate authority of the server, PEM."""
+    """The certificate authority of the server, PEM: one certificate, whose fingerprint is told."""
     key: Path | None = None
 
 
@@ -70,12 +71,20 @@ def read_kit(path: Path) -> Kit:
         kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")))
     except OSError as error:
         raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         raise DeploymentError("not a kit of fedloom's", where=str(path)) from None
+    check_name(kit.name, where=str(path))
+    if not is_address(kit.server):
+        raise DeploymentError(
+            f"not HOST:PORT: {kit.server[:80]!r}",
+            where=f"{path}: server",
+            mend="ask the server's owner for the kit again",
+        )
     if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
         raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
     if not kit.ca:
         return kit
+    kit = replace(kit, ca=read_authority(kit.ca, where=f"{path}: ca"))
     keys = [folder / f"{kit.name}.key" for folder in (path.parent, Path())]
     for key in keys:
         if key.is_file():
@@ -102,16 +111,8 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     check_flower()
     with private_folder() as folder:
         worker_socket, log = folder / "worker.sock", folder / "supernode.log"
-        command = [
-            sys.executable,
-            "-m",
-            "fedloom.deployment.worker",
-            "--socket",
-            str(worker_socket),
-            "--name",
-            kit.name,
-        ]
-        command += ["--data", str(data), "--journal", str(journal), *(["--policy", str(policy)] if policy else [])]
+        options = {"socket": worker_socket, "name": kit.name, "data": data, "journal": journal, "policy": policy or ""}
+        command = [sys.executable, "-m", "fedloom.deployment.worker", *(f"--{key}={options[key]}" for key in options)]
         port, secret = free_port(), write_secret(folder)
         node = flower_command("supernode", "--superlink", kit.server)
         node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
@@ -135,7 +136,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
                 parts = (Child(node, log, environment), Child(tasks, folder / "tasks.log", environment))
                 children["SuperNode"] = Together(*parts)
                 say("joining", f"{kit.server} as {kit.name}")
-                watch(children, log, Refusals(kit.name, log, greet, say), say, interruption.check)
+                watch(children, Refusals(kit.name, log, greet, say), say, interruption.check)
         finally:
             for child in reversed(children.values()):
                 child.end()
@@ -183,7 +184,6 @@ class Refusals:
 
 def watch(
     children: Mapping[str, Child | Together],
-    log: Path,
     refusals: Refusals,
     say: Callable[[str, str], object],
     check: Callable[[], None],
@@ -193,22 +193,21 @@ def watch(
     Raises:
         DeploymentError: something ends again and again, or the server refuses this client.
     """
-    restarts: list[float] = []
+    restarts: dict[str, list[float]] = {what: [] for what in children}
     while True:
         check()
         for what, child in children.items():
             if child.ended:
                 now = time.monotonic()
-                restarts = [then for then in restarts if now - then < SETTLED_SECONDS] + [now]
-                is_node = what == "SuperNode"
-                if not (is_node and refusals.look()):
-                    why = tail(log) if is_node else ""
-                    if len(restarts) > RESTARTS:
-                        raise DeploymentError(f"the {what} ended {RESTARTS} times: {why}".rstrip(": "))
-                    say("again", f"the {what} ended; it is started again" + (why and f" ({tail(log, 1)})"))
-                rested = now + min(AGAIN_SECONDS * 2 ** (len(restarts) - 1), MOST_SECONDS)
-                while time.monotonic() < rested:
-                    check()
-                    time.sleep(0.1)
+                recent = restarts[what] = [then for then in restarts[what] if now - then < SETTLED_SECONDS]
+                log = child.log
+                if not (what == "SuperNode" and refusals.look()):  # which counts its own
+                    recent.append(now)
+                    if len(recent) > RESTARTS:
+                        why = log and tail(log)
+                        raise DeploymentError(f"the {what} ended {RESTARTS} times" + (f": {why}" if why else ""))
+                    why = log and tail(log, 1)
+                    say("again", f"the {what} ended; it is started again" + (f" ({why})" if why else ""))
+                rest(min(AGAIN_SECONDS * 2 ** max(len(recent) - 1, 0), MOST_SECONDS), check)
                 child.start()
         time.sleep(0.2)

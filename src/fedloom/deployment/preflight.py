@@ -14,6 +14,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.request import getproxies, proxy_bypass
 
+from fedloom.deployment.processes import rest
 from fedloom.deployment.provisioning import describe_expiry
 from fedloom.errors import DeploymentError
 
@@ -48,10 +49,7 @@ def await_server(server: str, ca: str, say: Callable[[str, str], object], check:
             if str(absent) not in told:
                 say("waiting", f"for {server}: {absent}")
             told.add(str(absent))
-        again = time.monotonic() + AGAIN_SECONDS
-        while time.monotonic() < again:
-            check()
-            time.sleep(0.1)
+        rest(AGAIN_SECONDS, check)
 
 
 def greet_server(server: str, ca: str) -> str:
@@ -86,8 +84,8 @@ def greet_server(server: str, ca: str) -> str:
         raise AbsentError((error.strerror or type(error).__name__).lower()) from None
     finally:
         connection.close()
-    if date:
-        check_clock(parsedate_to_datetime(date).timestamp(), before, after)
+    if (served := _read_date(date or "")) is not None:
+        check_clock(served, before, after)
     return _check_dates(certificate, server) if certificate else ""
 
 
@@ -105,6 +103,14 @@ def check_clock(served: float, before: float, after: float) -> None:
             raise DeploymentError(
                 f"this machine's clock is {off} {side} the server's: Flower refuses more than {most:.0f} s", mend=mend
             )
+
+
+def _read_date(header: str) -> float | None:
+    """The server's time; none where what it tells is no date."""
+    try:
+        return parsedate_to_datetime(header).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _connect(host: str, port: int, ca: str) -> HTTPConnection:
@@ -141,7 +147,7 @@ def _check_dates(certificate: Mapping[str, object], server: str) -> str:
         raise DeploymentError(
             f"the server's certificate expired on {ends:%Y-%m-%d}; both clocks agree on that",
             where=server,
-            mend="its owner makes another",
+            mend="its owner makes another: fedloom provision renew, and fedloom serve --resume if it runs",
         )
     if now < begins:
         raise DeploymentError(

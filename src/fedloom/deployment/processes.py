@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,7 @@ class Child:
     """A process, and all that it starts, with its output in a file."""
 
     def __init__(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str]) -> None:
-        self._command, self._log, self._environment = list(command), log, dict(environment)
+        self._command, self.log, self._environment = list(command), log, dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -49,7 +50,7 @@ class Child:
         """Start it, again if need be; what is left of it is ended before."""
         self.end()
         leash = [sys.executable, "-c", LEASH] if sys.platform == "linux" else []
-        with open(self._log, "ab") if self._log else nullcontext() as output:
+        with open(self.log, "ab") if self.log else nullcontext() as output:
             self._process = subprocess.Popen(
                 [*leash, *self._command],
                 stdin=subprocess.DEVNULL,
@@ -93,6 +94,11 @@ class Together:
     @property
     def ended(self) -> bool:
         return any(child.ended for child in self._children)
+
+    @property
+    def log(self) -> Path | None:
+        """Of the first that ended."""
+        return next((child.log for child in self._children if child.ended), None)
 
     def end(self) -> None:
         for child in reversed(self._children):
@@ -157,6 +163,14 @@ def _sweep() -> None:
         with suppress(OSError), open(lock) as held:  # swept by another
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def rest(seconds: float, check: Callable[[], None]) -> None:
+    """Wait so long; meanwhile, `check` may raise."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        check()
+        time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
+PORT = re.compile(r"[1-9][0-9]{0,4}")
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -160,7 +161,7 @@ def request(name: str, folder: Path) -> Path:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    _check_name(name)
+    check_name(name)
     key_file = folder / f"{name}.key"
     if key_file.exists():
         raise DeploymentError("there is a key of that name", where=str(key_file), mend="use it, or another name")
@@ -180,20 +181,19 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
     """Take a client's key onto the list; the kit to send back, and the fingerprint to read aloud.
 
     Raises:
-        DeploymentError: the file is no request, or another client has that name.
+        DeploymentError: the file is no request, or another client has that name or key.
     """
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-
     security = open_server(folder)
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        name, public = str(told["name"]), str(told["key"]).strip()
-        load_ssh_public_key(public.encode())
+        name, public = str(told["name"]), _read_public_key(str(told["key"]))
     except OSError as error:
         raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None
+    except DeploymentError as error:
+        raise DeploymentError(error.what, where=str(file), mend=error.mend) from None
     except Exception as error:  # of a dozen kinds, from a file that may be anything
         raise DeploymentError("not a request of fedloom's", where=str(file)) from error
-    _check_name(name)
+    check_name(name)
     known = folder / "clients" / f"{name}.pub"
     if known.exists() and known.read_text(encoding="utf-8").strip() != public:
         raise DeploymentError(
@@ -201,6 +201,14 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
             where=str(known),
             mend=f"revoke it first: fedloom provision revoke {name}",
         )
+    for other, path in security.clients().items():
+        if other != name and path.read_text(encoding="utf-8").strip() == public:
+            raise DeploymentError(
+                f"{other} has that key already",
+                where=str(path),
+                mend=f"have {name}'s owner make another (fedloom provision request), or revoke it: "
+                f"fedloom provision revoke {other}",
+            )
     known.write_text(public + "\n", encoding="utf-8")
     ca = security.ca.read_text(encoding="utf-8")
     kit = to / f"{name}.kit"
@@ -208,6 +216,22 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
         f'name = "{name}"\nserver = "{security.host}:{security.port}"\nca = """\n{ca}"""\n', encoding="utf-8"
     )
     return kit, fingerprint(security.ca)
+
+
+def _read_public_key(text: str) -> str:
+    """A key of the kind that `request` makes and Flower takes, without the comment that it may have.
+
+    Raises:
+        DeploymentError: it is of another kind.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = serialization.load_ssh_public_key(text.strip().encode())
+    if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)):
+        raise DeploymentError("its key is not ECDSA on P-384", mend="have its owner run fedloom provision request anew")
+    public = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public.decode()
 
 
 def revoke(folder: Path, name: str) -> None:
@@ -232,9 +256,45 @@ def fingerprint(ca: Path) -> str:
     return " ".join(digits[start : start + 8] for start in range(0, len(digits), 8))
 
 
-def _check_name(name: str) -> None:
+def read_authority(pem: str, where: str) -> str:
+    """The one certificate in a kit and nothing else: all that stands there would be trusted, and one is told aloud.
+
+    Raises:
+        DeploymentError: it is none, or more than one.
+    """
+    check_flower()
+    from cryptography import x509
+
+    try:
+        (certificate,) = x509.load_pem_x509_certificates(pem.encode())
+    except ValueError:
+        raise DeploymentError(
+            "not exactly one certificate", where=where, mend="ask the server's owner for the kit again"
+        ) from None
+    return _certificate_pem(certificate).decode()
+
+
+def is_address(text: str) -> bool:
+    """Whether it is HOST:PORT, as a kit names its server."""
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host[:1] + host[-1:] == "[]" else host
+    try:
+        host.encode("idna")  # as whoever connects does: no part of it is empty or too long
+    except UnicodeError:
+        return False
+    return bool(HOST.fullmatch(host) and PORT.fullmatch(port) and int(port) < 2**16)
+
+
+def check_name(name: str, where: str = "") -> None:
+    """Refuse what is no name for a client: it becomes part of paths.
+
+    Raises:
+        DeploymentError
+    """
     if not NAME.fullmatch(name):
-        raise DeploymentError(f"not a name for a client: {name[:80]!r}", mend="use letters, digits, . _ and -")
+        raise DeploymentError(
+            f"not a name for a client: {name[:80]!r}", where=where, mend="use letters, digits, . _ and -"
+        )
 
 
 def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -> x509.Certificate:

@@ -67,7 +67,7 @@ def serve(
             display.show_step("server", describe_expiry(security.expires()))
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder, display.show_step))
-        link = stack.enter_context(closing(SuperLink(folder, port, security)))
+        link = stack.enter_context(closing(SuperLink(folder, port, security, display.show_step)))
         host = Host(link, wait_seconds)
         venue = Venue(host.prepare, host.open_fleet, "fedloom serve")
         return run(recipe, out, display, resume=resume, venue=venue)

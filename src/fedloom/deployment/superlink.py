@@ -7,7 +7,6 @@ import secrets
 import socket
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -42,8 +41,15 @@ RESTARTS = 5
 class SuperLink:
     """A running SuperLink with our app on it. It listens on the loopback alone; without `security`, to anyone there."""
 
-    def __init__(self, folder: Path, port: int, security: Security | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        security: Security | None,
+        say: Callable[[str, str], object] = lambda what, detail: None,
+    ) -> None:
         self._folder, self._port, self._security = folder, port, security
+        self._say = say
         self._check: Callable[[], None] = lambda: None
         self._log, self._tasks_log = folder / "superlink.log", folder / "tasks.log"
         self._socket = folder / "serve.sock"
@@ -56,8 +62,10 @@ class SuperLink:
         self._tasks: Child | None = None
         self._secret = write_secret(folder)
         self._restarts = 0
-        self._registered: set[str] = set()
-        """Clients whose keys the SuperLink knows."""
+        self._registered: dict[str, str] = {}
+        """The keys of the clients that are approved, by their names, as of the last look."""
+        self._taken: dict[str, str] = {}
+        """The keys that this SuperLink took, by their names; also of clients that were revoked since."""
         write_app(folder / "app")
         (folder / "flower").mkdir()
         trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
@@ -99,7 +107,7 @@ class SuperLink:
         until = time.monotonic() + START_SECONDS
         while not self._listens():
             self._wait(until, "it does not listen")
-        self._registered = set()
+        self._registered, self._taken = {}, {}
         self._register()
         tasks = tasks_command("server", self._address, self._secret, self._security.ca if self._security else None)
         self._tasks = Child(tasks, self._tasks_log, self._environment)
@@ -173,14 +181,39 @@ class SuperLink:
         return receive_frame(self._app)
 
     def _register(self) -> None:
-        """Take the keys that were approved since, and know who was revoked."""
-        listed = self._security.clients() if self._security else {}
-        new = [name for name in listed if name not in self._registered]
+        """Take the keys that were approved since, and know who was revoked.
+
+        Raises:
+            ConnectionResetError: a name has another key now, or a revoked key is back. Flower may still take the old
+                one, and takes none again that it let go, so the SuperLink was ended, to begin anew.
+        """
+        files = self._security.clients() if self._security else {}
+        listed = {}
+        for name, file in files.items():
+            with suppress(FileNotFoundError):  # revoked just now
+                listed[name] = file.read_text(encoding="utf-8").strip()
+        new = [name for name, key in listed.items() if self._registered.get(name) != key]
+        self._registered = listed
+        if any(name in self._taken or listed[name] in self._taken.values() for name in new):
+            self._say("keys", "one was exchanged, or is approved again: the SuperLink begins anew")
+            self._end()
+            self._restarts = 0  # it is no fault of its
+            raise ConnectionResetError("the clients' keys changed")
+
+        def take(name: str) -> str:
+            try:
+                self._flower("supernode", "register", str(files[name]), "here", "--name", name)
+            except DeploymentError as error:
+                return str(error)
+            return ""
+
         with ThreadPoolExecutor(REGISTERED_AT_ONCE) as pool:
             # Each is a process of Flower's that takes seconds to start.
-            words = [("supernode", "register", str(listed[name]), "here", "--name", name) for name in new]
-            deque(pool.map(lambda these: self._flower(*these), words), maxlen=0)
-        self._registered = set(listed)
+            for name, why in zip(new, pool.map(take, new), strict=True):
+                if why:
+                    self._say("refused", f"{name}'s key, which Flower does not take: {why}")
+                else:
+                    self._taken[name] = listed[name]
 
     def _listens(self) -> bool:
         with socket.socket() as probe:

@@ -27,6 +27,7 @@ from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, unpack_task
 from fedloom.preparation import choose_engine, load_adapted_model
 from fedloom.progress import Progress
+from fedloom.quoting import show_controls
 from fedloom.recipe import Recipe
 from fedloom.run_state import hash_tensors
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
@@ -192,7 +193,7 @@ def read_told_recipe(told: Any) -> Recipe:
 
 def say(what: str, detail: str) -> None:
     """A line for whoever watches `fedloom join`."""
-    print(f"{what:<10}{detail}", flush=True)
+    print(show_controls(f"{what:<10}{detail}"), flush=True)
 
 
 def serve(listener: socket.socket, worker: Worker) -> None:
