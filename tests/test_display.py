@@ -8,7 +8,7 @@ from conftest import make_recipe
 from rich.console import Console
 
 from fedloom import run
-from fedloom.display import Terminal
+from fedloom.display import Terminal, describe_clients
 from fedloom.experiment import plan
 from fedloom.words import format_bytes, format_seconds
 
@@ -70,3 +70,15 @@ def test_bytes(count: float, said: str) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(7.4, "0:07"), (83, "1:23"), (27_424, "7:37:04")])
 def test_seconds(seconds: float, said: str) -> None:
     assert format_seconds(seconds) == said
+
+
+def test_what_clients_do_stands_beneath_the_bar_and_many_are_counted() -> None:
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, force_terminal=True, width=80))
+    display._start_bar()
+    display.show_clients({"alice": "training", "bob": "answered"})
+    display._bar.refresh()
+    display.close()
+    assert "alice training, bob answered" in screen.getvalue()
+    many = {f"client-{number}": "training" for number in range(40)} | {"bob": "gone"}
+    assert describe_clients(many) == "40 training, 1 gone"
