@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from fedloom.errors import RunError
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where it was found before
 
 
 def test_who_is_at_work_tells_what_it_does_and_nobody_does_afterwards(tmp_path: Path) -> None:
@@ -94,7 +96,8 @@ def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
     assert find_work(run) is None
 
 
-def test_a_run_is_watched_and_stopped_from_another_terminal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("now", [[], ["--now"]])
+def test_a_run_is_watched_and_stopped_from_another_terminal(now: list[str], tmp_path: Path) -> None:
     out = tmp_path / "first"
     words = ["run", "tiny", "federation.rounds=200", "--out", str(out)]
     with (tmp_path / "log").open("w") as log:
@@ -105,7 +108,7 @@ def test_a_run_is_watched_and_stopped_from_another_terminal(tmp_path: Path) -> N
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < until, told
             time.sleep(0.2)
-        stopped = CliRunner().invoke(app, ["stop", str(out)])
+        stopped = CliRunner().invoke(app, ["stop", str(out), *now])
         assert stopped.exit_code == 0
         assert f"fedloom run --resume {out}" in stopped.output.replace("\n", "")
         assert process.wait(60) == 143

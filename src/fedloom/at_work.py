@@ -14,8 +14,8 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fedloom.display import ROUND_HEADER, Display, format_round
 from fedloom.errors import RunError
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
-from fedloom.records import Run, now, read_run
+from fedloom.records import LOCK, Run, now, read_run
 from fedloom.words import format_seconds
 
 TELL_SECONDS = 1.0
@@ -126,7 +126,7 @@ def telling(display: Display, run: Path, command: str) -> Iterator[Display]:
 def find_work(run: Path) -> Work | None:
     """What the process that is at work in a run told last; None where there is none on this machine."""
     file = _file_of(run)
-    if file is None or not _is_held(file.with_suffix(".lock")):
+    if file is None or not is_held(file.with_suffix(".lock")):
         return None
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def find_work(run: Path) -> Work | None:
         return None  # it is just beginning, or ending
 
 
-def stop(run: Path, *, at_once: bool) -> Work:
+def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work:
     """End the process that is at work in a run as Ctrl-C does, and wait for its end.
 
     Raises:
@@ -144,11 +144,12 @@ def stop(run: Path, *, at_once: bool) -> Work:
     work, file = find_work(run), _file_of(run)
     if work is None or file is None:
         raise RunError("nobody is at work in it on this machine", where=str(run))
-    for _ in range(2 if at_once else 1):
-        with suppress(ProcessLookupError):
-            os.kill(work.process, signal.SIGTERM)
-        time.sleep(LOOK_SECONDS)
-    while _is_held(file.with_suffix(".lock")):
+    say(f"process {work.process} ends{'' if at_once else ' after the step that is under way'}")
+    with suppress(ProcessLookupError):
+        if at_once:  # the first of two asks, the second ends; of two that are alike, one might be heard
+            os.kill(work.process, signal.SIGINT)
+        os.kill(work.process, signal.SIGTERM)
+    while is_held(file.with_suffix(".lock")):
         time.sleep(LOOK_SECONDS)
     return work
 
@@ -160,7 +161,9 @@ def describe(run: Path) -> Iterator[str]:
         RunError: there is neither a run nor anybody at work.
     """
     work = find_work(run)
-    read = read_run(run) if work is None or (run / "resolved.json").is_file() else None
+    read = None
+    with nullcontext() if work is None else suppress(RunError):  # of a run that is at work, files may be on their way
+        read = read_run(run)
     if work:
         yield f"{'at work':<10}{work.command}, process {work.process}, since {work.since}"
         yield f"{'doing':<10}{work.doing}"
@@ -171,7 +174,9 @@ def describe(run: Path) -> Iterator[str]:
             yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
     elif read:
         state = read.status.get("state", "unknown")
-        state = "killed: go on with --resume" if state == "running" else state
+        if state == "running":
+            held = is_held(run / LOCK)
+            state = "at work, but not for this user to see" if held else "killed: go on with --resume"
         yield f"{'ended':<10}{state}, {read.status.get('updated', '')}"
         if error := read.status.get("error"):
             yield f"{'error':<10}{error}"
@@ -182,8 +187,7 @@ def describe(run: Path) -> Iterator[str]:
 
 def _file_of(run: Path) -> Path | None:
     """Where a run tells; None where this person has no folder that nobody else can write to."""
-    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    folder = parent / f".fedloom-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f".fedloom-{os.getuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -192,7 +196,7 @@ def _file_of(run: Path) -> Path | None:
     return None
 
 
-def _is_held(lock: Path) -> bool:
+def is_held(lock: Path) -> bool:
     try:
         descriptor = os.open(lock, os.O_RDWR)
     except OSError:

@@ -1,6 +1,6 @@
 """The command line: parses, calls one function, prints errors. Heavy imports only inside commands.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 the person can mend it (one line), 130 interrupted.
+Exit codes: 0 done, 1 a bug (with its traceback), 2 the person can mend it (one line), 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def stop(
     """End a run that is at work on this machine, as Ctrl-C does: it can go on later."""
     from fedloom.at_work import stop
 
-    work = stop(run, at_once=now)
+    work = stop(run, at_once=now, say=typer.echo)
     typer.echo(show_controls(f"stopped; go on with: {work.command} --resume {run}"))
 
 

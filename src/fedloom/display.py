@@ -61,7 +61,7 @@ class Terminal(Display):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._bar = _BarAndClients(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps  {task.fields[rate]}"),
             console=self.console,

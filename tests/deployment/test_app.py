@@ -1,6 +1,8 @@
 """A client runs fedloom's own relay and no other app, whatever its server sends."""
 
 import io
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -45,6 +47,13 @@ def test_any_other_app_is_refused(files: dict[str, str], why: str) -> None:
     check_app(bundle(OURS))
     with pytest.raises(DeploymentError, match=why):
         check_app(bundle(files))
+
+
+def test_another_app_is_refused_by_a_python_without_asserts(tmp_path: Path) -> None:
+    (tmp_path / "app").write_bytes(bundle({**OURS, "relay.py": "other"}))
+    code = "import sys; from fedloom.deployment.app import check_app; check_app(open(sys.argv[1], 'rb').read())"
+    done = subprocess.run([sys.executable, "-O", "-c", code, str(tmp_path / "app")], capture_output=True, text=True)
+    assert "other code" in done.stderr
 
 
 def test_bytes_that_are_no_app_are_refused() -> None:

@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedloom.deployment.superlink import read_answer
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.wire import MOST_MANIFEST_BYTES, Frame
 from fedloom.evaluation import Score
 from fedloom.federation import exchange, flower
 from fedloom.federation.exchange import Answer, Exchange, Node
@@ -95,7 +95,7 @@ class ScriptedSuperLink:
     def pull(self, messages: Collection[str]) -> Answer | None:
         found = self._inbox.pull(messages)
         told = flower._answer(found) if found else Frame({"message": ""})
-        json.dumps(told.manifest)  # as it goes over the socket
+        assert len(json.dumps(told.manifest)) <= MOST_MANIFEST_BYTES, "it goes over a socket that takes no more"
         return read_answer(told)
 
     def reopen(self) -> None:
@@ -190,6 +190,7 @@ KINDS: dict[str, Hostility] = {
     "a list": text(lambda told: f"[{told}]"),
     "a thousand lists": text(lambda told: '{"layout": ' + "[" * 990 + "]" * 990 + "}"),
     "a number with ten thousand digits": text(lambda told: f'{{"report": {"9" * 10_000}}}'),
+    "words that are longer as a text": text(lambda told: told[:-1] + ', "x": "' + "\\u0001" * 2_450_000 + '"}'),
     "no records": records(RecordDict()),
     "many arrays": records(
         RecordDict({"numbers": ArrayRecord({str(n): Array(np.zeros(1, dtype="<f4")) for n in range(50)})})

@@ -1,5 +1,6 @@
 """What `serve` and `join` start ends with them, comes back if it dies, and leaves nothing behind."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -51,6 +52,19 @@ def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
         for owner in owners:
             owner.kill()
             owner.communicate()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes a folder that is another's")
+def test_another_users_folder_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe there would be opened for ever."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    others = tmp_path / "fedloom-x"
+    others.mkdir()
+    os.mkfifo(others / "owner.lock")
+    os.chown(others, 12345, 12345)
+    with private_folder() as mine:
+        assert mine.is_dir()
+    assert others.is_dir()
 
 
 def test_the_server_app_ends_with_serve_even_where_it_hangs() -> None:

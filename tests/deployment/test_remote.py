@@ -26,6 +26,7 @@ from fedloom.federation.packing import (
     unpack_update,
 )
 from fedloom.federation.remote import RemoteFleet
+from fedloom.progress import Progress
 from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 
 Script = Callable[[Node, Frame], Frame | str | None]
@@ -196,7 +197,8 @@ def test_a_round_waits_for_its_quorum_if_the_recipe_says_so() -> None:
     [
         (Frame({"name": "1", "error": "its policy allows 1 rounds, not 3"}), "its policy allows 1 rounds, not 3"),
         (facts("1", blocks="many"), "it does not say what it holds"),
-        (facts("1", tokens=-1), "it holds less than nothing"),
+        (facts("1", tokens=-1), "it does not say what it holds"),
+        (facts("1", tokens=10**400), "it does not say what it holds"),
     ],
 )
 def test_who_is_refused_or_refuses_is_named_with_the_reason(answer: Frame, why: str) -> None:
@@ -230,6 +232,34 @@ def test_the_servers_documents_are_not_told() -> None:
     told: list[Frame] = []
     open_fleet(lambda n, f: told.append(f) or honest(n, f), 1)  # type: ignore[func-returns-value]
     assert "source" not in told[0].manifest["recipe"]["data"]
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        [["train", float("inf"), 1, 1, 1]],
+        [["train", 1, 1, "[/red]", 1]],
+        [["train", 1, 1, 1, "\x1b[2J"]],
+        [["train", 10**400, 1, 1, 1]],
+        [["train", -1, 1, 1, 1]],
+        [["sleep", 1, 1, 1, 1]],
+        [["train", 1]],
+        5,
+    ],
+)
+def test_progress_that_can_not_be_is_not_shown_and_costs_no_update(progress: Any) -> None:
+    def boasts(asked: Node, frame: Frame) -> Frame | str | None:
+        answer = honest(asked, frame)
+        if frame.manifest["do"] == "train" and isinstance(answer, Frame):
+            return replace(answer, manifest={**answer.manifest, "progress": progress})
+        return answer
+
+    fleet, _, said = open_fleet(boasts)
+    seen: list[Progress] = []
+    fleet.watch = seen.append
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert not seen
+    assert sum(line.startswith("odd") for line in said) == 3
 
 
 @pytest.mark.parametrize("rule", ["factors", "rolora", "fedex"])

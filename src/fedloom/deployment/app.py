@@ -56,13 +56,26 @@ def check_app(bundle: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(bundle)) as files:
             entries = files.infolist()
             names = [entry.filename for entry in entries]
-            assert set(names) == FILES, "other files"
-            assert len(names) == len(FILES), "a file twice"
-            assert all(entry.file_size <= MOST_BYTES for entry in entries), "a file that is too long"
-            assert files.read("relay.py").decode() == RELAY, "other code"
+            _demand(set(names) == FILES, "other files")
+            _demand(len(names) == len(FILES), "a file twice")
+            _demand(all(entry.file_size <= MOST_BYTES for entry in entries), "a file that is too long")
+            _demand(files.read("relay.py").decode() == RELAY, "other code")
             project = tomllib.loads(files.read("pyproject.toml").decode())
-            assert project["tool"]["flwr"]["app"]["components"] == COMPONENTS, "other components"
-            assert project["project"]["dependencies"] == [], "dependencies"
+            _demand(project["tool"]["flwr"]["app"]["components"] == COMPONENTS, "other components")
+            _demand(project["project"]["dependencies"] == [], "dependencies")
+    except _OtherAppError as error:
+        why = str(error)
     except Exception as error:  # of any kind, from bytes that may be anything
-        why = str(error) if isinstance(error, AssertionError) else type(error).__name__
-        raise DeploymentError(f"the server sent an app that is not fedloom's ({why}): it is not run") from error
+        why = type(error).__name__
+    else:
+        return
+    raise DeploymentError(f"the server sent an app that is not fedloom's ({why}): it is not run")
+
+
+class _OtherAppError(Exception):
+    """Why an app is none of ours."""
+
+
+def _demand(holds: bool, else_it_has: str) -> None:
+    if not holds:
+        raise _OtherAppError(else_it_has)

@@ -158,7 +158,9 @@ def private_folder() -> Iterator[Path]:
 def _sweep() -> None:
     """Remove folders of processes that are gone."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
-        with suppress(OSError), open(lock) as held:  # not ours, or swept by another
+        if lock.parent.lstat().st_uid != os.getuid():
+            continue
+        with suppress(OSError), open(lock) as held:  # swept by another
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
 

@@ -37,7 +37,7 @@ http {{
     ssl_certificate_key server.key;
     ssl_protocols TLSv1.2 TLSv1.3;
     server_tokens off;
-    client_max_body_size 0;
+    client_max_body_size 32m;
     proxy_request_buffering off;
     proxy_buffering off;
     location /v1/fleet/ {{

@@ -51,7 +51,7 @@ class SuperLink:
         self._folder, self._port, self._security = folder, port, security
         self._say = say
         self._check: Callable[[], None] = lambda: None
-        self._log = folder / "superlink.log"
+        self._log, self._tasks_log = folder / "superlink.log", folder / "tasks.log"
         self._socket = folder / "serve.sock"
         self._environment = programs_environment(folder / "flower") | {
             SERVE_SOCKET: str(self._socket),
@@ -110,7 +110,7 @@ class SuperLink:
         self._registered, self._taken = {}, {}
         self._register()
         tasks = tasks_command("server", self._address, self._secret, self._security.ca if self._security else None)
-        self._tasks = Child(tasks, self._folder / "tasks.log", self._environment)
+        self._tasks = Child(tasks, self._tasks_log, self._environment)
         self._submit(until)
 
     def _submit(self, until: float) -> None:
@@ -120,7 +120,9 @@ class SuperLink:
             try:
                 self._app, _ = self._listener.accept()
             except TimeoutError:
-                self._wait(until, "its app does not start")
+                if self._tasks and self._tasks.ended:
+                    raise DeploymentError(f"the server app can't be started: {tail(self._tasks_log)}") from None
+                self._wait(until, f"its app does not start ({tail(self._tasks_log)})")
                 continue
             self._app.settimeout(ANSWER_SECONDS)
             return
@@ -160,9 +162,10 @@ class SuperLink:
         if self._app:
             self._app.close()
         if self._child and self._tasks and not self._child.ended and self._restarts == 1:
-            self._tasks.start()
-            self._submit(time.monotonic() + START_SECONDS)
-            return
+            with suppress(DeploymentError):  # it may have ended meanwhile
+                self._tasks.start()
+                self._submit(time.monotonic() + START_SECONDS)
+                return
         self._end()
         self.open()
 
@@ -227,7 +230,13 @@ class SuperLink:
         command = flower_command("flwr", *words, "--format", "json")
         try:
             done = subprocess.run(
-                command, env=self._environment, capture_output=True, text=True, timeout=START_SECONDS, check=False
+                command,
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                timeout=START_SECONDS,
+                check=False,
+                start_new_session=True,  # Ctrl-C is this process's to hear
             )
         except subprocess.TimeoutExpired:
             raise DeploymentError(f"flwr {words[0]} took more than {START_SECONDS:.0f} seconds") from None

@@ -44,6 +44,8 @@ ARRIVAL_SECONDS = 0.05
 """That an answer may take from the SuperLink to here before whoever asked for it is told that there is none."""
 ARRIVING_AT_ONCE = 8
 """Answers, so that memory does not grow with the number of clients; the others wait at the SuperLink."""
+STALLED_SECONDS = 60.0
+"""Without a new part of an answer, after which it is given up: others wait for its place."""
 MOST_OBJECTS = 8
 """That Flower takes an answer apart into, beyond the chunks of its array: the message, its records, …"""
 
@@ -170,16 +172,18 @@ class Unusable(NamedTuple):
 
 def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: Expected) -> SimpleNamespace:
     """A client of Flower's that knows of one answer, and gives it up where it is too large or too late."""
-    left = expected.most_bytes
+    left, came = expected.most_bytes, time.monotonic()
     num_objects = sum(1 for _ in iterate_object_tree(found.message_object_trees[0]))
     if num_objects > MOST_OBJECTS + left // CHUNK_BYTES:
         raise MessageError(f"an answer of {num_objects} objects")
 
     def pull_object(request: PullObjectRequest) -> PullObjectResponse:
-        nonlocal left
-        if time.monotonic() > expected.until:
+        nonlocal left, came
+        if time.monotonic() > min(expected.until, came + STALLED_SECONDS):
             raise MessageError("an answer that never came whole")
         response = client.PullObject(request)
+        if response.object_content:
+            came = time.monotonic()
         left -= len(response.object_content) + _repeated_bytes(response.object_content)
         if left < 0:
             raise MessageError(f"an answer of more than {expected.most_bytes:,} bytes")
@@ -217,7 +221,10 @@ def _answer(message: Message | Unusable) -> Frame:
         is_gone = message.error.code == ErrorCode.NODE_UNAVAILABLE
         return Frame({**told, "error": f"Flower's error {message.error.code}", "is_gone": is_gone})
     try:
-        return Frame({**told, "manifest": _manifest(message.content)}, _numbers(message.content))
+        manifest = _manifest(message.content)
+        if len(json.dumps(manifest)) > MOST_MANIFEST_BYTES - 1024:  # as a text in a text it may be six times as long
+            raise ValueError("more words than an answer has")
+        return Frame({**told, "manifest": manifest}, _numbers(message.content))
     except Exception:  # of any kind, from bytes that may be anything
         return Frame({**told, "error": "no answer of fedloom's"})
 

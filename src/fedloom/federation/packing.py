@@ -54,11 +54,14 @@ def unpack_adapter(frame: Frame, layout: Layout) -> Adapter:
     told = frame.manifest
     if told.get("layout") != hash_layout(layout):
         raise MessageError("an adapter of another model")
-    shapes = [
-        shape
-        for features_out, rank, features_in in told["residual"].values()
-        for shape in ((features_out, rank), (rank, features_in))
-    ]
+    try:
+        shapes = [
+            (_count(rows), _count(columns))
+            for features_out, rank, features_in in told["residual"].values()
+            for rows, columns in ((features_out, rank), (rank, features_in))
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise MessageError("a residual of no shape") from error
     weights_P, *factors = _from_bytes(frame.payload, [(layout.size,), *shapes])
     pairs = zip(factors[::2], factors[1::2], strict=True)
     return Adapter(layout, weights_P, Residual(dict(zip(told["residual"], pairs, strict=True))) if factors else None)
@@ -145,12 +148,28 @@ def unpack_progress(told: Any) -> list[Progress]:
     Raises:
         MessageError
     """
+    found = []
     try:
-        found = [Progress(str(phase), int(t), int(s), r, c) for phase, t, s, r, c in told]  # type: ignore[arg-type]
-        assert all(one.phase in get_args(Phase) and one.tokens >= 0 and one.samples >= 0 for one in found)
-    except (AssertionError, TypeError, ValueError) as error:
+        for phase, tokens, samples, *where in told:
+            round, client = (None if number is None else _count(number) for number in where)
+            found.append(Progress(phase, _count(tokens), _count(samples), round, client))
+    except (TypeError, ValueError, OverflowError) as error:
         raise MessageError("no progress") from error
+    if any(one.phase not in get_args(Phase) for one in found):
+        raise MessageError("progress of no phase")
     return found
+
+
+def _count(told: Any) -> int:
+    """A number of things, as others tell it."""
+    number = int(told)
+    if not 0 <= number < MOST:
+        raise ValueError("no count")
+    return number
+
+
+MOST = 2**63
+"""Of anything that is counted."""
 
 
 COUNTS = (
@@ -170,24 +189,21 @@ def unpack_facts(told: Mapping[str, Any]) -> Facts:
         MessageError
     """
     try:
-        counts = {key: int(told[key]) for key in COUNTS}
+        counts = {key: _count(told[key]) for key in COUNTS}
         words = {key: str(told[key])[:200] for key in WORDS}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError("it does not say what it holds") from error
-    if min(counts.values()) < 0:
-        raise MessageError("it holds less than nothing")
     return {**words, **counts}
 
 
 def _read_report(told: Any) -> ClientReport:
     """A report of numbers, each of its kind."""
     try:
-        assert isinstance(told, Mapping)
         kinds = {field.name: int if field.type == "int" else float for field in fields(ClientReport)}
         report = ClientReport(
             **{name: value if value is None else kinds[name](value) for name, value in told.items()}  # type: ignore[arg-type]
         )
-    except (AssertionError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError("no report") from error
     if not (report.examples > 0 and report.steps > 0 and report.tokens > 0 and math.isfinite(report.seconds)):
         raise MessageError("a report of no work")

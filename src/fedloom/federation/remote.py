@@ -57,8 +57,9 @@ class Shelf:
         Raises:
             RunError: it can't be written.
         """
+        told = {key: value for key, value in frame.manifest.items() if key != "progress"}  # which was counted
         with writing(self._folder):
-            self._kept[name] = frame.manifest, self._file.tell(), len(frame.payload)
+            self._kept[name] = told, self._file.tell(), len(frame.payload)
             self._file.write(frame.payload)
             self._file.flush()
 
@@ -112,7 +113,8 @@ class RemoteFleet:
                         lost[name] = result
                     else:
                         lost.pop(name, None)
-                        shelf.put(name, found)  # type: ignore[arg-type]
+                        assert isinstance(found, Frame), "an update in no answer"
+                        shelf.put(name, found)
                 if section.on_quorum_lost != "wait" or len(lost) <= section.max_lost_clients:
                     break
                 self.exchange.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
