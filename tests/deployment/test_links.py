@@ -102,6 +102,6 @@ def test_a_client_slower_than_the_deadline_is_lost_and_comes_back(tmp_path: Path
     assert lost[1] == []
     assert lost[2] == [1]
     assert lost[-1] == []
-    assert "no answer within 30" in served.rounds[2]["lost_because"]["1"]
+    assert "no answer within 0:30" in served.rounds[2]["lost_because"]["1"]
     assert "what comes later is refused" in there.said("serve")
     assert len(served.clients) == 2 * ROUNDS - sum(map(len, lost))
