@@ -102,8 +102,10 @@ def federation(folder: Path, *, secure: bool = False, host: str = "localhost") -
 
 def descendants(process: int) -> list[int]:
     """Processes that a process started, and that they did."""
-    listed = Path(f"/proc/{process}/task/{process}/children")
-    children = [int(word) for word in listed.read_text().split()] if listed.exists() else []
+    children = []
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):  # each thread's own
+        with suppress(OSError):
+            children += [int(word) for word in listed.read_text().split()]
     return [*children, *(found for child in children for found in descendants(child))]
 
 
