@@ -33,6 +33,7 @@ RETRY_SECONDS = 4
 """That a SuperNode leaves a server alone that does not answer, at the most. Flower's own is 20."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """PR_SET_PDEATHSIG and PR_SET_NAME of Linux."""
+PULL_PATH = "/v1/fleet/pull-messages"
 SECRET_HEADER = "x-fedloom-secret"
 TASK_NAME = b"fedloom-task"
 
@@ -101,11 +102,17 @@ def run_supernode() -> None:
 
 
 def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up."""
+    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up.
+
+    Where it is cut while a message is on its way, the message is gone: for Flower it was delivered. The SuperNode then
+    ends, for another to be started, which is asked anew.
+    """
     import httpx
 
     def build(*args: Any, should_giveup: Callable[[Exception], bool], **options: Any) -> Any:
         def gives_up(error: Exception) -> bool:
+            if may_have_lost_a_message(error):
+                os.kill(os.getpid(), signal.SIGTERM)
             is_a_cut = isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
             return not is_a_cut and should_giveup(error)
 
@@ -201,6 +208,14 @@ def checked(take: Callable[..., Any]) -> Callable[..., Any]:
         return take(bundle, *others, **named)
 
     return check_and_take
+
+
+def may_have_lost_a_message(error: Exception) -> bool:
+    """Whether a question for messages reached the server, and its answer did not come."""
+    import httpx
+
+    was_cut = isinstance(error, httpx.ReadError | httpx.ReadTimeout | httpx.RemoteProtocolError)
+    return was_cut and str(error.request.url).endswith(PULL_PATH)  # type: ignore[attr-defined]
 
 
 PROGRAMS = {
