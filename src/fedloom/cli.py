@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.errors import FedloomError
+from fedloom.interruption import Terminated
 from fedloom.machine import Finding
 from fedloom.quoting import show_controls
 
@@ -65,12 +68,9 @@ def run(
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.experiment import run
-    from fedloom.interruption import Terminated
 
-    try:
+    with told_when_terminated():
         run(loaded, out, resume=resume, log_to=log, watch=watch)
-    except Terminated:
-        raise typer.Exit(TERMINATED) from None
 
 
 provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
@@ -165,13 +165,10 @@ def serve(
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.deployment.provisioning import open_server
     from fedloom.deployment.serving import serve
-    from fedloom.interruption import Terminated
 
     security = None if insecure else open_server(server)
-    try:
+    with told_when_terminated():
         serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait)
-    except Terminated:
-        raise typer.Exit(TERMINATED) from None
 
 
 @app.command()
@@ -185,9 +182,8 @@ def join(
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.joining import join, read_kit
-    from fedloom.interruption import Terminated
 
-    try:
+    with told_when_terminated():
         join(
             read_kit(kit),
             data,
@@ -195,8 +191,6 @@ def join(
             journal or kit.with_suffix(".journal.jsonl"),
             lambda what, detail: typer.echo(show_controls(f"{what:<10}{detail}")),
         )
-    except Terminated:
-        raise typer.Exit(TERMINATED) from None
 
 
 @app.command()
@@ -344,6 +338,15 @@ def fsck(run: RunFolder) -> None:
     from fedloom.fsck import check_run
 
     show_findings(check_run(run), "BAD")
+
+
+@contextmanager
+def told_when_terminated() -> Iterator[None]:
+    """SIGTERM has an exit code of its own."""
+    try:
+        yield
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
 
 
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
