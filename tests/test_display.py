@@ -10,7 +10,7 @@ from rich.console import Console
 from fedloom import run
 from fedloom.display import Terminal, describe_clients
 from fedloom.experiment import plan
-from fedloom.words import format_bytes, format_seconds
+from fedloom.text import format_bytes, format_seconds
 
 
 def show(tmp_path: Path, *, terminal: bool) -> str:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import DataError, FedloomError
-from fedloom.quoting import hide_secrets, show_controls, to_markdown_code, to_markdown_text
 from fedloom.report.plots import Line, draw_lines
+from fedloom.text import hide_secrets, show_controls, to_markdown_code, to_markdown_text
 
 TEXTS = st.text(alphabet=st.one_of(st.characters(), st.sampled_from("\x1b\x07\r\n\u202e\u2028`|<&[*$_\\")), max_size=60)
 some_hundred = settings(max_examples=200, deadline=None, derandomize=True)

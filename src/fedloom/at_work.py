@@ -25,7 +25,7 @@ from fedloom.errors import RunError
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
 from fedloom.records import LOCK, Run, now, read_run
-from fedloom.words import format_seconds
+from fedloom.text import format_seconds
 
 TELL_SECONDS = 1.0
 """Between two lines about progress."""

@@ -18,7 +18,7 @@ from fedloom import __version__
 from fedloom.errors import FedloomError
 from fedloom.interruption import Terminated
 from fedloom.machine import Finding
-from fedloom.quoting import show_controls
+from fedloom.text import show_controls
 
 app = typer.Typer(
     name="fedloom",

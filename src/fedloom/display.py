@@ -16,8 +16,7 @@ from rich.text import Text
 
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Phase, Progress
-from fedloom.quoting import show_controls
-from fedloom.words import count, format_bytes, format_number, format_seconds
+from fedloom.text import count, format_bytes, format_number, format_seconds, show_controls
 
 if TYPE_CHECKING:
     from fedloom.records import Run

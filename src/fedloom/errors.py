@@ -15,7 +15,7 @@ The command line prints one as a line and exits with 2. Everything else is a bug
 
 from __future__ import annotations
 
-from fedloom.quoting import hide_secrets, show_controls
+from fedloom.text import hide_secrets, show_controls
 
 
 class FedloomError(Exception):

@@ -16,7 +16,7 @@ from fedloom.errors import ModelError
 from fedloom.machine import computes_bfloat16
 from fedloom.model_source import ModelSource, loading
 from fedloom.packed import pack_model
-from fedloom.randomness import derive_seed
+from fedloom.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

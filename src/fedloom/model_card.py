@@ -6,9 +6,9 @@ import json
 
 from fedloom.hub import COMMIT
 from fedloom.planning import Plan
-from fedloom.quoting import to_markdown_code, to_markdown_text
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import Record
+from fedloom.text import to_markdown_code, to_markdown_text
 
 METRICS = {
     "central_loss": ("loss", "Loss on the central hold-out (nats per token)"),

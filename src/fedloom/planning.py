@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloom.progress import Phase
-from fedloom.words import count, format_trainable
+from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit

@@ -35,8 +35,8 @@ from fedloom.federation.sampling import cohort_size
 from fedloom.model import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
 from fedloom.model_source import ModelSource, open_model
 from fedloom.planning import ClientPlan, Plan
-from fedloom.randomness import derive_seed
 from fedloom.recipe import Recipe
+from fedloom.seeds import derive_seed
 from fedloom.training.memory import free_bytes, predict_step
 
 BATCHED_OPTIONS = (

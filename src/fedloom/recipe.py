@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from fedloom.combinations import check_combinations
 from fedloom.errors import RecipeError
 from fedloom.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
-from fedloom.words import nearest
+from fedloom.text import nearest
 
 
 def _to_tuple(value: object) -> object:

@@ -21,9 +21,9 @@ from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
 from fedloom.model_source import ModelSource, open_model
 from fedloom.preparation import load_adapted_model, load_base, prepare
-from fedloom.quoting import show_controls
 from fedloom.recipe import Recipe, load_recipe
 from fedloom.records import read_run
+from fedloom.text import show_controls
 
 PROOF_BLOCKS = 4
 """Hold-out blocks on which what was written must give the run's own logits."""

@@ -12,7 +12,7 @@ from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import IGNORED, TokenBlocks
 from fedloom.errors import TrainingError
-from fedloom.randomness import derive_seed
+from fedloom.seeds import derive_seed
 from fedloom.training.jobs import ClientUpdate, OptimizerState
 from fedloom.training.reference import build_reference_engine, train_client
 

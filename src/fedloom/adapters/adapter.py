@@ -22,8 +22,8 @@ from fedloom.adapters.methods import SEEDS
 from fedloom.adapters.residual import make_room_for_residuals
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import ModelError
-from fedloom.randomness import derive_seed
 from fedloom.readout import Readout
+from fedloom.seeds import derive_seed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.adapters.methods import SET_BY_FEDLOOM, own_keys
 from fedloom.errors import ModelError
-from fedloom.words import nearest
+from fedloom.text import nearest
 
 if TYPE_CHECKING:
     from fedloom.sections import Adapter

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedloom.words import nearest
+from fedloom.text import nearest
 
 
 @dataclass(frozen=True)

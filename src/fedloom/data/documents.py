@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from fedloom.data.rows import READERS, Row, Rows, UnreadableError, as_is, check_column, read_rows
 from fedloom.errors import DataError
 from fedloom.hub import COMMIT, find_commit, hub_address, without_hub
-from fedloom.randomness import derive_seed
-from fedloom.words import count
+from fedloom.seeds import derive_seed
+from fedloom.text import count
 
 if TYPE_CHECKING:
     from fedloom.sections import Data

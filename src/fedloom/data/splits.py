@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.data.documents import Document, Documents
 from fedloom.errors import DataError
-from fedloom.randomness import derive_seed
+from fedloom.seeds import derive_seed
 
 if TYPE_CHECKING:
     from fedloom.sections import Data, Partition

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from fedloom.deployment.wire import Frame
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.federation.packing import Facts, unpack_facts
-from fedloom.words import count, format_seconds
+from fedloom.text import count, format_seconds
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe

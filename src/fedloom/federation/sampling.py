@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedloom.randomness import derive_seed
+from fedloom.seeds import derive_seed
 
 if TYPE_CHECKING:
     from fedloom.sections import Federation

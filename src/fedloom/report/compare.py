@@ -15,7 +15,7 @@ from fedloom.report.document import Block, Bullets, Document, Figure, Section, T
 from fedloom.report.plots import Line, draw_lines
 from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup import STATES
-from fedloom.words import format_bytes, format_seconds
+from fedloom.text import format_bytes, format_seconds
 
 NOT_SETTINGS = {"name", "description"}
 """Keys of a recipe that change nothing."""

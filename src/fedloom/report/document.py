@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from fedloom.quoting import show_controls, to_markdown_code, to_markdown_text
+from fedloom.text import show_controls, to_markdown_code, to_markdown_text
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fedloom.report.figures import (
     trained_rounds,
 )
 from fedloom.report.help import did_it_help
-from fedloom.words import count, format_bytes
+from fedloom.text import count, format_bytes
 
 STILL_FALLS = 0.02
 """Share of the whole fall that a last round must bring for the loss to be falling still."""

@@ -31,7 +31,7 @@ from fedloom.report.help import show_help
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
 from fedloom.report.setup import STATES, name_versions, show_setup
-from fedloom.words import format_bytes, format_number
+from fedloom.text import format_bytes, format_number
 from fedloom.writing import write_text, writing
 
 LOSS_AXIS = "loss (nats per token)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedloom.records import Record, Run
 from fedloom.report import figures
 from fedloom.report.document import Block, Table, Text, without_columns
-from fedloom.words import count, format_bytes, format_seconds, format_trainable
+from fedloom.text import count, format_bytes, format_seconds, format_trainable
 
 STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
 

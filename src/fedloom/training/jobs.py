@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
-from fedloom.randomness import derive_seed
+from fedloom.seeds import derive_seed
 from fedloom.training.objective import check_finite, check_proximal, learning_rate, proximal_loss
 
 if TYPE_CHECKING:
