@@ -180,7 +180,7 @@ def measure_memory(clients: int) -> dict[str, object]:
     from fedloom.federation.packing import COUNTS, WORDS, pack_update
     from fedloom.federation.remote import RemoteFleet
     from fedloom.federation.rounds import FederatedRun
-    from fedloom.machine import peak_memory, reset_peak_memory
+    from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.training.jobs import ClientReport, ClientUpdate
 
     start = Adapter(Layout(("weight",), (torch.Size((WEIGHTS,)),)), torch.randn(WEIGHTS) * 0.02)

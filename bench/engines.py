@@ -27,7 +27,7 @@ from fedloom.adapters.configuration import build_config
 from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
-from fedloom.machine import describe_machine, peak_memory, reset_peak_memory
+from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
 from fedloom.model import choose_device, choose_dtype, load_model
 from fedloom.model_source import open_model
 from fedloom.recipe import load_recipe

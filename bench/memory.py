@@ -40,7 +40,7 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
 
     from fedloom.adapters.adapter import AdaptedModel
     from fedloom.adapters.configuration import build_config
-    from fedloom.machine import peak_memory, reset_peak_memory
+    from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.model import build_meta_model, choose_device
     from fedloom.model_source import open_model
     from fedloom.sections import Adapter as AdapterSection

@@ -55,10 +55,10 @@ def test_auto_is_bfloat16_where_the_processor_has_it(
 ) -> None:
     facts = tmp_path / "cpuinfo"
     facts.write_text(f"processor\t: 0\nmodel name\t: Some: Processor\nflags\t\t: fpu {flags} sse\n\nprocessor\t: 1\n")
-    monkeypatch.setattr("fedloom.machine.CPU_FACTS", facts)
+    monkeypatch.setattr("fedloom.host.machine.CPU_FACTS", facts)
     assert choose_dtype("auto", CPU) == dtype
     assert choose_dtype("float64", CPU) == "float64"
-    monkeypatch.setattr("fedloom.machine.CPU_FACTS", tmp_path / "none")
+    monkeypatch.setattr("fedloom.host.machine.CPU_FACTS", tmp_path / "none")
     assert choose_dtype("auto", CPU) == "float32"
 
 

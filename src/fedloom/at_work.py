@@ -22,9 +22,10 @@ from typing import Any
 
 from fedloom.display import ROUND_HEADER, Display, format_round
 from fedloom.errors import RunError
+from fedloom.host.files import LOCK, is_held
 from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
-from fedloom.records import LOCK, Run, now, read_run
+from fedloom.records import Run, now, read_run
 from fedloom.text import format_seconds
 
 TELL_SECONDS = 1.0
@@ -194,17 +195,3 @@ def _file_of(run: Path) -> Path | None:
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
             return folder / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.json"
     return None
-
-
-def is_held(lock: Path) -> bool:
-    try:
-        descriptor = os.open(lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)

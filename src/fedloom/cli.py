@@ -16,8 +16,8 @@ import typer
 
 from fedloom import __version__
 from fedloom.errors import FedloomError
-from fedloom.interruption import Terminated
-from fedloom.machine import Finding
+from fedloom.host.machine import Finding
+from fedloom.host.signals import Terminated
 from fedloom.text import show_controls
 
 app = typer.Typer(
@@ -327,7 +327,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
 @app.command()
 def doctor() -> None:
     """Show what this machine has, and what is missing."""
-    from fedloom.machine import examine
+    from fedloom.host.machine import examine
 
     show_findings(examine(), "MISSING")
 

@@ -17,10 +17,10 @@ from fedloom.at_work import telling
 from fedloom.baselines import describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import RunError
-from fedloom.failpoints import failpoint
 from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.rounds import run_rounds
-from fedloom.interruption import Interruption
+from fedloom.host.failpoints import failpoint
+from fedloom.host.signals import Interruption
 from fedloom.model import choose_device
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, load_adapted_model, prepare

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
-from fedloom.machine import Finding
+from fedloom.host.machine import Finding
 from fedloom.records import Run, read_run
 from fedloom.run_state import RunState, check_records, committed, damaged_adapters, read_state
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedloom.attention import choose_attention
 from fedloom.errors import ModelError
-from fedloom.machine import computes_bfloat16
+from fedloom.host.machine import computes_bfloat16
 from fedloom.model_source import ModelSource, loading
 from fedloom.packed import pack_model
 from fedloom.seeds import derive_seed

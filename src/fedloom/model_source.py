@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from fedloom.errors import ModelError
+from fedloom.host.machine import cache_folder
 from fedloom.hub import find_commit, hub_address
-from fedloom.machine import cache_folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """What weights may be called that are no data but a program."""

@@ -6,12 +6,9 @@ renamed. A key whose value is not known is left out, never invented.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,8 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import RunError
-from fedloom.failpoints import failpoint
-from fedloom.writing import write_json, write_text, writing
+from fedloom.host.failpoints import failpoint
+from fedloom.host.files import hash_start, take_lock, write_json, write_text, writing
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 RECORDS = ("rounds.jsonl", "clients.jsonl")
-LOCK = ".lock"
 
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
@@ -202,43 +198,6 @@ class RunWriter:
             file.flush()
             os.fsync(file.fileno())
         self._digests[name].update(line.encode())
-
-
-def hash_start(path: Path, size: int | None = None) -> hashlib._Hash:
-    """The SHA-256 of a file, or of so many bytes of it; of a file that is not there, of none."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        with path.open("rb") as file:
-            left = path.stat().st_size if size is None else size
-            while left > 0 and (piece := file.read(min(left, 2**20))):
-                digest.update(piece)
-                left -= len(piece)
-    return digest
-
-
-def take_lock(folder: Path) -> int:
-    """Be the only one that writes a run directory, until the descriptor is closed or the process ends.
-
-    Raises:
-        RunError: another process is.
-    """
-    path = folder / LOCK
-    with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise RunError(f"another run is at work in it ({holder})", where=str(folder), mend="wait for its end") from None
-    try:
-        with writing(path):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-    except RunError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def default_folder(name: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,11 +25,11 @@ from fedloom.adapters.residual import Residual
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import RunError
 from fedloom.evaluation import Score
-from fedloom.failpoints import failpoint
 from fedloom.federation.aggregation import State
-from fedloom.records import hash_start, judged_loss, read_run
+from fedloom.host.failpoints import failpoint
+from fedloom.host.files import clear_unfinished, flush, hash_file, hash_folder, hash_start, writing
+from fedloom.records import judged_loss, read_run
 from fedloom.training.jobs import OptimizerState
-from fedloom.writing import writing
 
 FOLDER = "state"
 MANIFEST = "manifest.json"
@@ -271,12 +270,6 @@ def _clearing(parent: Path) -> Iterator[None]:
         raise
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed run was in the middle of writing."""
-    for path in [*folder.glob(".*")] if folder.is_dir() else ():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 def pack(state: State) -> tuple[Any, dict[str, Tensor]]:
     """What a strategy remembers as JSON with the names of its tensors, and the tensors."""
     tensors: dict[str, Tensor] = {}
@@ -301,17 +294,6 @@ def unpack(told: Any, tensors: Mapping[str, Tensor]) -> State:
     return tuple(unpack(item, tensors) for item in told) if isinstance(told, list) else told
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file; of a folder that is not there, none."""
-    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
-
-
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of shapes and bytes, in order."""
     digest = hashlib.sha256()
@@ -319,15 +301,6 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before anything that comes after."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash_json(value: Any) -> str:

@@ -17,33 +17,25 @@ from fedloom.baselines import Baseline, set_up_baselines
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError
 from fedloom.evaluation import Score, evaluate
-from fedloom.failpoints import failpoint
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.averaging_error import AveragingMeter
 from fedloom.federation.fleet import LocalFleet, LoyalFleet
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
-from fedloom.machine import describe_machine
+from fedloom.host.failpoints import failpoint
+from fedloom.host.files import clear_unfinished, hash_folder, writing
+from fedloom.host.machine import describe_machine
 from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe import Recipe, recipe_to_toml
 from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read_run
 from fedloom.report.run_report import write_report
-from fedloom.run_state import (
-    RunState,
-    clear_unfinished,
-    damaged_adapters,
-    forget_states,
-    hash_folder,
-    hash_tensors,
-    save_state,
-)
+from fedloom.run_state import RunState, damaged_adapters, forget_states, hash_tensors, save_state
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
 from fedloom.training.reference import build_reference_engine
-from fedloom.writing import writing
 
 ENGINES: dict[str, Callable[..., TrainClients]] = {
     "batched": build_batched_engine,

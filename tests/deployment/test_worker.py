@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from conftest import make_recipe
 
-from fedloom import failpoints
 from fedloom.deployment.documents import HOLDOUT, TRAIN, gather_client, write_splits
 from fedloom.deployment.journal import Journal
 from fedloom.deployment.policy import Policy
@@ -17,6 +16,7 @@ from fedloom.deployment.worker import Worker, say
 from fedloom.display import Display
 from fedloom.errors import DataError
 from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
+from fedloom.host import failpoints
 from fedloom.model_source import open_model
 from fedloom.preparation import load_adapted_model, prepare
 from fedloom.training.jobs import ClientTask

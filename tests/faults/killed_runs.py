@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from fedloom import failpoints, preparation, run_state, workshop
+from fedloom import preparation, run_state, workshop
 from fedloom.display import Display
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
-from fedloom.interruption import Terminated
+from fedloom.host import failpoints
+from fedloom.host.signals import Terminated
 from fedloom.recipe import Recipe
 from fedloom.records import RunWriter
 from fedloom.report import run_report

@@ -14,7 +14,8 @@ from quick_runs import Said, attempt, make_recipe, plain_plots, result_of
 from fedloom import run_state
 from fedloom.errors import RunError
 from fedloom.fsck import check_run
-from fedloom.records import read_run, take_lock
+from fedloom.host.files import take_lock
+from fedloom.records import read_run
 from fedloom.run_state import check_records, committed, load_state, read_state
 
 BITS = int(os.environ.get("FEDLOOM_FLIPPED_BITS", "300"))

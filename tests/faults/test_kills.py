@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from killed_runs import TWINS, carry_out, make_recipe, result_of, start
 
-from fedloom.failpoints import NAMES
 from fedloom.fsck import check_run
+from fedloom.host.failpoints import NAMES
 from fedloom.records import read_run
 from fedloom.run_state import load_state
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
-from fedloom import failpoints
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.display import Display
 from fedloom.errors import TrainingError
 from fedloom.experiment import run
+from fedloom.host import failpoints
 from fedloom.training.batched import Crew, build_batched_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
 from fedloom.training.reference import build_reference_engine

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +17,7 @@ from transformers import PreTrainedModel
 from fedloom.adapters.residual import A_SUFFIX, Residual, lora_pairs
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import ModelError
-from fedloom.failpoints import failpoint
+from fedloom.host.files import replacing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
@@ -44,7 +40,7 @@ def save_adapter(
     if adapter.residual:
         tensors, more = adapter.residual.widen(tensors)
         _widen(saved, more)
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         saved.save_pretrained(str(temporary))
         _write(tensors, frozen, temporary / WEIGHTS_FILE, card)
 
@@ -65,7 +61,7 @@ def save_model(
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = adapter.weights_P.dtype
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         config.save_pretrained(temporary)
         if base.generation_config is not None:
             base.generation_config.save_pretrained(temporary)
@@ -80,32 +76,6 @@ def _write(tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], file: Pa
     save_file({**tensors, **others}, file, metadata={"format": "pt"})
     if card:
         (file.parent / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the folder's place at the end, with the rights that the umask leaves."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~_umask())
-        temporary.chmod(0o777 & ~_umask())
-        failpoint("adapter.written")
-        if folder.exists():
-            folder.rename(temporary / "replaced")
-        try:
-            failpoint("adapter.between")
-            temporary.rename(folder)
-        except BaseException:
-            if (temporary / "replaced").exists():
-                (temporary / "replaced").rename(folder)
-            raise
-        failpoint("adapter.renamed")
-        shutil.rmtree(folder / "replaced", ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] | None = ()) -> Adapter:
@@ -144,9 +114,3 @@ def _widen(config: PeftConfig, ranks: int) -> None:
     wider = config.r + ranks
     config.lora_alpha *= (wider / config.r) ** (0.5 if config.use_rslora else 1)
     config.r = wider
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

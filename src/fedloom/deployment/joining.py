@@ -30,7 +30,7 @@ from fedloom.deployment.processes import (
 )
 from fedloom.deployment.provisioning import check_name, fingerprint, is_address, read_authority
 from fedloom.errors import DeploymentError
-from fedloom.interruption import Interruption
+from fedloom.host.signals import Interruption
 
 AGAIN_SECONDS = 2.0
 """Before what ended is started again."""

@@ -25,9 +25,9 @@ from fedloom.federation.packing import (
     unpack_score,
     unpack_update,
 )
+from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
-from fedloom.writing import writing
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe

@@ -12,6 +12,7 @@ from typing import Any
 import tomlkit
 
 from fedloom.errors import RunError
+from fedloom.host.files import write_text, writing
 from fedloom.records import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import (
@@ -32,7 +33,6 @@ from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
 from fedloom.report.setup import STATES, name_versions, show_setup
 from fedloom.text import format_bytes, format_number
-from fedloom.writing import write_text, writing
 
 LOSS_AXIS = "loss (nats per token)"
 REFERENCES = ("experiment",)

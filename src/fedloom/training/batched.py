@@ -21,7 +21,7 @@ from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.stacked import Stack
 from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
-from fedloom.failpoints import failpoint
+from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate, TrainClients, WorkLog

@@ -13,7 +13,7 @@ import torch
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.data.tokens import take_batch
 from fedloom.errors import TrainingError
-from fedloom.failpoints import failpoint
+from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (

@@ -1,0 +1,1 @@
+"""This machine: files, locks, signals, and facts about it."""
