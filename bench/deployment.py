@@ -85,7 +85,7 @@ def measure_overhead(rounds: int) -> dict[str, object]:
     """Rounds of three clients with one and with two messages each, and messages to one client alone."""
     from fedloom.deployment.superlink import SuperLink
     from fedloom.federation.exchange import Exchange
-    from fedloom.recipe import load_recipe
+    from fedloom.recipe.loading import load_recipe
 
     payload = os.urandom(4 * WEIGHTS)
     with ExitStack() as stack:
@@ -139,7 +139,7 @@ def measure_tiny(rounds: int) -> dict[str, object]:
     from fedloom import load_recipe, read_run
     from fedloom.deployment.documents import write_splits
     from fedloom.display import Display
-    from fedloom.recipe import recipe_to_toml
+    from fedloom.recipe.loading import recipe_to_toml
 
     fedloom = [sys.executable, "-m", "fedloom"]
     with private_folder() as folder, ExitStack() as stack:

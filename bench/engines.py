@@ -30,9 +30,9 @@ from fedloom.evaluation import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
 from fedloom.model import choose_device, choose_dtype, load_model
 from fedloom.model_source import open_model
-from fedloom.recipe import load_recipe
-from fedloom.sections import Adapter as AdapterSection
-from fedloom.sections import Training
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.sections import Adapter as AdapterSection
+from fedloom.recipe.sections import Training
 from fedloom.training.batched import build_batched_engine
 from fedloom.training.jobs import ClientJob
 from fedloom.training.reference import build_reference_engine

@@ -43,8 +43,8 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.model import build_meta_model, choose_device
     from fedloom.model_source import open_model
-    from fedloom.sections import Adapter as AdapterSection
-    from fedloom.sections import Training
+    from fedloom.recipe.sections import Adapter as AdapterSection
+    from fedloom.recipe.sections import Training
     from fedloom.training.batched import build_batched_engine
     from fedloom.training.memory import predict_step
 

@@ -20,7 +20,7 @@ from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model import load_model
 from fedloom.model_source import open_model
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate, OptimizerState
 
 ARCHITECTURES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedloom import __version__, read_run
-from fedloom.recipe import shipped_recipes
+from fedloom.recipe.loading import shipped_recipes
 
 TINY = ("run", "tiny", "federation.rounds=1", "data.documents_per_client=8", "data.central_holdout=4")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.adapters.methods import describe_methods
 from fedloom.federation.aggregation import describe_strategies
-from fedloom.recipe import describe_keys, load_recipe, shipped_recipes
+from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
+from fedloom.recipe.methods import describe_methods
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def test_the_wheel_runs_from_elsewhere(tmp_path: Path) -> None:
     )
     (wheel,) = (tmp_path / "dist").glob("fedloom-*.whl")
     held = zipfile.ZipFile(wheel).namelist()
-    assert {f"fedloom/recipes/{name}.toml" for name in shipped_recipes()} <= set(held)
+    assert {f"fedloom/recipe/shipped/{name}.toml" for name in shipped_recipes()} <= set(held)
     assert "fedloom/py.typed" in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True)
@@ -69,7 +69,8 @@ def test_every_dependency_is_pinned_once() -> None:
 
 def test_the_keys_in_the_documents_are_those_of_the_code() -> None:
     assert describe_keys() in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8"), (
-        "docs/recipe.md is out of date: python -c 'from fedloom.recipe import describe_keys; print(describe_keys())'"
+        "docs/recipe.md is out of date:"
+        " python -c 'from fedloom.recipe.loading import describe_keys; print(describe_keys())'"
     )
 
 

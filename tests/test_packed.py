@@ -14,7 +14,7 @@ from fedloom.experiment import plan
 from fedloom.model import load_model
 from fedloom.model_source import open_model
 from fedloom.packed import PackedLinear, pack_model
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.use import export
 
 CPU = torch.device("cpu")

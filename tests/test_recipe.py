@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from fedloom.errors import RecipeError
-from fedloom.recipe import Recipe, describe_keys, load_recipe, nearest, recipe_to_toml, shipped_recipes
-from fedloom.sections import PARTITION_KEYS
+from fedloom.recipe.loading import describe_keys, load_recipe, nearest, recipe_to_toml, shipped_recipes
+from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import PARTITION_KEYS
 
 SHORTEST = """\
 name = "short"
@@ -459,7 +460,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_importing_the_recipe_does_not_import_torch() -> None:
-    program = "import sys, fedloom.recipe; sys.exit('torch' in sys.modules)"
+    program = "import sys, fedloom.recipe.loading; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

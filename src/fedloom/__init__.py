@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedloom.experiment import plan, run
-    from fedloom.recipe import load_recipe
+    from fedloom.recipe.loading import load_recipe
     from fedloom.records import read_run
 
 __version__ = "0.1.0"
 
-_HOMES = {"load_recipe": "recipe", "plan": "experiment", "read_run": "records", "run": "experiment"}
+_HOMES = {"load_recipe": "recipe.loading", "plan": "experiment", "read_run": "records", "run": "experiment"}
 __all__ = ["load_recipe", "plan", "read_run", "run"]
 
 

@@ -22,11 +22,11 @@ from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.sampling import cohort_size
-from fedloom.sections import Federation
+from fedloom.recipe.sections import Federation
 from fedloom.training.jobs import TrainClients
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+    from fedloom.recipe.recipe import Recipe
 
 EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
 

@@ -63,7 +63,7 @@ def run(
     ] = False,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
-    from fedloom.recipe import load_recipe
+    from fedloom.recipe.loading import load_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
@@ -159,7 +159,7 @@ def serve(
     ] = False,
 ) -> None:
     """Carry out a recipe with clients on other machines."""
-    from fedloom.recipe import load_recipe
+    from fedloom.recipe.loading import load_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
     loaded = load_recipe(recipe, overrides or ())
@@ -221,7 +221,7 @@ def split(
     overrides: Overrides = None,
 ) -> None:
     """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
-    from fedloom.recipe import load_recipe
+    from fedloom.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.deployment.documents import write_splits
@@ -234,7 +234,7 @@ def split(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show what a run would load and need, and the audit of its splits; train nothing."""
-    from fedloom.recipe import load_recipe
+    from fedloom.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.display import Terminal
@@ -313,7 +313,7 @@ def generate(
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
     """List the recipes that ship; with a name, print one."""
-    from fedloom.recipe import find_recipe, load_recipe, shipped_recipes
+    from fedloom.recipe.loading import find_recipe, load_recipe, shipped_recipes
 
     if name is not None:
         typer.echo(find_recipe(name)[0], nl=False)

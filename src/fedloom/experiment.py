@@ -25,7 +25,7 @@ from fedloom.model import choose_device
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, load_adapted_model, prepare
 from fedloom.progress import Progress
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run, RunWriter, check_free, default_folder, read_run
 from fedloom.report.figures import flatten
 from fedloom.report.run_report import write_report

@@ -6,7 +6,8 @@ import json
 
 from fedloom.hub import COMMIT
 from fedloom.planning import Plan
-from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Record
 from fedloom.text import to_markdown_code, to_markdown_text
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
-from fedloom.adapters.methods import METHODS
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (
@@ -35,7 +34,8 @@ from fedloom.federation.sampling import cohort_size
 from fedloom.model import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
 from fedloom.model_source import ModelSource, open_model
 from fedloom.planning import ClientPlan, Plan
-from fedloom.recipe import Recipe
+from fedloom.recipe.methods import METHODS
+from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
 from fedloom.training.memory import free_bytes, predict_step
 

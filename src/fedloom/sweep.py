@@ -26,7 +26,8 @@ from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.federation.fleet import LocalFleet
 from fedloom.host.files import take_lock, write_json
 from fedloom.preparation import Material, Prepared, choose_engine, gather, load_adapted_model, prepare
-from fedloom.recipe import Recipe, load_recipe
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_run
 from fedloom.report.compare import write_comparison
 from fedloom.telemetry import Telemetry

@@ -21,7 +21,8 @@ from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
 from fedloom.model_source import ModelSource, open_model
 from fedloom.preparation import load_adapted_model, load_base, prepare
-from fedloom.recipe import Recipe, load_recipe
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import read_run
 from fedloom.text import show_controls
 

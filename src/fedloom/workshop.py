@@ -28,7 +28,8 @@ from fedloom.host.machine import describe_machine
 from fedloom.model_card import write_card
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, choose_judges
-from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read_run
 from fedloom.report.run_report import write_report
 from fedloom.run_state import RunState, damaged_adapters, forget_states, hash_tensors, save_state

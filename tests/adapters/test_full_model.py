@@ -25,8 +25,8 @@ from fedloom.federation.aggregation import STRATEGIES, weighted_mean
 from fedloom.model import load_model
 from fedloom.model_source import byte_tokenizer, open_model
 from fedloom.progress import Progress
+from fedloom.recipe.sections import Strategy
 from fedloom.records import Run
-from fedloom.sections import Strategy
 from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import LiveBytes
 from fedloom.training.reference import build_reference_engine

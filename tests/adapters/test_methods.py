@@ -12,7 +12,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
-from fedloom.adapters.methods import METHODS
 from fedloom.adapters.weights import Adapter
 from fedloom.errors import ModelError, RecipeError
 from fedloom.evaluation import evaluate
@@ -22,8 +21,9 @@ from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, run_rounds
 from fedloom.model_source import open_model
 from fedloom.preparation import adapt, build_shape, load_adapted_model, load_base
-from fedloom.recipe import Recipe
-from fedloom.sections import Federation
+from fedloom.recipe.methods import METHODS
+from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import Federation
 from fedloom.training.reference import build_reference_engine
 
 NEEDED: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from typing import Any
 from fedloom.deployment import provisioning
 from fedloom.deployment.processes import free_port
 from fedloom.experiment import run
-from fedloom.recipe import Recipe, load_recipe
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run, read_run
 
 SECONDS = 400.0

@@ -15,7 +15,8 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from federation_here import Federation, federation, find_process, run_here, split, tiny
 
 from fedloom.deployment.proxy import find_nginx
-from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

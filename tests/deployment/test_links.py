@@ -10,7 +10,8 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from federation_here import federation, run_here, split, tiny
 from slow_link import slow_link
 
-from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -17,7 +17,7 @@ from federation_here import SECONDS, Federation, end, federation, run_here, spli
 from fedloom.deployment import provisioning
 from fedloom.deployment.processes import free_port
 from fedloom.deployment.proxy import find_nginx
-from fedloom.recipe import recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 if find_nginx() is None:

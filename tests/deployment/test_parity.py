@@ -10,7 +10,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 
 from federation_here import federation, run_here, split, timeless, tiny
 
-from fedloom.recipe import recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ from fedloom.deployment import provisioning
 from fedloom.deployment.app import write_app
 from fedloom.deployment.processes import flower_command, free_port, programs_environment
 from fedloom.deployment.proxy import find_nginx
-from fedloom.recipe import recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 if find_nginx() is None:

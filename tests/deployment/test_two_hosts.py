@@ -15,7 +15,7 @@ from federation_here import Federation, run_here, split, tiny
 from hosts_here import hosts, why_no_hosts
 
 from fedloom.deployment.proxy import find_nginx
-from fedloom.recipe import recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
 from fedloom.records import read_run
 
 if find_nginx() is None:

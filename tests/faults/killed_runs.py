@@ -25,7 +25,7 @@ from fedloom.errors import FedloomError
 from fedloom.experiment import run
 from fedloom.host import failpoints
 from fedloom.host.signals import Terminated
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import RunWriter
 from fedloom.report import run_report
 

@@ -13,7 +13,7 @@ from fedloom.display import Display
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
 from fedloom.host import failpoints
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.report import run_report
 
 __all__ = ["Said", "attempt", "make_recipe", "plain_plots", "result_of"]

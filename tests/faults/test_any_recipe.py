@@ -11,9 +11,10 @@ from conftest import make_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom import recipe as loader
 from fedloom.errors import RecipeError
-from fedloom.recipe import Recipe, load_recipe, recipe_to_toml, shipped_recipes
+from fedloom.recipe import loading as loader
+from fedloom.recipe.loading import load_recipe, recipe_to_toml, shipped_recipes
+from fedloom.recipe.recipe import Recipe
 
 RECIPES = {name: tomllib.loads(text) for name, text in shipped_recipes().items()}
 RECIPES["resolved"] = {

@@ -17,7 +17,7 @@ from fedloom.cli import main
 from fedloom.display import Display, Terminal
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan
-from fedloom.recipe import load_recipe
+from fedloom.recipe.loading import load_recipe
 from fedloom.records import Run
 from fedloom.report import document
 from fedloom.report.compare import write_comparison

@@ -11,7 +11,7 @@ from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import DataError, RecipeError
 from fedloom.experiment import plan
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 
 WORDS = "the text of number {} has words of its own such as {}"
 

@@ -11,7 +11,8 @@ from conftest import make_recipe
 
 from fedloom.data import documents as loader
 from fedloom.errors import FedloomError
-from fedloom.recipe import Recipe, recipe_to_toml
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
 
 CANARY = "the quick xylophone jumps over 4711 lazy zithers"
 TOKEN = "hf_" + "XyLoPhOnE" * 4

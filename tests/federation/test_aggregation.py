@@ -8,7 +8,7 @@ from conftest import make_update
 
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, weighted_mean
-from fedloom.sections import Strategy
+from fedloom.recipe.sections import Strategy
 from fedloom.training.jobs import ClientUpdate
 
 LAYOUT = Layout(("a", "b"), (torch.Size([2, 3]), torch.Size([4])))

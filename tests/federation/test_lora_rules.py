@@ -22,7 +22,7 @@ from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_
 from fedloom.fsck import check_run
 from fedloom.model import load_model
 from fedloom.model_source import open_model
-from fedloom.sections import Federation
+from fedloom.recipe.sections import Federation
 
 TARGETS = {"tiny-llama": ["k_proj", "down_proj"], "tiny-gpt2": ["c_attn"], "tiny-opt": ["fc1", "v_proj"]}
 """Layers with more features on one side than on the other: nn.Linear, and GPT-2's Conv1D."""

@@ -18,7 +18,7 @@ from fedloom.federation.fleet import ClientBlocks, LocalFleet
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
 from fedloom.federation.sampling import cohort_size, sample_clients
-from fedloom.sections import Federation, Strategy
+from fedloom.recipe.sections import Federation, Strategy
 from fedloom.training.jobs import ClientTask, ClientUpdate
 from fedloom.training.reference import build_reference_engine, train_client
 

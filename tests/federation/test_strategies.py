@@ -15,8 +15,8 @@ from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan
 from fedloom.federation.aggregation import STRATEGIES, check_strategy
-from fedloom.recipe import load_recipe
-from fedloom.sections import STRATEGY_DEFAULTS, Strategy
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.sections import STRATEGY_DEFAULTS, Strategy
 from fedloom.training.jobs import ClientUpdate
 
 SHAPES = (torch.Size([3, 4]), torch.Size([5]))

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from fedloom.adapters.configuration import reason_of
 from fedloom.adapters.files import load_adapter, save_adapter, save_model
-from fedloom.adapters.methods import SEEDS
 from fedloom.adapters.residual import make_room_for_residuals
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import ModelError
 from fedloom.readout import Readout
+from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.adapters.methods import SET_BY_FEDLOOM, own_keys
 from fedloom.errors import ModelError
+from fedloom.recipe.methods import SET_BY_FEDLOOM, own_keys
 from fedloom.text import nearest
 
 if TYPE_CHECKING:
-    from fedloom.sections import Adapter
+    from fedloom.recipe.sections import Adapter
 
 
 def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:

@@ -25,7 +25,7 @@ from fedloom.seeds import derive_seed
 from fedloom.text import count
 
 if TYPE_CHECKING:
-    from fedloom.sections import Data
+    from fedloom.recipe.sections import Data
 
 STDLIB = "python:stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}

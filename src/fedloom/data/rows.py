@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
-    from fedloom.sections import Data
+    from fedloom.recipe.sections import Data
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]

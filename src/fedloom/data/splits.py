@@ -26,7 +26,7 @@ from fedloom.errors import DataError
 from fedloom.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from fedloom.sections import Data, Partition
+    from fedloom.recipe.sections import Data, Partition
 
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 5

@@ -19,7 +19,7 @@ from fedloom.errors import DataError
 
 if TYPE_CHECKING:
     from fedloom.data.documents import Document
-    from fedloom.sections import Data
+    from fedloom.recipe.sections import Data
 
 IGNORED = -100
 """The label of a position that does not count, as in torch's cross-entropy."""

@@ -20,7 +20,7 @@ from fedloom.errors import DataError
 from fedloom.federation.fleet import ClientBlocks
 from fedloom.model_source import ModelSource, open_model
 from fedloom.preparation import gather, tokenize_for
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
 
 TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field, ValidationError
 
 from fedloom.errors import RecipeError
-from fedloom.sections import Names, Section
+from fedloom.recipe.sections import Names, Section
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+    from fedloom.recipe.recipe import Recipe
     from fedloom.training.jobs import ClientTask
 
 

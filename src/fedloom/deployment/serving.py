@@ -35,7 +35,7 @@ from fedloom.preparation import (
     dtype_of,
     tokenize_for,
 )
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run
 from fedloom.workshop import Workshop, hash_base
 

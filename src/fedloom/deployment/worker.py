@@ -27,7 +27,7 @@ from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, unpack_task
 from fedloom.preparation import choose_engine, load_adapted_model
 from fedloom.progress import Progress
-from fedloom.recipe import Recipe
+from fedloom.recipe.recipe import Recipe
 from fedloom.run_state import hash_tensors
 from fedloom.text import show_controls
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask

@@ -21,7 +21,7 @@ from fedloom.errors import RecipeError
 from fedloom.training.jobs import ClientReport, ClientUpdate
 
 if TYPE_CHECKING:
-    from fedloom.sections import Strategy
+    from fedloom.recipe.sections import Strategy
 
 State = Any
 """What a strategy remembers between rounds."""

@@ -17,7 +17,7 @@ from fedloom.federation.packing import Facts, unpack_facts
 from fedloom.text import count, format_seconds
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+    from fedloom.recipe.recipe import Recipe
 
 POLL_SECONDS = 0.2
 ATTEND_SECONDS = 1.0

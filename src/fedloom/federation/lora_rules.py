@@ -24,7 +24,7 @@ from fedloom.federation.averaging_error import stack_factors
 from fedloom.training.jobs import ClientUpdate
 
 if TYPE_CHECKING:
-    from fedloom.sections import Federation
+    from fedloom.recipe.sections import Federation
 
 Held = tuple[Tensor, list[dict[str, Tensor]]]
 """A round's updates: p_k, [K], and each client's tensors by name."""

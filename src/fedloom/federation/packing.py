@@ -24,11 +24,11 @@ from fedloom.errors import MessageError
 from fedloom.evaluation import Score
 from fedloom.federation.lora_rules import trained_part
 from fedloom.progress import Phase, Progress
-from fedloom.sections import Training
+from fedloom.recipe.sections import Training
 from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+    from fedloom.recipe.recipe import Recipe
 
 
 def hash_layout(layout: Layout) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedloom.training.objective import SCHEDULES
 
 if TYPE_CHECKING:
-    from fedloom.sections import Training
+    from fedloom.recipe.sections import Training
 
 STEP = 0.1
 FALLS = 5

@@ -30,7 +30,7 @@ from fedloom.progress import Watch, ignore
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+    from fedloom.recipe.recipe import Recipe
 
 DEADLINES = 10
 """That a round waits for its quorum, with `on_quorum_lost = "wait"`."""

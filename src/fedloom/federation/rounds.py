@@ -29,7 +29,7 @@ from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, Client
 from fedloom.training.objective import check_finite
 
 if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+    from fedloom.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

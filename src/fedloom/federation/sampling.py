@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedloom.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from fedloom.sections import Federation
+    from fedloom.recipe.sections import Federation
 
 
 def sample_clients(clients: Sequence[int], section: Federation, *, seed: int, round: int) -> list[int]:

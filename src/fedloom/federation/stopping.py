@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedloom.sections import EarlyStop
+    from fedloom.recipe.sections import EarlyStop
 
 
 def stop_early(early_stop: EarlyStop | None, losses: Sequence[float]) -> str | None:

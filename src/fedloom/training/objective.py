@@ -20,7 +20,7 @@ from fedloom.data.tokens import IGNORED
 from fedloom.errors import TrainingError
 
 if TYPE_CHECKING:
-    from fedloom.sections import Training
+    from fedloom.recipe.sections import Training
 
 
 def next_token_targets(labels_BT: Tensor) -> Tensor:

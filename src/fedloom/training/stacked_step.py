@@ -21,7 +21,7 @@ from fedloom.training.objective import add_proximal_gradient, clip_gradient, hol
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 
 if TYPE_CHECKING:
-    from fedloom.sections import Training
+    from fedloom.recipe.sections import Training
 
 
 class StepInputs(NamedTuple):

@@ -11,41 +11,14 @@ import tomllib
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import tomlkit
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-from fedloom.combinations import check_combinations
 from fedloom.errors import RecipeError
-from fedloom.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
+from fedloom.recipe.recipe import Recipe
 from fedloom.text import nearest
-
-
-def _to_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class Recipe(Section):
-    """What was asked for."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
-    description: str = Field("", description="a sentence for people")
-    seed: int = Field(42, ge=0, description="every random choice comes from it")
-    baselines: Annotated[tuple[Literal["round0", "local", "pooled"], ...], BeforeValidator(_to_tuple)] = Field(
-        (), description="what the run is set against: no training; each client alone; all their documents together"
-    )
-    model: Model
-    adapter: Adapter = Field(default_factory=Adapter)
-    data: Data
-    training: Training = Field(default_factory=Training)
-    federation: Federation = Field(default_factory=Federation)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-
-    @model_validator(mode="after")
-    def _can_be_combined(self) -> Recipe:
-        check_combinations(self)
-        return self
 
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -73,7 +46,7 @@ def recipe_to_toml(recipe: Recipe) -> str:
 
 def shipped_recipes() -> dict[str, str]:
     """Name -> TOML text of the recipes in the package."""
-    folder = resources.files("fedloom") / "recipes"
+    folder = resources.files("fedloom.recipe") / "shipped"
     return {
         item.name.removesuffix(".toml"): item.read_text(encoding="utf-8")
         for item in sorted(folder.iterdir(), key=lambda item: item.name)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-from fedloom.adapters.methods import check_choice, check_method
+from fedloom.recipe.methods import check_choice, check_method
 
 
 def _to_names(value: object) -> object:

@@ -1,15 +1,15 @@
-"""What a recipe's parts can't be combined to, in one table. No torch here."""
+"""The recipe as a whole: its sections, and what they can't be combined to, in one table. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from fedloom.adapters.methods import METHODS
+from pydantic import BeforeValidator, Field, model_validator
+
 from fedloom.errors import RecipeError
-
-if TYPE_CHECKING:
-    from fedloom.recipe import Recipe
+from fedloom.recipe.methods import METHODS
+from fedloom.recipe.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
@@ -125,3 +125,29 @@ def check_combinations(recipe: Recipe) -> None:
     for clash in CLASHES:
         if clash.clashes(recipe):
             raise RecipeError(clash.why, where=clash.where, mend=clash.mend)
+
+
+def _to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Recipe(Section):
+    """What was asked for."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    description: str = Field("", description="a sentence for people")
+    seed: int = Field(42, ge=0, description="every random choice comes from it")
+    baselines: Annotated[tuple[Literal["round0", "local", "pooled"], ...], BeforeValidator(_to_tuple)] = Field(
+        (), description="what the run is set against: no training; each client alone; all their documents together"
+    )
+    model: Model
+    adapter: Adapter = Field(default_factory=Adapter)
+    data: Data
+    training: Training = Field(default_factory=Training)
+    federation: Federation = Field(default_factory=Federation)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _can_be_combined(self) -> Recipe:
+        check_combinations(self)
+        return self

@@ -1,0 +1,1 @@
+"""What was asked for: every key, what excludes what, and how a file becomes a frozen Recipe. No torch here."""
