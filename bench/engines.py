@@ -28,8 +28,8 @@ from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
-from fedloom.model import choose_device, choose_dtype, load_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import choose_device, choose_dtype, load_model
+from fedloom.model.source import open_model
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.sections import Adapter as AdapterSection
 from fedloom.recipe.sections import Training

@@ -41,8 +41,8 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     from fedloom.adapters.adapter import AdaptedModel
     from fedloom.adapters.configuration import build_config
     from fedloom.host.machine import peak_memory, reset_peak_memory
-    from fedloom.model import build_meta_model, choose_device
-    from fedloom.model_source import open_model
+    from fedloom.model.loading import build_meta_model, choose_device
+    from fedloom.model.source import open_model
     from fedloom.recipe.sections import Adapter as AdapterSection
     from fedloom.recipe.sections import Training
     from fedloom.training.batched import build_batched_engine

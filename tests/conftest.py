@@ -18,8 +18,8 @@ from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
 from fedloom.adapters.weights import Adapter
 from fedloom.data.tokens import TokenBlocks
-from fedloom.model import load_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import load_model
+from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate, OptimizerState
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from fedloom.attention import MASKLESS, MODEL_TYPES, choose_attention
+from fedloom.model.attention import MASKLESS, MODEL_TYPES, choose_attention
 
 TINY = {
     "vocab_size": 99,
@@ -54,7 +54,7 @@ def test_no_token_sees_what_stands_to_its_right(model_type: str, dtype: torch.dt
 
 
 def test_gradients_of_the_plain_kind_are_the_fused_ones() -> None:
-    from fedloom.attention import plain_attention
+    from fedloom.model.attention import plain_attention
 
     query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     ours = plain_attention(query, key, value, drop=lambda probabilities: probabilities)

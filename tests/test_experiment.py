@@ -18,8 +18,8 @@ from fedloom.data.tokens import tokenize_documents
 from fedloom.display import Display
 from fedloom.errors import RecipeError, TrainingError
 from fedloom.experiment import plan
-from fedloom.model import load_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import load_model
+from fedloom.model.source import open_model
 from fedloom.preparation import choose_engine
 from fedloom.records import Run
 

@@ -10,8 +10,8 @@ from conftest import write_tiny_gguf
 from safetensors.torch import save_file
 
 from fedloom.errors import ModelError
-from fedloom.model import build_meta_model, check_quantization, choose_dtype, load_model, quantized
-from fedloom.model_source import SHAPES, byte_tokenizer, open_model, unpack_gguf
+from fedloom.model.loading import build_meta_model, check_quantization, choose_dtype, load_model, quantized
+from fedloom.model.source import SHAPES, byte_tokenizer, open_model, unpack_gguf
 
 CPU = torch.device("cpu")
 
@@ -223,10 +223,10 @@ def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.Monk
     check_quantization(None, source, CPU)
     with pytest.raises(ModelError, match=r"8bit weights need a GPU"):
         check_quantization("8bit", source, CPU)
-    monkeypatch.setattr("fedloom.model.find_spec", lambda name: None)
+    monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"bitsandbytes is not installed; pip install 'fedloom\[quantized\]'"):
         check_quantization("4bit", source, gpu)
-    monkeypatch.setattr("fedloom.model.find_spec", lambda name: object())
+    monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: object())
     with pytest.raises(ModelError, match="a random model has no weights to pack"):
         check_quantization("4bit", source, gpu)
     check_quantization("4bit", dataclasses.replace(source, location="somewhere"), gpu)

@@ -11,9 +11,9 @@ from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import ModelError, RecipeError, RunError
 from fedloom.experiment import plan
-from fedloom.model import load_model
-from fedloom.model_source import open_model
-from fedloom.packed import PackedLinear, pack_model
+from fedloom.model.loading import load_model
+from fedloom.model.packed import PackedLinear, pack_model
+from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.use import export
 

@@ -6,10 +6,10 @@ import transformers
 from conftest import make_adapted, make_blocks
 from torch.nn import functional
 
-from fedloom import readout
-from fedloom.model import load_model
-from fedloom.model_source import open_model
-from fedloom.readout import Readout
+from fedloom.model import loss_head
+from fedloom.model.loading import load_model
+from fedloom.model.loss_head import Readout
+from fedloom.model.source import open_model
 
 
 def whole(
@@ -24,7 +24,7 @@ def whole(
 def test_losses_and_gradients_are_those_of_whole_logits(
     shape: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readout, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_bytes)
     adapted = make_adapted(shape, "float64")
     adapted.weights_P.data.normal_(0, 0.1)
     model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT

@@ -13,7 +13,6 @@ SOURCE = Path(fedloom.__file__).parent
 
 HOUSE = [
     "adapters.residual",
-    "attention",
     "deployment.health",
     "deployment.wire",
     "federation.stopping",
@@ -21,9 +20,10 @@ HOUSE = [
     "host.machine",
     "host.signals",
     "hub",
-    "packed",
+    "model.attention",
+    "model.loss_head",
+    "model.packed",
     "progress",
-    "readout",
     "seeds",
     "text",
     "training.checkpointing",
@@ -47,14 +47,14 @@ HOUSE = [
     "federation.averaging_error",
     "federation.flower",
     "host.files",
-    "model_source",
+    "model.source",
     "recipe.sections",
     "adapters.files",
     "data.documents",
     "deployment.policy",
     "deployment.provisioning",
     "federation.flower_programs",
-    "model",
+    "model.loading",
     "recipe.recipe",
     "records",
     "training.objective",
@@ -109,11 +109,7 @@ HOUSE = [
 ]
 """The modules in the order in which data flows."""
 
-BARE = [
-    module
-    for module in HOUSE
-    if module.split(".")[0] in ("attention", "model_source", "model", "readout", "adapters", "training", "evaluation")
-]
+BARE = [module for module in HOUSE if module.split(".")[0] in ("model.loading", "adapters", "training", "evaluation")]
 """Modules that also run on a bare GPU machine."""
 
 LIGHT = [

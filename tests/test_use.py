@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import RunError
-from fedloom.model import load_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import load_model
+from fedloom.model.source import open_model
 from fedloom.records import Run
 from fedloom.use import export, generate
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom.adapters.weights import Adapter
-from fedloom.data.tokens import TokenBlocks, join_blocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks, join_blocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.federation.aggregation import STRATEGIES
-from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.sampling import cohort_size
 from fedloom.recipe.sections import Federation

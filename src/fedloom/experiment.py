@@ -21,7 +21,7 @@ from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
 from fedloom.host.signals import Interruption
-from fedloom.model import choose_device
+from fedloom.model.loading import choose_device
 from fedloom.planning import Plan
 from fedloom.preparation import Prepared, load_adapted_model, prepare
 from fedloom.progress import Progress

@@ -19,6 +19,7 @@ from fedloom.adapters.configuration import build_config
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (
+    ClientBlocks,
     TokenBlocks,
     check_vocabulary,
     distinct_blocks,
@@ -28,11 +29,10 @@ from fedloom.data.tokens import (
 from fedloom.display import Display
 from fedloom.errors import DataError, ModelError, RecipeError
 from fedloom.federation.aggregation import check_strategy
-from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.sampling import cohort_size
-from fedloom.model import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
-from fedloom.model_source import ModelSource, open_model
+from fedloom.model.loading import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
+from fedloom.model.source import ModelSource, open_model
 from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe

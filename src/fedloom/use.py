@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
 from fedloom.adapters.adapter import AdaptedModel
-from fedloom.attention import choose_attention
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
-from fedloom.model_source import ModelSource, open_model
+from fedloom.model.attention import choose_attention
+from fedloom.model.source import ModelSource, open_model
 from fedloom.preparation import load_adapted_model, load_base, prepare
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe

@@ -13,8 +13,8 @@ from fedloom.adapters.files import load_adapter, save_adapter
 from fedloom.adapters.weights import Adapter
 from fedloom.errors import ModelError
 from fedloom.evaluation import evaluate
-from fedloom.model import build_meta_model, load_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import build_meta_model, load_model
+from fedloom.model.source import open_model
 
 
 def load_base(shape: str) -> torch.nn.Module:

@@ -22,8 +22,8 @@ from fedloom.evaluation import evaluate
 from fedloom.experiment import plan
 from fedloom.federation import aggregation
 from fedloom.federation.aggregation import STRATEGIES, weighted_mean
-from fedloom.model import load_model
-from fedloom.model_source import byte_tokenizer, open_model
+from fedloom.model.loading import load_model
+from fedloom.model.source import byte_tokenizer, open_model
 from fedloom.progress import Progress
 from fedloom.recipe.sections import Strategy
 from fedloom.records import Run

@@ -13,13 +13,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
 from fedloom.adapters.weights import Adapter
+from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import ModelError, RecipeError
 from fedloom.evaluation import evaluate
 from fedloom.experiment import plan
 from fedloom.federation.aggregation import STRATEGIES
-from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.rounds import FederatedRun, run_rounds
-from fedloom.model_source import open_model
+from fedloom.model.source import open_model
 from fedloom.preparation import adapt, build_shape, load_adapted_model, load_base
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe

@@ -9,7 +9,7 @@ from conftest import make_recipe
 from fedloom.data.documents import Document
 from fedloom.data.tokens import IGNORED, TokenBlocks, check_vocabulary, take_batch, tokenize_documents
 from fedloom.errors import DataError
-from fedloom.model_source import byte_tokenizer
+from fedloom.model.source import byte_tokenizer
 
 END = "<|end|>"
 TEXTS = ["abcdefghijk", "lm", "nopqrst", "uvwx"]

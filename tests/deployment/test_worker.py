@@ -17,7 +17,7 @@ from fedloom.display import Display
 from fedloom.errors import DataError
 from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
 from fedloom.host import failpoints
-from fedloom.model_source import open_model
+from fedloom.model.source import open_model
 from fedloom.preparation import load_adapted_model, prepare
 from fedloom.training.jobs import ClientTask
 

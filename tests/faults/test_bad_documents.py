@@ -19,7 +19,7 @@ from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import split_documents
 from fedloom.data.tokens import LONGEST_MEAN_TOKEN, tokenize_documents
 from fedloom.errors import DataError
-from fedloom.model_source import byte_tokenizer
+from fedloom.model.source import byte_tokenizer
 
 CANARY = "xylophone"
 GOOD = b'{"text": "a good row"}'

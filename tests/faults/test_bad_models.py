@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import DataError, ModelError
-from fedloom.model import load_model
-from fedloom.model_source import byte_tokenizer, open_model
+from fedloom.model.loading import load_model
+from fedloom.model.source import byte_tokenizer, open_model
 from fedloom.use import export, generate
 
 CPU = torch.device("cpu")

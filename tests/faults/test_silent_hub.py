@@ -16,7 +16,7 @@ from conftest import make_recipe
 from fedloom import hub
 from fedloom.data.documents import load_documents
 from fedloom.errors import DataError, FedloomError, ModelError
-from fedloom.model_source import open_model
+from fedloom.model.source import open_model
 from fedloom.recipe.sections import Data
 
 LIMIT_SECONDS = 0.3

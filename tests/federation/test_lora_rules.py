@@ -20,8 +20,8 @@ from fedloom.errors import RecipeError
 from fedloom.experiment import plan
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
 from fedloom.fsck import check_run
-from fedloom.model import load_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import load_model
+from fedloom.model.source import open_model
 from fedloom.recipe.sections import Federation
 
 TARGETS = {"tiny-llama": ["k_proj", "down_proj"], "tiny-gpt2": ["c_attn"], "tiny-opt": ["fc1", "v_proj"]}

@@ -11,10 +11,10 @@ from conftest import make_adapted, make_blocks, make_job, make_recipe, make_upda
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.weights import Adapter
-from fedloom.data.tokens import TokenBlocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
-from fedloom.federation.fleet import ClientBlocks, LocalFleet
+from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
 from fedloom.federation.sampling import cohort_size, sample_clients

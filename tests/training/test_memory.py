@@ -10,8 +10,8 @@ from conftest import ARCHITECTURES, make_adapted, make_blocks, make_job, make_re
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.configuration import build_config
 from fedloom.adapters.stacked import Stack
-from fedloom.model import build_meta_model
-from fedloom.model_source import open_model
+from fedloom.model.loading import build_meta_model
+from fedloom.model.source import open_model
 from fedloom.training import memory
 from fedloom.training.batched import Crew
 from fedloom.training.memory import LiveBytes, StepMemory, free_bytes, predict_step, trace_step

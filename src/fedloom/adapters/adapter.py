@@ -21,7 +21,7 @@ from fedloom.adapters.files import load_adapter, save_adapter, save_model
 from fedloom.adapters.residual import make_room_for_residuals
 from fedloom.adapters.weights import Adapter, Layout
 from fedloom.errors import ModelError
-from fedloom.readout import Readout
+from fedloom.model.loss_head import Readout
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
 

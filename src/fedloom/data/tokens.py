@@ -160,3 +160,11 @@ def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:
             where="model.source",
             mend="use a model and the tokenizer that belongs to it",
         )
+
+
+@dataclass(frozen=True)
+class ClientBlocks:
+    """What one client holds."""
+
+    train: TokenBlocks
+    holdout: TokenBlocks

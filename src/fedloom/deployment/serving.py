@@ -23,8 +23,8 @@ from fedloom.federation.exchange import Exchange
 from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.sampling import cohort_size
-from fedloom.model import choose_device
-from fedloom.model_source import open_model
+from fedloom.model.loading import choose_device
+from fedloom.model.source import open_model
 from fedloom.planning import ClientPlan, Plan
 from fedloom.preparation import (
     Prepared,

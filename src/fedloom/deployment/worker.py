@@ -17,13 +17,13 @@ from typing import Any
 
 from fedloom import __version__
 from fedloom.adapters.weights import Adapter
+from fedloom.data.tokens import ClientBlocks
 from fedloom.deployment.documents import gather_client
 from fedloom.deployment.journal import Journal, hash_task
 from fedloom.deployment.policy import Policy, check_policy, load_policy
 from fedloom.deployment.wire import Frame, receive_frame, send_frame
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation import Score, evaluate
-from fedloom.federation.fleet import ClientBlocks
 from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, unpack_task
 from fedloom.preparation import choose_engine, load_adapted_model
 from fedloom.progress import Progress

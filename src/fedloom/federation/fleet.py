@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from fedloom.adapters.weights import Adapter
-from fedloom.data.tokens import TokenBlocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation import Score
 from fedloom.federation.admission import Holding
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, OptimizerState, TrainClients
@@ -54,14 +54,6 @@ class LoyalFleet(Fleet, Protocol):
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         """Take on what that fleet kept."""
         ...
-
-
-@dataclass(frozen=True)
-class ClientBlocks:
-    """What one client holds."""
-
-    train: TokenBlocks
-    holdout: TokenBlocks
 
 
 class LocalFleet:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedloom.attention import plain_attention, repeat_heads
+from fedloom.model.attention import plain_attention, repeat_heads
 
 
 class ClientDropout(TorchFunctionMode):

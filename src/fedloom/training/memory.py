@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedloom.adapters.adapter import AdaptedModel
 from fedloom.adapters.stacked import Stack
-from fedloom.readout import rows_at_a_time
+from fedloom.model.loss_head import rows_at_a_time
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import StackedStep, StepInputs
 

@@ -11,11 +11,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fedloom.attention import choose_attention
 from fedloom.errors import ModelError
 from fedloom.host.machine import computes_bfloat16
-from fedloom.model_source import ModelSource, loading
-from fedloom.packed import pack_model
+from fedloom.model.attention import choose_attention
+from fedloom.model.packed import pack_model
+from fedloom.model.source import ModelSource, loading
 from fedloom.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
