@@ -172,7 +172,7 @@ def measure_memory(clients: int) -> dict[str, object]:
     import torch
 
     from fedloom import load_recipe
-    from fedloom.adapters.weights import Adapter, Layout
+    from fedloom.adapters.adapter import Adapter, Layout
     from fedloom.evaluation import Score
     from fedloom.federation import exchange as waits
     from fedloom.federation.exchange import Answer, Exchange, Node

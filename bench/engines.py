@@ -22,9 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.configuration import build_config
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory

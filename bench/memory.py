@@ -38,8 +38,8 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     import torch
     from engines import build_adapted, make_blocks, make_jobs
 
-    from fedloom.adapters.adapter import AdaptedModel
-    from fedloom.adapters.configuration import build_config
+    from fedloom.adapters.adapted_model import AdaptedModel
+    from fedloom.adapters.peft_config import build_config
     from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.model.loading import build_meta_model, choose_device
     from fedloom.model.source import open_model

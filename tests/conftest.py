@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.configuration import build_config
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.residual import Residual, lora_pairs
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
 from fedloom.training import batched

@@ -8,7 +8,7 @@ import torch
 from conftest import make_adapted, make_blocks
 from torch.nn import functional
 
-from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import IGNORED, TokenBlocks
 from fedloom.evaluation import Score, evaluate
 

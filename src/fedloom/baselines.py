@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, join_blocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score

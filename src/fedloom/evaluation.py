@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import IGNORED, TokenBlocks, take_batch
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.objective import next_token_targets

@@ -14,8 +14,8 @@ from random import Random
 import torch
 from transformers import PreTrainedModel
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.configuration import build_config
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import build_config
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import (

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedloom.adapters.residual import Residual
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import Residual
 from fedloom.errors import RunError
 from fedloom.evaluation import Score
 from fedloom.federation.aggregation import State

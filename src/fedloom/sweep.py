@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.baselines import Baseline, describe
 from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
-from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT

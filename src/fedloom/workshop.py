@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.baselines import Baseline, set_up_baselines
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError

@@ -7,10 +7,10 @@ import torch
 from conftest import ARCHITECTURES, make_adapted, make_blocks, make_recipe
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.configuration import build_config
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.files import load_adapter, save_adapter
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.peft_config import build_config
 from fedloom.errors import ModelError
 from fedloom.evaluation import evaluate
 from fedloom.model.loading import build_meta_model, load_model

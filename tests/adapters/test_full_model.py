@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.display import Display, render_plan
 from fedloom.errors import ModelError
 from fedloom.evaluation import evaluate

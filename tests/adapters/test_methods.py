@@ -10,9 +10,9 @@ from conftest import make_blocks, make_recipe
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.configuration import build_config
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import ModelError, RecipeError
 from fedloom.evaluation import evaluate

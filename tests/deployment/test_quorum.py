@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import make_adapted, make_recipe, make_update
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.federation.lora_rules import LORA_RULES

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_adapted, make_recipe, make_update
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.wire import Frame
 from fedloom.errors import DeploymentError, MessageError, RunError
 from fedloom.federation import exchange, remote
@@ -279,7 +279,7 @@ def test_a_task_and_its_update_are_the_same_after_they_travelled(rule: str) -> N
 
 
 def test_a_residual_travels_with_its_adapter() -> None:
-    from fedloom.adapters.residual import Residual
+    from fedloom.adapters.lora import Residual
 
     start = adapter()
     whole = replace(start, residual=Residual({"layer": (torch.randn(8, 3), torch.randn(3, 5))}))

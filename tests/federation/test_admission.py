@@ -11,7 +11,7 @@ from conftest import make_recipe, make_update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.federation.admission import Gate, Holding

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_update
 
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, weighted_mean
 from fedloom.recipe.sections import Strategy
 from fedloom.training.jobs import ClientUpdate

@@ -7,7 +7,7 @@ import torch
 from conftest import make_adapted, make_recipe
 
 from fedloom import run
-from fedloom.adapters.weights import Layout
+from fedloom.adapters.adapter import Layout
 from fedloom.display import Display
 from fedloom.federation import averaging_error
 from fedloom.federation.averaging_error import AveragingMeter

@@ -11,10 +11,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from fedloom import run
-from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.files import load_adapter
-from fedloom.adapters.residual import lora_pairs
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.lora import lora_pairs
 from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan

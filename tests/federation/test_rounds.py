@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, make_update
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES

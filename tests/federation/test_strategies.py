@@ -10,7 +10,7 @@ import torch
 from conftest import make_recipe, make_update
 
 from fedloom import run
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan

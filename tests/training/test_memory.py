@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.configuration import build_config
-from fedloom.adapters.stacked import Stack
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import build_config
+from fedloom.adapters.stacked_lora import Stack
 from fedloom.model.loading import build_meta_model
 from fedloom.model.source import open_model
 from fedloom.training import memory

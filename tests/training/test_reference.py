@@ -8,8 +8,8 @@ import torch
 from conftest import make_adapted, make_blocks, make_job, updates_of
 from torch.nn import functional
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import IGNORED, TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.seeds import derive_seed

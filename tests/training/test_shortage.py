@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
-from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.display import Display
 from fedloom.errors import TrainingError
 from fedloom.experiment import run

@@ -1,229 +1,69 @@
-"""A base model with an adapter on it, whose trained weights are one flat vector.
+"""An adapter: named tensors over one flat vector.
 
-Letters: B sequences, T tokens, V vocabulary, P adapter parameters.
+One flat vector makes what happens to an adapter plain arithmetic: averaging, distance, clipping, the optimizer
+and the bytes on the wire need no names.
+
+Letters: P adapter parameters.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+import hashlib
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from fedloom.adapters.configuration import reason_of
-from fedloom.adapters.files import load_adapter, save_adapter, save_model
-from fedloom.adapters.residual import make_room_for_residuals
-from fedloom.adapters.weights import Adapter, Layout
-from fedloom.errors import ModelError
-from fedloom.model.loss_head import Readout
-from fedloom.recipe.methods import SEEDS
-from fedloom.seeds import derive_seed
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-MODEL_FILE = "model.safetensors"
-PROMPT = "prompt_embeddings"
-A_WEIGHT = ".lora_A.default.weight"
+from fedloom.adapters.lora import Residual
 
 
-class AdaptedModel:
-    """The base model with an adapter whose trained weights, and their gradients, are flat vectors.
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of an adapter's tensors in the order in which they lie in the flat vector.
 
-    `weights_P` is one parameter, `gradient_P` its gradient; the layers see views of both. Loading an adapter copies
-    into `weights_P`, so the model is wrapped once and serves every client. What belongs to the adapter and is not
-    trained, the same for everybody, is in `frozen`: random projections of some methods, and with `freeze_a` LoRA's A,
-    of which then only B is trained (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). With `residuals` the adapted layers
-    have room for an adapter's residual.
-
-    Without a `config` the adapter is the model: every weight is trained. `tokenizer` is what is saved beside it.
-    `base` may be on the meta device: then everything has its shape, and nothing a value.
-
-    Raises:
-        ModelError: PEFT can't put this adapter on this model, or would not save all that is trained.
+    The names are those of the saved files: PEFT's, `base_model.model.….q_proj.lora_A.weight`, or the model's own.
     """
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        config: PeftConfig | None,
-        seed: int,
-        *,
-        freeze_a: bool = False,
-        residuals: bool = False,
-        tokenizer: Any = None,
-    ) -> None:
-        self.base = base
-        self.config = config and _seeded(config, seed)
-        self.model = _wrap(base, self.config, seed)
-        self._tokenizer = tokenizer
-        for name, value in self.model.named_parameters():
-            if freeze_a and name.endswith(A_WEIGHT):
-                value.requires_grad_(False)
-        self._rooms = make_room_for_residuals(self.model) if residuals else {}
-        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-        saved = self._saved()
-        names = {id(value): name for name, value in reversed(saved.items())}
-        if lost := [name for name, value in trained if id(value) not in names]:
-            raise ModelError(
-                f"PEFT would train {lost[0]} and not save it", where="[adapter]", mend="change the options"
-            )
-        if not trained:
-            raise ModelError("nothing of this model would be trained", where="[adapter]", mend="name other targets")
-        if coarse := [name for name, value in trained if value.dtype in (torch.bfloat16, torch.float16)]:
-            raise ModelError(
-                f"{coarse[0]} would be trained in bfloat16, whose 8 bits of mantissa lose steps as small as 1e-5",
-                where="model.dtype",
-                mend='use "float32"',
-            )
-        ours = {id(value) for _, value in trained}
-        self.frozen = {name: value.detach() for name, value in saved.items() if id(value) not in ours}
-        # PEFT saves what layers share under each of its names, transformers under the first.
-        self._aliases = {
-            name: names[id(value)]
-            for name, value in saved.items()
-            if config is not None and id(value) in ours and name != names[id(value)]
-        }
-        self.layout = Layout(
-            names=tuple(names[id(value)] for _, value in trained), shapes=tuple(value.shape for _, value in trained)
-        )
-        self._places = {names[id(value)]: name for name, value in self.model.named_parameters() if id(value) in names}
-        self.weights_P = nn.Parameter(torch.cat([value.detach().reshape(-1) for _, value in trained]))
-        self.gradient_P = torch.zeros_like(self.weights_P)
-        self.weights_P.grad = self.gradient_P
-        weights = self.layout.split(self.weights_P.data)
-        gradients = self.layout.split(self.gradient_P)
-        for name, (_, value) in zip(self.layout.names, trained, strict=True):
-            value.data = weights[name]
-            value.grad = gradients[name]
-        self.readout = Readout(base, self.logits if self.has_prompt else None)
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
 
     @property
-    def device(self) -> torch.device:
-        return self.weights_P.device
+    def size(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
+    def split(self, weights_P: Tensor) -> dict[str, Tensor]:
+        """Each tensor as a view of the flat vector."""
+        return dict(zip(self.names, (view[0] for view in self.split_stacked(weights_P[None])), strict=True))
+
+    def split_stacked(self, weights_KP: Tensor) -> list[Tensor]:
+        """Each tensor of K adapters as a view of theirs, with the clients in front."""
+        ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
+        views = (weights_KP[:, start:end] for start, end in pairwise(ends))
+        return [view.unflatten(1, shape) for view, shape in zip(views, self.shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Weights that belong to nobody's model: on the CPU, never changed in place."""
+
+    layout: Layout
+    weights_P: Tensor
+    residual: Residual | None = None
+    """With `lora_rule = "fedex"`: what belongs to the model beside the adapter."""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the adapter is the model itself."""
-        return self.config is None
+    def num_bytes(self) -> int:
+        """The payload: what travels."""
+        beside = self.residual.num_bytes if self.residual else 0
+        return self.weights_P.numel() * self.weights_P.element_size() + beside
 
-    @property
-    def has_prompt(self) -> bool:
-        """Whether trained tokens stand before those of the text."""
-        return self.config is not None and bool(self.config.is_prompt_learning)
-
-    @property
-    def prompt_length(self) -> int:
-        """Trained tokens that stand before those of the text."""
-        return int(self.config.num_virtual_tokens) if self.config is not None and self.has_prompt else 0
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the base model with the adapter."""
-        return sum(value.numel() for value in self.model.parameters())
-
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T, V]: of the tokens that are given, where a prompt stands before them."""
-        logits: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
-        return logits[:, -tokens_BT.shape[1] :]
-
-    def parameter(self, name: str) -> Tensor:
-        """What the model has under a name of the saved files."""
-        found: Tensor = self.model.get_parameter(self._places[name])
-        return found
-
-    def load(self, adapter: Adapter) -> None:
-        """Copy an adapter's weights into the model."""
-        assert adapter.layout == self.layout, "an adapter of another model"
-        self.weights_P.data.copy_(adapter.weights_P)
-        self.load_residual(adapter)
-
-    def load_residual(self, adapter: Adapter) -> None:
-        """Let the layers add what an adapter has beside its weights."""
-        for layer, room in self._rooms.items():
-            room.load(adapter.residual.factors[layer] if adapter.residual else None)
-
-    def draw(self, seed: int) -> Adapter:
-        """The LoRA adapter that a run with another seed starts from."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "adapter"))
-            self.model.add_adapter("drawn", copy.deepcopy(self.config))
-        places = [self._places[name].replace(".default.", ".drawn.") for name in self.layout.names]
-        drawn = [self.model.get_parameter(place) for place in places]
-        weights_P = torch.cat([value.detach().reshape(-1) for value in drawn]).cpu()
-        self.model.delete_adapter("drawn")
-        return Adapter(self.layout, weights_P)
-
-    def read(self) -> Adapter:
-        """A copy of the weights that are in the model now."""
-        return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))
-
-    def lend(self) -> Adapter:
-        """The weights that are in the model now; of a whole model on a processor not a copy but the model's own."""
-        return Adapter(self.layout, self.weights_P.detach().cpu()) if self.is_whole else self.read()
-
-    def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:
-        """Write an adapter with everything that PEFT, or transformers for a whole model, needs to open it."""
-        if self.config is not None:
-            tensors = self.layout.split(adapter.weights_P)
-            shared = {name: tensors[first] for name, first in self._aliases.items()}
-            save_adapter(adapter, self.config, folder, frozen={**self.frozen, **shared}, card=card)
-        else:
-            save_model(adapter, self.base, folder, frozen=self.frozen, tokenizer=self._tokenizer, card=card)
-
-    def open(self, folder: Path) -> Adapter:
-        """What `save`, PEFT or transformers wrote for this model.
-
-        Raises:
-            ModelError: there is none, it can't be read, or it belongs to another model.
-        """
-        return load_adapter(folder, self.layout, {*self.frozen, *self._aliases})
-
-    def _saved(self) -> dict[str, Tensor]:
-        """What belongs into the adapter's file: name there -> the model's own tensor."""
-        own: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        if self.config is None:
-            return own
-        if self.has_prompt:
-            # PEFT saves the prompt that it computes, which is what is trained unless a network computes it.
-            prompt = [value for name, value in own.items() if name.startswith("prompt_encoder.")]
-            return {PROMPT: prompt[0]} if len(prompt) == 1 else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved: dict[str, Tensor] = get_peft_model_state_dict(
-                self.model, state_dict=own, save_embedding_layers=False
-            )
-        return saved
-
-
-def _seeded(config: PeftConfig, seed: int) -> PeftConfig:
-    """A copy whose random, untrained parts come from the recipe's seed, so that they are the same on every client."""
-    seeded = copy.deepcopy(config)
-    for field in SEEDS:
-        if hasattr(seeded, field):
-            setattr(seeded, field, derive_seed(seed, field) % 2**31)
-    return seeded
-
-
-def _wrap(base: PreTrainedModel, config: PeftConfig | None, seed: int) -> Any:
-    """The base model with PEFT's adapter, or itself with every weight trained."""
-    if config is None:
-        return base.requires_grad_(True)
-    place = torch.device("meta") if base.device.type == "meta" else nullcontext()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place:
-        # Of libraries about each other, of tied heads being merged, which nobody does here.
-        warnings.simplefilter("ignore")
-        # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
-        torch.manual_seed(derive_seed(seed, "adapter"))
-        try:
-            return get_peft_model(base, copy.deepcopy(config))
-        except Exception as error:  # of any kind: each method finds in its own way what it can't do
-            raise ModelError(
-                f"PEFT can't put {config.peft_type.value.lower()} on this model: {reason_of(error)}",
-                where="[adapter]",
-                mend="change its targets or options, or choose another method",
-            ) from error
+    def sha256(self) -> str:
+        """Of names, shapes and weights."""
+        digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
+        digest.update(self.weights_P.contiguous().numpy().data)
+        for layer, pair in self.residual.factors.items() if self.residual else ():
+            for factor in pair:
+                digest.update(f"{layer}{tuple(factor.shape)}".encode())
+                digest.update(factor.contiguous().numpy().data)
+        return digest.hexdigest()

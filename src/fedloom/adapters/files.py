@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedloom.adapters.residual import A_SUFFIX, Residual, lora_pairs
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import A_SUFFIX, Residual, lora_pairs
 from fedloom.errors import ModelError
 from fedloom.host.files import replacing
 

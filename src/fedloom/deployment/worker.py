@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import __version__
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks
 from fedloom.deployment.documents import gather_client
 from fedloom.deployment.journal import Journal, hash_task

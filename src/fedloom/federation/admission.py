@@ -24,7 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate
 from fedloom.training.objective import check_finite

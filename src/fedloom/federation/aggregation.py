@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.errors import RecipeError
 from fedloom.training.jobs import ClientReport, ClientUpdate
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.adapters.residual import lora_pairs
-from fedloom.adapters.weights import Layout
+from fedloom.adapters.adapter import Layout
+from fedloom.adapters.lora import lora_pairs
 
 MOST_CLIENTS = 64
 """Updates that are held for it; a round with more is not measured."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation import Score
 from fedloom.federation.admission import Holding

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedloom.adapters.residual import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.errors import RecipeError
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, describe_table, weighted_mean
 from fedloom.federation.averaging_error import stack_factors

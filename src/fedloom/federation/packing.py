@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from fedloom.adapters.residual import Residual
-from fedloom.adapters.weights import Adapter, Layout
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import Residual
 from fedloom.deployment.wire import Frame
 from fedloom.errors import MessageError
 from fedloom.evaluation import Score

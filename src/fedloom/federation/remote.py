@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.wire import Frame
 from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation import Score

@@ -14,7 +14,7 @@ from operator import add
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation import Score
 from fedloom.federation.admission import Gate, Holding

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.stacked import Stack
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint

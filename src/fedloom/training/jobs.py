@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedloom.adapters.weights import Adapter
+from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.seeds import derive_seed

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.stacked import Stack
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.stacked_lora import Stack
 from fedloom.model.loss_head import rows_at_a_time
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import StackedStep, StepInputs

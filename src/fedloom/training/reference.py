@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from fedloom.adapters.adapter import AdaptedModel
+from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fedloom.adapters.adapter import AdaptedModel
-from fedloom.adapters.stacked import Stack
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.stacked_lora import Stack
 from fedloom.training.checkpointing import gradient_checkpointing
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.objective import add_proximal_gradient, clip_gradient, hold_still
