@@ -173,7 +173,7 @@ def measure_memory(clients: int) -> dict[str, object]:
 
     from fedloom import load_recipe
     from fedloom.adapters.adapter import Adapter, Layout
-    from fedloom.evaluation import Score
+    from fedloom.evaluation.held_out import Score
     from fedloom.federation import exchange as waits
     from fedloom.federation.exchange import Answer, Exchange, Node
     from fedloom.federation.lora_rules import factors

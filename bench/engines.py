@@ -26,7 +26,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
-from fedloom.evaluation import evaluate
+from fedloom.evaluation.held_out import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
 from fedloom.model.loading import choose_device, choose_dtype, load_model
 from fedloom.model.source import open_model

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import IGNORED, TokenBlocks
-from fedloom.evaluation import Score, evaluate
+from fedloom.evaluation.held_out import Score, evaluate
 
 
 def one_pass(adapted: AdaptedModel, blocks: TokenBlocks) -> tuple[float, float]:

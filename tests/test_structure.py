@@ -26,7 +26,7 @@ HOUSE = [
     "progress",
     "seeds",
     "text",
-    "training.checkpointing",
+    "training.gradient_checkpointing",
     "adapters.adapter",
     "errors",
     "federation.sampling",
@@ -70,34 +70,34 @@ HOUSE = [
     "training.jobs",
     "adapters.stacked_lora",
     "deployment.joining",
-    "evaluation",
+    "evaluation.held_out",
     "federation.admission",
     "federation.aggregation",
     "model_card",
     "report.help",
     "report.setup",
-    "training.shortage",
+    "training.reference",
     "training.stacked_optimizers",
     "federation.fleet",
     "federation.lora_rules",
     "report.observations",
     "run_state",
-    "training.reference",
     "training.stacked_step",
     "federation.packing",
     "federation.rounds",
     "fsck",
     "report.run_report",
+    "training.cuda_graph",
     "training.memory",
-    "training.step_graph",
     "baselines",
     "federation.exchange",
-    "preparation",
     "report.compare",
     "training.batched",
-    "deployment.documents",
     "deployment.superlink",
     "federation.remote",
+    "training.engines",
+    "preparation",
+    "deployment.documents",
     "use",
     "workshop",
     "deployment.worker",
@@ -109,7 +109,11 @@ HOUSE = [
 ]
 """The modules in the order in which data flows."""
 
-BARE = [module for module in HOUSE if module.split(".")[0] in ("model.loading", "adapters", "training", "evaluation")]
+BARE = [
+    module
+    for module in HOUSE
+    if module.split(".")[0] in ("model.loading", "adapters", "training", "evaluation.held_out")
+]
 """Modules that also run on a bare GPU machine."""
 
 LIGHT = [

@@ -27,7 +27,7 @@ from fedloom.data.tokens import (
     without_blocks,
 )
 from fedloom.display import Display
-from fedloom.errors import DataError, ModelError, RecipeError
+from fedloom.errors import DataError, ModelError
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.sampling import cohort_size
@@ -37,13 +37,8 @@ from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
+from fedloom.training.engines import choose_engine
 from fedloom.training.memory import free_bytes, predict_step
-
-BATCHED_OPTIONS = (
-    *("init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern"),
-)
-"""PEFT's options of LoRA that the engine `batched` has too."""
 
 
 @dataclass(frozen=True)
@@ -196,28 +191,6 @@ def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) ->
             where="data.max_length",
             mend=f"at most {source.max_length - prompt}",
         )
-
-
-def choose_engine(recipe: Recipe) -> str:
-    """`auto` is `batched` for plain LoRA, and `reference` for every other method.
-
-    Raises:
-        RecipeError: `batched` is asked for with what it does not have.
-    """
-    adapter, wanted = recipe.adapter, recipe.training.engine
-    lacks = [
-        *([f'method "{adapter.method}"'] if adapter.method != "lora" else []),
-        *(["adapter.dora"] if adapter.dora else []),
-        *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
-        *(["model.quantization"] if recipe.model.quantization in ("4bit", "8bit") else []),
-    ]
-    if wanted == "batched" and lacks:
-        raise RecipeError(
-            f"the engine batched has no {lacks[0]}",
-            where="training.engine",
-            mend="use reference or auto, or plain lora",
-        )
-    return "reference" if lacks or wanted == "reference" else "batched"
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> str:

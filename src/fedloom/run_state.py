@@ -24,7 +24,7 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual
 from fedloom.errors import RunError
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import State
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, flush, hash_file, hash_folder, hash_start, writing

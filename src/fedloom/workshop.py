@@ -16,7 +16,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.baselines import Baseline, set_up_baselines
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError
-from fedloom.evaluation import Score, evaluate
+from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.averaging_error import AveragingMeter
 from fedloom.federation.fleet import LocalFleet, LoyalFleet
@@ -34,15 +34,8 @@ from fedloom.records import RECORDS, Record, RunWriter, overfitting_onsets, read
 from fedloom.report.run_report import write_report
 from fedloom.run_state import RunState, damaged_adapters, forget_states, hash_tensors, save_state
 from fedloom.telemetry import Telemetry
-from fedloom.training.batched import build_batched_engine
-from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate, TrainClients
-from fedloom.training.reference import build_reference_engine
-
-ENGINES: dict[str, Callable[..., TrainClients]] = {
-    "batched": build_batched_engine,
-    "reference": build_reference_engine,
-}
-"""Both give the same updates: `batched` in one pass over all clients, `reference` plainly."""
+from fedloom.training.engines import ENGINES
+from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate
 
 
 class Workshop:

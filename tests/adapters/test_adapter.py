@@ -12,7 +12,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.files import load_adapter, save_adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.errors import ModelError
-from fedloom.evaluation import evaluate
+from fedloom.evaluation.held_out import evaluate
 from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import open_model
 

@@ -18,7 +18,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.display import Display, render_plan
 from fedloom.errors import ModelError
-from fedloom.evaluation import evaluate
+from fedloom.evaluation.held_out import evaluate
 from fedloom.experiment import plan
 from fedloom.federation import aggregation
 from fedloom.federation.aggregation import STRATEGIES, weighted_mean

@@ -15,7 +15,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import ModelError, RecipeError
-from fedloom.evaluation import evaluate
+from fedloom.evaluation.held_out import evaluate
 from fedloom.experiment import plan
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet

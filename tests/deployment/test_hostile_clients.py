@@ -29,7 +29,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedloom.deployment.superlink import read_answer
 from fedloom.deployment.wire import MOST_MANIFEST_BYTES, Frame
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation import exchange, flower
 from fedloom.federation.exchange import Answer, Exchange, Node
 from fedloom.federation.lora_rules import LORA_RULES

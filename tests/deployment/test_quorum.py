@@ -8,7 +8,7 @@ from conftest import make_adapted, make_recipe, make_update
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, run_rounds
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask

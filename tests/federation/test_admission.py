@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import TrainingError
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Gate, Holding
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds

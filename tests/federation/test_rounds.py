@@ -12,7 +12,7 @@ from conftest import make_adapted, make_blocks, make_job, make_recipe, make_upda
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
-from fedloom.evaluation import Score, evaluate
+from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import LORA_RULES

@@ -18,9 +18,8 @@ from fedloom.errors import TrainingError
 from fedloom.experiment import run
 from fedloom.host import failpoints
 from fedloom.training.batched import Crew, build_batched_engine
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate, is_shortage
 from fedloom.training.reference import build_reference_engine
-from fedloom.training.shortage import is_shortage
 from fedloom.training.stacked_step import StackedStep
 
 PROCESSORS = (

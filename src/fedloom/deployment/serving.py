@@ -26,17 +26,10 @@ from fedloom.federation.sampling import cohort_size
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
 from fedloom.planning import ClientPlan, Plan
-from fedloom.preparation import (
-    Prepared,
-    build_shape,
-    check_length,
-    choose_engine,
-    choose_judges,
-    dtype_of,
-    tokenize_for,
-)
+from fedloom.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
 from fedloom.recipe.recipe import Recipe
 from fedloom.records import Run
+from fedloom.training.engines import choose_engine
 from fedloom.workshop import Workshop, hash_base
 
 WAIT_SECONDS = 600.0

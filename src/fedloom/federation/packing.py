@@ -21,7 +21,7 @@ from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual
 from fedloom.deployment.wire import Frame
 from fedloom.errors import MessageError
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import trained_part
 from fedloom.progress import Phase, Progress
 from fedloom.recipe.sections import Training

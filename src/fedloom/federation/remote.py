@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.wire import Frame
 from fedloom.errors import MessageError, TrainingError
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Holding
 from fedloom.federation.exchange import Exchange
 from fedloom.federation.packing import (

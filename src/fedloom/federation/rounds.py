@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
-from fedloom.evaluation import Score
+from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Gate, Holding
 from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet

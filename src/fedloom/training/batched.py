@@ -24,11 +24,20 @@ from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate, TrainClients, WorkLog
+from fedloom.training.cuda_graph import StepGraph
+from fedloom.training.jobs import (
+    SHORT,
+    ClientFailure,
+    ClientJob,
+    ClientResult,
+    ClientUpdate,
+    TrainClients,
+    WorkLog,
+    is_shortage,
+    too_large,
+)
 from fedloom.training.objective import next_token_targets
-from fedloom.training.shortage import SHORT, is_shortage, too_large
 from fedloom.training.stacked_step import StackedStep, StepInputs
-from fedloom.training.step_graph import StepGraph
 
 READ_EVERY = 16
 """Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""

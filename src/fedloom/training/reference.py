@@ -15,8 +15,9 @@ from fedloom.data.tokens import take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Watch, ignore
-from fedloom.training.checkpointing import gradient_checkpointing
+from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (
+    SHORT,
     ClientFailure,
     ClientJob,
     ClientResult,
@@ -24,6 +25,8 @@ from fedloom.training.jobs import (
     OptimizerState,
     TrainClients,
     WorkLog,
+    is_shortage,
+    too_large,
 )
 from fedloom.training.objective import (
     OPTIMIZERS,
@@ -32,7 +35,6 @@ from fedloom.training.objective import (
     hold_still,
     mean_token_loss,
 )
-from fedloom.training.shortage import SHORT, is_shortage, too_large
 
 
 def build_reference_engine(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
-from fedloom.training.checkpointing import gradient_checkpointing
 from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.objective import add_proximal_gradient, clip_gradient, hold_still
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 

@@ -1,0 +1,1 @@
+"""How good an adapter is: its loss on held-out blocks."""
