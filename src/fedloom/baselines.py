@@ -21,7 +21,7 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult
-from fedloom.federation.sampling import cohort_size
+from fedloom.federation.schedule import cohort_size
 from fedloom.recipe.sections import Federation
 from fedloom.training.jobs import TrainClients
 

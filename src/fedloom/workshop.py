@@ -18,8 +18,8 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import FedloomError, TrainingError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.federation.aggregation import WEIGHTS
-from fedloom.federation.averaging_error import AveragingMeter
 from fedloom.federation.fleet import LocalFleet, LoyalFleet
+from fedloom.federation.lora_error import AveragingMeter
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
 from fedloom.host.failpoints import failpoint

@@ -9,8 +9,8 @@ from conftest import make_adapted, make_recipe
 from fedloom import run
 from fedloom.adapters.adapter import Layout
 from fedloom.display import Display
-from fedloom.federation import averaging_error
-from fedloom.federation.averaging_error import AveragingMeter
+from fedloom.federation import lora_error
+from fedloom.federation.lora_error import AveragingMeter
 
 LAYOUT = Layout(
     tuple(f"base_model.model.{layer}.lora_{side}.weight" for layer in ("q", "v") for side in "AB"),
@@ -67,7 +67,7 @@ def test_there_is_none_where_clients_agree_or_a_is_frozen() -> None:
 
 
 def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averaging_error, "MOST_CLIENTS", 2)
+    monkeypatch.setattr(lora_error, "MOST_CLIENTS", 2)
     meter = AveragingMeter(LAYOUT)
     for weights_P, share in zip(draw(), SHARES, strict=True):
         meter.add(weights_P, share)

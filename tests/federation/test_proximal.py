@@ -7,7 +7,7 @@ from conftest import make_recipe
 
 from fedloom import run
 from fedloom.display import Display
-from fedloom.federation.proximal import adapt_mu, proximal_mu
+from fedloom.federation.schedule import adapt_mu, proximal_mu
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
-from fedloom.federation.sampling import cohort_size, sample_clients
+from fedloom.federation.schedule import cohort_size, sample_clients
 from fedloom.recipe.sections import Federation, Strategy
 from fedloom.training.jobs import ClientTask, ClientUpdate
 from fedloom.training.reference import build_reference_engine, train_client

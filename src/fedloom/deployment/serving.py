@@ -22,7 +22,7 @@ from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.exchange import Exchange
 from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.remote import RemoteFleet
-from fedloom.federation.sampling import cohort_size
+from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
 from fedloom.planning import ClientPlan, Plan

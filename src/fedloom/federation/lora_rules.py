@@ -20,7 +20,7 @@ from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.errors import RecipeError
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, describe_table, weighted_mean
-from fedloom.federation.averaging_error import stack_factors
+from fedloom.federation.lora_error import stack_factors
 from fedloom.training.jobs import ClientUpdate
 
 if TYPE_CHECKING:

@@ -21,9 +21,7 @@ from fedloom.federation.admission import Gate, Holding
 from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
-from fedloom.federation.proximal import proximal_mu
-from fedloom.federation.sampling import sample_clients
-from fedloom.federation.stopping import stop_early
+from fedloom.federation.schedule import proximal_mu, sample_clients, stop_early
 from fedloom.host.failpoints import failpoint
 from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
 from fedloom.training.objective import check_finite

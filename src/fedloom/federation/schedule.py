@@ -1,0 +1,69 @@
+"""What changes over the rounds of a run: who takes part, the proximal term's μ, and when it stops."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from fedloom.seeds import derive_seed
+from fedloom.training.objective import SCHEDULES
+
+if TYPE_CHECKING:
+    from fedloom.recipe.sections import EarlyStop, Federation, Training
+
+
+def sample_clients(clients: Sequence[int], section: Federation, *, seed: int, round: int) -> list[int]:
+    """The clients drawn for this round, in ascending order."""
+    generator = random.Random(derive_seed(seed, "sampling", round))
+    return sorted(generator.sample(list(clients), cohort_size(len(clients), section)))
+
+
+def cohort_size(clients: int, section: Federation) -> int:
+    """How many clients train in a round: the recipe's share of them, the nearest number (half upwards), or its least.
+
+    There may be fewer clients than that least: then it is all of them.
+    """
+    return min(clients, max(section.min_clients, int(section.fraction * clients + 0.5)))
+
+
+STEP = 0.1
+FALLS = 5
+
+
+def proximal_mu(training: Training, losses: Sequence[float], rounds: int) -> float:
+    """μ of the next round, after rounds with these losses (round 0 first) of the `rounds` that a run has."""
+    if training.proximal_schedule == "adaptive":
+        return adapt_mu(training.proximal_mu, losses)
+    return training.proximal_mu * SCHEDULES[training.proximal_schedule]((len(losses) - 1) / rounds)
+
+
+def adapt_mu(mu: float, losses: Sequence[float]) -> float:
+    """μ + 0.1 for every rise of the loss, μ − 0.1 for every five falls in a row, never below 0.
+
+    FedProx (Li et al. 2020, arXiv 1812.06127, section 5.3).
+    """
+    falls = 0
+    for before, after in pairwise(losses):
+        falls = falls + 1 if after < before else 0
+        if after > before:
+            mu += STEP
+        elif falls == FALLS:
+            mu, falls = max(0.0, mu - STEP), 0
+    return mu
+
+
+def stop_early(early_stop: EarlyStop | None, losses: Sequence[float]) -> str | None:
+    """Why a run should stop after these losses (round 0 first), or None: no new best for too many rounds."""
+    if early_stop is None or not losses:
+        return None
+    best_round, best = 0, losses[0]
+    for round, loss in enumerate(losses):
+        if loss < best - early_stop.min_delta:
+            best_round, best = round, loss
+    waited = len(losses) - 1 - best_round
+    if waited < early_stop.patience:
+        return None
+    better = f"better than round {best_round}'s {best:.4f} by more than {early_stop.min_delta:g}"
+    return f"no loss {better} in {waited} rounds"
