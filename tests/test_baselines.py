@@ -83,7 +83,7 @@ def test_what_is_said(baselines: dict[str, Any], said: str | None, tmp_path: Pat
     made = make_run(tmp_path / "run", [3.0, 2.5, 2.0])
     if baselines:
         (made.folder / "baselines.json").write_text(json.dumps(baselines))
-    from fedloom.records import read_run
+    from fedloom.records.run import read_run
 
     found = did_it_help(read_run(made.folder))
     assert found is None if said is None else said in str(found)

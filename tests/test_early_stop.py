@@ -9,7 +9,7 @@ from fedloom import run
 from fedloom.display import Display
 from fedloom.federation.schedule import stop_early
 from fedloom.recipe.sections import EarlyStop
-from fedloom.records import overfitting_onset, overfitting_onsets
+from fedloom.records.run import overfitting_onset, overfitting_onsets
 from fedloom.report.run_report import load_reference
 
 

@@ -20,7 +20,7 @@ from fedloom.errors import RecipeError, TrainingError
 from fedloom.experiment import plan
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
-from fedloom.records import Run
+from fedloom.records.run import Run
 from fedloom.training.engines import choose_engine
 
 TIMES = ("seconds", "finished", "peak_bytes")

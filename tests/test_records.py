@@ -7,7 +7,7 @@ from conftest import make_recipe
 
 from fedloom import read_run, run
 from fedloom.errors import RunError
-from fedloom.records import RunWriter
+from fedloom.records.writer import RunWriter
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:

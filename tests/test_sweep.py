@@ -13,7 +13,7 @@ from fedloom.display import Display
 from fedloom.errors import RecipeError, RunError
 from fedloom.host.files import take_lock
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
-from fedloom.records import read_run
+from fedloom.records.run import read_run
 from fedloom.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
 from fedloom.workshop import Workshop
 

@@ -15,7 +15,7 @@ from fedloom.display import Display
 from fedloom.errors import RunError
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
-from fedloom.records import Run
+from fedloom.records.run import Run
 from fedloom.use import export, generate
 
 CPU = torch.device("cpu")

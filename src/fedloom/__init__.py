@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedloom.experiment import plan, run
     from fedloom.recipe.loading import load_recipe
-    from fedloom.records import read_run
+    from fedloom.records.run import read_run
 
 __version__ = "0.1.0"
 
-_HOMES = {"load_recipe": "recipe.loading", "plan": "experiment", "read_run": "records", "run": "experiment"}
+_HOMES = {"load_recipe": "recipe.loading", "plan": "experiment", "read_run": "records.run", "run": "experiment"}
 __all__ = ["load_recipe", "plan", "read_run", "run"]
 
 

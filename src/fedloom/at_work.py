@@ -23,9 +23,10 @@ from typing import Any
 from fedloom.display import ROUND_HEADER, Display, format_round
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
-from fedloom.planning import Plan
 from fedloom.progress import Clock, Progress
-from fedloom.records import Run, now, read_run
+from fedloom.records.plan import Plan
+from fedloom.records.run import Run, read_run
+from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
 TELL_SECONDS = 1.0

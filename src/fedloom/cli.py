@@ -335,7 +335,7 @@ def doctor() -> None:
 @app.command()
 def fsck(run: RunFolder) -> None:
     """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged."""
-    from fedloom.fsck import check_run
+    from fedloom.records.check import check_run
 
     show_findings(check_run(run), "BAD")
 

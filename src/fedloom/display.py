@@ -14,12 +14,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.planning import Plan
 from fedloom.progress import Clock, Phase, Progress
+from fedloom.records.plan import Plan
 from fedloom.text import count, format_bytes, format_number, format_seconds, show_controls
 
 if TYPE_CHECKING:
-    from fedloom.records import Run
+    from fedloom.records.run import Run
 
 COLUMNS = (
     ("round", 5),

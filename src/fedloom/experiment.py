@@ -22,14 +22,14 @@ from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
 from fedloom.host.signals import Interruption
 from fedloom.model.loading import choose_device
-from fedloom.planning import Plan
 from fedloom.preparation import Prepared, load_adapted_model, prepare
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Run, RunWriter, check_free, default_folder, read_run
-from fedloom.report.figures import flatten
+from fedloom.records.plan import Plan
+from fedloom.records.run import Run, flatten, read_run
+from fedloom.records.state import RunState, committed, damaged_adapters, load_state
+from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
-from fedloom.run_state import RunState, committed, damaged_adapters, load_state
 from fedloom.telemetry import Telemetry
 from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up, train_baselines

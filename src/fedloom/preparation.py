@@ -33,9 +33,9 @@ from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
 from fedloom.model.source import ModelSource, open_model
-from fedloom.planning import ClientPlan, Plan
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.plan import ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.training.engines import choose_engine
 from fedloom.training.memory import free_bytes, predict_step

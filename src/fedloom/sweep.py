@@ -28,7 +28,8 @@ from fedloom.host.files import take_lock, write_json
 from fedloom.preparation import Material, Prepared, gather, load_adapted_model, prepare
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Run, RunWriter, default_folder, judged_loss, read_run
+from fedloom.records.run import Run, judged_loss, read_run
+from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.compare import write_comparison
 from fedloom.telemetry import Telemetry
 from fedloom.training.batched import OF_ALL_CLIENTS

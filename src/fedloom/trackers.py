@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records import Record
+from fedloom.records.run import Record
 
 Log = Callable[[int, dict[str, float]], None]
 """Take the scalars of a round."""

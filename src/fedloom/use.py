@@ -23,7 +23,7 @@ from fedloom.model.source import ModelSource, open_model
 from fedloom.preparation import load_adapted_model, load_base, prepare
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import read_run
+from fedloom.records.run import read_run
 from fedloom.text import show_controls
 
 PROOF_BLOCKS = 4

@@ -26,7 +26,7 @@ from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
 from fedloom.progress import Progress
 from fedloom.recipe.sections import Strategy
-from fedloom.records import Run
+from fedloom.records.run import Run
 from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import LiveBytes
 from fedloom.training.reference import build_reference_engine

@@ -16,7 +16,7 @@ from fedloom.deployment.processes import free_port
 from fedloom.experiment import run
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Run, read_run
+from fedloom.records.run import Run, read_run
 
 SECONDS = 400.0
 """That any wait of a test takes at the most."""

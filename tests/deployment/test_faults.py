@@ -17,7 +17,7 @@ from federation_here import Federation, federation, find_process, run_here, spli
 from fedloom.deployment.proxy import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Run
+from fedloom.records.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 if not Path("/proc/self/task").is_dir():

@@ -12,7 +12,7 @@ from slow_link import slow_link
 
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Run
+from fedloom.records.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 CUT_SECONDS = 20.0

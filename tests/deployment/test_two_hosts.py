@@ -16,7 +16,7 @@ from hosts_here import hosts, why_no_hosts
 
 from fedloom.deployment.proxy import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
-from fedloom.records import read_run
+from fedloom.records.run import read_run
 
 if find_nginx() is None:
     pytest.skip("nginx is not installed", allow_module_level=True)

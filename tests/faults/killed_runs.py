@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from fedloom import preparation, run_state, workshop
+from fedloom import preparation, workshop
 from fedloom.display import Display
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
 from fedloom.host import failpoints
 from fedloom.host.signals import Terminated
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import RunWriter
+from fedloom.records.state import save_state
+from fedloom.records.writer import RunWriter
 from fedloom.report import run_report
 
 TIMES = ("seconds", "finished", "ram_peak_bytes", "gpu_peak_bytes")
@@ -130,7 +131,7 @@ def carry_out(recipe: Recipe, folder: Path, failpoint: str = "", twin: str = "no
 
 def _write_states_in_place() -> None:
     """No other name, no rename, no second copy: what is there may be half of it."""
-    right = run_state.save_state
+    right = save_state
 
     def save(folder: Path, state: Any) -> None:
         for old in (folder / "state").glob("round-*"):
@@ -154,7 +155,7 @@ def _forget(what: str) -> Callable[[], None]:
     """A state that lacks a part."""
 
     def twin() -> None:
-        right = run_state.save_state
+        right = save_state
 
         def save(folder: Path, state: Any) -> None:
             round, *moments = state.strategy

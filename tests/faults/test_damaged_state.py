@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from quick_runs import Said, attempt, make_recipe, plain_plots, result_of
 
-from fedloom import run_state
 from fedloom.errors import RunError
-from fedloom.fsck import check_run
 from fedloom.host.files import take_lock
-from fedloom.records import read_run
-from fedloom.run_state import check_records, committed, load_state, read_state
+from fedloom.records import state as state_module
+from fedloom.records.check import check_run
+from fedloom.records.run import read_run
+from fedloom.records.state import check_records, committed, load_state, read_state
 
 BITS = int(os.environ.get("FEDLOOM_FLIPPED_BITS", "300"))
 
@@ -103,7 +103,7 @@ def test_every_flipped_bit_is_noticed(begun: Any, tmp_path: Path) -> None:
         except RunError:
             noticed = True
         else:
-            noticed = path.name in run_state.damaged_adapters(folder, state).get(path.parent.name, [])
+            noticed = path.name in state_module.damaged_adapters(folder, state).get(path.parent.name, [])
         path.write_bytes(content)
         assert noticed, path
     print(f"{BITS} of {BITS} flipped bits noticed, in {len(files)} files")
@@ -183,8 +183,8 @@ def test_a_loader_that_does_not_verify_would_be_caught(
     folder = copy(stopped, tmp_path / "run")
     server = committed(folder)[0] / "server.safetensors"
     flip(server, 8 * (server.stat().st_size - 40) + 4)
-    monkeypatch.setattr(run_state, "hash_file", lambda path: "the same")
-    monkeypatch.setattr(run_state, "_hash_json", lambda value: "the same")
+    monkeypatch.setattr(state_module, "hash_file", lambda path: "the same")
+    monkeypatch.setattr(state_module, "_hash_json", lambda value: "the same")
     told = json.loads((committed(folder)[0] / "manifest.json").read_text())
     told |= {"sha256": "the same", "files": dict.fromkeys(told["files"], "the same")}
     (committed(folder)[0] / "manifest.json").write_text(json.dumps(told))

@@ -11,8 +11,8 @@ from quick_runs import attempt, make_recipe, plain_plots
 from safetensors.torch import load_file
 
 from fedloom.federation.fleet import LocalFleet
-from fedloom.fsck import check_run
-from fedloom.records import read_run
+from fedloom.records.check import check_run
+from fedloom.records.run import read_run
 from fedloom.training.jobs import ClientJob
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from quick_runs import attempt, make_recipe, plain_plots, result_of
 
-from fedloom import experiment, records, workshop
+from fedloom import experiment, workshop
 from fedloom.display import Display
 from fedloom.errors import RunError
 from fedloom.experiment import run
-from fedloom.records import read_run
+from fedloom.records import writer
+from fedloom.records.run import read_run
+from fedloom.records.state import committed, read_state
 from fedloom.report import run_report
-from fedloom.run_state import committed, read_state
 from fedloom.trackers import TRACKERS, open_tracker
 
 EVERY = int(os.environ.get("FEDLOOM_EVERY_NTH_WRITE", "8"))
@@ -206,7 +207,7 @@ def test_a_writer_that_lets_the_error_through_would_be_caught(
             raise OSError(28, "No space left on device")
         path.write_text(text)
 
-    for module in (records, run_report):
+    for module in (writer, run_report):
         monkeypatch.setattr(module, "write_text", write_text)
     with pytest.raises(OSError, match="No space") as raised:
         run(recipe, tmp_path / "run", Display())

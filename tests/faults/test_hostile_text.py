@@ -18,7 +18,7 @@ from fedloom.display import Display, Terminal
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan
 from fedloom.recipe.loading import load_recipe
-from fedloom.records import Run
+from fedloom.records.run import Run
 from fedloom.report import document
 from fedloom.report.compare import write_comparison
 from fedloom.report.run_report import write_report

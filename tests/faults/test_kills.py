@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from killed_runs import TWINS, carry_out, make_recipe, result_of, start
 
-from fedloom.fsck import check_run
 from fedloom.host.failpoints import NAMES
-from fedloom.records import read_run
-from fedloom.run_state import load_state
+from fedloom.records.check import check_run
+from fedloom.records.run import read_run
+from fedloom.records.state import load_state
 
 RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "100"))
 

@@ -19,10 +19,10 @@ from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
-from fedloom.fsck import check_run
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.sections import Federation
+from fedloom.records.check import check_run
 
 TARGETS = {"tiny-llama": ["k_proj", "down_proj"], "tiny-gpt2": ["c_attn"], "tiny-opt": ["fc1", "v_proj"]}
 """Layers with more features on one side than on the other: nn.Linear, and GPT-2's Conv1D."""

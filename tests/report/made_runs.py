@@ -7,7 +7,7 @@ from typing import Any
 
 from conftest import make_recipe
 
-from fedloom.records import Run, read_run
+from fedloom.records.run import Run, read_run
 
 
 def make_run(

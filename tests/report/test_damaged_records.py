@@ -11,7 +11,7 @@ from conftest import make_recipe
 from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import RunError
-from fedloom.records import Record, read_run
+from fedloom.records.run import Record, read_run
 from fedloom.report.run_report import build_report, write_report
 
 WHOLE = ("status.json", "plan.json", "environment.json", "resolved.json")
@@ -106,6 +106,6 @@ def test_a_reader_without_checks_would_be_caught(damaged: Path, monkeypatch: pyt
                 continue
         return records
 
-    monkeypatch.setattr("fedloom.records._read_lines", read_carelessly)
+    monkeypatch.setattr("fedloom.records.run._read_lines", read_carelessly)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         test_a_line_that_is_no_record_is_refused_by_its_place("rounds.jsonl", b"{", damaged)

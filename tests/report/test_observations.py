@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from made_runs import make_run
 
-from fedloom.records import Run
+from fedloom.records.run import Run
 from fedloom.report import observations as o
 
 FALLING = [3.0, 2.5, 2.2, 2.0]

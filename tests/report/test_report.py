@@ -14,7 +14,7 @@ from made_runs import make_run
 from fedloom import run
 from fedloom.display import Display
 from fedloom.errors import RunError
-from fedloom.records import Run, overfitting_onset, read_run
+from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report.figures import reach, roughness
 from fedloom.report.run_report import build_report, load_reference, write_report
 

@@ -25,10 +25,10 @@ from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
-from fedloom.planning import ClientPlan, Plan
 from fedloom.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Run
+from fedloom.records.plan import ClientPlan, Plan
+from fedloom.records.run import Run
 from fedloom.training.engines import choose_engine
 from fedloom.workshop import Workshop, hash_base
 

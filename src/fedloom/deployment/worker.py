@@ -28,7 +28,7 @@ from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, 
 from fedloom.preparation import load_adapted_model
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
-from fedloom.run_state import hash_tensors
+from fedloom.records.state import hash_tensors
 from fedloom.text import show_controls
 from fedloom.training.engines import ENGINES, choose_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask

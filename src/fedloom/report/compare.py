@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records import Run, overfitting_onset, read_run
+from fedloom.records.run import Run, flatten, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
 from fedloom.report.plots import Line, draw_lines
@@ -84,7 +84,7 @@ def unfairness(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Every key of the resolved recipes on which the runs do not agree, with each run's value."""
-    flat = [figures.flatten(run.recipe) for run in runs]
+    flat = [flatten(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in flat for key in recipe if key not in NOT_SETTINGS)
     values = {key: [recipe.get(key) for recipe in flat] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
@@ -191,7 +191,7 @@ def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     groups: dict[str, list[Run]] = defaultdict(list)
     named: dict[str, list[str]] = defaultdict(list)
     for run, name in zip(runs, names, strict=True):
-        settings = {k: v for k, v in figures.flatten(run.recipe).items() if k not in NOT_SETTINGS | {"seed"}}
+        settings = {k: v for k, v in flatten(run.recipe).items() if k not in NOT_SETTINGS | {"seed"}}
         groups[repr(settings)].append(run)
         named[repr(settings)].append(name)
     rows, lines = [], []

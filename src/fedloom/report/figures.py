@@ -10,9 +10,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from fedloom.records import Record, Run
+from fedloom.records.run import Record, Run
 
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
 """Phase -> its key in a round's record."""
@@ -160,17 +159,6 @@ def roughness(losses: Sequence[float]) -> float:
     moves = [after - before for before, after in itertools.pairwise(losses)]
     whole = sum(map(abs, moves))
     return sum(move for move in moves if move > 0) / whole if whole else 0.0
-
-
-def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A resolved recipe with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def completed(run: Run) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from fedloom.records import Run
+from fedloom.records.run import Run
 from fedloom.report.document import Block, Figure, Table, Text
 from fedloom.report.figures import judged_series, series
 from fedloom.report.plots import Line, draw_lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedloom.records import Run, overfitting_onset
+from fedloom.records.run import Run, overfitting_onset
 from fedloom.report.figures import (
     bytes_moved,
     client_series,

@@ -13,7 +13,7 @@ import tomlkit
 
 from fedloom.errors import RunError
 from fedloom.host.files import write_text, writing
-from fedloom.records import Record, Run, overfitting_onset, read_run
+from fedloom.records.run import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import (
     Block,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedloom.records import Record, Run
+from fedloom.records.run import Record, Run
 from fedloom.report import figures
 from fedloom.report.document import Block, Table, Text, without_columns
 from fedloom.text import count, format_bytes, format_seconds, format_trainable

@@ -11,8 +11,8 @@ from typing import Any
 from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
-from fedloom.records import Run, read_run
-from fedloom.run_state import RunState, check_records, committed, damaged_adapters, read_state
+from fedloom.records.run import Run, read_run
+from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from fedloom.hub import COMMIT
-from fedloom.planning import Plan
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
-from fedloom.records import Record
+from fedloom.records.plan import Plan
+from fedloom.records.run import Record
 from fedloom.text import to_markdown_code, to_markdown_text
 
 METRICS = {

@@ -28,7 +28,7 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import State
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, flush, hash_file, hash_folder, hash_start, writing
-from fedloom.records import judged_loss, read_run
+from fedloom.records.run import judged_loss, read_run
 from fedloom.training.jobs import OptimizerState
 
 FOLDER = "state"

@@ -1,0 +1,149 @@
+"""The run directory: what an execution leaves behind, written as it happens. No torch here.
+
+Every record is a line of JSON, flushed when it is written; every other file is written under a temporary name and
+renamed. A key whose value is not known is left out, never invented.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import RunError
+
+Record = dict[str, Any]
+
+
+PATIENCE = 2
+"""Rises in a row, from the best round on, that are overfitting and not noise."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read. `recipe` is the resolved recipe; `status["state"]` is running, done, failed or
+    interrupted."""
+
+    folder: Path
+    recipe: Record
+    environment: Record
+    plan: Record
+    status: Record
+    rounds: list[Record]
+    clients: list[Record]
+    baselines: Record
+
+    @property
+    def best_round(self) -> int | None:
+        """The round whose adapter is `adapters/best`: of equal losses, the last."""
+        best = min(reversed(self.rounds), key=judged_loss, default=None)
+        return best["round"] if best else None
+
+
+def judged_loss(record: Record) -> float:
+    """What the best adapter is chosen by: the central loss, the clients' hold-out loss where there is none."""
+    loss = record.get("central_loss", record.get("client_loss"))
+    return math.inf if loss is None else float(loss)
+
+
+def overfitting_onset(rounds: Sequence[int], losses: Sequence[float], patience: int = PATIENCE) -> int | None:
+    """The first round, after the best, from which the loss rose `patience` times in a row; None where it did not."""
+    if not losses:
+        return None
+    best = len(losses) - 1 - losses[::-1].index(min(losses))
+    for start in range(best, len(losses) - patience):
+        if all(low < high for low, high in pairwise(losses[start : start + patience + 1])):
+            return rounds[start + 1]
+    return None
+
+
+def overfitting_onsets(rounds: Sequence[Record]) -> Record:
+    """From which round the central loss, and each client's on its own hold-out, only rose; None where it did not."""
+    clients = sorted({client for record in rounds for client in record.get("client_losses", {})}, key=int)
+    central = [(record["round"], record["central_loss"]) for record in rounds if "central_loss" in record]
+    own = {
+        client: [(r["round"], r["client_losses"][client]) for r in rounds if client in r.get("client_losses", {})]
+        for client in clients
+    }
+    return {
+        "central": overfitting_onset(*_unzip(central)),
+        "clients": {client: overfitting_onset(*_unzip(pairs)) for client, pairs in own.items()},
+    }
+
+
+def _unzip(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [round for round, _ in pairs], [loss for _, loss in pairs]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run that is done, failed or still going.
+
+    Raises:
+        RunError: the folder is no run, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "resolved.json").is_file():
+        raise RunError("not a run directory: it has no resolved.json", where=str(folder))
+    return Run(
+        folder,
+        **{
+            name: read_json(folder / file)
+            for name, file in {
+                "recipe": "resolved.json",
+                "environment": "environment.json",
+                "plan": "plan.json",
+                "status": "status.json",
+                "baselines": "baselines.json",
+            }.items()
+        },
+        rounds=_read_lines(folder / "rounds.jsonl"),
+        clients=_read_lines(folder / "clients.jsonl"),
+    )
+
+
+def read_json(path: Path) -> Record:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RunError("not a JSON object: the file is damaged", where=str(path))
+    return value
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """Every whole line; the last may have been cut by a crash while it was written."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                continue
+            record = None
+        if not isinstance(record, dict):
+            raise RunError("not a JSON object: the line is damaged", where=f"{path}:{number}")
+        records.append(record)
+    return records
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A resolved recipe with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
