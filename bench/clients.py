@@ -19,7 +19,7 @@ from pathlib import Path
 def measure(clients: int, folder: Path) -> dict[str, float]:
     """One case, in this process."""
     from fedloom import load_recipe, run
-    from fedloom.display import Display
+    from fedloom.monitoring.display import Display
 
     words = [f"w{number}" for number in range(5000)]
     generator = random.Random(1)

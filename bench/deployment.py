@@ -138,7 +138,7 @@ def measure_tiny(rounds: int) -> dict[str, object]:
     """`tiny` through `fedloom serve` and three times `fedloom join`."""
     from fedloom import load_recipe, read_run
     from fedloom.deployment.documents import write_splits
-    from fedloom.display import Display
+    from fedloom.monitoring.display import Display
     from fedloom.recipe.loading import recipe_to_toml
 
     fedloom = [sys.executable, "-m", "fedloom"]

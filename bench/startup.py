@@ -19,7 +19,7 @@ seen["transformers"] = time.perf_counter() - started
 import peft
 seen["peft"] = time.perf_counter() - started
 from fedloom import load_recipe, run
-from fedloom.display import Display
+from fedloom.monitoring.display import Display
 import fedloom.experiment
 seen["fedloom"] = time.perf_counter() - started
 

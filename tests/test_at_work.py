@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedloom import at_work
-from fedloom.at_work import describe, find_work, telling
 from fedloom.cli import app
-from fedloom.display import Display
 from fedloom.errors import RunError
+from fedloom.monitoring.display import Display
+from fedloom.monitoring.status import Telling, describe, find_work, telling
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +63,7 @@ def test_everything_that_is_shown_reaches_the_display(tmp_path: Path) -> None:
 
     sweeps = {"show_pass", "show_arm", "show_sweep_end"}
     methods = {name for name in vars(Display) if not name.startswith("_")} - sweeps
-    assert methods <= set(vars(at_work.Telling))
+    assert methods <= set(vars(Telling))
     with telling(Shows(), tmp_path / "first", "fedloom run") as display:
         display.show_step("a", "b")
         display.close()
@@ -82,8 +81,8 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
 def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
     run = tmp_path / "first"
     code = (
-        "import sys, time; from pathlib import Path; from fedloom.at_work import telling; "
-        "from fedloom.display import Display\n"
+        "import sys, time; from pathlib import Path; from fedloom.monitoring.status import telling; "
+        "from fedloom.monitoring.display import Display\n"
         "with telling(Display(), Path(sys.argv[1]), 'fedloom run'): print(flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE)

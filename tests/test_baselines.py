@@ -9,8 +9,8 @@ from conftest import make_recipe
 from report.made_runs import make_run
 
 from fedloom import run
-from fedloom.display import Display
-from fedloom.report.help import did_it_help
+from fedloom.monitoring.display import Display
+from fedloom.report.baselines_section import did_it_help
 from fedloom.report.run_report import write_report
 
 ALL = ["round0", "local", "pooled"]

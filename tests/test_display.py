@@ -8,8 +8,8 @@ from conftest import make_recipe
 from rich.console import Console
 
 from fedloom import run
-from fedloom.display import Terminal, describe_clients
 from fedloom.experiment import plan
+from fedloom.monitoring.display import Terminal, describe_clients
 from fedloom.text import format_bytes, format_seconds
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import make_recipe
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.federation.schedule import stop_early
+from fedloom.monitoring.display import Display
 from fedloom.recipe.sections import EarlyStop
 from fedloom.records.run import overfitting_onset, overfitting_onsets
 from fedloom.report.run_report import load_reference

@@ -15,11 +15,11 @@ from fedloom import load_recipe, read_run, run
 from fedloom.data.documents import load_documents
 from fedloom.data.splits import documents_needed, split_documents
 from fedloom.data.tokens import tokenize_documents
-from fedloom.display import Display
 from fedloom.errors import RecipeError, TrainingError
 from fedloom.experiment import plan
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display
 from fedloom.records.run import Run
 from fedloom.training.engines import choose_engine
 

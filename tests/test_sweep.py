@@ -9,9 +9,9 @@ import pytest
 from conftest import make_recipe
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import RecipeError, RunError
 from fedloom.host.files import take_lock
+from fedloom.monitoring.display import Display
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.run import read_run
 from fedloom.sweep import expand, group_by, read_axis, same_model, same_pass, sweep

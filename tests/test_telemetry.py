@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from fedloom.monitoring.telemetry import SAMPLE_SECONDS, Telemetry, find_children, ram_bytes
 from fedloom.progress import Progress
-from fedloom.telemetry import SAMPLE_SECONDS, Telemetry, find_children, ram_bytes
 
 
 def test_memory_belongs_to_the_phase_that_held_it() -> None:

@@ -9,9 +9,9 @@ import pytest
 from conftest import make_recipe
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import RunError
-from fedloom.trackers import TRACKERS, open_tracker, scalars
+from fedloom.monitoring.display import Display
+from fedloom.monitoring.trackers import TRACKERS, open_tracker, scalars
 
 
 def test_scalars_are_the_numbers_of_a_record() -> None:
@@ -88,7 +88,7 @@ def test_a_tracker_that_is_down_does_not_end_a_run(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("kind", sorted(TRACKERS))
 def test_one_that_is_missing_says_what_to_install(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedloom.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("fedloom.monitoring.trackers.find_spec", lambda name: None)
     with pytest.raises(RunError, match=rf"{kind} is not installed.*pip install {kind}"):
         run(make_recipe(), tmp_path / "run", Display(), log_to=kind)
     assert not (tmp_path / "run").exists()

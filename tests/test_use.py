@@ -11,10 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import RunError
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display
 from fedloom.records.run import Run
 from fedloom.use import export, generate
 

@@ -196,7 +196,7 @@ def join(
 @app.command()
 def status(run: RunFolder) -> None:
     """Show what a run is doing, its clients and its last rounds; or how it ended."""
-    from fedloom.at_work import describe
+    from fedloom.monitoring.status import describe
 
     for line in describe(run):
         typer.echo(show_controls(line))
@@ -208,7 +208,7 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="At once, not after the step that is under way.")] = False,
 ) -> None:
     """End a run that is at work on this machine, as Ctrl-C does: it can go on later."""
-    from fedloom.at_work import stop
+    from fedloom.monitoring.status import stop
 
     work = stop(run, at_once=now, say=typer.echo)
     typer.echo(show_controls(f"stopped; go on with: {work.command} --resume {run}"))
@@ -225,7 +225,7 @@ def split(
 
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.deployment.documents import write_splits
-    from fedloom.display import Terminal
+    from fedloom.monitoring.display import Terminal
 
     for folder in write_splits(loaded, to, Terminal()):
         typer.echo(show_controls(str(folder)))
@@ -237,8 +237,8 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     from fedloom.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.display import Terminal
     from fedloom.experiment import plan
+    from fedloom.monitoring.display import Terminal
 
     display = Terminal()
     display.show_plan(plan(loaded, display))
@@ -278,7 +278,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where comparison.html goes.")] = Path("comparison"),
 ) -> None:
     """Set runs side by side: what differs, in what was asked for and in what came of it."""
-    from fedloom.report.compare import write_comparison
+    from fedloom.report.comparison import write_comparison
 
     typer.echo(show_controls(str(write_comparison(runs, out))))
 
@@ -290,7 +290,7 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
 ) -> None:
     """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""
-    from fedloom.display import Terminal
+    from fedloom.monitoring.display import Terminal
     from fedloom.use import export
 
     distance = export(run, to, merged=merged, display=Terminal())

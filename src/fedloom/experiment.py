@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedloom.at_work import telling
 from fedloom.baselines import describe
-from fedloom.display import Display, Terminal
 from fedloom.errors import RunError
 from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
 from fedloom.host.signals import Interruption
 from fedloom.model.loading import choose_device
+from fedloom.monitoring.display import Display, Terminal
+from fedloom.monitoring.status import telling
+from fedloom.monitoring.telemetry import Telemetry
+from fedloom.monitoring.trackers import check_tracker, open_tracker, scalars
 from fedloom.preparation import Prepared, load_adapted_model, prepare
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
@@ -30,8 +32,6 @@ from fedloom.records.run import Run, flatten, read_run
 from fedloom.records.state import RunState, committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
-from fedloom.telemetry import Telemetry
-from fedloom.trackers import check_tracker, open_tracker, scalars
 from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up, train_baselines
 
 

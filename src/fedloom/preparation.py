@@ -26,13 +26,13 @@ from fedloom.data.tokens import (
     tokenize_documents,
     without_blocks,
 )
-from fedloom.display import Display
 from fedloom.errors import DataError, ModelError
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
 from fedloom.model.source import ModelSource, open_model
+from fedloom.monitoring.display import Display
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import ClientPlan, Plan

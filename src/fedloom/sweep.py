@@ -21,17 +21,17 @@ from pathlib import Path
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.baselines import Baseline, describe
-from fedloom.display import Display, Terminal
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.federation.fleet import LocalFleet
 from fedloom.host.files import take_lock, write_json
+from fedloom.monitoring.display import Display, Terminal
+from fedloom.monitoring.telemetry import Telemetry
 from fedloom.preparation import Material, Prepared, gather, load_adapted_model, prepare
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
-from fedloom.report.compare import write_comparison
-from fedloom.telemetry import Telemetry
+from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
 from fedloom.training.engines import choose_engine
 from fedloom.workshop import Arm, Workshop, baselines_of, open_run, set_up, train_baselines

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.display import Display
 from fedloom.errors import ModelError, RunError
 from fedloom.hub import COMMIT
 from fedloom.model.attention import choose_attention
 from fedloom.model.source import ModelSource, open_model
+from fedloom.monitoring.display import Display
 from fedloom.preparation import load_adapted_model, load_base, prepare
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe

@@ -25,6 +25,7 @@ from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, hash_folder, writing
 from fedloom.host.machine import describe_machine
+from fedloom.monitoring.telemetry import Telemetry
 from fedloom.preparation import Prepared, choose_judges
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
@@ -34,7 +35,6 @@ from fedloom.records.run import Record, overfitting_onsets, read_run
 from fedloom.records.state import RunState, damaged_adapters, forget_states, hash_tensors, save_state
 from fedloom.records.writer import RECORDS, RunWriter
 from fedloom.report.run_report import write_report
-from fedloom.telemetry import Telemetry
 from fedloom.training.engines import ENGINES
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate
 

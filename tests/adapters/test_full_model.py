@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedloom import run
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
-from fedloom.display import Display, render_plan
 from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate
 from fedloom.experiment import plan
@@ -24,6 +23,7 @@ from fedloom.federation import aggregation
 from fedloom.federation.aggregation import STRATEGIES, weighted_mean
 from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
+from fedloom.monitoring.display import Display, render_plan
 from fedloom.progress import Progress
 from fedloom.recipe.sections import Strategy
 from fedloom.records.run import Run

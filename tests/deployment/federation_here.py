@@ -144,7 +144,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def split(recipe: Recipe, folder: Path) -> list[Path]:
     from fedloom.deployment.documents import write_splits
-    from fedloom.display import Display
+    from fedloom.monitoring.display import Display
 
     return write_splits(recipe, folder, Display())
 
@@ -163,6 +163,6 @@ def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_here(recipe: Recipe, folder: Path) -> Run:
-    from fedloom.display import Display
+    from fedloom.monitoring.display import Display
 
     return run(recipe, folder, Display())

@@ -13,11 +13,11 @@ from fedloom.deployment.journal import Journal
 from fedloom.deployment.policy import Policy
 from fedloom.deployment.wire import Frame
 from fedloom.deployment.worker import Worker, say
-from fedloom.display import Display
 from fedloom.errors import DataError
 from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
 from fedloom.host import failpoints
 from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display
 from fedloom.preparation import load_adapted_model, prepare
 from fedloom.training.jobs import ClientTask
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from fedloom import preparation, workshop
-from fedloom.display import Display
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
 from fedloom.host import failpoints
 from fedloom.host.signals import Terminated
+from fedloom.monitoring.display import Display
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import save_state
 from fedloom.records.writer import RunWriter

@@ -9,10 +9,10 @@ import killed_runs
 import pytest
 from killed_runs import result_of
 
-from fedloom.display import Display
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
 from fedloom.host import failpoints
+from fedloom.monitoring.display import Display
 from fedloom.recipe.recipe import Recipe
 from fedloom.report import run_report
 

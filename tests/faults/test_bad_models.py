@@ -12,10 +12,10 @@ from conftest import make_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import DataError, ModelError
 from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
+from fedloom.monitoring.display import Display
 from fedloom.use import export, generate
 
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ import pytest
 from quick_runs import attempt, make_recipe, plain_plots, result_of
 
 from fedloom import experiment, workshop
-from fedloom.display import Display
 from fedloom.errors import RunError
 from fedloom.experiment import run
+from fedloom.monitoring.display import Display
+from fedloom.monitoring.trackers import TRACKERS, open_tracker
 from fedloom.records import writer
 from fedloom.records.run import read_run
 from fedloom.records.state import committed, read_state
 from fedloom.report import run_report
-from fedloom.trackers import TRACKERS, open_tracker
 
 EVERY = int(os.environ.get("FEDLOOM_EVERY_NTH_WRITE", "8"))
 """Writes that fail in a test run: each of so many, and the last ones; 1 is all of them."""

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from fedloom import run, use
 from fedloom.cli import main
-from fedloom.display import Display, Terminal
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan
+from fedloom.monitoring.display import Display, Terminal
 from fedloom.recipe.loading import load_recipe
 from fedloom.records.run import Run
 from fedloom.report import document
-from fedloom.report.compare import write_comparison
+from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
 
 TAG = "<script>alert(1)</script>"

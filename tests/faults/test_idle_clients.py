@@ -8,9 +8,9 @@ import pytest
 from conftest import make_recipe
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import DataError, RecipeError
 from fedloom.experiment import plan
+from fedloom.monitoring.display import Display
 from fedloom.recipe.recipe import Recipe
 
 WORDS = "the text of number {} has words of its own such as {}"

@@ -84,7 +84,7 @@ def test_an_error_tells_none_of_them(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from fedloom import run
-    from fedloom.display import Display
+    from fedloom.monitoring.display import Display
 
     data, model, words = FAILURES[case]
     for name, value in SECRETS.items():

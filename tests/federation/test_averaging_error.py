@@ -8,9 +8,9 @@ from conftest import make_adapted, make_recipe
 
 from fedloom import run
 from fedloom.adapters.adapter import Layout
-from fedloom.display import Display
 from fedloom.federation import lora_error
 from fedloom.federation.lora_error import AveragingMeter
+from fedloom.monitoring.display import Display
 
 LAYOUT = Layout(
     tuple(f"base_model.model.{layer}.lora_{side}.weight" for layer in ("q", "v") for side in "AB"),

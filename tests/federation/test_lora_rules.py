@@ -15,12 +15,12 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.files import load_adapter
 from fedloom.adapters.lora import lora_pairs
-from fedloom.display import Display
 from fedloom.errors import RecipeError
 from fedloom.experiment import plan
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display
 from fedloom.recipe.sections import Federation
 from fedloom.records.check import check_run
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import make_recipe
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.federation.schedule import adapt_mu, proximal_mu
+from fedloom.monitoring.display import Display
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from made_runs import make_run
 
 from fedloom.errors import RunError
-from fedloom.report.compare import build_comparison, conclude, recipe_differences, unfairness, write_comparison
+from fedloom.report.comparison import build_comparison, conclude, recipe_differences, unfairness, write_comparison
 from fedloom.report.document import Table, to_markdown
 
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import make_recipe
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import RunError
+from fedloom.monitoring.display import Display
 from fedloom.records.run import Record, read_run
 from fedloom.report.run_report import build_report, write_report
 

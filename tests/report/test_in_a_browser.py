@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from made_runs import make_run
 
-from fedloom.report.compare import write_comparison
+from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

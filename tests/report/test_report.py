@@ -12,8 +12,8 @@ from conftest import make_recipe
 from made_runs import make_run
 
 from fedloom import run
-from fedloom.display import Display
 from fedloom.errors import RunError
+from fedloom.monitoring.display import Display
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report.figures import reach, roughness
 from fedloom.report.run_report import build_report, load_reference, write_report
@@ -138,7 +138,7 @@ def test_the_same_records_give_the_same_files(finished: Run) -> None:
 
 def test_no_torch_is_needed(finished: Run) -> None:
     code = (
-        "import sys; from fedloom.report.run_report import write_report; from fedloom.report.compare import"
+        "import sys; from fedloom.report.run_report import write_report; from fedloom.report.comparison import"
         f" write_comparison; f = {str(finished.folder)!r}; write_report(f); write_comparison([f, f], f + '/both');"
         " assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -13,10 +13,10 @@ import torch
 from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.display import Display
 from fedloom.errors import TrainingError
 from fedloom.experiment import run
 from fedloom.host import failpoints
+from fedloom.monitoring.display import Display
 from fedloom.training.batched import Crew, build_batched_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate, is_shortage
 from fedloom.training.reference import build_reference_engine

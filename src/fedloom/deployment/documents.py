@@ -15,9 +15,9 @@ from typing import Any
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
-from fedloom.display import Display
 from fedloom.errors import DataError
 from fedloom.model.source import ModelSource, open_model
+from fedloom.monitoring.display import Display
 from fedloom.preparation import gather, tokenize_for
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed

@@ -15,7 +15,6 @@ from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.provisioning import Security, describe_expiry
 from fedloom.deployment.proxy import proxy
 from fedloom.deployment.superlink import SuperLink
-from fedloom.display import Display, Terminal
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment import Venue, run
 from fedloom.federation.aggregation import check_strategy
@@ -25,6 +24,7 @@ from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display, Terminal
 from fedloom.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import ClientPlan, Plan

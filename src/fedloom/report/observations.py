@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedloom.records.run import Run, overfitting_onset
+from fedloom.report.baselines_section import did_it_help
 from fedloom.report.figures import (
     bytes_moved,
     client_series,
@@ -14,7 +15,6 @@ from fedloom.report.figures import (
     series,
     trained_rounds,
 )
-from fedloom.report.help import did_it_help
 from fedloom.text import count, format_bytes
 
 STILL_FALLS = 0.02

@@ -15,6 +15,7 @@ from fedloom.errors import RunError
 from fedloom.host.files import write_text, writing
 from fedloom.records.run import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
+from fedloom.report.baselines_section import show_help
 from fedloom.report.document import (
     Block,
     Bullets,
@@ -28,10 +29,9 @@ from fedloom.report.document import (
     to_markdown,
     without_columns,
 )
-from fedloom.report.help import show_help
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
-from fedloom.report.setup import STATES, name_versions, show_setup
+from fedloom.report.setup_section import STATES, name_versions, show_setup
 from fedloom.text import format_bytes, format_number
 
 LOSS_AXIS = "loss (nats per token)"

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.display import ROUND_HEADER, Display, format_round
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
+from fedloom.monitoring.display import ROUND_HEADER, Display, format_round
 from fedloom.progress import Clock, Progress
 from fedloom.records.plan import Plan
 from fedloom.records.run import Run, read_run

@@ -14,7 +14,7 @@ from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
 from fedloom.report.plots import Line, draw_lines
 from fedloom.report.run_report import LOSS_AXIS, write_document
-from fedloom.report.setup import STATES
+from fedloom.report.setup_section import STATES
 from fedloom.text import format_bytes, format_seconds
 
 NOT_SETTINGS = {"name", "description"}

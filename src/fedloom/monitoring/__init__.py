@@ -1,0 +1,1 @@
+"""What people are shown while a run works, and what is measured of it."""
