@@ -20,7 +20,7 @@ import peft
 seen["peft"] = time.perf_counter() - started
 from fedloom import load_recipe, run
 from fedloom.monitoring.display import Display
-import fedloom.experiment
+import fedloom.experiment.run
 seen["fedloom"] = time.perf_counter() - started
 
 class Watching(Display):

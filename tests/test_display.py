@@ -8,7 +8,7 @@ from conftest import make_recipe
 from rich.console import Console
 
 from fedloom import run
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
 from fedloom.monitoring.display import Terminal, describe_clients
 from fedloom.text import format_bytes, format_seconds
 

@@ -16,7 +16,7 @@ from fedloom.data.documents import load_documents
 from fedloom.data.splits import documents_needed, split_documents
 from fedloom.data.tokens import tokenize_documents
 from fedloom.errors import RecipeError, TrainingError
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Display
@@ -292,7 +292,7 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
     def refuse(*arguments: object, **named: object) -> None:
         raise RuntimeError("no meta function")
 
-    monkeypatch.setattr("fedloom.preparation.predict_step", refuse)
+    monkeypatch.setattr("fedloom.experiment.preparation.predict_step", refuse)
     finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Display())
     assert finished.plan["peak_bytes"] is None
     assert finished.plan["clients_at_once"] == 1

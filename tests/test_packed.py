@@ -9,13 +9,13 @@ from conftest import make_recipe, write_tiny_gguf
 
 from fedloom import run
 from fedloom.errors import ModelError, RecipeError, RunError
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
+from fedloom.handover.export import export
 from fedloom.model.loading import load_model
 from fedloom.model.packed import PackedLinear, pack_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Display
 from fedloom.recipe.recipe import Recipe
-from fedloom.use import export
 
 CPU = torch.device("cpu")
 KINDS = ("Q8_0", "Q4_0", "Q4_1")

@@ -10,12 +10,12 @@ from conftest import make_recipe
 
 from fedloom import run
 from fedloom.errors import RecipeError, RunError
+from fedloom.experiment.session import Workshop
+from fedloom.experiment.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
 from fedloom.host.files import take_lock
 from fedloom.monitoring.display import Display
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.run import read_run
-from fedloom.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
-from fedloom.workshop import Workshop
 
 
 @pytest.fixture

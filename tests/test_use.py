@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
 from fedloom.errors import RunError
+from fedloom.handover.export import export
+from fedloom.handover.generate import generate
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Display
 from fedloom.records.run import Run
-from fedloom.use import export, generate
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ def test_a_merged_model_opens_without_peft_and_says_the_same(finished: Run, tmp_
 
 
 def test_what_is_not_the_same_is_not_written(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedloom.use.TOLERANCES", {"float32": 0.0})
+    monkeypatch.setattr("fedloom.handover.export.TOLERANCES", {"float32": 0.0})
     with pytest.raises(RunError, match="not the run's adapter"):
         export(finished.folder, tmp_path / "merged", merged=True)
     assert list(tmp_path.iterdir()) == []
@@ -114,7 +115,7 @@ def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
 
 
 def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) -> None:
-    from fedloom.use import _recipe_of
+    from fedloom.handover.finished_run import _recipe_of
 
     copied = tmp_path / "run"
     copied.mkdir()

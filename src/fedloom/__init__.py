@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.experiment import plan, run
+    from fedloom.experiment.run import plan, run
     from fedloom.recipe.loading import load_recipe
     from fedloom.records.run import read_run
 
 __version__ = "0.1.0"
 
-_HOMES = {"load_recipe": "recipe.loading", "plan": "experiment", "read_run": "records.run", "run": "experiment"}
+_HOMES = {"load_recipe": "recipe.loading", "plan": "experiment.run", "read_run": "records.run", "run": "experiment.run"}
 __all__ = ["load_recipe", "plan", "read_run", "run"]
 
 

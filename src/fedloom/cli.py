@@ -67,7 +67,7 @@ def run(
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.experiment import run
+    from fedloom.experiment.run import run
 
     with told_when_terminated():
         run(loaded, out, resume=resume, log_to=log, watch=watch)
@@ -237,7 +237,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     from fedloom.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.experiment import plan
+    from fedloom.experiment.run import plan
     from fedloom.monitoring.display import Terminal
 
     display = Terminal()
@@ -256,7 +256,7 @@ def sweep(
     ] = None,
 ) -> None:
     """Run every combination of some settings, in as few passes as can be, and compare them."""
-    from fedloom.sweep import sweep
+    from fedloom.experiment.sweep import sweep
 
     sweep(recipe, axes, out, num_random=draw)
 
@@ -290,8 +290,8 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
 ) -> None:
     """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""
+    from fedloom.handover.export import export
     from fedloom.monitoring.display import Terminal
-    from fedloom.use import export
 
     distance = export(run, to, merged=merged, display=Terminal())
     typer.echo(f"{show_controls(str(to))}: its logits lie {distance:.1e} from the run's, relative to their norm")
@@ -305,7 +305,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 80,
 ) -> None:
     """Let a run's best adapter write on from a prompt."""
-    from fedloom.use import generate
+    from fedloom.handover.generate import generate
 
     generate(run, prompt, base=base, max_new_tokens=tokens)
 

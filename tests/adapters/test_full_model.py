@@ -18,9 +18,11 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
 from fedloom.federation import aggregation
 from fedloom.federation.aggregation import STRATEGIES, weighted_mean
+from fedloom.handover.export import export
+from fedloom.handover.generate import generate
 from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
 from fedloom.monitoring.display import Display, render_plan
@@ -30,7 +32,6 @@ from fedloom.records.run import Run
 from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import LiveBytes
 from fedloom.training.reference import build_reference_engine
-from fedloom.use import export, generate
 
 CPU = torch.device("cpu")
 FULL = {"method": "full", "rank": None, "alpha": None}

@@ -16,12 +16,12 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import ModelError, RecipeError
 from fedloom.evaluation.held_out import evaluate
-from fedloom.experiment import plan
+from fedloom.experiment.preparation import adapt, build_shape, load_adapted_model, load_base
+from fedloom.experiment.run import plan
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.rounds import FederatedRun, run_rounds
 from fedloom.model.source import open_model
-from fedloom.preparation import adapt, build_shape, load_adapted_model, load_base
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation

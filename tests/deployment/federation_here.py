@@ -13,7 +13,7 @@ from typing import Any
 
 from fedloom.deployment import provisioning
 from fedloom.deployment.processes import free_port
-from fedloom.experiment import run
+from fedloom.experiment.run import run
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run, read_run

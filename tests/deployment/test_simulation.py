@@ -15,7 +15,7 @@ from federation_here import run_here, split, timeless, tiny
 from fedloom.deployment.processes import Child, private_folder, programs_environment
 from fedloom.deployment.serving import Host
 from fedloom.deployment.superlink import SuperLink
-from fedloom.experiment import Venue, run
+from fedloom.experiment.run import Venue, run
 from fedloom.federation import flower
 from fedloom.monitoring.display import Display
 

@@ -14,11 +14,11 @@ from fedloom.deployment.policy import Policy
 from fedloom.deployment.wire import Frame
 from fedloom.deployment.worker import Worker, say
 from fedloom.errors import DataError
+from fedloom.experiment.preparation import load_adapted_model, prepare
 from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
 from fedloom.host import failpoints
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Display
-from fedloom.preparation import load_adapted_model, prepare
 from fedloom.training.jobs import ClientTask
 
 RECIPE = make_recipe(training={"engine": "reference"}, model={"dtype": "float32"})

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from fedloom import preparation, workshop
 from fedloom.errors import FedloomError
-from fedloom.experiment import run
+from fedloom.experiment import preparation, trial
+from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.host.signals import Terminated
 from fedloom.monitoring.display import Display
@@ -143,7 +143,7 @@ def _write_states_in_place() -> None:
             Path.rename = rename  # type: ignore[method-assign]
 
     rename = Path.rename
-    workshop.save_state = save
+    trial.save_state = save
 
 
 def _keep_what_was_recorded() -> None:
@@ -162,7 +162,7 @@ def _forget(what: str) -> Callable[[], None]:
             nothing = {"optimizers": {}, "strategy": (round, *map(torch.zeros_like, moments))}
             right(folder, replace(state, **{what: nothing[what]}))
 
-        workshop.save_state = save
+        trial.save_state = save
 
     return twin
 

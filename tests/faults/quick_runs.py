@@ -10,7 +10,7 @@ import pytest
 from killed_runs import result_of
 
 from fedloom.errors import FedloomError
-from fedloom.experiment import run
+from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.monitoring.display import Display
 from fedloom.recipe.recipe import Recipe

@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom import run
 from fedloom.errors import DataError, ModelError
+from fedloom.handover.export import export
+from fedloom.handover.generate import generate
 from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
 from fedloom.monitoring.display import Display
-from fedloom.use import export, generate
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"

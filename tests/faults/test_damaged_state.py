@@ -12,6 +12,7 @@ import pytest
 from quick_runs import Said, attempt, make_recipe, plain_plots, result_of
 
 from fedloom.errors import RunError
+from fedloom.experiment import session
 from fedloom.host.files import take_lock
 from fedloom.records import state as state_module
 from fedloom.records.check import check_run
@@ -231,12 +232,8 @@ def test_other_documents_or_another_base_model_are_refused_by_name(tmp_path: Pat
     assert "the documents are not those that the run began with; bring them back" in attempt(recipe, folder)
     documents.write_text(was)
     with pytest.MonkeyPatch.context() as patch:
-        from fedloom import workshop
-
-        right = workshop.hash_tensors
-        patch.setattr(
-            workshop, "hash_tensors", lambda tensors: right([t + 1 for t in tensors if t.is_floating_point()])
-        )
+        right = session.hash_tensors
+        patch.setattr(session, "hash_tensors", lambda tensors: right([t + 1 for t in tensors if t.is_floating_point()]))
         assert "the base model" in attempt(recipe, folder)
     assert not attempt(recipe, folder)
     assert result_of(folder) == result

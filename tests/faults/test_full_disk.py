@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from quick_runs import attempt, make_recipe, plain_plots, result_of
 
-from fedloom import experiment, workshop
 from fedloom.errors import RunError
-from fedloom.experiment import run
+from fedloom.experiment import recorder
+from fedloom.experiment import run as run_module
+from fedloom.experiment.run import run
 from fedloom.monitoring.display import Display
 from fedloom.monitoring.trackers import TRACKERS, open_tracker
 from fedloom.records import writer
@@ -170,7 +171,7 @@ def test_a_report_between_rounds_that_can_not_be_written_is_said_and_the_run_goe
     def fail(folder: Path) -> None:
         raise RunError("can't be written (No space left on device)", where=str(folder))
 
-    monkeypatch.setattr(experiment, "write_report", fail)
+    monkeypatch.setattr(run_module, "write_report", fail)
     run(recipe, tmp_path / "run", Said(), watch=True)
     assert result_of(tmp_path / "run") == result
     assert sum(line.startswith("report: ") for line in said) == 3
@@ -212,4 +213,4 @@ def test_a_writer_that_lets_the_error_through_would_be_caught(
     with pytest.raises(OSError, match="No space") as raised:
         run(recipe, tmp_path / "run", Display())
     assert not isinstance(raised.value, RunError), "which a terminal would show as a bug"
-    assert workshop.write_report
+    assert recorder.write_report

@@ -9,7 +9,7 @@ from conftest import make_recipe
 
 from fedloom import run
 from fedloom.errors import DataError, RecipeError
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
 from fedloom.monitoring.display import Display
 from fedloom.recipe.recipe import Recipe
 

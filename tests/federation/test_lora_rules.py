@@ -16,7 +16,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.files import load_adapter
 from fedloom.adapters.lora import lora_pairs
 from fedloom.errors import RecipeError
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model

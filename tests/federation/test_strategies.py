@@ -12,7 +12,7 @@ from conftest import make_recipe, make_update
 from fedloom import run
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import RecipeError
-from fedloom.experiment import plan
+from fedloom.experiment.run import plan
 from fedloom.federation.aggregation import STRATEGIES, check_strategy
 from fedloom.monitoring.display import Display
 from fedloom.recipe.loading import load_recipe

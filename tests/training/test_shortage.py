@@ -14,7 +14,7 @@ from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_o
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import TrainingError
-from fedloom.experiment import run
+from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.monitoring.display import Display
 from fedloom.training.batched import Crew, build_batched_engine

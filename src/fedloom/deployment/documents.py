@@ -16,9 +16,9 @@ from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.errors import DataError
+from fedloom.experiment.preparation import gather, tokenize_for
 from fedloom.model.source import ModelSource, open_model
 from fedloom.monitoring.display import Display
-from fedloom.preparation import gather, tokenize_for
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
 

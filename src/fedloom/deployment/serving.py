@@ -16,7 +16,9 @@ from fedloom.deployment.provisioning import Security, describe_expiry
 from fedloom.deployment.proxy import proxy
 from fedloom.deployment.superlink import SuperLink
 from fedloom.errors import DeploymentError, RecipeError
-from fedloom.experiment import Venue, run
+from fedloom.experiment.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
+from fedloom.experiment.run import Venue, run
+from fedloom.experiment.session import Workshop, hash_base
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.exchange import Exchange
 from fedloom.federation.fleet import LoyalFleet
@@ -25,12 +27,10 @@ from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Display, Terminal
-from fedloom.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
 from fedloom.training.engines import choose_engine
-from fedloom.workshop import Workshop, hash_base
 
 WAIT_SECONDS = 600.0
 

@@ -24,15 +24,15 @@ from fedloom.deployment.policy import Policy, check_policy, load_policy
 from fedloom.deployment.wire import Frame, receive_frame, send_frame
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.experiment.preparation import load_adapted_model
+from fedloom.experiment.session import hash_base, tensors_of
 from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, unpack_task
-from fedloom.preparation import load_adapted_model
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
 from fedloom.text import show_controls
 from fedloom.training.engines import ENGINES, choose_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
-from fedloom.workshop import hash_base, tensors_of
 
 
 class Bench:

@@ -1,30 +1,25 @@
-"""What is done with a run's adapter afterwards: hand it on, proven to be the same, or let it write."""
+"""Hands a run's adapter on, or the model with it merged in, proven to be the same."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
-from fedloom.hub import COMMIT
+from fedloom.experiment.preparation import load_adapted_model, load_base, prepare
+from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.model.attention import choose_attention
-from fedloom.model.source import ModelSource, open_model
+from fedloom.model.source import ModelSource
 from fedloom.monitoring.display import Display
-from fedloom.preparation import load_adapted_model, load_base, prepare
-from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import read_run
-from fedloom.text import show_controls
 
 PROOF_BLOCKS = 4
 """Hold-out blocks on which what was written must give the run's own logits."""
@@ -45,8 +40,8 @@ def export(
     """
     display = display or Display()
     folder, to = Path(folder), Path(to)
-    recipe = _recipe_of(folder)
-    source = _adapter_folder(folder, which)
+    recipe = recipe_of(folder)
+    source = adapter_folder(folder, which)
     if to.exists():
         raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
     prepared = prepare(recipe, display)
@@ -89,89 +84,6 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return distance
-
-
-def generate(
-    folder: str | Path,
-    prompt: str,
-    *,
-    base: bool = False,
-    max_new_tokens: int = 80,
-    which: str = "best",
-    say: Callable[[str], object] | None = None,
-) -> None:
-    """Write on from a prompt with a run's adapter, likeliest token first; with `base`, first without it.
-
-    Raises:
-        RunError: no such run or adapter.
-    """
-    folder, say = Path(folder), say or _print
-    recipe = _recipe_of(folder)
-    source = _adapter_folder(folder, which)
-    opened = open_model(recipe.model.source, recipe.model.revision)
-    adapted = load_adapted_model(recipe, opened)
-    inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
-    if inputs.shape[1] == 0:
-        raise RunError("the prompt is empty", where="PROMPT", mend="give it a word or more")
-    longest = opened.max_length
-    room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1] - adapted.prompt_length)
-    if room < 1:
-        raise RunError(f"the prompt has {inputs.shape[1]} tokens, the model has room for {longest}", where="PROMPT")
-    adapted.model.eval()
-
-    def write() -> None:
-        streamer = _Streamer(opened.tokenizer, say)
-        padding = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of transformers about itself
-            adapted.model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=room,
-                do_sample=False,
-                pad_token_id=padding,
-                streamer=streamer,
-            )
-
-    if base:
-        say("--- base model ---\n")
-        # A whole model is still the base model: what was trained is not loaded yet.
-        with nullcontext() if adapted.is_whole else adapted.model.disable_adapter():
-            write()
-        say("--- with the adapter ---\n")
-    adapted.load(adapted.open(source))
-    write()
-
-
-def _print(text: str) -> None:
-    """What a model writes could be a terminal's escape sequence."""
-    print(show_controls(text), end="", flush=True)
-
-
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Tells each piece of text as soon as it is whole."""
-
-    def __init__(self, tokenizer: object, say: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self._say = say
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._say(text + ("\n" if stream_end else ""))
-
-
-def _recipe_of(folder: Path) -> Recipe:
-    """What was asked for, at the commits that the run had: a hub's main branch may have moved on."""
-    run = read_run(folder)
-    commits = {"model.revision": run.plan.get("model_revision", ""), "data.revision": run.plan.get("data_revision", "")}
-    pinned = [f'{key}="{commit}"' for key, commit in commits.items() if COMMIT.fullmatch(commit)]
-    return load_recipe(run.folder / "recipe.toml", pinned)
-
-
-def _adapter_folder(folder: Path, which: str) -> Path:
-    source = folder / "adapters" / which
-    if not source.is_dir():
-        raise RunError(f'no adapter "{which}"', where=str(folder), mend="its first round is not complete")
-    return source
 
 
 def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Path) -> PreTrainedModel:

@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.baselines import Baseline, describe
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
+from fedloom.experiment.baselines import Baseline, describe
+from fedloom.experiment.preparation import Material, Prepared, gather, load_adapted_model, prepare
+from fedloom.experiment.recorder import open_run
+from fedloom.experiment.session import Workshop
+from fedloom.experiment.trial import Arm, baselines_of, set_up, train_baselines
 from fedloom.federation.fleet import LocalFleet
 from fedloom.host.files import take_lock, write_json
 from fedloom.monitoring.display import Display, Terminal
 from fedloom.monitoring.telemetry import Telemetry
-from fedloom.preparation import Material, Prepared, gather, load_adapted_model, prepare
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run, judged_loss, read_run
@@ -34,7 +37,6 @@ from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
 from fedloom.training.engines import choose_engine
-from fedloom.workshop import Arm, Workshop, baselines_of, open_run, set_up, train_baselines
 
 MANIFEST = "sweep.json"
 

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedloom.baselines import describe
 from fedloom.errors import RunError
+from fedloom.experiment.baselines import describe
+from fedloom.experiment.preparation import Prepared, load_adapted_model, prepare
+from fedloom.experiment.recorder import open_run
+from fedloom.experiment.session import Workshop, identify
+from fedloom.experiment.trial import Arm, baselines_of, set_up, train_baselines
 from fedloom.federation.fleet import LoyalFleet
 from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
@@ -24,7 +28,6 @@ from fedloom.monitoring.display import Display, Terminal
 from fedloom.monitoring.status import telling
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.monitoring.trackers import check_tracker, open_tracker, scalars
-from fedloom.preparation import Prepared, load_adapted_model, prepare
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
@@ -32,7 +35,6 @@ from fedloom.records.run import Run, flatten, read_run
 from fedloom.records.state import RunState, committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
-from fedloom.workshop import Arm, Workshop, baselines_of, identify, open_run, set_up, train_baselines
 
 
 @dataclass(frozen=True)

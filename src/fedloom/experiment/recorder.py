@@ -1,0 +1,117 @@
+"""Writes a run down: its rounds, its adapters, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from fedloom.adapters.adapter import Adapter
+from fedloom.errors import FedloomError
+from fedloom.experiment.preparation import Prepared
+from fedloom.experiment.session import Workshop
+from fedloom.federation.aggregation import WEIGHTS
+from fedloom.federation.lora_error import AveragingMeter
+from fedloom.federation.rounds import FederatedRun, RoundResult
+from fedloom.host.failpoints import failpoint
+from fedloom.host.files import hash_folder, writing
+from fedloom.host.machine import describe_machine
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.card import write_card
+from fedloom.records.plan import Plan
+from fedloom.records.run import Record, overfitting_onsets, read_run
+from fedloom.records.state import RunState, damaged_adapters
+from fedloom.records.writer import RunWriter
+from fedloom.report.run_report import write_report
+from fedloom.training.jobs import ClientUpdate
+
+
+class Recorder:
+    """Writes a run down, round by round, and keeps its adapters."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, workshop: Workshop, writer: RunWriter) -> None:
+        self._recipe, self._plan, self._workshop = recipe, plan, workshop
+        self.writer = writer
+        self.adapters = writer.folder / "adapters"
+        self.runs_together = 1
+        """In one pass: its seconds are those of all of them."""
+        self.saved: dict[str, dict[str, str]] = {}
+        """SHA-256 of the files of each adapter."""
+        self._meter = AveragingMeter(workshop.adapted.layout)
+        self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
+
+    def begin(self, initial: Adapter) -> None:
+        """Keep the adapter that every client starts from."""
+        self._save(initial, "initial", write_card(self._recipe, self._plan, None))
+        self.writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
+
+    def mend(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
+        """Write again what is no longer as a state knows it; of a later round, the rounds that come write it again."""
+        self.saved = {name: dict(files) for name, files in state.adapters.items()}
+        held = {"initial", "last", *(("best",) if state.best_round == state.round else ())}
+        rounds = read_run(self.writer.folder).rounds
+        for name, files in damaged_adapters(self.writer.folder, state).items():
+            if name in held:
+                say(f"adapters/{name} ({', '.join(files)}) is not what it was: written again")
+                adapter, record = (read_initial(), None) if name == "initial" else (state.adapter, rounds[state.round])
+                self._save(adapter, name, write_card(self._recipe, self._plan, record))
+
+    def add_client(self, update: ClientUpdate) -> None:
+        """One client's work in a round."""
+        self.writer.append_client(update.report)
+        self._meter.add(update.adapter.weights_P, self._weigh(update.report))
+
+    def record(self, result: RoundResult, run: FederatedRun) -> Record:
+        """One round, and whether the run ends with it."""
+        error = self._meter.take()
+        measured: Record = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+        if self.runs_together > 1:
+            measured["runs_together"] = self.runs_together
+        lowered = self._workshop.take_lowered()
+        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured, **lowered})
+        card = write_card(self._recipe, self._plan, record)
+        self._save(result.adapter, "last", card)
+        if result.judged_loss <= min(run.losses):
+            self._save(result.adapter, "best", card)
+        stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
+        self.writer.write_status("running", round=result.round, **stopped, **lowered)
+        return record
+
+    def _save(self, adapter: Adapter, name: str, card: str) -> None:
+        with writing(self.adapters / name):
+            self._workshop.adapted.save(adapter, self.adapters / name, card)
+            self.saved[name] = hash_folder(self.adapters / name)
+
+
+@contextmanager
+def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[RunWriter]:
+    """A run directory whose status and report say how the run ended, whatever happens inside."""
+    try:
+        writer.write_status("running")
+        if not (writer.folder / "plan.json").is_file():
+            writer.write_text("recipe.toml", recipe_to_toml(recipe))
+            writer.write_json("resolved.json", recipe.model_dump(mode="json"))
+            writer.write_json("environment.json", describe_machine())
+            writer.write_json("plan.json", prepared.plan.to_json())
+        failpoint("run.opened")
+        yield writer
+        writer.write_status("done", overfitting_onset=overfitting_onsets(read_run(writer.folder).rounds))
+    except KeyboardInterrupt:
+        _write_end(writer, "interrupted")
+        raise
+    except FedloomError as error:
+        _write_end(writer, "failed", error=str(error))
+        raise
+    except BaseException as error:
+        _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
+        raise
+    write_report(writer.folder)  # a run is done without it
+    failpoint("report.written")
+
+
+def _write_end(writer: RunWriter, state: str, **more: Any) -> None:
+    """How a run ended that was not meant to, and a report that says so; what failed is raised, not what comes after."""
+    with suppress(Exception):
+        writer.write_status(state, **more)
+        write_report(writer.folder)

@@ -1,0 +1,1 @@
+"""What is done with a run's adapter afterwards: hand it on, proven to be the same, or let it write."""

@@ -1,0 +1,26 @@
+"""What a finished run was asked for, and where its adapters lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedloom.errors import RunError
+from fedloom.hub import COMMIT
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.run import read_run
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """What was asked for, at the commits that the run had: a hub's main branch may have moved on."""
+    run = read_run(folder)
+    commits = {"model.revision": run.plan.get("model_revision", ""), "data.revision": run.plan.get("data_revision", "")}
+    pinned = [f'{key}="{commit}"' for key, commit in commits.items() if COMMIT.fullmatch(commit)]
+    return load_recipe(run.folder / "recipe.toml", pinned)
+
+
+def adapter_folder(folder: Path, which: str) -> Path:
+    source = folder / "adapters" / which
+    if not source.is_dir():
+        raise RunError(f'no adapter "{which}"', where=str(folder), mend="its first round is not complete")
+    return source

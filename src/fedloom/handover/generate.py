@@ -1,0 +1,85 @@
+"""Lets a run's adapter write on from a prompt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from fedloom.errors import RunError
+from fedloom.experiment.preparation import load_adapted_model
+from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.model.source import open_model
+from fedloom.text import show_controls
+
+
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    base: bool = False,
+    max_new_tokens: int = 80,
+    which: str = "best",
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Write on from a prompt with a run's adapter, likeliest token first; with `base`, first without it.
+
+    Raises:
+        RunError: no such run or adapter.
+    """
+    folder, say = Path(folder), say or _print
+    recipe = recipe_of(folder)
+    source = adapter_folder(folder, which)
+    opened = open_model(recipe.model.source, recipe.model.revision)
+    adapted = load_adapted_model(recipe, opened)
+    inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
+    if inputs.shape[1] == 0:
+        raise RunError("the prompt is empty", where="PROMPT", mend="give it a word or more")
+    longest = opened.max_length
+    room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1] - adapted.prompt_length)
+    if room < 1:
+        raise RunError(f"the prompt has {inputs.shape[1]} tokens, the model has room for {longest}", where="PROMPT")
+    adapted.model.eval()
+
+    def write() -> None:
+        streamer = _Streamer(opened.tokenizer, say)
+        padding = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transformers about itself
+            adapted.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=room,
+                do_sample=False,
+                pad_token_id=padding,
+                streamer=streamer,
+            )
+
+    if base:
+        say("--- base model ---\n")
+        # A whole model is still the base model: what was trained is not loaded yet.
+        with nullcontext() if adapted.is_whole else adapted.model.disable_adapter():
+            write()
+        say("--- with the adapter ---\n")
+    adapted.load(adapted.open(source))
+    write()
+
+
+def _print(text: str) -> None:
+    """What a model writes could be a terminal's escape sequence."""
+    print(show_controls(text), end="", flush=True)
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Tells each piece of text as soon as it is whole."""
+
+    def __init__(self, tokenizer: object, say: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._say(text + ("\n" if stream_end else ""))
