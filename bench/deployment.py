@@ -23,20 +23,20 @@ from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
 
+from fedloom.deployment.frames import Frame, receive_frame, send_frame
+from fedloom.deployment.keys import Security, approve, init, request
 from fedloom.deployment.processes import Child, free_port, private_folder
-from fedloom.deployment.provisioning import Security, approve, init, request
-from fedloom.deployment.wire import Frame, receive_frame, send_frame
 
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
 NAMES = ("alice", "bob", "carol")
-WORKER = "fedloom.deployment.worker"
+WORKER = "fedloom.deployment.client.worker"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def echo(path: str) -> None:
     """A worker that gives back what it gets, and tells of the process that brought it."""
-    from fedloom.federation.packing import COUNTS, WORDS
+    from fedloom.deployment.messages import COUNTS, WORDS
 
     facts = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(WORDS, "echo")}
     with socket.socket(socket.AF_UNIX) as listener:
@@ -64,7 +64,7 @@ def describe_start(process: int) -> dict[str, float]:
 
 def join_with_echo(kit: Path) -> None:
     """`fedloom join`, but for its worker."""
-    from fedloom.deployment import joining
+    from fedloom.deployment.client import joining
 
     def start(command: list[str], *rest: object) -> Child:
         if WORKER in command:
@@ -83,8 +83,8 @@ def provision(folder: Path) -> tuple[Security, list[Path]]:
 
 def measure_overhead(rounds: int) -> dict[str, object]:
     """Rounds of three clients with one and with two messages each, and messages to one client alone."""
-    from fedloom.deployment.superlink import SuperLink
-    from fedloom.federation.exchange import Exchange
+    from fedloom.deployment.server.exchange import Exchange
+    from fedloom.deployment.server.superlink import SuperLink
     from fedloom.recipe.loading import load_recipe
 
     payload = os.urandom(4 * WEIGHTS)
@@ -137,7 +137,7 @@ def measure_overhead(rounds: int) -> dict[str, object]:
 def measure_tiny(rounds: int) -> dict[str, object]:
     """`tiny` through `fedloom serve` and three times `fedloom join`."""
     from fedloom import load_recipe, read_run
-    from fedloom.deployment.documents import write_splits
+    from fedloom.deployment.client.documents import write_splits
     from fedloom.monitoring.display import Display
     from fedloom.recipe.loading import recipe_to_toml
 
@@ -173,12 +173,12 @@ def measure_memory(clients: int) -> dict[str, object]:
 
     from fedloom import load_recipe
     from fedloom.adapters.adapter import Adapter, Layout
+    from fedloom.deployment.messages import COUNTS, WORDS, pack_update
+    from fedloom.deployment.server import exchange as waits
+    from fedloom.deployment.server.exchange import Answer, Exchange, Node
+    from fedloom.deployment.server.remote_fleet import RemoteFleet
     from fedloom.evaluation.held_out import Score
-    from fedloom.federation import exchange as waits
-    from fedloom.federation.exchange import Answer, Exchange, Node
     from fedloom.federation.lora_rules import factors
-    from fedloom.federation.packing import COUNTS, WORDS, pack_update
-    from fedloom.federation.remote import RemoteFleet
     from fedloom.federation.rounds import FederatedRun
     from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.training.jobs import ClientReport, ClientUpdate

@@ -115,7 +115,7 @@ def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
 
 
 def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) -> None:
-    from fedloom.handover.finished_run import _recipe_of
+    from fedloom.handover.finished_run import recipe_of
 
     copied = tmp_path / "run"
     copied.mkdir()
@@ -123,8 +123,8 @@ def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) 
         (copied / name).write_bytes((finished.folder / name).read_bytes())
     (copied / "plan.json").write_text(json.dumps({**finished.plan, "model_revision": "a" * 40}))
     (copied / "recipe.toml").write_text((finished.folder / "recipe.toml").read_text())
-    assert _recipe_of(copied).model.revision == "a" * 40
-    assert _recipe_of(finished.folder).model.revision is None
+    assert recipe_of(copied).model.revision == "a" * 40
+    assert recipe_of(finished.folder).model.revision is None
 
 
 def test_without_a_central_hold_out_the_clients_prove_it(tmp_path: Path) -> None:

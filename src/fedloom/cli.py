@@ -85,7 +85,7 @@ def provision_init(
     folder: ServerFolder = Path("fedloom-server"),
 ) -> None:
     """Server: make a certificate authority, the server's certificate, and an empty list of clients."""
-    from fedloom.deployment.provisioning import describe_expiry, init
+    from fedloom.deployment.keys import describe_expiry, init
 
     typer.echo(f"{folder}: {describe_expiry(init(folder, host, port).expires())}")
 
@@ -93,7 +93,7 @@ def provision_init(
 @provision.command("renew")
 def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
     """Server: make it another certificate by the same authority; clients' kits stay as they are."""
-    from fedloom.deployment.provisioning import describe_expiry, renew
+    from fedloom.deployment.keys import describe_expiry, renew
 
     typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
     typer.echo("a serve that runs keeps the old one until it is started anew (serve --resume)")
@@ -105,7 +105,7 @@ def provision_request(
     folder: Annotated[Path, typer.Option(help="Where its key is kept.")] = Path(),
 ) -> None:
     """Client: make a key, which stays here, and the file that goes to the server's owner."""
-    from fedloom.deployment.provisioning import request
+    from fedloom.deployment.keys import request
 
     typer.echo(f"send {request(name, folder)} to the server's owner; keep {folder / name}.key to yourself")
 
@@ -117,7 +117,7 @@ def provision_approve(
     folder: ServerFolder = Path("fedloom-server"),
 ) -> None:
     """Server: take a client's key, and write the kit to send back."""
-    from fedloom.deployment.provisioning import approve
+    from fedloom.deployment.keys import approve
 
     kit, fingerprint = approve(folder, request, to)
     typer.echo(f"send {kit} back, and read this aloud:\n{fingerprint}")
@@ -129,7 +129,7 @@ def provision_revoke(
     folder: ServerFolder = Path("fedloom-server"),
 ) -> None:
     """Server: take a client's key no longer; a server that runs lets go of it."""
-    from fedloom.deployment.provisioning import revoke
+    from fedloom.deployment.keys import revoke
 
     revoke(folder, name)
     typer.echo(f"{name} is revoked")
@@ -138,7 +138,7 @@ def provision_revoke(
 @provision.command("compose")
 def provision_compose(to: Annotated[Path, typer.Option(help="The folder that gets them.")]) -> None:
     """Either side: write a Dockerfile and Compose files that run the server or a client."""
-    from fedloom.deployment.compose import write_compose
+    from fedloom.deployment.docker import write_compose
 
     typer.echo("\n".join(map(str, write_compose(to))))
 
@@ -163,8 +163,8 @@ def serve(
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.deployment.provisioning import open_server
-    from fedloom.deployment.serving import serve
+    from fedloom.deployment.keys import open_server
+    from fedloom.deployment.server.serving import serve
 
     security = None if insecure else open_server(server)
     with told_when_terminated():
@@ -181,7 +181,7 @@ def join(
     ] = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
-    from fedloom.deployment.joining import join, read_kit
+    from fedloom.deployment.client.joining import join, read_kit
 
     with told_when_terminated():
         join(
@@ -224,7 +224,7 @@ def split(
     from fedloom.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.deployment.documents import write_splits
+    from fedloom.deployment.client.documents import write_splits
     from fedloom.monitoring.display import Terminal
 
     for folder in write_splits(loaded, to, Terminal()):

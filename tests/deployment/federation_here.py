@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment import provisioning
+from fedloom.deployment import keys
 from fedloom.deployment.processes import free_port
 from fedloom.experiment.run import run
 from fedloom.recipe.loading import load_recipe
@@ -37,7 +37,7 @@ class Federation:
         self.out = folder / "served"
         self.server = folder / "server" if secure else None
         if self.server:
-            provisioning.init(self.server, host, self.port)
+            keys.init(self.server, host, self.port)
 
     def start(
         self, name: str, *words: str, before: Sequence[str] = (), folder: Path | None = None, **environment: str
@@ -60,8 +60,8 @@ class Federation:
         """`through` is a port of this machine that leads to the server's."""
         kit = self.folder / name / f"{name}.kit"
         if self.server:
-            asked = provisioning.request(name, kit.parent)
-            provisioning.approve(self.server, asked, kit.parent)
+            asked = keys.request(name, kit.parent)
+            keys.approve(self.server, asked, kit.parent)
         else:
             kit.parent.mkdir()
             kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
@@ -143,7 +143,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def split(recipe: Recipe, folder: Path) -> list[Path]:
-    from fedloom.deployment.documents import write_splits
+    from fedloom.deployment.client.documents import write_splits
     from fedloom.monitoring.display import Display
 
     return write_splits(recipe, folder, Display())

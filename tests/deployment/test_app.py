@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment import processes
-from fedloom.deployment.app import PROJECT, RELAY, check_app, write_app
-from fedloom.deployment.joining import Kit, join
+from fedloom.deployment.client.joining import Kit, join
+from fedloom.deployment.flower.bundle import PROJECT, RELAY, check_app, write_app
 from fedloom.errors import DeploymentError
 
 OURS = {"relay.py": RELAY, "pyproject.toml": PROJECT, ".info/CONTENT": ""}
@@ -51,7 +51,9 @@ def test_any_other_app_is_refused(files: dict[str, str], why: str) -> None:
 
 def test_another_app_is_refused_by_a_python_without_asserts(tmp_path: Path) -> None:
     (tmp_path / "app").write_bytes(bundle({**OURS, "relay.py": "other"}))
-    code = "import sys; from fedloom.deployment.app import check_app; check_app(open(sys.argv[1], 'rb').read())"
+    code = (
+        "import sys; from fedloom.deployment.flower.bundle import check_app; check_app(open(sys.argv[1], 'rb').read())"
+    )
     done = subprocess.run([sys.executable, "-O", "-c", code, str(tmp_path / "app")], capture_output=True, text=True)
     assert "other code" in done.stderr
 

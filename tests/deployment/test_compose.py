@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedloom import __version__
 from fedloom.cli import app
-from fedloom.deployment.compose import FILES, write_compose
+from fedloom.deployment.docker import FILES, write_compose
 from fedloom.errors import DeploymentError
 
 SIDES = ("server", "client")

@@ -14,7 +14,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 
 from federation_here import Federation, federation, find_process, run_here, split, tiny
 
-from fedloom.deployment.proxy import find_nginx
+from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run
@@ -46,7 +46,7 @@ def hashes(run: Run) -> list[str]:
 
 
 VICTIMS = {
-    "worker": "fedloom.deployment.worker",
+    "worker": "fedloom.deployment.client.worker",
     "Flower's process for a message": "fedloom-task",
     "who starts those": "client-tasks",
     "SuperNode": "supernode",
@@ -120,7 +120,7 @@ def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: P
         joined = join_all(there, asked)
         server = there.serve(write(asked, tmp_path), "--out", str(there.out))
         there.wait_for("client-1", "round 1")
-        worker = find_process(joined["client-1"], "fedloom.deployment.worker")
+        worker = find_process(joined["client-1"], "fedloom.deployment.client.worker")
         os.kill(worker, signal.SIGSTOP)
         there.wait_for("serve", "lost", times=2)  # once for the evaluation after round 1, once for round 2
         os.kill(worker, signal.SIGCONT)
@@ -145,9 +145,9 @@ def test_a_server_that_was_killed_goes_on_and_its_clients_come_back(tmp_path: Pa
 
 LIAR = """\
 import sys
-if "fedloom.deployment.worker" in sys.orig_argv:
+if "fedloom.deployment.client.worker" in sys.orig_argv:
     from dataclasses import replace
-    from fedloom.federation import packing
+    from fedloom.deployment import messages
     pack_update = packing.pack_update
 
     def lie(update, trains_P):

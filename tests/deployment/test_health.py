@@ -17,13 +17,13 @@ pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedl
 from federation_here import find_process
 
 from fedloom.deployment.health import check_client, check_server
+from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
-from fedloom.deployment.provisioning import Security, init
 
 WORDS = (
-    ["fedloom.deployment.worker"],
-    ["fedloom.federation.flower_programs", "supernode"],
-    ["fedloom.federation.flower_programs", "client-tasks"],
+    ["fedloom.deployment.client.worker"],
+    ["fedloom.deployment.flower.programs", "supernode"],
+    ["fedloom.deployment.flower.programs", "client-tasks"],
 )
 """Of the command lines that `fedloom join` starts."""
 

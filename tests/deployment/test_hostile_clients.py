@@ -27,14 +27,15 @@ from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedloom.deployment.superlink import read_answer
-from fedloom.deployment.wire import MOST_MANIFEST_BYTES, Frame
+from fedloom.deployment.flower import apps
+from fedloom.deployment.frames import MOST_MANIFEST_BYTES, Frame
+from fedloom.deployment.messages import COUNTS, pack_update
+from fedloom.deployment.server import exchange
+from fedloom.deployment.server.exchange import Answer, Exchange, Node
+from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.deployment.server.superlink import read_answer
 from fedloom.evaluation.held_out import Score
-from fedloom.federation import exchange, flower
-from fedloom.federation.exchange import Answer, Exchange, Node
 from fedloom.federation.lora_rules import LORA_RULES
-from fedloom.federation.packing import COUNTS, pack_update
-from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
 
 HOSTILE = 2
@@ -75,7 +76,7 @@ class ScriptedSuperLink:
         grid._client = SimpleNamespace(  # type: ignore[assignment]
             PullMessages=self._give, PullObject=self._give_object, ConfirmMessageReceived=lambda request: None
         )
-        self._inbox = flower.Inbox(grid)
+        self._inbox = apps.Inbox(grid)
 
     def nodes(self) -> Sequence[Node]:
         return [Node(str(n), str(n), "1") for n in range(3)]
@@ -84,7 +85,7 @@ class ScriptedSuperLink:
         self._asked += 1
         question = str(self._asked)
         answer = honest_answer(node.name, frame)
-        content = [flower.to_record(answer)]
+        content = [apps.to_record(answer)]
         if frame.manifest["do"] == "train" and int(node.name) == HOSTILE:
             content = self._hostility(answer, frame.manifest["round"])
             self._hostile.add(question)
@@ -94,7 +95,7 @@ class ScriptedSuperLink:
 
     def pull(self, messages: Collection[str]) -> Answer | None:
         found = self._inbox.pull(messages)
-        told = flower._answer(found) if found else Frame({"message": ""})
+        told = apps._answer(found) if found else Frame({"message": ""})
         assert len(json.dumps(told.manifest)) <= MOST_MANIFEST_BYTES, "it goes over a socket that takes no more"
         return read_answer(told)
 
@@ -146,7 +147,7 @@ def one_weight(value: float) -> Hostility:
 def report(**changed: Any) -> Hostility:
     """Other words about the same work."""
     return lambda answer, round: [
-        flower.to_record(
+        apps.to_record(
             replace(answer, manifest={**answer.manifest, "report": {**answer.manifest["report"], **changed}})
         )
     ]
@@ -156,7 +157,7 @@ def text(change: Callable[[str], str]) -> Hostility:
     """Another manifest, which may be none."""
 
     def spoil(answer: Frame, round: int) -> Content:
-        record = flower.to_record(answer)
+        record = apps.to_record(answer)
         record["told"] = ConfigRecord({"manifest": change(json.dumps(dict(answer.manifest)))})
         return [record]
 
@@ -205,7 +206,7 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def honestly(answer: Frame, round: int) -> Content:
-    return [flower.to_record(answer)]
+    return [apps.to_record(answer)]
 
 
 def run_with(
@@ -236,7 +237,7 @@ def without_it() -> str:
     said = Frame({"error": "not today"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "POLL_SECONDS", 0.01)
-        return final(run_with(lambda answer, round: [flower.to_record(said)])[0])
+        return final(run_with(lambda answer, round: [apps.to_record(said)])[0])
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def test_the_others_alone_make_another_model_than_all_three(without_it: str, wit
 
 
 def test_an_answer_that_comes_twice_counts_once(with_it: str) -> None:
-    results, _ = run_with(lambda answer, round: [flower.to_record(answer)] * 2)
+    results, _ = run_with(lambda answer, round: [apps.to_record(answer)] * 2)
     assert final(results) == with_it
 
 
@@ -267,7 +268,7 @@ def test_a_former_rounds_answer_is_refused() -> None:
     kept: list[RecordDict] = []
 
     def replay(answer: Frame, round: int) -> Content:
-        kept.append(flower.to_record(answer))
+        kept.append(apps.to_record(answer))
         return kept[:1]
 
     results, _ = run_with(replay)

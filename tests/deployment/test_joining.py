@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedloom.cli import main
-from fedloom.deployment import joining
-from fedloom.deployment.joining import REFUSED_SECONDS, RESTARTS, Refusals, watch
+from fedloom.deployment.client import joining
+from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, Refusals, watch
 from fedloom.deployment.processes import Child, Together
 from fedloom.errors import DeploymentError
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.deployment.joining import Kit, join
-from fedloom.deployment.journal import Journal, hash_task
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.client.joining import Kit, join
+from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
 
 TOLD = {"recipe": "r", "round": 1}

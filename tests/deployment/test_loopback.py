@@ -10,17 +10,17 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from fedloom.deployment import provisioning
+from fedloom.deployment import keys
+from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import free_port, private_folder
-from fedloom.deployment.superlink import SuperLink
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[provisioning.Security]:
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[keys.Security]:
     """The keys of a SuperLink whose app was submitted, through the path that the others are refused on."""
-    security = provisioning.init(tmp_path_factory.mktemp("keys") / "server", "localhost", free_port())
+    security = keys.init(tmp_path_factory.mktemp("keys") / "server", "localhost", free_port())
     with private_folder() as folder, closing(SuperLink(folder, security.port, security)) as link:
         link.open()
         assert link.nodes() == []
@@ -43,7 +43,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[provisioning.Secu
         ("/v1/runtime/acquire-task", 401),
     ],
 )
-def test_who_has_the_certificate_alone_operates_nothing(door: provisioning.Security, path: str, status: int) -> None:
+def test_who_has_the_certificate_alone_operates_nothing(door: keys.Security, path: str, status: int) -> None:
     trust = ssl.create_default_context(cafile=door.ca)
     with closing(HTTPSConnection("localhost", door.port, context=trust, timeout=60)) as connection:
         connection.request("POST", path, b"", {"content-type": "application/protobuf"})
@@ -55,7 +55,7 @@ def test_who_has_the_certificate_alone_operates_nothing(door: provisioning.Secur
 class ScriptedSuperLink(SuperLink):
     """Takes keys as Flower does: none twice while it runs, even one whose node was unregistered."""
 
-    def __init__(self, folder: Path, security: provisioning.Security, said: list[str]) -> None:
+    def __init__(self, folder: Path, security: keys.Security, said: list[str]) -> None:
         super().__init__(folder, security.port, security, lambda what, detail: said.append(f"{what} {detail}"))
         self.begun = 0
         self.given: dict[str, str] = {}
@@ -81,7 +81,7 @@ class ScriptedSuperLink(SuperLink):
 @pytest.fixture
 def scripted(tmp_path: Path) -> Iterator[tuple[ScriptedSuperLink, list[str]]]:
     said: list[str] = []
-    security = provisioning.init(tmp_path / "server", "localhost", 1)
+    security = keys.init(tmp_path / "server", "localhost", 1)
     with private_folder() as folder, closing(ScriptedSuperLink(folder, security, said)) as link:
         link.open()
         yield link, said
@@ -98,12 +98,12 @@ def test_a_name_that_has_another_key_is_not_open_to_the_old_one(
     """Its node may not have been there when the key was revoked, so that Flower still takes it."""
     link, _ = scripted
     server = tmp_path / "server"
-    provisioning.approve(server, provisioning.request("alice", tmp_path / "old"), tmp_path)
+    keys.approve(server, keys.request("alice", tmp_path / "old"), tmp_path)
     assert names_of(link) == ["alice"]
-    provisioning.revoke(server, "alice")
+    keys.revoke(server, "alice")
     if looks:
         link._register()
-    provisioning.approve(server, provisioning.request("alice", tmp_path / "new"), tmp_path)
+    keys.approve(server, keys.request("alice", tmp_path / "new"), tmp_path)
     with pytest.raises(OSError, match="keys changed"):
         link.nodes()
     link.reopen()
@@ -116,13 +116,13 @@ def test_a_key_that_was_revoked_can_be_approved_again(
     scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
 ) -> None:
     link, said = scripted
-    asked = provisioning.request("alice", tmp_path)
-    provisioning.approve(tmp_path / "server", asked, tmp_path)
+    asked = keys.request("alice", tmp_path)
+    keys.approve(tmp_path / "server", asked, tmp_path)
     assert names_of(link) == ["alice"]
     for _ in range(2):
-        provisioning.revoke(tmp_path / "server", "alice")
+        keys.revoke(tmp_path / "server", "alice")
         link._register()
-        provisioning.approve(tmp_path / "server", asked, tmp_path)
+        keys.approve(tmp_path / "server", asked, tmp_path)
         with pytest.raises(OSError, match="keys changed"):
             link.nodes()
         link.reopen()
@@ -136,11 +136,11 @@ def test_a_key_that_flower_does_not_take_does_not_end_the_run(
 ) -> None:
     link, said = scripted
     for name in ("alice", "eve"):
-        provisioning.approve(tmp_path / "server", provisioning.request(name, tmp_path), tmp_path)
+        keys.approve(tmp_path / "server", keys.request(name, tmp_path), tmp_path)
     assert names_of(link) == names_of(link) == ["alice"]
     assert said == [
         "refused eve's key, which Flower does not take: flwr supernode failed: Public key already in use."
     ], "once"
-    provisioning.revoke(tmp_path / "server", "eve")
+    keys.revoke(tmp_path / "server", "eve")
     assert names_of(link) == ["alice"]
     assert link.begun == 1

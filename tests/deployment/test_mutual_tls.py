@@ -14,9 +14,9 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 
 from federation_here import SECONDS, Federation, end, federation, run_here, split, tiny
 
-from fedloom.deployment import provisioning
+from fedloom.deployment import keys
 from fedloom.deployment.processes import free_port
-from fedloom.deployment.proxy import find_nginx
+from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -82,7 +82,7 @@ def test_a_client_with_a_certificate_takes_part_and_one_without_does_not(tmp_pat
         server = there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out))
         (data,) = split(recipe, tmp_path / "split")
         for folder, own, name in ((near, "near", "alice"), (far, "far", "mallory")):
-            provisioning.approve(there.server, provisioning.request(name, folder), folder)
+            keys.approve(there.server, keys.request(name, folder), folder)
             change = fill(kit, ports[own]).replace("alice", name)
             subprocess.run(["bash", "-euc", change], cwd=folder, check=True)
         there.start("mallory", "join", str(far / "mallory.kit"), "--data", str(data))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import make_recipe
 
-from fedloom.deployment.policy import Policy, check_policy, load_policy
+from fedloom.deployment.client.policy import Policy, check_policy, load_policy
 from fedloom.errors import RecipeError
 
 

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
-from fedloom.deployment import provisioning
-from fedloom.deployment.preflight import AbsentError, await_server, check_clock, greet_server
+from fedloom.deployment import keys
+from fedloom.deployment.client.preflight import AbsentError, await_server, check_clock, greet_server
+from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
-from fedloom.deployment.provisioning import Security, init
 from fedloom.errors import DeploymentError
 
 
@@ -60,7 +60,7 @@ def ca(security: Security) -> str:
 
 def test_the_kits_server_is_told_by_its_certificates_last_day(security: Security) -> None:
     with server(security) as there:
-        assert greet_server(there, ca(security)) == provisioning.describe_expiry(security.expires())
+        assert greet_server(there, ca(security)) == keys.describe_expiry(security.expires())
     with server(None) as there:
         assert greet_server(there, "") == ""
 
@@ -74,7 +74,7 @@ def test_another_authoritys_server_is_refused(security: Security, tmp_path: Path
 def test_a_certificate_for_another_name_is_refused(
     security: Security, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provisioning, "LOOPBACK", ())
+    monkeypatch.setattr(keys, "LOOPBACK", ())
     other = init(tmp_path / "other", "fed.example.org", 1)
     with server(other) as there, pytest.raises(DeploymentError, match="the server's certificate is not for localhost"):
         greet_server(there, ca(other))
@@ -146,16 +146,16 @@ def test_a_certificate_of_another_time_is_refused_where_both_clocks_agree(
             return datetime.now(tz) + timedelta(seconds=moved)
 
     with monkeypatch.context() as patched:
-        patched.setattr(provisioning, "datetime", Clock)
-        patched.setattr(provisioning, "SERVER_DAYS", days)
-        patched.setattr(provisioning, "open_server", lambda folder: Security(folder, "localhost", 1))
+        patched.setattr(keys, "datetime", Clock)
+        patched.setattr(keys, "SERVER_DAYS", days)
+        patched.setattr(keys, "open_server", lambda folder: Security(folder, "localhost", 1))
         other = init(tmp_path / "other", "localhost", 1)
     with server(other) as there, pytest.raises(DeploymentError, match=why):
         greet_server(there, ca(other))
 
 
 def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
+    monkeypatch.setattr(keys, "SERVER_DAYS", 20)
     other = init(tmp_path / "other", "localhost", 1)
     with server(other) as there:
         assert "ONLY 19 DAYS LEFT" in greet_server(there, ca(other))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.deployment.flower import programs
 from fedloom.deployment.processes import private_folder
 
 HOLDS_A_FOLDER = """\
@@ -21,7 +22,7 @@ with private_folder() as folder:
 """
 HANGS = """\
 import socket, sys, threading, time
-from fedloom.federation.flower import _end_with
+from fedloom.deployment.flower.apps import _end_with
 connection = socket.socket(fileno=int(sys.argv[1]))
 threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
 print("hangs", flush=True)
@@ -92,11 +93,9 @@ def test_a_link_that_is_cut_in_a_handshake_is_tried_again_and_a_wrong_certificat
     import httpx
     from flwr.supercore.retry import http_retry
 
-    from fedloom.federation import flower_programs
-
     flowers = http_retry.make_simple_http_retry_invoker().should_giveup
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_retry, "RetryInvoker", flower_programs.patient(http_retry.RetryInvoker))
+        patch.setattr(http_retry, "RetryInvoker", programs.patient(http_retry.RetryInvoker))
         ours = http_retry.make_simple_http_retry_invoker().should_giveup
     assert flowers
     assert ours
@@ -109,7 +108,7 @@ def test_a_link_that_is_cut_in_a_handshake_is_tried_again_and_a_wrong_certificat
 def test_a_message_that_was_cut_off_on_its_way_is_known() -> None:
     """Flower does not send it again."""
     httpx = pytest.importorskip("httpx", reason="comes with Flower: pip install 'fedloom[deploy]'")
-    from fedloom.federation.flower_programs import may_have_lost_a_message
+    from fedloom.deployment.flower.programs import may_have_lost_a_message
 
     pull = httpx.Request("POST", "https://fed.example.org:8443/v1/fleet/pull-messages")
     beat = httpx.Request("POST", "https://fed.example.org:8443/v1/fleet/send-node-heartbeat")

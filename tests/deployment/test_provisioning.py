@@ -15,9 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedloom.deployment import provisioning
-from fedloom.deployment.joining import read_kit
-from fedloom.deployment.provisioning import approve, fingerprint, init, open_server, request, revoke
+from fedloom.deployment import keys
+from fedloom.deployment.client.joining import read_kit
+from fedloom.deployment.keys import approve, fingerprint, init, open_server, request, revoke
 from fedloom.errors import DeploymentError
 
 
@@ -169,21 +169,21 @@ def test_a_request_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "DAYS LEFT" not in provisioning.describe_expiry(init(tmp_path / "one", "localhost", 1).expires())
-    monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
-    assert "ONLY 19 DAYS LEFT" in provisioning.describe_expiry(init(tmp_path / "two", "localhost", 1).expires())
-    monkeypatch.setattr(provisioning, "SERVER_DAYS", 0)
+    assert "DAYS LEFT" not in keys.describe_expiry(init(tmp_path / "one", "localhost", 1).expires())
+    monkeypatch.setattr(keys, "SERVER_DAYS", 20)
+    assert "ONLY 19 DAYS LEFT" in keys.describe_expiry(init(tmp_path / "two", "localhost", 1).expires())
+    monkeypatch.setattr(keys, "SERVER_DAYS", 0)
     with pytest.raises(DeploymentError, match=r"expired .*fedloom provision renew"):
         init(tmp_path / "three", "localhost", 1)
 
 
 def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provisioning, "SERVER_DAYS", 20)
+    monkeypatch.setattr(keys, "SERVER_DAYS", 20)
     security = init(tmp_path / "server", "fed.example.org", 8443)
     before = security.certificate.read_bytes()
     _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
-    monkeypatch.setattr(provisioning, "SERVER_DAYS", 365)
-    assert "DAYS LEFT" not in provisioning.describe_expiry(provisioning.renew(tmp_path / "server").expires())
+    monkeypatch.setattr(keys, "SERVER_DAYS", 365)
+    assert "DAYS LEFT" not in keys.describe_expiry(keys.renew(tmp_path / "server").expires())
     assert fingerprint(security.ca) == read_aloud
     ca, renewed = (x509.load_pem_x509_certificate(path.read_bytes()) for path in (security.ca, security.certificate))
     renewed.verify_directly_issued_by(ca)
@@ -191,4 +191,4 @@ def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, monkeypa
     ssl.create_default_context(cafile=security.ca).load_cert_chain(security.certificate, security.key)
     (tmp_path / "server" / "ca.key").unlink()
     with pytest.raises(DeploymentError, match="can't be read"):
-        provisioning.renew(tmp_path / "server")
+        keys.renew(tmp_path / "server")

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
-from fedloom.deployment import proxy as module
+from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
-from fedloom.deployment.provisioning import Security, init
-from fedloom.deployment.proxy import find_nginx, proxy, write_configuration
+from fedloom.deployment.server import nginx as module
+from fedloom.deployment.server.nginx import find_nginx, proxy, write_configuration
 from fedloom.errors import DeploymentError
 
 with_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
@@ -106,8 +106,8 @@ def test_it_does_not_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from fedloom.deployment.provisioning import open_server
-from fedloom.deployment.proxy import proxy
+from fedloom.deployment.keys import open_server
+from fedloom.deployment.server.nginx import proxy
 with proxy(open_server(Path({str(security.folder)!r})), 1, Path({str(tmp_path)!r}), print):
     time.sleep(600)
 """

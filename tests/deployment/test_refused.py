@@ -17,10 +17,10 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 
 from federation_here import Federation, end, federation, run_here, split, tiny
 
-from fedloom.deployment import provisioning
-from fedloom.deployment.app import write_app
+from fedloom.deployment import keys
+from fedloom.deployment.flower.bundle import write_app
 from fedloom.deployment.processes import flower_command, free_port, programs_environment
-from fedloom.deployment.proxy import find_nginx
+from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -134,23 +134,23 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
     with federation(tmp_path, secure=True, host=HOST) as there, relay(there.port) as way, relay(there.port) as honest:
         assert there.server is not None
         ca = there.server / "ca.crt"
-        other = provisioning.init(tmp_path / "other", HOST, there.port)
+        other = keys.init(tmp_path / "other", HOST, there.port)
 
         def approve(name: str, through: str = "") -> Path:
             """A client's kit; its name is its folder's."""
-            asked = provisioning.request(name, tmp_path / name)
-            provisioning.approve(there.server, asked, tmp_path / name)
+            asked = keys.request(name, tmp_path / name)
+            keys.approve(there.server, asked, tmp_path / name)
             return write_kit(tmp_path / name, name, through or way.address, ca)
 
         def join(name: str, kit: Path, *before: str, data: Path = data[0]) -> "subprocess.Popen[bytes]":
             return there.start(name, "join", str(kit), "--data", str(data), before=before)
 
         erin = approve("erin")
-        provisioning.revoke(there.server, "erin")
+        keys.revoke(there.server, "erin")
         server = there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out), "--wait", "900")
         there.wait_for("serve", "waiting")
-        provisioning.request("mallory", tmp_path / "mallory")
-        provisioning.request("oscar", tmp_path / "oscar")
+        keys.request("mallory", tmp_path / "mallory")
+        keys.request("oscar", tmp_path / "oscar")
         patient = {
             "erin": join("erin", erin),
             "mallory": join("mallory", write_kit(tmp_path / "mallory", "mallory", way.address, ca)),
@@ -158,7 +158,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
             "carol": join("carol", approve("carol", f"{HOST}:{there.port}")),
         }
         there.wait_for("serve", "client    carol: ")
-        provisioning.revoke(there.server, "carol")
+        keys.revoke(there.server, "carol")
 
         frank = approve("frank")
         quick = {

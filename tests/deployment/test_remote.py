@@ -12,11 +12,8 @@ import torch
 from conftest import make_adapted, make_recipe, make_update
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.deployment.wire import Frame
-from fedloom.errors import DeploymentError, MessageError, RunError
-from fedloom.federation import exchange, remote
-from fedloom.federation.exchange import Answer, Exchange, Node
-from fedloom.federation.packing import (
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import (
     COUNTS,
     pack_adapter,
     pack_task,
@@ -25,7 +22,10 @@ from fedloom.federation.packing import (
     unpack_task,
     unpack_update,
 )
-from fedloom.federation.remote import RemoteFleet
+from fedloom.deployment.server import exchange, remote_fleet
+from fedloom.deployment.server.exchange import Answer, Exchange, Node
+from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.errors import DeploymentError, MessageError, RunError
 from fedloom.progress import Progress
 from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 
@@ -318,7 +318,7 @@ def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: py
         alive.add(update.adapter)
         return update
 
-    monkeypatch.setattr(remote, "unpack_update", watched)
+    monkeypatch.setattr(remote_fleet, "unpack_update", watched)
     most = 0
     for result in fleet.train(tasks(fleet)):
         assert isinstance(result, ClientUpdate)

@@ -12,17 +12,17 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'flwr[simul
 
 from federation_here import run_here, split, timeless, tiny
 
+from fedloom.deployment.flower import apps
 from fedloom.deployment.processes import Child, private_folder, programs_environment
-from fedloom.deployment.serving import Host
-from fedloom.deployment.superlink import SuperLink
+from fedloom.deployment.server.serving import Host
+from fedloom.deployment.server.superlink import SuperLink
 from fedloom.experiment.run import Venue, run
-from fedloom.federation import flower
 from fedloom.monitoring.display import Display
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SIMULATION = """\
 from flwr.simulation import run_simulation
-from fedloom.federation.flower import client_app, server_app
+from fedloom.deployment.flower.apps import client_app, server_app
 backend = {"init_args": {"num_cpus": 2, "include_dashboard": False}, "client_resources": {"num_cpus": 1}}
 run_simulation(server_app, client_app, num_supernodes=2, backend_config=backend)
 """
@@ -32,7 +32,7 @@ class Simulation(SuperLink):
     """Flower's simulation where its SuperLink would be."""
 
     def open(self) -> None:
-        environment = {**self._environment, flower.WORKER_SOCKETS: str(self._folder), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**self._environment, apps.WORKER_SOCKETS: str(self._folder), "RAY_USAGE_STATS_ENABLED": "0"}
         self._child = Child([sys.executable, "-c", SIMULATION], self._log, environment)
         until = time.monotonic() + 200
         while self._app is None:
@@ -49,7 +49,13 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         for client, data in enumerate(split(asked, tmp_path / "split")):
-            command = [sys.executable, "-m", "fedloom.deployment.worker", "--socket", f"{folder}/worker-{client}.sock"]
+            command = [
+                sys.executable,
+                "-m",
+                "fedloom.deployment.client.worker",
+                "--socket",
+                f"{folder}/worker-{client}.sock",
+            ]
             command += ["--name", f"client-{client}", "--data", str(data)]
             command += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
             worker = Child(command, tmp_path / f"client-{client}.log", programs_environment(folder))

@@ -14,7 +14,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from federation_here import Federation, run_here, split, tiny
 from hosts_here import hosts, why_no_hosts
 
-from fedloom.deployment.proxy import find_nginx
+from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.records.run import read_run
 

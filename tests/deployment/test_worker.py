@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from conftest import make_recipe
 
-from fedloom.deployment.documents import HOLDOUT, TRAIN, gather_client, write_splits
-from fedloom.deployment.journal import Journal
-from fedloom.deployment.policy import Policy
-from fedloom.deployment.wire import Frame
-from fedloom.deployment.worker import Worker, say
+from fedloom.deployment.client.documents import HOLDOUT, TRAIN, gather_client, write_splits
+from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.worker import Worker, say
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import pack_adapter, pack_task, unpack_facts
 from fedloom.errors import DataError
 from fedloom.experiment.preparation import load_adapted_model, prepare
-from fedloom.federation.packing import pack_adapter, pack_task, unpack_facts
 from fedloom.host import failpoints
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Display

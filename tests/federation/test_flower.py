@@ -15,7 +15,7 @@ LAUNCH = """
 import sys, time
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec
-from fedloom.federation.flower_programs import client_executor
+from fedloom.deployment.flower.programs import client_executor
 
 client_executor().launch(
     ExecutionSpec(

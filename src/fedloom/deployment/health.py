@@ -14,9 +14,9 @@ from pathlib import Path
 WAIT_SECONDS = 10.0
 GATEWAY_ERRORS = range(502, 505)
 CHILDREN = {
-    "worker": b"fedloom.deployment.worker",
-    "SuperNode": b"flower_programs\0supernode",
-    "tasks": b"flower_programs\0client-tasks",
+    "worker": b"fedloom.deployment.client.worker",
+    "SuperNode": b"programs\0supernode",
+    "tasks": b"programs\0client-tasks",
 }
 """What a client's `fedloom join` keeps alive, and the words that each has in its command line."""
 

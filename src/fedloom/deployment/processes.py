@@ -122,8 +122,8 @@ def check_flower() -> None:
 
 
 def flower_command(program: str, *words: str) -> list[str]:
-    """One of Flower's programs, as `federation.flower_programs` runs it."""
-    return [sys.executable, "-m", "fedloom.federation.flower_programs", program, *words]
+    """One of Flower's programs, as `flower.programs` runs it."""
+    return [sys.executable, "-m", "fedloom.deployment.flower.programs", program, *words]
 
 
 def write_secret(folder: Path) -> Path:

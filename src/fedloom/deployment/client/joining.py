@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedloom.deployment.journal import Journal
-from fedloom.deployment.policy import load_policy
-from fedloom.deployment.preflight import await_server
+from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.policy import load_policy
+from fedloom.deployment.client.preflight import await_server
+from fedloom.deployment.keys import check_name, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
     Child,
     Together,
@@ -28,7 +29,6 @@ from fedloom.deployment.processes import (
     tasks_command,
     write_secret,
 )
-from fedloom.deployment.provisioning import check_name, fingerprint, is_address, read_authority
 from fedloom.errors import DeploymentError
 from fedloom.host.signals import Interruption
 
@@ -112,7 +112,12 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     with private_folder() as folder:
         worker_socket, log = folder / "worker.sock", folder / "supernode.log"
         options = {"socket": worker_socket, "name": kit.name, "data": data, "journal": journal, "policy": policy or ""}
-        command = [sys.executable, "-m", "fedloom.deployment.worker", *(f"--{key}={options[key]}" for key in options)]
+        command = [
+            sys.executable,
+            "-m",
+            "fedloom.deployment.client.worker",
+            *(f"--{key}={options[key]}" for key in options),
+        ]
         port, secret = free_port(), write_secret(folder)
         node = flower_command("supernode", "--superlink", kit.server)
         node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]

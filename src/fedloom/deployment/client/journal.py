@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
 
 DAY = timedelta(days=1)

@@ -14,10 +14,10 @@ from fedloom import __version__
 from fedloom.errors import DeploymentError
 
 RELAY = """\
-from fedloom.federation import flower
+from fedloom.deployment.flower import apps
 
-server_app = flower.server_app
-client_app = flower.client_app
+server_app = apps.server_app
+client_app = apps.client_app
 """
 COMPONENTS = {"serverapp": "relay:server_app", "clientapp": "relay:client_app"}
 PROJECT = f"""\

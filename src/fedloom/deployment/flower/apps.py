@@ -32,7 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedloom.deployment.wire import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
+from fedloom.deployment.frames import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
 from fedloom.errors import MessageError
 
 WORKER_SOCKETS = "FEDLOOM_WORKER_SOCKETS"

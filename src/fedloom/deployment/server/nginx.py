@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import Child, tail
-from fedloom.deployment.provisioning import Security
 from fedloom.errors import DeploymentError
 
 START_SECONDS = 20.0

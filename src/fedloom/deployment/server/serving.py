@@ -11,18 +11,18 @@ from typing import Any
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
+from fedloom.deployment.keys import Security, describe_expiry
 from fedloom.deployment.processes import check_flower, free_port, private_folder
-from fedloom.deployment.provisioning import Security, describe_expiry
-from fedloom.deployment.proxy import proxy
-from fedloom.deployment.superlink import SuperLink
+from fedloom.deployment.server.exchange import Exchange
+from fedloom.deployment.server.nginx import proxy
+from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
 from fedloom.experiment.run import Venue, run
 from fedloom.experiment.session import Workshop, hash_base
 from fedloom.federation.aggregation import check_strategy
-from fedloom.federation.exchange import Exchange
 from fedloom.federation.fleet import LoyalFleet
-from fedloom.federation.remote import RemoteFleet
 from fedloom.federation.schedule import cohort_size
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model

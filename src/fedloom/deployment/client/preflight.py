@@ -14,8 +14,8 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.request import getproxies, proxy_bypass
 
+from fedloom.deployment.keys import describe_expiry
 from fedloom.deployment.processes import rest
-from fedloom.deployment.provisioning import describe_expiry
 from fedloom.errors import DeploymentError
 
 AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0

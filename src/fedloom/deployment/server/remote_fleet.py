@@ -13,18 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import pack_adapter, pack_task, unpack_progress, unpack_score, unpack_update
+from fedloom.deployment.server.exchange import Exchange
 from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Holding
-from fedloom.federation.exchange import Exchange
-from fedloom.federation.packing import (
-    pack_adapter,
-    pack_task,
-    unpack_progress,
-    unpack_score,
-    unpack_update,
-)
 from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from fedloom.deployment.app import write_app
+from fedloom.deployment.flower.bundle import write_app
+from fedloom.deployment.frames import SERVE_SOCKET, Frame, read_manifest, receive_frame, send_frame
+from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import (
     CONTROL_SECRET,
     Child,
@@ -22,10 +24,8 @@ from fedloom.deployment.processes import (
     tasks_command,
     write_secret,
 )
-from fedloom.deployment.provisioning import Security
-from fedloom.deployment.wire import SERVE_SOCKET, Frame, read_manifest, receive_frame, send_frame
+from fedloom.deployment.server.exchange import Answer, Node
 from fedloom.errors import DeploymentError
-from fedloom.federation.exchange import Answer, Node
 
 FREE_SECONDS = 20.0
 """That a SuperLink whose server was killed has to end."""

@@ -18,15 +18,15 @@ from typing import Any
 from fedloom import __version__
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks
-from fedloom.deployment.documents import gather_client
-from fedloom.deployment.journal import Journal, hash_task
-from fedloom.deployment.policy import Policy, check_policy, load_policy
-from fedloom.deployment.wire import Frame, receive_frame, send_frame
+from fedloom.deployment.client.documents import gather_client
+from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.policy import Policy, check_policy, load_policy
+from fedloom.deployment.frames import Frame, receive_frame, send_frame
+from fedloom.deployment.messages import pack_score, pack_update, unpack_adapter, unpack_task
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.experiment.preparation import load_adapted_model
 from fedloom.experiment.session import hash_base, tensors_of
-from fedloom.federation.packing import pack_score, pack_update, unpack_adapter, unpack_task
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
@@ -211,7 +211,7 @@ def serve(listener: socket.socket, worker: Worker) -> None:
 
 
 def main() -> None:
-    """`python -m fedloom.deployment.worker`: started by `fedloom join`, never by hand."""
+    """`python -m fedloom.deployment.client.worker`: started by `fedloom join`, never by hand."""
     parser = argparse.ArgumentParser()
     for option in ("--socket", "--name", "--data", "--policy", "--journal"):
         parser.add_argument(option, default="")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.frames import Frame
 from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import trained_part

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from fedloom.deployment.wire import Frame
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import Facts, unpack_facts
 from fedloom.errors import DeploymentError, MessageError
-from fedloom.federation.packing import Facts, unpack_facts
 from fedloom.text import count, format_seconds
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from fedloom.deployment.app import check_app
+from fedloom.deployment.flower.bundle import check_app
 from fedloom.deployment.processes import CONTROL_SECRET
 
 POLL_SECONDS = 0.5
@@ -156,7 +156,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     from flwr.supercore.exit import exit_handler
     from flwr.supercore.superexec.executor import subprocess_executor
 
-    import fedloom.federation.flower  # noqa: F401  (what the app imports)
+    import fedloom.deployment.flower.apps  # noqa: F401  (what the app imports)
 
     class Forks(subprocess_executor.SubprocessExecutor):
         """Starts a task as Flower's own executor does, but for the program."""

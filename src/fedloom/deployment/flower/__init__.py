@@ -1,0 +1,1 @@
+"""Flower: the only room that imports flwr."""
