@@ -1,8 +1,9 @@
-"""The house: a module imports only from modules above it, and what must stay light stays light."""
+"""The house: rooms in the order in which data flows, no import upward, no circle, and light rooms that stay light."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,174 +12,108 @@ import fedloom
 
 SOURCE = Path(fedloom.__file__).parent
 
-HOUSE = [
-    "adapters.lora",
-    "deployment.frames",
-    "deployment.health",
-    "host.failpoints",
-    "host.machine",
-    "host.signals",
-    "hub",
-    "model.attention",
-    "model.loss_head",
-    "model.packed",
-    "progress",
-    "seeds",
-    "text",
-    "training.gradient_checkpointing",
-    "adapters.adapter",
-    "errors",
-    "monitoring.telemetry",
-    "recipe.methods",
-    "records.plan",
-    "report.document",
-    "report.plots",
-    "training.client_dropout",
-    "adapters.peft_config",
-    "data.rows",
-    "data.tokens",
-    "deployment.client.journal",
-    "deployment.docker",
-    "deployment.flower.apps",
-    "deployment.flower.bundle",
-    "deployment.processes",
-    "federation.lora_error",
-    "host.files",
-    "model.source",
-    "monitoring.display",
-    "recipe.sections",
-    "records.run",
-    "adapters.files",
-    "data.documents",
-    "deployment.client.policy",
-    "deployment.flower.programs",
-    "deployment.keys",
-    "model.loading",
-    "monitoring.trackers",
-    "recipe.recipe",
-    "records.writer",
-    "report.figures",
-    "training.objective",
-    "adapters.adapted_model",
-    "data.splits",
-    "deployment.client.preflight",
-    "deployment.server.nginx",
-    "federation.schedule",
-    "monitoring.status",
-    "recipe.loading",
-    "report.baselines_section",
-    "report.setup_section",
-    "training.jobs",
-    "adapters.stacked_lora",
-    "deployment.client.joining",
-    "evaluation.held_out",
-    "federation.admission",
-    "federation.aggregation",
-    "handover.finished_run",
-    "records.card",
-    "report.observations",
-    "training.reference",
-    "training.stacked_optimizers",
-    "federation.fleet",
-    "federation.lora_rules",
-    "records.state",
-    "report.run_report",
-    "training.stacked_step",
-    "deployment.messages",
-    "federation.rounds",
-    "records.check",
-    "report.comparison",
-    "training.cuda_graph",
-    "training.memory",
-    "deployment.server.exchange",
-    "experiment.baselines",
-    "training.batched",
-    "deployment.server.remote_fleet",
-    "deployment.server.superlink",
-    "training.engines",
-    "experiment.preparation",
-    "deployment.client.documents",
-    "experiment.session",
-    "handover.export",
-    "handover.generate",
-    "deployment.client.worker",
-    "experiment.recorder",
-    "experiment.trial",
-    "experiment.run",
-    "experiment.sweep",
-    "deployment.server.serving",
-    "cli",
-    "__main__",
-]
-"""The modules in the order in which data flows."""
+LAYERS = (
+    ("text",),
+    ("errors",),
+    ("seeds", "hub", "progress"),
+    ("host",),
+    ("recipe",),
+    ("data", "model"),
+    ("adapters",),
+    ("training",),
+    ("evaluation",),
+    ("federation",),
+    ("records",),
+    ("monitoring", "report"),
+    ("experiment",),
+    ("handover",),
+    ("deployment",),
+    ("cli",),
+    ("__main__",),
+)
+"""Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
-BARE = [
-    module
-    for module in HOUSE
-    if module.split(".")[0] in ("model.loading", "adapters", "training", "evaluation.held_out")
-]
-"""Modules that also run on a bare GPU machine."""
+DEPLOYMENT = (
+    ("frames", "processes"),
+    ("messages", "keys", "flower", "docker", "health"),
+    ("server", "client"),
+)
+"""The same inside `deployment`: what both sides share, and then each side."""
 
-LIGHT = [
-    *(
-        "text",
-        "errors",
-        "host.failpoints",
-        "text",
-        "seeds",
-        "recipe.methods",
-        "recipe.sections",
-        "recipe.recipe",
-        "recipe.loading",
-        "progress",
-        "records.plan",
-        "host.machine",
-        "host.files",
-        "records.run",
-        "monitoring.telemetry",
-        "monitoring.trackers",
-    ),
-    *("records.card", "report.run_report", "report.comparison", "monitoring.display", "monitoring.status", "cli"),
-    *("deployment.client.policy", "deployment.client.journal", "deployment.docker", "deployment.health"),
-]
-"""Modules that answer at once: no torch at import."""
+BARE = ("model", "adapters", "training", "evaluation")
+"""Rooms that also run on a bare GPU machine: nothing beyond torch, transformers, PEFT and what those need."""
+
+LIGHT_ROOMS = ("text", "errors", "seeds", "hub", "progress", "host", "recipe", "monitoring", "report", "cli")
+LIGHT = (
+    *("records.plan", "records.run", "records.writer", "records.card"),
+    *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.journal"),
+)
+"""What answers at once: rooms, and modules of other rooms, that import no torch."""
+
+MODULES = sorted(".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py"))
+MODULES = [module for module in MODULES if not module.endswith("__init__")]
 
 
-def imports_of(module: str, *, typing_only: bool = False) -> set[str]:
-    """The modules that a module imports when it is imported or its functions run, without those for types alone."""
+def imports_of(module: str) -> set[str]:
+    """Return the modules that a module imports: at its top, inside functions, and for types alone."""
     tree = ast.parse((SOURCE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing_only:
-            node.body = []
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = {f"{node.module}.{alias.name}" for alias in node.names} & {f"fedloom.{name}" for name in HOUSE}
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & {f"fedloom.{name}" for name in MODULES}
             found |= inside or {node.module}
     return found
 
 
-def test_the_house_holds_every_module() -> None:
-    files = {
-        ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        for path in SOURCE.rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert files == set(HOUSE)
+def ours(module: str) -> set[str]:
+    """Return the modules of the package that a module imports."""
+    return {name.removeprefix("fedloom.") for name in imports_of(module) if name.startswith("fedloom.")}
 
 
-@pytest.mark.parametrize("module", HOUSE)
-def test_imports_go_one_way(module: str) -> None:
-    above = {f"fedloom.{name}" for name in HOUSE[: HOUSE.index(module)]} | {"fedloom"}
-    ours = {name for name in imports_of(module) if name.split(".")[0] == "fedloom"}
-    assert ours <= above
+def floor_of(name: str, layers: tuple[tuple[str, ...], ...]) -> int:
+    return next(floor for floor, rooms in enumerate(layers) if name in rooms)
 
 
-@pytest.mark.parametrize("module", BARE)
-def test_the_training_modules_need_only_what_a_gpu_machine_has(module: str) -> None:
+def check_floors(module: str, imported: set[str], layers: tuple[tuple[str, ...], ...], depth: int = 0) -> None:
+    room = module.split(".")[depth]
+    for other in imported:
+        target = other.split(".")[depth]
+        if target != room:
+            assert floor_of(target, layers) < floor_of(room, layers), f"{module} imports {other}"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {module.split(".")[0] for module in MODULES} == {room for rooms in LAYERS for room in rooms}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_runs_upward(module: str) -> None:
+    check_floors(module, ours(module), LAYERS)
+    if module.startswith("deployment."):
+        check_floors(module, {other for other in ours(module) if other.startswith("deployment.")}, DEPLOYMENT, depth=1)
+
+
+@pytest.mark.parametrize("room", sorted({module.rpartition(".")[0] for module in MODULES} - {""}))
+def test_no_room_has_a_circle_inside(room: str) -> None:
+    inside = {module: ours(module) for module in MODULES if module.startswith(f"{room}.")}
+    try:
+        TopologicalSorter({module: others & inside.keys() for module, others in inside.items()}).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+def test_flower_is_imported_in_its_own_room_alone() -> None:
+    importers = {module for module in MODULES if any(name.split(".")[0] == "flwr" for name in imports_of(module))}
+    assert importers
+    assert all(module.startswith("deployment.flower.") for module in importers)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.split(".")[0] in BARE])
+def test_the_training_rooms_need_only_what_a_gpu_machine_has(module: str) -> None:
     allowed = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers", "huggingface_hub", "fedloom"}
+    allowed |= {"gguf"} if module == "model.packed" else set()  # imported where a .gguf file is opened
     used = {name.split(".")[0] for name in imports_of(module)} - set(sys.stdlib_module_names)
     assert used <= allowed
 
@@ -188,7 +123,8 @@ def test_every_module_stays_readable() -> None:
     assert not long, "a module over 400 lines is asking to be two"
 
 
-def test_light_modules_do_not_import_torch() -> None:
-    code = "; ".join(f"import fedloom.{module}" for module in LIGHT)
+def test_light_rooms_do_not_import_torch() -> None:
+    light = [module for module in MODULES if module.split(".")[0] in LIGHT_ROOMS or module in LIGHT]
+    code = "; ".join(f"import fedloom.{module}" for module in light)
     code += "; import sys; assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

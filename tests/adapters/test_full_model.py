@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_blocks, make_job, make_recipe, updates_of
 from rich.console import Console
+from support.tiny import make_blocks, make_job, make_recipe, updates_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run

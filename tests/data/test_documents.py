@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import make_recipe
 from pyarrow import parquet
+from support.tiny import make_recipe
 
 from fedloom.data.documents import Documents, load_documents
 from fedloom.errors import DataError

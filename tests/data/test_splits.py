@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from conftest import make_recipe
+from support.tiny import make_recipe
 
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.splits import (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_recipe
+from support.tiny import make_recipe
 
 from fedloom.data.documents import Document
 from fedloom.data.tokens import IGNORED, TokenBlocks, check_vocabulary, take_batch, tokenize_documents

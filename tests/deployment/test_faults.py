@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from federation_here import Federation, federation, find_process, run_here, split, tiny
+from support.federation_here import Federation, federation, find_process, run_here, split, tiny
 
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
-from federation_here import find_process
+from support.federation_here import find_process
 
 from fedloom.deployment.health import check_client, check_server
 from fedloom.deployment.keys import Security, init

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from federation_here import federation, run_here, split, tiny
-from slow_link import slow_link
+from support.federation_here import federation, run_here, split, tiny
+from support.slow_link import slow_link
 
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe

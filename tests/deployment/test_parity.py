@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from federation_here import federation, run_here, split, timeless, tiny
+from support.federation_here import federation, run_here, split, timeless, tiny
 
 from fedloom.recipe.loading import recipe_to_toml
 

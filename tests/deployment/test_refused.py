@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from federation_here import Federation, end, federation, run_here, split, tiny
+from support.federation_here import Federation, end, federation, run_here, split, tiny
 
 from fedloom.deployment import keys
 from fedloom.deployment.flower.bundle import write_app

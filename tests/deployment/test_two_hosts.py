@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from federation_here import Federation, run_here, split, tiny
-from hosts_here import hosts, why_no_hosts
+from support.federation_here import Federation, run_here, split, tiny
+from support.hosts_here import hosts, why_no_hosts
 
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import tomlkit
-from conftest import make_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny import make_recipe
 
 from fedloom.errors import RecipeError
 from fedloom.recipe import loading as loader

@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow
 import pytest
-from conftest import make_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from support.tiny import make_recipe
 
 from fedloom.cli import main
 from fedloom.data import documents as loader

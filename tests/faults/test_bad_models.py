@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_recipe
+from support.tiny import make_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom import run

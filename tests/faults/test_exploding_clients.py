@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quick_runs import attempt, make_recipe, plain_plots
 from safetensors.torch import load_file
+from support.quick_runs import attempt, make_recipe, plain_plots
 
 from fedloom.federation.fleet import LocalFleet
 from fedloom.records.check import check_run

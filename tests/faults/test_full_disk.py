@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quick_runs import attempt, make_recipe, plain_plots, result_of
+from support.quick_runs import attempt, make_recipe, plain_plots, result_of
 
 from fedloom.errors import RunError
 from fedloom.experiment import recorder

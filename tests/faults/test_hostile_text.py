@@ -9,8 +9,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import make_recipe
 from rich.console import Console
+from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.cli import main

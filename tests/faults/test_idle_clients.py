@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_recipe
+from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import DataError, RecipeError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import TWINS, carry_out, make_recipe, result_of, start
+from support.killed_runs import TWINS, carry_out, make_recipe, result_of, start
 
 from fedloom.host.failpoints import NAMES
 from fedloom.records.check import check_run

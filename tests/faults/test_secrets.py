@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_recipe
+from support.tiny import make_recipe
 
 from fedloom.data import documents as loader
 from fedloom.errors import FedloomError

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub.constants
 import pytest
-from conftest import make_recipe
+from support.tiny import make_recipe
 
 from fedloom import hub
 from fedloom.data.documents import load_documents

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_recipe, make_update
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny import make_recipe, make_update
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import TrainingError

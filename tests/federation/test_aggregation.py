@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import make_update
+from support.tiny import make_update
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, weighted_mean

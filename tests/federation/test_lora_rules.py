@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_recipe, make_update
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from support.tiny import make_adapted, make_blocks, make_recipe, make_update
 
 from fedloom import run
 from fedloom.adapters.adapted_model import AdaptedModel

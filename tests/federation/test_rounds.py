@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_job, make_recipe, make_update
+from support.tiny import make_adapted, make_blocks, make_job, make_recipe, make_update
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_recipe, make_update
+from support.tiny import make_recipe, make_update
 
 from fedloom import run
 from fedloom.adapters.adapter import Adapter, Layout

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import make_recipe
+from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RunError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import make_run
+from support.made_runs import make_run
 
 from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import make_run
+from support.made_runs import make_run
 
 from fedloom.records.run import Run
 from fedloom.report import observations as o

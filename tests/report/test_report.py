@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_recipe
-from made_runs import make_run
+from support.made_runs import make_run
+from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RunError

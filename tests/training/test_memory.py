@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
+from support.tiny import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_recipe
+from support.tiny import make_recipe
 from torch.nn import functional
 
 from fedloom.data.tokens import IGNORED

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_job, updates_of
+from support.tiny import make_adapted, make_blocks, make_job, updates_of
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapted, make_blocks, make_job, make_recipe, updates_of
+from support.tiny import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import TrainingError

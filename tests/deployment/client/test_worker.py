@@ -1,0 +1,173 @@
+"""A client's worker: what it takes as a question, what it never tells."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import make_recipe
+
+from fedloom.deployment.client.documents import HOLDOUT, TRAIN, gather_client, write_splits
+from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.worker import Worker, say
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import pack_adapter, pack_task, unpack_facts
+from fedloom.errors import DataError
+from fedloom.experiment.preparation import load_adapted_model, prepare
+from fedloom.host import failpoints
+from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display
+from fedloom.training.jobs import ClientTask
+
+RECIPE = make_recipe(training={"engine": "reference"}, model={"dtype": "float32"})
+SECRET = "a text that nobody else may see"
+
+
+def told(**sections: Any) -> dict[str, Any]:
+    recipe = RECIPE.model_dump(mode="json", exclude_unset=True)
+    del recipe["data"]["source"]
+    return {**recipe, **sections}
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [json.dumps({"text": f"{n} is {SECRET}: " + f"word{n} " * (n + 5)}) for n in range(count)]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def worker_of(path: Path, policy: Policy | None = None) -> Worker:
+    """A worker as `fedloom join` starts it, with its journal beside the documents."""
+    return Worker("alice", path, policy or Policy(), Journal(path.parent / "alice.journal.jsonl"))
+
+
+def task(round: int, **changed: Any) -> Frame:
+    """A round's question, as a server asks it."""
+    adapter = load_adapted_model(RECIPE, open_model(RECIPE.model.source)).read()
+    packed = pack_task(
+        replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed), pack_adapter(adapter)
+    )
+    return replace(packed, manifest={**packed.manifest, "do": "train", "recipe": told()})
+
+
+def test_it_says_what_it_holds_and_nothing_of_it(tmp_path: Path) -> None:
+    worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
+    answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
+    facts = unpack_facts(answer.manifest)
+    assert (facts["name"], facts["train_documents"], facts["holdout_documents"]) == ("alice", 6, 2)
+    assert SECRET not in json.dumps(answer.manifest)
+    assert "private" not in json.dumps(answer.manifest)
+
+
+@pytest.mark.parametrize("content", [None, "not json\n", '{"other": 1}\n', ""])
+def test_what_is_wrong_with_its_documents_is_told_here_alone(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "private.jsonl"
+    if content is not None:
+        path.write_text(content)
+    answer = worker_of(path).answer(Frame({"do": "meet", "recipe": told()}))
+    assert answer.manifest == {"name": "alice", "error": "its documents can't be used: its owner sees why"}
+    assert "private.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"do": "meet"}, "recipe is none"),
+        ({"do": "meet", "recipe": {"data": 1}}, "recipe is none"),
+        ({"do": "leave", "recipe": told()}, "no question"),
+        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "no task"),
+        ({"do": "train", "recipe": told(), "training": 5}, "no task"),
+        ({"do": "evaluate", "recipe": told()}, "an adapter of another model"),
+    ],
+)
+def test_a_question_that_is_none_is_refused(asked: dict[str, Any], why: str, tmp_path: Path) -> None:
+    worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
+    assert why in worker.answer(Frame(asked)).manifest["error"]
+
+
+def test_what_a_server_says_can_not_command_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say("model", "\x1b]0;owned\x07")
+    assert capsys.readouterr().out == "model     \\x1b]0;owned\\x07\n"
+
+
+def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
+    worker = worker_of(tmp_path / "not there", Policy(models=("another",)))
+    answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
+    assert "does not allow the base model" in answer.manifest["error"]
+
+
+def test_a_task_trains_as_its_recipe_says(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "private.jsonl", 12)
+    longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 99}))
+    assert worker_of(data).answer(longer).manifest["error"] == "the task is not the recipe's"
+
+
+def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "private.jsonl", 12)
+    for asked in (task(1, rounds=500), task(500)):
+        answer = worker_of(data, Policy(max_rounds=2)).answer(asked)
+        assert answer.manifest["error"] == "policy.max_rounds: its policy allows 2 rounds, not 500"
+        assert worker_of(data).answer(asked).manifest["error"] == "the task is not the recipe's"
+    assert not (tmp_path / "alice.journal.jsonl").exists()
+
+
+def test_every_round_stands_in_the_journal_and_nothing_of_the_documents(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "private.jsonl", 12)
+    report = worker_of(data).answer(task(1)).manifest["report"]
+    (line,) = (tmp_path / "alice.journal.jsonl").read_text().splitlines()
+    noted = json.loads(line)
+    assert set(noted) == {"when", "recipe", "model", "round", "epochs", "steps", "tokens", "task"}
+    assert (noted["recipe"], noted["model"], noted["round"]) == ("test", "random:tiny-llama", 1)
+    assert (noted["steps"], noted["tokens"]) == (report["steps"], report["tokens"])
+    assert SECRET not in line
+    assert "private" not in line
+
+
+def test_rounds_a_day_are_counted_over_workers_and_one_that_died_in_training(tmp_path: Path) -> None:
+    data, policy = write_rows(tmp_path / "private.jsonl", 12), Policy(max_rounds_a_day=1)
+    first, second = task(1), task(2)
+    failpoints.arm("training.stepped=raise")
+    try:
+        with pytest.raises(RuntimeError):
+            worker_of(data, policy).answer(first)
+    finally:
+        failpoints.arm("")
+    refused = worker_of(data, policy).answer(second).manifest["error"]
+    assert refused.startswith("policy.max_rounds_a_day: its policy allows 1 rounds a day; the next may begin on ")
+    # The round that was cut off is asked again: it is the same one, told whether the hold-out is scored or not.
+    again = replace(first, manifest={**first.manifest, "judge": True})
+    assert "report" in worker_of(data, policy).answer(again).manifest
+    assert "report" in worker_of(data, Policy(max_rounds_a_day=2)).answer(second).manifest
+
+
+def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
+    (tmp_path / "alice.journal.jsonl").mkdir()
+    error = worker.answer(task(1)).manifest["error"]
+    assert error.startswith("alice.journal.jsonl: the journal of rounds can't be read (Is a directory)")
+    assert str(tmp_path) not in error
+    assert error in capsys.readouterr().out
+
+
+def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
+    clients = prepare(RECIPE, Display()).clients
+    for folder, expected in zip(write_splits(RECIPE, tmp_path / "split", Display()), clients, strict=True):
+        _, _, found, _ = gather_client(RECIPE, folder)
+        for ours, theirs in ((found.train, expected.train), (found.holdout, expected.holdout)):
+            assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
+            assert ours.lengths_N.tolist() == theirs.lengths_N.tolist()
+
+
+def test_a_split_of_the_owners_is_taken_as_it_stands(tmp_path: Path) -> None:
+    write_rows(tmp_path / TRAIN, 5)
+    (tmp_path / HOLDOUT).write_text("")
+    _, documents, blocks, _ = gather_client(RECIPE, tmp_path)
+    assert (len(documents.train), len(documents.holdout), len(blocks.holdout)) == (5, 0, 0)
+
+
+def test_a_client_with_nothing_to_train_on_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        gather_client(RECIPE, write_rows(tmp_path / "one.txt", 0))

@@ -1,0 +1,335 @@
+"""The fleet of other machines on a scripted link: who comes late, twice, under another node or with nonsense."""
+
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import make_adapted, make_recipe, make_update
+
+from fedloom.adapters.adapter import Adapter
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import (
+    COUNTS,
+    pack_adapter,
+    pack_task,
+    pack_update,
+    unpack_adapter,
+    unpack_task,
+    unpack_update,
+)
+from fedloom.deployment.server import exchange, remote_fleet
+from fedloom.deployment.server.exchange import Answer, Exchange, Node
+from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.errors import DeploymentError, MessageError, RunError
+from fedloom.progress import Progress
+from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
+
+Script = Callable[[Node, Frame], Frame | str | None]
+"""What a node answers: a frame, an error of Flower's, or nothing at all."""
+
+
+class ScriptedLink:
+    """Nodes whose answers are there at the next look."""
+
+    def __init__(self, nodes: Sequence[Node], script: Script) -> None:
+        self.there, self._script = list(nodes), script
+        self.asked: list[tuple[Node, str]] = []
+        self._answers: dict[str, Frame | str] = {}
+        self.lost_calls = 0
+
+    def nodes(self) -> Sequence[Node]:
+        if self.lost_calls:
+            raise ConnectionError("the SuperLink is gone")
+        return self.there
+
+    def send(self, node: Node, frame: Frame, seconds: float) -> str:
+        message = str(len(self.asked))
+        self.asked.append((node, frame.manifest["do"]))
+        answer = self._script(node, frame)
+        if answer is not None:
+            self._answers[message] = answer
+        return message
+
+    def pull(self, messages: Collection[str]) -> Answer | None:
+        for message in messages:
+            if message in self._answers:
+                found = self._answers.pop(message)
+                if isinstance(found, str):
+                    return Answer(message, None, found, is_gone=found == "gone")
+                return Answer(message, found, "")
+        return None
+
+    def reopen(self) -> None:
+        self.lost_calls -= 1
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
+
+
+def facts(name: str, **changed: Any) -> Frame:
+    told: dict[str, Any] = dict.fromkeys(COUNTS, 4)
+    return Frame({**told, "name": name, "version": "1", "base": "b", "documents": f"of {name}", **changed})
+
+
+def node(name: str, session: str = "1") -> Node:
+    return Node(f"node of {name}", "", session)
+
+
+def adapter() -> Adapter:
+    return make_adapted().read()
+
+
+def honest(asked: Node, frame: Frame) -> Frame | str | None:
+    """A client that adds its number to every weight."""
+    name = asked.id.removeprefix("node of ")
+    if frame.manifest["do"] == "meet":
+        return facts(name)
+    start = adapter()
+    if frame.manifest["do"] == "evaluate":
+        return Frame({"score": [2.0, 1, 4]})
+    trained = replace(start, weights_P=start.weights_P + int(name))
+    return pack_update(make_update(trained, int(name), round=frame.manifest["round"]), None)
+
+
+def open_fleet(script: Script, clients: int = 3, **federation: Any) -> tuple[RemoteFleet, ScriptedLink, list[str]]:
+    recipe = make_recipe(data={"clients": clients}, federation={"round_deadline": 20.0, **federation})
+    link, said = ScriptedLink([node(str(n)) for n in range(clients)], script), list[str]()
+    exchange = Exchange(link, recipe, lambda what, detail: said.append(f"{what} {detail}"))
+    names = exchange.assemble(clients, 5.0)
+    return RemoteFleet(exchange, names, recipe, range(clients), Path(gettempdir())), link, said
+
+
+def tasks(fleet: RemoteFleet, round: int = 1) -> list[ClientTask]:
+    training, start = make_recipe().training, adapter()
+    return [ClientTask(round, client, start, training, 3, 7) for client in fleet.clients]
+
+
+def outcome(fleet: RemoteFleet, round: int = 1) -> list[str]:
+    return [
+        f"{result.client} {result.error}" if isinstance(result, ClientFailure) else f"{result.report.client} trained"
+        for result in fleet.train(tasks(fleet, round))
+    ]
+
+
+def test_updates_come_by_client_and_hold_outs_are_scored() -> None:
+    fleet, _, _ = open_fleet(honest)
+    assert {client: score.loss for client, score in fleet.evaluate(adapter()).items()} == {0: 0.5, 1: 0.5, 2: 0.5}
+    results = [*fleet.train(tasks(fleet))]
+    assert all(isinstance(result, ClientUpdate) for result in results)
+    for client, result in enumerate(results):
+        assert isinstance(result, ClientUpdate)
+        assert torch.equal(result.adapter.weights_P, adapter().weights_P + client)
+
+
+def test_who_is_late_is_lost_and_is_not_waited_for_while_it_is_gone() -> None:
+    fleet, link, _ = open_fleet(
+        lambda n, f: None if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f), round_deadline=1.0
+    )
+    found = outcome(fleet)
+    assert [line[:9] for line in found] == ["0 trained", "1 round 1", "2 trained"]
+    assert "no answer within" in found[1]
+    link.there = [node("0"), node("2")]
+    assert "is still not connected" in outcome(fleet, 2)[1]
+
+
+def test_a_client_under_another_node_is_asked_again_and_counted_once() -> None:
+    fleet, link, _ = open_fleet(honest)
+
+    def dies_once(asked: Node, frame: Frame) -> Frame | str | None:
+        if asked == node("1") and frame.manifest["do"] == "train":
+            link.there = [node("0"), node("2"), node("1", "2"), node("1")]
+            return None
+        return honest(asked, frame)
+
+    link._script = dies_once
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert [n.session for n, do in link.asked if do == "train" and n.id[-1] == "1"] == ["1", "2"]
+
+
+def test_a_process_that_died_is_asked_again_but_not_for_ever() -> None:
+    fleet, link, _ = open_fleet(lambda n, f: "Flower's error 1" if f.manifest["do"] == "train" else honest(n, f), 1)
+    assert "Flower's error 1" in outcome(fleet)[0]
+    assert [do for _, do in link.asked].count("train") == exchange.TRIES
+
+
+def test_a_node_that_went_away_is_asked_again_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often Flower says that it is away: that is no try."""
+    monkeypatch.setattr(exchange, "GONE_SECONDS", 0.05)
+    away = iter(["gone"] * (exchange.TRIES + 2))
+
+    def goes_away(asked: Node, frame: Frame) -> Frame | str | None:
+        train = frame.manifest["do"] == "train" and asked.id[-1] == "1"
+        return next(away, honest(asked, frame)) if train else honest(asked, frame)
+
+    fleet, link, _ = open_fleet(goes_away)
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert [n.id[-1] for n, do in link.asked if do == "train"].count("1") == exchange.TRIES + 3
+
+
+def test_a_lost_link_is_made_anew_and_the_questions_asked_again() -> None:
+    fleet, link, said = open_fleet(honest)
+    link.lost_calls = 1
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert "link lost; it is made anew" in said
+
+
+def test_a_round_waits_for_its_quorum_if_the_recipe_says_so() -> None:
+    tried = iter([None, None])
+    fleet, _, said = open_fleet(
+        lambda n, f: next(tried, honest(n, f)) if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f),
+        on_quorum_lost="wait",
+        round_deadline=1.0,
+    )
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert sum(line.startswith("waiting") for line in said) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (Frame({"name": "1", "error": "its policy allows 1 rounds, not 3"}), "its policy allows 1 rounds, not 3"),
+        (facts("1", blocks="many"), "it does not say what it holds"),
+        (facts("1", tokens=-1), "it does not say what it holds"),
+        (facts("1", tokens=10**400), "it does not say what it holds"),
+    ],
+)
+def test_who_is_refused_or_refuses_is_named_with_the_reason(answer: Frame, why: str) -> None:
+    recipe = make_recipe(data={"clients": 2})
+    link = ScriptedLink([node("0"), node("1")], lambda n, f: answer if n.id[-1] == "1" else honest(n, f))
+    with pytest.raises(DeploymentError, match=f"1 of 2 clients came .*1 refused: {why}"):
+        Exchange(link, recipe, lambda what, detail: None).assemble(2, 0.2)
+
+
+def test_who_came_and_left_before_the_run_began_is_none_of_its_clients() -> None:
+    """Revoked, say: it would be waited for in every round."""
+    link = ScriptedLink([node("0")], honest)
+    exchange = Exchange(link, make_recipe(data={"clients": 2}), lambda what, detail: None)
+    for present in ("0", "1"):
+        link.there = [node(present)]
+        with pytest.raises(DeploymentError, match=rf"1 of 2 clients came within .* \({present}\)"):
+            exchange.assemble(2, 0.3)
+    link.there = [node("1"), node("2")]
+    assert exchange.assemble(2, 5.0) == ["1", "2"]
+
+
+def test_a_client_with_other_documents_is_not_the_client_that_left() -> None:
+    fleet, link, said = open_fleet(honest, 2, round_deadline=1.0)
+    link.there = [node("0"), node("1", "2")]
+    link._script = lambda n, f: facts("1", documents="others") if n == node("1", "2") else honest(n, f)
+    assert "no answer within" in outcome(fleet)[1]
+    assert any("other documents" in line for line in said)
+
+
+def test_the_servers_documents_are_not_told() -> None:
+    told: list[Frame] = []
+    open_fleet(lambda n, f: told.append(f) or honest(n, f), 1)  # type: ignore[func-returns-value]
+    assert "source" not in told[0].manifest["recipe"]["data"]
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        [["train", float("inf"), 1, 1, 1]],
+        [["train", 1, 1, "[/red]", 1]],
+        [["train", 1, 1, 1, "\x1b[2J"]],
+        [["train", 10**400, 1, 1, 1]],
+        [["train", -1, 1, 1, 1]],
+        [["sleep", 1, 1, 1, 1]],
+        [["train", 1]],
+        5,
+    ],
+)
+def test_progress_that_can_not_be_is_not_shown_and_costs_no_update(progress: Any) -> None:
+    def boasts(asked: Node, frame: Frame) -> Frame | str | None:
+        answer = honest(asked, frame)
+        if frame.manifest["do"] == "train" and isinstance(answer, Frame):
+            return replace(answer, manifest={**answer.manifest, "progress": progress})
+        return answer
+
+    fleet, _, said = open_fleet(boasts)
+    seen: list[Progress] = []
+    fleet.watch = seen.append
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert not seen
+    assert sum(line.startswith("odd") for line in said) == 3
+
+
+@pytest.mark.parametrize("rule", ["factors", "rolora", "fedex"])
+def test_a_task_and_its_update_are_the_same_after_they_travelled(rule: str) -> None:
+    from fedloom.federation.lora_rules import trained_part
+
+    recipe, start = make_recipe(federation={"lora_rule": rule}), adapter()
+    task = ClientTask(1, 0, start, recipe.training, 3, 7, trained_part(start.layout, rule, 1))
+    unpacked = unpack_task(pack_task(task, pack_adapter(start)), start.layout, recipe)
+    assert unpacked.adapter.sha256() == start.sha256()
+    assert (unpacked.training, unpacked.rounds, unpacked.seed) == (task.training, 3, 7)
+    assert (unpacked.trains_P is None) == (task.trains_P is None)
+    moved = start.weights_P + (1 if task.trains_P is None else task.trains_P.float())
+    packed = pack_update(make_update(replace(start, weights_P=moved), 0), task.trains_P)
+    assert len(packed.payload) == task.num_bytes
+    assert torch.equal(unpack_update(packed, task).adapter.weights_P, moved)
+
+
+def test_a_residual_travels_with_its_adapter() -> None:
+    from fedloom.adapters.lora import Residual
+
+    start = adapter()
+    whole = replace(start, residual=Residual({"layer": (torch.randn(8, 3), torch.randn(3, 5))}))
+    assert unpack_adapter(pack_adapter(whole), start.layout).sha256() == whole.sha256()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda frame: replace(frame, payload=frame.payload[:-4]),
+        lambda frame: replace(frame, payload=frame.payload + b"\0\0\0\0"),
+        lambda frame: replace(frame, manifest={**frame.manifest, "layout": "another"}),
+        lambda frame: replace(frame, manifest={**frame.manifest, "report": {}}),
+        lambda frame: replace(frame, manifest={"layout": frame.manifest["layout"]}),
+        lambda frame: replace(frame, manifest={**frame.manifest, "report": {**frame.manifest["report"], "round": 2}}),
+        lambda frame: replace(
+            frame, manifest={**frame.manifest, "report": {**frame.manifest["report"], "examples": -3}}
+        ),
+    ],
+)
+def test_an_update_that_can_not_be_one_is_refused(spoil: Callable[[Frame], Frame]) -> None:
+    start = adapter()
+    task = ClientTask(1, 0, start, make_recipe().training, 3, 7)
+    with pytest.raises(MessageError):
+        unpack_update(spoil(pack_update(make_update(start, 0), None)), task)
+
+
+def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered first but is summed last is held by nobody: neither in memory nor in a file that stays."""
+    fleet, _, _ = open_fleet(honest)
+    fleet.folder = tmp_path
+    alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+
+    def watched(frame: Frame, task: ClientTask) -> ClientUpdate:
+        update = unpack_update(frame, task)
+        alive.add(update.adapter)
+        return update
+
+    monkeypatch.setattr(remote_fleet, "unpack_update", watched)
+    most = 0
+    for result in fleet.train(tasks(fleet)):
+        assert isinstance(result, ClientUpdate)
+        most = max(most, len(alive))
+        assert not [*tmp_path.iterdir()]
+        del result
+    assert most <= 2
+
+
+def test_a_disk_without_room_for_answers_is_said(tmp_path: Path) -> None:
+    fleet, _, _ = open_fleet(honest)
+    fleet.folder = tmp_path / "not there"
+    with pytest.raises(RunError, match="can't be written"):
+        list(fleet.train(tasks(fleet)))

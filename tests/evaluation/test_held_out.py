@@ -1,0 +1,68 @@
+"""The loss is exactly that of one pass over all tokens, whatever the batch size."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.tiny import make_adapted, make_blocks
+from torch.nn import functional
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.data.tokens import IGNORED, TokenBlocks
+from fedloom.evaluation.held_out import Score, evaluate
+
+
+def one_pass(adapted: AdaptedModel, blocks: TokenBlocks) -> tuple[float, float]:
+    """Loss and accuracy from one forward pass over everything, padding and all."""
+    width = torch.arange(blocks.tokens_NT.shape[1])
+    labels = blocks.tokens_NT.masked_fill(width >= blocks.lengths_N[:, None], IGNORED)[:, 1:]
+    with torch.no_grad():
+        logits = adapted.model.eval()(input_ids=blocks.tokens_NT).logits[:, :-1]
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item()
+    right = (logits.argmax(-1) == labels)[labels != IGNORED]
+    return loss, right.float().mean().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_the_batch_size_does_not_change_the_result(shape: str, batch_size: int) -> None:
+    adapted, blocks = make_adapted(shape, "float64"), make_blocks(8)
+    adapter = replace(adapted.read(), weights_P=torch.randn(adapted.layout.size, dtype=torch.float64) * 0.1)
+    score = evaluate(adapted, adapter, blocks, batch_size=batch_size)
+    loss, accuracy = one_pass(adapted, blocks)
+    assert score.loss == pytest.approx(loss, rel=1e-12)
+    assert score.accuracy == pytest.approx(accuracy)
+    assert score.perplexity == pytest.approx(math.exp(loss))
+    assert score.num_targets == int(blocks.lengths_N.sum()) - len(blocks)
+
+
+def test_the_mean_is_over_tokens_not_over_batches() -> None:
+    adapted, blocks = make_adapted(), make_blocks(5)
+    per_block = [
+        evaluate(adapted, adapted.read(), TokenBlocks(*(t[row : row + 1] for t in (
+            blocks.tokens_NT, blocks.lengths_N, blocks.counted_N))), batch_size=1)
+        for row in range(5)
+    ]  # fmt: skip
+    whole = evaluate(adapted, adapted.read(), blocks, batch_size=2)
+    assert whole.loss == pytest.approx(sum(s.loss_sum for s in per_block) / sum(s.num_targets for s in per_block))
+    assert whole.loss != pytest.approx(sum(s.loss for s in per_block) / 5, rel=1e-9)
+
+
+def test_what_stands_in_the_padding_does_not_matter() -> None:
+    adapted, blocks = make_adapted(), make_blocks()
+    padding = torch.arange(blocks.tokens_NT.shape[1]) >= blocks.lengths_N[:, None]
+    other = replace(blocks, tokens_NT=blocks.tokens_NT.masked_fill(padding, 99))
+    first, second = (evaluate(adapted, adapted.read(), b, batch_size=4) for b in (blocks, other))
+    assert first == second
+
+
+def test_dropout_is_off() -> None:
+    adapted, blocks = make_adapted("tiny-opt", dropout=0.9), make_blocks()
+    adapter = replace(adapted.read(), weights_P=torch.ones(adapted.layout.size))
+    adapted.model.train()
+    assert evaluate(adapted, adapter, blocks, batch_size=4) == evaluate(adapted, adapter, blocks, batch_size=4)
+
+
+def test_scores_add_up() -> None:
+    assert Score(2.0, 1, 4) + Score(4.0, 2, 4) == Score(6.0, 3, 8)
+    assert (Score(2.0, 1, 4) + Score(4.0, 2, 4)).loss == 0.75

@@ -1,0 +1,91 @@
+"""Did federation help: what a run is set against, with the same tokens, on the same hold-out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_runs import make_run
+from support.tiny import make_recipe
+
+from fedloom import run
+from fedloom.monitoring.display import Display
+from fedloom.report.baselines_section import did_it_help
+from fedloom.report.run_report import write_report
+
+ALL = ["round0", "local", "pooled"]
+
+
+@pytest.mark.parametrize("engine", ["batched", "reference"])
+def test_baselines_train_on_the_federations_tokens_and_meet_its_hold_out(engine: str, tmp_path: Path) -> None:
+    recipe = make_recipe(baselines=ALL, training={"engine": engine, "epochs": 2})
+    finished = run(recipe, tmp_path / "run", Display())
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert list(told) == ["round0", "pooled", "local"]
+    start = finished.rounds[0]["central_loss"]
+    assert told["round0"] == {"losses": [start], "tokens": 0}
+    federated = sum(record["train_tokens"] for record in finished.rounds)
+    assert told["pooled"]["tokens"] == sum(one["tokens"] for one in told["local"].values()) == federated
+    for one in (told["pooled"], *told["local"].values()):
+        assert len(one["losses"]) == len(finished.rounds)
+        assert one["losses"][0] == pytest.approx(start, rel=1e-6)
+        assert one["losses"][-1] < start
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert ". Did federation help?" in text
+    assert "| all documents together |" in text
+
+
+def test_a_client_alone_is_a_federation_of_one(tmp_path: Path) -> None:
+    recipe = make_recipe(baselines=["local", "pooled"], data={"clients": 1}, training={"proximal_mu": 0.0})
+    finished = run(recipe, tmp_path / "run", Display())
+    losses = [record["central_loss"] for record in finished.rounds]
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert told["local"]["0"]["losses"] == pytest.approx(losses, rel=1e-9)
+    assert told["pooled"]["losses"] == pytest.approx(losses, rel=1e-9)
+
+
+def test_with_a_share_of_the_clients_a_round_the_budget_is_theirs(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        baselines=["pooled"], data={"clients": 4}, federation={"fraction": 0.5, "rounds": 4}, model={"dtype": "float32"}
+    )
+    finished = run(recipe, tmp_path / "run", Display())
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert len(told["pooled"]["losses"]) == 1 + 2
+    federated = sum(record["train_tokens"] for record in finished.rounds)
+    assert told["pooled"]["tokens"] == pytest.approx(federated, rel=0.3)
+
+
+def test_without_a_central_hold_out_they_are_judged_on_the_clients(tmp_path: Path) -> None:
+    finished = run(make_recipe(baselines=["local"], data={"central_holdout": 0}), tmp_path / "run", Display())
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert told["local"]["1"]["losses"][0] == pytest.approx(finished.rounds[0]["client_loss"], rel=1e-9)
+
+
+def tell(losses: list[float], tokens: int = 10) -> dict[str, Any]:
+    return {"losses": losses, "tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    ("baselines", "said"),
+    [
+        ({}, None),
+        ({"round0": tell([3.0])}, None),
+        (
+            {"local": {"0": tell([3.0, 2.5]), "1": tell([3.0, 2.4, 2.6])}},
+            "helped: its best loss is 0.4000 nats a token",
+        ),
+        ({"local": {"0": tell([3.0, 1.9])}}, "did not help: client 0 alone is 0.1000 nats a token below"),
+        ({"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.8])}, "all documents together come to 0.2000 less."),
+        ({"local": {"0": {**tell([3.0]), "error": "x"}, "1": tell([3.0, 2.2])}}, "below that of client 1 alone"),
+    ],
+)
+def test_what_is_said(baselines: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5, 2.0])
+    if baselines:
+        (made.folder / "baselines.json").write_text(json.dumps(baselines))
+    from fedloom.records.run import read_run
+
+    found = did_it_help(read_run(made.folder))
+    assert found is None if said is None else said in str(found)
+    page = write_report(made.folder)
+    assert ("Did federation help?" in page.read_text()) == bool(baselines)

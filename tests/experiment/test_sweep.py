@@ -1,0 +1,215 @@
+"""Sweeps: every combination, in as few passes as can be, each equal to its own run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import make_recipe
+
+from fedloom import run
+from fedloom.errors import RecipeError, RunError
+from fedloom.experiment.session import Workshop
+from fedloom.experiment.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
+from fedloom.host.files import take_lock
+from fedloom.monitoring.display import Display
+from fedloom.recipe.loading import load_recipe, recipe_to_toml
+from fedloom.records.run import read_run
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_to_toml(make_recipe(model={"dtype": "float64"}, adapter={"dropout": 0.2})))
+    return path
+
+
+class Passes(Display):
+    """Which runs trained together."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[str]] = []
+        self.ranked: list[Any] = []
+
+    def show_pass(self, names: Any, plans: Any) -> None:
+        self.passes.append(list(names))
+
+    def show_sweep_end(self, ranked: Any, folder: Path) -> None:
+        self.ranked = ranked
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """What a run's rounds came to, without times, and without hashes: what trains beside moves results by rounding."""
+    kept = ("round", "central_loss", "train_loss", "client_loss", "proximal_loss", "drift", "proximal_mu", "bytes_up")
+    return [{key: record[key] for key in kept if key in record} for record in read_run(folder).rounds]
+
+
+AXES = ["seed=1,2", "training.proximal_mu=0.0,0.5", "training.learning_rate=1e-3,1e-2", 'baselines=["pooled"]']
+
+
+def test_each_arm_of_one_pass_is_its_own_run(recipe_file: Path, tmp_path: Path) -> None:
+    display = Passes()
+    folder = sweep(recipe_file, AXES, tmp_path / "sweep", display)
+    assert [len(names) for names in display.passes] == [8], "one model, one pass"
+    trials = list(expand(recipe_file, AXES))
+    for trial in trials[::3]:
+        run(trial.recipe, tmp_path / trial.name, Display())
+        for ours, alone in zip(numbers(folder / trial.name), numbers(tmp_path / trial.name), strict=True):
+            assert ours == {key: pytest.approx(value, rel=1e-9) for key, value in alone.items()}
+        ours, alone = (json.loads((where / trial.name / "baselines.json").read_text()) for where in (folder, tmp_path))
+        assert ours["pooled"]["tokens"] == alone["pooled"]["tokens"]
+        assert ours["pooled"]["losses"] == pytest.approx(alone["pooled"]["losses"], rel=1e-9)
+    assert len({read_run(folder / trial.name).rounds[-1]["adapter_sha256"] for trial in trials}) == 8
+    assert [row[1] for row in display.ranked] == sorted(row[1] for row in display.ranked)
+    assert {record["runs_together"] for record in read_run(folder / trials[0].name).rounds} == {8}
+    page = (folder / "comparison.html").read_text()
+    assert "Trained in one pass with others" in page
+    assert "mean and standard deviation over seeds" in page
+
+
+@pytest.mark.parametrize(
+    ("axes", "models", "passes"),
+    [
+        (["seed=1,2,3"], 1, 1),
+        (["training.optimizer=adamw,sgd"], 1, 2),
+        (["adapter.rank=2,4"], 2, 2),
+        (["federation.lora_rule=factors,svd,rolora"], 1, 1),
+        (["federation.lora_rule=ffa,factors", "seed=1,2"], 3, 3),
+        (["federation.lora_rule=fedex", "seed=1,2"], 1, 2),
+        (["training.engine=reference", "seed=1,2"], 2, 2),
+        (["data.max_length=16,32", "training.epochs=1,2"], 1, 1),
+    ],
+)
+def test_what_is_shared(axes: list[str], models: int, passes: int, recipe_file: Path) -> None:
+    groups = group_by(list(expand(recipe_file, axes)), same_model)
+    assert len(groups) == models
+    assert sum(len(group_by(group, same_pass)) for group in groups) == passes
+
+
+@pytest.mark.parametrize("rule", ["svd", "rolora", "fedex", "ffa"])
+def test_rules_that_share_a_model_keep_their_own(rule: str, recipe_file: Path, tmp_path: Path) -> None:
+    axes = [f"federation.lora_rule=factors,{rule}"]
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    for trial in expand(recipe_file, axes):
+        run(trial.recipe, tmp_path / trial.name, Display())
+        for ours, alone in zip(numbers(folder / trial.name), numbers(tmp_path / trial.name), strict=True):
+            assert ours == {key: pytest.approx(value, rel=1e-9) for key, value in alone.items()}
+
+
+def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file: Path, tmp_path: Path) -> None:
+    axes = ["training.learning_rate=1e300,1e-3", "seed=1,2"]
+    with pytest.raises(RunError, match=r"2 of 4 runs failed, learning_rate=1e300_seed=1 for one: .*is (nan|inf)"):
+        sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    states = {path.parent.name: json.loads(path.read_text())["state"] for path in tmp_path.glob("sweep/*/status.json")}
+    assert sorted(states.values()) == ["done", "done", "failed", "failed"]
+    assert (tmp_path / "sweep" / "comparison.html").is_file()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*=1e-3*/rounds.jsonl")}
+    display = Passes()
+    with pytest.raises(RunError, match="2 of 4 runs failed"):
+        sweep(recipe_file, axes, tmp_path / "sweep", display)
+    assert [len(names) for names in display.passes] == [2], "what is done stays"
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_an_interrupted_sweep_goes_on(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = ["training.optimizer=adamw,sgd", "seed=1,2"]
+    right, calls = Workshop.train_clients, []
+
+    def interrupted(self: Workshop, jobs: Any) -> Any:
+        calls.append(len(jobs))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return right(self, jobs)
+
+    monkeypatch.setattr(Workshop, "train_clients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    states = sorted(json.loads(p.read_text())["state"] for p in tmp_path.glob("sweep/*/status.json"))
+    assert states == ["done", "done", "interrupted", "interrupted"]
+    display = Passes()
+    sweep(recipe_file, axes, tmp_path / "sweep", display)
+    assert display.passes == [["optimizer=sgd_seed=1", "optimizer=sgd_seed=2"]]
+
+
+def test_an_arm_that_stops_early_ends_with_its_baselines(recipe_file: Path, tmp_path: Path) -> None:
+    stop = "federation.early_stop={patience=1,min_delta=9},{patience=5}"
+    axes = [stop, "federation.rounds=4", 'baselines=["pooled"]']
+    assert [trial.overrides[0] for trial in expand(recipe_file, axes)] == [
+        "federation.early_stop={patience=1,min_delta=9}",
+        "federation.early_stop={patience=5}",
+    ]
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    found = {
+        len(read_run(path.parent).rounds): len(json.loads(path.read_text())["pooled"]["losses"])
+        for path in folder.glob("*/baselines.json")
+    }
+    assert found == {2: 2, 5: 5}
+
+
+def test_a_draw_is_some_of_the_combinations_and_the_same_ones_again(recipe_file: Path) -> None:
+    axes = ["seed=1,2,3,4", "training.proximal_mu=0,0.1,0.2"]
+    drawn = [trial.name for trial in expand(recipe_file, axes, 5)]
+    assert len(set(drawn)) == 5
+    assert drawn == [trial.name for trial in expand(recipe_file, axes, 5)]
+    assert len(list(expand(recipe_file, axes, 50))) == 12
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("a.b=1,2", ["1", "2"]),
+        ("a.b= x , y ", ["x", "y"]),
+        ('a=["q","v"],["k"]', ['["q","v"]', '["k"]']),
+        ('a="x,y",z', ['"x,y"', "z"]),
+        ("a={b=1,c=2},{b=3}", ["{b=1,c=2}", "{b=3}"]),
+    ],
+)
+def test_values_are_told_apart(axis: str, values: list[str]) -> None:
+    assert read_axis(axis)[1] == values
+
+
+@pytest.mark.parametrize(
+    ("axes", "error"),
+    [
+        ([], "nothing to sweep over"),
+        (["training.proximal_mu"], "is nothing to sweep over"),
+        (["training.proximal_mu=1,1"], "a value twice"),
+        (["training.proximal_mue=1,2"], "unknown key `training.proximal_mue`"),
+        (["training.proximal_mu=1,many"], "training.proximal_mu"),
+        (["federation.lora_rule=svd", "training.optimizer_state=keep,reset"], "training.optimizer_state"),
+    ],
+)
+def test_bad_axes_are_refused_before_anything_runs(
+    axes: list[str], error: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=error):
+        sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Display())
+    with pytest.raises(RunError, match="a sweep over something else"):
+        sweep(recipe_file, ["seed=1,3"], tmp_path / "sweep", Display())
+    held = take_lock(tmp_path / "sweep")
+    with pytest.raises(RunError, match=f"another run is at work in it .process {os.getpid()} on"):
+        sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Display())
+    os.close(held)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(RunError, match="is no sweep"):
+        sweep(recipe_file, ["seed=1,2"], tmp_path / "other", Display())
+
+
+def test_drawing_another_seeds_adapter_changes_nothing(recipe_file: Path) -> None:
+    from support.tiny import make_adapted
+
+    adapted = make_adapted()
+    before = adapted.read()
+    drawn = adapted.draw(11)
+    assert drawn.sha256() == make_adapted(seed=11).read().sha256()
+    assert adapted.read().sha256() == before.sha256()
+    assert adapted.draw(7).sha256() == before.sha256()
+    assert [name for name, value in adapted.model.named_parameters() if value.requires_grad]
+    load_recipe(recipe_file)

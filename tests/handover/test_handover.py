@@ -1,0 +1,168 @@
+"""What is done with an adapter afterwards: it stays the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support.tiny import make_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedloom import run
+from fedloom.errors import RunError
+from fedloom.handover.export import export
+from fedloom.handover.generate import generate
+from fedloom.model.loading import load_model
+from fedloom.model.source import open_model
+from fedloom.monitoring.display import Display
+from fedloom.records.run import Run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["factors", "ffa"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    recipe = make_recipe(federation={"rounds": 1, "lora_rule": request.param})
+    return run(recipe, tmp_path_factory.mktemp("runs") / "run", Display())
+
+
+def test_an_exported_adapter_is_the_runs(finished: Run, tmp_path: Path) -> None:
+    assert export(finished.folder, tmp_path / "out" / "adapter") == 0.0
+    files = {path.name for path in (tmp_path / "out" / "adapter").iterdir()}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
+
+
+def test_a_merged_model_opens_without_peft_and_says_the_same(finished: Run, tmp_path: Path) -> None:
+    assert 0 < export(finished.folder, tmp_path / "merged", merged=True) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = load_model(open_model("random:tiny-llama"), dtype="float32", device=CPU)
+    with_adapter = PeftModel.from_pretrained(base, finished.folder / "adapters" / "best").eval()
+    tokens_BT = AutoTokenizer.from_pretrained(tmp_path / "merged")("def main():", return_tensors="pt")["input_ids"]
+    assert torch.allclose(merged(tokens_BT).logits, with_adapter(tokens_BT).logits, atol=1e-4)
+
+
+def test_what_is_not_the_same_is_not_written(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.handover.export.TOLERANCES", {"float32": 0.0})
+    with pytest.raises(RunError, match="not the run's adapter"):
+        export(finished.folder, tmp_path / "merged", merged=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(RunError, match="the target exists"):
+        export(finished.folder, tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_text_comes_piece_by_piece_from_both(finished: Run) -> None:
+    pieces: list[str] = []
+    generate(finished.folder, "import os", base=True, max_new_tokens=8, say=pieces.append)
+    text = "".join(pieces)
+    assert text.startswith("--- base model ---\nimport os")
+    assert text.count("import os") == 2
+    again: list[str] = []
+    generate(finished.folder, "import os", max_new_tokens=8, say=again.append)
+    assert text.endswith("".join(again))
+
+
+def test_generation_is_transformers_own(finished: Run) -> None:
+    pieces: list[str] = []
+    generate(finished.folder, "import os", max_new_tokens=12, say=pieces.append)
+    source = open_model("random:tiny-llama")
+    base = load_model(source, dtype="float32", device=CPU)
+    base.set_attn_implementation("sdpa")
+    model = PeftModel.from_pretrained(base, finished.folder / "adapters" / "best").eval()
+    inputs = source.tokenizer("import os", return_tensors="pt")["input_ids"]
+    written = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False, pad_token_id=256
+    )
+    assert "".join(pieces).strip() == source.tokenizer.decode(written[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(("prompt", "says"), [("", "the prompt is empty"), ("x" * 300, "has 300 tokens")])
+def test_a_prompt_that_can_not_be_written_on(finished: Run, prompt: str, says: str) -> None:
+    with pytest.raises(RunError, match=says):
+        generate(finished.folder, prompt)
+
+
+def test_a_card_is_what_a_hub_reads(finished: Run) -> None:
+    import yaml
+
+    text = (finished.folder / "adapters" / "best" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["library_name"] == "peft"
+    assert "base_model" not in card, "random weights are on no hub"
+    metrics = {metric["name"]: metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]}
+    best = next(record for record in finished.rounds if record["round"] == finished.best_round)
+    assert metrics["Loss on the central hold-out (nats per token)"] == best["central_loss"]
+    assert f"round {best['round']} of 1" in body
+    assert 'source = "random:tiny-llama"' in body
+    assert "model-index" not in (finished.folder / "adapters" / "initial" / "README.md").read_text()
+
+
+def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
+    path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl")
+    finished = run(make_recipe(data={"source": str(path)}, federation={"rounds": 1}), tmp_path / "run", Display())
+    text = (finished.folder / "adapters" / "best" / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert "local: patients.jsonl" in text
+    assert "AutoPeftModelForCausalLM" not in text, "there is no hub model to load"
+
+
+def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) -> None:
+    from fedloom.handover.finished_run import recipe_of
+
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for name in ("resolved.json", "rounds.jsonl", "clients.jsonl", "status.json", "environment.json"):
+        (copied / name).write_bytes((finished.folder / name).read_bytes())
+    (copied / "plan.json").write_text(json.dumps({**finished.plan, "model_revision": "a" * 40}))
+    (copied / "recipe.toml").write_text((finished.folder / "recipe.toml").read_text())
+    assert recipe_of(copied).model.revision == "a" * 40
+    assert recipe_of(finished.folder).model.revision is None
+
+
+def test_without_a_central_hold_out_the_clients_prove_it(tmp_path: Path) -> None:
+    finished = run(make_recipe(data={"central_holdout": 0}, federation={"rounds": 1}), tmp_path / "run", Display())
+    assert export(finished.folder, tmp_path / "adapter") == 0.0
+
+
+OTHERS = {
+    "ia3": {"method": "ia3", "rank": None, "alpha": None},
+    "dora": {"dora": True},
+    "prompt_tuning": {"method": "prompt_tuning", "rank": None, "alpha": None, "options": {"num_virtual_tokens": 4}},
+    "prefix_tuning": {"method": "prefix_tuning", "rank": None, "alpha": None, "options": {"num_virtual_tokens": 4}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of PEFT, about itself
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_are_handed_on_and_write(name: str, tmp_path: Path) -> None:
+    recipe = make_recipe(adapter=OTHERS[name], federation={"rounds": 1})
+    other = run(recipe, tmp_path / "run", Display())
+    assert export(other.folder, tmp_path / "adapter") == 0.0
+    if name in ("ia3", "dora"):
+        assert export(other.folder, tmp_path / "merged", merged=True) < 1e-4
+    else:
+        with pytest.raises(RunError, match=f"PEFT can't merge {name} into"):
+            export(other.folder, tmp_path / "merged", merged=True)
+    pieces: list[str] = []
+    generate(other.folder, "import os", base=True, max_new_tokens=6, say=pieces.append)
+    assert "".join(pieces).count("import os") == 2
+
+    source = open_model("random:tiny-llama")
+    base = load_model(source, dtype="float32", device=CPU, attention="sdpa")
+    model = PeftModel.from_pretrained(base, other.folder / "adapters" / "best").eval()
+    tokens = source.tokenizer("import os", return_tensors="pt")["input_ids"]
+    written = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, pad_token_id=256
+    )
+    text = source.tokenizer.decode(written[0], skip_special_tokens=True)
+    assert "".join(pieces).split("--- with the adapter ---\n")[1].strip() == text.strip()
+    card = (other.folder / "adapters" / "best" / "README.md").read_text()
+    assert f"An adapter ({'lora, DoRA, rank 2' if name == 'dora' else name}) of random:tiny-llama" in card

@@ -1,0 +1,104 @@
+"""A few rows of logits at a time give what all of them give."""
+
+import pytest
+import torch
+import transformers
+from support.tiny import make_adapted, make_blocks
+from torch.nn import functional
+
+from fedloom.model import loss_head
+from fedloom.model.loading import load_model
+from fedloom.model.loss_head import Readout
+from fedloom.model.source import open_model
+
+
+def whole(
+    model: torch.nn.Module, tokens_BT: torch.Tensor, rows_M: torch.Tensor, targets_M: torch.Tensor
+) -> torch.Tensor:
+    return functional.cross_entropy(
+        model(input_ids=tokens_BT).logits.flatten(0, 1)[rows_M], targets_M, reduction="none"
+    )
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5 * 4 * 260, 2**30])
+def test_losses_and_gradients_are_those_of_whole_logits(
+    shape: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_bytes)
+    adapted = make_adapted(shape, "float64")
+    adapted.weights_P.data.normal_(0, 0.1)
+    model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT
+    rows_M = torch.tensor([0, 1, 5, 17, 18, 40, 63])
+    targets_M = torch.arange(7) * 30
+    weight_M = torch.arange(1.0, 8.0, dtype=torch.float64)
+    assert adapted.readout._head is not None
+    results = []
+    for losses in (adapted.readout.losses, lambda *given: whole(model, *given)):
+        adapted.gradient_P.zero_()
+        losses_M = losses(tokens_BT, rows_M, targets_M)
+        (losses_M * weight_M).sum().backward()
+        results.append((losses_M.detach(), adapted.gradient_P.clone()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_score_counts_the_likeliest(shape: str) -> None:
+    adapted = make_adapted(shape)
+    model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT
+    rows_M = torch.arange(0, 64, 3)
+    with torch.no_grad():
+        targets_M = model(input_ids=tokens_BT).logits.flatten(0, 1)[rows_M].argmax(-1)
+        targets_M[:4] += 1
+        loss, correct = adapted.readout.score(tokens_BT, rows_M, targets_M % 260)
+        expected = whole(model, tokens_BT, rows_M, targets_M % 260).sum()
+    torch.testing.assert_close(loss, expected)
+    assert int(correct) == len(rows_M) - 4
+
+
+class Capped(torch.nn.Module):
+    """A model that does more to its logits than its head says, as Gemma's do."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self.model.base_model
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        output.logits = torch.tanh(output.logits / 0.1) * 0.1
+        return output
+
+
+def test_a_model_that_cannot_be_taken_apart_is_taken_whole() -> None:
+    source = open_model("random:tiny-llama")
+    capped = Capped(load_model(source, dtype="float32", device=torch.device("cpu")))
+    read = Readout(capped)
+    assert read._head is None
+    tokens_BT, rows_M, targets_M = make_blocks(2).tokens_NT, torch.arange(5), torch.arange(5)
+    with torch.no_grad():
+        expected = whole(capped, tokens_BT, rows_M, targets_M)
+        torch.testing.assert_close(read.losses(tokens_BT, rows_M, targets_M), expected)
+        torch.testing.assert_close(read.score(tokens_BT, rows_M, targets_M)[0], expected.sum())
+
+
+def test_an_adapter_on_the_head_is_not_left_out() -> None:
+    assert make_adapted(targets=["lm_head"]).readout._head is None
+
+
+@pytest.mark.parametrize(("scaling", "splits"), [(1.0, True), (8.0, False)])
+def test_on_the_meta_device_the_configuration_tells_scaled_logits(scaling: float, splits: bool) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "logits_scaling": scaling}
+    with torch.device("meta"):
+        scaled = transformers.AutoModelForCausalLM.from_config(transformers.GraniteConfig(**sizes, **heads))
+        plain = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        )
+    assert (Readout(scaled)._head is not None) == splits
+    assert Readout(plain)._head is not None

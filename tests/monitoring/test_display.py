@@ -1,0 +1,84 @@
+"""What a person sees: on a terminal, and in a pipe."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.tiny import make_recipe
+
+from fedloom import run
+from fedloom.experiment.run import plan
+from fedloom.monitoring.display import Terminal, describe_clients
+from fedloom.text import format_bytes, format_seconds
+
+
+def show(tmp_path: Path, *, terminal: bool) -> str:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=100, highlight=False)
+    run(make_recipe(), tmp_path / "run", Terminal(console))
+    return screen.getvalue()
+
+
+def test_plain_lines_hold_the_plan_and_a_row_a_round(tmp_path: Path) -> None:
+    shown = show(tmp_path, terminal=False)
+    assert "\x1b" not in shown
+    for name in ("model", "trainable", "data", "clients", "central", "audit", "work", "bytes", "device"):
+        assert any(line.startswith(name) for line in shown.splitlines()), name
+    table = shown[shown.rindex("round   train") :].splitlines()
+    assert table[0].split() == ["round", "train", "clients", "central", "proximal", "drift", "seconds", "bytes"]
+    assert [row.split()[0] for row in table[1:4]] == ["0", "1", "2"]
+    assert "central loss " in shown
+    assert all(
+        len(line) <= 100
+        for line in shown.splitlines()
+        if not line.startswith(("best adapter", "report", "run ")) and "adapter" not in line
+    )
+
+
+def test_a_terminal_has_a_bar_with_speed_and_time_left(tmp_path: Path) -> None:
+    shown = show(tmp_path, terminal=True)
+    assert "steps" in shown
+    assert "tokens/s" in shown
+    assert "left" in shown
+
+
+def test_text_of_others_has_no_meaning_as_markup() -> None:
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, width=200))
+    display.show_step("documents", "[bold]/data/[/nonsense]")
+    assert "[bold]/data/[/nonsense]" in screen.getvalue()
+
+
+def test_the_plan_names_what_was_skipped(write_jsonl) -> None:
+    path = write_jsonl([*(f"document {i} with words {i * i}" for i in range(60)), "", {"other": 1}])
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, width=200))
+    display.show_plan(
+        plan(make_recipe(data={"source": str(path), "documents_per_client": None, "max_bad_fraction": 0.1}))
+    )
+    assert "1 empty, 1 without text in column text" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 B"), (999, "999 B"), (6_291_456, "6.3 MB"), (1.32e9, "1.3 GB"), (5e12, "5.0 TB")]
+)
+def test_bytes(count: float, said: str) -> None:
+    assert format_bytes(count) == said
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(7.4, "0:07"), (83, "1:23"), (27_424, "7:37:04")])
+def test_seconds(seconds: float, said: str) -> None:
+    assert format_seconds(seconds) == said
+
+
+def test_what_clients_do_stands_beneath_the_bar_and_many_are_counted() -> None:
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, force_terminal=True, width=80))
+    display._start_bar()
+    display.show_clients({"alice": "training", "bob": "answered"})
+    display._bar.refresh()
+    display.close()
+    assert "alice training, bob answered" in screen.getvalue()
+    many = {f"client-{number}": "training" for number in range(40)} | {"bob": "gone"}
+    assert describe_clients(many) == "40 training, 1 gone"

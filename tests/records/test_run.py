@@ -1,0 +1,59 @@
+"""The run directory, read back: whole, cut or damaged."""
+
+from pathlib import Path
+
+import pytest
+from support.tiny import make_recipe
+
+from fedloom import read_run, run
+from fedloom.errors import RunError
+from fedloom.records.writer import RunWriter
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    recipe = make_recipe(federation={"rounds": 1})
+    finished = run(recipe, tmp_path / "run")
+    read = read_run(str(tmp_path / "run"))
+    assert read == finished
+    assert read.recipe == recipe.model_dump(mode="json")
+
+
+def test_a_line_that_was_cut_while_it_was_written_is_left_out(tmp_path: Path) -> None:
+    run(make_recipe(federation={"rounds": 1}), tmp_path / "run")
+    path = tmp_path / "run" / "rounds.jsonl"
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in range(last, len(whole) - 1, 37):
+        path.write_bytes(whole[:cut])
+        assert [record["round"] for record in read_run(tmp_path / "run").rounds] == [0]
+
+
+def test_damage_elsewhere_names_the_line(tmp_path: Path) -> None:
+    run(make_recipe(federation={"rounds": 1}), tmp_path / "run")
+    path = tmp_path / "run" / "rounds.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["{", *lines[1:]]) + "\n")
+    with pytest.raises(RunError, match=r"rounds.jsonl:1: .*damaged"):
+        read_run(tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run directory"):
+        read_run(tmp_path)
+
+
+def test_a_run_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="can't make the run directory"):
+        RunWriter(tmp_path / "file" / "run")
+
+
+def test_files_are_replaced_whole(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    writer.write_status("running", round=0)
+    writer.write_status("done")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "status.json"]
+    assert '"started"' in (tmp_path / "run" / "status.json").read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        writer.write_json("status.json", {"loss": float("nan")})
+    assert '"done"' in (tmp_path / "run" / "status.json").read_text()

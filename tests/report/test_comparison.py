@@ -1,0 +1,119 @@
+"""Runs side by side: what differs, what it took, and when a comparison is not fair."""
+
+from pathlib import Path
+
+import pytest
+from support.made_runs import make_run
+
+from fedloom.errors import RunError
+from fedloom.report.comparison import build_comparison, conclude, recipe_differences, unfairness, write_comparison
+from fedloom.report.document import Table, to_markdown
+
+
+def test_only_what_differs_is_shown(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", [3.0, 2.5], name="one", training={"proximal_mu": 0.1})
+    two = make_run(tmp_path / "two", [3.0, 2.4], name="two", training={"proximal_mu": 0.2})
+    assert recipe_differences([one, two]) == {"training.proximal_mu": [0.1, 0.2]}
+    assert unfairness([one, two], ["one", "two"]) == []
+    text = to_markdown(build_comparison([one, two]))
+    assert "| training.proximal_mu | 0.1 | 0.2 |" in text
+    assert "| Δ loss (0 → 1) | -0.5000 (3.0000 → 2.5000) | -0.6000 (3.0000 → 2.4000) |" in text
+
+
+def test_the_change_is_over_the_rounds_they_share(tmp_path: Path) -> None:
+    long = make_run(tmp_path / "long", [3.0, 2.5, 2.2, 2.0], name="long")
+    short = make_run(tmp_path / "short", [3.0, 2.6], name="short")
+    text = to_markdown(build_comparison([long, short]))
+    assert "| Δ loss (0 → 1) | -0.5000 (3.0000 → 2.5000) | -0.4000 (3.0000 → 2.6000) |" in text
+    assert "| Last loss | 2.0000 in round 3 | 2.6000 in round 1 |" in text
+
+
+def test_convergence_is_what_it_took_to_reach_a_loss(tmp_path: Path) -> None:
+    quick = make_run(tmp_path / "quick", [3.0, 2.2, 2.0], name="quick")
+    slow = make_run(tmp_path / "slow", [3.0, 2.8, 2.2], name="slow")
+    text = to_markdown(build_comparison([quick, slow]))
+    assert "| Rounds to 2.2000 | 1 | 2 |" in text
+    assert "| Tokens to 2.2000 | 300 | 600 |" in text
+    assert "| Seconds to 2.2000 | 3.0 | 5.0 |" in text
+    assert "| Bytes to 2.2000 | 6.0 kB | 12.0 kB |" in text
+
+
+@pytest.mark.parametrize(
+    ("plan", "sections", "warns"),
+    [
+        ({"model": "another"}, {}, "other base models"),
+        ({"central_tokens": 7}, {}, "other central hold-outs"),
+        ({}, {"data": {"max_length": 64}}, "other tokens in a block"),
+        ({"data": "others"}, {}, "other data"),
+        ({}, {"seed": 8}, "other central hold-outs"),
+    ],
+)
+def test_what_is_not_fair_is_said(plan: dict, sections: dict, warns: str, tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", [3.0, 2.5], name="one")
+    two = make_run(tmp_path / "two", [3.0, 2.4], name="two", plan=plan, **sections)
+    assert any(warns in warning for warning in unfairness([one, two], ["one", "two"]))
+    assert f"**Note:** two: {warns} than one" in to_markdown(build_comparison([one, two]))
+
+
+def test_other_starting_losses_are_a_warning(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one", [3.0, 2.5], name="one"), make_run(tmp_path / "two", [3.2, 2.5], name="two")
+    assert "begin with different losses" in unfairness([one, two], ["one", "two"])[0]
+
+
+def test_runs_of_several_seeds_are_one_with_a_spread(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"seed-{seed}", [3.0, last], name="same", seed=seed) for seed, last in ((1, 2.0), (2, 2.2))
+    ]
+    document = build_comparison(runs)
+    assert "comparison-seeds" in [figure.name for figure in document.figures]
+    tables = [block for section in document.sections for block in section.blocks if isinstance(block, Table)]
+    seeds = next(table for table in tables if "Seeds" in table.header)
+    assert list(seeds.rows) == [["seed-1 and 1 more", "1, 2", "2.1000 ± 0.1414", "2.1000"]]
+
+
+def test_it_writes_a_page(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, [3.0, 2.5], name=name).folder for name in ("one", "two")]
+    page = write_comparison(folders, tmp_path / "both")
+    assert page == tmp_path / "both" / "comparison.html"
+    assert page.read_text().count("<svg") == 2
+    assert (tmp_path / "both" / "comparison.md").is_file()
+    assert (tmp_path / "both" / "plots" / "comparison-loss.svg").is_file()
+
+
+def test_one_run_is_no_comparison(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", [3.0, 2.5])
+    with pytest.raises(RunError, match="two runs or more"):
+        write_comparison([one.folder], tmp_path / "both")
+    two = make_run(tmp_path / "two", [3.0])
+    (two.folder / "rounds.jsonl").write_text("")
+    with pytest.raises(RunError, match="no round is on record yet"):
+        write_comparison([one.folder, two.folder], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
+    quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", plan={"payload_bytes": 500})
+    slow = make_run(
+        tmp_path / "slow", [3.0, 2.8, 2.5], name="slow", seconds={"train": [0, 3, 3], "evaluate": [1, 1, 1]}
+    )
+    assert conclude([quick, slow], ["quick", "slow"]) == [
+        "After round 2, the last that all of them have, quick is ahead: 1.9000, 0.6000 nats a token below slow.",
+        "quick descends fastest at first: 0.8000 in its first round, slow 0.2000.",
+        "Overfitting: quick from round 3.",
+        "slow sends 2.0 times the bytes of quick in an update.",
+        "A round of slow takes 4.0 s, 2.0 times one of quick.",
+    ]
+    assert conclude([slow, slow], ["slow", "again"]) == ["None of them overfits in the rounds on record."]
+
+
+def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", [3.0, 2.5], name="one")
+    two = make_run(tmp_path / "two", [3.0, 2.0], name="two", plan={"model": "another"})
+    assert not any("ahead" in sentence or "fastest" in sentence for sentence in conclude([one, two], ["one", "two"]))
+    rising = [make_run(tmp_path / f"r{n}", [3.0, 3.0 + n / 10], name=f"r{n}") for n in (1, 2)]
+    assert not any("fastest" in sentence for sentence in conclude(rising, ["r1", "r2"]))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / seed / "run", [3.0, 2.5], name="same") for seed in ("a", "b")]
+    assert build_comparison(runs).title == "Comparison: run (1), run (2)"

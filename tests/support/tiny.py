@@ -1,0 +1,164 @@
+"""Tiny real things that tests share: recipes, two-layer models, blocks, jobs, updates. No mocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.peft_config import build_config
+from fedloom.data.tokens import TokenBlocks
+from fedloom.model.loading import load_model
+from fedloom.model.source import open_model
+from fedloom.recipe.recipe import Recipe
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate, OptimizerState
+
+ARCHITECTURES = {
+    "tiny-opt": ("q_proj", "v_proj"),
+    "tiny-llama": ("q_proj", "v_proj"),
+    "tiny-gpt2": ("c_attn",),
+}
+"""Shapes that every architecture test covers, with the layers that their adapters sit on."""
+
+
+def make_recipe(**sections: Any) -> Recipe:
+    """The recipe of most tests: seconds long; sections given replace its keys; an adapter's None leaves one out."""
+    values: dict[str, Any] = {
+        "name": "test",
+        "seed": 7,
+        "model": {"source": "random:tiny-llama"},
+        "adapter": {"rank": 2, "alpha": 4},
+        "data": {
+            "source": "python:stdlib",
+            "max_length": 32,
+            "clients": 3,
+            "documents_per_client": 8,
+            "client_holdout": 0.25,
+            "central_holdout": 6,
+        },
+        "training": {"batch_size": 2, "learning_rate": 1e-2, "proximal_mu": 0.1},
+        "federation": {"rounds": 2},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    values["adapter"] = {key: value for key, value in values["adapter"].items() if value is not None}
+    return Recipe.model_validate(values)
+
+
+def make_adapted(
+    shape: str = "tiny-llama",
+    dtype: str = "float32",
+    seed: int = 7,
+    *,
+    freeze_a: bool = False,
+    residuals: bool = False,
+    device: str = "cpu",
+    **adapter: Any,
+) -> AdaptedModel:
+    """A random two-layer model with a LoRA adapter."""
+    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device))
+    section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
+    return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a, residuals=residuals)
+
+
+def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> TokenBlocks:
+    """Learnable blocks of several lengths: each counts upwards from a random byte."""
+    generator = torch.Generator().manual_seed(seed)
+    start_N1 = torch.randint(0, 200, (num_blocks, 1), generator=generator)
+    tokens_NT = start_N1 + torch.arange(max_length)
+    lengths_N = torch.randint(max_length // 2, max_length + 1, (num_blocks,), generator=generator)
+    tokens_NT = tokens_NT.masked_fill(torch.arange(max_length) >= lengths_N[:, None], 0)
+    return TokenBlocks(tokens_NT, lengths_N, counted_N=lengths_N)
+
+
+def updates_of(results: Iterable[ClientResult]) -> Iterator[ClientUpdate]:
+    """What an engine gave; a client's failure is raised."""
+    for result in results:
+        if isinstance(result, ClientFailure):
+            raise result.error
+        yield result
+
+
+def make_update(
+    adapter: Adapter, client: int = 0, *, round: int = 1, examples: int = 1, tokens: int = 1, arm: int = 0
+) -> ClientUpdate:
+    """An update of made-up weights."""
+    report = ClientReport(
+        round=round, client=client, examples=examples, tokens=tokens, steps=1, proximal_mu=0.0, loss_first=1.0,
+        loss_last=1.0, loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
+    )  # fmt: skip
+    return ClientUpdate(report, adapter, {}, arm)
+
+
+def make_job(
+    blocks: TokenBlocks,
+    adapter: Adapter,
+    *,
+    round: int = 1,
+    client: int = 0,
+    rounds: int = 3,
+    state: OptimizerState | None = None,
+    trains_P: torch.Tensor | None = None,
+    arm: int = 0,
+    **training: Any,
+) -> ClientJob:
+    """A client's job of two epochs without a proximal term, unless told otherwise."""
+    return ClientJob(
+        round=round,
+        client=client,
+        adapter=adapter,
+        training=make_recipe(training={"epochs": 2, "proximal_mu": 0.0, **training}).training,
+        rounds=rounds,
+        seed=7,
+        trains_P=trains_P,
+        arm=arm,
+        blocks=blocks,
+        optimizer_state=state,
+    )
+
+
+def write_tiny_gguf(path: Path, packed: str | None = None) -> Path:
+    """A one-layer Llama with a vocabulary of eight, as a GGUF file; random and `packed` as `Q8_0`, say."""
+    gguf = pytest.importorskip("gguf")
+    numpy = pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(path, "llama")
+    width, hidden, words = 32, 64, ["<unk>", "<s>", "</s>", "a", "b", "ab", "c", "d"]
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    rows, columns = numpy.arange(len(words))[:, None], numpy.arange(width)
+    writer.add_tensor("token_embd.weight", (rows * 0.01 + columns * 0.001).astype(numpy.float32))
+    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width),
+              "attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width),
+              "ffn_down": (width, hidden), "attn_norm": (width,), "ffn_norm": (width,)}  # fmt: skip
+    for name, shape in shapes.items():
+        weights = numpy.full(shape, 0.02, numpy.float32)
+        if packed and len(shape) == 2:
+            kind = gguf.GGMLQuantizationType[packed]
+            weights = numpy.random.default_rng(len(name)).normal(0, 0.2, shape).astype(numpy.float32)
+            writer.add_tensor(f"blk.0.{name}.weight", gguf.quants.quantize(weights, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"blk.0.{name}.weight", weights)
+    writer.add_tensor("output_norm.weight", numpy.ones(width, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,403 @@
+"""The batched engine against the reference, client by client, after a whole round.
+
+The difference is measured against the norm of the update, on data that can be learnt: on noise, Adam turns rounding
+into signs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import make_adapted, make_blocks, make_job, make_recipe, updates_of
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import Residual, lora_pairs
+from fedloom.errors import TrainingError
+from fedloom.federation.lora_rules import trained_part
+from fedloom.training import batched
+from fedloom.training.batched import build_batched_engine
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
+from fedloom.training.reference import build_reference_engine
+from fedloom.training.stacked_step import StackedStep, StepInputs
+
+NOWHERE = Adapter(Layout((), ()), torch.empty(0))
+TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (1e-3, 1e-5), "bfloat16": (5e-2, 2e-2)}
+"""By dtype: of the update, relative to its norm; of losses."""
+
+
+def switch_off_dropout(adapted: AdaptedModel) -> None:
+    for module in adapted.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def make_jobs(sizes: Sequence[int] = (8, 5, 11), states: Any = None) -> list[ClientJob]:
+    """Where they start from, and how they train, `train` says."""
+    return [
+        make_job(
+            make_blocks(size, 12 + 2 * client, seed=client),
+            NOWHERE,
+            round=2,
+            client=client,
+            state=states[client] if states else None,
+        )
+        for client, size in enumerate(sizes)
+    ]
+
+
+def train(
+    build: Any, adapted: AdaptedModel, start: Adapter, jobs: Sequence[ClientJob], **changes: Any
+) -> dict[int, ClientUpdate]:
+    training = make_recipe(training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", **changes}).training
+    told = [replace(job, adapter=start, training=training) for job in jobs]
+    return {update.report.client: update for update in updates_of(build(adapted)(told))}
+
+
+def start_from(adapted: AdaptedModel) -> Adapter:
+    """Not PEFT's zeros in B: a federation that has been under way."""
+    noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)
+    return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
+
+
+def assert_agree(ours: dict[int, ClientUpdate], theirs: dict[int, ClientUpdate], start: Adapter, dtype: str) -> None:
+    of_update, of_loss = TOLERANCES[dtype]
+    assert ours.keys() == theirs.keys()
+    signed = []
+    for client, their in theirs.items():
+        our = ours[client]
+        difference_P = our.adapter.weights_P - their.adapter.weights_P
+        moved = (their.adapter.weights_P - start.weights_P).norm()
+        assert difference_P.norm() / moved < of_update, f"client {client}"
+        signed.append(float(difference_P.mean() / moved * difference_P.numel() ** 0.5))
+        for name in ("loss_first", "loss_last", "loss_mean"):
+            assert getattr(our.report, name) == pytest.approx(getattr(their.report, name), rel=of_loss), name
+        for name in ("proximal_loss", "proximal_ratio", "drift"):
+            assert getattr(our.report, name) == pytest.approx(getattr(their.report, name), rel=2 * of_update), name
+        for name in ("round", "client", "examples", "tokens", "steps"):
+            assert getattr(our.report, name) == getattr(their.report, name), name
+        assert our.optimizer_state.keys() == their.optimizer_state.keys()
+        for name, value in their.optimizer_state.items():
+            distance = (our.optimizer_state[name] - value).norm() / value.norm()
+            assert distance < 4 * of_update, name
+    assert abs(sum(signed) / len(signed)) < of_update, "a one-sided drift"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_every_clients_adapter_is_the_references(shape: str, dtype: str) -> None:
+    adapted = make_adapted(shape, dtype)
+    switch_off_dropout(adapted)
+    start, jobs = start_from(adapted), make_jobs()
+    # Until something is learnt: in bfloat16, the first steps of a random model are mostly rounding.
+    learning = {"batch_size": 4, "epochs": 8}
+    theirs = train(build_reference_engine, adapted, start, jobs, **learning)
+    assert theirs[0].report.loss_last < theirs[0].report.loss_first
+    assert_agree(train(build_batched_engine, adapted, start, jobs, **learning), theirs, start, dtype)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_gradient_norm": 0.05},
+        {"schedule": "linear"},
+        {"schedule": "cosine", "schedule_scope": "run"},
+        {"optimizer": "sgd", "learning_rate": 0.5},
+        {"optimizer": "sgd", "learning_rate": 0.5, "weight_decay": 0.1, "max_gradient_norm": 0.05},
+        {"weight_decay": 0.3},
+        {"proximal_mu": 0.0},
+        {"proximal_mu": 5.0, "max_gradient_norm": 0.05},
+        {"batch_size": 3, "epochs": 1},
+        {"batch_size": 64},
+    ],
+    ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_every_objective_and_optimizer_agrees(changes: dict[str, Any]) -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs, **changes)
+    assert_agree(train(build_batched_engine, adapted, start, jobs, **changes), theirs, start, "float64")
+
+
+@pytest.mark.parametrize("clients_at_once", [1, 2, 3])
+def test_more_clients_than_fit_at_once(clients_at_once: int) -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((7, 1, 12, 2, 5))
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    ours = train(build_batched_engine, adapted, start, jobs, clients_at_once=clients_at_once)
+    assert_agree(ours, theirs, start, "float64")
+
+
+def test_kept_optimizer_state_moves_between_engines() -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs()
+    first = train(build_batched_engine, adapted, start, jobs)
+    kept = make_jobs(states={client: update.optimizer_state for client, update in first.items()})
+    theirs = train(build_reference_engine, adapted, start, kept)
+    assert_agree(train(build_batched_engine, adapted, start, kept), theirs, start, "float64")
+    fresh = train(build_batched_engine, adapted, start, jobs)
+    assert fresh[0].adapter.sha256() != theirs[0].adapter.sha256()
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], "all-linear", ["q_proj", "lm_head", "down_proj"]])
+def test_any_layer_can_be_adapted(targets: Any) -> None:
+    adapted = make_adapted(dtype="float64", targets=targets)
+    start, jobs = start_from(adapted), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+
+
+@pytest.mark.parametrize("adapter", [{"rslora": True, "rank": 4}, {"alpha": 64.0}])
+def test_the_scale_is_that_of_the_method(adapter: dict[str, Any]) -> None:
+    adapted = make_adapted(dtype="float64", **adapter)
+    start, jobs = start_from(adapted), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+
+
+def test_counted_padding_agrees() -> None:
+    adapted = make_adapted(dtype="float64")
+    start = start_from(adapted)
+    jobs = [
+        replace(job, blocks=replace(job.blocks, counted_N=torch.full_like(job.blocks.lengths_N, 12)))
+        for job in make_jobs()
+    ]
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+
+
+@pytest.mark.parametrize("beside", [[0, 1, 2], [0, 2], [2, 0, 1, 3]])
+def test_with_dropout_a_client_is_the_same_alone_and_beside_others(shape: str, beside: list[int]) -> None:
+    # OPT and GPT-2 have dropout of their own, GPT-2 on its attention too; the clients' batches differ in width.
+    adapted = make_adapted(shape, "float64", dropout=0.4)
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 3))
+    alone = train(build_batched_engine, adapted, start, [jobs[0]])[0].adapter
+    together = train(build_batched_engine, adapted, start, [jobs[client] for client in beside])[0].adapter
+    assert (alone.weights_P - together.weights_P).norm() / (alone.weights_P - start.weights_P).norm() < 1e-9
+
+
+def test_dropout_is_there_and_each_clients_own(shape: str) -> None:
+    adapted = make_adapted(shape, "float64", dropout=0.4)
+    start = start_from(adapted)
+    blocks = make_blocks(2)
+    same_data = [make_job(blocks, NOWHERE, client=client) for client in range(3)]
+    one_step = {"epochs": 1, "batch_size": 2}
+    updates = train(build_batched_engine, adapted, start, same_data, **one_step)
+    assert len({update.adapter.sha256() for update in updates.values()}) == 3
+    switch_off_dropout(adapted)
+    without = train(build_batched_engine, make_adapted(shape, "float64"), start, same_data, **one_step)
+    assert updates[0].report.loss_first != without[0].report.loss_first
+
+
+def test_dropout_keeps_its_expectation() -> None:
+    # Of 10,000 masks of a probability p, the share that is kept is 1 − p, and what is kept is scaled by its inverse.
+    from torch.nn import functional
+
+    from fedloom.training.client_dropout import ClientDropout
+
+    generators = [torch.Generator().manual_seed(client) for client in range(2)]
+    with ClientDropout(generators, [(2, 5), (1, 3)]):
+        dropped = functional.dropout(torch.ones(4, 5, 1000), 0.3, training=True).view(2, 2, 5, 1000)
+        assert torch.equal(functional.dropout(torch.ones(4, 5, 10), 0.3, training=False), torch.ones(4, 5, 10))
+    first, second = dropped[0], dropped[1, :1, :3]
+    for kept in (first, second):
+        assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+        assert float(kept.mean()) == pytest.approx(1, abs=0.05)
+    assert (dropped[1, 1:] == 1).all(), "padding is nobody's"
+
+
+def explosive_state(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+    """A client whose first step throws it far away: moments out of all proportion, as if it had diverged."""
+    size = adapted.layout.size
+    return {
+        "step": torch.tensor(1.0),
+        "exp_avg": torch.full((size,), 1.0, dtype=adapted.weights_P.dtype),
+        "exp_avg_sq": torch.zeros(size, dtype=adapted.weights_P.dtype),
+    }
+
+
+def test_a_client_with_a_huge_loss_does_not_move_the_others_by_a_bit(shape: str) -> None:
+    adapted = make_adapted(shape)
+    start = start_from(adapted)
+    calm = train(build_batched_engine, adapted, start, make_jobs())
+    wild = train(
+        build_batched_engine, adapted, start, make_jobs(states={0: None, 1: explosive_state(adapted), 2: None})
+    )
+    assert wild[1].report.drift > 30 * calm[1].report.drift
+    for client in (0, 2):
+        assert torch.equal(wild[client].adapter.weights_P, calm[client].adapter.weights_P)
+        assert wild[client].report.loss_last == calm[client].report.loss_last
+
+
+def test_a_leak_between_clients_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same check on an engine with a deliberate mistake: the gradient of the mean over all clients.
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    right = StackedStep._losses
+
+    def pooled(self: StackedStep, inputs: StepInputs) -> torch.Tensor:
+        loss_K = right(self, inputs)
+        return loss_K.mean().expand(len(loss_K)) + 0 * loss_K
+
+    monkeypatch.setattr(StackedStep, "_losses", pooled)
+    wrong = train(build_batched_engine, adapted, start, jobs)
+    with pytest.raises(AssertionError):
+        assert_agree(wrong, theirs, start, "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_with_a_frozen_a_only_b_is_trained(shape: str, dtype: str) -> None:
+    adapted = make_adapted(shape, dtype, freeze_a=True)
+    switch_off_dropout(adapted)
+    assert all(".lora_B." in name for name in adapted.layout.names)
+    frozen = {name: value.clone() for name, value in adapted.frozen.items()}
+    start, jobs = start_from(adapted), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, dtype)
+    assert all(torch.equal(adapted.frozen[name], value) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.3}, {"max_gradient_norm": 0.05, "proximal_mu": 5.0}])
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_what_a_client_does_not_train_stays(changes: dict[str, Any], at_once: int) -> None:
+    # One client trains B alone, as RoLoRA has it, one the lowest rank alone, as with ranks that differ, one everything.
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((7, 4, 12))
+    layout = adapted.layout
+    parts = [trained_part(layout, "rolora", 1), trained_part(layout, "svd", 1, rank=1), None]
+    jobs = [replace(job, trains_P=part) for job, part in zip(jobs, parts, strict=True)]
+    theirs = train(build_reference_engine, adapted, start, jobs, **changes)
+    ours = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once, **changes)
+    assert_agree(ours, theirs, start, "float64")
+    for client, part_P in enumerate(parts[:2]):
+        assert part_P is not None
+        changed_P = ours[client].adapter.weights_P != start.weights_P
+        assert not changed_P[~part_P].any()
+        assert changed_P[part_P].float().mean() > 0.9
+
+
+def test_a_residual_is_part_of_the_model(shape: str) -> None:
+    adapted = make_adapted(shape, "float64", residuals=True)
+    switch_off_dropout(adapted)
+    plain = start_from(adapted)
+    generator = torch.Generator().manual_seed(2)
+    tensors = plain.layout.split(plain.weights_P)
+    residual = Residual(
+        {
+            layer: (
+                0.1 * torch.randn(len(tensors[b_name]), 4, generator=generator).double(),
+                torch.randn(4, tensors[a_name].shape[1], generator=generator).double(),
+            )
+            for layer, (a_name, b_name) in lora_pairs(plain.layout.names).items()
+        }
+    )
+    start, jobs = replace(plain, residual=residual), make_jobs()
+    theirs = train(build_reference_engine, adapted, start, jobs)
+    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+    without = train(build_batched_engine, adapted, plain, jobs)
+    assert without[0].report.loss_first != pytest.approx(theirs[0].report.loss_first, rel=1e-6)
+
+
+def test_runs_of_their_own_share_a_step() -> None:
+    # As a sweep has it: another start, seed, μ, learning rate, schedule, batch size and number of epochs each.
+    adapted = make_adapted(dtype="float64", dropout=0.3)
+    first, second = start_from(adapted), adapted.read()
+    settings: list[dict[str, Any]] = [
+        {"proximal_mu": 0.0, "learning_rate": 3e-3},
+        {"proximal_mu": 2.0, "epochs": 3, "schedule": "linear", "optimizer_state": "keep"},
+        {"proximal_mu": 0.5, "batch_size": 4},
+    ]
+    jobs = [
+        replace(make_job(make_blocks(5 + arm, seed=arm), start, round=2, arm=arm, **changes), seed=arm)
+        for arm, (start, changes) in enumerate(zip([first, second, first], settings, strict=True))
+    ]
+    alone = {job.arm: next(updates_of(build_batched_engine(adapted)([job]))) for job in jobs}
+    together = {update.arm: update for update in updates_of(build_batched_engine(adapted)(jobs))}
+    for job in jobs:
+        assert_agree({0: together[job.arm]}, {0: alone[job.arm]}, job.adapter, "float64")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+def test_checkpointed_gradients_are_the_same(shape: str, build: Any, dropout: float) -> None:
+    adapted = make_adapted(shape, "float64", dropout=dropout)
+    start, jobs = start_from(adapted), make_jobs()
+    plain = train(build, adapted, start, jobs)
+    checkpointed = train(build, adapted, start, jobs, gradient_checkpointing=True)
+    for client in plain:
+        difference = (plain[client].adapter.weights_P - checkpointed[client].adapter.weights_P).norm()
+        assert difference < 1e-12 * plain[client].report.drift
+
+
+def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a GPU is given, whose recorded steps need shapes that stay: here the same arithmetic on the processor.
+    adapted = make_adapted(shape, "float64")
+    switch_off_dropout(adapted)
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
+    theirs = train(build_reference_engine, adapted, start, jobs, batch_size=3)
+    monkeypatch.setattr(batched, "Crew", partial(batched.Crew, fixed_shapes=True))
+    monkeypatch.setattr(batched, "READ_EVERY", 5)
+    ours = train(build_batched_engine, adapted, start, jobs, batch_size=3, clients_at_once=2)
+    assert_agree(ours, theirs, start, "float64")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_a_recorded_step_is_the_step(shape: str, dropout: float, at_once: int) -> None:
+    # With two at once, slots are refilled while a recording goes on; clients of equal sizes, so that it does.
+    adapted = make_adapted(shape, device="cuda", dropout=dropout)
+    start, jobs = start_from(adapted), make_jobs((20, 20, 20, 13))
+    recorded = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once)
+    launched = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once, cuda_graph=False)
+    assert_agree(recorded, launched, start, "float32")
+
+
+@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_a_client_that_fails_leaves_the_others_as_they_are(build: Any, at_once: int) -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs()
+    calm = train(build, adapted, start, jobs, clients_at_once=at_once)
+    training = make_recipe(
+        training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", "clients_at_once": at_once}
+    ).training
+    wild = training.model_copy(update={"learning_rate": 1e300})
+    told = [replace(job, adapter=start, training=wild if job.client == 1 else training) for job in jobs]
+    results = list(build(adapted)(told))
+    failures = [result for result in results if isinstance(result, ClientFailure)]
+    assert [failure.client for failure in failures] == [1]
+    assert "round 2, client 1" in str(failures[0].error)
+    others = {result.report.client: result for result in results if isinstance(result, ClientUpdate)}
+    assert_agree(others, {client: calm[client] for client in (0, 2)}, start, "float64")
+
+
+def test_a_diverging_client_is_named() -> None:
+    adapted = make_adapted()
+    with pytest.raises(TrainingError, match=r"round 2, client \d, step \d+: the (loss|drift) is (nan|inf)"):
+        train(build_batched_engine, adapted, start_from(adapted), make_jobs(), learning_rate=1e30, optimizer="sgd")
+
+
+def test_after_the_engine_the_model_is_pefts_again(shape: str) -> None:
+    adapted = make_adapted(shape)
+    start = start_from(adapted)
+    tokens = make_blocks(2).tokens_NT
+    adapted.load(start)
+    before = adapted.model.eval()(input_ids=tokens).logits
+    train(build_batched_engine, adapted, start, make_jobs())
+    assert torch.equal(adapted.model(input_ids=tokens).logits, before)
+    assert not adapted.model.training
+    assert torch.equal(adapted.read().weights_P, start.weights_P)
+
+
+def test_updates_come_as_clients_finish() -> None:
+    adapted = make_adapted()
+    jobs = [replace(job, adapter=start_from(adapted)) for job in make_jobs((11, 3, 7))]
+    order = [update.report.client for update in updates_of(build_batched_engine(adapted)(jobs))]
+    assert order == [1, 2, 0]
