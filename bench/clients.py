@@ -19,7 +19,7 @@ from pathlib import Path
 def measure(clients: int, folder: Path) -> dict[str, float]:
     """One case, in this process."""
     from fedloom import load_recipe, run
-    from fedloom.monitoring.display import Display
+    from fedloom.monitoring.observer import Observer
 
     words = [f"w{number}" for number in range(5000)]
     generator = random.Random(1)
@@ -37,7 +37,7 @@ def measure(clients: int, folder: Path) -> dict[str, float]:
     }
     recipe = load_recipe("tiny", [f"{key}={value}" for key, value in changes.items()])
     started = time.perf_counter()
-    finished = run(recipe, folder / "run", Display())
+    finished = run(recipe, folder / "run", Observer())
     keys = ("train_seconds", "aggregate_seconds", "evaluate_seconds")
     rounds = [sum(record[key] for key in keys) for record in finished.rounds[1:]]
     return {

@@ -138,7 +138,7 @@ def measure_tiny(rounds: int) -> dict[str, object]:
     """`tiny` through `fedloom serve` and three times `fedloom join`."""
     from fedloom import load_recipe, read_run
     from fedloom.deployment.client.documents import write_splits
-    from fedloom.monitoring.display import Display
+    from fedloom.monitoring.observer import Observer
     from fedloom.recipe.loading import recipe_to_toml
 
     fedloom = [sys.executable, "-m", "fedloom"]
@@ -146,7 +146,7 @@ def measure_tiny(rounds: int) -> dict[str, object]:
         security, kits = provision(folder)
         recipe = load_recipe("tiny", [f"federation.rounds={rounds}"])
         (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
-        for kit, data in zip(kits, write_splits(recipe, folder / "split", Display()), strict=True):
+        for kit, data in zip(kits, write_splits(recipe, folder / "split", Observer()), strict=True):
             command = [*fedloom, "join", str(kit), "--data", str(data)]
             stack.callback(Child(command, kit.with_suffix(".log"), os.environ).end)
         command = [*fedloom, "serve", str(folder / "tiny.toml"), "--server", str(security.folder)]
@@ -229,7 +229,16 @@ def measure_memory(clients: int) -> dict[str, object]:
         found = exchange.assemble(count, 60)
         fleet = RemoteFleet(exchange, found, recipe, (), Path(gettempdir()))
         judge = lambda adapter: Score(1.0, 0, 1)  # noqa: E731
-        run = FederatedRun(recipe, fleet, factors(recipe.federation), judge, start, holdings=fleet.holdings)
+        run = FederatedRun(
+            recipe.training,
+            recipe.federation,
+            recipe.seed,
+            fleet,
+            factors(recipe.federation),
+            judge,
+            start,
+            sizes=fleet.sizes,
+        )
         run.begin()
         result = run.complete(fleet.train(run.tasks()))
         assert len(result.reports) == count, result.lost

@@ -33,9 +33,9 @@ from fedloom.model.source import open_model
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.sections import Adapter as AdapterSection
 from fedloom.recipe.sections import Training
-from fedloom.training.batched import build_batched_engine
+from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob
-from fedloom.training.reference import build_reference_engine
+from fedloom.training.reference import ReferenceEngine
 
 BATCH, LENGTH, VOCABULARY = 2, 128, 40_000
 EVALUATED = 16
@@ -175,7 +175,7 @@ def measure_products(rows: int, features: int, seconds: float = 1.0) -> float:
 
 def count_flops(shape: str) -> float:
     """Of the matrix products of one sample's training step."""
-    train, _ = our_contender(build_reference_engine, shape, [make_blocks(BATCH, 1)], make_blocks(1, 2))
+    train, _ = our_contender(ReferenceEngine, shape, [make_blocks(BATCH, 1)], make_blocks(1, 2))
     with FlopCounterMode(display=False) as counter:
         train()
     return counter.get_total_flops() / BATCH
@@ -235,7 +235,7 @@ def main() -> None:
         theirs["HF Trainer + PEFT, bfloat16"] = partial(trainer_contender, "bfloat16")
     ours = {
         f"{name}, {DTYPE}": partial(our_contender, build)
-        for name, build in (("reference", build_reference_engine), ("batched", build_batched_engine))
+        for name, build in (("reference", ReferenceEngine), ("batched", BatchedEngine))
     }
     samples = clients * steps * BATCH
     for title, mixed in (("Without padding", False), ("Documents of mixed lengths, half of it padding", True)):
@@ -265,7 +265,7 @@ def main() -> None:
         best = {}
         for count in options.more_clients:
             data = [make_blocks(BATCH * steps, client) for client in range(count)]
-            contender = {f"batched, K = {count}": our_contender(build_batched_engine, shape, data, held_out)}
+            contender = {f"batched, K = {count}": our_contender(BatchedEngine, shape, data, held_out)}
             best |= compare(contender, count * steps * BATCH, 1)
         show("More clients at once, one turn each", best, shape=shape)
 

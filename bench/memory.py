@@ -45,7 +45,7 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     from fedloom.model.source import open_model
     from fedloom.recipe.sections import Adapter as AdapterSection
     from fedloom.recipe.sections import Training
-    from fedloom.training.batched import build_batched_engine
+    from fedloom.training.batched import BatchedEngine
     from fedloom.training.memory import predict_step
 
     device = choose_device("auto")
@@ -64,7 +64,7 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     reset_peak_memory()
     before = peak_memory()
     adapted = build_adapted(shape)
-    engine, jobs = build_batched_engine(adapted), make_jobs(adapted.read(), data)
+    engine, jobs = BatchedEngine(adapted), make_jobs(adapted.read(), data)
     reset_peak_memory()
     for _ in engine(jobs):
         pass

@@ -19,11 +19,11 @@ seen["transformers"] = time.perf_counter() - started
 import peft
 seen["peft"] = time.perf_counter() - started
 from fedloom import load_recipe, run
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 import fedloom.experiment.run
 seen["fedloom"] = time.perf_counter() - started
 
-class Watching(Display):
+class Watching(Observer):
     def show_step(self, what, detail):
         seen[what] = time.perf_counter() - started
 

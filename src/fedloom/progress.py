@@ -22,10 +22,17 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
+"""A function that is called after every step and batch; it may raise, where the work is to end."""
+Say = Callable[[str, str], object]
+"""A function that tells people what is done now: a word, and what there is to say of it."""
 
 
 def ignore(progress: Progress) -> None:
     """Watch nothing."""
+
+
+def say_nothing(what: str, detail: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass

@@ -25,13 +25,14 @@ from fedloom.handover.export import export
 from fedloom.handover.generate import generate
 from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
-from fedloom.monitoring.display import Display, render_plan
+from fedloom.monitoring.display import render_plan
+from fedloom.monitoring.observer import Observer
 from fedloom.progress import Progress
 from fedloom.recipe.sections import Strategy
 from fedloom.records.run import Run
 from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import LiveBytes
-from fedloom.training.reference import build_reference_engine
+from fedloom.training.reference import ReferenceEngine
 
 CPU = torch.device("cpu")
 FULL = {"method": "full", "rank": None, "alpha": None}
@@ -56,7 +57,7 @@ def load_base(shape: str) -> transformers.PreTrainedModel:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = make_recipe(adapter=FULL, federation={"rounds": 2}, training={"learning_rate": 1e-3})
-    return run(recipe, tmp_path_factory.mktemp("runs") / "run", Display())
+    return run(recipe, tmp_path_factory.mktemp("runs") / "run", Observer())
 
 
 def test_every_weight_is_trained_and_has_the_models_name(shape: str) -> None:
@@ -95,7 +96,7 @@ def test_a_step_is_that_of_plain_training(shape: str) -> None:
             module.dropout = 0.0
     start = whole.read()
     job = make_job(blocks, start, optimizer="sgd", learning_rate=0.1, batch_size=4, epochs=1, proximal_mu=0.1)
-    (update,) = updates_of(build_reference_engine(whole)([job]))
+    (update,) = updates_of(ReferenceEngine(whole)([job]))
     found = {name: value.clone() for name, value in whole.layout.split(update.adapter.weights_P).items()}
 
     whole.load(start)
@@ -183,7 +184,7 @@ def test_the_server_needs_less_than_three_models(monkeypatch: pytest.MonkeyPatch
     whole = middling()
     model_bytes = whole.layout.size * 4
     assert 8e6 < whole.layout.size < 20e6
-    engine = build_reference_engine(whole)
+    engine = ReferenceEngine(whole)
     peaks: list[int] = []
 
     with LiveBytes([whole.weights_P, whole.gradient_P]) as live:
@@ -195,7 +196,7 @@ def test_the_server_needs_less_than_three_models(monkeypatch: pytest.MonkeyPatch
                 for client in range(3)
             ]
             # What training has alive at a moment is the client's; what is left when its update arrives, the server's.
-            for update in updates_of(engine(jobs)):
+            for update in updates_of(engine.train(jobs)):
                 live.peak = live.now
                 yield update
                 peaks.append(live.peak)
@@ -211,7 +212,7 @@ def test_the_server_needs_less_than_three_models(monkeypatch: pytest.MonkeyPatch
     assert digest == whole.open(tmp_path / "model").sha256()
 
 
-class Counting(Display):
+class Counting(Observer):
     """Counts the weights of a run's adapters that are alive while clients train; those of other tests are left out."""
 
     def __init__(self) -> None:
@@ -237,13 +238,13 @@ def test_a_run_keeps_the_global_model_alone(tmp_path: Path) -> None:
 
 def test_a_lent_update_is_the_models_own_and_robust_rules_copy_it() -> None:
     whole = make_whole()
-    engine, start = build_reference_engine(whole), make_whole().read()
+    engine, start = ReferenceEngine(whole), make_whole().read()
     jobs = [
         make_job(make_blocks(2, seed=client), start, client=client, optimizer="sgd", learning_rate=0.1)
         for client in range(3)
     ]
     digests, kept = [], []
-    for update in updates_of(engine(jobs)):
+    for update in updates_of(engine.train(jobs)):
         assert update.adapter.weights_P.data_ptr() == whole.weights_P.data_ptr()
         digests.append(update.adapter.sha256())
         kept.append(replace(update, adapter=replace(update.adapter, weights_P=update.adapter.weights_P.clone())))
@@ -253,7 +254,7 @@ def test_a_lent_update_is_the_models_own_and_robust_rules_copy_it() -> None:
         strategy = STRATEGIES[kind](Strategy(kind=kind))
         lent, copied = (
             strategy.update(strategy.init(start), start, updates)[1].sha256()
-            for updates in (updates_of(engine(jobs)), kept)
+            for updates in (updates_of(engine.train(jobs)), kept)
         )
         assert lent == copied, kind
 
@@ -263,7 +264,7 @@ def test_a_sum_in_its_own_dtype_is_the_mean_all_the_same(most: int, monkeypatch:
     monkeypatch.setattr(aggregation, "MOST_IN_FLOAT64", most)
     whole = make_whole()
     job = make_job(make_blocks(2), whole.read(), optimizer="sgd")
-    (update,) = updates_of(build_reference_engine(whole)([job]))
+    (update,) = updates_of(ReferenceEngine(whole)([job]))
     updates = [
         replace(update, adapter=replace(update.adapter, weights_P=update.adapter.weights_P * factor))
         for factor in (1.0, 2.0, 6.0)

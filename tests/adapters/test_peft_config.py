@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from support.tiny import make_blocks, make_recipe
+from support.tiny import make_blocks, make_recipe, run_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -16,16 +16,16 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import ModelError, RecipeError
 from fedloom.evaluation.held_out import evaluate
-from fedloom.experiment.preparation import adapt, build_shape, load_adapted_model, load_base
+from fedloom.experiment.building import adapt, build_shape, load_adapted_model, load_base
 from fedloom.experiment.run import plan
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet
-from fedloom.federation.rounds import FederatedRun, run_rounds
+from fedloom.federation.rounds import run_rounds
 from fedloom.model.source import open_model
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation
-from fedloom.training.reference import build_reference_engine
+from fedloom.training.reference import ReferenceEngine
 
 NEEDED: dict[str, dict[str, Any]] = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
@@ -80,7 +80,7 @@ def opened(recipe: Recipe) -> AdaptedModel:
 def federate(recipe: Recipe, adapted: AdaptedModel) -> Adapter:
     """One round of two clients; the new global adapter."""
     clients = [ClientBlocks(make_blocks(4, seed=seed), make_blocks(2, seed=seed + 7)) for seed in (1, 2)]
-    engine = build_reference_engine(adapted)
+    engine = ReferenceEngine(adapted)
 
     def score(adapter: Adapter, blocks: Any) -> Any:
         return evaluate(adapted, adapter, blocks, batch_size=4)
@@ -89,7 +89,7 @@ def federate(recipe: Recipe, adapted: AdaptedModel) -> Adapter:
     start = adapted.read()
     fleet = LocalFleet(clients, engine, score)
     one_round = recipe.model_copy(update={"federation": Federation(rounds=1)})
-    *_, last = run_rounds(FederatedRun(one_round, fleet, strategy, lambda adapter: None, start), fleet)
+    *_, last = run_rounds(run_of(one_round, fleet, strategy, lambda adapter: None, start), fleet)
     assert last.reports[0].loss_last > 0
     assert not torch.equal(start.weights_P, last.adapter.weights_P), "nothing was learnt"
     return last.adapter

@@ -9,7 +9,7 @@ from support.made_runs import make_run
 from support.tiny import make_recipe
 
 from fedloom import run
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.report.baselines_section import did_it_help
 from fedloom.report.run_report import write_report
 
@@ -19,7 +19,7 @@ ALL = ["round0", "local", "pooled"]
 @pytest.mark.parametrize("engine", ["batched", "reference"])
 def test_baselines_train_on_the_federations_tokens_and_meet_its_hold_out(engine: str, tmp_path: Path) -> None:
     recipe = make_recipe(baselines=ALL, training={"engine": engine, "epochs": 2})
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     told = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert list(told) == ["round0", "pooled", "local"]
     start = finished.rounds[0]["central_loss"]
@@ -37,7 +37,7 @@ def test_baselines_train_on_the_federations_tokens_and_meet_its_hold_out(engine:
 
 def test_a_client_alone_is_a_federation_of_one(tmp_path: Path) -> None:
     recipe = make_recipe(baselines=["local", "pooled"], data={"clients": 1}, training={"proximal_mu": 0.0})
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     losses = [record["central_loss"] for record in finished.rounds]
     told = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert told["local"]["0"]["losses"] == pytest.approx(losses, rel=1e-9)
@@ -48,7 +48,7 @@ def test_with_a_share_of_the_clients_a_round_the_budget_is_theirs(tmp_path: Path
     recipe = make_recipe(
         baselines=["pooled"], data={"clients": 4}, federation={"fraction": 0.5, "rounds": 4}, model={"dtype": "float32"}
     )
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     told = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert len(told["pooled"]["losses"]) == 1 + 2
     federated = sum(record["train_tokens"] for record in finished.rounds)
@@ -56,7 +56,7 @@ def test_with_a_share_of_the_clients_a_round_the_budget_is_theirs(tmp_path: Path
 
 
 def test_without_a_central_hold_out_they_are_judged_on_the_clients(tmp_path: Path) -> None:
-    finished = run(make_recipe(baselines=["local"], data={"central_holdout": 0}), tmp_path / "run", Display())
+    finished = run(make_recipe(baselines=["local"], data={"central_holdout": 0}), tmp_path / "run", Observer())
     told = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert told["local"]["1"]["losses"][0] == pytest.approx(finished.rounds[0]["client_loss"], rel=1e-9)
 

@@ -19,7 +19,7 @@ from fedloom.errors import RecipeError, TrainingError
 from fedloom.experiment.run import plan
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run
 from fedloom.training.engines import choose_engine
 
@@ -151,7 +151,7 @@ def test_a_diverging_run_stays_readable_and_says_where(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapters" / "best").is_dir()
 
 
-class Impatient(Display):
+class Impatient(Observer):
     """A person who presses Ctrl-C after the first round."""
 
     def show_round(self, record: dict) -> None:
@@ -167,7 +167,7 @@ def test_an_interrupted_run_stays_readable(tmp_path: Path) -> None:
     assert [record["round"] for record in stopped.rounds] == [0, 1]
 
 
-class Watching(Display):
+class Watching(Observer):
     """Keeps what it is shown."""
 
     def __init__(self) -> None:
@@ -239,7 +239,8 @@ def test_files_that_begin_alike_are_not_trained_on_and_evaluated(tmp_path: Path,
 )
 def test_auto_takes_batched_where_it_has_the_method(adapter: dict, lacks: str | None) -> None:
     def choose(engine: str) -> str:
-        return choose_engine(make_recipe(adapter=adapter, training={"engine": engine}))
+        recipe = make_recipe(adapter=adapter, training={"engine": engine})
+        return choose_engine(recipe.adapter, recipe.training, recipe.model)
 
     assert choose("auto") == ("reference" if lacks else "batched")
     assert choose("reference") == "reference"
@@ -252,7 +253,7 @@ def test_auto_takes_batched_where_it_has_the_method(adapter: dict, lacks: str | 
 
 @pytest.mark.parametrize(("name", "engine"), [("tiny-full", "reference"), ("tiny-dora", "reference")])
 def test_a_small_twin_learns_in_seconds(name: str, engine: str, tmp_path: Path) -> None:
-    finished = run(load_recipe(name), tmp_path / "run", Display())
+    finished = run(load_recipe(name), tmp_path / "run", Observer())
     assert finished.plan["engine"] == engine
     assert finished.rounds[-1]["central_loss"] < finished.rounds[0]["central_loss"]
     assert sum(record["train_seconds"] + record["evaluate_seconds"] for record in finished.rounds) < 60
@@ -264,7 +265,7 @@ def test_a_frozen_a_halves_what_travels(tmp_path: Path) -> None:
     both = plan(make_recipe())
     ffa = make_recipe(federation={"rounds": 1, "lora_rule": "ffa"})
     assert plan(ffa).payload_bytes < 0.7 * both.payload_bytes
-    finished = run(ffa, tmp_path / "run", Display())
+    finished = run(ffa, tmp_path / "run", Observer())
     assert finished.rounds[1]["bytes_up"] == 3 * plan(ffa).payload_bytes
     saved = [
         load_file(tmp_path / "run" / "adapters" / name / "adapter_model.safetensors") for name in ("initial", "last")
@@ -293,7 +294,7 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
         raise RuntimeError("no meta function")
 
     monkeypatch.setattr("fedloom.experiment.preparation.predict_step", refuse)
-    finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Display())
+    finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Observer())
     assert finished.plan["peak_bytes"] is None
     assert finished.plan["clients_at_once"] == 1
     assert finished.status["state"] == "done"
@@ -301,7 +302,7 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
 
 def test_a_fixed_share_of_the_clients_is_scored(tmp_path: Path) -> None:
     recipe = make_recipe(data={"clients": 6}, evaluation={"clients": 2}, federation={"rounds": 2, "fraction": 0.5})
-    planned, finished = plan(recipe), run(recipe, tmp_path / "run", Display())
+    planned, finished = plan(recipe), run(recipe, tmp_path / "run", Observer())
     scored = [set(record["client_losses"]) for record in finished.rounds]
     assert [len(clients) for clients in scored] == [2, 2, 2]
     assert scored[0] == scored[1] == scored[2]

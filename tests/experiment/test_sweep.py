@@ -10,10 +10,10 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RecipeError, RunError
-from fedloom.experiment.session import Workshop
+from fedloom.experiment.session import Session
 from fedloom.experiment.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
 from fedloom.host.files import take_lock
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.run import read_run
 
@@ -25,7 +25,7 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
-class Passes(Display):
+class Passes(Observer):
     """Which runs trained together."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ def test_each_arm_of_one_pass_is_its_own_run(recipe_file: Path, tmp_path: Path) 
     assert [len(names) for names in display.passes] == [8], "one model, one pass"
     trials = list(expand(recipe_file, AXES))
     for trial in trials[::3]:
-        run(trial.recipe, tmp_path / trial.name, Display())
+        run(trial.recipe, tmp_path / trial.name, Observer())
         for ours, alone in zip(numbers(folder / trial.name), numbers(tmp_path / trial.name), strict=True):
             assert ours == {key: pytest.approx(value, rel=1e-9) for key, value in alone.items()}
         ours, alone = (json.loads((where / trial.name / "baselines.json").read_text()) for where in (folder, tmp_path))
@@ -90,9 +90,9 @@ def test_what_is_shared(axes: list[str], models: int, passes: int, recipe_file: 
 @pytest.mark.parametrize("rule", ["svd", "rolora", "fedex", "ffa"])
 def test_rules_that_share_a_model_keep_their_own(rule: str, recipe_file: Path, tmp_path: Path) -> None:
     axes = [f"federation.lora_rule=factors,{rule}"]
-    folder = sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
     for trial in expand(recipe_file, axes):
-        run(trial.recipe, tmp_path / trial.name, Display())
+        run(trial.recipe, tmp_path / trial.name, Observer())
         for ours, alone in zip(numbers(folder / trial.name), numbers(tmp_path / trial.name), strict=True):
             assert ours == {key: pytest.approx(value, rel=1e-9) for key, value in alone.items()}
 
@@ -100,7 +100,7 @@ def test_rules_that_share_a_model_keep_their_own(rule: str, recipe_file: Path, t
 def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file: Path, tmp_path: Path) -> None:
     axes = ["training.learning_rate=1e300,1e-3", "seed=1,2"]
     with pytest.raises(RunError, match=r"2 of 4 runs failed, learning_rate=1e300_seed=1 for one: .*is (nan|inf)"):
-        sweep(recipe_file, axes, tmp_path / "sweep", Display())
+        sweep(recipe_file, axes, tmp_path / "sweep", Observer())
     states = {path.parent.name: json.loads(path.read_text())["state"] for path in tmp_path.glob("sweep/*/status.json")}
     assert sorted(states.values()) == ["done", "done", "failed", "failed"]
     assert (tmp_path / "sweep" / "comparison.html").is_file()
@@ -114,17 +114,17 @@ def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file:
 
 def test_an_interrupted_sweep_goes_on(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = ["training.optimizer=adamw,sgd", "seed=1,2"]
-    right, calls = Workshop.train_clients, []
+    right, calls = Session.train_clients, []
 
-    def interrupted(self: Workshop, jobs: Any) -> Any:
+    def interrupted(self: Session, jobs: Any) -> Any:
         calls.append(len(jobs))
         if len(calls) == 4:
             raise KeyboardInterrupt
         return right(self, jobs)
 
-    monkeypatch.setattr(Workshop, "train_clients", interrupted)
+    monkeypatch.setattr(Session, "train_clients", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep(recipe_file, axes, tmp_path / "sweep", Display())
+        sweep(recipe_file, axes, tmp_path / "sweep", Observer())
     states = sorted(json.loads(p.read_text())["state"] for p in tmp_path.glob("sweep/*/status.json"))
     assert states == ["done", "done", "interrupted", "interrupted"]
     display = Passes()
@@ -139,7 +139,7 @@ def test_an_arm_that_stops_early_ends_with_its_baselines(recipe_file: Path, tmp_
         "federation.early_stop={patience=1,min_delta=9}",
         "federation.early_stop={patience=5}",
     ]
-    folder = sweep(recipe_file, axes, tmp_path / "sweep", Display())
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
     found = {
         len(read_run(path.parent).rounds): len(json.loads(path.read_text())["pooled"]["losses"])
         for path in folder.glob("*/baselines.json")
@@ -184,22 +184,22 @@ def test_bad_axes_are_refused_before_anything_runs(
     axes: list[str], error: str, recipe_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=error):
-        sweep(recipe_file, axes, tmp_path / "sweep", Display())
+        sweep(recipe_file, axes, tmp_path / "sweep", Observer())
     assert not (tmp_path / "sweep").exists()
 
 
 def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path) -> None:
-    sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Display())
+    sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
     with pytest.raises(RunError, match="a sweep over something else"):
-        sweep(recipe_file, ["seed=1,3"], tmp_path / "sweep", Display())
+        sweep(recipe_file, ["seed=1,3"], tmp_path / "sweep", Observer())
     held = take_lock(tmp_path / "sweep")
     with pytest.raises(RunError, match=f"another run is at work in it .process {os.getpid()} on"):
-        sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Display())
+        sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
     os.close(held)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(RunError, match="is no sweep"):
-        sweep(recipe_file, ["seed=1,2"], tmp_path / "other", Display())
+        sweep(recipe_file, ["seed=1,2"], tmp_path / "other", Observer())
 
 
 def test_drawing_another_seeds_adapter_changes_nothing(recipe_file: Path) -> None:

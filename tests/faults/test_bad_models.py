@@ -17,7 +17,7 @@ from fedloom.handover.export import export
 from fedloom.handover.generate import generate
 from fedloom.model.loading import load_model
 from fedloom.model.source import byte_tokenizer, open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -177,7 +177,7 @@ TOKENIZERS = {
 def test_any_set_of_special_tokens_trains_and_writes(kind: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", tokenizer_with(**TOKENIZERS[kind]))
     recipe = make_recipe(model={"source": str(folder)}, data={"clients": 2}, federation={"rounds": 1})
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     assert finished.rounds[1]["central_loss"] < finished.rounds[0]["central_loss"]
     said: list[str] = []
     generate(finished.folder, "def", max_new_tokens=3, say=said.append)
@@ -186,7 +186,7 @@ def test_any_set_of_special_tokens_trains_and_writes(kind: str, tmp_path: Path) 
 
 def test_tied_embeddings_are_trained_with_and_handed_on(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", byte_tokenizer(), tied=True)
-    finished = run(make_recipe(model={"source": str(folder)}, federation={"rounds": 1}), tmp_path / "run", Display())
+    finished = run(make_recipe(model={"source": str(folder)}, federation={"rounds": 1}), tmp_path / "run", Observer())
     assert export(finished.folder, tmp_path / "merged", merged=True) < 1e-4
     merged = load(tmp_path / "merged")
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
@@ -199,5 +199,5 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_before_anything_is_tr
     folder = save(tmp_path / "model", tokenizer_with(pad_token="<|end|>"), vocabulary=vocabulary)
     recipe = make_recipe(model={"source": str(folder)}, data={"pad_in_loss": True, "max_length": 2000})
     with pytest.raises(DataError, match=rf"token \d+ is outside the base model's vocabulary of {vocabulary}"):
-        run(recipe, tmp_path / "run", Display())
+        run(recipe, tmp_path / "run", Observer())
     assert not (tmp_path / "run").exists()

@@ -14,8 +14,8 @@ from fedloom.errors import RunError
 from fedloom.experiment import recorder
 from fedloom.experiment import run as run_module
 from fedloom.experiment.run import run
-from fedloom.monitoring.display import Display
-from fedloom.monitoring.trackers import TRACKERS, open_tracker
+from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.trackers import TRACKERS, Tracker
 from fedloom.records import writer
 from fedloom.records.run import read_run
 from fedloom.records.state import committed, read_state
@@ -132,7 +132,7 @@ def test_a_run_directory_that_may_not_be_written_to(whole: Any, disk: Path) -> N
     mount("-o", "remount,ro", str(disk))
     assert "can't be written (Read-only file system); see that it may be written" in attempt(recipe, disk)
     with pytest.raises(RunError, match=r"can't make the run directory: .* is no folder that can be written to"):
-        run(recipe, disk / "new" / "run", Display())
+        run(recipe, disk / "new" / "run", Observer())
     mount("-o", "remount,rw", str(disk))
     assert before == {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
     assert not attempt(recipe, disk)
@@ -151,10 +151,10 @@ def test_a_report_that_fails_does_not_lose_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(run_report, "to_html" if isinstance(error, RuntimeError) else "to_markdown", fail)
         with pytest.raises(type(error)):
-            run(recipe, tmp_path / "run", Display())
+            run(recipe, tmp_path / "run", Observer())
     assert read_run(tmp_path / "run").status["state"] == "done"
     assert result_of(tmp_path / "run") == result
-    run(recipe, tmp_path / "run", Display(), resume=True)
+    run(recipe, tmp_path / "run", Observer(), resume=True)
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -164,7 +164,7 @@ def test_a_report_between_rounds_that_can_not_be_written_is_said_and_the_run_goe
     recipe, result, _ = whole
     said: list[str] = []
 
-    class Said(Display):
+    class Said(Observer):
         def show_step(self, what: str, detail: str) -> None:
             said.append(f"{what}: {detail}")
 
@@ -192,8 +192,8 @@ def test_documents_and_trackers_that_can_not_be_written_say_so(
 
     monkeypatch.setitem(TRACKERS, "tensorboard", refuse)
     says = r"--log: tensorboard can't be told anything \(Read-only file system\)"
-    with pytest.raises(RunError, match=says), open_tracker("tensorboard", tmp_path, {}):
-        pass
+    with pytest.raises(RunError, match=says):
+        Tracker("tensorboard", {}).show_folder(tmp_path)
 
 
 def test_a_writer_that_lets_the_error_through_would_be_caught(
@@ -211,6 +211,6 @@ def test_a_writer_that_lets_the_error_through_would_be_caught(
     for module in (writer, run_report):
         monkeypatch.setattr(module, "write_text", write_text)
     with pytest.raises(OSError, match="No space") as raised:
-        run(recipe, tmp_path / "run", Display())
+        run(recipe, tmp_path / "run", Observer())
     assert not isinstance(raised.value, RunError), "which a terminal would show as a bug"
     assert recorder.write_report

@@ -17,7 +17,8 @@ from fedloom.cli import main
 from fedloom.errors import RecipeError
 from fedloom.experiment.run import plan
 from fedloom.handover import generate
-from fedloom.monitoring.display import Display, Terminal
+from fedloom.monitoring.display import Terminal
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe
 from fedloom.records.run import Run
 from fedloom.report import document
@@ -84,7 +85,7 @@ def recipe_of(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run(recipe_of(folder), tmp_path_factory.mktemp("runs") / FILE_NAME, Display())
+    return run(recipe_of(folder), tmp_path_factory.mktemp("runs") / FILE_NAME, Observer())
 
 
 def test_a_report_is_text(finished: Run) -> None:

@@ -10,7 +10,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.errors import DataError, RecipeError
 from fedloom.experiment.run import plan
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 
 WORDS = "the text of number {} has words of its own such as {}"
@@ -49,7 +49,7 @@ USELESS = {
 @pytest.mark.parametrize("texts", USELESS.values(), ids=USELESS)
 def test_the_others_go_on_and_the_run_says_who_was_left_out(texts: list[str], engine: str, tmp_path: Path) -> None:
     path = write_clients(tmp_path / "a.jsonl", a=texts_of(0), b=texts, c=texts_of(1))
-    finished = run(recipe_of(path, 3, training={"engine": engine}), tmp_path / "run", Display())
+    finished = run(recipe_of(path, 3, training={"engine": engine}), tmp_path / "run", Observer())
     assert finished.status["state"] == "done"
     assert [client["steps"] > 0 for client in finished.plan["clients"]] == [True, True, False]
     assert finished.plan["clients_per_round"] == 2

@@ -84,7 +84,7 @@ def test_an_error_tells_none_of_them(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from fedloom import run
-    from fedloom.monitoring.display import Display
+    from fedloom.monitoring.observer import Observer
 
     data, model, words = FAILURES[case]
     for name, value in SECRETS.items():
@@ -92,7 +92,7 @@ def test_an_error_tells_none_of_them(
     path = write_documents(tmp_path / "private.jsonl", '{"text": "' + CANARY)
     data = {"source": str(path), "max_bad_fraction": 0.1, **data}
     with pytest.raises(FedloomError) as caught:
-        run(make_recipe(data=data, model=model), tmp_path / "run", Display())
+        run(make_recipe(data=data, model=model), tmp_path / "run", Observer())
     assert words in str(caught.value)
     shown = capfd.readouterr()
     assert find_secrets(str(caught.value).encode(), shown.out.encode(), shown.err.encode()) == []

@@ -9,19 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny import make_recipe, make_update
+from support.tiny import make_recipe, make_update, run_of
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.admission import Gate, Holding
+from fedloom.federation.admission import Admission, ClientSize
 from fedloom.federation.aggregation import STRATEGIES
-from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
+from fedloom.federation.rounds import RoundResult, run_rounds
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, ClientUpdate
 
 LAYOUT = Layout(("layer.a", "layer.b"), (torch.Size((2, 3)), torch.Size((4,))))
 SENT = Adapter(LAYOUT, torch.linspace(-1, 1, 10))
-HOLDINGS = {client: Holding(examples=100, tokens=1000) for client in range(5)}
+SIZES = {client: ClientSize(examples=100, tokens=1000) for client in range(5)}
 HOSTILE = 2
 
 
@@ -55,7 +55,7 @@ def one_round(
     )
     fleet = Fleet(lambda tasks: answers)
     aggregate = STRATEGIES[strategy](recipe.federation.strategy)
-    *_, last = run_rounds(FederatedRun(recipe, fleet, aggregate, lambda a: None, SENT, holdings=HOLDINGS), fleet)
+    *_, last = run_rounds(run_of(recipe, fleet, aggregate, lambda a: None, SENT, sizes=SIZES), fleet)
     return last
 
 
@@ -181,13 +181,13 @@ def test_more_lost_clients_than_allowed_end_the_run() -> None:
 def test_what_was_to_stay_must_not_change() -> None:
     trains_P = torch.arange(10) < 6
     task = make_task(trains_P=trains_P)
-    gate = Gate()
-    gate.open([task])
+    admission = Admission()
+    admission.open([task])
     moved = torch.where(trains_P, SENT.weights_P + 0.1, SENT.weights_P)
-    gate.check(make_update(replace(SENT, weights_P=moved)))
+    admission.check(make_update(replace(SENT, weights_P=moved)))
     moved[9] += 1e-6
     with pytest.raises(TrainingError, match=r"layer\.b has a weight that changed and was to stay"):
-        gate.check(make_update(replace(SENT, weights_P=moved)))
+        admission.check(make_update(replace(SENT, weights_P=moved)))
 
 
 def make_task(sent: Adapter = SENT, **changes: Any) -> ClientTask:
@@ -210,29 +210,29 @@ def test_honest_skew_is_admitted_and_a_million_times_as_much_never(rate: float, 
 
     for first, second in [((rate, 1), (1000 * rate, 1000)), ((1000 * rate, 1000), (rate, 1)), ((0, 1), (rate, 1))]:
         for others in ([], [first], [first] * 5, [second, first]):
-            gate = Gate()
-            gate.open([make_task(sent, rate=rate)])
+            admission = Admission()
+            admission.open([make_task(sent, rate=rate)])
             for size, steps in [*others, second]:
-                gate.check(update(size, steps))
-            gate.open([make_task(sent, rate=rate)])
-            gate.check(update(*first))
+                admission.check(update(size, steps))
+            admission.open([make_task(sent, rate=rate)])
+            admission.check(update(*first))
             for size, steps in filter(lambda pair: pair[0], (first, second)):
                 with pytest.raises(TrainingError, match="too large"):
-                    gate.check(update(1e6 * size, steps))
-    gate = Gate()
-    gate.open([make_task(sent, rate=rate)])
+                    admission.check(update(1e6 * size, steps))
+    admission = Admission()
+    admission.open([make_task(sent, rate=rate)])
     with pytest.raises(TrainingError, match="too large"):
-        gate.check(update(1e6 * rate, 1))
+        admission.check(update(1e6 * rate, 1))
 
 
 def test_what_was_admitted_before_is_known_after_a_restore() -> None:
-    gate, again = Gate(), Gate()
+    admission, again = Admission(), Admission()
     tasks = [make_task(client=client) for client in range(3)]
-    gate.open(tasks)
+    admission.open(tasks)
     for client in range(3):
-        gate.check(honest(client))
-    again.restore(gate.norms)
-    for one in (gate, again):
+        admission.check(honest(client))
+    again.restore(admission.norms)
+    for one in (admission, again):
         one.open(tasks)
         with pytest.raises(TrainingError, match=r"and 6\.\d+ is allowed"):
             one.check(weights(SENT.weights_P + 3))
@@ -258,11 +258,11 @@ def test_no_copy_of_a_whole_model_is_made() -> None:
             return result
 
     tracemalloc.start()
-    gate = Gate()
-    gate.open([make_task(sent, trains_P=trains_P)])
+    admission = Admission()
+    admission.open([make_task(sent, trains_P=trains_P)])
     update = make_update(replace(sent, weights_P=sent.weights_P * 1.01))
     with Largest() as largest:
-        gate.check(update)
+        admission.check(update)
     assert 0 < largest.bytes <= 2**23, "8 bytes for each weight of a chunk, whatever the model's size"
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
@@ -319,8 +319,8 @@ def check_any(updates: list[ClientUpdate], strategy: str) -> None:
 
 def test_a_server_without_the_gate_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin that these tests must not let through: whatever comes is aggregated."""
-    monkeypatch.setattr(Gate, "check", lambda self, update: None)
-    monkeypatch.setattr(Gate, "stray", lambda self, result: None)
+    monkeypatch.setattr(Admission, "check", lambda self, update: None)
+    monkeypatch.setattr(Admission, "unexpected", lambda self, result: None)
     others: list[ClientResult] = [honest(client) for client in range(5) if client != HOSTILE]
     right = one_round(others).adapter.weights_P
     corrupted, ended = [], []
@@ -332,6 +332,6 @@ def test_a_server_without_the_gate_would_be_caught(monkeypatch: pytest.MonkeyPat
         else:
             if found.weights_P.shape != right.shape or not torch.equal(found.weights_P, right):
                 corrupted.append(what)
-    print(f"without the gate {len(corrupted)} of {len(REFUSED)} corrupt the model, {len(ended)} end the run")
+    print(f"without the admission {len(corrupted)} of {len(REFUSED)} corrupt the model, {len(ended)} end the run")
     assert set(corrupted) | set(ended) == set(REFUSED) - {"no examples"}, "which weighs nothing"
     assert {"NaN in an entry", "1e30", "-15 examples", "1e18 examples"} <= set(corrupted)

@@ -7,7 +7,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.federation.schedule import stop_early
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.sections import EarlyStop
 from fedloom.records.run import overfitting_onset, overfitting_onsets
 from fedloom.report.run_report import load_reference
@@ -53,7 +53,7 @@ def test_patience(early_stop: EarlyStop | None, losses: list[float], stops: bool
 
 def test_a_run_that_gets_no_better_stops_and_says_why(tmp_path: Path) -> None:
     recipe = make_recipe(federation={"rounds": 9, "early_stop": {"patience": 2, "min_delta": 1.0}})
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     assert [record["round"] for record in finished.rounds] == [0, 1, 2]
     assert finished.status["state"] == "done"
     assert finished.status["overfitting_onset"] == {"central": None, "clients": {"0": None, "1": None, "2": None}}

@@ -10,7 +10,7 @@ from fedloom import run
 from fedloom.adapters.adapter import Layout
 from fedloom.federation import lora_error
 from fedloom.federation.lora_error import AveragingMeter
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 
 LAYOUT = Layout(
     tuple(f"base_model.model.{layer}.lora_{side}.weight" for layer in ("q", "v") for side in "AB"),
@@ -76,7 +76,7 @@ def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_on_record_and_in_the_report(tmp_path: Path) -> None:
-    finished = run(make_recipe(), tmp_path / "run", Display())
+    finished = run(make_recipe(), tmp_path / "run", Observer())
     assert "lora_error" not in finished.rounds[0]
     for record in finished.rounds[1:]:
         assert 0 < record["lora_error"] < 1

@@ -20,7 +20,7 @@ from fedloom.experiment.run import plan
 from fedloom.federation.lora_rules import LORA_RULES, adapter_of_rank, describe_lora_rules, factored_svd, trained_part
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.sections import Federation
 from fedloom.records.check import check_run
 
@@ -162,7 +162,7 @@ def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -
         adapter={"targets": ["down_proj"]},
         training={"engine": engine, "epochs": 2},
     )
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     first, last = finished.rounds[1], finished.rounds[2]
     one_way = 3 * 4 * {"ffa": 2 * 64 * 2, "rolora": 2 * 64 * 2}.get(rule, 2 * (128 + 64) * 2)
     assert first["bytes_up"] == one_way
@@ -190,7 +190,7 @@ def test_a_client_is_scored_with_the_residual(tmp_path: Path) -> None:
             training={"engine": engine, "learning_rate": 0.03, "epochs": 4},
             model={"dtype": "float64"},
         )
-        finished = run(recipe, tmp_path / engine, Display())
+        finished = run(recipe, tmp_path / engine, Observer())
         losses.append({c["client"]: c["holdout_loss_after"] for c in finished.clients if c["round"] == 3})
         assert not [finding for finding in check_run(tmp_path / engine) if not finding.well]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
@@ -207,7 +207,7 @@ def test_clients_of_different_ranks_train_and_send_their_own(engine: str, tmp_pa
         adapter={"targets": ["k_proj"], "rank": 4},
         training={"engine": engine, "weight_decay": 0.1},
     )
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     assert [record["bytes_up"] for record in finished.rounds[1:]] == [4 * 2 * (32 + 64) * (1 + 2 + 4)] * 2
     assert finished.rounds[2]["central_loss"] < finished.rounds[0]["central_loss"]
 

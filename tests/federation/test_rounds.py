@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import make_adapted, make_blocks, make_job, make_recipe, make_update
+from support.tiny import make_adapted, make_blocks, make_job, make_recipe, make_update, run_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -16,11 +16,11 @@ from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import LORA_RULES
-from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
+from fedloom.federation.rounds import RoundResult, run_rounds
 from fedloom.federation.schedule import cohort_size, sample_clients
 from fedloom.recipe.sections import Federation, Strategy
 from fedloom.training.jobs import ClientTask, ClientUpdate
-from fedloom.training.reference import build_reference_engine, train_client
+from fedloom.training.reference import ReferenceEngine, train_client
 
 FEDAVG = STRATEGIES["fedavg"](Strategy())
 
@@ -40,7 +40,7 @@ def federate(
         training={"epochs": 2, "proximal_mu": 0.0, **training},
         federation={"rounds": rounds, "fraction": fraction, **(federation or {})},
     )
-    engine = build_reference_engine(adapted)
+    engine = ReferenceEngine(adapted).train
     score = partial(evaluate, adapted, batch_size=4)
     held_out = holdout or make_blocks(0)
     fleet = LocalFleet(
@@ -50,7 +50,7 @@ def federate(
     )
     central = make_blocks(6, seed=99)
     aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
-    return list(run_rounds(FederatedRun(recipe, fleet, aggregate, lambda a: score(a, central), start), fleet))
+    return list(run_rounds(run_of(recipe, fleet, aggregate, lambda a: score(a, central), start), fleet))
 
 
 def test_one_client_federated_equals_plain_training_to_the_bit() -> None:
@@ -172,7 +172,7 @@ class ScriptedFleet:
 def test_each_round_starts_from_the_mean_of_the_last(order: tuple[int, ...]) -> None:
     start = make_adapted().read()
     fleet = ScriptedFleet(start, order)
-    results = list(run_rounds(FederatedRun(make_recipe(), fleet, FEDAVG, lambda adapter: None, start), fleet))
+    results = list(run_rounds(run_of(make_recipe(), fleet, FEDAVG, lambda adapter: None, start), fleet))
     mean = sum(order) / len(order)
     assert [float(result.adapter.weights_P[0]) for result in results[1:]] == pytest.approx([10 + mean, 20 + mean])
     assert fleet.received == [start, results[1].adapter]

@@ -7,7 +7,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.federation.schedule import adapt_mu, proximal_mu
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_rounds_mu_is_on_record_and_is_what_was_trained_with(engine: str, tmp_
         training={"proximal_mu": 1.0, "proximal_schedule": "linear", "engine": engine},
         federation={"rounds": 4},
     )
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     assert [record.get("proximal_mu") for record in finished.rounds] == [None, 1.0, 0.75, 0.5, 0.25]
     assert [client["proximal_mu"] for client in finished.clients if client["client"] == 0] == [1.0, 0.75, 0.5, 0.25]
     for client in finished.clients:

@@ -14,7 +14,7 @@ from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import RecipeError
 from fedloom.experiment.run import plan
 from fedloom.federation.aggregation import STRATEGIES, check_strategy
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.sections import STRATEGY_DEFAULTS, Strategy
 from fedloom.training.jobs import ClientUpdate
@@ -168,7 +168,7 @@ def test_the_order_of_arrival_does_not_matter(kind: str) -> None:
 @pytest.mark.parametrize("kind", sorted(STRATEGIES))
 def test_every_strategy_runs_from_a_recipe(kind: str, tmp_path: Any) -> None:
     recipe = make_recipe(federation={"rounds": 2, "strategy": {"kind": kind}})
-    finished = run(recipe, tmp_path / "run", Display())
+    finished = run(recipe, tmp_path / "run", Observer())
     assert len({record["adapter_sha256"] for record in finished.rounds}) == 3
 
 

@@ -16,7 +16,7 @@ from fedloom.handover.export import export
 from fedloom.handover.generate import generate
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["factors", "ffa"])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = make_recipe(federation={"rounds": 1, "lora_rule": request.param})
-    return run(recipe, tmp_path_factory.mktemp("runs") / "run", Display())
+    return run(recipe, tmp_path_factory.mktemp("runs") / "run", Observer())
 
 
 def test_an_exported_adapter_is_the_runs(finished: Run, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_card_is_what_a_hub_reads(finished: Run) -> None:
 
 def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
     path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl")
-    finished = run(make_recipe(data={"source": str(path)}, federation={"rounds": 1}), tmp_path / "run", Display())
+    finished = run(make_recipe(data={"source": str(path)}, federation={"rounds": 1}), tmp_path / "run", Observer())
     text = (finished.folder / "adapters" / "best" / "README.md").read_text()
     assert str(tmp_path) not in text
     assert "local: patients.jsonl" in text
@@ -128,7 +128,7 @@ def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) 
 
 
 def test_without_a_central_hold_out_the_clients_prove_it(tmp_path: Path) -> None:
-    finished = run(make_recipe(data={"central_holdout": 0}, federation={"rounds": 1}), tmp_path / "run", Display())
+    finished = run(make_recipe(data={"central_holdout": 0}, federation={"rounds": 1}), tmp_path / "run", Observer())
     assert export(finished.folder, tmp_path / "adapter") == 0.0
 
 
@@ -144,7 +144,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_methods_are_handed_on_and_write(name: str, tmp_path: Path) -> None:
     recipe = make_recipe(adapter=OTHERS[name], federation={"rounds": 1})
-    other = run(recipe, tmp_path / "run", Display())
+    other = run(recipe, tmp_path / "run", Observer())
     assert export(other.folder, tmp_path / "adapter") == 0.0
     if name in ("ia3", "dora"):
         assert export(other.folder, tmp_path / "merged", merged=True) < 1e-4

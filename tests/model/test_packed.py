@@ -14,7 +14,7 @@ from fedloom.handover.export import export
 from fedloom.model.loading import load_model
 from fedloom.model.packed import PackedLinear, pack_model
 from fedloom.model.source import open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -77,9 +77,9 @@ def test_an_adapter_is_trained_over_packed_weights_as_over_unpacked_ones(
     file: Path, engine: str, tmp_path: Path
 ) -> None:
     sections = {"training": {"engine": engine}, "federation": {"rounds": 1}}
-    packed = run(make_packed(file, **sections), tmp_path / "packed", Display())
+    packed = run(make_packed(file, **sections), tmp_path / "packed", Observer())
     plain = make_packed(file, model={"source": str(file), "dtype": "float32"}, **sections)
-    unpacked = run(plain, tmp_path / "unpacked", Display())
+    unpacked = run(plain, tmp_path / "unpacked", Observer())
     assert packed.rounds[1]["adapter_sha256"] == unpacked.rounds[1]["adapter_sha256"]
     assert packed.rounds[1]["central_loss"] == pytest.approx(unpacked.rounds[1]["central_loss"], rel=1e-6)
     assert export(packed.folder, tmp_path / "adapter") == 0.0

@@ -1,5 +1,6 @@
 """What is told of a run in another terminal, and how it is ended from there."""
 
+import inspect
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ from typer.testing import CliRunner
 
 from fedloom.cli import app
 from fedloom.errors import RunError
-from fedloom.monitoring.display import Display
-from fedloom.monitoring.status import Telling, describe, find_work, telling
+from fedloom.monitoring.observer import Observer, Observers
+from fedloom.monitoring.status import describe, find_work, status_file
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_is_at_work_tells_what_it_does_and_nobody_does_afterwards(tmp_path: Path) -> None:
     run = tmp_path / "first"
-    with telling(Display(), run, "fedloom serve") as display:
+    with status_file(run, "fedloom serve") as display:
         display.show_step("waiting", "for 2 clients")
         display.show_clients({"alice": "connected", "bob": "loading"})
         lines = [*describe(run)]
@@ -42,7 +43,7 @@ def test_who_is_at_work_tells_what_it_does_and_nobody_does_afterwards(tmp_path: 
 
 def test_a_phase_keeps_its_time_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 200.0])
-    with telling(Display(), tmp_path / "first", "fedloom serve") as display:
+    with status_file(tmp_path / "first", "fedloom serve") as display:
         monkeypatch.setattr(time, "time", lambda: next(clock))
         display.show_clients({"alice": "training", "bob": "training"})
         display.show_clients({"alice": "training", "bob": "answered"})
@@ -51,29 +52,30 @@ def test_a_phase_keeps_its_time_until_it_changes(tmp_path: Path, monkeypatch: py
     assert dict(work.clients) == {"alice": ["training", 100.0], "bob": ["answered", 200.0]}
 
 
-def test_everything_that_is_shown_reaches_the_display(tmp_path: Path) -> None:
-    """A method that `Telling` forgot would be silent for every run."""
-    shown = []
+def test_everything_that_is_shown_reaches_every_observer() -> None:
+    """A method that `Observers` forgot would be silent for every run."""
+    told: list[str] = []
 
-    class Shows(Display):
+    class Hears(Observer):
         def __getattribute__(self, name: str) -> Any:
-            if name.startswith(("show_", "watch", "close")):
-                shown.append(name)
+            if not name.startswith("_"):
+                told.append(name)
+                return lambda *given: None
             return super().__getattribute__(name)
 
-    sweeps = {"show_pass", "show_arm", "show_sweep_end"}
-    methods = {name for name in vars(Display) if not name.startswith("_")} - sweeps
-    assert methods <= set(vars(Telling))
-    with telling(Shows(), tmp_path / "first", "fedloom run") as display:
-        display.show_step("a", "b")
-        display.close()
-    assert shown == ["show_step", "close"]
+    methods = [name for name in vars(Observer) if not name.startswith("_")]
+    everyone = Observers(Hears(), Hears())
+    for name in methods:
+        parameters = inspect.signature(getattr(Observer, name)).parameters
+        getattr(everyone, name)(*[None] * (len(parameters) - 1))
+    assert told == [name for name in methods for _ in range(2)]
+    assert set(methods) <= set(vars(Observers))
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
     (tmp_path / f".fedloom-{os.getuid()}").mkdir(mode=0o777)
     (tmp_path / f".fedloom-{os.getuid()}").chmod(0o777)
-    with telling(Display(), tmp_path / "first", "fedloom run"):
+    with status_file(tmp_path / "first", "fedloom run"):
         assert find_work(tmp_path / "first") is None
     assert not [*(tmp_path / f".fedloom-{os.getuid()}").iterdir()]
 
@@ -81,9 +83,8 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
 def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
     run = tmp_path / "first"
     code = (
-        "import sys, time; from pathlib import Path; from fedloom.monitoring.status import telling; "
-        "from fedloom.monitoring.display import Display\n"
-        "with telling(Display(), Path(sys.argv[1]), 'fedloom run'): print(flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from fedloom.monitoring.status import status_file\n"
+        "with status_file(Path(sys.argv[1]), 'fedloom run'): print(flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE)
     assert process.stdout

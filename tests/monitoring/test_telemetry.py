@@ -48,13 +48,11 @@ def test_children_count() -> None:
         child.communicate(b"\n")
 
 
-def test_evaluated_batches_are_counted_and_everything_is_passed_on() -> None:
-    seen: list[Progress] = []
-    telemetry = Telemetry(watch=seen.append)
+def test_evaluated_batches_are_counted() -> None:
+    telemetry = Telemetry()
     given = [Progress("evaluate", 100, 8), Progress("train", 50, 2, 1, 0), Progress("evaluate", 60, 4)]
     for progress in given:
         telemetry.watch(progress)
-    assert seen == given
     taken = telemetry.take()
     assert (taken["evaluate_tokens"], taken["evaluate_samples"], taken["evaluate_steps"]) == (160, 12, 2)
     assert "evaluate_tokens" not in telemetry.take()

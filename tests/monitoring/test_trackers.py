@@ -10,8 +10,8 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RunError
-from fedloom.monitoring.display import Display
-from fedloom.monitoring.trackers import TRACKERS, open_tracker, scalars
+from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.trackers import TRACKERS, Tracker, scalars
 
 
 def test_scalars_are_the_numbers_of_a_record() -> None:
@@ -29,7 +29,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finished = run(make_recipe(), tmp_path / "run", Display(), log_to="tensorboard")
+    finished = run(make_recipe(), tmp_path / "run", Observer(), log_to="tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     logged = events.Scalars("central_loss")
     assert [(event.step, event.value) for event in logged] == [
@@ -70,8 +70,11 @@ CALLS: dict[str, list[Any]] = {
 def test_others_are_told_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setitem(sys.modules, kind, Recorder(calls=calls))
-    with open_tracker(kind, tmp_path / "run", RECIPE) as log:
-        log(1, METRICS)
+    monkeypatch.setattr("fedloom.monitoring.trackers.find_spec", lambda name: object())
+    tracker = Tracker(kind, RECIPE)
+    tracker.show_folder(tmp_path / "run")
+    tracker.show_round({"round": 1, **METRICS})  # type: ignore[typeddict-item]
+    tracker.close()
     assert calls == CALLS[kind]
 
 
@@ -81,7 +84,7 @@ def test_a_tracker_that_is_down_does_not_end_a_run(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setitem(TRACKERS, "tensorboard", lambda folder, recipe: (fail, fail))
     with pytest.warns(RuntimeWarning, match="tensorboard takes no more numbers: ConnectionError") as said:
-        finished = run(make_recipe(), tmp_path / "run", Display(), log_to="tensorboard")
+        finished = run(make_recipe(), tmp_path / "run", Observer(), log_to="tensorboard")
     assert len(said) == 1
     assert finished.status["state"] == "done"
 
@@ -90,10 +93,10 @@ def test_a_tracker_that_is_down_does_not_end_a_run(tmp_path: Path, monkeypatch: 
 def test_one_that_is_missing_says_what_to_install(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.monitoring.trackers.find_spec", lambda name: None)
     with pytest.raises(RunError, match=rf"{kind} is not installed.*pip install {kind}"):
-        run(make_recipe(), tmp_path / "run", Display(), log_to=kind)
+        run(make_recipe(), tmp_path / "run", Observer(), log_to=kind)
     assert not (tmp_path / "run").exists()
 
 
 def test_one_that_is_unknown_names_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r'no tracker "tensorbord".*tensorboard, mlflow'):
-        run(make_recipe(), tmp_path / "run", Display(), log_to="tensorbord")
+        run(make_recipe(), tmp_path / "run", Observer(), log_to="tensorbord")

@@ -10,7 +10,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RunError
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Record, read_run
 from fedloom.report.run_report import build_report, write_report
 
@@ -21,7 +21,7 @@ LINES = ("rounds.jsonl", "clients.jsonl")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run: two rounds of three clients."""
-    return run(make_recipe(), tmp_path_factory.mktemp("runs") / "run", Display()).folder
+    return run(make_recipe(), tmp_path_factory.mktemp("runs") / "run", Observer()).folder
 
 
 @pytest.fixture

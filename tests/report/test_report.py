@@ -13,7 +13,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RunError
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report.figures import reach, roughness
 from fedloom.report.run_report import build_report, load_reference, write_report
@@ -31,7 +31,7 @@ SECTIONS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run(make_recipe(), tmp_path_factory.mktemp("runs") / "run", Display())
+    return run(make_recipe(), tmp_path_factory.mktemp("runs") / "run", Observer())
 
 
 def tables(markdown: str) -> dict[str, list[list[str]]]:
@@ -227,7 +227,7 @@ def test_text_of_recipes_can_not_break_the_page(tmp_path: Path) -> None:
 def test_a_report_while_it_runs(tmp_path: Path) -> None:
     seen = []
 
-    class Watching(Display):
+    class Watching(Observer):
         def show_round(self, record: dict) -> None:
             page = tmp_path / "run" / "report.html"
             seen.append(page.is_file() and "still running" in page.read_text())
@@ -249,7 +249,7 @@ def test_rounds_that_take_much_longer_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_ends_badly_has_a_report_that_says_so(error: type[BaseException], tmp_path: Path) -> None:
-    class Failing(Display):
+    class Failing(Observer):
         def show_round(self, record: dict) -> None:
             if record["round"] == 1:
                 raise error

@@ -144,9 +144,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def split(recipe: Recipe, folder: Path) -> list[Path]:
     from fedloom.deployment.client.documents import write_splits
-    from fedloom.monitoring.display import Display
+    from fedloom.monitoring.observer import Observer
 
-    return write_splits(recipe, folder, Display())
+    return write_splits(recipe, folder, Observer())
 
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,6 +163,6 @@ def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_here(recipe: Recipe, folder: Path) -> Run:
-    from fedloom.monitoring.display import Display
+    from fedloom.monitoring.observer import Observer
 
-    return run(recipe, folder, Display())
+    return run(recipe, folder, Observer())

@@ -24,7 +24,7 @@ from fedloom.experiment import preparation, trial
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.host.signals import Terminated
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import save_state
 from fedloom.records.writer import RunWriter
@@ -92,7 +92,7 @@ def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:
     TWINS[twin]()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
-            run(recipe, folder, Display(), resume=True)
+            run(recipe, folder, Observer(), resume=True)
         except Terminated:
             os._exit(143)
         except KeyboardInterrupt:
@@ -177,4 +177,4 @@ TWINS: dict[str, Callable[[], None]] = {
 
 if "pytest" not in sys.modules:  # in the fork server
     with tempfile.TemporaryDirectory() as _folder:
-        run(make_recipe(Path(_folder)), Path(_folder) / "run", Display())
+        run(make_recipe(Path(_folder)), Path(_folder) / "run", Observer())

@@ -10,7 +10,7 @@ import pytest
 from fedloom.errors import FedloomError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.report import run_report
 from support import killed_runs
@@ -19,7 +19,7 @@ from support.killed_runs import result_of
 __all__ = ["Said", "attempt", "make_recipe", "plain_plots", "result_of"]
 
 
-class Said(Display):
+class Said(Observer):
     """Keeps what a run said."""
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ def plain_plots() -> Iterator[None]:
         yield
 
 
-def attempt(recipe: Recipe, folder: Path, failpoint: str = "", display: Display | None = None) -> str:
+def attempt(recipe: Recipe, folder: Path, failpoint: str = "", display: Observer | None = None) -> str:
     """Carry a recipe out, or go on with it; the line that it ends with, empty where it is done."""
     failpoints.arm(failpoint)
     try:
-        run(recipe, folder, display or Display(), resume=True)
+        run(recipe, folder, display or Observer(), resume=True)
     except FedloomError as error:
         return str(error)
     finally:

@@ -13,6 +13,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
+from fedloom.federation.rounds import FederatedRun
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
@@ -85,14 +86,19 @@ def updates_of(results: Iterable[ClientResult]) -> Iterator[ClientUpdate]:
 
 
 def make_update(
-    adapter: Adapter, client: int = 0, *, round: int = 1, examples: int = 1, tokens: int = 1, arm: int = 0
+    adapter: Adapter, client: int = 0, *, round: int = 1, examples: int = 1, tokens: int = 1, trial: int = 0
 ) -> ClientUpdate:
     """An update of made-up weights."""
     report = ClientReport(
         round=round, client=client, examples=examples, tokens=tokens, steps=1, proximal_mu=0.0, loss_first=1.0,
         loss_last=1.0, loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
     )  # fmt: skip
-    return ClientUpdate(report, adapter, {}, arm)
+    return ClientUpdate(report, adapter, {}, trial)
+
+
+def run_of(recipe: Recipe, *arguments: Any, **named: Any) -> FederatedRun:
+    """The rounds of a recipe."""
+    return FederatedRun(recipe.training, recipe.federation, recipe.seed, *arguments, **named)
 
 
 def make_job(
@@ -104,7 +110,7 @@ def make_job(
     rounds: int = 3,
     state: OptimizerState | None = None,
     trains_P: torch.Tensor | None = None,
-    arm: int = 0,
+    trial: int = 0,
     **training: Any,
 ) -> ClientJob:
     """A client's job of two epochs without a proximal term, unless told otherwise."""
@@ -116,7 +122,7 @@ def make_job(
         rounds=rounds,
         seed=7,
         trains_P=trains_P,
-        arm=arm,
+        trial=trial,
         blocks=blocks,
         optimizer_state=state,
     )

@@ -19,9 +19,9 @@ from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
 from fedloom.training import batched
-from fedloom.training.batched import build_batched_engine
+from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
-from fedloom.training.reference import build_reference_engine
+from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
 NOWHERE = Adapter(Layout((), ()), torch.empty(0))
@@ -57,7 +57,7 @@ def train(
 ) -> dict[int, ClientUpdate]:
     training = make_recipe(training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", **changes}).training
     told = [replace(job, adapter=start, training=training) for job in jobs]
-    return {update.report.client: update for update in updates_of(build(adapted)(told))}
+    return {update.report.client: update for update in updates_of(build(adapted).train(told))}
 
 
 def start_from(adapted: AdaptedModel) -> Adapter:
@@ -96,9 +96,9 @@ def test_every_clients_adapter_is_the_references(shape: str, dtype: str) -> None
     start, jobs = start_from(adapted), make_jobs()
     # Until something is learnt: in bfloat16, the first steps of a random model are mostly rounding.
     learning = {"batch_size": 4, "epochs": 8}
-    theirs = train(build_reference_engine, adapted, start, jobs, **learning)
+    theirs = train(ReferenceEngine, adapted, start, jobs, **learning)
     assert theirs[0].report.loss_last < theirs[0].report.loss_first
-    assert_agree(train(build_batched_engine, adapted, start, jobs, **learning), theirs, start, dtype)
+    assert_agree(train(BatchedEngine, adapted, start, jobs, **learning), theirs, start, dtype)
 
 
 @pytest.mark.parametrize(
@@ -120,27 +120,27 @@ def test_every_clients_adapter_is_the_references(shape: str, dtype: str) -> None
 def test_every_objective_and_optimizer_agrees(changes: dict[str, Any]) -> None:
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs()
-    theirs = train(build_reference_engine, adapted, start, jobs, **changes)
-    assert_agree(train(build_batched_engine, adapted, start, jobs, **changes), theirs, start, "float64")
+    theirs = train(ReferenceEngine, adapted, start, jobs, **changes)
+    assert_agree(train(BatchedEngine, adapted, start, jobs, **changes), theirs, start, "float64")
 
 
 @pytest.mark.parametrize("clients_at_once", [1, 2, 3])
 def test_more_clients_than_fit_at_once(clients_at_once: int) -> None:
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs((7, 1, 12, 2, 5))
-    theirs = train(build_reference_engine, adapted, start, jobs)
-    ours = train(build_batched_engine, adapted, start, jobs, clients_at_once=clients_at_once)
+    theirs = train(ReferenceEngine, adapted, start, jobs)
+    ours = train(BatchedEngine, adapted, start, jobs, clients_at_once=clients_at_once)
     assert_agree(ours, theirs, start, "float64")
 
 
 def test_kept_optimizer_state_moves_between_engines() -> None:
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs()
-    first = train(build_batched_engine, adapted, start, jobs)
+    first = train(BatchedEngine, adapted, start, jobs)
     kept = make_jobs(states={client: update.optimizer_state for client, update in first.items()})
-    theirs = train(build_reference_engine, adapted, start, kept)
-    assert_agree(train(build_batched_engine, adapted, start, kept), theirs, start, "float64")
-    fresh = train(build_batched_engine, adapted, start, jobs)
+    theirs = train(ReferenceEngine, adapted, start, kept)
+    assert_agree(train(BatchedEngine, adapted, start, kept), theirs, start, "float64")
+    fresh = train(BatchedEngine, adapted, start, jobs)
     assert fresh[0].adapter.sha256() != theirs[0].adapter.sha256()
 
 
@@ -148,16 +148,16 @@ def test_kept_optimizer_state_moves_between_engines() -> None:
 def test_any_layer_can_be_adapted(targets: Any) -> None:
     adapted = make_adapted(dtype="float64", targets=targets)
     start, jobs = start_from(adapted), make_jobs()
-    theirs = train(build_reference_engine, adapted, start, jobs)
-    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+    theirs = train(ReferenceEngine, adapted, start, jobs)
+    assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
 
 
 @pytest.mark.parametrize("adapter", [{"rslora": True, "rank": 4}, {"alpha": 64.0}])
 def test_the_scale_is_that_of_the_method(adapter: dict[str, Any]) -> None:
     adapted = make_adapted(dtype="float64", **adapter)
     start, jobs = start_from(adapted), make_jobs()
-    theirs = train(build_reference_engine, adapted, start, jobs)
-    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+    theirs = train(ReferenceEngine, adapted, start, jobs)
+    assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
 
 
 def test_counted_padding_agrees() -> None:
@@ -167,8 +167,8 @@ def test_counted_padding_agrees() -> None:
         replace(job, blocks=replace(job.blocks, counted_N=torch.full_like(job.blocks.lengths_N, 12)))
         for job in make_jobs()
     ]
-    theirs = train(build_reference_engine, adapted, start, jobs)
-    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
+    theirs = train(ReferenceEngine, adapted, start, jobs)
+    assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
 
 
 @pytest.mark.parametrize("beside", [[0, 1, 2], [0, 2], [2, 0, 1, 3]])
@@ -176,8 +176,8 @@ def test_with_dropout_a_client_is_the_same_alone_and_beside_others(shape: str, b
     # OPT and GPT-2 have dropout of their own, GPT-2 on its attention too; the clients' batches differ in width.
     adapted = make_adapted(shape, "float64", dropout=0.4)
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 3))
-    alone = train(build_batched_engine, adapted, start, [jobs[0]])[0].adapter
-    together = train(build_batched_engine, adapted, start, [jobs[client] for client in beside])[0].adapter
+    alone = train(BatchedEngine, adapted, start, [jobs[0]])[0].adapter
+    together = train(BatchedEngine, adapted, start, [jobs[client] for client in beside])[0].adapter
     assert (alone.weights_P - together.weights_P).norm() / (alone.weights_P - start.weights_P).norm() < 1e-9
 
 
@@ -187,10 +187,10 @@ def test_dropout_is_there_and_each_clients_own(shape: str) -> None:
     blocks = make_blocks(2)
     same_data = [make_job(blocks, NOWHERE, client=client) for client in range(3)]
     one_step = {"epochs": 1, "batch_size": 2}
-    updates = train(build_batched_engine, adapted, start, same_data, **one_step)
+    updates = train(BatchedEngine, adapted, start, same_data, **one_step)
     assert len({update.adapter.sha256() for update in updates.values()}) == 3
     switch_off_dropout(adapted)
-    without = train(build_batched_engine, make_adapted(shape, "float64"), start, same_data, **one_step)
+    without = train(BatchedEngine, make_adapted(shape, "float64"), start, same_data, **one_step)
     assert updates[0].report.loss_first != without[0].report.loss_first
 
 
@@ -224,10 +224,8 @@ def explosive_state(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 def test_a_client_with_a_huge_loss_does_not_move_the_others_by_a_bit(shape: str) -> None:
     adapted = make_adapted(shape)
     start = start_from(adapted)
-    calm = train(build_batched_engine, adapted, start, make_jobs())
-    wild = train(
-        build_batched_engine, adapted, start, make_jobs(states={0: None, 1: explosive_state(adapted), 2: None})
-    )
+    calm = train(BatchedEngine, adapted, start, make_jobs())
+    wild = train(BatchedEngine, adapted, start, make_jobs(states={0: None, 1: explosive_state(adapted), 2: None}))
     assert wild[1].report.drift > 30 * calm[1].report.drift
     for client in (0, 2):
         assert torch.equal(wild[client].adapter.weights_P, calm[client].adapter.weights_P)
@@ -238,7 +236,7 @@ def test_a_leak_between_clients_would_be_caught(monkeypatch: pytest.MonkeyPatch)
     # The same check on an engine with a deliberate mistake: the gradient of the mean over all clients.
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs()
-    theirs = train(build_reference_engine, adapted, start, jobs)
+    theirs = train(ReferenceEngine, adapted, start, jobs)
     right = StackedStep._losses
 
     def pooled(self: StackedStep, inputs: StepInputs) -> torch.Tensor:
@@ -246,7 +244,7 @@ def test_a_leak_between_clients_would_be_caught(monkeypatch: pytest.MonkeyPatch)
         return loss_K.mean().expand(len(loss_K)) + 0 * loss_K
 
     monkeypatch.setattr(StackedStep, "_losses", pooled)
-    wrong = train(build_batched_engine, adapted, start, jobs)
+    wrong = train(BatchedEngine, adapted, start, jobs)
     with pytest.raises(AssertionError):
         assert_agree(wrong, theirs, start, "float64")
 
@@ -258,8 +256,8 @@ def test_with_a_frozen_a_only_b_is_trained(shape: str, dtype: str) -> None:
     assert all(".lora_B." in name for name in adapted.layout.names)
     frozen = {name: value.clone() for name, value in adapted.frozen.items()}
     start, jobs = start_from(adapted), make_jobs()
-    theirs = train(build_reference_engine, adapted, start, jobs)
-    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, dtype)
+    theirs = train(ReferenceEngine, adapted, start, jobs)
+    assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, dtype)
     assert all(torch.equal(adapted.frozen[name], value) for name, value in frozen.items())
 
 
@@ -272,8 +270,8 @@ def test_what_a_client_does_not_train_stays(changes: dict[str, Any], at_once: in
     layout = adapted.layout
     parts = [trained_part(layout, "rolora", 1), trained_part(layout, "svd", 1, rank=1), None]
     jobs = [replace(job, trains_P=part) for job, part in zip(jobs, parts, strict=True)]
-    theirs = train(build_reference_engine, adapted, start, jobs, **changes)
-    ours = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once, **changes)
+    theirs = train(ReferenceEngine, adapted, start, jobs, **changes)
+    ours = train(BatchedEngine, adapted, start, jobs, clients_at_once=at_once, **changes)
     assert_agree(ours, theirs, start, "float64")
     for client, part_P in enumerate(parts[:2]):
         assert part_P is not None
@@ -298,9 +296,9 @@ def test_a_residual_is_part_of_the_model(shape: str) -> None:
         }
     )
     start, jobs = replace(plain, residual=residual), make_jobs()
-    theirs = train(build_reference_engine, adapted, start, jobs)
-    assert_agree(train(build_batched_engine, adapted, start, jobs), theirs, start, "float64")
-    without = train(build_batched_engine, adapted, plain, jobs)
+    theirs = train(ReferenceEngine, adapted, start, jobs)
+    assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
+    without = train(BatchedEngine, adapted, plain, jobs)
     assert without[0].report.loss_first != pytest.approx(theirs[0].report.loss_first, rel=1e-6)
 
 
@@ -314,17 +312,17 @@ def test_runs_of_their_own_share_a_step() -> None:
         {"proximal_mu": 0.5, "batch_size": 4},
     ]
     jobs = [
-        replace(make_job(make_blocks(5 + arm, seed=arm), start, round=2, arm=arm, **changes), seed=arm)
-        for arm, (start, changes) in enumerate(zip([first, second, first], settings, strict=True))
+        replace(make_job(make_blocks(5 + trial, seed=trial), start, round=2, trial=trial, **changes), seed=trial)
+        for trial, (start, changes) in enumerate(zip([first, second, first], settings, strict=True))
     ]
-    alone = {job.arm: next(updates_of(build_batched_engine(adapted)([job]))) for job in jobs}
-    together = {update.arm: update for update in updates_of(build_batched_engine(adapted)(jobs))}
+    alone = {job.trial: next(updates_of(BatchedEngine(adapted).train([job]))) for job in jobs}
+    together = {update.trial: update for update in updates_of(BatchedEngine(adapted).train(jobs))}
     for job in jobs:
-        assert_agree({0: together[job.arm]}, {0: alone[job.arm]}, job.adapter, "float64")
+        assert_agree({0: together[job.trial]}, {0: alone[job.trial]}, job.adapter, "float64")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
 def test_checkpointed_gradients_are_the_same(shape: str, build: Any, dropout: float) -> None:
     adapted = make_adapted(shape, "float64", dropout=dropout)
     start, jobs = start_from(adapted), make_jobs()
@@ -340,10 +338,10 @@ def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest
     adapted = make_adapted(shape, "float64")
     switch_off_dropout(adapted)
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
-    theirs = train(build_reference_engine, adapted, start, jobs, batch_size=3)
-    monkeypatch.setattr(batched, "Crew", partial(batched.Crew, fixed_shapes=True))
+    theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
     monkeypatch.setattr(batched, "READ_EVERY", 5)
-    ours = train(build_batched_engine, adapted, start, jobs, batch_size=3, clients_at_once=2)
+    ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=2)
     assert_agree(ours, theirs, start, "float64")
 
 
@@ -354,12 +352,12 @@ def test_a_recorded_step_is_the_step(shape: str, dropout: float, at_once: int) -
     # With two at once, slots are refilled while a recording goes on; clients of equal sizes, so that it does.
     adapted = make_adapted(shape, device="cuda", dropout=dropout)
     start, jobs = start_from(adapted), make_jobs((20, 20, 20, 13))
-    recorded = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once)
-    launched = train(build_batched_engine, adapted, start, jobs, clients_at_once=at_once, cuda_graph=False)
+    recorded = train(BatchedEngine, adapted, start, jobs, clients_at_once=at_once)
+    launched = train(BatchedEngine, adapted, start, jobs, clients_at_once=at_once, cuda_graph=False)
     assert_agree(recorded, launched, start, "float32")
 
 
-@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
 @pytest.mark.parametrize("at_once", [2, 3])
 def test_a_client_that_fails_leaves_the_others_as_they_are(build: Any, at_once: int) -> None:
     adapted = make_adapted(dtype="float64")
@@ -370,7 +368,7 @@ def test_a_client_that_fails_leaves_the_others_as_they_are(build: Any, at_once: 
     ).training
     wild = training.model_copy(update={"learning_rate": 1e300})
     told = [replace(job, adapter=start, training=wild if job.client == 1 else training) for job in jobs]
-    results = list(build(adapted)(told))
+    results = list(build(adapted).train(told))
     failures = [result for result in results if isinstance(result, ClientFailure)]
     assert [failure.client for failure in failures] == [1]
     assert "round 2, client 1" in str(failures[0].error)
@@ -381,7 +379,7 @@ def test_a_client_that_fails_leaves_the_others_as_they_are(build: Any, at_once: 
 def test_a_diverging_client_is_named() -> None:
     adapted = make_adapted()
     with pytest.raises(TrainingError, match=r"round 2, client \d, step \d+: the (loss|drift) is (nan|inf)"):
-        train(build_batched_engine, adapted, start_from(adapted), make_jobs(), learning_rate=1e30, optimizer="sgd")
+        train(BatchedEngine, adapted, start_from(adapted), make_jobs(), learning_rate=1e30, optimizer="sgd")
 
 
 def test_after_the_engine_the_model_is_pefts_again(shape: str) -> None:
@@ -390,7 +388,7 @@ def test_after_the_engine_the_model_is_pefts_again(shape: str) -> None:
     tokens = make_blocks(2).tokens_NT
     adapted.load(start)
     before = adapted.model.eval()(input_ids=tokens).logits
-    train(build_batched_engine, adapted, start, make_jobs())
+    train(BatchedEngine, adapted, start, make_jobs())
     assert torch.equal(adapted.model(input_ids=tokens).logits, before)
     assert not adapted.model.training
     assert torch.equal(adapted.read().weights_P, start.weights_P)
@@ -399,5 +397,5 @@ def test_after_the_engine_the_model_is_pefts_again(shape: str) -> None:
 def test_updates_come_as_clients_finish() -> None:
     adapted = make_adapted()
     jobs = [replace(job, adapter=start_from(adapted)) for job in make_jobs((11, 3, 7))]
-    order = [update.report.client for update in updates_of(build_batched_engine(adapted)(jobs))]
+    order = [update.report.client for update in updates_of(BatchedEngine(adapted).train(jobs))]
     assert order == [1, 2, 0]

@@ -13,7 +13,7 @@ from fedloom.adapters.stacked_lora import Stack
 from fedloom.model.loading import build_meta_model
 from fedloom.model.source import open_model
 from fedloom.training import memory
-from fedloom.training.batched import Crew
+from fedloom.training.batched import ClientBatch
 from fedloom.training.memory import LiveBytes, StepMemory, free_bytes, predict_step, trace_step
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
             make_job(full, start, client=client, batch_size=2, max_gradient_norm=1.0, epochs=1)
             for client in range(clients)
         ]
-        crew = Crew(adapted, Stack(adapted), jobs)
+        crew = ClientBatch(adapted, Stack(adapted), jobs)
         for job in jobs:
             crew.admit(job)
         crew.step()

@@ -14,7 +14,7 @@ from fedloom.data.tokens import IGNORED, TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.seeds import derive_seed
 from fedloom.training.jobs import ClientUpdate, OptimizerState
-from fedloom.training.reference import build_reference_engine, train_client
+from fedloom.training.reference import ReferenceEngine, train_client
 
 
 def train(
@@ -137,10 +137,10 @@ def test_a_learning_rate_too_small_to_move_is_refused_with_a_proximal_term() -> 
 def test_training_is_repeatable_and_does_not_depend_on_who_trains_beside() -> None:
     adapted = make_adapted(dropout=0.3)
     start = adapted.read()
-    engine = build_reference_engine(adapted)
+    engine = ReferenceEngine(adapted)
     jobs = [make_job(make_blocks(4 + client, seed=client), start, client=client) for client in range(3)]
-    together = {update.report.client: update.adapter.sha256() for update in updates_of(engine(jobs))}
-    alone = {job.client: next(updates_of(engine([job]))).adapter.sha256() for job in reversed(jobs)}
+    together = {update.report.client: update.adapter.sha256() for update in updates_of(engine.train(jobs))}
+    alone = {job.client: next(updates_of(engine.train([job]))).adapter.sha256() for job in reversed(jobs)}
     assert together == alone
     assert len(set(together.values())) == 3
 

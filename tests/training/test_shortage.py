@@ -16,10 +16,10 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import TrainingError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
-from fedloom.monitoring.display import Display
-from fedloom.training.batched import Crew, build_batched_engine
+from fedloom.monitoring.observer import Observer
+from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate, is_shortage
-from fedloom.training.reference import build_reference_engine
+from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stacked_step import StackedStep
 
 PROCESSORS = (
@@ -30,6 +30,18 @@ SHORTAGES: dict[str, Callable[[], Exception]] = {
     "a processor's": lambda: RuntimeError(PROCESSORS),
     "Python's": MemoryError,
 }
+
+
+def keep_limits(kept: list[int]) -> Callable[[str, str], None]:
+    """Keep how many clients train at once, as people are told when memory runs out."""
+
+    def say(what: str, detail: str) -> None:
+        found = re.search(r"(\d+) at once", detail)
+        assert what == "memory"
+        assert found
+        kept.append(int(found[1]))
+
+    return say
 
 
 def make_jobs(adapted: AdaptedModel, count: int = 7) -> list[ClientJob]:
@@ -82,25 +94,25 @@ def test_fewer_at_once_come_to_the_same(
 ) -> None:
     adapted = make_adapted(dtype="float64")
     jobs = make_jobs(adapted)
-    expected = list(updates_of(build_reference_engine(adapted)(jobs)))
+    expected = list(updates_of(ReferenceEngine(adapted).train(jobs)))
     lowered: list[int] = []
-    engine = build_batched_engine(adapted, lowered=lowered.append)
+    engine = BatchedEngine(adapted, say=keep_limits(lowered))
     fail_with_more_than(at_most, kind, monkeypatch, after=after)
-    assert_same(list(updates_of(engine(jobs))), expected)
+    assert_same(list(updates_of(engine.train(jobs))), expected)
     assert lowered == told
-    assert_same(list(updates_of(engine(jobs))), expected)
+    assert_same(list(updates_of(engine.train(jobs))), expected)
     assert lowered == told, "the next round begins with as many as there was memory for"
 
 
 def test_each_clients_dropout_is_what_it_would_have_been(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted(dtype="float64", dropout=0.2)
     jobs = make_jobs(adapted)
-    expected = list(updates_of(build_batched_engine(adapted)(jobs)))
+    expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
     fail_with_more_than(2, "Python's", monkeypatch, after=3)
-    assert_same(list(updates_of(build_batched_engine(adapted)(jobs))), expected)
+    assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
 
 
-@pytest.mark.parametrize("build", [build_batched_engine, build_reference_engine])
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
 def test_too_little_for_one_client_says_what_to_lower(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted()
     fail_with_more_than(0, "a processor's", monkeypatch)
@@ -108,7 +120,7 @@ def test_too_little_for_one_client_says_what_to_lower(build: Any, monkeypatch: p
     says = (
         r"round 1, client 0, training: .*single client.*training\.batch_size \(2\) or data\.max_length \(16\), or set"
     )
-    first, *others = list(build(adapted)(make_jobs(adapted)))
+    first, *others = list(build(adapted).train(make_jobs(adapted)))
     assert isinstance(first, ClientFailure)
     assert re.search(says, str(first.error))
     assert all(isinstance(other, ClientFailure) for other in others)
@@ -119,7 +131,7 @@ def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(SHORTAGES, "other", lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     fail_with_more_than(0, "other", monkeypatch)
     with pytest.raises(RuntimeError, match="mat1"):
-        list(build_batched_engine(adapted)(make_jobs(adapted)))
+        list(BatchedEngine(adapted).train(make_jobs(adapted)))
     assert not is_shortage(ValueError("can't allocate memory"))
 
 
@@ -128,11 +140,11 @@ def _train_in_little(megabytes: int, answers: Any) -> None:
     adapted, lowered = make_adapted(dtype="float64"), []
     blocks = [make_blocks(16, max_length=56, seed=client) for client in range(16)]
     jobs = [make_job(blocks[client], adapted.read(), client=client, epochs=1, batch_size=16) for client in range(16)]
-    list(build_reference_engine(adapted)(jobs[:1]))  # what one client needs is there
-    expected = list(updates_of(build_reference_engine(adapted)(jobs)))
+    list(ReferenceEngine(adapted).train(jobs[:1]))  # what one client needs is there
+    expected = list(updates_of(ReferenceEngine(adapted).train(jobs)))
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, resource.RLIM_INFINITY))
-    found = list(updates_of(build_batched_engine(adapted, lowered=lowered.append)(jobs)))
+    found = list(updates_of(BatchedEngine(adapted, say=keep_limits(lowered)).train(jobs)))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert_same(found, expected)
     answers.put(lowered)
@@ -152,7 +164,7 @@ def test_a_process_that_may_not_have_more_memory_trains_fewer_at_once() -> None:
     assert lowered == [16 // 2 ** (number + 1) for number in range(len(lowered))]
 
 
-class Said(Display):
+class Said(Observer):
     def __init__(self) -> None:
         self.steps: list[tuple[str, str]] = []
 
@@ -162,7 +174,7 @@ class Said(Display):
 
 def test_a_run_says_it_and_puts_it_on_record(tmp_path: Path) -> None:
     recipe = make_recipe(data={"clients": 4}, training={"engine": "batched"})
-    whole = run(recipe, tmp_path / "whole", Display())
+    whole = run(recipe, tmp_path / "whole", Observer())
     display = Said()
     failpoints.arm("training.stepped=memory@2")
     try:
@@ -187,24 +199,24 @@ def test_a_run_with_too_little_for_one_client_fails_and_keeps_what_was_complete(
     failpoints.arm("training.stepped=memory@12")
     try:
         with pytest.raises(TrainingError, match=r"round 2, client \d, training: there is not enough memory"):
-            run(recipe, tmp_path / "run", Display())
+            run(recipe, tmp_path / "run", Observer())
     finally:
         failpoints.arm("")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
     assert "training.batch_size" in status["error"]
-    assert run(recipe, tmp_path / "run", Display(), resume=True).status["state"] == "done"
+    assert run(recipe, tmp_path / "run", Observer(), resume=True).status["state"] == "done"
 
 
 def test_an_engine_that_takes_the_step_again_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: as if nothing of a step were done before it fails."""
     adapted = make_adapted(dtype="float64", dropout=0.2)
     jobs = make_jobs(adapted)
-    expected = list(updates_of(build_batched_engine(adapted)(jobs)))
+    expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
     fail_with_more_than(2, "Python's", monkeypatch, after=3)
-    right, failed = Crew.step, [0]
+    right, failed = ClientBatch.step, [0]
 
-    def step(self: Crew) -> Any:
+    def step(self: ClientBatch) -> Any:
         try:
             return right(self)
         except MemoryError:
@@ -213,8 +225,8 @@ def test_an_engine_that_takes_the_step_again_would_be_caught(monkeypatch: pytest
                 patch.setattr(StackedStep, "__call__", ORIGINAL)
                 return right(self)
 
-    monkeypatch.setattr(Crew, "step", step)
-    found = list(updates_of(build_batched_engine(adapted)(jobs)))
+    monkeypatch.setattr(ClientBatch, "step", step)
+    found = list(updates_of(BatchedEngine(adapted).train(jobs)))
     assert failed[0]
     with pytest.raises(AssertionError):
         assert_same(found, expected)

@@ -1,4 +1,4 @@
-"""What a federation is set against: no training, each client alone, and all documents together.
+"""Baselines that a federation is set against: no training, each client alone, and all documents together.
 
 Each baseline starts from the run's own adapter, trains as the run does but for the proximal term, on as many tokens as
 the federation had for the same documents, and is judged on the same hold-out.
@@ -6,7 +6,7 @@ the federation had for the same documents, and is judged on the same hold-out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -19,7 +19,7 @@ from fedloom.data.tokens import ClientBlocks, TokenBlocks, join_blocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import STRATEGIES
-from fedloom.federation.fleet import LocalFleet
+from fedloom.federation.fleet import EvaluateBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.schedule import cohort_size
 from fedloom.recipe.sections import Federation
@@ -28,24 +28,22 @@ from fedloom.training.jobs import TrainClients
 if TYPE_CHECKING:
     from fedloom.recipe.recipe import Recipe
 
-EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
-
 
 @dataclass
 class Baseline:
-    """A run of one client that stands for something else; `client` is None for all of them together."""
+    """A run of one client that stands for a client alone; or, where `client` is None, for all of them together."""
 
     client: int | None
     run: FederatedRun
     fleet: LocalFleet
     losses: list[float] = field(default_factory=list)
-    """On the run's own hold-out, round 0 first."""
+    """Losses on the run's own hold-out, round 0 first."""
     tokens: int = 0
-    """Trained on."""
+    """Tokens trained on."""
     error: str | None = None
 
     def note(self, result: RoundResult | TrainingError) -> None:
-        """Its next round, or its end."""
+        """Keep the baseline's next round, or why it ended."""
         if isinstance(result, TrainingError):
             self.error = str(result)
         else:
@@ -62,12 +60,12 @@ def set_up_baselines(
     score: EvaluateBlocks,
     *,
     rounds: int,
-    judges: Sequence[int],
-    first_arm: int = 0,
+    scored_clients: Sequence[int],
+    first_trial: int = 0,
 ) -> list[Baseline]:
-    """The recipe's baselines, ready to begin, for a federation of so many rounds.
+    """Return the recipe's baselines, ready to begin, for a federation of so many rounds.
 
-    `judges` are the clients whose hold-outs judge where there is no central one, as they judge the run.
+    `scored_clients` are those whose hold-outs judge where there is no central one, as they judge the run.
     """
     able = {number: client.train for number, client in enumerate(clients) if len(client.train)}
     share = cohort_size(len(able), recipe.federation) / len(able)
@@ -77,7 +75,7 @@ def set_up_baselines(
             "federation": Federation(rounds=max(1, round(rounds * share))),
         }
     )
-    held_out = [central] if len(central) else [clients[judge].holdout for judge in judges]
+    held_out = [central] if len(central) else [clients[client].holdout for client in scored_clients]
 
     def judge(adapter: Adapter) -> Score:
         return reduce(add, (score(adapter, blocks) for blocks in held_out))
@@ -88,17 +86,19 @@ def set_up_baselines(
     if "local" in recipe.baselines:
         data |= dict(able.items())
     found: list[Baseline] = []
-    for arm, (client, blocks) in enumerate(data.items(), start=first_arm):
+    for trial, (client, blocks) in enumerate(data.items(), start=first_trial):
         nothing = torch.zeros(0, blocks.tokens_NT.shape[1], dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
-        fleet = LocalFleet([ClientBlocks(blocks, TokenBlocks(nothing, none, none))], train_clients, score, judges=())
+        held = [ClientBlocks(blocks, TokenBlocks(nothing, none, none))]
+        fleet = LocalFleet(held, train_clients, score, scored_clients=())
         aggregate = STRATEGIES["fedavg"](told.federation.strategy)
-        found.append(Baseline(client, FederatedRun(told, fleet, aggregate, judge, initial, arm=arm), fleet))
+        run = FederatedRun(told.training, told.federation, told.seed, fleet, aggregate, judge, initial, trial=trial)
+        found.append(Baseline(client, run, fleet))
     return found
 
 
 def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[str]) -> dict[str, Any]:
-    """What `baselines.json` holds: of each baseline its losses by round, the tokens it trained on, or why it failed."""
+    """Return what `baselines.json` holds of each baseline: losses by round, tokens, or why it failed."""
 
     def one(baseline: Baseline) -> dict[str, Any]:
         told: dict[str, Any] = {"losses": baseline.losses, "tokens": baseline.tokens}

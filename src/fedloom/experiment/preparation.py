@@ -1,4 +1,4 @@
-"""From a recipe to everything that a run needs: documents, splits, tokens, the model's shape and the plan.
+"""Prepares a run: all that can be wrong before weights are loaded, and the plan.
 
 recipe -> documents -> splits -> token blocks, and what the model will be -> plan
 """
@@ -12,33 +12,24 @@ from functools import partial
 from random import Random
 
 import torch
-from transformers import PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.peft_config import build_config
-from fedloom.data.documents import Document, Documents, load_documents
+from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
-from fedloom.data.tokens import (
-    ClientBlocks,
-    TokenBlocks,
-    check_vocabulary,
-    distinct_blocks,
-    tokenize_documents,
-    without_blocks,
-)
+from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
+from fedloom.experiment.building import build_shape, dtype_of, tokenize_for
 from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
-from fedloom.model.loading import build_meta_model, check_quantization, choose_device, choose_dtype, load_model
+from fedloom.model.loading import check_quantization, choose_device
 from fedloom.model.source import ModelSource, open_model
-from fedloom.monitoring.display import Display
-from fedloom.recipe.methods import METHODS
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.seeds import derive_seed
-from fedloom.training.engines import choose_engine
-from fedloom.training.memory import free_bytes, predict_step
+from fedloom.training.engines import EngineName, choose_engine
+from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,43 @@ class Material:
     clients: tuple[ClientBlocks, ...]
     shared_blocks: int
     idle: tuple[str, ...]
-    """Why each client that has nothing to train on has not."""
+    """Reasons why clients have nothing to train on, one for each that has not."""
+
+    @property
+    def too_short(self) -> int:
+        """Documents of fewer than two tokens, which were left out."""
+        held = (blocks for client in self.clients for blocks in (client.train, client.holdout))
+        return self.central.dropped + sum(blocks.dropped for blocks in held)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model as it will be, and who trains it on which device."""
+
+    device: torch.device
+    dtype: str
+    engine: EngineName
+    shape: AdaptedModel
+    """The adapted model without values."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one adapter, one way."""
+        return self.shape.weights_P.numel() * self.shape.weights_P.element_size()
+
+
+@dataclass(frozen=True)
+class Room:
+    """The clients that may train in one pass."""
+
+    capacity: int
+    """Clients that there is room for in a pass, were there as many."""
+    fit: int | None = None
+    """Clients that free memory holds; None where that was not predicted."""
+    memory: StepMemory | None = None
+    """Bytes that a step takes; None where that was not predicted."""
+    ample: bool = False
+    """True where free memory leaves no doubt, so that nothing was predicted."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +91,57 @@ class Prepared:
     device: torch.device
     central: TokenBlocks
     clients: tuple[ClientBlocks, ...]
+    scored_clients: Sequence[int]
+    """Clients on whose hold-outs adapters are scored, the same ones in every round."""
     plan: Plan
     capacity: int
     """Clients that may train in one pass, were there as many."""
     told: tuple[str, ...] = ()
-    """Hashes of what clients elsewhere hold, by client."""
+    """Hashes of the documents of clients elsewhere, by client."""
 
 
-def gather(recipe: Recipe, display: Display) -> Material:
-    """Documents, splits and tokens, and the tokenizer that they take."""
-    display.show_step("documents", recipe.data.source)
+def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
+    """Prepare a run whose clients are in this process.
+
+    `material` is what `gather` gave for a recipe with the same `model`, `data` and `seed`, where there is some. Without
+    `predict`, the memory of a step is predicted only where it decides something.
+
+    Raises:
+        FedloomError: what the person who asked can mend.
+    """
+    device = open_device(recipe)
+    check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
+    material = material or gather(recipe, observer)
+    setup = check(recipe, material.source, device)
+    able = sum(1 for client in material.clients if len(client.train))
+    per_round = check_cohort(recipe, able)
+    room = measure(recipe, material.source, setup, per_round, predict=predict)
+    scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
+    plan = make_plan(recipe, material, setup, room, per_round, scored)
+    return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
+
+
+def open_device(recipe: Recipe) -> torch.device:
+    """Choose the device, and make a GPU the current one: what torch allocates without a device lands there too."""
+    device = choose_device(recipe.model.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def gather(recipe: Recipe, observer: Observer) -> Material:
+    """Load documents, split them, and tokenize them as the base model sees them.
+
+    Raises:
+        DataError: the documents can't be had, or nothing is held out.
+        ModelError: the tokenizer can't be had.
+    """
+    observer.show_step("documents", recipe.data.source)
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
-    display.show_step("splits", f"{len(found.documents):,} documents")
+    observer.show_step("splits", f"{len(found.documents):,} documents")
     splits = split_documents(found, recipe.data, recipe.seed)
-    display.show_step("model", recipe.model.source)
-    source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
+    observer.show_step("model", recipe.model.source)
+    source = open_model(recipe.model.source, recipe.model.revision, say=partial(observer.show_step, "model"))
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     if not len(central) and not any(len(client.holdout) for client in clients):
         raise DataError(
@@ -89,23 +152,14 @@ def gather(recipe: Recipe, display: Display) -> Material:
     return Material(source, found, splits, central, clients, shared_blocks, find_idle(splits, clients, recipe))
 
 
-def prepare(recipe: Recipe, display: Display, material: Material | None = None) -> Prepared:
-    """Documents, splits, tokens and the model's shape: all that can be wrong before weights are loaded.
+def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
+    """Refuse what does not fit together: model, adapter, engine, lengths.
 
-    `material` is what `gather` gave for a recipe with the same `model`, `data` and `seed`, where there is some.
+    Raises:
+        RecipeError, ModelError
     """
-    device = choose_device(recipe.model.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
-    material = material or gather(recipe, display)
-    source, found, splits = material.source, material.found, material.splits
-    central, clients, shared_blocks = material.central, material.clients, material.shared_blocks
     check_quantization(recipe.model.quantization, source, device)
-    per_round = cohort_size(sum(1 for client in clients if len(client.train)), recipe.federation)
-    check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
-    short = sum(blocks.dropped for blocks in (central, *(b for c in clients for b in (c.train, c.holdout))))
-    engine = choose_engine(recipe)
+    engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
     dtype = dtype_of(recipe, device)
     shape = build_shape(recipe, source, dtype)
     check_length(recipe.data.max_length, source, shape)
@@ -114,67 +168,99 @@ def prepare(recipe: Recipe, display: Display, material: Material | None = None) 
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
-    capacity, memory, fit = 1, None, None
-    if engine == "batched":
-        wanted = min(per_round, recipe.training.clients_at_once or per_round)
-        length = recipe.data.max_length
-        with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
-            memory = predict_step(
-                partial(build_shape, recipe, source, dtype),
-                source.num_layers,
+    return Setup(device, dtype, engine, shape)
+
+
+def check_cohort(recipe: Recipe, able: int) -> int:
+    """Return how many clients train in a round, of those that are able to.
+
+    Raises:
+        RecipeError: too few for the strategy, should as many be lost as may be.
+    """
+    per_round = cohort_size(able, recipe.federation)
+    check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
+    return per_round
+
+
+def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *, predict: bool) -> Room:
+    """Find how many clients may train in one pass.
+
+    A step's memory is predicted by tracing it, which takes seconds. Without `predict`, that is left out where the
+    recipe says how many clients train at once, or where the free memory leaves no doubt.
+    """
+    if setup.engine != "batched":
+        return Room(1)
+    given = recipe.training.clients_at_once
+    wanted = min(per_round, given or per_round)
+    length, free = recipe.data.max_length, free_bytes(setup.device)
+    if not predict:
+        if given:
+            return Room(given)
+        if leaves_no_doubt(setup.shape, recipe.training, clients=wanted, length=length, device=setup.device, free=free):
+            return Room(per_round, ample=True)
+    memory = None
+    with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
+        memory = predict_step(
+            partial(build_shape, recipe, source, setup.dtype),
+            source.num_layers,
+            recipe.training,
+            clients=wanted,
+            length=length,
+            device=setup.device,
+            alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
+        )
+    if memory is None:
+        return Room(given or 1)
+    fit = memory.clients_that_fit(free)
+    return Room(given or min(fit, memory.clients_worthwhile(setup.device)), fit, memory)
+
+
+def make_plan(
+    recipe: Recipe, material: Material, setup: Setup, room: Room, per_round: int, scored_clients: Sequence[int]
+) -> Plan:
+    """Put together what is known of a run in this process."""
+    at_once = min(per_round, room.capacity)
+    skipped = {**material.found.skipped, **({"too short": material.too_short} if material.too_short else {})}
+    return Plan.of(
+        recipe.name,
+        recipe.training,
+        recipe.federation,
+        model=material.source.name,
+        model_revision=material.source.revision,
+        dtype=setup.dtype,
+        device=str(setup.device),
+        engine=setup.engine,
+        parameters=setup.shape.num_parameters,
+        trainable_parameters=setup.shape.layout.size,
+        payload_bytes=setup.payload_bytes,
+        data=material.found.source,
+        data_revision=material.found.revision,
+        documents=len(material.found.documents),
+        skipped=skipped,
+        central_documents=len(material.splits.central),
+        central_tokens=material.central.num_tokens,
+        clients=[
+            ClientPlan.of(
                 recipe.training,
-                clients=wanted,
-                length=length,
-                device=device,
-                alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
-            )
-        if memory:
-            fit = memory.clients_that_fit(free_bytes(device))
-            capacity = min(fit, memory.clients_worthwhile(device))
-        capacity = recipe.training.clients_at_once or capacity
-    at_once = min(per_round, capacity)
-    judges = choose_judges([len(client.holdout) for client in clients], recipe)
-    plan = Plan(
-        name=recipe.name,
-        model=source.name,
-        model_revision=source.revision,
-        dtype=dtype,
-        device=str(device),
-        engine=engine,
-        parameters=shape.num_parameters,
-        trainable_parameters=shape.layout.size,
-        data=found.source,
-        data_revision=found.revision,
-        documents=len(found.documents),
-        skipped={**found.skipped, **({"too short": short} if short else {})},
-        judged_tokens=sum(clients[judge].holdout.num_tokens for judge in judges),
-        central_documents=len(splits.central),
-        central_tokens=central.num_tokens,
-        clients=tuple(
-            ClientPlan(
                 train_documents=len(documents.train),
                 holdout_documents=len(documents.holdout),
                 blocks=len(blocks.train),
                 tokens=blocks.train.num_tokens,
                 holdout_tokens=blocks.holdout.num_tokens,
-                steps=recipe.training.epochs * -(-len(blocks.train) // recipe.training.batch_size),
             )
-            for documents, blocks in zip(splits.clients, clients, strict=True)
-        ),
+            for documents, blocks in zip(material.splits.clients, material.clients, strict=True)
+        ],
+        scored_clients=scored_clients,
         left_out=material.idle,
         clients_per_round=per_round,
         clients_at_once=at_once,
-        clients_that_fit=fit,
-        peak_bytes=memory.peak_bytes(at_once) if memory else None,
-        audit=splits.audit,
-        shared_blocks=shared_blocks,
+        clients_that_fit=room.fit,
+        peak_bytes=room.memory.peak_bytes(at_once) if room.memory else None,
+        ample_memory=room.ample,
+        audit=material.splits.audit,
+        shared_blocks=material.shared_blocks,
         duplicates=recipe.data.duplicates,
-        rounds=recipe.federation.rounds,
-        epochs=recipe.training.epochs,
-        proximal_mu=recipe.training.proximal_mu,
-        payload_bytes=shape.weights_P.numel() * shape.weights_P.element_size(),
     )
-    return Prepared(source, device, central, clients, plan, capacity)
 
 
 def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) -> None:
@@ -193,33 +279,14 @@ def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) ->
         )
 
 
-def dtype_of(recipe: Recipe, device: torch.device) -> str:
-    """What the base model is loaded in: the recipe's choice, or the device's, or what the method can be trained in."""
-    if recipe.model.dtype == "auto" and METHODS[recipe.adapter.method].float32_base:
-        return "float32"
-    return choose_dtype(recipe.model.dtype, device)
-
-
-def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Document]) -> TokenBlocks:
-    """Documents as a base model sees them.
-
-    Raises:
-        DataError: the tokenizer is not the model's.
-    """
-    blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
-    check_vocabulary(blocks, source.vocabulary_size)
-    return blocks
-
-
 def tokenize_splits(
     splits: Splits, source: ModelSource, recipe: Recipe
 ) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
-    """Token blocks of the central hold-out and of every client, and how many training blocks are also held out.
+    """Return blocks of the central hold-out and of every client, and how many training blocks are also held out.
 
     Raises:
         DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
     """
-
     tokenize = partial(tokenize_for, source, recipe)
     where = f'data.source = "{recipe.data.source}"'
     central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
@@ -240,10 +307,10 @@ def tokenize_splits(
 
 
 def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe) -> tuple[str, ...]:
-    """Why each of the clients that have nothing to train on has not; they hold out what they have, and never train.
+    """Say of each client that has nothing to train on why; it holds out what it has, and never trains.
 
     Raises:
-        DataError: none has.
+        DataError: no client has anything.
     """
     left_out = tuple(
         _why_idle(client, splits, tokenized) for client, blocks in enumerate(tokenized) if not len(blocks.train)
@@ -259,7 +326,7 @@ def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe)
 
 
 def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) -> str:
-    """What became of the documents of a client that has nothing to train on."""
+    """Say what became of the documents of a client that has nothing to train on."""
     documents, train = splits.clients[client], tokenized[client].train
     counts = {
         "held out": len(documents.holdout),
@@ -271,53 +338,9 @@ def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) ->
     return f"client {client} of {len(tokenized)}: {why or 'no document'}"
 
 
-def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
-    """The adapted model without its values, and where PEFT can do with it without memory for them."""
-    base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
-    if METHODS[recipe.adapter.method].needs_values:
-        base = base.to_empty(device="cpu")
-        for value in base.state_dict().values():
-            value.zero_()
-    return adapt(base, recipe, source)
-
-
-def load_adapted_model(recipe: Recipe, source: ModelSource) -> AdaptedModel:
-    """The base model, loaded once, with the adapter that every client starts from."""
-    return adapt(load_base(recipe, source), recipe, source)
-
-
-def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
-    """The base model as the recipe wants it."""
-    device = choose_device(recipe.model.device)
-    return load_model(
-        source,
-        dtype=dtype_of(recipe, device),
-        device=device,
-        attention=_attention(recipe),
-        quantization=recipe.model.quantization,
-    )
-
-
-def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> AdaptedModel:
-    """A base model with the recipe's adapter."""
-    rule = recipe.federation.lora_rule
-    return AdaptedModel(
-        base,
-        build_config(recipe.adapter, base),
-        recipe.seed,
-        freeze_a=rule == "ffa",
-        residuals=rule == "fedex",
-        tokenizer=source.tokenizer,
-    )
-
-
-def _attention(recipe: Recipe) -> str | None:
-    """`sdpa` where a prefix makes keys more than queries, which attention without masks can't tell from a cache."""
-    return "sdpa" if recipe.adapter.method == "prefix_tuning" else None
-
-
-def choose_judges(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:
-    """The clients whose hold-outs are scored: the same ones in every round, so that rounds can be compared."""
+def choose_scored_clients(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:
+    """Draw the clients whose hold-outs are scored, once for all rounds, so that rounds can be compared."""
     able = [client for client, blocks in enumerate(holdout_blocks) if blocks]
     wanted = recipe.evaluation.clients or len(able)
+    # The purpose's word is older than the name: another one would draw other clients.
     return sorted(Random(derive_seed(recipe.seed, "judges")).sample(able, min(wanted, len(able))))

@@ -9,7 +9,7 @@ from typing import Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError
 from fedloom.experiment.preparation import Prepared
-from fedloom.experiment.session import Workshop
+from fedloom.experiment.session import Session
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.lora_error import AveragingMeter
 from fedloom.federation.rounds import FederatedRun, RoundResult
@@ -20,7 +20,7 @@ from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import write_card
 from fedloom.records.plan import Plan
-from fedloom.records.run import Record, overfitting_onsets, read_run
+from fedloom.records.run import Record, RoundRecord, overfitting_onsets, read_run
 from fedloom.records.state import RunState, damaged_adapters
 from fedloom.records.writer import RunWriter
 from fedloom.report.run_report import write_report
@@ -30,15 +30,15 @@ from fedloom.training.jobs import ClientUpdate
 class Recorder:
     """Writes a run down, round by round, and keeps its adapters."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, workshop: Workshop, writer: RunWriter) -> None:
-        self._recipe, self._plan, self._workshop = recipe, plan, workshop
+    def __init__(self, recipe: Recipe, plan: Plan, session: Session, writer: RunWriter) -> None:
+        self._recipe, self._plan, self._session = recipe, plan, session
         self.writer = writer
         self.adapters = writer.folder / "adapters"
         self.runs_together = 1
-        """In one pass: its seconds are those of all of them."""
+        """Runs that train in one pass: a round's seconds are those of all of them."""
         self.saved: dict[str, dict[str, str]] = {}
-        """SHA-256 of the files of each adapter."""
-        self._meter = AveragingMeter(workshop.adapted.layout)
+        """SHA-256 of each file, by adapter."""
+        self._meter = AveragingMeter(session.adapted.layout)
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
 
     def begin(self, initial: Adapter) -> None:
@@ -47,7 +47,7 @@ class Recorder:
         self.writer.write_status("running", round=0, rounds=self._recipe.federation.rounds)
 
     def mend(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
-        """Write again what is no longer as a state knows it; of a later round, the rounds that come write it again."""
+        """Write again what is no longer as a state knows it. Rounds to come write what is theirs."""
         self.saved = {name: dict(files) for name, files in state.adapters.items()}
         held = {"initial", "last", *(("best",) if state.best_round == state.round else ())}
         rounds = read_run(self.writer.folder).rounds
@@ -58,18 +58,18 @@ class Recorder:
                 self._save(adapter, name, write_card(self._recipe, self._plan, record))
 
     def add_client(self, update: ClientUpdate) -> None:
-        """One client's work in a round."""
+        """Write one client's work in a round down."""
         self.writer.append_client(update.report)
         self._meter.add(update.adapter.weights_P, self._weigh(update.report))
 
-    def record(self, result: RoundResult, run: FederatedRun) -> Record:
-        """One round, and whether the run ends with it."""
+    def record(self, result: RoundResult, run: FederatedRun) -> RoundRecord:
+        """Write one round down, and keep its adapter."""
         error = self._meter.take()
         measured: Record = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
         if self.runs_together > 1:
             measured["runs_together"] = self.runs_together
-        lowered = self._workshop.take_lowered()
-        record = self.writer.append_round(result, {**self._workshop.telemetry.take(), **measured, **lowered})
+        lowered = self._session.take_lowered()
+        record = self.writer.append_round(result, {**self._session.telemetry.take(), **measured, **lowered})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)
         if result.judged_loss <= min(run.losses):
@@ -80,13 +80,13 @@ class Recorder:
 
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
         with writing(self.adapters / name):
-            self._workshop.adapted.save(adapter, self.adapters / name, card)
+            self._session.adapted.save(adapter, self.adapters / name, card)
             self.saved[name] = hash_folder(self.adapters / name)
 
 
 @contextmanager
 def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[RunWriter]:
-    """A run directory whose status and report say how the run ended, whatever happens inside."""
+    """Write a run directory whose status and report say how the run ended, whatever happens inside."""
     try:
         writer.write_status("running")
         if not (writer.folder / "plan.json").is_file():
@@ -106,12 +106,13 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
     except BaseException as error:
         _write_end(writer, "failed", error=f"bug: {type(error).__name__}")
         raise
-    write_report(writer.folder)  # a run is done without it
+    # After the status: a run is done without its report.
+    write_report(writer.folder)
     failpoint("report.written")
 
 
 def _write_end(writer: RunWriter, state: str, **more: Any) -> None:
-    """How a run ended that was not meant to, and a report that says so; what failed is raised, not what comes after."""
+    """Write down that a run ended early. Errors in here are dropped: the one that ended the run is what is raised."""
     with suppress(Exception):
         writer.write_status(state, **more)
         write_report(writer.folder)

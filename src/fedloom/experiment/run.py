@@ -7,64 +7,46 @@ base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.experiment.baselines import describe
-from fedloom.experiment.preparation import Prepared, load_adapted_model, prepare
+from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.clients import Clients, LocalClients
+from fedloom.experiment.preparation import prepare
 from fedloom.experiment.recorder import open_run
-from fedloom.experiment.session import Workshop, identify
-from fedloom.experiment.trial import Arm, baselines_of, set_up, train_baselines
-from fedloom.federation.fleet import LoyalFleet
+from fedloom.experiment.session import Session, identify
+from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, train_baselines
+from fedloom.experiment.watchers import Watchers, open_watchers
+from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
-from fedloom.host.signals import Interruption
 from fedloom.model.loading import choose_device
-from fedloom.monitoring.display import Display, Terminal
-from fedloom.monitoring.status import telling
-from fedloom.monitoring.telemetry import Telemetry
-from fedloom.monitoring.trackers import check_tracker, open_tracker, scalars
-from fedloom.progress import Progress
+from fedloom.monitoring.display import Terminal
+from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.trackers import Tracker
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
-from fedloom.records.run import Run, flatten, read_run
+from fedloom.records.run import RoundRecord, Run, flatten, read_run
 from fedloom.records.state import RunState, committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
 
 
-@dataclass(frozen=True)
-class Venue:
-    """Where a run's clients are: how one prepares for them, who asks them, and what is typed for it."""
-
-    prepare: Callable[[Recipe, Display, Callable[[], None]], Prepared]
-    """The third is to be called now and then: it raises where the run is to end."""
-    open_fleet: Callable[[Recipe, Prepared, Workshop, Path], LoyalFleet | None]
-    """The last is the run directory."""
-    command: str
-
-
-HERE = Venue(
-    lambda recipe, display, check: prepare(recipe, display),
-    lambda recipe, prepared, workshop, folder: None,
-    "fedloom run",
-)
-"""In this process."""
-
-
 def run(
     recipe: Recipe,
     out: str | Path | None = None,
-    display: Display | None = None,
+    display: Observer | None = None,
     *,
     resume: bool = False,
     log_to: str | None = None,
     watch: bool = False,
-    venue: Venue = HERE,
+    clients: Clients | None = None,
+    aggregate: Aggregate | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Run:
     """Carry out a recipe and return its run directory, read; shown on the terminal or notebook, or on `display`.
 
@@ -72,116 +54,116 @@ def run(
     the end, with `watch` after every round too. `log_to` names a tracker that is told each round's numbers. With
     `resume`, a run directory that is there goes on after its last complete round, to the same result.
 
+    `clients` are those of this process where it is left out. `aggregate` takes the place of the recipe's strategy, and
+    `observers` are told of everything that happens.
+
     Raises:
         FedloomError: what the person who asked can mend.
     """
-    display = display or Terminal()
+    clients, display = clients or LocalClients(), display or Terminal()
     folder = Path(out) if out else default_folder(recipe.name)
     resume = resume and folder.is_dir()
     if not resume:
         check_free(folder)
-    if log_to:
-        check_tracker(log_to)
+    trackers = [Tracker(log_to, recipe.model_dump(mode="json"))] if log_to else []
+    everyone = [display, *trackers, *observers]
     gpu = choose_device(recipe.model.device).type == "cuda"
     with ExitStack() as stack:
-        display = stack.enter_context(telling(display, folder, venue.command))
-        stack.callback(display.close)
-        interruption = stack.enter_context(Interruption(partial(display.show_step, "stopping")))
-
-        def note(progress: Progress) -> None:
-            display.watch(progress)
-            interruption.check()
-
-        telemetry = stack.enter_context(Telemetry(gpu=gpu, watch=note))
+        watchers = stack.enter_context(open_watchers(folder, clients.command, everyone, gpu=gpu, report=watch))
         writer = stack.enter_context(closing(RunWriter(folder, resume=True))) if resume else None
-        if writer:
-            check_same_recipe(folder, recipe)
-            if writer.status.get("state") == "done" and is_sound(folder):
-                if not (folder / "report.html").is_file():
-                    write_report(folder)
-                display.show_step("done", f"{folder} is complete: nothing is left to do")
-                return read_run(folder)
-        prepared = venue.prepare(recipe, display, interruption.check)
-        interruption.check()
-        display.show_plan(prepared.plan)
+        if writer and is_complete(writer, recipe):
+            watchers.show_step("done", f"{folder} is complete: nothing is left to do")
+            return read_run(folder)
+
+        # ---- Prepare: all that can be wrong before weights are loaded. Nothing is written yet.
+        prepared = clients.prepare(recipe, watchers)
+        watchers.check()
+        watchers.show_plan(prepared.plan)
         failpoint("run.prepared")
-        display.show_step("weights", prepared.source.name)
+
+        # ---- Load: the base model, once, and what runs over it share.
+        watchers.show_step("weights", prepared.source.name)
         adapted = load_adapted_model(recipe, prepared.source)
-        workshop = Workshop(adapted, prepared.plan.engine, telemetry, display.show_step)
-        identity = identify(prepared, workshop.adapted)
+        session = Session(adapted, prepared.plan.engine, watchers.telemetry, watchers)
+        identity = identify(prepared, adapted)
         failpoint("run.loaded")
-        interruption.check()
-        if writer is None:
-            writer = stack.enter_context(closing(RunWriter(folder)))
-        try:
-            state = load_state(folder, partial(display.show_step, "skipped"))
-            if state:
-                check_same_inputs(folder, state.identity, identity)
-                display.show_step("resumed", f"after round {state.round}")
-            with open_run(writer, recipe, prepared):
-                display.show_folder(folder)
-                log = None
-                if log_to:
-                    log = stack.enter_context(open_tracker(log_to, folder, recipe.model_dump(mode="json")))
-                stack.enter_context(telemetry.phase("aggregation"))
-                fleet = venue.open_fleet(recipe, prepared, workshop, folder)
-                mended = partial(display.show_step, "mended")
-                arm = begin_or_restore(recipe, prepared, workshop, writer, state, mended, fleet)
-                for result in run_rounds(arm.run, arm.fleet):
-                    record = arm.recorder.record(result, arm.run)
-                    arm.commit(identity)
-                    display.show_round(record)
-                    if log:
-                        log(record["round"], scalars(record))
-                    if watch:
-                        report_or_say(folder, display)
-                if recipe.baselines:
-                    run_baselines(arm, workshop, writer, display)
-                    failpoint("baselines.written")
-        except KeyboardInterrupt:
-            display.show_step("stopped", f"go on with: {venue.command} --resume {folder}")
-            raise
+        watchers.check()
+        writer = writer or stack.enter_context(closing(RunWriter(folder)))
+
+        # ---- Rounds: each is on record, and can't be lost any more, before the next begins.
+        stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder))
+        state = find_state(folder, identity, watchers)
+        with open_run(writer, recipe, prepared):
+            watchers.show_folder(folder)
+            stack.enter_context(session.telemetry.phase("aggregation"))
+            fleet = clients.open_fleet(recipe, prepared, session, folder)
+            mended = partial(watchers.show_step, "mended")
+            trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, mended, aggregate)
+            for past in trial.past_rounds():
+                ask_to_stop(trial, watchers, past)
+            for result in run_rounds(trial.run, fleet):
+                record = trial.record(result)
+                trial.commit(identity)
+                watchers.show_round(record)
+                ask_to_stop(trial, watchers, record)
+
+            # ---- Finish: what the run is set against; the status and the report are written as the block ends.
+            if recipe.baselines:
+                run_baselines(trial, session, watchers)
         failpoint("run.ends")
     finished = read_run(folder)
-    display.show_end(finished, folder / "report.html")
+    watchers.show_end(finished, folder / "report.html")
     return finished
 
 
-def begin_or_restore(
-    recipe: Recipe,
-    prepared: Prepared,
-    workshop: Workshop,
-    writer: RunWriter,
-    state: RunState | None,
-    say: Callable[[str], object],
-    fleet: LoyalFleet | None = None,
-) -> Arm:
-    """A run at its beginning, or after its last complete round."""
-    # How many train at once moves results by rounding: a run that goes on has as many as it began with.
-    at_once = writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
-    initial = workshop.adapted.read() if state is None else state.adapter
-    arm = set_up(recipe, prepared, workshop, writer, initial, clients_at_once=at_once, fleet=fleet)
+def is_complete(writer: RunWriter, recipe: Recipe) -> bool:
+    """Return whether a run directory holds this recipe's whole run; a report that is missing is written.
+
+    Raises:
+        RunError: it is another recipe's.
+    """
+    check_same_recipe(writer.folder, recipe)
+    if writer.status.get("state") != "done" or not is_sound(writer.folder):
+        return False
+    if not (writer.folder / "report.html").is_file():
+        write_report(writer.folder)
+    return True
+
+
+def find_state(folder: Path, identity: Mapping[str, str], watchers: Watchers) -> RunState | None:
+    """Return the state after the last complete round, None where there is none.
+
+    Raises:
+        RunError: no state is whole, or the base model or the documents are others.
+    """
+    state = load_state(folder, partial(watchers.show_step, "skipped"))
     if state:
-        arm.restore(state, workshop.adapted.read, say)
-        writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)
-    else:
-        arm.begin(initial)
-    return arm
+        check_same_inputs(folder, state.identity, identity)
+        watchers.show_step("resumed", f"after round {state.round}")
+    return state
+
+
+def ask_to_stop(trial: Trial, watchers: Observer, record: RoundRecord) -> None:
+    """Ask the observers whether the run should end after a round."""
+    if why := watchers.stop_after(record):
+        trial.stop(why)
+
+
+@contextmanager
+def tell_how_to_go_on(watchers: Observer, command: str, folder: Path) -> Iterator[None]:
+    """Say how a run goes on that is interrupted inside."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        watchers.show_step("stopped", f"go on with: {command} --resume {folder}")
+        raise
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether the newest state of a run that is done is whole, and the adapters are as it knows them."""
+    """Return whether the newest state of a run that is done is whole, and the adapters are as it knows them."""
     state = load_state(folder)
     newest = next(iter(committed(folder)), None)
     return bool(state and newest and newest.name == state.name and not damaged_adapters(folder, state))
-
-
-def report_or_say(folder: Path, display: Display) -> None:
-    """Write the report of a run that is still going, which can do without it."""
-    try:
-        write_report(folder)
-    except RunError as error:
-        display.show_step("report", str(error))
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -216,18 +198,20 @@ def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str
         )
 
 
-def plan(recipe: Recipe, display: Display | None = None) -> Plan:
-    """What a run of the recipe would load and need; trains nothing and writes nothing.
+def plan(recipe: Recipe, display: Observer | None = None) -> Plan:
+    """Return what a run of the recipe would load and need; train nothing and write nothing.
 
     Raises:
         FedloomError: what a run would be refused for.
     """
-    return prepare(recipe, display or Display()).plan
+    return prepare(recipe, display or Observer()).plan
 
 
-def run_baselines(arm: Arm, workshop: Workshop, writer: RunWriter, display: Display) -> None:
+def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     """Train a finished run's baselines, all of them in one pass where the engine can, and put them on record."""
-    display.show_step("baselines", ", ".join(arm.recipe.baselines))
-    baselines = baselines_of(arm, workshop, rounds=arm.run.completed)
-    train_baselines(baselines, workshop)
-    writer.write_json("baselines.json", describe(baselines, arm.run, arm.recipe.baselines))
+    watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
+    baselines = baselines_of(trial, session, rounds=trial.run.completed)
+    train_baselines(baselines, session)
+    record = describe(baselines, trial.run, trial.recipe.baselines)
+    trial.recorder.writer.write_json("baselines.json", record)
+    failpoint("baselines.written")

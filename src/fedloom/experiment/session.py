@@ -1,9 +1,10 @@
-"""What runs over one base model share: the model, an engine, and what measures them."""
+"""A session: the model, an engine and what measures them, which runs over one base model share."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -13,60 +14,57 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.experiment.preparation import Prepared
-from fedloom.federation.fleet import LocalFleet
+from fedloom.federation.fleet import EvaluateBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
+from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.records.state import hash_tensors
-from fedloom.training.engines import ENGINES
+from fedloom.training.engines import ENGINES, EngineName
 from fedloom.training.jobs import ClientJob, ClientResult
 
 
-class Workshop:
-    """A model, an engine and what measures them: all that runs share which train on the same base model.
+class Session:
+    """A loaded model, an engine and what measures them: all that runs share which train on the same base model.
 
-    What is neither training nor evaluation here is aggregation and its records.
+    Whatever is neither training nor evaluation here is aggregation and its records.
     """
 
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        engine: str,
-        telemetry: Telemetry,
-        say: Callable[[str, str], object] = "{}: {}".format,
-    ) -> None:
+    def __init__(self, adapted: AdaptedModel, engine: EngineName, telemetry: Telemetry, observer: Observer) -> None:
         self.adapted = adapted
         self.telemetry = telemetry
-        self._engine_name = engine
-        self._engine = ENGINES[engine](adapted, telemetry.watch, self._lower)
-        self._say = say
-        self._lowered: int | None = None
-
-    def _lower(self, clients: int) -> None:
-        self._lowered = clients
-        self._say("memory", f"not enough: {clients} at once from now on; the clients under way begin their round again")
+        self.watch = observer.watch
+        self._batched = engine == "batched"
+        self._engine = ENGINES[engine](adapted, observer.watch, observer.show_step)
+        self._lowered_to: int | None = None
 
     def take_lowered(self) -> dict[str, int]:
-        """How many clients train at once since memory ran out, where it did since the last look."""
-        lowered, self._lowered = self._lowered, None
-        return {"clients_at_once": lowered} if lowered else {}
+        """Return how many clients train at once since memory ran out, where it did since the last look."""
+        before, self._lowered_to = self._lowered_to, self._engine.lowered_to
+        return {"clients_at_once": self._lowered_to} if self._lowered_to and self._lowered_to != before else {}
 
     def train_clients(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
-        return self.telemetry.iterate("training", self._engine(jobs))
+        """Train with the session's engine; the time and memory until each result are training's."""
+        return self.telemetry.iterate("training", self._engine.train(jobs))
 
     def run_all(
         self, runs: Sequence[tuple[FederatedRun, LocalFleet]]
     ) -> Iterator[tuple[int, RoundResult | TrainingError]]:
-        """The rounds of several runs, by their arms: in one pass where the engine takes all their clients at once."""
-        for group in [runs] if self._engine_name == "batched" else [[run] for run in runs]:
+        """Yield the rounds of several runs, by trial: in one pass where the engine takes all their clients at once."""
+        for group in [runs] if self._batched else [[run] for run in runs]:
             yield from run_together(group, self.train_clients)
 
     def score(self, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int) -> Score:
+        """Score an adapter on held-out blocks; the time and memory are evaluation's."""
         with self.telemetry.phase("evaluation"):
-            return evaluate(self.adapted, adapter, blocks, batch_size=batch_size, watch=self.telemetry.watch)
+            return evaluate(self.adapted, adapter, blocks, batch_size=batch_size, watch=self.watch)
+
+    def scorer(self, batch_size: int) -> EvaluateBlocks:
+        """Return `score` for batches of a size."""
+        return partial(self.score, batch_size=batch_size)
 
 
 def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
-    """Hashes of all that a run's result comes from beside its recipe: the model as it was loaded, and the data."""
+    """Hash all that a run's result comes from beside its recipe: the model as it was loaded, and the data."""
     blocks = [prepared.central, *(part for client in prepared.clients for part in (client.train, client.holdout))]
     documents = hash_tensors(tensors_of(blocks))
     if prepared.told:
@@ -75,10 +73,10 @@ def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
 
 
 def hash_base(adapted: AdaptedModel) -> str:
-    """Of the model as it was loaded, the adapter that it begins with included: before anything is trained."""
+    """Hash the model as it was loaded, the adapter that it begins with included: before anything is trained."""
     return hash_tensors(adapted.model.state_dict().values())
 
 
 def tensors_of(parts: Iterable[TokenBlocks]) -> list[Tensor]:
-    """All that blocks consist of."""
+    """Return all tensors that blocks consist of."""
     return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, part.counted_N)]

@@ -1,4 +1,4 @@
-"""Every combination of a few settings of a recipe, over as few base models and in as few passes as can be.
+"""Sweeps: every combination of a few settings of a recipe, over as few models and in as few passes as can be.
 
 Runs whose base model and adapter are alike share them. Where the engine takes many clients at once, the clients of
 all these runs are clients of one pass, and then those of all their baselines: seeds, μ, learning rates, schedules,
@@ -22,13 +22,15 @@ from pathlib import Path
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline, describe
-from fedloom.experiment.preparation import Material, Prepared, gather, load_adapted_model, prepare
+from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.clients import local_fleet
+from fedloom.experiment.preparation import Material, Prepared, gather, prepare
 from fedloom.experiment.recorder import open_run
-from fedloom.experiment.session import Workshop
-from fedloom.experiment.trial import Arm, baselines_of, set_up, train_baselines
-from fedloom.federation.fleet import LocalFleet
+from fedloom.experiment.session import Session
+from fedloom.experiment.trial import baselines_of, set_up, train_baselines
 from fedloom.host.files import take_lock, write_json
-from fedloom.monitoring.display import Display, Terminal
+from fedloom.monitoring.display import Terminal
+from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
@@ -42,8 +44,8 @@ MANIFEST = "sweep.json"
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One combination: its recipe, and the folder of its run."""
+class Combination:
+    """One combination of settings: its recipe, and the name of its run's folder."""
 
     name: str
     overrides: tuple[str, ...]
@@ -54,7 +56,7 @@ def sweep(
     source: str | Path,
     axes: Sequence[str],
     out: str | Path | None = None,
-    display: Display | None = None,
+    display: Observer | None = None,
     *,
     num_random: int | None = None,
 ) -> Path:
@@ -68,13 +70,13 @@ def sweep(
         RunError: the folder is something else, or some of the runs failed: the others are done.
     """
     display = display or Terminal()
-    trials = list(expand(source, axes, num_random))
-    folder = Path(out) if out else default_folder(f"{trials[0].recipe.name}-sweep")
-    open_sweep(folder, trials)
+    combinations = list(expand(source, axes, num_random))
+    folder = Path(out) if out else default_folder(f"{combinations[0].recipe.name}-sweep")
+    open_sweep(folder, combinations)
     lock = take_lock(folder)
-    done = {trial.name for trial in trials if read_done(folder / trial.name)}
-    left = [trial for trial in trials if trial.name not in done]
-    display.show_step("sweep", f"{len(trials)} runs, {len(done)} of them done, in {folder}")
+    done = {combination.name for combination in combinations if read_done(folder / combination.name)}
+    left = [combination for combination in combinations if combination.name not in done]
+    display.show_step("sweep", f"{len(combinations)} runs, {len(done)} of them done, in {folder}")
     errors: dict[str, str] = {}
     materials: dict[Hashable, Material] = {}
     try:
@@ -82,26 +84,27 @@ def sweep(
             try:
                 errors |= run_group(folder, group, materials, display)
             except FedloomError as error:  # what they share: the base model, say
-                errors |= {trial.name: str(error) for trial in group if not read_done(folder / trial.name)}
+                undone = [combination.name for combination in group if not read_done(folder / combination.name)]
+                errors |= dict.fromkeys(undone, str(error))
     finally:
         display.close()
         os.close(lock)
-    finished = [run for trial in trials if (run := read_done(folder / trial.name))]
+    finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     if len(finished) > 1:
         write_comparison([run.folder for run in finished], folder)
     display.show_sweep_end(rank(finished), folder)
     if errors:
         name, why = next(iter(errors.items()))
         raise RunError(
-            f"{len(errors)} of {len(trials)} runs failed, {name} for one: {why}",
+            f"{len(errors)} of {len(combinations)} runs failed, {name} for one: {why}",
             where=str(folder),
             mend="the others are done; run the same sweep with the same --out to try these again",
         )
     return folder
 
 
-def expand(source: str | Path, axes: Sequence[str], num_random: int | None = None) -> Iterator[Trial]:
-    """The combinations, each as a recipe.
+def expand(source: str | Path, axes: Sequence[str], num_random: int | None = None) -> Iterator[Combination]:
+    """Yield the combinations, each with its recipe.
 
     Raises:
         RecipeError: an axis that can't be read, or a recipe that can't be.
@@ -109,19 +112,19 @@ def expand(source: str | Path, axes: Sequence[str], num_random: int | None = Non
     choices = [[(key, value) for value in values] for key, values in map(read_axis, axes)]
     if not choices:
         raise RecipeError("nothing to sweep over", where="fedloom sweep", mend="name some: training.proximal_mu=0,0.1")
-    combinations = list(itertools.product(*choices))
+    settings = list(itertools.product(*choices))
     if num_random is not None:
-        drawn = random.Random(0).sample(range(len(combinations)), min(num_random, len(combinations)))
-        combinations = [combinations[number] for number in sorted(drawn)]
-    for combination in combinations:
-        overrides = tuple(f"{key}={value}" for key, value in combination)
-        short = "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in combination)
+        drawn = random.Random(0).sample(range(len(settings)), min(num_random, len(settings)))
+        settings = [settings[number] for number in sorted(drawn)]
+    for chosen in settings:
+        overrides = tuple(f"{key}={value}" for key, value in chosen)
+        short = "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen)
         name = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
-        yield Trial(name, overrides, load_recipe(source, overrides))
+        yield Combination(name, overrides, load_recipe(source, overrides))
 
 
 def read_axis(axis: str) -> tuple[str, list[str]]:
-    """`section.key=value,value` as the key and its values, each as it stands in TOML.
+    """Read `section.key=value,value` as the key and its values, each as it stands in TOML.
 
     Raises:
         RecipeError: there is no key, or a value twice.
@@ -136,7 +139,7 @@ def read_axis(axis: str) -> tuple[str, list[str]]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Parts between commas; a comma inside brackets or quotes is part of a value."""
+    """Yield the parts between commas; a comma inside brackets or quotes is part of a value."""
     part = ""
     for piece in text.split(","):
         part = f"{part},{piece}" if part else piece
@@ -151,15 +154,15 @@ def _split(text: str) -> Iterator[str]:
         yield part.strip()
 
 
-def open_sweep(folder: Path, trials: Sequence[Trial]) -> None:
+def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
     """Make the sweep's folder, or make sure that it is one of these very combinations.
 
     Raises:
         RunError: it is not, or can't be made.
     """
-    manifest = {trial.name: trial.recipe.model_dump(mode="json") for trial in trials}
+    manifest = {combination.name: combination.recipe.model_dump(mode="json") for combination in combinations}
     path = folder / MANIFEST
-    if len(manifest) < len(trials):
+    if len(manifest) < len(combinations):
         raise RecipeError("two combinations have the same name", mend="name each key once")
     if path.is_file():
         try:
@@ -179,7 +182,7 @@ def open_sweep(folder: Path, trials: Sequence[Trial]) -> None:
 
 
 def read_done(folder: Path) -> Run | None:
-    """A run that was carried out to its end; None for one that was not."""
+    """Return a run that was carried out to its end; None for one that was not."""
     with suppress(RunError):
         run = read_run(folder)
         return run if run.status.get("state") == "done" else None
@@ -187,145 +190,152 @@ def read_done(folder: Path) -> Run | None:
 
 
 def same_model(recipe: Recipe) -> Hashable:
-    """Recipes for which this is equal can share an adapted model."""
+    """Return a key: recipes for which it is equal can share an adapted model."""
     rule = recipe.federation.lora_rule
     layers = rule if rule in ("ffa", "fedex") else "plain"
+    engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
     # What is frozen comes from the seed with "ffa", and other methods than plain LoRA have more than one vector.
-    seed = None if choose_engine(recipe) == "batched" and rule != "ffa" else recipe.seed
-    return recipe.model, recipe.adapter.model_dump_json(), layers, choose_engine(recipe), seed
+    seed = None if engine == "batched" and rule != "ffa" else recipe.seed
+    return recipe.model, recipe.adapter.model_dump_json(), layers, engine, seed
 
 
 def same_pass(recipe: Recipe) -> Hashable:
-    """Recipes for which this is equal, and `same_model`, can train in one pass."""
-    alone = None if choose_engine(recipe) == "batched" and recipe.federation.lora_rule != "fedex" else id(recipe)
+    """Return a key: recipes for which it is equal, and `same_model`, can train in one pass."""
+    engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
+    alone = None if engine == "batched" and recipe.federation.lora_rule != "fedex" else id(recipe)
     return alone, *(getattr(recipe.training, name) for name in OF_ALL_CLIENTS)
 
 
-def group_by(trials: Sequence[Trial], key: Callable[[Recipe], Hashable]) -> list[list[Trial]]:
-    """Trials whose recipes have an equal key together, in the order in which they came."""
-    groups: dict[Hashable, list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault(key(trial.recipe), []).append(trial)
+def group_by(combinations: Sequence[Combination], key: Callable[[Recipe], Hashable]) -> list[list[Combination]]:
+    """Group combinations whose recipes have an equal key, in the order in which they came."""
+    groups: dict[Hashable, list[Combination]] = {}
+    for combination in combinations:
+        groups.setdefault(key(combination.recipe), []).append(combination)
     return list(groups.values())
 
 
 def run_group(
-    folder: Path, trials: Sequence[Trial], materials: dict[Hashable, Material], display: Display
+    folder: Path, combinations: Sequence[Combination], materials: dict[Hashable, Material], display: Observer
 ) -> dict[str, str]:
-    """Runs over one base model; what went wrong, by name."""
+    """Run combinations over one base model; return what went wrong, by name."""
     errors: dict[str, str] = {}
     ready: dict[str, Prepared] = {}
-    for trial in trials:
-        recipe = trial.recipe
+    for combination in combinations:
+        recipe = combination.recipe
         try:
             key = recipe.model, recipe.data, recipe.seed
             if key not in materials:
                 materials[key] = gather(recipe, display)
-            ready[trial.name] = prepare(recipe, display, materials[key])
+            ready[combination.name] = prepare(recipe, display, materials[key])
         except FedloomError as error:
-            errors[trial.name] = str(error)
-    able = [trial for trial in trials if trial.name in ready]
+            errors[combination.name] = str(error)
+    able = [combination for combination in combinations if combination.name in ready]
     if not able:
         return errors
-    first = able[0]
-    device = ready[first.name].device
-    with Telemetry(gpu=device.type == "cuda", watch=display.watch) as telemetry, ExitStack() as stack:
-        display.show_step("weights", ready[first.name].source.name)
-        adapted = load_adapted_model(first.recipe, ready[first.name].source)
-        workshop = Workshop(adapted, ready[first.name].plan.engine, telemetry, display.show_step)
+    first, prepared = able[0], ready[able[0].name]
+    with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
+        display.show_step("weights", prepared.source.name)
+        adapted = load_adapted_model(first.recipe, prepared.source)
+        session = Session(adapted, prepared.plan.engine, telemetry, Observers(display, telemetry))
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))
         for together in group_by(able, same_pass):
-            display.show_pass([trial.name for trial in together], [ready[trial.name].plan for trial in together])
+            names = [combination.name for combination in together]
+            display.show_pass(names, [ready[name].plan for name in names])
+            at_once = min(ready[name].capacity for name in names)
             with ExitStack() as all_open:
-                arms: list[OpenArm] = []
-                at_once = min(ready[trial.name].capacity for trial in together)
-                for trial in together:
-                    shutil.rmtree(folder / trial.name, ignore_errors=True)  # of an earlier try that was not done
-                    seed = trial.recipe.seed
+                trials: list[OpenTrial] = []
+                for combination in together:
+                    # Of an earlier try that was not done.
+                    shutil.rmtree(folder / combination.name, ignore_errors=True)
+                    seed = combination.recipe.seed
                     initial = first_adapter if seed == first.recipe.seed else adapted.draw(seed)
-                    opened = OpenArm(folder, trial, ready[trial.name], workshop, initial, at_once, len(arms), all_open)
-                    arms.append(opened)
-                errors |= run_pass(arms, workshop, display)
+                    opened = OpenTrial(
+                        folder, combination, ready[combination.name], session, initial, at_once, len(trials), all_open
+                    )
+                    trials.append(opened)
+                errors |= run_pass(trials, session, display)
     return errors
 
 
-class OpenArm:
-    """A trial under way: its run directory is open, and says in the end how it went."""
+class OpenTrial:
+    """A combination under way: its run directory is open, and says in the end how it went."""
 
     def __init__(
         self,
         folder: Path,
-        trial: Trial,
+        combination: Combination,
         prepared: Prepared,
-        workshop: Workshop,
+        session: Session,
         initial: Adapter,
         clients_at_once: int,
         number: int,
         all_open: ExitStack,
     ) -> None:
-        self.trial = trial
+        self.name, recipe = combination.name, combination.recipe
         self._exits = all_open.enter_context(ExitStack())
-        self.writer = self._exits.enter_context(closing(RunWriter(folder / trial.name)))
-        self._exits.enter_context(open_run(self.writer, trial.recipe, prepared))
-        self.arm: Arm = set_up(
-            trial.recipe,
+        self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name)))
+        self._exits.enter_context(open_run(self._writer, recipe, prepared))
+        self.fleet = local_fleet(recipe, prepared, session)
+        self.trial = set_up(
+            recipe,
             prepared,
-            workshop,
-            self.writer,
+            session,
+            self._writer,
             initial,
+            self.fleet,
             clients_at_once=clients_at_once,
             number=number,
         )
-        assert isinstance(self.arm.fleet, LocalFleet), "a sweep's clients are here"
-        self.fleet = self.arm.fleet
-        self.arm.begin(initial)
+        self.trial.begin(initial)
         self.baselines: list[Baseline] = []
 
     def finish(self) -> None:
-        """Its run, and those of its baselines, are complete."""
-        if self.trial.recipe.baselines:
-            told = describe(self.baselines, self.arm.run, self.trial.recipe.baselines)
-            self.writer.write_json("baselines.json", told)
+        """Close the run directory: the run, and those of its baselines, are complete."""
+        if wanted := self.trial.recipe.baselines:
+            self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:
+        """Close the run directory, which says that the run failed and why."""
         with suppress(FedloomError), self._exits:
             raise error
 
 
-def run_pass(arms: Sequence[OpenArm], workshop: Workshop, display: Display) -> dict[str, str]:
-    """Train arms together where the engine can, then all their baselines; what went wrong, by name."""
+def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -> dict[str, str]:
+    """Train trials together where the engine can, then all their baselines; return what went wrong, by name."""
     errors: dict[str, str] = {}
-    for arm in arms:
-        arm.arm.recorder.runs_together = len(arms)
-    for number, result in workshop.run_all([(arm.arm.run, arm.fleet) for arm in arms]):
-        arm = arms[number]
+    for opened in trials:
+        opened.trial.recorder.runs_together = len(trials)
+    for number, result in session.run_all([(opened.trial.run, opened.fleet) for opened in trials]):
+        opened = trials[number]
         try:
             if isinstance(result, TrainingError):
                 raise result
-            display.show_arm(arm.trial.name, arm.arm.recorder.record(result, arm.arm.run))
+            display.show_trial(opened.name, opened.trial.record(result))
         except FedloomError as error:
-            errors[arm.trial.name] = str(error)
-            arm.arm.run.end()
-            arm.fail(error)
-    whole = [arm for arm in arms if arm.trial.name not in errors]
+            errors[opened.name] = str(error)
+            opened.trial.run.stop(str(error))
+            opened.fail(error)
+    whole = [opened for opened in trials if opened.name not in errors]
     baselines: list[Baseline] = []
-    for arm in whole:
-        arm.baselines = baselines_of(arm.arm, workshop, rounds=arm.arm.run.completed, first_arm=len(baselines))
-        baselines += arm.baselines
-    train_baselines(baselines, workshop)
-    workshop.telemetry.take()  # of the baselines: no round's
-    for arm in whole:
+    for opened in whole:
+        rounds = opened.trial.run.completed
+        opened.baselines = baselines_of(opened.trial, session, rounds=rounds, first_trial=len(baselines))
+        baselines += opened.baselines
+    train_baselines(baselines, session)
+    # What was measured of the baselines is no round's.
+    session.telemetry.take()
+    for opened in whole:
         try:
-            arm.finish()
+            opened.finish()
         except FedloomError as error:
-            errors[arm.trial.name] = str(error)
+            errors[opened.name] = str(error)
     return errors
 
 
 def rank(runs: Sequence[Run]) -> list[tuple[str, float, float, int]]:
-    """Name, best and last judged loss and best round of each run, the best first."""
+    """Return name, best and last judged loss and best round of each run, the best first."""
     rows = []
     for run in runs:
         losses = [judged_loss(record) for record in run.rounds]

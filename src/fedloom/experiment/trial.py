@@ -1,42 +1,57 @@
-"""One run over a session: the fleet, the rounds, and who writes them down."""
+"""A trial: one run over a session, with its fleet, its rounds and its recorder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import cast
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.evaluation.held_out import Score
 from fedloom.experiment.baselines import Baseline, set_up_baselines
-from fedloom.experiment.preparation import Prepared, choose_judges
+from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.recorder import Recorder
-from fedloom.experiment.session import Workshop
-from fedloom.federation.fleet import LocalFleet, LoyalFleet
-from fedloom.federation.lora_rules import LORA_RULES
-from fedloom.federation.rounds import FederatedRun
+from fedloom.experiment.session import Session
+from fedloom.federation.aggregation import Aggregate
+from fedloom.federation.fleet import Fleet
+from fedloom.federation.lora_rules import build_aggregate
+from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.files import clear_unfinished
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, save_state
 from fedloom.records.writer import RECORDS, RunWriter
 
 
 @dataclass(frozen=True)
-class Arm:
+class Trial:
     """A run that is ready to begin, the clients that train for it, and who writes it down."""
 
     recipe: Recipe
     prepared: Prepared
     run: FederatedRun
-    fleet: LoyalFleet
+    fleet: Fleet
     recorder: Recorder
 
     def begin(self, initial: Adapter) -> None:
-        """Nothing is on record of a run that never was at its first round, or that can't go on from any other."""
+        """Start from scratch: remove states, records and half-written adapters."""
         forget_states(self.recorder.writer.folder)
         self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
         clear_unfinished(self.recorder.adapters)
         self.recorder.begin(initial)
+
+    def record(self, result: RoundResult) -> RoundRecord:
+        """Write a round down, and keep its adapter."""
+        return self.recorder.record(result, self.run)
+
+    def past_rounds(self) -> list[RoundRecord]:
+        """Return the records of the rounds that are complete."""
+        return [cast(RoundRecord, record) for record in read_run(self.recorder.writer.folder).rounds]
+
+    def stop(self, why: str) -> None:
+        """Let no round follow the last one, and put on record why."""
+        self.run.stop(why)
+        self.recorder.writer.write_status("running", stopped_early=self.run.stopped_early)
 
     def commit(self, identity: Mapping[str, str]) -> None:
         """Make the last round one that is never lost."""
@@ -50,13 +65,13 @@ class Arm:
             record_bytes=writer.record_bytes,
             record_hashes=writer.record_hashes,
             adapters=self.recorder.saved,
-            norms=run.gate.norms,
+            norms=run.admission.norms,
             identity=identity,
         )
         save_state(writer.folder, state)
 
     def restore(self, state: RunState, read_initial: Callable[[], Adapter], say: Callable[[str], object]) -> None:
-        """Go on from a committed round; what was written of a later one is taken back, and `say` told what was mended.
+        """Go on from a committed round: take back what was written of a later one, and `say` what was mended.
 
         `read_initial` gives the adapter that the run began with.
         """
@@ -70,60 +85,81 @@ class Arm:
 def set_up(
     recipe: Recipe,
     prepared: Prepared,
-    workshop: Workshop,
+    session: Session,
     writer: RunWriter,
     initial: Adapter,
+    fleet: Fleet,
     *,
     clients_at_once: int,
+    aggregate: Aggregate | None = None,
     number: int = 0,
-    fleet: LoyalFleet | None = None,
-) -> Arm:
-    """Everything for one run over the workshop's model, from an adapter that every client starts from.
+) -> Trial:
+    """Set up one run over a session, from an adapter that every client starts from.
 
-    Its clients are those of `fleet`; without one, they are here.
+    `aggregate` takes the place of the recipe's strategy.
     """
     training = recipe.training.model_copy(update={"clients_at_once": clients_at_once})
     recipe = recipe.model_copy(update={"training": training})
-    score = partial(workshop.score, batch_size=recipe.evaluation.batch_size)
+    score = session.scorer(recipe.evaluation.batch_size)
 
     def score_central(adapter: Adapter) -> Score | None:
         return score(adapter, prepared.central) if len(prepared.central) else None
 
-    recorder = Recorder(recipe, prepared.plan, workshop, writer)
-    judges = choose_judges([len(client.holdout) for client in prepared.clients], recipe)
-    fleet = fleet or LocalFleet(prepared.clients, workshop.train_clients, score, judges)
-    aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
+    recorder = Recorder(recipe, prepared.plan, session, writer)
     run = FederatedRun(
-        recipe,
+        recipe.training,
+        recipe.federation,
+        recipe.seed,
         fleet,
-        aggregate,
+        aggregate or build_aggregate(recipe.federation),
         score_central,
         initial,
         on_update=recorder.add_client,
-        holdings=fleet.holdings,
-        arm=number,
+        sizes=fleet.sizes,
+        trial=number,
     )
-    return Arm(recipe, prepared, run, fleet, recorder)
+    return Trial(recipe, prepared, run, fleet, recorder)
 
 
-def baselines_of(arm: Arm, workshop: Workshop, *, rounds: int, first_arm: int = 0) -> list[Baseline]:
-    """The baselines that a run's recipe asks for, ready to begin from the adapter that it began with."""
-    initial = workshop.adapted.open(arm.recorder.adapters / "initial")
-    score = partial(workshop.score, batch_size=arm.recipe.evaluation.batch_size)
+def begin_or_restore(
+    recipe: Recipe,
+    prepared: Prepared,
+    session: Session,
+    writer: RunWriter,
+    state: RunState | None,
+    fleet: Fleet,
+    say: Callable[[str], object],
+    aggregate: Aggregate | None = None,
+) -> Trial:
+    """Return a run at its beginning, or after its last complete round."""
+    # How many train at once moves results by rounding: a run that goes on has as many as it began with.
+    at_once = writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
+    initial = session.adapted.read() if state is None else state.adapter
+    trial = set_up(recipe, prepared, session, writer, initial, fleet, clients_at_once=at_once, aggregate=aggregate)
+    if state:
+        trial.restore(state, session.adapted.read, say)
+        writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)
+    else:
+        trial.begin(initial)
+    return trial
+
+
+def baselines_of(trial: Trial, session: Session, *, rounds: int, first_trial: int = 0) -> list[Baseline]:
+    """Return the baselines that a run's recipe asks for, ready to begin from the adapter that it began with."""
     return set_up_baselines(
-        arm.recipe,
-        arm.prepared.clients,
-        arm.prepared.central,
-        initial,
-        workshop.train_clients,
-        score,
+        trial.recipe,
+        trial.prepared.clients,
+        trial.prepared.central,
+        session.adapted.open(trial.recorder.adapters / "initial"),
+        session.train_clients,
+        session.scorer(trial.recipe.evaluation.batch_size),
         rounds=rounds,
-        judges=choose_judges([len(client.holdout) for client in arm.prepared.clients], arm.recipe),
-        first_arm=first_arm,
+        scored_clients=trial.prepared.scored_clients,
+        first_trial=first_trial,
     )
 
 
-def train_baselines(baselines: Sequence[Baseline], workshop: Workshop) -> None:
-    """All of them in one pass where the engine can; they are numbered as they stand here."""
-    for number, result in workshop.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
+def train_baselines(baselines: Sequence[Baseline], session: Session) -> None:
+    """Train baselines, all of them in one pass where the engine can; they are numbered as they stand here."""
+    for number, result in session.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
         baselines[number].note(result)

@@ -1,4 +1,4 @@
-"""What an update must be before any strategy sees it, wherever it comes from.
+"""Admits updates before any strategy sees them, wherever they come from.
 
 It must answer what was asked, in this round, once; its weights must be laid out as those that were sent, every one
 finite; its report must be possible, since strategies weigh by it. What is refused is refused by name.
@@ -33,48 +33,48 @@ TIMES_THE_MEDIAN = 100.0
 TIMES_UNKNOWN = 1000.0
 SMALL_WEIGHT = 0.005
 LEARNING_RATES = 4.0
-"""By which a step of AdamW may move a weight: 0.1 / √0.001 = 3.2, and some weight decay."""
+"""Learning rates by which a step of AdamW may move a weight: 0.1 / √0.001 = 3.2, and some weight decay."""
 CHUNK = 2**20
-"""Weights that are looked at together: of a whole model no copy is made."""
+"""Weights that are looked at together: no copy is made of a whole model."""
 MAY_BE_UNKNOWN = ("holdout_loss_before", "holdout_loss_after")
 COUNTS = ("examples", "tokens", "steps")
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What a client is known to have to train on."""
+class ClientSize:
+    """The blocks and tokens that a client is known to have to train on."""
 
     examples: int
     tokens: int
 
 
-class Gate:
-    """Admits the updates of a run's rounds; `holdings` bounds what clients may say of themselves."""
+class Admission:
+    """Admits the updates of a run's rounds; `sizes` bounds what clients may say of themselves."""
 
-    def __init__(self, holdings: Mapping[int, Holding] = MappingProxyType({})) -> None:
-        self._holdings = holdings
+    def __init__(self, sizes: Mapping[int, ClientSize] = MappingProxyType({})) -> None:
+        self._sizes = sizes
         self._tasks: dict[int, ClientTask] = {}
         self._answered: set[int] = set()
         self._start_norms: dict[int, float] = {}
         self._known: list[float] = []
         self.norms: list[float] = []
-        """Of the changes by the step that were admitted in this round, in the order in which they came."""
+        """Changes by the step that were admitted in this round, in the order in which they came."""
 
     def open(self, tasks: Sequence[ClientTask]) -> None:
-        """A round begins."""
+        """Begin a round: these are its tasks."""
         self._tasks, self._answered, self._start_norms = {task.client: task for task in tasks}, set(), {}
         self._known, self.norms = sorted(self.norms), []
 
     def restore(self, norms: Sequence[float]) -> None:
-        """Go on from where another gate of the same run was after a round."""
+        """Go on from where another admission of the same run was after a round."""
         self.norms = list(norms)
 
     @property
     def round(self) -> int:
         return next(iter(self._tasks.values())).round
 
-    def stray(self, result: ClientResult) -> str | None:
-        """Why a result is none that was asked for, whatever is in it; None for a client's first in this round."""
+    def unexpected(self, result: ClientResult) -> str | None:
+        """Return why this result was not asked for, or None for a client's first in this round."""
         client, round = result.client, self.round
         if client not in self._tasks:
             return f"round {round}: an update from a client that was not asked ({str(client)[:20]})"
@@ -86,18 +86,18 @@ class Gate:
         return None
 
     def misses(self, client: int) -> bool:
-        """Whether a client was asked and has not answered."""
+        """Return whether a client was asked and has not answered."""
         return client in self._tasks and client not in self._answered
 
     def check(self, update: ClientUpdate) -> None:
-        """Admit an update that is no stray one.
+        """Admit an update that was asked for.
 
         Raises:
             TrainingError: it is not what it must be.
         """
         task = self._tasks[update.client]
         try:
-            check_report(update.report, task, self._holdings.get(update.client))
+            check_report(update.report, task, self._sizes.get(update.client))
             check_layout(update.adapter, task.adapter)
             norm = change_norm(update.adapter, task.adapter, task.trains_P)
             self._check_norm(norm, update.report.steps, task)
@@ -118,7 +118,7 @@ class Gate:
             raise ValueError(f"the change is too large: its norm is {norm:.3g}, and {limit:.3g} is allowed")
 
 
-def check_report(report: ClientReport, task: ClientTask, holding: Holding | None) -> None:
+def check_report(report: ClientReport, task: ClientTask, size: ClientSize | None) -> None:
     """Refuse a report of what can't have been.
 
     Raises:
@@ -142,10 +142,10 @@ def check_report(report: ClientReport, task: ClientTask, holding: Holding | None
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value}, which is no count of what was done")
     epochs = task.training.epochs
-    if holding and report.examples > holding.examples:
-        raise ValueError(f"examples is {report.examples}, and the client has {holding.examples}")
-    if holding and report.tokens > holding.tokens * epochs:
-        raise ValueError(f"tokens is {report.tokens}, and the client has {holding.tokens * epochs} to train on")
+    if size and report.examples > size.examples:
+        raise ValueError(f"examples is {report.examples}, and the client has {size.examples}")
+    if size and report.tokens > size.tokens * epochs:
+        raise ValueError(f"tokens is {report.tokens}, and the client has {size.tokens * epochs} to train on")
     if report.steps > report.examples * epochs:
         raise ValueError(f"steps is {report.steps}, and {report.examples * epochs} are possible")
 
@@ -175,7 +175,7 @@ def check_layout(adapter: Adapter, sent: Adapter) -> None:
 
 
 def change_norm(adapter: Adapter, sent: Adapter, trains_P: Tensor | None) -> float:
-    """‖w − w_start‖ of weights that are laid out alike.
+    """Return ‖w − w_start‖ of weights that are laid out alike.
 
     Raises:
         ValueError: a weight is not finite, or one changed that was to stay.
@@ -194,12 +194,12 @@ def change_norm(adapter: Adapter, sent: Adapter, trains_P: Tensor | None) -> flo
 
 
 def norm_of(weights_P: Tensor) -> float:
-    """‖w‖, in float64 and without a copy of it."""
+    """Return ‖w‖, in float64 and without a copy of the weights."""
     return math.sqrt(sum(float(part.double().square().sum()) for part in weights_P.split(CHUNK)))
 
 
 def _owner(adapter: Adapter, part: slice, found: Tensor) -> str:
-    """The tensor that holds the first of the weights that were found."""
+    """Return the name of the tensor that holds the first of the weights that were found."""
     place = part.start + int(found.nonzero()[0, 0])
     for name, shape in zip(adapter.layout.names, adapter.layout.shapes, strict=True):
         if place < shape.numel():

@@ -1,6 +1,6 @@
-"""How updates become the next global adapter: pure pairs (init, update) over the flat vector.
+"""How updates become the next global adapter: arithmetic over the flat vector.
 
-Updates are consumed as they arrive, so the server's memory does not grow with the number of clients; the robust rules,
+Updates are taken in as they arrive, so the server's memory does not grow with the number of clients; the robust rules,
 which set updates against each other, hold those of a round.
 
 Letters: K clients of a round, P adapter parameters.
@@ -9,9 +9,9 @@ Letters: K clients of a round, P adapter parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,28 @@ State = Any
 """What a strategy remembers between rounds."""
 
 
+class RoundSum(NamedTuple):
+    """One round of a strategy, open for updates."""
+
+    add: Callable[[ClientUpdate], None]
+    """Take in one update. It may be lent until the next one comes: what is kept of it longer is copied."""
+    finish: Callable[[], tuple[State, Adapter]]
+    """Return the strategy's new state and the new adapter, once all updates are in."""
+
+
 @dataclass(frozen=True)
 class Aggregate:
-    """A strategy: `init(adapter) -> state`, `update(state, adapter, updates) -> (state, adapter)`."""
+    """A strategy: `init(adapter)` gives the state that it begins with, `open(state, adapter)` a round to add to."""
 
     init: Callable[[Adapter], State]
-    update: Callable[[State, Adapter, Iterable[ClientUpdate]], tuple[State, Adapter]]
+    open: Callable[[State, Adapter], RoundSum]
+
+    def update(self, state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
+        """Aggregate a round whose updates are all there; return the new state and the new adapter."""
+        round = self.open(state, adapter)
+        for update in updates:
+            round.add(update)
+        return round.finish()
 
 
 WEIGHTS: dict[str, Callable[[ClientReport], float]] = {
@@ -47,29 +63,52 @@ MOST_IN_FLOAT64 = 2**26
 had no room in what it has room for; float32 loses a 10⁻⁷th of a weight."""
 
 
-def weighted_mean(adapter: Adapter, updates: Iterable[ClientUpdate], weigh: Callable[[ClientReport], float]) -> Adapter:
-    """Σ n_k w_k / Σ n_k (FedAvg, McMahan et al. 2017, arXiv 1602.05629, algorithm 1), in the layout of `adapter`.
+class WeightedMean:
+    """Σ n_k w_k / Σ n_k of updates as they come (FedAvg, McMahan et al. 2017, arXiv 1602.05629, algorithm 1).
 
     Summed in float64: the mean of equal updates is that update to the bit, and the order of arrival is lost in
     the rounding. Of more than `MOST_IN_FLOAT64` weights, in their own dtype.
     """
-    wide = adapter.weights_P.numel() <= MOST_IN_FLOAT64
-    total, sum_P = 0.0, torch.zeros_like(adapter.weights_P, dtype=torch.float64 if wide else None)
+
+    def __init__(self, adapter: Adapter, weigh: Callable[[ClientReport], float]) -> None:
+        wide = adapter.weights_P.numel() <= MOST_IN_FLOAT64
+        self._adapter, self._weigh = adapter, weigh
+        self._total, self._sum_P = 0.0, torch.zeros_like(adapter.weights_P, dtype=torch.float64 if wide else None)
+
+    def add(self, update: ClientUpdate) -> None:
+        """Add one client's weights, as often as its report weighs."""
+        weight = float(self._weigh(update.report))
+        self._sum_P.add_(update.adapter.weights_P, alpha=weight)
+        self._total += weight
+
+    def result(self) -> Adapter:
+        """Return the mean, in the layout and dtype of the adapter that the round began with; nothing is added then."""
+        assert self._total > 0, "a round without updates has no mean"
+        # Divided in place: of a whole model, another sum would not fit.
+        return replace(self._adapter, weights_P=self._sum_P.div_(self._total).to(self._adapter.weights_P.dtype))
+
+
+def weighted_mean(adapter: Adapter, updates: Iterable[ClientUpdate], weigh: Callable[[ClientReport], float]) -> Adapter:
+    """Return the `WeightedMean` of updates that are all there."""
+    mean = WeightedMean(adapter, weigh)
     for update in updates:
-        weight = float(weigh(update.report))
-        sum_P.add_(update.adapter.weights_P, alpha=weight)
-        total += weight
-    assert total > 0, "a round without updates has no mean"
-    return replace(adapter, weights_P=sum_P.div_(total).to(adapter.weights_P.dtype))
+        mean.add(update)
+    return mean.result()
+
+
+def no_state(adapter: Adapter) -> None:
+    """Begin with nothing to remember."""
 
 
 def fedavg(strategy: Strategy) -> Aggregate:
     """The weighted mean, with nothing to remember."""
     weigh = WEIGHTS[strategy.weight_by]
-    return Aggregate(
-        init=lambda adapter: None,
-        update=lambda state, adapter, updates: (state, weighted_mean(adapter, updates, weigh)),
-    )
+
+    def open_round(state: State, adapter: Adapter) -> RoundSum:
+        mean = WeightedMean(adapter, weigh)
+        return RoundSum(mean.add, lambda: (state, mean.result()))
+
+    return Aggregate(no_state, open_round)
 
 
 ServerStep = Callable[[State, Tensor], tuple[State, Tensor]]
@@ -80,12 +119,17 @@ def server_optimizer(strategy: Strategy, init: Callable[[Adapter], State], step:
     """The clients' mean change as the (negative) gradient of an optimizer of the server's (Reddi et al. 2021)."""
     weigh = WEIGHTS[strategy.weight_by]
 
-    def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        before_P = adapter.weights_P.double()
-        state, change_P = step(state, weighted_mean(adapter, updates, weigh).weights_P.double() - before_P)
-        return state, replace(adapter, weights_P=(before_P + change_P).to(adapter.weights_P.dtype))
+    def open_round(state: State, adapter: Adapter) -> RoundSum:
+        mean = WeightedMean(adapter, weigh)
 
-    return Aggregate(init, update)
+        def finish() -> tuple[State, Adapter]:
+            before_P = adapter.weights_P.double()
+            after, change_P = step(state, mean.result().weights_P.double() - before_P)
+            return after, replace(adapter, weights_P=(before_P + change_P).to(adapter.weights_P.dtype))
+
+        return RoundSum(mean.add, finish)
+
+    return Aggregate(init, open_round)
 
 
 def fedavgm(strategy: Strategy) -> Aggregate:
@@ -144,16 +188,37 @@ def norm_clipped(strategy: Strategy) -> Aggregate:
     """The mean of changes, each scaled down to a norm (Sun et al. 2019, arXiv 1911.07963, section 4)."""
     weigh, max_norm = WEIGHTS[strategy.weight_by], strategy.setting("max_norm")
 
-    def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        def clipped() -> Iterator[ClientUpdate]:
-            for update in updates:
-                delta_P = update.adapter.weights_P - adapter.weights_P
-                scale = min(1.0, max_norm / max(float(delta_P.norm()), 1e-30))
-                yield replace(update, adapter=replace(adapter, weights_P=adapter.weights_P + scale * delta_P))
+    def open_round(state: State, adapter: Adapter) -> RoundSum:
+        mean = WeightedMean(adapter, weigh)
 
-        return state, weighted_mean(adapter, clipped(), weigh)
+        def add_clipped(update: ClientUpdate) -> None:
+            delta_P = update.adapter.weights_P - adapter.weights_P
+            scale = min(1.0, max_norm / max(float(delta_P.norm()), 1e-30))
+            mean.add(replace(update, adapter=replace(adapter, weights_P=adapter.weights_P + scale * delta_P)))
 
-    return Aggregate(lambda adapter: None, update)
+        return RoundSum(add_clipped, lambda: (state, mean.result()))
+
+    return Aggregate(no_state, open_round)
+
+
+def once_all_are_there(combine: Callable[[Adapter, Sequence[ClientUpdate]], Adapter]) -> Aggregate:
+    """Make a strategy of a function of the adapter that a round begins with and all its updates: (adapter, updates).
+
+    The updates are held in memory, in the order in which they came. For a strategy of one's own that is the shortest
+    way: `fedloom.run(recipe, aggregate=once_all_are_there(combine))`.
+    """
+
+    def open_round(state: State, adapter: Adapter) -> RoundSum:
+        arrived: list[ClientUpdate] = []
+
+        def add(update: ClientUpdate) -> None:
+            # A copy: an update may be lent, until the next one comes.
+            mine = replace(update.adapter, weights_P=update.adapter.weights_P.clone())
+            arrived.append(replace(update, adapter=mine))
+
+        return RoundSum(add, lambda: (state, combine(adapter, arrived)))
+
+    return Aggregate(no_state, open_round)
 
 
 def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Aggregate:
@@ -164,24 +229,13 @@ def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Ag
     """
     weigh = WEIGHTS[strategy.weight_by]
 
-    def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        # Copies: an update may be lent, until the next is asked for.
-        arrived = sorted(
-            (
-                (
-                    update.report.client,
-                    float(weigh(update.report)),
-                    update.adapter.weights_P.to(torch.float64, copy=True),
-                )
-                for update in updates
-            ),
-            key=lambda found: found[0],
-        )
-        weights_KP = torch.stack([weights_P for _, _, weights_P in arrived])
-        share_K = torch.tensor([share for _, share, _ in arrived], dtype=torch.float64)
-        return state, replace(adapter, weights_P=choose(weights_KP, share_K).to(adapter.weights_P.dtype))
+    def combine(adapter: Adapter, updates: Sequence[ClientUpdate]) -> Adapter:
+        arrived = sorted(updates, key=lambda update: update.client)
+        weights_KP = torch.stack([update.adapter.weights_P.double() for update in arrived])
+        share_K = torch.tensor([float(weigh(update.report)) for update in arrived], dtype=torch.float64)
+        return replace(adapter, weights_P=choose(weights_KP, share_K).to(adapter.weights_P.dtype))
 
-    return Aggregate(lambda adapter: None, update)
+    return once_all_are_there(combine)
 
 
 def fedmedian(strategy: Strategy) -> Aggregate:

@@ -1,4 +1,4 @@
-"""Whoever carries out tasks: the Fleet protocol, and the fleet that is this process."""
+"""Clients that carry out tasks: the Fleet protocol, and the fleet that is this process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Protocol
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.admission import Holding
+from fedloom.federation.admission import ClientSize
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, OptimizerState, TrainClients
 
 EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
+"""A function that scores an adapter on held-out blocks."""
 
 
 class Fleet(Protocol):
@@ -21,7 +22,22 @@ class Fleet(Protocol):
 
     @property
     def clients(self) -> Sequence[int]:
-        """Ids of all clients, in ascending order."""
+        """Ids of all clients that can train, in ascending order."""
+        ...
+
+    @property
+    def sizes(self) -> dict[int, ClientSize]:
+        """The blocks and tokens that each client has to train on, where that is known."""
+        ...
+
+    @property
+    def optimizer_states(self) -> dict[int, OptimizerState]:
+        """Optimizer states that clients keep between rounds, as far as they are the server's to keep."""
+        ...
+
+    @property
+    def scores(self) -> dict[int, Score]:
+        """Each client's score of the last adapter that was evaluated."""
         ...
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
@@ -29,37 +45,18 @@ class Fleet(Protocol):
         ...
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
-        """Each client's score of an adapter on its own hold-out; clients without one are left out."""
-        ...
-
-
-class LoyalFleet(Fleet, Protocol):
-    """A fleet that can go on where another one of the same run was."""
-
-    @property
-    def optimizer_states(self) -> dict[int, OptimizerState]:
-        """What clients keep between rounds, as far as it is the server's to keep."""
-        ...
-
-    @property
-    def scores(self) -> dict[int, Score]:
-        """Of the last adapter that was evaluated."""
-        ...
-
-    @property
-    def holdings(self) -> dict[int, Holding]:
-        """What each client has to train on."""
+        """Return each client's score of an adapter on its own hold-out; clients without one are left out."""
         ...
 
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
-        """Take on what that fleet kept."""
+        """Take on what the fleet of an earlier part of the same run kept."""
         ...
 
 
 class LocalFleet:
     """All clients in this process. It keeps what real clients would keep: data and optimizer state.
 
-    `judges` are the clients whose hold-outs adapters are scored on; all if left out.
+    `scored_clients` are those on whose hold-outs adapters are scored; all if left out.
     """
 
     def __init__(
@@ -67,29 +64,31 @@ class LocalFleet:
         data: Sequence[ClientBlocks],
         train_clients: TrainClients,
         evaluate_blocks: EvaluateBlocks,
-        judges: Sequence[int] | None = None,
+        scored_clients: Sequence[int] | None = None,
     ) -> None:
         # A client with nothing to train on is never asked to.
         self.clients: Sequence[int] = [client for client, held in enumerate(data) if len(held.train)]
         self._data = data
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
-        self._judges = range(len(data)) if judges is None else judges
+        self._scored_clients = range(len(data)) if scored_clients is None else scored_clients
         self.optimizer_states: dict[int, OptimizerState] = {}
         self.scores: dict[int, Score] = {}
-        """Of the last adapter that was evaluated."""
+        """Each client's score of the last adapter that was evaluated."""
 
     @property
-    def holdings(self) -> dict[int, Holding]:
-        """What each client has to train on."""
+    def sizes(self) -> dict[int, ClientSize]:
+        """The blocks and tokens that each client has to train on."""
         held = {client: self._data[client].train for client in self.clients}
-        return {client: Holding(len(blocks), blocks.num_tokens) for client, blocks in held.items()}
+        return {client: ClientSize(len(blocks), blocks.num_tokens) for client, blocks in held.items()}
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        return map(self.finish, self._train_clients(self.jobs(tasks)))
+        """Train the clients of these tasks with the engine; yield each result, scored, when it is there."""
+        for result in self._train_clients(self.jobs(tasks)):
+            yield self.finish(result)
 
     def jobs(self, tasks: Sequence[ClientTask]) -> list[ClientJob]:
-        """Each client's task with what it holds."""
+        """Return each client's task with the data that the client holds for it."""
         return [
             ClientJob(
                 **vars(task),
@@ -103,7 +102,8 @@ class LocalFleet:
         """Keep what the client keeps, and score its own adapter on its hold-out, beside the global one's score."""
         client = update.client
         if isinstance(update, ClientFailure):
-            self.optimizer_states.pop(client, None)  # it may be what failed, and would fail again
+            # It may be what failed, and would fail again.
+            self.optimizer_states.pop(client, None)
             return update
         if update.optimizer_state:
             self.optimizer_states[client] = update.optimizer_state
@@ -120,13 +120,14 @@ class LocalFleet:
         return replace(update, report=report)
 
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
-        """What the clients of another run of the same recipe kept, and how its adapter did."""
+        """Take on what the clients kept before this run was stopped, and how its adapter did."""
         self.optimizer_states, self.scores = optimizer_states, scores
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
+        """Score an adapter on the scored clients' hold-outs."""
         self.scores = {
             client: self._evaluate_blocks(adapter, self._data[client].holdout)
-            for client in self._judges
+            for client in self._scored_clients
             if len(self._data[client].holdout)
         }
         return self.scores

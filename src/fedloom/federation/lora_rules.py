@@ -8,7 +8,7 @@ Letters: K clients, R rank, S ranks side by side, I and O features in and out, P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,7 +19,14 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.errors import RecipeError
-from fedloom.federation.aggregation import STRATEGIES, WEIGHTS, Aggregate, State, describe_table, weighted_mean
+from fedloom.federation.aggregation import (
+    STRATEGIES,
+    WEIGHTS,
+    Aggregate,
+    describe_table,
+    once_all_are_there,
+    weighted_mean,
+)
 from fedloom.federation.lora_error import stack_factors
 from fedloom.training.jobs import ClientUpdate
 
@@ -52,8 +59,8 @@ def svd(section: Federation) -> Aggregate:
     a smaller rank takes the first of them.
     """
 
-    def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        share_K, held = hold(section, updates)
+    def combine(adapter: Adapter, updates: Sequence[ClientUpdate]) -> Adapter:
+        share_K, held = by_client(section, updates)
         tensors = adapter.layout.split(adapter.weights_P.clone())
         for a_name, b_name in lora_pairs(adapter.layout.names).values():
             a_KRI, b_KOR = stack_factors(held, a_name, b_name)
@@ -61,9 +68,9 @@ def svd(section: Federation) -> Aggregate:
             rank = min(len(s_S), len(tensors[a_name]))
             tensors[a_name].zero_()[:rank] = v_SI[:rank]
             tensors[b_name].zero_()[:, :rank] = (u_OS * s_S)[:, :rank]
-        return state, replace(adapter, weights_P=torch.cat([value.reshape(-1) for value in tensors.values()]))
+        return replace(adapter, weights_P=torch.cat([value.reshape(-1) for value in tensors.values()]))
 
-    return Aggregate(lambda adapter: None, update)
+    return once_all_are_there(combine)
 
 
 def fedex(section: Federation) -> Aggregate:
@@ -74,10 +81,9 @@ def fedex(section: Federation) -> Aggregate:
     """
     weigh = WEIGHTS[section.strategy.weight_by]
 
-    def update(state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
-        arrived = list(updates)
-        share_K, held = hold(section, arrived)
-        mean = weighted_mean(adapter, arrived, weigh)
+    def combine(adapter: Adapter, updates: Sequence[ClientUpdate]) -> Adapter:
+        share_K, held = by_client(section, updates)
+        mean = weighted_mean(adapter, updates, weigh)
         means = mean.layout.split(mean.weights_P.double())
         found = {}
         for layer, (a_name, b_name) in lora_pairs(mean.layout.names).items():
@@ -92,9 +98,9 @@ def fedex(section: Federation) -> Aggregate:
             rank = int((s_S > torch.finfo(dtype).eps * s_S.max()).sum())
             found[layer] = (u_OS * s_S)[:, :rank].to(dtype).contiguous(), v_SI[:rank].to(dtype).contiguous()
         some = any(a_SI.shape[0] for _, a_SI in found.values())
-        return state, replace(mean, residual=Residual(found) if some else None)
+        return replace(mean, residual=Residual(found) if some else None)
 
-    return Aggregate(lambda adapter: None, update)
+    return once_all_are_there(combine)
 
 
 LORA_RULES: dict[str, Callable[[Federation], Aggregate]] = {
@@ -104,6 +110,11 @@ LORA_RULES: dict[str, Callable[[Federation], Aggregate]] = {
     "svd": svd,
     "fedex": fedex,
 }
+
+
+def build_aggregate(section: Federation) -> Aggregate:
+    """Return the strategy of a recipe's federation, with its rule for LoRA's factors."""
+    return LORA_RULES[section.lora_rule](section)
 
 
 @lru_cache(maxsize=64)
@@ -155,7 +166,7 @@ def factored_svd(b_OS: Tensor, a_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, s, v @ q_a.mT
 
 
-def hold(section: Federation, updates: Iterable[ClientUpdate]) -> Held:
+def by_client(section: Federation, updates: Iterable[ClientUpdate]) -> Held:
     """A round's updates by client, whatever order they came in."""
     weigh = WEIGHTS[section.strategy.weight_by]
     arrived = sorted(updates, key=lambda update: update.report.client)

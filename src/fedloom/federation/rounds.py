@@ -1,4 +1,4 @@
-"""A run's rounds: sample, train, aggregate, evaluate. It knows nothing of files.
+"""Carries out a run's rounds: sample, train, aggregate, evaluate. It knows nothing of files.
 
 A `FederatedRun` says what is to be trained and takes what was; whoever drives it does the training between the two:
 `run_rounds` one run on any fleet, `run_together` several runs in one pass over one model.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.admission import Gate, Holding
-from fedloom.federation.aggregation import Aggregate, State
+from fedloom.federation.admission import Admission, ClientSize
+from fedloom.federation.aggregation import Aggregate, RoundSum, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
 from fedloom.federation.schedule import proximal_mu, sample_clients, stop_early
@@ -27,7 +27,7 @@ from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, Client
 from fedloom.training.objective import check_finite
 
 if TYPE_CHECKING:
-    from fedloom.recipe.recipe import Recipe
+    from fedloom.recipe.sections import Federation, Training
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class RoundResult:
     round: int
     adapter: Adapter
     central: Score | None
-    """On the central hold-out; None where a recipe has none."""
+    """The adapter's score on the central hold-out; None where a recipe has none."""
     clients: dict[int, Score]
-    """Of the new global adapter, on each client's own hold-out."""
+    """The new global adapter's score on each client's own hold-out."""
     evaluate_seconds: float
-    """Central, and the clients' own before and after training."""
+    """Seconds of evaluation: central, and the clients' own before and after training."""
     cohort: tuple[int, ...] = ()
     reports: tuple[ClientReport, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
@@ -57,154 +57,230 @@ class RoundResult:
 
     @property
     def client_score(self) -> Score | None:
-        """Over all clients' hold-outs, every token alike."""
+        """The score over all clients' hold-outs, every token alike."""
         return reduce(add, self.clients.values()) if self.clients else None
 
     @property
     def judged_loss(self) -> float:
-        """What adapters are chosen by: the central loss, the clients' where there is none."""
+        """The loss that adapters are chosen by: central, or the clients' where nothing is held out centrally."""
         score = self.central or self.client_score
         assert score is not None, "nothing is held out"
         return score.loss
 
 
-class FederatedRun:
-    """One run between its rounds: the global adapter, the strategy's state, the losses so far.
+class OpenRound:
+    """A round that is under way: it admits results as they come, and adds each update to the strategy's sum.
 
-    `on_update` sees each client's update as soon as it is admitted. `holdings` is what clients are known to have, where
-    that is known. `arm` marks its tasks among those of other runs.
+    Reports are kept, weights are not, so memory does not grow with the number of clients.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        tasks: Sequence[ClientTask],
+        sum: RoundSum,
+        admission: Admission,
+        on_update: Callable[[ClientUpdate], None],
+        max_lost_clients: int,
+    ) -> None:
+        self.tasks, self._sum = tasks, sum
+        self._admission, self._on_update, self._max_lost = admission, on_update, max_lost_clients
+        self._opened = time.perf_counter()
+        self._last_loss: TrainingError | None = None
+        self.error: TrainingError | None = None
+        """The reason why the round can't be aggregated, once it is known."""
+        self.reports: list[ClientReport] = []
+        self.lost: dict[int, str] = {}
+        self.refused: list[tuple[int, str]] = []
+        self.aggregate_seconds = 0.0
+        admission.open(tasks)
+
+    def add(self, result: ClientResult) -> None:
+        """Admit a client's result, and aggregate it if it is an update; after too many losses, `error` says so."""
+        started = time.perf_counter()
+        if why := self._admission.unexpected(result):
+            self.refused.append((result.client, why))
+        else:
+            try:
+                if not isinstance(result, ClientUpdate):
+                    raise result.error
+                self._admission.check(result)
+            except TrainingError as error:
+                self._lose(result.client, error)
+            else:
+                self.reports.append(result.report)
+                failpoint("client.trained")
+                self._on_update(result)
+                self._sum.add(result)
+        self.aggregate_seconds += time.perf_counter() - started
+
+    def finish(self) -> tuple[State, Adapter] | None:
+        """Return the strategy's new state and the new adapter; None where the round is lost, and `error` says why."""
+        for client, why in self.refused:
+            if self._admission.misses(client):
+                where: dict[str, Any] = {"round": self.tasks[0].round, "client": client}
+                self._lose(client, TrainingError(f"no other update came ({why})", **where))
+        if not self.reports:
+            self.error = self.error or self._last_loss or TrainingError("no update came", round=self.tasks[0].round)
+        if self.error:
+            return None
+        started = time.perf_counter()
+        aggregated = self._sum.finish()
+        self.aggregate_seconds += time.perf_counter() - started
+        return aggregated
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds since the round was opened in which it waited for clients."""
+        return time.perf_counter() - self._opened - self.aggregate_seconds
+
+    def _lose(self, client: int, error: TrainingError) -> None:
+        self.lost[client] = str(error)
+        self._last_loss = error
+        if len(self.lost) > self._max_lost:
+            self.error = self.error or error
+
+
+class FederatedRun:
+    """One run between its rounds: the global adapter, the strategy's state, the losses so far.
+
+    `on_update` sees each client's update as soon as it is admitted. `sizes` is what clients are known to hold, where
+    that is known. `trial` marks its tasks among those of other runs.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        federation: Federation,
+        seed: int,
         fleet: Fleet,
         aggregate: Aggregate,
         evaluate_central: Callable[[Adapter], Score | None],
         adapter: Adapter,
         *,
-        on_update: Callable[[ClientUpdate], None] = lambda update: None,
-        holdings: Mapping[int, Holding] = MappingProxyType({}),
-        arm: int = 0,
+        on_update: Callable[[ClientUpdate], None] | None = None,
+        sizes: Mapping[int, ClientSize] = MappingProxyType({}),
+        trial: int = 0,
     ) -> None:
-        self._recipe = recipe
+        self._training, self._federation, self._seed = training, federation, seed
         self._fleet = fleet
         self._aggregate = aggregate
         self._evaluate_central = evaluate_central
-        self._on_update = on_update
-        self.arm = arm
+        self._on_update = on_update or _keep_nothing
+        self.trial = trial
         self._adapter = adapter
         self._state = aggregate.init(adapter)
         self.losses: list[float] = []
-        """By which adapters are judged, round 0 first."""
-        self.gate = Gate(holdings)
-        self._tasks: list[ClientTask] = []
-        self._ended = False
+        """Losses by which adapters are judged, round 0 first."""
+        self.admission = Admission(sizes)
+        self._stopped = ""
 
     @property
     def adapter(self) -> Adapter:
-        """The global one, after the last round that is complete."""
+        """The global adapter after the last round that is complete."""
         return self._adapter
 
     @property
     def strategy_state(self) -> State:
-        """What the strategy remembers."""
+        """The strategy's memory."""
         return self._state
 
     def restore(
         self, adapter: Adapter, strategy_state: State, losses: Sequence[float], norms: Sequence[float] = ()
     ) -> None:
-        """Go on from where another run of the same recipe was; `norms` are its gate's."""
+        """Go on from where another run of the same recipe was; `norms` are its admission's."""
         self._adapter, self._state, self.losses = adapter, strategy_state, list(losses)
-        self.gate.restore(norms)
+        self.admission.restore(norms)
 
     @property
     def completed(self) -> int:
         """Rounds that are complete, round 0 left out."""
         return len(self.losses) - 1
 
-    def end(self) -> None:
-        """No more rounds, though more were to be."""
-        self._ended = True
+    def stop(self, why: str) -> None:
+        """Stop the run early: no round follows the last one that is complete."""
+        self._stopped = self._stopped or why
 
     @property
     def finished(self) -> bool:
-        return self._ended or self.completed >= self._recipe.federation.rounds or self.stopped_early is not None
+        return self.completed >= self._federation.rounds or self.stopped_early is not None
 
     @property
     def stopped_early(self) -> str | None:
-        """How many rounds were to be, how many were, and why; None for a run that did not stop early."""
-        section = self._recipe.federation
-        why = stop_early(section.early_stop, self.losses)
-        return f"{section.rounds} scheduled, {self.completed} completed: {why}" if why else None
+        """Rounds scheduled, rounds completed, and why no more; None for a run that did not stop early."""
+        scheduled = self._federation.rounds
+        why = stop_early(self._federation.early_stop, self.losses) or (self.completed < scheduled and self._stopped)
+        return f"{scheduled} scheduled, {self.completed} completed: {why}" if why else None
 
     def begin(self) -> RoundResult:
-        """Round 0: the adapter as it is given, evaluated."""
+        """Evaluate the adapter as it is given: round 0."""
         return self._evaluate(round=0)
 
-    def tasks(self) -> list[ClientTask]:
-        """What the next round's clients are asked to do."""
-        recipe, section, round = self._recipe, self._recipe.federation, len(self.losses)
-        mu = proximal_mu(recipe.training, self.losses, section.rounds)
-        training = recipe.training.model_copy(update={"proximal_mu": mu})
-        cohort = sample_clients(self._fleet.clients, section, seed=recipe.seed, round=round)
+    def open_round(self) -> OpenRound:
+        """Draw the next round's clients, and open the round for their results."""
+        section, round = self._federation, len(self.losses)
+        mu = proximal_mu(self._training, self.losses, section.rounds)
+        training = self._training.model_copy(update={"proximal_mu": mu})
+        cohort = sample_clients(self._fleet.clients, section, seed=self._seed, round=round)
         layout = self._adapter.layout
         ranks = {client: section.client_ranks[client] if section.client_ranks else None for client in cohort}
+        # Clients of one rank share one adapter: it is cut, and packed for the wire, once.
         starts = {rank: adapter_of_rank(self._adapter, rank) for rank in set(ranks.values())}
-        self._tasks = [
+        tasks = [
             ClientTask(
                 round=round,
                 client=client,
                 adapter=starts[rank],
                 training=training,
                 rounds=section.rounds,
-                seed=recipe.seed,
+                seed=self._seed,
                 trains_P=trained_part(layout, section.lora_rule, round, rank),
-                arm=self.arm,
+                trial=self.trial,
             )
             for client, rank in ranks.items()
         ]
-        return self._tasks
+        return OpenRound(
+            tasks,
+            self._aggregate.open(self._state, self._adapter),
+            self.admission,
+            self._on_update,
+            section.max_lost_clients,
+        )
 
-    def complete(self, results: Iterable[ClientResult], train_seconds: float | None = None) -> RoundResult:
-        """Aggregate what came of the tasks as it comes, and evaluate what becomes of it.
+    def close_round(self, round: OpenRound, train_seconds: float | None = None) -> RoundResult:
+        """Make the round's aggregate the global adapter, and evaluate it.
 
-        `train_seconds` is what they took where they are there already.
-
-        A round that loses more clients than may be leaves the adapter as it was, where the recipe says so.
+        `train_seconds` is what training took where it was not waited for in the round. A round that lost more clients
+        than may be leaves the adapter as it was, where the recipe says so.
 
         Raises:
             TrainingError: more clients are lost than may be, or a loss is no longer a number.
         """
-        tasks, started = self._tasks, time.perf_counter()
-        self.gate.open(tasks)
-        arrivals = _Arrivals(results, self.gate, self._on_update, self._recipe.federation.max_lost_clients)
-        try:
-            self._state, self._adapter = self._aggregate.update(self._state, self._adapter, arrivals)
-        except TrainingError:
-            if not arrivals.lost or self._recipe.federation.on_quorum_lost != "skip":
-                raise
-        aggregate_seconds = time.perf_counter() - started - arrivals.seconds
+        waited = round.train_seconds if train_seconds is None else train_seconds
+        if aggregated := round.finish():
+            self._state, self._adapter = aggregated
+        elif round.error and not (round.lost and self._federation.on_quorum_lost == "skip"):
+            raise round.error
         failpoint("round.aggregated")
-        evaluate_seconds = sum(report.evaluate_seconds for report in arrivals.reports)
-        payloads = {task.client: task.num_bytes for task in tasks}
+        # Clients evaluate while their updates are waited for.
+        evaluate_seconds = sum(report.evaluate_seconds for report in round.reports)
+        payloads = {task.client: task.num_bytes for task in round.tasks}
         return self._evaluate(
             evaluate_seconds,
-            round=tasks[0].round,
+            round=round.tasks[0].round,
             cohort=tuple(payloads),
-            reports=tuple(sorted(arrivals.reports, key=lambda report: report.client)),
-            lost=arrivals.lost,
-            refused=tuple(why for _, why in arrivals.strays),
-            proximal_mu=tasks[0].training.proximal_mu,
-            train_seconds=arrivals.seconds - evaluate_seconds if train_seconds is None else train_seconds,
-            aggregate_seconds=aggregate_seconds,
-            bytes_down=sum(self._bytes_down(task) for task in tasks),
-            bytes_up=sum(payloads[report.client] for report in arrivals.reports),
+            reports=tuple(sorted(round.reports, key=lambda report: report.client)),
+            lost=round.lost,
+            refused=tuple(why for _, why in round.refused),
+            proximal_mu=round.tasks[0].training.proximal_mu,
+            train_seconds=waited - evaluate_seconds if train_seconds is None else waited,
+            aggregate_seconds=round.aggregate_seconds,
+            bytes_down=sum(self._bytes_down(task) for task in round.tasks),
+            bytes_up=sum(payloads[report.client] for report in round.reports),
         )
 
     def _bytes_down(self, task: ClientTask) -> int:
-        """What a client has to be sent: with RoLoRA, one that was there last round lacks only what changed in it."""
-        section = self._recipe.federation
+        """Return what a client has to be sent: with RoLoRA, one that was there last round lacks only what changed."""
+        section = self._federation
         if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:
             task = replace(task, trains_P=trained_part(task.adapter.layout, section.lora_rule, task.round - 1))
             return task.num_bytes
@@ -234,101 +310,61 @@ def run_rounds(run: FederatedRun, fleet: Fleet) -> Iterator[RoundResult]:
         yield run.begin()
     while not run.finished:
         failpoint("round.begins")
-        yield run.complete(fleet.train(run.tasks()))
+        round = run.open_round()
+        # Training happens here: the fleet trains while its next result is asked for. Each update is aggregated before
+        # the next client's is made, so that only one of them is held.
+        for result in fleet.train(round.tasks):
+            round.add(result)
+            if round.error:
+                break
+        yield run.close_round(round)
 
 
 def run_together(
-    arms: Sequence[tuple[FederatedRun, LocalFleet]], train_clients: TrainClients
+    trials: Sequence[tuple[FederatedRun, LocalFleet]], train_clients: TrainClients
 ) -> Iterator[tuple[int, RoundResult | TrainingError]]:
-    """As `run_rounds`, of several runs: each round of all of them is one call of the engine.
+    """Yield the rounds of several runs, each with its run's `trial`: a round of all of them is one call of the engine.
 
-    What is yielded comes with its run's `arm`. Where there is more than one, the updates of a round are held until all
-    are there. A run that can't go on ends with its error, and the others go on.
+    Where there is more than one, the updates of a round are held until all are there. A run that can't go on ends
+    with its error, and the others go on.
     """
     failed: set[int] = set()
 
     def attempt(run: FederatedRun, step: Callable[[], RoundResult]) -> tuple[int, RoundResult | TrainingError]:
         try:
-            return run.arm, step()
+            return run.trial, step()
         except TrainingError as error:
-            failed.add(run.arm)
-            return run.arm, error
+            failed.add(run.trial)
+            return run.trial, error
 
-    for run, _ in arms:
+    for run, _ in trials:
         yield attempt(run, run.begin)
-    while going := [(run, fleet) for run, fleet in arms if run.arm not in failed and not run.finished]:
+    while going := [(run, fleet) for run, fleet in trials if run.trial not in failed and not run.finished]:
         if len(going) == 1:
             ((run, fleet),) = going
-            yield attempt(run, lambda run=run, fleet=fleet: run.complete(fleet.train(run.tasks())))  # type: ignore[misc]
+            yield attempt(run, partial(next, run_rounds(run, fleet)))
             continue
         started = time.perf_counter()
-        arrived: dict[int, list[ClientResult]] = {run.arm: [] for run, _ in going}
-        for result in train_clients([job for run, fleet in going for job in fleet.jobs(run.tasks())]):
-            arrived[result.arm].append(result)
+        rounds = {run.trial: run.open_round() for run, _ in going}
+        arrived: dict[int, list[ClientResult]] = {trial: [] for trial in rounds}
+        for result in train_clients([job for run, fleet in going for job in fleet.jobs(rounds[run.trial].tasks)]):
+            arrived[result.trial].append(result)
         train_seconds = time.perf_counter() - started
         for run, fleet in going:
-            finished = map(fleet.finish, arrived.pop(run.arm))
-            yield attempt(run, partial(run.complete, finished, train_seconds))
+            results = map(fleet.finish, arrived.pop(run.trial))
+            yield attempt(run, partial(_close_with, run, rounds[run.trial], results, train_seconds))
 
 
-class _Arrivals:
-    """Updates on their way to the strategy: what is known of each is kept, its weights are not."""
+def _close_with(
+    run: FederatedRun, round: OpenRound, results: Iterable[ClientResult], train_seconds: float
+) -> RoundResult:
+    """Close a round whose results are all there."""
+    for result in results:
+        round.add(result)
+        if round.error:
+            break
+    return run.close_round(round, train_seconds)
 
-    def __init__(
-        self,
-        results: Iterable[ClientResult],
-        gate: Gate,
-        on_update: Callable[[ClientUpdate], None],
-        max_lost: int,
-    ) -> None:
-        self._results = iter(results)
-        self._gate = gate
-        self._on_update = on_update
-        self._max_lost = max_lost
-        self._last_error: TrainingError | None = None
-        self.reports: list[ClientReport] = []
-        self.lost: dict[int, str] = {}
-        self.strays: list[tuple[int, str]] = []
-        self.seconds = 0.0
-        """Spent waiting for updates: the clients' training and evaluation."""
 
-    def __iter__(self) -> Iterator[ClientUpdate]:
-        return self
-
-    def __next__(self) -> ClientUpdate:
-        while (result := self._wait()) is not None:
-            if why := self._gate.stray(result):
-                self.strays.append((result.client, why))
-                continue
-            try:
-                if not isinstance(result, ClientUpdate):
-                    raise result.error
-                self._gate.check(result)
-            except TrainingError as error:
-                self._lose(result.client, error)
-                continue
-            self.reports.append(result.report)
-            failpoint("client.trained")
-            self._on_update(result)
-            return result
-        for client, why in self.strays:
-            if self._gate.misses(client):
-                self._lose(
-                    client, TrainingError(f"no other update came ({why})", round=self._gate.round, client=client)
-                )
-        if not self.reports:
-            raise self._last_error or TrainingError("no update came", round=self._gate.round)
-        raise StopIteration
-
-    def _wait(self) -> ClientResult | None:
-        started = time.perf_counter()
-        try:
-            return next(self._results, None)
-        finally:
-            self.seconds += time.perf_counter() - started
-
-    def _lose(self, client: int, error: TrainingError) -> None:
-        self.lost[client] = str(error)
-        self._last_error = error
-        if len(self.lost) > self._max_lost:
-            raise error
+def _keep_nothing(update: ClientUpdate) -> None:
+    """Look at no update."""

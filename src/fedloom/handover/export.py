@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment.preparation import load_adapted_model, load_base, prepare
+from fedloom.experiment.building import load_adapted_model, load_base
+from fedloom.experiment.preparation import prepare
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.model.attention import choose_attention
 from fedloom.model.source import ModelSource
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 
 PROOF_BLOCKS = 4
@@ -28,7 +29,7 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 
 
 def export(
-    folder: str | Path, to: str | Path, *, merged: bool = False, which: str = "best", display: Display | None = None
+    folder: str | Path, to: str | Path, *, merged: bool = False, which: str = "best", display: Observer | None = None
 ) -> float:
     """Copy a run's adapter, or write the base model with it merged in, and prove it by its logits.
 
@@ -38,13 +39,13 @@ def export(
     Raises:
         RunError: no such run or adapter, the target exists, or what was written is not the same.
     """
-    display = display or Display()
+    display = display or Observer()
     folder, to = Path(folder), Path(to)
     recipe = recipe_of(folder)
     source = adapter_folder(folder, which)
     if to.exists():
         raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
-    prepared = prepare(recipe, display)
+    prepared = prepare(recipe, display, predict=False)
     display.show_step("weights", prepared.source.name)
     adapted = load_adapted_model(recipe, prepared.source)
     adapter = adapted.open(source)

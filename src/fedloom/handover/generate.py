@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from fedloom.errors import RunError
-from fedloom.experiment.preparation import load_adapted_model
+from fedloom.experiment.building import load_adapted_model
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.model.source import open_model
 from fedloom.text import show_controls

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the plan, a progress bar, one table row a round. Without a terminal, plain lines."""
+"""Shows a run to a person: the plan, a progress bar, one table row a round. Without a terminal, plain lines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
 from fedloom.records.plan import Plan
 from fedloom.text import count, format_bytes, format_number, format_seconds, show_controls
 
 if TYPE_CHECKING:
-    from fedloom.records.run import Run
+    from fedloom.records.run import RoundRecord, Run
 
 COLUMNS = (
     ("round", 5),
@@ -33,28 +34,12 @@ COLUMNS = (
 )
 ROUND_HEADER = "".join(f"{name:>{width}}" for name, width in COLUMNS)
 CLIENTS_NAMED = 6
-"""On the screen at once; where there are more, they are counted."""
+"""Clients on the screen at once; where there are more, they are counted."""
 PLAIN_SECONDS = 20.0
-"""Between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress where there is no terminal."""
 
 
-class Display:
-    """What a run tells while it works; this one shows nothing."""
-
-    def show_step(self, what: str, detail: str) -> None: ...
-    def show_plan(self, plan: Plan) -> None: ...
-    def show_folder(self, folder: Path) -> None: ...
-    def watch(self, progress: Progress) -> None: ...
-    def show_round(self, record: dict[str, Any]) -> None: ...
-    def show_clients(self, phases: Mapping[str, str]) -> None: ...
-    def show_end(self, run: Run, report: Path) -> None: ...
-    def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None: ...
-    def show_arm(self, name: str, record: dict[str, Any]) -> None: ...
-    def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None: ...
-    def close(self) -> None: ...
-
-
-class Terminal(Display):
+class Terminal(Observer):
     """Shows a run on a terminal or in a notebook, or as plain lines where the output is a file or a pipe."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -96,7 +81,7 @@ class Terminal(Display):
         self._print(f"{'pass':<10}{count(len(names), 'run')} together", style="dim")
         self._start_bar()
 
-    def show_arm(self, name: str, record: dict[str, Any]) -> None:
+    def show_trial(self, name: str, record: RoundRecord) -> None:
         loss = format_number(record.get("central_loss", record.get("client_loss")), ".4f")
         self._print(f"{record['round']:>5}{loss:>10}  {name}")
 
@@ -126,7 +111,7 @@ class Terminal(Display):
             self._said = time.perf_counter()
             self._print(f"      {doing}: {self._steps:,}/{self._total_steps:,} steps  {rate}")
 
-    def show_round(self, record: dict[str, Any]) -> None:
+    def show_round(self, record: RoundRecord) -> None:
         self._print(format_round(record))
         for why in (*record.get("lost_because", {}).values(), *record.get("refused", ())):
             self._print(f"lost      {why}")
@@ -174,7 +159,7 @@ class _BarAndClients(Bar):
 
 
 def format_round(record: Mapping[str, Any]) -> str:
-    """A round's row, beneath `ROUND_HEADER`."""
+    """Return a round's row, to stand beneath `ROUND_HEADER`."""
     seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
     cells = (
         str(record["round"]),
@@ -190,14 +175,14 @@ def format_round(record: Mapping[str, Any]) -> str:
 
 
 def describe_clients(phases: Mapping[str, str]) -> str:
-    """What each is doing; of many, how many are doing what."""
+    """Say what each client is doing; of many clients, how many are doing what."""
     if len(phases) <= CLIENTS_NAMED:
         return ", ".join(f"{name} {phase}" for name, phase in sorted(phases.items()))
     return ", ".join(f"{number} {phase}" for phase, number in Counter(phases.values()).most_common())
 
 
 def render_plan(plan: Plan) -> Table:
-    """The plan as a table of two columns."""
+    """Return the plan as a table of two columns."""
     clients, overlaps = plan.clients, plan.audit.overlaps
     documents = _range([client.train_documents for client in clients])
     holdouts = _range([client.holdout_documents for client in clients])
@@ -225,6 +210,8 @@ def render_plan(plan: Plan) -> Table:
             f"{format_bytes(plan.peak_bytes)} predicted for model and training, {plan.clients_at_once} clients at once;"
             f" {count(plan.clients_that_fit, 'client')} would fit"
         )
+    elif plan.ample_memory:
+        rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
     elif plan.engine == "batched":
         rows["memory"] = f"can't be predicted for this model; {count(plan.clients_at_once, 'client')} at once"
     if plan.skipped:

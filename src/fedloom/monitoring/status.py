@@ -1,6 +1,6 @@
-"""What a run that is at work is doing, for `fedloom status` and `fedloom stop` in another terminal. No torch here.
+"""The status of a run that is at work, for `fedloom status` and `fedloom stop` in another terminal. No torch here.
 
-It tells so in a file of a folder that is this person's alone, beside another that it holds locked: the lock ends with
+It stands in a file of a folder that is this person's alone, beside another that it holds locked: the lock ends with
 the process, however that ends. Runs are found by their folders, which need not be there yet.
 """
 
@@ -22,22 +22,23 @@ from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
-from fedloom.monitoring.display import ROUND_HEADER, Display, format_round
+from fedloom.monitoring.display import ROUND_HEADER, format_round
+from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Progress
 from fedloom.records.plan import Plan
-from fedloom.records.run import Run, read_run
+from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
 TELL_SECONDS = 1.0
-"""Between two lines about progress."""
+"""Seconds between two writings of progress."""
 LOOK_SECONDS = 0.1
 ROUNDS_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a process told last."""
+    """A process at work, as it told last."""
 
     process: int
     command: str
@@ -47,54 +48,42 @@ class Work:
     rounds: int | None = None
     seconds_left: float | None = None
     clients: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    """Of a deployment, by name: what each is doing, and since when (seconds of this machine's clock)."""
+    """A deployment's clients by name: what each is doing, and since when (seconds of this machine's clock)."""
 
 
-class Telling(Display):
-    """A display that also tells, for as long as it is open; where it can't, it only shows."""
+class StatusFile(Observer):
+    """An observer that keeps a file up to date for as long as the run works; without a file, it does nothing."""
 
-    def __init__(self, display: Display, command: str, file: Path | None) -> None:
-        self._display, self._file = display, file
+    def __init__(self, command: str, file: Path | None) -> None:
+        self._file = file
         self._work = Work(os.getpid(), command, now())
         self._clock = Clock({})
         self._told = 0.0
         self._tell()
 
     def show_step(self, what: str, detail: str) -> None:
-        self._display.show_step(what, detail)
         self._tell(doing=f"{what}: {detail}")
 
     def show_plan(self, plan: Plan) -> None:
-        self._display.show_plan(plan)
         self._clock = Clock(plan.tokens)
         self._tell(rounds=plan.rounds)
 
     def show_folder(self, folder: Path) -> None:
-        self._display.show_folder(folder)
         self._clock.start()
 
     def show_clients(self, phases: Mapping[str, str]) -> None:
-        self._display.show_clients(phases)
         known, at = self._work.clients, time.time()
         same = {name for name, phase in phases.items() if name in known and known[name][0] == phase}
         self._tell(clients={name: known[name] if name in same else (phases[name], at) for name in phases})
 
     def watch(self, progress: Progress) -> None:
-        self._display.watch(progress)
         self._clock.tick(progress)
         if time.monotonic() - self._told > TELL_SECONDS:
             doing = "training" if progress.phase == "train" else "evaluating"
             self._tell(doing=doing, round=progress.round or self._work.round, seconds_left=self._clock.seconds_left())
 
-    def show_round(self, record: dict[str, Any]) -> None:
-        self._display.show_round(record)
+    def show_round(self, record: RoundRecord) -> None:
         self._tell(round=record["round"], seconds_left=self._clock.seconds_left())
-
-    def show_end(self, run: Run, report: Path) -> None:
-        self._display.show_end(run, report)
-
-    def close(self) -> None:
-        self._display.close()
 
     def _tell(self, **changed: Any) -> None:
         self._told = time.monotonic()
@@ -107,8 +96,8 @@ class Telling(Display):
 
 
 @contextmanager
-def telling(display: Display, run: Path, command: str) -> Iterator[Display]:
-    """Tell what is shown to whoever asks for this run in another terminal."""
+def status_file(run: Path, command: str) -> Iterator[StatusFile]:
+    """Keep a status file of a run for whoever asks for it in another terminal; it is gone afterwards."""
     file = _file_of(run)
     try:
         descriptor = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600) if file else None
@@ -117,7 +106,7 @@ def telling(display: Display, run: Path, command: str) -> Iterator[Display]:
     except OSError:  # another one is at work in it, which the run directory's own lock refuses
         file = descriptor = None
     try:
-        yield Telling(display, command, file)
+        yield StatusFile(command, file)
     finally:
         if file and descriptor is not None:
             for path in (file, file.with_suffix(".lock")):
@@ -126,7 +115,7 @@ def telling(display: Display, run: Path, command: str) -> Iterator[Display]:
 
 
 def find_work(run: Path) -> Work | None:
-    """What the process that is at work in a run told last; None where there is none on this machine."""
+    """Return what the process at work in a run told last; None where there is none on this machine."""
     file = _file_of(run)
     if file is None or not is_held(file.with_suffix(".lock")):
         return None
@@ -157,7 +146,7 @@ def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work:
 
 
 def describe(run: Path) -> Iterator[str]:
-    """What a run is doing, or how it ended, and its last rounds: lines.
+    """Say in lines what a run is doing, or how it ended, and its last rounds.
 
     Raises:
         RunError: there is neither a run nor anybody at work.
@@ -188,7 +177,7 @@ def describe(run: Path) -> Iterator[str]:
 
 
 def _file_of(run: Path) -> Path | None:
-    """Where a run tells; None where this person has no folder that nobody else can write to."""
+    """Return a run's status file; None where this person has no folder that nobody else can write to."""
     folder = Path(tempfile.gettempdir()) / f".fedloom-{os.getuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)

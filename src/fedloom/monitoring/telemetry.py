@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from fedloom.progress import Progress, Watch, ignore
+from fedloom.monitoring.observer import Observer
+from fedloom.progress import Progress
 
 Item = TypeVar("Item")
 
@@ -27,12 +28,11 @@ CHILDREN_EVERY = 20
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-class Telemetry:
+class Telemetry(Observer):
     """Measures until it is closed; `take` hands over what was found since the last time, for a round's record."""
 
-    def __init__(self, *, gpu: bool = False, watch: Watch = ignore) -> None:
+    def __init__(self, *, gpu: bool = False) -> None:
         self._gpu = gpu
-        self._forward = watch
         self._phases = ["loading"]
         self._reset()
         self._children: list[str] = []
@@ -72,11 +72,10 @@ class Telemetry:
             yield item
 
     def watch(self, progress: Progress) -> None:
-        """Count an evaluated batch, and pass it on; of their steps, clients report themselves."""
+        """Count an evaluated batch; steps are counted by the clients that take them."""
         if progress.phase == "evaluate":
             for what, number in (("tokens", progress.tokens), ("samples", progress.samples), ("steps", 1)):
                 self._counts[f"evaluate_{what}"] += number
-        self._forward(progress)
 
     def take(self) -> dict[str, Any]:
         """What was found since the last time, as a round's record has it.

@@ -7,21 +7,22 @@ documents.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records.run import Record
+from fedloom.monitoring.observer import Observer
+from fedloom.records.run import Record, RoundRecord
 
 Log = Callable[[int, dict[str, float]], None]
-"""Take the scalars of a round."""
+"""A function that takes a round's number and its scalars."""
 
 
-def scalars(record: Record) -> dict[str, float]:
-    """Every number of a round's record, by its key; those by client or phase as `key/name`."""
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return every number of a round's record by its key; those by client or phase as `key/name`."""
     found: dict[str, float] = {}
     for key, value in record.items():
         parts = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
@@ -45,36 +46,42 @@ def check_tracker(kind: str) -> None:
         raise RunError(f"{kind} is not installed", where="--log", mend=f"pip install {kind}")
 
 
-@contextmanager
-def open_tracker(kind: str, folder: Path, recipe: Record) -> Iterator[Log]:
-    """Where to log a run's rounds; `folder` is the run directory.
+class Tracker(Observer):
+    """A tool that is told each round's numbers, from the first round to the end of the run."""
 
-    Raises:
-        RunError: it can't be opened.
-    """
-    try:
-        log, close = TRACKERS[kind](folder, recipe)
-    except Exception as error:  # of any kind: each tool has its own
-        why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise RunError(
-            f"{kind} can't be told anything ({why})", where="--log", mend="mend it, or leave --log out"
-        ) from error
-    failed = False
+    def __init__(self, kind: str, recipe: Record) -> None:
+        check_tracker(kind)
+        self._kind, self._recipe = kind, recipe
+        self._log: Log | None = None
+        self._close: Callable[[], object] | None = None
 
-    def log_or_say(round: int, values: dict[str, float]) -> None:
-        nonlocal failed
+    def show_folder(self, folder: Path) -> None:
+        """Open the tool, which names the run by its directory.
+
+        Raises:
+            RunError: it can't be opened.
+        """
         try:
-            log(round, values)
-        except Exception as error:  # of any kind: a tracker that is down must not end a run
-            if not failed:
-                warnings.warn(f"{kind} takes no more numbers: {type(error).__name__}", RuntimeWarning, stacklevel=2)
-            failed = True
+            self._log, self._close = TRACKERS[self._kind](folder, self._recipe)
+        except Exception as error:  # of any kind: each tool has its own
+            why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            raise RunError(
+                f"{self._kind} can't be told anything ({why})", where="--log", mend="mend it, or leave --log out"
+            ) from error
 
-    try:
-        yield log_or_say
-    finally:
-        with suppress(Exception):
-            close()
+    def show_round(self, record: RoundRecord) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log(record["round"], scalars(record))
+        except Exception as error:  # of any kind: a tracker that is down must not end a run
+            self._log = None
+            warnings.warn(f"{self._kind} takes no more numbers: {type(error).__name__}", RuntimeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        if self._close:
+            with suppress(Exception):
+                self._close()
 
 
 def _tensorboard(folder: Path, recipe: Record) -> tuple[Log, Callable[[], Any]]:
@@ -132,4 +139,4 @@ TRACKERS: dict[str, Callable[[Path, Record], tuple[Log, Callable[[], Any]]]] = {
     "wandb": _wandb,
     "trackio": _trackio,
 }
-"""Name of the tool and of its package -> how to open it."""
+"""Tools by the name of their package, each with how it is opened."""

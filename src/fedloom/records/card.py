@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from fedloom.hub import COMMIT
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
-from fedloom.records.run import Record
 from fedloom.text import to_markdown_code, to_markdown_text
 
 METRICS = {
@@ -20,7 +21,7 @@ METRICS = {
 """Key of a round's record -> the hub's type, and what to call it."""
 
 
-def write_card(recipe: Recipe, plan: Plan, record: Record | None) -> str:
+def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> str:
     """The card of the adapter of a round; `record` is None for one that has not been evaluated yet."""
     known = {key: record[key] for key in METRICS if record and key in record}
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.

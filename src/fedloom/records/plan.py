@@ -1,16 +1,17 @@
-"""What a run would need, told before it starts. No torch here."""
+"""The plan of a run: what it will need, told before it starts. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.progress import Phase
 from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit
+    from fedloom.recipe.sections import Federation, Training
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,41 @@ class ClientPlan:
     holdout_tokens: int
     steps: int
 
+    @classmethod
+    def of(
+        cls,
+        training: Training,
+        *,
+        train_documents: int,
+        holdout_documents: int,
+        blocks: int,
+        tokens: int,
+        holdout_tokens: int,
+    ) -> ClientPlan:
+        """Return the plan of a client that holds so much."""
+        steps = training.epochs * -(-blocks // training.batch_size)
+        return cls(train_documents, holdout_documents, blocks, tokens, holdout_tokens, steps)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What is loaded, who holds what, and what a run costs in steps, tokens and bytes."""
+    """A run before it starts: what is loaded, who holds what, and the cost in steps, tokens and bytes."""
 
     name: str
     model: str
     model_revision: str
     dtype: str
     device: str
-    engine: str
+    engine: Literal["batched", "reference"]
     parameters: int
-    """Of the base model with the adapter."""
+    """Parameters of the base model with the adapter."""
     trainable_parameters: int
     data: str
     data_revision: str
     documents: int
     skipped: Mapping[str, int]
     judged_tokens: int
-    """Of the clients' hold-outs that are scored."""
+    """Tokens of the clients' hold-outs that are scored."""
     central_documents: int
     central_tokens: int
     clients: tuple[ClientPlan, ...]
@@ -52,25 +68,49 @@ class Plan:
     without them."""
     clients_per_round: int
     clients_at_once: int
-    """That train in one pass."""
+    """Clients that train in one pass."""
     clients_that_fit: int | None
-    """In the memory that was free when the plan was made; None for an engine that takes one after another."""
+    """Clients that the free memory holds, by prediction; None where it was not predicted."""
     peak_bytes: int | None
-    """Predicted, of a training step with the base model; for the engine `batched`."""
+    """Bytes of a training step with the base model, predicted; None where they were not."""
     audit: Audit
     shared_blocks: int
     """Training blocks whose tokens are also held out though the documents differ: files that begin alike, say."""
     duplicates: str
-    """What was done with copies: drop or report."""
+    """Handling of copies: drop or report."""
     rounds: int
     epochs: int
     proximal_mu: float
     payload_bytes: int
-    """Of one adapter, one way."""
+    """Bytes of one adapter, one way."""
+    ample_memory: bool = False
+    """True where so much memory is free that what a step needs was not predicted."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        training: Training,
+        federation: Federation,
+        *,
+        clients: Sequence[ClientPlan],
+        scored_clients: Sequence[int],
+        **facts: Any,
+    ) -> Plan:
+        """Return the plan of a run with these clients, wherever they are; `facts` are its other fields."""
+        return cls(
+            name=name,
+            clients=tuple(clients),
+            judged_tokens=sum(clients[client].holdout_tokens for client in scored_clients),
+            rounds=federation.rounds,
+            epochs=training.epochs,
+            proximal_mu=training.proximal_mu,
+            **facts,
+        )
 
     @property
     def steps_per_round(self) -> int:
-        """Of all clients that take part, on average where only some do."""
+        """Optimizer steps of all clients that take part, on average where only some do."""
         return round(sum(client.steps for client in self.clients) * self._share)
 
     @property
@@ -79,23 +119,23 @@ class Plan:
 
     @property
     def tokens(self) -> dict[Phase, int]:
-        """Of the whole run."""
+        """Tokens of the whole run by phase."""
         return {"train": self.rounds * self.train_tokens_per_round, "evaluate": self.evaluate_tokens}
 
     @property
     def evaluate_tokens(self) -> int:
-        """Of the whole run: round 0 and every round, and each trained client once more on its own hold-out."""
+        """Tokens evaluated: round 0 and every round, and each trained client once more on its own hold-out."""
         every_round = (self.rounds + 1) * (self.central_tokens + self.judged_tokens)
         return round(every_round + self.rounds * self.judged_tokens * self._share)
 
     @property
     def bytes_per_round(self) -> int:
-        """Payload, down and up."""
+        """Bytes of payload, down and up."""
         return 2 * self.clients_per_round * self.payload_bytes
 
     @property
     def trainable_share(self) -> str:
-        """As `1,572,864 / 332,769,280 (0.47 %)`."""
+        """Share of the parameters that is trained, as `1,572,864 / 332,769,280 (0.47 %)`."""
         return format_trainable(self.trainable_parameters, self.parameters)
 
     @property
@@ -104,7 +144,7 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """What the recipe allows and its author may not have meant."""
+        """Settings that the recipe allows and its author may not have meant."""
         found = []
         if self.left_out:
             found.append(
@@ -119,5 +159,7 @@ class Plan:
         return found
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan, and what follows from it, as `plan.json` holds it."""
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        return told if self.ample_memory else {key: value for key, value in told.items() if key != "ample_memory"}

@@ -12,11 +12,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from fedloom.errors import RunError
 
 Record = dict[str, Any]
+"""A record as it is read: JSON that may lack keys."""
+
+
+class ClientRecord(TypedDict, total=False):
+    """A line of `clients.jsonl`: one client's work in a round. Losses are nats per token, times seconds."""
+
+    round: int
+    client: int
+    examples: int
+    tokens: int
+    steps: int
+    proximal_mu: float
+    loss_first: float
+    loss_last: float
+    loss_mean: float
+    proximal_loss: float
+    proximal_ratio: float
+    drift: float
+    seconds: float
+    evaluate_seconds: float
+    holdout_loss_before: float
+    holdout_loss_after: float
+
+
+class RoundRecord(TypedDict, total=False):
+    """A line of `rounds.jsonl`. Losses are nats per token, times seconds, sizes bytes; what is unknown is left out."""
+
+    round: Required[int]
+    train_loss: float
+    client_loss: float
+    central_loss: float
+    central_perplexity: float
+    central_accuracy: float
+    proximal_mu: float
+    proximal_loss: float
+    proximal_ratio: float
+    drift: float
+    clients: Required[list[int]]
+    lost: Required[list[int]]
+    lost_because: dict[str, str]
+    refused: list[str]
+    train_seconds: Required[float]
+    aggregate_seconds: Required[float]
+    evaluate_seconds: Required[float]
+    train_tokens: Required[int]
+    bytes_up: Required[int]
+    bytes_down: Required[int]
+    client_losses: Required[dict[str, float]]
+    adapter_sha256: Required[str]
+    finished: Required[str]
+    evaluate_tokens: int
+    evaluate_samples: int
+    evaluate_steps: int
+    ram_peak_bytes: dict[str, int]
+    gpu_peak_bytes: dict[str, int]
+    lora_error: float
+    lora_error_layers: dict[str, float]
+    runs_together: int
+    clients_at_once: int
 
 
 PATIENCE = 2

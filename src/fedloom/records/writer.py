@@ -13,13 +13,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_start, take_lock, write_json, write_text, writing
 from fedloom.records.run import (
     Record,
+    RoundRecord,
     read_json,
 )
 
@@ -93,9 +94,9 @@ class RunWriter:
         self._status |= {"state": state, **more, "updated": now()}
         self.write_json("status.json", self._status)
 
-    def append_round(self, result: RoundResult, measured: Mapping[str, Any] = MappingProxyType({})) -> Record:
+    def append_round(self, result: RoundResult, measured: Mapping[str, Any] = MappingProxyType({})) -> RoundRecord:
         """Add a round, with what telemetry measured in it, to the records, and return its record."""
-        record = {**round_record(result), **measured}
+        record = cast(RoundRecord, {**round_record(result), **measured})
         self._append("rounds.jsonl", record)
         failpoint("record.round")
         return record
@@ -105,7 +106,7 @@ class RunWriter:
         self._append("clients.jsonl", _known(asdict(report)))
         failpoint("record.client")
 
-    def _append(self, name: str, record: Record) -> None:
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
         line = json.dumps(record, allow_nan=False) + "\n"
         path = self.folder / name
         with writing(path), path.open("a", encoding="utf-8") as file:
@@ -143,7 +144,7 @@ def check_free(folder: Path) -> None:
         )
 
 
-def round_record(result: RoundResult) -> Record:
+def round_record(result: RoundResult) -> RoundRecord:
     """One round as a line of `rounds.jsonl`."""
     reports, client_score = result.reports, result.client_score
     steps = sum(report.steps for report in reports)
@@ -172,7 +173,7 @@ def round_record(result: RoundResult) -> Record:
         "adapter_sha256": result.adapter.sha256(),
         "finished": now(),
     }
-    return _known(record)
+    return cast(RoundRecord, _known(record))
 
 
 def now() -> str:

@@ -22,7 +22,7 @@ from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
-from fedloom.progress import Progress, Watch, ignore
+from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.cuda_graph import StepGraph
 from fedloom.training.jobs import (
@@ -31,7 +31,6 @@ from fedloom.training.jobs import (
     ClientJob,
     ClientResult,
     ClientUpdate,
-    TrainClients,
     WorkLog,
     is_shortage,
     too_large,
@@ -53,8 +52,8 @@ OF_ALL_CLIENTS = (
 
 
 @dataclass
-class Worker:
-    """A client at work: its steps, and what it has written down."""
+class ClientSlot:
+    """A client under way: its job, its batches in order, and what its steps were."""
 
     log: WorkLog
     batches: list[Tensor]
@@ -71,56 +70,70 @@ class Worker:
 
     @property
     def largest_batch(self) -> tuple[int, int]:
-        """Sequences and tokens."""
+        """Sequences and tokens of the client's largest batch."""
         return len(self.batches[0]), self.job.blocks.tokens_NT.shape[1]
 
 
-def build_batched_engine(
-    adapted: AdaptedModel, watch: Watch = ignore, lowered: Callable[[int], object] = int
-) -> TrainClients:
-    """An engine bound to a model. Its jobs may differ in everything but what `can_share_a_step` compares.
+class BatchedEngine:
+    """The engine `batched`, bound to a model. Jobs may differ in everything but what `can_share_a_step` compares.
 
     Where memory runs out, half as many clients train at once from then on, and those under way begin again: a job
-    says all that decides what comes of it. `lowered` is told how many.
+    says all that decides what comes of it.
     """
-    stack = Stack(adapted)
-    at_most: int | None = None
 
-    def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
-        nonlocal at_most
+    def __init__(self, adapted: AdaptedModel, watch: Watch = ignore, say: Say = say_nothing) -> None:
+        self._adapted, self._watch, self._say = adapted, watch, say
+        self._stack = Stack(adapted)
+        self.lowered_to: int | None = None
+        """Clients that train at once since memory ran out; None where it never did."""
+
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        """Carry out every job, as many at once as there is room for; yield each result when it is there."""
         if not jobs:
             return
         assert all(can_share_a_step(job, jobs[0]) for job in jobs), "jobs that can't share a step"
-        adapted.load_residual(jobs[0].adapter)
+        self._adapted.load_residual(jobs[0].adapter)
         waiting = deque(jobs)
         while waiting:
             asked = jobs[0].training.clients_at_once or len(jobs)
-            at_once = min(len(waiting), asked, at_most or asked)
-            crew: Crew | None = None
+            at_once = min(len(waiting), asked, self.lowered_to or asked)
+            batch: ClientBatch | None = None
             try:
-                crew = Crew(adapted, stack, jobs, at_once)
-                yield from crew.carry_out(waiting, watch)
+                batch = ClientBatch(self._adapted, self._stack, jobs, at_once)
+                # A job is always in one place: it waits, it has a slot, or its result was yielded. So whatever is
+                # interrupted here can begin again.
+                while waiting or batch.slots:
+                    while waiting and batch.has_room:
+                        batch.admit(waiting[0])
+                        waiting.popleft()
+                    for slot, taken in batch.step():
+                        job, samples = slot.job, len(taken.tokens_BT)
+                        self._watch(Progress("train", taken.num_tokens, samples, job.round, job.client))
+                    yield from batch.retire()
+                return
             except SHORT as error:
                 if not is_shortage(error):
                     raise
-                under_way = [worker.job for worker in crew.workers] if crew else []
-                waiting.extendleft(reversed(under_way))
+                waiting.extendleft(slot.job for slot in reversed(batch.slots if batch else []))
                 failure = too_large(waiting[0], error) if at_once == 1 else None
-            else:
-                return
-            # Not where the error is caught, which holds the memory of what was under way.
-            crew = None
-            stack.let_go()
-            if adapted.device.type == "cuda":
-                torch.cuda.empty_cache()
+            # Not in the handler above: the error that it holds keeps the memory of what was under way.
+            batch = None
+            self._release()
             if failure:
                 job = waiting.popleft()
-                yield ClientFailure(job.client, failure, job.arm)
+                yield ClientFailure(job.client, failure, job.trial)
                 continue
-            at_most = at_once // 2
-            lowered(at_most)
+            self.lowered_to = at_once // 2
+            self._say(
+                "memory",
+                f"not enough: {self.lowered_to} at once from now on; the clients under way begin their round again",
+            )
 
-    return train_clients
+    def _release(self) -> None:
+        """Give back what the clients under way held."""
+        self._stack.let_go()
+        if self._adapted.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
@@ -131,8 +144,8 @@ def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
     )
 
 
-class Crew:
-    """The clients that train at once: slot k is the k-th worker's.
+class ClientBatch:
+    """The clients that train at once: slot k of every buffer is the k-th client's.
 
     With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to its client's largest; without, to the
     largest of the step.
@@ -151,133 +164,119 @@ class Crew:
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
         partly = any(job.trains_P is not None for job in jobs)
-        self._slots = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
+        self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
         self._launch: StepGraph | None = None
         self._sizes: Sequence[tuple[int, int]] = ()
-        self._unread: list[tuple[list[tuple[Worker, Batch]], Tensor]] = []
-        self.workers: list[Worker] = []
-
-    def carry_out(self, waiting: deque[ClientJob], watch: Watch) -> Iterator[ClientResult]:
-        """Take jobs from those that wait while there is room, until all are finished.
-
-        A job is always in one place: it waits, it is a worker's, or what came of it was yielded.
-        """
-        while waiting or self.workers:
-            while waiting and self.has_room:
-                self.admit(waiting[0])
-                waiting.popleft()
-            for worker, batch in self.step():
-                job, samples = worker.job, len(batch.tokens_BT)
-                watch(Progress("train", batch.num_tokens, samples, job.round, job.client))
-            yield from self.retire()
+        self._unread: list[tuple[list[tuple[ClientSlot, Batch]], Tensor]] = []
+        self.slots: list[ClientSlot] = []
 
     @property
     def has_room(self) -> bool:
-        return len(self.workers) < len(self._generators)
+        return len(self.slots) < len(self._generators)
 
     def admit(self, job: ClientJob) -> None:
         """Give a waiting client a slot, with the weights that it starts from and its own optimizer state."""
-        slot, slots = len(self.workers), self._slots
-        worker = Worker(WorkLog(job), job.draw_batches())
-        self._generators[slot].manual_seed(job.dropout_seed)
-        slots.start_KP[slot] = job.adapter.weights_P.to(self._device)
-        slots.weights_KP[slot] = slots.start_KP[slot]
-        if slots.trains_KP is not None:
-            slots.trains_KP[slot] = True if job.trains_P is None else job.trains_P.to(self._device)
-        slots.optimizer.load(slot, job.optimizer_state)
-        self.workers.append(worker)
+        place, step = len(self.slots), self._step
+        slot = ClientSlot(WorkLog(job), job.draw_batches())
+        self._generators[place].manual_seed(job.dropout_seed)
+        step.start_KP[place] = job.adapter.weights_P.to(self._device)
+        step.weights_KP[place] = step.start_KP[place]
+        if step.trains_KP is not None:
+            step.trains_KP[place] = True if job.trains_P is None else job.trains_P.to(self._device)
+        step.optimizer.load(place, job.optimizer_state)
+        self.slots.append(slot)
 
-    def step(self) -> list[tuple[Worker, Batch]]:
-        """One step of every worker; returns each with what it has learnt from.
+    def step(self) -> list[tuple[ClientSlot, Batch]]:
+        """Take one step of every client; return each with what it has learnt from.
 
         One whose loss is no longer a number has failed, and is finished. On a GPU, up to `READ_EVERY` steps later.
         """
-        workers = self.workers
-        batches = [take_batch(worker.job.blocks, worker.batches[worker.step]) for worker in workers]
-        rates = [worker.job.rate(worker.step, len(worker.batches)) for worker in workers]
-        mus = [worker.job.training.proximal_mu for worker in workers]
+        slots = self.slots
+        batches = [take_batch(slot.job.blocks, slot.batches[slot.step]) for slot in slots]
         sizes = [
-            worker.largest_batch if self._fixed_shapes else (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
-            for worker, batch in zip(workers, batches, strict=True)
+            slot.largest_batch if self._fixed_shapes else (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
+            for slot, batch in zip(slots, batches, strict=True)
         ]
-        inputs = StepInputs(
-            *(value.to(self._device, non_blocking=True) for value in self._collect(batches, sizes, rates, mus))
-        )
-        facts_3K = self._run(inputs, sizes)
+        collected = self._collect(batches, sizes)
+        # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
+        inputs = StepInputs(*(value.to(self._device, non_blocking=True) for value in collected))
+        run_step = self._prepare(sizes)
+        facts_3K = run_step(inputs)
         failpoint("training.stepped")
 
-        stepped = list(zip(workers, batches, strict=True))
+        stepped = list(zip(slots, batches, strict=True))
         self._unread.append((stepped, facts_3K))
-        for worker in workers:
-            worker.step += 1
+        for slot in slots:
+            slot.step += 1
+        # Reading waits until a GPU has done all that it was told: so not after every step.
         if self._device.type != "cuda" or len(self._unread) == READ_EVERY:
             self._read()
         return stepped
 
     def retire(self) -> Iterator[ClientResult]:
-        """Yield the updates, or the failures, of the workers that have finished, and close the ranks."""
-        if any(worker.finished for worker in self.workers):
+        """Yield the updates, or the failures, of the clients that have finished; the others close the ranks."""
+        if any(slot.finished for slot in self.slots):
             self._read()
-        slots = self._slots
-        for slot in reversed(range(len(self.workers))):
-            worker = self.workers[slot]
-            if not worker.finished:
+        # From the last to the first: a slot is filled from the end, where nobody who is finished is left then.
+        for place in reversed(range(len(self.slots))):
+            if not self.slots[place].finished:
                 continue
-            result = self._result(slot)
-            last = len(self.workers) - 1
-            slots.move(last, slot)
-            self._generators[slot].set_state(self._generators[last].get_state())
-            self.workers[slot] = self.workers[last]
-            self.workers.pop()
+            result = self._result(place)
+            last = len(self.slots) - 1
+            self._step.move(last, place)
+            self._generators[place].set_state(self._generators[last].get_state())
+            self.slots[place] = self.slots[last]
+            self.slots.pop()
             yield result
 
-    def _result(self, slot: int) -> ClientResult:
-        """What came of the worker in a slot."""
-        worker, slots = self.workers[slot], self._slots
-        job, weights_P = worker.job, slots.weights_KP[slot]
+    def _result(self, place: int) -> ClientResult:
+        """Return the update, or the failure, of the client in a slot."""
+        slot, step = self.slots[place], self._step
+        job, weights_P = slot.job, step.weights_KP[place]
         try:
-            if worker.error:
-                raise worker.error
-            report = worker.log.finish(drift=(weights_P - slots.start_KP[slot]).norm().item())
+            if slot.error:
+                raise slot.error
+            report = slot.log.finish(drift=(weights_P - step.start_KP[place]).norm().item())
         except TrainingError as error:
-            return ClientFailure(job.client, error, job.arm)
-        state = slots.optimizer.read(slot) if job.training.optimizer_state == "keep" else {}
-        return ClientUpdate(report, replace(job.adapter, weights_P=weights_P.to("cpu", copy=True)), state, job.arm)
+            return ClientFailure(job.client, error, job.trial)
+        state = step.optimizer.read(place) if job.training.optimizer_state == "keep" else {}
+        # A copy: the slot's next client writes over it.
+        return ClientUpdate(report, replace(job.adapter, weights_P=weights_P.to("cpu", copy=True)), state, job.trial)
 
-    def _run(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """The step itself: on a GPU recorded and launched whole, for as long as its shape stays."""
+    def _prepare(self, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
+        """Return the step for batches of these sizes: on a GPU recorded and launched whole while its shape stays."""
         count = len(sizes)
         dropout = ClientDropout(self._generators[:count], sizes)
         if len(self._sizes) != count:
-            self._slots.use_slots(count)
+            self._step.use_slots(count)
         if self._device.type != "cuda" or not self._training.cuda_graph or self._training.gradient_checkpointing:
             self._sizes = sizes
-            return self._slots(inputs, dropout)
+            return partial(self._step, dropout=dropout)
         if self._launch is None or self._sizes != sizes:
-            self._launch = StepGraph(partial(self._slots, dropout=dropout), self._generators[:count])
+            self._launch = StepGraph(partial(self._step, dropout=dropout), self._generators[:count])
             self._sizes = sizes
-        return self._launch(inputs)
+        return self._launch
 
     def _read(self) -> None:
-        """Write down what the steps since the last look were."""
+        """Write down the steps since the last look."""
         unread, self._unread = self._unread, []
         for stepped, facts_3K in unread:
-            for (worker, batch), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
-                if worker.error is None:
+            for (slot, batch), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
+                if slot.error is None:
                     try:
-                        worker.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
+                        slot.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
                     except TrainingError as error:
-                        worker.error = error
+                        slot.error = error
 
-    def _collect(
-        self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]], rates: list[float], mus: list[float]
-    ) -> StepInputs:
-        """All clients' batches as one step's inputs, still in the memory of the processor."""
+    def _collect(self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> StepInputs:
+        """Return all clients' batches as one step's inputs, still in the memory of the processor."""
+        rates = [slot.job.rate(slot.step, len(slot.batches)) for slot in self.slots]
+        mus = [slot.job.training.proximal_mu for slot in self.slots]
         tokens_KBT, labels_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
-        shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._slots.weights_KP.dtype)
+        shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._step.weights_KP.dtype)
         rows = counted_KM.flatten().nonzero()[:, 0]
         if self._fixed_shapes:
             rows = torch.arange(counted_KM.numel())

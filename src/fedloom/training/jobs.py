@@ -41,7 +41,7 @@ class ClientTask:
     seed: int
     trains_P: Tensor | None = None
     """True where the adapter may change; None is everywhere."""
-    arm: int = 0
+    trial: int = 0
     """Of several runs that train together, which one asks."""
 
     @property
@@ -115,7 +115,7 @@ class ClientUpdate:
     report: ClientReport
     adapter: Adapter
     optimizer_state: OptimizerState
-    arm: int = 0
+    trial: int = 0
 
     @property
     def client(self) -> int:
@@ -129,7 +129,7 @@ class ClientFailure:
 
     client: int
     error: TrainingError
-    arm: int = 0
+    trial: int = 0
 
 
 ClientResult = ClientUpdate | ClientFailure

@@ -100,6 +100,38 @@ def predict_step(
     return StepMemory(base_bytes, at_few - few * client_bytes, client_bytes)
 
 
+CERTAIN_TIMES = 4
+"""Times the rough count below that must be free for a step to be certain to fit (a test holds it to the trace)."""
+
+
+def leaves_no_doubt(
+    adapted: AdaptedModel, training: Training, *, clients: int, length: int, device: torch.device, free: int
+) -> bool:
+    """Return whether so many clients train at once in memory that is free, without tracing a step.
+
+    Activations are counted roughly, 4 bytes each: 34 H + 5 A T of a token in a layer with H features and A heads
+    (Korthikanti et al. 2022, arXiv 2205.05198, section 4), with the width of the MLP where it is wider than 4 H, and
+    four copies of the logits. A model whose configuration does not say these leaves a doubt.
+    """
+    config = adapted.base.config.get_text_config()
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    features, heads, layers, vocabulary = (getattr(config, name, None) for name in names)
+    if not (isinstance(features, int) and isinstance(heads, int) and isinstance(layers, int)):
+        return False
+    if not isinstance(vocabulary, int):
+        return False
+    wide = max(4 * features, getattr(config, "intermediate_size", None) or 0)
+    tokens = clients * training.batch_size * length
+    activations = 4 * tokens * (layers * (26 * features + 2 * wide + 5 * heads * length) + 4 * vocabulary)
+    # Weights, gradient, start, mask and two moments of each client's adapter, in float32, and some in float64.
+    adapters = 40 * clients * adapted.layout.size
+    base: int = sum(value.numel() * value.element_size() for value in {*adapted.model.parameters()})
+    needed = CERTAIN_TIMES * (activations + adapters)
+    if device.type == "cpu" and needed > WORTHWHILE_ON_CPU:
+        return False  # fewer at once may be faster, and the trace says how many
+    return base + needed <= SHARE_OF_FREE * free
+
+
 def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device) -> int:
     """The most bytes that a step has alive beside the base model; `adapted` is on the meta device, and is used up."""
     with FakeTensorMode(allow_non_fake_inputs=True):

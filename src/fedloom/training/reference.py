@@ -5,7 +5,7 @@ Slow, and the oracle of any faster engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
-from fedloom.progress import Progress, Watch, ignore
+from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (
     SHORT,
@@ -23,7 +23,6 @@ from fedloom.training.jobs import (
     ClientResult,
     ClientUpdate,
     OptimizerState,
-    TrainClients,
     WorkLog,
     is_shortage,
     too_large,
@@ -37,23 +36,26 @@ from fedloom.training.objective import (
 )
 
 
-def build_reference_engine(
-    adapted: AdaptedModel, watch: Watch = ignore, lowered: Callable[[int], object] = int
-) -> TrainClients:
-    """An engine bound to a model; there is never more than one client at once, so that `lowered` is told nothing."""
+class ReferenceEngine:
+    """The engine `reference`, bound to a model: one client after another, so that memory holds one at a time."""
 
-    def train_clients(jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+    lowered_to: int | None = None
+    """Always None: there is never more than one client at once."""
+
+    def __init__(self, adapted: AdaptedModel, watch: Watch = ignore, say: Say = say_nothing) -> None:
+        self._adapted, self._watch = adapted, watch
+
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        """Carry out every job; yield each result when it is there."""
         for job in jobs:
             try:
-                yield train_client(adapted, job, watch)
+                yield train_client(self._adapted, job, self._watch)
             except TrainingError as error:
-                yield ClientFailure(job.client, error, job.arm)
+                yield ClientFailure(job.client, error, job.trial)
             except SHORT as error:
                 if not is_shortage(error):
                     raise
-                yield ClientFailure(job.client, too_large(job, error), job.arm)
-
-    return train_clients
+                yield ClientFailure(job.client, too_large(job, error), job.trial)
 
 
 def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -> ClientUpdate:
@@ -100,7 +102,7 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     report = log.finish(drift=(weights_P - global_P).norm().item())
     state = _state_of(optimizer) if training.optimizer_state == "keep" else {}
     update = replace(job.adapter, weights_P=adapted.lend().weights_P)
-    return ClientUpdate(report, update, state, job.arm)
+    return ClientUpdate(report, update, state, job.trial)
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:

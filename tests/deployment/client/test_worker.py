@@ -15,10 +15,11 @@ from fedloom.deployment.client.worker import Worker, say
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_task, unpack_facts
 from fedloom.errors import DataError
-from fedloom.experiment.preparation import load_adapted_model, prepare
+from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.preparation import prepare
 from fedloom.host import failpoints
 from fedloom.model.source import open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.training.jobs import ClientTask
 
 RECIPE = make_recipe(training={"engine": "reference"}, model={"dtype": "float32"})
@@ -153,8 +154,8 @@ def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pyt
 
 
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
-    clients = prepare(RECIPE, Display()).clients
-    for folder, expected in zip(write_splits(RECIPE, tmp_path / "split", Display()), clients, strict=True):
+    clients = prepare(RECIPE, Observer()).clients
+    for folder, expected in zip(write_splits(RECIPE, tmp_path / "split", Observer()), clients, strict=True):
         _, _, found, _ = gather_client(RECIPE, folder)
         for ours, theirs in ((found.train, expected.train), (found.holdout, expected.holdout)):
             assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()

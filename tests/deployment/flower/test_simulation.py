@@ -16,8 +16,8 @@ from fedloom.deployment.flower import apps
 from fedloom.deployment.processes import Child, private_folder, programs_environment
 from fedloom.deployment.server.serving import Host
 from fedloom.deployment.server.superlink import SuperLink
-from fedloom.experiment.run import Venue, run
-from fedloom.monitoring.display import Display
+from fedloom.experiment.run import run
+from fedloom.monitoring.observer import Observer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SIMULATION = """\
@@ -62,7 +62,7 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
             stack.callback(worker.end)
         link = stack.enter_context(closing(Simulation(folder, 0, None)))
         host = Host(link, 200.0)
-        simulated = run(asked, tmp_path / "simulated", Display(), venue=Venue(host.prepare, host.open_fleet, ""))
+        simulated = run(asked, tmp_path / "simulated", Observer(), clients=host)
     assert [record["adapter_sha256"] for record in simulated.rounds] == [
         record["adapter_sha256"] for record in local.rounds
     ]

@@ -25,7 +25,7 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.grid.http_grid import HttpGrid
-from support.tiny import make_adapted, make_recipe, make_update
+from support.tiny import make_adapted, make_recipe, make_update, run_of
 
 from fedloom.deployment.flower import apps
 from fedloom.deployment.frames import MOST_MANIFEST_BYTES, Frame
@@ -36,7 +36,7 @@ from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import read_answer
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import LORA_RULES
-from fedloom.federation.rounds import FederatedRun, RoundResult, run_rounds
+from fedloom.federation.rounds import RoundResult, run_rounds
 
 HOSTILE = 2
 """Of the clients 0, 1 and 2."""
@@ -221,9 +221,7 @@ def run_with(
     )
     fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe, range(3), Path(gettempdir()))
     aggregate = LORA_RULES["factors"](recipe.federation)
-    run = FederatedRun(
-        recipe, fleet, aggregate, lambda a: Score(1.0, 0, 1), make_adapted().read(), holdings=fleet.holdings
-    )
+    run = run_of(recipe, fleet, aggregate, lambda a: Score(1.0, 0, 1), make_adapted().read(), sizes=fleet.sizes)
     return [*run_rounds(run, fleet)], said
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from support.tiny import make_adapted, make_recipe, make_update
+from support.tiny import make_adapted, make_recipe, make_update, run_of
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
@@ -35,7 +35,7 @@ def open_run(on_quorum_lost: str) -> FederatedRun:
     section = {"on_quorum_lost": on_quorum_lost, "strategy": {"kind": "fedavgm"}}
     recipe, fleet = make_recipe(federation=section), LosesTheFirstRound()
     aggregate = LORA_RULES["factors"](recipe.federation)
-    return FederatedRun(recipe, fleet, aggregate, lambda adapter: Score(1.0, 0, 1), make_adapted().read())
+    return run_of(recipe, fleet, aggregate, lambda adapter: Score(1.0, 0, 1), make_adapted().read())
 
 
 def test_a_round_that_is_skipped_leaves_the_adapter_and_the_strategy_as_they_were() -> None:

@@ -16,9 +16,10 @@ from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.errors import DataError
-from fedloom.experiment.preparation import gather, tokenize_for
+from fedloom.experiment.building import tokenize_for
+from fedloom.experiment.preparation import gather
 from fedloom.model.source import ModelSource, open_model
-from fedloom.monitoring.display import Display
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
 
@@ -57,7 +58,7 @@ def _split(recipe: Recipe, path: Path) -> ClientDocuments:
     return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
 
 
-def write_splits(recipe: Recipe, folder: Path, display: Display) -> list[Path]:
+def write_splits(recipe: Recipe, folder: Path, display: Observer) -> list[Path]:
     """Write what each client of a run on this machine holds as a folder that `fedloom join --data` takes as it stands.
 
     Documents that the run would not train on, because a part of them is held out elsewhere, are left out: a client

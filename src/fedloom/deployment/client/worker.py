@@ -25,7 +25,7 @@ from fedloom.deployment.frames import Frame, receive_frame, send_frame
 from fedloom.deployment.messages import pack_score, pack_update, unpack_adapter, unpack_task
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
-from fedloom.experiment.preparation import load_adapted_model
+from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.session import hash_base, tensors_of
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
@@ -44,7 +44,8 @@ class Bench:
         self._recipe = recipe
         say("model", source.name)
         self._adapted = load_adapted_model(recipe, source)
-        self._train_clients = ENGINES[choose_engine(recipe)](self._adapted, self._note)
+        engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
+        self._engine = ENGINES[engine](self._adapted, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
         self.facts: dict[str, Any] = {
@@ -97,7 +98,7 @@ class Bench:
         before = self._score(task.adapter) if judge else None
         say(f"round {task.round}", "training")
         job = ClientJob(**vars(task), blocks=self._blocks.train)
-        (result,) = self._train_clients([job])
+        (result,) = self._engine.train([job])
         if isinstance(result, ClientFailure):
             raise result.error
         report = result.report

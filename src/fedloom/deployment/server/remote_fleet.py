@@ -18,7 +18,7 @@ from fedloom.deployment.messages import pack_adapter, pack_task, unpack_progress
 from fedloom.deployment.server.exchange import Exchange
 from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.admission import Holding
+from fedloom.federation.admission import ClientSize
 from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
@@ -71,7 +71,7 @@ class RemoteFleet:
     names: Sequence[str]
     """Client numbers are places in it."""
     recipe: Recipe
-    judges: Collection[int]
+    scored_clients: Collection[int]
     folder: Path
     """Where answers lie until their turn comes."""
     watch: Watch = ignore
@@ -85,10 +85,10 @@ class RemoteFleet:
         self._missing: set[str] = set()
 
     @property
-    def holdings(self) -> dict[int, Holding]:
+    def sizes(self) -> dict[int, ClientSize]:
         """What each client said that it has, when it enrolled."""
         facts = {client: self.exchange.facts[self.names[client]] for client in self.clients}
-        return {client: Holding(fact["blocks"], fact["tokens"]) for client, fact in facts.items()}
+        return {client: ClientSize(fact["blocks"], fact["tokens"]) for client, fact in facts.items()}
 
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         self.scores = scores
@@ -121,7 +121,7 @@ class RemoteFleet:
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         packed = pack_adapter(adapter)
         frame = replace(packed, manifest={**packed.manifest, "do": "evaluate"})
-        numbers = {self.names[client]: client for client in self.judges}
+        numbers = {self.names[client]: client for client in self.scored_clients}
         scores = {}
         for name, found in self.exchange.ask(dict.fromkeys(numbers, frame), self._missing):
             self._note(name, found)

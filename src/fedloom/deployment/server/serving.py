@@ -1,8 +1,7 @@
-"""`fedloom serve`: a run whose clients are other machines. All but the fleet and the plan is as in `fedloom run`."""
+"""`fedloom serve`: a run whose clients are other machines. All but the clients is as in `fedloom run`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -18,19 +17,18 @@ from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, RecipeError
-from fedloom.experiment.preparation import Prepared, build_shape, check_length, choose_judges, dtype_of, tokenize_for
-from fedloom.experiment.run import Venue, run
-from fedloom.experiment.session import Workshop, hash_base
-from fedloom.federation.aggregation import check_strategy
-from fedloom.federation.fleet import LoyalFleet
-from fedloom.federation.schedule import cohort_size
+from fedloom.experiment.building import tokenize_for
+from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients
+from fedloom.experiment.run import run
+from fedloom.experiment.session import Session, hash_base
+from fedloom.experiment.watchers import Watchers
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
-from fedloom.monitoring.display import Display, Terminal
+from fedloom.monitoring.display import Terminal
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
-from fedloom.training.engines import choose_engine
 
 WAIT_SECONDS = 600.0
 
@@ -38,7 +36,7 @@ WAIT_SECONDS = 600.0
 def serve(
     recipe: Recipe,
     out: Path | None = None,
-    display: Display | None = None,
+    display: Observer | None = None,
     *,
     resume: bool = False,
     port: int = 0,
@@ -61,9 +59,7 @@ def serve(
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder, display.show_step))
         link = stack.enter_context(closing(SuperLink(folder, port, security, display.show_step)))
-        host = Host(link, wait_seconds)
-        venue = Venue(host.prepare, host.open_fleet, "fedloom serve")
-        return run(recipe, out, display, resume=resume, venue=venue)
+        return run(recipe, out, display, resume=resume, clients=RemoteClients(link, wait_seconds))
 
 
 def check_deployable(recipe: Recipe) -> None:
@@ -82,103 +78,100 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
 
 
-class Host:
-    """Opens the link when the run is prepared, and knows who came."""
+class RemoteClients:
+    """Clients on other machines. The link to them is opened when the run is prepared."""
+
+    command = "fedloom serve"
 
     def __init__(self, link: SuperLink, wait_seconds: float) -> None:
         self._link, self._wait_seconds = link, wait_seconds
         self._names: list[str] = []
         self._exchange: Exchange | None = None
 
-    def prepare(self, recipe: Recipe, display: Display, check: Callable[[], None]) -> Prepared:
-        """The server's own hold-out, and what the clients tell of theirs.
+    def prepare(self, recipe: Recipe, watchers: Watchers) -> Prepared:
+        """Gather the server's own hold-out, wait for the clients, and plan with what they tell of theirs.
 
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
-        source = open_model(recipe.model.source, recipe.model.revision, say=partial(display.show_step, "model"))
+        source = open_model(recipe.model.source, recipe.model.revision, say=partial(watchers.show_step, "model"))
         device = choose_device(recipe.model.device)
         found, central = gather_central(recipe, source)
-        shape = build_shape(recipe, source, dtype_of(recipe, device))
-        check_length(recipe.data.max_length, source, shape)
-        display.show_step("server", "starting Flower's SuperLink")
-        self._link.watch(check)
+        setup = check(recipe, source, device)
+        watchers.show_step("server", "starting Flower's SuperLink")
+        self._link.watch(watchers.check)
         self._link.open()
-        self._exchange = Exchange(self._link, recipe, display.show_step, display.show_clients)
-        display.show_step("waiting", f"for {recipe.data.clients} clients")
+        self._exchange = Exchange(self._link, recipe, watchers.show_step, watchers.show_clients)
+        watchers.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
         facts = [self._exchange.facts[name] for name in self._names]
-        judges = choose_judges([fact["holdout_blocks"] for fact in facts], recipe)
-        if not len(central) and not judges:
+        scored = choose_scored_clients([fact["holdout_blocks"] for fact in facts], recipe)
+        if not len(central) and not scored:
             raise RecipeError("nothing is held out, so no adapter can be judged", where="data.central_holdout")
-        per_round = cohort_size(sum(1 for fact in facts if fact["blocks"]), recipe.federation)
-        check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
-        plan = Plan(
-            name=recipe.name,
+        plan = Plan.of(
+            recipe.name,
+            recipe.training,
+            recipe.federation,
             model=source.name,
             model_revision=source.revision,
-            dtype=dtype_of(recipe, device),
+            dtype=setup.dtype,
             device=str(device),
-            engine=choose_engine(recipe),
-            parameters=shape.num_parameters,
-            trainable_parameters=shape.layout.size,
+            engine=setup.engine,
+            parameters=setup.shape.num_parameters,
+            trainable_parameters=setup.shape.layout.size,
+            payload_bytes=setup.payload_bytes,
             data=f"{', '.join(self._names)}: each its own",
             data_revision="unknown",
             documents=len(found.documents) + sum(fact["train_documents"] + fact["holdout_documents"] for fact in facts),
             skipped=dict(found.skipped),
-            judged_tokens=sum(facts[judge]["holdout_tokens"] for judge in judges),
             central_documents=len(found.documents),
             central_tokens=central.num_tokens,
-            clients=tuple(_plan_client(fact, recipe) for fact in facts),
+            clients=[_plan_client(fact, recipe) for fact in facts],
+            scored_clients=scored,
             left_out=(),
-            clients_per_round=per_round,
+            clients_per_round=check_cohort(recipe, sum(1 for fact in facts if fact["blocks"])),
             clients_at_once=1,
             clients_that_fit=None,
             peak_bytes=None,
             audit=_join_audits(facts, len(found.documents), recipe),
             shared_blocks=sum(fact["shared_blocks"] for fact in facts),
             duplicates=recipe.data.duplicates,
-            rounds=recipe.federation.rounds,
-            epochs=recipe.training.epochs,
-            proximal_mu=recipe.training.proximal_mu,
-            payload_bytes=shape.weights_P.numel() * shape.weights_P.element_size(),
         )
         told = tuple(fact["documents"] for fact in facts)
-        return Prepared(source, device, central, (), plan, 1, told)
+        return Prepared(source, device, central, (), scored, plan, 1, told)
 
-    def open_fleet(self, recipe: Recipe, prepared: Prepared, workshop: Workshop, folder: Path) -> LoyalFleet:
-        """The clients that came.
+    def open_fleet(self, recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> RemoteFleet:
+        """Return the fleet of the clients that came.
 
         Raises:
             DeploymentError: one has another base model.
         """
         assert self._exchange is not None, "a fleet before its clients came"
-        facts, base = self._exchange.facts, hash_base(workshop.adapted)
+        facts, base = self._exchange.facts, hash_base(session.adapted)
         if others := [name for name in self._names if facts[name]["base"] != base]:
             raise DeploymentError(
                 f"{', '.join(others)} loaded another base model than the server",
                 where="model.source",
                 mend='give all the same files, the same versions of packages and model.dtype = "float32"',
             )
-        judges = choose_judges([facts[name]["holdout_blocks"] for name in self._names], recipe)
-        return RemoteFleet(self._exchange, self._names, recipe, judges, folder, workshop.telemetry.watch)
+        watch = session.watch
+        return RemoteFleet(self._exchange, self._names, recipe, prepared.scored_clients, folder, watch)
 
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
-    """The server's own hold-out: the first documents of its source, none where the recipe asks for none."""
+    """Load the server's own hold-out: the first documents of its source, none where the recipe asks for none."""
     wanted = recipe.data.central_holdout
     found = load_documents(recipe.data, recipe.seed, wanted) if wanted else Documents((), {}, "none", "unknown")
     return found, tokenize_for(source, recipe, found.documents)
 
 
 def _plan_client(fact: Any, recipe: Recipe) -> ClientPlan:
-    steps = recipe.training.epochs * -(-fact["blocks"] // recipe.training.batch_size)
     keys = ("train_documents", "holdout_documents", "blocks", "tokens", "holdout_tokens")
-    return ClientPlan(**{key: int(fact[key]) for key in keys}, steps=steps)
+    return ClientPlan.of(recipe.training, **{key: int(fact[key]) for key in keys})
 
 
 def _join_audits(facts: list[Any], central: int, recipe: Recipe) -> Audit:
-    """What each client found within its own documents; between clients nobody can look."""
+    """Add up what each client found within its own documents; between clients nobody can look."""
     return Audit(
         central=central,
         train=sum(fact["train_documents"] + fact["dropped"] for fact in facts),

@@ -1,0 +1,80 @@
+"""Builds the model of a recipe: its shape without values, or the base model with the adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import build_config
+from fedloom.data.documents import Document
+from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
+from fedloom.model.loading import build_meta_model, choose_device, choose_dtype, load_model
+from fedloom.model.source import ModelSource
+from fedloom.recipe.methods import METHODS
+from fedloom.recipe.recipe import Recipe
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> str:
+    """Return the base model's dtype: the recipe's choice, or the device's, or what the method can be trained in."""
+    if recipe.model.dtype == "auto" and METHODS[recipe.adapter.method].float32_base:
+        return "float32"
+    return choose_dtype(recipe.model.dtype, device)
+
+
+def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
+    """Return the adapted model without its values, and where PEFT can do with it without memory for them."""
+    base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
+    if METHODS[recipe.adapter.method].needs_values:
+        base = base.to_empty(device="cpu")
+        for value in base.state_dict().values():
+            value.zero_()
+    return adapt(base, recipe, source)
+
+
+def load_adapted_model(recipe: Recipe, source: ModelSource) -> AdaptedModel:
+    """Load the base model, once, with the adapter that every client starts from."""
+    return adapt(load_base(recipe, source), recipe, source)
+
+
+def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
+    """Load the base model as the recipe wants it."""
+    device = choose_device(recipe.model.device)
+    return load_model(
+        source,
+        dtype=dtype_of(recipe, device),
+        device=device,
+        attention=_attention(recipe),
+        quantization=recipe.model.quantization,
+    )
+
+
+def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> AdaptedModel:
+    """Put the recipe's adapter on a base model."""
+    rule = recipe.federation.lora_rule
+    return AdaptedModel(
+        base,
+        build_config(recipe.adapter, base),
+        recipe.seed,
+        freeze_a=rule == "ffa",
+        residuals=rule == "fedex",
+        tokenizer=source.tokenizer,
+    )
+
+
+def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Document]) -> TokenBlocks:
+    """Return documents as a base model sees them.
+
+    Raises:
+        DataError: the tokenizer is not the model's.
+    """
+    blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
+    check_vocabulary(blocks, source.vocabulary_size)
+    return blocks
+
+
+def _attention(recipe: Recipe) -> str | None:
+    """Choose `sdpa` where a prefix makes keys more than queries: attention without masks takes that for a cache."""
+    return "sdpa" if recipe.adapter.method == "prefix_tuning" else None

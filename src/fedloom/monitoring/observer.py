@@ -1,0 +1,119 @@
+"""Observers of a run: people, files, trackers. They are told what happens, and can end a run after a round.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedloom.progress import Progress
+
+if TYPE_CHECKING:
+    from fedloom.records.plan import Plan
+    from fedloom.records.run import RoundRecord, Run
+
+
+class Observer:
+    """Someone who is told of a run while it works. This one does nothing: override what is wanted.
+
+    What a method raises ends the run: an observer that the run can do without handles its own errors.
+    """
+
+    def show_step(self, what: str, detail: str) -> None:
+        """Hear what is done now, outside of training: a word, and what there is to say of it."""
+
+    def show_plan(self, plan: Plan) -> None:
+        """Hear what the run will load and need."""
+
+    def show_folder(self, folder: Path) -> None:
+        """Hear that the rounds begin, and in which run directory."""
+
+    def watch(self, progress: Progress) -> None:
+        """Hear of one optimizer step, or of one evaluated batch. It is called often, in the middle of training."""
+
+    def show_round(self, record: RoundRecord) -> None:
+        """Hear of a complete round, which is on record and can't be lost any more."""
+
+    def stop_after(self, record: RoundRecord) -> str | None:
+        """Return why the run should end after this round, or None.
+
+        A run that was stopped and goes on asks first about the rounds that it has, in their order.
+        """
+        return None
+
+    def show_clients(self, phases: Mapping[str, str]) -> None:
+        """Hear what each client of a deployment is doing, by name."""
+
+    def show_end(self, run: Run, report: Path) -> None:
+        """Hear that the run is done."""
+
+    def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
+        """Hear which runs of a sweep train together now."""
+
+    def show_trial(self, name: str, record: RoundRecord) -> None:
+        """Hear of a complete round of one of them."""
+
+    def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
+        """Hear how the runs of a sweep did, the best first: name, best and last loss, best round."""
+
+    def close(self) -> None:
+        """Hear that nothing more comes, however the run ended."""
+
+
+class Observers(Observer):
+    """Several observers as one: each is told everything, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def show_step(self, what: str, detail: str) -> None:
+        for observer in self._observers:
+            observer.show_step(what, detail)
+
+    def show_plan(self, plan: Plan) -> None:
+        for observer in self._observers:
+            observer.show_plan(plan)
+
+    def show_folder(self, folder: Path) -> None:
+        for observer in self._observers:
+            observer.show_folder(folder)
+
+    def watch(self, progress: Progress) -> None:
+        for observer in self._observers:
+            observer.watch(progress)
+
+    def show_round(self, record: RoundRecord) -> None:
+        for observer in self._observers:
+            observer.show_round(record)
+
+    def stop_after(self, record: RoundRecord) -> str | None:
+        """Return the first reason that an observer has to end the run."""
+        reasons = [observer.stop_after(record) for observer in self._observers]
+        return next(filter(None, reasons), None)
+
+    def show_clients(self, phases: Mapping[str, str]) -> None:
+        for observer in self._observers:
+            observer.show_clients(phases)
+
+    def show_end(self, run: Run, report: Path) -> None:
+        for observer in self._observers:
+            observer.show_end(run, report)
+
+    def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
+        for observer in self._observers:
+            observer.show_pass(names, plans)
+
+    def show_trial(self, name: str, record: RoundRecord) -> None:
+        for observer in self._observers:
+            observer.show_trial(name, record)
+
+    def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
+        for observer in self._observers:
+            observer.show_sweep_end(ranked, folder)
+
+    def close(self) -> None:
+        for observer in reversed(self._observers):
+            observer.close()
