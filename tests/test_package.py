@@ -33,7 +33,7 @@ def test_the_wheel_runs_from_elsewhere(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "dist").glob("fedloom-*.whl")
     held = zipfile.ZipFile(wheel).namelist()
     assert {f"fedloom/recipe/shipped/{name}.toml" for name in shipped_recipes()} <= set(held)
-    assert "fedloom/py.typed" in held
+    assert {"fedloom/recipe/shipped/recipe.schema.json", "fedloom/py.typed"} <= set(held)
     assert any(name.endswith("licenses/LICENSE") for name in held)
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True)
 

@@ -325,6 +325,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON Schema that editors complete and check recipes by: save it as recipe.schema.json beside yours."""
+    from fedloom.recipe.schema import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine has, and what is missing."""
     from fedloom.host.machine import examine

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
 
-from fedloom.recipe.methods import check_choice, check_method
+from fedloom.recipe.methods import METHODS, check_choice, check_method
 
 
 def _to_names(value: object) -> object:
@@ -15,7 +25,7 @@ def _to_names(value: object) -> object:
     return tuple(value)
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_to_names)]
+Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_to_names)]
 
 
 def _to_ranks(value: object) -> object:
@@ -50,10 +60,13 @@ class Model(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 
 
+FEDERATED_METHODS = [name for name, method in METHODS.items() if not method.refused]
+
+
 class Adapter(Section):
     """The weights that are trained and exchanged."""
 
-    method: Annotated[str, AfterValidator(check_method)] = Field(
+    method: Annotated[str, AfterValidator(check_method), WithJsonSchema({"enum": FEDERATED_METHODS})] = Field(
         "lora", description="a PEFT method by its name, or `full`; the README has a table of them"
     )
     rank: int = Field(16, ge=1, le=4096, description="LoRA r; of another method, PEFT's default if left out")
@@ -278,7 +291,7 @@ class Federation(Section):
     lora_rule: Literal["factors", "ffa", "rolora", "svd", "fedex"] = Field(
         "factors", description="how LoRA's A and B are averaged; the README's table tells them apart"
     )
-    client_ranks: Annotated[tuple[int, ...], BeforeValidator(_to_ranks)] | None = Field(
+    client_ranks: Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_ranks)] | None = Field(
         None, description='a LoRA rank for each client, none above `adapter.rank`; with `lora_rule = "svd"`'
     )
     strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
