@@ -82,17 +82,17 @@ def escape(text: str) -> str:
 
 def describe_rooms() -> str:
     """Return the rooms from the ground up, each with what its docstring begins with, as a Markdown table."""
-    lines = ["| floor | room | what it is for |", "|---|---|---|"]
+    lines = ["| room | floor | what it is for |", "|---|---|---|"]
     for floor, rooms in enumerate(read_layers("LAYERS"), start=1):
-        lines += [f"| {floor} | `{room}` | {escape(first_words(SOURCE, room))} |" for room in rooms]
+        lines += [f"| `{room}` | {floor} | {escape(first_words(SOURCE, room))} |" for room in rooms]
     return "\n".join(lines) + "\n"
 
 
 def describe_deployment() -> str:
     """Return the floors inside `deployment`, likewise."""
-    lines = ["| floor | inside `deployment` | what it is for |", "|---|---|---|"]
+    lines = ["| inside `deployment` | floor | what it is for |", "|---|---|---|"]
     for floor, rooms in enumerate(read_layers("DEPLOYMENT"), start=1):
-        lines += [f"| {floor} | `{room}` | {escape(first_words(SOURCE / 'deployment', room))} |" for room in rooms]
+        lines += [f"| `{room}` | {floor} | {escape(first_words(SOURCE / 'deployment', room))} |" for room in rooms]
     return "\n".join(lines) + "\n"
 
 
