@@ -1,5 +1,7 @@
 # make run     fine-tune a real model on real files, federated: the recipe quickstart
 # make test    format, lint, types and tests, as CI runs them
+# make pages   write what the pages say of the code (a test says when they are out of date)
+# make docs    the pages as a site, into build/site; a link that leads nowhere fails it
 # make soak    faults and deployments at length: a thousand kills at random instants, processes killed and resumed
 # make bench   the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up, what Flower costs: an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
@@ -7,7 +9,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test soak bench install clean
+.PHONY: run test pages docs soak bench install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
@@ -17,6 +19,14 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2
+
+pages: install
+	$(BIN)/python scripts/write_pages.py
+
+docs: install
+	$(BIN)/python scripts/write_pages.py --check
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python scripts/build_site.py
 
 soak: install
 	FEDLOOM_RANDOM_KILLS=1000 $(BIN)/pytest -q -n 2 --timeout 3600 tests/faults
@@ -38,4 +48,4 @@ $(VENV)/installed: pyproject.toml constraints.txt scripts/install
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build .cache .pytest_cache .mypy_cache .ruff_cache

@@ -221,7 +221,7 @@ def describe_methods() -> str:
     rows = [
         f"| `{name}` | {method.what}{f'; refused: {method.refused}' if method.refused else ''} |"
         f" {method.paper and f'arXiv {method.paper}'} |"
-        f" {'`src/fedloom/adapters/adapter.py`' if name == 'full' else f'`peft/tuners/{name}`'} |"
+        f" {'`src/fedloom/adapters/adapted_model.py`' if name == 'full' else f'`peft/tuners/{name}`'} |"
         for name, method in METHODS.items()
     ]
     return "\n".join(["| method | what is trained | paper | code |", "|---|---|---|---|", *rows]) + "\n"

@@ -1,0 +1,157 @@
+"""Write what the pages say of the code: the recipe's keys, methods, strategies, commands and rooms.
+
+Each such part stands in a page between `<!-- generated: NAME -->` and `<!-- end of NAME -->`, is made from the code by
+a function here, and is never written by hand. `scripts/write_pages.py --check` writes nothing, and exits with 1 where
+a page is out of date.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedloom.cli import app
+from fedloom.federation.aggregation import describe_strategies
+from fedloom.federation.lora_rules import describe_lora_rules
+from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
+from fedloom.recipe.methods import describe_methods
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "fedloom"
+STRUCTURE = ROOT / "tests" / "test_structure.py"
+
+
+def describe_recipes() -> str:
+    """Return the recipes that ship, each with its own description, as a Markdown table; those for a GPU last."""
+    told = {name: escape(load_recipe(name).description) for name in shipped_recipes()}
+    rows = [f"| `{name}` | {told[name]} |" for name in sorted(told, key=lambda name: "for a GPU" in told[name])]
+    return "\n".join(["| recipe | what it is |", "|---|---|", *rows]) + "\n"
+
+
+def describe_commands() -> str:
+    """Return every command with its arguments and options, as the command line itself knows them."""
+    commands = list(list_commands(typer.main.get_command(app), "fedloom"))
+    lines = ["| command | what it does |", "|---|---|"]
+    lines += [f"| [`{name}`](#{name.replace(' ', '-')}) | {escape(command.help)} |" for name, command in commands]
+    for name, command in commands:
+        lines += ["", f"## {name}", "", escape(command.help), "", "```", " ".join([name, *map(usage, command.params)])]
+        lines += ["```"]
+        told = [(option, option.help) for option in command.params if option.help]
+        if told:
+            lines += ["", "| argument or option | meaning |", "|---|---|"]
+            lines += [f"| `{label(option)}` | {escape(words)}{default(option)} |" for option, words in told]
+    return "\n".join(lines) + "\n"
+
+
+def list_commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield each command by its full name, those of groups too."""
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from list_commands(command, f"{name} {word}")
+        else:
+            yield f"{name} {word}", command
+
+
+def label(option: Any) -> str:
+    """Return an argument's placeholder, or an option as it is typed, with a word for its value."""
+    if not option.opts[0].startswith("-"):
+        return str(option.metavar or f"[{option.name.upper()}]" if not option.required else option.make_metavar(None))
+    return option.opts[0] if option.is_flag else f"{option.opts[0]} {option.name.upper()}"
+
+
+def usage(option: Any) -> str:
+    """Return an argument or option as the usage line shows it: in brackets where it may be left out."""
+    shown = label(option)
+    return shown if option.required or shown.startswith("[") else f"[{shown}]"
+
+
+def default(option: Any) -> str:
+    """Return what an option is where it is left out, if it is anything."""
+    return "" if option.default in (None, False) or option.is_flag else f" Left out: `{option.default}`."
+
+
+def escape(text: str) -> str:
+    """Return text that stands in one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def describe_rooms() -> str:
+    """Return the rooms from the ground up, each with what its docstring begins with, as a Markdown table."""
+    lines = ["| room | floor | what it is for |", "|---|---|---|"]
+    for floor, rooms in enumerate(read_layers("LAYERS"), start=1):
+        lines += [f"| `{room}` | {floor} | {escape(first_words(SOURCE, room))} |" for room in rooms]
+    return "\n".join(lines) + "\n"
+
+
+def describe_deployment() -> str:
+    """Return the floors inside `deployment`, likewise."""
+    lines = ["| inside `deployment` | floor | what it is for |", "|---|---|---|"]
+    for floor, rooms in enumerate(read_layers("DEPLOYMENT"), start=1):
+        lines += [f"| `{room}` | {floor} | {escape(first_words(SOURCE / 'deployment', room))} |" for room in rooms]
+    return "\n".join(lines) + "\n"
+
+
+def read_layers(name: str) -> tuple[tuple[str, ...], ...]:
+    """Return the floors that `tests/test_structure.py` holds the package to."""
+    for node in ast.parse(STRUCTURE.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
+            layers: tuple[tuple[str, ...], ...] = ast.literal_eval(node.value)
+            return layers
+    raise LookupError(f"{STRUCTURE} has no {name}")
+
+
+def first_words(folder: Path, room: str) -> str:
+    """Return the first paragraph of a package's or a module's docstring."""
+    path = folder / room / "__init__.py" if (folder / room).is_dir() else folder / f"{room}.py"
+    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return told.partition("\n\n")[0]
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/recipe.md": {"recipes": describe_recipes, "keys": describe_keys},
+    "docs/methods.md": {"methods": describe_methods},
+    "docs/strategies.md": {"strategies": describe_strategies, "lora rules": describe_lora_rules},
+    "docs/commands.md": {"commands": describe_commands},
+    "docs/architecture.md": {"rooms": describe_rooms, "deployment": describe_deployment},
+}
+"""Page -> the parts of it that are generated, by name."""
+
+
+def renew(page: str) -> str:
+    """Return a page's text with its generated parts as the code has them now.
+
+    Raises:
+        LookupError: the page has no place for one of them.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, describe in PARTS[page].items():
+        begin, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->\n"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise LookupError(f"{page} has no place for {name}: {begin.strip()} … {end.strip()}")
+        text = f"{before}{begin}\n{describe().strip()}\n\n{end}{after}"
+    return text
+
+
+def main() -> int:
+    """Write every page that is out of date, or name those that are."""
+    check, stale = "--check" in sys.argv[1:], []
+    for page in PARTS:
+        renewed = renew(page)
+        if renewed != (ROOT / page).read_text(encoding="utf-8"):
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(renewed, encoding="utf-8")
+    for page in stale:
+        print(f"{page} {'is out of date: run make pages' if check else 'is written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
