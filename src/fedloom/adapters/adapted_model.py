@@ -21,7 +21,7 @@ from fedloom.adapters.files import load_adapter, save_adapter, save_model
 from fedloom.adapters.lora import make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
-from fedloom.model.loss_head import Readout
+from fedloom.model.loss_head import LossHead
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
 
@@ -100,7 +100,7 @@ class AdaptedModel:
         for name, (_, value) in zip(self.layout.names, trained, strict=True):
             value.data = weights[name]
             value.grad = gradients[name]
-        self.readout = Readout(base, self.logits if self.has_prompt else None)
+        self.loss_head = LossHead(base, self.logits if self.has_prompt else None)
 
     @property
     def device(self) -> torch.device:

@@ -58,7 +58,7 @@ def evaluate(
             batch = take_batch(blocks, rows).to(adapted.device)
             targets_M = next_token_targets(batch.labels_BT).flatten()
             counted_M = (targets_M != IGNORED).nonzero()[:, 0]
-            batch_loss, batch_correct = adapted.readout.score(batch.tokens_BT, counted_M, targets_M[counted_M])
+            batch_loss, batch_correct = adapted.loss_head.score(batch.tokens_BT, counted_M, targets_M[counted_M])
             loss, correct = loss + float(batch_loss), correct + int(batch_correct)
             num_targets += len(counted_M)
             watch(Progress("evaluate", batch.num_tokens, len(rows)))

@@ -24,7 +24,7 @@ CHANGES_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "l
 """Settings of models whose logits are more than their head's product."""
 
 
-class Readout:
+class LossHead:
     """The losses of a causal language model's counted tokens.
 
     The model is taken apart into a body and a frozen head where its logits are exactly `head(body(tokens))`. That is

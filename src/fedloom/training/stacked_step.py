@@ -110,7 +110,7 @@ class StackedStep:
 
     def _losses(self, inputs: StepInputs) -> Tensor:
         """Each client's mean over its own counted tokens, [K]."""
-        losses_M = self._adapted.readout.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M)
+        losses_M = self._adapted.loss_head.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M)
         shared_M = losses_M * inputs.shares_M
         if shared_M.is_cuda:  # index_add sums in any order there; these are the same rows for every client
             return shared_M.view(self._count, -1).sum(1)
