@@ -18,17 +18,15 @@ from transformers import PreTrainedModel
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.files import load_adapter, save_adapter, save_model
-from fedloom.adapters.lora import make_room_for_residuals
+from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
 from fedloom.model.loss_head import LossHead
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-MODEL_FILE = "model.safetensors"
 PROMPT = "prompt_embeddings"
-A_WEIGHT = ".lora_A.default.weight"
+"""Name of a trained prompt in PEFT's files."""
 
 
 class AdaptedModel:
@@ -62,7 +60,7 @@ class AdaptedModel:
         self.model = _wrap(base, self.config, seed)
         self._tokenizer = tokenizer
         for name, value in self.model.named_parameters():
-            if freeze_a and name.endswith(A_WEIGHT):
+            if freeze_a and name.endswith(A_PARAMETER):
                 value.requires_grad_(False)
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
@@ -152,7 +150,7 @@ class AdaptedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
             self.model.add_adapter("drawn", copy.deepcopy(self.config))
-        places = [self._places[name].replace(".default.", ".drawn.") for name in self.layout.names]
+        places = [self._places[name].replace(f".{ADAPTER_NAME}.", ".drawn.") for name in self.layout.names]
         drawn = [self.model.get_parameter(place) for place in places]
         weights_P = torch.cat([value.detach().reshape(-1) for value in drawn]).cpu()
         self.model.delete_adapter("drawn")

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
-
-PREFIX = "base_model.model."
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, split_name
 
 
 class StackedLora(nn.Module):
@@ -84,16 +82,11 @@ class Stack:
         self._owners: list[tuple[StackedLora, str]] = []
         layers: dict[str, StackedLora] = {}
         for name in adapted.layout.names:
-            path, suffix = name.removeprefix(PREFIX), name[-len(SUFFIXES[0]) :]
-            assert suffix in SUFFIXES, f"{name} is no LoRA weight"
-            path = path.removesuffix(suffix)
+            path, suffix = split_name(name)
             if path not in layers:
                 layers[path] = self._stack(path)
-            self._owners.append((layers[path], "lora_a_KRI" if suffix == SUFFIXES[0] else "lora_b_KOR"))
-        self._frozen = [
-            (layers[name.removeprefix(PREFIX).removesuffix(SUFFIXES[0])], adapted.parameter(name))
-            for name in adapted.frozen
-        ]
+            self._owners.append((layers[path], "lora_a_KRI" if suffix == A_SUFFIX else "lora_b_KOR"))
+        self._frozen = [(layers[split_name(name)[0]], adapted.parameter(name)) for name in adapted.frozen]
 
     @property
     def model(self) -> nn.Module:
@@ -133,9 +126,9 @@ class Stack:
         parent = self.model.get_submodule(parent_path)
         original = getattr(parent, name)
         assert isinstance(original, LoraLayer), f"{path} has no LoRA"
-        drop = original.lora_dropout["default"]
+        drop = original.lora_dropout[ADAPTER_NAME]
         stacked = StackedLora(
-            original.get_base_layer(), original.scaling["default"], drop.p if isinstance(drop, nn.Dropout) else 0.0
+            original.get_base_layer(), original.scaling[ADAPTER_NAME], drop.p if isinstance(drop, nn.Dropout) else 0.0
         )
         self._places.append((parent, name, original, stacked))
         return stacked

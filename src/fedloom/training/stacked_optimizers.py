@@ -86,6 +86,4 @@ class StackedSgd:
     def move(self, source: int, target: int) -> None: ...
 
 
-StackedOptimizer = StackedAdamW | StackedSgd
-
 STACKED_OPTIMIZERS: dict[str, type[StackedAdamW] | type[StackedSgd]] = {"adamw": StackedAdamW, "sgd": StackedSgd}
