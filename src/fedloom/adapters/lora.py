@@ -76,7 +76,7 @@ class Residual:
         for layer, rank in ranks.items():
             a, b = layer + A_SUFFIX, layer + B_SUFFIX
             narrow[a], narrow[b] = tensors[a][:rank].contiguous(), tensors[b][:, :rank].contiguous()
-            # `widen` fills up with ranks of zeros, and no rank of a residual is zero.
+            # `widen` fills up with rows of zeros; a residual's own A has none.
             own = int(tensors[a][rank:].any(dim=1).sum())
             factors[layer] = tensors[b][:, rank : rank + own].contiguous(), tensors[a][rank : rank + own].contiguous()
         return narrow, Residual(factors)

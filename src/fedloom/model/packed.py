@@ -38,6 +38,7 @@ class PackedLinear(nn.Linear):
         return unpacked.view(self.out_features, self.in_features).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b, [..., O], for `x` of [..., I]."""
         product: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 

@@ -1,4 +1,4 @@
-"""Where a base model comes from: a hub, a folder, a GGUF file, an installed package, or at random.
+"""Sources of a base model: a hub, a folder, a GGUF file, an installed package, or random weights.
 
 Only safetensors, GGUF and JSON are read, no pickle and no remote code. A GGUF file is unpacked once and kept as
 safetensors, because unpacking takes tens of seconds and loading takes one.
