@@ -31,5 +31,5 @@ def adapter_folder(folder: Path, which: str) -> Path:
     """
     source = folder / "adapters" / which
     if not source.is_dir():
-        raise RunError(f'no adapter "{which}"', where=str(folder), mend="wait until its first round is complete")
+        raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")
     return source
