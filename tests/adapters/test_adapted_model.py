@@ -143,7 +143,7 @@ def test_a_damaged_adapter_is_refused(damage, words: str, tmp_path: Path) -> Non
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     adapted = make_adapted()
     save_adapter(adapted.read(), adapted.config, tmp_path / "best")
-    with pytest.raises(ModelError, match="only on one side"):
+    with pytest.raises(ModelError, match="only one of the two has"):
         load_adapter(tmp_path / "best", make_adapted("tiny-gpt2").layout)
     with pytest.raises(ModelError, match=r"is \(2, 64\), not \(4, 64\)"):
         load_adapter(tmp_path / "best", make_adapted(rank=4).layout)

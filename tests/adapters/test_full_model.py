@@ -162,7 +162,7 @@ def test_text_comes_from_the_base_model_and_from_the_trained_one(finished: Run) 
 def test_a_damaged_or_foreign_model_is_refused(tmp_path: Path) -> None:
     whole = make_whole()
     whole.save(whole.read(), tmp_path / "model")
-    with pytest.raises(ModelError, match="only on one side"):
+    with pytest.raises(ModelError, match="only one of the two has"):
         make_whole("tiny-gpt2").open(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])

@@ -172,7 +172,7 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        (make("vera", options={"d_initail": 0.2}), r'no "d_initail"; did you mean `d_initial`'),
+        (make("vera", options={"d_initail": 0.2}), r'no option "d_initail"; did you mean `d_initial`'),
         (make("lora", options={"lora_bias": True, "init_lora_weights": "gaussian"}), "PEFT refuses.*lora_bias"),
         (make("ia3", targets=["q_projj"]), r'no layer "q_projj".*k_proj'),
         (make("ln_tuning", "tiny-opt"), r"can't put ln_tuning on this model: Please specify"),
@@ -180,8 +180,8 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
         (make("adaption_prompt", "tiny-opt"), "Unsupported model type"),
         (make("osf", "tiny-gpt2"), "nothing of this model would be trained"),
         (make("prefix_tuning", options={"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8}),
-         "and not save it"),
-        (make("vblora", options={**NEEDED["vblora"], "save_only_topk_weights": True}), "and not save it"),
+         "but not save it"),
+        (make("vblora", options={**NEEDED["vblora"], "save_only_topk_weights": True}), "but not save it"),
         (make("prompt_tuning", options={"num_virtual_tokens": 250}), r"32 tokens after a prompt of 250.*at most 6"),
         (in_bfloat16(make("full")), "model.dtype: .* would be trained in bfloat16.*1e-5"),
         (in_bfloat16(make("ln_tuning")), "layernorm.* would be trained in bfloat16"),

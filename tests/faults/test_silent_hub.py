@@ -69,7 +69,7 @@ def test_a_data_set_of_a_hub_that_hangs_is_given_up_in_time(at_most: int | None,
 
 
 def test_a_model_of_a_hub_that_hangs_is_given_up_in_time(silent: str) -> None:
-    check_given_up(silent, lambda: open_model("nobody/nothing"), ModelError, "not whole in the local cache")
+    check_given_up(silent, lambda: open_model("nobody/nothing"), ModelError, "not complete in the local cache")
 
 
 def check_given_up(address: str, ask: object, kind: type[FedloomError], words: str) -> None:

@@ -177,7 +177,7 @@ def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -
 @pytest.mark.parametrize("rule", ["rolora", "svd"])
 def test_rules_of_the_factors_alone_refuse_more(rule: str) -> None:
     recipe = make_recipe(federation={"lora_rule": rule}, adapter={"options": {"lora_bias": True, "bias": "lora_only"}})
-    with pytest.raises(RecipeError, match=r"is about LoRA's factors alone, and .*bias is trained too"):
+    with pytest.raises(RecipeError, match=r"can average only LoRA's factors, and .*bias is trained too"):
         plan(recipe)
 
 

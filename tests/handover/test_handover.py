@@ -46,7 +46,7 @@ def test_a_merged_model_opens_without_peft_and_says_the_same(finished: Run, tmp_
 
 def test_what_is_not_the_same_is_not_written(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.handover.export.TOLERANCES", {"float32": 0.0})
-    with pytest.raises(RunError, match="not the run's adapter"):
+    with pytest.raises(RunError, match="does not match the run's adapter"):
         export(finished.folder, tmp_path / "merged", merged=True)
     assert list(tmp_path.iterdir()) == []
 

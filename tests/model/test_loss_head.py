@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fedloom.model import loss_head
 from fedloom.model.loading import load_model
-from fedloom.model.loss_head import Readout
+from fedloom.model.loss_head import LossHead
 from fedloom.model.source import open_model
 
 
@@ -31,9 +31,9 @@ def test_losses_and_gradients_are_those_of_whole_logits(
     rows_M = torch.tensor([0, 1, 5, 17, 18, 40, 63])
     targets_M = torch.arange(7) * 30
     weight_M = torch.arange(1.0, 8.0, dtype=torch.float64)
-    assert adapted.readout._head is not None
+    assert adapted.loss_head._head is not None
     results = []
-    for losses in (adapted.readout.losses, lambda *given: whole(model, *given)):
+    for losses in (adapted.loss_head.losses, lambda *given: whole(model, *given)):
         adapted.gradient_P.zero_()
         losses_M = losses(tokens_BT, rows_M, targets_M)
         (losses_M * weight_M).sum().backward()
@@ -49,7 +49,7 @@ def test_score_counts_the_likeliest(shape: str) -> None:
     with torch.no_grad():
         targets_M = model(input_ids=tokens_BT).logits.flatten(0, 1)[rows_M].argmax(-1)
         targets_M[:4] += 1
-        loss, correct = adapted.readout.score(tokens_BT, rows_M, targets_M % 260)
+        loss, correct = adapted.loss_head.score(tokens_BT, rows_M, targets_M % 260)
         expected = whole(model, tokens_BT, rows_M, targets_M % 260).sum()
     torch.testing.assert_close(loss, expected)
     assert int(correct) == len(rows_M) - 4
@@ -78,7 +78,7 @@ class Capped(torch.nn.Module):
 def test_a_model_that_cannot_be_taken_apart_is_taken_whole() -> None:
     source = open_model("random:tiny-llama")
     capped = Capped(load_model(source, dtype="float32", device=torch.device("cpu")))
-    read = Readout(capped)
+    read = LossHead(capped)
     assert read._head is None
     tokens_BT, rows_M, targets_M = make_blocks(2).tokens_NT, torch.arange(5), torch.arange(5)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_model_that_cannot_be_taken_apart_is_taken_whole() -> None:
 
 
 def test_an_adapter_on_the_head_is_not_left_out() -> None:
-    assert make_adapted(targets=["lm_head"]).readout._head is None
+    assert make_adapted(targets=["lm_head"]).loss_head._head is None
 
 
 @pytest.mark.parametrize(("scaling", "splits"), [(1.0, True), (8.0, False)])
@@ -100,5 +100,5 @@ def test_on_the_meta_device_the_configuration_tells_scaled_logits(scaling: float
         plain = transformers.AutoModelForCausalLM.from_config(
             transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
         )
-    assert (Readout(scaled)._head is not None) == splits
-    assert Readout(plain)._head is not None
+    assert (LossHead(scaled)._head is not None) == splits
+    assert LossHead(plain)._head is not None

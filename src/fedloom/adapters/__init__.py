@@ -1,1 +1,1 @@
-"""The weights that are trained and exchanged."""
+"""Adapters: the weights that are trained and exchanged."""

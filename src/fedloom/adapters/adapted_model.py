@@ -18,33 +18,32 @@ from transformers import PreTrainedModel
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.files import load_adapter, save_adapter, save_model
-from fedloom.adapters.lora import make_room_for_residuals
+from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
-from fedloom.model.loss_head import Readout
+from fedloom.model.loss_head import LossHead
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-MODEL_FILE = "model.safetensors"
 PROMPT = "prompt_embeddings"
-A_WEIGHT = ".lora_A.default.weight"
+"""Name of a trained prompt in PEFT's files."""
 
 
 class AdaptedModel:
-    """The base model with an adapter whose trained weights, and their gradients, are flat vectors.
+    """Base model with an adapter whose trained weights, and their gradients, are flat vectors.
 
     `weights_P` is one parameter, `gradient_P` its gradient; the layers see views of both. Loading an adapter copies
-    into `weights_P`, so the model is wrapped once and serves every client. What belongs to the adapter and is not
-    trained, the same for everybody, is in `frozen`: random projections of some methods, and with `freeze_a` LoRA's A,
-    of which then only B is trained (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). With `residuals` the adapted layers
-    have room for an adapter's residual.
+    into `weights_P`, so the model is wrapped once and serves every client. `frozen` has the adapter's tensors that are
+    not trained and the same for all clients: random projections of some methods, and LoRA's A with `freeze_a`, when
+    only B is trained (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). With `residuals`, the adapted layers can take an
+    adapter's residual.
 
-    Without a `config` the adapter is the model: every weight is trained. `tokenizer` is what is saved beside it.
-    `base` may be on the meta device: then everything has its shape, and nothing a value.
+    Without a `config` the adapter is the model: every weight is trained, and `tokenizer` is saved beside it. `base` may
+    be on the meta device: then everything has a shape and nothing a value.
 
     Raises:
-        ModelError: PEFT can't put this adapter on this model, or would not save all that is trained.
+        ModelError: PEFT can't put this adapter on this model or would not save all that is trained, nothing would be
+            trained, or it would be trained in 16 bits.
     """
 
     def __init__(
@@ -62,15 +61,16 @@ class AdaptedModel:
         self.model = _wrap(base, self.config, seed)
         self._tokenizer = tokenizer
         for name, value in self.model.named_parameters():
-            if freeze_a and name.endswith(A_WEIGHT):
+            if freeze_a and name.endswith(A_PARAMETER):
                 value.requires_grad_(False)
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         saved = self._saved()
+        # Reversed, so that a tensor with several names keeps the first.
         names = {id(value): name for name, value in reversed(saved.items())}
         if lost := [name for name, value in trained if id(value) not in names]:
             raise ModelError(
-                f"PEFT would train {lost[0]} and not save it", where="[adapter]", mend="change the options"
+                f"PEFT would train {lost[0]} but not save it", where="[adapter]", mend="change the options"
             )
         if not trained:
             raise ModelError("nothing of this model would be trained", where="[adapter]", mend="name other targets")
@@ -82,7 +82,7 @@ class AdaptedModel:
             )
         ours = {id(value) for _, value in trained}
         self.frozen = {name: value.detach() for name, value in saved.items() if id(value) not in ours}
-        # PEFT saves what layers share under each of its names, transformers under the first.
+        # PEFT saves a tensor that layers share under each of its names, transformers under the first.
         self._aliases = {
             name: names[id(value)]
             for name, value in saved.items()
@@ -95,79 +95,86 @@ class AdaptedModel:
         self.weights_P = nn.Parameter(torch.cat([value.detach().reshape(-1) for _, value in trained]))
         self.gradient_P = torch.zeros_like(self.weights_P)
         self.weights_P.grad = self.gradient_P
+        # From here on the model's parameters and their gradients are views of the two vectors. They must be changed in
+        # place: a new `.data` or `.grad` of a parameter would cut it off.
         weights = self.layout.split(self.weights_P.data)
         gradients = self.layout.split(self.gradient_P)
         for name, (_, value) in zip(self.layout.names, trained, strict=True):
             value.data = weights[name]
             value.grad = gradients[name]
-        self.readout = Readout(base, self.logits if self.has_prompt else None)
+        # A prompt is put before the tokens by PEFT's model, which the base model taken apart would leave out.
+        self.loss_head = LossHead(base, self.logits if self.has_prompt else None)
 
     @property
     def device(self) -> torch.device:
+        """Return the device that the trained weights are on."""
         return self.weights_P.device
 
     @property
     def is_whole(self) -> bool:
-        """Whether the adapter is the model itself."""
+        """Return whether the adapter is the model itself."""
         return self.config is None
 
     @property
     def has_prompt(self) -> bool:
-        """Whether trained tokens stand before those of the text."""
+        """Return whether trained tokens stand before those of the text."""
         return self.config is not None and bool(self.config.is_prompt_learning)
 
     @property
     def prompt_length(self) -> int:
-        """Trained tokens that stand before those of the text."""
+        """Return how many trained tokens stand before those of the text."""
         return int(self.config.num_virtual_tokens) if self.config is not None and self.has_prompt else 0
 
     @property
     def num_parameters(self) -> int:
-        """Of the base model with the adapter."""
+        """Return how many weights the base model and the adapter have together."""
         return sum(value.numel() for value in self.model.parameters())
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T, V]: of the tokens that are given, where a prompt stands before them."""
+        """Return the logits of the given tokens, [B, T, V]; those of a trained prompt before them are cut off."""
         logits: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
         return logits[:, -tokens_BT.shape[1] :]
 
     def parameter(self, name: str) -> Tensor:
-        """What the model has under a name of the saved files."""
+        """Return the model's parameter that has this name in the saved files."""
         found: Tensor = self.model.get_parameter(self._places[name])
         return found
 
     def load(self, adapter: Adapter) -> None:
-        """Copy an adapter's weights into the model."""
+        """Copy an adapter's weights, and its residual, into the model."""
         assert adapter.layout == self.layout, "an adapter of another model"
         self.weights_P.data.copy_(adapter.weights_P)
         self.load_residual(adapter)
 
     def load_residual(self, adapter: Adapter) -> None:
-        """Let the layers add what an adapter has beside its weights."""
+        """Let the layers add the residual of an adapter; nothing, if it has none."""
         for layer, room in self._rooms.items():
             room.load(adapter.residual.factors[layer] if adapter.residual else None)
 
     def draw(self, seed: int) -> Adapter:
-        """The LoRA adapter that a run with another seed starts from."""
+        """Return the LoRA adapter that a run with another seed starts from; the model's own stays as it is."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
             self.model.add_adapter("drawn", copy.deepcopy(self.config))
-        places = [self._places[name].replace(".default.", ".drawn.") for name in self.layout.names]
+        places = [self._places[name].replace(f".{ADAPTER_NAME}.", ".drawn.") for name in self.layout.names]
         drawn = [self.model.get_parameter(place) for place in places]
         weights_P = torch.cat([value.detach().reshape(-1) for value in drawn]).cpu()
         self.model.delete_adapter("drawn")
         return Adapter(self.layout, weights_P)
 
     def read(self) -> Adapter:
-        """A copy of the weights that are in the model now."""
+        """Return a copy of the weights that are in the model now."""
         return Adapter(self.layout, self.weights_P.detach().to("cpu", copy=True))
 
     def lend(self) -> Adapter:
-        """The weights that are in the model now; of a whole model on a processor not a copy but the model's own."""
+        """Return the weights that are in the model now, valid until they change.
+
+        A whole model on a processor lends its own memory, as a copy would be as large as the model.
+        """
         return Adapter(self.layout, self.weights_P.detach().cpu()) if self.is_whole else self.read()
 
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:
-        """Write an adapter with everything that PEFT, or transformers for a whole model, needs to open it."""
+        """Write an adapter for PEFT to open, or a whole model for transformers; `card` becomes its README."""
         if self.config is not None:
             tensors = self.layout.split(adapter.weights_P)
             shared = {name: tensors[first] for name, first in self._aliases.items()}
@@ -176,7 +183,7 @@ class AdaptedModel:
             save_model(adapter, self.base, folder, frozen=self.frozen, tokenizer=self._tokenizer, card=card)
 
     def open(self, folder: Path) -> Adapter:
-        """What `save`, PEFT or transformers wrote for this model.
+        """Read an adapter for this model that `save`, PEFT or transformers wrote.
 
         Raises:
             ModelError: there is none, it can't be read, or it belongs to another model.
@@ -184,15 +191,18 @@ class AdaptedModel:
         return load_adapter(folder, self.layout, {*self.frozen, *self._aliases})
 
     def _saved(self) -> dict[str, Tensor]:
-        """What belongs into the adapter's file: name there -> the model's own tensor."""
+        """Return what belongs into the adapter's file: name there -> the model's own tensor."""
+        # `keep_vars` gives the parameters themselves, which are told apart by identity.
         own: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         if self.config is None:
             return own
         if self.has_prompt:
-            # PEFT saves the prompt that it computes, which is what is trained unless a network computes it.
+            # PEFT saves the finished prompt. With one parameter, that is the prompt; with more, a network makes it
+            # from what is trained, which PEFT would not save.
             prompt = [value for name, value in own.items() if name.startswith("prompt_encoder.")]
             return {PROMPT: prompt[0]} if len(prompt) == 1 else {}
         with warnings.catch_warnings():
+            # PEFT gives advice about saving; here the constructor checks that all that is trained is saved.
             warnings.simplefilter("ignore")
             saved: dict[str, Tensor] = get_peft_model_state_dict(
                 self.model, state_dict=own, save_embedding_layers=False
@@ -201,7 +211,7 @@ class AdaptedModel:
 
 
 def _seeded(config: PeftConfig, seed: int) -> PeftConfig:
-    """A copy whose random, untrained parts come from the recipe's seed, so that they are the same on every client."""
+    """Return a copy whose random, untrained parts come from the recipe's seed: they are the same on every client."""
     seeded = copy.deepcopy(config)
     for field in SEEDS:
         if hasattr(seeded, field):
@@ -210,18 +220,21 @@ def _seeded(config: PeftConfig, seed: int) -> PeftConfig:
 
 
 def _wrap(base: PreTrainedModel, config: PeftConfig | None, seed: int) -> Any:
-    """The base model with PEFT's adapter, or itself with every weight trained."""
+    """Return the base model inside PEFT's model, or the base model itself with every weight trained."""
     if config is None:
         return base.requires_grad_(True)
+    # Inside this device, PEFT's new weights are on it from the start, and take neither memory nor time.
     place = torch.device("meta") if base.device.type == "meta" else nullcontext()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place:
-        # Of libraries about each other, of tied heads being merged, which nobody does here.
+        # Libraries warn about each other, and PEFT about merging tied heads, which is not done here.
         warnings.simplefilter("ignore")
         # PEFT draws on the CPU, so the same seed gives the same adapter on every device.
         torch.manual_seed(derive_seed(seed, "adapter"))
         try:
+            # A copy: PEFT writes into the configuration that it is given.
             return get_peft_model(base, copy.deepcopy(config))
-        except Exception as error:  # of any kind: each method finds in its own way what it can't do
+        # Each of PEFT's methods finds in its own way what it can't do, with errors of any kind.
+        except Exception as error:
             raise ModelError(
                 f"PEFT can't put {config.peft_type.value.lower()} on this model: {reason_of(error)}",
                 where="[adapter]",

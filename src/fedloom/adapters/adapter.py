@@ -1,7 +1,7 @@
 """An adapter: named tensors over one flat vector.
 
-One flat vector makes what happens to an adapter plain arithmetic: averaging, distance, clipping, the optimizer
-and the bytes on the wire need no names.
+The flat vector makes all work on an adapter plain arithmetic: averaging, distance, clipping, the optimizer and the
+bytes on the wire need no names.
 
 Letters: P adapter parameters.
 """
@@ -30,14 +30,15 @@ class Layout:
 
     @property
     def size(self) -> int:
+        """Return P, the number of weights."""
         return sum(shape.numel() for shape in self.shapes)
 
     def split(self, weights_P: Tensor) -> dict[str, Tensor]:
-        """Each tensor as a view of the flat vector."""
+        """Return each tensor as a view of the flat vector: a change of one is a change of the other."""
         return dict(zip(self.names, (view[0] for view in self.split_stacked(weights_P[None])), strict=True))
 
     def split_stacked(self, weights_KP: Tensor) -> list[Tensor]:
-        """Each tensor of K adapters as a view of theirs, with the clients in front."""
+        """Return each tensor of K adapters as a view of theirs, [K, *shape], in the order of the names."""
         ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
         views = (weights_KP[:, start:end] for start, end in pairwise(ends))
         return [view.unflatten(1, shape) for view, shape in zip(views, self.shapes, strict=True)]
@@ -45,21 +46,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Weights that belong to nobody's model: on the CPU, never changed in place."""
+    """Adapter outside any model: on the CPU, never changed in place, so that many may hold the same one."""
 
     layout: Layout
     weights_P: Tensor
     residual: Residual | None = None
-    """With `lora_rule = "fedex"`: what belongs to the model beside the adapter."""
+    """Factors that belong to the model beside the adapter; only `lora_rule = "fedex"` makes them."""
 
     @property
     def num_bytes(self) -> int:
-        """The payload: what travels."""
+        """Return the bytes that travel to a client or back."""
         beside = self.residual.num_bytes if self.residual else 0
         return self.weights_P.numel() * self.weights_P.element_size() + beside
 
     def sha256(self) -> str:
-        """Of names, shapes and weights."""
+        """Return the SHA-256, in hexadecimal, over names, shapes, weights and residual."""
         digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
         digest.update(self.weights_P.contiguous().numpy().data)
         for layer, pair in self.residual.factors.items() if self.residual else ():

@@ -1,4 +1,4 @@
-"""Adapters as files: written and read as PEFT does, whole models as transformers does."""
+"""Files of adapters, written and read as PEFT does; files of whole models, as transformers does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def save_adapter(
 ) -> None:
     """Write the adapter, and the frozen tensors beside it, as PEFT does; the folder is replaced whole or not at all."""
     saved = copy.deepcopy(config)
+    # As PEFT's own `save_pretrained` sets it: an adapter that is opened is not trained on unless that is asked for.
     saved.inference_mode = True
+    # A set has another order in each process, and the same adapter must give the same file.
     if isinstance(getattr(saved, "target_modules", None), set):
         saved.target_modules = sorted(saved.target_modules)
     tensors = adapter.layout.split(adapter.weights_P)
@@ -71,7 +73,7 @@ def save_model(
 
 
 def _write(tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], file: Path, card: str) -> None:
-    # Frozen tensors may share their memory, which the format has no way to say.
+    # Copies: frozen tensors may share memory, which safetensors refuses to write.
     others = {name: value.to("cpu", copy=True).contiguous() for name, value in frozen.items()}
     save_file({**tensors, **others}, file, metadata={"format": "pt"})
     if card:
@@ -79,24 +81,25 @@ def _write(tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], file: Pa
 
 
 def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] | None = ()) -> Adapter:
-    """Read an adapter that PEFT, `save_adapter` or `save_model` wrote, leaving out the tensors that are `frozen`:
-    with None, all that are not in `layout`.
+    """Read an adapter that PEFT, `save_adapter` or `save_model` wrote, without the tensors named in `frozen`.
 
-    Ranks beyond those of `layout` are its residual.
+    If `frozen` is None, all tensors that are not in `layout` are left out. Ranks beyond those of `layout` are read as
+    the adapter's residual.
 
     Raises:
-        ModelError: there is none, it can't be read, or its tensors are not those of `layout`.
+        ModelError: there is no adapter, it can't be read, or its tensors are not those of `layout`.
     """
     path = folder / (MODEL_FILE if (folder / MODEL_FILE).exists() else WEIGHTS_FILE)
     try:
         found = load_file(path)
         leave_out = found.keys() - set(layout.names) if frozen is None else frozen
         tensors = {name: value for name, value in found.items() if name not in leave_out}
-    except Exception as error:  # safetensors raises its own kinds for damage
+    # A damaged file raises errors of safetensors, of torch or of the system.
+    except Exception as error:
         raise ModelError(f"no readable adapter ({type(error).__name__})", where=str(path)) from error
     if set(tensors) != set(layout.names):
         odd = sorted(set(tensors) ^ set(layout.names))[0]
-        raise ModelError(f"not an adapter of this model: {odd} is only on one side", where=str(path))
+        raise ModelError(f"not an adapter of this model: only one of the two has {odd}", where=str(path))
     ranks = {
         layer: layout.shapes[layout.names.index(a_name)][0] for layer, (a_name, _) in lora_pairs(layout.names).items()
     }
@@ -110,7 +113,7 @@ def load_adapter(folder: Path, layout: Layout, frozen: Collection[str] | None = 
 
 
 def _widen(config: PeftConfig, ranks: int) -> None:
-    """More ranks for a LoRA configuration, and an α that leaves its scale as it was."""
+    """Add ranks to a LoRA configuration, with an α that keeps its scale: α/r, or α/√r with rank-stabilised LoRA."""
     wider = config.r + ranks
     config.lora_alpha *= (wider / config.r) ** (0.5 if config.use_rslora else 1)
     config.r = wider

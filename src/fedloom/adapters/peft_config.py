@@ -1,4 +1,4 @@
-"""The recipe's `[adapter]` as PEFT's configuration, checked against the model's layers and PEFT's own fields."""
+"""PEFT's configuration, made from the recipe's `[adapter]` and checked against the model's layers and PEFT's fields."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
-    """PEFT's configuration for the recipe's `[adapter]`; None for `full`, which PEFT has no part in.
+    """Return PEFT's configuration for the recipe's `[adapter]`, or None for `full`, which does not use PEFT.
 
     Raises:
-        ModelError: an option that the method does not have, a target that the model does not have, or none named
-            where PEFT knows no default.
+        ModelError: the method lacks an option, PEFT refuses one, the model lacks a target, or no target is named
+            and PEFT knows no default.
     """
     if section.method == "full":
         return None
@@ -36,9 +36,11 @@ def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
     for option in section.options:
         if option not in choices:
             raise ModelError(
-                f'{kind.__name__} of PEFT has no "{option}"', where="adapter.options", mend=nearest(option, choices)
+                f'PEFT\'s {kind.__name__} has no option "{option}"',
+                where="adapter.options",
+                mend=nearest(option, choices),
             )
-    # What the recipe leaves out is PEFT's to choose, except of LoRA, whose defaults are the recipe's.
+    # PEFT's own defaults apply to keys that the recipe leaves out; LoRA's defaults are the recipe's.
     values: dict[str, Any] = {
         field: getattr(section, key)
         for field, key in owned.items()
@@ -46,6 +48,7 @@ def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
     }
     if isinstance(section.targets, tuple):
         values["target_modules"] = sorted(section.targets)
+    # With a wrong value, PEFT warns about every layer.
     if "fan_in_fan_out" in fields:
         values["fan_in_fan_out"] = _are_conv1d(section, base)
     if "progressbar" in fields:
@@ -53,12 +56,13 @@ def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
     _check_targets(section, base)
     try:
         return kind(**{**values, **section.options}, task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path)
-    except Exception as error:  # of any kind: each method checks its options in its own way
+    # Each of PEFT's methods checks its options in its own way, with errors of any kind.
+    except Exception as error:
         raise ModelError(f"PEFT refuses the options: {reason_of(error)}", where="adapter.options") from error
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what a library says."""
+    """Return the first line of a library's error, cut to 200 characters, or else the name of its kind."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
@@ -77,7 +81,7 @@ def _check_targets(section: Adapter, base: PreTrainedModel) -> None:
 
 
 def _layers(section: Adapter, base: PreTrainedModel) -> dict[str, nn.Module]:
-    """What may be a target: of LoRA the linear layers, of other methods whatever has weights."""
+    """Return the layers that may be targets: for LoRA the linear ones, for other methods all that have weights."""
     linear = section.method == "lora"
     return {
         name: layer
@@ -89,7 +93,7 @@ def _layers(section: Adapter, base: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _are_conv1d(section: Adapter, base: PreTrainedModel) -> bool:
-    """Whether the layers that are adapted keep their weights transposed, as GPT-2's do."""
+    """Return whether an adapted layer keeps its weight transposed, [I, O], as GPT-2's do."""
     targets = section.targets if isinstance(section.targets, tuple) else None
     return any(
         isinstance(layer, Conv1D) and (targets is None or any(_matches(name, target) for target in targets))
@@ -98,4 +102,5 @@ def _are_conv1d(section: Adapter, base: PreTrainedModel) -> bool:
 
 
 def _matches(name: str, target: str) -> bool:
+    # PEFT's own rule for a list of targets.
     return name == target or name.endswith(f".{target}")

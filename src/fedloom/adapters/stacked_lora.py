@@ -1,8 +1,8 @@
 """LoRA layers that hold K clients' weights over one frozen layer: the client is a tensor dimension.
 
-A batch holds the sequences of all clients, each client's together. A frozen layer sees them as one batch; its
-adapter multiplies each client's rows by that client's own A and B. Nothing of one client reaches another: rows of a
-matrix product do not mix, and the batched product keeps clients apart.
+A batch holds the sequences of all clients, client by client. A frozen layer sees them as one batch; its adapter
+multiplies each client's rows by that client's own A and B. Nothing of one client reaches another: rows of a matrix
+product do not mix, and the batched product keeps clients apart.
 
 Letters: K clients, N rows of a client (its sequences × tokens), I and O features in and out, R rank, P adapter
 parameters.
@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
-
-PREFIX = "base_model.model."
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, split_name
 
 
 class StackedLora(nn.Module):
-    """A frozen `nn.Linear` or `Conv1D` with K clients' LoRA on top: W x + s·B_k A_k x for the rows of client k."""
+    """Frozen `nn.Linear` or `Conv1D` with K clients' LoRA on top: W x + s·B_k A_k x for the rows of client k."""
 
     def __init__(self, base: nn.Module, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -37,18 +35,19 @@ class StackedLora(nn.Module):
         self.lora_b_KOR: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` is [K·B, T, I] or [K·B·T, I], client by client; its result has O features instead."""
+        """Return [K·B, T, O] for `x` of [K·B, T, I], or [K·B·T, O] for [K·B·T, I], client by client."""
         result: Tensor = self.base(x)
-        # The adapter is in float32 whatever the base is in, and so are its product and the sum, as in PEFT.
+        # As in PEFT: the adapter is in float32 whatever the base is in, and so are its product and the sum.
         x_KNI = x.reshape(self.lora_a_KRI.shape[0], -1, x.shape[-1]).to(self.lora_a_KRI.dtype)
         if self.training and self.dropout:
+            # `ClientDropout` takes over this call, so that each client's mask comes from its own generator.
             x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
         delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR)  # type: ignore[no-untyped-call]
         return torch.add(result, delta_KNO.view_as(result), alpha=self.scaling).to(result.dtype)
 
 
 class _StackedProduct(torch.autograd.Function):
-    """B_k A_k x for the rows of each client, whose gradients are added to where `.grad` of A and B points.
+    """Product B_k A_k x for each client's rows, whose backward pass adds to `.grad` of A and B in place.
 
     Autograd itself would make a tensor for each gradient first, and then add it.
     """
@@ -57,6 +56,7 @@ class _StackedProduct(torch.autograd.Function):
     def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor) -> Tensor:
         hidden_KNR = torch.bmm(x_KNI, a_KRI.mT)
         ctx.save_for_backward(x_KNI, hidden_KNR)
+        # Not saved as tensors of the graph: `backward` needs these very leaves, for their `.grad`.
         ctx.weights = a_KRI, b_KOR
         return torch.bmm(hidden_KNR, b_KOR.mT)
 
@@ -65,17 +65,20 @@ class _StackedProduct(torch.autograd.Function):
         x_KNI, hidden_KNR = ctx.saved_tensors
         a_KRI, b_KOR = ctx.weights
         grad_KNR = torch.bmm(grad_KNO, b_KOR)
+        # `.grad` is a view of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
         b_KOR.grad.baddbmm_(grad_KNO.mT, hidden_KNR)
+        # With FFA, A is the model's own, expanded to K clients and frozen: it has no `.grad`.
         if a_KRI.requires_grad:
             a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
+        # The first adapted layer's input has no trained part below it. Gradients of A and B are in `.grad` already.
         return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None
 
 
 class Stack:
-    """Every adapted layer of a model as a `StackedLora`, over weights and gradients of one flat buffer each.
+    """All adapted layers of a model as `StackedLora`, over one flat buffer of weights and one of gradients.
 
-    The rows of `weights_KP` are flat adapters in the layout of the adapted model. An A that is frozen is not among
-    them: every client sees the one in the model.
+    The rows of both are flat adapters in the layout of the adapted model. A frozen A is not in them: every client sees
+    the one in the model.
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -84,42 +87,42 @@ class Stack:
         self._owners: list[tuple[StackedLora, str]] = []
         layers: dict[str, StackedLora] = {}
         for name in adapted.layout.names:
-            path, suffix = name.removeprefix(PREFIX), name[-len(SUFFIXES[0]) :]
-            assert suffix in SUFFIXES, f"{name} is no LoRA weight"
-            path = path.removesuffix(suffix)
+            path, suffix = split_name(name)
             if path not in layers:
                 layers[path] = self._stack(path)
-            self._owners.append((layers[path], "lora_a_KRI" if suffix == SUFFIXES[0] else "lora_b_KOR"))
-        self._frozen = [
-            (layers[name.removeprefix(PREFIX).removesuffix(SUFFIXES[0])], adapted.parameter(name))
-            for name in adapted.frozen
-        ]
+            self._owners.append((layers[path], "lora_a_KRI" if suffix == A_SUFFIX else "lora_b_KOR"))
+        self._frozen = [(layers[split_name(name)[0]], adapted.parameter(name)) for name in adapted.frozen]
 
     @property
     def model(self) -> nn.Module:
-        """The base model, whose adapted layers are stacked inside `installed`."""
+        """Return the base model, whose adapted layers are the stacked ones inside `installed`."""
         base: nn.Module = self._adapted.base
         return base
 
     def bind(self, weights_KP: Tensor, gradients_KP: Tensor) -> None:
-        """Let the layers use these weights and write their gradients there; K may differ from before."""
+        """Let the layers use these weights, [K, P], and add to these gradients, [K, P]; K may differ from before.
+
+        Both stay the caller's: the layers hold views of them.
+        """
         layout = self._adapted.layout
         weights, gradients = layout.split_stacked(weights_KP), layout.split_stacked(gradients_KP)
         for (layer, attribute), weight, gradient in zip(self._owners, weights, gradients, strict=True):
+            # A leaf over the same memory: the layer multiplies by what the optimizer writes into the flat weights.
             leaf = weight.detach().requires_grad_()
             leaf.grad = gradient
             setattr(layer, attribute, leaf)
         for layer, a_RI in self._frozen:
+            # Expanded, not copied: K clients see one A.
             layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)
 
     def let_go(self) -> None:
-        """Keep no weights and gradients of any client alive."""
+        """Release the clients' weights and gradients, whose memory would stay taken while a layer has views of it."""
         nothing_KP = torch.zeros(0, self._adapted.layout.size)
         self.bind(nothing_KP, nothing_KP)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Put the stacked layers in the place of PEFT's, and PEFT's back afterwards."""
+        """Put the stacked layers in the place of PEFT's, and PEFT's back at the end."""
         for parent, name, _, stacked in self._places:
             setattr(parent, name, stacked)
         try:
@@ -133,9 +136,9 @@ class Stack:
         parent = self.model.get_submodule(parent_path)
         original = getattr(parent, name)
         assert isinstance(original, LoraLayer), f"{path} has no LoRA"
-        drop = original.lora_dropout["default"]
+        drop = original.lora_dropout[ADAPTER_NAME]
         stacked = StackedLora(
-            original.get_base_layer(), original.scaling["default"], drop.p if isinstance(drop, nn.Dropout) else 0.0
+            original.get_base_layer(), original.scaling[ADAPTER_NAME], drop.p if isinstance(drop, nn.Dropout) else 0.0
         )
         self._places.append((parent, name, original, stacked))
         return stacked

@@ -1,1 +1,1 @@
-"""How good an adapter is: its loss on held-out blocks."""
+"""Evaluation: how good an adapter is, by its loss on held-out blocks."""

@@ -16,10 +16,12 @@ from fedloom.training.objective import next_token_targets
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over counted tokens: adding two scores is evaluating both sets in one pass."""
+    """Sums over counted tokens; the sum of two scores is the score of both sets of blocks together."""
 
     loss_sum: float
+    """Negative log-likelihood of all targets, in nats."""
     correct: int
+    """Number of targets that the model thought the likeliest token."""
     num_targets: int
 
     def __add__(self, other: Score) -> Score:
@@ -27,38 +29,41 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood, nats per token."""
+        """Return the mean negative log-likelihood, in nats per token."""
         return self.loss_sum / self.num_targets
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that is more than a float holds."""
+        """Return exp(loss), or infinity if that is more than a float can hold."""
+        # exp(709.8) is the largest that a float holds; beyond, math.exp raises.
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
     def accuracy(self) -> float:
-        """Share of next tokens that the model thought likeliest."""
+        """Return the share of next tokens that the model thought likeliest, 0 to 1."""
         return self.correct / self.num_targets
 
 
 def evaluate(
     adapted: AdaptedModel, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int, watch: Watch = ignore
 ) -> Score:
-    """Score an adapter on every block, in the model's dtype, without gradients or dropout.
+    """Score an adapter on every block, in the model's dtype, without gradients or dropout; the model keeps the adapter.
 
-    Batches are of similar lengths, so that little padding is computed, and logits exist only for a few counted
-    positions at a time; neither that nor the batch size changes the sums beyond rounding.
+    Neither the order of the blocks nor the batch size changes the sums beyond rounding.
     """
     adapted.load(adapter)
     adapted.model.eval()
     loss, correct, num_targets = 0.0, 0, 0
+    # Blocks of similar lengths go together, so that little padding is computed. Stable, so that the sums are the same
+    # in every run.
     by_length = torch.argsort(blocks.counted_N, stable=True)
     with torch.inference_mode():
         for rows in by_length.split(batch_size):
             batch = take_batch(blocks, rows).to(adapted.device)
             targets_M = next_token_targets(batch.labels_BT).flatten()
             counted_M = (targets_M != IGNORED).nonzero()[:, 0]
-            batch_loss, batch_correct = adapted.readout.score(batch.tokens_BT, counted_M, targets_M[counted_M])
+            batch_loss, batch_correct = adapted.loss_head.score(batch.tokens_BT, counted_M, targets_M[counted_M])
+            # Reading the two numbers waits for a GPU, once a batch.
             loss, correct = loss + float(batch_loss), correct + int(batch_correct)
             num_targets += len(counted_M)
             watch(Progress("evaluate", batch.num_tokens, len(rows)))

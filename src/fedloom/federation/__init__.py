@@ -1,1 +1,1 @@
-"""Who takes part, who carries out jobs, and how updates become the next global adapter."""
+"""Federation: rounds, who takes part, what is admitted, and how updates become the next global adapter."""

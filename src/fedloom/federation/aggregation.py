@@ -1,7 +1,7 @@
-"""How updates become the next global adapter: arithmetic over the flat vector.
+"""Strategies that turn updates into the next global adapter: arithmetic over the flat vector.
 
-Updates are taken in as they arrive, so the server's memory does not grow with the number of clients; the robust rules,
-which set updates against each other, hold those of a round.
+Updates are taken in as they arrive, so the server's memory does not grow with the number of clients. The robust rules
+compare updates with each other, so they hold all updates of a round.
 
 Letters: K clients of a round, P adapter parameters.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Strategy
 
 State = Any
-"""What a strategy remembers between rounds."""
+"""State that a strategy keeps from one round to the next."""
 
 
 class RoundSum(NamedTuple):
@@ -38,7 +38,7 @@ class RoundSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A strategy: `init(adapter)` gives the state that it begins with, `open(state, adapter)` a round to add to."""
+    """Strategy: `init(adapter)` gives the state that it begins with, `open(state, adapter)` a round to add to."""
 
     init: Callable[[Adapter], State]
     open: Callable[[State, Adapter], RoundSum]
@@ -55,19 +55,19 @@ WEIGHTS: dict[str, Callable[[ClientReport], float]] = {
     "examples": lambda report: report.examples,
     "tokens": lambda report: report.tokens,
 }
-"""What a client's share in the mean is proportional to."""
+"""Numbers that a client's share in the mean can be proportional to."""
 
 
 MOST_IN_FLOAT64 = 2**26
-"""Weights that are summed in float64. Of a whole model the sum would be as large as two more models, so that the server
-had no room in what it has room for; float32 loses a 10⁻⁷th of a weight."""
+"""Number of weights up to which a sum is in float64. For a whole model it would be as large as two more models, which
+may not fit where the model itself does; float32 loses a 10⁻⁷th of a weight."""
 
 
 class WeightedMean:
     """Σ n_k w_k / Σ n_k of updates as they come (FedAvg, McMahan et al. 2017, arXiv 1602.05629, algorithm 1).
 
-    Summed in float64: the mean of equal updates is that update to the bit, and the order of arrival is lost in
-    the rounding. Of more than `MOST_IN_FLOAT64` weights, in their own dtype.
+    The sum is in float64, so that the mean of equal updates is that update to the bit, and the order of arrival is
+    lost in the rounding. With more than `MOST_IN_FLOAT64` weights it is in their own dtype.
     """
 
     def __init__(self, adapter: Adapter, weigh: Callable[[ClientReport], float]) -> None:
@@ -76,7 +76,7 @@ class WeightedMean:
         self._total, self._sum_P = 0.0, torch.zeros_like(adapter.weights_P, dtype=torch.float64 if wide else None)
 
     def add(self, update: ClientUpdate) -> None:
-        """Add one client's weights, as often as its report weighs."""
+        """Add one client's weights, at once: an update may be lent, and is valid until the next one comes."""
         weight = float(self._weigh(update.report))
         self._sum_P.add_(update.adapter.weights_P, alpha=weight)
         self._total += weight
@@ -101,7 +101,7 @@ def no_state(adapter: Adapter) -> None:
 
 
 def fedavg(strategy: Strategy) -> Aggregate:
-    """The weighted mean, with nothing to remember."""
+    """Take the weighted mean of the updates, with nothing to remember (arXiv 1602.05629, algorithm 1)."""
     weigh = WEIGHTS[strategy.weight_by]
 
     def open_round(state: State, adapter: Adapter) -> RoundSum:
@@ -112,11 +112,11 @@ def fedavg(strategy: Strategy) -> Aggregate:
 
 
 ServerStep = Callable[[State, Tensor], tuple[State, Tensor]]
-"""The state and the clients' mean change -> the new state and the change to make, [P] in float64."""
+"""Step of a server's optimizer: state and the clients' mean change -> new state and change, [P] in float64."""
 
 
 def server_optimizer(strategy: Strategy, init: Callable[[Adapter], State], step: ServerStep) -> Aggregate:
-    """The clients' mean change as the (negative) gradient of an optimizer of the server's (Reddi et al. 2021)."""
+    """Take the clients' mean change as the negative gradient of a server's optimizer (arXiv 2003.00295)."""
     weigh = WEIGHTS[strategy.weight_by]
 
     def open_round(state: State, adapter: Adapter) -> RoundSum:
@@ -133,7 +133,9 @@ def server_optimizer(strategy: Strategy, init: Callable[[Adapter], State], step:
 
 
 def fedavgm(strategy: Strategy) -> Aggregate:
-    """v ← βv + Δ, w ← w + ηv, or w + η(Δ + βv) with Nesterov (Hsu et al. 2019, arXiv 1909.06335, section 4.3)."""
+    """Step with momentum: v ← βv + Δ, w ← w + ηv, or w + η(Δ + βv) with Nesterov (Hsu et al. 2019, arXiv 1909.06335,
+    section 4.3).
+    """
     rate, momentum, nesterov = (strategy.setting(key) for key in ("learning_rate", "momentum", "nesterov"))
 
     def step(velocity_P: Tensor, delta_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,9 +146,9 @@ def fedavgm(strategy: Strategy) -> Aggregate:
 
 
 def fedadam(strategy: Strategy) -> Aggregate:
-    """m/(√v + τ), with v a decaying mean of Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
+    """Step by m/(√v + τ), with v a decaying mean of Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
 
-    The rate is corrected for the zeros that m and v start from, as Flower's is, one round ahead of Adam's own.
+    The rate is corrected for the zeros that m and v start from. The correction is Flower's, one round ahead of Adam's.
     """
     rate, beta_1, beta_2, tau = (strategy.setting(key) for key in ("learning_rate", "beta_1", "beta_2", "tau"))
 
@@ -161,7 +163,7 @@ def fedadam(strategy: Strategy) -> Aggregate:
 
 
 def fedyogi(strategy: Strategy) -> Aggregate:
-    """As FedAdam with v ← v − (1−β₂)Δ² sign(v − Δ²), and no correction (arXiv 2003.00295, algorithm 2)."""
+    """Step as FedAdam, with v ← v − (1−β₂)Δ² sign(v − Δ²) and no correction (arXiv 2003.00295, algorithm 2)."""
     rate, beta_1, beta_2, tau = (strategy.setting(key) for key in ("learning_rate", "beta_1", "beta_2", "tau"))
 
     def step(state: Moments, delta_P: Tensor) -> tuple[Moments, Tensor]:
@@ -174,7 +176,7 @@ def fedyogi(strategy: Strategy) -> Aggregate:
 
 
 def fedadagrad(strategy: Strategy) -> Aggregate:
-    """Δ/(√v + τ), with v the sum of all Δ² (arXiv 2003.00295, algorithm 2)."""
+    """Step by Δ/(√v + τ), with v the sum of all Δ² (arXiv 2003.00295, algorithm 2)."""
     rate, tau = strategy.setting("learning_rate"), strategy.setting("tau")
 
     def step(square_P: Tensor, delta_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,7 @@ def fedadagrad(strategy: Strategy) -> Aggregate:
 
 
 def norm_clipped(strategy: Strategy) -> Aggregate:
-    """The mean of changes, each scaled down to a norm (Sun et al. 2019, arXiv 1911.07963, section 4)."""
+    """Average the changes, each scaled down to a norm (Sun et al. 2019, arXiv 1911.07963, section 4)."""
     weigh, max_norm = WEIGHTS[strategy.weight_by], strategy.setting("max_norm")
 
     def open_round(state: State, adapter: Adapter) -> RoundSum:
@@ -193,6 +195,7 @@ def norm_clipped(strategy: Strategy) -> Aggregate:
 
         def add_clipped(update: ClientUpdate) -> None:
             delta_P = update.adapter.weights_P - adapter.weights_P
+            # 1e-30, so that an update without any change divides by something.
             scale = min(1.0, max_norm / max(float(delta_P.norm()), 1e-30))
             mean.add(replace(update, adapter=replace(adapter, weights_P=adapter.weights_P + scale * delta_P)))
 
@@ -222,9 +225,9 @@ def once_all_are_there(combine: Callable[[Adapter, Sequence[ClientUpdate]], Adap
 
 
 def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Aggregate:
-    """A rule that looks at all updates at once: [K, P] weights and [K] client weights -> [P].
+    """Build a strategy from a rule that looks at all updates at once: weights [K, P] and client weights [K] -> [P].
 
-    It holds every update of the round in memory. They are ordered by client, so that the order of arrival does not
+    It holds every update of the round in memory, in the order of the clients, so that the order of arrival does not
     matter.
     """
     weigh = WEIGHTS[strategy.weight_by]
@@ -239,12 +242,13 @@ def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Ag
 
 
 def fedmedian(strategy: Strategy) -> Aggregate:
-    """The median of each weight, the mean of the middle two (Yin et al. 2018, arXiv 1803.01498, algorithm 1)."""
+    """Take each weight's median, or the mean of its middle two (Yin et al. 2018, arXiv 1803.01498, algorithm 1)."""
+    # Not torch.median, which takes the lower of the middle two.
     return robust(lambda weights_KP, share_K: weights_KP.quantile(0.5, dim=0), strategy)
 
 
 def trimmed_mean(strategy: Strategy) -> Aggregate:
-    """The mean of each weight without its largest and smallest (arXiv 1803.01498, algorithm 1)."""
+    """Average each weight without its largest and smallest values (arXiv 1803.01498, algorithm 1)."""
     trim = strategy.setting("trim")
 
     def choose(weights_KP: Tensor, share_K: Tensor) -> Tensor:
@@ -255,13 +259,13 @@ def trimmed_mean(strategy: Strategy) -> Aggregate:
 
 
 def krum(strategy: Strategy) -> Aggregate:
-    """The update with the nearest neighbours (Blanchard et al. 2017, arXiv 1703.02757, section 4)."""
+    """Take the update with the nearest neighbours (Blanchard et al. 2017, arXiv 1703.02757, section 4)."""
     malicious = int(strategy.setting("malicious"))
     return robust(lambda weights_KP, share_K: weights_KP[krum_scores(weights_KP, malicious).argmin()], strategy)
 
 
 def multi_krum(strategy: Strategy) -> Aggregate:
-    """The weighted mean of the updates with the nearest neighbours (arXiv 1703.02757, section 5)."""
+    """Take the weighted mean of the updates with the nearest neighbours (arXiv 1703.02757, section 5)."""
     malicious, keep = int(strategy.setting("malicious")), int(strategy.setting("keep"))
 
     def choose(weights_KP: Tensor, share_K: Tensor) -> Tensor:
@@ -272,7 +276,9 @@ def multi_krum(strategy: Strategy) -> Aggregate:
 
 
 def bulyan(strategy: Strategy) -> Aggregate:
-    """Updates picked by Krum, then of each weight the values nearest the median (El Mhamdi et al. 2018, 1802.07927)."""
+    """Pick updates by Krum, then average the values of each weight that are nearest its median (El Mhamdi et al. 2018,
+    arXiv 1802.07927).
+    """
     malicious = int(strategy.setting("malicious"))
 
     def choose(weights_KP: Tensor, share_K: Tensor) -> Tensor:
@@ -289,9 +295,11 @@ def bulyan(strategy: Strategy) -> Aggregate:
 
 
 def krum_scores(weights_KP: Tensor, malicious: int) -> Tensor:
-    """Of each update, the sum of squared distances to its K − f − 2 nearest others, [K]."""
+    """Return each update's sum of squared distances to its K − f − 2 nearest others, [K]; f are `malicious`."""
+    # One row at a time: all differences at once would be [K, K, P].
     distances_KK = torch.stack([(weights_KP - weights_P).square().sum(1) for weights_P in weights_KP])
     nearest = max(1, len(weights_KP) - malicious - 2)
+    # The smallest distance is that to itself.
     return distances_KK.sort(dim=1).values[:, 1 : nearest + 1].sum(1)
 
 
@@ -300,7 +308,7 @@ def _zeros(adapter: Adapter) -> Tensor:
 
 
 Moments = tuple[int, Tensor, Tensor]
-"""Rounds so far, the mean change and its square."""
+"""Moments of FedAdam and FedYogi: rounds so far, and the decaying means of the change and of its square."""
 
 
 def _no_moments(adapter: Adapter) -> Moments:
@@ -323,7 +331,7 @@ STRATEGIES: dict[str, Callable[[Strategy], Aggregate]] = {
 
 
 def describe_table(header: str, table: Mapping[str, object]) -> str:
-    """The first paragraph of what each entry says of itself, by its name, as a Markdown table of two columns."""
+    """Return a Markdown table of two columns: each entry's name, and the first paragraph of its docstring."""
     rows = [
         f"| `{name}` | {' '.join((entry.__doc__ or '').split(chr(10) * 2)[0].split())} |"
         for name, entry in table.items()
@@ -332,7 +340,7 @@ def describe_table(header: str, table: Mapping[str, object]) -> str:
 
 
 def describe_strategies() -> str:
-    """Every strategy with what it does and where it comes from, as Markdown: the README's table."""
+    """Return the table of strategies for the documentation, in Markdown: what each does and where it comes from."""
     return describe_table("strategy | rule and source", STRATEGIES)
 
 
@@ -341,19 +349,19 @@ LEAST_CLIENTS: dict[str, Callable[[Strategy], int]] = {
     "multi_krum": lambda strategy: int(max(2 * strategy.setting("malicious") + 3, strategy.setting("keep"))),
     "bulyan": lambda strategy: int(4 * strategy.setting("malicious") + 3),
 }
-"""How many clients a round must have for what the papers prove."""
+"""Number of clients that a round must have for the papers' proofs to hold."""
 
 
 def check_strategy(strategy: Strategy, clients: int) -> None:
-    """Refuse a strategy that so many clients a round can't carry.
+    """Refuse a strategy that needs more clients in a round than take part.
 
     Raises:
-        RecipeError
+        RecipeError: there are too few clients.
     """
     least = LEAST_CLIENTS[strategy.kind](strategy) if strategy.kind in LEAST_CLIENTS else 1
     if clients < least:
         raise RecipeError(
             f'"{strategy.kind}" needs {least} clients in a round, and {clients} take part',
             where="federation.strategy",
-            mend="raise data.clients or federation.fraction, or lower what it allows for",
+            mend="raise data.clients or federation.fraction, or lower the strategy's malicious or keep",
         )

@@ -1,9 +1,9 @@
-"""How wrong it is to average LoRA's factors apart: the meter.
+"""Meter of the error of averaging LoRA's factors apart.
 
-Averaging A and B is not averaging BA. With p_k a client's weight, the mean update is Σ p_k B_k A_k; of the averaged
-factors it is B̄Ā; the difference E = Σ p_k (B_k − B̄)(A_k − Ā) is the covariance of the clients' drifts. Measured by Gram
-matrices of the factors, so that no matrix of the layer's own size is ever made: with the clients' factors side by side,
-‖XY‖² = ⟨XᵀX, YYᵀ⟩. The scale α/r is in numerator and denominator alike.
+Averaging A and B is not averaging BA. With p_k a client's weight, the mean update is Σ p_k B_k A_k, and the averaged
+factors give B̄Ā. The difference E = Σ p_k (B_k − B̄)(A_k − Ā) is the covariance of the clients' drifts. It is measured by
+Gram matrices of the factors, so that no matrix of the layer's own size is ever made: with the clients' factors side by
+side, ‖XY‖² = ⟨XᵀX, YYᵀ⟩. The scale α/r is in numerator and denominator alike.
 
 Letters: K clients, R rank, I and O features in and out.
 """
@@ -21,19 +21,19 @@ from fedloom.adapters.adapter import Layout
 from fedloom.adapters.lora import lora_pairs
 
 MOST_CLIENTS = 64
-"""Updates that are held for it; a round with more is not measured."""
+"""Number of updates that are held at most; a round with more is not measured."""
 
 
 @dataclass(frozen=True)
 class AveragingError:
-    """‖E‖ over ‖Σ p_k B_k A_k‖ (Frobenius), of each layer and of all together."""
+    """Error ‖E‖ / ‖Σ p_k B_k A_k‖ (Frobenius norms) of all layers together and of each."""
 
     whole: float
     layers: dict[str, float]
 
 
 class AveragingMeter:
-    """Takes a round's updates as they come, and tells the error of averaging their factors."""
+    """Meter that takes a round's updates as they arrive, and tells the error of averaging their factors."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -42,13 +42,16 @@ class AveragingMeter:
         self._count = 0
 
     def add(self, weights_P: Tensor, share: float) -> None:
-        """One client's adapter, and its weight in the mean (any scale)."""
+        """Take one client's adapter, [P], and its weight in the mean, on any scale.
+
+        It is held without a copy. Adapters that are lent are whole models, which have no LoRA layers to measure.
+        """
         self._count += 1
         if self._pairs and self._count <= MOST_CLIENTS:
             self._updates.append((share, weights_P))
 
     def take(self) -> AveragingError | None:
-        """The error of the updates since the last time; None where it can't be told."""
+        """Return the error of the updates since the last call; None if there were none with LoRA, or too many."""
         updates, count = self._updates, self._count
         self._updates, self._count = [], 0
         if not updates or count > MOST_CLIENTS:
@@ -67,13 +70,13 @@ class AveragingMeter:
 
 
 def stack_factors(tensors: Sequence[Mapping[str, Tensor]], a_name: str, b_name: str) -> tuple[Tensor, Tensor]:
-    """A [K, R, I] and B [K, O, R] of one layer of K adapters, in float64."""
+    """Return A [K, R, I] and B [K, O, R] of one layer of K adapters, in float64."""
     a_KRI, b_KOR = (torch.stack([named[name].double() for named in tensors]) for name in (a_name, b_name))
     return a_KRI, b_KOR
 
 
 def covariance_and_mean(a_KRI: Tensor, b_KOR: Tensor, share_K: Tensor) -> tuple[float, float]:
-    """‖Σ p_k (B_k − B̄)(A_k − Ā)‖² and ‖Σ p_k B_k A_k‖² of one layer."""
+    """Return ‖Σ p_k (B_k − B̄)(A_k − Ā)‖² and ‖Σ p_k B_k A_k‖² of one layer."""
     share_K11 = share_K[:, None, None]
     offset_a_KRI = a_KRI - (share_K11 * a_KRI).sum(0)
     offset_b_KOR = b_KOR - (share_K11 * b_KOR).sum(0)
@@ -81,11 +84,12 @@ def covariance_and_mean(a_KRI: Tensor, b_KOR: Tensor, share_K: Tensor) -> tuple[
 
 
 def product_norm_squared(b_KOR: Tensor, a_KRI: Tensor) -> float:
-    """‖Σ_k B_k A_k‖² by Gram matrices of [KR, KR]."""
+    """Return ‖Σ_k B_k A_k‖², by Gram matrices of [KR, KR]."""
     b_OS = b_KOR.movedim(0, 1).flatten(1)
     a_SI = a_KRI.flatten(0, 1)
     return float(((b_OS.T @ b_OS) * (a_SI @ a_SI.T)).sum())
 
 
 def _ratio(error: float, mean: float) -> float:
+    # The difference of Gram matrices may round to a little less than zero.
     return math.sqrt(max(error, 0.0) / mean) if mean > 0 else 0.0

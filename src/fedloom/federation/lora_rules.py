@@ -1,7 +1,7 @@
-"""How LoRA's factors are averaged: what each client trains, and what the server makes of it.
+"""Rules for averaging LoRA's factors: what each client trains, and what the server makes of the updates.
 
-The mean update is Σ p_k B_k A_k; averaging A and B apart gives another (`averaging_error`). Each rule but the first
-is exact, or the best of its rank. The product is never formed: QR of the factors side by side leaves a small core.
+The mean update is Σ p_k B_k A_k; averaging A and B apart gives another one (`lora_error`). Each rule but the first is
+exact, or the best of its rank. The product is never formed: QR of the factors side by side leaves a small core.
 
 Letters: K clients, R rank, S ranks side by side, I and O features in and out, P adapter parameters.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Federation
 
 Held = tuple[Tensor, list[dict[str, Tensor]]]
-"""A round's updates: p_k, [K], and each client's tensors by name."""
+"""Updates of a round: the shares p_k, [K], and each client's tensors by name."""
 
 
 def factors(section: Federation) -> Aggregate:
@@ -43,28 +43,30 @@ def factors(section: Federation) -> Aggregate:
 
 
 def ffa(section: Federation) -> Aggregate:
-    """A stays as it began, B alone is trained and sent: exact, half the bytes (Sun et al. 2024, arXiv 2403.12313)."""
+    """Leave A as it began, train and send B alone: exact, half the bytes (Sun et al. 2024, arXiv 2403.12313)."""
     return factors(section)
 
 
 def rolora(section: Federation) -> Aggregate:
-    """B in odd rounds, A in even ones: exact, half the bytes (Chen et al. 2025, arXiv 2502.01755, algorithm 1)."""
+    """Train B in odd rounds, A in even: exact, half the bytes (Chen et al. 2025, arXiv 2502.01755, algorithm 1)."""
     return factors(section)
 
 
 def svd(section: Federation) -> Aggregate:
-    """The best rank-r approximation of the exact mean, r up to each client (Bai et al. 2024, arXiv 2402.11505).
+    """Take the best rank-r approximation of the exact mean, r up to each client (Bai et al. 2024, arXiv 2402.11505).
 
-    A gets orthonormal rows, about as long as those that LoRA starts with, and B the rest, largest first: a client of
-    a smaller rank takes the first of them.
+    A gets orthonormal rows, about as long as those that LoRA starts with, and B the rest, with the largest singular
+    values first: a client of a smaller rank takes the first ranks.
     """
 
     def combine(adapter: Adapter, updates: Sequence[ClientUpdate]) -> Adapter:
         share_K, held = by_client(section, updates)
+        # A copy, which is written through its views below: adapters are never changed in place.
         tensors = adapter.layout.split(adapter.weights_P.clone())
         for a_name, b_name in lora_pairs(adapter.layout.names).values():
             a_KRI, b_KOR = stack_factors(held, a_name, b_name)
             u_OS, s_S, v_SI = factored_svd(side_by_side(b_KOR, share_K), a_KRI.flatten(0, 1))
+            # A product of K factors may have fewer ranks than the adapter; its other ranks become zero.
             rank = min(len(s_S), len(tensors[a_name]))
             tensors[a_name].zero_()[:rank] = v_SI[:rank]
             tensors[b_name].zero_()[:, :rank] = (u_OS * s_S)[:, :rank]
@@ -76,8 +78,8 @@ def svd(section: Federation) -> Aggregate:
 def fedex(section: Federation) -> Aggregate:
     """Average A and B apart, and add what that leaves out to the model itself (Singhal et al. 2024, arXiv 2410.09432).
 
-    The residual Σ p_k (B_k − B̄)(A_k − Ā) joins those of the rounds before, as factors of the least rank that holds
-    them.
+    The residual Σ p_k (B_k − B̄)(A_k − Ā) is added to that of the rounds before, and the sum is kept as factors of the
+    smallest rank that holds it.
     """
     weigh = WEIGHTS[section.strategy.weight_by]
 
@@ -95,6 +97,7 @@ def fedex(section: Federation) -> Aggregate:
                 b_OS, a_SI = torch.cat([b_OS, old_b_OS.double()], dim=1), torch.cat([a_SI, old_a_SI.double()])
             u_OS, s_S, v_SI = factored_svd(b_OS, a_SI)
             dtype = mean.weights_P.dtype
+            # Singular values below the dtype's own rounding are noise, and would make the residual grow every round.
             rank = int((s_S > torch.finfo(dtype).eps * s_S.max()).sum())
             found[layer] = (u_OS * s_S)[:, :rank].to(dtype).contiguous(), v_SI[:rank].to(dtype).contiguous()
         some = any(a_SI.shape[0] for _, a_SI in found.values())
@@ -110,6 +113,7 @@ LORA_RULES: dict[str, Callable[[Federation], Aggregate]] = {
     "svd": svd,
     "fedex": fedex,
 }
+"""Rules by their name in `federation.lora_rule`."""
 
 
 def build_aggregate(section: Federation) -> Aggregate:
@@ -119,47 +123,55 @@ def build_aggregate(section: Federation) -> Aggregate:
 
 @lru_cache(maxsize=64)
 def _part(layout: Layout, suffix: str | None, rank: int | None) -> Tensor:
-    """True where a name has this ending, and where a rank is no higher than this, [P]."""
+    """Return a mask, bool [P]: true for names with this ending, and in them for the first `rank` ranks.
+
+    Without a suffix all names count, without a rank all ranks. The mask is kept: it is as large as a quarter of the
+    adapter, and needed for every client of every round.
+    """
     parts = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         part = torch.full(shape, suffix is None or name.endswith(suffix))
         if rank is not None:
+            # Ranks are the rows of A [R, I] and the columns of B [O, R].
             (part if name.endswith(A_SUFFIX) else part.mT)[rank:] = False
         parts.append(part.flatten())
     return torch.cat(parts)
 
 
 def check_lora_rule(layout: Layout, section: Federation) -> None:
-    """Refuse a rule that knows LoRA's factors alone where more than those is trained.
+    """Refuse a rule that can average only LoRA's factors if other tensors are trained too.
 
     Raises:
-        RecipeError
+        RecipeError: the rule can't average one of the trained tensors.
     """
     known = {name for pair in lora_pairs(layout.names).values() for name in pair}
     others = [name for name in layout.names if name not in known]
     if section.lora_rule in ("rolora", "svd") and others:
         raise RecipeError(
-            f'"{section.lora_rule}" is about LoRA\'s factors alone, and {others[0]} is trained too',
+            f'"{section.lora_rule}" can average only LoRA\'s factors, and {others[0]} is trained too',
             where="federation.lora_rule",
-            mend="leave it out, or what adapter.options adds to LoRA",
+            mend="leave it out, or remove from adapter.options what trains more than A and B",
         )
 
 
 def trained_part(layout: Layout, rule: str, round: int, rank: int | None = None) -> Tensor | None:
-    """Where an adapter may change in a round (from 1) at a client with this rank, bool [P]; None for everywhere."""
+    """Return where a client of this rank may change an adapter in a round (from 1), bool [P]; None if everywhere."""
     suffix = (B_SUFFIX if round % 2 else A_SUFFIX) if rule == "rolora" else None
     return None if suffix is None and rank is None else _part(layout, suffix, rank)
 
 
 def adapter_of_rank(adapter: Adapter, rank: int | None) -> Adapter:
-    """The adapter with zeros beyond a rank: of what `svd` gives, the best of that rank."""
+    """Return the adapter with zeros beyond a rank: if `svd` made it, the best adapter of that rank."""
     if rank is None:
         return adapter
     return replace(adapter, weights_P=adapter.weights_P * _part(adapter.layout, None, rank))
 
 
 def factored_svd(b_OS: Tensor, a_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O, S'], s [S'] and V [S', I] of the product b a, in float64, with S' ≤ min(O, S, I); it is never formed."""
+    """Return U [O, S'], s [S'] and V [S', I] of the product b a, in float64, with S' ≤ min(O, S, I).
+
+    The product [O, I] is never formed: b = Q_b R_b and aᵀ = Q_a R_a leave the SVD of R_b R_aᵀ, at most [S, S].
+    """
     q_b, r_b = torch.linalg.qr(b_OS.double())
     q_a, r_a = torch.linalg.qr(a_SI.double().mT)
     u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
@@ -167,7 +179,7 @@ def factored_svd(b_OS: Tensor, a_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_client(section: Federation, updates: Iterable[ClientUpdate]) -> Held:
-    """A round's updates by client, whatever order they came in."""
+    """Return a round's updates in the order of the clients: a sum in another order would round otherwise."""
     weigh = WEIGHTS[section.strategy.weight_by]
     arrived = sorted(updates, key=lambda update: update.report.client)
     weight_K = torch.tensor([float(weigh(update.report)) for update in arrived], dtype=torch.float64)
@@ -175,10 +187,10 @@ def by_client(section: Federation, updates: Iterable[ClientUpdate]) -> Held:
 
 
 def side_by_side(b_KOR: Tensor, share_K: Tensor) -> Tensor:
-    """[p_1 B_1, …, p_K B_K], so that its product with the A below each other is Σ p_k B_k A_k; [O, S]."""
+    """Return [p_1 B_1, …, p_K B_K], [O, S]: its product with the A_k below each other, [S, I], is Σ p_k B_k A_k."""
     return (share_K[:, None, None] * b_KOR).movedim(0, 1).flatten(1)
 
 
 def describe_lora_rules() -> str:
-    """Every rule with what it does and where it comes from, as Markdown: the README's table."""
+    """Return the table of rules for the documentation, in Markdown: what each does and where it comes from."""
     return describe_table("lora_rule | what is done and where it comes from", LORA_RULES)

@@ -1,4 +1,4 @@
-"""What changes over the rounds of a run: who takes part, the proximal term's μ, and when it stops."""
+"""Choices that change over the rounds of a run: who takes part, the proximal term's μ, and when it stops."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ if TYPE_CHECKING:
 
 
 def sample_clients(clients: Sequence[int], section: Federation, *, seed: int, round: int) -> list[int]:
-    """The clients drawn for this round, in ascending order."""
+    """Draw the clients of this round, in ascending order; the same for the same seed and round."""
     generator = random.Random(derive_seed(seed, "sampling", round))
     return sorted(generator.sample(list(clients), cohort_size(len(clients), section)))
 
 
 def cohort_size(clients: int, section: Federation) -> int:
-    """How many clients train in a round: the recipe's share of them, the nearest number (half upwards), or its least.
+    """Return how many clients train in a round: the share `fraction` of them, rounded, but at least `min_clients`.
 
-    There may be fewer clients than that least: then it is all of them.
+    Halves are rounded up. If there are fewer clients than `min_clients`, all of them train.
     """
     return min(clients, max(section.min_clients, int(section.fraction * clients + 0.5)))
 
 
 STEP = 0.1
+"""Change of an adaptive μ."""
 FALLS = 5
+"""Number of rounds in a row whose loss must fall before an adaptive μ does."""
 
 
 def proximal_mu(training: Training, losses: Sequence[float], rounds: int) -> float:
-    """μ of the next round, after rounds with these losses (round 0 first) of the `rounds` that a run has."""
+    """Return μ for the next round, after these losses (round 0 first), in a run of `rounds` rounds."""
     if training.proximal_schedule == "adaptive":
         return adapt_mu(training.proximal_mu, losses)
     return training.proximal_mu * SCHEDULES[training.proximal_schedule]((len(losses) - 1) / rounds)
 
 
 def adapt_mu(mu: float, losses: Sequence[float]) -> float:
-    """μ + 0.1 for every rise of the loss, μ − 0.1 for every five falls in a row, never below 0.
+    """Return μ + 0.1 for every rise of the loss and − 0.1 for every five falls in a row, never below 0.
 
-    FedProx (Li et al. 2020, arXiv 1812.06127, section 5.3).
+    The rule is from FedProx (Li et al. 2020, arXiv 1812.06127, section 5.3).
     """
     falls = 0
     for before, after in pairwise(losses):
@@ -55,7 +57,7 @@ def adapt_mu(mu: float, losses: Sequence[float]) -> float:
 
 
 def stop_early(early_stop: EarlyStop | None, losses: Sequence[float]) -> str | None:
-    """Why a run should stop after these losses (round 0 first), or None: no new best for too many rounds."""
+    """Return why a run should stop after these losses (round 0 first), or None: no new best for too many rounds."""
     if early_stop is None or not losses:
         return None
     best_round, best = 0, losses[0]

@@ -1,1 +1,1 @@
-"""What is done with a run's adapter afterwards: hand it on, proven to be the same, or let it write."""
+"""Handover: export a finished run's adapter, proven to be the same, or generate text with it."""

@@ -1,4 +1,4 @@
-"""Hands a run's adapter on, or the model with it merged in, proven to be the same."""
+"""Export of a run's adapter, or of the model with it merged in, proven to give the run's logits."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 
 PROOF_BLOCKS = 4
-"""Hold-out blocks on which what was written must give the run's own logits."""
+"""Number of hold-out blocks on which the export must give the run's own logits."""
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
-"""Of a merged model's logits, relative to their norm: W + BA rounds otherwise than W and BA apart."""
+"""Largest distance of a merged model's logits, relative to their norm: W + BA rounds otherwise than W and BA apart."""
 
 
 def export(
     folder: str | Path, to: str | Path, *, merged: bool = False, which: str = "best", display: Observer | None = None
 ) -> float:
-    """Copy a run's adapter, or write the base model with it merged in, and prove it by its logits.
+    """Copy a run's adapter, or write the base model with it merged in, and prove the export by its logits.
 
-    Returns the distance of the logits of what was written from the run's, relative to their norm, on a few hold-out
-    blocks: 0.0 for a copied adapter.
+    Returns how far the export's logits are from the run's on a few hold-out blocks, relative to their norm: 0.0 for a
+    copied adapter.
 
     Raises:
-        RunError: no such run or adapter, the target exists, or what was written is not the same.
+        RunError: there is no such run or adapter, the target exists, PEFT can't merge this method, or the export does
+            not give the same logits.
+        ModelError: the base model or the export can't be read.
     """
     display = display or Observer()
     folder, to = Path(folder), Path(to)
@@ -55,6 +57,7 @@ def export(
     tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
     expected = _logits(adapted.model, tokens_BT)
 
+    # Written and proven beside the target, and renamed only then: a folder at the target is always a proven one.
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
     written = temporary / to.name
@@ -62,7 +65,8 @@ def export(
         display.show_step("writing", str(to))
         if merged and not adapted.is_whole:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of libraries about each other
+                # Libraries warn about each other, which nobody here can mend.
+                warnings.simplefilter("ignore")
                 _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
             prepared.source.tokenizer.save_pretrained(written)
         else:
@@ -71,15 +75,20 @@ def export(
             opened = _open_merged(written, expected.dtype, adapted.device)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of PEFT about layers that it knows less well
+                # PEFT warns about layers that it knows less well.
+                warnings.simplefilter("ignore")
                 opened = PeftModel.from_pretrained(load_base(recipe, prepared.source), written)
         display.show_step("proof", f"logits of {len(tokens_BT)} hold-out blocks")
         found = _logits(opened, tokens_BT)
         distance = float((found - expected).norm() / expected.norm())
+        # A residual is read back as further ranks of the adapter, which also sum in another order.
         rounds_otherwise = (merged and not adapted.is_whole) or adapter.residual is not None
+        # Not `distance >`: a distance that is no number must fail too.
         if not distance <= (TOLERANCES[prepared.plan.dtype] if rounds_otherwise else 0.0):
             raise RunError(
-                f"what was written is not the run's adapter: its logits lie {distance:.1e} apart", where=str(to)
+                f"the export does not match the run's adapter: its logits are {distance:.1e} away, relative to their"
+                " norm; nothing was written",
+                where=str(to),
             )
         written.rename(to)
     finally:
@@ -88,15 +97,16 @@ def export(
 
 
 def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Path) -> PreTrainedModel:
-    """The base model with the adapter in its weights.
+    """Return the base model with the adapter merged into its weights.
 
     Raises:
-        RunError: PEFT can't do that for this method.
+        RunError: the weights are packed, or PEFT can't merge this method.
     """
     if recipe.model.quantization:
-        raise RunError("packed weights can't take an adapter in", where="--merged", mend="leave it out")
+        raise RunError("an adapter can't be merged into packed weights", where="--merged", mend="leave it out")
     merging = adapted.model
-    if recipe.federation.lora_rule == "fedex":  # whose residual stands beside the layers: PEFT's file has all in one
+    # The residual of `fedex` stands beside the layers, where PEFT would not merge it; its file has both in one adapter.
+    if recipe.federation.lora_rule == "fedex":
         merging = PeftModel.from_pretrained(load_base(recipe, model), source)
     try:
         return merging.merge_and_unload()
@@ -109,8 +119,9 @@ def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Pa
 def _open_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # of any kind: it is transformers' own writing that it can't read
-        raise ModelError(f"what was written can't be read: {type(error).__name__}", where=str(folder)) from error
+    # Transformers has just written these files; if it can't read them, the error may be of any kind.
+    except Exception as error:
+        raise ModelError(f"the exported model can't be read: {type(error).__name__}", where=str(folder)) from error
     model.set_attn_implementation(choose_attention(model.config))
     opened: torch.nn.Module = model.to(device).eval()
     return opened

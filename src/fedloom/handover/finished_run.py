@@ -1,4 +1,4 @@
-"""What a finished run was asked for, and where its adapters lie."""
+"""Recipe of a finished run, and the folders of its adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fedloom.records.run import read_run
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """What was asked for, at the commits that the run had: a hub's main branch may have moved on."""
+    """Return a run's recipe, pinned to the commits that the run used: a hub's main branch may have moved on.
+
+    Raises:
+        RunError: there is no such run.
+    """
     run = read_run(folder)
     commits = {"model.revision": run.plan.get("model_revision", ""), "data.revision": run.plan.get("data_revision", "")}
     pinned = [f'{key}="{commit}"' for key, commit in commits.items() if COMMIT.fullmatch(commit)]
@@ -20,7 +24,12 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def adapter_folder(folder: Path, which: str) -> Path:
+    """Return the folder of a run's `best`, `last` or `initial` adapter.
+
+    Raises:
+        RunError: the run has no such adapter.
+    """
     source = folder / "adapters" / which
     if not source.is_dir():
-        raise RunError(f'no adapter "{which}"', where=str(folder), mend="its first round is not complete")
+        raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")
     return source

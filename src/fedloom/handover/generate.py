@@ -1,4 +1,4 @@
-"""Lets a run's adapter write on from a prompt."""
+"""Text generation with a run's adapter."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def generate(
     which: str = "best",
     say: Callable[[str], object] | None = None,
 ) -> None:
-    """Write on from a prompt with a run's adapter, likeliest token first; with `base`, first without it.
+    """Continue a prompt with a run's adapter, always with the likeliest token; with `base`, first without the adapter.
+
+    `say` gets the text piece by piece; by default it is printed.
 
     Raises:
-        RunError: no such run or adapter.
+        RunError: there is no such run or adapter, or the prompt is empty or too long for the model.
     """
     folder, say = Path(folder), say or _print
     recipe = recipe_of(folder)
@@ -38,18 +40,24 @@ def generate(
     adapted = load_adapted_model(recipe, opened)
     inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
     if inputs.shape[1] == 0:
-        raise RunError("the prompt is empty", where="PROMPT", mend="give it a word or more")
+        raise RunError("the prompt is empty", where="PROMPT", mend="write a word or more")
     longest = opened.max_length
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1] - adapted.prompt_length)
     if room < 1:
-        raise RunError(f"the prompt has {inputs.shape[1]} tokens, the model has room for {longest}", where="PROMPT")
+        raise RunError(
+            f"the prompt has {inputs.shape[1]} tokens, and the model takes at most {longest} with its answer",
+            where="PROMPT",
+            mend="shorten it",
+        )
     adapted.model.eval()
 
     def write() -> None:
+        """Continue the prompt with the model as it is now."""
         streamer = _Streamer(opened.tokenizer, say)
         padding = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of transformers about itself
+            # Transformers warns about its own settings.
+            warnings.simplefilter("ignore")
             adapted.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -70,16 +78,17 @@ def generate(
 
 
 def _print(text: str) -> None:
-    """What a model writes could be a terminal's escape sequence."""
+    """Print text with control characters made visible: a model could write a terminal's escape sequence."""
     print(show_controls(text), end="", flush=True)
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Tells each piece of text as soon as it is whole."""
+    """Streamer that passes on each piece of text as soon as it is complete."""
 
     def __init__(self, tokenizer: object, say: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         self._say = say
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on a piece of text; transformers calls this."""
         self._say(text + ("\n" if stream_end else ""))

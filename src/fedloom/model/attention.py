@@ -1,8 +1,8 @@
 """Causal attention that needs no mask, because padding stands to the right of every token that counts.
 
-A token looks to its left only, so padding on its right changes nothing. Transformers would look for packed sequences
-all the same, which asks the GPU for an answer in every forward pass, and would build a mask, which keeps the flash
-kernels out.
+A token looks to its left only, so padding on its right changes nothing. Left alone, transformers would look for packed
+sequences all the same, which asks the GPU for an answer in every forward pass, and would build a mask, which keeps the
+flash kernels out.
 
 Letters: B sequences, H heads, T tokens, D features of a head.
 """
@@ -21,13 +21,15 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 MASKLESS = "fedloom_causal"
+"""Name under which transformers knows `causal_attention`."""
 MODEL_TYPES = frozenset({"gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3"})
-"""Those whose attention is known, by test, to be plainly causal; the others keep transformers' own masks."""
+"""Model types whose attention is plainly causal, as a test shows; all others keep transformers' own masks."""
 
 
 def choose_attention(config: PretrainedConfig) -> str:
-    """The name of the attention to build a model with."""
+    """Return the name of the attention to build a model with: `MASKLESS` where no mask is needed, else `sdpa`."""
     text = config.get_text_config()
+    # A layer with a sliding window does not look at everything to its left, so its mask is needed.
     local = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
     return MASKLESS if config.model_type in MODEL_TYPES and not local else "sdpa"
 
@@ -42,11 +44,8 @@ def causal_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out.
-
-    In bfloat16 on a processor, matmul, softmax and matmul are faster than the fused kernel, whose backward pass is
-    slow there.
-    """
+    """Compute attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out, and no probabilities."""
+    # In bfloat16 on a processor the fused kernel has a slow backward pass; matmul, softmax and matmul are faster.
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         groups = getattr(module, "num_key_value_groups", 1)
         drop = partial(functional.dropout, p=dropout, training=module.training)
@@ -69,10 +68,14 @@ def plain_attention(
     scale: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(s Q Kᵀ + mask) V, with dropout on the probabilities; s is 1/√D by default, no mask is a causal one."""
+    """Compute softmax(s Q Kᵀ + mask) V, [B, H, T, D], with `drop` applied to the probabilities.
+
+    The scale s is 1/√D by default. Without a mask, attention is causal; a boolean mask is true where a token is seen.
+    """
     scores = query @ key.mT * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
     if mask is None:
         queries, keys = scores.shape[-2:]
+        # The last query sees every key: in generation there are fewer queries than keys, which were kept from before.
         ahead = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
         scores = scores.masked_fill(ahead, -math.inf)
     else:
@@ -81,10 +84,11 @@ def plain_attention(
 
 
 def repeat_heads(key: Tensor, value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Keys and values that serve `groups` query heads each, once for every query head."""
+    """Repeat keys and values, [B, H / groups, T, D], for each of the `groups` query heads that share them."""
     if groups == 1:
         return key, value
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
+# Transformers builds no mask for an attention that has a name of its own and no mask function under that name.
 AttentionInterface.register(MASKLESS, causal_attention)

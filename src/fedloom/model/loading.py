@@ -29,20 +29,22 @@ def load_model(
     attention: str | None = None,
     quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The frozen base model in evaluation mode, on its device; `attention` is by transformers' name.
+    """Load the frozen base model onto its device, in evaluation mode; `attention` is a name that transformers knows.
 
     Raises:
-        ModelError: the weights can't be read.
+        ModelError: the weights can't be read, or none of them can stay packed though that was asked for.
     """
     attention = attention or choose_attention(source.config)
     if not source.location:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(0, source.name))  # one and the same model in every run, as others are
+            # The seed is not the run's: a random base model is the same in every run, as a downloaded one is.
+            torch.manual_seed(derive_seed(0, source.name))
             model = _build(source.config, DTYPES[dtype], attention)
     else:
         with loading(source.name), torch.random.fork_rng(devices=[]):
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.location,
+                # A folder has no revisions, and its source's `revision` says only what kind of thing it is.
                 revision="main" if Path(source.location).is_dir() else source.revision,
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
@@ -51,20 +53,25 @@ def load_model(
                 output_loading_info=True,
                 **quantized(quantization, device),
             )
-            # What is missing, transformers would fill with random numbers.
+            # Transformers fills missing weights with random numbers and only warns.
             if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
                 raise ValueError(f"its files lack {len(lacking)} of its weights, {lacking[0]} for one")
-    model.name_or_path = source.name  # what PEFT writes into an adapter as its base
+    # PEFT writes this name into an adapter as its base; transformers would leave the folder of an unpacked file.
+    model.name_or_path = source.name
     model.requires_grad_(False)
     model.eval()
     if quantization == "packed" and source.file and not pack_model(model, source.file):
         raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
+    # Bitsandbytes' weights are on the device already (`device_map`); some versions refuse to move 8-bit ones.
     return model if quantization in ("4bit", "8bit") else model.to(device)
 
 
 def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
-    """What transformers is told so that it packs the weights while it loads them: QLoRA's NF4 with packed scales
-    (Dettmers et al. 2023, arXiv 2305.14314, section 3), or LLM.int8 (arXiv 2208.07339)."""
+    """Return the arguments with which transformers packs the weights while it loads them; none if it shall not.
+
+    4 bits are QLoRA's NF4 with packed scales (Dettmers et al. 2023, arXiv 2305.14314, section 3), 8 bits LLM.int8
+    (arXiv 2208.07339).
+    """
     if quantization not in ("4bit", "8bit"):
         return {}
     four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
@@ -76,10 +83,10 @@ def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
 
 
 def check_quantization(quantization: str | None, source: ModelSource, device: torch.device) -> None:
-    """Refuse packed weights that can't be had here.
+    """Refuse a quantization that this model, this machine or its packages can't give.
 
     Raises:
-        ModelError
+        ModelError: it needs a GPU, a package, a .gguf file, or weights that are not random.
     """
     where = "model.quantization"
     if quantization == "packed":
@@ -97,11 +104,16 @@ def check_quantization(quantization: str | None, source: ModelSource, device: to
 def build_meta_model(
     source: ModelSource, *, dtype: str = "float32", layers: int | None = None, attention: str | None = None
 ) -> PreTrainedModel:
-    """The model's layers without memory for their weights: to count and to check; with fewer layers, to trace."""
+    """Build the model without memory for its weights, to count and check them; `layers` of its layers, to trace fewer.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
     config = copy.deepcopy(source.config)
     text = config.get_text_config()
     if layers is not None and layers != text.num_hidden_layers:
         text.num_hidden_layers = layers
+        # A configuration that names the kind of each layer must name as many as there are.
         if kinds := getattr(text, "layer_types", None):
             text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     with loading(source.name), torch.device("meta"):
@@ -112,7 +124,7 @@ def build_meta_model(
 
 
 def choose_dtype(wanted: str, device: torch.device) -> str:
-    """`auto` is bfloat16 where the device computes it in hardware, and float32 elsewhere."""
+    """Return the wanted dtype; for `auto`, bfloat16 if the device computes it in hardware, else float32."""
     if wanted != "auto":
         return wanted
     fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
@@ -120,10 +132,10 @@ def choose_dtype(wanted: str, device: torch.device) -> str:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` is a GPU where there is one.
+    """Return the wanted device; for `auto`, a GPU if there is one, else the processor.
 
     Raises:
-        ModelError: the wanted device is not there.
+        ModelError: the wanted GPU is not there.
     """
     available = torch.cuda.device_count()
     if wanted == "auto":

@@ -1,8 +1,8 @@
-"""Losses out of a model, a few rows of logits at a time, so that the logits of a batch never exist at once.
+"""Losses of a model, a few rows of logits at a time: the logits of a whole batch never exist at once.
 
-A vocabulary of 50,000 makes logits of 200 kB a token in float32, kept for the backward pass and copied in it. Here
-the gradient of a row is made together with its loss, as in Liger Kernel (arXiv 2410.10989, section 3.2), and only
-rows that count are computed.
+With a vocabulary of 50,000 a token's logits take 200 kB in float32; autograd would keep them for the backward pass and
+copy them there. Here the gradient of a row is made together with its loss, as in Liger Kernel (arXiv 2410.10989,
+section 3.2), and only rows that count are computed.
 
 Letters: B sequences, T tokens, M rows that count (of the B·T), D features, V vocabulary.
 """
@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK_BYTES = 64 * 2**20
-"""Logits that exist at a time."""
-
+"""Memory that logits may take at a time, in float32."""
 
 CHANGES_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
-"""Settings of models whose logits are more than their head's product."""
+"""Settings by which a model scales or caps the product of its head; 0, 1 or none of them changes nothing."""
 
 
-class Readout:
-    """The losses of a causal language model's counted tokens.
+class LossHead:
+    """Losses of a causal language model on the tokens that count.
 
-    The model is taken apart into a body and a frozen head where its logits are exactly `head(body(tokens))`. That is
-    tried, not assumed: some models scale or cap their logits, and an adapter may sit on the head. Then all logits
-    are made at once. On the meta device there are no values to try, and the configuration is asked. `logits` stands
-    for a model that is more than `model`: it gives the logits of tokens, and nothing is taken apart.
+    If the model's logits are exactly `head(body(tokens))`, it is taken apart into its body and its frozen head, and
+    logits are made in chunks. This is tried, not assumed: some models scale or cap their logits, and an adapter may sit
+    on the head. For those, all logits are made at once.
+
+    `logits` is for a model that is wrapped in more than `model` shows (a trained prompt): it returns the logits of
+    tokens, [B, T, V], and nothing is taken apart.
     """
 
     def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -40,13 +41,13 @@ class Readout:
 
     @property
     def vocabulary_size(self) -> int:
-        """Logits of a token."""
+        """Return how many logits a token has."""
         return int(self._model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
     def losses(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor) -> Tensor:
-        """Negative log-likelihood of each counted row's target, [M], in float32 at least; differentiable.
+        """Return the negative log-likelihood of each counted row's target, [M], in float32 or wider; differentiable.
 
-        The head's own weights get no gradient: where they are trained, the logits are not for this.
+        Only the model's body gets gradients, never the weights of the head: a trained head needs the whole logits.
         """
         if self._head is None:
             return functional.cross_entropy(self._whole_logits(tokens_BT, rows_M), targets_M, reduction="none")
@@ -56,7 +57,10 @@ class Readout:
         return losses_M
 
     def score(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
-        """The counted rows' losses summed, and how many targets were the likeliest token; no gradients."""
+        """Return the sum of the counted rows' losses, and how many of their targets were the likeliest token.
+
+        Both are tensors on the model's device, so that nothing waits for a GPU. Gradients are not supported.
+        """
         if self._head is None:
             chunks = iter([(self._whole_logits(tokens_BT, rows_M), targets_M)])
         else:
@@ -85,24 +89,34 @@ class Readout:
     @torch.no_grad()
     def _find_head(self) -> nn.Linear | None:
         head = self._model.get_output_embeddings()  # type: ignore[operator]
+        # A subclass of nn.Linear (quantized, packed) has weights that are no [V, D]; an adapted head is no nn.Linear;
+        # and a model that is its own base has no body to take from it.
         if type(head) is not nn.Linear or self._model.base_model is self._model:
             return None
+        # On the meta device there are no values to try it with, so the configuration is asked.
         if head.weight.is_meta:
             text = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
             return None if any(getattr(text, name, None) not in (None, 0, 1) for name in CHANGES_LOGITS) else head
+        # A few tokens are enough: scaling and capping change the logits of every token.
         tokens_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
         logits_BTV = self._own_logits(tokens_BT)
         return head if torch.equal(logits_BTV.flatten(0, 1), head(self._states(tokens_BT))) else None
 
 
 class _RowLosses(torch.autograd.Function):
+    """Row losses whose gradient with respect to the states, [M, D], is computed in the forward pass.
+
+    It has D numbers a row where the logits have V, so it is all that is kept for the backward pass.
+    """
+
     @staticmethod
     def forward(ctx: Any, states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
         losses, gradients = [], []
         for logits, targets in _logit_chunks(states_MD, targets_M, weight_VD, bias_V):
             log_p = functional.log_softmax(logits, dim=-1)
             losses.append(-log_p.gather(1, targets[:, None])[:, 0])
-            # d loss / d logits = softmax − one-hot
+            # d loss / d logits = softmax − one-hot. In place, because one more tensor of this
+            # size would cost as much memory as the chunk's logits.
             slope = log_p.exp_()
             slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
             gradients.append(slope.to(weight_VD.dtype) @ weight_VD)
@@ -116,7 +130,7 @@ class _RowLosses(torch.autograd.Function):
 
 
 def rows_at_a_time(vocabulary_size: int) -> int:
-    """Rows whose logits exist together."""
+    """Return how many rows have their logits in memory together."""
     return max(1, CHUNK_BYTES // (4 * vocabulary_size))
 
 

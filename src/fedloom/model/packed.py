@@ -1,7 +1,8 @@
 """A base model whose linear layers keep the blocks of their GGUF file, and unpack them whenever they are used.
 
-An eighth to a quarter of float32's memory, for two more passes over the weights in a step. Only what gives back the
-very weights that transformers unpacks is kept packed; embeddings and a head that shares theirs stay as they are.
+This takes an eighth to a quarter of float32's memory, and two more passes over the weights in each step. A layer is
+kept packed only if it gives exactly the weights that transformers unpacks; embeddings, and a head that shares theirs,
+stay as they are.
 
 Letters: N rows (sequences × tokens), I and O features in and out.
 """
@@ -20,9 +21,10 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
 
 class PackedLinear(nn.Linear):
-    """An `nn.Linear` over GGUF blocks: `weight` is [O, bytes of a row]."""
+    """Linear layer over GGUF blocks: `weight` is [O, bytes of a row], `kind` ggml's number for their format."""
 
     def __init__(self, blocks: Tensor, kind: int, layer: nn.Linear) -> None:
+        # Not nn.Linear's own, which would first make the [O, I] weights that are not to exist.
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight = nn.Parameter(blocks, requires_grad=False)
@@ -31,17 +33,18 @@ class PackedLinear(nn.Linear):
         self.dtype = layer.weight.dtype
 
     def unpack(self) -> Tensor:
-        """The weights, [O, I]."""
+        """Return the weights, [O, I], in the dtype of the layer whose place this one took."""
         unpacked: Tensor = dequantize(self.weight, self.kind, torch.float32)
         return unpacked.view(self.out_features, self.in_features).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b, [..., O], for `x` of [..., I]."""
         product: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 
 
 class _PackedProduct(torch.autograd.Function):
-    """W x, with W unpacked in each pass: autograd itself would keep it from one to the other."""
+    """Product W x that unpacks W once in each pass; autograd would keep the unpacked W between the two."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
@@ -55,6 +58,7 @@ class _PackedProduct(torch.autograd.Function):
 
 def pack_model(model: PreTrainedModel, file: Path) -> int:
     """Put the file's blocks in the place of the linear layers' weights, and return how many layers took them."""
+    # Imported here alone: a machine that opens no .gguf file need not have this package.
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -65,10 +69,13 @@ def pack_model(model: PreTrainedModel, file: Path) -> int:
         tensor = tensors.get(names.get_name(f"{path}.weight", try_suffixes=(".weight",)) or "")
         if type(layer) is not nn.Linear or tensor is None or int(tensor.tensor_type) not in GGML_BLOCK:
             continue
+        # The embedding needs its weights unpacked, so packing a head that shares them would save nothing.
         if layer.weight is model.get_input_embeddings().weight:
             continue
+        # A copy: the reader maps the file into memory, and the weights must not depend on it staying there.
         rows = torch.from_numpy(tensor.data.reshape(layer.out_features, -1).copy())
         for order in _row_orders(model, layer.out_features):
+            # The file does not say in which order it has the rows, so each is tried against the weights loaded before.
             candidate = PackedLinear(rows[order], int(tensor.tensor_type), layer)
             if torch.equal(candidate.unpack(), layer.weight):
                 model.set_submodule(path, candidate)
@@ -78,7 +85,7 @@ def pack_model(model: PreTrainedModel, file: Path) -> int:
 
 
 def _names(reader: Any, layers: int) -> Any:
-    """Gguf's own table from transformers' names to those in the file."""
+    """Return the table of the package gguf from transformers' names of tensors to those in the file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = reader.fields["general.architecture"].contents()
@@ -86,7 +93,11 @@ def _names(reader: Any, layers: int) -> Any:
 
 
 def _row_orders(model: PreTrainedModel, rows: int) -> Iterator[Tensor]:
-    """Orders in which a file may hold the rows: as they are, or each head's pairs of rotated features side by side."""
+    """Yield the orders in which a file may hold the rows: as they are, or as llama.cpp has those of queries and keys.
+
+    There the two features of a head that are rotated together stand side by side; in transformers they stand half a
+    head apart.
+    """
     yield torch.arange(rows)
     config = model.config.get_text_config()
     for heads in {config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1}:

@@ -1,4 +1,4 @@
-"""Where a base model comes from: a hub, a folder, a GGUF file, an installed package, or at random.
+"""Sources of a base model: a hub, a folder, a GGUF file, an installed package, or random weights.
 
 Only safetensors, GGUF and JSON are read, no pickle and no remote code. A GGUF file is unpacked once and kept as
 safetensors, because unpacking takes tens of seconds and loading takes one.
@@ -7,7 +7,6 @@ safetensors, because unpacking takes tens of seconds and loading takes one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import shutil
@@ -24,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from fedloom.errors import ModelError
+from fedloom.host.files import hash_file
 from fedloom.host.machine import cache_folder
 from fedloom.hub import find_commit, hub_address
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""What weights may be called that are no data but a program."""
+"""Endings of weights that are pickles: programs, not data."""
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-350m": lambda: transformers.OPTConfig(
@@ -77,38 +77,40 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model comes from, resolved so far that its shape and its tokenizer are known."""
+    """Place that a base model comes from, opened so far that its shape and its tokenizer are known."""
 
     name: str
+    """`model.source` of the recipe."""
     revision: str
+    """Commit on a hub; elsewhere a short text that says what kind of source it is."""
     config: PretrainedConfig
     tokenizer: Any
     location: str
-    """Folder or hub id that the weights are read from; empty for random ones."""
+    """Folder or hub id that the weights are read from; empty if they are random."""
     file: Path | None = None
-    """The GGUF file that the folder was unpacked from."""
+    """GGUF file that the folder was unpacked from."""
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence that the model has positions for, where it says so."""
+        """Return the longest sequence that the model has positions for, or None if its configuration does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def num_layers(self) -> int:
-        """Of the decoder."""
+        """Return how many layers the decoder has."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of the embedding."""
+        """Return how many rows the embedding has."""
         return int(self.config.get_text_config().vocab_size)
 
 
 def open_model(source: str, revision: str | None = None, say: Callable[[str], object] = str) -> ModelSource:
-    """Find a base model and read its configuration and tokenizer, not its weights; `say` is told of slow work.
+    """Find a base model and read its configuration and tokenizer, not its weights; `say` is told about slow work.
 
     Raises:
-        ModelError: there is no such model, or it can't be had.
+        ModelError: there is no such model, it can't be had, or it is refused: a pickle, damaged, or no tokenizer.
     """
     transformers.utils.logging.disable_progress_bar()
     found = _open_local(source, say)
@@ -120,7 +122,7 @@ def open_model(source: str, revision: str | None = None, say: Callable[[str], ob
 
 
 def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None:
-    """The model, if the source is anything but a hub id."""
+    """Return the model if the source is anything but a hub id, else None."""
     scheme, _, rest = source.partition(":")
     if scheme == "random":
         if rest not in SHAPES:
@@ -142,7 +144,7 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of 256 bytes and one special token, made here: nothing is downloaded."""
+    """Build a tokenizer of 256 bytes and one special token, without any download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -154,15 +156,15 @@ def byte_tokenizer() -> Any:
 
 
 def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, str]:
-    """The folder with the GGUF file's model as safetensors, unpacked on first use, and the file's SHA-256.
+    """Return the folder with the GGUF file's model as safetensors, unpacked on first use, and the file's SHA-256.
 
-    Written whole or not at all: made in a temporary folder that is renamed when it is complete.
+    The folder is made under a temporary name and renamed when it is complete.
 
     Raises:
-        ModelError: the file is no model that transformers can unpack.
+        ModelError: transformers can't unpack the file, or the cache can't be written to.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_file(path)
+    # Another version of transformers may unpack the same file otherwise.
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
     if folder.is_dir():
         return folder, digest
@@ -178,20 +180,23 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
         location = {"gguf_file": path.name, "pretrained_model_name_or_path": str(path.parent)}
         # Kept packed, the weights would be unpacked again in every forward pass.
         unpacked = transformers.GgufConfig(dequantize=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        # Transformers shows a progress bar here that no setting turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(**location, quantization_config=unpacked, dtype=torch.float32)
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**location).save_pretrained(temporary)
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first
+            # If the folder is there, another process was first, and its folder is as good as this one.
+            if not folder.is_dir():
                 raise
-    except Exception as error:  # a damaged file can fail anywhere in the reader
+    # A damaged file can fail anywhere in the reader, with errors of any kind.
+    except Exception as error:
         raise ModelError(
-            f"not a GGUF model that transformers reads, or no room to unpack it ({type(error).__name__})",
+            f"not a GGUF model that transformers can read, or no room to unpack it ({type(error).__name__})",
             where=str(path),
-            mend=f"try another file, and look at the room in {folder.parent}",
+            mend=f"try another file, and check that {folder.parent} has free space",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -199,7 +204,11 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
 
 
 def _find_in_package(rest: str) -> Path:
-    """NAME/FILE -> the file inside the installed package, found without importing it."""
+    """Find the file of NAME/FILE inside the installed package NAME, without importing it.
+
+    Raises:
+        ModelError: there is no such package, or the path leads out of it.
+    """
     package, _, file = rest.partition("/")
     where = "model.source"
     spec = find_spec(package) if package.isidentifier() else None
@@ -225,7 +234,8 @@ def _open_hub(name: str, revision: str | None) -> ModelSource:
     found, refused = None, "HF_HUB_OFFLINE is set"
     try:
         found = find_commit("model", name, revision)
-    except Exception as error:  # of a dozen kinds; then only the local cache is left
+    # Asking a hub fails with a dozen kinds of error; with each of them the local cache may still have the model.
+    except Exception as error:
         refused = type(error).__name__
     commit = found or revision or "main"
     options = {"trust_remote_code": False, "local_files_only": found is None}
@@ -239,7 +249,7 @@ def _open_hub(name: str, revision: str | None) -> ModelSource:
         if found:
             raise
         raise ModelError(
-            f"the model can't be had: {name} is no folder here, is not whole in the local cache, and asking"
+            f"the model can't be found: {name} is no folder here, is not complete in the local cache, and asking"
             f" {hub_address()} failed ({refused})",
             where="model.source",
             mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
@@ -248,7 +258,8 @@ def _open_hub(name: str, revision: str | None) -> ModelSource:
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
-    if len(tokenizer) < 2:  # what transformers makes of a folder without tokenizer files
+    # Transformers makes an empty tokenizer of a folder without tokenizer files, and says nothing.
+    if len(tokenizer) < 2:
         raise ValueError("it has no tokenizer")
 
 
@@ -278,12 +289,13 @@ def _check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Whatever a library says of a model that it can't load, as one error; and nothing beside it on the screen."""
+    """Turn any error of a library that loads a model into one ModelError, and keep its warnings off the screen."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     try:
         yield
-    except Exception as error:  # of any kind: the files are not ours
+    # The files come from strangers and may fail in the libraries with errors of any kind.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the model can't be loaded: {reason[:200]}",

@@ -1,1 +1,1 @@
-"""What a client does with a job; engines that do it, and the formulas that they share."""
+"""Training: a client's job, the engines that carry it out, and the formulas that they share."""

@@ -1,4 +1,4 @@
-"""Dropout that is each client's own: the adapters' and the base model's, whoever trains beside.
+"""Dropout of the adapters and the base model that is each client's own, whichever clients train beside it.
 
 Within `ClientDropout`, every call of torch's dropout, and attention with dropout, draws each client's mask from that
 client's generator, in the shape that the client's own batch has. So a client's masks do not depend on how many
@@ -23,9 +23,9 @@ from fedloom.model.attention import plain_attention, repeat_heads
 
 
 class ClientDropout(TorchFunctionMode):
-    """Dropout for one forward pass over [K·B, T] tokens.
+    """Dropout in one forward pass over [K·B, T] tokens.
 
-    `sizes` holds each client's own (sequences, tokens), at most (B, T); what lies beyond is padding and kept.
+    `sizes` has each client's own (sequences, tokens), at most (B, T). Beyond them lies padding, which is not dropped.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
@@ -35,7 +35,8 @@ class ClientDropout(TorchFunctionMode):
         self._num_sequences = max(sequences for sequences, _ in sizes)
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For a checkpointed layer: what it drops when it is computed again is what it dropped now."""
+        """Return the contexts of a checkpointed layer's two passes: the second drops what the first dropped."""
+        # Only the second is entered outside this mode, in the backward pass, and with generators that have moved on.
         return nullcontext(), self._again([generator.get_state() for generator in self._generators])
 
     @contextmanager
@@ -46,16 +47,19 @@ class ClientDropout(TorchFunctionMode):
         try:
             with ClientDropout(self._generators, self._sizes):
                 yield
-        finally:  # torch leaves the layer by an exception once it has what it needs
+        # Torch leaves the layer by an exception once it has recomputed what it needs.
+        finally:
             for generator, state in zip(self._generators, now, strict=True):
                 generator.set_state(state)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Replace dropout, and attention with dropout; let every other function of torch through."""
         kwargs = kwargs or {}
         if func is functional.dropout:
             return self._dropout(*args, **kwargs)
+        # The fused kernels draw one mask for the whole batch, from torch's own generator.
         if func is functional.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -63,14 +67,16 @@ class ClientDropout(TorchFunctionMode):
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return x
+        # States are [K·B, T, D] or, flattened, [K·B·T, D] or [K, B·T, D]; probabilities of attention [K·B, H, T, T].
         num_clients = len(self._generators)
         by_client = (num_clients, self._num_sequences, -1, x.shape[-1])
-        if x.ndim == 4:  # attention: [K·B, H, T, T]
+        if x.ndim == 4:
             by_client = (num_clients, self._num_sequences, *x.shape[1:])
         mask = torch.ones_like(x).reshape(by_client)
         for client, (generator, (sequences, tokens)) in enumerate(zip(self._generators, self._sizes, strict=True)):
             own = mask[client, :sequences]
             own = own[:, :, :tokens, :tokens] if x.ndim == 4 else own[:, :tokens]
+            # Drawn in the shape of the client's own batch: a wider neighbour would change how the numbers fall.
             own.copy_(torch.empty(own.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator))
             own.div_(1 - p)
         return x * mask.view_as(x)

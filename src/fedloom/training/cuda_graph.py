@@ -1,8 +1,8 @@
 """A step as one CUDA graph: at two short sequences a client, launching its 2,500 kernels takes longer than they run.
 
-`torch.cuda.graph` records the kernels of a step once and launches them all with one call. What it needs: shapes that
-stay, buffers that stay, nothing fetched in between, and every generator known to it (PyTorch documentation, "CUDA
-Graphs").
+`torch.cuda.graph` records the kernels of a step once and launches them all with one call. It needs shapes and buffers
+that stay the same, nothing fetched from the GPU in between, and every generator registered (PyTorch documentation,
+"CUDA Graphs").
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fedloom.errors import ModelError
 from fedloom.training.stacked_step import StepInputs
 
 WARM_UP = 3
-"""Steps before one is recorded: real ones, in which libraries choose and set up what a recording may not."""
+"""Steps before one is recorded: real ones, in which libraries set up what they can't set up in a recording."""
 
 
 class StepGraph:
-    """Steps of one shape on a GPU: the first few as they are, the rest as a graph."""
+    """Steps of one shape on a GPU: the first few are run as they are, the rest as a graph."""
 
     def __init__(self, step: Callable[[StepInputs], Tensor], generators: Sequence[torch.Generator]) -> None:
         self._step = step
@@ -30,7 +30,7 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        """Step, and return its facts.
+        """Take one step, and return its facts, [3, K].
 
         Raises:
             ModelError: an operation of this model can't be recorded.
@@ -41,12 +41,16 @@ class StepGraph:
         if self._graph is None:
             self._record(inputs)
         assert self._graph is not None
+        # The graph reads its inputs where they were when it was recorded, so new ones are copied there.
         for held, given in zip(self._held, inputs, strict=True):
             held.copy_(given, non_blocking=True)
         self._graph.replay()
+        # A copy: the next replay writes its facts to the same memory.
         return self._facts_3K.clone()
 
     def _on_a_stream_of_its_own(self, inputs: StepInputs) -> Tensor:
+        # PyTorch asks that what is recorded later be warmed up on a stream of its own. The two streams wait for each
+        # other, so that nothing is read before it is written.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             facts_3K = self._step(inputs)
@@ -55,14 +59,17 @@ class StepGraph:
 
     def _record(self, inputs: StepInputs) -> None:
         graph = torch.cuda.CUDAGraph()
+        # A recording refuses a generator that is not registered; a registered one moves on with every replay.
         for generator in self._generators:
             graph.register_generator_state(generator)
         self._held = StepInputs(*(given.clone() for given in inputs))
         try:
+            # A recording computes nothing: the replay that follows is the step.
             with torch.cuda.graph(graph, stream=self._stream):
                 self._facts_3K = self._step(self._held)
         except RuntimeError as error:
-            # Streams, generators and the allocator are left in the middle of a recording: nothing goes on from here.
+            # Streams, generators and the allocator are left in the middle of a recording, so training can't go on
+            # without the graph.
             raise ModelError(
                 f"a step of this model can't be recorded as a CUDA graph ({str(error).splitlines()[0]})",
                 where="training.cuda_graph",

@@ -1,6 +1,6 @@
-"""Gradient checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
+"""Gradient checkpointing: keep only each layer's input, and compute the rest again in the backward pass.
 
-Chen et al. 2016, arXiv 1604.06174.
+The method is by Chen et al. 2016, arXiv 1604.06174.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import noop_context_fn
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-"""Around a layer's first pass, and around the one that is computed again."""
+"""Maker of two contexts: one for a layer's first pass, one for its second in the backward pass."""
 
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, wanted: bool, contexts: Contexts = noop_context_fn) -> Iterator[None]:
-    """Let a transformers model checkpoint its layers inside the block, if that is wanted."""
+    """Let a transformers model checkpoint its layers inside the block, if `wanted`."""
     if not wanted:
         yield
         return
+    # Only torch's non-reentrant checkpointing takes contexts.
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[operator]
     try:
         yield

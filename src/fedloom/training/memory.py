@@ -82,7 +82,7 @@ def predict_step(
     """
     whole = build(layers)
     # From a full chunk of logits on, every client adds the same to what the loss needs; before that, less.
-    full = -(-rows_at_a_time(whole.readout.vocabulary_size) // (training.batch_size * length))
+    full = -(-rows_at_a_time(whole.loss_head.vocabulary_size) // (training.batch_size * length))
     few = min(clients, full)
 
     def trace(clients: int, count: int) -> int:

@@ -1,7 +1,8 @@
-"""What a client minimises and how: each formula once, for every engine.
+"""Formulas of a client's training, each once, for every engine.
 
-F_k(w) + μ/2 ‖w − w_global‖²  (FedProx, Li et al. 2020, arXiv 1812.06127, equation 2), with F_k the mean token loss
-of the batch. The proximal gradient μ(w − w_global) is added once a step, before clipping, over the trained weights.
+A client minimises F_k(w) + μ/2 ‖w − w_global‖² (FedProx, Li et al. 2020, arXiv 1812.06127, equation 2), with F_k the
+mean token loss of the batch. The proximal gradient μ(w − w_global) is added once a step, before clipping, over the
+trained weights.
 
 Letters: B sequences, T tokens, V vocabulary, P adapter parameters.
 """
@@ -24,41 +25,43 @@ if TYPE_CHECKING:
 
 
 def next_token_targets(labels_BT: Tensor) -> Tensor:
-    """The label that each position predicts: its right neighbour's, and none at the end."""
+    """Return the label that each position predicts, [B, T]: its right neighbour's, and `IGNORED` at the end."""
     return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
 def mean_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """The mean over a batch's counted tokens, in float32 at least: padding has no share in it."""
+    """Return the mean loss over a batch's counted tokens, in nats, in float32 or wider; padding has no share in it."""
     logits = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
     targets_BT = next_token_targets(labels_BT)
     return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
 
 
 def proximal_loss(drift: float, mu: float) -> float:
-    """μ/2 ‖w − w_global‖², from the norm `drift`."""
+    """Return μ/2 ‖w − w_global‖², where `drift` is the norm."""
     return 0.5 * mu * drift**2
 
 
 def add_proximal_gradient(gradient_P: Tensor, offset_P: Tensor, mu: float | Tensor) -> None:
-    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global. Of [P], or of [K, P] with μ [K, 1]."""
+    """Add μ(w − w_global) to the gradient in place; `offset_P` is w − w_global. Takes [P], or [K, P] with μ [K, 1]."""
+    # `alpha` takes a number alone, and to fetch one would wait for the GPU.
     gradient_P.addcmul_(offset_P, mu) if isinstance(mu, Tensor) else gradient_P.add_(offset_P, alpha=mu)
 
 
 @torch.no_grad()
 def hold_still(weights_P: Tensor, start_P: Tensor, trains_P: Tensor) -> None:
-    """Undo in place what a step changed (by weight decay) where `trains_P` is false."""
+    """Undo in place what a step changed where `trains_P` is false: weight decay changes weights without a gradient."""
     weights_P.copy_(torch.where(trains_P, weights_P, start_P))
 
 
 def clip_gradient(gradient_P: Tensor, max_norm: float | None) -> None:
     """Scale the gradient in place so that its norm is at most `max_norm`; None leaves it alone.
 
-    As torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1); of [K, P] each row for
-    itself.
+    The rule is that of torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1). In [K, P]
+    each row is clipped by its own norm.
     """
     if max_norm is not None:
         norm = gradient_P.norm(dim=-1, keepdim=True)
+        # 1e-6 as in torch; and a clamp, because an `if` would wait for the GPU.
         gradient_P.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
@@ -71,7 +74,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(training: Training, step: int, steps: int, round: int, rounds: int) -> float:
-    """Of a step (from 0) among a round's steps, in a round (from 1) among the run's rounds."""
+    """Return the learning rate of a step (from 0) of a round's steps, in a round (from 1) of the run's rounds."""
     progress = step / steps
     if training.schedule_scope == "run":
         progress = (round - 1 + progress) / rounds
@@ -86,13 +89,16 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Training], torch.optim.Optim
         weights, lr=training.learning_rate, weight_decay=training.weight_decay
     ),
 }
+"""Optimizers of the reference engine, by name; `STACKED_OPTIMIZERS` has their counterparts for K clients."""
 
 
 def check_finite(what: str, value: float, **where: Any) -> None:
-    """Stop on a loss, or a distance, that is no number; `where` is TrainingError's: round, client, step, stage.
+    """Stop training if a loss or a distance is no finite number.
+
+    `what` names the value, and `where` is for TrainingError: round, client, step, stage.
 
     Raises:
-        TrainingError
+        TrainingError: the value is infinite or NaN.
     """
     if not math.isfinite(value):
         raise TrainingError(
@@ -103,9 +109,9 @@ def check_finite(what: str, value: float, **where: Any) -> None:
 
 
 def check_proximal(proximal_losses: list[float], *, mu: float, round: int, client: int) -> None:
-    """Stop when μ > 0 has nothing to hold: the mistake of the published experiment, whose term never was.
+    """Stop training if μ > 0 and the proximal term was always zero: the mistake of the published experiment.
 
-    In the first step the weights are the global ones and the term is zero; after that it must not be.
+    In a client's first step the weights are the global ones and the term is zero; after that it must not be.
 
     Raises:
         TrainingError: the term was zero in each of two or more steps.

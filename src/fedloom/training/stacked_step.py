@@ -1,7 +1,7 @@
-"""One step of K clients: arithmetic on a device, which is asked nothing and told everything before.
+"""One step of K clients: pure arithmetic on a device, which gets all inputs before and is asked for nothing meanwhile.
 
-That is why it can be recorded as a CUDA graph and launched whole (`step_graph`), and traced for what memory it takes
-(`memory`).
+So the step can be recorded as a CUDA graph and launched whole (`cuda_graph`), and it can be traced to see how much
+memory it takes (`memory`).
 
 Letters: K clients, N sequences of all clients, T tokens, M rows that count, P adapter parameters.
 """
@@ -25,29 +25,32 @@ if TYPE_CHECKING:
 
 
 class StepInputs(NamedTuple):
-    """What a step works on; every client has as many sequences as the others."""
+    """Inputs of a step; every client has as many sequences as the others."""
 
     tokens_NT: Tensor
-    """Client by client."""
+    """Token ids, client by client."""
     rows_M: Tensor
-    """Positions in the flattened tokens whose loss counts, in order; each at most once."""
+    """Positions in the flattened tokens, in order, each at most once: all whose loss counts, and maybe others."""
     targets_M: Tensor
-    """The token that each of them predicts."""
+    """Token that each of these positions predicts."""
     clients_M: Tensor
-    """Whose it is."""
+    """Slot of the client that the position belongs to."""
     shares_M: Tensor
-    """One over the number of its client's rows: the loss of a client is its own mean. 0 for a row of padding."""
+    """Weight of each position: 1 / the number of its client's counted positions, or 0 for padding.
+
+    The weighted sum of a client's losses is then its own mean.
+    """
     rates_K: Tensor
-    """Learning rates."""
+    """Learning rate of each client."""
     mus_K: Tensor
-    """Of the proximal terms."""
+    """μ of each client's proximal term."""
 
 
 class StackedStep:
-    """Weights, gradients and optimizer of the clients that train at once: slot k of every buffer is one client's.
+    """Weights, gradients and optimizer of the clients that train at once: row k of every buffer is one client's slot.
 
-    `start_KP` is where each began, and what its proximal term holds to; with `partly`, `trains_KP` is false where a
-    client's weights stay as they began.
+    `start_KP` has the weights that each client began with, to which its proximal term holds it. With `partly`,
+    `trains_KP` is false where a client's weights stay as they began; otherwise it is None.
     """
 
     def __init__(
@@ -68,29 +71,34 @@ class StackedStep:
         self.optimizer = STACKED_OPTIMIZERS[training.optimizer](self.weights_KP, training)
 
     def use_slots(self, count: int) -> None:
-        """From now on, step the first `count` slots."""
+        """Step the first `count` slots from now on."""
         self._count = count
         self._stack.bind(self.weights_KP[:count], self._gradient_KP[:count])
 
     def move(self, source: int, target: int) -> None:
-        """A client moves to another slot."""
+        """Copy a client, with its optimizer's state, from one slot to another."""
         buffers = [self.weights_KP, self.start_KP]
         for rows in buffers if self.trains_KP is None else [*buffers, self.trains_KP]:
             rows[target] = rows[source]
         self.optimizer.move(source, target)
 
     def __call__(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
-        """Step, and return what was true before it, [3, K]: losses, ‖w − w_global‖, norms of the loss gradients."""
+        """Take one step, and return facts from before it, [3, K]: losses, ‖w − w_global‖, norms of the loss gradients.
+
+        The facts stay on the device: reading them waits for the GPU, and the caller says when.
+        """
         training = self._training
         weights_KP, gradient_KP = self.weights_KP[: self._count], self._gradient_KP[: self._count]
         start_KP, trains_KP = self.start_KP[: self._count], self.trains_KP
 
+        # In place: the layers add their gradients to views of this buffer.
         gradient_KP.zero_()
         model = self._stack.model
         model.train()
         with self._stack.installed(), gradient_checkpointing(model, training.gradient_checkpointing, dropout.contexts):
             with dropout:
                 loss_K = self._losses(inputs)
+            # A client's weights are in its own loss alone, so the gradient of the sum is each client's own gradient.
             loss_K.sum().backward()
         model.eval()
 
@@ -109,9 +117,11 @@ class StackedStep:
         return facts_3K
 
     def _losses(self, inputs: StepInputs) -> Tensor:
-        """Each client's mean over its own counted tokens, [K]."""
-        losses_M = self._adapted.readout.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M)
+        """Return each client's mean loss over its own counted tokens, [K]."""
+        losses_M = self._adapted.loss_head.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M)
         shared_M = losses_M * inputs.shares_M
-        if shared_M.is_cuda:  # index_add sums in any order there; these are the same rows for every client
+        # On a GPU index_add sums in any order, so two runs would differ. There every position is among the rows, and
+        # each client has equally many of them.
+        if shared_M.is_cuda:
             return shared_M.view(self._count, -1).sum(1)
         return shared_M.new_zeros(self._count).index_add(0, inputs.clients_M, shared_M)
