@@ -57,7 +57,7 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def show_controls(text: str) -> str:
-    """Return the text with control characters written out, as \\x1b; tabs and line ends stay."""
+    r"""Return the text with control characters written out, as \x1b; tabs and line ends stay."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
