@@ -104,11 +104,11 @@ BAD_INPUT = {
     "wrong type": (["training.epochs=many"], ["`training.epochs`", "integer", "'many'"]),
     "out of range": (["data.client_holdout=1.5"], ["`data.client_holdout`", "less than 1"]),
     "unknown choice": (["training.schedule=lineal"], ["`training.schedule`", "'linear'"]),
-    "not an override": (["epochs"], ["'epochs' is no override", "section.key=value"]),
+    "not an override": (["epochs"], ["'epochs' is not an override", "section.key=value"]),
     "partition without its column": (['data.partition.kind="dirichlet"'], ["`data.partition`", "needs by and alpha"]),
     "too many documents": (
         ["data.documents_per_client=100000"],
-        ["usable documents, and the recipe asks for 300020", "lower data.documents_per_client"],
+        ["usable documents, but the recipe asks for 300020", "lower data.documents_per_client"],
     ),
     "a client without documents": (
         ['data.partition={kind="natural", by="package"}', "data.clients=50", "data.documents_per_client=1"],

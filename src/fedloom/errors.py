@@ -1,16 +1,17 @@
-"""The errors that a person can cause and mend, as a tree.
+"""Errors that a person can cause and mend, as a tree.
 
 FedloomError
 ├── RecipeError      a key, a value or a combination in the recipe
 ├── DataError        documents that can't be found, read, split or tokenised
-├── ModelError       a base model or an adapter that can't be had
-├── RunError         a run directory that exists, is missing or can't be read
-├── DeploymentError  a server, a client or what they need of each other that can't be had
-├── MessageError     what a client or a server sent and can't be what was asked for
-└── TrainingError    a loss or weights that are no numbers any more; names round, client, step or stage
+├── ModelError       a base model or an adapter that can't be found, loaded or used
+├── RunError         a run directory that exists already, is missing or can't be read
+├── DeploymentError  a server or a client that can't start, or can't reach the other
+├── MessageError     a message between server and client that is damaged or was not asked for
+└── TrainingError    a loss or weights that are not finite numbers; names round, client, step or stage
 
-A message is one line that a terminal shows as it stands, without passwords and tokens, whatever it quotes.
-The command line prints one as a line and exits with 2. Everything else is a bug and shows its traceback.
+A message is one line that is safe to show in a terminal: whatever it quotes, it has no control characters, passwords
+or tokens.
+The command line prints the message and exits with 2. Everything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from fedloom.text import hide_secrets, show_controls
 
 
 class FedloomError(Exception):
-    """What is wrong, where (file and dotted key), and what to do about it."""
+    """An error that says what is wrong, where (file and dotted key), and how to mend it."""
 
     def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
         self.what, self.where, self.mend = what, where, mend
+        # A message may quote a file, a path or another machine's answer, and those may hold anything.
         one_line = " ".join("".join((where and f"{where}: ", what, mend and f"; {mend}")).split())
         super().__init__(hide_secrets(show_controls(one_line)))
 
@@ -36,23 +38,23 @@ class DataError(FedloomError):
 
 
 class ModelError(FedloomError):
-    """A base model or an adapter that can't be had."""
+    """A base model or an adapter that can't be found, loaded or used."""
 
 
 class RunError(FedloomError):
-    """A run directory that exists, is missing or can't be read."""
+    """A run directory that exists already, is missing or can't be read."""
 
 
 class DeploymentError(FedloomError):
-    """A server, a client or what they need of each other that can't be had."""
+    """A server or a client that can't start, or can't reach the other."""
 
 
 class MessageError(FedloomError):
-    """What a client or a server sent and can't be what was asked for."""
+    """A message between server and client that is damaged or was not asked for."""
 
 
 class TrainingError(FedloomError):
-    """Work on an adapter that can't go on."""
+    """A loss or weights that are not finite numbers; carries the round, and the client, step or stage if known."""
 
     def __init__(
         self,

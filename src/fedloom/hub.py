@@ -1,6 +1,6 @@
-"""Asks the model hub which commit a name stands for: once, with a time limit, so that what is loaded is on record.
+"""The model hub: which commit a name stands for, asked once and with a time limit, so that it can be recorded.
 
-What is asked later may try again and again; a hub that does not answer this will not answer that.
+A download may try again and again. A hub that does not answer this short question is not asked for one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from contextlib import contextmanager
 from typing import Literal
 
 TIMEOUT_SECONDS = 10.0
+"""Time that the hub has to name a commit."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
-"""What a hub calls a revision; nothing else that a source has for one looks so."""
+"""A commit of the hub; revisions of other sources (a Python version, a count of files) never match it."""
 
 
 def find_commit(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str | None:
-    """The commit of a model or data set now; None where HF_HUB_OFFLINE forbids to ask.
+    """Ask the hub for the present commit of a model or data set; return None if HF_HUB_OFFLINE is set.
 
     Raises:
-        Exception: the hub's client has a dozen kinds for a hub out of reach, a missing name, a name behind a gate.
+        Exception: the hub can't be reached, has no such name, or wants permission; its client has a dozen kinds.
     """
     from huggingface_hub import HfApi, constants
 
+    # Read from the module at each call: `without_hub` changes it while the program runs.
     if constants.HF_HUB_OFFLINE:
         return None
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
@@ -32,10 +34,12 @@ def find_commit(kind: Literal["model", "dataset"], name: str, revision: str | No
 
 @contextmanager
 def without_hub() -> Iterator[None]:
-    """Have the hub's client and `datasets` look into their local caches alone, at once, and not wait for a hub."""
+    """Make the hub's client and `datasets` use their local caches alone, without waiting for the hub."""
     import datasets.config
     from huggingface_hub import constants
 
+    # Both read HF_HUB_OFFLINE once, when they are imported, and `datasets` keeps a copy of its own: setting the
+    # environment variable now would change nothing.
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -45,5 +49,5 @@ def without_hub() -> Iterator[None]:
 
 
 def hub_address() -> str:
-    """Where the hub is asked for, for error messages."""
+    """Return the hub's address as error messages show it."""
     return os.environ.get("HF_ENDPOINT", "the hub")

@@ -1,4 +1,4 @@
-"""What a long job says while it works, and how much of it is left. No torch here."""
+"""Progress of long jobs: reports of finished steps, and the time that is left. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Phase = Literal["train", "evaluate"]
 
 @dataclass(frozen=True)
 class Progress:
-    """One optimizer step of a client, or one evaluated batch, of so many real tokens and sequences."""
+    """One finished piece of work: an optimizer step of a client, or an evaluated batch.
+
+    `tokens` leaves padding out; `samples` counts sequences.
+    """
 
     phase: Phase
     tokens: int
@@ -28,7 +31,7 @@ Say = Callable[[str, str], object]
 
 
 def ignore(progress: Progress) -> None:
-    """Watch nothing."""
+    """Do nothing with a report of progress."""
 
 
 def say_nothing(what: str, detail: str) -> None:
@@ -37,9 +40,10 @@ def say_nothing(what: str, detail: str) -> None:
 
 @dataclass
 class Clock:
-    """Tokens a second and time left, from what was done so far and the tokens that the whole run has."""
+    """Tokens a second and time left, computed from the work done so far and from the tokens of the whole run."""
 
     total: dict[Phase, int]
+    """Tokens that the whole run has in each phase."""
     now: Callable[[], float] = time.perf_counter
     done: dict[Phase, int] = field(default_factory=lambda: {"train": 0, "evaluate": 0})
     seconds: dict[Phase, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0})
@@ -48,21 +52,22 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Work begins now."""
+        """Start timing: the first step's time counts from here."""
         self._last = self.now()
 
     def tick(self, progress: Progress) -> None:
-        """The time since the last tick was spent on this."""
+        """Add the time since the last tick, or since `start`, to the phase of this piece of work."""
         now = self.now()
         self.seconds[progress.phase] += now - self._last
         self.done[progress.phase] += progress.tokens
         self._last = now
 
     def tokens_per_second(self, phase: Phase) -> float | None:
+        """Return a phase's mean rate so far; None until it has done work."""
         return self.done[phase] / self.seconds[phase] if self.seconds[phase] and self.done[phase] else None
 
     def seconds_left(self) -> float | None:
-        """None until every phase that is to come has been seen."""
+        """Return the seconds that the rest of the run will take; None while a phase with work left has no rate yet."""
         left = 0.0
         for phase, total in self.total.items():
             remaining = max(0, total - self.done[phase])

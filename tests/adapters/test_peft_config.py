@@ -146,12 +146,12 @@ def test_a_refused_method_says_why(name: str) -> None:
 @pytest.mark.parametrize(
     ("adapter", "says"),
     [
-        ({"method": "ia3", "rank": 4}, '"ia3" has no use for rank'),
-        ({"method": "ia3", "rank": None, "dora": True}, '"ia3" has no use for dora'),
-        ({"method": "full", "rank": None, "targets": ["q_proj"]}, '"full" has no use for targets'),
-        ({"method": "full", "rank": None, "options": {"r": 4}}, '"full" has no use for options'),
-        ({"options": {"r": 4}}, "options.r has a key of its own: use rank"),
-        ({"options": {"use_dora": True}}, "options.use_dora has a key of its own: use dora"),
+        ({"method": "ia3", "rank": 4}, '"ia3" does not use rank'),
+        ({"method": "ia3", "rank": None, "dora": True}, '"ia3" does not use dora'),
+        ({"method": "full", "rank": None, "targets": ["q_proj"]}, '"full" does not use targets'),
+        ({"method": "full", "rank": None, "options": {"r": 4}}, '"full" does not use options'),
+        ({"options": {"r": 4}}, "options.r can't be set here: use adapter.rank"),
+        ({"options": {"use_dora": True}}, "options.use_dora can't be set here: use adapter.dora"),
         ({"options": {"task_type": "CAUSAL_LM"}}, "options.task_type is set by fedloom"),
         ({"method": "vera", "options": {"projection_prng_key": 1}}, "projection_prng_key is set by fedloom"),
         ({"options": {"eva_config": {}}}, "eva_config is for a variant"),
@@ -161,7 +161,7 @@ def test_a_refused_method_says_why(name: str) -> None:
         ({"options": {"init_lora_weights": "eva"}}, "computed from documents"),
         ({"options": {"init_lora_weights": "corda"}}, "computed from documents"),
         ({"options": {"init_lora_weights": "lora_ga"}}, "computed from gradients"),
-        ({"options": {"init_lora_weights": "zeros"}}, "known here: true, false, gaussian, orthogonal"),
+        ({"options": {"init_lora_weights": "zeros"}}, "choose one of: true, false, gaussian, orthogonal"),
     ],
 )
 def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], says: str) -> None:

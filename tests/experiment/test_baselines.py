@@ -75,7 +75,7 @@ def tell(losses: list[float], tokens: int = 10) -> dict[str, Any]:
             "helped: its best loss is 0.4000 nats a token",
         ),
         ({"local": {"0": tell([3.0, 1.9])}}, "did not help: client 0 alone is 0.1000 nats a token below"),
-        ({"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.8])}, "all documents together come to 0.2000 less."),
+        ({"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.8])}, "on all documents together ends 0.2000 below"),
         ({"local": {"0": {**tell([3.0]), "error": "x"}, "1": tell([3.0, 2.2])}}, "below that of client 1 alone"),
     ],
 )

@@ -122,7 +122,7 @@ def test_an_unknown_key_names_the_nearest_the_file_and_the_line(
 
 
 def test_a_key_that_is_near_to_none_lists_them_all(write: Write) -> None:
-    with pytest.raises(RecipeError, match="known here: batch_size"):
+    with pytest.raises(RecipeError, match="choose one of: batch_size"):
         load_recipe(write(SHORTEST + "\n[evaluation]\nxyz = 1\n"))
 
 
@@ -318,17 +318,17 @@ def test_an_override_is_a_toml_value_or_a_bare_word(written: str, key: str, expe
 @pytest.mark.parametrize(
     ("written", "words"),
     [
-        ("", "is no override; write section.key=value"),
-        ("training.epochs", "is no override; write section.key=value"),
-        ("=3", "is no override"),
-        (".seed=3", "is no override"),
-        ("training.=3", "is no override"),
-        ("training..epochs=3", "is no override"),
-        ("name.first=3", '"name.first" goes into a value'),
-        ("adapter.targets.first=3", '"adapter.targets.first" goes into a value'),
+        ("", "is not an override; write section.key=value"),
+        ("training.epochs", "is not an override; write section.key=value"),
+        ("=3", "is not an override"),
+        (".seed=3", "is not an override"),
+        ("training.=3", "is not an override"),
+        ("training..epochs=3", "is not an override"),
+        ("name.first=3", '"name" is a value, not a section'),
+        ("adapter.targets.first=3", '"targets" is a value, not a section'),
         ("training.epochs=1\nbatch_size=2", "training.epochs"),
         # A command line that is not UTF-8; no file could hold it.
-        ("description=\udcff", "is no override"),
+        ("description=\udcff", "is not an override"),
     ],
 )
 def test_a_bad_override_string_is_an_error(written: str, words: str) -> None:
@@ -425,13 +425,13 @@ def test_an_unknown_shipped_name_suggests_the_nearest(name: str, near: str) -> N
 def test_a_name_that_is_near_to_none_lists_the_shipped_ones() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("zzz")
-    for name in ("known here", *shipped_recipes()):
+    for name in ("choose one of", *shipped_recipes()):
         assert name in str(caught.value)
 
 
 def test_nearest_suggests_one_word_or_lists_all() -> None:
     assert nearest("epoch", ["epochs", "rounds"]) == "did you mean `epochs`?"
-    assert nearest("zzz", ["epochs", "rounds"]) == "known here: epochs, rounds"
+    assert nearest("zzz", ["epochs", "rounds"]) == "choose one of: epochs, rounds"
 
 
 @pytest.mark.parametrize("kind", PARTITION_KEYS)
@@ -447,7 +447,7 @@ def test_each_kind_of_partition_takes_what_it_needs_and_no_more(kind: str) -> No
             assert override(f"data.partition={{{table}}}").data.partition.kind == kind
     complete = ", ".join([f"kind = '{kind}'", *(f"{key} = {PARTITION_VALUES[key]!r}" for key in needed)])
     for spare in set(PARTITION_VALUES) - set(needed):
-        with pytest.raises(RecipeError, match=f'kind "{kind}" has no use for {spare}'):
+        with pytest.raises(RecipeError, match=f'kind "{kind}" does not use {spare}'):
             override(f"data.partition={{{complete}, {spare} = {PARTITION_VALUES[spare]!r}}}")
 
 

@@ -86,7 +86,7 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
         write_comparison([one.folder], tmp_path / "both")
     two = make_run(tmp_path / "two", [3.0])
     (two.folder / "rounds.jsonl").write_text("")
-    with pytest.raises(RunError, match="no round is on record yet"):
+    with pytest.raises(RunError, match="no round is finished yet"):
         write_comparison([one.folder, two.folder], tmp_path / "both")
     assert not (tmp_path / "both").exists()
 
@@ -97,13 +97,13 @@ def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
         tmp_path / "slow", [3.0, 2.8, 2.5], name="slow", seconds={"train": [0, 3, 3], "evaluate": [1, 1, 1]}
     )
     assert conclude([quick, slow], ["quick", "slow"]) == [
-        "After round 2, the last that all of them have, quick is ahead: 1.9000, 0.6000 nats a token below slow.",
-        "quick descends fastest at first: 0.8000 in its first round, slow 0.2000.",
+        "After round 2, the last that all runs have, quick is ahead: 1.9000, 0.6000 nats a token below slow.",
+        "quick falls fastest at first: 0.8000 in its first round, slow 0.2000.",
         "Overfitting: quick from round 3.",
         "slow sends 2.0 times the bytes of quick in an update.",
         "A round of slow takes 4.0 s, 2.0 times one of quick.",
     ]
-    assert conclude([slow, slow], ["slow", "again"]) == ["None of them overfits in the rounds on record."]
+    assert conclude([slow, slow], ["slow", "again"]) == ["No run overfits in the rounds on record."]
 
 
 def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_proximal_term, {"central": FALLING}, "With μ = 0.1 the proximal gradient was 6 %", {"central": FALLING, "training": {"proximal_mu": 0.0}}),
     (o.the_time, {"central": FALLING, "seconds": SLOW_EVALUATION}, "Evaluation took 92 % of the time", {"central": FALLING, "seconds": EVEN}),
     (o.the_lost, {"central": FALLING, "lost": {2: [1]}}, "lost in 1 of 3 rounds (round 2: 1)", {"central": FALLING}),
-    (o.the_refused, {"central": FALLING, "refused": {2: ["late"], 3: ["second"]}}, "2 updates were refused that nobody had asked for, the last: second", {"central": FALLING}),
+    (o.the_refused, {"central": FALLING, "refused": {2: ["late"], 3: ["second"]}}, "2 updates that nobody had asked for were refused, the last: second", {"central": FALLING}),
     (o.the_memory, {"central": FALLING, "at_once": {2: 4}}, "not enough in round 2: 4 clients at once from then on", {"central": FALLING}),
     (o.the_payload, {"central": FALLING}, "18.0 kB of adapters were exchanged; the whole model would have been 399 times", {"central": [3.0]}),
     (o.did_it_help, {"central": FALLING, "baselines": ALONE}, "Federation helped: its best loss is 0.3000 nats", {"central": FALLING}),

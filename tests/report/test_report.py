@@ -244,7 +244,7 @@ def test_rounds_that_take_much_longer_are_named(tmp_path: Path) -> None:
     for name, seconds, named in (("spike", spike, True), ("calm", calm, False)):
         made = make_run(tmp_path / name, [3.0, 2, 2, 2, 2, 2], seconds=seconds)
         text = write_report(made.folder).with_suffix(".md").read_text()
-        assert ("Out of the ordinary: round 5, evaluation: 9.0 s against a median of 2.0 s." in text) == named
+        assert ("Unusually long: round 5, evaluation: 9.0 s against a median of 2.0 s." in text) == named
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

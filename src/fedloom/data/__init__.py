@@ -1,1 +1,1 @@
-"""Documents, the splits between them, and the token blocks made of them."""
+"""Documents, their split over clients and hold-outs, and the token blocks made of them."""

@@ -1,7 +1,7 @@
-"""Where text comes from: a data set of the hub, files, or the interpreter's own standard library.
+"""Documents from a data set of the hub, from files, or from Python's own standard library.
 
-A row without a usable text is skipped and counted, or ends the run where the recipe wants that or too many are bad;
-what is said of it is a reason and a place, never its content.
+A row without a usable text is skipped and counted; it ends the run if the recipe asks for that, or if too many are bad.
+Messages name its place and what is wrong, never its content.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Data
 
 STDLIB = "python:stdlib"
+"""Source that every machine has: the standard library of the Python that runs."""
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
+"""Folders that differ between installations of one Python version."""
 SHUFFLE_BUFFER = 10_000
-"""Rows of a streamed data set that are shuffled among each other."""
+"""Rows of a streamed data set that are held in memory and shuffled."""
 EMPTY = "empty"
-"""The reason that is no fault: there is nothing to learn from an empty text, and nothing wrong with it."""
+"""Reason of a skipped row that is not a bad one: an empty text teaches nothing, and nothing is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, where it came from (a path or a row, for people), and its label where the split needs one."""
+    """One text with its origin (a path or a row, for people), and its label if the split needs one."""
 
     text: str
     origin: str
@@ -46,7 +48,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Documents:
-    """Usable documents in the seeded order, and how many were skipped for which reason."""
+    """Usable documents in the seeded order, and the number of skipped rows by reason."""
 
     documents: tuple[Document, ...]
     skipped: Mapping[str, int]
@@ -54,32 +56,35 @@ class Documents:
     revision: str
 
     def explain_skipped(self) -> str:
-        """`skipped 3: 2 empty, 1 not UTF-8 text`, or nothing."""
+        """Describe the skipped rows as `skipped 3: 2 empty, 1 not UTF-8 text`; return an empty text for none."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
         return f"skipped {sum(self.skipped.values())}: {reasons}" if self.skipped else ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that are opened one by one: files of a folder are read only when they are wanted."""
+    """Rows that are opened one by one, so that a folder's files are read only when they are needed."""
 
     open_rows: Iterable[tuple[str, Callable[[], Row]]]
+    """Each row's place, for people, and the function that opens it."""
     revision: str
+    """The hub's commit, or for files their number and size."""
     ordered: bool = False
-    """True where the rows already come in a seeded order (a stream)."""
+    """True if the rows already come in a seeded order, as those of a stream do."""
 
 
 def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> Documents:
-    """Up to `at_most` usable documents in an order drawn from the seed; without one, in the order of their files.
+    """Load up to `at_most` usable documents, in an order drawn from the seed; without a seed, in their files' order.
 
     Raises:
-        DataError: the source can't be found or reached, has no such column, or holds no usable document; a row is bad
-            where none may be, or more rows than the recipe allows.
+        DataError: the source can't be found or reached, lacks a column, or has no usable document; or more rows are bad
+            than the recipe allows.
     """
     order_seed = derive_seed(seed or 0, "documents")
     source = _open_source(data, order_seed, at_most)
     rows = source.open_rows
     if not source.ordered and seed is not None:
+        # The places of all rows are shuffled, not their texts: those are read one by one below.
         rows = list(rows)
         random.Random(order_seed).shuffle(rows)
     documents: list[Document] = []
@@ -102,25 +107,29 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> 
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
             where=f'data.source = "{data.source}"',
-            mend="look at data.text (the column that holds the text), data.partition.by and data.files (the glob)",
+            mend="check data.text (the column that holds the text), data.partition.by and data.files (the glob)",
         )
     return found
 
 
 def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: str) -> None:
-    """Refuse a source with a bad row where none may be, or with more of them than the recipe allows."""
+    """Refuse a source with more bad rows than the recipe allows, which may be none.
+
+    Raises:
+        DataError: there are too many; names the first.
+    """
     bad, read = skipped.total() - skipped[EMPTY], usable + skipped.total()
     if bad and data.on_bad_row == "error":
         raise DataError(
             f"a bad row, {first_bad}",
             where=f'data.source = "{data.source}"',
-            mend='mend or remove it, or count such rows instead: data.on_bad_row = "skip"',
+            mend='correct or remove it, or let such rows be skipped: data.on_bad_row = "skip"',
         )
     if usable and bad > data.max_bad_fraction * read:
         raise DataError(
             f"{bad:,} of {read:,} rows are bad ({100 * bad / read:.2g} %), one of them {first_bad}",
             where=f'data.source = "{data.source}"',
-            mend="mend them, look at data.text, data.partition.by and data.files, or raise data.max_bad_fraction"
+            mend="correct them, check data.text, data.partition.by and data.files, or raise data.max_bad_fraction"
             f" (now {data.max_bad_fraction:g})",
         )
 
@@ -129,6 +138,7 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
     text = row.get(data.text)
     if not isinstance(text, str):
         raise UnreadableError(f"without text in column {data.text}" if text is None else "not text")
+    # A byte order mark and NULs (padding of some writers) are no white space to Python, and blank to a reader.
     if all(character.isspace() or character in "\ufeff\x00" for character in text):
         raise UnreadableError(EMPTY)
     label = None
@@ -136,6 +146,7 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
         if row.get(data.partition.by) is None:
             raise UnreadableError(f"without a value in column {data.partition.by}")
         label = str(row[data.partition.by])
+    # JSON can escape half of a surrogate pair, which is a str in Python but can't be written, hashed or tokenised.
     try:
         f"{text}{label}".encode()
     except UnicodeEncodeError:
@@ -151,8 +162,8 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
     try:
         path = Path(data.source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError("not a possible path", where=f'data.source = "{data.source[:80]}"') from error
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no home folder for ~, a NUL in the path
+        raise DataError("not a valid path", where=f'data.source = "{data.source[:80]}"') from error
     if is_folder:
         _refuse_spare(data, "revision", "subset", "split")
         paths = _find_files(path, data.files)
@@ -161,36 +172,51 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
         _refuse_spare(data, "revision", "subset", "split", "files")
         if path.suffix not in READERS:
             raise DataError(
-                f'can\'t tell how to read "{path.suffix or path.name}"',
+                f'unknown type of file: "{path.suffix or path.name}"',
                 where=str(path),
-                mend=f"use {', '.join(READERS)}",
+                mend=f"use one of {', '.join(READERS)}",
             )
         return Source(read_rows(path, path.name, data), describe_files([path]))
+    # The hub's names are NAME or OWNER/NAME: anything else was meant as a path, and the hub is not asked for it.
     if path.suffix in READERS or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
         raise DataError(
-            "no such file or folder", where=f'data.source = "{data.source}"', mend="paths start at the working folder"
+            "no such file or folder",
+            where=f'data.source = "{data.source}"',
+            mend="check it: a relative path starts at the working directory",
         )
     _refuse_spare(data, "files")
     return _open_hub(data, seed, at_most)
 
 
 def _refuse_spare(data: Data, *keys: str) -> None:
-    """A key that has no effect on such a source is a misunderstanding."""
+    """Refuse keys that the recipe sets and that have no effect on such a source: somebody expects one.
+
+    Raises:
+        DataError: one of the keys is set.
+    """
     for key in keys:
         if key in data.model_fields_set:
             raise DataError(
-                "this key has no effect on such a source", where=f"data.{key}", mend=f'leave it out for "{data.source}"'
+                "this key has no effect on such a source",
+                where=f"data.{key}",
+                mend=f'leave it out with data.source = "{data.source}"',
             )
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
     if ".." in Path(pattern).parts:
-        raise DataError(f'"{pattern}" leads out of the folder', where=str(folder), mend="change data.files, as **/*.py")
+        raise DataError(
+            f'"{pattern}" leads out of the folder',
+            where=str(folder),
+            mend="change data.files, for example to **/*.py",
+        )
     try:
         paths = sorted(file for file in folder.glob(pattern) if file.is_file())
     except (ValueError, NotImplementedError, OSError) as error:
         raise DataError(
-            f'not a usable glob: "{pattern[:80]}" ({error})', where=str(folder), mend="change data.files, as **/*.py"
+            f'not a valid pattern: "{pattern[:80]}" ({error})',
+            where=str(folder),
+            mend="change data.files, for example to **/*.py",
         ) from error
     if not paths:
         raise DataError(f'no file matches "{pattern}"', where=str(folder), mend="change data.files")
@@ -201,6 +227,7 @@ def _standard_library() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = []
     for folder, folders, files in os.walk(root):
+        # Changed in place: os.walk goes down into those that are left.
         folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
         paths += [Path(folder, name) for name in files if name.endswith(".py")]
     return _relative(sorted(paths), root)
@@ -211,7 +238,7 @@ def _relative(paths: list[Path], root: Path) -> list[tuple[str, Path]]:
 
 
 def describe_files(paths: list[Path]) -> str:
-    """What stands for a revision where files have none: how many, how large."""
+    """Describe files by their number and size, in place of the revision that they do not have."""
     sizes = []
     for path in paths:
         with suppress(OSError):  # gone since it was listed: it is counted as unreadable when its turn comes
@@ -224,12 +251,12 @@ def _refuse(reason: str) -> Row:
 
 
 def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Rows:
-    """A file of rows gives its rows; any other file is one document with `path` and `package` columns."""
+    """Yield a folder's rows: those of each file of rows, and any other file as one row with `path` and `package`."""
     for origin, path in paths:
         if path.suffix in (".jsonl", ".parquet", ".csv"):
             try:
                 yield from read_rows(path, origin, data)
-            except DataError:  # one file of many
+            except DataError:  # one file of many: it counts as one bad row
                 yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged")
         else:
             yield origin, partial(_read_text_file, origin, path, data)
@@ -247,34 +274,40 @@ def _read_text_file(origin: str, path: Path, data: Data) -> Row:
 
 
 def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
-    """A data set of the hub: streamed where only a part of it is wanted; from the local cache where no hub answers."""
+    """Open a data set of the hub: streamed if only a part is needed, from the local cache if the hub is silent.
+
+    Raises:
+        DataError: it is neither to be had from the hub nor in the cache, or the cache holds another commit.
+    """
     import datasets
 
+    # Their bars would draw over the display that a run shows.
     datasets.disable_progress_bars()
     where = f'data.source = "{data.source}"'
     unreachable: Exception | None = None
     commit = None
     try:
         commit = find_commit("dataset", data.source, data.revision)
-    except Exception as error:  # of a dozen kinds; then only the local cache is left
+    except Exception as error:  # the hub's client raises a dozen kinds; the local cache is what is left
         unreachable = error
     what: dict[str, Any] = {"path": data.source, "name": data.subset, "revision": commit or data.revision}
     try:
         with nullcontext() if commit else without_hub():
             found = commit or datasets.load_dataset_builder(**what).hash
             rows = datasets.load_dataset(**what, split=data.split, streaming=at_most is not None)
-    except Exception as error:  # the hub's client raises a dozen kinds, and none of them is a bug of ours
+    except Exception as error:  # as above; none of them is a bug of ours
+        # Its class alone is named: the client's own messages go on for several lines.
         raise DataError(
-            f"the data set can't be had: asking {hub_address()} failed ({type(unreachable or error).__name__})"
+            f"can't load the data set: asking {hub_address()} failed ({type(unreachable or error).__name__})"
             + ("" if commit else ", and it is not in the local cache"),
             where=where,
             mend="check the name and the network, or download it and set data.source to the file or folder",
         ) from error
     revision = found if COMMIT.fullmatch(found or "") else data.revision
-    # A cache holds whichever commit was asked for last.
+    # Without the hub, `datasets` takes whichever commit its cache holds, and does not compare it with the revision.
     if data.revision and COMMIT.fullmatch(data.revision) and revision != data.revision:
         raise DataError(
-            f"the local cache holds another commit, {revision}, and {hub_address()} can't be asked",
+            f"the local cache holds another commit, {revision}, and {hub_address()} can't be reached",
             where="data.revision",
             mend="check the network, or set data.revision to that commit",
         )
@@ -291,7 +324,9 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
                 yield f"row {number}", partial(as_is, row)
         except Exception as error:  # as above, in the middle of a stream
             raise DataError(
-                f"the data set broke off after row {number} ({type(error).__name__})", where=where, mend="try again"
+                f"reading the data set failed after row {number} ({type(error).__name__})",
+                where=where,
+                mend="check the network and try again",
             ) from error
 
     return Source(opened(), revision or "unknown", ordered=at_most is not None)

@@ -1,6 +1,6 @@
-"""Files of rows (`.jsonl`, `.csv`, `.parquet`, `.txt`), read row by row: one that can't be read spoils no other.
+"""Files of rows (`.jsonl`, `.csv`, `.parquet`, `.txt`), read row by row: a row that can't be read spoils no other.
 
-What is said of a row is a reason, never its content.
+Messages say what is wrong with a row, and never quote it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
-"""Where each row stands, for people, and what opens it."""
+"""Each row's place, for people, and the function that opens it."""
 
 
 class UnreadableError(Exception):
-    """Why a row gives no document: a few words that hold none of its content."""
+    """A row that gives no document; its message is a reason of a few words, without any of the row's content."""
 
 
 def as_is(row: Row) -> Row:
-    """Open a row that was read already."""
+    """Open a row that is already in memory: return it unchanged."""
     return row
 
 
@@ -38,6 +38,7 @@ def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Rows
         except UnicodeDecodeError:
             raise UnreadableError("not UTF-8 text") from None
 
+    # Opened as bytes, so that a byte that is not UTF-8 spoils its own line and no other.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -62,10 +63,12 @@ def _read_txt(path: Path, origin: str, data: Data) -> Rows:
 
 
 def _read_csv(path: Path, origin: str, data: Data) -> Rows:
+    # The csv module refuses fields over 128 kB unless told otherwise; more than a C long would not be taken everywhere.
     csv.field_size_limit(2**31 - 1)
+    # A byte that is not UTF-8 becomes half a surrogate pair here, which makes its own row a bad one and no other.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines)
-        # A file without a header has text in its first line: its names are not told.
+        # The columns are not listed: in a file without a header, the first line is a document's text.
         check_column(data, rows.fieldnames or [], path, mend="name a column of the file's first line, the header")
         for row in rows:
             yield f"{origin}:{rows.line_num}", partial(as_is, row)
@@ -92,19 +95,19 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Rows:
                 yield f"{origin}:{number}", partial(read_row, batch, index)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"not a readable Parquet file: damaged after row {number}", where=str(path), mend="write it again"
+            f"not a readable Parquet file: damaged after row {number}", where=str(path), mend="create the file again"
         ) from error
 
 
 def check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend: str) -> None:
-    """Refuse columns among which the text or the label is not.
+    """Refuse a file or data set that has no column for the text, or none for the label.
 
     Raises:
-        DataError
+        DataError: names the column and the recipe's key.
     """
     for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
         if column is not None and column not in columns:
-            raise DataError(f'no column "{column}", as {key} asks', where=str(where), mend=mend)
+            raise DataError(f'there is no column "{column}", which {key} names', where=str(where), mend=mend)
 
 
 READERS: dict[str, Callable[[Path, str, Data], Rows]] = {
@@ -113,18 +116,18 @@ READERS: dict[str, Callable[[Path, str, Data], Rows]] = {
     ".csv": _read_csv,
     ".txt": _read_txt,
 }
-"""How a single file gives rows: a row a line for `.jsonl`, `.csv` and `.txt`."""
+"""Readers of single files by suffix; in `.jsonl` and `.txt` each line is a row."""
 
 
 def read_rows(path: Path, origin: str, data: Data) -> Rows:
-    """The rows of a file whose suffix is among READERS.
+    """Yield the rows of a file whose suffix is among READERS.
 
     Raises:
-        DataError: it can't be read, or has no such column.
+        DataError: the file can't be read, or lacks a column that the recipe names.
     """
     try:
         yield from READERS[path.suffix](path, origin, data)
     except OSError as error:
-        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="look at its permissions") from error
+        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="check its permissions") from error
     except csv.Error as error:
-        raise DataError("not a readable .csv file", where=str(path), mend="write it again") from error
+        raise DataError("not a readable .csv file", where=str(path), mend="create the file again") from error

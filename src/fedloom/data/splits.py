@@ -1,9 +1,8 @@
-"""The central hold-out first, then the clients' partitions, then each client's own hold-out; and the audit
-that proves them disjoint.
+"""Splits of the documents: first the central hold-out, then the clients' parts, then each client's own hold-out.
 
-The program behind the published experiment took its evaluation rows from the head of the same split that the
-clients drew from: 9.9 % of them could be trained on. Here a document can't stand on both sides, and copies of it,
-exact or near, are counted and dropped from training.
+An audit proves them disjoint. The program behind the published experiment took its evaluation rows from the head of the
+same split that the clients drew from: 9.9 % of them could be trained on. Here a document can't stand on both sides, and
+copies of it, exact or near, are counted and dropped from training.
 """
 
 from __future__ import annotations
@@ -29,16 +28,18 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Data, Partition
 
 NUM_PERMUTATIONS = 128
+"""Hash functions of a MinHash."""
 SHINGLE_WORDS = 5
+"""Words in a run of words that documents are compared by."""
 COMPARED_CHARACTERS = 200_000
-"""Of a document's head, by which near duplicates are found: 10 million would take gigabytes."""
+"""Characters at a document's head by which near duplicates are found; comparing 10 million would take gigabytes."""
 LONGEST_MEAN_WORD = 12
-"""Characters; above it, what looks like words are sentences without spaces."""
+"""Characters; where words are longer on average, they are sentences of a script without spaces."""
 
 
 @dataclass(frozen=True)
 class ClientDocuments:
-    """What one client trains on, and what it keeps aside."""
+    """Documents of one client: those it trains on, and its own hold-out."""
 
     train: tuple[Document, ...]
     holdout: tuple[Document, ...]
@@ -46,7 +47,7 @@ class ClientDocuments:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many documents of `side` have a copy in `other`: to the letter, or nearly."""
+    """Numbers of documents of `side` that have an exact copy, or only a near one, in `other`."""
 
     side: str
     other: str
@@ -56,18 +57,21 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was compared, what was found in both, and what each client lost by it."""
+    """Result of the search for copies: documents compared, copies found, and documents that clients lost by it."""
 
     central: int
     train: int
     holdout: int
     near_duplicate: float
+    """Jaccard similarity from which two documents count as copies."""
     overlaps: tuple[Overlap, ...]
     dropped: tuple[int, ...]
+    """Training documents taken from each client because a copy of them is held out."""
     leaks: int
-    """Training documents that are left although a copy of them is held out: 0 unless only reported."""
+    """Training documents that stay although a copy of them is held out: 0 unless copies are only reported."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the audit as plan.json records it."""
         return asdict(self)
 
 
@@ -81,24 +85,24 @@ class Splits:
 
 
 def documents_needed(data: Data) -> int | None:
-    """How many documents a recipe asks for; None where it takes all there are."""
+    """Return the number of documents that a recipe asks for; None if it takes all there are."""
     if data.documents_per_client is None:
         return None
     return data.central_holdout + data.clients * data.documents_per_client
 
 
 def split_documents(found: Documents, data: Data, seed: int) -> Splits:
-    """Give documents to the central hold-out, one client's training or one client's hold-out, and none to two.
+    """Give each document to one place: the central hold-out, a client's training or a client's hold-out.
 
     Raises:
-        DataError: fewer documents than asked for, or labels that can't be split so.
+        DataError: there are fewer documents than the recipe asks for, or the labels do not allow its partition.
     """
     documents = found.documents
     needed = documents_needed(data) or data.central_holdout + data.clients
     if len(documents) < needed:
         skipped = found.explain_skipped()
         raise DataError(
-            f"{len(documents)} usable documents, and the recipe asks for {needed}"
+            f"{len(documents)} usable documents, but the recipe asks for {needed}"
             f" ({data.central_holdout} central + {data.clients} clients × {data.documents_per_client or 'at least 1'})"
             + (f"; {skipped}" if skipped else ""),
             where=f'data.source = "{data.source}"',
@@ -117,13 +121,13 @@ def split_documents(found: Documents, data: Data, seed: int) -> Splits:
 def partition_documents(
     documents: Sequence[Document], partition: Partition, clients: int, seed: int
 ) -> list[list[Document]]:
-    """Spread documents over the clients as flwr-datasets' partitioner of that kind does.
+    """Split documents over the clients as the partitioner of that kind in flwr-datasets does.
 
     Raises:
         DataError: the labels do not allow such a partition.
     """
     if partition.kind == "iid":
-        # As IidPartitioner, whose import takes seconds: it brings plotting libraries along.
+        # The same result as IidPartitioner's, whose import takes seconds: it brings plotting libraries along.
         share, rest = divmod(len(documents), clients)
         bounds = [client * share + min(client, rest) for client in range(clients + 1)]
         return [list(documents[start:end]) for start, end in pairwise(bounds)]
@@ -132,11 +136,14 @@ def partition_documents(
     labels = [document.label or "" for document in documents]
     if partition.kind == "natural":
         labels = _labels_to_clients(labels, partition, clients)
+    # 32 bits are part of what a recipe's seed means: another width would give every recipe another partition.
     partitioner = _PARTITIONERS[partition.kind](partition, clients, derive_seed(seed, "partition") % 2**32)
+    # Indices and labels travel through flwr-datasets, never the texts.
     partitioner.dataset = datasets.Dataset.from_dict({"index": range(len(documents)), "label": labels})
     try:
+        # Libraries warn about themselves here, and the natural partitioner's progress bar has no switch.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # of libraries about themselves, and a bar that has no switch
+            warnings.simplefilter("ignore")
             parts = [partitioner.load_partition(client)["index"] for client in range(clients)]
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
         raise DataError(
@@ -148,7 +155,11 @@ def partition_documents(
 
 
 def _labels_to_clients(labels: list[str], partition: Partition, clients: int) -> list[str]:
-    """Every label to one client, the largest first, each to the client that has the fewest documents yet."""
+    """Replace each label by the client that gets it: the largest label first, each to the client with the fewest.
+
+    Raises:
+        DataError: there are fewer labels than clients.
+    """
     counts = Counter(labels)
     if len(counts) < clients:
         raise DataError(
@@ -158,6 +169,7 @@ def _labels_to_clients(labels: list[str], partition: Partition, clients: int) ->
         )
     sizes = [0] * clients
     owner = {}
+    # Ties are broken by the label itself, so that the order of the documents has no part in it.
     for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         owner[label] = sizes.index(min(sizes))
         sizes[owner[label]] += count
@@ -194,7 +206,7 @@ _PARTITIONERS: dict[str, Callable[[Partition, int, int], Any]] = {
 
 
 def hold_out(documents: list[Document], share: float, seed: int) -> ClientDocuments:
-    """Set a share of a client's documents aside: at least one of two or more, unless the share is 0."""
+    """Set a share of a client's documents aside; of two documents or more at least one, unless the share is 0."""
     shuffled = random.Random(seed).sample(documents, len(documents))
     count = round(len(shuffled) * share)
     if share > 0 and len(shuffled) > 1:
@@ -205,12 +217,12 @@ def hold_out(documents: list[Document], share: float, seed: int) -> ClientDocume
 def audit_splits(
     central: Sequence[Document], clients: Sequence[ClientDocuments], near_duplicate: float, *, drop: bool
 ) -> tuple[tuple[ClientDocuments, ...], Audit]:
-    """Count documents that stand on two sides, and drop the training copies of held-out ones.
+    """Count documents that have a copy on another side; with `drop`, take copies of held-out ones out of training.
 
-    Exact: the same text after Unicode NFC and with white space folded. Near: a Jaccard similarity of word 5-grams
-    of at least `near_duplicate`; MinHash (Broder 1997) finds candidates and the true similarity decides.
-    A document that is both counts as exact. Copies within one side (two clients that train on the same file) are
-    no leak and are not looked for.
+    Exact copies have the same text after Unicode NFC and with white space folded. Near copies have a Jaccard similarity
+    of word 5-grams of at least `near_duplicate`; MinHash (Broder 1997) finds candidates and the true similarity
+    decides. A document that has both counts as exact. Copies within one side (two clients that train on the same file)
+    are no leak and are not looked for.
     """
     held_out = _HeldOut(near_duplicate)
     held_out.add("central", central)
@@ -244,7 +256,7 @@ def audit_splits(
 
 
 class _HeldOut:
-    """The held-out documents of both sides, to ask whether a document has a copy among them."""
+    """An index of the held-out documents of both sides, to find copies among them."""
 
     def __init__(self, near_duplicate: float) -> None:
         from datasketch import MinHashLSH
@@ -252,11 +264,13 @@ class _HeldOut:
         self._near_duplicate = near_duplicate
         self._texts: dict[str, set[str]] = {"central": set(), "holdout": set()}
         self._shingles: dict[tuple[str, int], set[int]] = {}
-        # Candidates are checked exactly, so the index looks well below the threshold: it may propose many, and at
-        # the threshold itself it would miss one in ten.
+        # Candidates are checked exactly, so the index may propose too many but must miss none: it looks well below the
+        # threshold (at the threshold itself it would miss one in ten), and its weights (false positives, false
+        # negatives) count a missed copy nine times.
         self._index = MinHashLSH(threshold=0.75 * near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
 
     def add(self, side: str, documents: Iterable[Document]) -> None:
+        """Add documents to a side, `central` or `holdout`; exact copies within it are kept once."""
         for document in documents:
             text = _normalise(document.text)
             if text not in self._texts[side]:
@@ -266,7 +280,7 @@ class _HeldOut:
                 self._index.insert(key, _min_hash(self._shingles[key]))
 
     def find(self, document: Document) -> dict[str, str]:
-        """For each side, whether a copy stands there: "exact", "near" or ""."""
+        """Return the kind of copy that each side has of a document: "exact", "near" or ""."""
         text = _normalise(document.text)
         shingles = _shingles(text)
         candidates = self._index.query(_min_hash(shingles))
@@ -276,7 +290,7 @@ class _HeldOut:
         }
 
     def _similarity(self, shingles: set[int], key: tuple[str, int]) -> float:
-        """Jaccard: the size of the intersection over that of the union."""
+        """Return the Jaccard similarity: the size of the intersection over that of the union."""
         other = self._shingles[key]
         return len(shingles & other) / len(shingles | other)
 
@@ -286,18 +300,21 @@ def _normalise(text: str) -> str:
 
 
 def _shingles(text: str) -> set[int]:
-    """Hashes of every run of words; of characters in a script that puts no spaces between words."""
+    """Return hashes of every run of words, or of characters in a script without spaces between words."""
     text = text[:COMPARED_CHARACTERS]
     words = re.findall(r"\w+|[^\w\s]", text)
     if len(text) > LONGEST_MEAN_WORD * len(words):
         words = list(text)
     starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
+    # Not hash(): Python salts it, so the candidates would differ from process to process.
     return {zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode()) for start in starts}
 
 
 def _min_hash(shingles: set[int]) -> Any:
     from datasketch import MinHash
 
+    # Shingles are 32-bit hashes already: hashed again by SHA-1, as is the default, they would cost more and gain
+    # nothing.
     sketch = MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)
     sketch.update_batch(shingles)
     return sketch

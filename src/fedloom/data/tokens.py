@@ -1,4 +1,4 @@
-"""Documents become fixed-length blocks of tokens, padded on the right, with what counts in the loss.
+"""Blocks of tokens: documents cut to a fixed length, padded on the right, with the positions that count in the loss.
 
 Padding never counts, unless a recipe replays a program that counted it. Attention needs no mask: under a causal
 mask a real token never looks at padding that stands to its right.
@@ -22,50 +22,51 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Data
 
 IGNORED = -100
-"""The label of a position that does not count, as in torch's cross-entropy."""
-
+"""Label of a position that does not count, the default of torch's cross-entropy."""
 
 LONGEST_MEAN_TOKEN = 1000
-"""Characters a token, of the head of a document that is tokenised where only its first block is wanted."""
+"""Characters for each wanted token in the first head of a document that is tried for its first block."""
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks of one client, or of a hold-out.
-
-    `tokens_NT` is right-padded int64, `lengths_N` the tokens of each block that are real, `counted_N` the positions
-    of each block that count as labels (more than its length only where padding is to count).
-    """
+    """Blocks of one client, or of a hold-out."""
 
     tokens_NT: Tensor
+    """Tokens as int64, padded on the right."""
     lengths_N: Tensor
+    """Real tokens of each block, as int64."""
     counted_N: Tensor
+    """Positions of each block that count as labels; more than its length only where padding counts."""
     dropped: int = 0
     """Documents that gave no block: fewer than two tokens leave nothing to predict."""
 
     def __len__(self) -> int:
+        """Return the number of blocks."""
         return self.tokens_NT.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding left out."""
+        """Return the number of real tokens, padding left out."""
         return int(self.lengths_N.sum())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's input `tokens_BT` and the labels of the same positions `labels_BT` (IGNORED where none counts)."""
+    """Input of a step: tokens, the labels of the same positions, and the number of real tokens."""
 
     tokens_BT: Tensor
     labels_BT: Tensor
+    """Tokens once more, with IGNORED at positions that do not count; the loss shifts them by one."""
     num_tokens: int
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
         return Batch(self.tokens_BT.to(device), self.labels_BT.to(device), self.num_tokens)
 
 
 def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
-    """All blocks of several as those of one."""
+    """Join the blocks of several into one, in their order."""
     return TokenBlocks(
         tokens_NT=torch.cat([part.tokens_NT for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
@@ -75,12 +76,13 @@ def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
 
 
 def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:
-    """What a model sees of these blocks: their real tokens."""
+    """Return the real tokens of each block as bytes, each once: all that a model sees of them."""
     return set(_real_tokens(blocks))
 
 
 def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
-    """The blocks whose tokens are not among the others': truncation makes one of two files that begin alike."""
+    """Return the blocks whose real tokens are not among the others'."""
+    # Documents without a copy can still give the same block: truncation keeps no more than their common beginning.
     rows = torch.tensor([tokens not in others for tokens in _real_tokens(blocks)], dtype=torch.bool)
     return replace(
         blocks, tokens_NT=blocks.tokens_NT[rows], lengths_N=blocks.lengths_N[rows], counted_N=blocks.counted_N[rows]
@@ -88,8 +90,9 @@ def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
 
 
 def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
-    """The blocks of these rows, cut to the widest of them: padding that nobody needs is not computed."""
+    """Return the blocks of these rows as a batch, cut to the widest of them."""
     counted_B = blocks.counted_N[rows]
+    # Padding beyond the widest block would be computed and then ignored.
     width = int(counted_B.max())
     tokens_BT = blocks.tokens_NT[rows, :width]
     labels_BT = tokens_BT.masked_fill(torch.arange(width) >= counted_B[:, None], IGNORED)
@@ -97,11 +100,11 @@ def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
 
 
 def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data) -> TokenBlocks:
-    """Each document's first block, or all of its blocks, as the recipe says.
+    """Cut documents into blocks of at most `max_length` tokens: the first of each document, or all, by the recipe.
 
-    A tokenizer without a padding token works: what stands in the padding is masked, not recognised.
+    A tokenizer needs no padding token: positions of padding are masked by their place, not recognised by their token.
     """
-    pad = 0  # any token: it is masked, unless it is to count
+    pad = 0  # any token would do: padding is masked, unless it is to count
     if data.pad_in_loss:
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     pieces: list[list[int]] = []
@@ -132,18 +135,17 @@ def _tokenize(text: str, tokenizer: Any) -> list[int]:
 
 
 def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> list[int]:
-    """The text's first tokens, at least `wanted` where it has them, in a time that its length has no part in.
-
-    The head ends as many tokens again behind the last that is wanted, where a cut through a word can't reach it.
-    """
+    """Return a text's first tokens, at least `wanted` if it has them, in a time that does not grow with its length."""
     length = LONGEST_MEAN_TOKEN * wanted
+    # The head is cut anywhere, perhaps through a word, which changes the tokens near its end: twice the wanted number
+    # keeps those that are used away from the cut.
     while len(tokens := _tokenize(text[:length], tokenizer)) < 2 * wanted and length < len(text):
         length *= 2
     return tokens
 
 
 def _real_tokens(blocks: TokenBlocks) -> Iterator[bytes]:
-    """Each block's tokens without its padding, as something to compare."""
+    """Yield each block's tokens without its padding, as bytes that can be compared."""
     for tokens_T, length in zip(blocks.tokens_NT, blocks.lengths_N.tolist(), strict=True):
         yield tokens_T[:length].numpy().tobytes()
 
@@ -154,6 +156,7 @@ def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:
     Raises:
         DataError: the tokenizer and the model do not belong together.
     """
+    # On a GPU an index out of range is found later, without a word of its cause, and leaves the GPU unusable.
     if len(blocks) and (largest := int(blocks.tokens_NT.max())) >= vocabulary_size:
         raise DataError(
             f"token {largest} is outside the base model's vocabulary of {vocabulary_size}",
@@ -164,7 +167,7 @@ def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:
 
 @dataclass(frozen=True)
 class ClientBlocks:
-    """What one client holds."""
+    """Token blocks of one client: those it trains on, and its own hold-out."""
 
     train: TokenBlocks
     holdout: TokenBlocks

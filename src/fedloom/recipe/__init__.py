@@ -1,1 +1,1 @@
-"""What was asked for: every key, what excludes what, and how a file becomes a frozen Recipe. No torch here."""
+"""The recipe: every key, which settings exclude each other, and the way from a file to a frozen Recipe. No torch."""

@@ -1,7 +1,7 @@
-"""TOML and overrides become a frozen, validated Recipe. No torch here.
+"""Reading recipes: TOML and overrides become a frozen, validated Recipe. No torch here.
 
-A key left out has the default that stands here; an unknown key or a bad value is an error that names the
-nearest valid key, the file and the line. Nothing is silently corrected.
+A key left out has its default; an unknown key or a bad value is an error that names the nearest valid key, the file
+and the line. Nothing is silently corrected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     text, where = find_recipe(source)
     try:
         values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
         raise RecipeError(f"not valid TOML: {error}", where=where) from None
     overridden = [_apply_override(values, override) for override in overrides]
     try:
@@ -40,12 +40,12 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML: only what was set, so that `load_recipe` gives the same recipe again."""
+    """Write a recipe as TOML: only the keys that were set, so that `load_recipe` gives the same recipe again."""
     return tomlkit.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True))
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Name -> TOML text of the recipes in the package."""
+    """Return the TOML text of each recipe in the package, by its name, in alphabetical order."""
     folder = resources.files("fedloom.recipe") / "shipped"
     return {
         item.name.removesuffix(".toml"): item.read_text(encoding="utf-8")
@@ -55,10 +55,10 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def find_recipe(source: str | Path) -> tuple[str, str]:
-    """The text of a recipe file or a shipped recipe, and what to call it in messages.
+    """Return the text of a recipe file or a shipped recipe, and its name for messages.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no such recipe, or the file can't be read.
     """
     path = Path(source)
     if path.suffix == ".toml" or len(path.parts) > 1:
@@ -66,29 +66,34 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
             return path.expanduser().read_text(encoding="utf-8"), str(path)
         except UnicodeDecodeError:
             raise RecipeError("can't read the recipe: not UTF-8 text", where=str(path)) from None
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a possible path"
+        except (OSError, RuntimeError, ValueError) as error:  # the last two: no home folder for ~, a NUL in the path
+            reason = getattr(error, "strerror", None) or "not a valid path"
             raise RecipeError(f"can't read the recipe: {reason}", where=str(path)[:200]) from None
     shipped = shipped_recipes()
     if str(source) not in shipped:
         raise RecipeError(
             f'no shipped recipe is named "{source}"',
-            mend=f"{nearest(str(source), list(shipped))} A file of your own ends in .toml",
+            mend=f"{nearest(str(source), list(shipped))} The path of your own file must end in .toml",
         )
     return shipped[str(source)], f"recipe {source}"
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
-    """Set one `dotted.key=value` in the values and return the dotted key."""
+    """Set one `dotted.key=value` in the values and return the dotted key.
+
+    Raises:
+        RecipeError: the override has no key or no value, or its key goes on below a value.
+    """
     dotted, equals, value = override.partition("=")
     *sections, key = dotted.strip().split(".")
+    # Of a value with a line end in it, only the first line would be read below; the rest would be lost in silence.
     if not equals or not key or not all(sections) or "\n" in override or not override.isprintable():
-        raise RecipeError(f"{override!r} is no override", mend="write section.key=value, as in training.epochs=2")
+        raise RecipeError(f"{override!r} is not an override", mend="write section.key=value, as in training.epochs=2")
     table = values
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise RecipeError(f'"{dotted}" goes into a value', where=f"override {override}")
+            raise RecipeError(f'"{section}" is a value, not a section', where=f"override {override}")
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
@@ -97,8 +102,9 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
 
 
 def _recipe_error(error: ValidationError, text: str, where: str, overridden: list[str]) -> RecipeError:
-    """The first thing that is wrong, as one line."""
+    """Turn the first of pydantic's complaints into an error of one line, with the file and line or the override."""
     first = error.errors(include_url=False)[0]
+    # A location also names the member of a union or the index in a list; an unknown key is no word of the recipe.
     path = [str(part) for part in first["loc"] if str(part) in _words_of(Recipe) or first["type"] == "extra_forbidden"]
     dotted = ".".join(path)
     if any(f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.") for key in overridden):
@@ -114,7 +120,7 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
 
 
 def _shown(value: object) -> str:
-    """A wrong value as an error shows it, unless it is a whole table or too long to help."""
+    """Quote a wrong value for an error; return an empty text for a whole table, or if it is too long to help."""
     if not isinstance(value, str | int | float | list):
         return ""
     try:
@@ -125,7 +131,8 @@ def _shown(value: object) -> str:
 
 
 def _subsections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The keys of a section that are sections themselves."""
+    """Return the keys of a section that are sections themselves, with their types."""
+    # An optional section, such as `early_stop`, is written as `Section | None`.
     annotations = {
         key: next((kind for kind in get_args(field.annotation) if kind is not NoneType), None)
         if get_origin(field.annotation) is UnionType
@@ -145,16 +152,18 @@ def _keys_at(path: list[str]) -> list[str]:
 
 
 def _words_of(section: type[BaseModel]) -> set[str]:
-    """Every key below a section: pydantic's locations hold union tags besides keys."""
+    """Return every key of a section and of the sections below it."""
     return set(section.model_fields).union(*map(_words_of, _subsections(section).values()))
 
 
 def _line_of(text: str, path: list[str]) -> int | None:
-    """The line on which a dotted key stands, or the nearest part of it that has a line."""
+    """Return the number of the line that sets a dotted key, or the nearest section above it; None if none does."""
+    # tomllib tells no lines. The text is known to be valid TOML here, so looking at headers and equal signs is enough.
     header: list[str] = []
     best: tuple[int, int] | None = None
     inside = ""
     for number, line in enumerate(text.split("\n"), start=1):
+        # A text over several lines may hold lines that look like keys.
         quotes = re.findall(r'"""|\'\'\'', line)
         if inside:
             inside = "" if inside in quotes else inside
@@ -176,7 +185,7 @@ def _dotted(key: str) -> list[str]:
 
 
 def describe_keys() -> str:
-    """Every key with its default and meaning, as Markdown: the text of docs/recipe.md."""
+    """Return every key with its default and meaning, as Markdown: the tables of docs/recipe.md."""
     lines: list[str] = []
 
     def visit(section: type[BaseModel], prefix: str) -> None:

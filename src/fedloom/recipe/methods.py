@@ -1,6 +1,6 @@
-"""Every method that an adapter can have: PEFT's by their names, and `full`. Neither torch nor PEFT here.
+"""Training methods of an adapter: PEFT's by their names, and `full`. Neither torch nor PEFT here.
 
-A method is refused where its weights can't be averaged, or where text alone does not feed it; the reason is here.
+A method is refused where its weights can't be averaged, or where text alone is not enough for it; its entry says why.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from fedloom.text import nearest
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained, where it comes from, and PEFT's names for the recipe's keys; empty where it has none."""
+    """A way to train: its weights, its paper, and PEFT's names for the recipe's keys, empty where it has none."""
 
     what: str
+    """Trained weights, in a few words for people."""
     paper: str = ""
+    """Number on arXiv."""
     refused: str = ""
+    """Reason why the method can't be used; empty if it can."""
     rank: str = ""
     alpha: str = ""
     dropout: str = ""
     targets: str = "target_modules"
     float32_base: bool = False
-    """Its weights have the base model's dtype, in which bfloat16 would lose their steps."""
+    """True if its weights have the base model's dtype: in bfloat16 their small steps would be lost."""
     needs_values: bool = False
-    """PEFT can't make its layers on the meta device, where there are shapes alone."""
+    """True if PEFT can't build its layers on the meta device, which has shapes but no values."""
 
 
 def _ranked(what: str, paper: str = "", *, alpha: str = "", dropout: str = "", needs_values: bool = False) -> Method:
@@ -138,7 +141,7 @@ METHODS: dict[str, Method] = {
         "it mixes LoRA adapters that were trained before, and trains none",
     ),
 }
-"""PEFT's types in lower case, and `full`."""
+"""Every method by its name: PEFT's types in lower case, and `full`."""
 
 INIT_REFUSED: dict[str, str] = {
     "pissa": "it changes the base model that everybody shares, so the adapter would not fit the published one",
@@ -148,11 +151,12 @@ INIT_REFUSED: dict[str, str] = {
     "corda": "it is computed from documents, and a client's are nobody else's",
     "lora_ga": "it is computed from gradients on documents, and a client's are nobody else's",
 }
-"""Beginnings of PEFT's `init_lora_weights` that a federation can't have."""
+"""Values of PEFT's `init_lora_weights` that a federation can't use, by how they begin, with the reason."""
 INIT_ALLOWED = (True, False, "gaussian", "orthogonal")
+"""Values of PEFT's `init_lora_weights` that need nothing but a shape and a seed."""
 
 SEEDS = ("projection_prng_key", "random_seed", "random_loc_seed", "proj_seed", "projection_seed", "generator_seed")
-"""PEFT's fields that what is random and not trained is drawn from: the recipe's seed sets them."""
+"""PEFT's fields that seed random weights which are not trained; all of them are derived from the recipe's seed."""
 SET_BY_FEDLOOM = (
     "task_type",
     "peft_type",
@@ -164,14 +168,14 @@ SET_BY_FEDLOOM = (
     "fan_in_fan_out",
     *SEEDS,
 )
-"""PEFT's fields that are no choice of the recipe's."""
+"""PEFT's fields that a recipe can't choose."""
 
 
 def check_method(name: str) -> str:
-    """The name of a method that there is.
+    """Return the name of a method if it is known.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no method has that name.
     """
     if name not in METHODS:
         raise ValueError(f"should be a known method ({nearest(name, list(METHODS))})")
@@ -179,7 +183,7 @@ def check_method(name: str) -> str:
 
 
 def own_keys(name: str) -> dict[str, str]:
-    """PEFT's fields that have a key of their own in the recipe -> that key."""
+    """Return the recipe's key for each of PEFT's fields that has one: `{"r": "rank", ...}`."""
     method = METHODS[name]
     keys = {method.rank: "rank", method.alpha: "alpha", method.dropout: "dropout", method.targets: "targets"}
     if name == "lora":
@@ -188,36 +192,37 @@ def own_keys(name: str) -> dict[str, str]:
 
 
 def check_choice(name: str, given: set[str], options: Mapping[str, object]) -> None:
-    """Refuse a method that can't be federated, the recipe's keys that it has no use for, and options of PEFT's that
-    have a key of their own or that clients can't share.
+    """Refuse a method that can't be federated, keys that it does not use, and options that a recipe can't set.
+
+    `given` has the keys of the section that the recipe sets, `options` the rest by PEFT's names.
 
     Raises:
-        ValueError
+        ValueError: pydantic makes an error of the recipe of it.
     """
     owned = own_keys(name)
     if why := METHODS[name].refused:
         raise ValueError(f'method "{name}" is refused: {why}')
     if spare := sorted(given - {"method", "options", *owned.values()}):
-        raise ValueError(f'method "{name}" has no use for {" and ".join(spare)}')
+        raise ValueError(f'method "{name}" does not use {" and ".join(spare)}')
     if name == "full" and options:
-        raise ValueError('method "full" has no use for options')
+        raise ValueError('method "full" does not use options')
     for option, value in options.items():
         if option in owned:
-            raise ValueError(f"options.{option} has a key of its own: use {owned[option]}")
+            raise ValueError(f"options.{option} can't be set here: use adapter.{owned[option]}")
         if option in SET_BY_FEDLOOM:
             raise ValueError(f"options.{option} is set by fedloom: leave it out")
         if option.endswith("_config") or option.startswith("megatron_"):
             raise ValueError(
-                f"options.{option} is for a variant of the method that fedloom does not have: leave it out"
+                f"options.{option} is for a variant of the method that fedloom does not support: leave it out"
             )
         if option == "init_lora_weights" and value not in INIT_ALLOWED:
             reason = next((why for start, why in INIT_REFUSED.items() if str(value).startswith(start)), "")
-            known = "known here: true, false, gaussian, orthogonal"
+            known = "choose one of: true, false, gaussian, orthogonal"
             raise ValueError(f'options.init_lora_weights can\'t be "{value}": {reason or known}')
 
 
 def describe_methods() -> str:
-    """Every method with what it trains, its paper and its code, as Markdown: the README's table."""
+    """Return every method with its trained weights, paper and code, as a Markdown table."""
     rows = [
         f"| `{name}` | {method.what}{f'; refused: {method.refused}' if method.refused else ''} |"
         f" {method.paper and f'arXiv {method.paper}'} |"

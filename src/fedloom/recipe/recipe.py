@@ -1,4 +1,4 @@
-"""The recipe as a whole: its sections, and what they can't be combined to, in one table. No torch here."""
+"""The recipe as a whole: its sections, and one table of settings that can't be combined. No torch here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from fedloom.recipe.methods import METHODS
 from fedloom.recipe.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+"""Strategies that step with momentum or a step size on the server, after the average."""
 
 
 class Clash(NamedTuple):
     """Two settings that exclude each other, why, and how to mend it."""
 
     clashes: Callable[[Recipe], bool]
+    """Test that is true of a recipe with both settings."""
     where: str
+    """Dotted key to change."""
     why: str
     mend: str
 
@@ -33,43 +36,43 @@ CLASHES = (
     Clash(
         lambda recipe: recipe.federation.lora_rule in ("svd", "fedex") and recipe.federation.strategy.kind != "fedavg",
         "federation.strategy",
-        "this lora_rule makes the mean of the clients' products itself, and leaves nothing to another strategy",
+        "this lora_rule averages the clients' products of A and B itself, so no other strategy can be used",
         'set kind = "fedavg"',
     ),
     Clash(
         lambda recipe: recipe.federation.lora_rule == "rolora" and recipe.federation.strategy.kind in SERVER_OPTIMIZERS,
         "federation.strategy",
-        'an optimizer on the server goes on moving the factor that is not trained: "rolora" would not be exact',
+        'an optimizer on the server also moves the factor that is not trained in a round, so "rolora" is not exact',
         'set kind = "fedavg", or another lora_rule',
     ),
     Clash(
         lambda recipe: recipe.federation.lora_rule in ("rolora", "svd") and recipe.training.optimizer_state == "keep",
         "training.optimizer_state",
-        "with this lora_rule other factors are trained in each round: the state of the last ones says nothing of them",
+        "this lora_rule trains different factors in each round, so the optimizer's state of the last one does not fit",
         'set it to "reset"',
     ),
     Clash(
         lambda recipe: recipe.federation.client_ranks is not None and recipe.federation.lora_rule != "svd",
         "federation.client_ranks",
-        "factors of different ranks can't be averaged apart",
+        "factors of different ranks can't be averaged directly",
         'set lora_rule = "svd", or leave it out',
     ),
     Clash(
         lambda recipe: len(recipe.federation.client_ranks or ()) not in (0, recipe.data.clients),
         "federation.client_ranks",
-        "there must be a rank for each of data.clients",
-        "give as many as there are clients",
+        "it must have one rank for each client (data.clients)",
+        "give as many ranks as there are clients",
     ),
     Clash(
         lambda recipe: max(recipe.federation.client_ranks or (0,)) > recipe.adapter.rank,
         "federation.client_ranks",
-        "a client's rank is above adapter.rank, that of the adapter that all of them make",
+        "a client's rank is higher than adapter.rank, the rank of the shared adapter",
         "raise adapter.rank to the highest of them",
     ),
     Clash(
         lambda recipe: bool(recipe.model.quantization) and METHODS[recipe.adapter.method].float32_base,
         "model.quantization",
-        "this adapter.method trains weights that have the base model's dtype, and packed ones can't be trained",
+        "this adapter.method trains weights in the base model's dtype, and quantized weights can't be trained",
         "leave it out, or use lora",
     ),
     Clash(
@@ -77,20 +80,20 @@ CLASHES = (
             recipe.model.quantization == "packed" and (recipe.adapter.method != "lora" or recipe.adapter.dora)
         ),
         "model.quantization",
-        "over a packed GGUF file there is plain LoRA alone: other methods look into the weights",
+        "a packed GGUF file works with plain LoRA only: other methods read the weights themselves",
         'leave it out, or use adapter.method = "lora" without dora',
     ),
     Clash(
         lambda recipe: recipe.training.gradient_checkpointing and recipe.adapter.method == "prefix_tuning",
         "training.gradient_checkpointing",
-        "prefix_tuning's keys and values would be lost in a second pass",
+        "prefix_tuning's keys and values are lost when a layer is computed a second time",
         "leave it out",
     ),
     Clash(
         lambda recipe: recipe.federation.lora_rule != "factors" and recipe.adapter.dora,
         "federation.lora_rule",
         "DoRA's magnitudes are not part of the product of A and B that this lora_rule averages",
-        "leave it out, or dora",
+        "leave it out, or leave out adapter.dora",
     ),
     Clash(
         lambda recipe: (
@@ -98,29 +101,30 @@ CLASHES = (
             and not {"rank_pattern", "alpha_pattern"}.isdisjoint(recipe.adapter.options)
         ),
         "federation.lora_rule",
-        "a residual makes every layer's rank wider by the same number, which patterns of ranks can't say",
-        "leave out adapter.options' rank_pattern and alpha_pattern",
+        "its residual adds the same rank to every layer, which rank_pattern and alpha_pattern can't describe",
+        "leave out rank_pattern and alpha_pattern of adapter.options",
     ),
     Clash(
         lambda recipe: recipe.federation.min_clients > recipe.data.clients,
         "federation.min_clients",
-        "it is more than data.clients",
-        "lower it",
+        "it is higher than data.clients, the number of all clients",
+        "lower it, or raise data.clients",
     ),
     Clash(
         lambda recipe: recipe.training.proximal_schedule != "constant" and recipe.federation.rounds == 1,
         "training.proximal_schedule",
-        "one round leaves nothing to schedule",
+        "a schedule needs more than one round",
         "leave it out, or raise federation.rounds",
     ),
 )
+"""Every pair of settings that is refused; the first that a recipe has is the one it is told."""
 
 
 def check_combinations(recipe: Recipe) -> None:
-    """Refuse what can't be combined.
+    """Refuse settings that can't be combined.
 
     Raises:
-        RecipeError
+        RecipeError: the recipe has one of the CLASHES.
     """
     for clash in CLASHES:
         if clash.clashes(recipe):
@@ -128,17 +132,18 @@ def check_combinations(recipe: Recipe) -> None:
 
 
 def _to_tuple(value: object) -> object:
+    # TOML has lists only, and a strict frozen section wants tuples.
     return tuple(value) if isinstance(value, list) else value
 
 
 class Recipe(Section):
-    """What was asked for."""
+    """A whole recipe: frozen, checked, with every default filled in."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe and of its runs")
     description: str = Field("", description="a sentence for people")
-    seed: int = Field(42, ge=0, description="every random choice comes from it")
+    seed: int = Field(42, ge=0, description="source of every random choice")
     baselines: Annotated[tuple[Literal["round0", "local", "pooled"], ...], BeforeValidator(_to_tuple)] = Field(
-        (), description="what the run is set against: no training; each client alone; all their documents together"
+        (), description="runs to compare with: no training; each client alone; all their documents together"
     )
     model: Model
     adapter: Adapter = Field(default_factory=Adapter)

@@ -1,4 +1,4 @@
-"""The sections of a recipe: every key, its type, its default and its meaning. No torch here."""
+"""Sections of a recipe: every key, its type, its default and its meaning. No torch here."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_to_name
 
 
 def _to_ranks(value: object) -> object:
+    # Not isinstance(rank, int): True is one.
     if not isinstance(value, list | tuple) or not all(type(rank) is int and rank > 0 for rank in value):
         raise ValueError("should be a list of whole numbers, one for each client")
     return tuple(value)
@@ -49,13 +50,13 @@ class Model(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto",
-        description="of the base model's weights; `auto` is bfloat16 where the device has it in hardware and the method"
-        " can do with it, else float32",
+        description="type of the base model's weights; `auto` is bfloat16 where the device has it in hardware and the"
+        " method allows it, else float32",
     )
     quantization: Literal["4bit", "8bit", "packed"] | None = Field(
         None,
-        description="keep the frozen weights packed: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as a"
-        " `.gguf` file has them; not if left out",
+        description="packing of the frozen weights: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as in"
+        " a `.gguf` file; none if left out",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 
@@ -67,14 +68,18 @@ class Adapter(Section):
     """The weights that are trained and exchanged."""
 
     method: Annotated[str, AfterValidator(check_method), WithJsonSchema({"enum": FEDERATED_METHODS})] = Field(
-        "lora", description="a PEFT method by its name, or `full`; the README has a table of them"
+        "lora", description="a PEFT method by its name, or `full`; `docs/methods.md` lists them"
     )
-    rank: int = Field(16, ge=1, le=4096, description="LoRA r; of another method, PEFT's default if left out")
-    alpha: float = Field(32, gt=0, description="LoRA α; the update is scaled by α/r; of another method likewise")
-    rslora: bool = Field(False, description="scale by α/√r instead (`lora`; 2312.03732)")
-    dora: bool = Field(False, description="train each column's magnitude apart from its direction (`lora`; 2402.09353)")
+    rank: int = Field(16, ge=1, le=4096, description="LoRA's r; with another method, PEFT's default if left out")
+    alpha: float = Field(
+        32, gt=0, description="LoRA's α: the update is scaled by α/r; with another method, PEFT's default if left out"
+    )
+    rslora: bool = Field(False, description="scaling by α/√r instead of α/r (`lora`; arXiv 2312.03732)")
+    dora: bool = Field(
+        False, description="a trained magnitude for each column, apart from its direction (`lora`; arXiv 2402.09353)"
+    )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="on the adapter's input, in training; the base model's own is on too"
+        0.0, ge=0, lt=1, description="dropout on the adapter's input in training; the base model's own is on too"
     )
     targets: Names | Literal["all-linear"] | None = Field(
         None, description="names of the layers to adapt; PEFT's choice for the architecture if left out"
@@ -90,7 +95,7 @@ class Adapter(Section):
 
     @property
     def given(self) -> set[str]:
-        """The keys that the recipe sets."""
+        """Return the keys that the recipe sets; None counts as left out."""
         return {key for key in self.model_fields_set if getattr(self, key) is not None}
 
 
@@ -103,18 +108,18 @@ PARTITION_KEYS: dict[str, tuple[str, ...]] = {
     "square": (),
     "exponential": (),
 }
-"""What each kind of partition needs besides its name."""
+"""Keys that each kind of partition needs besides its name."""
 
 
 class Partition(Section):
-    """How the documents are spread over the clients (flwr-datasets' partitioners)."""
+    """The split of the documents over the clients, by the partitioners of flwr-datasets."""
 
     kind: Literal["iid", "dirichlet", "natural", "shard", "linear", "square", "exponential"] = Field(
-        "iid", description="even; skewed by label; whole labels; shards of labels; sizes that grow so"
+        "iid", description="the split: even; skewed by label; whole labels; shards of labels; sizes that grow as named"
     )
     by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
-    alpha: float | None = Field(None, gt=0, description="concentration: small is skewed (`dirichlet`)")
-    shards_per_client: int | None = Field(None, ge=1, description="label shards that a client gets (`shard`)")
+    alpha: float | None = Field(None, gt=0, description="concentration: the smaller, the more skewed (`dirichlet`)")
+    shards_per_client: int | None = Field(None, ge=1, description="shards of labels that a client gets (`shard`)")
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Partition:
@@ -123,12 +128,12 @@ class Partition(Section):
         if missing := [key for key in needed if key not in given]:
             raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
         if spare := [key for key in given if key not in needed]:
-            raise ValueError(f'kind "{self.kind}" has no use for {" and ".join(spare)}')
+            raise ValueError(f'kind "{self.kind}" does not use {" and ".join(spare)}')
         return self
 
 
 class Data(Section):
-    """Documents, who holds them, and what is held out."""
+    """The documents, the clients that hold them, and the part that is held out."""
 
     source: str = Field(
         min_length=1,
@@ -141,58 +146,66 @@ class Data(Section):
     text: str = Field("text", description="the column that holds the text")
     on_bad_row: Literal["skip", "error"] = Field(
         "skip",
-        description="what to do with a row or file that gives no text: count it, or stop; one of blanks is no bad row",
+        description="treatment of a row or file without a usable text: count it, or stop; a blank text is no bad row",
     )
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="share of bad rows among those read, above which a run stops (`skip`)"
+        0.01, ge=0, le=1, description="largest share of bad rows among those read; above it a run stops (`skip`)"
     )
     max_length: int = Field(128, ge=2, description="tokens in a block")
     window: Literal["truncate", "blocks"] = Field(
-        "truncate", description="keep a document's first block, or every block"
+        "truncate", description="part of a document that is used: its first block, or all its blocks"
     )
-    pad_in_loss: bool = Field(False, description="count padding in the loss; only to replay programs that did")
+    pad_in_loss: bool = Field(False, description="padding counted in the loss; only to repeat programs that did so")
     clients: int = Field(3, ge=1, description="number of clients")
     documents_per_client: int | None = Field(
-        None, ge=1, description="on average over clients, its own hold-out included; all there are if left out"
+        None, ge=1, description="a client's documents on average, its own hold-out included; all if left out"
     )
     client_holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's documents, never trained on")
     central_holdout: int = Field(
         100, ge=0, description="documents for the central evaluation, disjoint from every client's"
     )
-    partition: Partition = Field(default_factory=Partition, description="how documents are spread over clients")
+    partition: Partition = Field(default_factory=Partition, description="the split of the documents over the clients")
     duplicates: Literal["drop", "report"] = Field(
-        "drop", description="what to do with a training document that is also held out"
+        "drop", description="treatment of a training document that is also held out: leave it out, or only count it"
     )
-    near_duplicate: float = Field(0.8, gt=0, le=1, description="Jaccard similarity from which two documents are one")
+    near_duplicate: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity from which two documents count as copies"
+    )
 
 
 class Training(Section):
-    """What a client does in a round."""
+    """The work of a client in a round."""
 
     engine: Literal["auto", "batched", "reference"] = Field(
-        "auto", description="choose; all clients in one pass; one after another"
+        "auto", description="engine: chosen by fedloom; all clients in one pass; one client after another"
     )
-    clients_at_once: int | None = Field(None, ge=1, description="for `batched`; as many as fit in memory if left out")
+    clients_at_once: int | None = Field(
+        None, ge=1, description="clients in one pass of `batched`; as many as fit in memory if left out"
+    )
     gradient_checkpointing: bool = Field(
-        False, description="keep each layer's input alone and compute the rest again: less memory, a third more time"
+        False, description="less memory for a third more time: each layer keeps its input and is computed twice"
     )
     cuda_graph: bool = Field(
-        True, description="record a step on a GPU and launch it whole; not with `gradient_checkpointing`"
+        True, description="a step recorded on a GPU and launched whole; not with `gradient_checkpointing`"
     )
     epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
     batch_size: int = Field(2, ge=1, description="sequences in a step")
-    learning_rate: float = Field(1e-4, gt=0, description="peak")
+    learning_rate: float = Field(1e-4, gt=0, description="peak of the learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the learning rate to 0")
-    schedule_scope: Literal["round", "run"] = Field("round", description="what the decay stretches over")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's, with its defaults")
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="between a client's rounds")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW")
-    max_gradient_norm: float | None = Field(None, gt=0, description="clip to this norm; off if left out")
+    schedule_scope: Literal["round", "run"] = Field("round", description="span of the decay")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of torch.optim, with its defaults")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="the optimizer's state between a client's rounds"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="weight decay; decoupled for AdamW")
+    max_gradient_norm: float | None = Field(
+        None, gt=0, description="norm that a step's gradient is clipped to; no clipping if left out"
+    )
     proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
     proximal_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
         "constant",
-        description="of μ over the rounds: the same, falling to 0, or up by 0.1 when the loss rises and down by 0.1"
-        " after five falls (1812.06127, section 5.3)",
+        description="course of μ over the rounds: the same, falling to 0, or up by 0.1 when the loss rises and down by"
+        " 0.1 after five falls (arXiv 1812.06127, section 5.3)",
     )
 
 
@@ -209,14 +222,14 @@ STRATEGY_DEFAULTS: dict[str, dict[str, float]] = {
     "bulyan": {"malicious": 0},
     "norm_clipped": {"max_norm": 1.0},
 }
-"""Each strategy's own keys, with what they are where they are left out: Flower's defaults, where it has them."""
+"""Keys of each strategy with their defaults, which are Flower's where it has the strategy."""
 
 UNWEIGHTED = ("fedmedian", "trimmed_mean", "krum", "bulyan")
-"""Strategies in which every client counts alike."""
+"""Strategies that give every client the same weight."""
 
 
 class Strategy(Section):
-    """How the server makes one adapter of many. A key that the kind has no use for is an error."""
+    """The rule by which the server makes one adapter of many. A key that the kind does not use is an error."""
 
     kind: Literal[
         "fedavg",
@@ -230,82 +243,92 @@ class Strategy(Section):
         "multi_krum",
         "bulyan",
         "norm_clipped",
-    ] = Field("fedavg", description="the rule; its paper and formula are in the README's table")
+    ] = Field("fedavg", description="the rule; `docs/strategies.md` has its paper and formula")
     weight_by: Literal["examples", "tokens"] = Field(
-        "examples", description="what a client's weight is proportional to, where the kind weighs clients"
+        "examples", description="measure of a client's weight, where the kind weighs clients"
     )
-    learning_rate: float | None = Field(None, gt=0, description="of the server (`fedavgm`, `fedadam`, ...)")
-    momentum: float | None = Field(None, ge=0, lt=1, description="of the server (`fedavgm`)")
-    nesterov: bool | None = Field(None, description="look ahead (`fedavgm`)")
+    learning_rate: float | None = Field(
+        None, gt=0, description="the server's learning rate (`fedavgm`, `fedadam`, ...)"
+    )
+    momentum: float | None = Field(None, ge=0, lt=1, description="the server's momentum (`fedavgm`)")
+    nesterov: bool | None = Field(None, description="Nesterov's look-ahead (`fedavgm`)")
     beta_1: float | None = Field(None, ge=0, lt=1, description="decay of the mean change (`fedadam`, `fedyogi`)")
     beta_2: float | None = Field(None, ge=0, lt=1, description="decay of its square (`fedadam`, `fedyogi`)")
-    tau: float | None = Field(None, gt=0, description="added to the root of the squares: how adaptive the step is")
+    tau: float | None = Field(
+        None, gt=0, description="term added to the root of the squares: the smaller, the more adaptive the step"
+    )
     trim: float | None = Field(None, ge=0, lt=0.5, description="share cut off at each end (`trimmed_mean`)")
-    malicious: int | None = Field(None, ge=0, description="updates that may be anything (`krum`, `bulyan`, ...)")
+    malicious: int | None = Field(
+        None, ge=0, description="updates that may hold anything, for example an attack (`krum`, `bulyan`, ...)"
+    )
     keep: int | None = Field(None, ge=1, description="updates that are averaged (`multi_krum`)")
-    max_norm: float | None = Field(None, gt=0, description="a client's change is scaled down to this (`norm_clipped`)")
+    max_norm: float | None = Field(
+        None, gt=0, description="largest norm of a client's change; a larger one is scaled down (`norm_clipped`)"
+    )
 
     @model_validator(mode="after")
     def _has_only_what_its_kind_needs(self) -> Strategy:
         needed = STRATEGY_DEFAULTS[self.kind]
         given = [key for key in STRATEGY_KEYS if getattr(self, key) is not None]
         if spare := [key for key in given if key not in needed]:
-            raise ValueError(f'kind "{self.kind}" has no use for {" and ".join(spare)}')
+            raise ValueError(f'kind "{self.kind}" does not use {" and ".join(spare)}')
         if "weight_by" in self.model_fields_set and self.kind in UNWEIGHTED:
-            raise ValueError(f'kind "{self.kind}" has no use for weight_by: every client counts alike')
+            raise ValueError(f'kind "{self.kind}" does not use weight_by: it gives every client the same weight')
         return self
 
     def setting(self, key: str) -> float:
-        """The value of one of the kind's own keys, its default where it was left out."""
+        """Return the value of one of the kind's own keys, or its default if the recipe leaves it out."""
         given = getattr(self, key)
         return STRATEGY_DEFAULTS[self.kind][key] if given is None else float(given)
 
 
 STRATEGY_KEYS = tuple(dict.fromkeys(key for keys in STRATEGY_DEFAULTS.values() for key in keys))
+"""Keys that at least one strategy has, each once."""
 
 
 class EarlyStop(Section):
-    """When to stop before the last round."""
+    """The rule for stopping before the last round."""
 
     patience: int = Field(ge=1, description="rounds without a new best central loss after which a run stops")
-    min_delta: float = Field(0.0, ge=0, description="nats that a new best must be better by")
+    min_delta: float = Field(0.0, ge=0, description="nats per token by which a new best must be better")
 
 
 class Federation(Section):
-    """Rounds, who takes part, and how updates are combined."""
+    """The rounds, the clients that take part, and the averaging of their updates."""
 
     rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round")
-    min_clients: int = Field(1, ge=1, description="clients that train in a round at the least")
+    min_clients: int = Field(1, ge=1, description="least number of clients that train in a round")
     max_lost_clients: int = Field(
-        0, ge=0, description="clients that a round may lose, by a loss that is no number, say, before the run ends"
+        0, ge=0, description="clients that a round may lose: no answer, say, or a loss that is not a number"
     )
     round_deadline: float = Field(
-        3600.0, gt=0, description="seconds that a client on another machine has for an answer; later ones are refused"
+        3600.0, gt=0, description="seconds that a client on another machine has to answer; a later answer is refused"
     )
     on_quorum_lost: Literal["wait", "skip", "stop"] = Field(
         "stop",
-        description="when a round loses more than `max_lost_clients`: ask those again, on other machines; leave the"
-        " adapter as it was and go on; end the run, which can be resumed",
+        description="reaction to a round that loses more than `max_lost_clients`: ask those again, on other machines;"
+        " leave the adapter as it was and go on; end the run, which can be resumed",
     )
     lora_rule: Literal["factors", "ffa", "rolora", "svd", "fedex"] = Field(
-        "factors", description="how LoRA's A and B are averaged; the README's table tells them apart"
+        "factors", description="rule by which LoRA's A and B are averaged; `docs/strategies.md` explains each"
     )
     client_ranks: Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_ranks)] | None = Field(
         None, description='a LoRA rank for each client, none above `adapter.rank`; with `lora_rule = "svd"`'
     )
-    strategy: Strategy = Field(default_factory=Strategy, description="how updates become the next adapter")
-    early_stop: EarlyStop | None = Field(None, description="stop before the last round; never if left out")
+    strategy: Strategy = Field(default_factory=Strategy, description="rule that makes the next adapter of the updates")
+    early_stop: EarlyStop | None = Field(None, description="end before the last round; never if left out")
 
 
 class Evaluation(Section):
-    """How held-out loss is measured."""
+    """The measurement of held-out loss."""
 
     batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
     clients: int | None = Field(
-        None, ge=1, description="clients, the same in every round, whose own hold-outs are scored; all if left out"
+        None, ge=1, description="clients whose own hold-outs are scored, the same in every round; all if left out"
     )
 
 
+# A literal can't be made from a table's keys in a way that a type checker reads, so both are written and compared here.
 assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))
 assert set(STRATEGY_DEFAULTS) == set(get_args(Strategy.model_fields["kind"].annotation))

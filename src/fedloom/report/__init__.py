@@ -1,1 +1,1 @@
-"""Records become documents that people want to read: a report of one run, a comparison of several. No torch here."""
+"""Pages for people, made from a run's records: a report of one run, a comparison of several. No torch here."""

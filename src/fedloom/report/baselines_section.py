@@ -1,4 +1,4 @@
-"""Did federation help? A run set against its baselines."""
+"""The report's section on whether federation helped: a run beside its baselines."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fedloom.report.plots import Line, draw_lines
 
 
 class Trained(NamedTuple):
-    """One row: what was trained, on how many tokens, and its judged losses by round."""
+    """A row of the table: the federation or a baseline, the tokens it trained on, and its judged loss by round."""
 
     name: str
     tokens: int
     losses: Sequence[float]
+    """Nats per token, from round 0 on."""
 
 
-def trained_things(run: Run) -> list[Trained]:
-    """The federation first, then its baselines that came to an end, clients alone one by one; empty without any."""
+def list_trained(run: Run) -> list[Trained]:
+    """List the federation and then its finished baselines, each client alone by itself; empty if it has none."""
     record = run.baselines
     if not record or not judged_series(run)[2]:
         return []
@@ -35,16 +36,17 @@ def trained_things(run: Run) -> list[Trained]:
     ]
 
 
-def alone(things: Sequence[Trained]) -> list[Trained]:
+def select_alone(things: Sequence[Trained]) -> list[Trained]:
+    """Return the baselines in which one client trains alone."""
     return [thing for thing in things if thing.name.endswith(" alone")]
 
 
-def show_help(run: Run, loss_axis: str) -> list[Block]:
-    """A table and a plot; nothing for a run without baselines."""
-    things = trained_things(run)
+def show_baselines(run: Run, loss_axis: str) -> list[Block]:
+    """Show a table and a plot of the run and its baselines; nothing for a run without any."""
+    things = list_trained(run)
     if not things:
         return []
-    single = alone(things)
+    single = select_alone(things)
     rows = [
         [thing.name, f"{thing.tokens:,}", f"{min(thing.losses):.4f}", f"{thing.losses[-1]:.4f}"]
         for thing in things
@@ -67,13 +69,13 @@ def show_help(run: Run, loss_axis: str) -> list[Block]:
     drawn = [thing for thing in things if len(thing.losses) > 1][:6]
     return [
         Text(
-            "All of them start from the same adapter and are judged on the same documents. A baseline trains on its"
-            " documents as often as the federation did, without the proximal term."
+            "All of them start from the same adapter and are scored on the same documents. A baseline trains on its"
+            " documents as many times as the federation did, without the proximal term."
         ),
         Table(["Trained", "Tokens", "Best loss", "Last loss"], rows),
         Figure(
             "baselines",
-            "The judged loss by round, of the federation and of what it is set against.",
+            "Loss by round of the federation and its baselines.",
             draw_lines(
                 [Line(thing.name, range(len(thing.losses)), thing.losses) for thing in drawn],
                 x_label="round",
@@ -84,21 +86,25 @@ def show_help(run: Run, loss_axis: str) -> list[Block]:
 
 
 def did_it_help(run: Run) -> str | None:
-    """Whether the federation's best adapter is better than the best that a client has alone."""
-    things = trained_things(run)
-    single = alone(things)
+    """Say if the federation's best adapter is better than the best that a client trains alone.
+
+    Return None for a run without such baselines.
+    """
+    things = list_trained(run)
+    single = select_alone(things)
     if not single:
         return None
     ours, best = min(things[0].losses), min(single, key=lambda thing: min(thing.losses))
     gap = min(best.losses) - ours
     if gap > 0:
-        text = f"Federation helped: its best loss is {gap:.4f} nats a token below that of {best.name}, the best of them"
+        text = f"Federation helped: its best loss is {gap:.4f} nats a token below that of {best.name}, the best client"
     elif gap < 0:
         text = f"Federation did not help: {best.name} is {-gap:.4f} nats a token below its best loss"
     else:
-        text = f"Federation made no difference: {best.name} comes to the same loss"
+        text = f"Federation made no difference: {best.name} reaches the same loss"
     pooled = [thing for thing in things if thing.name == "all documents together"]
     if not pooled:
         return text + "."
     apart = ours - min(pooled[0].losses)
-    return f"{text}; all documents together come to {abs(apart):.4f} {'less' if apart > 0 else 'more'}."
+    than = "below" if apart > 0 else "above"
+    return f"{text}; training on all documents together ends {abs(apart):.4f} {than} the federation's best loss."

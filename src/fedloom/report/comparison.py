@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in what was asked for, and in what came out of it."""
+"""Comparisons of runs side by side: the differences between their recipes, and between their results."""
 
 from __future__ import annotations
 
@@ -18,30 +18,28 @@ from fedloom.report.setup_section import STATES
 from fedloom.text import format_bytes, format_seconds
 
 NOT_SETTINGS = {"name", "description"}
-"""Keys of a recipe that change nothing."""
+"""Keys of a recipe that have no effect on a run."""
 NOTICEABLE = 0.1
-"""Share by which two figures lie apart before a sentence is made of it."""
+"""Share by which two figures must differ before a sentence says so."""
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Compare runs in `OUT/comparison.md` and `OUT/comparison.html`; return the page's path.
 
     Raises:
-        RunError: a folder is no run, there are fewer than two, or one has no round on record.
+        RunError: a folder is no run directory, there are fewer than two, or one has no finished round.
     """
     runs = [read_run(folder) for folder in folders]
     if len(runs) < 2:
-        raise RunError(
-            "a comparison needs two runs or more", where="fedloom compare", mend="name another run directory"
-        )
+        raise RunError("a comparison needs two runs or more", where="fedloom compare", mend="add another run directory")
     for run in runs:
         if not figures.judged_series(run)[1]:
-            raise RunError("no round is on record yet", where=str(run.folder), mend="wait for its first evaluation")
+            raise RunError("no round is finished yet", where=str(run.folder), mend="wait for the first evaluation")
     return write_document(build_comparison(runs), Path(out), "comparison")
 
 
 def build_comparison(runs: Sequence[Run]) -> Document:
-    """The document's section 4, for any runs."""
+    """Build a comparison of two runs or more, each with at least one round."""
     names = _names(runs)
     return Document(
         title="Comparison: " + ", ".join(names),
@@ -58,7 +56,7 @@ def build_comparison(runs: Sequence[Run]) -> Document:
 
 
 def unfairness(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Why the losses of these runs can't be set against each other, a sentence each."""
+    """Return the reasons why the losses of these runs can't be compared, a sentence each; empty if they can."""
     what: dict[str, list[Any]] = {
         "base models": [(run.plan["model"], run.plan["model_revision"]) for run in runs],
         "dtypes": [run.plan["dtype"] for run in runs],
@@ -75,15 +73,16 @@ def unfairness(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     for name, values in what.items():
         odd = [names[number] for number, value in enumerate(values) if value != values[0]]
         if odd:
-            found.append(f"{', '.join(odd)}: other {name} than {names[0]}. Losses are not of the same thing.")
+            found.append(f"{', '.join(odd)}: other {name} than {names[0]}. Their losses can't be compared.")
     starts = [figures.judged_series(run)[2][0] for run in runs]
+    # Before any training the same tokens give the same loss, but for the rounding of another machine or batch size.
     if not found and max(starts) - min(starts) > 1e-3 * max(starts):
-        found.append("The runs begin with different losses: they are not judged on the same tokens.")
+        found.append("The runs begin with different losses: they are not scored on the same tokens.")
     return found
 
 
 def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Every key of the resolved recipes on which the runs do not agree, with each run's value."""
+    """Return every key of the resolved recipes that differs between runs, with each run's value."""
     flat = [flatten(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in flat for key in recipe if key not in NOT_SETTINGS)
     values = {key: [recipe.get(key) for recipe in flat] for key in keys}
@@ -91,7 +90,7 @@ def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """What the tables say, in sentences; each only where it holds."""
+    """Say in sentences what the tables show; each sentence only if it is true of these runs."""
     curves = [figures.judged_series(run)[1:] for run in runs]
     last_shared = min(rounds[-1] for rounds, _ in curves)
     shared = {
@@ -105,7 +104,7 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     if comparable and shared[ahead] < shared[behind]:
         gap = shared[behind] - shared[ahead]
         sentences.append(
-            f"After round {last_shared}, the last that all of them have, {ahead} is ahead: {shared[ahead]:.4f},"
+            f"After round {last_shared}, the last that all runs have, {ahead} is ahead: {shared[ahead]:.4f},"
             f" {gap:.4f} nats a token below {behind}."
         )
     falls = {name: losses[0] - losses[1] for name, (_, losses) in zip(names, curves, strict=True) if len(losses) > 1}
@@ -113,11 +112,11 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
         first, other = max(falls, key=falls.__getitem__), min(falls, key=falls.__getitem__)
         if falls[first] > 0 and falls[first] - falls[other] > NOTICEABLE * falls[first]:
             sentences.append(
-                f"{first} descends fastest at first: {falls[first]:.4f} in its first round, {other} {falls[other]:.4f}."
+                f"{first} falls fastest at first: {falls[first]:.4f} in its first round, {other} {falls[other]:.4f}."
             )
     onsets = {name: overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
     late = [f"{name} from round {onset}" for name, onset in onsets.items() if onset is not None]
-    sentences.append(f"Overfitting: {', '.join(late)}." if late else "None of them overfits in the rounds on record.")
+    sentences.append(f"Overfitting: {', '.join(late)}." if late else "No run overfits in the rounds on record.")
     payloads = {name: run.plan["payload_bytes"] for name, run in zip(names, runs, strict=True)}
     small, large = min(payloads, key=payloads.__getitem__), max(payloads, key=payloads.__getitem__)
     if payloads[small] < payloads[large]:
@@ -144,7 +143,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences.items()]
     blocks: list[Block] = [Text(warning, note=True) for warning in unfairness(runs, names)]
     if not rows:
-        return [*blocks, Text("Their recipes ask for the same.")]
+        return [*blocks, Text("Their recipes are the same.")]
     return [*blocks, Table(["Key", *names], rows, text_columns=1 + len(runs))]
 
 
@@ -187,7 +186,7 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
 
 
 def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    """Runs that differ in nothing but their seed, as one: the mean with its spread."""
+    """Show runs that differ only in their seed as one: their mean and its spread; nothing if there are none."""
     groups: dict[str, list[Run]] = defaultdict(list)
     named: dict[str, list[str]] = defaultdict(list)
     for run, name in zip(runs, names, strict=True):
@@ -217,7 +216,7 @@ def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     if not rows:
         return []
     return [
-        Text("Runs that differ in their seed alone, together: mean and standard deviation over seeds."),
+        Text("Runs that differ only in their seed, taken together: mean and standard deviation over seeds."),
         Table(["Runs", "Seeds", "Last loss", "Best mean loss"], rows, text_columns=2),
         Figure(
             "comparison-seeds",
@@ -247,7 +246,7 @@ def _convergence(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
             tokens[record["round"]] = total
         lines.append(Line(name, [tokens[round] / 1000 for round in rounds], losses))
     return [
-        Text("What it took to reach a loss that all of them reached, and two on the way there."),
+        Text("The cost of reaching a loss that all runs reached, and of two losses on the way there."),
         Table(["", *names], rows),
         Figure(
             "comparison-tokens",
@@ -283,7 +282,8 @@ def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         del columns["Peak GPU memory"]
     rows = [[name, *values] for name, values in columns.items()]
     shared = [name for name, run in zip(names, runs, strict=True) if any("runs_together" in r for r in run.rounds)]
-    notes = [f"Trained in one pass with others, whose seconds are in theirs: {', '.join(shared)}."] if shared else []
+    # One pass has one clock, so the seconds of runs that shared it can't be told apart.
+    notes = [f"Trained together with other runs, whose time is in theirs: {', '.join(shared)}."] if shared else []
     return [Table(["", *names], rows), Bullets([*_machines(runs, names), *notes])]
 
 
@@ -295,7 +295,7 @@ def _machines(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Each run's recipe, or its folder where two have the same; numbered where that is not enough."""
+    """Name each run after its recipe, after its folder if two have that recipe, with a number if that is not enough."""
     recipes = [run.recipe["name"] for run in runs]
     folders = [run.folder.resolve().name for run in runs]
     names = [name if recipes.count(name) == 1 else folder for name, folder in zip(recipes, folders, strict=True)]
@@ -312,4 +312,4 @@ def _onset(round: int | None) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    return "not known" if seconds is None else f"{seconds:,.0f} s ({format_seconds(seconds)})"
+    return "unknown" if seconds is None else f"{seconds:,.0f} s ({format_seconds(seconds)})"

@@ -1,4 +1,4 @@
-"""What a report is made of, and how it becomes Markdown and one HTML page that needs nothing from anywhere."""
+"""Parts of a report, written as Markdown or as one HTML page that loads nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from fedloom.text import show_controls, to_markdown_code, to_markdown_text
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `note` is one that warns."""
+    """A paragraph."""
 
     text: str
     note: bool = False
+    """True for a paragraph that warns."""
 
 
 @dataclass(frozen=True)
 class Bullets:
+    """A list of sentences."""
+
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Code:
+    """A block of code."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown. Numbers are aligned to the right; so is every column but the first `text_columns`."""
+    """A table of cells as they are shown."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
+    """Number of first columns that are aligned to the left; all others hold numbers and are aligned to the right."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: its file is `plots/NAME.svg`."""
+    """A plot with its caption; its file is `plots/NAME.svg`."""
 
     name: str
     caption: str
@@ -54,26 +60,30 @@ Block = Text | Bullets | Code | Table | Figure
 
 @dataclass(frozen=True)
 class Section:
+    """A part of a document under its own heading."""
+
     title: str
     blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A report or a comparison; `state` says in a word or two whether the run is done."""
+    """A report or a comparison."""
 
     title: str
     subtitle: str
     state: str
+    """State of the run in a word or two: done, still running, failed."""
     sections: Sequence[Section]
 
     @property
     def figures(self) -> list[Figure]:
+        """Return the plots of all sections, in order."""
         return [block for section in self.sections for block in section.blocks if isinstance(block, Figure)]
 
 
 def to_markdown(document: Document) -> str:
-    """GitHub's Markdown, with the plots as linked files."""
+    """Write a document as GitHub's Markdown, with links to the files of its plots."""
     parts = [f"# {to_markdown_text(document.title)}", to_markdown_text(document.subtitle)]
     for number, section in enumerate(document.sections, start=1):
         parts.append(f"## {number}. {to_markdown_text(section.title)}")
@@ -82,7 +92,7 @@ def to_markdown(document: Document) -> str:
 
 
 def to_html(document: Document) -> str:
-    """One page with its styles and plots inside."""
+    """Write a document as one HTML page, with its styles and plots inside."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
@@ -97,7 +107,7 @@ def to_html(document: Document) -> str:
 
 
 def _finalize(value: object) -> object:
-    """What a template shows: a plot as it was drawn, any other text without control characters."""
+    """Write out control characters in a value that the template shows; leave what is marked as safe, the plots."""
     return show_controls(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
 
 
@@ -117,4 +127,5 @@ def _block_to_markdown(block: Block) -> str:
 
 
 def without_columns(cells: Sequence[str], columns: set[int]) -> list[str]:
+    """Return a row without the columns of these numbers, counted from 0."""
     return [cell for column, cell in enumerate(cells) if column not in columns]

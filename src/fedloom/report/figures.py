@@ -1,6 +1,6 @@
-"""Numbers of a run, computed from its records and from nothing else: every figure that a report shows comes from here.
+"""Numbers of a run, computed from its records and from nothing else; every number that a report shows comes from here.
 
-Losses are nats per token, times seconds, sizes bytes.
+Losses are in nats per token, times in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from datetime import datetime
 from fedloom.records.run import Record, Run
 
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
-"""Phase -> its key in a round's record."""
+"""Phases of a round, with the key of their seconds in its record."""
 OUTLIER_SPREADS, OUTLIER_SHARE = 5.0, 1.15
-"""A round stands out by so many median deviations, and is so much longer than the median round."""
+"""Thresholds of an unusually long round: median absolute deviations above the median, and times the median."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Spread:
 
 
 def series(run: Run, key: str) -> tuple[list[int], list[float]]:
-    """Rounds that have a number on record under `key`, and the numbers."""
+    """Return the rounds that have a number on record under `key`, and those numbers."""
     found = [(record["round"], record[key]) for record in run.rounds if record.get(key) is not None]
     return [round for round, _ in found], [value for _, value in found]
 
 
 def client_series(run: Run, client: int) -> tuple[list[int], list[float]]:
-    """A client's hold-out loss under the global adapter, by round."""
+    """Return the rounds in which a client's hold-out was scored under the global adapter, and the losses."""
     found = [
         (r["round"], r["client_losses"][str(client)]) for r in run.rounds if str(client) in r.get("client_losses", {})
     ]
@@ -42,7 +42,10 @@ def client_series(run: Run, client: int) -> tuple[list[int], list[float]]:
 
 
 def judged_series(run: Run) -> tuple[str, list[int], list[float]]:
-    """The loss that adapters are chosen by: central, or the clients' where nothing is held out centrally."""
+    """Return the loss that the best adapter is chosen by, as (name, rounds, losses).
+
+    It is the central loss, or the clients' hold-out loss if nothing is held out centrally.
+    """
     for name, key in (("central", "central_loss"), ("clients' hold-out", "client_loss")):
         rounds, losses = series(run, key)
         if losses:
@@ -51,21 +54,22 @@ def judged_series(run: Run) -> tuple[str, list[int], list[float]]:
 
 
 def trained_rounds(run: Run) -> list[Record]:
-    """Every round but round 0."""
+    """Return the records of all rounds but round 0, which only evaluates."""
     return [record for record in run.rounds if record["round"] > 0]
 
 
 def round_seconds(record: Record) -> float:
+    """Return the seconds of a round: training, aggregation and evaluation."""
     return sum(float(record[key]) for key in PHASES.values())
 
 
 def total_seconds(run: Run) -> float:
-    """In rounds: of training, aggregation and evaluation."""
+    """Return the seconds of all rounds, without loading and what lies between rounds."""
     return sum(map(round_seconds, run.rounds))
 
 
 def elapsed_seconds(run: Run) -> float | None:
-    """From the start of the run to the last that was heard of it."""
+    """Return the seconds from the start of the run to the last update of its status; None if either is unknown."""
     started, updated = run.status.get("started"), run.status.get("updated")
     if not started or not updated:
         return None
@@ -73,13 +77,14 @@ def elapsed_seconds(run: Run) -> float | None:
 
 
 def phase_shares(run: Run) -> dict[str, float]:
-    """Of all seconds in rounds, each phase's part."""
+    """Return each phase's share of the seconds of all rounds, from 0 to 1."""
     total = total_seconds(run)
     return {phase: sum(r[key] for r in run.rounds) / total if total else 0.0 for phase, key in PHASES.items()}
 
 
 def client_work(run: Run, round: int) -> tuple[int, int, int]:
-    """Samples, steps and tokens that the clients trained on in a round."""
+    """Return the samples, steps and tokens that the clients trained on in a round."""
+    # A report's steps and tokens count every epoch; its examples are those that a client holds.
     epochs = run.recipe["training"]["epochs"]
     reports = [report for report in run.clients if report["round"] == round]
     samples, steps, tokens = (sum(report[key] for report in reports) for key in ("examples", "steps", "tokens"))
@@ -87,7 +92,7 @@ def client_work(run: Run, round: int) -> tuple[int, int, int]:
 
 
 def throughput(run: Run, phase: str) -> dict[str, Spread]:
-    """Samples, steps and tokens a second in a phase, over the rounds in which it took place."""
+    """Return samples, steps and tokens a second of a phase, over the rounds in which it had work."""
     rates: dict[str, list[float]] = {"samples/s": [], "steps/s": [], "tokens/s": []}
     for record in run.rounds:
         seconds = record[PHASES[phase]]
@@ -102,11 +107,15 @@ def throughput(run: Run, phase: str) -> dict[str, Spread]:
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Return the mean and the sample standard deviation, which is 0 for a single value."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 def outliers(run: Run) -> list[tuple[int, str, float, float]]:
-    """Round, phase, its seconds and the median's, where a phase took much longer than in the other rounds."""
+    """Return (round, phase, its seconds, the median's seconds) of each phase that took far longer than in other rounds.
+
+    Fewer than five rounds have no outliers, and neither has a difference of a tenth of a second.
+    """
     found = []
     for phase, key in PHASES.items():
         values = [(record["round"], record[key]) for record in trained_rounds(run)]
@@ -121,7 +130,7 @@ def outliers(run: Run) -> list[tuple[int, str, float, float]]:
 
 
 def peak_memory(run: Run, kind: str) -> dict[str, int]:
-    """The most bytes of `ram` or `gpu` that each phase held, over all rounds."""
+    """Return the peak of each phase over all rounds, in bytes of `ram` or `gpu`."""
     peaks: dict[str, int] = {}
     for record in run.rounds:
         for phase, size in record.get(f"{kind}_peak_bytes", {}).items():
@@ -130,17 +139,17 @@ def peak_memory(run: Run, kind: str) -> dict[str, int]:
 
 
 def full_model_bytes(run: Run) -> int:
-    """What one copy of the whole model would be on the wire, in float32 as adapters are."""
+    """Return the bytes of one copy of the whole model in float32, as adapters are sent."""
     return 4 * int(run.plan["parameters"] - run.plan["trainable_parameters"])
 
 
 def bytes_moved(run: Run) -> int:
-    """Payload, down and up, over all rounds."""
+    """Return the bytes of all adapters exchanged, both ways, over all rounds."""
     return sum(int(record["bytes_up"] + record["bytes_down"]) for record in run.rounds)
 
 
 def reach(run: Run, loss: float) -> dict[str, float] | None:
-    """Rounds, tokens, seconds and bytes until the judged loss was at most `loss`; None if it never was."""
+    """Return the rounds, tokens, seconds and bytes until the judged loss was at most `loss`; None if it never was."""
     _, rounds, losses = judged_series(run)
     first = next((round for round, value in zip(rounds, losses, strict=True) if value <= loss), None)
     if first is None:
@@ -155,12 +164,12 @@ def reach(run: Run, loss: float) -> dict[str, float] | None:
 
 
 def roughness(losses: Sequence[float]) -> float:
-    """The share of all movement that went up: 0 for a curve that only falls."""
+    """Return the share of a curve's movement that goes up: 0 if it only falls, 1 if it only rises."""
     moves = [after - before for before, after in itertools.pairwise(losses)]
     whole = sum(map(abs, moves))
     return sum(move for move in moves if move > 0) / whole if whole else 0.0
 
 
 def completed(run: Run) -> int:
-    """Rounds on record, round 0 left out."""
+    """Return the number of rounds on record, round 0 left out."""
     return len(trained_rounds(run))

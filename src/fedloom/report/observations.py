@@ -1,4 +1,4 @@
-"""Sentences that a run's numbers call for. Each has a rule; where it does not hold, nothing is said."""
+"""Observations on a run, a sentence each. Every sentence has its rule, which returns None if it is not true."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from fedloom.report.figures import (
 from fedloom.text import count, format_bytes
 
 STILL_FALLS = 0.02
-"""Share of the whole fall that a last round must bring for the loss to be falling still."""
+"""Share of the whole fall that the last round must bring to call the loss still falling."""
 CLIENTS_DIFFER = 0.05
-"""Share of the mean by which clients' hold-out losses lie apart before that is worth a word."""
+"""Share of the mean by which clients' hold-out losses must differ to be worth a sentence."""
 DOMINATES = 0.5
+"""Share of the time that a phase must take to be worth a sentence."""
 GAP = 0.1
-"""Nats by which training loss lies below the hold-out's before that is worth a word."""
+"""Nats per token by which training loss must lie below held-out loss to be worth a sentence."""
 
 
 def the_fall(run: Run) -> str | None:
-    """What the loss fell, or rose, by."""
+    """Say by how much the loss fell or rose over the run."""
     name, rounds, losses = judged_series(run)
     if len(losses) < 2:
         return None
@@ -40,7 +41,7 @@ def the_fall(run: Run) -> str | None:
 
 
 def its_pace(run: Run) -> str | None:
-    """How fast at first, how fast at the end, and whether it still falls; where it fell at all."""
+    """Say how much the first and the last round brought, and if the loss was still falling; None if it never fell."""
     name, rounds, losses = judged_series(run)
     if len(losses) < 4 or losses[-1] >= losses[0]:
         return None
@@ -52,7 +53,7 @@ def its_pace(run: Run) -> str | None:
 
 
 def the_best_round(run: Run) -> str | None:
-    """Where the best round is, unless it is the last."""
+    """Name the best round, unless it is the last."""
     name, rounds, losses = judged_series(run)
     if len(losses) < 2 or losses[-1] == min(losses):
         return None
@@ -64,7 +65,7 @@ def the_best_round(run: Run) -> str | None:
 
 
 def overfitting(run: Run) -> str | None:
-    """The round from which the loss rose."""
+    """Name the round from which the loss rose."""
     name, rounds, losses = judged_series(run)
     onset = overfitting_onset(rounds, losses)
     if onset is None:
@@ -73,7 +74,7 @@ def overfitting(run: Run) -> str | None:
 
 
 def the_gap(run: Run) -> str | None:
-    """Training loss well below the loss on unseen documents."""
+    """Say how far the training loss is below the held-out loss, if it is far."""
     name, _, losses = judged_series(run)
     _, train = series(run, "train_loss")
     if not losses or not train or losses[-1] - train[-1] < GAP:
@@ -82,7 +83,7 @@ def the_gap(run: Run) -> str | None:
 
 
 def the_clients(run: Run) -> str | None:
-    """Which clients the adapter serves best and worst, where they lie apart."""
+    """Name the clients with the lowest and the highest loss under the last adapter, if they differ much."""
     last = {
         client: losses[-1]
         for client in range(len(run.plan.get("clients", ())))
@@ -101,7 +102,7 @@ def the_clients(run: Run) -> str | None:
 
 
 def the_proximal_term(run: Run) -> str | None:
-    """How much of the gradient held the clients together."""
+    """Compare the proximal term's gradient with that of the loss."""
     mus = series(run, "proximal_mu")[1] or [run.recipe["training"]["proximal_mu"]]
     _, ratios = series(run, "proximal_ratio")
     if not any(mus) or not ratios:
@@ -110,12 +111,12 @@ def the_proximal_term(run: Run) -> str | None:
     said = f"= {low:g}" if low == high else f"from {low:g} to {high:g}"
     return (
         f"With μ {said} the proximal gradient was {100 * ratios[-1]:.2g} % of the loss gradient in the last round"
-        f" (up to {100 * max(ratios):.2g} % in any)."
+        f" (at most {100 * max(ratios):.2g} % in any round)."
     )
 
 
 def the_time(run: Run) -> str | None:
-    """The phase that took most of the run."""
+    """Name the phase that took most of the time in rounds, if one took half or more."""
     shares = phase_shares(run)
     phase = max(shares, key=shares.__getitem__)
     if shares[phase] < DOMINATES:
@@ -124,27 +125,27 @@ def the_time(run: Run) -> str | None:
 
 
 def the_lost(run: Run) -> str | None:
-    """Clients whose updates did not come."""
+    """Name the rounds that lost clients' updates, and the last reason."""
     lost = {record["round"]: record["lost"] for record in trained_rounds(run) if record.get("lost")}
     if not lost:
         return None
     named = "; ".join(f"round {round}: {', '.join(map(str, clients))}" for round, clients in list(lost.items())[:5])
     told = f"Updates were lost in {len(lost)} of {len(trained_rounds(run))} rounds ({named})."
     why = [why for record in trained_rounds(run) for why in record.get("lost_because", {}).values()]
-    return f"{told} The last: {why[-1]}" if why else told
+    return f"{told} The last reason: {why[-1]}" if why else told
 
 
 def the_refused(run: Run) -> str | None:
-    """Updates that nobody asked for."""
+    """Count the updates that were refused because nobody had asked for them."""
     refused = [why for record in trained_rounds(run) for why in record.get("refused", ())]
     if not refused:
         return None
-    were = "update was" if len(refused) == 1 else "updates were"
-    return f"{len(refused)} {were} refused that nobody had asked for, the last: {refused[-1]}."
+    updates, were = ("update", "was") if len(refused) == 1 else ("updates", "were")
+    return f"{len(refused)} {updates} that nobody had asked for {were} refused, the last: {refused[-1]}."
 
 
 def the_memory(run: Run) -> str | None:
-    """Memory that ran out, and what was done about it."""
+    """Say in which round memory ran out, and how many clients trained at once after it."""
     fewer = {record["round"]: record["clients_at_once"] for record in run.rounds if "clients_at_once" in record}
     if not fewer:
         return None
@@ -153,7 +154,7 @@ def the_memory(run: Run) -> str | None:
 
 
 def the_payload(run: Run) -> str | None:
-    """What adapters saved on the wire."""
+    """Compare the bytes of the adapters exchanged with those of the whole model."""
     moved, payload = bytes_moved(run), run.plan.get("payload_bytes")
     if not moved or not payload:
         return None
@@ -178,8 +179,9 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_payload,
     did_it_help,
 )
+"""Rules in the order in which a report shows their sentences."""
 
 
 def observe(run: Run) -> list[str]:
-    """Every sentence whose rule holds, in order."""
+    """Return every sentence that is true of a run, in the order of RULES."""
     return [sentence for rule in RULES if (sentence := rule(run))]

@@ -1,6 +1,6 @@
-"""Plots as SVG that fits its page: text and axes take the page's colour, so that they are right in light and dark.
+"""Plots as SVG: text and axes take the colour of the page, so that they can be read on a light and on a dark one.
 
-Lines are told apart by colour and by dash, in the palette of Okabe and Ito, which colour-blind people can read.
+Lines differ by colour and by dash, in the palette of Okabe and Ito, which colour-blind people can read.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ from fedloom.text import show_controls
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", "-.", ":")
 LONGEST_LABEL = 40
+"""Characters of a line's name."""
 INK = "#010203"
-"""Stands for the page's own colour until the plot is written."""
+"""Placeholder for the page's own colour, replaced when the plot is written; nothing else may have this colour."""
 LONGEST_NAME = 60
+"""Characters of a name in the legend."""
 MOST_NAMES = 6
-"""In a legend: more would leave no room for what is drawn."""
+"""Names in a legend: more would leave no room for the plot."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) under a name; `low` and `high` give it a band, `faint` puts it in the background."""
+    """A curve through points (x, y), with a name."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     faint: bool = False
+    """True for a curve in the background."""
     low: Sequence[float] = ()
+    """Lower edge of a band around the curve, one value for each point; no band if empty."""
     high: Sequence[float] = ()
+    """Upper edge of that band."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line with a word at it."""
+    """A vertical line with a word beside it."""
 
     x: float
     name: str
@@ -45,14 +50,15 @@ class Mark:
 
 @dataclass(frozen=True)
 class Bars:
-    """Stacked bars: for each name, a value at every x."""
+    """Stacked bars, one stack at every x."""
 
     x: Sequence[float]
     values: dict[str, Sequence[float]] = field(default_factory=dict)
+    """Heights by name, from the bottom of the stack up, one for each x."""
 
 
 def draw_lines(lines: Sequence[Line], *, x_label: str, y_label: str, marks: Sequence[Mark] = ()) -> str:
-    """Curves over rounds, or over anything else."""
+    """Draw curves, over rounds or anything else, as SVG."""
     figure, axes = _start(x_label, y_label)
     strong = [line for line in lines if not line.faint]
     for line in lines:
@@ -75,7 +81,7 @@ def draw_lines(lines: Sequence[Line], *, x_label: str, y_label: str, marks: Sequ
 
 
 def draw_bars(bars: Bars, *, x_label: str, y_label: str) -> str:
-    """What each round spent on what."""
+    """Draw stacked bars over rounds as SVG."""
     figure, axes = _start(x_label, y_label)
     below = [0.0] * len(bars.x)
     for number, (name, values) in enumerate(bars.values.items()):
@@ -86,15 +92,17 @@ def draw_bars(bars: Bars, *, x_label: str, y_label: str) -> str:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: a dollar begins no formula, an underscore hides no line, and a
-    long one leaves room for the plot."""
+    """Return a name that matplotlib draws letter by letter, cut if it is long."""
     shown = show_controls(name)
+    # Matplotlib reads text between dollars as a formula, and leaves a line out of the legend if its name begins with an
+    # underscore; a character of no width before it prevents that.
     shown = (shown if len(shown) <= LONGEST_LABEL else f"{shown[:LONGEST_LABEL]}…").replace("$", r"\$")
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # a second to import
+    # Imported here, since it takes a second; and not pyplot, which would keep every figure in memory.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -122,12 +130,13 @@ def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
             handles[:MOST_NAMES], short[:MOST_NAMES], frameon=False, labelcolor=INK, ncols=columns, fontsize=9, **above
         )
     file = io.StringIO()
-    # The same numbers give the same file: no date, and names that come from what is drawn.
+    # The same numbers must give the same file: without a date, and with ids that are hashed from the drawing.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedloom", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # Without a width and height of its own, the plot takes the width of the page.
     return re.sub(
         r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )

@@ -1,4 +1,4 @@
-"""One run's records as a report: the sections of the published experiment's document, with real numbers."""
+"""The report of one run: the sections of the published experiment's document, with numbers from the run's records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedloom.errors import RunError
 from fedloom.host.files import write_text, writing
 from fedloom.records.run import Record, Run, overfitting_onset, read_run
 from fedloom.report import figures
-from fedloom.report.baselines_section import show_help
+from fedloom.report.baselines_section import show_baselines
 from fedloom.report.document import (
     Block,
     Bullets,
@@ -36,29 +36,31 @@ from fedloom.text import format_bytes, format_number
 
 LOSS_AXIS = "loss (nats per token)"
 REFERENCES = ("experiment",)
+"""Published trajectories that ship with fedloom, each in its own JSON file beside this module."""
 
 
 def write_report(folder: str | Path, *, reference: str | None = None) -> Path:
     """Write `report.md`, `report.html` and `plots/*.svg` into a run directory; return the page's path.
 
-    `reference` names a published trajectory to lay over the plot: `experiment`.
+    `reference` names a published trajectory to add to the plot of the loss, one of REFERENCES.
 
     Raises:
-        RunError: the folder is no run, or a file in it is damaged.
+        RunError: the folder is no run directory, a file in it is damaged, or there is no such reference.
     """
     run = read_run(folder)
     return write_document(build_report(run, reference=reference), run.folder, "report")
 
 
 def write_document(document: Document, folder: Path, name: str) -> Path:
-    """Write a document as NAME.md and NAME.html with its plots; each file whole or not at all.
+    """Write a document as NAME.md and NAME.html with its plots, each file whole or not at all; return the page's path.
 
     Raises:
-        RunError: one can't be written.
+        RunError: a file can't be written.
     """
-    mend = "write it again: the run itself is not touched by this"
+    mend = "write the report again: the run itself is not affected"
     with writing(folder / "plots", mend):
         (folder / "plots").mkdir(parents=True, exist_ok=True)
+    # The plots first, so that no page links to one that is not there yet.
     files = {f"plots/{figure.name}.svg": figure.svg for figure in document.figures}
     files |= {f"{name}.md": to_markdown(document), f"{name}.html": to_html(document)}
     for path, text in files.items():
@@ -67,9 +69,13 @@ def write_document(document: Document, folder: Path, name: str) -> Path:
 
 
 def build_report(run: Run, *, reference: str | None = None) -> Document:
-    """The report of a run that is done, still going, stopped or failed; a RunError for one that never began."""
+    """Build the report of a run that is done, still running, interrupted or failed.
+
+    Raises:
+        RunError: the run has no plan, or there is no such reference.
+    """
     if not run.plan:
-        raise RunError("it has no plan.json: it ended before it began", where=str(run.folder), mend="run it again")
+        raise RunError("it has no plan.json: it ended before its plan", where=str(run.folder), mend="run it again")
     state = STATES.get(run.status.get("state", ""), "unknown")
     done, scheduled = figures.completed(run), run.recipe["federation"]["rounds"]
     return Document(
@@ -79,7 +85,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
         sections=[
             Section("Setup", show_setup(run, state)),
             Section("Loss trajectories", _losses(run, reference)),
-            *([Section("Did federation help?", helped)] if (helped := show_help(run, LOSS_AXIS)) else []),
+            *([Section("Did federation help?", blocks)] if (blocks := show_baselines(run, LOSS_AXIS)) else []),
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),
             Section("Communication", _communication(run)),
@@ -90,13 +96,13 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
 
 
 def load_reference(name: str) -> dict[str, Any]:
-    """A published trajectory that ships with fedloom, with its source and what is wrong with it.
+    """Return a published trajectory that ships with fedloom, with its source and its known faults.
 
     Raises:
-        RunError: there is none of that name.
+        RunError: there is no reference of that name.
     """
     if name not in REFERENCES:
-        raise RunError(f'no reference "{name}"', where="--reference", mend=f"one of: {', '.join(REFERENCES)}")
+        raise RunError(f'no reference "{name}"', where="--reference", mend=f"choose one of: {', '.join(REFERENCES)}")
     text = (resources.files("fedloom.report") / f"{name}.json").read_text(encoding="utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded
@@ -135,15 +141,15 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
             for trajectory in published["trajectories"]
         ]
         notes = [
-            Text(f"Laid over: {published['source']}."),
-            Text("What is known to be wrong with those numbers:"),
+            Text(f"Also in the plot: {published['source']}."),
+            Text("Known faults of those numbers:"),
             Bullets(published["caveats"]),
         ]
     best = f"The best adapter is round {run.best_round}'s, by {name} loss." if losses else ""
     blocks: list[Block] = [
         Text(
-            "Mean negative log-likelihood of a token: in training (over the steps of the round, the proximal term left"
-            " out), of the round's new global adapter on the clients' own hold-outs, and on the central hold-out."
+            "Mean negative log-likelihood of a token: in training (over the steps of the round, without the proximal"
+            " term), and of the round's new global adapter on the clients' own hold-outs and on the central hold-out."
             f" {best}"
         ),
         Table(["Round", *_LOSS_COLUMNS], rows),
@@ -205,7 +211,7 @@ def _runtime(run: Run) -> list[Block]:
         text = "; ".join(
             f"round {r}, {phase}: {took:.1f} s against a median of {m:.1f} s" for r, phase, took, m in unusual
         )
-        blocks.insert(2, Text(f"Out of the ordinary: {text}."))
+        blocks.insert(2, Text(f"Unusually long: {text}."))
     return blocks
 
 
@@ -233,9 +239,9 @@ def _federation(run: Run) -> list[Block]:
     drift = Line("drift", *figures.series(run, "drift"))
     return [
         Text(
-            "The proximal term μ/2 ‖w − w_global‖² as it stood in the objective, mean over steps; the norm of its"
-            " gradient over that of the loss; and how far a client's adapter ended from the global one, mean over"
-            " clients."
+            "The proximal term μ/2 ‖w − w_global‖² in the objective, mean over steps; the norm of its gradient divided"
+            " by that of the loss; and the drift, the distance of a client's adapter from the global one at the end of"
+            " the round, mean over clients."
         ),
         Table(["Round", *known, "Took part", "Lost"], rows),
         Figure(
@@ -249,7 +255,7 @@ def _federation(run: Run) -> list[Block]:
 def _communication(run: Run) -> list[Block]:
     rounds = figures.trained_rounds(run)
     if not rounds:
-        return [Text("Nothing has travelled yet.")]
+        return [Text("Nothing has been exchanged yet.")]
     whole = figures.full_model_bytes(run)
     rows = [
         [
@@ -266,11 +272,11 @@ def _communication(run: Run) -> list[Block]:
     header = ["Round", "Down", "Up", "Up, a client", "On the wire", "The full model, both ways"]
     drop = set() if wire else {4}
     moved = figures.bytes_moved(run)
-    local = "" if wire else " All clients are on this machine: it is the payload that would have travelled."
+    local = "" if wire else " All clients were on this machine: this is what a network would have carried."
     return [
         Text(
-            f"An adapter is {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
-            f" {format_bytes(whole)}. {format_bytes(moved)} in all, both ways.{local}"
+            f"An adapter has {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
+            f" {format_bytes(whole)}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"
         ),
         Table(without_columns(header, drop), [without_columns(row, drop) for row in rows]),
     ]
@@ -278,7 +284,7 @@ def _communication(run: Run) -> list[Block]:
 
 def _observations(run: Run) -> list[Block]:
     sentences = observe(run)
-    return [Bullets(sentences)] if sentences else [Text("There is not enough on record yet to say anything.")]
+    return [Bullets(sentences)] if sentences else [Text("There is not enough on record yet for observations.")]
 
 
 def _repeat(run: Run) -> list[Block]:
@@ -287,9 +293,9 @@ def _repeat(run: Run) -> list[Block]:
     return [
         Text(f"Seed {run.recipe['seed']}; {name_versions(run.environment)}. The recipe is in this run's folder:"),
         Code(f"fedloom run {shlex.quote(str(asked))} --out runs/again"),
-        Text("What was asked for:"),
+        Text("The recipe as it was given:"),
         Code(text),
-        Text("What it meant, every default resolved:"),
+        Text("The recipe with every default:"),
         Code(tomlkit.dumps(_without_none(run.recipe))),
     ]
 
@@ -305,6 +311,7 @@ def _spread(found: figures.Spread, form: str) -> str:
 
 
 def _without_none(section: Record) -> Record:
+    # TOML has no null; a key that is left out means the same.
     return {
         key: _without_none(value) if isinstance(value, dict) else value
         for key, value in section.items()

@@ -1,4 +1,4 @@
-"""A report's first section: what was run, on what, and when."""
+"""The report's first section: the recipe, the documents, the machine and the times of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from fedloom.report.document import Block, Table, Text, without_columns
 from fedloom.text import count, format_bytes, format_seconds, format_trainable
 
 STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
+"""States in status.json, and how pages word them."""
 
 
 def show_setup(run: Run, state: str) -> list[Block]:
+    """Show the setup as a table, with the audit of the split and the peaks of memory; a note if the run is not done."""
     recipe, plan, status = run.recipe, run.plan, run.status
     adapter, data, training = recipe["adapter"], recipe["data"], recipe["training"]
     elapsed = figures.elapsed_seconds(run)
@@ -41,8 +43,8 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Engine": f"{plan['engine']}, {count(plan.get('clients_at_once', 1), 'client')} at once",
         "Rounds": f"{figures.completed(run)} completed of {recipe['federation']['rounds']} scheduled",
         "Start": _time(status.get("started")),
-        "Finish" if state != STATES["running"] else "Last heard of": _time(status.get("updated")),
-        "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "not known",
+        "Finish" if state != STATES["running"] else "Last update": _time(status.get("updated")),
+        "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "unknown",
         "Machine": _machine(run.environment),
         "Versions": name_versions(run.environment),
     }
@@ -51,8 +53,8 @@ def show_setup(run: Run, state: str) -> list[Block]:
         blocks.insert(0, Text(f"Stopped early: {run.status['stopped_early']}."))
     if state != STATES["done"]:
         why = f": {status['error']}" if status.get("error") else ""
-        blocks.insert(0, Text(f"This run is {state}{why}. What follows is what it has on record.", note=True))
-    blocks += [Text("The audit of the split, before copies were dropped from training:"), _audit(plan)]
+        blocks.insert(0, Text(f"This run is {state}{why}. This report shows what is on record.", note=True))
+    blocks += [Text("The audit of the split, before copies were taken out of training:"), _audit(plan)]
     memory = _memory(run)
     return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
 
@@ -70,7 +72,7 @@ def _documents(plan: Record) -> str:
     dropped = sum(plan["audit"]["dropped"])
     text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
     skipped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(plan.get("skipped", {}).items()))
-    text += f"; {dropped:,} dropped from training as copies" if dropped else ""
+    text += f"; {dropped:,} taken out of training as copies" if dropped else ""
     return text + (f"; skipped: {skipped}" if skipped else "")
 
 
@@ -88,10 +90,11 @@ def _machine(environment: Record) -> str:
 
 
 def _time(moment: str | None) -> str:
-    return moment.replace("T", " ").replace("+00:00", " UTC") if moment else "not known"
+    return moment.replace("T", " ").replace("+00:00", " UTC") if moment else "unknown"
 
 
 def name_versions(environment: Record) -> str:
+    """Name the versions of Python and of the libraries that a run used."""
     versions = environment.get("versions", {})
     return ", ".join([f"Python {environment.get('python')}", *(f"{name} {found}" for name, found in versions.items())])
 
