@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import trained_part
 from fedloom.progress import Phase, Progress
-from fedloom.recipe.sections import Training
+from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import Federation, Training
 from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
-
-if TYPE_CHECKING:
-    from fedloom.recipe.recipe import Recipe
 
 
 def hash_layout(layout: Layout) -> str:
@@ -73,20 +71,20 @@ def pack_task(task: ClientTask, adapter: Frame) -> Frame:
     return Frame({**adapter.manifest, **told, "training": task.training.model_dump(mode="json")}, adapter.payload)
 
 
-def unpack_task(frame: Frame, layout: Layout, recipe: Recipe) -> ClientTask:
-    """The inverse of `pack_task`.
+def unpack_task(frame: Frame, layout: Layout, federation: Federation) -> ClientTask:
+    """Read what `pack_task` wrote.
 
     Raises:
-        MessageError: it is no task of this recipe.
+        MessageError: it is not a task of a recipe with this section.
     """
-    told, section = frame.manifest, recipe.federation
+    told = frame.manifest
     try:
         round, client, rounds, seed = (int(told[name]) for name in ("round", "client", "rounds", "seed"))
         training = Training.model_validate(told["training"])
-        rank = section.client_ranks[client] if section.client_ranks else None
+        rank = federation.client_ranks[client] if federation.client_ranks else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise MessageError("no task") from error
-    trains_P = trained_part(layout, section.lora_rule, round, rank)
+        raise MessageError("not a task of this recipe") from error
+    trains_P = trained_part(layout, federation.lora_rule, round, rank)
     return ClientTask(round, client, unpack_adapter(frame, layout), training, rounds, seed, trains_P)
 
 
@@ -172,28 +170,83 @@ MOST = 2**63
 """Of anything that is counted."""
 
 
-COUNTS = (
-    *("train_documents", "holdout_documents", "blocks", "tokens", "holdout_blocks", "holdout_tokens"),
-    *("shared_blocks", "dropped", "leaks"),
-)
-"""What a client tells of what it holds, as numbers."""
-WORDS = ("name", "version", "base", "documents")
-Facts = Mapping[str, Any]
-"""What a client tells of itself when it is met: COUNTS and WORDS, and nothing else."""
+@dataclass(frozen=True)
+class ClientFacts:
+    """A client's account of itself, given once when it enrols. Nothing else of its documents is told."""
+
+    name: str
+    version: str
+    """The version of fedloom that it runs."""
+    base: str
+    """SHA-256 of its base model's weights, which must be the server's."""
+    documents: str
+    """SHA-256 of its blocks: a client that comes back with others is another client."""
+    train_documents: int
+    holdout_documents: int
+    blocks: int
+    """Blocks to train on."""
+    tokens: int
+    """Tokens in the blocks to train on."""
+    holdout_blocks: int
+    holdout_tokens: int
+    shared_blocks: int
+    """Blocks to train on that its own hold-out also has."""
+    dropped: int
+    """Documents left out because its own hold-out has nearly the same."""
+    leaks: int
+    """Documents kept although its own hold-out has nearly the same."""
 
 
-def unpack_facts(told: Mapping[str, Any]) -> Facts:
-    """What a client told of itself, each of its kind.
+COUNTS = tuple(field.name for field in fields(ClientFacts) if field.type == "int")
+"""Fields of `ClientFacts` that are numbers of things; the others are words."""
+MOST_LETTERS = 200
+"""Letters kept of each word that a client tells."""
+
+
+def pack_facts(facts: ClientFacts) -> dict[str, Any]:
+    """Return facts as a manifest."""
+    return asdict(facts)
+
+
+def unpack_facts(told: Mapping[str, Any]) -> ClientFacts:
+    """Read what `pack_facts` wrote, from a client that may have written anything.
 
     Raises:
-        MessageError
+        MessageError: a fact is missing, or is not of its kind.
     """
     try:
-        counts = {key: _count(told[key]) for key in COUNTS}
-        words = {key: str(told[key])[:200] for key in WORDS}
+        return ClientFacts(
+            **{  # type: ignore[arg-type]
+                field.name: _count(told[field.name]) if field.name in COUNTS else str(told[field.name])[:MOST_LETTERS]
+                for field in fields(ClientFacts)
+            }
+        )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError("it does not say what it holds") from error
-    return {**words, **counts}
+
+
+SERVERS_OWN = {"source", "revision", "subset", "split", "files", "partition", "clients", "central_holdout"}
+"""Keys of a recipe's section `data` that are about the server's documents: a client has its own."""
+
+
+def pack_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return what clients are told of a recipe: all but the server's own documents, and its baselines."""
+    told: dict[str, Any] = recipe.model_dump(
+        mode="json", exclude_unset=True, exclude_none=True, exclude={"data": SERVERS_OWN, "baselines": True}
+    )
+    return told
+
+
+def unpack_recipe(told: Any) -> Recipe:
+    """Read what `pack_recipe` wrote.
+
+    Raises:
+        MessageError: it is not a recipe that this version knows.
+    """
+    try:
+        return Recipe.model_validate({**told, "data": {"source": "the client's own", **told["data"]}})
+    except (KeyError, TypeError, ValueError) as error:
+        raise MessageError("this version of fedloom can't read the server's recipe") from error
 
 
 def _read_report(told: Any) -> ClientReport:

@@ -80,7 +80,7 @@ class Child:
         self._process = None
 
 
-class Together:
+class ChildGroup:
     """Processes that are no use without each other: where one ended, all are started again."""
 
     def __init__(self, *children: Child) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from fedloom.cli import main
 from fedloom.deployment.client import joining
-from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, Refusals, watch
-from fedloom.deployment.processes import Child, Together
+from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, watch
+from fedloom.deployment.processes import Child, ChildGroup
 from fedloom.errors import DeploymentError
 
 NOT_TAKEN = "ERROR: Exit Code: 305\n[code: 2004] Failed to activate SuperNode.\n"
@@ -23,7 +23,7 @@ class Node:
     def __init__(self, log: Path) -> None:
         self.now, self.said, self.greeted = 0.0, [], 0
         self._log = log
-        self._refusals = Refusals("alice", log, self._greet, lambda what, detail: self.said.append(what))
+        self._refused_key = RefusedKey("alice", log, self._greet, lambda what, detail: self.said.append(what))
 
     def monotonic(self) -> float:
         return self.now
@@ -35,7 +35,7 @@ class Node:
         self.now += after
         with self._log.open("a") as log:
             log.write(told)
-        return self._refusals.look()
+        return self._refused_key.look()
 
 
 @pytest.fixture
@@ -109,7 +109,9 @@ class Refusing:
         return self._answer
 
 
-def watch_here(children: dict[str, Ending | Together], *, refused: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def watch_here(
+    children: dict[str, Ending | ChildGroup], *, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """What `watch` says until it is ended, without rests."""
     said: list[str] = []
     monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
@@ -137,12 +139,12 @@ def test_what_ended_is_quoted(ends: str, tmp_path: Path, monkeypatch: pytest.Mon
         code = f"print('{name} fails', flush=True)" + ("" if name == ends else "; import time; time.sleep(600)")
         return Child([sys.executable, "-c", code], tmp_path / f"{name}.log", {})
 
-    together = Together(child("node"), child("tasks"))
+    group = ChildGroup(child("node"), child("tasks"))
     try:
-        while not together.ended:
+        while not group.ended:
             time.sleep(0.05)
-        monkeypatch.setattr(together, "start", Ending(0).start)
-        said = watch_here({"SuperNode": together}, refused=False, monkeypatch=monkeypatch)
+        monkeypatch.setattr(group, "start", Ending(0).start)
+        said = watch_here({"SuperNode": group}, refused=False, monkeypatch=monkeypatch)
     finally:
-        together.end()
+        group.end()
     assert said == [f"the SuperNode ended; it is started again ({ends} fails)"]

@@ -55,7 +55,7 @@ def test_it_says_what_it_holds_and_nothing_of_it(tmp_path: Path) -> None:
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
     facts = unpack_facts(answer.manifest)
-    assert (facts["name"], facts["train_documents"], facts["holdout_documents"]) == ("alice", 6, 2)
+    assert (facts.name, facts.train_documents, facts.holdout_documents) == ("alice", 6, 2)
     assert SECRET not in json.dumps(answer.manifest)
     assert "private" not in json.dumps(answer.manifest)
 
@@ -75,11 +75,11 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ({"do": "meet"}, "recipe is none"),
-        ({"do": "meet", "recipe": {"data": 1}}, "recipe is none"),
+        ({"do": "meet"}, "can't read the server's recipe"),
+        ({"do": "meet", "recipe": {"data": 1}}, "can't read the server's recipe"),
         ({"do": "leave", "recipe": told()}, "no question"),
-        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "no task"),
-        ({"do": "train", "recipe": told(), "training": 5}, "no task"),
+        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "not a task of this recipe"),
+        ({"do": "train", "recipe": told(), "training": 5}, "not a task of this recipe"),
         ({"do": "evaluate", "recipe": told()}, "an adapter of another model"),
     ],
 )
@@ -155,7 +155,7 @@ def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pyt
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
     clients = prepare(RECIPE, Display()).clients
     for folder, expected in zip(write_splits(RECIPE, tmp_path / "split", Display()), clients, strict=True):
-        _, _, found, _ = gather_client(RECIPE, folder)
+        found = gather_client(RECIPE, folder).blocks
         for ours, theirs in ((found.train, expected.train), (found.holdout, expected.holdout)):
             assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
             assert ours.lengths_N.tolist() == theirs.lengths_N.tolist()
@@ -164,8 +164,8 @@ def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
 def test_a_split_of_the_owners_is_taken_as_it_stands(tmp_path: Path) -> None:
     write_rows(tmp_path / TRAIN, 5)
     (tmp_path / HOLDOUT).write_text("")
-    _, documents, blocks, _ = gather_client(RECIPE, tmp_path)
-    assert (len(documents.train), len(documents.holdout), len(blocks.holdout)) == (5, 0, 0)
+    data = gather_client(RECIPE, tmp_path)
+    assert (len(data.documents.train), len(data.documents.holdout), len(data.blocks.holdout)) == (5, 0, 0)
 
 
 def test_a_client_with_nothing_to_train_on_is_told_so(tmp_path: Path) -> None:

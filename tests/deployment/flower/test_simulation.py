@@ -60,7 +60,7 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
             command += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
             worker = Child(command, tmp_path / f"client-{client}.log", programs_environment(folder))
             stack.callback(worker.end)
-        link = stack.enter_context(closing(Simulation(folder, 0, None)))
+        link = stack.enter_context(closing(Simulation(folder, 0, None, lambda what, detail: None)))
         host = Host(link, 200.0)
         simulated = run(asked, tmp_path / "simulated", Display(), venue=Venue(host.prepare, host.open_fleet, ""))
     assert [record["adapter_sha256"] for record in simulated.rounds] == [

@@ -29,7 +29,7 @@ from support.tiny import make_adapted, make_recipe, make_update
 
 from fedloom.deployment.flower import apps
 from fedloom.deployment.frames import MOST_MANIFEST_BYTES, Frame
-from fedloom.deployment.messages import COUNTS, pack_update
+from fedloom.deployment.messages import COUNTS, pack_recipe, pack_update
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
@@ -217,9 +217,13 @@ def run_with(
     recipe = make_recipe(federation=section, data={"clients": 3}, training={"proximal_mu": 0.0})
     said: list[str] = []
     exchange = Exchange(
-        ScriptedSuperLink(hostility, spoil), recipe, lambda what, detail: said.append(f"{what} {detail}")
+        ScriptedSuperLink(hostility, spoil),
+        pack_recipe(recipe),
+        deadline,
+        lambda what, detail: said.append(f"{what} {detail}"),
+        lambda phases: None,
     )
-    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe, range(3), Path(gettempdir()))
+    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe.federation, range(3), Path(gettempdir()))
     aggregate = LORA_RULES["factors"](recipe.federation)
     run = FederatedRun(
         recipe, fleet, aggregate, lambda a: Score(1.0, 0, 1), make_adapted().read(), holdings=fleet.holdings

@@ -21,7 +21,7 @@ from fedloom.errors import DeploymentError
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[keys.Security]:
     """The keys of a SuperLink whose app was submitted, through the path that the others are refused on."""
     security = keys.init(tmp_path_factory.mktemp("keys") / "server", "localhost", free_port())
-    with private_folder() as folder, closing(SuperLink(folder, security.port, security)) as link:
+    with private_folder() as folder, closing(SuperLink(folder, security.port, security, print)) as link:
         link.open()
         assert link.nodes() == []
         yield security

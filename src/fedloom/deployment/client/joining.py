@@ -18,7 +18,7 @@ from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.keys import check_name, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
     Child,
-    Together,
+    ChildGroup,
     check_flower,
     flower_command,
     free_port,
@@ -130,7 +130,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
-        children: dict[str, Child | Together] = {}
+        children: dict[str, Child | ChildGroup] = {}
         try:
             with Interruption(partial(say, "leaving")) as interruption:
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
@@ -139,15 +139,15 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
                 children["worker"] = Child(command, None, {**os.environ})
                 environment = programs_environment(folder / "flower")
                 parts = (Child(node, log, environment), Child(tasks, folder / "tasks.log", environment))
-                children["SuperNode"] = Together(*parts)
+                children["SuperNode"] = ChildGroup(*parts)
                 say("joining", f"{kit.server} as {kit.name}")
-                watch(children, Refusals(kit.name, log, greet, say), say, interruption.check)
+                watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
         finally:
             for child in reversed(children.values()):
                 child.end()
 
 
-class Refusals:
+class RefusedKey:
     """How long the server has refused this client's key, over all starts of its SuperNode."""
 
     def __init__(self, name: str, log: Path, greet: Callable[[], object], say: Callable[[str, str], object]) -> None:
@@ -188,8 +188,8 @@ class Refusals:
 
 
 def watch(
-    children: Mapping[str, Child | Together],
-    refusals: Refusals,
+    children: Mapping[str, Child | ChildGroup],
+    refused_key: RefusedKey,
     say: Callable[[str, str], object],
     check: Callable[[], None],
 ) -> None:
@@ -206,7 +206,7 @@ def watch(
                 now = time.monotonic()
                 recent = restarts[what] = [then for then in restarts[what] if now - then < SETTLED_SECONDS]
                 log = child.log
-                if not (what == "SuperNode" and refusals.look()):  # which counts its own
+                if not (what == "SuperNode" and refused_key.look()):  # which counts its own
                     recent.append(now)
                     if len(recent) > RESTARTS:
                         why = log and tail(log)

@@ -9,15 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import Facts, unpack_facts
+from fedloom.deployment.messages import ClientFacts, unpack_facts
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.text import count, format_seconds
-
-if TYPE_CHECKING:
-    from fedloom.recipe.recipe import Recipe
 
 POLL_SECONDS = 0.2
 ATTEND_SECONDS = 1.0
@@ -26,8 +23,9 @@ TRIES = 3
 """Of a question that Flower could not deliver or whose process died."""
 GONE_SECONDS = 3.0
 """Before a node that went away is asked again, if it is listed all the same."""
-PHASES = {"train": "training", "evaluate": "scoring"}
-"""What a client is doing, by what it was asked."""
+ClientPhase = Literal["loading", "connected", "training", "scoring", "answered", "lost", "late", "gone"]
+PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
+"""A client's phase while it works, by what it was asked."""
 
 
 class Node(NamedTuple):
@@ -47,7 +45,7 @@ class Answer(NamedTuple):
     """Whether it is an error because the node went away."""
 
 
-class Link(Protocol):
+class Transport(Protocol):
     """Whoever carries frames to nodes. Every call raises OSError where the link is lost."""
 
     def nodes(self) -> Sequence[Node]: ...
@@ -73,22 +71,19 @@ class Exchange:
 
     def __init__(
         self,
-        link: Link,
-        recipe: Recipe,
+        transport: Transport,
+        recipe: Mapping[str, Any],
+        deadline_seconds: float,
         say: Callable[[str, str], object],
-        show_clients: Callable[[Mapping[str, str]], object] = dict,
+        show_clients: Callable[[Mapping[str, str]], object],
     ) -> None:
-        self._link, self.say, self._show_clients = link, say, show_clients
-        # Where the server's own documents are and how they lie is not told: nothing of it would be used.
-        servers = {"source", "revision", "subset", "split", "files", "partition", "clients", "central_holdout"}
-        self._recipe = recipe.model_dump(
-            mode="json", exclude_unset=True, exclude_none=True, exclude={"data": servers, "baselines": True}
-        )
-        self._seconds = recipe.federation.round_deadline
-        self.facts: dict[str, Facts] = {}
+        """Open an exchange in which every question carries the recipe, as `pack_recipe` made it."""
+        self._transport, self.say, self._show_clients = transport, say, show_clients
+        self._recipe, self._seconds = recipe, deadline_seconds
+        self.facts: dict[str, ClientFacts] = {}
         """Of every client that was met and not refused."""
         self.refused: dict[str, str] = {}
-        self._phases: dict[str, str] = {}
+        self._phases: dict[str, ClientPhase] = {}
         self._names: dict[Node, str] = {}
         self._meeting: dict[str, Node] = {}
         self._present: dict[str, Node] = {}
@@ -139,7 +134,7 @@ class Exchange:
                 for name, frame in waiting.items():
                     node = present.get(name)
                     if node and sent.get(name) != node and time.monotonic() >= rested.get(name, 0.0):
-                        asked[self._link.send(node, frame, max(until - time.monotonic(), 1.0))] = name
+                        asked[self._transport.send(node, frame, max(until - time.monotonic(), 1.0))] = name
                         sent[name] = node
                         self._show(name, PHASES[frame.manifest["do"]])
                 answer = self._look(asked)
@@ -175,11 +170,11 @@ class Exchange:
             return self._present
         self._looked = time.monotonic()
         # Flower lists a node that was killed for a minute more: of two with one name, the later is the client.
-        nodes = sorted(self._link.nodes(), key=lambda node: node.session)
+        nodes = sorted(self._transport.nodes(), key=lambda node: node.session)
         for node in nodes:
             if node not in self._names and node not in self._meeting.values():
                 question = Frame({"do": "meet", "recipe": self._recipe})
-                self._meeting[self._link.send(node, question, self._seconds)] = node
+                self._meeting[self._transport.send(node, question, self._seconds)] = node
                 if node.name:
                     self._show(node.name, "loading")
         before = set(self._present)
@@ -191,7 +186,7 @@ class Exchange:
 
     def _look(self, asked: Mapping[str, str]) -> Answer | None:
         """An answer to one of these questions; answers to who one is are taken in."""
-        answer = self._link.pull([*asked, *self._meeting]) if asked or self._meeting else None
+        answer = self._transport.pull([*asked, *self._meeting]) if asked or self._meeting else None
         if answer and answer.message in self._meeting:
             self._meet(self._meeting.pop(answer.message), answer)
             self._looked = float("-inf")
@@ -207,8 +202,8 @@ class Exchange:
         try:
             if "error" in told:
                 raise MessageError(str(told["error"])[:300])
-            told = unpack_facts(told)
-            if known and any(known[key] != told[key] for key in ("base", "documents")):
+            facts = unpack_facts(told)
+            if known and (known.base, known.documents) != (facts.base, facts.documents):
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:
             self._names[node] = ""
@@ -216,11 +211,12 @@ class Exchange:
             self.say("refused", f"{name}: {error}")
             return
         self._names[node] = name
-        self.facts[name] = told
+        # The name of its key, if it has one, whatever it calls itself.
+        self.facts[name] = replace(facts, name=name)
         self._show(name, "connected")
-        self.say("client", f"{name}: {count(told['train_documents'], 'document')}, {count(told['blocks'], 'block')}")
+        self.say("client", f"{name}: {count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}")
 
-    def _show(self, name: str, phase: str) -> None:
+    def _show(self, name: str, phase: ClientPhase) -> None:
         if self._phases.get(name) != phase:
             self._phases[name] = phase
             self._show_clients(dict(self._phases))
@@ -231,4 +227,4 @@ class Exchange:
         self._names.clear()
         self._present = {}
         self._looked = float("-inf")
-        self._link.reopen()
+        self._transport.reopen()

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.frames import Frame
@@ -21,16 +21,14 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Holding
 from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
+from fedloom.recipe.sections import Federation
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
-
-if TYPE_CHECKING:
-    from fedloom.recipe.recipe import Recipe
 
 DEADLINES = 10
 """That a round waits for its quorum, with `on_quorum_lost = "wait"`."""
 
 
-class Shelf:
+class AnswerSpool:
     """Answers of a round, on the disk until their turn comes: in a file without a name, which ends with the process."""
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +37,7 @@ class Shelf:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by `__exit__`)
         self._kept: dict[str, tuple[Mapping[str, Any], int, int]] = {}
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> AnswerSpool:
         return self
 
     def __exit__(self, *ended: object) -> None:
@@ -70,15 +68,15 @@ class RemoteFleet:
     exchange: Exchange
     names: Sequence[str]
     """Client numbers are places in it."""
-    recipe: Recipe
-    judges: Collection[int]
+    federation: Federation
+    scored_clients: Collection[int]
     folder: Path
     """Where answers lie until their turn comes."""
     watch: Watch = ignore
 
     def __post_init__(self) -> None:
         facts = self.exchange.facts
-        self.clients: Sequence[int] = [client for client, name in enumerate(self.names) if facts[name]["blocks"]]
+        self.clients: Sequence[int] = [client for client, name in enumerate(self.names) if facts[name].blocks]
         self.optimizer_states: dict[int, OptimizerState] = {}
         """Always empty: what clients keep is theirs."""
         self.scores: dict[int, Score] = {}
@@ -88,17 +86,16 @@ class RemoteFleet:
     def holdings(self) -> dict[int, Holding]:
         """What each client said that it has, when it enrolled."""
         facts = {client: self.exchange.facts[self.names[client]] for client in self.clients}
-        return {client: Holding(fact["blocks"], fact["tokens"]) for client, fact in facts.items()}
+        return {client: Holding(told.blocks, told.tokens) for client, told in facts.items()}
 
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         self.scores = scores
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """The updates of a round by client, whatever order they come in: sums then have one order."""
-        section = self.recipe.federation
         waiting = {self.names[task.client]: task for task in tasks}
         lost: dict[str, ClientFailure] = {}
-        with Shelf(self.folder) as shelf:
+        with AnswerSpool(self.folder) as spool:
             for _ in range(DEADLINES):
                 for name, found in self.exchange.ask(self._questions(waiting), self._missing):
                     self._note(name, found)
@@ -108,27 +105,27 @@ class RemoteFleet:
                     else:
                         lost.pop(name, None)
                         assert isinstance(found, Frame), "an update in no answer"
-                        shelf.put(name, found)
-                if section.on_quorum_lost != "wait" or len(lost) <= section.max_lost_clients:
+                        spool.put(name, found)
+                if self.federation.on_quorum_lost != "wait" or len(lost) <= self.federation.max_lost_clients:
                     break
                 self.exchange.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
                 self._missing.clear()
                 waiting = {name: waiting[name] for name in lost}
             for task in tasks:
                 name = self.names[task.client]
-                yield lost[name] if name in lost else self._read(task, shelf.take(name))
+                yield lost[name] if name in lost else self._read(task, spool.take(name))
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         packed = pack_adapter(adapter)
         frame = replace(packed, manifest={**packed.manifest, "do": "evaluate"})
-        numbers = {self.names[client]: client for client in self.judges}
+        numbers = {self.names[client]: client for client in self.scored_clients}
         scores = {}
         for name, found in self.exchange.ask(dict.fromkeys(numbers, frame), self._missing):
             self._note(name, found)
             try:
                 if isinstance(found, str):
                     raise MessageError(found)
-                tokens = self.exchange.facts[name]["holdout_tokens"]
+                tokens = self.exchange.facts[name].holdout_tokens
                 if score := unpack_score(found.manifest.get("score"), tokens):
                     scores[numbers[name]] = score
             except MessageError as error:

@@ -12,6 +12,7 @@ from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.keys import Security, describe_expiry
+from fedloom.deployment.messages import ClientFacts, pack_recipe
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
 from fedloom.deployment.server.nginx import proxy
@@ -104,14 +105,20 @@ class Host:
         display.show_step("server", "starting Flower's SuperLink")
         self._link.watch(check)
         self._link.open()
-        self._exchange = Exchange(self._link, recipe, display.show_step, display.show_clients)
+        self._exchange = Exchange(
+            self._link,
+            pack_recipe(recipe),
+            recipe.federation.round_deadline,
+            display.show_step,
+            display.show_clients,
+        )
         display.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
         facts = [self._exchange.facts[name] for name in self._names]
-        judges = choose_judges([fact["holdout_blocks"] for fact in facts], recipe)
+        judges = choose_judges([fact.holdout_blocks for fact in facts], recipe)
         if not len(central) and not judges:
             raise RecipeError("nothing is held out, so no adapter can be judged", where="data.central_holdout")
-        per_round = cohort_size(sum(1 for fact in facts if fact["blocks"]), recipe.federation)
+        per_round = cohort_size(sum(1 for fact in facts if fact.blocks), recipe.federation)
         check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
         plan = Plan(
             name=recipe.name,
@@ -124,9 +131,9 @@ class Host:
             trainable_parameters=shape.layout.size,
             data=f"{', '.join(self._names)}: each its own",
             data_revision="unknown",
-            documents=len(found.documents) + sum(fact["train_documents"] + fact["holdout_documents"] for fact in facts),
+            documents=len(found.documents) + sum(fact.train_documents + fact.holdout_documents for fact in facts),
             skipped=dict(found.skipped),
-            judged_tokens=sum(facts[judge]["holdout_tokens"] for judge in judges),
+            judged_tokens=sum(facts[judge].holdout_tokens for judge in judges),
             central_documents=len(found.documents),
             central_tokens=central.num_tokens,
             clients=tuple(_plan_client(fact, recipe) for fact in facts),
@@ -136,14 +143,14 @@ class Host:
             clients_that_fit=None,
             peak_bytes=None,
             audit=_join_audits(facts, len(found.documents), recipe),
-            shared_blocks=sum(fact["shared_blocks"] for fact in facts),
+            shared_blocks=sum(fact.shared_blocks for fact in facts),
             duplicates=recipe.data.duplicates,
             rounds=recipe.federation.rounds,
             epochs=recipe.training.epochs,
             proximal_mu=recipe.training.proximal_mu,
             payload_bytes=shape.weights_P.numel() * shape.weights_P.element_size(),
         )
-        told = tuple(fact["documents"] for fact in facts)
+        told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), plan, 1, told)
 
     def open_fleet(self, recipe: Recipe, prepared: Prepared, workshop: Workshop, folder: Path) -> LoyalFleet:
@@ -154,14 +161,14 @@ class Host:
         """
         assert self._exchange is not None, "a fleet before its clients came"
         facts, base = self._exchange.facts, hash_base(workshop.adapted)
-        if others := [name for name in self._names if facts[name]["base"] != base]:
+        if others := [name for name in self._names if facts[name].base != base]:
             raise DeploymentError(
                 f"{', '.join(others)} loaded another base model than the server",
                 where="model.source",
                 mend='give all the same files, the same versions of packages and model.dtype = "float32"',
             )
-        judges = choose_judges([facts[name]["holdout_blocks"] for name in self._names], recipe)
-        return RemoteFleet(self._exchange, self._names, recipe, judges, folder, workshop.telemetry.watch)
+        judges = choose_judges([facts[name].holdout_blocks for name in self._names], recipe)
+        return RemoteFleet(self._exchange, self._names, recipe.federation, judges, folder, workshop.telemetry.watch)
 
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
@@ -171,20 +178,20 @@ def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]
     return found, tokenize_for(source, recipe, found.documents)
 
 
-def _plan_client(fact: Any, recipe: Recipe) -> ClientPlan:
-    steps = recipe.training.epochs * -(-fact["blocks"] // recipe.training.batch_size)
+def _plan_client(fact: ClientFacts, recipe: Recipe) -> ClientPlan:
+    steps = recipe.training.epochs * -(-fact.blocks // recipe.training.batch_size)
     keys = ("train_documents", "holdout_documents", "blocks", "tokens", "holdout_tokens")
-    return ClientPlan(**{key: int(fact[key]) for key in keys}, steps=steps)
+    return ClientPlan(**{key: getattr(fact, key) for key in keys}, steps=steps)
 
 
-def _join_audits(facts: list[Any], central: int, recipe: Recipe) -> Audit:
+def _join_audits(facts: list[ClientFacts], central: int, recipe: Recipe) -> Audit:
     """What each client found within its own documents; between clients nobody can look."""
     return Audit(
         central=central,
-        train=sum(fact["train_documents"] + fact["dropped"] for fact in facts),
-        holdout=sum(fact["holdout_documents"] for fact in facts),
+        train=sum(fact.train_documents + fact.dropped for fact in facts),
+        holdout=sum(fact.holdout_documents for fact in facts),
         near_duplicate=recipe.data.near_duplicate,
         overlaps=(),
-        dropped=tuple(fact["dropped"] for fact in facts),
-        leaks=sum(fact["leaks"] for fact in facts),
+        dropped=tuple(fact.dropped for fact in facts),
+        leaks=sum(fact.leaks for fact in facts),
     )

@@ -1,4 +1,4 @@
-"""The server's side of Flower: starts and watches the SuperLink, submits the app, and is the `Link` that it makes."""
+"""Flower's SuperLink: starts and watches it, submits the app to it, and is the `Transport` that the two make."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SuperLink:
         folder: Path,
         port: int,
         security: Security | None,
-        say: Callable[[str, str], object] = lambda what, detail: None,
+        say: Callable[[str, str], object],
     ) -> None:
         self._folder, self._port, self._security = folder, port, security
         self._say = say
