@@ -148,13 +148,13 @@ import sys
 if "fedloom.deployment.client.worker" in sys.orig_argv:
     from dataclasses import replace
     from fedloom.deployment import messages
-    pack_update = packing.pack_update
+    pack_update = messages.pack_update
 
     def lie(update, trains_P):
         frame = pack_update(update, trains_P)
         return replace(frame, payload=b"\\xff" * len(frame.payload))
 
-    packing.pack_update = lie
+    messages.pack_update = lie
 """
 
 

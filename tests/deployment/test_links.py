@@ -81,7 +81,7 @@ def test_a_link_of_a_megabit_a_second_carries_an_adapter_of_opt_350m(tmp_path: P
     assert 6.2e6 < payload < 6.4e6
     assert carried > 3 * payload, "two adapters to the client and one back"
     assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
-    assert "again" not in there.said("serve")
+    assert "retry" not in there.said("serve")
 
 
 def test_a_client_slower_than_the_deadline_is_lost_and_comes_back(tmp_path: Path) -> None:

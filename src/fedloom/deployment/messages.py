@@ -1,4 +1,4 @@
-"""Tasks and updates as frames: a manifest, and one array of float32. What is unpacked was checked first.
+"""Tasks and updates as frames: a manifest, and one array of float32. Whatever comes in is checked as it is unpacked.
 
 Both sides know the recipe, so neither names of tensors nor masks travel: the hash of names and shapes does, and where
 a rule lets only a part of the adapter change, only that part comes back.
@@ -30,13 +30,13 @@ from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
 
 
 def hash_layout(layout: Layout) -> str:
-    """SHA-256 of names and shapes."""
+    """Return the SHA-256 of an adapter's names and shapes."""
     told = repr((layout.names, [tuple(shape) for shape in layout.shapes]))
     return hashlib.sha256(told.encode()).hexdigest()
 
 
 def pack_adapter(adapter: Adapter) -> Frame:
-    """The flat vector, and behind it what `lora_rule = "fedex"` has beside it."""
+    """Write an adapter: the flat vector, and behind it the residual that `lora_rule = "fedex"` has beside it."""
     pairs = adapter.residual.factors if adapter.residual else {}
     tensors = [adapter.weights_P, *(factor for pair in pairs.values() for factor in pair)]
     ranks = {layer: [b_OS.shape[0], a_SI.shape[0], a_SI.shape[1]] for layer, (b_OS, a_SI) in pairs.items()}
@@ -44,29 +44,29 @@ def pack_adapter(adapter: Adapter) -> Frame:
 
 
 def unpack_adapter(frame: Frame, layout: Layout) -> Adapter:
-    """The inverse of `pack_adapter`.
+    """Read what `pack_adapter` wrote.
 
     Raises:
-        MessageError: it is of another model, or not as long as it says.
+        MessageError: it is for another model, or not as long as it says.
     """
     told = frame.manifest
     if told.get("layout") != hash_layout(layout):
-        raise MessageError("an adapter of another model")
+        raise MessageError("the adapter is for another model")
     try:
         shapes = [
             (_count(rows), _count(columns))
             for features_out, rank, features_in in told["residual"].values()
-            for rows, columns in ((features_out, rank), (rank, features_in))
+            for rows, columns in ((features_out, rank), (rank, features_in))  # of B and A
         ]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MessageError("a residual of no shape") from error
+        raise MessageError("the shapes of the residual can't be read") from error
     weights_P, *factors = _from_bytes(frame.payload, [(layout.size,), *shapes])
     pairs = zip(factors[::2], factors[1::2], strict=True)
     return Adapter(layout, weights_P, Residual(dict(zip(told["residual"], pairs, strict=True))) if factors else None)
 
 
 def pack_task(task: ClientTask, adapter: Frame) -> Frame:
-    """All that a client is told, with the adapter that it starts from, packed."""
+    """Write a client's task; `adapter` is the packed one that it starts from."""
     told = {"round": task.round, "client": task.client, "rounds": task.rounds, "seed": task.seed}
     return Frame({**adapter.manifest, **told, "training": task.training.model_dump(mode="json")}, adapter.payload)
 
@@ -89,24 +89,24 @@ def unpack_task(frame: Frame, layout: Layout, federation: Federation) -> ClientT
 
 
 def pack_update(update: ClientUpdate, trains_P: Tensor | None) -> Frame:
-    """A client's report, and the weights that may have changed."""
+    """Write a client's report, and the weights that may have changed."""
     weights_P = update.adapter.weights_P
     told = {"layout": hash_layout(update.adapter.layout), "report": asdict(update.report)}
     return Frame(told, _to_bytes([weights_P if trains_P is None else weights_P[trains_P]]))
 
 
 def unpack_update(frame: Frame, task: ClientTask) -> ClientUpdate:
-    """What a client made of a task.
+    """Read what `pack_update` wrote, from a client that may have written anything.
 
     Raises:
-        MessageError: it is an answer to something else, or not as long as it must be.
+        MessageError: it answers another task, or is not as long as it must be.
     """
     told, layout = frame.manifest, task.adapter.layout
     if told.get("layout") != hash_layout(layout):
-        raise MessageError("an update of another model")
+        raise MessageError("the update is for another model")
     report = _read_report(told.get("report"))
     if (report.round, report.client) != (task.round, task.client):
-        raise MessageError("an update of another round or client")
+        raise MessageError("the update is of another round or client")
     count = layout.size if task.trains_P is None else int(task.trains_P.sum())
     (changed,) = _from_bytes(frame.payload, [(count,)])
     weights_P = changed
@@ -121,10 +121,10 @@ def pack_score(score: Score | None) -> list[float] | None:
 
 
 def unpack_score(told: Any, most_targets: int) -> Score | None:
-    """The inverse of `pack_score`, of a client with so many tokens held out.
+    """Read what `pack_score` wrote, from a client that has `most_targets` tokens held out.
 
     Raises:
-        MessageError: it is none, or one that can't have been.
+        MessageError: it is not a score, or an impossible one.
     """
     if told is None:
         return None
@@ -132,19 +132,19 @@ def unpack_score(told: Any, most_targets: int) -> Score | None:
         loss_sum, correct, num_targets = told
         score = Score(float(loss_sum), int(correct), int(num_targets))
     except (TypeError, ValueError, OverflowError) as error:
-        raise MessageError("no score") from error
+        raise MessageError("not a score") from error
     if not (1 <= score.num_targets <= most_targets and 0 <= score.correct <= score.num_targets):
-        raise MessageError(f"a score of {score.num_targets} tokens, {score.correct} of them right")
+        raise MessageError(f"an impossible score: {score.num_targets} tokens, {score.correct} of them right")
     if not 0 <= score.loss_sum < math.inf:
-        raise MessageError(f"a score whose loss is {score.loss_sum}")
+        raise MessageError(f"an impossible score: its loss is {score.loss_sum}")
     return score
 
 
 def unpack_progress(told: Any) -> list[Progress]:
-    """The batches that a client worked on.
+    """Read the list of batches that a client worked on.
 
     Raises:
-        MessageError
+        MessageError: it is not such a list.
     """
     found = []
     try:
@@ -152,35 +152,35 @@ def unpack_progress(told: Any) -> list[Progress]:
             round, client = (None if number is None else _count(number) for number in where)
             found.append(Progress(phase, _count(tokens), _count(samples), round, client))
     except (TypeError, ValueError, OverflowError) as error:
-        raise MessageError("no progress") from error
+        raise MessageError("its progress can't be read") from error
     if any(one.phase not in get_args(Phase) for one in found):
-        raise MessageError("progress of no phase")
+        raise MessageError("its progress is in an unknown phase")
     return found
 
 
 def _count(told: Any) -> int:
-    """A number of things, as others tell it."""
+    """Read a number of things, as others tell it."""
     number = int(told)
     if not 0 <= number < MOST:
-        raise ValueError("no count")
+        raise ValueError("not a number of things")
     return number
 
 
 MOST = 2**63
-"""Of anything that is counted."""
+"""Limit of all numbers of things that others tell: more would not fit in a record."""
 
 
 @dataclass(frozen=True)
 class ClientFacts:
-    """A client's account of itself, given once when it enrols. Nothing else of its documents is told."""
+    """Account of a client, by itself, when it enrols. Nothing else of its documents is told."""
 
     name: str
     version: str
-    """The version of fedloom that it runs."""
+    """Version of fedloom that the client runs."""
     base: str
-    """SHA-256 of its base model's weights, which must be the server's."""
+    """SHA-256 of the client's base model, which must be the server's."""
     documents: str
-    """SHA-256 of its blocks: a client that comes back with others is another client."""
+    """SHA-256 of the client's blocks: one that comes back with others is another client."""
     train_documents: int
     holdout_documents: int
     blocks: int
@@ -190,11 +190,11 @@ class ClientFacts:
     holdout_blocks: int
     holdout_tokens: int
     shared_blocks: int
-    """Blocks to train on that its own hold-out also has."""
+    """Blocks to train on that the client's hold-out also has."""
     dropped: int
-    """Documents left out because its own hold-out has nearly the same."""
+    """Documents left out because the client's hold-out has nearly the same."""
     leaks: int
-    """Documents kept although its own hold-out has nearly the same."""
+    """Documents kept although the client's hold-out has nearly the same."""
 
 
 COUNTS = tuple(field.name for field in fields(ClientFacts) if field.type == "int")
@@ -250,16 +250,16 @@ def unpack_recipe(told: Any) -> Recipe:
 
 
 def _read_report(told: Any) -> ClientReport:
-    """A report of numbers, each of its kind."""
+    """Read a client's report: numbers, each of its kind."""
     try:
         kinds = {field.name: int if field.type == "int" else float for field in fields(ClientReport)}
         report = ClientReport(
             **{name: value if value is None else kinds[name](value) for name, value in told.items()}  # type: ignore[arg-type]
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MessageError("no report") from error
+        raise MessageError("its report can't be read") from error
     if not (report.examples > 0 and report.steps > 0 and report.tokens > 0 and math.isfinite(report.seconds)):
-        raise MessageError("a report of no work")
+        raise MessageError("its report says that no work was done")
     return report
 
 
@@ -273,6 +273,6 @@ def _to_bytes(tensors: list[Tensor]) -> bytes:
 def _from_bytes(data: bytes, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     counts = [math.prod(shape) for shape in shapes]
     if len(data) != 4 * sum(counts):
-        raise MessageError(f"{len(data):,} bytes where {4 * sum(counts):,} were to be")
+        raise MessageError(f"{len(data):,} bytes instead of {4 * sum(counts):,}")
     flat = torch.frombuffer(bytearray(data), dtype=torch.float32)
     return [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]

@@ -147,4 +147,4 @@ def test_what_ended_is_quoted(ends: str, tmp_path: Path, monkeypatch: pytest.Mon
         said = watch_here({"SuperNode": group}, refused=False, monkeypatch=monkeypatch)
     finally:
         group.end()
-    assert said == [f"the SuperNode ended; it is started again ({ends} fails)"]
+    assert said == [f"the SuperNode ended; starting it again ({ends} fails)"]

@@ -75,7 +75,7 @@ def test_a_damaged_journal_is_refused_by_its_line(line: str, tmp_path: Path) -> 
     journal = write(tmp_path / "a.jsonl", (2, "a"))
     journal.path.write_text(journal.path.read_text() + line + "\n" + journal.path.read_text())
     for use in (journal.check, lambda: journal.note("c", TOLD)):
-        with pytest.raises(DeploymentError, match="line 2 is no round"):
+        with pytest.raises(DeploymentError, match="line 2 is not a round"):
             use()
 
 

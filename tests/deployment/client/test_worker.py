@@ -77,10 +77,10 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
     [
         ({"do": "meet"}, "can't read the server's recipe"),
         ({"do": "meet", "recipe": {"data": 1}}, "can't read the server's recipe"),
-        ({"do": "leave", "recipe": told()}, "no question"),
+        ({"do": "leave", "recipe": told()}, "does not know the question"),
         ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "not a task of this recipe"),
         ({"do": "train", "recipe": told(), "training": 5}, "not a task of this recipe"),
-        ({"do": "evaluate", "recipe": told()}, "an adapter of another model"),
+        ({"do": "evaluate", "recipe": told()}, "the adapter is for another model"),
     ],
 )
 def test_a_question_that_is_none_is_refused(asked: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
 def test_a_task_trains_as_its_recipe_says(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "private.jsonl", 12)
     longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 99}))
-    assert worker_of(data).answer(longer).manifest["error"] == "the task is not the recipe's"
+    assert worker_of(data).answer(longer).manifest["error"] == "the task is not as its recipe says"
 
 
 def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -
     for asked in (task(1, rounds=500), task(500)):
         answer = worker_of(data, Policy(max_rounds=2)).answer(asked)
         assert answer.manifest["error"] == "policy.max_rounds: its policy allows 2 rounds, not 500"
-        assert worker_of(data).answer(asked).manifest["error"] == "the task is not the recipe's"
+        assert worker_of(data).answer(asked).manifest["error"] == "the task is not as its recipe says"
     assert not (tmp_path / "alice.journal.jsonl").exists()
 
 

@@ -95,7 +95,7 @@ def test_it_is_started_again_where_it_ended_or_left_its_workers_behind(tmp_path:
             os.kill(int(before), signal.SIGKILL)
             assert becomes(lambda then=before: number.is_file() and number.read_text() not in ("", then))
             assert becomes(lambda: listens(security.port))
-            assert said == ["again: nginx ended; it is started again"] * times
+            assert said == ["restart: nginx ended; starting it again"] * times
     assert becomes(lambda: not listens(security.port))
 
 

@@ -1,4 +1,4 @@
-"""What one client of a deployment holds: documents of its own, split and tokenised as the recipe says.
+"""Documents that one client of a deployment holds, split and tokenised as the recipe says.
 
 A folder with `train.jsonl` and `holdout.jsonl` is a split that its owner made: it is taken as it stands, in its order.
 Anything else that a recipe could name is split here, by the recipe's share. `write_splits` writes the split of a run on
@@ -26,7 +26,7 @@ TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's documents and their blocks, with the model whose tokenizer made them."""
+    """Documents of one client and their blocks, with the model whose tokenizer made them."""
 
     source: ModelSource
     documents: ClientDocuments

@@ -1,4 +1,4 @@
-"""A client's worker: holds the base model and the client's own documents for the node's life, and does what is asked.
+"""Worker of a client: holds the base model and the client's own documents as long as the node lives, and answers.
 
 It answers questions on a Unix socket: who are you (`meet`), how good is this adapter (`evaluate`), train it (`train`).
 The recipe comes from the server, the documents from this machine's command line, and never the other way round.
@@ -43,7 +43,7 @@ from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
 
 
 class ClientModel:
-    """The base model of one recipe, with an adapter on it, and this client's blocks: what answers are made from."""
+    """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
 
     def __init__(self, recipe: Recipe, name: str, path: Path) -> None:
         data = gather_client(recipe, path)
@@ -71,7 +71,7 @@ class ClientModel:
         )
 
     def take_progress(self) -> list[list[Any]]:
-        """The batches that were worked on since this was last asked: the server counts them as its own run's."""
+        """Return the batches worked on since this was last called: the server counts them as its own run's."""
         taken, self._progress = self._progress, []
         return [[*asdict(progress).values()] for progress in taken]
 
@@ -79,19 +79,19 @@ class ClientModel:
         self._progress.append(progress)
 
     def evaluate(self, asked: Frame) -> Frame:
-        """How good an adapter is on this client's own hold-out."""
+        """Score an adapter on this client's own hold-out."""
         return Frame({"score": pack_score(self._score(unpack_adapter(asked, self._adapted.layout)))})
 
     def read_task(self, asked: Frame) -> ClientTask:
-        """The task in a question.
+        """Read the task in a question.
 
         Raises:
-            MessageError: it is none of this recipe.
+            MessageError: it is not a task of this recipe.
         """
         return unpack_task(asked, self._adapted.layout, self._recipe.federation)
 
     def describe(self, task: ClientTask) -> dict[str, Any]:
-        """A task for its owner's journal."""
+        """Describe a task for its owner's journal."""
         epochs, blocks = task.training.epochs, self._blocks.train
         return {
             "recipe": self._recipe.name,
@@ -103,7 +103,7 @@ class ClientModel:
         }
 
     def train(self, task: ClientTask, *, judge: bool) -> Frame:
-        """A round's work; with `judge` the adapter is scored before and after it."""
+        """Train for a round; with `judge`, score the adapter before and after it."""
         before = self._score(task.adapter) if judge else None
         say(f"round {task.round}", "training")
         job = ClientJob(**vars(task), blocks=self._blocks.train)
@@ -120,7 +120,8 @@ class ClientModel:
         return pack_update(replace(result, report=report), task.trains_P)
 
     def _score(self, adapter: Adapter) -> Score | None:
-        """Of an adapter that is judged more than once, worked out once."""
+        """Score an adapter, once where it is asked for again, or return None where nothing is held out."""
+        # The adapter that a round ends with is the one that the next begins with: the server asks twice.
         digest = adapter.sha256()
         if self._scored[0] != digest:
             self._scored = digest, self._evaluate(adapter) if len(self._blocks.holdout) else None
@@ -137,7 +138,7 @@ class ClientModel:
 
 
 class Worker:
-    """Answers questions, one after another."""
+    """Client's answers to questions, one after another."""
 
     def __init__(self, name: str, data: Path, policy: Policy, journal: Journal) -> None:
         self._name, self._data, self._policy, self._journal = name, data, policy, journal
@@ -146,9 +147,10 @@ class Worker:
         self._last: tuple[Frame, Frame] | None = None
 
     def answer(self, asked: Frame) -> Frame:
-        """What is asked, or why not: in words that hold nothing of this client's documents or paths."""
+        """Do what is asked, or say why not, in words that hold nothing of this client's documents or paths."""
+        # The same question again: the answer was lost on its way. It is given again, not worked out again.
         if self._last and self._last[0] == asked:
-            return self._last[1]  # asked again, because the answer was lost on its way
+            return self._last[1]
         try:
             model, do = self._open(asked.manifest.get("recipe")), asked.manifest.get("do")
             if do == "meet":
@@ -159,7 +161,7 @@ class Worker:
                 task = self._admit(asked, model)
                 found = model.train(task, judge=bool(asked.manifest.get("judge")))
             else:
-                raise MessageError("no question that this fedloom knows")
+                raise MessageError("this version of fedloom does not know the question")
         except DataError as error:
             say("error", str(error))
             return Frame({"name": self._name, "error": "its documents can't be used: its owner sees why"})
@@ -180,19 +182,19 @@ class Worker:
         return self._model
 
     def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
-        """A task that its recipe and the policy allow, once it stands in the journal."""
+        """Read a task, refuse it unless its recipe and the policy allow it, and write it into the journal."""
         recipe, task = unpack_recipe(self._told), model.read_task(asked)
         check_policy(self._policy, recipe, task)
         known, training = (part.model_dump(exclude={"proximal_mu", "clients_at_once"})
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
-            raise MessageError("the task is not the recipe's")
+            raise MessageError("the task is not as its recipe says")
         self._journal.note(hash_task(asked), model.describe(task), at_most=self._policy.max_rounds_a_day)
         return task
 
 
 def say(what: str, detail: str) -> None:
-    """A line for whoever watches `fedloom join`."""
+    """Print a line for whoever watches `fedloom join`."""
     print(show_controls(f"{what:<10}{detail}"), flush=True)
 
 
@@ -205,12 +207,13 @@ def serve(listener: socket.socket, worker: Worker) -> None:
             try:
                 asked = receive_frame(connection)
                 send_frame(connection, worker.answer(asked))
-            except OSError as error:  # the app that asked was killed, say; it is asked again
-                say("again", f"whoever asked is gone ({type(error).__name__})")
+            # The process that asked may have been killed. The server asks again.
+            except OSError as error:
+                say("retry", f"the connection broke before the answer was sent ({type(error).__name__})")
 
 
 def main() -> None:
-    """`python -m fedloom.deployment.client.worker`: started by `fedloom join`, never by hand."""
+    """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
     parser = argparse.ArgumentParser()
     for option in ("--socket", "--name", "--data", "--policy", "--journal"):
         parser.add_argument(option, default="")

@@ -1,7 +1,7 @@
 """Questions to clients on other machines, by their names, and their answers, with a deadline on every wait.
 
-It knows nothing of Flower: a `Link` tells who is there and carries frames. A client is its name, whatever node it is
-now: one that comes back is asked again, and only the first answer counts.
+It knows nothing of Flower: a `Transport` tells who is there and carries frames. A client is its name, whatever node it
+is now: one that comes back is asked again, and only the first answer counts.
 """
 
 from __future__ import annotations
@@ -18,47 +18,52 @@ from fedloom.text import count, format_seconds
 
 POLL_SECONDS = 0.2
 ATTEND_SECONDS = 1.0
-"""Between two looks at who is there."""
+"""Time between two looks at who is there."""
 TRIES = 3
-"""Of a question that Flower could not deliver or whose process died."""
+"""Tries of a question that Flower could not deliver or whose process died."""
 GONE_SECONDS = 3.0
-"""Before a node that went away is asked again, if it is listed all the same."""
+"""Time before a node that went away is asked again, if it is listed all the same."""
 ClientPhase = Literal["loading", "connected", "training", "scoring", "answered", "lost", "late", "gone"]
 PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
-"""A client's phase while it works, by what it was asked."""
+"""Phase of a client while it works, by what it was asked."""
 
 
 class Node(NamedTuple):
-    """One session of one of Flower's nodes."""
+    """Session of one of Flower's nodes: a node that is started again is another session."""
 
     id: str
     name: str
-    """That its key was registered with; empty on a link without keys."""
+    """Name its key was registered under; empty without authentication."""
     session: str
 
 
 class Answer(NamedTuple):
+    """Client's answer to a question, or the reason why there is none."""
+
     message: str
     frame: Frame | None
     error: str
     is_gone: bool = False
-    """Whether it is an error because the node went away."""
+    """True where the error is that the node went away."""
 
 
 class Transport(Protocol):
-    """Whoever carries frames to nodes. Every call raises OSError where the link is lost."""
+    """Carrier of frames to nodes. Every call raises OSError where the connection is lost."""
 
-    def nodes(self) -> Sequence[Node]: ...
+    def nodes(self) -> Sequence[Node]:
+        """List the nodes that are connected now."""
+        ...
+
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
-        """Send a question, of no use after so many seconds; its id."""
+        """Send a question that is of no use after so many seconds, and return its id."""
         ...
 
     def pull(self, messages: Collection[str]) -> Answer | None:
-        """An answer to one of these questions, if there is one."""
+        """Return an answer to one of these questions, if there is one."""
         ...
 
     def reopen(self) -> None:
-        """Make a lost link anew; what was under way is lost.
+        """Connect again; whatever was under way is lost.
 
         Raises:
             DeploymentError: that can't be done.
@@ -67,7 +72,7 @@ class Transport(Protocol):
 
 
 class Exchange:
-    """Who is there, by name, and questions to them."""
+    """Conversation with clients, by their names."""
 
     def __init__(
         self,
@@ -81,16 +86,18 @@ class Exchange:
         self._transport, self.say, self._show_clients = transport, say, show_clients
         self._recipe, self._seconds = recipe, deadline_seconds
         self.facts: dict[str, ClientFacts] = {}
-        """Of every client that was met and not refused."""
+        """Facts of every client that enrolled and was not refused."""
         self.refused: dict[str, str] = {}
+        """Reasons by the names of the clients that were refused, or that refused."""
         self._phases: dict[str, ClientPhase] = {}
         self._names: dict[Node, str] = {}
+        """Names by node; empty for a node that was refused."""
         self._meeting: dict[str, Node] = {}
         self._present: dict[str, Node] = {}
         self._looked = float("-inf")
 
     def assemble(self, clients: int, seconds: float) -> list[str]:
-        """Wait until so many clients are there at once; their names, sorted.
+        """Wait until so many clients are connected at once, and return their names, sorted.
 
         Raises:
             DeploymentError: they did not come in time.
@@ -114,7 +121,10 @@ class Exchange:
         return there[:clients]
 
     def ask(self, questions: Mapping[str, Frame], missing: Collection[str] = ()) -> Iterator[tuple[str, Frame | str]]:
-        """Each client's answer as it comes, or why there is none. Who is `missing` and not back is not waited for."""
+        """Yield each client's answer as it comes, or the reason why there is none.
+
+        Clients that are `missing` and not back are not waited for.
+        """
         waiting = {name: replace(frame, manifest={**frame.manifest, "recipe": self._recipe})
                    for name, frame in questions.items()}  # fmt: skip
         asked: dict[str, str] = {}
@@ -126,6 +136,7 @@ class Exchange:
         while waiting:
             try:
                 present = self._attend()
+                # Lost before and still away: waiting for it would cost every later round its whole deadline.
                 if first_look:
                     for name in [name for name in waiting if name in missing and name not in present]:
                         del waiting[name]
@@ -133,24 +144,28 @@ class Exchange:
                     first_look = False
                 for name, frame in waiting.items():
                     node = present.get(name)
+                    # A client under another node has lost its question with the node it was before.
                     if node and sent.get(name) != node and time.monotonic() >= rested.get(name, 0.0):
                         asked[self._transport.send(node, frame, max(until - time.monotonic(), 1.0))] = name
                         sent[name] = node
                         self._show(name, PHASES[frame.manifest["do"]])
                 answer = self._look(asked)
             except OSError:
+                # Another SuperLink knows nothing of what was sent through this one: all is asked again.
                 self._reopen()
                 asked.clear()
                 sent.clear()
                 continue
+            # A client that was asked twice may answer twice: after the first it is no longer waiting.
             name = asked.pop(answer.message, "") if answer else ""
+            # Flower's error, at once, for a node without a heartbeat. It says nothing of the client: no try is counted.
             if answer and name in waiting and answer.is_gone:
                 rested[name] = time.monotonic() + GONE_SECONDS
                 sent.pop(name, None)
             elif answer and name in waiting:
                 tries[name] += 1
                 if answer.frame is None and tries[name] < TRIES:
-                    self.say("again", f"{name}: {answer.error}")
+                    self.say("retry", f"{name}: {answer.error}")
                     del sent[name]
                     continue
                 del waiting[name]
@@ -165,7 +180,7 @@ class Exchange:
                 time.sleep(POLL_SECONDS)
 
     def _attend(self) -> Mapping[str, Node]:
-        """Who is there, by name; who is new is asked who it is."""
+        """Look who is connected, by name, and ask new nodes who they are."""
         if time.monotonic() - self._looked < ATTEND_SECONDS:
             return self._present
         self._looked = time.monotonic()
@@ -180,12 +195,12 @@ class Exchange:
         before = set(self._present)
         self._present = {name: node for node in nodes if (name := self._names.get(node, ""))}
         for name in before - set(self._present):
-            self.say("gone", name)
+            self.say("gone", f"{name} is no longer connected")
             self._show(name, "gone")
         return self._present
 
     def _look(self, asked: Mapping[str, str]) -> Answer | None:
-        """An answer to one of these questions; answers to who one is are taken in."""
+        """Return an answer to one of these questions, if there is one; enrol a client whose answer is who it is."""
         answer = self._transport.pull([*asked, *self._meeting]) if asked or self._meeting else None
         if answer and answer.message in self._meeting:
             self._meet(self._meeting.pop(answer.message), answer)
@@ -195,7 +210,7 @@ class Exchange:
 
     def _meet(self, node: Node, answer: Answer) -> None:
         if answer.frame is None:
-            return  # it is asked again at the next look
+            return  # the node is no longer known to be asked: it is asked again at the next look
         told = answer.frame.manifest
         name = node.name or str(told.get("name", ""))[:64]
         known = self.facts.get(name)
@@ -222,7 +237,7 @@ class Exchange:
             self._show_clients(dict(self._phases))
 
     def _reopen(self) -> None:
-        self.say("link", "lost; it is made anew")
+        self.say("server", "lost the connection to Flower's SuperLink; connecting again")
         self._meeting.clear()
         self._names.clear()
         self._present = {}
