@@ -1,4 +1,4 @@
-"""What Docker's health checks say of a server that answers, one that does not, and of a client's processes."""
+"""Docker's health checks of a server that answers, one that does not, and of a client's processes."""
 
 import os
 import ssl
@@ -25,7 +25,7 @@ WORDS = (
     ["fedloom.deployment.flower.programs", "supernode"],
     ["fedloom.deployment.flower.programs", "client-tasks"],
 )
-"""Of the command lines that `fedloom join` starts."""
+"""Words of the command lines that `fedloom join` starts."""
 
 
 @contextmanager

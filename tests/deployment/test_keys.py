@@ -65,7 +65,7 @@ def test_a_kit_without_a_certificate_is_for_the_loopback_alone(tmp_path: Path) -
 
 
 def test_a_kits_authority_is_one_certificate_and_that_is_what_is_trusted(tmp_path: Path) -> None:
-    """Its fingerprint is told aloud: a second one would be trusted unseen."""
+    """Fingerprints are told aloud: a second one would be trusted unseen."""
     security = init(tmp_path / "server", "localhost", 8443)
     other = init(tmp_path / "other", "localhost", 8443)
     kit, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)

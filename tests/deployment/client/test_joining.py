@@ -1,4 +1,4 @@
-"""When a client gives up because its key is not taken, and when it does not: from what Flower's SuperNode says."""
+"""Client that gives up because its key is not taken, or that does not: from what Flower's SuperNode says."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ TAKEN = "INFO: SuperNode ID: 123\n"
 
 
 class Node:
-    """A SuperNode's log, and a clock."""
+    """Log of a SuperNode, and a clock."""
 
     def __init__(self, log: Path) -> None:
         self.now, self.said, self.greeted = 0.0, [], 0
@@ -58,7 +58,7 @@ def test_a_client_gives_up_when_its_key_was_refused_for_two_minutes(told: str, n
 
 
 def test_a_server_that_is_started_again_may_refuse_for_a_while_each_time(node: Node) -> None:
-    """It reads its clients' keys after it listens, and takes them then; or is gone again before that."""
+    """Servers read their clients' keys after they listen, and take them then; or are gone again before that."""
     for _ in range(9):
         assert node.ends(NOT_TAKEN, 60)
         assert node.ends(TAKEN + UNAUTHORIZED, 60)
@@ -85,7 +85,7 @@ def test_what_a_server_says_can_not_command_a_terminal(
 
 
 class Ending:
-    """What ends as soon as it is started, and a clock on which that is now."""
+    """Child that ends as soon as it is started, and a clock on which that is now."""
 
     log = None
     ended = True
@@ -100,7 +100,7 @@ class Ending:
 
 
 class Refusing:
-    """A server that does or does not refuse the SuperNode."""
+    """Server that does or does not refuse the SuperNode."""
 
     def __init__(self, answer: bool) -> None:
         self._answer = answer
@@ -112,7 +112,7 @@ class Refusing:
 def watch_here(
     children: dict[str, Ending | ChildGroup], *, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    """What `watch` says until it is ended, without rests."""
+    """Run `watch` without rests until it is ended, and return what it says."""
     said: list[str] = []
     monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""A client's worker: what it takes as a question, what it never tells."""
+"""Worker of a client: what it takes as a question, what it never tells."""
 
 import json
 from dataclasses import replace
@@ -38,12 +38,12 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def worker_of(path: Path, policy: Policy | None = None) -> Worker:
-    """A worker as `fedloom join` starts it, with its journal beside the documents."""
+    """Make a worker as `fedloom join` starts it, with its journal beside the documents."""
     return Worker("alice", path, policy or Policy(), Journal(path.parent / "alice.journal.jsonl"))
 
 
 def task(round: int, **changed: Any) -> Frame:
-    """A round's question, as a server asks it."""
+    """Write a round's question, as a server asks it."""
     adapter = load_adapted_model(RECIPE, open_model(RECIPE.model.source)).read()
     packed = pack_task(
         replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed), pack_adapter(adapter)

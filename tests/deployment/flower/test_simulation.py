@@ -1,4 +1,4 @@
-"""The same two apps under Flower's simulation: Ray carries the messages, and the adapter is that of a local run."""
+"""Both apps under Flower's simulation: Ray carries the messages, and the adapter is that of a local run."""
 
 import sys
 import time

@@ -24,7 +24,7 @@ with_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx is not insta
 
 
 def make(folder: Path) -> Security:
-    """A server that is not of this machine alone."""
+    """Make the keys of a server that is not for this machine alone."""
     return init(folder, "127.0.0.2", free_port())
 
 

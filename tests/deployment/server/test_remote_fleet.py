@@ -1,4 +1,4 @@
-"""The fleet of other machines on a scripted transport: who comes late, twice, under another node or with nonsense."""
+"""Fleet of other machines on a scripted transport: who comes late, twice, under another node or with nonsense."""
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -32,7 +32,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 
 Script = Callable[[Node, Frame], Frame | str | None]
-"""What a node answers: a frame, an error of Flower's, or nothing at all."""
+"""Answer of a node: a frame, an error of Flower's, or nothing at all."""
 
 
 class ScriptedTransport:
@@ -90,7 +90,7 @@ def adapter() -> Adapter:
 
 
 def honest(asked: Node, frame: Frame) -> Frame | str | None:
-    """A client that adds its number to every weight."""
+    """Answer as a client that adds its number to every weight."""
     name = asked.id.removeprefix("node of ")
     if frame.manifest["do"] == "meet":
         return facts(name)
@@ -175,7 +175,7 @@ def test_a_process_that_died_is_asked_again_but_not_for_ever() -> None:
 
 
 def test_a_node_that_went_away_is_asked_again_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often Flower says that it is away: that is no try."""
+    """Flower may say again and again that it is away: that is no try."""
     monkeypatch.setattr(exchange, "GONE_SECONDS", 0.05)
     away = iter(["gone"] * (exchange.TRIES + 2))
 
@@ -322,7 +322,7 @@ def test_an_update_that_can_not_be_one_is_refused(spoil: Callable[[Frame], Frame
 
 
 def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was answered first but is summed last is held by nobody: neither in memory nor in a file that stays."""
+    """Answers that come first but are summed last are held by nobody: neither in memory nor in a file that stays."""
     fleet, _, _ = open_fleet(honest)
     fleet.folder = tmp_path
     alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
