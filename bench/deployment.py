@@ -4,7 +4,7 @@
 
 Server and clients are processes of this machine, over TLS with node keys, as `fedloom serve` and `fedloom join` start
 them. Without training, an echo stands where each client's worker is: 6.3 MB to each client and back. Memory is that of
-a server whose link makes every reply when it is looked at, a process a case. One JSON line each follows the tables.
+a server whose transport makes every reply when it is looked at, a process a case. JSON lines follow the tables.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
@@ -36,9 +37,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 def echo(path: str) -> None:
     """A worker that gives back what it gets, and tells of the process that brought it."""
-    from fedloom.deployment.messages import COUNTS, WORDS
-
-    facts = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(WORDS, "echo")}
+    facts = make_facts("echo")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -50,6 +49,13 @@ def echo(path: str) -> None:
                 asked = receive_frame(connection)
                 payload = asked.payload if asked.manifest["do"] == "train" else b""
                 send_frame(connection, Frame({**facts, **told, "answered": time.time()}, payload))
+
+
+def make_facts(word: str) -> dict[str, object]:
+    """Facts of a client that has one of each thing."""
+    from fedloom.deployment.messages import COUNTS, ClientFacts
+
+    return {field.name: 1 if field.name in COUNTS else word for field in fields(ClientFacts)}
 
 
 def describe_start(process: int) -> dict[str, float]:
@@ -83,9 +89,13 @@ def provision(folder: Path) -> tuple[Security, list[Path]]:
 
 def measure_overhead(rounds: int) -> dict[str, object]:
     """Rounds of three clients with one and with two messages each, and messages to one client alone."""
+    from fedloom.deployment.messages import pack_recipe
     from fedloom.deployment.server.exchange import Exchange
     from fedloom.deployment.server.superlink import SuperLink
     from fedloom.recipe.loading import load_recipe
+
+    def say(what: str, detail: str) -> None:
+        print(f"{what:<10}{detail}", flush=True)
 
     payload = os.urandom(4 * WEIGHTS)
     with ExitStack() as stack:
@@ -94,9 +104,10 @@ def measure_overhead(rounds: int) -> dict[str, object]:
         for kit in kits:
             command = [sys.executable, __file__, "--join", str(kit)]
             stack.callback(Child(command, kit.with_suffix(".log"), os.environ).end)
-        link = stack.enter_context(closing(SuperLink(folder, security.port, security)))
+        link = stack.enter_context(closing(SuperLink(folder, security.port, security, say)))
         link.open()
-        exchange = Exchange(link, load_recipe("tiny"), lambda what, detail: print(f"{what:<10}{detail}", flush=True))
+        recipe = load_recipe("tiny")
+        exchange = Exchange(link, pack_recipe(recipe), recipe.federation.round_deadline, say, lambda phases: None)
         exchange.assemble(len(NAMES), 300)
 
         def ask(names: Sequence[str], do: str) -> list[Frame]:
@@ -173,7 +184,7 @@ def measure_memory(clients: int) -> dict[str, object]:
 
     from fedloom import load_recipe
     from fedloom.adapters.adapter import Adapter, Layout
-    from fedloom.deployment.messages import COUNTS, WORDS, pack_update
+    from fedloom.deployment.messages import pack_recipe, pack_update
     from fedloom.deployment.server import exchange as waits
     from fedloom.deployment.server.exchange import Answer, Exchange, Node
     from fedloom.deployment.server.remote_fleet import RemoteFleet
@@ -187,7 +198,7 @@ def measure_memory(clients: int) -> dict[str, object]:
     numbers = {"examples": 1, "tokens": 1, "steps": 1}
     names = [field for field in ClientReport.__dataclass_fields__ if not field.startswith("holdout")]
 
-    class MadeLink:
+    class MadeTransport:
         """Nodes whose answers are made when they are looked at."""
 
         def __init__(self, count: int) -> None:
@@ -201,8 +212,7 @@ def measure_memory(clients: int) -> dict[str, object]:
             message = str(time.monotonic_ns())
             told = frame.manifest
             if told["do"] == "meet":
-                facts = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(WORDS, node.name)}
-                self._asked[message] = lambda: Frame(facts)
+                self._asked[message] = lambda: Frame(make_facts(node.name))
             else:
                 self._asked[message] = lambda: self._train(told["round"], told["client"])
             return message
@@ -214,7 +224,7 @@ def measure_memory(clients: int) -> dict[str, object]:
             return None
 
         def reopen(self) -> None:
-            raise AssertionError("this link is never lost")
+            raise AssertionError("this transport is never lost")
 
         def _train(self, round: int, client: int) -> Frame:
             told = {**dict.fromkeys(names, 1.0), **numbers, "round": round, "client": client}
@@ -225,9 +235,11 @@ def measure_memory(clients: int) -> dict[str, object]:
 
     def run_round(count: int) -> None:
         recipe = load_recipe("tiny", [f"data.clients={count}"])
-        exchange = Exchange(MadeLink(count), recipe, lambda what, detail: None)
+        section, told = recipe.federation, pack_recipe(recipe)
+        quiet = lambda *words: None  # noqa: E731
+        exchange = Exchange(MadeTransport(count), told, section.round_deadline, quiet, quiet)
         found = exchange.assemble(count, 60)
-        fleet = RemoteFleet(exchange, found, recipe, (), Path(gettempdir()))
+        fleet = RemoteFleet(exchange, found, section, (), Path(gettempdir()))
         judge = lambda adapter: Score(1.0, 0, 1)  # noqa: E731
         run = FederatedRun(
             recipe.training,

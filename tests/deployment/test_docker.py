@@ -1,4 +1,4 @@
-"""The files for Docker as data, and as docker compose reads them. No container is run here: there is no engine."""
+"""Files for Docker as data, and as docker compose reads them. No container is run here: there is no engine."""
 
 import os
 import shutil

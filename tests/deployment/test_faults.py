@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from support.federation_here import Federation, federation, find_process, run_here, split, tiny
+from support.federation_here import WHOLE_ROUNDS, Federation, Served, federation, find_process, run_here, split, tiny
 
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 if not Path("/proc/self/task").is_dir():
     pytest.skip("processes are found through /proc", allow_module_level=True)
 
@@ -56,16 +56,17 @@ VICTIMS = {
     "nginx": "nginx",
     "fedloom serve": "",
 }
-"""What is killed, by a word in its name or command line."""
+"""Processes that are killed, each by a word in its name or command line."""
 OF_A_CLIENT = ("worker", "Flower's process for a message", "who starts those", "SuperNode")
 REPEATS = int(os.environ.get("FEDLOOM_KILL_REPEATS", "1"))
-"""Of each kill, in one run."""
+"""Repeats of each kill, in one run."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900 + 900 * REPEATS)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_what_is_killed_is_started_again_and_no_round_is_lost(victim: str, tmp_path: Path) -> None:
-    """In training and between rounds: the adapters are those of a run without a kill, and each update counts once."""
+    """Kill in training and between rounds: the adapters are those of a run without it, and each update counts once."""
     proxied = find_nginx() is not None
     if victim == "nginx" and not proxied:
         pytest.skip("nginx is not installed")
@@ -112,6 +113,7 @@ def tell(trial: dict[str, Any]) -> None:
             file.write(json.dumps(trial) + "\n")
 
 
+@pytest.mark.slow
 def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: Path) -> None:
     asked = tiny(
         "data.clients=2", "federation.rounds=3", "federation.max_lost_clients=1", "federation.round_deadline=30"
@@ -132,15 +134,23 @@ def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: P
     assert len(served.clients) == 6 - sum(map(len, lost))
 
 
-def test_a_server_that_was_killed_goes_on_and_its_clients_come_back(tmp_path: Path) -> None:
-    asked = recipe()
-    with federation(tmp_path) as there:
-        join_all(there, asked)
-        server = there.serve(write(asked, tmp_path), "--out", str(there.out), FEDLOOM_FAILPOINT="round.begins=kill@2")
-        assert server.wait(150) == -signal.SIGKILL
-        served = there.finish(there.serve(str(there.out), "--resume"))
-    assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
-    assert served.status["resumed"] == 1
+@pytest.mark.xdist_group("served")
+def test_a_server_that_was_killed_goes_on_and_its_clients_come_back(served: Served) -> None:
+    assert served.killed == -signal.SIGKILL
+    assert served.run.status["resumed"] == 1
+    ours, theirs = (hashes(run)[: WHOLE_ROUNDS + 1] for run in (served.run, served.local))
+    assert ours == theirs
+    assert [record["lost"] for record in served.run.rounds[: WHOLE_ROUNDS + 1]] == [[]] * (WHOLE_ROUNDS + 1)
+
+
+@pytest.mark.xdist_group("served")
+def test_a_client_whose_policy_refuses_a_round_is_lost_and_both_sides_are_told_why(served: Served) -> None:
+    before, last = served.run.rounds[-2:]
+    assert (last["round"], last["lost"]) == (WHOLE_ROUNDS + 1, [1])
+    for told in (last["lost_because"]["1"], served.logs["serve"], served.logs["client-1"]):
+        assert f"its policy allows {WHOLE_ROUNDS} rounds a day; the next may begin on " in told
+    assert [record["client"] for record in served.run.clients if record["round"] == last["round"]] == [0]
+    assert last["adapter_sha256"] != before["adapter_sha256"], "the other client's update counts"
 
 
 LIAR = """\
@@ -148,18 +158,19 @@ import sys
 if "fedloom.deployment.client.worker" in sys.orig_argv:
     from dataclasses import replace
     from fedloom.deployment import messages
-    pack_update = packing.pack_update
+    pack_update = messages.pack_update
 
     def lie(update, trains_P):
         frame = pack_update(update, trains_P)
         return replace(frame, payload=b"\\xff" * len(frame.payload))
 
-    packing.pack_update = lie
+    messages.pack_update = lie
 """
 
 
+@pytest.mark.long
 def test_a_worker_that_lies_is_refused_and_the_others_make_the_model(tmp_path: Path) -> None:
-    """Its weights are no numbers."""
+    """Weights that are no numbers come from a worker."""
     asked = recipe("federation.max_lost_clients=1")
     (tmp_path / "liar").mkdir()
     (tmp_path / "liar" / "sitecustomize.py").write_text(LIAR)
@@ -175,6 +186,7 @@ def test_a_worker_that_lies_is_refused_and_the_others_make_the_model(tmp_path: P
     assert len(set(hashes(served))) == 3
 
 
+@pytest.mark.long
 def test_a_policy_is_kept_and_told_on_both_sides(tmp_path: Path) -> None:
     asked = recipe("training.epochs=3")
     policy = tmp_path / "policy.toml"

@@ -1,4 +1,4 @@
-"""What Docker's health checks say of a server that answers, one that does not, and of a client's processes."""
+"""Docker's health checks of a server that answers, one that does not, and of a client's processes."""
 
 import os
 import ssl
@@ -25,7 +25,7 @@ WORDS = (
     ["fedloom.deployment.flower.programs", "supernode"],
     ["fedloom.deployment.flower.programs", "client-tasks"],
 )
-"""Of the command lines that `fedloom join` starts."""
+"""Words of the command lines that `fedloom join` starts."""
 
 
 @contextmanager
@@ -89,6 +89,11 @@ def test_a_client_is_well_while_both_of_its_processes_run() -> None:
         started[0].kill()
         started[0].wait()
         assert check_client(os.getpid()) == "not running: worker"
+        started.append(subprocess.Popen([sys.executable, "-c", sleep, "another.programs", "supernode"]))
+        find_process(os.getpid(), "another.programs")
+        started[1].kill()
+        started[1].wait()
+        assert check_client(os.getpid()) == "not running: worker, SuperNode", "another's program is not the SuperNode"
     finally:
         for process in started:
             process.kill()

@@ -17,14 +17,14 @@ from fedloom.records.run import Run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 CUT_SECONDS = 20.0
 ROUNDS = 40
-"""Of a client that is lost: while it is, they take seconds, and it needs a minute to come back."""
+"""Rounds of a run in which a client is lost: while it is, they take seconds, and it needs a minute to come back."""
 MEGABIT = 125_000
 """Bytes."""
 OF_OPT_350M = [
     "adapter.rank=768",
     'adapter.targets=["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]',
 ]
-"""An adapter as large as one of OPT-350M's, 6.3 MB, on a tiny model."""
+"""Adapter as large as one of OPT-350M's, 6.3 MB, on a tiny model."""
 
 
 def write(recipe: Recipe, folder: Path) -> str:
@@ -37,7 +37,7 @@ def hashes(run: Run) -> list[str]:
 
 
 def test_a_link_that_is_cut_and_healed_costs_no_round(tmp_path: Path) -> None:
-    """In training, and between rounds."""
+    """Cut a link in training, and between rounds."""
     asked = tiny("data.clients=2", "federation.rounds=3", "training.epochs=5")
     with federation(tmp_path, secure=True) as there, slow_link(there.port) as link:
         folders = split(asked, tmp_path / "split")
@@ -81,11 +81,11 @@ def test_a_link_of_a_megabit_a_second_carries_an_adapter_of_opt_350m(tmp_path: P
     assert 6.2e6 < payload < 6.4e6
     assert carried > 3 * payload, "two adapters to the client and one back"
     assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
-    assert "again" not in there.said("serve")
+    assert "retry" not in there.said("serve")
 
 
 def test_a_client_slower_than_the_deadline_is_lost_and_comes_back(tmp_path: Path) -> None:
-    """At 50 bytes a second its answer takes more than ten deadlines."""
+    """Slow a link so far that an answer takes more than ten deadlines."""
     overrides = ("federation.max_lost_clients=1", "federation.round_deadline=30", "training.epochs=5")
     asked = tiny("data.clients=2", f"federation.rounds={ROUNDS}", *overrides)
     with federation(tmp_path, secure=True) as there, slow_link(there.port) as link:

@@ -1,4 +1,4 @@
-"""A site that demands client certificates: stunnel before the server's nginx and on the client, as the guide has it."""
+"""Site that demands client certificates: stunnel before the server's nginx and on the client, as the guide has it."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from fedloom.deployment.processes import free_port
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 if find_nginx() is None:
     pytest.skip("nginx is not installed", allow_module_level=True)
 if shutil.which("stunnel4") is None or shutil.which("openssl") is None:
@@ -30,7 +30,7 @@ HOST = "127.0.0.2"
 
 
 def guide(title: str) -> list[str]:
-    """The blocks of the guide's section, in order."""
+    """List the blocks of the guide's section, in order."""
     section = GUIDE.read_text().partition(f"## {title}")[2].partition("\n## ")[0]
     return re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)
 

@@ -1,6 +1,7 @@
-"""The same recipe on one machine and over Flower: the same adapter and the same records, but for times."""
+"""Parity of one machine and Flower: the same recipe makes the same adapter and the same records, but for times."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,35 +9,48 @@ from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from support.federation_here import federation, run_here, split, timeless, tiny
+from support.federation_here import WHOLE_ROUNDS, Served, federation, run_here, split, timeless, tiny
 
 from fedloom.recipe.loading import recipe_to_toml
+from fedloom.records.run import Run
+
+
+def records_of_clients(run: Run, rounds: int) -> list[dict[str, Any]]:
+    """List the records of the first rounds in one order: a served run writes them as they come."""
+    found = [record for record in run.clients if record["round"] <= rounds]
+    return timeless(sorted(found, key=lambda record: (record["round"], record["client"])))
+
+
+def check_parity(served: Run, local: Run, clients: int, rounds: int) -> None:
+    ours, theirs = (run.rounds[: rounds + 1] for run in (served, local))
+    assert [record["adapter_sha256"] for record in ours] == [record["adapter_sha256"] for record in theirs]
+    assert timeless(ours) == timeless(theirs)
+    assert [record["round"] for record in ours] == [*range(rounds + 1)]
+    assert records_of_clients(served, rounds) == records_of_clients(local, rounds)
+    assert len(records_of_clients(served, rounds)) == clients * rounds
+    assert (served.folder / "report.html").is_file()
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("clients", "rounds"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.slow, id="the whole of tiny")]
-)
-def test_clients_over_flower_and_tls_make_the_adapter_of_a_local_run(clients: int, rounds: int, tmp_path: Path) -> None:
-    recipe = tiny(f"data.clients={clients}", f"federation.rounds={rounds}")
-    local = run_here(recipe, tmp_path / "local")
+@pytest.mark.xdist_group("served")
+def test_clients_over_flower_and_tls_make_the_adapter_of_a_local_run(served: Served) -> None:
+    check_parity(served.run, served.local, clients=2, rounds=WHOLE_ROUNDS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_of_tiny_over_flower_and_tls_makes_the_adapter_of_a_local_run(tmp_path: Path) -> None:
+    recipe = tiny("data.clients=3", "federation.rounds=3")
     file = tmp_path / "tiny.toml"
     file.write_text(recipe_to_toml(recipe))
     with federation(tmp_path, secure=True) as there:
         for client, data in enumerate(split(recipe, tmp_path / "split")):
             there.join(f"client-{client}", data)
-        server = there.serve(str(file), "--out", str(there.out))
-        served = there.finish(server)
-    assert [record["adapter_sha256"] for record in served.rounds] == [
-        record["adapter_sha256"] for record in local.rounds
-    ]
-    assert timeless(served.rounds) == timeless(local.rounds)
-    key = lambda record: (record["round"], record["client"])  # noqa: E731
-    assert sorted(timeless(served.clients), key=key) == sorted(timeless(local.clients), key=key)
-    assert (there.out / "report.html").is_file()
+        served = there.finish(there.serve(str(file), "--out", str(there.out)))
+    check_parity(served, run_here(recipe, tmp_path / "local"), clients=3, rounds=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_batched_engine_makes_the_same_over_flower_within_rounding(tmp_path: Path) -> None:
     """Held to both engines of a local run: one client at a time is another order of sums than all at once."""

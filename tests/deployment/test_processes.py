@@ -1,4 +1,4 @@
-"""What `serve` and `join` start ends with them, comes back if it dies, and leaves nothing behind."""
+"""Processes that `serve` and `join` start: each ends with them, comes back if it dies, and leaves nothing behind."""
 
 import os
 import socket
@@ -57,7 +57,7 @@ def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root makes a folder that is another's")
 def test_another_users_folder_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe there would be opened for ever."""
+    """Pipes there would be opened for ever."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     others = tmp_path / "fedloom-x"
     others.mkdir()

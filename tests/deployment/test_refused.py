@@ -1,4 +1,4 @@
-"""Who has no business in a federation: each is refused, is told why, and gets no byte of the model; the run goes on."""
+"""Intruders in a federation: each is refused, is told why, and gets no byte of the model; the run goes on."""
 
 import http.client
 import shutil
@@ -31,11 +31,11 @@ if shutil.which("faketime") is None:
 
 HOST = "127.0.0.2"
 SECONDS = 400.0
-"""That the refused have to give up: they ask for two minutes."""
+"""Time within which the refused give up: they ask for two minutes."""
 
 
 class Relay:
-    """A way to the server that counts what comes back over each connection."""
+    """Way to the server that counts what comes back over each connection."""
 
     def __init__(self, port: int) -> None:
         self._server, self.most_bytes = (HOST, port), 0
@@ -84,7 +84,7 @@ def relay(port: int) -> Iterator[Relay]:
 
 
 def write_kit(folder: Path, name: str, server: str, ca: Path) -> Path:
-    """As `approve` would, by whoever makes one for himself."""
+    """Write a kit as `approve` would, but by whoever makes one for himself."""
     folder.mkdir(exist_ok=True)
     kit = folder / f"{name}.kit"
     kit.write_text(f'name = "{name}"\nserver = "{server}"\nca = """\n{ca.read_text()}"""\n')
@@ -92,7 +92,7 @@ def write_kit(folder: Path, name: str, server: str, ca: Path) -> Path:
 
 
 def status_of(host: str, port: int, path: str) -> int:
-    """What a server on this machine answers to a question without content."""
+    """Return the status that a server on this machine answers a question without content with."""
     context = ssl._create_unverified_context()
     with closing(http.client.HTTPSConnection(host, port, timeout=30, context=context)) as connection:
         connection.request("POST", path)
@@ -100,7 +100,7 @@ def status_of(host: str, port: int, path: str) -> int:
 
 
 def submit_run(there: Federation, address: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """An app of a client's own, sent to where clients connect."""
+    """Send an app of a client's own to where clients connect."""
     assert there.server is not None
     (home / "flower").mkdir(parents=True)
     ca = there.server / "ca.crt"
@@ -137,7 +137,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
         other = keys.init(tmp_path / "other", HOST, there.port)
 
         def approve(name: str, through: str = "") -> Path:
-            """A client's kit; its name is its folder's."""
+            """Make a client's kit; its name is its folder's."""
             asked = keys.request(name, tmp_path / name)
             keys.approve(there.server, asked, tmp_path / name)
             return write_kit(tmp_path / name, name, through or way.address, ca)
@@ -191,7 +191,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
         record["adapter_sha256"] for record in local.rounds
     ], "the honest clients' run is that of a run without the others"
     said = {name: there.said(name).strip().splitlines()[-1] for name in (*quick, *patient)}
-    assert "the server's certificate is not by the kit's authority" in said["oscar"]
+    assert "the server's certificate is not signed by the kit's authority" in said["oscar"]
     assert "nobody's key is not there" in said["nobody"]
     assert "s ahead of the server's: Flower refuses more than 5 s; set it" in said["ahead"]
     assert "s behind the server's: Flower refuses more than 305 s; set it" in said["behind"]
@@ -199,7 +199,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
         assert said[name].startswith(
             f"error: the server refuses {name}'s key: it was not approved there, it is revoked"
         )
-        assert "again" not in there.said(name), "being refused is no fault of the SuperNode's"
+        assert "restart" not in there.said(name), "being refused is no fault of the SuperNode's"
     assert submitted.returncode != 0 or '"success": true' not in submitted.stdout
     assert "403" in submitted.stdout + submitted.stderr
     assert len(paths) > 40

@@ -37,12 +37,13 @@ for path in ("/v1/control/list-runs", "/v1/runtime/pull-task", "/v1/fleet/../con
 
 
 def six_commands() -> dict[str, list[str]]:
-    """The guide's, by what they do."""
+    """Read the guide's commands, by what they do."""
     section = GUIDE.read_text().partition("## Six commands")[2].partition("\n## ")[0]
     found = re.findall(r"fedloom ((?:provision )?(init|request|approve|serve|join|report) [^#`\n]+)", section)
     return {what: words.split() for words, what in found}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_the_guide_leads_two_hosts_from_nothing_to_the_adapter_of_a_local_run(tmp_path: Path) -> None:
     commands = six_commands()

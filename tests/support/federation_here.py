@@ -1,25 +1,29 @@
-"""A federation of this machine's processes, started as people start it; all of them end with the test."""
+"""Federation of this machine's processes, started as people start it; all of them end with the test."""
 
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
 
 from fedloom.deployment import keys
 from fedloom.deployment.processes import free_port
+from fedloom.deployment.server.nginx import find_nginx
 from fedloom.experiment.run import run
-from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run, read_run
 
 SECONDS = 400.0
-"""That any wait of a test takes at the most."""
+"""Longest time that any wait of a test takes."""
 QUICK = ["training.engine=reference", "model.dtype=float32", "data.documents_per_client=10"]
 
 
@@ -29,7 +33,7 @@ def tiny(*overrides: str) -> Recipe:
 
 
 class Federation:
-    """A server and its clients, each a process of its own, with what they say in files."""
+    """Server and clients, each a process of its own, with what they say in files."""
 
     def __init__(self, folder: Path, stack: ExitStack, *, secure: bool, host: str = "localhost") -> None:
         self.folder, self._stack = folder, stack
@@ -42,7 +46,7 @@ class Federation:
     def start(
         self, name: str, *words: str, before: Sequence[str] = (), folder: Path | None = None, **environment: str
     ) -> subprocess.Popen[bytes]:
-        """One `fedloom` command, after the words of one that it is to be run by, in a folder."""
+        """Start a `fedloom` command in a folder, after the words of another command that runs it."""
         command = [*before, sys.executable, "-m", "fedloom", *words]
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment})
@@ -57,7 +61,7 @@ class Federation:
     def join(
         self, name: str, data: Path, *words: str, through: int | None = None, **environment: str
     ) -> subprocess.Popen[bytes]:
-        """`through` is a port of this machine that leads to the server's."""
+        """Start a client; `through` is a port of this machine that leads to the server's."""
         kit = self.folder / name / f"{name}.kit"
         if self.server:
             asked = keys.request(name, kit.parent)
@@ -73,7 +77,7 @@ class Federation:
         return (self.folder / f"{name}.log").read_text()
 
     def wait_for(self, name: str, text: str, *, times: int = 1) -> None:
-        """Until somebody has said something."""
+        """Wait until somebody has said something."""
         until = time.monotonic() + SECONDS
         while self.said(name).count(text) < times:
             assert time.monotonic() < until, f"{name} never said {text!r}:\n{self.said(name)}"
@@ -88,7 +92,7 @@ class Federation:
         wait_until(lambda: self.committed() >= number, f"{number} rounds")
 
     def finish(self, server: subprocess.Popen[bytes]) -> Run:
-        """The run that a server left behind."""
+        """Wait for a server to end, and read the run that it left behind."""
         code = server.wait(SECONDS)
         assert code == 0, self.said("serve")
         return read_run(self.out)
@@ -96,9 +100,76 @@ class Federation:
 
 @contextmanager
 def federation(folder: Path, *, secure: bool = False, host: str = "localhost") -> Iterator[Federation]:
-    """With another host than localhost, behind nginx."""
+    """Open a federation; with another host than localhost it is behind nginx."""
     with ExitStack() as stack:
         yield Federation(folder, stack, secure=secure, host=host)
+
+
+DOORS = {
+    "/v1/control/list-runs": 403,
+    "/v1/control/start-run": 403,
+    "/v1/control/register-node": 403,
+    "/v1/control/stop-run": 403,
+    "//v1/control/list-runs": 403,
+    "/V1/control/list-runs": 403,
+    "/v1/fleet/../control/list-runs": 404,
+    "/v1/fleet/%2e%2e/control/list-runs": 404,
+    "/docs": 403,
+    "/v1/runtime/acquire-task": 401,
+}
+"""Paths of a SuperLink, and what it answers to whoever has its certificate alone."""
+
+
+WHOLE_ROUNDS = 2
+"""Rounds of the federation for many tests in which both clients take part; in the third one is lost."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Federation that many tests look at: what it left behind, and what was seen while it ran."""
+
+    run: Run
+    local: Run
+    """Run of the same recipe on one machine."""
+    logs: dict[str, str]
+    """Output of each process, by its name."""
+    killed: int
+    """Exit code of the server that was killed as round 2 began, before it was resumed."""
+    doors: dict[str, int]
+    """Statuses that the SuperLink answered with on each of `DOORS`."""
+
+
+def serve_for_many_tests(folder: Path) -> Served:
+    """Three rounds of two clients over TLS, behind nginx where it is installed.
+
+    The server is killed as round 2 begins, and resumed. In the last round the policy of client 1 refuses.
+    """
+    recipe = tiny("data.clients=2", f"federation.rounds={WHOLE_ROUNDS + 1}", "federation.max_lost_clients=1")
+    local = run_here(recipe, folder / "local")
+    (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
+    (folder / "policy.toml").write_text(f"max_rounds_a_day = {WHOLE_ROUNDS}\n")
+    with federation(folder, secure=True, host="127.0.0.2" if find_nginx() else "localhost") as there:
+        assert there.server is not None
+        data = split(recipe, folder / "split")
+        there.join("client-0", data[0])
+        there.join("client-1", data[1], "--policy", str(folder / "policy.toml"))
+        told = (str(folder / "tiny.toml"), "--out", str(there.out))
+        server = there.serve(*told, FEDLOOM_FAILPOINT="round.begins=kill@2")
+        there.wait_for("serve", "waiting")
+        superlink = there.inner if find_nginx() else there.port
+        doors = {path: _knock(there.server / "ca.crt", superlink, path) for path in DOORS}
+        killed = server.wait(SECONDS)
+        run = there.finish(there.serve(str(there.out), "--resume"))
+        logs = {name: there.said(name) for name in ("serve", "client-0", "client-1")}
+    return Served(run, local, logs, killed, doors)
+
+
+def _knock(ca: Path, port: int, path: str) -> int:
+    """Return the status of an answer to whoever has the server's certificate authority and no secret."""
+    trust = ssl.create_default_context(cafile=ca)
+    with closing(HTTPSConnection("localhost", port, context=trust, timeout=60)) as connection:
+        connection.request("POST", path, b"", {"content-type": "application/protobuf"})
+        return connection.getresponse().status
 
 
 def descendants(process: int) -> list[int]:
@@ -111,7 +182,7 @@ def descendants(process: int) -> list[int]:
 
 
 def find_process(parent: int, word: str) -> int:
-    """A descendant with a word in its name or command line, once there is one."""
+    """Find a descendant with a word in its name or command line, once there is one."""
     until = time.monotonic() + SECONDS
     while True:
         for found in descendants(parent):
@@ -123,7 +194,7 @@ def find_process(parent: int, word: str) -> int:
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
-    """Until something is so."""
+    """Wait until something is so."""
     until = time.monotonic() + SECONDS
     while not happened():
         assert time.monotonic() < until, f"{what} did not happen"
@@ -131,7 +202,7 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """As a person ends it, and by force where that does not do."""
+    """End a process as a person does, and by force where that does not do."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):

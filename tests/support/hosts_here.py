@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 NAMES = Path("/etc/netns")
-"""Where `ip netns exec` finds a namespace's own /etc/hosts."""
+"""Folder in which `ip netns exec` finds a namespace's own /etc/hosts."""
 
 
 def why_no_hosts() -> str:
-    """Why no namespaces can be made here; nothing where they can."""
+    """Say why no namespaces can be made here; nothing where they can."""
     if shutil.which("ip") is None:
         return "no ip command: apt install iproute2"
     name = f"fedloom-{os.getpid()}"
@@ -24,7 +24,7 @@ def why_no_hosts() -> str:
 
 @contextmanager
 def hosts(server: str, *clients: str) -> Iterator[Mapping[str, list[str]]]:
-    """What a command is to begin with to run on each host; all know the server by this name."""
+    """Make hosts, and tell what a command begins with to run on each; all know the server by its name."""
     space = {name: f"fedloom-{os.getpid()}-{index}" for index, name in enumerate((server, *clients))}
     with ExitStack() as stack:
         for index, (name, namespace) in enumerate(space.items()):

@@ -1,4 +1,4 @@
-"""A link between two sockets of this machine that can be slow, and that can be cut."""
+"""Link between two sockets of this machine that can be slow, and that can be cut."""
 
 import socket
 import threading
@@ -19,7 +19,7 @@ class SlowLink:
         self._is_cut = False
         self._connections: set[socket.socket] = set()
         self.bytes_per_second = float("inf")
-        """Of each way, for all connections together."""
+        """Speed of each way, for all connections together."""
         self.carried_bytes = 0
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)

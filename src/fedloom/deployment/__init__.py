@@ -1,1 +1,1 @@
-"""The same run over real machines: Flower carries it."""
+"""Runs over real machines: a server and its clients, between which Flower carries the messages."""

@@ -12,14 +12,14 @@ from typing import Any
 
 HEAD = struct.Struct(">QQ")
 SERVE_SOCKET = "FEDLOOM_SERVE_SOCKET"
-"""In the environment of the server app: where `fedloom serve` listens. Whoever else submits the app gets no further."""
+"""Environment variable that tells the server app where `fedloom serve` listens. Others who submit the app lack it."""
 MOST_MANIFEST_BYTES = 2**24
 MOST_PAYLOAD_BYTES = 2**36
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What is said, and the numbers that go with it: float32, little-endian."""
+    """Message of one process to another: words, and the numbers that go with them (float32, little-endian)."""
 
     manifest: Mapping[str, Any]
     payload: bytes = b""
@@ -45,15 +45,15 @@ def receive_frame(connection: socket.socket) -> Frame:
     """
     manifest_bytes, payload_bytes = HEAD.unpack(_read(connection, HEAD.size))
     if manifest_bytes > MOST_MANIFEST_BYTES or payload_bytes > MOST_PAYLOAD_BYTES:
-        raise ConnectionError("no frame of fedloom's")
+        raise ConnectionError("not a fedloom frame")
     manifest = read_manifest(_read(connection, manifest_bytes))
     if manifest is None:
-        raise ConnectionError("no frame of fedloom's")
+        raise ConnectionError("not a fedloom frame")
     return Frame(manifest, _read(connection, payload_bytes))
 
 
 def read_manifest(told: bytes | str) -> Mapping[str, Any] | None:
-    """What a JSON text says, if it is one and a mapping."""
+    """Return what a JSON text says, or None where it is not JSON or not a mapping."""
     try:
         manifest = json.loads(told)
     except (ValueError, RecursionError):
@@ -62,7 +62,7 @@ def read_manifest(told: bytes | str) -> Mapping[str, Any] | None:
 
 
 def ask(path: str, frame: Frame, *, patience_seconds: float, answer_seconds: float) -> Frame:
-    """One question to whoever listens at a path; who is not there yet, or breaks off, is asked again for a while.
+    """Ask whoever listens at a path, and return the answer; ask again for a while where nobody is there yet.
 
     Raises:
         OSError: nobody answered in time.
@@ -76,6 +76,7 @@ def ask(path: str, frame: Frame, *, patience_seconds: float, answer_seconds: flo
                 send_frame(connection, frame)
                 return receive_frame(connection)
         except TimeoutError:
+            # It is there and works: asked again, it would do the work twice.
             raise
         except OSError:
             if time.monotonic() > until:

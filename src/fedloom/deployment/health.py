@@ -1,6 +1,7 @@
-"""Whether a side of a deployment is alive: `python -m fedloom.deployment.health server FOLDER`, or `… client`.
+"""Health check of a side of a deployment: `python -m fedloom.deployment.health server FOLDER`, or `… client`.
 
-For Docker's health checks: exit code 0, or 1 and why. It starts often, so it needs the standard library alone.
+Docker runs it: exit code 0, or 1 and why. It starts often, so it needs the standard library alone: importing psutil
+would take longer than all of the check.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ WAIT_SECONDS = 10.0
 GATEWAY_ERRORS = range(502, 505)
 CHILDREN = {
     "worker": b"fedloom.deployment.client.worker",
-    "SuperNode": b"programs\0supernode",
-    "tasks": b"programs\0client-tasks",
+    "SuperNode": b"fedloom.deployment.flower.programs\0supernode",
+    "tasks": b"fedloom.deployment.flower.programs\0client-tasks",
 }
-"""What a client's `fedloom join` keeps alive, and the words that each has in its command line."""
+"""Processes that a client's `fedloom join` keeps alive, and the words that each has in its command line: the kernel
+puts a zero byte between two of them."""
 
 
 def check_server(folder: Path) -> str:
-    """What is wrong with the server whose certificate lies in this folder; empty where clients would reach it.
+    """Say what is wrong with the server whose certificate lies in this folder; nothing where clients would reach it.
 
     nginx must answer with that certificate, and have a SuperLink behind it.
     """
@@ -39,7 +41,7 @@ def check_server(folder: Path) -> str:
 
 
 def check_client(parent: int = 1) -> str:
-    """What does not run among the descendants of a process; a container's first is 1."""
+    """Say what does not run among the descendants of a process; the first process of a container is 1."""
     parents, commands = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -58,7 +60,7 @@ def check_client(parent: int = 1) -> str:
 
 
 def main() -> None:
-    """What Docker calls."""
+    """Print what is wrong, and exit with 1 if anything is."""
     match sys.argv[1:]:
         case ["server", folder]:
             wrong = check_server(Path(folder))

@@ -32,13 +32,13 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Security:
-    """What a server proves itself by, and whose keys it takes."""
+    """Server's certificate and keys, and the list of clients whose keys it takes."""
 
     folder: Path
-    """Absolute, as Flower wants its files named."""
+    """Folder of the files, absolute as Flower wants them named."""
     host: str
     port: int
-    """That clients connect to: nginx's, or on the loopback the SuperLink's own."""
+    """Port that clients connect to: nginx's, or on the loopback the SuperLink's own."""
 
     @property
     def ca(self) -> Path:
@@ -54,15 +54,15 @@ class Security:
 
     @property
     def is_local(self) -> bool:
-        """Whether all clients are on this machine, so that no proxy is needed."""
+        """True where all clients are on this machine, so that no proxy is needed."""
         return self.host in LOOPBACK
 
     def clients(self) -> Mapping[str, Path]:
-        """The public keys of the clients that were approved and not revoked."""
+        """List the public keys of the clients that were approved and not revoked, by name."""
         return {path.stem: path for path in sorted((self.folder / "clients").glob("*.pub"))}
 
     def expires(self) -> datetime:
-        """When the server's certificate does."""
+        """Return when the server's certificate expires."""
         return _read_certificate(self.certificate).not_valid_after_utc
 
 
@@ -70,13 +70,13 @@ def init(folder: Path, host: str, port: int) -> Security:
     """Make a certificate authority, the server's certificate for its names, and an empty list of clients.
 
     Raises:
-        DeploymentError: the folder exists, or the host is no name or address.
+        DeploymentError: the folder exists, or the host is not a name or address.
     """
-    check_flower()  # whose own library for keys this is
+    check_flower()  # the library for keys comes with it
     from cryptography.hazmat.primitives.asymmetric import ec
 
     if not HOST.fullmatch(host):
-        raise DeploymentError("no host name or address", where=f"--host {host[:80]}")
+        raise DeploymentError("not a host name or address", where=f"--host {host[:80]}")
     if folder.exists():
         raise DeploymentError("the folder exists", where=str(folder), mend="name another with --folder")
     (folder / "clients").mkdir(parents=True)
@@ -116,7 +116,7 @@ def renew(folder: Path) -> Security:
 
 
 def open_server(folder: Path) -> Security:
-    """What `init` made.
+    """Read what `init` made.
 
     Raises:
         DeploymentError: it is not there, or its certificate has expired.
@@ -145,7 +145,7 @@ def _read_server(folder: Path) -> Security:
 
 
 def describe_expiry(expires: datetime) -> str:
-    """The date, and from 30 days ahead a warning."""
+    """Say when a certificate expires, with a warning from 30 days ahead."""
     left = (expires - datetime.now(UTC)).days
     warning = f": ONLY {left} DAYS LEFT (fedloom provision renew, on the server)" if left < WARN_DAYS else ""
     return f"the certificate is valid until {expires:%Y-%m-%d}{warning}"
@@ -155,7 +155,7 @@ def request(name: str, folder: Path) -> Path:
     """Make this client's key, which stays here, and the small file that goes to the server's owner.
 
     Raises:
-        DeploymentError: the name is none, or has a key here already.
+        DeploymentError: the name can't be one, or has a key here already.
     """
     check_flower()
     from cryptography.hazmat.primitives import serialization
@@ -178,10 +178,10 @@ def request(name: str, folder: Path) -> Path:
 
 
 def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
-    """Take a client's key onto the list; the kit to send back, and the fingerprint to read aloud.
+    """Take a client's key onto the list; return the kit to send back, and the fingerprint to read aloud.
 
     Raises:
-        DeploymentError: the file is no request, or another client has that name or key.
+        DeploymentError: the file is not a request, or another client has that name or key.
     """
     security = open_server(folder)
     try:
@@ -192,7 +192,7 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
     except DeploymentError as error:
         raise DeploymentError(error.what, where=str(file), mend=error.mend) from None
     except Exception as error:  # of a dozen kinds, from a file that may be anything
-        raise DeploymentError("not a request of fedloom's", where=str(file)) from error
+        raise DeploymentError("not a fedloom request", where=str(file)) from error
     check_name(name)
     known = folder / "clients" / f"{name}.pub"
     if known.exists() and known.read_text(encoding="utf-8").strip() != public:
@@ -219,7 +219,7 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
 
 
 def _read_public_key(text: str) -> str:
-    """A key of the kind that `request` makes and Flower takes, without the comment that it may have.
+    """Read a key of the kind that `request` makes and Flower takes, without the comment that it may have.
 
     Raises:
         DeploymentError: it is of another kind.
@@ -249,7 +249,7 @@ def revoke(folder: Path, name: str) -> None:
 
 
 def fingerprint(ca: Path) -> str:
-    """SHA-256 of a certificate, in groups that can be read aloud."""
+    """Return the SHA-256 of a certificate, in groups that can be read aloud."""
     from cryptography.hazmat.primitives.hashes import SHA256
 
     digits = _read_certificate(ca).fingerprint(SHA256()).hex()
@@ -257,10 +257,10 @@ def fingerprint(ca: Path) -> str:
 
 
 def read_authority(pem: str, where: str) -> str:
-    """The one certificate in a kit and nothing else: all that stands there would be trusted, and one is told aloud.
+    """Read the one certificate in a kit: all that stand there would be trusted, but one fingerprint is compared.
 
     Raises:
-        DeploymentError: it is none, or more than one.
+        DeploymentError: there is none, or more than one.
     """
     check_flower()
     from cryptography import x509
@@ -275,18 +275,19 @@ def read_authority(pem: str, where: str) -> str:
 
 
 def is_address(text: str) -> bool:
-    """Whether it is HOST:PORT, as a kit names its server."""
+    """Return whether a text is HOST:PORT, as a kit names its server."""
     host, _, port = text.rpartition(":")
     host = host[1:-1] if host[:1] + host[-1:] == "[]" else host
     try:
-        host.encode("idna")  # as whoever connects does: no part of it is empty or too long
+        # Whoever connects does this, and fails with another error: a part of it may be empty or too long.
+        host.encode("idna")
     except UnicodeError:
         return False
     return bool(HOST.fullmatch(host) and PORT.fullmatch(port) and int(port) < 2**16)
 
 
 def check_name(name: str, where: str = "") -> None:
-    """Refuse what is no name for a client: it becomes part of paths.
+    """Refuse what can't be a client's name: it becomes part of paths.
 
     Raises:
         DeploymentError
@@ -304,7 +305,7 @@ def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -
 def _certify(
     name: str, key: Any, issuer: tuple[x509.Certificate, Any] | None, days: int, hosts: tuple[str, ...]
 ) -> x509.Certificate:
-    """A certificate of one's own, or one that a CA signed for hosts."""
+    """Make a certificate: one that signs itself, or one that an authority signs for hosts."""
     from cryptography import x509
     from cryptography.hazmat.primitives.hashes import SHA384
 
@@ -366,7 +367,7 @@ def _private_pem(key: Any) -> bytes:
 
 
 def _write_private(path: Path, content: bytes) -> None:
-    """Readable by its owner alone from the first moment on."""
+    """Write a file that is readable by its owner alone from the first moment on."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

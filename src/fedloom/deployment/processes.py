@@ -20,10 +20,10 @@ from pathlib import Path
 from fedloom.errors import DeploymentError
 
 LEASH = "import ctypes,os,signal,sys; ctypes.CDLL(None).prctl(1,signal.SIGTERM); os.execvp(sys.argv[1],sys.argv[1:])"
-"""Linux ends a process whose parent was killed, if it asks for that."""
+"""Program that runs another one which Linux ends when its parent is killed."""
 GRACE_SECONDS = 10.0
 PREFIX, LOCK = "fedloom-", "owner.lock"
-"""Of private folders, and of the file in them that their owner holds."""
+"""Names of private folders begin so, and each has a file that its owner keeps locked."""
 FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -32,14 +32,15 @@ FLOWER = {
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(2**20),
     "OPENBLAS_NUM_THREADS": "1",  # of numpy's, which only moves bytes there
 }
-"""Settings of Flower's programs: they tell nobody what they do, start apps sooner, get through slow links, and have no
-threads to fork."""
+"""Settings of Flower's programs: they report to nobody, start apps sooner, get through slow links, and have no threads
+to fork."""
 CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
-"""In the environment of a SuperLink and of what operates it: others on this machine can reach its port, too."""
+"""Environment variable with the secret that a SuperLink demands of whoever operates it. Others on this machine can
+reach its port, too."""
 
 
 class Child:
-    """A process, and all that it starts, with its output in a file."""
+    """Process with all that it starts, whose output goes to a file."""
 
     def __init__(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str]) -> None:
         self._command, self.log, self._environment = list(command), log, dict(environment)
@@ -49,6 +50,7 @@ class Child:
     def start(self) -> None:
         """Start it, again if need be; what is left of it is ended before."""
         self.end()
+        # A session of its own, so that `end` reaches all that it starts, and Ctrl-C in a terminal reaches none of it.
         leash = [sys.executable, "-c", LEASH] if sys.platform == "linux" else []
         with open(self.log, "ab") if self.log else nullcontext() as output:
             self._process = subprocess.Popen(
@@ -80,8 +82,8 @@ class Child:
         self._process = None
 
 
-class Together:
-    """Processes that are no use without each other: where one ended, all are started again."""
+class ChildGroup:
+    """Processes that are of no use without each other: where one ended, all are started again."""
 
     def __init__(self, *children: Child) -> None:
         self._children = children
@@ -97,7 +99,7 @@ class Together:
 
     @property
     def log(self) -> Path | None:
-        """Of the first that ended."""
+        """Log of the first that ended."""
         return next((child.log for child in self._children if child.ended), None)
 
     def end(self) -> None:
@@ -106,7 +108,7 @@ class Together:
 
 
 def programs_environment(home: Path) -> dict[str, str]:
-    """For Flower's programs: quiet, with their own home, and this Python's programs found first."""
+    """Return an environment for Flower's programs: quiet, with a home of their own, this Python's programs first."""
     here = str(Path(sys.executable).parent)
     return {**os.environ, **FLOWER, "FLWR_HOME": str(home), "PATH": os.pathsep.join([here, os.environ.get("PATH", "")])}
 
@@ -122,19 +124,19 @@ def check_flower() -> None:
 
 
 def flower_command(program: str, *words: str) -> list[str]:
-    """One of Flower's programs, as `flower.programs` runs it."""
+    """Return the command line of one of Flower's programs, as `flower.programs` runs it."""
     return [sys.executable, "-m", "fedloom.deployment.flower.programs", program, *words]
 
 
 def write_secret(folder: Path) -> Path:
-    """What proves who may take the tasks of a SuperNode or SuperLink, which everyone on this machine can reach."""
+    """Write the secret that whoever takes tasks of a SuperNode or SuperLink must know: everyone here can reach them."""
     path = folder / "tasks.secret"
     path.write_bytes(secrets.token_bytes(32))
     return path
 
 
 def tasks_command(kind: str, address: str, secret: Path, ca: Path | None) -> list[str]:
-    """Who carries out the tasks of a SuperNode (`client`) or SuperLink (`server`)."""
+    """Return the command line of what carries out the tasks of a SuperNode (`client`) or a SuperLink (`server`)."""
     trust = ["--root-certificates", str(ca)] if ca else ["--insecure"]
     words = ("--runtime-api-address", address, "--superexec-auth-secret-file", str(secret), *trust)
     return flower_command(f"{kind}-tasks", *words)
@@ -142,9 +144,9 @@ def tasks_command(kind: str, address: str, secret: Path, ca: Path | None) -> lis
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder for sockets, keys' settings and logs that nobody else can look into; it is gone afterwards.
+    """Make a folder for sockets, settings and logs that nobody else can look into, and remove it afterwards.
 
-    Those whose owner was killed are removed: an owner holds a lock.
+    Folders that killed processes left behind are removed too: a living owner holds a lock.
     """
     _sweep()
     # Paths of Unix sockets are short, so it is not in the run directory.
@@ -158,6 +160,7 @@ def private_folder() -> Iterator[Path]:
 def _sweep() -> None:
     """Remove folders of processes that are gone."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        # Another user's "lock" may be a pipe, which would be opened for ever.
         if lock.parent.lstat().st_uid != os.getuid():
             continue
         with suppress(OSError), open(lock) as held:  # swept by another
@@ -166,7 +169,7 @@ def _sweep() -> None:
 
 
 def rest(seconds: float, check: Callable[[], None]) -> None:
-    """Wait so long; meanwhile, `check` may raise."""
+    """Wait some seconds; meanwhile, `check` may raise."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         check()
@@ -174,14 +177,14 @@ def rest(seconds: float, check: Callable[[], None]) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
+    """Find a port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def tail(log: Path, lines: int = 3) -> str:
-    """The end of a log, for an error."""
+    """Return the end of a log, for an error message."""
     if not log.is_file():
         return ""
     return " / ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])[-500:]

@@ -1,4 +1,4 @@
-"""When a client gives up because its key is not taken, and when it does not: from what Flower's SuperNode says."""
+"""Client that gives up because its key is not taken, or that does not: from what Flower's SuperNode says."""
 
 import sys
 import time
@@ -8,8 +8,8 @@ import pytest
 
 from fedloom.cli import main
 from fedloom.deployment.client import joining
-from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, Refusals, watch
-from fedloom.deployment.processes import Child, Together
+from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, watch
+from fedloom.deployment.processes import Child, ChildGroup
 from fedloom.errors import DeploymentError
 
 NOT_TAKEN = "ERROR: Exit Code: 305\n[code: 2004] Failed to activate SuperNode.\n"
@@ -18,12 +18,12 @@ TAKEN = "INFO: SuperNode ID: 123\n"
 
 
 class Node:
-    """A SuperNode's log, and a clock."""
+    """Log of a SuperNode, and a clock."""
 
     def __init__(self, log: Path) -> None:
         self.now, self.said, self.greeted = 0.0, [], 0
         self._log = log
-        self._refusals = Refusals("alice", log, self._greet, lambda what, detail: self.said.append(what))
+        self._refused_key = RefusedKey("alice", log, self._greet, lambda what, detail: self.said.append(what))
 
     def monotonic(self) -> float:
         return self.now
@@ -35,7 +35,7 @@ class Node:
         self.now += after
         with self._log.open("a") as log:
             log.write(told)
-        return self._refusals.look()
+        return self._refused_key.look()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_client_gives_up_when_its_key_was_refused_for_two_minutes(told: str, n
 
 
 def test_a_server_that_is_started_again_may_refuse_for_a_while_each_time(node: Node) -> None:
-    """It reads its clients' keys after it listens, and takes them then; or is gone again before that."""
+    """Servers read their clients' keys after they listen, and take them then; or are gone again before that."""
     for _ in range(9):
         assert node.ends(NOT_TAKEN, 60)
         assert node.ends(TAKEN + UNAUTHORIZED, 60)
@@ -85,7 +85,7 @@ def test_what_a_server_says_can_not_command_a_terminal(
 
 
 class Ending:
-    """What ends as soon as it is started, and a clock on which that is now."""
+    """Child that ends as soon as it is started, and a clock on which that is now."""
 
     log = None
     ended = True
@@ -100,7 +100,7 @@ class Ending:
 
 
 class Refusing:
-    """A server that does or does not refuse the SuperNode."""
+    """Server that does or does not refuse the SuperNode."""
 
     def __init__(self, answer: bool) -> None:
         self._answer = answer
@@ -109,8 +109,10 @@ class Refusing:
         return self._answer
 
 
-def watch_here(children: dict[str, Ending | Together], *, refused: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What `watch` says until it is ended, without rests."""
+def watch_here(
+    children: dict[str, Ending | ChildGroup], *, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Run `watch` without rests until it is ended, and return what it says."""
     said: list[str] = []
     monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
     with pytest.raises(KeyboardInterrupt):
@@ -137,12 +139,12 @@ def test_what_ended_is_quoted(ends: str, tmp_path: Path, monkeypatch: pytest.Mon
         code = f"print('{name} fails', flush=True)" + ("" if name == ends else "; import time; time.sleep(600)")
         return Child([sys.executable, "-c", code], tmp_path / f"{name}.log", {})
 
-    together = Together(child("node"), child("tasks"))
+    group = ChildGroup(child("node"), child("tasks"))
     try:
-        while not together.ended:
+        while not group.ended:
             time.sleep(0.05)
-        monkeypatch.setattr(together, "start", Ending(0).start)
-        said = watch_here({"SuperNode": together}, refused=False, monkeypatch=monkeypatch)
+        monkeypatch.setattr(group, "start", Ending(0).start)
+        said = watch_here({"SuperNode": group}, refused=False, monkeypatch=monkeypatch)
     finally:
-        together.end()
-    assert said == [f"the SuperNode ended; it is started again ({ends} fails)"]
+        group.end()
+    assert said == [f"the SuperNode ended; starting it again ({ends} fails)"]

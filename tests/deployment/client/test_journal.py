@@ -1,4 +1,4 @@
-"""What a client's journal holds, counts and survives."""
+"""Journal of a client: what it holds, counts and survives."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ TOLD = {"recipe": "r", "round": 1}
 
 
 def write(path: Path, *rounds: tuple[float, str]) -> Journal:
-    """A journal of rounds that began so many hours ago."""
+    """Write a journal of rounds that began so many hours ago."""
     now = datetime.now(UTC)
     lines = [json.dumps({"when": (now - timedelta(hours=hours)).isoformat(), "task": task}) for hours, task in rounds]
     path.write_text("".join(line + "\n" for line in lines))
@@ -75,7 +75,7 @@ def test_a_damaged_journal_is_refused_by_its_line(line: str, tmp_path: Path) -> 
     journal = write(tmp_path / "a.jsonl", (2, "a"))
     journal.path.write_text(journal.path.read_text() + line + "\n" + journal.path.read_text())
     for use in (journal.check, lambda: journal.note("c", TOLD)):
-        with pytest.raises(DeploymentError, match="line 2 is no round"):
+        with pytest.raises(DeploymentError, match="line 2 is not a round"):
             use()
 
 

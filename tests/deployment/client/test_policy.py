@@ -1,4 +1,4 @@
-"""What a client's owner allows."""
+"""Policy of a client: what its owner allows, and what is refused."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `fedloom join` finds out before it starts anything: whose server answers, if any, and what time it is there."""
+"""Preflight of `fedloom join`, before it starts anything: whose server answers, if any, and what time it is there."""
 
 import http.server
 import ssl
@@ -23,7 +23,7 @@ from fedloom.errors import DeploymentError
 
 @contextmanager
 def server(security: Security | None, *, ahead: float = 0, port: int = 0, date: str | None = None) -> Iterator[str]:
-    """One that answers, with a clock of its own; over plain HTTP without certificates."""
+    """Serve answers, with a clock of its own; over plain HTTP without certificates."""
 
     def now() -> str:
         return format_datetime(datetime.now(UTC) + timedelta(seconds=ahead), usegmt=True)
@@ -67,7 +67,7 @@ def test_the_kits_server_is_told_by_its_certificates_last_day(security: Security
 
 def test_another_authoritys_server_is_refused(security: Security, tmp_path: Path) -> None:
     other = init(tmp_path / "other", "localhost", 1)
-    with server(other) as there, pytest.raises(DeploymentError, match="not by the kit's authority"):
+    with server(other) as there, pytest.raises(DeploymentError, match="not signed by the kit's authority"):
         greet_server(there, ca(security))
 
 
@@ -84,7 +84,7 @@ def test_what_speaks_no_tls_and_a_kit_without_a_certificate_in_it_are_refused(se
     with server(None) as there:
         with pytest.raises(DeploymentError, match="TLS fails"):
             greet_server(there, ca(security))
-        with pytest.raises(DeploymentError, match="the kit's certificate is none"):
+        with pytest.raises(DeploymentError, match="the kit's certificate can't be read"):
             greet_server(there, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
 
 
@@ -99,7 +99,7 @@ def test_what_speaks_no_tls_and_a_kit_without_a_certificate_in_it_are_refused(se
 )
 @pytest.mark.parametrize("secure", [True, False])
 def test_a_clock_that_flower_would_refuse_is_said(ahead: float, why: str, secure: bool, security: Security) -> None:
-    """Before the certificate's dates, which a clock that is years off would make look wrong."""
+    """Look at the clock before the certificate's dates, which a clock that is years off would make look wrong."""
     with (
         server(security if secure else None, ahead=ahead) as there,
         pytest.raises(DeploymentError, match=why),
@@ -120,7 +120,7 @@ def test_a_servers_date_that_is_none_is_not_compared(date: str) -> None:
 
 
 def test_a_slow_link_does_not_make_a_clock_look_wrong() -> None:
-    """The server read its clock somewhere between our question and its answer, and told whole seconds."""
+    """Allow for a server that read its clock somewhere between our question and its answer, and told whole seconds."""
     check_clock(1000.0, 995.0, 1030.0)
     check_clock(1000.0, 1005.9, 1030.0)
     with pytest.raises(DeploymentError, match="6 s ahead of"):
@@ -196,6 +196,6 @@ def test_waiting_for_a_server_can_be_ended(security: Security) -> None:
 def test_behind_a_proxy_of_the_environment_nothing_is_checked(
     security: Security, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Flower goes through it, and ours would not."""
+    """Flower goes through the proxy, and ours would not."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     assert greet_server("fed.example.org:8443", ca(security)) == ""

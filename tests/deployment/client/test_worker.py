@@ -1,4 +1,4 @@
-"""A client's worker: what it takes as a question, what it never tells."""
+"""Worker of a client: what it takes as a question, what it never tells."""
 
 import json
 from dataclasses import replace
@@ -39,12 +39,12 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def worker_of(path: Path, policy: Policy | None = None) -> Worker:
-    """A worker as `fedloom join` starts it, with its journal beside the documents."""
+    """Make a worker as `fedloom join` starts it, with its journal beside the documents."""
     return Worker("alice", path, policy or Policy(), Journal(path.parent / "alice.journal.jsonl"))
 
 
 def task(round: int, **changed: Any) -> Frame:
-    """A round's question, as a server asks it."""
+    """Write a round's question, as a server asks it."""
     adapter = load_adapted_model(RECIPE, open_model(RECIPE.model.source)).read()
     packed = pack_task(
         replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed), pack_adapter(adapter)
@@ -56,7 +56,7 @@ def test_it_says_what_it_holds_and_nothing_of_it(tmp_path: Path) -> None:
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
     facts = unpack_facts(answer.manifest)
-    assert (facts["name"], facts["train_documents"], facts["holdout_documents"]) == ("alice", 6, 2)
+    assert (facts.name, facts.train_documents, facts.holdout_documents) == ("alice", 6, 2)
     assert SECRET not in json.dumps(answer.manifest)
     assert "private" not in json.dumps(answer.manifest)
 
@@ -76,12 +76,12 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ({"do": "meet"}, "recipe is none"),
-        ({"do": "meet", "recipe": {"data": 1}}, "recipe is none"),
-        ({"do": "leave", "recipe": told()}, "no question"),
-        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "no task"),
-        ({"do": "train", "recipe": told(), "training": 5}, "no task"),
-        ({"do": "evaluate", "recipe": told()}, "an adapter of another model"),
+        ({"do": "meet"}, "can't read the server's recipe"),
+        ({"do": "meet", "recipe": {"data": 1}}, "can't read the server's recipe"),
+        ({"do": "leave", "recipe": told()}, "does not know the question"),
+        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "not a task of this recipe"),
+        ({"do": "train", "recipe": told(), "training": 5}, "not a task of this recipe"),
+        ({"do": "evaluate", "recipe": told()}, "the adapter is for another model"),
     ],
 )
 def test_a_question_that_is_none_is_refused(asked: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
 def test_a_task_trains_as_its_recipe_says(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "private.jsonl", 12)
     longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 99}))
-    assert worker_of(data).answer(longer).manifest["error"] == "the task is not the recipe's"
+    assert worker_of(data).answer(longer).manifest["error"] == "the task is not as its recipe says"
 
 
 def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -
     for asked in (task(1, rounds=500), task(500)):
         answer = worker_of(data, Policy(max_rounds=2)).answer(asked)
         assert answer.manifest["error"] == "policy.max_rounds: its policy allows 2 rounds, not 500"
-        assert worker_of(data).answer(asked).manifest["error"] == "the task is not the recipe's"
+        assert worker_of(data).answer(asked).manifest["error"] == "the task is not as its recipe says"
     assert not (tmp_path / "alice.journal.jsonl").exists()
 
 
@@ -156,7 +156,7 @@ def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pyt
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
     clients = prepare(RECIPE, Observer()).clients
     for folder, expected in zip(write_splits(RECIPE, tmp_path / "split", Observer()), clients, strict=True):
-        _, _, found, _ = gather_client(RECIPE, folder)
+        found = gather_client(RECIPE, folder).blocks
         for ours, theirs in ((found.train, expected.train), (found.holdout, expected.holdout)):
             assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
             assert ours.lengths_N.tolist() == theirs.lengths_N.tolist()
@@ -165,8 +165,8 @@ def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
 def test_a_split_of_the_owners_is_taken_as_it_stands(tmp_path: Path) -> None:
     write_rows(tmp_path / TRAIN, 5)
     (tmp_path / HOLDOUT).write_text("")
-    _, documents, blocks, _ = gather_client(RECIPE, tmp_path)
-    assert (len(documents.train), len(documents.holdout), len(blocks.holdout)) == (5, 0, 0)
+    data = gather_client(RECIPE, tmp_path)
+    assert (len(data.documents.train), len(data.documents.holdout), len(data.blocks.holdout)) == (5, 0, 0)
 
 
 def test_a_client_with_nothing_to_train_on_is_told_so(tmp_path: Path) -> None:

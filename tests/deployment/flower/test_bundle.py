@@ -1,4 +1,4 @@
-"""A client runs fedloom's own relay and no other app, whatever its server sends."""
+"""App of a client: it runs fedloom's own relay and no other app, whatever its server sends."""
 
 import io
 import subprocess

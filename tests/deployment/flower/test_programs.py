@@ -1,4 +1,4 @@
-"""What is changed in Flower, held to the Flower that is installed."""
+"""Changes to Flower, held to the Flower that is installed."""
 
 import inspect
 import os

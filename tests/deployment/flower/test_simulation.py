@@ -1,4 +1,4 @@
-"""The same two apps under Flower's simulation: Ray carries the messages, and the adapter is that of a local run."""
+"""Both apps under Flower's simulation: Ray carries the messages, and the adapter is that of a local run."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from support.federation_here import run_here, split, timeless, tiny
 
 from fedloom.deployment.flower import apps
 from fedloom.deployment.processes import Child, private_folder, programs_environment
-from fedloom.deployment.server.serving import Host
+from fedloom.deployment.server.serving import RemoteClients
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
@@ -60,8 +60,8 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
             command += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
             worker = Child(command, tmp_path / f"client-{client}.log", programs_environment(folder))
             stack.callback(worker.end)
-        link = stack.enter_context(closing(Simulation(folder, 0, None)))
-        host = Host(link, 200.0)
+        link = stack.enter_context(closing(Simulation(folder, 0, None, lambda what, detail: None)))
+        host = RemoteClients(link, 200.0)
         simulated = run(asked, tmp_path / "simulated", Observer(), clients=host)
     assert [record["adapter_sha256"] for record in simulated.rounds] == [
         record["adapter_sha256"] for record in local.rounds

@@ -1,4 +1,4 @@
-"""A client that sends anything at all, as Flower's objects: it is refused, and the others' round is complete.
+"""Client that sends anything at all, as Flower's objects: it is refused, and the others' round is complete.
 
 The kinds are those of which FedAvg let nine into the model and five end the run, and what else can be put into Flower's
 messages. What is scripted is Flower's network alone: answers are taken apart and put together by Flower's own code.
@@ -29,7 +29,7 @@ from support.tiny import make_adapted, make_recipe, make_update, run_of
 
 from fedloom.deployment.flower import apps
 from fedloom.deployment.frames import MOST_MANIFEST_BYTES, Frame
-from fedloom.deployment.messages import COUNTS, pack_update
+from fedloom.deployment.messages import COUNTS, pack_recipe, pack_update
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
@@ -39,19 +39,19 @@ from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import RoundResult, run_rounds
 
 HOSTILE = 2
-"""Of the clients 0, 1 and 2."""
+"""Client that is hostile, of 0, 1 and 2."""
 ROUNDS = 2
 
 Content = list[RecordDict]
-"""What a client answers a question with: one record, if it is honest."""
+"""Answer of a client to a question: one record, if it is honest."""
 Hostility = Callable[[Frame, int], Content]
-"""What it makes of its own honest answer, in a round."""
+"""Change that a hostile client makes to its own honest answer, in a round."""
 Spoil = Callable[[dict[str, bytes]], dict[str, bytes]]
-"""What it makes of the objects that Flower takes its answer apart into."""
+"""Change that it makes to the objects that Flower takes its answer apart into."""
 
 
 def honest_answer(name: str, asked: Frame) -> Frame:
-    """A client that adds its number, and one, to every weight."""
+    """Answer as a client that adds its number, and one, to every weight."""
     if asked.manifest["do"] == "meet":
         words = {"name": name, "version": "1", "base": "b", "documents": f"of {name}"}
         return Frame({**dict.fromkeys(COUNTS, 4), **words})
@@ -212,14 +212,18 @@ def honestly(answer: Frame, round: int) -> Content:
 def run_with(
     hostility: Hostility = honestly, spoil: Spoil = lambda objects: objects, deadline: float = 20.0
 ) -> tuple[list[RoundResult], list[str]]:
-    """A run of two rounds, and what was said."""
+    """Run two rounds, and return their results and what was said."""
     section = {"rounds": ROUNDS, "max_lost_clients": 1, "round_deadline": deadline}
     recipe = make_recipe(federation=section, data={"clients": 3}, training={"proximal_mu": 0.0})
     said: list[str] = []
     exchange = Exchange(
-        ScriptedSuperLink(hostility, spoil), recipe, lambda what, detail: said.append(f"{what} {detail}")
+        ScriptedSuperLink(hostility, spoil),
+        pack_recipe(recipe),
+        deadline,
+        lambda what, detail: said.append(f"{what} {detail}"),
+        lambda phases: None,
     )
-    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe, range(3), Path(gettempdir()))
+    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe.federation, range(3), Path(gettempdir()))
     aggregate = LORA_RULES["factors"](recipe.federation)
     run = run_of(recipe, fleet, aggregate, lambda a: Score(1.0, 0, 1), make_adapted().read(), sizes=fleet.sizes)
     return [*run_rounds(run, fleet)], said
@@ -231,7 +235,7 @@ def final(results: list[RoundResult]) -> str:
 
 @pytest.fixture(scope="module")
 def without_it() -> str:
-    """The adapter that the other two make."""
+    """Make the adapter of the other two."""
     said = Frame({"error": "not today"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "POLL_SECONDS", 0.01)
@@ -240,11 +244,17 @@ def without_it() -> str:
 
 @pytest.fixture(scope="module")
 def with_it() -> str:
-    """The adapter that all three make."""
+    """Make the adapter of all three."""
     return final(run_with()[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+LONG = ("words that are longer as a text",)
+"""Kinds that take as long as all others together: megabytes of text, written out as JSON in JSON."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in LONG else kind for kind in KINDS]
+)
 def test_what_a_client_sends_is_refused_and_the_others_make_the_model(kind: str, without_it: str) -> None:
     results, said = run_with(KINDS[kind])
     assert len(results) == ROUNDS + 1
@@ -253,7 +263,7 @@ def test_what_a_client_sends_is_refused_and_the_others_make_the_model(kind: str,
 
 
 def test_the_others_alone_make_another_model_than_all_three(without_it: str, with_it: str) -> None:
-    """So the test above would see an update that came through."""
+    """Show that the test above would see an update that came through."""
     assert without_it != with_it
 
 

@@ -24,7 +24,7 @@ with_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx is not insta
 
 
 def make(folder: Path) -> Security:
-    """A server that is not of this machine alone."""
+    """Make the keys of a server that is not for this machine alone."""
     return init(folder, "127.0.0.2", free_port())
 
 
@@ -95,7 +95,7 @@ def test_it_is_started_again_where_it_ended_or_left_its_workers_behind(tmp_path:
             os.kill(int(before), signal.SIGKILL)
             assert becomes(lambda then=before: number.is_file() and number.read_text() not in ("", then))
             assert becomes(lambda: listens(security.port))
-            assert said == ["again: nginx ended; it is started again"] * times
+            assert said == ["restart: nginx ended; starting it again"] * times
     assert becomes(lambda: not listens(security.port))
 
 

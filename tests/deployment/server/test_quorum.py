@@ -1,4 +1,4 @@
-"""A round that loses more clients than may be: the run ends, or goes on with the adapter as it was."""
+"""Round that loses more clients than may be: the run ends, or goes on with the adapter as it was."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The fleet of other machines on a scripted link: who comes late, twice, under another node or with nonsense."""
+"""Fleet of other machines on a scripted transport: who comes late, twice, under another node or with nonsense."""
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +16,7 @@ from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     COUNTS,
     pack_adapter,
+    pack_recipe,
     pack_task,
     pack_update,
     unpack_adapter,
@@ -27,13 +28,14 @@ from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError, MessageError, RunError
 from fedloom.progress import Progress
+from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 
 Script = Callable[[Node, Frame], Frame | str | None]
-"""What a node answers: a frame, an error of Flower's, or nothing at all."""
+"""Answer of a node: a frame, an error of Flower's, or nothing at all."""
 
 
-class ScriptedLink:
+class ScriptedTransport:
     """Nodes whose answers are there at the next look."""
 
     def __init__(self, nodes: Sequence[Node], script: Script) -> None:
@@ -88,7 +90,7 @@ def adapter() -> Adapter:
 
 
 def honest(asked: Node, frame: Frame) -> Frame | str | None:
-    """A client that adds its number to every weight."""
+    """Answer as a client that adds its number to every weight."""
     name = asked.id.removeprefix("node of ")
     if frame.manifest["do"] == "meet":
         return facts(name)
@@ -99,12 +101,22 @@ def honest(asked: Node, frame: Frame) -> Frame | str | None:
     return pack_update(make_update(trained, int(name), round=frame.manifest["round"]), None)
 
 
-def open_fleet(script: Script, clients: int = 3, **federation: Any) -> tuple[RemoteFleet, ScriptedLink, list[str]]:
+def open_fleet(script: Script, clients: int = 3, **federation: Any) -> tuple[RemoteFleet, ScriptedTransport, list[str]]:
     recipe = make_recipe(data={"clients": clients}, federation={"round_deadline": 20.0, **federation})
-    link, said = ScriptedLink([node(str(n)) for n in range(clients)], script), list[str]()
-    exchange = Exchange(link, recipe, lambda what, detail: said.append(f"{what} {detail}"))
+    transport, said = ScriptedTransport([node(str(n)) for n in range(clients)], script), list[str]()
+    exchange = open_exchange(transport, recipe, said)
     names = exchange.assemble(clients, 5.0)
-    return RemoteFleet(exchange, names, recipe, range(clients), Path(gettempdir())), link, said
+    return RemoteFleet(exchange, names, recipe.federation, range(clients), Path(gettempdir())), transport, said
+
+
+def open_exchange(transport: ScriptedTransport, recipe: Recipe, said: list[str]) -> Exchange:
+    return Exchange(
+        transport,
+        pack_recipe(recipe),
+        recipe.federation.round_deadline,
+        lambda what, detail: said.append(f"{what} {detail}"),
+        lambda phases: None,
+    )
 
 
 def tasks(fleet: RemoteFleet, round: int = 1) -> list[ClientTask]:
@@ -130,38 +142,40 @@ def test_updates_come_by_client_and_hold_outs_are_scored() -> None:
 
 
 def test_who_is_late_is_lost_and_is_not_waited_for_while_it_is_gone() -> None:
-    fleet, link, _ = open_fleet(
+    fleet, transport, _ = open_fleet(
         lambda n, f: None if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f), round_deadline=1.0
     )
     found = outcome(fleet)
     assert [line[:9] for line in found] == ["0 trained", "1 round 1", "2 trained"]
     assert "no answer within" in found[1]
-    link.there = [node("0"), node("2")]
+    transport.there = [node("0"), node("2")]
     assert "is still not connected" in outcome(fleet, 2)[1]
 
 
 def test_a_client_under_another_node_is_asked_again_and_counted_once() -> None:
-    fleet, link, _ = open_fleet(honest)
+    fleet, transport, _ = open_fleet(honest)
 
     def dies_once(asked: Node, frame: Frame) -> Frame | str | None:
         if asked == node("1") and frame.manifest["do"] == "train":
-            link.there = [node("0"), node("2"), node("1", "2"), node("1")]
+            transport.there = [node("0"), node("2"), node("1", "2"), node("1")]
             return None
         return honest(asked, frame)
 
-    link._script = dies_once
+    transport._script = dies_once
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
-    assert [n.session for n, do in link.asked if do == "train" and n.id[-1] == "1"] == ["1", "2"]
+    assert [n.session for n, do in transport.asked if do == "train" and n.id[-1] == "1"] == ["1", "2"]
 
 
 def test_a_process_that_died_is_asked_again_but_not_for_ever() -> None:
-    fleet, link, _ = open_fleet(lambda n, f: "Flower's error 1" if f.manifest["do"] == "train" else honest(n, f), 1)
+    fleet, transport, _ = open_fleet(
+        lambda n, f: "Flower's error 1" if f.manifest["do"] == "train" else honest(n, f), 1
+    )
     assert "Flower's error 1" in outcome(fleet)[0]
-    assert [do for _, do in link.asked].count("train") == exchange.TRIES
+    assert [do for _, do in transport.asked].count("train") == exchange.TRIES
 
 
 def test_a_node_that_went_away_is_asked_again_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often Flower says that it is away: that is no try."""
+    """Flower may say again and again that it is away: that is no try."""
     monkeypatch.setattr(exchange, "GONE_SECONDS", 0.05)
     away = iter(["gone"] * (exchange.TRIES + 2))
 
@@ -169,16 +183,16 @@ def test_a_node_that_went_away_is_asked_again_when_it_is_back(monkeypatch: pytes
         train = frame.manifest["do"] == "train" and asked.id[-1] == "1"
         return next(away, honest(asked, frame)) if train else honest(asked, frame)
 
-    fleet, link, _ = open_fleet(goes_away)
+    fleet, transport, _ = open_fleet(goes_away)
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
-    assert [n.id[-1] for n, do in link.asked if do == "train"].count("1") == exchange.TRIES + 3
+    assert [n.id[-1] for n, do in transport.asked if do == "train"].count("1") == exchange.TRIES + 3
 
 
 def test_a_lost_link_is_made_anew_and_the_questions_asked_again() -> None:
-    fleet, link, said = open_fleet(honest)
-    link.lost_calls = 1
+    fleet, transport, said = open_fleet(honest)
+    transport.lost_calls = 1
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
-    assert "link lost; it is made anew" in said
+    assert "server lost the connection to Flower's SuperLink; connecting again" in said
 
 
 def test_a_round_waits_for_its_quorum_if_the_recipe_says_so() -> None:
@@ -203,27 +217,27 @@ def test_a_round_waits_for_its_quorum_if_the_recipe_says_so() -> None:
 )
 def test_who_is_refused_or_refuses_is_named_with_the_reason(answer: Frame, why: str) -> None:
     recipe = make_recipe(data={"clients": 2})
-    link = ScriptedLink([node("0"), node("1")], lambda n, f: answer if n.id[-1] == "1" else honest(n, f))
+    transport = ScriptedTransport([node("0"), node("1")], lambda n, f: answer if n.id[-1] == "1" else honest(n, f))
     with pytest.raises(DeploymentError, match=f"1 of 2 clients came .*1 refused: {why}"):
-        Exchange(link, recipe, lambda what, detail: None).assemble(2, 0.2)
+        open_exchange(transport, recipe, []).assemble(2, 0.2)
 
 
 def test_who_came_and_left_before_the_run_began_is_none_of_its_clients() -> None:
     """Revoked, say: it would be waited for in every round."""
-    link = ScriptedLink([node("0")], honest)
-    exchange = Exchange(link, make_recipe(data={"clients": 2}), lambda what, detail: None)
+    transport = ScriptedTransport([node("0")], honest)
+    exchange = open_exchange(transport, make_recipe(data={"clients": 2}), [])
     for present in ("0", "1"):
-        link.there = [node(present)]
+        transport.there = [node(present)]
         with pytest.raises(DeploymentError, match=rf"1 of 2 clients came within .* \({present}\)"):
             exchange.assemble(2, 0.3)
-    link.there = [node("1"), node("2")]
+    transport.there = [node("1"), node("2")]
     assert exchange.assemble(2, 5.0) == ["1", "2"]
 
 
 def test_a_client_with_other_documents_is_not_the_client_that_left() -> None:
-    fleet, link, said = open_fleet(honest, 2, round_deadline=1.0)
-    link.there = [node("0"), node("1", "2")]
-    link._script = lambda n, f: facts("1", documents="others") if n == node("1", "2") else honest(n, f)
+    fleet, transport, said = open_fleet(honest, 2, round_deadline=1.0)
+    transport.there = [node("0"), node("1", "2")]
+    transport._script = lambda n, f: facts("1", documents="others") if n == node("1", "2") else honest(n, f)
     assert "no answer within" in outcome(fleet)[1]
     assert any("other documents" in line for line in said)
 
@@ -259,7 +273,7 @@ def test_progress_that_can_not_be_is_not_shown_and_costs_no_update(progress: Any
     fleet.watch = seen.append
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
     assert not seen
-    assert sum(line.startswith("odd") for line in said) == 3
+    assert sum(line.startswith("warning") for line in said) == 3
 
 
 @pytest.mark.parametrize("rule", ["factors", "rolora", "fedex"])
@@ -268,7 +282,7 @@ def test_a_task_and_its_update_are_the_same_after_they_travelled(rule: str) -> N
 
     recipe, start = make_recipe(federation={"lora_rule": rule}), adapter()
     task = ClientTask(1, 0, start, recipe.training, 3, 7, trained_part(start.layout, rule, 1))
-    unpacked = unpack_task(pack_task(task, pack_adapter(start)), start.layout, recipe)
+    unpacked = unpack_task(pack_task(task, pack_adapter(start)), start.layout, recipe.federation)
     assert unpacked.adapter.sha256() == start.sha256()
     assert (unpacked.training, unpacked.rounds, unpacked.seed) == (task.training, 3, 7)
     assert (unpacked.trains_P is None) == (task.trains_P is None)
@@ -308,7 +322,7 @@ def test_an_update_that_can_not_be_one_is_refused(spoil: Callable[[Frame], Frame
 
 
 def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was answered first but is summed last is held by nobody: neither in memory nor in a file that stays."""
+    """Answers that come first but are summed last are held by nobody: neither in memory nor in a file that stays."""
     fleet, _, _ = open_fleet(honest)
     fleet.folder = tmp_path
     alive: weakref.WeakSet[Adapter] = weakref.WeakSet()

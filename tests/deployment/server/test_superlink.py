@@ -1,55 +1,28 @@
-"""What another user of the server's machine gets from the SuperLink's port, nothing that operates it; and its keys."""
+"""SuperLink of a server: another user of its machine operates nothing there; and its clients' keys."""
 
-import ssl
 from collections.abc import Iterator
 from contextlib import closing
-from http.client import HTTPSConnection
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
+from support.federation_here import DOORS, Served
+
 from fedloom.deployment import keys
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.processes import free_port, private_folder
+from fedloom.deployment.processes import private_folder
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError
 
 
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[keys.Security]:
-    """The keys of a SuperLink whose app was submitted, through the path that the others are refused on."""
-    security = keys.init(tmp_path_factory.mktemp("keys") / "server", "localhost", free_port())
-    with private_folder() as folder, closing(SuperLink(folder, security.port, security)) as link:
-        link.open()
-        assert link.nodes() == []
-        yield security
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("/v1/control/list-runs", 403),
-        ("/v1/control/start-run", 403),
-        ("/v1/control/register-node", 403),
-        ("/v1/control/stop-run", 403),
-        ("//v1/control/list-runs", 403),
-        ("/V1/control/list-runs", 403),
-        ("/v1/fleet/../control/list-runs", 404),
-        ("/v1/fleet/%2e%2e/control/list-runs", 404),
-        ("/docs", 403),
-        ("/v1/runtime/acquire-task", 401),
-    ],
-)
-def test_who_has_the_certificate_alone_operates_nothing(door: keys.Security, path: str, status: int) -> None:
-    trust = ssl.create_default_context(cafile=door.ca)
-    with closing(HTTPSConnection("localhost", door.port, context=trust, timeout=60)) as connection:
-        connection.request("POST", path, b"", {"content-type": "application/protobuf"})
-        answer = connection.getresponse()
-        told = answer.read()
-    assert answer.status == status, told
+@pytest.mark.timeout(900)
+@pytest.mark.xdist_group("served")
+@pytest.mark.parametrize("path", DOORS)
+def test_who_has_the_certificate_alone_operates_nothing(path: str, served: Served) -> None:
+    """Knock where the server itself operates it: its app was submitted there."""
+    assert served.doors[path] == DOORS[path]
 
 
 class ScriptedSuperLink(SuperLink):
@@ -95,7 +68,7 @@ def names_of(link: SuperLink) -> list[str]:
 def test_a_name_that_has_another_key_is_not_open_to_the_old_one(
     looks: bool, scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
 ) -> None:
-    """Its node may not have been there when the key was revoked, so that Flower still takes it."""
+    """Nodes may not have been there when the key was revoked, so that Flower still takes it."""
     link, _ = scripted
     server = tmp_path / "server"
     keys.approve(server, keys.request("alice", tmp_path / "old"), tmp_path)

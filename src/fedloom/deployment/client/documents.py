@@ -1,4 +1,4 @@
-"""What one client of a deployment holds: documents of its own, split and tokenised as the recipe says.
+"""Documents that one client of a deployment holds, split and tokenised as the recipe says.
 
 A folder with `train.jsonl` and `holdout.jsonl` is a split that its owner made: it is taken as it stands, in its order.
 Anything else that a recipe could name is split here, by the recipe's share. `write_splits` writes the split of a run on
@@ -8,9 +8,8 @@ one machine as such folders, so that a deployment can be held to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
@@ -26,8 +25,23 @@ from fedloom.seeds import derive_seed
 TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"
 
 
-def gather_client(recipe: Recipe, path: Path) -> tuple[ModelSource, ClientDocuments, ClientBlocks, Mapping[str, Any]]:
-    """The tokenizer's model, a client's documents and blocks, and what may be told of how they came about.
+@dataclass(frozen=True)
+class ClientData:
+    """Documents of one client and their blocks, with the model whose tokenizer made them."""
+
+    source: ModelSource
+    documents: ClientDocuments
+    blocks: ClientBlocks
+    shared_blocks: int
+    """Blocks to train on that the hold-out also has, before any are dropped."""
+    dropped: int
+    """Documents to train on that were left out because the hold-out has nearly the same."""
+    leaks: int
+    """Documents to train on that were kept although the hold-out has nearly the same."""
+
+
+def gather_client(recipe: Recipe, path: Path) -> ClientData:
+    """Read, split and tokenise a client's documents as the recipe says.
 
     Raises:
         DataError: they can't be read, or leave nothing to train on.
@@ -43,7 +57,7 @@ def gather_client(recipe: Recipe, path: Path) -> tuple[ModelSource, ClientDocume
     blocks = ClientBlocks(unseen if drop else train, holdout)
     if not len(blocks.train):
         raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
-    return source, documents, blocks, {"shared_blocks": shared, "dropped": audit.dropped[0], "leaks": audit.leaks}
+    return ClientData(source, documents, blocks, shared, audit.dropped[0], audit.leaks)
 
 
 def _split(recipe: Recipe, path: Path) -> ClientDocuments:

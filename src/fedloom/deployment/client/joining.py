@@ -1,4 +1,4 @@
-"""`fedloom join`: one client's node. Starts and watches Flower's SuperNode and the worker; no torch here."""
+"""Client's node, as `fedloom join` runs it: starts and watches Flower's SuperNode and the worker. No torch here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.keys import check_name, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
     Child,
-    Together,
+    ChildGroup,
     check_flower,
     flower_command,
     free_port,
@@ -33,38 +33,38 @@ from fedloom.errors import DeploymentError
 from fedloom.host.signals import Interruption
 
 AGAIN_SECONDS = 2.0
-"""Before what ended is started again."""
+"""Pause before a process that ended is started again; it doubles each time."""
 RESTARTS = 10
-"""Within `SETTLED_SECONDS`, after which it is given up."""
+"""Restarts of a process within `SETTLED_SECONDS`, after which it is given up."""
 SETTLED_SECONDS = 600.0
 MOST_SECONDS = 30.0
-"""Before what ends again and again is started again."""
+"""Longest pause before a process that ends again and again is started again."""
 REFUSED_SECONDS = 120.0
-"""For which a server may refuse a key that it takes later: one that was started again reads its clients' keys after it
-listens, and a SuperNode that was killed counts as there for a minute."""
+"""Time for which a server may refuse a key that it takes later: a server that was started again reads its clients' keys
+after it listens, and a SuperNode that was killed counts as connected for a minute."""
 REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
-"""What Flower's SuperNode says before it ends for a key that is not taken: when it begins, and after HTTP 401."""
+"""Words of Flower's SuperNode before it ends because its key was refused: when it begins, and after HTTP 401."""
 TAKEN = b"SuperNode ID:"
-"""What it says when its key was."""
+"""Words of Flower's SuperNode when its key was taken."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """Where the server is, and what this client proves itself by."""
+    """Server's address and certificate authority, with this client's name and key."""
 
     name: str
     server: str
-    """HOST:PORT."""
+    """Address of the server, HOST:PORT."""
     ca: str = ""
-    """The certificate authority of the server, PEM: one certificate, whose fingerprint is told."""
+    """Certificate authority of the server, PEM: one certificate, whose fingerprint is shown."""
     key: Path | None = None
 
 
 def read_kit(path: Path) -> Kit:
-    """What the server's owner sent, with the key that `provision request` made, which lies beside it or here.
+    """Read the kit that the server's owner sent, and find the key that `provision request` made: beside it, or here.
 
     Raises:
-        DeploymentError: it is no kit, or the key is not there.
+        DeploymentError: the file is not a kit, or the key is not there.
     """
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def read_kit(path: Path) -> Kit:
     except OSError as error:
         raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
     except (ValueError, KeyError, RecursionError):
-        raise DeploymentError("not a kit of fedloom's", where=str(path)) from None
+        raise DeploymentError("not a fedloom kit", where=str(path)) from None
     check_name(kit.name, where=str(path))
     if not is_address(kit.server):
         raise DeploymentError(
@@ -130,7 +130,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
-        children: dict[str, Child | Together] = {}
+        children: dict[str, Child | ChildGroup] = {}
         try:
             with Interruption(partial(say, "leaving")) as interruption:
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
@@ -139,16 +139,16 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
                 children["worker"] = Child(command, None, {**os.environ})
                 environment = programs_environment(folder / "flower")
                 parts = (Child(node, log, environment), Child(tasks, folder / "tasks.log", environment))
-                children["SuperNode"] = Together(*parts)
+                children["SuperNode"] = ChildGroup(*parts)
                 say("joining", f"{kit.server} as {kit.name}")
-                watch(children, Refusals(kit.name, log, greet, say), say, interruption.check)
+                watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
         finally:
             for child in reversed(children.values()):
                 child.end()
 
 
-class Refusals:
-    """How long the server has refused this client's key, over all starts of its SuperNode."""
+class RefusedKey:
+    """Time for which the server has refused this client's key, over all starts of its SuperNode."""
 
     def __init__(self, name: str, log: Path, greet: Callable[[], object], say: Callable[[str, str], object]) -> None:
         self._name, self._log, self._greet, self._say = name, log, greet, say
@@ -156,7 +156,7 @@ class Refusals:
         self._first = self._last = -math.inf
 
     def look(self) -> bool:
-        """Whether it was for this that the SuperNode ended.
+        """Return whether the SuperNode ended because its key was refused.
 
         Raises:
             DeploymentError: the server is not going to take this client.
@@ -169,13 +169,15 @@ class Refusals:
             self._last = -math.inf
         if not any(refusal in told for refusal in REFUSALS):
             return False
-        self._greet()  # which knows better, where it is for the clock
+        # A clock that is off is refused with the same words: this raises and says so.
+        self._greet()
         now = time.monotonic()
         if now - self._last >= REFUSED_SECONDS:
             self._first = now
             minutes = REFUSED_SECONDS / 60
             self._say(
-                "refused", f"the server does not know {self._name}'s key, or not yet: asked for {minutes:.0f} minutes"
+                "refused",
+                f"the server does not accept {self._name}'s key, or not yet: trying for {minutes:.0f} minutes",
             )
         self._last = now
         if now - self._first >= REFUSED_SECONDS:
@@ -188,8 +190,8 @@ class Refusals:
 
 
 def watch(
-    children: Mapping[str, Child | Together],
-    refusals: Refusals,
+    children: Mapping[str, Child | ChildGroup],
+    refused_key: RefusedKey,
     say: Callable[[str, str], object],
     check: Callable[[], None],
 ) -> None:
@@ -199,6 +201,7 @@ def watch(
         DeploymentError: something ends again and again, or the server refuses this client.
     """
     restarts: dict[str, list[float]] = {what: [] for what in children}
+    # A wait for one child holds up the others, which may have ended too: they are looked at when it is over.
     while True:
         check()
         for what, child in children.items():
@@ -206,13 +209,14 @@ def watch(
                 now = time.monotonic()
                 recent = restarts[what] = [then for then in restarts[what] if now - then < SETTLED_SECONDS]
                 log = child.log
-                if not (what == "SuperNode" and refusals.look()):  # which counts its own
+                # A refused key ends the SuperNode every few seconds. That is not its fault, and has a limit of its own.
+                if not (what == "SuperNode" and refused_key.look()):
                     recent.append(now)
                     if len(recent) > RESTARTS:
                         why = log and tail(log)
                         raise DeploymentError(f"the {what} ended {RESTARTS} times" + (f": {why}" if why else ""))
                     why = log and tail(log, 1)
-                    say("again", f"the {what} ended; it is started again" + (f" ({why})" if why else ""))
+                    say("restart", f"the {what} ended; starting it again" + (f" ({why})" if why else ""))
                 rest(min(AGAIN_SECONDS * 2 ** max(len(recent) - 1, 0), MOST_SECONDS), check)
                 child.start()
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The rounds that a client trained in: its owner's record of what was asked, and what `max_rounds_a_day` counts.
+"""Journal of the rounds that a client trained in: its owner's record of what was asked, by which rounds are counted.
 
 One line of JSON a round, on disk before training begins, so that no crash hides one. It holds no text and no paths.
 """
@@ -23,7 +23,7 @@ DAY = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Journal:
-    """A file of rounds that one process appends to."""
+    """File of rounds to which one process appends."""
 
     path: Path
 
@@ -37,7 +37,7 @@ class Journal:
         self._append(b"")
 
     def note(self, task: str, told: Mapping[str, Any], *, at_most: int | None = None) -> None:
-        """Write down a round that is about to begin; `task` is `hash_task` of it.
+        """Write down a round that is about to begin, whose task has this hash (`hash_task`).
 
         The same task asked again, as after a crash, is another line and the same round.
 
@@ -57,7 +57,7 @@ class Journal:
         self._append(line.encode() + b"\n")
 
     def _read(self) -> list[tuple[datetime, str]]:
-        """When each round began, and which it was."""
+        """List when each round began, and the hash of its task."""
         with self._explained("read"):
             content = self.path.read_bytes() if self.path.exists() else b""
         found = []
@@ -68,7 +68,9 @@ class Journal:
                 found.append((datetime.fromisoformat(told["when"]).astimezone(UTC), str(told["task"])))
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise DeploymentError(
-                    f"line {number} is no round", where=self.path.name, mend="mend the line, or put the file elsewhere"
+                    f"line {number} is not a round",
+                    where=self.path.name,
+                    mend="mend the line, or put the file elsewhere",
                 ) from None
         return found
 
@@ -76,6 +78,7 @@ class Journal:
         with self._explained("written"):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             with os.fdopen(descriptor, "r+b") as file:
+                # A line that was cut off by a crash would spoil the next one.
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.seek(0, os.SEEK_END)
                 file.write(line)
@@ -84,7 +87,7 @@ class Journal:
 
     @contextmanager
     def _explained(self, done: str) -> Iterator[None]:
-        """Of the path no more than the name is said: the server hears it too."""
+        """Turn errors of the system into one that names the file but not its folder: the server hears it too."""
         try:
             yield
         except OSError as error:
@@ -96,6 +99,6 @@ class Journal:
 
 
 def hash_task(asked: Frame) -> str:
-    """SHA-256 of all that a training depends on: the same one twice tells a server nothing new."""
+    """Return the SHA-256 of all that a training depends on. The same task twice tells a server nothing new."""
     told = {key: value for key, value in asked.manifest.items() if key != "judge"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + asked.payload).hexdigest()

@@ -1,4 +1,4 @@
-"""What a client allows a server to ask of it: a file of its owner's, checked before anything is loaded."""
+"""Policy of a client: its owner's limits to what a server may ask of it, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Policy(Section):
-    """A key left out allows everything."""
+    """Limits to what a server may ask. A key that is left out allows everything."""
 
     models: Names | None = Field(None, description="base models that may be trained, as a recipe's model.source")
     max_epochs: int | None = Field(None, ge=1, description="the most passes over the documents in a round")
@@ -30,7 +30,7 @@ def load_policy(path: Path) -> Policy:
     """Read a policy file.
 
     Raises:
-        RecipeError: there is none, or it is none.
+        RecipeError: the file is not there, or is not a policy.
     """
     try:
         return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -55,6 +55,7 @@ def check_policy(policy: Policy, recipe: Recipe, task: ClientTask | None = None)
     """
     epochs, rounds, source = recipe.training.epochs, recipe.federation.rounds, recipe.model.source
     if task:
+        # A server could tell a mild recipe and then set harder tasks.
         epochs, rounds = max(epochs, task.training.epochs), max(rounds, task.rounds, task.round)
     if policy.models is not None and source not in policy.models:
         raise RecipeError(f'its policy does not allow the base model "{source}"', where="policy.models")

@@ -1,4 +1,4 @@
-"""Before a client starts anything heavy: is it the kit's server that answers, and do both clocks agree?
+"""Preflight of a client, before it starts anything heavy: does the kit's server answer, and do both clocks agree?
 
 One HTTP request, for the date of its answer. Flower itself says nothing of all this: with another's certificate its
 SuperNode tries for ever, and one whose clock is off ends without a word. Nothing of the client's is told.
@@ -19,23 +19,23 @@ from fedloom.deployment.processes import rest
 from fedloom.errors import DeploymentError
 
 AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0
-"""That a client's clock may be off. Its SuperNode signs each request with the time; the server refuses it with HTTP 401
-from there on (flwr.superlink.routers.fleet.node_auth)."""
+"""Limits to how far a client's clock may be off. Its SuperNode signs each request with the time; beyond them the server
+refuses it with HTTP 401 (flwr.superlink.routers.fleet.node_auth)."""
 ANSWER_SECONDS = 15.0
 AGAIN_SECONDS = 2.0
-"""Between two looks for a server that is not there yet."""
+"""Time between two looks for a server that is not there yet."""
 NO_CHECK_TIME = 0x200000
-"""OpenSSL's: a certificate's dates are left to us, who know the server's clock too."""
+"""Flag of OpenSSL that leaves a certificate's dates to us, who know the server's clock too."""
 OTHER_NAME = (62, 64)
-"""OpenSSL's: the certificate is for other names or addresses."""
+"""Codes of OpenSSL for a certificate that is for other names or addresses."""
 
 
 class AbsentError(Exception):
-    """Nobody answers, which may change."""
+    """Nobody answers yet."""
 
 
 def await_server(server: str, ca: str, say: Callable[[str, str], object], check: Callable[[], None]) -> str:
-    """What there is to say of the kit's server, once it answers; until then, `check` may raise.
+    """Wait until the kit's server answers, and return what to say of it; meanwhile, `check` may raise.
 
     Raises:
         DeploymentError: another server answers, or it would refuse this machine for its clock.
@@ -53,15 +53,16 @@ def await_server(server: str, ca: str, say: Callable[[str, str], object], check:
 
 
 def greet_server(server: str, ca: str) -> str:
-    """What there is to say of the server that answers; without a certificate authority, over plain HTTP.
+    """Ask a server once, and return what to say of it; without a certificate authority, over plain HTTP.
 
     Raises:
         AbsentError: nobody answers.
         DeploymentError: another server answers, or it would refuse this machine for its clock.
     """
     host, _, port = server.rpartition(":")
+    # Behind a proxy of the environment, Flower's connection goes another way than this one would.
     if ca and getproxies().keys() & {"https", "all"} and not proxy_bypass(host):
-        return ""  # Flower's connection goes another way than ours would
+        return ""
     connection = _connect(host.strip("[]"), int(port), ca)
     try:
         before = time.time()
@@ -79,7 +80,7 @@ def greet_server(server: str, ca: str) -> str:
     except TimeoutError:
         raise AbsentError("no answer") from None
     except HTTPException:
-        raise AbsentError("what answers is no HTTP") from None
+        raise AbsentError("the answer is not HTTP") from None
     except OSError as error:
         raise AbsentError((error.strerror or type(error).__name__).lower()) from None
     finally:
@@ -95,6 +96,7 @@ def check_clock(served: float, before: float, after: float) -> None:
     Raises:
         DeploymentError: it is off however those are read.
     """
+    # The server read its clock somewhere between our two readings, and cut off the fraction of a second.
     ahead, behind = before - (served + 1), served - after
     mend = "set it (timedatectl set-ntp true), or have the server's set"
     for seconds, most, side in ((ahead, AHEAD_SECONDS, "ahead of"), (behind, BEHIND_SECONDS, "behind")):
@@ -106,7 +108,7 @@ def check_clock(served: float, before: float, after: float) -> None:
 
 
 def _read_date(header: str) -> float | None:
-    """The server's time; none where what it tells is no date."""
+    """Read the server's time, or None where what it tells is not a date."""
     try:
         return parsedate_to_datetime(header).timestamp()
     except (ValueError, OverflowError):
@@ -120,7 +122,7 @@ def _connect(host: str, port: int, ca: str) -> HTTPConnection:
         context = ssl.create_default_context(cadata=ca)
     except ssl.SSLError:
         raise DeploymentError(
-            "the kit's certificate is none", mend="ask the server's owner for the kit again"
+            "the kit's certificate can't be read", mend="ask the server's owner for the kit again"
         ) from None
     context.verify_flags |= NO_CHECK_TIME
     return HTTPSConnection(host, port, timeout=ANSWER_SECONDS, context=context)
@@ -130,14 +132,14 @@ def _refusal(error: ssl.SSLCertVerificationError, server: str, host: str) -> Dep
     if error.verify_code in OTHER_NAME:
         return DeploymentError(f"the server's certificate is not for {host}", where=server, mend="ask its owner")
     return DeploymentError(
-        f"the server's certificate is not by the kit's authority ({error.verify_message})",
+        f"the server's certificate is not signed by the kit's authority ({error.verify_message})",
         where=server,
         mend="ask its owner for a new kit, and compare the fingerprint",
     )
 
 
 def _check_dates(certificate: Mapping[str, object], server: str) -> str:
-    """What to say of a certificate's dates, after both clocks were found to agree."""
+    """Return what to say of a certificate's dates, after both clocks were found to agree."""
     begins, ends = (
         datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate[key])), UTC)
         for key in ("notBefore", "notAfter")

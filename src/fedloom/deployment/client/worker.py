@@ -1,4 +1,4 @@
-"""A client's worker: holds the base model and the client's own documents for the node's life, and does what is asked.
+"""Worker of a client: holds the base model and the client's own documents as long as the node lives, and answers.
 
 It answers questions on a Unix socket: who are you (`meet`), how good is this adapter (`evaluate`), train it (`train`).
 The recipe comes from the server, the documents from this machine's command line, and never the other way round.
@@ -17,12 +17,19 @@ from typing import Any
 
 from fedloom import __version__
 from fedloom.adapters.adapter import Adapter
-from fedloom.data.tokens import ClientBlocks
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.journal import Journal, hash_task
 from fedloom.deployment.client.policy import Policy, check_policy, load_policy
 from fedloom.deployment.frames import Frame, receive_frame, send_frame
-from fedloom.deployment.messages import pack_score, pack_update, unpack_adapter, unpack_task
+from fedloom.deployment.messages import (
+    ClientFacts,
+    pack_facts,
+    pack_score,
+    pack_update,
+    unpack_adapter,
+    unpack_recipe,
+    unpack_task,
+)
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.experiment.building import load_adapted_model
@@ -35,34 +42,37 @@ from fedloom.training.engines import ENGINES, choose_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
 
 
-class Bench:
-    """One recipe's base model and this client's blocks, and what is asked of them."""
+class ClientModel:
+    """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
 
-    def __init__(self, recipe: Recipe, data: Path) -> None:
-        source, documents, blocks, told = gather_client(recipe, data)
-        self._blocks: ClientBlocks = blocks
+    def __init__(self, recipe: Recipe, name: str, path: Path) -> None:
+        data = gather_client(recipe, path)
+        self._blocks = data.blocks
         self._recipe = recipe
-        say("model", source.name)
-        self._adapted = load_adapted_model(recipe, source)
+        say("model", data.source.name)
+        self._adapted = load_adapted_model(recipe, data.source)
         engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
         self._engine = ENGINES[engine](self._adapted, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
-        self.facts: dict[str, Any] = {
-            "version": __version__,
-            "base": hash_base(self._adapted),
-            "documents": hash_tensors(tensors_of([blocks.train, blocks.holdout])),
-            "train_documents": len(documents.train),
-            "holdout_documents": len(documents.holdout),
-            "blocks": len(blocks.train),
-            "tokens": blocks.train.num_tokens,
-            "holdout_blocks": len(blocks.holdout),
-            "holdout_tokens": blocks.holdout.num_tokens,
-            **told,
-        }
+        self.facts = ClientFacts(
+            name=name,
+            version=__version__,
+            base=hash_base(self._adapted),
+            documents=hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout])),
+            train_documents=len(data.documents.train),
+            holdout_documents=len(data.documents.holdout),
+            blocks=len(data.blocks.train),
+            tokens=data.blocks.train.num_tokens,
+            holdout_blocks=len(data.blocks.holdout),
+            holdout_tokens=data.blocks.holdout.num_tokens,
+            shared_blocks=data.shared_blocks,
+            dropped=data.dropped,
+            leaks=data.leaks,
+        )
 
     def take_progress(self) -> list[list[Any]]:
-        """The batches that were worked on since this was last asked: the server counts them as its own run's."""
+        """Return the batches worked on since this was last called: the server counts them as its own run's."""
         taken, self._progress = self._progress, []
         return [[*asdict(progress).values()] for progress in taken]
 
@@ -70,19 +80,19 @@ class Bench:
         self._progress.append(progress)
 
     def evaluate(self, asked: Frame) -> Frame:
-        """How good an adapter is on this client's own hold-out."""
+        """Score an adapter on this client's own hold-out."""
         return Frame({"score": pack_score(self._score(unpack_adapter(asked, self._adapted.layout)))})
 
     def read_task(self, asked: Frame) -> ClientTask:
-        """The task in a question.
+        """Read the task in a question.
 
         Raises:
-            MessageError: it is none of this recipe.
+            MessageError: it is not a task of this recipe.
         """
-        return unpack_task(asked, self._adapted.layout, self._recipe)
+        return unpack_task(asked, self._adapted.layout, self._recipe.federation)
 
     def describe(self, task: ClientTask) -> dict[str, Any]:
-        """A task for its owner's journal."""
+        """Describe a task for its owner's journal."""
         epochs, blocks = task.training.epochs, self._blocks.train
         return {
             "recipe": self._recipe.name,
@@ -94,7 +104,7 @@ class Bench:
         }
 
     def train(self, task: ClientTask, *, judge: bool) -> Frame:
-        """A round's work; with `judge` the adapter is scored before and after it."""
+        """Train for a round; with `judge`, score the adapter before and after it."""
         before = self._score(task.adapter) if judge else None
         say(f"round {task.round}", "training")
         job = ClientJob(**vars(task), blocks=self._blocks.train)
@@ -111,7 +121,8 @@ class Bench:
         return pack_update(replace(result, report=report), task.trains_P)
 
     def _score(self, adapter: Adapter) -> Score | None:
-        """Of an adapter that is judged more than once, worked out once."""
+        """Score an adapter, once where it is asked for again, or return None where nothing is held out."""
+        # The adapter that a round ends with is the one that the next begins with: the server asks twice.
         digest = adapter.sha256()
         if self._scored[0] != digest:
             self._scored = digest, self._evaluate(adapter) if len(self._blocks.holdout) else None
@@ -128,73 +139,63 @@ class Bench:
 
 
 class Worker:
-    """Answers questions, one after another."""
+    """Client's answers to questions, one after another."""
 
     def __init__(self, name: str, data: Path, policy: Policy, journal: Journal) -> None:
         self._name, self._data, self._policy, self._journal = name, data, policy, journal
         self._told: Mapping[str, Any] | None = None
-        self._bench: Bench | None = None
+        self._model: ClientModel | None = None
         self._last: tuple[Frame, Frame] | None = None
 
     def answer(self, asked: Frame) -> Frame:
-        """What is asked, or why not: in words that hold nothing of this client's documents or paths."""
+        """Do what is asked, or say why not, in words that hold nothing of this client's documents or paths."""
+        # The same question again: the answer was lost on its way. It is given again, not worked out again.
         if self._last and self._last[0] == asked:
-            return self._last[1]  # asked again, because the answer was lost on its way
+            return self._last[1]
         try:
-            bench, do = self._open(asked.manifest.get("recipe")), asked.manifest.get("do")
+            model, do = self._open(asked.manifest.get("recipe")), asked.manifest.get("do")
             if do == "meet":
-                found = Frame({"name": self._name, **bench.facts})
+                found = Frame(pack_facts(model.facts))
             elif do == "evaluate":
-                found = bench.evaluate(asked) if self._policy.tell_holdout_loss else Frame({"score": None})
+                found = model.evaluate(asked) if self._policy.tell_holdout_loss else Frame({"score": None})
             elif do == "train":
-                task = self._admit(asked, bench)
-                found = bench.train(task, judge=bool(asked.manifest.get("judge")))
+                task = self._admit(asked, model)
+                found = model.train(task, judge=bool(asked.manifest.get("judge")))
             else:
-                raise MessageError("no question that this fedloom knows")
+                raise MessageError("this version of fedloom does not know the question")
         except DataError as error:
             say("error", str(error))
             return Frame({"name": self._name, "error": "its documents can't be used: its owner sees why"})
         except FedloomError as error:
             say("error", str(error))
             return Frame({"name": self._name, "error": str(error)})
-        found = replace(found, manifest={**found.manifest, "progress": bench.take_progress()})
+        found = replace(found, manifest={**found.manifest, "progress": model.take_progress()})
         self._last = asked, found
         return found
 
-    def _open(self, told: Any) -> Bench:
-        if self._bench is None or told != self._told:
-            recipe = read_told_recipe(told)
+    def _open(self, told: Any) -> ClientModel:
+        if self._model is None or told != self._told:
+            recipe = unpack_recipe(told)
             check_policy(self._policy, recipe)
-            self._bench = self._told = None
-            self._bench, self._told = Bench(recipe, self._data), told
-        return self._bench
+            # The former model is let go first: two may not fit in memory.
+            self._model = self._told = None
+            self._model, self._told = ClientModel(recipe, self._name, self._data), told
+        return self._model
 
-    def _admit(self, asked: Frame, bench: Bench) -> ClientTask:
-        """A task that its recipe and the policy allow, once it stands in the journal."""
-        recipe, task = read_told_recipe(self._told), bench.read_task(asked)
+    def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
+        """Read a task, refuse it unless its recipe and the policy allow it, and write it into the journal."""
+        recipe, task = unpack_recipe(self._told), model.read_task(asked)
         check_policy(self._policy, recipe, task)
         known, training = (part.model_dump(exclude={"proximal_mu", "clients_at_once"})
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
-            raise MessageError("the task is not the recipe's")
-        self._journal.note(hash_task(asked), bench.describe(task), at_most=self._policy.max_rounds_a_day)
+            raise MessageError("the task is not as its recipe says")
+        self._journal.note(hash_task(asked), model.describe(task), at_most=self._policy.max_rounds_a_day)
         return task
 
 
-def read_told_recipe(told: Any) -> Recipe:
-    """The recipe as the server tells it: without its source of documents.
-
-    Raises:
-        MessageError: it is none.
-    """
-    try:
-        return Recipe.model_validate({**told, "data": {"source": "the client's own", **told["data"]}})
-    except (KeyError, TypeError, ValueError) as error:
-        raise MessageError("the server's recipe is none that this fedloom reads") from error
-
-
 def say(what: str, detail: str) -> None:
-    """A line for whoever watches `fedloom join`."""
+    """Print a line for whoever watches `fedloom join`."""
     print(show_controls(f"{what:<10}{detail}"), flush=True)
 
 
@@ -207,12 +208,13 @@ def serve(listener: socket.socket, worker: Worker) -> None:
             try:
                 asked = receive_frame(connection)
                 send_frame(connection, worker.answer(asked))
-            except OSError as error:  # the app that asked was killed, say; it is asked again
-                say("again", f"whoever asked is gone ({type(error).__name__})")
+            # The process that asked may have been killed. The server asks again.
+            except OSError as error:
+                say("retry", f"the connection broke before the answer was sent ({type(error).__name__})")
 
 
 def main() -> None:
-    """`python -m fedloom.deployment.client.worker`: started by `fedloom join`, never by hand."""
+    """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
     parser = argparse.ArgumentParser()
     for option in ("--socket", "--name", "--data", "--policy", "--journal"):
         parser.add_argument(option, default="")

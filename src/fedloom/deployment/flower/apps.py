@@ -1,4 +1,4 @@
-"""Flower's side of a deployment: two thin apps that pass frames on. No torch here.
+"""Apps for Flower, one for the server and one for a client, that only pass frames on. No torch here.
 
 Flower starts a process for every message to a client, in which loading a model would be paid each time. So what it
 carries is unpacked elsewhere: the server app talks to `fedloom serve`, the client app to the worker of `fedloom join`,
@@ -36,18 +36,19 @@ from fedloom.deployment.frames import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, 
 from fedloom.errors import MessageError
 
 WORKER_SOCKETS = "FEDLOOM_WORKER_SOCKETS"
-"""The environment variable that names the folder of workers' sockets, under Flower's simulation."""
+"""Environment variable that names the folder of workers' sockets, under Flower's simulation."""
 WORKER_PATIENCE_SECONDS = 120.0
-"""For which a client waits for its worker: one that died is being started again."""
+"""Time for which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
+"""Time within which `fedloom serve` must take the app's connection."""
 ARRIVAL_SECONDS = 0.05
-"""That an answer may take from the SuperLink to here before whoever asked for it is told that there is none."""
+"""Time for which a look for an answer waits for one that is on its way from the SuperLink."""
 ARRIVING_AT_ONCE = 8
-"""Answers, so that memory does not grow with the number of clients; the others wait at the SuperLink."""
+"""Answers put together at once, so that memory does not grow with the clients; others wait at the SuperLink."""
 STALLED_SECONDS = 60.0
-"""Without a new part of an answer, after which it is given up: others wait for its place."""
+"""Time without a new part of an answer, after which it is given up: others wait for its place."""
 MOST_OBJECTS = 8
-"""That Flower takes an answer apart into, beyond the chunks of its array: the message, its records, …"""
+"""Limit of the objects that Flower makes of an answer, beyond the chunks of its array: the message, its records, …"""
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -75,6 +76,7 @@ def relay(grid: Grid, context: Context) -> None:
         connection.settimeout(SERVER_PATIENCE_SECONDS)
         connection.connect(os.environ[SERVE_SOCKET])
         connection.settimeout(None)  # as long as `fedloom serve` lives: its end closes the connection
+        # The loop below may hang in a call of Flower's for hours when `fedloom serve` is gone.
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         while True:
             asked = receive_frame(connection)
@@ -96,23 +98,23 @@ def relay(grid: Grid, context: Context) -> None:
 
 
 def worker_socket(context: Context) -> str:
-    """Where this node's worker listens: as it was told. Flower's simulation tells nodes nothing but their numbers."""
+    """Find this node's worker: its settings name it, but Flower's simulation tells nodes nothing but their numbers."""
     told = context.node_config.get("socket")
     return str(told or f"{os.environ[WORKER_SOCKETS]}/worker-{context.node_config['partition-id']}.sock")
 
 
 class Expected(NamedTuple):
-    """What an answer may be at the most."""
+    """Limits of an answer, in size and in time."""
 
     most_bytes: int
     until: float
 
 
 class Inbox:
-    """Answers, each by itself and no larger than it may be.
+    """Answers as they come in, each by itself and no larger than it may be.
 
-    Flower's own way waits for the rest of one answer, hours if its sender died, before it looks at the next, and takes
-    whatever comes.
+    Flower's own `pull_messages` waits for the rest of one answer, hours if its sender died, before it looks at the
+    next, and takes whatever comes.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -122,12 +124,12 @@ class Inbox:
         self._places = threading.Semaphore(ARRIVING_AT_ONCE)
 
     def expect(self, question: str, payload_bytes: int, seconds: float) -> None:
-        """An answer holds no more numbers than its question, and comes in time."""
+        """Expect an answer that holds no more numbers than its question, and comes in time."""
         self._expected[question] = Expected(payload_bytes + MOST_MANIFEST_BYTES, time.monotonic() + seconds)
 
     def pull(self, questions: Collection[str]) -> Message | Unusable | None:
-        """An answer to one of these questions that is all there, if there is one."""
-        # What is on its way here is no longer expected, and unknown to Flower.
+        """Return an answer to one of these questions that has arrived whole, if there is one."""
+        # An answer that is on its way here is no longer expected. Flower, asked for it again, would not know it.
         if self._arrived.empty() and (asked := [question for question in questions if question in self._expected]):
             self._look(asked)
         with suppress(Empty):
@@ -137,11 +139,13 @@ class Inbox:
         return None
 
     def _look(self, asked: Collection[str]) -> None:
-        if not isinstance(self._grid, HttpGrid):  # Flower's simulation, where answers are objects of this process
+        # In Flower's simulation answers are objects of this process: nothing has to be put together.
+        if not isinstance(self._grid, HttpGrid):
             for message in self._grid.pull_messages(asked):
                 del self._expected[message.metadata.reply_to_message_id]
                 self._arrived.put(message)
             return
+        # Below `pull_messages` Flower first lists answers and then fetches their parts: here one thread fetches each.
         found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
         for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             question = message.metadata.reply_to_message_id
@@ -151,8 +155,9 @@ class Inbox:
 
     def _take(self, question: str, found: PullAppMessagesResponse, expected: Expected) -> None:
         """Have Flower put one answer together."""
-        self._places.acquire()  # until it is asked for
+        self._places.acquire()  # `pull` frees the place
         try:
+            # Flower's own code puts the answer together, over a client that knows of this one answer alone.
             grid = copy.copy(self._grid)
             grid._client = _limit(grid._runtime_client, found, expected)  # type: ignore[attr-defined]
             (message,) = grid.pull_messages([question])
@@ -160,33 +165,33 @@ class Inbox:
         except MessageError as error:
             self._arrived.put(Unusable(question, str(error)))
         except Exception as error:  # of any kind, from bytes that may be anything
-            self._arrived.put(Unusable(question, f"no answer of fedloom's ({type(error).__name__})"))
+            self._arrived.put(Unusable(question, f"not a fedloom answer ({type(error).__name__})"))
 
 
 class Unusable(NamedTuple):
-    """An answer that is none."""
+    """Reason why an answer can't be used."""
 
     question: str
     why: str
 
 
 def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: Expected) -> SimpleNamespace:
-    """A client of Flower's that knows of one answer, and gives it up where it is too large or too late."""
+    """Make a client of Flower's API that knows of one answer, and gives it up where it is too large or too late."""
     left, came = expected.most_bytes, time.monotonic()
     num_objects = sum(1 for _ in iterate_object_tree(found.message_object_trees[0]))
     if num_objects > MOST_OBJECTS + left // CHUNK_BYTES:
-        raise MessageError(f"an answer of {num_objects} objects")
+        raise MessageError(f"the answer has {num_objects} objects, which is too many")
 
     def pull_object(request: PullObjectRequest) -> PullObjectResponse:
         nonlocal left, came
         if time.monotonic() > min(expected.until, came + STALLED_SECONDS):
-            raise MessageError("an answer that never came whole")
+            raise MessageError("the answer never came whole")
         response = client.PullObject(request)
         if response.object_content:
             came = time.monotonic()
         left -= len(response.object_content) + _repeated_bytes(response.object_content)
         if left < 0:
-            raise MessageError(f"an answer of more than {expected.most_bytes:,} bytes")
+            raise MessageError(f"the answer has more than {expected.most_bytes:,} bytes")
         return response
 
     return SimpleNamespace(
@@ -197,7 +202,7 @@ def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: 
 
 
 def _repeated_bytes(content: bytes) -> int:
-    """What an array says that it holds twice, at the most."""
+    """Return how many bytes an array has beyond those sent: it may name one chunk again and again."""
     if not content.startswith(b"Array "):
         return 0
     chunks = json.loads(content[content.index(b"\0") + 1 :])["arraychunk_ids"]
@@ -213,7 +218,7 @@ def _end_with(connection: socket.socket) -> None:
 
 
 def _answer(message: Message | Unusable) -> Frame:
-    """An answer for `fedloom serve`, its manifest as it came: it is read there."""
+    """Pack an answer for `fedloom serve`. Its manifest goes on as it came: it is checked there."""
     if isinstance(message, Unusable):
         return Frame({"message": message.question, "error": message.why})
     told = {"message": message.metadata.reply_to_message_id}
@@ -226,18 +231,18 @@ def _answer(message: Message | Unusable) -> Frame:
             raise ValueError("more words than an answer has")
         return Frame({**told, "manifest": manifest}, _numbers(message.content))
     except Exception:  # of any kind, from bytes that may be anything
-        return Frame({**told, "error": "no answer of fedloom's"})
+        return Frame({**told, "error": "not a fedloom answer"})
 
 
 def to_record(frame: Frame) -> RecordDict:
-    """A frame as Flower sends it: one array, one text."""
+    """Write a frame as Flower sends it: one array, one text."""
     numbers = np.frombuffer(frame.payload, dtype="<f4")
     told = ConfigRecord({"manifest": json.dumps(dict(frame.manifest))})
     return RecordDict({"numbers": ArrayRecord({"all": Array(numbers)}), "told": told})
 
 
 def to_frame(record: RecordDict) -> Frame:
-    """The inverse of `to_record`."""
+    """Read what `to_record` wrote."""
     return Frame(json.loads(_manifest(record)), _numbers(record))
 
 

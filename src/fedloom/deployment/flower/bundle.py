@@ -1,4 +1,4 @@
-"""The app that Flower ships to clients: two lines that import ours. A client runs no other. No torch here.
+"""App that Flower ships to clients: two lines that import ours. A client runs no other. No torch here.
 
 Flower's SuperNode runs whatever app its server sends. Ours compares it with what stands here before it is kept.
 """
@@ -40,7 +40,7 @@ MOST_BYTES = 10_000
 
 
 def write_app(folder: Path) -> None:
-    """The app as Flower builds it from a folder."""
+    """Write the app as Flower builds it from a folder."""
     folder.mkdir()
     (folder / "relay.py").write_text(RELAY, encoding="utf-8")
     (folder / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
@@ -73,7 +73,7 @@ def check_app(bundle: bytes) -> None:
 
 
 class _OtherAppError(Exception):
-    """Why an app is none of ours."""
+    """Reason why an app is not ours."""
 
 
 def _demand(holds: bool, else_it_has: str) -> None:

@@ -1,8 +1,8 @@
 """Flower's programs as fedloom runs them, each with Flower's own arguments. No torch here.
 
 Flower starts a process for every task, which for a message is a second or two of loading. Here a task is a fork of a
-process that has loaded it all. It takes tasks of one kind, and runs no app but ours. What operates a SuperLink has no
-password of Flower's: here it has one. Beside `flower` the only module that imports flwr.
+process that has loaded it all. It takes tasks of one kind, and runs no app but ours. Flower lets anyone who reaches a
+SuperLink operate it: here that takes a secret. What is changed in Flower is held to the version installed by tests.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from fedloom.deployment.flower.bundle import check_app
 from fedloom.deployment.processes import CONTROL_SECRET
 
 POLL_SECONDS = 0.5
-"""Between two looks of a SuperNode for messages; where it waits for its own app it looks more often. Flower's own 3
-seconds, and 0.5, are most of what a round costs."""
+"""Time between two looks of a SuperNode for messages; while it waits for its own app it looks six times as often.
+Flower's own 3 and 0.5 seconds are most of what a round costs."""
 BACKOFF_SECONDS = 0.1
-"""Before a part of a message that is not there yet is asked for again. Flower's own is 1."""
+"""Time before a part of a message that is not there yet is asked for again. Flower's own is 1."""
 RETRY_SECONDS = 4
-"""That a SuperNode leaves a server alone that does not answer, at the most. Flower's own is 20."""
+"""Longest time for which a SuperNode leaves a server alone that does not answer. Flower's own is 20."""
 END_WITH_PARENT, BE_NAMED = 1, 15
-"""PR_SET_PDEATHSIG and PR_SET_NAME of Linux."""
+"""Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 PULL_PATH = "/v1/fleet/pull-messages"
 SECRET_HEADER = "x-fedloom-secret"
 TASK_NAME = b"fedloom-task"
 
 
 class Guard:
-    """Lets nobody operate a SuperLink without its secret; nodes and tasks have proofs of their own."""
+    """Guard of a SuperLink: nobody operates it without its secret. Nodes and tasks prove themselves to Flower."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
@@ -56,16 +56,17 @@ class Guard:
 
 
 def run_superlink() -> None:
-    """Flower's SuperLink, behind a guard."""
+    """Run Flower's SuperLink, behind a guard."""
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
 
+    # Flower calls this with its app before it serves it; in Flower as it comes it does nothing.
     extensions.configure_app = lambda app: app.add_middleware(Guard)
     flower_superlink()
 
 
 def run_flwr() -> None:
-    """Flower's command line, which tells the guard its secret."""
+    """Run Flower's command line, and have it tell the guard its secret."""
     from flwr.cli.app import app
     from flwr.supercore.protobuf.client import ProtobufClient
 
@@ -80,7 +81,7 @@ def run_flwr() -> None:
 
 
 def run_supernode() -> None:
-    """Flower's SuperNode: it looks for messages more often, and takes no app but ours."""
+    """Run Flower's SuperNode, which looks for messages more often, and takes no app but ours."""
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
@@ -88,8 +89,9 @@ def run_supernode() -> None:
     def sleep(seconds: float) -> None:
         time.sleep(min(seconds / 6, POLL_SECONDS))
 
-    # What it does first with an app that it was sent.
+    # A SuperNode does this first with an app that it was sent.
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
+    # Its loop sleeps for constants of its own, 3 s and 0.5 s; nothing else in that module uses `time`.
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     http_retry.RetryInvoker = patient(http_retry.RetryInvoker)  # type: ignore
@@ -122,12 +124,12 @@ def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_client_tasks() -> None:
-    """Flower's SuperExec, for a SuperNode's messages."""
+    """Run Flower's SuperExec, for a SuperNode's messages."""
     _run_tasks(client_executor())
 
 
 def run_server_tasks() -> None:
-    """Flower's SuperExec, for a SuperLink's one app."""
+    """Run Flower's SuperExec, for a SuperLink's one app."""
     from flwr.supercore.constant import TaskType
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
@@ -135,7 +137,7 @@ def run_server_tasks() -> None:
 
 
 def client_executor() -> Any:
-    """What starts a process for each message, of Flower's type."""
+    """Make what starts a process for each message, of Flower's type."""
     from flwr.supercore.constant import TaskType
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
@@ -147,12 +149,13 @@ def _run_tasks(executor: Any) -> None:
     from flwr.supercore.superexec import run_superexec
 
     run_superexec.get_executor = lambda *chosen, **told: executor  # type: ignore
+    # A collection in a forked process would touch, and so copy, all the memory that it shares with this one.
     gc.freeze()
     flower_superexec()
 
 
 def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
-    """`program` carries out one task, as its arguments say; `module` is where it takes the app."""
+    """Make an executor that forks for a task: `program` carries it out, and unpacks the app in `module`."""
     from flwr.supercore.exit import exit_handler
     from flwr.supercore.superexec.executor import subprocess_executor
 
@@ -165,7 +168,8 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
             return supported_task_types & {kind}, set()
 
         def reconcile(self) -> None:
-            """Bury what ended. A SuperNode may wait for ever for what a killed one began to say: both begin anew."""
+            """Reap finished children. If one was killed, exit so that the SuperNode is restarted too: it could wait for
+            ever for the lost answer."""
             with suppress(ChildProcessError):
                 while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                     if os.WIFSIGNALED(ended[1]):
@@ -174,6 +178,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     def start(command: Sequence[str], **told: Any) -> None:
         if os.fork():
             return
+        # From here on this is the child, which must never return to its parent's code: it ends in `os._exit`.
         with suppress(AttributeError, OSError):  # not Linux: it ends with its task
             ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
             ctypes.CDLL(None).prctl(BE_NAMED, TASK_NAME)
@@ -201,7 +206,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
 
 
 def checked(take: Callable[..., Any]) -> Callable[..., Any]:
-    """As `take`, of an app that is ours: else it raises DeploymentError."""
+    """Have `take` refuse, with DeploymentError, an app that is not ours."""
 
     def check_and_take(bundle: bytes, *others: Any, **named: Any) -> Any:
         check_app(bundle)
@@ -211,7 +216,7 @@ def checked(take: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def may_have_lost_a_message(error: Exception) -> bool:
-    """Whether a question for messages reached the server, and its answer did not come."""
+    """Return whether a question for messages may have reached the server although its answer did not come."""
     import httpx
 
     was_cut = isinstance(error, httpx.ReadError | httpx.ReadTimeout | httpx.RemoteProtocolError)

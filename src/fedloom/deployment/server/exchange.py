@@ -1,7 +1,7 @@
 """Questions to clients on other machines, by their names, and their answers, with a deadline on every wait.
 
-It knows nothing of Flower: a `Link` tells who is there and carries frames. A client is its name, whatever node it is
-now: one that comes back is asked again, and only the first answer counts.
+It knows nothing of Flower: a `Transport` tells who is there and carries frames. A client is its name, whatever node it
+is now: one that comes back is asked again, and only the first answer counts.
 """
 
 from __future__ import annotations
@@ -9,58 +9,61 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import Facts, unpack_facts
+from fedloom.deployment.messages import ClientFacts, unpack_facts
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.text import count, format_seconds
 
-if TYPE_CHECKING:
-    from fedloom.recipe.recipe import Recipe
-
 POLL_SECONDS = 0.2
 ATTEND_SECONDS = 1.0
-"""Between two looks at who is there."""
+"""Time between two looks at who is there."""
 TRIES = 3
-"""Of a question that Flower could not deliver or whose process died."""
+"""Tries of a question that Flower could not deliver or whose process died."""
 GONE_SECONDS = 3.0
-"""Before a node that went away is asked again, if it is listed all the same."""
-PHASES = {"train": "training", "evaluate": "scoring"}
-"""What a client is doing, by what it was asked."""
+"""Time before a node that went away is asked again, if it is listed all the same."""
+ClientPhase = Literal["loading", "connected", "training", "scoring", "answered", "lost", "late", "gone"]
+PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
+"""Phase of a client while it works, by what it was asked."""
 
 
 class Node(NamedTuple):
-    """One session of one of Flower's nodes."""
+    """Session of one of Flower's nodes: a node that is started again is another session."""
 
     id: str
     name: str
-    """That its key was registered with; empty on a link without keys."""
+    """Name its key was registered under; empty without authentication."""
     session: str
 
 
 class Answer(NamedTuple):
+    """Client's answer to a question, or the reason why there is none."""
+
     message: str
     frame: Frame | None
     error: str
     is_gone: bool = False
-    """Whether it is an error because the node went away."""
+    """True where the error is that the node went away."""
 
 
-class Link(Protocol):
-    """Whoever carries frames to nodes. Every call raises OSError where the link is lost."""
+class Transport(Protocol):
+    """Carrier of frames to nodes. Every call raises OSError where the connection is lost."""
 
-    def nodes(self) -> Sequence[Node]: ...
+    def nodes(self) -> Sequence[Node]:
+        """List the nodes that are connected now."""
+        ...
+
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
-        """Send a question, of no use after so many seconds; its id."""
+        """Send a question that is of no use after so many seconds, and return its id."""
         ...
 
     def pull(self, messages: Collection[str]) -> Answer | None:
-        """An answer to one of these questions, if there is one."""
+        """Return an answer to one of these questions, if there is one."""
         ...
 
     def reopen(self) -> None:
-        """Make a lost link anew; what was under way is lost.
+        """Connect again; whatever was under way is lost.
 
         Raises:
             DeploymentError: that can't be done.
@@ -69,33 +72,32 @@ class Link(Protocol):
 
 
 class Exchange:
-    """Who is there, by name, and questions to them."""
+    """Conversation with clients, by their names."""
 
     def __init__(
         self,
-        link: Link,
-        recipe: Recipe,
+        transport: Transport,
+        recipe: Mapping[str, Any],
+        deadline_seconds: float,
         say: Callable[[str, str], object],
-        show_clients: Callable[[Mapping[str, str]], object] = dict,
+        show_clients: Callable[[Mapping[str, str]], object],
     ) -> None:
-        self._link, self.say, self._show_clients = link, say, show_clients
-        # Where the server's own documents are and how they lie is not told: nothing of it would be used.
-        servers = {"source", "revision", "subset", "split", "files", "partition", "clients", "central_holdout"}
-        self._recipe = recipe.model_dump(
-            mode="json", exclude_unset=True, exclude_none=True, exclude={"data": servers, "baselines": True}
-        )
-        self._seconds = recipe.federation.round_deadline
-        self.facts: dict[str, Facts] = {}
-        """Of every client that was met and not refused."""
+        """Open an exchange in which every question carries the recipe, as `pack_recipe` made it."""
+        self._transport, self.say, self._show_clients = transport, say, show_clients
+        self._recipe, self._seconds = recipe, deadline_seconds
+        self.facts: dict[str, ClientFacts] = {}
+        """Facts of every client that enrolled and was not refused."""
         self.refused: dict[str, str] = {}
-        self._phases: dict[str, str] = {}
+        """Reasons by the names of the clients that were refused, or that refused."""
+        self._phases: dict[str, ClientPhase] = {}
         self._names: dict[Node, str] = {}
+        """Names by node; empty for a node that was refused."""
         self._meeting: dict[str, Node] = {}
         self._present: dict[str, Node] = {}
         self._looked = float("-inf")
 
     def assemble(self, clients: int, seconds: float) -> list[str]:
-        """Wait until so many clients are there at once; their names, sorted.
+        """Wait until so many clients are connected at once, and return their names, sorted.
 
         Raises:
             DeploymentError: they did not come in time.
@@ -119,7 +121,10 @@ class Exchange:
         return there[:clients]
 
     def ask(self, questions: Mapping[str, Frame], missing: Collection[str] = ()) -> Iterator[tuple[str, Frame | str]]:
-        """Each client's answer as it comes, or why there is none. Who is `missing` and not back is not waited for."""
+        """Yield each client's answer as it comes, or the reason why there is none.
+
+        Clients that are `missing` and not back are not waited for.
+        """
         waiting = {name: replace(frame, manifest={**frame.manifest, "recipe": self._recipe})
                    for name, frame in questions.items()}  # fmt: skip
         asked: dict[str, str] = {}
@@ -131,6 +136,7 @@ class Exchange:
         while waiting:
             try:
                 present = self._attend()
+                # Lost before and still away: waiting for it would cost every later round its whole deadline.
                 if first_look:
                     for name in [name for name in waiting if name in missing and name not in present]:
                         del waiting[name]
@@ -138,24 +144,28 @@ class Exchange:
                     first_look = False
                 for name, frame in waiting.items():
                     node = present.get(name)
+                    # A client under another node has lost its question with the node it was before.
                     if node and sent.get(name) != node and time.monotonic() >= rested.get(name, 0.0):
-                        asked[self._link.send(node, frame, max(until - time.monotonic(), 1.0))] = name
+                        asked[self._transport.send(node, frame, max(until - time.monotonic(), 1.0))] = name
                         sent[name] = node
                         self._show(name, PHASES[frame.manifest["do"]])
                 answer = self._look(asked)
             except OSError:
+                # Another SuperLink knows nothing of what was sent through this one: all is asked again.
                 self._reopen()
                 asked.clear()
                 sent.clear()
                 continue
+            # A client that was asked twice may answer twice: after the first it is no longer waiting.
             name = asked.pop(answer.message, "") if answer else ""
+            # Flower's error, at once, for a node without a heartbeat. It says nothing of the client: no try is counted.
             if answer and name in waiting and answer.is_gone:
                 rested[name] = time.monotonic() + GONE_SECONDS
                 sent.pop(name, None)
             elif answer and name in waiting:
                 tries[name] += 1
                 if answer.frame is None and tries[name] < TRIES:
-                    self.say("again", f"{name}: {answer.error}")
+                    self.say("retry", f"{name}: {answer.error}")
                     del sent[name]
                     continue
                 del waiting[name]
@@ -170,28 +180,28 @@ class Exchange:
                 time.sleep(POLL_SECONDS)
 
     def _attend(self) -> Mapping[str, Node]:
-        """Who is there, by name; who is new is asked who it is."""
+        """Look who is connected, by name, and ask new nodes who they are."""
         if time.monotonic() - self._looked < ATTEND_SECONDS:
             return self._present
         self._looked = time.monotonic()
         # Flower lists a node that was killed for a minute more: of two with one name, the later is the client.
-        nodes = sorted(self._link.nodes(), key=lambda node: node.session)
+        nodes = sorted(self._transport.nodes(), key=lambda node: node.session)
         for node in nodes:
             if node not in self._names and node not in self._meeting.values():
                 question = Frame({"do": "meet", "recipe": self._recipe})
-                self._meeting[self._link.send(node, question, self._seconds)] = node
+                self._meeting[self._transport.send(node, question, self._seconds)] = node
                 if node.name:
                     self._show(node.name, "loading")
         before = set(self._present)
         self._present = {name: node for node in nodes if (name := self._names.get(node, ""))}
         for name in before - set(self._present):
-            self.say("gone", name)
+            self.say("gone", f"{name} is no longer connected")
             self._show(name, "gone")
         return self._present
 
     def _look(self, asked: Mapping[str, str]) -> Answer | None:
-        """An answer to one of these questions; answers to who one is are taken in."""
-        answer = self._link.pull([*asked, *self._meeting]) if asked or self._meeting else None
+        """Return an answer to one of these questions, if there is one; enrol a client whose answer is who it is."""
+        answer = self._transport.pull([*asked, *self._meeting]) if asked or self._meeting else None
         if answer and answer.message in self._meeting:
             self._meet(self._meeting.pop(answer.message), answer)
             self._looked = float("-inf")
@@ -200,15 +210,15 @@ class Exchange:
 
     def _meet(self, node: Node, answer: Answer) -> None:
         if answer.frame is None:
-            return  # it is asked again at the next look
+            return  # the node is no longer known to be asked: it is asked again at the next look
         told = answer.frame.manifest
         name = node.name or str(told.get("name", ""))[:64]
         known = self.facts.get(name)
         try:
             if "error" in told:
                 raise MessageError(str(told["error"])[:300])
-            told = unpack_facts(told)
-            if known and any(known[key] != told[key] for key in ("base", "documents")):
+            facts = unpack_facts(told)
+            if known and (known.base, known.documents) != (facts.base, facts.documents):
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:
             self._names[node] = ""
@@ -216,19 +226,20 @@ class Exchange:
             self.say("refused", f"{name}: {error}")
             return
         self._names[node] = name
-        self.facts[name] = told
+        # The name of its key, if it has one, whatever it calls itself.
+        self.facts[name] = replace(facts, name=name)
         self._show(name, "connected")
-        self.say("client", f"{name}: {count(told['train_documents'], 'document')}, {count(told['blocks'], 'block')}")
+        self.say("client", f"{name}: {count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}")
 
-    def _show(self, name: str, phase: str) -> None:
+    def _show(self, name: str, phase: ClientPhase) -> None:
         if self._phases.get(name) != phase:
             self._phases[name] = phase
             self._show_clients(dict(self._phases))
 
     def _reopen(self) -> None:
-        self.say("link", "lost; it is made anew")
+        self.say("server", "lost the connection to Flower's SuperLink; connecting again")
         self._meeting.clear()
         self._names.clear()
         self._present = {}
         self._looked = float("-inf")
-        self._link.reopen()
+        self._transport.reopen()

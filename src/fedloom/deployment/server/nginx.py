@@ -15,9 +15,9 @@ from fedloom.deployment.processes import Child, tail
 from fedloom.errors import DeploymentError
 
 START_SECONDS = 20.0
-"""That nginx has to listen: for two or three of them it tries again where its port is taken."""
+"""Time within which nginx must listen: for two or three seconds it tries again where its port is taken."""
 AGAIN_SECONDS = 0.5
-"""Before nginx is started again where it ended."""
+"""Time between two looks at whether nginx has ended."""
 NGINX = """\
 # Written by fedloom serve. Paths are relative to this folder.
 daemon off;
@@ -37,9 +37,12 @@ http {{
     ssl_certificate_key server.key;
     ssl_protocols TLSv1.2 TLSv1.3;
     server_tokens off;
+    # Flower cuts what it sends into parts that are far smaller (FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE).
     client_max_body_size 32m;
+    # Parts of a message go on as they come, instead of lying on a disk first.
     proxy_request_buffering off;
     proxy_buffering off;
+    # Only what clients need. nginx resolves ".." and "%2e" in a path before it chooses.
     location /v1/fleet/ {{
       proxy_pass https://127.0.0.1:{inner};
       proxy_http_version 1.1;
@@ -55,20 +58,20 @@ http {{
 
 
 def write_configuration(security: Security, inner: int) -> Path:
-    """nginx's, in front of a SuperLink on this port."""
+    """Write nginx's configuration, in front of a SuperLink on the port `inner`."""
     path = security.folder / "nginx.conf"
     path.write_text(NGINX.format(port=security.port, inner=inner), encoding="utf-8")
     return path
 
 
 def find_nginx() -> str | None:
-    """Where it is, if it is installed."""
+    """Find the program nginx, which users other than root may not have on their path."""
     return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
 @contextmanager
 def proxy(security: Security, inner: int, logs: Path, say: Callable[[str, str], object]) -> Iterator[None]:
-    """nginx in front of the SuperLink on this port, where clients come from other machines; started again if it ends.
+    """Run nginx in front of the SuperLink on the port `inner`, where clients come from other machines; restart it.
 
     Raises:
         DeploymentError: it is not installed, or does not start.
@@ -99,8 +102,9 @@ def proxy(security: Security, inner: int, logs: Path, say: Callable[[str, str], 
 
 
 def _wait(child: Child, pid: Path, log: Path) -> None:
-    """Until it listens: it writes its number when it does. Something else may listen on its port."""
+    """Wait until nginx listens."""
     until = time.monotonic() + START_SECONDS
+    # It writes its number when it listens. That its port answers proves nothing: something else may listen there.
     while not (pid.is_file() and pid.read_text(encoding="utf-8").strip() == str(child.pid)):
         if child.ended or time.monotonic() > until:
             raise DeploymentError(f"nginx does not start: {tail(log)}")
@@ -110,5 +114,5 @@ def _wait(child: Child, pid: Path, log: Path) -> None:
 def _watch(child: Child, over: threading.Event, say: Callable[[str, str], object]) -> None:
     while not over.wait(AGAIN_SECONDS):
         if child.ended:
-            say("again", "nginx ended; it is started again")
+            say("restart", "nginx ended; starting it again")
             child.start()  # whatever is left of it is ended first: its workers would keep the port

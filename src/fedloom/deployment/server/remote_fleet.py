@@ -1,4 +1,4 @@
-"""The fleet of other machines: tasks and adapters as questions to them, and what their answers come to.
+"""Fleet of other machines: tasks and adapters go to them as questions, updates and scores come back as answers.
 
 A round's answers lie on the disk until all are there, so memory does not grow with the number of clients.
 """
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.frames import Frame
@@ -21,17 +21,15 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import ClientSize
 from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
+from fedloom.recipe.sections import Federation
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
 
-if TYPE_CHECKING:
-    from fedloom.recipe.recipe import Recipe
-
 DEADLINES = 10
-"""That a round waits for its quorum, with `on_quorum_lost = "wait"`."""
+"""Deadlines that a round waits for its quorum, with `on_quorum_lost = "wait"`."""
 
 
-class Shelf:
-    """Answers of a round, on the disk until their turn comes: in a file without a name, which ends with the process."""
+class AnswerSpool:
+    """File of a round's answers, on the disk until their turn comes. It has no name, so it ends with the process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -39,7 +37,7 @@ class Shelf:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by `__exit__`)
         self._kept: dict[str, tuple[Mapping[str, Any], int, int]] = {}
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> AnswerSpool:
         return self
 
     def __exit__(self, *ended: object) -> None:
@@ -58,48 +56,52 @@ class Shelf:
             self._file.flush()
 
     def take(self, name: str) -> Frame:
-        """An answer that was kept."""
+        """Read an answer that was kept."""
         manifest, start, length = self._kept[name]
         return Frame(manifest, os.pread(self._file.fileno(), length, start))
 
 
 @dataclass
 class RemoteFleet:
-    """The fleet whose clients are other machines. They keep their data; the server keeps their scores."""
+    """Fleet whose clients are other machines. They keep their data; the server keeps their scores."""
 
     exchange: Exchange
     names: Sequence[str]
-    """Client numbers are places in it."""
-    recipe: Recipe
+    """Names of the clients; a client's number is its place here."""
+    federation: Federation
     scored_clients: Collection[int]
+    """Clients on whose hold-outs adapters are scored."""
     folder: Path
-    """Where answers lie until their turn comes."""
+    """Folder in which answers lie until their turn comes."""
     watch: Watch = ignore
 
     def __post_init__(self) -> None:
         facts = self.exchange.facts
-        self.clients: Sequence[int] = [client for client, name in enumerate(self.names) if facts[name]["blocks"]]
+        self.clients: Sequence[int] = [client for client, name in enumerate(self.names) if facts[name].blocks]
         self.optimizer_states: dict[int, OptimizerState] = {}
-        """Always empty: what clients keep is theirs."""
+        """States of optimizers between rounds: always empty, for clients keep their own."""
         self.scores: dict[int, Score] = {}
         self._missing: set[str] = set()
 
     @property
     def sizes(self) -> dict[int, ClientSize]:
-        """What each client said that it has, when it enrolled."""
+        """Amount of data that each client said it has, when it enrolled."""
         facts = {client: self.exchange.facts[self.names[client]] for client in self.clients}
-        return {client: ClientSize(fact["blocks"], fact["tokens"]) for client, fact in facts.items()}
+        return {client: ClientSize(told.blocks, told.tokens) for client, told in facts.items()}
 
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         self.scores = scores
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        """The updates of a round by client, whatever order they come in: sums then have one order."""
-        section = self.recipe.federation
+        """Have the clients train, and yield their updates in the order of the tasks, whatever order they come in.
+
+        The clients train while this waits for the first update. All that comes after it is read from the disk.
+        """
         waiting = {self.names[task.client]: task for task in tasks}
         lost: dict[str, ClientFailure] = {}
-        with Shelf(self.folder) as shelf:
+        with AnswerSpool(self.folder) as spool:
             for _ in range(DEADLINES):
+                # Here the clients train: `ask` waits for them.
                 for name, found in self.exchange.ask(self._questions(waiting), self._missing):
                     self._note(name, found)
                     result = self._read(waiting[name], found)
@@ -108,17 +110,21 @@ class RemoteFleet:
                     else:
                         lost.pop(name, None)
                         assert isinstance(found, Frame), "an update in no answer"
-                        shelf.put(name, found)
-                if section.on_quorum_lost != "wait" or len(lost) <= section.max_lost_clients:
+                        spool.put(name, found)
+                if self.federation.on_quorum_lost != "wait" or len(lost) <= self.federation.max_lost_clients:
                     break
-                self.exchange.say("waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without")
+                self.exchange.say(
+                    "waiting", f"for {', '.join(sorted(lost))}: the round has too few updates without them"
+                )
                 self._missing.clear()
                 waiting = {name: waiting[name] for name in lost}
+            # Sums of floats depend on their order: in that of the tasks they are those of a run on one machine.
             for task in tasks:
                 name = self.names[task.client]
-                yield lost[name] if name in lost else self._read(task, shelf.take(name))
+                yield lost[name] if name in lost else self._read(task, spool.take(name))
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
+        """Have the scored clients score an adapter; one that fails to is left out."""
         packed = pack_adapter(adapter)
         frame = replace(packed, manifest={**packed.manifest, "do": "evaluate"})
         numbers = {self.names[client]: client for client in self.scored_clients}
@@ -128,7 +134,7 @@ class RemoteFleet:
             try:
                 if isinstance(found, str):
                     raise MessageError(found)
-                tokens = self.exchange.facts[name]["holdout_tokens"]
+                tokens = self.exchange.facts[name].holdout_tokens
                 if score := unpack_score(found.manifest.get("score"), tokens):
                     scores[numbers[name]] = score
             except MessageError as error:
@@ -137,7 +143,7 @@ class RemoteFleet:
         return self.scores
 
     def _questions(self, tasks: Mapping[str, ClientTask]) -> dict[str, Frame]:
-        """Clients that start from one adapter share its bytes."""
+        """Pack tasks, by their clients' names. Those that start from one adapter share its bytes."""
         starts = {id(task.adapter): task.adapter for task in tasks.values()}
         packed = {number: pack_adapter(adapter) for number, adapter in starts.items()}
         questions = {}
@@ -168,4 +174,4 @@ class RemoteFleet:
             for progress in unpack_progress(found.manifest.get("progress", ())):
                 self.watch(progress)
         except MessageError as error:
-            self.exchange.say("odd", f"{name}: {error}")
+            self.exchange.say("warning", f"{name}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.keys import Security, describe_expiry
+from fedloom.deployment.messages import ClientFacts, pack_recipe
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
 from fedloom.deployment.server.nginx import proxy
@@ -27,6 +29,7 @@ from fedloom.model.source import open_model
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import Training
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
 
@@ -101,11 +104,17 @@ class RemoteClients:
         watchers.show_step("server", "starting Flower's SuperLink")
         self._link.watch(watchers.check)
         self._link.open()
-        self._exchange = Exchange(self._link, recipe, watchers.show_step, watchers.show_clients)
+        self._exchange = Exchange(
+            self._link,
+            pack_recipe(recipe),
+            recipe.federation.round_deadline,
+            watchers.show_step,
+            watchers.show_clients,
+        )
         watchers.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
         facts = [self._exchange.facts[name] for name in self._names]
-        scored = choose_scored_clients([fact["holdout_blocks"] for fact in facts], recipe)
+        scored = choose_scored_clients([fact.holdout_blocks for fact in facts], recipe)
         if not len(central) and not scored:
             raise RecipeError("nothing is held out, so no adapter can be judged", where="data.central_holdout")
         plan = Plan.of(
@@ -122,22 +131,22 @@ class RemoteClients:
             payload_bytes=setup.payload_bytes,
             data=f"{', '.join(self._names)}: each its own",
             data_revision="unknown",
-            documents=len(found.documents) + sum(fact["train_documents"] + fact["holdout_documents"] for fact in facts),
+            documents=len(found.documents) + sum(fact.train_documents + fact.holdout_documents for fact in facts),
             skipped=dict(found.skipped),
             central_documents=len(found.documents),
             central_tokens=central.num_tokens,
-            clients=[_plan_client(fact, recipe) for fact in facts],
+            clients=[_plan_client(fact, recipe.training) for fact in facts],
             scored_clients=scored,
             left_out=(),
-            clients_per_round=check_cohort(recipe, sum(1 for fact in facts if fact["blocks"])),
+            clients_per_round=check_cohort(recipe, sum(1 for fact in facts if fact.blocks)),
             clients_at_once=1,
             clients_that_fit=None,
             peak_bytes=None,
             audit=_join_audits(facts, len(found.documents), recipe),
-            shared_blocks=sum(fact["shared_blocks"] for fact in facts),
+            shared_blocks=sum(fact.shared_blocks for fact in facts),
             duplicates=recipe.data.duplicates,
         )
-        told = tuple(fact["documents"] for fact in facts)
+        told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), scored, plan, 1, told)
 
     def open_fleet(self, recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> RemoteFleet:
@@ -148,14 +157,14 @@ class RemoteClients:
         """
         assert self._exchange is not None, "a fleet before its clients came"
         facts, base = self._exchange.facts, hash_base(session.adapted)
-        if others := [name for name in self._names if facts[name]["base"] != base]:
+        if others := [name for name in self._names if facts[name].base != base]:
             raise DeploymentError(
                 f"{', '.join(others)} loaded another base model than the server",
                 where="model.source",
                 mend='give all the same files, the same versions of packages and model.dtype = "float32"',
             )
         watch = session.watch
-        return RemoteFleet(self._exchange, self._names, recipe, prepared.scored_clients, folder, watch)
+        return RemoteFleet(self._exchange, self._names, recipe.federation, prepared.scored_clients, folder, watch)
 
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
@@ -165,19 +174,25 @@ def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]
     return found, tokenize_for(source, recipe, found.documents)
 
 
-def _plan_client(fact: Any, recipe: Recipe) -> ClientPlan:
-    keys = ("train_documents", "holdout_documents", "blocks", "tokens", "holdout_tokens")
-    return ClientPlan.of(recipe.training, **{key: int(fact[key]) for key in keys})
+def _plan_client(facts: ClientFacts, training: Training) -> ClientPlan:
+    return ClientPlan.of(
+        training,
+        train_documents=facts.train_documents,
+        holdout_documents=facts.holdout_documents,
+        blocks=facts.blocks,
+        tokens=facts.tokens,
+        holdout_tokens=facts.holdout_tokens,
+    )
 
 
-def _join_audits(facts: list[Any], central: int, recipe: Recipe) -> Audit:
+def _join_audits(facts: Sequence[ClientFacts], central: int, recipe: Recipe) -> Audit:
     """Add up what each client found within its own documents; between clients nobody can look."""
     return Audit(
         central=central,
-        train=sum(fact["train_documents"] + fact["dropped"] for fact in facts),
-        holdout=sum(fact["holdout_documents"] for fact in facts),
+        train=sum(fact.train_documents + fact.dropped for fact in facts),
+        holdout=sum(fact.holdout_documents for fact in facts),
         near_duplicate=recipe.data.near_duplicate,
         overlaps=(),
-        dropped=tuple(fact["dropped"] for fact in facts),
-        leaks=sum(fact["leaks"] for fact in facts),
+        dropped=tuple(fact.dropped for fact in facts),
+        leaks=sum(fact.leaks for fact in facts),
     )

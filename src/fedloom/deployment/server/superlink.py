@@ -1,4 +1,4 @@
-"""The server's side of Flower: starts and watches the SuperLink, submits the app, and is the `Link` that it makes."""
+"""Flower's SuperLink: starts and watches it, submits the app to it, and is the `Transport` that the two make."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from fedloom.deployment.server.exchange import Answer, Node
 from fedloom.errors import DeploymentError
 
 FREE_SECONDS = 20.0
-"""That a SuperLink whose server was killed has to end."""
+"""Time within which a SuperLink whose server was killed ends and frees its port."""
 START_SECONDS = 120.0
-"""That the SuperLink, its app and what they need have to come up."""
+"""Time within which the SuperLink, its app and what they need must come up."""
 ANSWER_SECONDS = 60.0
-"""That the app has for an answer to what it is asked here."""
+"""Time within which the app answers what it is asked here."""
 REGISTERED_AT_ONCE = 4
+"""Keys registered at once: each by a process of Flower's that takes seconds to start."""
 RESTARTS = 5
-"""Of a SuperLink that ends, in a row without an answer in between."""
+"""Restarts of a SuperLink that ends, in a row without an answer in between, before it is given up."""
 
 
 class SuperLink:
-    """A running SuperLink with our app on it. It listens on the loopback alone; without `security`, to anyone there."""
+    """Running SuperLink with our app on it. It listens on the loopback alone; without `security`, to anyone there."""
 
     def __init__(
         self,
         folder: Path,
         port: int,
         security: Security | None,
-        say: Callable[[str, str], object] = lambda what, detail: None,
+        say: Callable[[str, str], object],
     ) -> None:
         self._folder, self._port, self._security = folder, port, security
         self._say = say
@@ -63,9 +64,9 @@ class SuperLink:
         self._secret = write_secret(folder)
         self._restarts = 0
         self._registered: dict[str, str] = {}
-        """The keys of the clients that are approved, by their names, as of the last look."""
+        """Keys of the clients that were approved at the last look, by the clients' names."""
         self._taken: dict[str, str] = {}
-        """The keys that this SuperLink took, by their names; also of clients that were revoked since."""
+        """Keys that this SuperLink took, by the clients' names; also of clients that were revoked since."""
         write_app(folder / "app")
         (folder / "flower").mkdir()
         trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
@@ -78,7 +79,7 @@ class SuperLink:
         self._listener.settimeout(0.2)
 
     def watch(self, check: Callable[[], None]) -> None:
-        """Have this called at every wait: it raises where the run is to end."""
+        """Call `check` at every wait: it raises where the run is to end."""
         self._check = check
 
     def open(self) -> None:
@@ -87,6 +88,7 @@ class SuperLink:
         Raises:
             DeploymentError: it does not come up.
         """
+        # A server that was killed leaves a SuperLink that is about to end: `--resume` may come before it has.
         free_by = time.monotonic() + FREE_SECONDS
         while self._listens():
             self._check()
@@ -96,6 +98,8 @@ class SuperLink:
                 )
             time.sleep(0.2)
         command = flower_command("superlink", "--host", "127.0.0.1", "--port", str(self._port))
+        # Flower would install what an app asks for, and start its apps itself: the first is no app's business, and
+        # the second is done by `programs`, faster.
         command += ["--disable-runtime-dependency-installation", "--isolation", "process"]
         command += ["--superexec-auth-secret-file", str(self._secret)]
         if self._security:
@@ -114,7 +118,7 @@ class SuperLink:
         self._submit(until)
 
     def _submit(self, until: float) -> None:
-        """Start the app, and wait until it is there."""
+        """Start the app, and wait until it connects."""
         self._flower("run", str(self._folder / "app"), "here")
         while True:
             try:
@@ -140,6 +144,7 @@ class SuperLink:
         if self._security is None:
             return nodes
         for node in nodes:
+            # Revoked since it connected: Flower itself lets it stay.
             if node.name not in self._registered:
                 self._flower("supernode", "unregister", node.id, "here")
         return [node for node in nodes if node.name in self._registered]
@@ -156,12 +161,18 @@ class SuperLink:
         return answer
 
     def reopen(self) -> None:
+        """Start the app again, and where that does not help, the SuperLink.
+
+        Raises:
+            DeploymentError: it ended too often, or does not come up.
+        """
         self._restarts += 1
         if self._restarts > RESTARTS:
             raise DeploymentError(f"the SuperLink ended {RESTARTS} times in a row: {tail(self._log)}")
         if self._app:
             self._app.close()
         if self._child and self._tasks and not self._child.ended and self._restarts == 1:
+            # Clients stay connected to a SuperLink that stays: where only its app ended, that alone is replaced, once.
             with suppress(DeploymentError):  # it may have ended meanwhile
                 self._tasks.start()
                 self._submit(time.monotonic() + START_SECONDS)
@@ -181,11 +192,11 @@ class SuperLink:
         return receive_frame(self._app)
 
     def _register(self) -> None:
-        """Take the keys that were approved since, and know who was revoked.
+        """Register the keys that were approved since the last look, and note which were revoked.
 
         Raises:
-            ConnectionResetError: a name has another key now, or a revoked key is back. Flower may still take the old
-                one, and takes none again that it let go, so the SuperLink was ended, to begin anew.
+            ConnectionResetError: a name has another key now, or a revoked key is back, so the SuperLink was ended: it
+                has to be opened again.
         """
         files = self._security.clients() if self._security else {}
         listed = {}
@@ -194,10 +205,11 @@ class SuperLink:
                 listed[name] = file.read_text(encoding="utf-8").strip()
         new = [name for name, key in listed.items() if self._registered.get(name) != key]
         self._registered = listed
+        # Flower may still take the old key of a name, and never takes a key again that it let go. A new SuperLink does.
         if any(name in self._taken or listed[name] in self._taken.values() for name in new):
-            self._say("keys", "one was exchanged, or is approved again: the SuperLink begins anew")
+            self._say("keys", "a key was replaced or approved again: restarting the SuperLink")
             self._end()
-            self._restarts = 0  # it is no fault of its
+            self._restarts = 0  # it did not end by itself
             raise ConnectionResetError("the clients' keys changed")
 
         def take(name: str) -> str:
@@ -208,7 +220,6 @@ class SuperLink:
             return ""
 
         with ThreadPoolExecutor(REGISTERED_AT_ONCE) as pool:
-            # Each is a process of Flower's that takes seconds to start.
             for name, why in zip(new, pool.map(take, new), strict=True):
                 if why:
                     self._say("refused", f"{name}'s key, which Flower does not take: {why}")
@@ -222,11 +233,11 @@ class SuperLink:
     def _wait(self, until: float, what: str) -> None:
         self._check()
         if (self._child and self._child.ended) or time.monotonic() > until:
-            raise DeploymentError(f"the SuperLink can't be had: {what}: {tail(self._log)}")
+            raise DeploymentError(f"the SuperLink does not start: {what}: {tail(self._log)}")
         time.sleep(0.1)
 
     def _flower(self, *words: str) -> None:
-        """One of Flower's own commands."""
+        """Run one of Flower's own commands."""
         command = flower_command("flwr", *words, "--format", "json")
         try:
             done = subprocess.run(
@@ -240,6 +251,7 @@ class SuperLink:
             )
         except subprocess.TimeoutExpired:
             raise DeploymentError(f"flwr {words[0]} took more than {START_SECONDS:.0f} seconds") from None
+        # Flower may print lines of its own around its JSON.
         try:
             told = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
         except ValueError:
@@ -250,7 +262,7 @@ class SuperLink:
 
 
 def read_answer(found: Frame) -> Answer | None:
-    """What the app says that a client answered, if there is anything; the client's part of it may be anything."""
+    """Read a client's answer, if the app has one; the client's part of it may be anything."""
     told = found.manifest
     if not told["message"]:
         return None
@@ -258,5 +270,5 @@ def read_answer(found: Frame) -> Answer | None:
         return Answer(told["message"], None, told["error"], is_gone=told.get("is_gone", False))
     manifest = read_manifest(told["manifest"])
     if manifest is None:
-        return Answer(told["message"], None, "no answer of fedloom's")
+        return Answer(told["message"], None, "not a fedloom answer")
     return Answer(told["message"], Frame(manifest, found.payload), "")
