@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -85,7 +84,7 @@ def sweep(
                 errors |= {trial.name: str(error) for trial in group if not read_done(folder / trial.name)}
     finally:
         display.close()
-        os.close(lock)
+        lock.close()
     finished = [run for trial in trials if (run := read_done(folder / trial.name))]
     if len(finished) > 1:
         write_comparison([run.folder for run in finished], folder)

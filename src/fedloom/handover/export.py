@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
 from fedloom.experiment.preparation import load_adapted_model, load_base, prepare
 from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.host.files import replace_folder
 from fedloom.model.attention import choose_attention
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.display import Display
@@ -54,10 +54,7 @@ def export(
     tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
     expected = _logits(adapted.model, tokens_BT)
 
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
-    written = temporary / to.name
-    try:
+    with replace_folder(to, existing="refuse") as written:
         display.show_step("writing", str(to))
         if merged and not adapted.is_whole:
             with warnings.catch_warnings():
@@ -65,7 +62,7 @@ def export(
                 _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
             prepared.source.tokenizer.save_pretrained(written)
         else:
-            shutil.copytree(source, written)
+            shutil.copytree(source, written, dirs_exist_ok=True)
         if merged or adapted.is_whole:
             opened = _open_merged(written, expected.dtype, adapted.device)
         else:
@@ -80,9 +77,6 @@ def export(
             raise RunError(
                 f"what was written is not the run's adapter: its logits lie {distance:.1e} apart", where=str(to)
             )
-        written.rename(to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return distance
 
 
