@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedloom.host.imports import quick_imports
 from fedloom.text import show_controls
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -94,7 +95,8 @@ def _label(name: str) -> str:
 
 
 def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # a second to import
+    with quick_imports():  # half a second of them: not at the start
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
