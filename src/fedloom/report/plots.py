@@ -96,10 +96,14 @@ def _label(name: str) -> str:
 
 def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
     with quick_imports():  # half a second of them: not at the start
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained", dpi=FigureCanvasSVG.fixed_dpi)
+    FigureCanvasSVG(figure)  # it measures letters as it will write them
     axes = figure.subplots()
+    for patch in (figure.patch, axes.patch):
+        patch.set(facecolor="none", edgecolor="none")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return figure, axes
@@ -127,7 +131,8 @@ def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
     # The same numbers give the same file: no date, and names that come from what is drawn.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedloom", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # Not savefig, which draws everything twice: once to place it, though the layout does that.
+        figure.canvas.print_svg(file, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     return re.sub(
