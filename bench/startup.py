@@ -1,50 +1,105 @@
-"""Seconds from starting Python to the first training step of the recipe `tiny`, and where they go.
+"""Seconds from starting Python to an answer: the help, a report, the first training step of `tiny`; slowest imports.
 
 python bench/startup.py
+
+Of three runs each, the least. On a machine that does other things too, the processor's seconds tell more.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
-SCRIPT = """
-import json, sys, tempfile, time
-started = time.perf_counter()
-import torch
-seen = {"torch": time.perf_counter() - started}
-import transformers, transformers.models.auto.modeling_auto
-seen["transformers"] = time.perf_counter() - started
-import peft
-seen["peft"] = time.perf_counter() - started
-from fedloom import load_recipe, run
+RUNS = 3
+FIRST_STEP = """
+import json, os, sys, tempfile, time
+from fedloom.cli import main
+from fedloom.host.imports import quick_imports
 from fedloom.monitoring.observer import Observer
-import fedloom.experiment.run
-seen["fedloom"] = time.perf_counter() - started
+
+seen = {}
+
+def mark(what):
+    spent = os.times()
+    seen.setdefault(what, [time.time() - float(sys.argv[1]), spent.user + spent.system])
+
+mark("the command line imported")
+with quick_imports():
+    from fedloom.experiment.run import run
+from fedloom.recipe.loading import load_recipe
+mark("the rest imported")
 
 class Watching(Observer):
     def show_step(self, what, detail):
-        seen[what] = time.perf_counter() - started
+        mark(what)
 
     def watch(self, progress):
+        mark("first evaluation" if progress.phase == "evaluate" else "first step")
         if progress.phase == "train":
-            seen.setdefault("first step", time.perf_counter() - started)
+            print(json.dumps(seen), flush=True)
+            os._exit(0)
 
 with tempfile.TemporaryDirectory() as folder:
     run(load_recipe("tiny"), folder + "/run", Watching())
-print(json.dumps(seen))
 """
 
 
+def measure(*words: str) -> tuple[float, float]:
+    """Return the seconds that a command of `fedloom` takes, and those that a processor worked for it."""
+    started, before = time.perf_counter(), os.times()
+    subprocess.run([sys.executable, "-m", "fedloom", *words], check=True, capture_output=True)
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - started, spent
+
+
+def least(times: list[tuple[float, float]]) -> tuple[float, float]:
+    return min(seconds for seconds, _ in times), min(spent for _, spent in times)
+
+
+def time_first_step() -> dict[str, tuple[float, float]]:
+    """Return when each part of a run of `tiny` began, up to its first step: seconds, and a processor's."""
+    command = [sys.executable, "-c", FIRST_STEP]
+    runs = [
+        json.loads(subprocess.run([*command, repr(time.time())], check=True, capture_output=True).stdout)
+        for _ in range(RUNS)
+    ]
+    return {what: least([seen[what] for seen in runs]) for what in runs[0]}
+
+
+def slowest_imports(count: int = 10) -> list[tuple[str, float]]:
+    """Return what a run imports: for each package, the seconds that its own modules take, the longest first."""
+    command = [sys.executable, "-X", "importtime", "-c", "import fedloom.experiment.run"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
+    seconds: dict[str, float] = {}
+    for line in lines:
+        own, _, name = line.removeprefix("import time:").split("|")
+        if own.strip().isdigit():
+            # Of the largest, the parts tell more.
+            parts = name.strip().split(".")
+            package = ".".join(parts[: 2 if parts[0] in ("torch", "transformers", "peft") else 1])
+            seconds[package] = seconds.get(package, 0.0) + int(own) / 1e6
+    return sorted(seconds.items(), key=lambda one: -one[1])[:count]
+
+
 def main() -> None:
-    command = [sys.executable, "-c", SCRIPT]
-    runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
-    best = min(runs, key=lambda seen: seen["first step"])
-    print("| | seconds since the start |\n|---|---|")
-    for what, seconds in best.items():
-        print(f"| {what} | {seconds:.1f} |")
-    print(json.dumps(best))
+    with tempfile.TemporaryDirectory() as folder:
+        run = str(Path(folder) / "run")
+        measure("run", "tiny", "--out", run)
+        commands = {words: least([measure(*words) for _ in range(RUNS)]) for words in (("--help",), ("report", run))}
+    print("| | seconds | processor seconds |\n|---|---|---|")
+    for words, (seconds, spent) in commands.items():
+        print(f"| fedloom {words[0]} | {seconds:.2f} | {spent:.2f} |")
+    for what, (seconds, spent) in time_first_step().items():
+        print(f"| fedloom run tiny: {what} | {seconds:.2f} | {spent:.2f} |")
+    print("\n| import, with -X importtime | seconds of its own |\n|---|---|")
+    for package, seconds in slowest_imports():
+        print(f"| {package} | {seconds:.2f} |")
 
 
 if __name__ == "__main__":

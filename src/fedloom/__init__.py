@@ -21,5 +21,8 @@ __all__ = ["load_recipe", "plan", "read_run", "run"]
 def __getattr__(name: str) -> Any:
     # Looked up when used: importing fedloom must not import torch.
     if name in _HOMES:
-        return getattr(import_module(f"fedloom.{_HOMES[name]}"), name)
+        from fedloom.host.imports import quick_imports
+
+        with quick_imports():
+            return getattr(import_module(f"fedloom.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")

@@ -16,6 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.errors import FedloomError
+from fedloom.host.imports import quick_imports
 from fedloom.host.machine import Finding
 from fedloom.host.signals import Terminated
 from fedloom.text import show_controls
@@ -67,7 +68,8 @@ def run(
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
-    from fedloom.experiment.run import run
+    with quick_imports():
+        from fedloom.experiment.run import run
 
     with told_when_terminated():
         run(loaded, out, resume=resume, log_to=log, watch=watch)

@@ -195,7 +195,7 @@ def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path
     held = take_lock(tmp_path / "sweep")
     with pytest.raises(RunError, match=f"another run is at work in it .process {os.getpid()} on"):
         sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
-    os.close(held)
+    held.close()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(RunError, match="is no sweep"):

@@ -185,7 +185,7 @@ def test_a_loader_that_does_not_verify_would_be_caught(
     server = committed(folder)[0] / "server.safetensors"
     flip(server, 8 * (server.stat().st_size - 40) + 4)
     monkeypatch.setattr(state_module, "hash_file", lambda path: "the same")
-    monkeypatch.setattr(state_module, "_hash_json", lambda value: "the same")
+    monkeypatch.setattr(state_module, "hash_json", lambda value: "the same")
     told = json.loads((committed(folder)[0] / "manifest.json").read_text())
     told |= {"sha256": "the same", "files": dict.fromkeys(told["files"], "the same")}
     (committed(folder)[0] / "manifest.json").write_text(json.dumps(told))
@@ -203,7 +203,7 @@ def test_a_second_run_in_a_directory_is_refused_by_process_and_host(begun: Any, 
     refusal = attempt(recipe, folder)
     assert f"another run is at work in it (process {os.getpid()} on {platform.node()})" in refusal
     assert before == {path: path.read_bytes() for path in before}
-    os.close(held)  # as the kernel does for a process that is killed
+    held.close()  # as the kernel does for a process that is killed
     (folder / ".lock").write_text("process 1 on nowhere")
     assert not attempt(recipe, folder)
     assert result_of(folder) == result

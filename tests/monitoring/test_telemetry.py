@@ -42,7 +42,7 @@ def test_children_count() -> None:
     try:
         assert child.stdout is not None
         child.stdout.readline()
-        assert str(child.pid) in find_children()
+        assert child.pid in {process.pid for process in find_children()}
         assert ram_bytes(find_children()) - before > 190 * 2**20
     finally:
         child.communicate(b"\n")

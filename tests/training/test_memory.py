@@ -91,7 +91,7 @@ def test_this_machine_has_memory() -> None:
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr("fedloom.host.machine.CONTROL_GROUP", tmp_path)
     (tmp_path / "memory.current").write_text("1000000\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) > 2**20

@@ -8,7 +8,7 @@ Letters: P adapter parameters.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters.lora import Residual
+from fedloom.host.files import hash_pieces
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,13 @@ class Adapter:
 
     def sha256(self) -> str:
         """Return the SHA-256, in hexadecimal, over names, shapes, weights and residual."""
-        digest = hashlib.sha256(repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode())
-        digest.update(self.weights_P.contiguous().numpy().data)
-        for layer, pair in self.residual.factors.items() if self.residual else ():
-            for factor in pair:
-                digest.update(f"{layer}{tuple(factor.shape)}".encode())
-                digest.update(factor.contiguous().numpy().data)
-        return digest.hexdigest()
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            yield repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode()
+            yield self.weights_P.contiguous().numpy().data
+            for layer, pair in self.residual.factors.items() if self.residual else ():
+                for factor in pair:
+                    yield f"{layer}{tuple(factor.shape)}".encode()
+                    yield factor.contiguous().numpy().data
+
+        return hash_pieces(pieces())

@@ -17,10 +17,15 @@ from transformers import PreTrainedModel
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import A_SUFFIX, Residual, lora_pairs
 from fedloom.errors import ModelError
-from fedloom.host.files import replacing
+from fedloom.host.files import Moment, replace_folder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
+FAILPOINTS: Mapping[Moment, str] = {
+    "written": "adapter.written",
+    "between": "adapter.between",
+    "renamed": "adapter.renamed",
+}
 
 
 def save_adapter(
@@ -42,7 +47,7 @@ def save_adapter(
     if adapter.residual:
         tensors, more = adapter.residual.widen(tensors)
         _widen(saved, more)
-    with replacing(folder) as temporary:
+    with replace_folder(folder, failpoints=FAILPOINTS) as temporary:
         saved.save_pretrained(str(temporary))
         _write(tensors, frozen, temporary / WEIGHTS_FILE, card)
 
@@ -63,7 +68,7 @@ def save_model(
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = adapter.weights_P.dtype
-    with replacing(folder) as temporary:
+    with replace_folder(folder, failpoints=FAILPOINTS) as temporary:
         config.save_pretrained(temporary)
         if base.generation_config is not None:
             base.generation_config.save_pretrained(temporary)
@@ -76,6 +81,8 @@ def _write(tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], file: Pa
     # Copies: frozen tensors may share memory, which safetensors refuses to write.
     others = {name: value.to("cpu", copy=True).contiguous() for name, value in frozen.items()}
     save_file({**tensors, **others}, file, metadata={"format": "pt"})
+    # safetensors makes files for their owner alone; of the folder, the umask said who may read it.
+    file.chmod(file.parent.stat().st_mode & 0o666)
     if card:
         (file.parent / "README.md").write_text(card, encoding="utf-8")
 

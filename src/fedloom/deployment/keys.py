@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DeploymentError
+from fedloom.host.files import replace_file
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -109,9 +110,7 @@ def renew(folder: Path) -> Security:
         raise DeploymentError(
             "the keys in it can't be read", where=str(folder), mend="bring ca.key and server.key back to it"
         ) from error
-    temporary = folder / "server.crt.new"
-    temporary.write_bytes(_certificate_pem(certificate))
-    temporary.replace(security.certificate)
+    replace_file(security.certificate, _certificate_pem(certificate))
     return security
 
 

@@ -8,7 +8,6 @@ Letters: P adapter parameters.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +22,7 @@ from fedloom.deployment.frames import Frame
 from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import trained_part
+from fedloom.host.files import hash_text
 from fedloom.progress import Phase, Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation, Training
@@ -32,7 +32,7 @@ from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
 def hash_layout(layout: Layout) -> str:
     """Return the SHA-256 of an adapter's names and shapes."""
     told = repr((layout.names, [tuple(shape) for shape in layout.shapes]))
-    return hashlib.sha256(told.encode()).hexdigest()
+    return hash_text(told)
 
 
 def pack_adapter(adapter: Adapter) -> Frame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fedloom.errors import DeploymentError
+from fedloom.host.files import Lock
 
 LEASH = "import ctypes,os,signal,sys; ctypes.CDLL(None).prctl(1,signal.SIGTERM); os.execvp(sys.argv[1],sys.argv[1:])"
 """Program that runs another one which Linux ends when its parent is killed."""
@@ -151,9 +151,8 @@ def private_folder() -> Iterator[Path]:
     _sweep()
     # Paths of Unix sockets are short, so it is not in the run directory.
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, ExitStack() as stack:
-        lock = stack.enter_context(open(Path(name) / "taken", "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(lock.name, Path(name) / LOCK)  # only now it is seen, held
+        stack.enter_context(Lock(Path(name) / "taken"))
+        (Path(name) / "taken").rename(Path(name) / LOCK)  # only now it is seen, held
         yield Path(name)
 
 
@@ -163,8 +162,7 @@ def _sweep() -> None:
         # Another user's "lock" may be a pipe, which would be opened for ever.
         if lock.parent.lstat().st_uid != os.getuid():
             continue
-        with suppress(OSError), open(lock) as held:  # swept by another
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), Lock(lock, rights=None):  # held by its owner, or swept by another
             shutil.rmtree(lock.parent, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -16,6 +15,7 @@ from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.experiment.preparation import Prepared
 from fedloom.federation.fleet import EvaluateBlocks, LocalFleet
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
+from fedloom.host.files import hash_text
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.records.state import hash_tensors
@@ -68,7 +68,7 @@ def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
     blocks = [prepared.central, *(part for client in prepared.clients for part in (client.train, client.holdout))]
     documents = hash_tensors(tensors_of(blocks))
     if prepared.told:
-        documents = hashlib.sha256("".join([documents, *prepared.told]).encode()).hexdigest()
+        documents = hash_text("".join([documents, *prepared.told]))
     return {"base model": hash_base(adapted), "documents": documents}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -88,7 +87,7 @@ def sweep(
                 errors |= dict.fromkeys(undone, str(error))
     finally:
         display.close()
-        os.close(lock)
+        lock.close()
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     if len(finished) > 1:
         write_comparison([run.folder for run in finished], folder)

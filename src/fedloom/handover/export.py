@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fedloom.errors import ModelError, RunError
 from fedloom.experiment.building import load_adapted_model, load_base
 from fedloom.experiment.preparation import prepare
 from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.host.files import replace_folder
 from fedloom.model.attention import choose_attention
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
@@ -58,10 +58,7 @@ def export(
     expected = _logits(adapted.model, tokens_BT)
 
     # Written and proven beside the target, and renamed only then: a folder at the target is always a proven one.
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
-    written = temporary / to.name
-    try:
+    with replace_folder(to, existing="refuse") as written:
         display.show_step("writing", str(to))
         if merged and not adapted.is_whole:
             with warnings.catch_warnings():
@@ -70,7 +67,7 @@ def export(
                 _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
             prepared.source.tokenizer.save_pretrained(written)
         else:
-            shutil.copytree(source, written)
+            shutil.copytree(source, written, dirs_exist_ok=True)
         if merged or adapted.is_whole:
             opened = _open_merged(written, expected.dtype, adapted.device)
         else:
@@ -90,9 +87,6 @@ def export(
                 " norm; nothing was written",
                 where=str(to),
             )
-        written.rename(to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return distance
 
 

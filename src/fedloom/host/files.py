@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, and disks that don't take them. No torch here."""
+"""Files and folders that are written whole or not at all, disks that don't take them, locks and hashes. No torch here.
+
+What is written gets another name first, in the same folder, and takes its own by a rename: no reader sees half of it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -22,24 +26,18 @@ from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
 
 GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
+LOCK = ".lock"
+
+Moment = Literal["written", "between", "renamed"]
+"""In the replacing of a folder: before anything has changed, with neither of both in place, and after it."""
 
 
-def write_text(path: Path, text: str, mend: str = GO_ON) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, mend):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            with suppress(OSError):  # half a file takes room that there is none of
-                temporary.unlink(missing_ok=True)
-            raise
+# Writing
 
 
 @contextmanager
 def writing(path: Path, mend: str = GO_ON) -> Iterator[None]:
-    """A full disk, and whatever else keeps a file from being written, as an error that says how to go on.
+    """Turn a full disk, and whatever else keeps a file from being written, into an error that says how to go on.
 
     Raises:
         RunError
@@ -54,11 +52,6 @@ def writing(path: Path, mend: str = GO_ON) -> Iterator[None]:
         raise RunError(f"can't be written ({why})", where=str(path), mend=f"{first}, and {mend}") from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def _reason(error: OSError | SafetensorError) -> str:
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
@@ -66,61 +59,109 @@ def _reason(error: OSError | SafetensorError) -> str:
     return found[1] if found else type(error).__name__
 
 
-LOCK = ".lock"
-
-
-def hash_start(path: Path, size: int | None = None) -> hashlib._Hash:
-    """The SHA-256 of a file, or of so many bytes of it; of a file that is not there, of none."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        with path.open("rb") as file:
-            left = path.stat().st_size if size is None else size
-            while left > 0 and (piece := file.read(min(left, 2**20))):
-                digest.update(piece)
-                left -= len(piece)
-    return digest
-
-
-def take_lock(folder: Path) -> int:
-    """Be the only one that writes a run directory, until the descriptor is closed or the process ends.
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
 
     Raises:
-        RunError: another process is.
+        OSError: it can't be written; what was there before is still there.
     """
-    path = folder / LOCK
-    with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except OSError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise RunError(f"another run is at work in it ({holder})", where=str(folder), mend="wait for its end") from None
-    try:
-        with writing(path):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-    except RunError:
-        os.close(descriptor)
+        with suppress(OSError):  # half a file takes room that there is none of
+            temporary.unlink(missing_ok=True)
         raise
-    return descriptor
+
+
+def write_text(path: Path, text: str, mend: str = GO_ON) -> None:
+    """Write a text whole or not at all.
+
+    Raises:
+        RunError: it can't be written.
+    """
+    with writing(path, mend):
+        replace_file(path, text.encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all.
+
+    Raises:
+        RunError: it can't be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replace_folder(
+    folder: Path,
+    *,
+    existing: Literal["replace", "keep", "refuse"] = "replace",
+    durable: bool = False,
+    failpoints: Mapping[Moment, str] = MappingProxyType({}),
+) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder` at the end, whole or not at all.
+
+    A folder that is there at that moment is replaced, or kept, and the new one dropped, or refused. A `durable` one is
+    on the disk before it gets its name, and its name before this ends. `failpoints` are passed where a kill has
+    something to show.
+
+    Raises:
+        OSError: it can't be written, or is there and refused; what was there before is still there.
+    """
+
+    def come_by(moment: Moment) -> None:
+        if name := failpoints.get(moment):
+            failpoint(name)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()  # not mkdtemp, which makes folders for their owner alone: the umask says who may read this one
+    try:
+        yield temporary
+        if durable:
+            for path in (*temporary.iterdir(), temporary):
+                flush(path)
+        come_by("written")
+        if folder.exists():
+            if existing == "keep":
+                return
+            if existing == "refuse":
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+            folder.rename(temporary / "replaced")
+        try:
+            come_by("between")
+            temporary.rename(folder)
+        except BaseException as error:
+            if (temporary / "replaced").exists():
+                (temporary / "replaced").rename(folder)
+            # Another process may have made it since: of two that make the same, the first is kept.
+            if not (existing == "keep" and isinstance(error, OSError) and folder.is_dir()):
+                raise
+        if durable:
+            flush(folder.parent)
+        come_by("renamed")
+        shutil.rmtree(folder / "replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill leaves all of it or nothing under its name."""
+    doomed = folder.with_name(f".{folder.name}.tmp")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a killed run was in the middle of writing."""
     for path in [*folder.glob(".*")] if folder.is_dir() else ():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file; of a folder that is not there, none."""
-    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def flush(path: Path) -> None:
@@ -132,47 +173,114 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the folder's place at the end, with the rights that the umask leaves."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~_umask())
-        temporary.chmod(0o777 & ~_umask())
-        failpoint("adapter.written")
-        if folder.exists():
-            folder.rename(temporary / "replaced")
+# Locks
+
+
+class Lock:
+    """A file that one process holds locked until it closes it or ends, however it ends: the kernel lets go.
+
+    Raises:
+        BlockingIOError: another one holds it.
+        OSError: it can't be opened; with `rights` None it must be there, otherwise it is made with these.
+    """
+
+    def __init__(self, path: Path, rights: int | None = 0o666) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if rights is not None else 0), rights or 0)
         try:
-            failpoint("adapter.between")
-            temporary.rename(folder)
-        except BaseException:
-            if (temporary / "replaced").exists():
-                (temporary / "replaced").rename(folder)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
             raise
-        failpoint("adapter.renamed")
-        shutil.rmtree(folder / "replaced", ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(self, text: str) -> None:
+        """Say in the file who holds it."""
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, text.encode())
+
+    def close(self) -> None:
+        """Let go."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def take_lock(folder: Path) -> Lock:
+    """Be the only one that writes a run directory, until the lock is closed or the process ends.
+
+    Raises:
+        RunError: another process is.
+    """
+    path = folder / LOCK
+    with writing(path):
+        try:
+            lock = Lock(path)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+            raise RunError(
+                f"another run is at work in it ({holder})", where=str(folder), mend="wait for its end"
+            ) from None
+        try:
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+        except OSError:
+            lock.close()
+            raise
+    return lock
 
 
-def is_held(lock: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Return whether a process holds this lock; a file that is not there, nobody holds."""
     try:
-        descriptor = os.open(lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
+        Lock(path, rights=None).close()
+    except BlockingIOError:
         return True
-    finally:
-        os.close(descriptor)
+    except OSError:
+        return False
+    return False
+
+
+# Hashes: SHA-256, in hexadecimal digits
+
+
+def hash_pieces(pieces: Iterable[bytes | memoryview]) -> str:
+    """Return the hash of pieces, one after the other."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_text(text: str) -> str:
+    """Return the hash of a text in UTF-8."""
+    return hash_pieces([text.encode()])
+
+
+def hash_json(value: Any) -> str:
+    """Return the hash of a value as JSON, whatever the order of its keys."""
+    return hash_text(json.dumps(value, sort_keys=True))
+
+
+def hash_file(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """Return the hash of each file; of a folder that is not there, none."""
+    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+def hash_start(path: Path, size: int | None = None) -> hashlib._Hash:
+    """Return the hash of a file, or of so many bytes of it, to go on with; of a file that is not there, of nothing."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            left = path.stat().st_size if size is None else size
+            while left > 0 and (piece := file.read(min(left, 2**20))):
+                digest.update(piece)
+                left -= len(piece)
+    return digest

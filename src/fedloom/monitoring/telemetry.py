@@ -6,16 +6,15 @@ phase: loading, training, aggregation, evaluation.
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+
+import psutil
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Progress
@@ -25,7 +24,6 @@ Item = TypeVar("Item")
 SAMPLE_SECONDS = 0.05
 CHILDREN_EVERY = 20
 """Samples between two looks for children: each thread has to be asked for its own."""
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Telemetry(Observer):
@@ -35,7 +33,7 @@ class Telemetry(Observer):
         self._gpu = gpu
         self._phases = ["loading"]
         self._reset()
-        self._children: list[str] = []
+        self._children: list[psutil.Process] = []
         self._samples = 0
         self._closed = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -118,31 +116,32 @@ class Telemetry(Observer):
         peaks[phase] = max(peaks.get(phase, 0), size)
 
 
-def ram_bytes(children: Sequence[str] = ()) -> int:
-    """Memory that this process and these children of its hold now; where only the peak can be told, that."""
-    own = _resident("self")
-    if own == 0:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return own + sum(map(_resident, children))
+def ram_bytes(children: Sequence[psutil.Process] = ()) -> int:
+    """Return the memory that this process and these children of its hold now."""
+    return sum(map(_resident, (psutil.Process(), *children)))
 
 
-def find_children(process: str = "self") -> list[str]:
-    """Every process that this one has started, and those that they have."""
+def find_children(process: int | None = None) -> list[psutil.Process]:
+    """Return every process that this one has started, and those that they have; on Linux alone."""
+    # psutil looks at every process of the machine for it, 45 µs each: with thousands of them, a tenth of a second.
     try:
         found = [
-            child
-            for task in Path(f"/proc/{process}/task").iterdir()
+            int(child)
+            for task in Path(f"/proc/{process or 'self'}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
     except OSError:  # no /proc, or a process that ended just now
         return []
-    return found + [grandchild for child in found for grandchild in find_children(child)]
+    known = []
+    for child in found:
+        with suppress(psutil.Error):  # it ended just now
+            known.append(psutil.Process(child))
+    return known + [grandchild for child in found for grandchild in find_children(child)]
 
 
-def _resident(process: str) -> int:
-    """0 for a process that has ended."""
+def _resident(process: psutil.Process) -> int:
+    """Return 0 for a process that has ended."""
     try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE_BYTES
-    except (OSError, IndexError, ValueError):
+        return int(process.memory_info().rss)
+    except psutil.Error:
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,6 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.
     on_a_hub = COMMIT.fullmatch(plan.model_revision)
     model, data = _public(plan.model, plan.model_revision), _public(plan.data, plan.data_revision)
-    base = f"base_model: {_yaml(model)}\n" if on_a_hub else ""
     method, whole = recipe.adapter.method, recipe.adapter.method == "full"
     public = recipe.model_copy(
         update={
@@ -35,26 +33,17 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
             "data": recipe.data.model_copy(update={"source": data}),
         }
     )
-    lines = [
-        "---",
-        f"library_name: {'transformers' if whole else 'peft'}",
-        "pipeline_tag: text-generation",
-        "license: other",
-        "license_name: see-base-model-and-data",
-        f"{base}tags:\n{'' if whole else f'- {method}{chr(10)}'}- federated-learning\n- fedloom",
-    ]
-    if known:
-        lines += [
-            "model-index:",
-            f"- name: {_yaml(recipe.name)}",
-            "  results:",
-            "  - task:\n      type: text-generation",
-            f"    dataset:\n      name: {_yaml(data)}\n      type: {_yaml(data)}",
-            "    metrics:",
-        ]
-        for key, value in known.items():
-            lines.append(f"    - type: {METRICS[key][0]}\n      name: {METRICS[key][1]}\n      value: {value}")
-    lines.append("---")
+    head = _head(
+        recipe.name,
+        data,
+        known,
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        license="other",
+        license_name="see-base-model-and-data",
+        base_model=model if on_a_hub else None,
+        tags=[*([] if whole else [method]), "federated-learning", "fedloom"],
+    )
     shown_model, shown_data = to_markdown_text(model), to_markdown_text(data)
     revisions = [to_markdown_text(revision) for revision in (plan.model_revision, plan.data_revision)]
     round = f"round {record['round']}" if record else "before any training"
@@ -79,7 +68,27 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
         _how_to_load(shown_model, whole=whole, on_a_hub=bool(on_a_hub)),
         f"The recipe:\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(part for part in text if part) + "\n"
+    return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n"
+
+
+def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str:
+    """Write what a hub reads of the model, and of its results if there are any, as YAML."""
+    # Needed when a run is written down, and slow to import: not at the start.
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results: Any = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=METRICS[key][0],
+            metric_name=METRICS[key][1],
+            metric_value=value,
+        )
+        for key, value in known.items()
+    ]
+    named: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
+    return str(ModelCardData(**facts, **named).to_yaml())
 
 
 def _describe(recipe: Recipe) -> str:
@@ -104,7 +113,3 @@ def _public(source: str, revision: str) -> str:
     if COMMIT.fullmatch(revision) or ":" in source:
         return source
     return f"local: {source.rstrip('/').rsplit('/', 1)[-1]}"
-
-
-def _yaml(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -7,17 +7,14 @@ The two newest are kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,13 +24,25 @@ from fedloom.errors import RunError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import State
 from fedloom.host.failpoints import failpoint
-from fedloom.host.files import clear_unfinished, flush, hash_file, hash_folder, hash_start, writing
+from fedloom.host.files import (
+    Moment,
+    clear_unfinished,
+    hash_file,
+    hash_folder,
+    hash_json,
+    hash_pieces,
+    hash_start,
+    remove_folder,
+    replace_folder,
+    writing,
+)
 from fedloom.records.run import judged_loss, read_run
 from fedloom.training.jobs import OptimizerState
 
 FOLDER = "state"
 MANIFEST = "manifest.json"
 KEPT = 2
+FAILPOINTS: Mapping[Moment, str] = {"written": "state.flushed", "renamed": "state.renamed"}
 VERSION = 2
 """Of the format: a state of another one is refused."""
 
@@ -85,52 +94,44 @@ def save_state(run: Path, state: RunState) -> None:
     """
     parent = run / FOLDER
     target = parent / state.name
-    temporary = parent / f".{target.name}.tmp"
-    with writing(target), _clearing(parent):
-        parent.mkdir(exist_ok=True)
+    with writing(target):
         clear_unfinished(parent)
-        temporary.mkdir()
-        adapter = state.adapter
-        residual = adapter.residual.factors if adapter.residual else {}
-        remembered, tensors = pack(state.strategy)
-        tensors |= {"adapter": adapter.weights_P}
-        tensors |= {
-            f"residual/{layer}/{side}": t
-            for layer, pair in residual.items()
-            for side, t in zip("ba", pair, strict=True)
-        }
-        kept = {f"{client}/{name}": t for client, named in state.optimizers.items() for name, t in named.items()}
-        for name, content in (("server.safetensors", tensors), ("clients.safetensors", kept)):
-            save_file({key: value.contiguous() for key, value in content.items()}, temporary / name)
-            failpoint("state.file")
-        told = {
-            "version": VERSION,
-            "layout": [adapter.layout.names, [list(shape) for shape in adapter.layout.shapes]],
-            "strategy": remembered,
-            "losses": state.losses,
-            "scores": {client: [s.loss_sum, s.correct, s.num_targets] for client, s in state.scores.items()},
-            "record_bytes": dict(state.record_bytes),
-            "record_hashes": dict(state.record_hashes),
-            "adapters": {name: dict(files) for name, files in state.adapters.items()},
-            "norms": list(state.norms),
-            "identity": dict(state.identity),
-            "files": {file.name: hash_file(file) for file in sorted(temporary.iterdir())},
-        }
-        text = json.dumps({**told, "sha256": _hash_json(told)}, indent=1)
-        (temporary / MANIFEST).write_text(text, encoding="utf-8")
-        failpoint("state.manifest")
-        for file in temporary.iterdir():
-            flush(file)
-        flush(temporary)
-        failpoint("state.flushed")
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        flush(parent)
-        failpoint("state.renamed")
+        with replace_folder(target, durable=True, failpoints=FAILPOINTS) as temporary:
+            _write_state(state, temporary)
         for old in committed(run)[KEPT:]:
             shutil.rmtree(old)
         failpoint("state.pruned")
+
+
+def _write_state(state: RunState, folder: Path) -> None:
+    """Write the files of a state, the manifest last: it has the hashes of the others."""
+    adapter = state.adapter
+    residual = adapter.residual.factors if adapter.residual else {}
+    remembered, tensors = pack(state.strategy)
+    tensors |= {"adapter": adapter.weights_P}
+    tensors |= {
+        f"residual/{layer}/{side}": t for layer, pair in residual.items() for side, t in zip("ba", pair, strict=True)
+    }
+    kept = {f"{client}/{name}": t for client, named in state.optimizers.items() for name, t in named.items()}
+    for name, content in (("server.safetensors", tensors), ("clients.safetensors", kept)):
+        save_file({key: value.contiguous() for key, value in content.items()}, folder / name)
+        failpoint("state.file")
+    told = {
+        "version": VERSION,
+        "layout": [adapter.layout.names, [list(shape) for shape in adapter.layout.shapes]],
+        "strategy": remembered,
+        "losses": state.losses,
+        "scores": {client: [s.loss_sum, s.correct, s.num_targets] for client, s in state.scores.items()},
+        "record_bytes": dict(state.record_bytes),
+        "record_hashes": dict(state.record_hashes),
+        "adapters": {name: dict(files) for name, files in state.adapters.items()},
+        "norms": list(state.norms),
+        "identity": dict(state.identity),
+        "files": {file.name: hash_file(file) for file in sorted(folder.iterdir())},
+    }
+    text = json.dumps({**told, "sha256": hash_json(told)}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    failpoint("state.manifest")
 
 
 def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None:
@@ -192,13 +193,8 @@ def _lost_its_best(run: Path, state: RunState) -> bool:
 
 def forget_states(run: Path) -> None:
     """Remove every state, all at once."""
-    parent, doomed = run / FOLDER, run / f".{FOLDER}.tmp"
-    with writing(parent):
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        if parent.exists():
-            parent.rename(doomed)
-            shutil.rmtree(doomed)
+    with writing(run / FOLDER):
+        remove_folder(run / FOLDER)
 
 
 def read_state(folder: Path) -> RunState:
@@ -216,7 +212,7 @@ def read_state(folder: Path) -> RunState:
                 where=str(folder),
                 mend="go on with the fedloom that began the run",
             )
-        if digest != _hash_json(told):
+        if digest != hash_json(told):
             raise ValueError("its manifest was changed")
         for name, expected in told["files"].items():
             if hash_file(folder / name) != expected:
@@ -259,17 +255,6 @@ def committed(run: Path) -> list[Path]:
     return sorted((path for path in parent.glob("round-*") if path.is_dir()), reverse=True) if parent.is_dir() else []
 
 
-@contextmanager
-def _clearing(parent: Path) -> Iterator[None]:
-    """What could not be finished takes no room."""
-    try:
-        yield
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            clear_unfinished(parent)
-        raise
-
-
 def pack(state: State) -> tuple[Any, dict[str, Tensor]]:
     """What a strategy remembers as JSON with the names of its tensors, and the tensors."""
     tensors: dict[str, Tensor] = {}
@@ -296,12 +281,10 @@ def unpack(told: Any, tensors: Mapping[str, Tensor]) -> State:
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of shapes and bytes, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
+    def pieces() -> Iterator[bytes | memoryview]:
+        for tensor in tensors:
+            yield repr(tuple(tensor.shape)).encode()
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hash_pieces(pieces())

@@ -55,7 +55,7 @@ class RunWriter:
 
     def close(self) -> None:
         """Let others write the run directory."""
-        os.close(self._lock)
+        self._lock.close()
 
     @property
     def status(self) -> Record:

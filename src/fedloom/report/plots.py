@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedloom.host.imports import quick_imports
 from fedloom.text import show_controls
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -101,11 +102,16 @@ def _label(name: str) -> str:
 
 
 def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
-    # Imported here, since it takes a second; and not pyplot, which would keep every figure in memory.
-    from matplotlib.figure import Figure
+    # Imported here, since it takes half a second; and not pyplot, which would keep every figure in memory.
+    with quick_imports():
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained", dpi=FigureCanvasSVG.fixed_dpi)
+    FigureCanvasSVG(figure)  # it measures letters as it will write them
     axes = figure.subplots()
+    for patch in (figure.patch, axes.patch):
+        patch.set(facecolor="none", edgecolor="none")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return figure, axes
@@ -133,7 +139,8 @@ def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
     # The same numbers must give the same file: without a date, and with ids that are hashed from the drawing.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedloom", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # Not savefig, which draws everything twice: once to place it, though the layout does that.
+        figure.canvas.print_svg(file, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Without a width and height of its own, the plot takes the width of the page.

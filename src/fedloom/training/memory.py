@@ -9,12 +9,10 @@ Letters: K clients, L layers, B sequences, T tokens, P adapter parameters.
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.host.machine import free_memory
 from fedloom.model.loss_head import rows_at_a_time
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import StackedStep, StepInputs
@@ -38,7 +37,6 @@ all (docs/benchmarks.md). Told to give them back at once, it holds exactly what 
 longer."""
 WORTHWHILE_ON_CPU = 5 * 2**30
 """Bytes of all clients at once: beyond it, a processor waits for its memory (docs/benchmarks.md, K = 32)."""
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 SHARE_OF_FREE = 0.9
 """Of the free memory, what a run may take: the rest is for the allocator and everybody else."""
 
@@ -185,21 +183,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return min(_free_on_machine(), _free_in_container())
-
-
-def _free_on_machine() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _free_in_container() -> int:
-    """What a control group leaves of its limit; no end where there is none."""
-    try:
-        limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no such file, or the word "max"
-        return sys.maxsize
-    return max(0, limit - used)
+    return free_memory()

@@ -5,7 +5,6 @@ One line of JSON a round, on disk before training begins, so that no crash hides
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
+from fedloom.host.files import hash_pieces
 
 DAY = timedelta(days=1)
 
@@ -101,4 +101,4 @@ class Journal:
 def hash_task(asked: Frame) -> str:
     """Return the SHA-256 of all that a training depends on. The same task twice tells a server nothing new."""
     told = {key: value for key, value in asked.manifest.items() if key != "judge"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + asked.payload).hexdigest()
+    return hash_pieces([json.dumps(told, sort_keys=True).encode(), asked.payload])
