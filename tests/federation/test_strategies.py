@@ -197,7 +197,7 @@ def test_too_few_clients_are_refused_before_anything_is_loaded() -> None:
     ("override", "says"),
     [
         ("federation.strategy.momentum=0.5", 'kind "fedavg" does not use momentum'),
-        ('federation.strategy={kind="krum", weight_by="tokens"}', "every client counts alike"),
+        ('federation.strategy={kind="krum", weight_by="tokens"}', "gives every client the same weight"),
         ('federation.strategy={kind="trimmed_mean", trim=0.5}', "less than 0.5"),
         ('federation.strategy={kind="fedavgmm"}', "fedavgm"),
     ],

@@ -84,7 +84,7 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> 
     source = _open_source(data, order_seed, at_most)
     rows = source.open_rows
     if not source.ordered and seed is not None:
-        # The places of all rows are shuffled, not their texts: those are read one by one below.
+        # A folder's text files are not read here: their places are shuffled, with the functions that open them.
         rows = list(rows)
         random.Random(order_seed).shuffle(rows)
     documents: list[Document] = []
@@ -146,7 +146,7 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
         if row.get(data.partition.by) is None:
             raise UnreadableError(f"without a value in column {data.partition.by}")
         label = str(row[data.partition.by])
-    # JSON can escape half of a surrogate pair, which is a str in Python but can't be written, hashed or tokenised.
+    # JSON can escape half of a surrogate pair, which is a str in Python but can't be written as UTF-8.
     try:
         f"{text}{label}".encode()
     except UnicodeEncodeError:

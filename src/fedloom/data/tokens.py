@@ -156,7 +156,7 @@ def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:
     Raises:
         DataError: the tokenizer and the model do not belong together.
     """
-    # On a GPU an index out of range is found later, without a word of its cause, and leaves the GPU unusable.
+    # On a GPU an index out of range is found later, without a word of its cause, and spoils the process.
     if len(blocks) and (largest := int(blocks.tokens_NT.max())) >= vocabulary_size:
         raise DataError(
             f"token {largest} is outside the base model's vocabulary of {vocabulary_size}",
