@@ -1,4 +1,6 @@
-"""fedloom: federated fine-tuning of language models with adapters held together by FedProx.
+"""Federated fine-tuning of language models with adapters held together by FedProx.
+
+A first run, from Python:
 
 from fedloom import load_recipe, run, read_run
 finished = run(load_recipe("tiny", ["federation.rounds=2"]))

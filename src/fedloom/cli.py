@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-"""What typer raises for a command that it can't make sense of; it keeps the class itself private."""
+"""Error that typer raises for a command that it can't make sense of; it keeps the class itself private."""
 INTERRUPTED, TERMINATED = 130, 143
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
@@ -360,7 +360,7 @@ def told_when_terminated() -> Iterator[None]:
 
 
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
-    """The run directory and the recipe: of a run that goes on, its own."""
+    """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
     if resume and (Path(recipe) / "recipe.toml").is_file():
         return out or Path(recipe), str(Path(recipe) / "recipe.toml")
     if resume and out is None:
@@ -371,7 +371,7 @@ def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -
 
 
 def show_findings(findings: list[Finding], word: str) -> None:
-    """A line each, and how to mend what is not well; that ends with 2."""
+    """Print a line for each finding, and how to mend what is not well, which ends with exit code 2."""
     for finding in findings:
         typer.echo(f"{'ok' if finding.well else word:<8}{finding.what:<14}{finding.found}")
         if finding.mend:

@@ -1,4 +1,6 @@
-"""Prepares a run: all that can be wrong before weights are loaded, and the plan.
+"""Preparation of a run: all that can be wrong before weights are loaded, and the plan.
+
+The way to a plan:
 
 recipe -> documents -> splits -> token blocks, and what the model will be -> plan
 """

@@ -1,8 +1,10 @@
-"""Wires the parts together: the file to read first.
+"""Wiring of the parts: the file to read first.
 
 recipe -> documents -> splits -> token blocks
                                      |
 base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
+
+Each name is a room, or a module of one; the arrows are the functions that `run` calls.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Meter of the error of averaging LoRA's factors apart.
 
-Averaging A and B is not averaging BA. With p_k a client's weight, the mean update is Σ p_k B_k A_k, and the averaged
-factors give B̄Ā. The difference E = Σ p_k (B_k − B̄)(A_k − Ā) is the covariance of the clients' drifts. It is measured by
-Gram matrices of the factors, so that no matrix of the layer's own size is ever made: with the clients' factors side by
-side, ‖XY‖² = ⟨XᵀX, YYᵀ⟩. The scale α/r is in numerator and denominator alike.
+Averaging A and B is not averaging BA. With p_k a client's weight, the mean update is Σ p_k B_k A_k, and the
+averaged factors give B̄Ā. The difference E = Σ p_k (B_k − B̄)(A_k − Ā) is the covariance of the clients' drifts. It
+is measured by Gram matrices of the factors, so that no matrix of the layer's own size is ever made: with the
+clients' factors side by side, ‖XY‖² = ⟨XᵀX, YYᵀ⟩. The scale α/r is in numerator and denominator alike.
 
 Letters: K clients, R rank, I and O features in and out.
 """

@@ -29,7 +29,7 @@ GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept
 LOCK = ".lock"
 
 Moment = Literal["written", "between", "renamed"]
-"""In the replacing of a folder: before anything has changed, with neither of both in place, and after it."""
+"""Failpoints in the replacing of a folder: before anything has changed, with neither of both in place, and after it."""
 
 
 # Writing

@@ -1,4 +1,4 @@
-"""What this machine has: for `fedloom doctor`, and for the record of a run. Imports torch only when asked to look."""
+"""Facts about this machine: for `fedloom doctor`, and for the record of a run. Imports torch when asked alone."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def examine() -> list[Finding]:
 
 
 def _examine_folder(what: str, folder: Path, needed_bytes: int) -> Finding:
-    """Whether a folder can be made and written to, and whether its disk has room."""
+    """Look whether a folder can be made and written to, and whether its disk has room."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     found = f"{folder}, {free / 2**30:.1f} GiB free"
@@ -142,7 +142,7 @@ def reset_peak_memory() -> None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware, with AVX512-BF16 or AMX; without, float32 is faster."""
+    """Return whether the processor multiplies bfloat16 in hardware (AVX512-BF16, AMX); else float32 is faster."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_facts().get("flags", "").split())
 
 

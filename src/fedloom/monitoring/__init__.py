@@ -1,1 +1,1 @@
-"""What people are shown while a run works, and what is measured of it."""
+"""Observers of a run: what people are shown while it works, and what is measured of it."""

@@ -50,7 +50,7 @@ class Telemetry(Observer):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to this phase; phases may lie inside each other."""
+        """Count what happens inside to a phase; phases may lie inside each other."""
         self._note()
         self._phases.append(name)
         try:
@@ -60,7 +60,7 @@ class Telemetry(Observer):
             self._phases.pop()
 
     def iterate(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
-        """Each wait for the next item belongs to this phase, what is done with it does not."""
+        """Yield items, and count each wait for the next one to a phase; what is done with an item is not."""
         while True:
             with self.phase(name):
                 try:
@@ -76,7 +76,7 @@ class Telemetry(Observer):
                 self._counts[f"evaluate_{what}"] += number
 
     def take(self) -> dict[str, Any]:
-        """What was found since the last time, as a round's record has it.
+        """Return what was measured since the last time, as a round's record has it.
 
         `evaluate_tokens`, `evaluate_samples`, `evaluate_steps`; `ram_peak_bytes` and `gpu_peak_bytes` by phase.
         """

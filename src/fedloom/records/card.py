@@ -21,7 +21,7 @@ METRICS = {
 
 
 def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> str:
-    """The card of the adapter of a round; `record` is None for one that has not been evaluated yet."""
+    """Return the card of the adapter of a round; `record` is None for one that has not been evaluated yet."""
     known = {key: record[key] for key in METRICS if record and key in record}
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.
     on_a_hub = COMMIT.fullmatch(plan.model_revision)
@@ -92,7 +92,7 @@ def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str
 
 
 def _describe(recipe: Recipe) -> str:
-    """What the folder holds, up to the name of the base model."""
+    """Describe what the folder holds, up to the name of the base model."""
     adapter = recipe.adapter
     if adapter.method == "full":
         return "The model itself, every weight of it fine-tuned from"
@@ -109,7 +109,7 @@ def _how_to_load(model: str, *, whole: bool, on_a_hub: bool) -> str:
 
 
 def _public(source: str, revision: str) -> str:
-    """A source without the folders that it lies in on this machine."""
+    """Return a source without the folders that it lies in on this machine."""
     if COMMIT.fullmatch(revision) or ":" in source:
         return source
     return f"local: {source.rstrip('/').rsplit('/', 1)[-1]}"

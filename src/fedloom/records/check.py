@@ -1,4 +1,4 @@
-"""Whether a run directory holds together."""
+"""Check that a run directory holds together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GO_ON = "go on with it: fedloom run --resume puts it right"
 
 
 def check_run(folder: str | Path) -> list[Finding]:
-    """What was found, a line for each thing that must hold.
+    """Check a run directory; return a finding for each thing that must hold.
 
     Raises:
         RunError: the folder is no run, or its records are damaged in the middle.
@@ -93,7 +93,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _adapters(run: Run) -> dict[str, int]:
-    """The adapters that must be there, with the rounds that they are of."""
+    """Return the adapters that must be there, with the rounds that they are of."""
     if not run.rounds:
         return {}
     return {"initial": 0, "last": run.rounds[-1]["round"], "best": run.best_round or 0}

@@ -104,13 +104,13 @@ class Run:
 
 
 def judged_loss(record: Record) -> float:
-    """What the best adapter is chosen by: the central loss, the clients' hold-out loss where there is none."""
+    """Return the loss that the best adapter is chosen by: central, or the clients' where there is none."""
     loss = record.get("central_loss", record.get("client_loss"))
     return math.inf if loss is None else float(loss)
 
 
 def overfitting_onset(rounds: Sequence[int], losses: Sequence[float], patience: int = PATIENCE) -> int | None:
-    """The first round, after the best, from which the loss rose `patience` times in a row; None where it did not."""
+    """Return the first round, after the best, from which the loss rose `patience` times in a row, or None."""
     if not losses:
         return None
     best = len(losses) - 1 - losses[::-1].index(min(losses))
@@ -121,7 +121,7 @@ def overfitting_onset(rounds: Sequence[int], losses: Sequence[float], patience: 
 
 
 def overfitting_onsets(rounds: Sequence[Record]) -> Record:
-    """From which round the central loss, and each client's on its own hold-out, only rose; None where it did not."""
+    """Return the rounds from which the central loss, and each client's on its own hold-out, only rose, or None."""
     clients = sorted({client for record in rounds for client in record.get("client_losses", {})}, key=int)
     central = [(record["round"], record["central_loss"]) for record in rounds if "central_loss" in record]
     own = {
@@ -177,7 +177,7 @@ def read_json(path: Path) -> Record:
 
 
 def _read_lines(path: Path) -> list[Record]:
-    """Every whole line; the last may have been cut by a crash while it was written."""
+    """Read every whole line; the last may have been cut by a crash while it was written."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -198,7 +198,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A resolved recipe with dotted keys."""
+    """Return a resolved recipe with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, dict):

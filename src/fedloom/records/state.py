@@ -1,4 +1,4 @@
-"""What a run needs to go on after it was killed: written whole after every round, verified before it is used.
+"""State from which a killed run goes on: written whole after every round, verified before it is used.
 
 `RUN/state/round-000003/` holds the global adapter, what the strategy and the clients remember, and a manifest with the
 SHA-256 of each file. It is made under another name, flushed to the disk, and renamed: it is there whole or not at all.
@@ -44,7 +44,7 @@ MANIFEST = "manifest.json"
 KEPT = 2
 FAILPOINTS: Mapping[Moment, str] = {"written": "state.flushed", "renamed": "state.renamed"}
 VERSION = 2
-"""Of the format: a state of another one is refused."""
+"""Version of the format: a state of another one is refused."""
 
 
 @dataclass(frozen=True)
@@ -54,35 +54,35 @@ class RunState:
     adapter: Adapter
     strategy: State
     losses: list[float]
-    """By which adapters are judged, round 0 first."""
+    """Losses by which adapters are judged, round 0 first."""
     scores: dict[int, Score]
-    """Of the adapter, on each client's own hold-out."""
+    """Scores of the adapter on each client's own hold-out."""
     optimizers: dict[int, OptimizerState]
-    """What clients keep."""
+    """Optimizer states that clients keep."""
     record_bytes: Mapping[str, int]
-    """How long the records were: what is beyond belongs to a round that never was complete."""
+    """Lengths of the records: what is beyond belongs to a round that never was complete."""
     record_hashes: Mapping[str, str]
     """SHA-256 of so much of them."""
     adapters: Mapping[str, Mapping[str, str]]
     """`initial`, `best` and `last`: SHA-256 of each file."""
     norms: Sequence[float]
-    """What the gate remembers."""
+    """Norms of changes that admission remembers."""
     identity: Mapping[str, str]
-    """What must be the same for the run to go on: hashes of the base model and of the data."""
+    """Hashes of the base model and of the data, which must be the same for the run to go on."""
 
     @property
     def round(self) -> int:
-        """The last that is complete."""
+        """Last round that is complete."""
         return len(self.losses) - 1
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the state's folder."""
         return f"round-{self.round:06d}"
 
     @property
     def best_round(self) -> int:
-        """Of equal losses, the last."""
+        """Round of the best adapter; of equal losses, the last."""
         return self.round - self.losses[::-1].index(min(self.losses))
 
 
@@ -135,7 +135,7 @@ def _write_state(state: RunState, folder: Path) -> None:
 
 
 def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None:
-    """The newest state that is whole, None where no round was committed; `say` is told of each that is not whole.
+    """Return the newest state that is whole, None where no round was committed; `say` each that is not whole.
 
     Raises:
         RunError: there are states, and none of them is whole.
@@ -184,7 +184,7 @@ def damaged_adapters(run: Path, state: RunState) -> dict[str, list[str]]:
 
 
 def _lost_its_best(run: Path, state: RunState) -> bool:
-    """Whether the best adapter is damaged, and neither in the state nor made again by the rounds that come."""
+    """Return whether the best adapter is damaged, and neither in the state nor made again by the rounds to come."""
     if state.best_round == state.round or "best" not in damaged_adapters(run, state):
         return False
     later = read_run(run).rounds[state.round + 1 :]
@@ -198,7 +198,7 @@ def forget_states(run: Path) -> None:
 
 
 def read_state(folder: Path) -> RunState:
-    """A committed state, verified.
+    """Read a committed state, and verify it.
 
     Raises:
         RunError: it is damaged, or of another version.
@@ -250,13 +250,13 @@ def read_state(folder: Path) -> RunState:
 
 
 def committed(run: Path) -> list[Path]:
-    """The folders of the states that were renamed into place, the newest first."""
+    """Return the folders of the states that were renamed into place, the newest first."""
     parent = run / FOLDER
     return sorted((path for path in parent.glob("round-*") if path.is_dir()), reverse=True) if parent.is_dir() else []
 
 
 def pack(state: State) -> tuple[Any, dict[str, Tensor]]:
-    """What a strategy remembers as JSON with the names of its tensors, and the tensors."""
+    """Return a strategy's memory as JSON with the names of its tensors, and the tensors."""
     tensors: dict[str, Tensor] = {}
 
     def visit(value: State) -> Any:
@@ -273,7 +273,7 @@ def pack(state: State) -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack(told: Any, tensors: Mapping[str, Tensor]) -> State:
-    """The inverse of `pack`."""
+    """Undo `pack`."""
     if isinstance(told, dict):
         return tensors[told["tensor"]]
     return tuple(unpack(item, tensors) for item in told) if isinstance(told, list) else told

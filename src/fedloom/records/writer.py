@@ -59,12 +59,12 @@ class RunWriter:
 
     @property
     def status(self) -> Record:
-        """What `status.json` holds."""
+        """Content of `status.json`."""
         return self._status
 
     @property
     def record_bytes(self) -> dict[str, int]:
-        """How long the records are."""
+        """Lengths of the records, by name."""
         paths = [self.folder / name for name in RECORDS]
         return {path.name: path.stat().st_size if path.is_file() else 0 for path in paths}
 
@@ -88,7 +88,7 @@ class RunWriter:
         write_json(self.folder / name, value)
 
     def write_status(self, state: str, **more: Any) -> None:
-        """What the run is doing now, or how it ended."""
+        """Write down what the run is doing now, or how it ended."""
         if state == "running":
             self._status.pop("error", None)  # of an earlier try
         self._status |= {"state": state, **more, "updated": now()}
@@ -117,7 +117,7 @@ class RunWriter:
 
 
 def default_folder(name: str) -> Path:
-    """Where a run goes that was not told where."""
+    """Return the run directory of a run that was not told where to go."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -145,7 +145,7 @@ def check_free(folder: Path) -> None:
 
 
 def round_record(result: RoundResult) -> RoundRecord:
-    """One round as a line of `rounds.jsonl`."""
+    """Return one round as a line of `rounds.jsonl`."""
     reports, client_score = result.reports, result.client_score
     steps = sum(report.steps for report in reports)
     record = {
@@ -177,7 +177,7 @@ def round_record(result: RoundResult) -> RoundRecord:
 
 
 def now() -> str:
-    """The time as records have it: UTC, to the second."""
+    """Return the time as records have it: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -137,7 +137,7 @@ class BatchedEngine:
 
 
 def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
-    """Whether two jobs can train at once: what is one for all of a step's clients is the same."""
+    """Return whether two jobs can train at once: they agree in what a step has once for all its clients."""
     mine, its = one.training, other.training
     return one.adapter.residual is other.adapter.residual and all(
         getattr(mine, name) == getattr(its, name) for name in OF_ALL_CLIENTS

@@ -28,21 +28,21 @@ OptimizerState = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What one client is asked to do in a round: all that it is told."""
+    """Task of one client in a round: all that it is told."""
 
     round: int
     client: int
     adapter: Adapter
-    """Where training starts, and what the proximal term holds to."""
+    """Adapter that training starts from, and that the proximal term holds to."""
     training: Training
-    """How to train; its `proximal_mu` is this round's."""
+    """Settings of training; `proximal_mu` is this round's."""
     rounds: int
-    """That a schedule of scope `run` stretches over."""
+    """Rounds that a schedule of scope `run` stretches over."""
     seed: int
     trains_P: Tensor | None = None
     """True where the adapter may change; None is everywhere."""
     trial: int = 0
-    """Of several runs that train together, which one asks."""
+    """Number of the run that asks, where several train together."""
 
     @property
     def num_bytes(self) -> int:
@@ -58,16 +58,16 @@ class ClientJob(ClientTask):
 
     blocks: TokenBlocks
     optimizer_state: OptimizerState | None = None
-    """From the client's last round; None starts fresh."""
+    """Optimizer state from the client's last round; None starts fresh."""
 
     def draw_batches(self) -> list[Tensor]:
-        """The rows of every step: each epoch visits each block once, in an order of its own."""
+        """Draw the rows of every step: each epoch visits each block once, in an order of its own."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
         orders = (torch.randperm(len(self.blocks), generator=generator) for _ in range(self.training.epochs))
         return [rows for order in orders for rows in order.split(self.training.batch_size)]
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step (from 0)."""
+        """Return the learning rate of a step (from 0)."""
         return learning_rate(self.training, step, steps, self.round, self.rounds)
 
     @property
@@ -77,7 +77,7 @@ class ClientJob(ClientTask):
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What is known of a client's work in a round. Losses are nats per token; times are of no effect."""
+    """Report of a client's work in a round. Losses are nats per token; times have no effect."""
 
     round: int
     client: int
@@ -89,7 +89,7 @@ class ClientReport:
     loss_first: float
     loss_last: float
     loss_mean: float
-    """Over steps; the proximal term left out."""
+    """Mean loss over steps; the proximal term is left out."""
     proximal_loss: float
     """μ/2 ‖w − w_global‖², the mean over steps, as it stood in the objective."""
     proximal_ratio: float
@@ -97,16 +97,16 @@ class ClientReport:
     drift: float
     """‖w − w_global‖ after the last step."""
     seconds: float
-    """In training."""
+    """Seconds of training."""
     evaluate_seconds: float = 0.0
-    """On the client's own hold-out, after training."""
+    """Seconds of evaluation on the client's own hold-out, after training."""
     holdout_loss_before: float | None = None
     holdout_loss_after: float | None = None
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What comes back from a job: the trained weights, and the optimizer's state where the client keeps it.
+    """Update that comes back from a job: the trained weights, and the optimizer's state where the client keeps it.
 
     The weights of a whole model are lent: they are valid until the next update is asked for, or the model is used for
     something else. Who wants them longer copies them.
@@ -119,13 +119,13 @@ class ClientUpdate:
 
     @property
     def client(self) -> int:
-        """Whose it is."""
+        """Id of the client."""
         return self.report.client
 
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """What comes back where there is no update: why not."""
+    """Failure that comes back where there is no update: why not."""
 
     client: int
     error: TrainingError
@@ -136,7 +136,7 @@ ClientResult = ClientUpdate | ClientFailure
 
 
 class WorkLog:
-    """What an engine writes down of a client's steps, until they are a report."""
+    """Log of a client's steps, which becomes its report."""
 
     def __init__(self, job: ClientJob) -> None:
         self.job = job
@@ -148,7 +148,7 @@ class WorkLog:
         self._tokens = 0
 
     def add_step(self, loss: float, drift: float, gradient_norm: float, num_tokens: int) -> None:
-        """One step: the batch's loss, ‖w − w_global‖ before it, and the norm of the loss gradient.
+        """Add one step: the batch's loss, ‖w − w_global‖ before it, and the norm of the loss gradient.
 
         Raises:
             TrainingError: the loss is no number.
@@ -160,7 +160,7 @@ class WorkLog:
         self._tokens += num_tokens
 
     def finish(self, drift: float) -> ClientReport:
-        """The report, with the ‖w − w_global‖ that is left after the last step.
+        """Return the report, with the ‖w − w_global‖ that is left after the last step.
 
         Raises:
             TrainingError: the weights are no numbers, or the proximal term never was.
@@ -190,19 +190,19 @@ TrainClients = Callable[[Sequence[ClientJob]], Iterator[ClientResult]]
 
 
 SHORT = (torch.OutOfMemoryError, MemoryError, RuntimeError)
-"""What it may come as; `is_shortage` tells which of the last it is."""
+"""Errors by which a shortage of memory may show; `is_shortage` tells which of the last kind it is."""
 WORDS = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_shortage(error: Exception) -> bool:
-    """Whether an error says that memory ran out."""
+    """Return whether an error says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
 def too_large(job: ClientJob, error: Exception) -> TrainingError:
-    """For one client there is not enough."""
+    """Return the error for a client that does not fit in memory even alone."""
     training = job.training
     keys = f"training.batch_size ({training.batch_size}) or data.max_length ({job.blocks.tokens_NT.shape[1]})"
     more = "" if training.gradient_checkpointing else ", or set training.gradient_checkpointing"

@@ -1,4 +1,4 @@
-"""What a training step needs, and how many clients fit at once in what there is.
+"""Memory that a training step needs, and how many clients fit at once in what there is.
 
 Traced, not guessed from the shape: the very step that will run is run on tensors that have shapes and no memory, and
 what is alive at each moment is added up. That takes a while for each layer, and layers are alike: two short models
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Training
 
 HELD_BY_ALLOCATOR = {"cpu": 1.45, "cuda": 1.0}
-"""What a process holds for each byte that is alive in a step: glibc keeps freed pieces, 1.3 to 1.5 times as much in
-all (docs/benchmarks.md). Told to give them back at once, it holds exactly what is alive, and steps take a quarter
+"""Bytes that a process holds for each byte alive in a step: glibc keeps freed pieces, 1.3 to 1.5 times as much in all
+(docs/benchmarks.md). Told to give them back at once, it holds exactly what is alive, and steps take a quarter
 longer."""
 WORTHWHILE_ON_CPU = 5 * 2**30
 """Bytes of all clients at once: beyond it, a processor waits for its memory (docs/benchmarks.md, K = 32)."""
 SHARE_OF_FREE = 0.9
-"""Of the free memory, what a run may take: the rest is for the allocator and everybody else."""
+"""Share of the free memory that a run may take: the rest is for the allocator and everybody else."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class StepMemory:
     client_bytes: int
 
     def peak_bytes(self, clients: int) -> int:
-        """With so many clients at once."""
+        """Return the bytes at the peak with so many clients at once."""
         return self.base_bytes + self.fixed_bytes + clients * self.client_bytes
 
     def clients_that_fit(self, free_bytes: int) -> int:
-        """In memory that is free, the base model not yet loaded; at least one, which may be one too many."""
+        """Return how many clients fit in free memory beside the base model: at least one, which may be too many."""
         left = SHARE_OF_FREE * free_bytes - self.base_bytes - self.fixed_bytes
         return max(1, int(left // self.client_bytes))
 
     def clients_worthwhile(self, device: torch.device) -> int:
-        """So many that more at once would only be slower: on a GPU there is no such number."""
+        """Return the number of clients beyond which more at once would only be slower; on a GPU there is none."""
         return sys.maxsize if device.type == "cuda" else max(1, WORTHWHILE_ON_CPU // self.client_bytes)
 
 
@@ -73,7 +73,7 @@ def predict_step(
     device: torch.device,
     alike: bool = True,
 ) -> StepMemory:
-    """What a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
+    """Predict what a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
 
     `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`. Where
     they are not `alike`, because some are adapted and others not, all of them are traced.
@@ -131,7 +131,7 @@ def leaves_no_doubt(
 
 
 def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device) -> int:
-    """The most bytes that a step has alive beside the base model; `adapted` is on the meta device, and is used up."""
+    """Return the most bytes that a step has alive beside the base model; `adapted`, on the meta device, is used up."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         adapted.model.to_empty(device=device)
         base = [*adapted.model.parameters(), *adapted.model.buffers()]

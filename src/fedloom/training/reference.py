@@ -1,4 +1,4 @@
-"""One client after another on one base model: stock PEFT and torch.optim, plain to read.
+"""Engine that trains one client after another on one base model: stock PEFT and torch.optim, plain to read.
 
 Slow, and the oracle of any faster engine.
 """
@@ -59,7 +59,7 @@ class ReferenceEngine:
 
 
 def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -> ClientUpdate:
-    """One client's round, from the global adapter to its update.
+    """Train one client for a round, from the global adapter to its update.
 
     Raises:
         TrainingError: the loss is no longer a number, or the proximal term has no effect.

@@ -48,7 +48,7 @@ ARRIVING_AT_ONCE = 8
 STALLED_SECONDS = 60.0
 """Time without a new part of an answer, after which it is given up: others wait for its place."""
 MOST_OBJECTS = 8
-"""Limit of the objects that Flower makes of an answer, beyond the chunks of its array: the message, its records, …"""
+"""Limit of the objects that Flower makes of an answer, beyond the chunks of its array: message, records and such."""
 
 server_app = ServerApp()
 client_app = ClientApp()

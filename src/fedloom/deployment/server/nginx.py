@@ -1,4 +1,4 @@
-"""nginx in front of the SuperLink: clients reach Flower's path for the fleet, and nothing that operates it."""
+"""Proxy (nginx) in front of the SuperLink: clients reach Flower's path for the fleet, and nothing that operates it."""
 
 from __future__ import annotations
 
