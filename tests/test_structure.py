@@ -50,6 +50,17 @@ LIGHT = (
 )
 """What answers at once: rooms, and modules of other rooms, that import no torch."""
 
+TAKES_A_RECIPE = {
+    "records.card": "the card prints it",
+    "handover.export": "it builds the run's model again",
+    "deployment.messages": "the recipe is what travels",
+    "deployment.client.policy": "the recipe is what is checked",
+    "deployment.client.worker": "it wires a client's part of a run",
+    "deployment.client.documents": "it wires a client's part of a run",
+    "deployment.server.serving": "it wires the server's part of a run",
+}
+"""Modules beside `experiment` and `recipe` that take a whole recipe, and why: others take their own section."""
+
 MODULES = sorted(".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py"))
 MODULES = [module for module in MODULES if not module.endswith("__init__")]
 
@@ -108,6 +119,17 @@ def test_flower_is_imported_in_its_own_room_alone() -> None:
     importers = {module for module in MODULES if any(name.split(".")[0] == "flwr" for name in imports_of(module))}
     assert importers
     assert all(module.startswith("deployment.flower.") for module in importers)
+
+
+def test_a_whole_recipe_goes_where_it_is_taken_apart_and_no_further() -> None:
+    taking = set()
+    for module in MODULES:
+        tree = ast.parse((SOURCE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+        # Parameters, and fields of classes.
+        annotated = [node for node in ast.walk(tree) if isinstance(node, ast.arg | ast.AnnAssign)]
+        if any(isinstance(node.annotation, ast.Name) and node.annotation.id == "Recipe" for node in annotated):
+            taking.add(module)
+    assert {module for module in taking if module.split(".")[0] not in ("experiment", "recipe")} == set(TAKES_A_RECIPE)
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.split(".")[0] in BARE])

@@ -20,9 +20,9 @@ from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.errors import RecipeError
 from fedloom.federation.aggregation import (
-    STRATEGIES,
     WEIGHTS,
     Aggregate,
+    build_strategy,
     describe_table,
     once_all_are_there,
     weighted_mean,
@@ -39,7 +39,7 @@ Held = tuple[Tensor, list[dict[str, Tensor]]]
 
 def factors(section: Federation) -> Aggregate:
     """Average A and B apart, by any strategy: `FedIT` (Zhang et al. 2023, arXiv 2305.05644)."""
-    return STRATEGIES[section.strategy.kind](section.strategy)
+    return build_strategy(section.strategy)
 
 
 def ffa(section: Federation) -> Aggregate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -228,22 +229,27 @@ UNWEIGHTED = ("fedmedian", "trimmed_mean", "krum", "bulyan")
 """Strategies that give every client the same weight."""
 
 
+OF_A_PACKAGE = {"type": "string", "pattern": r"^[A-Za-z0-9._-]+:[A-Za-z0-9._-]+$"}
+"""Form of a strategy's name that an installed package offers: the package's name and the strategy's."""
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in STRATEGY_DEFAULTS and not re.fullmatch(OF_A_PACKAGE["pattern"], kind):
+        known = ", ".join(map(repr, STRATEGY_DEFAULTS))
+        raise ValueError(f"there is no such strategy; choose {known}, or package:name of an installed package")
+    return kind
+
+
 class Strategy(Section):
     """The rule by which the server makes one adapter of many. A key that the kind does not use is an error."""
 
-    kind: Literal[
+    kind: Annotated[
+        str, AfterValidator(_check_kind), WithJsonSchema({"anyOf": [{"enum": [*STRATEGY_DEFAULTS]}, OF_A_PACKAGE]})
+    ] = Field(
         "fedavg",
-        "fedavgm",
-        "fedadam",
-        "fedyogi",
-        "fedadagrad",
-        "fedmedian",
-        "trimmed_mean",
-        "krum",
-        "multi_krum",
-        "bulyan",
-        "norm_clipped",
-    ] = Field("fedavg", description="the rule; `docs/strategies.md` has its paper and formula")
+        description="the rule: a kind of `docs/strategies.md`, or `package:name` if an installed package offers one",
+    )
+    options: dict[str, JsonValue] = Field({}, description="settings of a strategy that an installed package offers")
     weight_by: Literal["examples", "tokens"] = Field(
         "examples", description="measure of a client's weight, where the kind weighs clients"
     )
@@ -268,7 +274,9 @@ class Strategy(Section):
 
     @model_validator(mode="after")
     def _has_only_what_its_kind_needs(self) -> Strategy:
-        needed = STRATEGY_DEFAULTS[self.kind]
+        needed = STRATEGY_DEFAULTS.get(self.kind, {})
+        if self.options and self.kind in STRATEGY_DEFAULTS:
+            raise ValueError(f'kind "{self.kind}" does not use options: they are for a strategy of another package')
         given = [key for key in STRATEGY_KEYS if getattr(self, key) is not None]
         if spare := [key for key in given if key not in needed]:
             raise ValueError(f'kind "{self.kind}" does not use {" and ".join(spare)}')
@@ -331,4 +339,3 @@ class Evaluation(Section):
 
 # A literal can't be made from a table's keys in a way that a type checker reads, so both are written and compared here.
 assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))
-assert set(STRATEGY_DEFAULTS) == set(get_args(Strategy.model_fields["kind"].annotation))

@@ -8,6 +8,7 @@ from typing import Any
 from fedloom.hub import COMMIT
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import Adapter
 from fedloom.records.plan import Plan
 from fedloom.text import to_markdown_code, to_markdown_text
 
@@ -50,7 +51,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
     text = [
         f"# {recipe.name}",
         to_markdown_text(recipe.description),
-        f"{_describe(recipe)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}. It was trained by federation:"
+        f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}. It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
         f"- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
@@ -91,9 +92,8 @@ def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str
     return str(ModelCardData(**facts, **named).to_yaml())
 
 
-def _describe(recipe: Recipe) -> str:
+def _describe(adapter: Adapter) -> str:
     """Describe what the folder holds, up to the name of the base model."""
-    adapter = recipe.adapter
     if adapter.method == "full":
         return "The model itself, every weight of it fine-tuned from"
     facts = [adapter.method, *(["DoRA"] if adapter.dora else [])]
