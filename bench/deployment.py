@@ -252,7 +252,10 @@ def measure_memory(clients: int) -> dict[str, object]:
             sizes=fleet.sizes,
         )
         run.begin()
-        result = run.complete(fleet.train(run.tasks()))
+        opened = run.open_round()
+        for answer in fleet.train(opened.tasks):
+            opened.add(answer)
+        result = run.close_round(opened)
         assert len(result.reports) == count, result.lost
 
     run_round(1)

@@ -51,7 +51,8 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
     text = [
         f"# {recipe.name}",
         to_markdown_text(recipe.description),
-        f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}. It was trained by federation:"
+        f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}."
+        " It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
         f"- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
