@@ -21,56 +21,20 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from workload import BATCH, DEVICE, DTYPE, LENGTH, build_adapted, make_blocks, make_jobs
 
-from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.adapter import Adapter
-from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation.held_out import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
-from fedloom.model.loading import choose_device, choose_dtype, load_model
-from fedloom.model.source import open_model
 from fedloom.recipe.loading import load_recipe
-from fedloom.recipe.sections import Adapter as AdapterSection
-from fedloom.recipe.sections import Training
 from fedloom.training.batched import BatchedEngine
-from fedloom.training.jobs import ClientJob
 from fedloom.training.reference import ReferenceEngine
 
-BATCH, LENGTH, VOCABULARY = 2, 128, 40_000
 EVALUATED = 16
 """Sequences of an evaluation."""
-DEVICE = choose_device("auto")
-DTYPE = choose_dtype("auto", DEVICE)
 
 Work = Callable[[], None]
 Found = dict[str, float]
-
-
-def make_blocks(num_blocks: int, seed: int, length: int = LENGTH, *, mixed: bool = False) -> TokenBlocks:
-    """Random tokens; with `mixed`, of lengths evenly spread, so that cut and padded to `length` half is padding."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens_NT = torch.randint(0, VOCABULARY, (num_blocks, length), generator=generator)
-    lengths_N = torch.full((num_blocks,), length)
-    if mixed:
-        lengths_N = (
-            torch.linspace(2, length, num_blocks).round().long()[torch.randperm(num_blocks, generator=generator)]
-        )
-    return TokenBlocks(tokens_NT, lengths_N, lengths_N)
-
-
-def build_adapted(shape: str, dtype: str = "float32") -> AdaptedModel:
-    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=DEVICE)
-    section = AdapterSection(rank=16, alpha=32, targets=("q_proj", "v_proj"))
-    return AdaptedModel(base, build_config(section, base), 1)
-
-
-def make_jobs(start: Adapter, data: list[TokenBlocks]) -> list[ClientJob]:
-    training = Training(batch_size=BATCH, learning_rate=1e-5)
-    return [
-        ClientJob(round=1, client=client, adapter=start, training=training, rounds=1, seed=1, blocks=blocks)
-        for client, blocks in enumerate(data)
-    ]
 
 
 def our_contender(
@@ -82,7 +46,7 @@ def our_contender(
     engine = build(adapted)
 
     def train() -> None:
-        for _ in engine(jobs):
+        for _ in engine.train(jobs):
             pass
 
     def score() -> None:

@@ -30,7 +30,7 @@ def simulate_round(shape: str, clients: int, steps: int, batch: int, length: int
             self.number = number
 
         def fit(self, parameters, config):
-            from engines import build_adapted, make_blocks
+            from workload import build_adapted, make_blocks
 
             torch.set_num_threads(threads)
             model = build_adapted(shape).model
@@ -62,7 +62,7 @@ def simulate_round(shape: str, clients: int, steps: int, batch: int, length: int
         return Client(int(context.node_config["partition-id"])).to_client()
 
     def make_server(context: Context) -> ServerAppComponents:
-        from engines import build_adapted
+        from workload import build_adapted
 
         initial = ndarrays_to_parameters(weights_of(build_adapted(shape).model))
         strategy = Timed(initial_parameters=initial, fraction_evaluate=0.0, min_available_clients=clients)

@@ -36,7 +36,7 @@ BATCH = 2
 def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     """One case, in this process."""
     import torch
-    from engines import build_adapted, make_blocks, make_jobs
+    from workload import build_adapted, make_blocks, make_jobs
 
     from fedloom.adapters.adapted_model import AdaptedModel
     from fedloom.adapters.peft_config import build_config
@@ -66,7 +66,7 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     adapted = build_adapted(shape)
     engine, jobs = BatchedEngine(adapted), make_jobs(adapted.read(), data)
     reset_peak_memory()
-    for _ in engine(jobs):
+    for _ in engine.train(jobs):
         pass
     measured = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory() - before
     return {
