@@ -7,6 +7,8 @@ from support.tiny import make_recipe
 
 from fedloom import read_run, run
 from fedloom.errors import RunError
+from fedloom.monitoring.observer import Observer
+from fedloom.records.run import ClientRecord, RoundRecord
 from fedloom.records.writer import RunWriter
 
 
@@ -57,3 +59,12 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         writer.write_json("status.json", {"loss": float("nan")})
     assert '"done"' in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_records_have_the_keys_that_their_types_name(tmp_path: Path) -> None:
+    finished = run(make_recipe(training={"engine": "batched"}, baselines=["round0"]), tmp_path / "run", Observer())
+    for record in finished.rounds:
+        assert RoundRecord.__required_keys__ <= record.keys() <= RoundRecord.__annotations__.keys()
+    for client in finished.clients:
+        assert client.keys() <= ClientRecord.__annotations__.keys()
+    assert finished.clients
