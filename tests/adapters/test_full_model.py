@@ -96,7 +96,7 @@ def test_a_step_is_that_of_plain_training(shape: str) -> None:
             module.dropout = 0.0
     start = whole.read()
     job = make_job(blocks, start, optimizer="sgd", learning_rate=0.1, batch_size=4, epochs=1, proximal_mu=0.1)
-    (update,) = updates_of(ReferenceEngine(whole)([job]))
+    (update,) = updates_of(ReferenceEngine(whole).train([job]))
     found = {name: value.clone() for name, value in whole.layout.split(update.adapter.weights_P).items()}
 
     whole.load(start)
@@ -264,7 +264,7 @@ def test_a_sum_in_its_own_dtype_is_the_mean_all_the_same(most: int, monkeypatch:
     monkeypatch.setattr(aggregation, "MOST_IN_FLOAT64", most)
     whole = make_whole()
     job = make_job(make_blocks(2), whole.read(), optimizer="sgd")
-    (update,) = updates_of(ReferenceEngine(whole)([job]))
+    (update,) = updates_of(ReferenceEngine(whole).train([job]))
     updates = [
         replace(update, adapter=replace(update.adapter, weights_P=update.adapter.weights_P * factor))
         for factor in (1.0, 2.0, 6.0)

@@ -80,7 +80,7 @@ def opened(recipe: Recipe) -> AdaptedModel:
 def federate(recipe: Recipe, adapted: AdaptedModel) -> Adapter:
     """One round of two clients; the new global adapter."""
     clients = [ClientBlocks(make_blocks(4, seed=seed), make_blocks(2, seed=seed + 7)) for seed in (1, 2)]
-    engine = ReferenceEngine(adapted)
+    engine = ReferenceEngine(adapted).train
 
     def score(adapter: Adapter, blocks: Any) -> Any:
         return evaluate(adapted, adapter, blocks, batch_size=4)
