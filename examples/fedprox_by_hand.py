@@ -18,15 +18,16 @@ from fedloom import load_recipe
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks, take_batch
-from fedloom.experiment.preparation import load_adapted_model, prepare
-from fedloom.monitoring.display import Display
+from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.preparation import prepare
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
 
 
 def federate(recipe: Recipe) -> Adapter:
     """Return the adapter after the last round: FedProx on the server's side (arXiv 1812.06127, algorithm 2)."""
-    prepared = prepare(recipe, Display())
+    prepared = prepare(recipe, Observer())
     model = load_adapted_model(recipe, prepared.source)
     clients = [client.train for client in prepared.clients]
     cohort_size = max(1, int(recipe.federation.fraction * len(clients) + 0.5))

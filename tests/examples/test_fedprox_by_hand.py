@@ -11,7 +11,7 @@ import pytest
 
 from fedloom import load_recipe, run
 from fedloom.adapters.adapter import Adapter
-from fedloom.experiment.preparation import load_adapted_model
+from fedloom.experiment.building import load_adapted_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run

@@ -11,7 +11,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.adapters.adapter import Adapter
-from fedloom.errors import RecipeError
+from fedloom.errors import RecipeError, RunError
 from fedloom.federation.aggregation import once_all_are_there
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import RoundRecord
@@ -123,3 +123,27 @@ def test_one_that_is_not_there_says_what_is(kind: str, says: str, tmp_path: Path
 def test_options_are_for_strategies_of_packages_alone() -> None:
     with pytest.raises(ValueError, match="does not use options"):
         make_recipe(federation={"strategy": {"kind": "fedavg", "options": {"share": 1}}})
+
+
+def test_a_run_with_a_strategy_of_ones_own_says_so_and_goes_on_with_it_alone(tmp_path: Path) -> None:
+    recipe, own = make_recipe(federation={"rounds": 3}), once_all_are_there(median)
+    whole = run(recipe, tmp_path / "whole", Observer(), aggregate=own)
+    assert "Strategy" in (text := (tmp_path / "whole" / "report.md").read_text())
+    assert "median, weighted by" in text
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run", Observer(), observers=[Breaks()], aggregate=own)
+    with pytest.raises(RunError, match="the strategy are not those that the run began with"):
+        run(recipe, tmp_path / "run", Observer(), resume=True)
+    finished = run(recipe, tmp_path / "run", Observer(), resume=True, aggregate=own)
+    assert finished.rounds[-1]["adapter_sha256"] == whole.rounds[-1]["adapter_sha256"]
+
+
+def test_a_strategy_of_ones_own_leaves_no_rule_of_the_recipe_out(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match='takes the place of lora_rule = "fedex" too'):
+        run(
+            make_recipe(federation={"lora_rule": "fedex"}),
+            tmp_path / "run",
+            Observer(),
+            aggregate=once_all_are_there(median),
+        )
+    assert not (tmp_path / "run").exists()

@@ -4,21 +4,22 @@ recipe -> documents -> splits -> token blocks
                                      |
 base model -> adapted model -> engine -> fleet -> rounds -> records, adapters
 
-Each name is a room, or a module of one; the arrows are the functions that `run` calls.
+The arrows say what becomes of what; `run` below says when.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fedloom.errors import RunError
+from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
-from fedloom.experiment.preparation import prepare
+from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, train_baselines
@@ -78,7 +79,7 @@ def run(
             return read_run(folder)
 
         # ---- Prepare: all that can be wrong before weights are loaded. Nothing is written yet.
-        prepared = clients.prepare(recipe, watchers)
+        prepared = name_strategy(clients.prepare(recipe, watchers), recipe, aggregate)
         watchers.check()
         watchers.show_plan(prepared.plan)
         failpoint("run.prepared")
@@ -93,14 +94,15 @@ def run(
         writer = writer or stack.enter_context(closing(RunWriter(folder)))
 
         # ---- Rounds: each is on record, and can't be lost any more, before the next begins.
-        stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder))
+        stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder, aggregate))
         state = find_state(folder, identity, watchers)
         with open_run(writer, recipe, prepared):
             watchers.show_folder(folder)
+            # Whatever is neither training nor evaluation from here on is aggregation and its records.
             stack.enter_context(session.telemetry.phase("aggregation"))
             fleet = clients.open_fleet(recipe, prepared, session, folder)
-            mended = partial(watchers.show_step, "mended")
-            trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, mended, aggregate)
+            trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, watchers, aggregate)
+            # Observers that count rounds know those of before the run was stopped.
             for past in trial.past_rounds():
                 ask_to_stop(trial, watchers, past)
             for result in run_rounds(trial.run, fleet):
@@ -132,7 +134,24 @@ def is_complete(writer: RunWriter, recipe: Recipe) -> bool:
     return True
 
 
-def find_state(folder: Path, identity: Mapping[str, str], watchers: Watchers) -> RunState | None:
+def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | None) -> Prepared:
+    """Name a strategy of the caller's own in the plan: records, reports and resume then know of it.
+
+    Raises:
+        RecipeError: the recipe has a rule for LoRA's factors, which that strategy would leave out.
+    """
+    if aggregate is None:
+        return prepared
+    if recipe.federation.lora_rule != "factors":
+        raise RecipeError(
+            f'aggregate= takes the place of lora_rule = "{recipe.federation.lora_rule}" too',
+            where="federation.lora_rule",
+            mend="leave one of them out",
+        )
+    return replace(prepared, plan=replace(prepared.plan, strategy=aggregate.name or "the caller's own"))
+
+
+def find_state(folder: Path, identity: dict[str, str], watchers: Watchers) -> RunState | None:
     """Return the state after the last complete round, None where there is none.
 
     Raises:
@@ -152,12 +171,13 @@ def ask_to_stop(trial: Trial, watchers: Observer, record: RoundRecord) -> None:
 
 
 @contextmanager
-def tell_how_to_go_on(watchers: Observer, command: str, folder: Path) -> Iterator[None]:
+def tell_how_to_go_on(watchers: Observer, command: str, folder: Path, aggregate: Aggregate | None) -> Iterator[None]:
     """Say how a run goes on that is interrupted inside."""
     try:
         yield
     except KeyboardInterrupt:
-        watchers.show_step("stopped", f"go on with: {command} --resume {folder}")
+        how = f"{command} --resume {folder}" if aggregate is None else "fedloom.run(..., resume=True, aggregate=...)"
+        watchers.show_step("stopped", f"go on with: {how}")
         raise
 
 
@@ -186,13 +206,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_same_inputs(folder: Path, began: Mapping[str, str], found: dict[str, str]) -> None:
     """Refuse to go on with another base model or other documents.
 
     Raises:
         RunError: naming which.
     """
-    if differing := [name for name in found if began.get(name) != found[name]]:
+    if differing := [name for name in {**found, **began} if began.get(name) != found.get(name)]:
         raise RunError(
             f"the {' and the '.join(differing)} are not those that the run began with",
             where=str(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from fedloom.adapters.adapter import Adapter
@@ -17,6 +18,7 @@ from fedloom.federation.fleet import Fleet
 from fedloom.federation.lora_rules import build_aggregate
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.files import clear_unfinished
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, save_state
@@ -128,7 +130,7 @@ def begin_or_restore(
     writer: RunWriter,
     state: RunState | None,
     fleet: Fleet,
-    say: Callable[[str], object],
+    observer: Observer,
     aggregate: Aggregate | None = None,
 ) -> Trial:
     """Return a run at its beginning, or after its last complete round."""
@@ -137,7 +139,7 @@ def begin_or_restore(
     initial = session.adapted.read() if state is None else state.adapter
     trial = set_up(recipe, prepared, session, writer, initial, fleet, clients_at_once=at_once, aggregate=aggregate)
     if state:
-        trial.restore(state, session.adapted.read, say)
+        trial.restore(state, session.adapted.read, partial(observer.show_step, "mended"))
         writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)
     else:
         trial.begin(initial)

@@ -43,6 +43,8 @@ class Aggregate:
 
     init: Callable[[Adapter], State]
     open: Callable[[State, Adapter], RoundSum]
+    name: str = ""
+    """Name of a strategy that no recipe names, for the run's records."""
 
     def update(self, state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
         """Aggregate a round whose updates are all there; return the new state and the new adapter."""
@@ -222,7 +224,7 @@ def once_all_are_there(combine: Callable[[Adapter, Sequence[ClientUpdate]], Adap
 
         return RoundSum(add, lambda: (state, combine(adapter, arrived)))
 
-    return Aggregate(no_state, open_round)
+    return Aggregate(no_state, open_round, getattr(combine, "__qualname__", type(combine).__qualname__))
 
 
 def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Aggregate:

@@ -83,6 +83,8 @@ class Plan:
     proximal_mu: float
     payload_bytes: int
     """Bytes of one adapter, one way."""
+    strategy: str | None = None
+    """Name of the caller's own strategy, which takes the place of the recipe's."""
     ample_memory: bool = False
     """True where so much memory is free that what a step needs was not predicted."""
 
@@ -162,4 +164,5 @@ class Plan:
         """Return the plan, and what follows from it, as `plan.json` holds it."""
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
         told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
-        return told if self.ample_memory else {key: value for key, value in told.items() if key != "ample_memory"}
+        # Absent where there is nothing to say, as in the plans of runs before these keys were there.
+        return {key: value for key, value in told.items() if value or key not in ("strategy", "ample_memory")}

@@ -35,7 +35,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
         "Objective": _objective(training),
-        "Strategy": f"{strategy['kind']}, weighted by {strategy['weight_by']};"
+        "Strategy": f"{run.plan.get('strategy') or strategy['kind']}, weighted by {strategy['weight_by']};"
         f" LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
         "Epochs per client": str(training["epochs"]),
         "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
