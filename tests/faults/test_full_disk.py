@@ -11,8 +11,7 @@ import pytest
 from support.quick_runs import attempt, make_recipe, plain_plots, result_of
 
 from fedloom.errors import RunError
-from fedloom.experiment import recorder
-from fedloom.experiment import run as run_module
+from fedloom.experiment import recorder, watchers
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.trackers import TRACKERS, Tracker
@@ -171,7 +170,7 @@ def test_a_report_between_rounds_that_can_not_be_written_is_said_and_the_run_goe
     def fail(folder: Path) -> None:
         raise RunError("can't be written (No space left on device)", where=str(folder))
 
-    monkeypatch.setattr(run_module, "write_report", fail)
+    monkeypatch.setattr(watchers, "write_report", fail)
     run(recipe, tmp_path / "run", Said(), watch=True)
     assert result_of(tmp_path / "run") == result
     assert sum(line.startswith("report: ") for line in said) == 3
@@ -184,7 +183,7 @@ def test_documents_and_trackers_that_can_not_be_written_say_so(
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "plots")
     (tmp_path / "run" / "plots").write_text("in the way")
-    with pytest.raises(RunError, match=r"plots: can't be written \(File exists\); .*the run itself is not touched"):
+    with pytest.raises(RunError, match=r"plots: can't be written \(File exists\); .*the run itself is not affected"):
         run_report.write_report(tmp_path / "run")
 
     def refuse(folder: Path, recipe: Any) -> Any:

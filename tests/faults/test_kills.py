@@ -73,7 +73,7 @@ def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> 
     assert_sound(tmp_path / "run")
 
 
-@pytest.mark.parametrize("batch", range(10))
+@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.long) for batch in range(1, 10))])
 def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
     instants = random.Random(2026 + batch)

@@ -13,7 +13,8 @@ from fedloom import run
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.errors import RecipeError
 from fedloom.experiment.run import plan
-from fedloom.federation.aggregation import STRATEGIES, check_strategy
+from fedloom.federation.aggregation import STRATEGIES
+from fedloom.federation.strategies import check_strategy
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.sections import STRATEGY_DEFAULTS, Strategy

@@ -76,8 +76,8 @@ def fail_with_more_than(at_most: int, kind: str, monkeypatch: pytest.MonkeyPatch
     """Steps of more clients fail, at their very end, once so many have not."""
     right, steps = StackedStep.__call__, [0]
 
-    def step(self: StackedStep, *args: Any) -> Any:
-        facts = right(self, *args)
+    def step(self: StackedStep, *args: Any, **named: Any) -> Any:
+        facts = right(self, *args, **named)
         steps[0] += 1
         if steps[0] > after and self._count > at_most:
             raise SHORTAGES[kind]()

@@ -42,7 +42,9 @@ class LocalClients:
 
     def prepare(self, recipe: Recipe, watchers: Watchers) -> Prepared:
         """Load and split the documents, and plan the run."""
-        return prepare(recipe, watchers, predict=False)
+        prepared = prepare(recipe, watchers, predict=False)
+        watchers.check()
+        return prepared
 
     def open_fleet(self, recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> LocalFleet:
         """Return a fleet that trains in this process."""

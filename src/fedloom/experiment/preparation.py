@@ -21,9 +21,9 @@ from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.building import build_shape, dtype_of, tokenize_for
-from fedloom.federation.aggregation import check_strategy
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
+from fedloom.federation.strategies import check_strategy
 from fedloom.model.loading import check_quantization, choose_device
 from fedloom.model.source import ModelSource, open_model
 from fedloom.monitoring.observer import Observer

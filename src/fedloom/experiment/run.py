@@ -80,7 +80,6 @@ def run(
 
         # ---- Prepare: all that can be wrong before weights are loaded. Nothing is written yet.
         prepared = name_strategy(clients.prepare(recipe, watchers), recipe, aggregate)
-        watchers.check()
         watchers.show_plan(prepared.plan)
         failpoint("run.prepared")
 
@@ -94,6 +93,7 @@ def run(
         writer = writer or stack.enter_context(closing(RunWriter(folder)))
 
         # ---- Rounds: each is on record, and can't be lost any more, before the next begins.
+        check_same_strategy(folder, prepared.plan.strategy)
         stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder, aggregate))
         state = find_state(folder, identity, watchers)
         with open_run(writer, recipe, prepared):
@@ -151,7 +151,23 @@ def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | Non
     return replace(prepared, plan=replace(prepared.plan, strategy=aggregate.name or "the caller's own"))
 
 
-def find_state(folder: Path, identity: dict[str, str], watchers: Watchers) -> RunState | None:
+def check_same_strategy(folder: Path, strategy: str | None) -> None:
+    """Refuse to go on with another strategy than the run began with, where one of them is the caller's own.
+
+    Raises:
+        RunError: naming the strategy that it began with.
+    """
+    if not (folder / "plan.json").is_file():  # killed before it began
+        return
+    if (began := read_run(folder).plan.get("strategy")) != strategy:
+        raise RunError(
+            f"the run began with {f'aggregate= ({began})' if began else 'the strategy of its recipe'}",
+            where=str(folder),
+            mend="go on with the same one, from Python, or begin a run of its own",
+        )
+
+
+def find_state(folder: Path, identity: Mapping[str, str], watchers: Watchers) -> RunState | None:
     """Return the state after the last complete round, None where there is none.
 
     Raises:
@@ -206,13 +222,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def check_same_inputs(folder: Path, began: Mapping[str, str], found: dict[str, str]) -> None:
+def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Refuse to go on with another base model or other documents.
 
     Raises:
         RunError: naming which.
     """
-    if differing := [name for name in {**found, **began} if began.get(name) != found.get(name)]:
+    if differing := [name for name in found if began.get(name) != found[name]]:
         raise RunError(
             f"the {' and the '.join(differing)} are not those that the run began with",
             where=str(folder),

@@ -64,14 +64,12 @@ class Session:
 
 
 def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
-    """Identify all that a run's result comes from beside its recipe: the model as it was loaded, the data, and a
-    strategy of the caller's own."""
+    """Hash all that a run's result comes from beside its recipe: the model as it was loaded, and the data."""
     blocks = [prepared.central, *(part for client in prepared.clients for part in (client.train, client.holdout))]
     documents = hash_tensors(tensors_of(blocks))
     if prepared.told:
         documents = hash_text("".join([documents, *prepared.told]))
-    own = {"strategy": prepared.plan.strategy} if prepared.plan.strategy else {}
-    return {"base model": hash_base(adapted), "documents": documents, **own}
+    return {"base model": hash_base(adapted), "documents": documents}
 
 
 def hash_base(adapted: AdaptedModel) -> str:

@@ -53,7 +53,8 @@ class Trial:
     def stop(self, why: str) -> None:
         """Let no round follow the last one, and put on record why."""
         self.run.stop(why)
-        self.recorder.writer.write_status("running", stopped_early=self.run.stopped_early)
+        if self.run.stopped_early:  # not after the last round, which ends the run anyway
+            self.recorder.writer.write_status("running", stopped_early=self.run.stopped_early)
 
     def commit(self, identity: Mapping[str, str]) -> None:
         """Make the last round one that is never lost."""
@@ -140,7 +141,9 @@ def begin_or_restore(
     trial = set_up(recipe, prepared, session, writer, initial, fleet, clients_at_once=at_once, aggregate=aggregate)
     if state:
         trial.restore(state, session.adapted.read, partial(observer.show_step, "mended"))
-        writer.write_status("running", round=state.round, resumed=writer.status.get("resumed", 0) + 1)
+        stopped = {"stopped_early": trial.run.stopped_early} if trial.run.stopped_early else {}
+        resumed = writer.status.get("resumed", 0) + 1
+        writer.write_status("running", round=state.round, resumed=resumed, **stopped)
     else:
         trial.begin(initial)
     return trial

@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.errors import RecipeError
 from fedloom.training.jobs import ClientReport, ClientUpdate
 
 if TYPE_CHECKING:
@@ -333,32 +331,6 @@ STRATEGIES: dict[str, Callable[[Strategy], Aggregate]] = {
 }
 
 
-ENTRY_POINTS = "fedloom.strategies"
-"""Group of entry points in which an installed package offers strategies, each a function like those above."""
-
-
-def build_strategy(strategy: Strategy) -> Aggregate:
-    """Return the strategy that a recipe names: one of `STRATEGIES`, or `package:name` of an installed package.
-
-    Raises:
-        RecipeError: no such package is installed, or it offers no such strategy.
-    """
-    if strategy.kind in STRATEGIES:
-        return STRATEGIES[strategy.kind](strategy)
-    package, _, name = strategy.kind.partition(":")
-    offered = [point for point in entry_points(group=ENTRY_POINTS) if point.dist and point.dist.name == package]
-    for point in offered:
-        if point.name == name:
-            build: Callable[[Strategy], Aggregate] = point.load()
-            return build(strategy)
-    known = ", ".join(f"{package}:{point.name}" for point in offered)
-    raise RecipeError(
-        f'no installed package offers the strategy "{strategy.kind}"',
-        where="federation.strategy.kind",
-        mend=f"it offers: {known}" if known else f"install {package}, or name another strategy",
-    )
-
-
 def describe_table(header: str, table: Mapping[str, object]) -> str:
     """Return a Markdown table of two columns: each entry's name, and the first paragraph of its docstring."""
     rows = [
@@ -371,27 +343,3 @@ def describe_table(header: str, table: Mapping[str, object]) -> str:
 def describe_strategies() -> str:
     """Return the table of strategies for the documentation, in Markdown: what each does and where it comes from."""
     return describe_table("strategy | rule and source", STRATEGIES)
-
-
-LEAST_CLIENTS: dict[str, Callable[[Strategy], int]] = {
-    "krum": lambda strategy: int(2 * strategy.setting("malicious") + 3),
-    "multi_krum": lambda strategy: int(max(2 * strategy.setting("malicious") + 3, strategy.setting("keep"))),
-    "bulyan": lambda strategy: int(4 * strategy.setting("malicious") + 3),
-}
-"""Number of clients that a round must have for the papers' proofs to hold."""
-
-
-def check_strategy(strategy: Strategy, clients: int) -> None:
-    """Refuse a strategy that needs more clients in a round than take part.
-
-    Raises:
-        RecipeError: there are too few clients.
-    """
-    build_strategy(strategy)
-    least = LEAST_CLIENTS[strategy.kind](strategy) if strategy.kind in LEAST_CLIENTS else 1
-    if clients < least:
-        raise RecipeError(
-            f'"{strategy.kind}" needs {least} clients in a round, and {clients} take part',
-            where="federation.strategy",
-            mend="raise data.clients or federation.fraction, or lower the strategy's malicious or keep",
-        )

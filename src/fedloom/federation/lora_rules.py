@@ -19,15 +19,9 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.errors import RecipeError
-from fedloom.federation.aggregation import (
-    WEIGHTS,
-    Aggregate,
-    build_strategy,
-    describe_table,
-    once_all_are_there,
-    weighted_mean,
-)
+from fedloom.federation.aggregation import WEIGHTS, Aggregate, describe_table, once_all_are_there, weighted_mean
 from fedloom.federation.lora_error import stack_factors
+from fedloom.federation.strategies import build_strategy
 from fedloom.training.jobs import ClientUpdate
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.admission import Admission, ClientSize
+from fedloom.federation.admission import Admission, ClientSize, check_layout
 from fedloom.federation.aggregation import Aggregate, RoundSum, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
@@ -124,9 +124,15 @@ class OpenRound:
         if self.error:
             return None
         started = time.perf_counter()
-        aggregated = self._sum.finish()
+        state, adapter = self._sum.finish()
         self.aggregate_seconds += time.perf_counter() - started
-        return aggregated
+        try:
+            # Later it would be refused as the clients' fault, who train from it.
+            check_layout(adapter, self.tasks[0].adapter)
+        except ValueError as error:
+            where = {"round": self.tasks[0].round, "stage": "aggregation"}
+            raise TrainingError(f"the strategy's adapter does not fit: {error}", **where) from None
+        return state, adapter
 
     @property
     def train_seconds(self) -> float:

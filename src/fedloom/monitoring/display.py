@@ -213,7 +213,7 @@ def render_plan(plan: Plan) -> Table:
     elif plan.ample_memory:
         rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
     elif plan.engine == "batched":
-        rows["memory"] = f"can't be predicted for this model; {count(plan.clients_at_once, 'client')} at once"
+        rows["memory"] = f"not predicted; {count(plan.clients_at_once, 'client')} at once"
     if plan.skipped:
         rows["skipped"] = ", ".join(f"{number} {reason}" for reason, number in sorted(plan.skipped.items()))
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))

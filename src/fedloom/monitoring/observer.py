@@ -6,6 +6,7 @@ No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,5 +116,6 @@ class Observers(Observer):
             observer.show_sweep_end(ranked, folder)
 
     def close(self) -> None:
-        for observer in reversed(self._observers):
-            observer.close()
+        with ExitStack() as stack:  # each is closed, the last first, whatever another raises
+            for observer in self._observers:
+                stack.callback(observer.close)

@@ -19,6 +19,7 @@ from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_start, take_lock, write_json, write_text, writing
 from fedloom.records.run import (
+    ClientRecord,
     Record,
     RoundRecord,
     read_json,
@@ -90,7 +91,8 @@ class RunWriter:
     def write_status(self, state: str, **more: Any) -> None:
         """Write down what the run is doing now, or how it ended."""
         if state == "running":
-            self._status.pop("error", None)  # of an earlier try
+            for key in ("error", "stopped_early"):  # of an earlier try
+                self._status.pop(key, None)
         self._status |= {"state": state, **more, "updated": now()}
         self.write_json("status.json", self._status)
 
@@ -103,7 +105,7 @@ class RunWriter:
 
     def append_client(self, report: ClientReport) -> None:
         """Add one client's work in a round."""
-        self._append("clients.jsonl", _known(asdict(report)))
+        self._append("clients.jsonl", cast(ClientRecord, _known(asdict(report))))
         failpoint("record.client")
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:

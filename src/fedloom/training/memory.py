@@ -120,7 +120,9 @@ def leaves_no_doubt(
         return False
     wide = max(4 * features, getattr(config, "intermediate_size", None) or 0)
     tokens = clients * training.batch_size * length
-    activations = 4 * tokens * (layers * (26 * features + 2 * wide + 5 * heads * length) + 4 * vocabulary)
+    # Inputs and outputs of the adapted layers' factors: with a rank above the features, they are the most.
+    factors = 2 * sum(sum(shape) for shape in adapted.layout.shapes)
+    activations = 4 * tokens * (layers * (26 * features + 2 * wide + 5 * heads * length) + 4 * vocabulary + factors)
     # Weights, gradient, start, mask and two moments of each client's adapter, in float32, and some in float64.
     adapters = 40 * clients * adapted.layout.size
     base: int = sum(value.numel() * value.element_size() for value in {*adapted.model.parameters()})

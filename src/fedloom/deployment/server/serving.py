@@ -24,6 +24,8 @@ from fedloom.experiment.preparation import Prepared, check, check_cohort, choose
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.watchers import Watchers
+from fedloom.federation.schedule import cohort_size
+from fedloom.federation.strategies import check_strategy
 from fedloom.model.loading import choose_device
 from fedloom.model.source import open_model
 from fedloom.monitoring.display import Terminal
@@ -99,6 +101,7 @@ class RemoteClients:
         """
         source = open_model(recipe.model.source, recipe.model.revision, say=partial(watchers.show_step, "model"))
         device = choose_device(recipe.model.device)
+        check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
         found, central = gather_central(recipe, source)
         setup = check(recipe, source, device)
         watchers.show_step("server", "starting Flower's SuperLink")
