@@ -373,9 +373,9 @@ def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -
 def show_findings(findings: list[Finding], word: str) -> None:
     """Print a line for each finding, and how to mend what is not well, which ends with exit code 2."""
     for finding in findings:
-        typer.echo(f"{'ok' if finding.well else word:<8}{finding.what:<14}{finding.found}")
+        typer.echo(f"{'ok' if finding.well else word:<8}{finding.what:<18}{finding.found}")
         if finding.mend:
-            typer.echo(f"{'':<22}{finding.mend}")
+            typer.echo(f"{'':<26}{finding.mend}")
     if not all(finding.well for finding in findings):
         raise typer.Exit(2)
 
