@@ -8,8 +8,9 @@ from support.tiny import make_recipe
 from fedloom import read_run, run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
-from fedloom.records.run import ClientRecord, RoundRecord
+from fedloom.records.run import RoundRecord
 from fedloom.records.writer import RunWriter
+from fedloom.training.jobs import ClientReport
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -66,5 +67,5 @@ def test_records_have_the_keys_that_their_types_name(tmp_path: Path) -> None:
     for record in finished.rounds:
         assert RoundRecord.__required_keys__ <= record.keys() <= RoundRecord.__annotations__.keys()
     for client in finished.clients:
-        assert client.keys() <= ClientRecord.__annotations__.keys()
+        assert client.keys() <= ClientReport.__annotations__.keys()
     assert finished.clients

@@ -1,7 +1,6 @@
-"""The run directory: what an execution leaves behind, written as it happens. No torch here.
+"""The run directory, read: what a run left behind, or has written so far. No torch here.
 
-Every record is a line of JSON, flushed when it is written; every other file is written under a temporary name and
-renamed. A key whose value is not known is left out, never invented.
+A record may lack keys: what was not known when it was written was left out. The last line may be cut off.
 """
 
 from __future__ import annotations
@@ -18,27 +17,6 @@ from fedloom.errors import RunError
 
 Record = dict[str, Any]
 """A record as it is read: JSON that may lack keys."""
-
-
-class ClientRecord(TypedDict, total=False):
-    """A line of `clients.jsonl`: one client's work in a round. Losses are nats per token, times seconds."""
-
-    round: int
-    client: int
-    examples: int
-    tokens: int
-    steps: int
-    proximal_mu: float
-    loss_first: float
-    loss_last: float
-    loss_mean: float
-    proximal_loss: float
-    proximal_ratio: float
-    drift: float
-    seconds: float
-    evaluate_seconds: float
-    holdout_loss_before: float
-    holdout_loss_after: float
 
 
 class RoundRecord(TypedDict, total=False):

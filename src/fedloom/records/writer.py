@@ -1,6 +1,7 @@
-"""Writes a run directory, as it happens: each record a line of JSON, flushed when it is written. No torch here.
+"""Writes a run directory, as it happens. No torch here.
 
-A key whose value is not known is left out, never invented.
+Every record is a line of JSON, flushed when it is written; every other file is written under a temporary name and
+renamed. A key whose value is not known is left out, never invented.
 """
 
 from __future__ import annotations
@@ -18,12 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_start, take_lock, write_json, write_text, writing
-from fedloom.records.run import (
-    ClientRecord,
-    Record,
-    RoundRecord,
-    read_json,
-)
+from fedloom.records.run import Record, RoundRecord, read_json
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
@@ -104,8 +100,8 @@ class RunWriter:
         return record
 
     def append_client(self, report: ClientReport) -> None:
-        """Add one client's work in a round."""
-        self._append("clients.jsonl", cast(ClientRecord, _known(asdict(report))))
+        """Add one client's work in a round: its report, as a line of `clients.jsonl`."""
+        self._append("clients.jsonl", _known(asdict(report)))
         failpoint("record.client")
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:
