@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,11 @@ def escape(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def describe_rooms() -> str:
-    """Return the rooms from the ground up, each with what its docstring begins with, as a Markdown table."""
-    lines = ["| room | floor | what it is for |", "|---|---|---|"]
-    for floor, rooms in enumerate(read_layers("LAYERS"), start=1):
-        lines += [f"| `{room}` | {floor} | {escape(first_words(SOURCE, room))} |" for room in rooms]
-    return "\n".join(lines) + "\n"
-
-
-def describe_deployment() -> str:
-    """Return the floors inside `deployment`, likewise."""
-    lines = ["| inside `deployment` | floor | what it is for |", "|---|---|---|"]
-    for floor, rooms in enumerate(read_layers("DEPLOYMENT"), start=1):
-        lines += [f"| `{room}` | {floor} | {escape(first_words(SOURCE / 'deployment', room))} |" for room in rooms]
+def describe_rooms(title: str, layers: str, folder: Path) -> str:
+    """Return the rooms of a folder from the ground up, each with the first words of its docstring, as a table."""
+    lines = [f"| {title} | floor | what it is for |", "|---|---|---|"]
+    for floor, rooms in enumerate(read_layers(layers), start=1):
+        lines += [f"| `{room}` | {floor} | {escape(first_words(folder, room))} |" for room in rooms]
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +110,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"methods": describe_methods},
     "docs/strategies.md": {"strategies": describe_strategies, "lora rules": describe_lora_rules},
     "docs/commands.md": {"commands": describe_commands},
-    "docs/architecture.md": {"rooms": describe_rooms, "deployment": describe_deployment},
+    "docs/architecture.md": {
+        "rooms": partial(describe_rooms, "room", "LAYERS", SOURCE),
+        "deployment": partial(describe_rooms, "inside `deployment`", "DEPLOYMENT", SOURCE / "deployment"),
+    },
 }
 """Page -> the parts of it that are generated, by name."""
 
