@@ -34,6 +34,10 @@ class Layout:
         """Return P, the number of weights."""
         return sum(shape.numel() for shape in self.shapes)
 
+    def describe(self) -> str:
+        """Return the names and shapes as a text, which hashes are made of."""
+        return repr((self.names, [tuple(shape) for shape in self.shapes]))
+
     def split(self, weights_P: Tensor) -> dict[str, Tensor]:
         """Return each tensor as a view of the flat vector: a change of one is a change of the other."""
         return dict(zip(self.names, (view[0] for view in self.split_stacked(weights_P[None])), strict=True))
@@ -64,7 +68,7 @@ class Adapter:
         """Return the SHA-256, in hexadecimal, over names, shapes, weights and residual."""
 
         def pieces() -> Iterator[bytes | memoryview]:
-            yield repr((self.layout.names, [tuple(shape) for shape in self.layout.shapes])).encode()
+            yield self.layout.describe().encode()
             yield self.weights_P.contiguous().numpy().data
             for layer, pair in self.residual.factors.items() if self.residual else ():
                 for factor in pair:

@@ -28,11 +28,13 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation, Training
 from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
 
+MOST = 2**63
+"""Limit of all numbers of things that others tell: more would not fit in a record."""
+
 
 def hash_layout(layout: Layout) -> str:
     """Return the SHA-256 of an adapter's names and shapes."""
-    told = repr((layout.names, [tuple(shape) for shape in layout.shapes]))
-    return hash_text(told)
+    return hash_text(layout.describe())
 
 
 def pack_adapter(adapter: Adapter) -> Frame:
@@ -164,10 +166,6 @@ def _count(told: Any) -> int:
     if not 0 <= number < MOST:
         raise ValueError("not a number of things")
     return number
-
-
-MOST = 2**63
-"""Limit of all numbers of things that others tell: more would not fit in a record."""
 
 
 @dataclass(frozen=True)
