@@ -18,8 +18,8 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, join_blocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.fleet import EvaluateBlocks, LocalFleet
+from fedloom.federation.lora_rules import build_aggregate
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.schedule import cohort_size
 from fedloom.recipe.sections import Federation
@@ -69,12 +69,8 @@ def set_up_baselines(
     """
     able = {number: client.train for number, client in enumerate(clients) if len(client.train)}
     share = cohort_size(len(able), recipe.federation) / len(able)
-    told = recipe.model_copy(
-        update={
-            "training": recipe.training.model_copy(update={"proximal_mu": 0.0, "proximal_schedule": "constant"}),
-            "federation": Federation(rounds=max(1, round(rounds * share))),
-        }
-    )
+    training = recipe.training.model_copy(update={"proximal_mu": 0.0, "proximal_schedule": "constant"})
+    federation = Federation(rounds=max(1, round(rounds * share)))
     held_out = [central] if len(central) else [clients[client].holdout for client in scored_clients]
 
     def judge(adapter: Adapter) -> Score:
@@ -91,8 +87,8 @@ def set_up_baselines(
         none = torch.zeros(0, dtype=torch.int64)
         held = [ClientBlocks(blocks, TokenBlocks(nothing, none, none))]
         fleet = LocalFleet(held, train_clients, score, scored_clients=())
-        aggregate = STRATEGIES["fedavg"](told.federation.strategy)
-        run = FederatedRun(told.training, told.federation, told.seed, fleet, aggregate, judge, initial, trial=trial)
+        aggregate = build_aggregate(federation)
+        run = FederatedRun(training, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
         found.append(Baseline(client, run, fleet))
     return found
 

@@ -74,8 +74,7 @@ class Recorder:
         self._save(result.adapter, "last", card)
         if result.judged_loss <= min(run.losses):
             self._save(result.adapter, "best", card)
-        stopped = {"stopped_early": run.stopped_early} if run.stopped_early else {}
-        self.writer.write_status("running", round=result.round, **stopped, **lowered)
+        self.writer.write_status("running", round=result.round, stopped_early=run.stopped_early, **lowered)
         return record
 
     def _save(self, adapter: Adapter, name: str, card: str) -> None:

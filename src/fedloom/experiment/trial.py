@@ -141,9 +141,8 @@ def begin_or_restore(
     trial = set_up(recipe, prepared, session, writer, initial, fleet, clients_at_once=at_once, aggregate=aggregate)
     if state:
         trial.restore(state, session.adapted.read, partial(observer.show_step, "mended"))
-        stopped = {"stopped_early": trial.run.stopped_early} if trial.run.stopped_early else {}
         resumed = writer.status.get("resumed", 0) + 1
-        writer.write_status("running", round=state.round, resumed=resumed, **stopped)
+        writer.write_status("running", round=state.round, resumed=resumed, stopped_early=trial.run.stopped_early)
     else:
         trial.begin(initial)
     return trial

@@ -77,12 +77,12 @@ class OpenRound:
     def __init__(
         self,
         tasks: Sequence[ClientTask],
-        sum: RoundSum,
+        total: RoundSum,
         admission: Admission,
         on_update: Callable[[ClientUpdate], None],
         max_lost_clients: int,
     ) -> None:
-        self.tasks, self._sum = tasks, sum
+        self.tasks, self._total = tasks, total
         self._admission, self._on_update, self._max_lost = admission, on_update, max_lost_clients
         self._opened = time.perf_counter()
         self._last_loss: TrainingError | None = None
@@ -110,7 +110,7 @@ class OpenRound:
                 self.reports.append(result.report)
                 failpoint("client.trained")
                 self._on_update(result)
-                self._sum.add(result)
+                self._total.add(result)
         self.aggregate_seconds += time.perf_counter() - started
 
     def finish(self) -> tuple[State, Adapter] | None:
@@ -124,7 +124,7 @@ class OpenRound:
         if self.error:
             return None
         started = time.perf_counter()
-        state, adapter = self._sum.finish()
+        state, adapter = self._total.finish()
         self.aggregate_seconds += time.perf_counter() - started
         try:
             # Later it would be refused as the clients' fault, who train from it.
@@ -261,14 +261,15 @@ class FederatedRun:
         Raises:
             TrainingError: more clients are lost than may be, or a loss is no longer a number.
         """
-        waited = round.train_seconds if train_seconds is None else train_seconds
+        # Clients evaluate while their updates are waited for.
+        evaluate_seconds = sum(report.evaluate_seconds for report in round.reports)
+        if train_seconds is None:
+            train_seconds = round.train_seconds - evaluate_seconds
         if aggregated := round.finish():
             self._state, self._adapter = aggregated
         elif round.error and not (round.lost and self._federation.on_quorum_lost == "skip"):
             raise round.error
         failpoint("round.aggregated")
-        # Clients evaluate while their updates are waited for.
-        evaluate_seconds = sum(report.evaluate_seconds for report in round.reports)
         payloads = {task.client: task.num_bytes for task in round.tasks}
         return self._evaluate(
             evaluate_seconds,
@@ -278,7 +279,7 @@ class FederatedRun:
             lost=round.lost,
             refused=tuple(why for _, why in round.refused),
             proximal_mu=round.tasks[0].training.proximal_mu,
-            train_seconds=waited - evaluate_seconds if train_seconds is None else waited,
+            train_seconds=train_seconds,
             aggregate_seconds=round.aggregate_seconds,
             bytes_down=sum(self._bytes_down(task) for task in round.tasks),
             bytes_up=sum(payloads[report.client] for report in round.reports),

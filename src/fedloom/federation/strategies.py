@@ -8,16 +8,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from fedloom.errors import FedloomError, RecipeError
-from fedloom.federation.aggregation import (
-    STRATEGIES,
-    Aggregate,
-)
+from fedloom.federation.aggregation import STRATEGIES, Aggregate
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Strategy
 
 ENTRY_POINTS = "fedloom.strategies"
-"""Group of entry points in which an installed package offers strategies, each a function like those above."""
+"""Group of entry points in which an installed package offers strategies, each a function like those of `STRATEGIES`."""
 
 
 def build_strategy(strategy: Strategy) -> Aggregate:

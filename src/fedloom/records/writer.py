@@ -85,11 +85,11 @@ class RunWriter:
         write_json(self.folder / name, value)
 
     def write_status(self, state: str, **more: Any) -> None:
-        """Write down what the run is doing now, or how it ended."""
+        """Write down what the run is doing now, or how it ended; a value of None is left out."""
         if state == "running":
             for key in ("error", "stopped_early"):  # of an earlier try
                 self._status.pop(key, None)
-        self._status |= {"state": state, **more, "updated": now()}
+        self._status |= {"state": state, **_known(more), "updated": now()}
         self.write_json("status.json", self._status)
 
     def append_round(self, result: RoundResult, measured: Mapping[str, Any] = MappingProxyType({})) -> RoundRecord:
