@@ -14,7 +14,17 @@ from fedloom.model.loading import build_meta_model
 from fedloom.model.source import open_model
 from fedloom.training import memory
 from fedloom.training.batched import ClientBatch
-from fedloom.training.memory import LiveBytes, StepMemory, free_bytes, predict_step, trace_step
+from fedloom.training.memory import (
+    CERTAIN_TIMES,
+    HELD_BY_ALLOCATOR,
+    LiveBytes,
+    StepMemory,
+    count_roughly,
+    free_bytes,
+    leaves_no_doubt,
+    predict_step,
+    trace_step,
+)
 
 CPU = torch.device("cpu")
 LENGTH = 32
@@ -65,6 +75,27 @@ def test_what_costs_memory_shows(shape: str) -> None:
     assert predict(shape, gradient_checkpointing=True).peak_bytes(20) < plain.peak_bytes(20)
     assert predict(shape, optimizer="sgd").peak_bytes(2) < plain.peak_bytes(2)
     assert plain.peak_bytes(5) - plain.peak_bytes(4) == plain.client_bytes > 0
+
+
+@pytest.mark.parametrize("adapter", [{}, {"rank": 4096, "targets": "all-linear"}], ids=["small", "wide"])
+@pytest.mark.parametrize(("clients", "batch_size", "length"), [(1, 1, 2), (2, 400, 16), (3, 2, 256)])
+def test_a_step_that_is_certain_to_fit_does(
+    shape: str, adapter: dict[str, Any], clients: int, batch_size: int, length: int
+) -> None:
+    training = make_recipe(training={"batch_size": batch_size}).training
+    count = count_roughly(build(shape, **adapter), training, clients, length)
+    traced = trace_step(build(shape, **adapter), training, clients, length, CPU)
+    assert count is not None
+    assert count * CERTAIN_TIMES >= HELD_BY_ALLOCATOR["cpu"] * traced
+
+
+def test_a_doubt_is_left_where_little_is_free_or_the_shape_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted, training = build("tiny-llama"), make_recipe().training
+    told: dict[str, Any] = {"clients": 2, "length": LENGTH, "device": CPU}
+    assert leaves_no_doubt(adapted, training, **told, free=2**33)
+    assert not leaves_no_doubt(adapted, training, **told, free=2**20)
+    monkeypatch.setattr(adapted.base.config, "get_text_config", object)
+    assert not leaves_no_doubt(adapted, training, **told, free=2**33)
 
 
 def test_the_base_model_is_counted_once() -> None:

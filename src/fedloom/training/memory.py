@@ -94,8 +94,7 @@ def predict_step(
 
     at_few, one_more = (round(HELD_BY_ALLOCATOR[device.type] * peak(clients)) for clients in (few, few + 1))
     client_bytes = one_more - at_few
-    base_bytes = sum(value.numel() * value.element_size() for value in {*whole.model.parameters()})
-    return StepMemory(base_bytes, at_few - few * client_bytes, client_bytes)
+    return StepMemory(_base_bytes(whole), at_few - few * client_bytes, client_bytes)
 
 
 CERTAIN_TIMES = 4
@@ -105,19 +104,29 @@ CERTAIN_TIMES = 4
 def leaves_no_doubt(
     adapted: AdaptedModel, training: Training, *, clients: int, length: int, device: torch.device, free: int
 ) -> bool:
-    """Return whether so many clients train at once in memory that is free, without tracing a step.
+    """Return whether so many clients train at once in memory that is free, without tracing a step."""
+    count = count_roughly(adapted, training, clients, length)
+    if count is None:
+        return False
+    needed = CERTAIN_TIMES * count
+    if device.type == "cpu" and needed > WORTHWHILE_ON_CPU:
+        return False  # fewer at once may be faster, and the trace says how many
+    return _base_bytes(adapted) + needed <= SHARE_OF_FREE * free
 
-    Activations are counted roughly, 4 bytes each: 34 H + 5 A T of a token in a layer with H features and A heads
-    (Korthikanti et al. 2022, arXiv 2205.05198, section 4), with the width of the MLP where it is wider than 4 H, and
-    four copies of the logits. A model whose configuration does not say these leaves a doubt.
+
+def count_roughly(adapted: AdaptedModel, training: Training, clients: int, length: int) -> int | None:
+    """Return a rough count of a step's bytes beside the base model; None where a configuration does not say its shape.
+
+    Activations have 4 bytes each: 34 H + 5 A T of a token in a layer with H features and A heads (Korthikanti et al.
+    2022, arXiv 2205.05198, section 4), with the width of the MLP where it is wider than 4 H, and four copies of the
+    logits.
     """
     config = adapted.base.config.get_text_config()
     names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    features, heads, layers, vocabulary = (getattr(config, name, None) for name in names)
-    if not (isinstance(features, int) and isinstance(heads, int) and isinstance(layers, int)):
-        return False
-    if not isinstance(vocabulary, int):
-        return False
+    shape: list[Any] = [getattr(config, name, None) for name in names]
+    if not all(isinstance(size, int) for size in shape):
+        return None
+    features, heads, layers, vocabulary = shape
     wide = max(4 * features, getattr(config, "intermediate_size", None) or 0)
     tokens = clients * training.batch_size * length
     # Inputs and outputs of the adapted layers' factors: with a rank above the features, they are the most.
@@ -125,11 +134,11 @@ def leaves_no_doubt(
     activations = 4 * tokens * (layers * (26 * features + 2 * wide + 5 * heads * length) + 4 * vocabulary + factors)
     # Weights, gradient, start, mask and two moments of each client's adapter, in float32, and some in float64.
     adapters = 40 * clients * adapted.layout.size
-    base: int = sum(value.numel() * value.element_size() for value in {*adapted.model.parameters()})
-    needed = CERTAIN_TIMES * (activations + adapters)
-    if device.type == "cpu" and needed > WORTHWHILE_ON_CPU:
-        return False  # fewer at once may be faster, and the trace says how many
-    return base + needed <= SHARE_OF_FREE * free
+    return int(activations + adapters)
+
+
+def _base_bytes(adapted: AdaptedModel) -> int:
+    return sum(value.numel() * value.element_size() for value in {*adapted.model.parameters()})
 
 
 def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device) -> int:
