@@ -80,7 +80,7 @@ CLASHES = (
             recipe.model.quantization == "packed" and (recipe.adapter.method != "lora" or recipe.adapter.dora)
         ),
         "model.quantization",
-        "a packed GGUF file works with plain LoRA only: other methods read the weights themselves",
+        "a packed GGUF file works with plain LoRA alone: other methods read the weights themselves",
         'leave it out, or use adapter.method = "lora" without dora',
     ),
     Clash(
