@@ -5,12 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import typer
+from support.import_file import import_file
 
 from fedloom.cli import app
 from fedloom.recipe.loading import shipped_recipes
@@ -27,12 +27,7 @@ LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)\)")
 
 def script(name: str) -> ModuleType:
     """Return a script of the repository as a module."""
-    spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_file(ROOT / "scripts" / f"{name}.py")
 
 
 @cache

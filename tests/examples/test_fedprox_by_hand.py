@@ -1,13 +1,12 @@
 """The example that writes the federation out ends where the package ends."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support.import_file import import_file
 
 from fedloom import load_recipe, run
 from fedloom.adapters.adapter import Adapter
@@ -18,15 +17,6 @@ from fedloom.records.run import Run
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fedprox_by_hand.py"
 ENGINE = "training.engine=reference"
-
-
-def import_example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fedprox_by_hand", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def last_adapter(recipe: Recipe, finished: Run) -> Adapter:
@@ -53,7 +43,7 @@ def test_it_samples_draws_dropout_and_holds_harder_as_the_package_does(
     changes = [ENGINE, "federation.fraction=0.7", "training.epochs=2", "training.weight_decay=0.1"]
     changes += ["training.proximal_mu=1.0", "adapter.dropout=0.2", "data.documents_per_client=8", "seed=5"]
     recipe = load_recipe("tiny", changes)
-    by_hand = import_example().federate(recipe)
+    by_hand = import_file(EXAMPLE).federate(recipe)
     cohorts = re.findall(r"trained by clients \[(.*)\]", capsys.readouterr().out)
     assert all(len(cohort.split(",")) == 2 for cohort in cohorts)
     assert by_hand.sha256() == last_adapter(recipe, run(recipe, tmp_path / "run")).sha256()

@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import re
-import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.little_memory import assert_same, keep_limits, train_in_little
 from support.tiny import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -18,7 +19,7 @@ from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.monitoring.observer import Observer
 from fedloom.training.batched import BatchedEngine, ClientBatch
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate, is_shortage
+from fedloom.training.jobs import ClientFailure, ClientJob, is_shortage
 from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stacked_step import StackedStep
 
@@ -32,44 +33,12 @@ SHORTAGES: dict[str, Callable[[], Exception]] = {
 }
 
 
-def keep_limits(kept: list[int]) -> Callable[[str, str], None]:
-    """Keep how many clients train at once, as people are told when memory runs out."""
-
-    def say(what: str, detail: str) -> None:
-        found = re.search(r"(\d+) at once", detail)
-        assert what == "memory"
-        assert found
-        kept.append(int(found[1]))
-
-    return say
-
-
 def make_jobs(adapted: AdaptedModel, count: int = 7) -> list[ClientJob]:
     """Clients of several sizes, so that they finish apart and others take their place."""
     start = adapted.read()
     blocks = [make_blocks(3 + 2 * (client % 3), seed=client) for client in range(count)]
     kept = {"optimizer_state": "keep", "batch_size": 2, "clients_at_once": 5, "proximal_mu": 0.1}
     return [make_job(blocks[client], start, client=client, **kept) for client in range(count)]
-
-
-def by_client(updates: list[ClientUpdate]) -> dict[int, ClientUpdate]:
-    found = {update.client: update for update in updates}
-    assert len(found) == len(updates), "each comes once"
-    return found
-
-
-def assert_same(found: list[ClientUpdate], expected: list[ClientUpdate]) -> None:
-    """As float64 can tell: weights, what the optimizer keeps, and the report."""
-    mine, its = by_client(found), by_client(expected)
-    assert mine.keys() == its.keys()
-    for client, update in mine.items():
-        other = its[client]
-        torch.testing.assert_close(update.adapter.weights_P, other.adapter.weights_P, rtol=1e-9, atol=1e-12)
-        for name, value in update.optimizer_state.items():
-            torch.testing.assert_close(value, other.optimizer_state[name], rtol=1e-7, atol=1e-14)
-        assert update.report.steps == other.report.steps
-        assert update.report.tokens == other.report.tokens
-        assert update.report.loss_mean == pytest.approx(other.report.loss_mean, rel=1e-9)
 
 
 def fail_with_more_than(at_most: int, kind: str, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
@@ -135,30 +104,10 @@ def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_shortage(ValueError("can't allocate memory"))
 
 
-def _train_in_little(megabytes: int, answers: Any) -> None:
-    torch.set_num_threads(1)
-    adapted, lowered = make_adapted(dtype="float64"), []
-    blocks = [make_blocks(16, max_length=56, seed=client) for client in range(16)]
-    jobs = [make_job(blocks[client], adapted.read(), client=client, epochs=1, batch_size=16) for client in range(16)]
-    list(ReferenceEngine(adapted).train(jobs[:1]))  # what one client needs is there
-    expected = list(updates_of(ReferenceEngine(adapted).train(jobs)))
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, resource.RLIM_INFINITY))
-    found = list(updates_of(BatchedEngine(adapted, say=keep_limits(lowered)).train(jobs)))
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert_same(found, expected)
-    answers.put(lowered)
-
-
 def test_a_process_that_may_not_have_more_memory_trains_fewer_at_once() -> None:
     """No fault made up: the kernel refuses."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    process = context.Process(target=_train_in_little, args=(48, answers))
-    process.start()
-    lowered = answers.get(timeout=240)
-    process.join(20)
-    assert process.exitcode == 0
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        lowered = process.submit(train_in_little, 48).result()
     print(f"16 clients at once, then {lowered}")
     assert lowered
     assert lowered == [16 // 2 ** (number + 1) for number in range(len(lowered))]
