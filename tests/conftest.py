@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from support.tiny import ARCHITECTURES
 @pytest.fixture(params=ARCHITECTURES)
 def shape(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Empty plots, but for modules marked `draws`: to draw a report takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("draws"):
+            for module in ("run_report", "baselines_section", "comparison"):
+                patch.setattr(f"fedloom.report.{module}.draw_lines", lambda *_, **__: "<svg></svg>")
+            patch.setattr("fedloom.report.run_report.draw_bars", lambda *_, **__: "<svg></svg>")
+        yield
 
 
 @pytest.fixture

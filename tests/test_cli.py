@@ -209,6 +209,7 @@ def test_ctrl_c_says_what_is_left(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").status["state"] == "interrupted"
 
 
+@pytest.mark.long
 def test_an_old_terminal_loses_signs_not_runs(tmp_path: Path) -> None:
     done = fedloom(*TINY, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr

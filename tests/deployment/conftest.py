@@ -1,10 +1,14 @@
 """Shared federation for all tests that only look at what it did: to start one takes as long as all else here."""
 
+import os
+
 import pytest
 from support.federation_here import Served, serve_for_many_tests
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Needs Flower, and `pytest.mark.xdist_group("served")`, so that one test worker alone starts it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert any(item.nodeid.endswith("@served") for item in request.session.items), "pytest-xdist lost the group"
     return serve_for_many_tests(tmp_path_factory.mktemp("served"))

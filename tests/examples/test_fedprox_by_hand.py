@@ -28,6 +28,7 @@ def losses_in(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^round \d+: loss ([\d.]+)", printed, re.MULTILINE)]
 
 
+@pytest.mark.long
 def test_the_example_as_a_reader_runs_it_gives_the_packages_adapter_to_the_bit(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, EXAMPLE], cwd=tmp_path, check=True, capture_output=True, text=True)
     recipe = load_recipe("tiny", [ENGINE])

@@ -7,7 +7,8 @@ import pytest
 from fedloom import load_recipe, run
 
 
-@pytest.mark.parametrize("name", ["quickstart", pytest.param("quickstart-noniid", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-noniid"])
 def test_the_loss_of_a_real_model_falls(name: str, tmp_path: Path) -> None:
     short = ["federation.rounds=1", "data.documents_per_client=5", "data.central_holdout=6", "data.max_length=64"]
     finished = run(load_recipe(name, short), tmp_path / "run")

@@ -4,12 +4,12 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.quick_runs import Said, attempt, make_recipe, plain_plots, result_of
+from support.quick_runs import Said, attempt, make_recipe, result_of
 
 from fedloom.errors import RunError
 from fedloom.experiment import session
@@ -20,12 +20,6 @@ from fedloom.records.run import read_run
 from fedloom.records.state import check_records, committed, load_state, read_state
 
 BITS = int(os.environ.get("FEDLOOM_FLIPPED_BITS", "300"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    with plain_plots():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.quick_runs import attempt, make_recipe, plain_plots
+from support.quick_runs import attempt, make_recipe
 
 from fedloom.federation.fleet import LocalFleet
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
 from fedloom.training.jobs import ClientJob
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    with plain_plots():
-        yield
 
 
 def explode_by_rate(monkeypatch: pytest.MonkeyPatch, value: float) -> None:

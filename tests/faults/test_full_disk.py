@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.quick_runs import attempt, make_recipe, plain_plots, result_of
+from support.quick_runs import attempt, make_recipe, result_of
 
 from fedloom.errors import RunError
 from fedloom.experiment import recorder, watchers
@@ -22,12 +22,6 @@ from fedloom.report import run_report
 
 EVERY = int(os.environ.get("FEDLOOM_EVERY_NTH_WRITE", "8"))
 """Writes that fail in a test run: each of so many, and the last ones; 1 is all of them."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    with plain_plots():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.killed_runs import TWINS, carry_out, make_recipe, result_of, start
+from support.marks import first
 
 from fedloom.host.failpoints import NAMES
 from fedloom.records.check import check_run
@@ -49,7 +50,7 @@ def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:
     assert_sound(tmp_path / "run")
 
 
-@pytest.mark.parametrize("time", [1, 3])
+@pytest.mark.parametrize("time", first([3, 1]))
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_a_failpoint_it_goes_on_to_the_same_result(name: str, time: int, whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
@@ -73,7 +74,8 @@ def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> 
     assert_sound(tmp_path / "run")
 
 
-@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.long) for batch in range(1, 10))])
+@pytest.mark.long
+@pytest.mark.parametrize("batch", range(10))
 def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
     instants = random.Random(2026 + batch)
@@ -97,7 +99,7 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, who
     assert killed
 
 
-@pytest.mark.parametrize("twin", [name for name in TWINS if name != "none"])
+@pytest.mark.parametrize("twin", first((name for name in TWINS if name != "none"), keep=2))
 def test_a_writer_without_one_of_the_rules_is_caught(twin: str, whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
     caught = 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.marks import first
 from support.tiny import make_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,7 +142,7 @@ OTHERS = {
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of PEFT, about itself
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", first(OTHERS, keep=2))
 def test_other_methods_are_handed_on_and_write(name: str, tmp_path: Path) -> None:
     recipe = make_recipe(adapter=OTHERS[name], federation={"rounds": 1})
     other = run(recipe, tmp_path / "run", Observer())

@@ -9,6 +9,8 @@ from fedloom.errors import RunError
 from fedloom.report.comparison import build_comparison, conclude, recipe_differences, unfairness, write_comparison
 from fedloom.report.document import Table, to_markdown
 
+pytestmark = pytest.mark.draws
+
 
 def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", [3.0, 2.5], name="one", training={"proximal_mu": 0.1})

@@ -32,13 +32,6 @@ def damaged(finished: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take tenths of a second each, and have no part in how records are read."""
-    monkeypatch.setattr("fedloom.report.run_report.draw_lines", lambda lines, **_: "")
-    monkeypatch.setattr("fedloom.report.run_report.draw_bars", lambda bars, **_: "")
-
-
 def cut_everywhere(path: Path, use: Callable[[bytes], None]) -> None:
     """Cut a file at some three hundred places, its last bytes among them."""
     content = path.read_bytes()

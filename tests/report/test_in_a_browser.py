@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.made_runs import make_run
+from support.marks import first
 
 from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
@@ -33,7 +34,7 @@ const ink = getComputedStyle(document.body).color, paper = getComputedStyle(docu
 document.title = 'PROBE' + JSON.stringify({plots, ink, paper, wide: wide.map(e => e.className || e.tagName)});
 </script></body>"""
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = [pytest.mark.draws, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def look(page: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
     return {**json.loads(title[1]), "complaints": complaints}
 
 
-@pytest.mark.parametrize("size", ["1280,900", "400,800"])
+@pytest.mark.parametrize("size", first(["400,800", "1280,900"]))
 def test_every_plot_is_drawn_and_nothing_sticks_out(pages: list[Path], tmp_path: Path, size: str) -> None:
     for page, plots in zip(pages, (4, 2), strict=True):
         seen = look(page, tmp_path, f"--window-size={size}")

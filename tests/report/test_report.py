@@ -18,6 +18,8 @@ from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report.figures import reach, roughness
 from fedloom.report.run_report import build_report, load_reference, write_report
 
+pytestmark = pytest.mark.draws
+
 SECTIONS = [
     "Setup",
     "Loss trajectories",

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import first
 from support.tiny import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -28,6 +29,12 @@ from fedloom.training.memory import (
 
 CPU = torch.device("cpu")
 LENGTH = 32
+
+
+@pytest.fixture(params=first(ARCHITECTURES))
+def shape(request: pytest.FixtureRequest) -> str:
+    """A shape each; a trace takes a second."""
+    return str(request.param)
 
 
 def build(shape: str, layers: int = 2, dtype: str = "float32", **adapter: Any) -> AdaptedModel:
