@@ -25,6 +25,7 @@ def test_the_methods_in_the_documents_are_those_of_the_code() -> None:
     assert describe_methods() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), "make pages"
 
 
+@pytest.mark.long
 def test_the_wheel_runs_from_elsewhere(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run(

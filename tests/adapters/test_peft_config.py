@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from support.marks import first
 from support.tiny import make_blocks, make_recipe, run_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -102,7 +103,7 @@ def test_the_table_has_every_method_of_peft() -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [(name, "tiny-llama") for name in [*ALLOWED, *VARIANTS] if name != "full"]
-    + [(name, shape) for name in EVERYWHERE for shape in ("tiny-opt", "tiny-gpt2")],
+    + first([(name, shape) for name in EVERYWHERE for shape in ("tiny-opt", "tiny-gpt2")], keep=2),
 )
 def test_peft_opens_what_a_federation_trained_and_gives_its_logits(name: str, shape: str, tmp_path: Path) -> None:
     recipe = make(name, shape)
@@ -203,7 +204,7 @@ def test_what_is_trained_is_counted_without_the_weights(name: str) -> None:
     assert shape.num_parameters == adapted.num_parameters
 
 
-@pytest.mark.parametrize("name", [name for name in ALLOWED if not METHODS[name].float32_base])
+@pytest.mark.parametrize("name", first((name for name in ALLOWED if not METHODS[name].float32_base), keep=8))
 def test_over_a_bfloat16_base_float32_is_trained(name: str, tmp_path: Path) -> None:
     recipe = in_bfloat16(make(name))
     adapted = opened(recipe)

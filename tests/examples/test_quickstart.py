@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "examples" / "quickstart.ipynb"
@@ -34,6 +35,7 @@ def test_the_notebook_is_clean_where_it_is_kept() -> None:
     assert json.loads(text)["metadata"].keys() == {"kernelspec", "language_info"}
 
 
+@pytest.mark.long
 def test_a_reader_sees_plan_rounds_plots_reports_and_text(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # In a kernel, and not by `exec`: only there does the display meet a notebook instead of a terminal.

@@ -99,6 +99,7 @@ def test_rules_that_share_a_model_keep_their_own(rule: str, recipe_file: Path, t
             assert ours == {key: pytest.approx(value, rel=1e-9) for key, value in alone.items()}
 
 
+@pytest.mark.long
 def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file: Path, tmp_path: Path) -> None:
     axes = ["training.learning_rate=1e300,1e-3", "seed=1,2"]
     with pytest.raises(RunError, match=r"2 of 4 runs failed, learning_rate=1e300_seed=1 for one: .*is (nan|inf)"):

@@ -102,7 +102,7 @@ def test_a_real_disk_that_is_full(whole: Any, disk: Path) -> None:
     recipe, result, finished = whole
     used = sum(4096 * (1 + path.stat().st_size // 4096) for path in finished.rglob("*") if path.is_file())
     said = []
-    for share in (0.02, 0.3, 0.6, 0.9):
+    for share in (0.05, 0.3, 0.6, 0.9):
         for path in disk.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         mount("-o", f"remount,size={int(used * share) // 4096 * 4}k", str(disk))

@@ -97,7 +97,8 @@ def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
     assert find_work(run) is None
 
 
-@pytest.mark.parametrize("now", [[], pytest.param(["--now"], marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("now", [[], ["--now"]])
 def test_a_run_is_watched_and_stopped_from_another_terminal(now: list[str], tmp_path: Path) -> None:
     out = tmp_path / "first"
     words = ["run", "tiny", "federation.rounds=5000", "--out", str(out)]

@@ -105,6 +105,7 @@ def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_shortage(ValueError("can't allocate memory"))
 
 
+@pytest.mark.long
 def test_a_process_that_may_not_have_more_memory_trains_fewer_at_once() -> None:
     """No fault made up: the kernel refuses."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
