@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a position that does not count, the default of torch's cross-entropy."""
 
-LONGEST_MEAN_TOKEN = 1000
+LONGEST_MEAN_TOKEN = 100
 """Characters for each wanted token in the first head of a document that is tried for its first block."""
 
 

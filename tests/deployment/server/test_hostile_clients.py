@@ -25,6 +25,7 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.grid.http_grid import HttpGrid
+from support.marks import first
 from support.tiny import make_adapted, make_recipe, make_update, run_of
 
 from fedloom.deployment.flower import apps
@@ -248,13 +249,7 @@ def with_it() -> str:
     return final(run_with()[0])
 
 
-LONG = ("words that are longer as a text",)
-"""Kinds that take as long as all others together: megabytes of text, written out as JSON in JSON."""
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in LONG else kind for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", first(KINDS, keep=8))
 def test_what_a_client_sends_is_refused_and_the_others_make_the_model(kind: str, without_it: str) -> None:
     results, said = run_with(KINDS[kind])
     assert len(results) == ROUNDS + 1
