@@ -200,6 +200,7 @@ def test_a_recipe_file_is_printed(tmp_path: Path) -> None:
     assert fedloom("recipes", "mine.toml", cwd=tmp_path).stdout == shipped_recipes()["tiny"]
 
 
+@pytest.mark.long
 def test_ctrl_c_says_what_is_left(tmp_path: Path) -> None:
     arguments = [sys.executable, "-u", "-m", "fedloom", "run", "tiny", "federation.rounds=10000", "--out", "run"]
     running = subprocess.Popen(
