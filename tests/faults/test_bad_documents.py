@@ -141,6 +141,75 @@ def test_a_cut_off_parquet_is_refused_alone_and_counted_in_a_folder(tmp_path: Pa
     assert found.skipped == {".parquet file without such columns or damaged": 1}
 
 
+ROWS = b"label,text\n" + b"".join(b"%d,Note %d of a patient\n" % (number % 3, number) for number in range(60))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=st.sets(st.integers(0, 59), min_size=1, max_size=4))
+def test_a_quote_that_is_never_closed_takes_no_row_away_unnoticed(
+    rows: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = ROWS
+    for row in rows:
+        content = content.replace(b",Note %d of" % row, b',"Note %d of' % row)
+    path = tmp_path_factory.getbasetemp() / "lone.csv"
+    path.write_bytes(content)
+    said = refusal(path)
+    assert "a quotation mark is not closed" in said
+    assert f"begins on line {min(rows) + 2}" in said
+    # In a folder it is one file of many: what was read counts, and how many rows that were is said.
+    folder = tmp_path_factory.mktemp("lone")
+    (folder / "a.csv").write_bytes(content)
+    (folder / "b.jsonl").write_bytes(GOOD)
+    found = load(folder, max_bad_fraction=0.9)
+    assert len(found.documents) == min(rows) + 1
+    (reason,) = found.skipped
+    assert reason.startswith(".csv file without such columns or damaged")
+    assert not min(rows) or f"the rest after {min(rows)} row" in reason
+
+
+@pytest.mark.parametrize("cells", [b"0,Note, cut at its comma", b"0", b'0,"Note",more,', b"0,Note,"])
+def test_a_row_of_other_width_than_the_header_is_a_bad_one(cells: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(ROWS + cells + b"\n")
+    found = load(path, max_bad_fraction=0.1)
+    more = cells.count(b",") > 1
+    assert found.skipped == {f"with {'more' if more else 'fewer'} fields than the header": 1}
+    assert (len(found.documents), found.rows) == (60, 61)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"label;text\n1;good\n", 'separated by ";"'),
+        ("a.csv", b"label\ttext\n1\tgood\n", "separated by tabs: name the file .tsv"),
+        ("a.tsv", b"label,text\n1,good\n", 'separated by ",": name the file .csv'),
+        ("a.csv", b"label, text\n1, good\n", 'take the blanks around "text"'),
+        ("a.csv", b"text,text\n1,good\n", 'the column "text" is there twice'),
+        ("a.csv", "label,text\n1,good\n".encode("utf-16"), "in UTF-16; save it as UTF-8"),
+        ("a.jsonl", '{"text": "good"}\n'.encode("utf-16"), "in UTF-16; save it as UTF-8"),
+        ("a.json", b'{"text": "xylophone"}', "not a list of rows"),
+        ("a.json", b'[{"text": "xylophone"', "not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.jsonl.gz", b"xylophone", "a damaged packed file"),
+        ("a.jsonl.zst", b"xylophone", "can't be read: damaged"),
+        ("a.parquet.gz", b"xylophone", "unknown type of file"),
+    ],
+)  # fmt: skip
+def test_a_file_in_another_form_says_which(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert says in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("missing", ["null", "NaN", '""'])
+def test_a_missing_label_is_no_label(missing: str, tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "a.jsonl", b'{"text": "good", "site": "a"}', b'{"text": "good", "site": %s}' % missing.encode()
+    )
+    found = load(path, partition={"kind": "natural", "by": "site"}, max_bad_fraction=0.5)
+    assert found.skipped == {"without a value in column site": 1}
+
+
 @pytest.mark.parametrize("name", ["b.py", "b.jsonl", "b.parquet"])
 def test_a_file_that_vanishes_after_it_was_listed_is_counted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +218,7 @@ def test_a_file_that_vanishes_after_it_was_listed_is_counted(
     (tmp_path / name).write_text("xylophone")
     list_files = loader._find_files
 
-    def list_and_lose(folder: Path, pattern: str) -> list[Path]:
+    def list_and_lose(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]:
         paths = list_files(folder, pattern)
         (folder / name).unlink()
         return paths

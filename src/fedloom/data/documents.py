@@ -13,16 +13,16 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.data.rows import READERS, Row, Rows, UnreadableError, as_is, check_column, read_rows
+from fedloom.data.rows import PACKED, READERS, Row, Rows, UnreadableError, as_is, check_column, format_of, read_rows
 from fedloom.errors import DataError
 from fedloom.hub import COMMIT, find_commit, hub_address, without_hub
 from fedloom.seeds import derive_seed
-from fedloom.text import count
+from fedloom.text import count, list_reasons
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Data
@@ -33,6 +33,8 @@ STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test
 """Folders that differ between installations of one Python version."""
 SHUFFLE_BUFFER = 10_000
 """Rows of a streamed data set that are held in memory and shuffled."""
+ABOUT_THE_DATA = {"readme.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+"""Files at the top of a folder that a hub's or a library's data sets have beside their rows."""
 EMPTY = "empty"
 """Reason of a skipped row that is not a bad one: an empty text teaches nothing, and nothing is wrong with it."""
 
@@ -54,11 +56,14 @@ class Documents:
     skipped: Mapping[str, int]
     source: str
     revision: str
+    rows: int | None = None
+    """Rows that the source has, with those that were not needed; None where not all were looked at."""
+    files_left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of a folder's files that nobody meant as documents, by reason."""
 
     def explain_skipped(self) -> str:
         """Describe the skipped rows as `skipped 3: 2 empty, 1 not UTF-8 text`; return an empty text for none."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
-        return f"skipped {sum(self.skipped.values())}: {reasons}" if self.skipped else ""
+        return f"skipped {sum(self.skipped.values())}: {list_reasons(self.skipped)}" if self.skipped else ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Source:
     """The hub's commit, or for files their number and size."""
     ordered: bool = False
     """True if the rows already come in a seeded order, as those of a stream do."""
+    files_left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> Documents:
@@ -87,6 +93,7 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> 
         # A folder's text files are not read here: their places are shuffled, with the functions that open them.
         rows = list(rows)
         random.Random(order_seed).shuffle(rows)
+    total = len(rows) if isinstance(rows, list) else None
     documents: list[Document] = []
     skipped: Counter[str] = Counter()
     first_bad = ""
@@ -102,7 +109,10 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> 
                 if data.on_bad_row == "error":
                     break
     _check_bad_rows(data, len(documents), skipped, first_bad)
-    found = Documents(tuple(documents), dict(skipped), data.source, source.revision)
+    if total is None and at_most is None:
+        total = len(documents) + skipped.total()
+    left_out = source.files_left_out
+    found = Documents(tuple(documents), dict(skipped), data.source, source.revision, total, left_out)
     if not documents:
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
@@ -143,9 +153,11 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
         raise UnreadableError(EMPTY)
     label = None
     if data.partition.by is not None:
-        if row.get(data.partition.by) is None:
+        value = row.get(data.partition.by)
+        # Files write what is missing as null, as an empty cell, or as a number that is none.
+        if value is None or value == "" or value != value:
             raise UnreadableError(f"without a value in column {data.partition.by}")
-        label = str(row[data.partition.by])
+        label = str(value)
     # JSON can escape half of a surrogate pair, which is a str in Python but can't be written as UTF-8.
     try:
         f"{text}{label}".encode()
@@ -166,19 +178,19 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
         raise DataError("not a valid path", where=f'data.source = "{data.source[:80]}"') from error
     if is_folder:
         _refuse_spare(data, "revision", "subset", "split")
-        paths = _find_files(path, data.files)
-        return Source(_rows_of_folder(_relative(paths, path), data), describe_files(paths))
+        paths, left_out = _find_files(path, data.files)
+        return Source(_rows_of_folder(_relative(paths, path), data), describe_files(paths), files_left_out=left_out)
     if is_file:
         _refuse_spare(data, "revision", "subset", "split", "files")
-        if path.suffix not in READERS:
+        if format_of(path) is None:
             raise DataError(
                 f'unknown type of file: "{path.suffix or path.name}"',
                 where=str(path),
-                mend=f"use one of {', '.join(READERS)}",
+                mend=f"use one of {', '.join(READERS)}, or one of them packed ({', '.join(PACKED)})",
             )
         return Source(read_rows(path, path.name, data), describe_files([path]))
     # The hub's names are NAME or OWNER/NAME: anything else was meant as a path, and the hub is not asked for it.
-    if path.suffix in READERS or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
+    if format_of(path) or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
         raise DataError(
             "no such file or folder",
             where=f'data.source = "{data.source}"',
@@ -203,7 +215,12 @@ def _refuse_spare(data: Data, *keys: str) -> None:
             )
 
 
-def _find_files(folder: Path, pattern: str) -> list[Path]:
+def _find_files(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]:
+    """Return a folder's files that match, and the number of those left out by reason.
+
+    Raises:
+        DataError: not a pattern, or no file is left.
+    """
     if ".." in Path(pattern).parts:
         raise DataError(
             f'"{pattern}" leads out of the folder',
@@ -218,9 +235,33 @@ def _find_files(folder: Path, pattern: str) -> list[Path]:
             where=str(folder),
             mend="change data.files, for example to **/*.py",
         ) from error
-    if not paths:
-        raise DataError(f'no file matches "{pattern}"', where=str(folder), mend="change data.files")
-    return paths
+    kept, left_out = [], Counter[str]()
+    for path in paths:
+        if reason := _why_left_out(path.relative_to(folder), folder, pattern):
+            left_out[reason] += 1
+        else:
+            kept.append(path)
+    if not kept:
+        told = f", but for {list_reasons(left_out)}" if left_out else ""
+        raise DataError(f'no file matches "{pattern}"{told}', where=str(folder), mend="change data.files")
+    return kept, dict(left_out)
+
+
+def _why_left_out(path: Path, folder: Path, pattern: str) -> str:
+    """Return why a file of a folder is no document, or an empty text where it is one."""
+    # Whoever names hidden files in the pattern means them.
+    if _is_hidden(path) and not _is_hidden(Path(pattern)):
+        return "hidden"
+    if path.name.lower() in ABOUT_THE_DATA and len(path.parts) == 1 and path.name not in pattern:
+        return "about the data set"
+    # What a link leads to may be anybody's: the folder is what its owner gave.
+    if not (folder / path).resolve().is_relative_to(folder.resolve()):
+        return "linked from outside"
+    return ""
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _standard_library() -> list[tuple[str, Path]]:
@@ -253,24 +294,30 @@ def _refuse(reason: str) -> Row:
 def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Rows:
     """Yield a folder's rows: those of each file of rows, and any other file as one row with `path` and `package`."""
     for origin, path in paths:
-        if path.suffix in (".jsonl", ".parquet", ".csv"):
+        if format_of(path) not in (None, ".txt"):
+            read = 0
             try:
-                yield from read_rows(path, origin, data)
+                for row in read_rows(path, origin, data):
+                    yield row
+                    read += 1
             except DataError:  # one file of many: it counts as one bad row
-                yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged")
+                lost = f", the rest after {count(read, 'row')} is lost" if read else ""
+                yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged{lost}")
         else:
             yield origin, partial(_read_text_file, origin, path, data)
 
 
 def _read_text_file(origin: str, path: Path, data: Data) -> Row:
-    first = Path(origin).parts[0]
+    first, *deeper = Path(origin).parts
+    if path.suffix.lower() in PACKED:
+        raise UnreadableError("packed text file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UnreadableError("not UTF-8 text") from None
     except OSError as error:
         raise UnreadableError(f"unreadable file ({error.strerror})") from None
-    return {"path": origin, "package": Path(first).stem, data.text: text}
+    return {"path": origin, "package": first if deeper else Path(first).stem, data.text: text}
 
 
 def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:

@@ -1,12 +1,16 @@
-"""Files of rows (`.jsonl`, `.csv`, `.parquet`, `.txt`), read row by row: a row that can't be read spoils no other.
+"""Files of rows (`.jsonl`, `.csv`, `.parquet` and others), read row by row: a row that can't be read spoils no other.
 
 Messages say what is wrong with a row, and never quote it.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,26 @@ def as_is(row: Row) -> Row:
     return row
 
 
+def _open(path: Path) -> io.BufferedReader:
+    """Open a file to read its bytes, unpacked where its name says that it is packed.
+
+    Raises:
+        DataError: it is in UTF-16, as some editors and spreadsheets write.
+    """
+    packed = path.suffix.lower()
+    if packed == ".zst":
+        import pyarrow
+
+        raw: Any = pyarrow.input_stream(path, compression="zstd")
+    else:
+        raw = gzip.GzipFile(path) if packed == ".gz" else path.open("rb", buffering=0)
+    file = io.BufferedReader(raw)
+    if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        file.close()
+        raise DataError("the file is in UTF-16", where=str(path), mend="save it as UTF-8")
+    return file
+
+
 def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Rows:
     def parse_line(line: bytes) -> Row:
         try:
@@ -39,7 +63,7 @@ def _rows_of_lines(path: Path, origin: str, parse: Callable[[str], Row]) -> Rows
             raise UnreadableError("not UTF-8 text") from None
 
     # Opened as bytes, so that a byte that is not UTF-8 spoils its own line and no other.
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{origin}:{number}", partial(parse_line, line)
@@ -51,27 +75,83 @@ def _read_jsonl(path: Path, origin: str, data: Data) -> Rows:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise UnreadableError("not valid JSON") from None
-        if not isinstance(row, dict):
-            raise UnreadableError("not a JSON object")
-        return row
+        return _as_object(row)
 
     return _rows_of_lines(path, origin, parse)
+
+
+def _read_json(path: Path, origin: str, data: Data) -> Rows:
+    with _open(path) as file:
+        try:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError):  # not UTF-8 among them
+            raise DataError("not valid JSON", where=str(path), mend="create the file again") from None
+    if not isinstance(rows, list):
+        raise DataError(
+            "not a list of rows", where=str(path), mend='write it as [{"text": "..."}, ...], or as .jsonl, a row a line'
+        )
+    for number, row in enumerate(rows, start=1):
+        yield f"{origin}:{number}", partial(_as_object, row)
+
+
+def _as_object(row: object) -> Row:
+    if not isinstance(row, dict):
+        raise UnreadableError("not a JSON object")
+    return row
 
 
 def _read_txt(path: Path, origin: str, data: Data) -> Rows:
     return _rows_of_lines(path, origin, lambda line: {data.text: line.rstrip("\r\n")})
 
 
-def _read_csv(path: Path, origin: str, data: Data) -> Rows:
+def _read_csv(path: Path, origin: str, data: Data, *, separator: str = ",") -> Rows:
     # The csv module refuses fields over 128 kB unless told otherwise; more than a C long would not be taken everywhere.
     csv.field_size_limit(2**31 - 1)
     # A byte that is not UTF-8 becomes half a surrogate pair here, which makes its own row a bad one and no other.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines)
-        # The columns are not listed: in a file without a header, the first line is a document's text.
-        check_column(data, rows.fieldnames or [], path, mend="name a column of the file's first line, the header")
-        for row in rows:
-            yield f"{origin}:{rows.line_num}", partial(as_is, row)
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        # Strict: as it is by default, a quote that is never closed swallows the rows behind it without a word.
+        rows = csv.reader(lines, delimiter=separator, strict=True)
+        begins = 1
+        try:
+            header = next(rows, [])
+            _check_header(data, header, path, separator)
+            begins = rows.line_num + 1
+            for cells in rows:
+                if cells:  # nothing for an empty line
+                    yield f"{origin}:{rows.line_num}", partial(_match, header, cells)
+                begins = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"a quotation mark is not closed or not written twice, in the row that begins on line {begins}",
+                where=str(path),
+                mend="close each quoted text, and write a quotation mark inside of it twice",
+            ) from error
+
+
+def _match(header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):
+        raise UnreadableError(f"with {'more' if len(cells) > len(header) else 'fewer'} fields than the header")
+    return dict(zip(header, cells, strict=True))
+
+
+def _check_header(data: Data, header: list[str], path: Path, separator: str) -> None:
+    """Refuse a first line without the columns that the recipe names, and say what it looks like instead.
+
+    Raises:
+        DataError: a column is not there, or is there twice.
+    """
+    mend = "name a column of the file's first line, the header"
+    # The columns are not listed: in a file without a header, the first line is a document's text.
+    for column in {data.text, data.partition.by} & {name.strip() for name in header} - set(header):
+        mend = f'take the blanks around "{column}" out of the file\'s first line'
+    others = [other for other in SEPARATORS if other != separator and data.text in "".join(header).split(other)]
+    if others:
+        shown = {"\t": "tabs"}.get(others[0], f'"{others[0]}"')
+        mend = f"the first line is separated by {shown}: {SEPARATORS[others[0]]}"
+    check_column(data, header, path, mend=mend)
+    for column in (data.text, data.partition.by):
+        if header.count(column or "") > 1:
+            raise DataError(f'the column "{column}" is there twice', where=str(path), mend="rename one of them")
 
 
 def _read_parquet(path: Path, origin: str, data: Data) -> Rows:
@@ -110,24 +190,42 @@ def check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend:
             raise DataError(f'there is no column "{column}", which {key} names', where=str(where), mend=mend)
 
 
+SEPARATORS = {",": "name the file .csv", "\t": "name the file .tsv", ";": "separate its fields by commas"}
+"""Separators of fields that people's files have, each with what to do about it."""
 READERS: dict[str, Callable[[Path, str, Data], Rows]] = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": partial(_read_csv, separator="\t"),
     ".txt": _read_txt,
 }
-"""Readers of single files by suffix; in `.jsonl` and `.txt` each line is a row."""
+"""Readers of single files by suffix; in `.jsonl`, `.ndjson` and `.txt` each line is a row."""
+PACKED = (".gz", ".zst")
+"""Suffixes behind those: the file is unpacked while it is read."""
+
+
+def format_of(path: Path) -> str | None:
+    """Return the suffix that says how a file of rows is read, as READERS has it; None if it is no such file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in PACKED:
+        suffixes.pop()
+        return suffixes[-1] if suffixes[-1] in READERS and suffixes[-1] != ".parquet" else None
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
 
 def read_rows(path: Path, origin: str, data: Data) -> Rows:
-    """Yield the rows of a file whose suffix is among READERS.
+    """Yield the rows of a file that `format_of` knows.
 
     Raises:
         DataError: the file can't be read, or lacks a column that the recipe names.
     """
     try:
-        yield from READERS[path.suffix](path, origin, data)
+        yield from READERS[format_of(path) or ""](path, origin, data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError("a damaged packed file", where=str(path), mend="create the file again") from error
     except OSError as error:
-        raise DataError(f"can't be read: {error.strerror}", where=str(path), mend="check its permissions") from error
-    except csv.Error as error:
-        raise DataError("not a readable .csv file", where=str(path), mend="create the file again") from error
+        raise DataError(
+            f"can't be read: {error.strerror or 'damaged'}", where=str(path), mend="check it and its permissions"
+        ) from error

@@ -28,7 +28,7 @@ from fedloom.model.loading import check_quantization, choose_device
 from fedloom.model.source import ModelSource, open_model
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.plan import ClientPlan, Plan
+from fedloom.records.plan import TOO_SHORT, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.training.engines import EngineName, choose_engine
 from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
@@ -222,7 +222,7 @@ def make_plan(
 ) -> Plan:
     """Put together what is known of a run in this process."""
     at_once = min(per_round, room.capacity)
-    skipped = {**material.found.skipped, **({"too short": material.too_short} if material.too_short else {})}
+    skipped = {**material.found.skipped, **({TOO_SHORT: material.too_short} if material.too_short else {})}
     return Plan.of(
         recipe.name,
         recipe.training,
@@ -239,6 +239,8 @@ def make_plan(
         data_revision=material.found.revision,
         documents=len(material.found.documents),
         skipped=skipped,
+        rows=material.found.rows,
+        files_left_out=material.found.files_left_out,
         central_documents=len(material.splits.central),
         central_tokens=material.central.num_tokens,
         clients=[

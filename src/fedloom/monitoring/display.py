@@ -16,8 +16,8 @@ from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
-from fedloom.records.plan import Plan
-from fedloom.text import count, format_bytes, format_number, format_seconds, show_controls
+from fedloom.records.plan import Plan, explain_rows
+from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
 if TYPE_CHECKING:
     from fedloom.records.run import RoundRecord, Run
@@ -214,8 +214,12 @@ def render_plan(plan: Plan) -> Table:
         rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
     elif plan.engine == "batched":
         rows["memory"] = f"not predicted; {count(plan.clients_at_once, 'client')} at once"
+    if plan.rows is not None:
+        rows["rows"] = explain_rows(plan.rows, plan.documents, plan.skipped)
     if plan.skipped:
-        rows["skipped"] = ", ".join(f"{number} {reason}" for reason, number in sorted(plan.skipped.items()))
+        rows["skipped"] = list_reasons(plan.skipped)
+    if plan.files_left_out:
+        rows["files left out"] = list_reasons(plan.files_left_out)
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

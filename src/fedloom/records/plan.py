@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.progress import Phase
@@ -12,6 +12,10 @@ from fedloom.text import count, format_trainable
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit
     from fedloom.recipe.sections import Federation, Training
+
+
+TOO_SHORT = "too short"
+"""Reason of a document that gives nothing to train on; its row was a good one."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ class Plan:
     """Name of the caller's own strategy, which takes the place of the recipe's."""
     ample_memory: bool = False
     """True where so much memory is free that what a step needs was not predicted."""
+    rows: int | None = None
+    """Rows that the source has; None where not all were looked at, as in a stream."""
+    files_left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of a folder's files that nobody meant as documents, by reason."""
 
     @classmethod
     def of(
@@ -165,4 +173,13 @@ class Plan:
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
         told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
-        return {key: value for key, value in told.items() if value or key not in ("strategy", "ample_memory")}
+        later = ("strategy", "ample_memory", "rows", "files_left_out")
+        return {key: value for key, value in told.items() if value or key not in later}
+
+
+def explain_rows(rows: int, documents: int, skipped: Mapping[str, int]) -> str:
+    """Account for every row of a source: `302 rows = 298 documents + 2 skipped + 2 not needed`."""
+    lost = sum(number for reason, number in skipped.items() if reason != TOO_SHORT)
+    parts = {"skipped": lost, "not needed": rows - documents - lost}
+    told = "".join(f" + {number:,} {what}" for what, number in parts.items() if number)
+    return f"{count(rows, 'row')} = {count(documents, 'document')}{told}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from fedloom.records.plan import explain_rows
 from fedloom.records.run import Record, Run
 from fedloom.report import figures
 from fedloom.report.document import Block, Table, Text, without_columns
-from fedloom.text import count, format_bytes, format_seconds, format_trainable
+from fedloom.text import count, format_bytes, format_seconds, format_trainable, list_reasons
 
 STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
 """States in status.json, and how pages word them."""
@@ -71,9 +72,12 @@ def _documents(plan: Record) -> str:
     train, holdout = (sum(client[key] for client in clients) for key in ("train_documents", "holdout_documents"))
     dropped = sum(plan["audit"]["dropped"])
     text = f"{train:,} to train on, {holdout:,} held out by clients, {plan['central_documents']:,} held out centrally"
-    skipped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(plan.get("skipped", {}).items()))
     text += f"; {dropped:,} taken out of training as copies" if dropped else ""
-    return text + (f"; skipped: {skipped}" if skipped else "")
+    if "rows" in plan:
+        text += f"; {explain_rows(plan['rows'], plan['documents'], plan['skipped'])}"
+    for key, what in (("skipped", "skipped"), ("files_left_out", "files left out")):
+        text += f"; {what}: {list_reasons(plan[key])}" if plan.get(key) else ""
+    return text
 
 
 def _left_out(plan: Record) -> str:
