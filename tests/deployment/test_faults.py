@@ -182,7 +182,7 @@ if "fedloom.deployment.client.worker" in sys.orig_argv:
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_worker_that_lies_is_refused_and_the_others_make_the_model(tmp_path: Path) -> None:
     """Weights that are no numbers come from a worker."""
     asked = recipe("federation.max_lost_clients=1")
@@ -200,7 +200,7 @@ def test_a_worker_that_lies_is_refused_and_the_others_make_the_model(tmp_path: P
     assert len(set(hashes(served))) == 3
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_policy_is_kept_and_told_on_both_sides(tmp_path: Path) -> None:
     asked = recipe("training.epochs=3")
     policy = tmp_path / "policy.toml"

@@ -20,7 +20,7 @@ from fedloom.records.state import load_state
 
 pytestmark = pytest.mark.xdist_group("kills")
 """One test worker alone starts the process that all of these are forked from: it imports everything."""
-RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "100"))
+RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "30"))
 
 
 @pytest.fixture(scope="module")
