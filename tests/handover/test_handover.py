@@ -84,6 +84,24 @@ def test_generation_is_transformers_own(finished: Run) -> None:
     assert "".join(pieces).strip() == source.tokenizer.decode(written[0], skip_special_tokens=True).strip()
 
 
+def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_documents(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain: list[str] = []
+    generate(finished.folder, "import os", max_new_tokens=8, say=plain.append)
+    ending = open_model("random:tiny-llama")
+    ending.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", ending.tokenizer.eos_token_id)]
+    )
+    assert ending.tokenizer("import os")["input_ids"][-1] == ending.tokenizer.eos_token_id
+    monkeypatch.setattr("fedloom.handover.generate.open_model", lambda *_: ending)
+    found: list[str] = []
+    generate(finished.folder, "import os", max_new_tokens=8, say=found.append)
+    assert "".join(found) == "".join(plain)
+
+
 @pytest.mark.parametrize(("prompt", "says"), [("", "the prompt is empty"), ("x" * 300, "has 300 tokens")])
 def test_a_prompt_that_can_not_be_written_on(finished: Run, prompt: str, says: str) -> None:
     with pytest.raises(RunError, match=says):

@@ -59,6 +59,9 @@ class AdaptedModel:
         self.base = base
         self.config = config and _seeded(config, seed)
         self.model = _wrap(base, self.config, seed)
+        # Left out, or "all-linear", they are what PEFT found: whoever opens the adapter may have other defaults.
+        if self.config and (found := getattr(self.model.peft_config[ADAPTER_NAME], "target_modules", None)):
+            self.config.target_modules = found
         self._tokenizer = tokenizer
         for name, value in self.model.named_parameters():
             if freeze_a and name.endswith(A_PARAMETER):

@@ -15,12 +15,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, split_name
+
+
+def find_unstackable(adapted: AdaptedModel) -> str | None:
+    """Return an adapted layer, with its kind, that `StackedLora` can't stand for; None where there is none."""
+    for path, layer in adapted.base.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, Linear):
+            return f"{path}, a {type(layer.get_base_layer()).__name__}"
+    return None
 
 
 class StackedLora(nn.Module):

@@ -161,9 +161,10 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
         RecipeError, ModelError
     """
     check_quantization(recipe.model.quantization, source, device)
-    engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
     dtype = dtype_of(recipe, device)
+    choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
     shape = build_shape(recipe, source, dtype)
+    engine = choose_engine(recipe.adapter, recipe.training, recipe.model, shape)
     check_length(recipe.data.max_length, source, shape)
     check_lora_rule(shape.layout, recipe.federation)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:

@@ -86,7 +86,7 @@ def run(
         # ---- Load: the base model, once, and what runs over it share.
         watchers.show_step("weights", prepared.source.name)
         adapted = load_adapted_model(recipe, prepared.source)
-        session = Session(adapted, prepared.plan.engine, watchers.telemetry, watchers)
+        session = Session(adapted, prepared.plan.engine, recipe.data.max_length, watchers.telemetry, watchers)
         identity = identify(prepared, adapted)
         failpoint("run.loaded")
         watchers.check()

@@ -19,7 +19,7 @@ from fedloom.host.files import hash_text
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.records.state import hash_tensors
-from fedloom.training.engines import ENGINES, EngineName
+from fedloom.training.engines import EngineName, open_engine
 from fedloom.training.jobs import ClientJob, ClientResult
 
 
@@ -27,14 +27,19 @@ class Session:
     """A loaded model, an engine and what measures them: all that runs share which train on the same base model.
 
     Whatever is neither training nor evaluation here is aggregation and its records.
+
+    Raises:
+        ModelError: the model is not what its engine takes for granted.
     """
 
-    def __init__(self, adapted: AdaptedModel, engine: EngineName, telemetry: Telemetry, observer: Observer) -> None:
+    def __init__(
+        self, adapted: AdaptedModel, engine: EngineName, max_length: int, telemetry: Telemetry, observer: Observer
+    ) -> None:
         self.adapted = adapted
         self.telemetry = telemetry
         self.watch = observer.watch
         self._batched = engine == "batched"
-        self._engine = ENGINES[engine](adapted, observer.watch, observer.show_step)
+        self._engine = open_engine(engine, adapted, max_length, observer.watch, observer.show_step)
         self._lowered_to: int | None = None
 
     def take_lowered(self) -> dict[str, int]:

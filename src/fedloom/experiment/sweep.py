@@ -235,7 +235,8 @@ def run_group(
     with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
         display.show_step("weights", prepared.source.name)
         adapted = load_adapted_model(first.recipe, prepared.source)
-        session = Session(adapted, prepared.plan.engine, telemetry, Observers(display, telemetry))
+        watching = Observers(display, telemetry)
+        session = Session(adapted, prepared.plan.engine, first.recipe.data.max_length, telemetry, watching)
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))
         for together in group_by(able, same_pass):

@@ -39,6 +39,10 @@ def generate(
     opened = open_model(recipe.model.source, recipe.model.revision)
     adapted = load_adapted_model(recipe, opened)
     inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
+    # A tokenizer may end every document; a prompt is the beginning of one.
+    end = opened.tokenizer.eos_token_id
+    if inputs.shape[1] and inputs[0, -1] == end and not prompt.endswith(opened.tokenizer.eos_token):
+        inputs = inputs[:, :-1]
     if inputs.shape[1] == 0:
         raise RunError("the prompt is empty", where="PROMPT", mend="write a word or more")
     longest = opened.max_length

@@ -18,6 +18,8 @@ from fedloom.model.packed import pack_model
 from fedloom.model.source import ModelSource, loading
 from fedloom.seeds import derive_seed
 
+PEFT_CONFIG = "adapter_config.json"
+"""File by whose name transformers looks for an adapter beside a model's weights."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -35,6 +37,12 @@ def load_model(
         ModelError: the weights can't be read, or none of them can stay packed though that was asked for.
     """
     attention = attention or choose_attention(source.config)
+    if source.location and (Path(source.location) / PEFT_CONFIG).is_file():
+        raise ModelError(
+            f"an adapter lies beside the weights ({PEFT_CONFIG}), and transformers would put it on the model",
+            where=f'model.source = "{source.name}"',
+            mend=f"move {PEFT_CONFIG} and its weights elsewhere, or name the base model",
+        )
     if not source.location:
         with torch.random.fork_rng(devices=[]):
             # The seed is not the run's: a random base model is the same in every run, as a downloaded one is.
@@ -53,6 +61,8 @@ def load_model(
                 output_loading_info=True,
                 **quantized(quantization, device),
             )
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ValueError("an adapter lies beside the weights, and transformers put it on the model")
             # Transformers fills missing weights with random numbers and only warns.
             if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
                 raise ValueError(f"its files lack {len(lacking)} of its weights, {lacking[0]} for one")

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.stacked_lora import find_unstackable
 from fedloom.errors import RecipeError
 from fedloom.progress import Say, Watch
+from fedloom.training.assumptions import check_model, check_own_randomness
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
@@ -44,8 +46,25 @@ BATCHED_OPTIONS = (
 """PEFT's options of LoRA that the engine `batched` has too."""
 
 
-def choose_engine(adapter: Adapter, training: Training, model: Model) -> EngineName:
+def open_engine(name: EngineName, adapted: AdaptedModel, max_length: int, watch: Watch, say: Say) -> Engine:
+    """Return an engine over a loaded model, once what it takes for granted about the model has been tried.
+
+    Raises:
+        ModelError: something of it does not hold.
+    """
+    check_model(adapted, max_length)
+    if name == "batched":
+        check_own_randomness(adapted, max_length)
+    return ENGINES[name](adapted, watch, say)
+
+
+def choose_engine(
+    adapter: Adapter, training: Training, model: Model, adapted: AdaptedModel | None = None
+) -> EngineName:
     """Return `batched` for plain LoRA, unless the recipe asks for `reference`, and `reference` for everything else.
+
+    What PEFT built decides where there is a model to look at, with values or without: some of its layers are no plain
+    linear ones, a router or fused experts, whatever the recipe calls them.
 
     Raises:
         RecipeError: `batched` is asked for with what it does not have.
@@ -56,6 +75,8 @@ def choose_engine(adapter: Adapter, training: Training, model: Model) -> EngineN
         *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
         *(["model.quantization"] if model.quantization in ("4bit", "8bit") else []),
     ]
+    if adapted is not None and not lacks and (layer := find_unstackable(adapted)):
+        lacks = [f"adapter on {layer}"]
     if training.engine == "batched" and lacks:
         raise RecipeError(
             f"the engine batched has no {lacks[0]}",

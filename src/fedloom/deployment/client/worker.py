@@ -38,7 +38,7 @@ from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
 from fedloom.text import show_controls
-from fedloom.training.engines import ENGINES, choose_engine
+from fedloom.training.engines import choose_engine, open_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
 
 
@@ -51,8 +51,8 @@ class ClientModel:
         self._recipe = recipe
         say("model", data.source.name)
         self._adapted = load_adapted_model(recipe, data.source)
-        engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
-        self._engine = ENGINES[engine](self._adapted, self._note, say)
+        engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
+        self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
         self.facts = ClientFacts(

@@ -1,0 +1,138 @@
+"""Assumptions of training about a model, tried on the loaded one before anything is trained.
+
+Padding is not masked, clients share a pass, and every random choice comes from the recipe's seed. That is right for a
+causal language model whose positions are counted from the left, and silently wrong for an encoder, for attention that
+looks both ways, or for a model that draws random numbers of its own.
+
+Letters: B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.errors import ModelError
+
+TOKENS = 16
+"""Tokens of the sequence that is tried, where the recipe's are not fewer."""
+NOISE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest share of a true change that rounding may make of none, by dtype."""
+COARSE_NOISE = 0.05
+"""The same in 16 bits."""
+WHERE = "model.source"
+
+
+def check_model(adapted: AdaptedModel, max_length: int) -> None:
+    """Refuse a model whose weights are not finite, or that is no causal language model with padding on the right.
+
+    Takes five forward passes of at most 16 tokens. Nothing of the model changes.
+
+    Raises:
+        ModelError: names what does not hold and what it means.
+    """
+    for name, value in adapted.model.named_parameters():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            raise ModelError(
+                f"{own} has a weight that is not finite, before anything was trained",
+                where=WHERE,
+                mend="get its files again, or use another base model",
+            )
+    if getattr(adapted.base.config.get_text_config(), "layerdrop", 0):
+        raise ModelError(
+            "the model leaves out whole layers at random in training (layerdrop)",
+            where=WHERE,
+            mend='set "layerdrop" to 0 in its config.json',
+        )
+    length = min(TOKENS, max_length)
+    if length < 2:
+        return
+    adapted.model.eval()
+    vocabulary = adapted.loss_head.vocabulary_size
+    drawn_2T = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(adapted.device)
+    half = length // 2
+    changed_T = torch.cat([drawn_2T[0, :half], (drawn_2T[0, half:] + 1) % vocabulary])
+    with torch.inference_mode():
+        whole_TV, changed_TV = (adapted.logits(tokens_T[None])[0].double() for tokens_T in (drawn_2T[0], changed_T))
+        scale = max((changed_TV - whole_TV)[half:].abs().mean(), 1e-3 * whole_TV.abs().mean())
+
+        def moves(logits: Tensor) -> bool:
+            return bool((logits - whole_TV[: len(logits)]).abs().mean() > scale * _noise(adapted))
+
+        if moves(changed_TV[:half]):
+            _refuse("earlier tokens see later ones", "an encoder, or attention that looks both ways")
+        if moves(adapted.logits(drawn_2T[:1, :half])[0].double()):
+            _refuse("a text's logits change with what is padded to its right", "positions that depend on the width")
+        if moves(adapted.logits(drawn_2T)[0].double()):
+            _refuse("a text's logits change with the texts beside it in a batch", "normalisation over the batch")
+
+
+def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:
+    """Refuse a model that draws random numbers in training beside dropout: clients that share a pass share them too.
+
+    Raises:
+        ModelError: names the operation that draws.
+    """
+    tokens_BT = torch.zeros(1, min(TOKENS, max_length), dtype=torch.int64, device=adapted.device)
+    draws = _Draws()  # type: ignore[no-untyped-call]
+    devices = [adapted.device] if adapted.device.type == "cuda" else []
+    adapted.model.train()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), draws, _WithoutDropout():
+            adapted.logits(tokens_BT)
+    finally:
+        adapted.model.eval()
+    if draws.found:
+        raise ModelError(
+            f"the model draws random numbers of its own in training ({draws.found}), which are not each client's",
+            where="training.engine",
+            mend='use "reference", or switch its noise off in its config.json (of a router, say)',
+        )
+
+
+def _noise(adapted: AdaptedModel) -> float:
+    return NOISE.get(next(adapted.base.parameters()).dtype, COARSE_NOISE)
+
+
+def _refuse(what: str, means: str) -> None:
+    raise ModelError(
+        f"this is no causal language model with padding on the right: {what} ({means})",
+        where=WHERE,
+        mend="use a model that was made to continue text",
+    )
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Leaves dropout out, which the engines draw for each client."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return args[0]
+        if func is functional.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+class _Draws(TorchDispatchMode):
+    """Notices operations that draw random numbers."""
+
+    found = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Fused attention has the tag for the dropout that it can have.
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func):
+            self.found = self.found or str(func)
+        return func(*args, **(kwargs or {}))
