@@ -129,7 +129,7 @@ def test_a_run_with_a_strategy_of_ones_own_says_so_and_goes_on_with_it_alone(tmp
     recipe, own = make_recipe(federation={"rounds": 3}), once_all_are_there(median)
     whole = run(recipe, tmp_path / "whole", Observer(), aggregate=own)
     assert "Strategy" in (text := (tmp_path / "whole" / "report.md").read_text())
-    assert "median, weighted by" in text
+    assert "median, the caller's own" in text
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "run", Observer(), observers=[Breaks()], aggregate=own)
     with pytest.raises(RunError, match=r"began with aggregate= \(median\)"):

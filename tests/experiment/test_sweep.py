@@ -115,6 +115,7 @@ def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file:
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.long
 def test_an_interrupted_sweep_goes_on(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = ["training.optimizer=adamw,sgd", "seed=1,2"]
     right, calls = Session.train_clients, []

@@ -169,7 +169,7 @@ def test_the_order_of_arrival_does_not_matter(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", first(sorted(STRATEGIES), keep=4))
 def test_every_strategy_runs_from_a_recipe(kind: str, tmp_path: Any) -> None:
-    recipe = make_recipe(federation={"rounds": 2, "strategy": {"kind": kind}})
+    recipe = make_recipe(data={"clients": 5}, federation={"rounds": 2, "strategy": {"kind": kind}})
     finished = run(recipe, tmp_path / "run", Observer())
     assert len({record["adapter_sha256"] for record in finished.rounds}) == 3
 
@@ -181,6 +181,11 @@ def test_every_strategy_runs_from_a_recipe(kind: str, tmp_path: Any) -> None:
         ({"kind": "multi_krum", "keep": 5}, 4, 5),
         ({"kind": "bulyan", "malicious": 1}, 6, 7),
         ({"kind": "krum"}, 2, 3),
+        ({"kind": "trimmed_mean"}, 4, 5),
+        ({"kind": "trimmed_mean", "trim": 0.1}, 9, 10),
+        ({"kind": "trimmed_mean", "trim": 0.3}, 3, 4),
+        ({"kind": "trimmed_mean", "trim": 0.001}, 999, 1000),
+        ({"kind": "trimmed_mean", "trim": 0.0}, 0, 1),
     ],
 )
 def test_too_few_clients_are_refused(strategy: dict[str, Any], clients: int, least: int) -> None:

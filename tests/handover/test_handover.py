@@ -52,6 +52,15 @@ def test_what_is_not_the_same_is_not_written(finished: Run, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merged_model_that_can_not_be_saved_is_one_error(tmp_path: Path) -> None:
+    """Layers that stand twice share their weights, which safetensors does not write."""
+    adapter = {"targets": ["q_proj"], "options": {"layer_replication": [[0, 2], [1, 2]]}}
+    twice = run(make_recipe(adapter=adapter, federation={"rounds": 1}), tmp_path / "run", Observer())
+    with pytest.raises(RunError, match=r"--merged: the merged model can't be saved: .*; leave it out"):
+        export(twice.folder, tmp_path / "merged", merged=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
 def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(RunError, match="the target exists"):

@@ -231,6 +231,18 @@ def test_a_missing_key_is_named(write: Write, text: str, missing: str) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "marked.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + shipped_recipes()["tiny"].replace("\n", "\r\n").encode())
+    assert load_recipe(path) == load_recipe("tiny")
+
+
+@pytest.mark.parametrize("line", [r'source = "C:\users\me\docs"', r'source = "D:\x"', r'source = "a\c" # a path'])
+def test_a_backslash_in_double_quotes_says_how_to_write_a_path(line: str, write: Write) -> None:
+    with pytest.raises(RecipeError, match=r"not valid TOML.*; write a path with slashes, or in single quotes"):
+        load_recipe(write(f"name = 'x'\n[data]\n{line}\n"))
+
+
 @pytest.mark.parametrize(
     "text",
     ["{}", "name: short", "name = short", 'name = "a"\nname = "b"', "[data", "seed = 007", '"' * 3, "\x00"],

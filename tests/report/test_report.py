@@ -109,6 +109,18 @@ def test_every_number_of_the_tables_is_in_the_records(finished: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"), [("fedmedian", "every client with the same weight"), ("fedavg", "by examples")]
+)
+def test_the_strategys_weights_are_said_as_they_were(kind: str, says: str, tmp_path: Path) -> None:
+    finished = run(make_recipe(federation={"rounds": 1, "strategy": {"kind": kind}}), tmp_path / "run", Observer())
+    (row,) = (
+        line for line in (finished.folder / "report.md").read_text().splitlines() if line.startswith("| Strategy")
+    )
+    assert f"{kind}, " in row
+    assert says in row
+
+
 def test_evaluation_counts_what_it_scored(finished: Run) -> None:
     plan = finished.plan
     holdout = sum(client["holdout_tokens"] for client in plan["clients"])

@@ -345,7 +345,8 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
     except Exception as error:  # as above; none of them is a bug of ours
         # Its class alone is named: the client's own messages go on for several lines.
         raise DataError(
-            f"can't load the data set: asking {hub_address()} failed ({type(unreachable or error).__name__})"
+            "there is no such file or folder here, and the data set can't be loaded: asking"
+            f" {hub_address()} failed ({type(unreachable or error).__name__})"
             + ("" if commit else ", and it is not in the local cache"),
             where=where,
             mend="check the name and the network, or download it and set data.source to the file or folder",

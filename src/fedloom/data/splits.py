@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.data.documents import Document, Documents
 from fedloom.errors import DataError
 from fedloom.seeds import derive_seed
+from fedloom.text import count
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Data, Partition
@@ -146,10 +147,12 @@ def partition_documents(
             warnings.simplefilter("ignore")
             parts = [partitioner.load_partition(client)["index"] for client in range(clients)]
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+        labelled = f" with {count(len(set(labels)), 'label')}" if partition.by else ""
         raise DataError(
-            f"these {len(documents)} documents with {len(set(labels))} labels can't be partitioned: {error}",
+            f"these {count(len(documents), 'document')}{labelled} can't be partitioned: {error}",
             where=f'data.partition = {{kind = "{partition.kind}"}}',
-            mend="use more documents, fewer clients or another kind",
+            mend="use more documents, fewer clients, another kind"
+            + (", or a larger data.partition.alpha" if partition.kind == "dirichlet" else ""),
         ) from error
     return [[documents[index] for index in part] for part in parts]
 
@@ -170,9 +173,9 @@ def _labels_to_clients(labels: list[str], partition: Partition, clients: int) ->
     sizes = [0] * clients
     owner = {}
     # Ties are broken by the label itself, so that the order of the documents has no part in it.
-    for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+    for label, size in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         owner[label] = sizes.index(min(sizes))
-        sizes[owner[label]] += count
+        sizes[owner[label]] += size
     return [str(owner[label]) for label in labels]
 
 

@@ -24,6 +24,7 @@ from fedloom.experiment.building import build_shape, dtype_of, tokenize_for
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
+from fedloom.model.attention import choose_attention
 from fedloom.model.loading import check_quantization, choose_device
 from fedloom.model.source import ModelSource, open_model
 from fedloom.monitoring.observer import Observer
@@ -114,6 +115,8 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     device = open_device(recipe)
     check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, observer)
+    if choose_attention(material.source.config) == "eager":
+        observer.show_step("attention", "eager, which is slower: transformers has no fused one for this model")
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedloom.errors import FedloomError, RecipeError
 from fedloom.federation.aggregation import STRATEGIES, Aggregate
+from fedloom.recipe.sections import STRATEGY_DEFAULTS
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Strategy
@@ -66,8 +68,16 @@ LEAST_CLIENTS: dict[str, Callable[[Strategy], int]] = {
     "krum": lambda strategy: int(2 * strategy.setting("malicious") + 3),
     "multi_krum": lambda strategy: int(max(2 * strategy.setting("malicious") + 3, strategy.setting("keep"))),
     "bulyan": lambda strategy: int(4 * strategy.setting("malicious") + 3),
+    "trimmed_mean": lambda strategy: least_to_trim(strategy.setting("trim")),
 }
-"""Number of clients that a round must have for the papers' proofs to hold."""
+"""Number of clients that a round must have for the papers' proofs to hold, or for the rule to have an effect."""
+
+
+def least_to_trim(trim: float) -> int:
+    """Return how many clients there must be for a share of them to be one client or more."""
+    least = math.ceil(1 / trim) if trim else 1
+    # As the rule itself rounds: 100 times 0.01 could be a hair less than 1.
+    return least if not trim or int(trim * least) else least + 1
 
 
 def check_strategy(strategy: Strategy, clients: int) -> None:
@@ -82,5 +92,6 @@ def check_strategy(strategy: Strategy, clients: int) -> None:
         raise RecipeError(
             f'"{strategy.kind}" needs {least} clients in a round, and {clients} take part',
             where="federation.strategy",
-            mend="raise data.clients or federation.fraction, or lower the strategy's malicious or keep",
+            mend="raise data.clients or federation.fraction, lower federation.max_lost_clients, or change the"
+            f" strategy's {' or '.join(STRATEGY_DEFAULTS[strategy.kind])}",
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError, RunError
 from fedloom.experiment.building import load_adapted_model, load_base
 from fedloom.experiment.preparation import prepare
@@ -64,7 +65,7 @@ def export(
             with warnings.catch_warnings():
                 # Libraries warn about each other, which nobody here can mend.
                 warnings.simplefilter("ignore")
-                _merge(adapted, recipe, prepared.source, source).save_pretrained(written)
+                _save_merged(_merge(adapted, recipe, prepared.source, source), written)
             prepared.source.tokenizer.save_pretrained(written)
         else:
             shutil.copytree(source, written, dirs_exist_ok=True)
@@ -107,6 +108,22 @@ def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Pa
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise RunError(
             f"PEFT can't merge {recipe.adapter.method} into the model's weights", where="--merged", mend="leave it out"
+        ) from error
+
+
+def _save_merged(model: PreTrainedModel, folder: Path) -> None:
+    """Write a merged model, as transformers does.
+
+    Raises:
+        RunError: transformers refuses to, because layers share a weight, say.
+    """
+    try:
+        model.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # transformers and safetensors refuse with errors of several kinds
+        raise RunError(
+            f"the merged model can't be saved: {reason_of(error)}", where="--merged", mend="leave it out"
         ) from error
 
 

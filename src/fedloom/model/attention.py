@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 MASKLESS = "fedloom_causal"
@@ -27,11 +27,17 @@ MODEL_TYPES = frozenset({"gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3"})
 
 
 def choose_attention(config: PretrainedConfig) -> str:
-    """Return the name of the attention to build a model with: `MASKLESS` where no mask is needed, else `sdpa`."""
+    """Return the name of the attention to build a model with: `MASKLESS` where no mask is needed, else `sdpa`.
+
+    It is `eager`, which is slower, for models that transformers has no fused attention for.
+    """
     text = config.get_text_config()
     # A layer with a sliding window does not look at everything to its left, so its mask is needed.
     local = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
-    return MASKLESS if config.model_type in MODEL_TYPES and not local else "sdpa"
+    if config.model_type in MODEL_TYPES and not local:
+        return MASKLESS
+    built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if built is not None and not built._supports_sdpa else "sdpa"
 
 
 def causal_attention(

@@ -31,12 +31,21 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
-        raise RecipeError(f"not valid TOML: {error}", where=where) from None
+        raise RecipeError(f"not valid TOML: {error}", where=where, mend=_mend_of(text, str(error))) from None
     overridden = [_apply_override(values, override) for override in overrides]
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise _recipe_error(error, text, where, overridden) from None
+
+
+def _mend_of(text: str, error: str) -> str:
+    """Return what to do about a line that is no TOML, where it is what people often write."""
+    line = re.search(r"at line (\d+)", error)
+    written = text.splitlines()[int(line[1]) - 1] if line and int(line[1]) <= len(text.splitlines()) else ""
+    if re.search(r'"[^"]*\\[^"]*"', written):
+        return "write a path with slashes, or in single quotes: a backslash in double quotes begins an escape"
+    return ""
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -63,7 +72,7 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     path = Path(source)
     if path.suffix == ".toml" or len(path.parts) > 1:
         try:
-            return path.expanduser().read_text(encoding="utf-8"), str(path)
+            return path.expanduser().read_text(encoding="utf-8-sig"), str(path)
         except UnicodeDecodeError:
             raise RecipeError("can't read the recipe: not UTF-8 text", where=str(path)) from None
         except (OSError, RuntimeError, ValueError) as error:  # the last two: no home folder for ~, a NUL in the path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedloom.recipe.sections import UNWEIGHTED
 from fedloom.records.plan import explain_rows
 from fedloom.records.run import Record, Run
 from fedloom.report import figures
@@ -18,7 +19,6 @@ def show_setup(run: Run, state: str) -> list[Block]:
     adapter, data, training = recipe["adapter"], recipe["data"], recipe["training"]
     elapsed = figures.elapsed_seconds(run)
     targets = adapter["targets"] or "PEFT's choice of layers"
-    strategy = recipe["federation"]["strategy"]
     partition = ", ".join(
         value if key == "kind" else f"{key} {value}" for key, value in data["partition"].items() if value is not None
     )
@@ -36,8 +36,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
         "Objective": _objective(training),
-        "Strategy": f"{run.plan.get('strategy') or strategy['kind']}, weighted by {strategy['weight_by']};"
-        f" LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
+        "Strategy": f"{_strategy(run)}; LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
         "Epochs per client": str(training["epochs"]),
         "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
         "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",
@@ -58,6 +57,15 @@ def show_setup(run: Run, state: str) -> list[Block]:
     blocks += [Text("The audit of the split, before copies were taken out of training:"), _audit(plan)]
     memory = _memory(run)
     return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
+
+
+def _strategy(run: Run) -> str:
+    if own := run.plan.get("strategy"):
+        return f"{own}, the caller's own"
+    strategy = run.recipe["federation"]["strategy"]
+    if strategy["kind"] in UNWEIGHTED:
+        return f"{strategy['kind']}, every client with the same weight"
+    return f"{strategy['kind']}, weighted by {strategy['weight_by']}"
 
 
 def _objective(training: Record) -> str:

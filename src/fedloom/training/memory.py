@@ -9,6 +9,7 @@ Letters: K clients, L layers, B sequences, T tokens, P adapter parameters.
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Callable
@@ -143,6 +144,8 @@ def _base_bytes(adapted: AdaptedModel) -> int:
 
 def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device) -> int:
     """Return the most bytes that a step has alive beside the base model; `adapted`, on the meta device, is used up."""
+    # A model that can't be traced is the caller's to deal with; torch would print its own traceback of it as well.
+    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
     with FakeTensorMode(allow_non_fake_inputs=True):
         adapted.model.to_empty(device=device)
         base = [*adapted.model.parameters(), *adapted.model.buffers()]
