@@ -126,6 +126,7 @@ def test_a_run_has_the_records_of_every_run_and_the_payload_of_a_model(finished:
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
+@pytest.mark.long
 def test_the_published_models_payload_is_210_adapters() -> None:
     whole, lora = (
         plan(make_recipe(model={"source": "random:opt-350m", "dtype": "float32"}, adapter=adapter))
@@ -178,6 +179,7 @@ def middling() -> AdaptedModel:
     return AdaptedModel(AutoModelForCausalLM.from_config(config).eval(), None, 7)
 
 
+@pytest.mark.long
 def test_the_server_needs_less_than_three_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is alive in a round beside the client's model, its gradient and its optimizer: counted, not estimated."""
     monkeypatch.setattr(aggregation, "MOST_IN_FLOAT64", 2**20)

@@ -136,6 +136,7 @@ def test_an_interrupted_sweep_goes_on(recipe_file: Path, tmp_path: Path, monkeyp
     assert display.passes == [["optimizer=sgd_seed=1", "optimizer=sgd_seed=2"]]
 
 
+@pytest.mark.long
 def test_an_arm_that_stops_early_ends_with_its_baselines(recipe_file: Path, tmp_path: Path) -> None:
     stop = "federation.early_stop={patience=1,min_delta=9},{patience=5}"
     axes = [stop, "federation.rounds=4", 'baselines=["pooled"]']

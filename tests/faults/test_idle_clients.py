@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -45,7 +46,7 @@ USELESS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["batched", "reference"])
+@pytest.mark.parametrize("engine", first(["batched", "reference"]))
 @pytest.mark.parametrize("texts", USELESS.values(), ids=USELESS)
 def test_the_others_go_on_and_the_run_says_who_was_left_out(texts: list[str], engine: str, tmp_path: Path) -> None:
     path = write_clients(tmp_path / "a.jsonl", a=texts_of(0), b=texts, c=texts_of(1))

@@ -75,6 +75,7 @@ def test_every_plot_is_drawn_and_nothing_sticks_out(pages: list[Path], tmp_path:
             assert plot["text"] >= 6, "axes with numbers and names"
 
 
+@pytest.mark.long
 def test_it_prints(pages: list[Path], tmp_path: Path) -> None:
     for page in pages:
         printed = tmp_path / f"{page.stem}.pdf"
@@ -86,6 +87,7 @@ def test_it_prints(pages: list[Path], tmp_path: Path) -> None:
         assert 2 <= len(re.findall(rb"/Type\s*/Page\b", held)) <= 12
 
 
+@pytest.mark.long
 def test_dark_is_dark(pages: list[Path], tmp_path: Path) -> None:
     def brightness(color: str) -> float:
         return sum(map(int, re.findall(r"\d+", color)[:3])) / 3

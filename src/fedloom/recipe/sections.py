@@ -138,7 +138,7 @@ class Data(Section):
 
     source: str = Field(
         min_length=1,
-        description="hub id, file of rows, folder, or `python:stdlib`; [kinds of files](#documents)",
+        description="hub id, file of rows, folder, or `python:stdlib`",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
     subset: str | None = Field(None, description="configuration of a hub data set")

@@ -249,7 +249,7 @@ def with_it() -> str:
     return final(run_with()[0])
 
 
-@pytest.mark.parametrize("kind", first(KINDS, keep=8))
+@pytest.mark.parametrize("kind", first(KINDS, keep=4))
 def test_what_a_client_sends_is_refused_and_the_others_make_the_model(kind: str, without_it: str) -> None:
     results, said = run_with(KINDS[kind])
     assert len(results) == ROUNDS + 1
