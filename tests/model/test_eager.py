@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.marks import first
+from support.quick_runs import Said
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -30,14 +31,6 @@ CONFIGS = {
     ),
 }  # fmt: skip
 TARGETS = {"bloom": ["query_key_value"], "gpt_neo": ["q_proj", "v_proj"]}
-
-
-class Said(Observer):
-    def __init__(self) -> None:
-        self.steps: list[str] = []
-
-    def show_step(self, what: str, detail: str) -> None:
-        self.steps.append(f"{what}: {detail}")
 
 
 @pytest.mark.parametrize("kind", first(CONFIGS))

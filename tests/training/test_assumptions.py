@@ -1,5 +1,6 @@
 """Assumptions of training about a model are tried on it, and refused by what they mean where they do not hold."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,6 @@ def test_an_adapter_beside_the_weights_is_refused_by_name(folder: Path, tmp_path
 
 
 def test_a_run_names_the_targets_that_peft_chose(folder: Path, tmp_path: Path) -> None:
-    import json
-
     finished = run(make_recipe(model={"source": str(folder)}, federation={"rounds": 1}), tmp_path / "run")
     written = json.loads((finished.folder / "adapters" / "last" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["q_proj", "v_proj"]

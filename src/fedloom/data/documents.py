@@ -236,8 +236,9 @@ def _find_files(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]
             mend="change data.files, for example to **/*.py",
         ) from error
     kept, left_out = [], Counter[str]()
+    root = folder.resolve()
     for path in paths:
-        if reason := _why_left_out(path.relative_to(folder), folder, pattern):
+        if reason := _why_left_out(path.relative_to(folder), root, pattern):
             left_out[reason] += 1
         else:
             kept.append(path)
@@ -247,7 +248,7 @@ def _find_files(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]
     return kept, dict(left_out)
 
 
-def _why_left_out(path: Path, folder: Path, pattern: str) -> str:
+def _why_left_out(path: Path, root: Path, pattern: str) -> str:
     """Return why a file of a folder is no document, or an empty text where it is one."""
     # Whoever names hidden files in the pattern means them.
     if _is_hidden(path) and not _is_hidden(Path(pattern)):
@@ -255,7 +256,7 @@ def _why_left_out(path: Path, folder: Path, pattern: str) -> str:
     if path.name.lower() in ABOUT_THE_DATA and len(path.parts) == 1 and path.name not in pattern:
         return "about the data set"
     # What a link leads to may be anybody's: the folder is what its owner gave.
-    if not (folder / path).resolve().is_relative_to(folder.resolve()):
+    if not (root / path).resolve().is_relative_to(root):
         return "linked from outside"
     return ""
 

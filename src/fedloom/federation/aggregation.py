@@ -248,12 +248,17 @@ def fedmedian(strategy: Strategy) -> Aggregate:
     return robust(lambda weights_KP, share_K: weights_KP.quantile(0.5, dim=0), strategy)
 
 
+def count_trimmed(trim: float, clients: int) -> int:
+    """Return how many values `trimmed_mean` leaves out at each end."""
+    return int(trim * clients)
+
+
 def trimmed_mean(strategy: Strategy) -> Aggregate:
     """Average each weight without its largest and smallest values (arXiv 1803.01498, algorithm 1)."""
     trim = strategy.setting("trim")
 
     def choose(weights_KP: Tensor, share_K: Tensor) -> Tensor:
-        cut = int(trim * len(weights_KP))
+        cut = count_trimmed(trim, len(weights_KP))
         return weights_KP.sort(dim=0).values[cut : len(weights_KP) - cut].mean(0)
 
     return robust(choose, strategy)

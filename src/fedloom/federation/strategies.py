@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from fedloom.errors import FedloomError, RecipeError
-from fedloom.federation.aggregation import STRATEGIES, Aggregate
+from fedloom.federation.aggregation import STRATEGIES, Aggregate, count_trimmed
 from fedloom.recipe.sections import STRATEGY_DEFAULTS
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ LEAST_CLIENTS: dict[str, Callable[[Strategy], int]] = {
 def least_to_trim(trim: float) -> int:
     """Return how many clients there must be for a share of them to be one client or more."""
     least = math.ceil(1 / trim) if trim else 1
-    # As the rule itself rounds: 100 times 0.01 could be a hair less than 1.
-    return least if not trim or int(trim * least) else least + 1
+    # 100 times 0.01 could be a hair less than 1.
+    return least if not trim or count_trimmed(trim, least) else least + 1
 
 
 def check_strategy(strategy: Strategy, clients: int) -> None:

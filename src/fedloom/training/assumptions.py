@@ -33,7 +33,7 @@ WHERE = "model.source"
 def check_model(adapted: AdaptedModel, max_length: int) -> None:
     """Refuse a model whose weights are not finite, or that is no causal language model with padding on the right.
 
-    Takes five forward passes of at most 16 tokens. Nothing of the model changes.
+    Takes four forward passes of at most 16 tokens. Nothing of the model changes.
 
     Raises:
         ModelError: names what does not hold and what it means.
