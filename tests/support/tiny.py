@@ -32,7 +32,8 @@ def make_recipe(**sections: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": "test",
         "seed": 7,
-        "model": {"source": "random:tiny-llama"},
+        # Whatever the machine computes in: bfloat16 on some, where "auto" was meant.
+        "model": {"source": "random:tiny-llama", "dtype": "float32"},
         "adapter": {"rank": 2, "alpha": 4},
         "data": {
             "source": "python:stdlib",
