@@ -194,7 +194,7 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
         raise DataError(
             "no such file or folder",
             where=f'data.source = "{data.source}"',
-            mend="check it: a relative path starts at the working directory",
+            mend="check it: a relative path starts beside the recipe, or in the working folder",
         )
     _refuse_spare(data, "files")
     return _open_hub(data, seed, at_most)

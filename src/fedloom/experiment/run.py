@@ -31,6 +31,7 @@ from fedloom.model.loading import choose_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.trackers import Tracker
+from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, read_run
@@ -212,7 +213,9 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """
     if not (folder / "plan.json").is_file():  # killed before it began
         return
-    began, asked = flatten(read_run(folder).recipe), flatten(recipe.model_dump(mode="json"))
+    run = read_run(folder)
+    make_absolute(run.recipe, Path.cwd())  # early versions kept paths as they were written
+    began, asked = flatten(run.recipe), flatten(recipe.model_dump(mode="json"))
     differing = sorted(key for key in began | asked if began.get(key) != asked.get(key))
     if differing:
         raise RunError(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,9 +22,14 @@ from fedloom.errors import RecipeError
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import nearest
 
+SCHEME = re.compile(r"[a-z]+:")
+"""Beginning of a source that is no path: `random:tiny-opt`, say."""
+
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, with `section.key=value` overrides on top.
+
+    A relative path is found beside the recipe's file, one of an override in the working folder; both become absolute.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
@@ -32,7 +39,9 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
         raise RecipeError(f"not valid TOML: {error}", where=where, mend=_mend_of(text, str(error))) from None
+    make_absolute(values, Path(where).expanduser().parent)
     overridden = [_apply_override(values, override) for override in overrides]
+    make_absolute(values, Path.cwd())
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -46,6 +55,24 @@ def _mend_of(text: str, error: str) -> str:
     if re.search(r'"[^"]*\\[^"]*"', written):
         return "write a path with slashes, or in single quotes: a backslash in double quotes begins an escape"
     return ""
+
+
+def make_absolute(values: Mapping[str, Any], folder: Path) -> None:
+    """Replace relative paths in a recipe's values that lead from the folder to a file or folder by absolute ones.
+
+    What leads nowhere stays as it is: it may be a name on a hub.
+    """
+    for section in ("model", "data"):
+        table = values.get(section)
+        if not isinstance(table, dict) or not isinstance(written := table.get("source"), str):
+            continue
+        if not written or SCHEME.match(written):
+            continue
+        with suppress(OSError, RuntimeError, ValueError):  # a name too long, no home folder for ~, a NUL
+            path = folder.resolve() / Path(written).expanduser()
+            # A file without a suffix is nothing that can be read, and may have the name of a model.
+            if path.is_dir() or (path.suffix and path.is_file()):
+                table["source"] = str(path)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
