@@ -2,15 +2,23 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.tiny import make_adapted, make_blocks
+from support.quick_runs import Said
+from support.tiny import make_adapted, make_blocks, make_recipe
+from torch import Tensor
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import IGNORED, TokenBlocks
+from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.experiment.run import run
+from fedloom.host import failpoints
+from fedloom.monitoring.observer import Observer
 
 
 def one_pass(adapted: AdaptedModel, blocks: TokenBlocks) -> tuple[float, float]:
@@ -66,3 +74,66 @@ def test_dropout_is_off() -> None:
 def test_scores_add_up() -> None:
     assert Score(2.0, 1, 4) + Score(4.0, 2, 4) == Score(6.0, 3, 8)
     assert (Score(2.0, 1, 4) + Score(4.0, 2, 4)).loss == 0.75
+
+
+@pytest.mark.parametrize(("failing", "sizes"), [([0], [4]), ([0, 1, 2], [4, 2, 1]), ([2], [1]), ([0, 4], [4, 2])])
+def test_memory_that_runs_out_halves_the_batches_and_changes_nothing(
+    failing: list[int], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, blocks = make_adapted(dtype="float64"), make_blocks(19)
+    whole = evaluate(adapted, adapted.read(), blocks, batch_size=8)
+    passed, lowered, watched, score = [], [], [], adapted.loss_head.score
+
+    def run_short(*asked: Any) -> tuple[Tensor, Tensor]:
+        passed.append(len(asked[0]))
+        if len(passed) - 1 in failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return score(*asked)
+
+    monkeypatch.setattr(adapted.loss_head, "score", run_short)
+    found = evaluate(
+        adapted,
+        adapted.read(),
+        blocks,
+        batch_size=8,
+        watch=lambda step: watched.append(step.samples),
+        lower=lowered.append,
+    )
+    assert lowered == sizes
+    assert found.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert (found.correct, found.num_targets) == (whole.correct, whole.num_targets)
+    assert sum(watched) == 19, "progress counts each block once"
+
+
+def test_memory_for_not_even_one_block_is_an_error_that_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted()
+
+    def run_short(*asked: Any) -> tuple[Tensor, Tensor]:
+        raise MemoryError
+
+    monkeypatch.setattr(adapted.loss_head, "score", run_short)
+    with pytest.raises(ModelError, match=r"not enough memory to score a single block; lower data\.max_length"):
+        evaluate(adapted, adapted.read(), make_blocks(), batch_size=4)
+
+
+def test_another_error_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted()
+    monkeypatch.setattr(adapted.loss_head, "score", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        evaluate(adapted, adapted.read(), make_blocks(), batch_size=4)
+
+
+def test_a_run_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:
+    recipe = make_recipe(evaluation={"batch_size": 4})
+    whole, said = run(recipe, tmp_path / "whole", Observer()), Said()
+    failpoints.arm("evaluation.scored=memory@2")
+    try:
+        found = run(recipe, tmp_path / "run", said)
+    finally:
+        failpoints.arm("")
+    assert [step for step in said.steps if step.startswith("memory")] == [
+        "memory: not enough: evaluation takes 1 block at once from now on"
+    ], "the last batch of the central hold-out has 2 blocks; said once"
+    for mine, its in zip(found.rounds, whole.rounds, strict=True):
+        assert mine["central_loss"] == pytest.approx(its["central_loss"], rel=1e-6)
+        assert mine["evaluate_tokens"] == its["evaluate_tokens"]

@@ -19,6 +19,7 @@ from fedloom.host.files import hash_text
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.records.state import hash_tensors
+from fedloom.text import count
 from fedloom.training.engines import EngineName, open_engine
 from fedloom.training.jobs import ClientJob, ClientResult
 
@@ -41,6 +42,8 @@ class Session:
         self._batched = engine == "batched"
         self._engine = open_engine(engine, adapted, max_length, observer.watch, observer.show_step)
         self._lowered_to: int | None = None
+        self._say = observer.show_step
+        self._scored_at_once: int | None = None
 
     def take_lowered(self) -> dict[str, int]:
         """Return how many clients train at once since memory ran out, where it did since the last look."""
@@ -60,8 +63,13 @@ class Session:
 
     def score(self, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int) -> Score:
         """Score an adapter on held-out blocks; the time and memory are evaluation's."""
+        size = min(batch_size, self._scored_at_once or batch_size)
         with self.telemetry.phase("evaluation"):
-            return evaluate(self.adapted, adapter, blocks, batch_size=batch_size, watch=self.watch)
+            return evaluate(self.adapted, adapter, blocks, batch_size=size, watch=self.watch, lower=self._score_fewer)
+
+    def _score_fewer(self, size: int) -> None:
+        self._scored_at_once = size
+        self._say("memory", f"not enough: evaluation takes {count(size, 'block')} at once from now on")
 
     def scorer(self, batch_size: int) -> EvaluateBlocks:
         """Return `score` for batches of a size."""

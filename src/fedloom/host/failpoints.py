@@ -21,6 +21,7 @@ NAMES = (
     "training.stepped",
     "client.trained",
     "round.aggregated",
+    "evaluation.scored",
     "round.evaluated",
     "record.client",
     "record.round",

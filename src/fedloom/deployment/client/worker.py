@@ -135,6 +135,7 @@ class ClientModel:
             self._blocks.holdout,
             batch_size=self._recipe.evaluation.batch_size,
             watch=self._note,
+            lower=lambda size: say("memory", f"not enough: evaluation takes {size} blocks at once"),
         )
 
 
