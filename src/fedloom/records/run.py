@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any, NoReturn, Required, TypedDict
 
 from fedloom.errors import RunError
 
@@ -56,6 +57,7 @@ class RoundRecord(TypedDict, total=False):
     clients_at_once: int
 
 
+MEND = "see what else is: fedloom fsck RUN"
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
 
@@ -142,16 +144,24 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
+class _Kept(Record):
+    """A record as it is on disk: a key that a reader needs and that it lacks is an error which names the file."""
+
+    def __init__(self, where: str, pairs: Iterable[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self._where = where
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise RunError(f'lacks "{key}": the record is damaged', where=self._where, mend=MEND)
+
+
 def read_json(path: Path) -> Record:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise RunError("not a JSON object: the file is damaged", where=str(path))
-    return value
+    """Read a JSON object; empty where there is no such file.
+
+    Raises:
+        RunError: the file is damaged. So does every look at a key that is not there.
+    """
+    return _parse(path.read_bytes(), str(path), "the file") if path.is_file() else _Kept(str(path), ())
 
 
 def _read_lines(path: Path) -> list[Record]:
@@ -161,18 +171,23 @@ def _read_lines(path: Path) -> list[Record]:
     lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                continue
-            record = None
-        if not isinstance(record, dict):
-            raise RunError("not a JSON object: the line is damaged", where=f"{path}:{number}")
-        records.append(record)
+            if line:
+                records.append(_parse(line, f"{path}:{number}", "the line"))
+        except RunError:
+            if number != len(lines):
+                raise
     return records
+
+
+def _parse(text: bytes, where: str, what: str) -> Record:
+    try:
+        value = json.loads(text, object_pairs_hook=partial(_Kept, where))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RunError(f"not a JSON object: {what} is damaged", where=where, mend=MEND)
+    return value
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Records that are valid JSON and lack a key: whoever reads a run says which file lacks which, and nothing crashes."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_runs import make_run
+
+from fedloom.errors import RunError
+from fedloom.monitoring.status import describe
+from fedloom.records.check import check_run
+from fedloom.records.run import read_run
+from fedloom.report.comparison import write_comparison
+from fedloom.report.run_report import write_report
+
+FILES = ("rounds.jsonl", "resolved.json", "plan.json", "status.json", "environment.json", "clients.jsonl")
+
+
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every key and first element below a value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield (*path, key)
+        yield from paths_of(part, (*path, key))
+
+
+def without(value: Any, path: tuple[Any, ...]) -> Any:
+    changed = copy.deepcopy(value)
+    inside = changed
+    for key in path[:-1]:
+        inside = inside[key]
+    del inside[path[-1]]
+    return changed
+
+
+def readers(folder: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "report": lambda: write_report(folder),
+        "compare": lambda: write_comparison([folder, folder.parent / "whole"], folder.parent / "comparison"),
+        "status": lambda: describe(folder),
+        "fsck": lambda: check_run(folder),
+    }
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_key_is_named_or_not_needed(file: str, tmp_path: Path) -> None:
+    clients = [[2.0, 1.9, 1.8], [2.1, 1.9, 1.7], [2.0, 1.8, 1.9]]
+    make_run(tmp_path / "whole", [2.0, 1.9, 1.8], clients=clients)
+    make_run(tmp_path / "run", [2.0, 1.9, 1.8], clients=clients)
+    path = tmp_path / "run" / file
+    written = path.read_text()
+    lines = written.splitlines() if path.suffix == ".jsonl" else [written]
+    said, expected = [], []
+    for number, line in enumerate(lines[:2]):
+        for lacking in paths_of(json.loads(line)):
+            changed = [*lines[:number], json.dumps(without(json.loads(line), lacking)), *lines[number + 1 :]]
+            path.write_text("\n".join(changed) + "\n")
+            for reader in readers(tmp_path / "run").values():
+                try:
+                    reader()
+                except RunError as error:
+                    said.append(str(error).partition(" the record")[0])
+                    place = f"{path}:{number + 1}" if len(lines) > 1 else f"{path}"
+                    expected.append(f'{place}: lacks "{lacking[-1]}":')
+    assert said == expected
+    assert said or file not in ("rounds.jsonl", "resolved.json", "plan.json")
+
+
+def test_the_line_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [2.0, 1.9])
+    rounds = tmp_path / "run" / "rounds.jsonl"
+    lines = [json.loads(line) for line in rounds.read_text().splitlines()]
+    del lines[1]["bytes_up"]
+    rounds.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=r'rounds\.jsonl:2: lacks "bytes_up": the record is damaged; see .* fsck'):
+        write_report(tmp_path / "run")
+
+
+def test_a_key_that_may_be_left_out_is_still_none(tmp_path: Path) -> None:
+    assert make_run(tmp_path / "run", [2.0, None]).rounds[1].get("central_loss") is None
+    assert read_run(tmp_path / "run").baselines == {}
