@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedloom.data.long_texts import tokenize_all
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,39 +108,31 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
     pad = 0  # any token would do: padding is masked, unless it is to count
     if data.pad_in_loss:
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    pieces: list[list[int]] = []
+    pieces: list[Tensor] = []
     dropped = 0
     for document in documents:
         # Cut here and not by the tokenizer, some of which cut at the left.
         if data.window == "truncate":
-            tokens = _tokenize_head(document.text, tokenizer, data.max_length)
-            end = data.max_length
+            blocks = [_tokenize_head(document.text, tokenizer, data.max_length)[: data.max_length]]
         else:
-            tokens = _tokenize(document.text, tokenizer)
-            end = len(tokens)
-        blocks = [tokens[start : start + data.max_length] for start in range(0, end, data.max_length)]
+            blocks = list(tokenize_all(document.text, tokenizer).split(data.max_length))
         usable = [block for block in blocks if len(block) > 1]
         dropped += not usable
         pieces.extend(usable)
     lengths_N = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
     tokens_NT = torch.full((len(pieces), data.max_length), pad, dtype=torch.int64)
     for row, piece in enumerate(pieces):
-        tokens_NT[row, : len(piece)] = torch.tensor(piece)
+        tokens_NT[row, : len(piece)] = piece
     counted_N = torch.full_like(lengths_N, data.max_length) if data.pad_in_loss else lengths_N
     return TokenBlocks(tokens_NT, lengths_N, counted_N, dropped)
 
 
-def _tokenize(text: str, tokenizer: Any) -> list[int]:
-    tokens: list[int] = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-    return tokens
-
-
-def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> list[int]:
+def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> Tensor:
     """Return a text's first tokens, at least `wanted` if it has them, in a time that does not grow with its length."""
     length = LONGEST_MEAN_TOKEN * wanted
     # The head is cut anywhere, perhaps through a word, which changes the tokens near its end: twice the wanted number
     # keeps those that are used away from the cut.
-    while len(tokens := _tokenize(text[:length], tokenizer)) < 2 * wanted and length < len(text):
+    while len(tokens := tokenize_all(text[:length], tokenizer)) < 2 * wanted and length < len(text):
         length *= 2
     return tokens
 
