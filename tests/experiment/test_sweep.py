@@ -13,9 +13,11 @@ from fedloom import run
 from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.session import Session
 from fedloom.experiment.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
+from fedloom.host import failpoints
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
+from fedloom.records.check import check_run
 from fedloom.records.run import read_run
 
 
@@ -116,8 +118,11 @@ def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file:
 
 
 @pytest.mark.long
-def test_an_interrupted_sweep_goes_on(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    axes = ["training.optimizer=adamw,sgd", "seed=1,2"]
+def test_an_interrupted_sweep_goes_on_after_its_last_rounds(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = ["training.optimizer=adamw,sgd", "seed=1,2", "training.optimizer_state=keep"]
+    whole = sweep(recipe_file, axes, tmp_path / "whole", Observer())
     right, calls = Session.train_clients, []
 
     def interrupted(self: Session, jobs: Any) -> Any:
@@ -133,7 +138,47 @@ def test_an_interrupted_sweep_goes_on(recipe_file: Path, tmp_path: Path, monkeyp
     assert states == ["done", "done", "interrupted", "interrupted"]
     display = Passes()
     sweep(recipe_file, axes, tmp_path / "sweep", display)
-    assert display.passes == [["optimizer=sgd_seed=1", "optimizer=sgd_seed=2"]]
+    assert [[name[:13] for name in names] for names in display.passes] == [["optimizer=sgd"] * 2]
+    assert calls == [6, 6, 6, 6, 6], "the second round of the second pass, and nothing twice"
+    for path in whole.glob("*/rounds.jsonl"):
+        assert numbers(tmp_path / "sweep" / path.parent.name) == numbers(path.parent), "to the bit"
+        assert not [finding for finding in check_run(tmp_path / "sweep" / path.parent.name) if not finding.well]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["state.renamed=raise@3", "record.round=raise@4"])
+def test_arms_that_were_cut_off_at_different_rounds_go_on_each_from_its_own(
+    place: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    """Round 1 is committed for the first arm alone, or written down but not committed for the second."""
+    axes = ["seed=1,2", 'baselines=["round0"]']
+    whole = sweep(recipe_file, axes, tmp_path / "whole", Observer())
+    failpoints.arm(place)
+    try:
+        with pytest.raises(RuntimeError, match="a failpoint"):
+            sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    finally:
+        failpoints.arm("")
+    sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    for path in whole.glob("*/rounds.jsonl"):
+        for ours, others in zip(numbers(tmp_path / "sweep" / path.parent.name), numbers(path.parent), strict=True):
+            assert ours == pytest.approx(others, rel=1e-9)
+
+
+def test_an_arm_whose_documents_are_others_now_is_named_and_the_rest_go_on(tmp_path: Path, write_jsonl: Any) -> None:
+    documents = write_jsonl([f"document {number} has some words in it" for number in range(40)])
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_to_toml(make_recipe(data={"source": str(documents)})))
+    axes = ["seed=1,2"]
+    failpoints.arm("state.renamed=raise@3")
+    try:
+        with pytest.raises(RuntimeError, match="a failpoint"):
+            sweep(path, axes, tmp_path / "sweep", Observer())
+    finally:
+        failpoints.arm("")
+    write_jsonl([f"another text {number} with words" for number in range(40)])
+    with pytest.raises(RunError, match=r"2 of 2 runs failed, seed=1 for one: .*documents are not those"):
+        sweep(path, axes, tmp_path / "sweep", Observer())
 
 
 @pytest.mark.long

@@ -9,10 +9,9 @@ The arrows say what becomes of what; `run` below says when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from fedloom.errors import RecipeError, RunError
@@ -22,8 +21,8 @@ from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
-from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, train_baselines
-from fedloom.experiment.watchers import Watchers, open_watchers
+from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, find_state, train_baselines
+from fedloom.experiment.watchers import open_watchers
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
@@ -35,7 +34,7 @@ from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, read_run
-from fedloom.records.state import RunState, committed, damaged_adapters, load_state
+from fedloom.records.state import committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
 
@@ -168,19 +167,6 @@ def check_same_strategy(folder: Path, strategy: str | None) -> None:
         )
 
 
-def find_state(folder: Path, identity: Mapping[str, str], watchers: Watchers) -> RunState | None:
-    """Return the state after the last complete round, None where there is none.
-
-    Raises:
-        RunError: no state is whole, or the base model or the documents are others.
-    """
-    state = load_state(folder, partial(watchers.show_step, "skipped"))
-    if state:
-        check_same_inputs(folder, state.identity, identity)
-        watchers.show_step("resumed", f"after round {state.round}")
-    return state
-
-
 def ask_to_stop(trial: Trial, watchers: Observer, record: RoundRecord) -> None:
     """Ask the observers whether the run should end after a round."""
     if why := watchers.stop_after(record):
@@ -222,20 +208,6 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             f"the run began with another recipe: {', '.join(differing[:5])}",
             where=str(folder),
             mend="go on with the recipe.toml in it, or begin a run of its own with another --out",
-        )
-
-
-def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Refuse to go on with another base model or other documents.
-
-    Raises:
-        RunError: naming which.
-    """
-    if differing := [name for name in found if began.get(name) != found[name]]:
-        raise RunError(
-            f"the {' and the '.join(differing)} are not those that the run began with",
-            where=str(folder),
-            mend="bring them back, or begin a run of its own with another --out",
         )
 
 

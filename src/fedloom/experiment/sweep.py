@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 import tomllib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -25,15 +24,16 @@ from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare
 from fedloom.experiment.recorder import open_run
-from fedloom.experiment.session import Session
-from fedloom.experiment.trial import baselines_of, set_up, train_baselines
+from fedloom.experiment.session import Session, identify
+from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines
+from fedloom.federation.rounds import RoundResult
 from fedloom.host.files import take_lock, write_json
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import Run, judged_loss, read_run
+from fedloom.records.run import RoundRecord, Run, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
@@ -62,7 +62,7 @@ def sweep(
     """Run every combination of `section.key=value,value,...`, or `num_random` of them drawn; return the folder.
 
     Each is a run directory of its own in it, and `comparison.html` sets them side by side. With a folder of an earlier
-    sweep of the same combinations, those that are done stay, and the others are run.
+    sweep of the same combinations, those that are done stay, and the others go on after their last rounds.
 
     Raises:
         RecipeError: a setting or a combination that no run could have; nothing is run.
@@ -246,14 +246,16 @@ def run_group(
             with ExitStack() as all_open:
                 trials: list[OpenTrial] = []
                 for combination in together:
-                    # Of an earlier try that was not done.
-                    shutil.rmtree(folder / combination.name, ignore_errors=True)
-                    seed = combination.recipe.seed
+                    name, seed = combination.name, combination.recipe.seed
                     initial = first_adapter if seed == first.recipe.seed else adapted.draw(seed)
-                    opened = OpenTrial(
-                        folder, combination, ready[combination.name], session, initial, at_once, len(trials), all_open
-                    )
-                    trials.append(opened)
+                    number = len(trials)
+                    try:
+                        opened = OpenTrial(
+                            folder, combination, ready[name], session, initial, at_once, number, display, all_open
+                        )
+                        trials.append(opened)
+                    except FedloomError as error:  # it began with other documents, say
+                        errors[name] = str(error)
                 errors |= run_pass(trials, session, display)
     return errors
 
@@ -270,25 +272,36 @@ class OpenTrial:
         initial: Adapter,
         clients_at_once: int,
         number: int,
+        display: Observer,
         all_open: ExitStack,
     ) -> None:
         self.name, recipe = combination.name, combination.recipe
         self._exits = all_open.enter_context(ExitStack())
-        self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name)))
+        self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name, resume=True)))
+        session.adapted.load(initial)
+        self._identity = identify(prepared, session.adapted)
+        state = find_state(self._writer.folder, self._identity, display)
         self._exits.enter_context(open_run(self._writer, recipe, prepared))
         self.fleet = local_fleet(recipe, prepared, session)
-        self.trial = set_up(
+        self.trial = begin_or_restore(
             recipe,
             prepared,
             session,
             self._writer,
-            initial,
+            state,
             self.fleet,
+            display,
+            initial=initial,
             clients_at_once=clients_at_once,
             number=number,
         )
-        self.trial.begin(initial)
         self.baselines: list[Baseline] = []
+
+    def record(self, result: RoundResult) -> RoundRecord:
+        """Write a round down, for good: a sweep that is stopped goes on after it."""
+        record = self.trial.record(result)
+        self.trial.commit(self._identity)
+        return record
 
     def finish(self) -> None:
         """Close the run directory: the run, and those of its baselines, are complete."""
@@ -312,7 +325,7 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
         try:
             if isinstance(result, TrainingError):
                 raise result
-            display.show_trial(opened.name, opened.trial.record(result))
+            display.show_trial(opened.name, opened.record(result))
         except FedloomError as error:
             errors[opened.name] = str(error)
             opened.trial.run.stop(str(error))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 from fedloom.adapters.adapter import Adapter
+from fedloom.errors import RunError
 from fedloom.evaluation.held_out import Score
 from fedloom.experiment.baselines import Baseline, set_up_baselines
 from fedloom.experiment.preparation import Prepared
@@ -21,7 +23,7 @@ from fedloom.host.files import clear_unfinished
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import RoundRecord, read_run
-from fedloom.records.state import RunState, forget_states, save_state
+from fedloom.records.state import RunState, forget_states, load_state, save_state
 from fedloom.records.writer import RECORDS, RunWriter
 
 
@@ -124,6 +126,33 @@ def set_up(
     return Trial(recipe, prepared, run, fleet, recorder)
 
 
+def find_state(folder: Path, identity: Mapping[str, str], observer: Observer) -> RunState | None:
+    """Return the state after the last complete round, None where there is none.
+
+    Raises:
+        RunError: no state is whole, or the base model or the documents are others.
+    """
+    state = load_state(folder, partial(observer.show_step, "skipped"))
+    if state:
+        check_same_inputs(folder, state.identity, identity)
+        observer.show_step("resumed", f"after round {state.round}")
+    return state
+
+
+def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuse to go on with another base model or other documents.
+
+    Raises:
+        RunError: naming which.
+    """
+    if differing := [name for name in found if began.get(name) != found[name]]:
+        raise RunError(
+            f"the {' and the '.join(differing)} are not those that the run began with",
+            where=str(folder),
+            mend="bring them back, or begin a run of its own with another --out",
+        )
+
+
 def begin_or_restore(
     recipe: Recipe,
     prepared: Prepared,
@@ -133,18 +162,36 @@ def begin_or_restore(
     fleet: Fleet,
     observer: Observer,
     aggregate: Aggregate | None = None,
+    *,
+    initial: Adapter | None = None,
+    clients_at_once: int | None = None,
+    number: int = 0,
 ) -> Trial:
-    """Return a run at its beginning, or after its last complete round."""
+    """Return a run at its beginning, or after its last complete round.
+
+    It began with `initial`, or with what is in the model now, and is the pass's run of that `number`.
+    """
     # How many train at once moves results by rounding: a run that goes on has as many as it began with.
-    at_once = writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
-    initial = session.adapted.read() if state is None else state.adapter
-    trial = set_up(recipe, prepared, session, writer, initial, fleet, clients_at_once=at_once, aggregate=aggregate)
+    at_once = clients_at_once or writer.status.get("clients_at_once") or read_run(writer.folder).plan["clients_at_once"]
+    read_initial = session.adapted.read if initial is None else lambda: initial
+    start = read_initial() if state is None else state.adapter
+    trial = set_up(
+        recipe,
+        prepared,
+        session,
+        writer,
+        start,
+        fleet,
+        clients_at_once=at_once,
+        aggregate=aggregate,
+        number=number,
+    )
     if state:
-        trial.restore(state, session.adapted.read, partial(observer.show_step, "mended"))
+        trial.restore(state, read_initial, partial(observer.show_step, "mended"))
         resumed = writer.status.get("resumed", 0) + 1
         writer.write_status("running", round=state.round, resumed=resumed, stopped_early=trial.run.stopped_early)
     else:
-        trial.begin(initial)
+        trial.begin(start)
     return trial
 
 

@@ -345,7 +345,8 @@ def run_together(
             return run.trial, error
 
     for run, _ in trials:
-        yield attempt(run, run.begin)
+        if not run.losses:
+            yield attempt(run, run.begin)
     while going := [(run, fleet) for run, fleet in trials if run.trial not in failed and not run.finished]:
         if len(going) == 1:
             ((run, fleet),) = going
