@@ -87,7 +87,7 @@ def test_no_usable_document_gives_no_block(texts: list[str], dropped: int, pad_i
     assert len(blocks) == 0
     assert blocks.tokens_NT.shape == (0, 4)
     assert (blocks.num_tokens, blocks.dropped) == (0, dropped)
-    check_vocabulary(blocks, 1)
+    check_vocabulary(blocks.tokens_NT, byte_tokenizer(), 1)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -176,8 +176,8 @@ def test_a_batch_moves_whole() -> None:
 def test_a_vocabulary_that_is_too_small_is_refused() -> None:
     blocks = tokenize(TEXTS, window="blocks")
     largest = max(byte_tokenizer()("".join(TEXTS))["input_ids"])
-    check_vocabulary(blocks, largest + 1)
+    check_vocabulary(blocks.tokens_NT, byte_tokenizer(), largest + 1)
     with pytest.raises(DataError) as caught:
-        check_vocabulary(blocks, largest)
+        check_vocabulary(blocks.tokens_NT, byte_tokenizer(), largest)
     for words in ("model.source", f"token {largest} ", f"vocabulary of {largest}", "the tokenizer that belongs to it"):
         assert words in str(caught.value)

@@ -199,6 +199,41 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_before_anything_is_tr
 ) -> None:
     folder = save(tmp_path / "model", tokenizer_with(pad_token="<|end|>"), vocabulary=vocabulary)
     recipe = make_recipe(model={"source": str(folder)}, data={"pad_in_loss": True, "max_length": 2000})
-    with pytest.raises(DataError, match=rf"token \d+ is outside the base model's vocabulary of {vocabulary}"):
+    with pytest.raises(
+        DataError, match=rf"token 256 \(<\|end\|>\) is outside the base model's vocabulary of {vocabulary}"
+    ):
         run(recipe, tmp_path / "run", Observer())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_the_tokenizer_puts_before_a_text_is_named_where_the_model_lacks_it(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = tokenizer_with()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    template = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 257)])
+    tokenizer.backend_tokenizer.post_processor = template
+    recipe = make_recipe(model={"source": str(save(tmp_path / "model", tokenizer, vocabulary=257))})
+    with pytest.raises(DataError, match=r"token 257 \(<begin>\) is outside the base model's vocabulary of 257"):
+        run(recipe, tmp_path / "run", Observer())
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path: Path, write_jsonl: Any) -> None:
+    source = save(tmp_path / "model", tokenizer_with(eos_token=None), vocabulary=221)
+    documents = write_jsonl([f"only plain letters, {number} times" for number in range(40)])
+    recipe = make_recipe(
+        model={"source": str(source)}, data={"source": str(documents), "clients": 2}, federation={"rounds": 1}
+    )
+    finished = run(recipe, tmp_path / "run", Observer())
+    letter = next(letter for letter in map(chr, range(160, 500)) if max(byte_tokenizer()(letter)["input_ids"]) >= 221)
+    with pytest.raises(DataError, match="outside the base model's vocabulary of 221"):
+        generate(finished.folder, letter, say=str)
+
+
+@pytest.mark.parametrize(("said", "holds"), [(True, False), (False, True)])
+def test_a_head_that_its_configuration_does_not_describe_is_refused(said: bool, holds: bool, tmp_path: Path) -> None:
+    """A file whose head is its own where the configuration says that it is the embedding, or the other way round."""
+    folder = save(tmp_path / "model", byte_tokenizer(), tied=holds)
+    rewrite(folder / "config.json", tie_word_embeddings=said)
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+        load(folder)

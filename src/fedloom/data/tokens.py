@@ -143,16 +143,17 @@ def _real_tokens(blocks: TokenBlocks) -> Iterator[bytes]:
         yield tokens_T[:length].numpy().tobytes()
 
 
-def check_vocabulary(blocks: TokenBlocks, vocabulary_size: int) -> None:
+def check_vocabulary(tokens: Tensor, tokenizer: Any, vocabulary_size: int) -> None:
     """Refuse tokens that the base model has no embedding for.
 
     Raises:
-        DataError: the tokenizer and the model do not belong together.
+        DataError: the tokenizer and the model do not belong together; names the token where it is a special one.
     """
     # On a GPU an index out of range is found later, without a word of its cause, and spoils the process.
-    if len(blocks) and (largest := int(blocks.tokens_NT.max())) >= vocabulary_size:
+    if tokens.numel() and (largest := int(tokens.max())) >= vocabulary_size:
+        special = f" ({tokenizer.convert_ids_to_tokens(largest)})" if largest in tokenizer.all_special_ids else ""
         raise DataError(
-            f"token {largest} is outside the base model's vocabulary of {vocabulary_size}",
+            f"token {largest}{special} is outside the base model's vocabulary of {vocabulary_size}",
             where="model.source",
             mend="use a model and the tokenizer that belongs to it",
         )

@@ -11,10 +11,12 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.documents import Document
 from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
+from fedloom.errors import ModelError
 from fedloom.model.loading import build_meta_model, choose_device, choose_dtype, load_model
 from fedloom.model.source import ModelSource
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.plan import Plan
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> str:
@@ -34,9 +36,21 @@ def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | N
     return adapt(base, recipe, source)
 
 
-def load_adapted_model(recipe: Recipe, source: ModelSource) -> AdaptedModel:
-    """Load the base model, once, with the adapter that every client starts from."""
-    return adapt(load_base(recipe, source), recipe, source)
+def load_adapted_model(recipe: Recipe, source: ModelSource, plan: Plan | None = None) -> AdaptedModel:
+    """Load the base model, once, with the adapter that every client starts from.
+
+    Raises:
+        ModelError: something else is trained than the plan says.
+    """
+    adapted = adapt(load_base(recipe, source), recipe, source)
+    if plan and adapted.layout.size != plan.trainable_parameters:
+        raise ModelError(
+            f"the loaded model has {adapted.layout.size:,} trainable parameters, not {plan.trainable_parameters:,} as"
+            " planned",
+            where="[adapter]",
+            mend="name the layers in adapter.targets",
+        )
+    return adapted
 
 
 def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
@@ -71,7 +85,7 @@ def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Docume
         DataError: the tokenizer is not the model's.
     """
     blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
-    check_vocabulary(blocks, source.vocabulary_size)
+    check_vocabulary(blocks.tokens_NT, source.tokenizer, source.vocabulary_size)
     return blocks
 
 

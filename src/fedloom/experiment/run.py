@@ -85,7 +85,7 @@ def run(
 
         # ---- Load: the base model, once, and what runs over it share.
         watchers.show_step("weights", prepared.source.name)
-        adapted = load_adapted_model(recipe, prepared.source)
+        adapted = load_adapted_model(recipe, prepared.source, prepared.plan)
         session = Session(adapted, prepared.plan.engine, recipe.data.max_length, watchers.telemetry, watchers)
         identity = identify(prepared, adapted)
         failpoint("run.loaded")

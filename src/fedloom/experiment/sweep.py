@@ -234,7 +234,7 @@ def run_group(
     first, prepared = able[0], ready[able[0].name]
     with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
         display.show_step("weights", prepared.source.name)
-        adapted = load_adapted_model(first.recipe, prepared.source)
+        adapted = load_adapted_model(first.recipe, prepared.source, prepared.plan)
         watching = Observers(display, telemetry)
         session = Session(adapted, prepared.plan.engine, first.recipe.data.max_length, telemetry, watching)
         first_adapter = adapted.read()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
+from fedloom.data.tokens import check_vocabulary
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.handover.finished_run import adapter_folder, recipe_of
@@ -32,6 +33,7 @@ def generate(
 
     Raises:
         RunError: there is no such run or adapter, or the prompt is empty or too long for the model.
+        DataError: the prompt has a token that the base model has no embedding for.
     """
     folder, say = Path(folder), say or _print
     recipe = recipe_of(folder)
@@ -45,6 +47,7 @@ def generate(
         inputs = inputs[:, :-1]
     if inputs.shape[1] == 0:
         raise RunError("the prompt is empty", where="PROMPT", mend="write a word or more")
+    check_vocabulary(inputs, opened.tokenizer, opened.vocabulary_size)
     longest = opened.max_length
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1] - adapted.prompt_length)
     if room < 1:
@@ -58,7 +61,7 @@ def generate(
     def write() -> None:
         """Continue the prompt with the model as it is now."""
         streamer = _Streamer(opened.tokenizer, say)
-        padding = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
+        padding = next((t for t in (opened.tokenizer.pad_token_id, end) if t is not None), None)
         with torch.inference_mode(), warnings.catch_warnings():
             # Transformers warns about its own settings.
             warnings.simplefilter("ignore")

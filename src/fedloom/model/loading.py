@@ -66,6 +66,8 @@ def load_model(
             # Transformers fills missing weights with random numbers and only warns.
             if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
                 raise ValueError(f"its files lack {len(lacking)} of its weights, {lacking[0]} for one")
+        if quantization not in ("4bit", "8bit"):  # whose packed weights have other shapes
+            _check_as_described(model, source, dtype, attention)
     # PEFT writes this name into an adapter as its base; transformers would leave the folder of an unpacked file.
     model.name_or_path = source.name
     model.requires_grad_(False)
@@ -74,6 +76,26 @@ def load_model(
         raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
     # Bitsandbytes' weights are on the device already (`device_map`); some versions refuse to move 8-bit ones.
     return model if quantization in ("4bit", "8bit") else model.to(device)
+
+
+def _check_as_described(model: PreTrainedModel, source: ModelSource, dtype: str, attention: str) -> None:
+    """Refuse a loaded model that is another one than its configuration describes, by which everything was planned.
+
+    Raises:
+        ModelError: names the first weight that one of the two lacks, or has in another shape.
+    """
+    described, loaded = (
+        {(name, tuple(value.shape)) for name, value in each.named_parameters()}
+        for each in (build_meta_model(source, dtype=dtype, attention=attention), model)
+    )
+    if differing := sorted(described ^ loaded):
+        name, shape = differing[0]
+        raise ModelError(
+            f"what was loaded is not what its configuration describes: {len(differing)} weights differ, {name}"
+            f" {list(shape)} for one",
+            where=f'model.source = "{source.name}"',
+            mend="get its files again, or use another base model",
+        )
 
 
 def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
