@@ -1,4 +1,5 @@
-"""Seconds from starting Python to an answer: the help, a report, the first training step of `tiny`; slowest imports.
+"""Seconds from starting Python to an answer: the help, a report, the first training step of `tiny`; slowest imports;
+and what it costs to try a model before it is trained.
 
 python bench/startup.py
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RUNS = 3
@@ -87,6 +89,42 @@ def slowest_imports(count: int = 10) -> list[tuple[str, float]]:
     return sorted(seconds.items(), key=lambda one: -one[1])[:count]
 
 
+def time_checks(shape: str) -> dict[str, float]:
+    """Return the seconds of loading a random model, of trying what is taken for granted of it, and of a training step.
+
+    The step is one of one client with 4 sequences of 128 tokens, forward and backward.
+    """
+    import torch
+
+    from fedloom.experiment.building import load_adapted_model
+    from fedloom.model.source import open_model
+    from fedloom.recipe.loading import load_recipe
+    from fedloom.training.assumptions import check_model, check_own_randomness, check_repeatable
+
+    recipe = load_recipe("tiny", [f"model.source=random:{shape}", "model.dtype=float32"])
+    started = time.perf_counter()
+    adapted = load_adapted_model(recipe, open_model(recipe.model.source))
+    loaded = time.perf_counter() - started
+    tokens_BT = torch.randint(200, (4, 128))
+
+    def step() -> None:
+        adapted.logits(tokens_BT).square().mean().backward()
+
+    def check() -> None:
+        for tried in (check_model, check_repeatable, check_own_randomness):
+            tried(adapted, recipe.data.max_length)
+
+    def least_of(work: Callable[[], None]) -> float:
+        times = []
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return {"loading": loaded, "checks": least_of(check), "a step": least_of(step)}
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "run")
@@ -97,6 +135,11 @@ def main() -> None:
         print(f"| fedloom {words[0]} | {seconds:.2f} | {spent:.2f} |")
     for what, (seconds, spent) in time_first_step().items():
         print(f"| fedloom run tiny: {what} | {seconds:.2f} | {spent:.2f} |")
+    print("\n| shape | loading, s | checks, s | a step, s | checks in steps |\n|---|---|---|---|---|")
+    for shape in ("tiny-llama", "smollm2-135m", "opt-350m"):
+        took = time_checks(shape)
+        row = (took["loading"], took["checks"], took["a step"], took["checks"] / took["a step"])
+        print(f"| {shape} | {' | '.join(f'{value:.2f}' for value in row)} |")
     print("\n| import, with -X importtime | seconds of its own |\n|---|---|")
     for package, seconds in slowest_imports():
         print(f"| {package} | {seconds:.2f} |")

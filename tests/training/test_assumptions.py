@@ -1,6 +1,7 @@
 """Assumptions of training about a model are tried on it, and refused by what they mean where they do not hold."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.errors import ModelError, RecipeError
 from fedloom.model.source import byte_tokenizer
-from fedloom.training.assumptions import check_model, check_own_randomness
+from fedloom.training.assumptions import check_model, check_own_randomness, check_repeatable
 from fedloom.training.engines import choose_engine, open_engine
 
 SMALL: dict[str, Any] = {
@@ -48,7 +49,9 @@ def nothing_moves(adapted: AdaptedModel) -> None:
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
     state = torch.random.get_rng_state()
     check_model(adapted, 32)
+    check_repeatable(adapted, 32)
     check_own_randomness(adapted, 32)
+    assert not adapted.gradient_P.any()
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in adapted.model.state_dict().items())
     assert not adapted.model.training
@@ -119,6 +122,46 @@ def test_each_assumption_has_a_model_that_breaks_it(change: Any, says: str) -> N
     adapted.base.set_input_embeddings(Around(adapted.base.get_input_embeddings(), change))
     with pytest.raises(ModelError, match=says):
         check_model(adapted, 32)
+
+
+class Statistics(nn.Module):
+    """Normalisation over the tokens of a batch, with statistics that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.norm(x_BTD.mT).mT  # type: ignore[no-any-return]
+
+
+class Remembering(nn.Module):
+    """Adds what it saw before."""
+
+    last: Tensor | float = 0.0
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        self.last, before = x_BTD.detach().mean((0, 1)), self.last
+        return x_BTD + before * self.training
+
+
+def unseeded(x_BTD: Tensor) -> Tensor:
+    return x_BTD + torch.rand(x_BTD.shape, generator=torch.Generator().manual_seed(time.perf_counter_ns()))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (Statistics, r"a pass changes .*norm\.running_mean"),
+        (Remembering, "two passes with the same seed differ"),
+        (lambda: unseeded, "two passes with the same seed differ"),
+    ],
+)
+def test_a_model_that_is_another_after_a_pass_is_refused(change: Any, says: str) -> None:
+    adapted = make_adapted()
+    adapted.base.set_input_embeddings(Around(adapted.base.get_input_embeddings(), change()))
+    with pytest.raises(ModelError, match=says):
+        check_repeatable(adapted, 32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

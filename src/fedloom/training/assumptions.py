@@ -56,10 +56,9 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
     if length < 2:
         return
     adapted.model.eval()
-    vocabulary = adapted.loss_head.vocabulary_size
-    drawn_2T = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(adapted.device)
+    drawn_2T = _draw_tokens(adapted, length)
     half = length // 2
-    changed_T = torch.cat([drawn_2T[0, :half], (drawn_2T[0, half:] + 1) % vocabulary])
+    changed_T = torch.cat([drawn_2T[0, :half], (drawn_2T[0, half:] + 1) % adapted.loss_head.vocabulary_size])
     with torch.inference_mode():
         whole_TV, changed_TV = (adapted.logits(tokens_T[None])[0].double() for tokens_T in (drawn_2T[0], changed_T))
         scale = max((changed_TV - whole_TV)[half:].abs().mean(), 1e-3 * whole_TV.abs().mean())
@@ -73,6 +72,41 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
             _refuse("a text's logits change with what is padded to its right", "positions that depend on the width")
         if moves(adapted.logits(drawn_2T)[0].double()):
             _refuse("a text's logits change with the texts beside it in a batch", "normalisation over the batch")
+
+
+def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
+    """Refuse a model that a pass in training mode changes, or whose pass with the same seed is not the same again.
+
+    Takes two forward and backward passes of at most 16 tokens. Nothing of the model changes, but for what it is refused
+    for.
+
+    Raises:
+        ModelError: names what does not hold.
+    """
+    tokens_2T = _draw_tokens(adapted, min(TOKENS, max_length))
+    kept = {name: value.clone() for name, value in adapted.model.named_buffers() if value.is_floating_point()}
+    devices = [adapted.device] if adapted.device.type == "cuda" else []
+
+    def run_once() -> Tensor:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            adapted.gradient_P.zero_()
+            loss = adapted.logits(tokens_2T).double().square().mean()
+            loss.backward()
+            gradient_P = adapted.gradient_P
+            return torch.stack([loss.detach(), gradient_P.norm().double(), gradient_P.sum().double()])
+
+    adapted.model.train()
+    try:
+        first_3, second_3 = run_once(), run_once()
+    finally:
+        adapted.model.eval()
+        adapted.gradient_P.zero_()
+    if (first_3 - second_3).abs().max() > _noise(adapted) * first_3.abs().max():
+        _refuse_to_train("two passes with the same seed differ", "randomness that no seed governs, or a memory")
+    for name, value in adapted.model.named_buffers():
+        if name in kept and not torch.equal(value, kept[name]):
+            _refuse_to_train(f"a pass changes {name}", "statistics over batches, which are no part of an adapter")
 
 
 def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:
@@ -98,6 +132,11 @@ def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:
         )
 
 
+def _draw_tokens(adapted: AdaptedModel, length: int) -> Tensor:
+    shape, generator = (2, length), torch.Generator().manual_seed(0)
+    return torch.randint(adapted.loss_head.vocabulary_size, shape, generator=generator).to(adapted.device)
+
+
 def _noise(adapted: AdaptedModel) -> float:
     return NOISE.get(next(adapted.base.parameters()).dtype, COARSE_NOISE)
 
@@ -107,6 +146,14 @@ def _refuse(what: str, means: str) -> None:
         f"this is no causal language model with padding on the right: {what} ({means})",
         where=WHERE,
         mend="use a model that was made to continue text",
+    )
+
+
+def _refuse_to_train(what: str, means: str) -> None:
+    raise ModelError(
+        f"a round of this model would not be its clients' alone: in training {what} ({means})",
+        where=WHERE,
+        mend="use a model without such layers",
     )
 
 

@@ -9,7 +9,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import find_unstackable
 from fedloom.errors import RecipeError
 from fedloom.progress import Say, Watch
-from fedloom.training.assumptions import check_model, check_own_randomness
+from fedloom.training.assumptions import check_model, check_own_randomness, check_repeatable
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
@@ -53,6 +53,7 @@ def open_engine(name: EngineName, adapted: AdaptedModel, max_length: int, watch:
         ModelError: something of it does not hold.
     """
     check_model(adapted, max_length)
+    check_repeatable(adapted, max_length)
     if name == "batched":
         check_own_randomness(adapted, max_length)
     return ENGINES[name](adapted, watch, say)
