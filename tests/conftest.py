@@ -33,9 +33,7 @@ def plain_plots(request: pytest.FixtureRequest) -> Iterator[None]:
     """Empty plots, but for modules marked `draws`: to draw a report takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("draws"):
-            for module in ("run_report", "baselines_section", "comparison"):
-                patch.setattr(f"fedloom.report.{module}.draw_lines", lambda *_, **__: "<svg></svg>")
-            patch.setattr("fedloom.report.run_report.draw_bars", lambda *_, **__: "<svg></svg>")
+            patch.setattr("fedloom.report.run_report.draw", lambda plot: "<svg></svg>")
         yield
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import DataError, FedloomError
-from fedloom.report.plots import Line, draw_lines
+from fedloom.report.plots import Line, Plot, draw
 from fedloom.text import hide_secrets, show_controls, to_markdown_code, to_markdown_text
 
 TEXTS = st.text(alphabet=st.one_of(st.characters(), st.sampled_from("\x1b\x07\r\n\u202e\u2028`|<&[*$_\\")), max_size=60)
@@ -74,7 +74,7 @@ def test_nothing_ends_a_block_of_code_early(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$x^$", "_hidden", "\x1b[31m", "a & b", "cost $5"])
 def test_a_name_stays_a_name_in_a_plot(name: str) -> None:
-    svg = draw_lines([Line(name, [0, 1], [1, 2]), Line("other", [0, 1], [2, 1])], x_label="x", y_label="y")
+    svg = draw(Plot([Line(name, [0, 1], [1, 2]), Line("other", [0, 1], [2, 1])], x_label="x", y_label="y"))
     texts = [element.text or "" for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert any(text.lstrip("\u200b") == show_controls(name) for text in texts)
     assert "<script>" not in svg

@@ -16,6 +16,7 @@ from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report.figures import reach, roughness
+from fedloom.report.plots import Plot, draw
 from fedloom.report.run_report import build_report, load_reference, write_report
 
 pytestmark = pytest.mark.draws
@@ -199,11 +200,13 @@ def test_the_published_trajectory_is_laid_over(tmp_path: Path) -> None:
 
 def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", [3.0, 2.0, 1.9, 2.1, 2.3])
-    loss = next(figure for figure in build_report(made).figures if figure.name == "loss").svg
-    assert "best" in loss
-    assert "overfitting" in loss
+    loss = next(figure for figure in build_report(made).figures if figure.name == "loss").plot
+    assert [mark.name for mark in loss.marks] == ["best", "overfitting"]
+    assert "overfitting" in draw(loss)
     falling = make_run(tmp_path / "falling", [3.0, 2.0, 1.9])
-    assert "overfitting" not in next(figure for figure in build_report(falling).figures if figure.name == "loss").svg
+    assert "overfitting" not in draw(
+        next(figure for figure in build_report(falling).figures if figure.name == "loss").plot
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,3 +275,28 @@ def test_a_run_that_ends_badly_has_a_report_that_says_so(error: type[BaseExcepti
         run(make_recipe(), tmp_path / "run", Failing(), watch=True)
     said = "interrupted" if error is KeyboardInterrupt else "failed"
     assert f"{said}, 1 of 2 rounds" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_plot_is_drawn_again_where_its_numbers_or_its_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, drawn = make_run(tmp_path / "run", [3.0, 2.0, 1.9]), []
+
+    def drawing(plot: Plot) -> str:
+        drawn.append(plot.y_label)
+        return draw(plot)
+
+    monkeypatch.setattr("fedloom.report.run_report.draw", drawing)
+    first = write_report(made.folder).read_text()
+    assert len(drawn) == 3
+    assert write_report(made.folder).read_text() == first
+    assert len(drawn) == 3, "nothing changed"
+    loss = made.folder / "plots" / "loss.svg"
+    loss.write_text(loss.read_text().replace("round", "rnd"))
+    (made.folder / "plots" / "time.svg").unlink()
+    assert write_report(made.folder).read_text() == first
+    assert len(drawn) == 5, "an edited and a lost file"
+    records = made.folder / "rounds.jsonl"
+    records.write_text(records.read_text().replace('"central_loss": 1.9', '"central_loss": 1.8'))
+    assert write_report(made.folder).read_text() != first
+    assert len(drawn) == 6, "the loss alone"

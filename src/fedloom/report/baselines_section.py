@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Figure, Table, Text
 from fedloom.report.figures import judged_series, series
-from fedloom.report.plots import Line, draw_lines
+from fedloom.report.plots import Line, Plot
 
 
 class Trained(NamedTuple):
@@ -76,7 +76,7 @@ def show_baselines(run: Run, loss_axis: str) -> list[Block]:
         Figure(
             "baselines",
             "Loss by round of the federation and its baselines.",
-            draw_lines(
+            Plot(
                 [Line(thing.name, range(len(thing.losses)), thing.losses) for thing in drawn],
                 x_label="round",
                 y_label=loss_axis,

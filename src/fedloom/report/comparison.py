@@ -12,7 +12,7 @@ from fedloom.errors import RunError
 from fedloom.records.run import Run, flatten, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
-from fedloom.report.plots import Line, draw_lines
+from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
 from fedloom.text import format_bytes, format_seconds
@@ -179,7 +179,7 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         Figure(
             "comparison-loss",
             "The judged loss of each run, by round.",
-            draw_lines(lines, x_label="round", y_label=LOSS_AXIS),
+            Plot(lines, x_label="round", y_label=LOSS_AXIS),
         ),
     ]
     return blocks + _over_seeds(runs, names)
@@ -221,7 +221,7 @@ def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         Figure(
             "comparison-seeds",
             "Mean over seeds, with one standard deviation.",
-            draw_lines(lines, x_label="round", y_label=LOSS_AXIS),
+            Plot(lines, x_label="round", y_label=LOSS_AXIS),
         ),
     ]
 
@@ -251,7 +251,7 @@ def _convergence(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         Figure(
             "comparison-tokens",
             "The judged loss over the tokens that were trained on.",
-            draw_lines(lines, x_label="tokens trained on (thousands)", y_label=LOSS_AXIS),
+            Plot(lines, x_label="tokens trained on (thousands)", y_label=LOSS_AXIS),
         ),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from fedloom.report.plots import Plot
 from fedloom.text import show_controls, to_markdown_code, to_markdown_text
 
 
@@ -52,7 +53,7 @@ class Figure:
 
     name: str
     caption: str
-    svg: str
+    plot: Plot
 
 
 Block = Text | Bullets | Code | Table | Figure
@@ -91,8 +92,8 @@ def to_markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(document: Document) -> str:
-    """Write a document as one HTML page, with its styles and plots inside."""
+def to_html(document: Document, drawn: Mapping[str, str]) -> str:
+    """Write a document as one HTML page, with its styles inside, and its plots, which are `drawn` by name as SVG."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
@@ -103,7 +104,7 @@ def to_html(document: Document) -> str:
         return isinstance(block, kinds[kind])
 
     environment.tests["a"] = is_a
-    return environment.from_string(template).render(document=document)
+    return environment.from_string(template).render(document=document, drawn=drawn)
 
 
 def _finalize(value: object) -> object:

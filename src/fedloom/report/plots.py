@@ -6,11 +6,15 @@ Lines differ by colour and by dash, in the palette of Okabe and Ito, which colou
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from fedloom import __version__
+from fedloom.host.files import hash_text
 from fedloom.host.imports import quick_imports
 from fedloom.text import show_controls
 
@@ -58,51 +62,21 @@ class Bars:
     """Heights by name, from the bottom of the stack up, one for each x."""
 
 
-def draw_lines(lines: Sequence[Line], *, x_label: str, y_label: str, marks: Sequence[Mark] = ()) -> str:
-    """Draw curves, over rounds or anything else, as SVG."""
-    figure, axes = _start(x_label, y_label)
-    strong = [line for line in lines if not line.faint]
-    for line in lines:
-        number = strong.index(line) if not line.faint else lines.index(line)
-        color, dash = PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)]
-        style: dict[str, Any] = {"color": color, "linestyle": dash, "label": _label(line.name)}
-        style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2, "marker": "o", "markersize": 4}
-        axes.plot(line.x, line.y, **style)
-        if line.low:
-            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
-    for mark in marks:
-        axes.axvline(mark.x, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(
-            mark.name, (mark.x, 1), xycoords=("data", "axes fraction"), xytext=(3, -11), textcoords="offset points",
-            color=INK, fontsize=9,
-        )  # fmt: skip
-    if all(float(x).is_integer() for line in lines for x in line.x):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, axes, legend=len(lines) > 1)
+@dataclass(frozen=True)
+class Plot:
+    """Curves, over rounds or anything else, or stacked bars over rounds."""
+
+    lines: Sequence[Line] = ()
+    _: KW_ONLY
+    x_label: str
+    y_label: str
+    marks: Sequence[Mark] = ()
+    bars: Bars | None = None
 
 
-def draw_bars(bars: Bars, *, x_label: str, y_label: str) -> str:
-    """Draw stacked bars over rounds as SVG."""
-    figure, axes = _start(x_label, y_label)
-    below = [0.0] * len(bars.x)
-    for number, (name, values) in enumerate(bars.values.items()):
-        axes.bar(bars.x, values, bottom=below, color=PALETTE[number % len(PALETTE)], label=_label(name), width=0.7)
-        below = [low + value for low, value in zip(below, values, strict=True)]
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, axes, legend=True)
-
-
-def _label(name: str) -> str:
-    """Return a name that matplotlib draws letter by letter, cut if it is long."""
-    shown = show_controls(name)
-    # Matplotlib reads text between dollars as a formula, and leaves a line out of the legend if its name begins with an
-    # underscore; a character of no width before it prevents that.
-    shown = (shown if len(shown) <= LONGEST_LABEL else f"{shown[:LONGEST_LABEL]}…").replace("$", r"\$")
-    return f"\u200b{shown}" if shown.startswith("_") else shown
-
-
-def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
-    # Imported here, since it takes half a second; and not pyplot, which would keep every figure in memory.
+def draw(plot: Plot) -> str:
+    """Draw a plot as SVG, with a comment behind it by which `drawn_before` knows it."""
+    # Imported here, since it takes a second; and not pyplot, which would keep every figure in memory.
     with quick_imports():
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
@@ -112,9 +86,65 @@ def _start(x_label: str, y_label: str) -> tuple[Any, Any]:
     axes = figure.subplots()
     for patch in (figure.patch, axes.patch):
         patch.set(facecolor="none", edgecolor="none")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    return figure, axes
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    if plot.bars:
+        _draw_bars(plot.bars, axes)
+    else:
+        _draw_lines(plot, axes)
+    svg = _finish(figure, axes, legend=plot.bars is not None or len(plot.lines) > 1)
+    return svg + _mark(plot, svg)
+
+
+def drawn_before(plot: Plot, path: Path) -> str | None:
+    """Return the SVG in a file if `draw` made it of the same plot and nobody changed it since, else None."""
+    try:
+        svg = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    drawing, _, _ = svg.rpartition("<!--")
+    return svg if svg == drawing + _mark(plot, drawing) else None
+
+
+def _mark(plot: Plot, svg: str) -> str:
+    return f"<!-- {hash_text(json.dumps([__version__, asdict(plot), svg], default=list))} -->"
+
+
+def _draw_lines(plot: Plot, axes: Any) -> None:
+    strong = [line for line in plot.lines if not line.faint]
+    for line in plot.lines:
+        number = strong.index(line) if not line.faint else plot.lines.index(line)
+        color, dash = PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)]
+        style: dict[str, Any] = {"color": color, "linestyle": dash, "label": _label(line.name)}
+        style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2, "marker": "o", "markersize": 4}
+        axes.plot(line.x, line.y, **style)
+        if line.low:
+            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
+    for mark in plot.marks:
+        axes.axvline(mark.x, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            mark.name, (mark.x, 1), xycoords=("data", "axes fraction"), xytext=(3, -11), textcoords="offset points",
+            color=INK, fontsize=9,
+        )  # fmt: skip
+    if all(float(x).is_integer() for line in plot.lines for x in line.x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_bars(bars: Bars, axes: Any) -> None:
+    below = [0.0] * len(bars.x)
+    for number, (name, values) in enumerate(bars.values.items()):
+        axes.bar(bars.x, values, bottom=below, color=PALETTE[number % len(PALETTE)], label=_label(name), width=0.7)
+        below = [low + value for low, value in zip(below, values, strict=True)]
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _label(name: str) -> str:
+    """Return a name that matplotlib draws letter by letter, cut if it is long."""
+    shown = show_controls(name)
+    # Matplotlib reads text between dollars as a formula, and leaves a line out of the legend if its name begins with an
+    # underscore; a character of no width before it prevents that.
+    shown = (shown if len(shown) <= LONGEST_LABEL else f"{shown[:LONGEST_LABEL]}…").replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def _finish(figure: Any, axes: Any, *, legend: bool) -> str:

@@ -30,7 +30,7 @@ from fedloom.report.document import (
     without_columns,
 )
 from fedloom.report.observations import observe
-from fedloom.report.plots import Bars, Line, Mark, draw_bars, draw_lines
+from fedloom.report.plots import Bars, Line, Mark, Plot, draw, drawn_before
 from fedloom.report.setup_section import STATES, name_versions, show_setup
 from fedloom.text import format_bytes, format_number
 
@@ -60,9 +60,14 @@ def write_document(document: Document, folder: Path, name: str) -> Path:
     mend = "write the report again: the run itself is not affected"
     with writing(folder / "plots", mend):
         (folder / "plots").mkdir(parents=True, exist_ok=True)
+    # To draw takes longer than all else: what was drawn from the same numbers stays.
+    drawn = {
+        figure.name: drawn_before(figure.plot, folder / "plots" / f"{figure.name}.svg") or draw(figure.plot)
+        for figure in document.figures
+    }
     # The plots first, so that no page links to one that is not there yet.
-    files = {f"plots/{figure.name}.svg": figure.svg for figure in document.figures}
-    files |= {f"{name}.md": to_markdown(document), f"{name}.html": to_html(document)}
+    files = {f"plots/{plot}.svg": svg for plot, svg in drawn.items()}
+    files |= {f"{name}.md": to_markdown(document), f"{name}.html": to_html(document, drawn)}
     for path, text in files.items():
         write_text(folder / path, text, mend)
     return folder / f"{name}.html"
@@ -156,16 +161,16 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
         Figure(
             "loss",
             "Loss by round; round 0 is the adapter before any training.",
-            draw_lines(lines, x_label="round", y_label=LOSS_AXIS, marks=marks),
+            Plot(lines, x_label="round", y_label=LOSS_AXIS, marks=marks),
         ),
         *notes,
     ]
     clients = range(len(run.plan.get("clients", ())))
     each = [Line(f"client {client}", *found) for client in clients if (found := figures.client_series(run, client))[0]]
     if each:
-        svg = draw_lines(each[:12], x_label="round", y_label=LOSS_AXIS)
+        plot = Plot(each[:12], x_label="round", y_label=LOSS_AXIS)
         shown = "" if len(each) <= 12 else f" (the first 12 of {len(each)})"
-        blocks.append(Figure("clients", f"Each client's hold-out loss under the global adapter{shown}.", svg))
+        blocks.append(Figure("clients", f"Each client's hold-out loss under the global adapter{shown}.", plot))
     return blocks
 
 
@@ -205,7 +210,7 @@ def _runtime(run: Run) -> list[Block]:
     blocks: list[Block] = [
         Text(f"Average and standard deviation over rounds. {total:,.1f} s in rounds{rest}."),
         Table(["Phase", "Seconds a round", "Samples/s", "Steps/s", "Tokens/s", "Share of rounds"], rows),
-        Figure("time", "Seconds of each round, by phase.", draw_bars(bars, x_label="round", y_label="time (s)")),
+        Figure("time", "Seconds of each round, by phase.", Plot(bars=bars, x_label="round", y_label="time (s)")),
     ]
     if unusual := figures.outliers(run):
         text = "; ".join(
@@ -247,7 +252,7 @@ def _federation(run: Run) -> list[Block]:
         Figure(
             "drift",
             "Mean drift of the clients' adapters.",
-            draw_lines([drift], x_label="round", y_label="‖w − w_global‖"),
+            Plot([drift], x_label="round", y_label="‖w − w_global‖"),
         ),
     ]
 
