@@ -1,5 +1,6 @@
 """Parts of one's own: a strategy, an observer, and a strategy that another package offers."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.adapters.adapter import Adapter
-from fedloom.errors import RecipeError, RunError
+from fedloom.errors import RecipeError, RunError, TrainingError
 from fedloom.federation.aggregation import once_all_are_there
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import RoundRecord
@@ -136,6 +137,16 @@ def test_a_run_with_a_strategy_of_ones_own_says_so_and_goes_on_with_it_alone(tmp
         run(recipe, tmp_path / "run", Observer(), resume=True)
     finished = run(recipe, tmp_path / "run", Observer(), resume=True, aggregate=own)
     assert finished.rounds[-1]["adapter_sha256"] == whole.rounds[-1]["adapter_sha256"]
+    with pytest.raises(RunError, match=r"began with aggregate= \(median\)"):  # done, but not that other run
+        run(recipe, tmp_path / "run", Observer(), resume=True)
+
+
+def test_a_strategy_whose_adapter_is_not_finite_is_named_and_not_the_clients(tmp_path: Path) -> None:
+    def broken(start: Adapter, updates: Sequence[ClientUpdate]) -> Adapter:
+        return replace(start, weights_P=start.weights_P * math.nan)
+
+    with pytest.raises(TrainingError, match="round 1, aggregation: the strategy's adapter has weights that are not"):
+        run(make_recipe(), tmp_path / "run", Observer(), aggregate=once_all_are_there(broken))
 
 
 def test_a_strategy_of_ones_own_leaves_no_rule_of_the_recipe_out(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def run(
     with ExitStack() as stack:
         watchers = stack.enter_context(open_watchers(folder, clients.command, everyone, gpu=gpu, report=watch))
         writer = stack.enter_context(closing(RunWriter(folder, resume=True))) if resume else None
-        if writer and is_complete(writer, recipe):
+        if writer and is_complete(writer, recipe, aggregate):
             watchers.show_step("done", f"{folder} is complete: nothing is left to do")
             return read_run(folder)
 
@@ -93,7 +93,6 @@ def run(
         writer = writer or stack.enter_context(closing(RunWriter(folder)))
 
         # ---- Rounds: each is on record, and can't be lost any more, before the next begins.
-        check_same_strategy(folder, prepared.plan.strategy)
         stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder, aggregate))
         state = find_state(folder, identity, watchers)
         with open_run(writer, recipe, prepared):
@@ -120,13 +119,14 @@ def run(
     return finished
 
 
-def is_complete(writer: RunWriter, recipe: Recipe) -> bool:
+def is_complete(writer: RunWriter, recipe: Recipe, aggregate: Aggregate | None) -> bool:
     """Return whether a run directory holds this recipe's whole run; a report that is missing is written.
 
     Raises:
-        RunError: it is another recipe's.
+        RunError: it is another recipe's, or began with another strategy of the caller's.
     """
     check_same_recipe(writer.folder, recipe)
+    check_same_strategy(writer.folder, own_strategy(aggregate))
     if writer.status.get("state") != "done" or not is_sound(writer.folder):
         return False
     if not (writer.folder / "report.html").is_file():
@@ -148,7 +148,12 @@ def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | Non
             where="federation.lora_rule",
             mend="leave one of them out",
         )
-    return replace(prepared, plan=replace(prepared.plan, strategy=aggregate.name or "the caller's own"))
+    return replace(prepared, plan=replace(prepared.plan, strategy=own_strategy(aggregate)))
+
+
+def own_strategy(aggregate: Aggregate | None) -> str | None:
+    """Return the name of a strategy of the caller's own, None for the recipe's."""
+    return None if aggregate is None else aggregate.name or "the caller's own"
 
 
 def check_same_strategy(folder: Path, strategy: str | None) -> None:

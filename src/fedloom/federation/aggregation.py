@@ -222,7 +222,7 @@ def once_all_are_there(combine: Callable[[Adapter, Sequence[ClientUpdate]], Adap
 
         return RoundSum(add, lambda: (state, combine(adapter, arrived)))
 
-    return Aggregate(no_state, open_round, getattr(combine, "__qualname__", type(combine).__qualname__))
+    return Aggregate(no_state, open_round, getattr(combine, "__name__", type(combine).__name__))
 
 
 def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Aggregate:

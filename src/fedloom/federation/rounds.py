@@ -117,8 +117,8 @@ class OpenRound:
         """Return the strategy's new state and the new adapter; None where the round is lost, and `error` says why."""
         for client, why in self.refused:
             if self._admission.misses(client):
-                where: dict[str, Any] = {"round": self.tasks[0].round, "client": client}
-                self._lose(client, TrainingError(f"no other update came ({why})", **where))
+                lost = TrainingError(f"no other update came ({why})", round=self.tasks[0].round, client=client)
+                self._lose(client, lost)
         if not self.reports:
             self.error = self.error or self._last_loss or TrainingError("no update came", round=self.tasks[0].round)
         if self.error:
@@ -126,12 +126,16 @@ class OpenRound:
         started = time.perf_counter()
         state, adapter = self._total.finish()
         self.aggregate_seconds += time.perf_counter() - started
+        where: dict[str, Any] = {"round": self.tasks[0].round, "stage": "aggregation"}
         try:
             # Later it would be refused as the clients' fault, who train from it.
             check_layout(adapter, self.tasks[0].adapter)
         except ValueError as error:
-            where = {"round": self.tasks[0].round, "stage": "aggregation"}
             raise TrainingError(f"the strategy's adapter does not fit: {error}", **where) from None
+        # Each update was finite: later this would be taken for a client's training that diverged.
+        if not bool(adapter.weights_P.isfinite().all()):
+            mend = "lower federation.strategy.learning_rate, or mend the strategy where it is your own"
+            raise TrainingError("the strategy's adapter has weights that are not finite", mend=mend, **where)
         return state, adapter
 
     @property

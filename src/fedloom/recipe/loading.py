@@ -109,7 +109,7 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     if str(source) not in shipped:
         raise RecipeError(
             f'no shipped recipe is named "{source}"',
-            mend=f"{nearest(str(source), list(shipped))} The path of your own file must end in .toml",
+            mend=f"{nearest(str(source), list(shipped))}; the path of your own file must end in .toml",
         )
     return shipped[str(source)], f"recipe {source}"
 
