@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -104,3 +106,37 @@ def _are_conv1d(section: Adapter, base: PreTrainedModel) -> bool:
 def _matches(name: str, target: str) -> bool:
     # PEFT's own rule for a list of targets.
     return name == target or name.endswith(f".{target}")
+
+
+def unmatched_options(options: dict[str, Any], wrapped: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield what options name and a model with its adapter has not, each with why: PEFT passes over it in silence.
+
+    `wrapped` is PEFT's model.
+    """
+    layers = getattr(getattr(wrapped, "base_model", None), "targeted_module_names", [])
+    modules = [name for name, _ in wrapped.named_modules()]
+    trained = [name for name, value in wrapped.named_parameters() if value.requires_grad]
+
+    def adapts_layer(number: Any) -> bool:
+        return any(f".{number}." in name for name in layers)
+
+    def has_pattern(pattern: str) -> bool:
+        return any(get_pattern_key([pattern], name) == pattern for name in layers)
+
+    def is_layer(name: str) -> bool:
+        # A text alone is a pattern to PEFT, and in a list it is a name.
+        return isinstance(options["exclude_modules"], str) or any(_matches(known, name) for known in modules)
+
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "rank_pattern": (has_pattern, "no adapted layer has such a name"),
+        "alpha_pattern": (has_pattern, "no adapted layer has such a name"),
+        "layers_to_transform": (adapts_layer, "no adapted layer has that number"),
+        "exclude_modules": (is_layer, "no layer has such a name"),
+        "modules_to_save": (lambda name: any(known.endswith(name) for known in modules), "no layer has such a name"),
+        "bias": (lambda kind: kind == "none" or any(name.endswith("bias") for name in trained), "no layer has a bias"),
+    }
+    for option, (matches, why) in checks.items():
+        value = options.get(option, [])
+        for name in value if isinstance(value, list | dict) else [value]:
+            if not matches(name):
+                yield f'adapter.options.{option} "{name}"', why

@@ -35,6 +35,8 @@ SHUFFLE_BUFFER = 10_000
 """Rows of a streamed data set that are held in memory and shuffled."""
 ABOUT_THE_DATA = {"readme.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """Files at the top of a folder that a hub's or a library's data sets have beside their rows."""
+TEXT = {None, ".txt"}
+"""Formats of files that are text as it stands, without columns."""
 EMPTY = "empty"
 """Reason of a skipped row that is not a bad one: an empty text teaches nothing, and nothing is wrong with it."""
 
@@ -60,6 +62,8 @@ class Documents:
     """Rows that the source has, with those that were not needed; None where not all were looked at."""
     files_left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of a folder's files that nobody meant as documents, by reason."""
+    has_columns: bool = True
+    """False where every file is text as it stands, so that `data.text` names nothing."""
 
     def explain_skipped(self) -> str:
         """Describe the skipped rows as `skipped 3: 2 empty, 1 not UTF-8 text`; return an empty text for none."""
@@ -77,6 +81,7 @@ class Source:
     ordered: bool = False
     """True if the rows already come in a seeded order, as those of a stream do."""
     files_left_out: Mapping[str, int] = field(default_factory=dict)
+    has_columns: bool = True
 
 
 def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> Documents:
@@ -111,8 +116,8 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> 
     _check_bad_rows(data, len(documents), skipped, first_bad)
     if total is None and at_most is None:
         total = len(documents) + skipped.total()
-    left_out = source.files_left_out
-    found = Documents(tuple(documents), dict(skipped), data.source, source.revision, total, left_out)
+    about = source.revision, total, source.files_left_out, source.has_columns
+    found = Documents(tuple(documents), dict(skipped), data.source, *about)
     if not documents:
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
@@ -168,7 +173,7 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
 
 def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
     if data.source == STDLIB:
-        _refuse_spare(data, "revision", "subset", "split")
+        _refuse_spare(data, "revision", "subset", "split", "files", "text")
         version = ".".join(map(str, sys.version_info[:3]))
         return Source(_rows_of_folder(_standard_library(), data), f"Python {version}")
     try:
@@ -179,7 +184,8 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
     if is_folder:
         _refuse_spare(data, "revision", "subset", "split")
         paths, left_out = _find_files(path, data.files)
-        return Source(_rows_of_folder(_relative(paths, path), data), describe_files(paths), files_left_out=left_out)
+        rows, has_columns = _rows_of_folder(_relative(paths, path), data), not {*map(format_of, paths)} <= TEXT
+        return Source(rows, describe_files(paths), files_left_out=left_out, has_columns=has_columns)
     if is_file:
         _refuse_spare(data, "revision", "subset", "split", "files")
         if format_of(path) is None:
@@ -188,7 +194,7 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
                 where=str(path),
                 mend=f"use one of {', '.join(READERS)}, or one of them packed ({', '.join(PACKED)})",
             )
-        return Source(read_rows(path, path.name, data), describe_files([path]))
+        return Source(read_rows(path, path.name, data), describe_files([path]), has_columns=format_of(path) not in TEXT)
     # The hub's names are NAME or OWNER/NAME: anything else was meant as a path, and the hub is not asked for it.
     if format_of(path) or path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
         raise DataError(
@@ -295,7 +301,7 @@ def _refuse(reason: str) -> Row:
 def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Rows:
     """Yield a folder's rows: those of each file of rows, and any other file as one row with `path` and `package`."""
     for origin, path in paths:
-        if format_of(path) not in (None, ".txt"):
+        if format_of(path) not in TEXT:
             read = 0
             try:
                 for row in read_rows(path, origin, data):

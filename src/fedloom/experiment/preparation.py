@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
@@ -21,6 +21,7 @@ from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.building import build_shape, dtype_of, tokenize_for
+from fedloom.experiment.unused import find_unused
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
@@ -123,6 +124,8 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     room = measure(recipe, material.source, setup, per_round, predict=predict)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = make_plan(recipe, material, setup, room, per_round, scored)
+    blocks = [material.central, *(part for client in material.clients for part in (client.train, client.holdout))]
+    plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
 
 
@@ -268,7 +271,19 @@ def make_plan(
         audit=material.splits.audit,
         shared_blocks=material.shared_blocks,
         duplicates=recipe.data.duplicates,
+        ways=name_ways(recipe, setup),
     )
+
+
+def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
+    """Name the settings of speed and memory that a plan shows nowhere else."""
+    graphs = setup.engine == "batched" and setup.device.type == "cuda" and not recipe.training.gradient_checkpointing
+    ways = {
+        f"{recipe.model.quantization} weights": recipe.model.quantization is not None,
+        "each layer computed twice": recipe.training.gradient_checkpointing,
+        "no CUDA graph": graphs and not recipe.training.cuda_graph,
+    }
+    return tuple(way for way, taken in ways.items() if taken)
 
 
 def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) -> None:

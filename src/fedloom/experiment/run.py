@@ -32,6 +32,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.trackers import Tracker
 from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import Strategy
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, read_run
 from fedloom.records.state import committed, damaged_adapters, load_state
@@ -148,7 +149,11 @@ def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | Non
             where="federation.lora_rule",
             mend="leave one of them out",
         )
-    return replace(prepared, plan=replace(prepared.plan, strategy=own_strategy(aggregate)))
+    plan = replace(prepared.plan, strategy=own_strategy(aggregate))
+    unused = [line for line in plan.unused if not line.startswith("federation.strategy")]
+    if recipe.federation.strategy != Strategy():
+        unused.append("federation.strategy has no effect: aggregate= takes its place")
+    return replace(prepared, plan=replace(plan, unused=tuple(unused)))
 
 
 def own_strategy(aggregate: Aggregate | None) -> str | None:

@@ -79,6 +79,9 @@ class Terminal(Observer):
         self._total_steps = sum(plan.rounds * plan.steps_per_round for plan in plans)
         self._clock = Clock({phase: sum(plan.tokens[phase] for plan in plans) for phase in get_args(Phase)})
         self._print(f"{'pass':<10}{count(len(names), 'run')} together", style="dim")
+        for warning, number in Counter(warning for plan in plans for warning in plan.warnings).items():
+            whose = "" if number == len(plans) else f"{number} of {len(plans)} runs: "
+            self._print(f"note      {whose}{warning}")
         self._start_bar()
 
     def show_trial(self, name: str, record: RoundRecord) -> None:
@@ -203,7 +206,7 @@ def render_plan(plan: Plan) -> Table:
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
         f" and {count(plan.train_tokens_per_round, 'token')}",
         "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
-        "device": f"{plan.device}, {plan.dtype}, engine {plan.engine}",
+        "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }
     if plan.peak_bytes and plan.clients_that_fit:
         rows["memory"] = (

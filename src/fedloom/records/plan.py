@@ -95,6 +95,10 @@ class Plan:
     """Rows that the source has; None where not all were looked at, as in a stream."""
     files_left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of a folder's files that nobody meant as documents, by reason."""
+    ways: tuple[str, ...] = ()
+    """Settings of speed and memory that leave no other trace in the plan, in a few words each."""
+    unused: tuple[str, ...] = ()
+    """Settings that somebody wrote and that change nothing in this run, each with why."""
 
     @classmethod
     def of(
@@ -166,14 +170,14 @@ class Plan:
                 f"{idle} of {len(self.clients)} clients take one step a round, in which the proximal term is zero:"
                 " lower training.batch_size or raise training.epochs"
             )
-        return found
+        return [*found, *self.unused]
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan, and what follows from it, as `plan.json` holds it."""
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
         told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
-        later = ("strategy", "ample_memory", "rows", "files_left_out")
+        later = ("strategy", "ample_memory", "rows", "files_left_out", "ways", "unused")
         return {key: value for key, value in told.items() if value or key not in later}
 
 

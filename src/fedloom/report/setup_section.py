@@ -40,7 +40,9 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Epochs per client": str(training["epochs"]),
         "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
         "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",
-        "Engine": f"{plan['engine']}, {count(plan.get('clients_at_once', 1), 'client')} at once",
+        "Engine": ", ".join(
+            [plan["engine"], f"{count(plan.get('clients_at_once', 1), 'client')} at once", *plan.get("ways", ())]
+        ),
         "Rounds": f"{figures.completed(run)} completed of {recipe['federation']['rounds']} scheduled",
         "Start": _time(status.get("started")),
         "Finish" if state != STATES["running"] else "Last update": _time(status.get("updated")),
@@ -54,6 +56,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
     if state != STATES["done"]:
         why = f": {status['error']}" if status.get("error") else ""
         blocks.insert(0, Text(f"This run is {state}{why}. This report shows what is on record.", note=True))
+    blocks += [Text(f"{line}.", note=True) for line in run.plan.get("unused", ())]
     blocks += [Text("The audit of the split, before copies were taken out of training:"), _audit(plan)]
     memory = _memory(run)
     return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks

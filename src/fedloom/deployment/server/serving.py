@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment.building import tokenize_for
-from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients
+from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
+from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
@@ -148,7 +150,9 @@ class RemoteClients:
             audit=_join_audits(facts, len(found.documents), recipe),
             shared_blocks=sum(fact.shared_blocks for fact in facts),
             duplicates=recipe.data.duplicates,
+            ways=name_ways(recipe, setup),
         )
+        plan = replace(plan, unused=find_unused(recipe, plan, setup.shape))
         told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), scored, plan, 1, told)
 

@@ -1,0 +1,165 @@
+"""Settings that a recipe has and that change nothing in this run, each said in one line.
+
+A recipe refuses a key that its section's kind never uses. What makes a key idle here is the value of another one,
+which a sweep may well go through, or what the documents are: so a run is not refused for it, and its plan says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from fedloom.adapters.peft_config import unmatched_options
+from fedloom.federation.aggregation import count_trimmed
+from fedloom.federation.schedule import cohort_size
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.plan import Plan
+from fedloom.text import count
+
+if TYPE_CHECKING:
+    from fedloom.adapters.adapted_model import AdaptedModel
+    from fedloom.data.documents import Documents
+    from fedloom.data.tokens import TokenBlocks
+    from fedloom.recipe.sections import Section, Strategy
+
+Found = Iterator[tuple[str, str]]
+"""Keys without effect, and why; those that the recipe leaves out among them."""
+
+
+def find_unused(
+    recipe: Recipe,
+    plan: Plan,
+    adapted: AdaptedModel,
+    documents: Documents | None = None,
+    blocks: Sequence[TokenBlocks] = (),
+) -> tuple[str, ...]:
+    """Return a line for each setting that somebody wrote and that has no effect on the planned run.
+
+    `adapted` may be without values. `documents` and their `blocks` are those of clients in this process; None where the
+    clients are elsewhere.
+    """
+    here = documents is not None
+    found = [
+        *_in_data(recipe, blocks, has_columns=documents is None or documents.has_columns, here=here),
+        *_in_training(recipe, plan, here=here),
+        *_in_federation(recipe, plan, here=here),
+        *_in_strategy(recipe, plan),
+    ]
+    if recipe.adapter.rank == 1 and "rank_pattern" not in recipe.adapter.options:
+        found.append(("adapter.rslora", "with a rank of 1, α/√r is α/r"))
+    holding = sum(1 for client in plan.clients if client.holdout_tokens)
+    if (recipe.evaluation.clients or 0) >= holding:
+        found.append(("evaluation.clients", f"{holding} of {count(len(plan.clients), 'client')} hold anything out"))
+    written = [(key, why) for key, why in found if _is_written(recipe, key)]
+    written += unmatched_options(recipe.adapter.options, adapted.model)
+    return tuple(f"{key} has no effect: {why}" for key, why in written)
+
+
+def _is_written(recipe: Recipe, key: str) -> bool:
+    """Return whether the recipe sets a key: to what it is anyway counts only where that switches something on."""
+    *sections, name = key.split(".")
+    section: Section = recipe
+    for part in sections:
+        section = getattr(section, part)
+    value = getattr(section, name)
+    default = type(section).model_fields[name].get_default(call_default_factory=True)
+    return name in section.model_fields_set and (value is True or value != default)
+
+
+def _in_data(recipe: Recipe, blocks: Sequence[TokenBlocks], *, has_columns: bool, here: bool) -> Found:
+    data = recipe.data
+    if data.on_bad_row == "error":
+        yield "data.max_bad_fraction", 'with on_bad_row = "error" the first bad row ends the run'
+    if not has_columns:
+        yield "data.text", "the documents are text files, which have no columns"
+    if not here:
+        yield "data.partition.kind", "each client brings its own documents"
+        if not data.central_holdout:
+            for key in ("revision", "subset", "split", "files"):
+                yield f"data.{key}", "the server holds nothing out, so it reads no documents"
+        return
+    if data.clients == 1:
+        yield "data.partition.kind", "one client holds all documents"
+    if all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):
+        yield "data.pad_in_loss", "no block has padding"
+    if not any(bool((part.lengths_N == part.tokens_NT.shape[1]).any()) for part in blocks):
+        yield "data.window", "no document is longer than a block"
+
+
+def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
+    training, rounds = recipe.training, recipe.federation.rounds
+    if training.schedule == "constant":
+        yield "training.schedule_scope", "the learning rate is constant"
+    elif rounds == 1:
+        yield "training.schedule_scope", "one round is the whole run"
+    if (training.schedule_scope == "round" or rounds == 1) and all(client.steps <= 1 for client in plan.clients):
+        yield "training.schedule", "no client takes more than one step in a round, and the first has the whole rate"
+    if training.optimizer == "sgd":
+        yield "training.optimizer_state", "SGD without momentum has none"
+    elif rounds == 1:
+        yield "training.optimizer_state", "no round follows that could begin with it"
+    if not training.proximal_mu and training.proximal_schedule != "adaptive":
+        yield "training.proximal_schedule", "training.proximal_mu is 0 throughout"
+    if not here:
+        yield "training.clients_at_once", "each client trains on a machine of its own"
+        return
+    if plan.engine == "reference":
+        yield "training.clients_at_once", "the engine reference trains one client after another"
+        yield "training.cuda_graph", "the engine reference records no steps"
+    elif not plan.device.startswith("cuda"):
+        yield "training.cuda_graph", f"{plan.device} is no GPU"
+    elif training.gradient_checkpointing:
+        yield "training.cuda_graph", "steps are not recorded with training.gradient_checkpointing"
+
+
+def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
+    section, able = recipe.federation, sum(1 for client in plan.clients if client.steps)
+    if plan.clients_per_round == able:
+        yield (
+            "federation.fraction",
+            f"all of {count(able, 'client')} train in a round, by rounding or by federation.min_clients",
+        )
+    if plan.clients_per_round == cohort_size(able, section.model_copy(update={"min_clients": 1})):
+        yield (
+            "federation.min_clients",
+            f"by federation.fraction, {plan.clients_per_round} of {count(able, 'client')} train in a round anyway",
+        )
+    if section.early_stop and section.early_stop.patience >= section.rounds:
+        yield "federation.early_stop", f"the run is over after {count(section.rounds, 'round')}, before its patience is"
+    if set(section.client_ranks or ()) == {recipe.adapter.rank}:
+        yield "federation.client_ranks", "each of them is adapter.rank"
+    if here:
+        yield "federation.round_deadline", "the clients are in this process"
+        if section.on_quorum_lost == "wait":
+            yield "federation.on_quorum_lost", 'a client in this process is not asked again: "wait" is as "stop"'
+
+
+def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
+    strategy, clients = recipe.federation.strategy, plan.clients_per_round
+    if why := _why_plain(strategy, clients):
+        yield "federation.strategy.kind", why
+    able = [client for client in plan.clients if client.steps]
+    if clients == 1:
+        yield "federation.strategy.weight_by", "one client trains in a round"
+    elif strategy.kind == "multi_krum" and strategy.setting("keep") == 1:
+        yield "federation.strategy.weight_by", "with keep = 1 one update is taken as it is"
+    elif all(client.tokens * able[0].blocks == able[0].tokens * client.blocks for client in able):
+        yield "federation.strategy.weight_by", "every client has as many tokens in an example"
+    if strategy.kind == "fedavgm" and not strategy.setting("momentum"):
+        yield "federation.strategy.nesterov", "momentum is 0"
+    elif recipe.federation.rounds == 1 and not strategy.nesterov:
+        yield "federation.strategy.momentum", "a first round has none yet, and no other follows"
+
+
+def _why_plain(strategy: Strategy, clients: int) -> str:
+    """Return why a strategy is a plain mean of the updates of so many clients; an empty text where it is none."""
+    match strategy.kind:
+        case "fedmedian" if clients <= 2:
+            return "of one or two values, the median is the mean"
+        case "trimmed_mean" if not count_trimmed(strategy.setting("trim"), clients):
+            return "with trim = 0 it leaves no value out, and is a plain mean"
+        case "bulyan" if not strategy.setting("malicious"):
+            return "with malicious = 0 it leaves no value out, and is a plain mean"
+        case "multi_krum" if strategy.setting("keep") == clients:
+            return f"with keep = {clients} it takes every update of a round, as fedavg does"
+    return ""
