@@ -223,7 +223,7 @@ def unpack_facts(told: Mapping[str, Any]) -> ClientFacts:
         raise MessageError("it does not say what it holds") from error
 
 
-SERVERS_OWN = {"source", "revision", "subset", "split", "files", "partition", "clients", "central_holdout"}
+SERVERS_OWN = {"source", "revision", "subset", "split", "files", "partition", "central_holdout"}
 """Keys of a recipe's section `data` that are about the server's documents: a client has its own."""
 
 

@@ -20,6 +20,7 @@ from fedloom.deployment.messages import (
     pack_task,
     pack_update,
     unpack_adapter,
+    unpack_recipe,
     unpack_task,
     unpack_update,
 )
@@ -274,6 +275,17 @@ def test_progress_that_can_not_be_is_not_shown_and_costs_no_update(progress: Any
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
     assert not seen
     assert sum(line.startswith("warning") for line in said) == 3
+
+
+@pytest.mark.parametrize(
+    "federation",
+    [{"min_clients": 5}, {"fraction": 0.5, "min_clients": 4}, {"lora_rule": "svd", "client_ranks": [1, 1, 2, 2, 2]}],
+)
+def test_a_recipe_for_more_clients_than_the_default_can_be_read_by_each_of_them(federation: dict[str, Any]) -> None:
+    recipe = make_recipe(data={"clients": 5}, federation=federation)
+    unpacked = unpack_recipe(pack_recipe(recipe))
+    assert (unpacked.federation, unpacked.data.clients) == (recipe.federation, 5)
+    assert unpacked.data.source == "the client's own"
 
 
 @pytest.mark.parametrize("rule", ["factors", "rolora", "fedex"])
