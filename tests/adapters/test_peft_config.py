@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from support.marks import first
-from support.tiny import make_blocks, make_recipe, run_of
+from support.tiny import PEFT_NEEDS, make_blocks, make_recipe, run_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -28,20 +28,6 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation
 from fedloom.training.reference import ReferenceEngine
 
-NEEDED: dict[str, dict[str, Any]] = {
-    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
-    "boft": {"boft_block_size": 8},
-    "c3a": {"block_size": 32},
-    "fourierft": {"n_frequency": 50},
-    "oft": {"oft_block_size": 16},
-    "prefix_tuning": {"num_virtual_tokens": 4},
-    "prompt_tuning": {"num_virtual_tokens": 4},
-    "road": {"group_size": 32},
-    "trainable_tokens": {"token_indices": [*range(0, 256, 4)]},
-    "vblora": {"vector_length": 32, "num_vectors": 16},
-    "waveft": {"n_frequency": 50},
-}
-"""Options without which PEFT, or a model this small, can't do."""
 ALLOWED = [name for name, method in METHODS.items() if not method.refused]
 EVERYWHERE = ("lora", "dora", "ia3", "vera", "prompt_tuning", "prefix_tuning")
 """Those that are tried on every architecture."""
@@ -64,7 +50,7 @@ def make(name: str, shape: str = "tiny-llama", **adapter: Any) -> Recipe:
     """A recipe with a method, or a variant of LoRA."""
     if name in VARIANTS:
         return make("lora", shape, **{**VARIANTS[name], **adapter})
-    section = {"rank": None, "alpha": None, "options": NEEDED.get(name, {}), **adapter}
+    section = {"rank": None, "alpha": None, "options": PEFT_NEEDS.get(name, {}), **adapter}
     if METHODS[name].rank and "rank" not in adapter:
         section["rank"] = 4
     return make_recipe(model={"source": f"random:{shape}", "dtype": "float32"}, adapter={"method": name, **section})
@@ -182,7 +168,7 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
         (make("osf", "tiny-gpt2"), "nothing of this model would be trained"),
         (make("prefix_tuning", options={"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8}),
          "but not save it"),
-        (make("vblora", options={**NEEDED["vblora"], "save_only_topk_weights": True}), "but not save it"),
+        (make("vblora", options={**PEFT_NEEDS["vblora"], "save_only_topk_weights": True}), "but not save it"),
         (make("prompt_tuning", options={"num_virtual_tokens": 250}), r"32 tokens after a prompt of 250.*at most 6"),
         (in_bfloat16(make("full")), "model.dtype: .* would be trained in bfloat16.*1e-5"),
         (in_bfloat16(make("ln_tuning")), "layernorm.* would be trained in bfloat16"),

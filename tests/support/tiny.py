@@ -26,6 +26,21 @@ ARCHITECTURES = {
 }
 """Shapes that every architecture test covers, with the layers that their adapters sit on."""
 
+PEFT_NEEDS: dict[str, dict[str, Any]] = {
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
+    "boft": {"boft_block_size": 8},
+    "c3a": {"block_size": 32},
+    "fourierft": {"n_frequency": 50},
+    "oft": {"oft_block_size": 16},
+    "prefix_tuning": {"num_virtual_tokens": 4},
+    "prompt_tuning": {"num_virtual_tokens": 4},
+    "road": {"group_size": 32},
+    "trainable_tokens": {"token_indices": [*range(0, 256, 4)]},
+    "vblora": {"vector_length": 32, "num_vectors": 16},
+    "waveft": {"n_frequency": 50},
+}
+"""Options without which PEFT, or a model this small, can't do."""
+
 
 def make_recipe(**sections: Any) -> Recipe:
     """The recipe of most tests: seconds long; sections given replace its keys; an adapter's None leaves one out."""

@@ -47,6 +47,8 @@ def find_unused(
     ]
     if recipe.adapter.rank == 1 and "rank_pattern" not in recipe.adapter.options:
         found.append(("adapter.rslora", "with a rank of 1, α/√r is α/r"))
+    if recipe.adapter.method == "psoft":
+        found.append(("adapter.alpha", "PEFT divides the factors by it before it multiplies them by it"))
     holding = sum(1 for client in plan.clients if client.holdout_tokens)
     if (recipe.evaluation.clients or 0) >= holding:
         found.append(("evaluation.clients", f"{holding} of {count(len(plan.clients), 'client')} hold anything out"))

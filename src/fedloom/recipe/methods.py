@@ -56,8 +56,9 @@ METHODS: dict[str, Method] = {
         "low-rank updates in clustered subspaces",
         refused="PEFT builds it with scikit-learn, which fedloom does not install",
     ),
+    # Its layers are no choice: PEFT takes one name for them, which it knows for each kind of model.
     "adaption_prompt": Method(
-        "prompts inside the upper attention layers, and their gates", "2303.16199", float32_base=True
+        "prompts inside the upper attention layers, and their gates", "2303.16199", targets="", float32_base=True
     ),
     "beft": Method("the value projection's biases", "2509.15974"),
     "boft": Method(
