@@ -130,6 +130,8 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         yield "federation.early_stop", f"the run is over after {count(section.rounds, 'round')}, before its patience is"
     if set(section.client_ranks or ()) == {recipe.adapter.rank}:
         yield "federation.client_ranks", "each of them is adapter.rank"
+    if section.lora_rule == "fedex" and plan.clients_per_round == 1:
+        yield "federation.lora_rule", "one client's factors are their own mean, so nothing is left to add"
     if here:
         yield "federation.round_deadline", "the clients are in this process"
         if section.on_quorum_lost == "wait":
