@@ -21,6 +21,7 @@ from fedloom.adapters.files import load_adapter, save_adapter, save_model
 from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
+from fedloom.model.attention import call_model
 from fedloom.model.loss_head import LossHead
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
@@ -133,9 +134,9 @@ class AdaptedModel:
         """Return how many weights the base model and the adapter have together."""
         return sum(value.numel() for value in self.model.parameters())
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
+    def logits(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Return the logits of the given tokens, [B, T, V]; those of a trained prompt before them are cut off."""
-        logits: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
+        logits: Tensor = call_model(self.model, tokens_BT, mask_BT).logits
         return logits[:, -tokens_BT.shape[1] :]
 
     def parameter(self, name: str) -> Tensor:

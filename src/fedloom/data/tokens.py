@@ -1,7 +1,8 @@
 """Blocks of tokens: documents cut to a fixed length, padded on the right, with the positions that count in the loss.
 
-Padding never counts, unless a recipe replays a program that counted it. Attention needs no mask: under a causal
-mask a real token never looks at padding that stands to its right.
+Padding never counts, and then attention needs no mask: a real token never looks at padding that stands to its right.
+A recipe that replays a program which counted padding masks it, as that program did: what stands at padding depends on
+what it sees, and some models take their positions from the mask.
 
 Letters: N blocks, B sequences in a batch, T tokens in a block.
 """
@@ -51,6 +52,11 @@ class TokenBlocks:
         """Return the number of real tokens, padding left out."""
         return int(self.lengths_N.sum())
 
+    @property
+    def pad_counts(self) -> bool:
+        """Return whether some padding counts in the loss."""
+        return bool((self.counted_N > self.lengths_N).any())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,11 +65,14 @@ class Batch:
     tokens_BT: Tensor
     labels_BT: Tensor
     """Tokens once more, with IGNORED at positions that do not count; the loss shifts them by one."""
+    mask_BT: Tensor | None
+    """Attention mask, 1 at real tokens and 0 at padding; None where no padding counts, and so no mask is needed."""
     num_tokens: int
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        return Batch(self.tokens_BT.to(device), self.labels_BT.to(device), self.num_tokens)
+        mask_BT = self.mask_BT if self.mask_BT is None else self.mask_BT.to(device)
+        return Batch(self.tokens_BT.to(device), self.labels_BT.to(device), mask_BT, self.num_tokens)
 
 
 def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
@@ -92,12 +101,13 @@ def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
 
 def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     """Return the blocks of these rows as a batch, cut to the widest of them."""
-    counted_B = blocks.counted_N[rows]
+    counted_B, lengths_B = blocks.counted_N[rows], blocks.lengths_N[rows]
     # Padding beyond the widest block would be computed and then ignored.
-    width = int(counted_B.max())
-    tokens_BT = blocks.tokens_NT[rows, :width]
-    labels_BT = tokens_BT.masked_fill(torch.arange(width) >= counted_B[:, None], IGNORED)
-    return Batch(tokens_BT, labels_BT, int(blocks.lengths_N[rows].sum()))
+    places_T = torch.arange(int(counted_B.max()))
+    tokens_BT = blocks.tokens_NT[rows, : len(places_T)]
+    labels_BT = tokens_BT.masked_fill(places_T >= counted_B[:, None], IGNORED)
+    mask_BT = (places_T < lengths_B[:, None]).long() if blocks.pad_counts else None
+    return Batch(tokens_BT, labels_BT, mask_BT, int(lengths_B.sum()))
 
 
 def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data) -> TokenBlocks:

@@ -95,7 +95,7 @@ def _score_batch(adapted: AdaptedModel, batch: Batch) -> Score:
     with torch.inference_mode():
         targets_M: Tensor = next_token_targets(batch.labels_BT).flatten()
         counted_M = (targets_M != IGNORED).nonzero()[:, 0]
-        loss, correct = adapted.loss_head.score(batch.tokens_BT, counted_M, targets_M[counted_M])
+        loss, correct = adapted.loss_head.score(batch.tokens_BT, counted_M, targets_M[counted_M], batch.mask_BT)
         failpoint("evaluation.scored")
         # Reading the two numbers waits for a GPU, once a batch.
         return Score(float(loss), int(correct), len(counted_M))

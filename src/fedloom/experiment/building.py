@@ -12,6 +12,7 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.data.documents import Document
 from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
 from fedloom.errors import ModelError
+from fedloom.model.attention import choose_attention
 from fedloom.model.loading import build_meta_model, choose_device, choose_dtype, load_model
 from fedloom.model.source import ModelSource
 from fedloom.recipe.methods import METHODS
@@ -28,7 +29,7 @@ def dtype_of(recipe: Recipe, device: torch.device) -> str:
 
 def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
     """Return the adapted model without its values, and where PEFT can do with it without memory for them."""
-    base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe))
+    base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe, source))
     if METHODS[recipe.adapter.method].needs_values:
         base = base.to_empty(device="cpu")
         for value in base.state_dict().values():
@@ -60,7 +61,7 @@ def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
         source,
         dtype=dtype_of(recipe, device),
         device=device,
-        attention=_attention(recipe),
+        attention=_attention(recipe, source),
         quantization=recipe.model.quantization,
     )
 
@@ -89,6 +90,8 @@ def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Docume
     return blocks
 
 
-def _attention(recipe: Recipe) -> str | None:
-    """Choose `sdpa` where a prefix makes keys more than queries: attention without masks takes that for a cache."""
-    return "sdpa" if recipe.adapter.method == "prefix_tuning" else None
+def _attention(recipe: Recipe, source: ModelSource) -> str:
+    """Choose attention with masks where padding counts, or where a prefix makes keys more than queries."""
+    # Attention without masks takes more keys than queries for a cache.
+    masked = recipe.data.pad_in_loss or recipe.adapter.method == "prefix_tuning"
+    return choose_attention(source.config, masked=masked)

@@ -1,8 +1,8 @@
-"""Causal attention that needs no mask, because padding stands to the right of every token that counts.
+"""How a model is called, and causal attention without a mask, for padding to the right of every token that counts.
 
 A token looks to its left only, so padding on its right changes nothing. Left alone, transformers would look for packed
 sequences all the same, which asks the GPU for an answer in every forward pass, and would build a mask, which keeps the
-flash kernels out.
+flash kernels out. Where padding counts itself, models are built with transformers' own attention, and get a mask.
 
 Letters: B sequences, H heads, T tokens, D features of a head.
 """
@@ -26,18 +26,27 @@ MODEL_TYPES = frozenset({"gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3"})
 """Model types whose attention is plainly causal, as a test shows; all others keep transformers' own masks."""
 
 
-def choose_attention(config: PretrainedConfig) -> str:
+def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
     """Return the name of the attention to build a model with: `MASKLESS` where no mask is needed, else `sdpa`.
 
-    It is `eager`, which is slower, for models that transformers has no fused attention for.
+    With `masked`, a mask is needed. It is `eager`, which is slower, for models that transformers has no fused
+    attention for.
     """
     text = config.get_text_config()
     # A layer with a sliding window does not look at everything to its left, so its mask is needed.
     local = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
-    if config.model_type in MODEL_TYPES and not local:
+    if config.model_type in MODEL_TYPES and not local and not masked:
         return MASKLESS
     built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "eager" if built is not None and not built._supports_sdpa else "sdpa"
+
+
+def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
+    """Return what a model gives for tokens; `mask_BT` is 1 at those that may be seen, 0 at others, or None."""
+    if mask_BT is None:
+        return model(input_ids=tokens_BT, use_cache=False)
+    assert model.config._attn_implementation != MASKLESS, "a mask for a model that was built to do without"
+    return model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
 
 def causal_attention(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedloom.model.attention import call_model
+
 CHUNK_BYTES = 64 * 2**20
 """Memory that logits may take at a time, in float32."""
 
@@ -31,10 +33,10 @@ class LossHead:
     on the head. For those, all logits are made at once.
 
     `logits` is for a model that is wrapped in more than `model` shows (a trained prompt): it returns the logits of
-    tokens, [B, T, V], and nothing is taken apart.
+    tokens, [B, T, V], under a mask or None, and nothing is taken apart.
     """
 
-    def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, logits: Callable[[Tensor, Tensor | None], Tensor] | None = None) -> None:
         self._model = model
         self._logits = logits or self._own_logits
         self._head = None if logits else self._find_head()
@@ -44,27 +46,30 @@ class LossHead:
         """Return how many logits a token has."""
         return int(self._model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
-    def losses(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor) -> Tensor:
+    def losses(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of each counted row's target, [M], in float32 or wider; differentiable.
 
         Only the model's body gets gradients, never the weights of the head: a trained head needs the whole logits.
         """
         if self._head is None:
-            return functional.cross_entropy(self._whole_logits(tokens_BT, rows_M), targets_M, reduction="none")
+            logits_MV = self._whole_logits(tokens_BT, rows_M, mask_BT)
+            return functional.cross_entropy(logits_MV, targets_M, reduction="none")
         losses_M: Tensor = _RowLosses.apply(
-            self._states(tokens_BT)[rows_M], targets_M, self._head.weight, self._head.bias
+            self._states(tokens_BT, mask_BT)[rows_M], targets_M, self._head.weight, self._head.bias
         )  # type: ignore[no-untyped-call]
         return losses_M
 
-    def score(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    def score(
+        self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the sum of the counted rows' losses, and how many of their targets were the likeliest token.
 
         Both are tensors on the model's device, so that nothing waits for a GPU. Gradients are not supported.
         """
         if self._head is None:
-            chunks = iter([(self._whole_logits(tokens_BT, rows_M), targets_M)])
+            chunks = iter([(self._whole_logits(tokens_BT, rows_M, mask_BT), targets_M)])
         else:
-            states_MD = self._states(tokens_BT)[rows_M]
+            states_MD = self._states(tokens_BT, mask_BT)[rows_M]
             chunks = _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
         losses, correct = zip(
             *(
@@ -75,15 +80,15 @@ class LossHead:
         )
         return torch.stack(losses).sum(), torch.stack(correct).sum()
 
-    def _states(self, tokens_BT: Tensor) -> Tensor:
-        states: Tensor = self._model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state  # type: ignore[operator]
+    def _states(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        states: Tensor = call_model(self._model.base_model, tokens_BT, mask_BT).last_hidden_state
         return states.flatten(0, 1)
 
-    def _whole_logits(self, tokens_BT: Tensor, rows_M: Tensor) -> Tensor:
-        return _at_least_float32(self._logits(tokens_BT).flatten(0, 1)[rows_M])
+    def _whole_logits(self, tokens_BT: Tensor, rows_M: Tensor, mask_BT: Tensor | None) -> Tensor:
+        return _at_least_float32(self._logits(tokens_BT, mask_BT).flatten(0, 1)[rows_M])
 
-    def _own_logits(self, tokens_BT: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
+    def _own_logits(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        logits: Tensor = call_model(self._model, tokens_BT, mask_BT).logits
         return logits
 
     @torch.no_grad()

@@ -163,6 +163,8 @@ class ClientBatch:
         num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
+        # Of all jobs, those that wait too: a recorded step has a mask always or never.
+        self._masked = any(job.blocks.pad_counts for job in jobs)
         partly = any(job.trains_P is not None for job in jobs)
         self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
@@ -200,7 +202,7 @@ class ClientBatch:
         ]
         collected = self._collect(batches, sizes)
         # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
-        inputs = StepInputs(*(value.to(self._device, non_blocking=True) for value in collected))
+        inputs = collected.each(lambda value: value.to(self._device, non_blocking=True))
         run_step = self._prepare(sizes)
         facts_3K = run_step(inputs)
         failpoint("training.stepped")
@@ -273,7 +275,7 @@ class ClientBatch:
         """Return all clients' batches as one step's inputs, still in the memory of the processor."""
         rates = [slot.job.rate(slot.step, len(slot.batches)) for slot in self.slots]
         mus = [slot.job.training.proximal_mu for slot in self.slots]
-        tokens_KBT, labels_KBT = pad_together(batches, sizes)
+        tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
         shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._step.weights_KP.dtype)
@@ -288,16 +290,21 @@ class ClientBatch:
             shares_M=shares_KM.flatten()[rows],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
+            mask_NT=mask_KBT.flatten(0, 1) if self._masked else None,
         )
 
 
-def pad_together(batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Clients' batches as [K, B, T] tokens and labels: short ones padded with what counts for nothing."""
+def pad_together(batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing."""
     num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
     tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
     labels_KBT = torch.full_like(tokens_KBT, IGNORED)
+    # What fills up is not masked: nobody who counts sees it, and a token that sees nothing at all becomes NaN.
+    mask_KBT = torch.ones_like(tokens_KBT)
     for client, batch in enumerate(batches):
         sequences, width = batch.tokens_BT.shape
         tokens_KBT[client, :sequences, :width] = batch.tokens_BT
         labels_KBT[client, :sequences, :width] = batch.labels_BT
-    return tokens_KBT, labels_KBT
+        if batch.mask_BT is not None:
+            mask_KBT[client, :sequences, :width] = batch.mask_BT
+    return tokens_KBT, labels_KBT, mask_KBT

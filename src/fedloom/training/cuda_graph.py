@@ -43,7 +43,8 @@ class StepGraph:
         assert self._graph is not None
         # The graph reads its inputs where they were when it was recorded, so new ones are copied there.
         for held, given in zip(self._held, inputs, strict=True):
-            held.copy_(given, non_blocking=True)
+            if held is not None and given is not None:
+                held.copy_(given, non_blocking=True)
         self._graph.replay()
         # A copy: the next replay writes its facts to the same memory.
         return self._facts_3K.clone()
@@ -62,7 +63,7 @@ class StepGraph:
         # A recording refuses a generator that is not registered; a registered one moves on with every replay.
         for generator in self._generators:
             graph.register_generator_state(generator)
-        self._held = StepInputs(*(given.clone() for given in inputs))
+        self._held = inputs.each(torch.clone)
         try:
             # A recording computes nothing: the replay that follows is the step.
             with torch.cuda.graph(graph, stream=self._stream):

@@ -81,7 +81,7 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
             batch = take_batch(job.blocks, rows).to(adapted.device)
 
             gradient_P.zero_()
-            loss = mean_token_loss(adapted.logits(batch.tokens_BT), batch.labels_BT)
+            loss = mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
             loss.backward()
 
             with torch.no_grad():

@@ -8,6 +8,7 @@ Letters: K clients, N sequences of all clients, T tokens, M rows that count, P a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,6 +45,12 @@ class StepInputs(NamedTuple):
     """Learning rate of each client."""
     mus_K: Tensor
     """μ of each client's proximal term."""
+    mask_NT: Tensor | None = None
+    """Attention mask, where padding counts."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
+        """Return the inputs with each tensor changed."""
+        return StepInputs._make(value if value is None else change(value) for value in self)
 
 
 class StackedStep:
@@ -118,7 +125,7 @@ class StackedStep:
 
     def _losses(self, inputs: StepInputs) -> Tensor:
         """Return each client's mean loss over its own counted tokens, [K]."""
-        losses_M = self._adapted.loss_head.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M)
+        losses_M = self._adapted.loss_head.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M, inputs.mask_NT)
         shared_M = losses_M * inputs.shares_M
         # On a GPU index_add sums in any order, so two runs would differ. There every position is among the rows, and
         # each client has equally many of them.
