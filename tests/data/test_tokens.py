@@ -120,6 +120,12 @@ def test_padding_counts_only_where_it_is_asked_to(pad_in_loss: bool) -> None:
     blocks = tokenize(TEXTS, pad_in_loss=pad_in_loss, max_length=8)
     assert blocks.lengths_N.tolist() == [8, 2, 7, 4]
     assert blocks.counted_N.tolist() == ([8, 8, 8, 8] if pad_in_loss else [8, 2, 7, 4])
+    assert blocks.pad_counts == pad_in_loss
+    mask_BT = take_all(blocks).mask_BT
+    assert (mask_BT is not None) == pad_in_loss
+    if mask_BT is not None:
+        assert mask_BT.sum(1).tolist() == blocks.lengths_N.tolist()
+        assert mask_BT[1].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
 def test_a_batch_is_cut_to_its_widest_block() -> None:

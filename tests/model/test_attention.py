@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from fedloom.model.attention import MASKLESS, MODEL_TYPES, choose_attention
+from fedloom.model.attention import MASKLESS, MODEL_TYPES, call_model, choose_attention, plain_attention
 
 TINY = {
     "vocab_size": 99,
@@ -54,8 +54,6 @@ def test_no_token_sees_what_stands_to_its_right(model_type: str, dtype: torch.dt
 
 
 def test_gradients_of_the_plain_kind_are_the_fused_ones() -> None:
-    from fedloom.model.attention import plain_attention
-
     query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     ours = plain_attention(query, key, value, drop=lambda probabilities: probabilities)
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -66,6 +64,33 @@ def test_gradients_of_the_plain_kind_are_the_fused_ones() -> None:
         strict=True,
     ):
         assert torch.allclose(our, their)
+
+
+def test_who_sees_nothing_gets_zeros_and_no_gradient() -> None:
+    query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.ones(7, 7, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, :, 4] = False
+    ours = plain_attention(query, key, value, drop=lambda probabilities: probabilities, mask=mask)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[1, :, 4].any()
+    for our, their in zip(
+        torch.autograd.grad(ours.square().sum(), (query, key, value)),
+        torch.autograd.grad(theirs.square().sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(our, their)
+
+
+def test_a_mask_is_refused_by_attention_that_would_ignore_it() -> None:
+    tokens_BT = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="built to do without"):
+        call_model(build("opt"), tokens_BT, torch.ones_like(tokens_BT))
+
+
+def test_where_a_mask_is_needed_attention_is_transformers_own() -> None:
+    assert choose_attention(transformers.OPTConfig(), masked=True) == "sdpa"
+    assert choose_attention(transformers.BloomConfig(), masked=True) == "eager"
 
 
 def test_windows_and_unknown_models_keep_their_masks() -> None:

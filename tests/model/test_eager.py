@@ -1,5 +1,6 @@
 """Models that transformers has no fused attention for: slower, and as right as the others, in both engines."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,38 @@ CONFIGS = {
 TARGETS = {"bloom": ["query_key_value"], "gpt_neo": ["q_proj", "v_proj"]}
 
 
+@pytest.mark.parametrize("counted", first([False, True]))
 @pytest.mark.parametrize("kind", first(CONFIGS))
-def test_both_engines_make_the_same_of_it_and_transformers_gives_its_loss(kind: str, tmp_path: Path) -> None:
+def test_both_engines_make_the_same_of_it_and_transformers_gives_its_loss(
+    kind: str, counted: bool, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
     torch.manual_seed(1)
     config = CONFIGS[kind]
     assert choose_attention(config) == "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
+    # So much padding that behind it nothing real is in a window of 8.
+    texts = write_jsonl([f"text {number} " * 3 for number in range(30)])
     said, weights = Said(), {}
     for engine in ("batched", "reference"):
         recipe = make_recipe(
             model={"source": str(tmp_path / "model"), "dtype": "float32"},
             adapter={"targets": TARGETS.get(kind, ["q_proj", "v_proj"])},
+            data={"source": str(texts), "pad_in_loss": counted},
             training={"engine": engine, "optimizer": "sgd", "learning_rate": 0.1},
             federation={"rounds": 1},
         )
         finished = run(recipe, tmp_path / engine, said)
         weights[engine] = load_file(finished.folder / "adapters" / "last" / "adapter_model.safetensors")
         central = prepare(recipe, Observer(), predict=False).central
-        losses, counted = 0.0, 0
-        for tokens_T, length in zip(central.tokens_NT, central.lengths_N.tolist(), strict=True):
+        losses, targets = 0.0, 0
+        for row_T, length, width in zip(central.tokens_NT, central.lengths_N, central.counted_N.tolist(), strict=True):
+            tokens_BT, mask_BT = row_T[None, :width], (torch.arange(width) < length).long()[None]
             with torch.inference_mode():
-                loss = model(input_ids=tokens_T[None, :length], labels=tokens_T[None, :length]).loss
-            losses, counted = losses + float(loss) * (length - 1), counted + length - 1
-        assert finished.rounds[0]["central_loss"] == pytest.approx(losses / counted, rel=1e-5)
+                loss = model(input_ids=tokens_BT, attention_mask=mask_BT, labels=tokens_BT).loss
+            losses, targets = losses + float(loss) * (width - 1), targets + width - 1
+        assert finished.rounds[0]["central_loss"] == pytest.approx(losses / targets, rel=1e-5)
         assert finished.plan["engine"] == engine
     for name, value in weights["reference"].items():
         torch.testing.assert_close(weights["batched"][name], value, rtol=1e-4, atol=1e-6)

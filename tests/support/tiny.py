@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,23 @@ def make_adapted(
     freeze_a: bool = False,
     residuals: bool = False,
     device: str = "cpu",
+    attention: str | None = None,
     **adapter: Any,
 ) -> AdaptedModel:
     """A random two-layer model with a LoRA adapter."""
-    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device))
+    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device), attention=attention)
     section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
     return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a, residuals=residuals)
+
+
+def switch_off_dropout(adapted: AdaptedModel) -> None:
+    """Switch off the dropout of the base model and of the adapter."""
+    for module in adapted.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> TokenBlocks:
@@ -91,6 +103,11 @@ def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> Tok
     lengths_N = torch.randint(max_length // 2, max_length + 1, (num_blocks,), generator=generator)
     tokens_NT = tokens_NT.masked_fill(torch.arange(max_length) >= lengths_N[:, None], 0)
     return TokenBlocks(tokens_NT, lengths_N, counted_N=lengths_N)
+
+
+def count_padding(blocks: TokenBlocks) -> TokenBlocks:
+    """Blocks whose padding counts in the loss, and is masked in attention."""
+    return replace(blocks, counted_N=torch.full_like(blocks.lengths_N, blocks.tokens_NT.shape[1]))
 
 
 def updates_of(results: Iterable[ClientResult]) -> Iterator[ClientUpdate]:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tiny import make_adapted, make_blocks, make_job, make_recipe, updates_of
+from support.tiny import count_padding, make_adapted, make_blocks, make_job, make_recipe, switch_off_dropout, updates_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual, lora_pairs
+from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
 from fedloom.training import batched
@@ -28,15 +29,6 @@ from fedloom.training.stacked_step import StackedStep, StepInputs
 NOWHERE = Adapter(Layout((), ()), torch.empty(0))
 TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (1e-3, 1e-5), "bfloat16": (5e-2, 2e-2)}
 """By dtype: of the update, relative to its norm; of losses."""
-
-
-def switch_off_dropout(adapted: AdaptedModel) -> None:
-    for module in adapted.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def make_jobs(sizes: Sequence[int] = (8, 5, 11), states: Any = None) -> list[ClientJob]:
@@ -161,22 +153,36 @@ def test_the_scale_is_that_of_the_method(adapter: dict[str, Any]) -> None:
     assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
 
 
-def test_counted_padding_agrees() -> None:
-    adapted = make_adapted(dtype="float64")
-    start = start_from(adapted)
-    jobs = [
-        replace(job, blocks=replace(job.blocks, counted_N=torch.full_like(job.blocks.lengths_N, 12)))
-        for job in make_jobs()
-    ]
-    theirs = train(ReferenceEngine, adapted, start, jobs)
-    assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_counted_padding_agrees(shape: str, fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=fixed_shapes))
+    adapted = make_adapted(shape, "float64", attention="sdpa")
+    switch_off_dropout(adapted)
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
+    # The last client has no padding of its own.
+    jobs = [replace(job, blocks=count_padding(job.blocks)) for job in jobs]
+    full_N = jobs[3].blocks.counted_N
+    jobs[3] = replace(jobs[3], blocks=replace(jobs[3].blocks, lengths_N=full_N))
+    theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
+    ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=3)
+    assert_agree(ours, theirs, start, "float64")
+    checkpointed = train(BatchedEngine, adapted, start, jobs, batch_size=3, gradient_checkpointing=True)
+    assert_agree(checkpointed, theirs, start, "float64")
+    monkeypatch.setattr(TokenBlocks, "pad_counts", False)
+    without = train(BatchedEngine, adapted, start, jobs, batch_size=3)
+    assert without[0].report.loss_first != pytest.approx(theirs[0].report.loss_first, rel=1e-6)
 
 
 @pytest.mark.parametrize("beside", [[0, 1, 2], [0, 2], [2, 0, 1, 3]])
-def test_with_dropout_a_client_is_the_same_alone_and_beside_others(shape: str, beside: list[int]) -> None:
+@pytest.mark.parametrize("counted", first([False, True]))
+def test_with_dropout_a_client_is_the_same_alone_and_beside_others(
+    shape: str, beside: list[int], counted: bool
+) -> None:
     # OPT and GPT-2 have dropout of their own, GPT-2 on its attention too; the clients' batches differ in width.
-    adapted = make_adapted(shape, "float64", dropout=0.4)
+    adapted = make_adapted(shape, "float64", dropout=0.4, attention="sdpa" if counted else None)
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 3))
+    if counted:
+        jobs = [replace(job, blocks=count_padding(job.blocks)) for job in jobs]
     alone = train(BatchedEngine, adapted, start, [jobs[0]])[0].adapter
     together = train(BatchedEngine, adapted, start, [jobs[client] for client in beside])[0].adapter
     assert (alone.weights_P - together.weights_P).norm() / (alone.weights_P - start.weights_P).norm() < 1e-9

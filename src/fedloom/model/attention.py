@@ -86,6 +86,7 @@ def plain_attention(
     """Compute softmax(s Q Kᵀ + mask) V, [B, H, T, D], with `drop` applied to the probabilities.
 
     The scale s is 1/√D by default. Without a mask, attention is causal; a boolean mask is true where a token is seen.
+    Who sees nothing at all (padding beyond a sliding window) gets zeros, as from torch's own.
     """
     scores = query @ key.mT * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
     if mask is None:
@@ -95,7 +96,10 @@ def plain_attention(
         scores = scores.masked_fill(ahead, -math.inf)
     else:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return drop(scores.softmax(-1)) @ value
+    probabilities = scores.softmax(-1)
+    if mask is not None and mask.dtype == torch.bool:
+        probabilities = probabilities.masked_fill(~mask, 0.0)  # a row of −∞ is NaN
+    return drop(probabilities) @ value
 
 
 def repeat_heads(key: Tensor, value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
