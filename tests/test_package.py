@@ -97,6 +97,7 @@ def test_the_experiments_recipes_are_the_experiment() -> None:
     assert as_run.data.pad_in_loss
     assert (as_run.training.proximal_mu, as_run.adapter.dropout) == (0.0, 0.05)
     assert (as_run.training.schedule, as_run.training.schedule_scope) == ("linear", "round")
+    assert as_run.training.optimizer_state == "keep"
 
 
 def test_what_the_readme_shows_is_there(tmp_path: Path) -> None:

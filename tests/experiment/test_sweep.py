@@ -83,6 +83,7 @@ def test_each_arm_of_one_pass_is_its_own_run(recipe_file: Path, tmp_path: Path) 
         (["federation.lora_rule=fedex", "seed=1,2"], 1, 2),
         (["training.engine=reference", "seed=1,2"], 2, 2),
         (["data.max_length=16,32", "training.epochs=1,2"], 1, 1),
+        (["data.pad_in_loss=false,true", "training.epochs=1,2"], 2, 2),
     ],
 )
 def test_what_is_shared(axes: list[str], models: int, passes: int, recipe_file: Path) -> None:

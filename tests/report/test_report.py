@@ -1,5 +1,6 @@
 """The report of real runs, recomputed from their records; and of runs that are not done."""
 
+import html
 import json
 import re
 import statistics
@@ -187,7 +188,14 @@ def test_the_published_trajectory_is_laid_over(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", [3.0, 2.5])
     write_report(made.folder, reference="experiment")
     text = (made.folder / "report.md").read_text()
+    page = html.unescape((made.folder / "report.html").read_text())
+    for caveat in load_reference("experiment")["caveats"]:
+        assert caveat in page
+        assert caveat in text
     assert "The proximal term was never applied" in text
+    assert "the last (2.1748) is one client's alone" in text
+    assert "The full-model runs sent their weights in half precision" in text
+    assert "while AdamW's moments were kept" in text
     assert "I. Kosiakov" in text
     svg = (made.folder / "plots" / "loss.svg").read_text()
     assert "published: LoRA, 2,000 files a client" in svg

@@ -355,10 +355,13 @@ def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("at_once", [2, 4])
-def test_a_recorded_step_is_the_step(shape: str, dropout: float, at_once: int) -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_recorded_step_is_the_step(shape: str, dropout: float, at_once: int, counted: bool) -> None:
     # With two at once, slots are refilled while a recording goes on; clients of equal sizes, so that it does.
-    adapted = make_adapted(shape, device="cuda", dropout=dropout)
+    adapted = make_adapted(shape, device="cuda", dropout=dropout, attention="sdpa" if counted else None)
     start, jobs = start_from(adapted), make_jobs((20, 20, 20, 13))
+    if counted:
+        jobs = [replace(job, blocks=count_padding(job.blocks)) for job in jobs]
     recorded = train(BatchedEngine, adapted, start, jobs, clients_at_once=at_once)
     launched = train(BatchedEngine, adapted, start, jobs, clients_at_once=at_once, cuda_graph=False)
     assert_agree(recorded, launched, start, "float32")

@@ -37,19 +37,24 @@ def shape(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def build(shape: str, layers: int = 2, dtype: str = "float32", **adapter: Any) -> AdaptedModel:
-    base = build_meta_model(open_model(f"random:{shape}"), layers=layers, dtype=dtype)
+def build(
+    shape: str, layers: int = 2, dtype: str = "float32", attention: str | None = None, **adapter: Any
+) -> AdaptedModel:
+    base = build_meta_model(open_model(f"random:{shape}"), layers=layers, dtype=dtype, attention=attention)
     section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
     return AdaptedModel(base, build_config(section, base), 7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("clients", [1, 3])
-def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients: int) -> None:
+@pytest.mark.parametrize("masked", first([False, True]))
+def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients: int, masked: bool) -> None:
     training = make_recipe(training={"batch_size": 2, "max_gradient_norm": 1.0}).training
-    adapted = make_adapted(shape, dtype, dropout=0.1)
+    attention = "sdpa" if masked else None
+    adapted = make_adapted(shape, dtype, dropout=0.1, attention=attention)
     blocks = make_blocks(2, LENGTH)
-    full = type(blocks)(blocks.tokens_NT, torch.full((2,), LENGTH), torch.full((2,), LENGTH))
+    real = LENGTH - 5 if masked else LENGTH
+    full = type(blocks)(blocks.tokens_NT, torch.full((2,), real), torch.full((2,), LENGTH))
     start = adapted.read()
     with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), start.weights_P]) as live:
         jobs = [
@@ -60,7 +65,7 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
         for job in jobs:
             crew.admit(job)
         crew.step()
-    traced = trace_step(build(shape, dtype=dtype, dropout=0.1), training, clients, LENGTH, CPU)
+    traced = trace_step(build(shape, dtype=dtype, dropout=0.1, attention=attention), training, clients, LENGTH, CPU)
     assert traced == pytest.approx(live.peak, rel=0.03)
 
 

@@ -86,7 +86,7 @@ def test_each_clients_dropout_is_what_it_would_have_been(monkeypatch: pytest.Mon
 def test_too_little_for_one_client_says_what_to_lower(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted()
     fail_with_more_than(0, "a processor's", monkeypatch)
-    monkeypatch.setattr(AdaptedModel, "logits", lambda self, tokens: torch.empty(2**50))
+    monkeypatch.setattr(AdaptedModel, "logits", lambda self, tokens, mask: torch.empty(2**50))
     says = (
         r"round 1, client 0, training: .*single client.*training\.batch_size \(2\) or data\.max_length \(16\), or set"
     )

@@ -195,7 +195,8 @@ def same_model(recipe: Recipe) -> Hashable:
     engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
     # What is frozen comes from the seed with "ffa", and other methods than plain LoRA have more than one vector.
     seed = None if engine == "batched" and rule != "ffa" else recipe.seed
-    return recipe.model, recipe.adapter.model_dump_json(), layers, engine, seed
+    # Where padding counts, attention is built to take masks.
+    return recipe.model, recipe.adapter.model_dump_json(), layers, engine, seed, recipe.data.pad_in_loss
 
 
 def same_pass(recipe: Recipe) -> Hashable:

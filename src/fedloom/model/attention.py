@@ -1,4 +1,4 @@
-"""How a model is called, and causal attention without a mask, for padding to the right of every token that counts.
+"""Call of a model, and causal attention without a mask, for padding to the right of every token that counts.
 
 A token looks to its left only, so padding on its right changes nothing. Left alone, transformers would look for packed
 sequences all the same, which asks the GPU for an answer in every forward pass, and would build a mask, which keeps the

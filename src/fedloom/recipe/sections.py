@@ -156,7 +156,9 @@ class Data(Section):
     window: Literal["truncate", "blocks"] = Field(
         "truncate", description="part of a document that is used: its first block, or all its blocks"
     )
-    pad_in_loss: bool = Field(False, description="padding counted in the loss; only to repeat programs that did so")
+    pad_in_loss: bool = Field(
+        False, description="padding counted in the loss, and masked in attention; only to repeat programs that did so"
+    )
     clients: int = Field(3, ge=1, description="number of clients")
     documents_per_client: int | None = Field(
         None, ge=1, description="a client's documents on average, its own hold-out included; all if left out"

@@ -299,7 +299,7 @@ def pad_together(batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> 
     num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
     tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
     labels_KBT = torch.full_like(tokens_KBT, IGNORED)
-    # What fills up is not masked: nobody who counts sees it, and a token that sees nothing at all becomes NaN.
+    # What fills up is not masked: nobody who counts sees it, and to see nothing at all means nothing to attention.
     mask_KBT = torch.ones_like(tokens_KBT)
     for client, batch in enumerate(batches):
         sequences, width = batch.tokens_BT.shape
