@@ -1,5 +1,6 @@
 """Parity of one machine and Flower: the same recipe makes the same adapter and the same records, but for times."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,18 @@ def test_the_whole_of_tiny_over_flower_and_tls_makes_the_adapter_of_a_local_run(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_batched_engine_makes_the_same_over_flower_within_rounding(tmp_path: Path) -> None:
-    """Held to both engines of a local run: one client at a time is another order of sums than all at once."""
-    overrides = ("data.clients=2", "federation.rounds=2", "training.optimizer=sgd", "training.learning_rate=0.1")
+def test_the_batched_engine_makes_the_same_over_flower_within_rounding(
+    tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    """Held to both engines of a local run: one client at a time is another order of sums than all at once.
+
+    Padding counts, so that everybody has to mask it, and scores are over more than the real tokens.
+    """
+    texts = write_jsonl([f"def f{number}(x):\n    return x + {number}"[: 16 + number % 20] for number in range(60)])
+    overrides = (
+        f"data.source={texts}", "data.pad_in_loss=true", "data.clients=2", "federation.rounds=2",
+        "training.optimizer=sgd", "training.learning_rate=0.1",
+    )  # fmt: skip
     batched = tiny(*overrides, "training.engine=batched")
     with federation(tmp_path, secure=True) as there:
         for client, data in enumerate(split(batched, tmp_path / "split")):

@@ -123,7 +123,7 @@ def pack_score(score: Score | None) -> list[float] | None:
 
 
 def unpack_score(told: Any, most_targets: int) -> Score | None:
-    """Read what `pack_score` wrote, from a client that has `most_targets` tokens held out.
+    """Read what `pack_score` wrote, from a client that has `most_targets` counted tokens held out.
 
     Raises:
         MessageError: it is not a score, or an impossible one.

@@ -142,6 +142,19 @@ def test_updates_come_by_client_and_hold_outs_are_scored() -> None:
         assert torch.equal(result.adapter.weights_P, adapter().weights_P + client)
 
 
+def test_where_padding_counts_a_score_is_over_more_than_the_real_tokens() -> None:
+    def pads(asked: Node, frame: Frame) -> Frame | str | None:
+        return Frame({"score": [30.0, 1, 60]}) if frame.manifest["do"] == "evaluate" else honest(asked, frame)
+
+    fleet, _, said = open_fleet(pads)
+    assert fleet.evaluate(adapter()) == {}
+    assert said[-1].endswith("an impossible score: 60 tokens, 1 of them right")
+    fleet.counted_width = 16  # of four blocks each
+    assert [score.loss for score in fleet.evaluate(adapter()).values()] == [0.5] * 3
+    fleet.counted_width = 14
+    assert fleet.evaluate(adapter()) == {}
+
+
 def test_who_is_late_is_lost_and_is_not_waited_for_while_it_is_gone() -> None:
     fleet, transport, _ = open_fleet(
         lambda n, f: None if n.id[-1] == "1" and f.manifest["do"] == "train" else honest(n, f), round_deadline=1.0

@@ -74,6 +74,8 @@ class RemoteFleet:
     folder: Path
     """Folder in which answers lie until their turn comes."""
     watch: Watch = ignore
+    counted_width: int | None = None
+    """Positions of each block that count, where padding does; None where real tokens alone count."""
 
     def __post_init__(self) -> None:
         facts = self.exchange.facts
@@ -134,8 +136,9 @@ class RemoteFleet:
             try:
                 if isinstance(found, str):
                     raise MessageError(found)
-                tokens = self.exchange.facts[name].holdout_tokens
-                if score := unpack_score(found.manifest.get("score"), tokens):
+                facts, width = self.exchange.facts[name], self.counted_width
+                most = facts.holdout_tokens if width is None else width * facts.holdout_blocks
+                if score := unpack_score(found.manifest.get("score"), most):
                     scores[numbers[name]] = score
             except MessageError as error:
                 self.exchange.say("unscored", f"{name}: {error}")

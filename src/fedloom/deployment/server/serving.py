@@ -170,8 +170,15 @@ class RemoteClients:
                 where="model.source",
                 mend='give all the same files, the same versions of packages and model.dtype = "float32"',
             )
-        watch = session.watch
-        return RemoteFleet(self._exchange, self._names, recipe.federation, prepared.scored_clients, folder, watch)
+        return RemoteFleet(
+            self._exchange,
+            self._names,
+            recipe.federation,
+            prepared.scored_clients,
+            folder,
+            session.watch,
+            counted_width=recipe.data.max_length if recipe.data.pad_in_loss else None,
+        )
 
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
