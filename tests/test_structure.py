@@ -28,6 +28,7 @@ LAYERS = (
     ("experiment",),
     ("handover",),
     ("deployment",),
+    ("model_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -43,7 +44,10 @@ DEPLOYMENT = (
 BARE = ("model", "adapters", "training", "evaluation")
 """Rooms that also run on a bare GPU machine: nothing beyond torch, transformers, PEFT and what those need."""
 
-LIGHT_ROOMS = ("text", "errors", "seeds", "hub", "progress", "host", "recipe", "monitoring", "report", "cli")
+LIGHT_ROOMS = (
+    *("text", "errors", "seeds", "hub", "progress", "host", "recipe"),
+    *("monitoring", "report", "model_commands", "cli"),
+)
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
     *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.journal"),

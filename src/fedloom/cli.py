@@ -19,6 +19,7 @@ from fedloom.errors import FedloomError
 from fedloom.host.imports import quick_imports
 from fedloom.host.machine import Finding
 from fedloom.host.signals import Terminated
+from fedloom.model_commands import RunFolder, convert, export, generate
 from fedloom.text import show_controls
 
 app = typer.Typer(
@@ -34,7 +35,6 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED, TERMINATED = 130, 143
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, typed as in TOML.")
 ]
@@ -285,31 +285,9 @@ def compare(
     typer.echo(show_controls(str(write_comparison(runs, out))))
 
 
-@app.command()
-def export(
-    run: RunFolder,
-    to: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
-) -> None:
-    """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""
-    from fedloom.handover.export import export
-    from fedloom.monitoring.display import Terminal
-
-    distance = export(run, to, merged=merged, display=Terminal())
-    typer.echo(f"{show_controls(str(to))}: its logits lie {distance:.1e} from the run's, relative to their norm")
-
-
-@app.command()
-def generate(
-    run: RunFolder,
-    prompt: Annotated[str, typer.Argument(help="What to write on from.")],
-    base: Annotated[bool, typer.Option("--base", help="First without the adapter.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 80,
-) -> None:
-    """Let a run's best adapter write on from a prompt."""
-    from fedloom.handover.generate import generate
-
-    generate(run, prompt, base=base, max_new_tokens=tokens)
+app.command()(convert)
+app.command()(export)
+app.command()(generate)
 
 
 @app.command()

@@ -105,7 +105,7 @@ def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_documents(
         single="$A <|end|>", special_tokens=[("<|end|>", ending.tokenizer.eos_token_id)]
     )
     assert ending.tokenizer("import os")["input_ids"][-1] == ending.tokenizer.eos_token_id
-    monkeypatch.setattr("fedloom.handover.generate.open_model", lambda *_: ending)
+    monkeypatch.setattr("fedloom.handover.generate.open_source", lambda *_: ending)
     found: list[str] = []
     generate(finished.folder, "import os", max_new_tokens=8, say=found.append)
     assert "".join(found) == "".join(plain)

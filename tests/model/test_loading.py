@@ -116,7 +116,7 @@ def test_a_damaged_folder_is_an_error_that_names_it(damage, words: str, folder: 
 def test_missing_weights_are_not_made_up(folder: Path) -> None:
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(ModelError, match=r"lack \d+ of its weights, .*layers.2"):
+    with pytest.raises(ModelError, match=r"lack \d+ weights of the model, .*layers.2"):
         load(str(folder))
 
 

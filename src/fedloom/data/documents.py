@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.data.rows import PACKED, READERS, Row, Rows, UnreadableError, as_is, check_column, format_of, read_rows
 from fedloom.errors import DataError
-from fedloom.hub import COMMIT, find_commit, hub_address, without_hub
+from fedloom.hub import COMMIT, find_commit, hub_address, mend_for, without_hub
 from fedloom.seeds import derive_seed
 from fedloom.text import count, list_reasons
 
@@ -341,11 +341,15 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
     unreachable: Exception | None = None
     commit = None
     try:
-        commit = find_commit("dataset", data.source, data.revision)
+        commit = find_commit(data.source, data.revision)
     except Exception as error:  # the hub's client raises a dozen kinds; the local cache is what is left
         unreachable = error
+    refused = mend_for(unreachable)
     what: dict[str, Any] = {"path": data.source, "name": data.subset, "revision": commit or data.revision}
     try:
+        # What the hub denies is not taken from the cache, which would give another revision without a word.
+        if unreachable and refused:
+            raise unreachable
         with nullcontext() if commit else without_hub():
             found = commit or datasets.load_dataset_builder(**what).hash
             rows = datasets.load_dataset(**what, split=data.split, streaming=at_most is not None)
@@ -354,9 +358,10 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
         raise DataError(
             "there is no such file or folder here, and the data set can't be loaded: asking"
             f" {hub_address()} failed ({type(unreachable or error).__name__})"
-            + ("" if commit else ", and it is not in the local cache"),
+            + ("" if commit or refused else ", and it is not in the local cache"),
             where=where,
-            mend="check the name and the network, or download it and set data.source to the file or folder",
+            mend=mend_for(error)
+            or "check the name and the network, or download it and set data.source to the file or folder",
         ) from error
     revision = found if COMMIT.fullmatch(found or "") else data.revision
     # Without the hub, `datasets` takes whichever commit its cache holds, and does not compare it with the revision.

@@ -228,9 +228,13 @@ SERVERS_OWN = {"source", "revision", "subset", "split", "files", "partition", "c
 
 
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return what clients are told of a recipe: all but the server's own documents, and its baselines."""
+    """Return what clients are told of a recipe: all but the server's own documents, its baselines, and its leave to
+    open pickles."""
     told: dict[str, Any] = recipe.model_dump(
-        mode="json", exclude_unset=True, exclude_none=True, exclude={"data": SERVERS_OWN, "baselines": True}
+        mode="json",
+        exclude_unset=True,
+        exclude_none=True,
+        exclude={"data": SERVERS_OWN, "baselines": True, "model": {"convert"}},
     )
     return told
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_document
 from fedloom.errors import ModelError
 from fedloom.model.attention import choose_attention
 from fedloom.model.loading import build_meta_model, choose_device, choose_dtype, load_model
-from fedloom.model.source import ModelSource
+from fedloom.model.source import ModelSource, open_model
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
@@ -27,6 +27,14 @@ def dtype_of(recipe: Recipe, device: torch.device) -> str:
     return choose_dtype(recipe.model.dtype, device)
 
 
+def open_source(recipe: Recipe, say: Callable[[str], object] = str, *, convert: bool = True) -> ModelSource:
+    """Open the base model of a recipe, without its weights; without `convert`, pickles are refused all the same."""
+    model = recipe.model
+    return open_model(
+        model.source, model.revision, say, weights_revision=model.weights_revision, convert=convert and model.convert
+    )
+
+
 def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
     """Return the adapted model without its values, and where PEFT can do with it without memory for them."""
     base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe, source))
@@ -37,13 +45,15 @@ def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | N
     return adapt(base, recipe, source)
 
 
-def load_adapted_model(recipe: Recipe, source: ModelSource, plan: Plan | None = None) -> AdaptedModel:
-    """Load the base model, once, with the adapter that every client starts from.
+def load_adapted_model(
+    recipe: Recipe, source: ModelSource, plan: Plan | None = None, *, say: Callable[[str], object] = str
+) -> AdaptedModel:
+    """Load the base model, once, with the adapter that every client starts from; `say` is told as in `load_model`.
 
     Raises:
         ModelError: something else is trained than the plan says.
     """
-    adapted = adapt(load_base(recipe, source), recipe, source)
+    adapted = adapt(load_base(recipe, source, say=say), recipe, source)
     if plan and adapted.layout.size != plan.trainable_parameters:
         raise ModelError(
             f"the loaded model has {adapted.layout.size:,} trainable parameters, not {plan.trainable_parameters:,} as"
@@ -54,7 +64,7 @@ def load_adapted_model(recipe: Recipe, source: ModelSource, plan: Plan | None = 
     return adapted
 
 
-def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
+def load_base(recipe: Recipe, source: ModelSource, *, say: Callable[[str], object] = str) -> PreTrainedModel:
     """Load the base model as the recipe wants it."""
     device = choose_device(recipe.model.device)
     return load_model(
@@ -63,6 +73,7 @@ def load_base(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
         device=device,
         attention=_attention(recipe, source),
         quantization=recipe.model.quantization,
+        say=say,
     )
 
 

@@ -20,14 +20,14 @@ from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
-from fedloom.experiment.building import build_shape, dtype_of, tokenize_for
+from fedloom.experiment.building import build_shape, dtype_of, open_source, tokenize_for
 from fedloom.experiment.unused import find_unused
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import choose_attention
 from fedloom.model.loading import check_quantization, choose_device
-from fedloom.model.source import ModelSource, open_model
+from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, ClientPlan, Plan
@@ -149,7 +149,7 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
     observer.show_step("splits", f"{len(found.documents):,} documents")
     splits = split_documents(found, recipe.data, recipe.seed)
     observer.show_step("model", recipe.model.source)
-    source = open_model(recipe.model.source, recipe.model.revision, say=partial(observer.show_step, "model"))
+    source = open_source(recipe, partial(observer.show_step, "model"))
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     if not len(central) and not any(len(client.holdout) for client in clients):
         raise DataError(
@@ -236,6 +236,7 @@ def make_plan(
         recipe.federation,
         model=material.source.name,
         model_revision=material.source.revision,
+        model_weights=material.source.weights.record if material.source.weights else {},
         dtype=setup.dtype,
         device=str(setup.device),
         engine=setup.engine,

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedloom.adapters.adapter import Adapter
@@ -235,7 +236,8 @@ def run_group(
     first, prepared = able[0], ready[able[0].name]
     with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
         display.show_step("weights", prepared.source.name)
-        adapted = load_adapted_model(first.recipe, prepared.source, prepared.plan)
+        say = partial(display.show_step, "weights")
+        adapted = load_adapted_model(first.recipe, prepared.source, prepared.plan, say=say)
         watching = Observers(display, telemetry)
         session = Session(adapted, prepared.plan.engine, first.recipe.data.max_length, telemetry, watching)
         first_adapter = adapted.read()

@@ -12,9 +12,8 @@ from transformers import TextStreamer
 
 from fedloom.data.tokens import check_vocabulary
 from fedloom.errors import RunError
-from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.handover.finished_run import adapter_folder, recipe_of
-from fedloom.model.source import open_model
 from fedloom.text import show_controls
 
 
@@ -38,7 +37,7 @@ def generate(
     folder, say = Path(folder), say or _print
     recipe = recipe_of(folder)
     source = adapter_folder(folder, which)
-    opened = open_model(recipe.model.source, recipe.model.revision)
+    opened = open_source(recipe)
     adapted = load_adapted_model(recipe, opened)
     inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
     # A tokenizer may end every document; a prompt is the beginning of one.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fedloom.errors import ModelError
 from fedloom.host.machine import computes_bfloat16
@@ -17,9 +19,12 @@ from fedloom.model.attention import choose_attention
 from fedloom.model.packed import pack_model
 from fedloom.model.source import ModelSource, loading
 from fedloom.seeds import derive_seed
+from fedloom.text import count
 
 PEFT_CONFIG = "adapter_config.json"
 """File by whose name transformers looks for an adapter beside a model's weights."""
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|decoder\.version)$")
+"""Names under which earlier versions of transformers saved masks, frequencies and a number: all are computed now."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -30,11 +35,15 @@ def load_model(
     device: torch.device,
     attention: str | None = None,
     quantization: str | None = None,
+    say: Callable[[str], object] = str,
 ) -> PreTrainedModel:
     """Load the frozen base model onto its device, in evaluation mode; `attention` is a name that transformers knows.
 
+    `say` is told what of its files the model does not use.
+
     Raises:
-        ModelError: the weights can't be read, or none of them can stay packed though that was asked for.
+        ModelError: the weights can't be read, are not all there, or are others than the model's; or none of them can
+            stay packed though that was asked for.
     """
     attention = attention or choose_attention(source.config)
     if source.location and (Path(source.location) / PEFT_CONFIG).is_file():
@@ -49,23 +58,21 @@ def load_model(
             torch.manual_seed(derive_seed(0, source.name))
             model = _build(source.config, DTYPES[dtype], attention)
     else:
-        with loading(source.name), torch.random.fork_rng(devices=[]):
+        with loading(source.name, _mend_conversion(source)), torch.random.fork_rng(devices=[]):
             model, found = AutoModelForCausalLM.from_pretrained(
-                source.location,
-                # A folder has no revisions, and its source's `revision` says only what kind of thing it is.
-                revision="main" if Path(source.location).is_dir() else source.revision,
+                **_place(source),
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                # Otherwise transformers ends with an error that names no weight; here they are refused by name.
+                ignore_mismatched_sizes=True,
                 **quantized(quantization, device),
             )
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError("an adapter lies beside the weights, and transformers put it on the model")
-            # Transformers fills missing weights with random numbers and only warns.
-            if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
-                raise ValueError(f"its files lack {len(lacking)} of its weights, {lacking[0]} for one")
+            check_files(model, found, source.weights.told if source.weights else "its files", say)
         if quantization not in ("4bit", "8bit"):  # whose packed weights have other shapes
             _check_as_described(model, source, dtype, attention)
     # PEFT writes this name into an adapter as its base; transformers would leave the folder of an unpacked file.
@@ -96,6 +103,61 @@ def _check_as_described(model: PreTrainedModel, source: ModelSource, dtype: str,
             where=f'model.source = "{source.name}"',
             mend="get its files again, or use another base model",
         )
+
+
+def _place(source: ModelSource) -> dict[str, Any]:
+    """Return the arguments with which transformers finds the weights: beside the configuration, or elsewhere."""
+    if source.weights:
+        return {
+            "pretrained_model_name_or_path": source.weights.location,
+            "revision": source.weights.revision,
+            "config": copy.deepcopy(source.config),
+            "generation_config": source.generation or GenerationConfig.from_model_config(source.config),
+        }
+    # A folder has no revisions, and its source's `revision` says only what kind of thing it is.
+    revision = "main" if Path(source.location).is_dir() else source.revision
+    return {"pretrained_model_name_or_path": source.location, "revision": revision}
+
+
+def _mend_conversion(source: ModelSource) -> str:
+    """Return what to do where the weights are somebody else's conversion; an empty text where they are not."""
+    if source.weights is None or "commit" not in source.weights.record:
+        return ""
+    commit = source.weights.revision
+    return f"the weights are those of commit {commit}: fedloom convert {source.name} makes others of its pickle"
+
+
+def check_files(model: PreTrainedModel, found: dict[str, Any], files: str, say: Callable[[str], object]) -> None:
+    """Refuse weights that are not all there or not the model's, and say what of the files it does not use.
+
+    `found` is what transformers tells of the loading. A tied weight that the files lack is not missing: transformers
+    made it the one that it is tied to.
+
+    Raises:
+        ValueError: one of them, by name.
+    """
+    # Transformers fills missing weights with random numbers, leaves others out, and only warns.
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{files} lack {count(len(missing), 'weight')} of the model, {missing[0]} for one")
+    if others := sorted(found["mismatched_keys"]):
+        name, in_file, in_model = others[0]
+        raise ValueError(f"{name} is {_shape(in_file)} in {files} and {_shape(in_model)} in the model")
+    spare = sorted(name for name in found["unexpected_keys"] if not BUFFERS.search(name))
+    # A bias or a scale that a layer is built without would be missed in each of its results.
+    layers = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    for name in spare:
+        home = name.rpartition(".")[0]
+        if not layers.isdisjoint((home, f"{model.base_model_prefix}.{home}")):
+            raise ValueError(f"{files} have {name}, and the configuration builds this layer without it")
+    if spare:
+        say(f"{files} have {count(len(spare), 'weight')} that the model has no layer for, {spare[0]} for one: not used")
+    for name, other in sorted(model.get_expanded_tied_weights_keys(all_submodels=True).items()):
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(other):
+            raise ValueError(f"{name} and {other} differ in {files}, though the configuration ties them")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sources of a base model: a hub, a folder, a GGUF file, an installed package, or random weights.
 
-Only safetensors, GGUF and JSON are read, no pickle and no remote code. A GGUF file is unpacked once and kept as
-safetensors, because unpacking takes tens of seconds and loading takes one.
+Only safetensors, GGUF and JSON are read here, no pickle and no remote code. A GGUF file is unpacked once and kept as
+safetensors, because unpacking takes tens of seconds and loading takes one. `conversion` has what becomes of pickles.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from fedloom.errors import ModelError
 from fedloom.host.files import hash_file, replace_folder
 from fedloom.host.machine import cache_folder
-from fedloom.hub import find_commit, hub_address
+from fedloom.hub import COMMIT, Snapshot, find_cached, find_model, hub_address, mend_for
+from fedloom.model.conversion import INDEX, PICKLE, Weights, find_weights, weights_of_folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of weights that are pickles: programs, not data."""
@@ -87,6 +88,10 @@ class ModelSource:
     """Folder or hub id that the weights are read from; empty if they are random."""
     file: Path | None = None
     """GGUF file that the folder was unpacked from."""
+    weights: Weights | None = None
+    """Weights that lie elsewhere than the configuration: a conversion of pickles, or what the recipe names."""
+    generation: GenerationConfig | None = None
+    """Settings for writing text, of a model whose weights lie elsewhere; None if it has none."""
 
     @property
     def max_length(self) -> int | None:
@@ -104,22 +109,33 @@ class ModelSource:
         return int(self.config.get_text_config().vocab_size)
 
 
-def open_model(source: str, revision: str | None = None, say: Callable[[str], object] = str) -> ModelSource:
+def open_model(
+    source: str,
+    revision: str | None = None,
+    say: Callable[[str], object] = str,
+    *,
+    weights_revision: str | None = None,
+    convert: bool = False,
+) -> ModelSource:
     """Find a base model and read its configuration and tokenizer, not its weights; `say` is told about slow work.
+
+    `weights_revision` is where the weights of a hub model are, if not at its `revision`. With `convert`, weights that
+    there are only as pickles are converted.
 
     Raises:
         ModelError: there is no such model, it can't be had, or it is refused: a pickle, damaged, or no tokenizer.
     """
     transformers.utils.logging.disable_progress_bar()
-    found = _open_local(source, say)
+    found = _open_local(source, convert, say)
     if found is None:
-        return _open_hub(source, revision)
-    if revision is not None:
-        raise ModelError("only a hub model has revisions", where="model.revision", mend="leave it out")
+        return _open_hub(source, revision, weights_revision, convert, say)
+    for key, value in {"model.revision": revision, "model.weights_revision": weights_revision}.items():
+        if value is not None:
+            raise ModelError("only a hub model has revisions", where=key, mend="leave it out")
     return found
 
 
-def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None:
+def _open_local(source: str, convert: bool, say: Callable[[str], object]) -> ModelSource | None:
     """Return the model if the source is anything but a hub id, else None."""
     scheme, _, rest = source.partition(":")
     if scheme == "random":
@@ -135,7 +151,11 @@ def _open_local(source: str, say: Callable[[str], object]) -> ModelSource | None
         folder, digest = unpack_gguf(path, say)
         return replace(_read_folder(source, f"sha256 {digest[:16]}", folder), file=path)
     if is_folder:
-        return _read_folder(source, "local folder", path)
+        found = _read_folder(source, "local folder", path)
+        if _has_weights(path):
+            return found
+        weights = weights_of_folder(source, path, convert, say)
+        return replace(found, weights=weights, generation=_read_generation(str(path)))
     if scheme == "package" or path.suffix == ".gguf" or path.is_absolute() or source.startswith((".", "~")):
         raise ModelError(f"no such model file or folder: {path}", where="model.source", mend="check the path")
     return None
@@ -228,14 +248,17 @@ def _read_folder(name: str, revision: str, folder: Path) -> ModelSource:
     return ModelSource(name, revision, config, tokenizer, location=str(folder))
 
 
-def _open_hub(name: str, revision: str | None) -> ModelSource:
-    found, refused = None, "HF_HUB_OFFLINE is set"
+def _open_hub(
+    name: str, revision: str | None, weights_revision: str | None, convert: bool, say: Callable[[str], object]
+) -> ModelSource:
+    found: Snapshot | None = None
+    refused: Exception | None = None
     try:
-        found = find_commit("model", name, revision)
+        found = find_model(name, revision)
     # Asking a hub fails with a dozen kinds of error; with each of them the local cache may still have the model.
     except Exception as error:
-        refused = type(error).__name__
-    commit = found or revision or "main"
+        refused = error
+    commit = found.commit if found else revision or "main"
     options = {"trust_remote_code": False, "local_files_only": found is None}
     try:
         with loading(name):
@@ -248,11 +271,37 @@ def _open_hub(name: str, revision: str | None) -> ModelSource:
             raise
         raise ModelError(
             f"the model can't be found: {name} is no folder here, is not complete in the local cache, and asking"
-            f" {hub_address()} failed ({refused})",
+            f" {hub_address()} failed ({type(refused).__name__ if refused else 'HF_HUB_OFFLINE is set'})",
             where="model.source",
-            mend="check the name and the network, or set model.source to a folder or .gguf file with the model",
+            mend=mend_for(refused)
+            or "check the name and the network, or set model.source to a folder or .gguf file with the model",
         ) from error
-    return ModelSource(name, commit, config, tokenizer, location=name)
+    source = ModelSource(name, commit, config, tokenizer, location=name)
+    weights = (
+        _weights_at(name, weights_revision, online=found is not None)
+        if weights_revision
+        else find_weights(name, found or find_cached(name, commit), online=found is not None, convert=convert, say=say)
+    )
+    if weights is None:
+        return source
+    return replace(source, weights=weights, generation=_read_generation(name, commit, local=found is None))
+
+
+def _weights_at(name: str, revision: str, *, online: bool) -> Weights:
+    """Return the weights at a revision that the recipe names, by its commit."""
+    if online and not COMMIT.fullmatch(revision):
+        with loading(name):
+            found = find_model(name, revision)
+        revision = found.commit if found else revision
+    return Weights(name, revision, {"commit": revision})
+
+
+def _read_generation(location: str, revision: str = "main", *, local: bool = False) -> GenerationConfig | None:
+    """Read the settings for writing text, which transformers looks for beside the weights; None if there are none."""
+    try:
+        return GenerationConfig.from_pretrained(location, revision=revision, local_files_only=local)
+    except OSError:
+        return None
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -262,7 +311,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse weights that are pickles, incomplete or cut off, by the names of their files."""
+    """Refuse weights that are incomplete, cut off, or pickles that can't be converted, by the names of their files."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
@@ -271,6 +320,8 @@ def _check_weights(folder: Path) -> None:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index.name} is damaged") from None
+    elif not _has_weights(folder):
+        return
     elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ValueError(f"{pickles[0]} is a pickle, which could run code and is never opened; save it as safetensors")
     else:
@@ -285,8 +336,14 @@ def _check_weights(folder: Path) -> None:
             raise ValueError(f"{file.name} is damaged or cut off") from None
 
 
+def _has_weights(folder: Path) -> bool:
+    """Return whether a folder need not be asked for pickles that can be converted, by the names of its files."""
+    safe = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return safe or not any((folder / name).is_file() for name in (PICKLE, INDEX))
+
+
 @contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str, mend: str = "") -> Iterator[None]:
     """Turn any error of a library that loads a model into one ModelError, and keep its warnings off the screen."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
@@ -298,7 +355,9 @@ def loading(name: str) -> Iterator[None]:
         raise ModelError(
             f"the model can't be loaded: {reason[:200]}",
             where=f'model.source = "{name}"',
-            mend="it must be a causal language model of transformers' own (a model's own code is never run), with sdpa"
+            mend=mend
+            or mend_for(error)
+            or "it must be a causal language model of transformers' own (a model's own code is never run), with sdpa"
             " attention, whole safetensors weights and a tokenizer",
         ) from error
     finally:

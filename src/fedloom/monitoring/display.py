@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
-from fedloom.records.plan import Plan, explain_rows
+from fedloom.records.plan import Plan, explain_rows, explain_weights
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def render_plan(plan: Plan) -> Table:
     payload = "a model" if plan.trainable_parameters == plan.parameters else "an adapter"
     rows = {
         "model": f"{plan.model} ({plan.model_revision})",
+        **({"weights": explain_weights(plan.model_weights)} if plan.model_weights else {}),
         "trainable": plan.trainable_share,
         "data": f"{plan.data} ({plan.data_revision})",
         "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out; {blocks} blocks",

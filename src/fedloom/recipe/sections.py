@@ -49,6 +49,16 @@ class Model(Section):
         min_length=1, description="hub id, folder, `.gguf` file, `package:NAME/FILE`, or `random:SHAPE`"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model; its main branch if left out")
+    weights_revision: str | None = Field(
+        None,
+        description="branch, tag, commit or `refs/pr/N` of a hub model that the weights are read from; if left out, its"
+        " `revision`, or the hub's own conversion of pickles there",
+    )
+    convert: bool = Field(
+        False,
+        description="weights that there are only as pickles are read once, in a process without network, and kept as"
+        " safetensors; refused otherwise",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto",
         description="type of the base model's weights; `auto` is bfloat16 where the device has it in hardware and the"

@@ -9,7 +9,7 @@ from fedloom.hub import COMMIT
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
-from fedloom.records.plan import Plan
+from fedloom.records.plan import Plan, explain_weights
 from fedloom.text import to_markdown_code, to_markdown_text
 
 METRICS = {
@@ -47,6 +47,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
     )
     shown_model, shown_data = to_markdown_text(model), to_markdown_text(data)
     revisions = [to_markdown_text(revision) for revision in (plan.model_revision, plan.data_revision)]
+    weights = f"- Base weights: {explain_weights(plan.model_weights)}\n" if plan.model_weights else ""
     round = f"round {record['round']}" if record else "before any training"
     text = [
         f"# {recipe.name}",
@@ -55,7 +56,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
         " It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
-        f"- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"{weights}- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         "\n".join(

@@ -91,6 +91,9 @@ class Plan:
     """Name of the caller's own strategy, which takes the place of the recipe's."""
     ample_memory: bool = False
     """True where so much memory is free that what a step needs was not predicted."""
+    model_weights: Mapping[str, str] = field(default_factory=dict)
+    """Origin of weights that do not lie beside the model's configuration: the `commit` on the hub, or the SHA-256 of
+    each pickle and of the safetensors that were made of them."""
     rows: int | None = None
     """Rows that the source has; None where not all were looked at, as in a stream."""
     files_left_out: Mapping[str, int] = field(default_factory=dict)
@@ -177,8 +180,16 @@ class Plan:
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
         told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
-        later = ("strategy", "ample_memory", "rows", "files_left_out", "ways", "unused")
+        later = ("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused")
         return {key: value for key, value in told.items() if value or key not in later}
+
+
+def explain_weights(weights: Mapping[str, str]) -> str:
+    """Say where a model's weights come from that do not lie beside its configuration; an empty text for none."""
+    if "commit" in weights:
+        return f"those at commit {weights['commit']}"
+    made = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in weights.items())
+    return f"converted here: {made}" if made else ""
 
 
 def explain_rows(rows: int, documents: int, skipped: Mapping[str, int]) -> str:

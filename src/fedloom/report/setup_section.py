@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedloom.recipe.sections import UNWEIGHTED
-from fedloom.records.plan import explain_rows
+from fedloom.records.plan import explain_rows, explain_weights
 from fedloom.records.run import Record, Run
 from fedloom.report import figures
 from fedloom.report.document import Block, Table, Text, without_columns
@@ -26,6 +26,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
     rate += f" over the {training['schedule_scope']}" if training["schedule"] != "constant" else ""
     rows = {
         "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
+        **({"Weights": explain_weights(plan["model_weights"])} if plan.get("model_weights") else {}),
         "Adapter": f"{adapter['method']}, r = {adapter['rank']}, α = {adapter['alpha']:g},"
         f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
         "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),

@@ -15,9 +15,9 @@ from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.errors import DataError
-from fedloom.experiment.building import tokenize_for
+from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import gather
-from fedloom.model.source import ModelSource, open_model
+from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
@@ -49,7 +49,8 @@ def gather_client(recipe: Recipe, path: Path) -> ClientData:
     documents = _split(recipe, path)
     drop = recipe.data.duplicates == "drop"
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)
-    source = open_model(recipe.model.source, recipe.model.revision)
+    # A pickle is opened at its owner's word, and never at a server's.
+    source = open_source(recipe, convert=False)
 
     train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
     unseen = without_blocks(train, distinct_blocks(holdout))
