@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedloom.errors import RecipeError, RunError
@@ -31,7 +32,7 @@ from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.trackers import Tracker
 from fedloom.recipe.loading import make_absolute
-from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Strategy
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, read_run
@@ -80,13 +81,15 @@ def run(
             return read_run(folder)
 
         # ---- Prepare: all that can be wrong before weights are loaded. Nothing is written yet.
-        prepared = name_strategy(clients.prepare(recipe, watchers), recipe, aggregate)
+        asked = pin(recipe, read_run(folder).plan) if has_plan(folder) else recipe
+        prepared = name_strategy(clients.prepare(asked, watchers), recipe, aggregate)
         watchers.show_plan(prepared.plan)
         failpoint("run.prepared")
 
         # ---- Load: the base model, once, and what runs over it share.
         watchers.show_step("weights", prepared.source.name)
-        adapted = load_adapted_model(recipe, prepared.source, prepared.plan)
+        say = partial(watchers.show_step, "weights")
+        adapted = load_adapted_model(recipe, prepared.source, prepared.plan, say=say)
         session = Session(adapted, prepared.plan.engine, recipe.data.max_length, watchers.telemetry, watchers)
         identity = identify(prepared, adapted)
         failpoint("run.loaded")
@@ -161,13 +164,18 @@ def own_strategy(aggregate: Aggregate | None) -> str | None:
     return None if aggregate is None else aggregate.name or "the caller's own"
 
 
+def has_plan(folder: Path) -> bool:
+    """Return whether a run directory is one of a run that began: it may have been killed before."""
+    return (folder / "plan.json").is_file()
+
+
 def check_same_strategy(folder: Path, strategy: str | None) -> None:
     """Refuse to go on with another strategy than the run began with, where one of them is the caller's own.
 
     Raises:
         RunError: naming the strategy that it began with.
     """
-    if not (folder / "plan.json").is_file():  # killed before it began
+    if not has_plan(folder):
         return
     if (began := read_run(folder).plan.get("strategy")) != strategy:
         raise RunError(
@@ -207,12 +215,15 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     Raises:
         RunError: naming the keys that differ.
     """
-    if not (folder / "plan.json").is_file():  # killed before it began
+    if not has_plan(folder):
         return
     run = read_run(folder)
     make_absolute(run.recipe, Path.cwd())  # early versions kept paths as they were written
     began, asked = flatten(run.recipe), flatten(recipe.model_dump(mode="json"))
-    differing = sorted(key for key in began | asked if began.get(key) != asked.get(key))
+    # What an earlier version did not know of, it did not do.
+    differing = sorted(
+        key for key in began | asked if began.get(key) != asked.get(key) and (key in began or asked[key])
+    )
     if differing:
         raise RunError(
             f"the run began with another recipe: {', '.join(differing[:5])}",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedloom.errors import RunError
-from fedloom.hub import COMMIT
 from fedloom.recipe.loading import load_recipe
-from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.recipe import Recipe, pin
 from fedloom.records.run import read_run
 
 
@@ -18,9 +17,7 @@ def recipe_of(folder: Path) -> Recipe:
         RunError: there is no such run.
     """
     run = read_run(folder)
-    commits = {"model.revision": run.plan.get("model_revision", ""), "data.revision": run.plan.get("data_revision", "")}
-    pinned = [f'{key}="{commit}"' for key, commit in commits.items() if COMMIT.fullmatch(commit)]
-    return load_recipe(run.folder / "recipe.toml", pinned)
+    return pin(load_recipe(run.folder / "recipe.toml"), run.plan)
 
 
 def adapter_folder(folder: Path, which: str) -> Path:

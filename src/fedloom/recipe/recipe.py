@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from fedloom.errors import RecipeError
+from fedloom.hub import COMMIT
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
 
@@ -156,3 +157,17 @@ class Recipe(Section):
     def _can_be_combined(self) -> Recipe:
         check_combinations(self)
         return self
+
+
+def pin(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """Return a recipe that names the commits of the hub which a plan has on record: a main branch may have moved on."""
+    found = {
+        ("model", "revision"): plan.get("model_revision", ""),
+        ("model", "weights_revision"): plan.get("model_weights", {}).get("commit", ""),
+        ("data", "revision"): plan.get("data_revision", ""),
+    }
+    for (name, key), commit in found.items():
+        if COMMIT.fullmatch(commit):
+            section: Section = getattr(recipe, name)
+            recipe = recipe.model_copy(update={name: section.model_copy(update={key: commit})})
+    return recipe

@@ -20,7 +20,7 @@ from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, RecipeError
-from fedloom.experiment.building import tokenize_for
+from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
@@ -29,10 +29,9 @@ from fedloom.experiment.watchers import Watchers
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.loading import choose_device
-from fedloom.model.source import open_model
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
-from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Training
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
@@ -101,7 +100,8 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
-        source = open_model(recipe.model.source, recipe.model.revision, say=partial(watchers.show_step, "model"))
+        source = open_source(recipe, partial(watchers.show_step, "model"))
+        weights = source.weights.record if source.weights else {}
         device = choose_device(recipe.model.device)
         check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
         found, central = gather_central(recipe, source)
@@ -111,7 +111,7 @@ class RemoteClients:
         self._link.open()
         self._exchange = Exchange(
             self._link,
-            pack_recipe(recipe),
+            pack_recipe(pin(recipe, {"model_revision": source.revision, "model_weights": weights})),
             recipe.federation.round_deadline,
             watchers.show_step,
             watchers.show_clients,
@@ -128,6 +128,7 @@ class RemoteClients:
             recipe.federation,
             model=source.name,
             model_revision=source.revision,
+            model_weights=weights,
             dtype=setup.dtype,
             device=str(device),
             engine=setup.engine,
