@@ -106,6 +106,8 @@ CASES = [
     Case("model.source", ("random:tiny-llama", "random:tiny-opt", "random:tiny-gpt2"), PLAN,
          {"adapter.targets": LEFT_OUT}),
     Case("model.revision", (LEFT_OUT, "main"), REFUSAL),
+    Case("model.weights_revision", (LEFT_OUT, "main"), REFUSAL),
+    Case("model.convert", (False, True), NOTE),
     Case("model.dtype", ("float32", "bfloat16", "float64"), PLAN),
     Case("model.device", ("cpu", "cuda:7"), REFUSAL),
     Case("model.quantization", (LEFT_OUT, "4bit", "8bit"), REFUSAL),

@@ -118,6 +118,7 @@ def test_it_runs_on_the_hubs_conversion_and_on_one_made_here_to_the_same_adapter
     here, there = (read_run(tmp_path / name) for name in ("here", "there"))
     assert here.plan["model_revision"] == there.plan["model_revision"] == model.references["main"][0].id
     assert here.plan["data_revision"] == hub.datasets[DATA].references["main"][0].id
+    assert "unused" not in here.plan
     assert set(here.plan["model_weights"]) == {"pytorch_model.bin", "model.safetensors"}
     assert there.plan["model_weights"] == {"commit": commit}
     assert here.rounds[1]["central_loss"] == there.rounds[1]["central_loss"]

@@ -45,6 +45,8 @@ def find_unused(
         *_in_federation(recipe, plan, here=here),
         *_in_strategy(recipe, plan),
     ]
+    if recipe.model.convert and not plan.converts:
+        found.append(("model.convert", "the weights that are read are no pickles"))
     if recipe.adapter.rank == 1 and "rank_pattern" not in recipe.adapter.options:
         found.append(("adapter.rslora", "with a rank of 1, α/√r is α/r"))
     if recipe.adapter.method == "psoft":

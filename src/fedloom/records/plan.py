@@ -126,6 +126,11 @@ class Plan:
         )
 
     @property
+    def converts(self) -> bool:
+        """True where the weights are a conversion of pickles that was made here."""
+        return bool(self.model_weights) and "commit" not in self.model_weights
+
+    @property
     def steps_per_round(self) -> int:
         """Optimizer steps of all clients that take part, on average where only some do."""
         return round(sum(client.steps for client in self.clients) * self._share)
