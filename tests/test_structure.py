@@ -15,7 +15,7 @@ SOURCE = Path(fedloom.__file__).parent
 LAYERS = (
     ("text",),
     ("errors",),
-    ("seeds", "hub", "progress"),
+    ("seeds", "hub", "downloads", "progress"),
     ("host",),
     ("recipe",),
     ("data", "model"),
@@ -45,7 +45,7 @@ BARE = ("model", "adapters", "training", "evaluation")
 """Rooms that also run on a bare GPU machine: nothing beyond torch, transformers, PEFT and what those need."""
 
 LIGHT_ROOMS = (
-    *("text", "errors", "seeds", "hub", "progress", "host", "recipe"),
+    *("text", "errors", "seeds", "hub", "downloads", "progress", "host", "recipe"),
     *("monitoring", "report", "model_commands", "cli"),
 )
 LIGHT = (

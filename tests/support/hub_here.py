@@ -7,8 +7,9 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -95,6 +96,8 @@ class Hub:
         self.datasets: dict[str, Repository] = {}
         self.asked: list[str] = []
         self.address = ""
+        self.drips: dict[str, int] = {}
+        """Ending of a file -> the bytes of it that are sent every tenth of a second, after the first thousand."""
 
     def add_model(self, name: str, files: dict[str, bytes], *, gated: bool = False) -> Repository:
         return self._add(self.models, name, files, gated)
@@ -150,6 +153,7 @@ class RefusedError(Exception):
 
 def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        wbufsize = 0
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: object) -> None: ...
@@ -260,8 +264,14 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            if self.command == "HEAD":
+                return
+            drip = next((size for ending, size in hub.drips.items() if self.path.endswith(ending)), len(content))
+            with suppress(BrokenPipeError, ConnectionResetError):  # given up
+                self.wfile.write(content[:1000])
+                for begin in range(1000, len(content), drip):
+                    time.sleep(0.1 if drip < len(content) else 0)
+                    self.wfile.write(content[begin : begin + drip])
 
     return Handler
 

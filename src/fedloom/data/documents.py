@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.data.rows import PACKED, READERS, Row, Rows, UnreadableError, as_is, check_column, format_of, read_rows
+from fedloom.downloads import StalledError, fetch_rows, wait_for, wait_for_rows
 from fedloom.errors import DataError
 from fedloom.hub import COMMIT, find_commit, hub_address, mend_for, without_hub
 from fedloom.seeds import derive_seed
@@ -334,6 +335,7 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
         DataError: it is neither to be had from the hub nor in the cache, or the cache holds another commit.
     """
     import datasets
+    from huggingface_hub import constants
 
     # Their bars would draw over the display that a run shows.
     datasets.disable_progress_bars()
@@ -351,8 +353,14 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
         if unreachable and refused:
             raise unreachable
         with nullcontext() if commit else without_hub():
-            found = commit or datasets.load_dataset_builder(**what).hash
-            rows = datasets.load_dataset(**what, split=data.split, streaming=at_most is not None)
+            builder = datasets.load_dataset_builder(**what)
+            found = commit or builder.hash
+            if commit and at_most is None and not Path(builder.cache_dir).is_dir():
+                caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
+                fetch_rows({**what, "split": data.split, "cache_dir": str(caches[0])}, caches)
+            whole = at_most is None
+            load = partial(datasets.load_dataset, **what, split=data.split, streaming=not whole)
+            rows = load() if whole else wait_for(load)
     except Exception as error:  # as above; none of them is a bug of ours
         # Its class alone is named: the client's own messages go on for several lines.
         raise DataError(
@@ -380,11 +388,12 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
     def opened() -> Rows:
         number = 0
         try:
-            for number, row in enumerate(rows):
+            for number, row in enumerate(rows if at_most is None else wait_for_rows(rows)):
                 yield f"row {number}", partial(as_is, row)
         except Exception as error:  # as above, in the middle of a stream
             raise DataError(
-                f"reading the data set failed after row {number} ({type(error).__name__})",
+                f"reading the data set failed after row {number}"
+                f" ({error if isinstance(error, StalledError) else type(error).__name__})",
                 where=where,
                 mend="check the network and try again",
             ) from error

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fedloom.downloads import StalledError, fetch_files
 from fedloom.errors import ModelError
 from fedloom.host.files import hash_file, hash_json, replace_file, replace_folder
 from fedloom.host.machine import cache_folder
@@ -177,6 +178,12 @@ def _look_up(name: str, revision: str | None) -> Snapshot:
 
 def _convert_hub(name: str, commit: str, pickles: list[str], say: Callable[[str], object]) -> Weights:
     say(f"downloading {', '.join(pickles[:3])}")
+    try:
+        fetch_files(name, commit, pickles, say)
+    except StalledError as error:
+        raise ModelError(
+            f"the download stopped: {error}", where=name, mend="check the network and the hub, and try again"
+        ) from None
     paths = [_download(name, commit, pickle) for pickle in pickles]
     hashes = {path.name: hash_file(path) for path in paths}
     return _convert(paths, hashes, _folder_of(name, commit), {"model": name, "commit": commit}, say)

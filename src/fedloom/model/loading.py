@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from fedloom.downloads import fetch_weights
 from fedloom.errors import ModelError
 from fedloom.host.machine import computes_bfloat16
 from fedloom.model.attention import choose_attention
@@ -59,8 +60,11 @@ def load_model(
             model = _build(source.config, DTYPES[dtype], attention)
     else:
         with loading(source.name, _mend_conversion(source)), torch.random.fork_rng(devices=[]):
+            place = _place(source)
+            if not Path(place["pretrained_model_name_or_path"]).is_dir():
+                fetch_weights(place["pretrained_model_name_or_path"], place["revision"], say)
             model, found = AutoModelForCausalLM.from_pretrained(
-                **_place(source),
+                **place,
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
                 use_safetensors=True,

@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from fedloom.downloads import StalledError, fetch_description
 from fedloom.errors import ModelError
 from fedloom.host.files import hash_file, replace_folder
 from fedloom.host.machine import cache_folder
@@ -262,6 +263,8 @@ def _open_hub(
     options = {"trust_remote_code": False, "local_files_only": found is None}
     try:
         with loading(name):
+            if found:
+                fetch_description(name, commit, say)
             config = AutoConfig.from_pretrained(name, revision=commit, **options)
             commit = getattr(config, "_commit_hash", None) or commit
             tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, **options)
@@ -350,6 +353,12 @@ def loading(name: str, mend: str = "") -> Iterator[None]:
     try:
         yield
     # The files come from strangers and may fail in the libraries with errors of any kind.
+    except StalledError as error:
+        raise ModelError(
+            f"the download stopped: {error}",
+            where=f'model.source = "{name}"',
+            mend="check the network and the hub, and try again",
+        ) from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
