@@ -10,6 +10,7 @@ import torch
 import transformers
 from support.tiny import ARCHITECTURES, make_adapted, make_recipe
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedloom import run
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -182,10 +183,30 @@ def test_randomness_of_the_models_own_is_refused_for_the_batched_engine(draw: An
     open_engine("reference", adapted, 32, lambda _: None, lambda *_: None)
 
 
-def test_router_noise_is_found() -> None:
+def test_a_layer_whose_weights_are_only_read_can_have_no_adapter() -> None:
+    adapted = make_adapted(targets=["q_proj", "down_proj"])
+    check_model(adapted, 32)
+    for layer in adapted.base.model.layers:
+        down = layer.mlp.down_proj
+        layer.mlp.forward = lambda x, mlp=layer.mlp, down=down: functional.linear(mlp.up_proj(x), down.weight)
+    with pytest.raises(ModelError, match="does not reach the model's layers down_proj"):
+        check_model(adapted, 32)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.detach, lambda x: x[:, :, :3]])
+def test_a_model_that_cant_be_computed_or_trained_has_a_line(change: Any) -> None:
+    adapted = make_adapted()
+    adapted.base.model.norm = Around(adapted.base.model.norm, change)
+    with pytest.raises(ModelError, match=r"does not reach|can't compute 16 tokens: .*mul"):
+        check_model(adapted, 32)
+
+
+def test_router_noise_is_found_and_sends_to_the_reference_engine() -> None:
     adapted = build(
         transformers.MixtralConfig(**SMALL, num_local_experts=4, router_jitter_noise=0.1), targets=["q_proj"]
     )
+    sections = make_recipe()
+    assert choose_engine(sections.adapter, sections.training, sections.model, adapted) == "reference"
     with pytest.raises(ModelError, match="draws random numbers"):
         check_own_randomness(adapted, 32)
 

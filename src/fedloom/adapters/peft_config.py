@@ -50,6 +50,9 @@ def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
     }
     if isinstance(section.targets, tuple):
         values["target_modules"] = sorted(section.targets)
+    # Left to itself, PEFT looks for its default too late for a model whose experts it takes for parameters (Mixtral).
+    elif section.method == "lora" and section.targets is None:
+        values["target_modules"] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type)
     # With a wrong value, PEFT warns about every layer.
     if "fan_in_fan_out" in fields:
         values["fan_in_fan_out"] = _are_conv1d(section, base)

@@ -53,6 +53,17 @@ class StackedLora(nn.Module):
         delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR)  # type: ignore[no-untyped-call]
         return torch.add(result, delta_KNO.view_as(result), alpha=self.scaling).to(result.dtype)
 
+    # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
+    @property
+    def weight(self) -> Tensor:
+        """Return the frozen layer's weight."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the frozen layer's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
 
 class _StackedProduct(torch.autograd.Function):
     """Product B_k A_k x for each client's rows, whose backward pass adds to `.grad` of A and B in place.

@@ -65,13 +65,13 @@ def load_model(
                 fetch_weights(place["pretrained_model_name_or_path"], place["revision"], say)
             model, found = AutoModelForCausalLM.from_pretrained(
                 **place,
-                dtype=DTYPES[dtype],
                 attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 # Otherwise transformers ends with an error that names no weight; here they are refused by name.
                 ignore_mismatched_sizes=True,
+                **computed_in(DTYPES[dtype]),
                 **quantized(quantization, device),
             )
             if getattr(model, "_hf_peft_config_loaded", False):
@@ -164,6 +164,12 @@ def _shape(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))
 
 
+def computed_in(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments with which transformers makes a model that computes in this dtype."""
+    # Its fused product of a router's experts has no float64.
+    return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
+
+
 def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
     """Return the arguments with which transformers packs the weights while it loads them; none if it shall not.
 
@@ -247,4 +253,4 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **computed_in(dtype))

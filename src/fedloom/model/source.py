@@ -97,7 +97,9 @@ class ModelSource:
     @property
     def max_length(self) -> int | None:
         """Return the longest sequence that the model has positions for, or None if its configuration does not say."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        # XLNet says -1 for a length without a limit.
+        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return found if found is None or found > 0 else None
 
     @property
     def num_layers(self) -> int:

@@ -9,16 +9,19 @@ Letters: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
 
 TOKENS = 16
@@ -28,12 +31,20 @@ NOISE = {torch.float64: 1e-6, torch.float32: 1e-3}
 COARSE_NOISE = 0.05
 """The same in 16 bits."""
 WHERE = "model.source"
+OUT_OF_PLACE = {
+    "layerdrop": "leaves out whole layers at random in training",
+    "rescale_every": "divides its own weights between training and evaluation, and not the adapter's",
+}
+"""Settings that a model must not have, with what it does then."""
+NOISY = ("router_jitter_noise", "input_jitter_noise")
+"""Settings by which a model draws random numbers in training, as far as its configuration says so."""
 
 
 def check_model(adapted: AdaptedModel, max_length: int) -> None:
     """Refuse a model whose weights are not finite, or that is no causal language model with padding on the right.
 
-    Takes four forward passes of at most 16 tokens. Nothing of the model changes.
+    An adapter that the model passes by is refused too. Takes five forward passes of at most 16 tokens. Nothing of the
+    model changes.
 
     Raises:
         ModelError: names what does not hold and what it means.
@@ -46,15 +57,15 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
                 where=WHERE,
                 mend="get its files again, or use another base model",
             )
-    if getattr(adapted.base.config.get_text_config(), "layerdrop", 0):
-        raise ModelError(
-            "the model leaves out whole layers at random in training (layerdrop)",
-            where=WHERE,
-            mend='set "layerdrop" to 0 in its config.json',
-        )
+    for setting, what in OUT_OF_PLACE.items():
+        if getattr(adapted.base.config.get_text_config(), setting, 0):
+            raise ModelError(
+                f"the model {what} ({setting})", where=WHERE, mend=f'set "{setting}" to 0 in its config.json'
+            )
     length = min(TOKENS, max_length)
     if length < 2:
         return
+    _check_reached(adapted, length)
     adapted.model.eval()
     drawn_2T = _draw_tokens(adapted, length)
     half = length // 2
@@ -115,18 +126,9 @@ def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:
     Raises:
         ModelError: names the operation that draws.
     """
-    tokens_BT = torch.zeros(1, min(TOKENS, max_length), dtype=torch.int64, device=adapted.device)
-    draws = _Draws()  # type: ignore[no-untyped-call]
-    devices = [adapted.device] if adapted.device.type == "cuda" else []
-    adapted.model.train()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), draws, _WithoutDropout():
-            adapted.logits(tokens_BT)
-    finally:
-        adapted.model.eval()
-    if draws.found:
+    if found := find_own_randomness(adapted, max_length):
         raise ModelError(
-            f"the model draws random numbers of its own in training ({draws.found}), which are not each client's",
+            f"the model draws random numbers of its own in training ({found}), which are not each client's",
             where="training.engine",
             mend='use "reference", or switch its noise off in its config.json (of a router, say)',
         )
@@ -135,6 +137,81 @@ def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:
 def _draw_tokens(adapted: AdaptedModel, length: int) -> Tensor:
     shape, generator = (2, length), torch.Generator().manual_seed(0)
     return torch.randint(adapted.loss_head.vocabulary_size, shape, generator=generator).to(adapted.device)
+
+
+def draws_by_its_settings(adapted: AdaptedModel) -> str:
+    """Return the setting by which a model draws random numbers in training; empty if it has none."""
+    text = adapted.base.config.get_text_config()
+    return next((setting for setting in NOISY if getattr(text, setting, 0)), "")
+
+
+def find_own_randomness(adapted: AdaptedModel, max_length: int) -> str:
+    """Return the operation by which a model draws random numbers in training beside dropout; empty if it draws none."""
+    draws = _Draws()  # type: ignore[no-untyped-call]
+    with draws, _WithoutDropout():
+        _pass_in_training(adapted, min(TOKENS, max_length))
+    return draws.found
+
+
+def _check_reached(adapted: AdaptedModel, length: int) -> None:
+    """Refuse a model that can't compute so many tokens, and adapters that training does not reach.
+
+    Raises:
+        ModelError: names the error of the model's own code, or the layers.
+    """
+    try:
+        reached = _find_reached(adapted, length)
+    # The model's own code may stop at anything: a length that it can't compute, a dtype that it does not have.
+    except Exception as error:
+        raise ModelError(
+            f"the model can't compute {length} tokens: {reason_of(error)}",
+            where=WHERE,
+            mend='try model.dtype = "float32", or another model',
+        ) from error
+    # An expert that no token is sent to has others of its name, so layers are told apart by their last name.
+    if passed_by := sorted({name for name, _ in _adapted_layers(adapted)} - reached):
+        raise ModelError(
+            f"training does not reach the model's layers {passed_by[0]}: an adapter on them would learn nothing",
+            where="adapter.targets",
+            mend="leave them out",
+        )
+
+
+def _adapted_layers(adapted: AdaptedModel) -> Iterator[tuple[str, nn.Module]]:
+    for path, layer in adapted.base.named_modules():
+        if isinstance(layer, LoraLayer):
+            yield path.rpartition(".")[2], layer
+
+
+def _find_reached(adapted: AdaptedModel, length: int) -> set[str]:
+    """Return the names of adapted layers that a pass in training calls, none if it leaves no way back for gradients.
+
+    Some models only read a layer's weights, which are the frozen ones.
+    """
+    reached: set[str] = set()
+
+    def watch(name: str, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_hook(lambda *_: reached.add(name))
+
+    hooks = [watch(name, layer) for name, layer in _adapted_layers(adapted)]
+    try:
+        logits = _pass_in_training(adapted, length)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reached if logits.requires_grad else set()
+
+
+def _pass_in_training(adapted: AdaptedModel, length: int) -> Tensor:
+    """Return logits as in training; leave the model, and everybody's random numbers, as they were."""
+    tokens_BT = torch.zeros(1, length, dtype=torch.int64, device=adapted.device)
+    devices = [adapted.device] if adapted.device.type == "cuda" else []
+    adapted.model.train()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            return adapted.logits(tokens_BT)
+    finally:
+        adapted.model.eval()
 
 
 def _noise(adapted: AdaptedModel) -> float:

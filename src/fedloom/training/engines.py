@@ -9,7 +9,12 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import find_unstackable
 from fedloom.errors import RecipeError
 from fedloom.progress import Say, Watch
-from fedloom.training.assumptions import check_model, check_own_randomness, check_repeatable
+from fedloom.training.assumptions import (
+    check_model,
+    check_own_randomness,
+    check_repeatable,
+    draws_by_its_settings,
+)
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
@@ -65,7 +70,7 @@ def choose_engine(
     """Return `batched` for plain LoRA, unless the recipe asks for `reference`, and `reference` for everything else.
 
     What PEFT built decides where there is a model to look at, with values or without: some of its layers are no plain
-    linear ones, a router or fused experts, whatever the recipe calls them.
+    linear ones, a router or fused experts, whatever the recipe calls them. So does a router's noise.
 
     Raises:
         RecipeError: `batched` is asked for with what it does not have.
@@ -78,6 +83,8 @@ def choose_engine(
     ]
     if adapted is not None and not lacks and (layer := find_unstackable(adapted)):
         lacks = [f"adapter on {layer}"]
+    if adapted is not None and not lacks and (noise := draws_by_its_settings(adapted)):
+        lacks = [f"random numbers of the model's own ({noise})"]
     if training.engine == "batched" and lacks:
         raise RecipeError(
             f"the engine batched has no {lacks[0]}",
