@@ -1,17 +1,18 @@
-# make run       fine-tune a real model on real files, federated: the recipe quickstart
-# make check     format, lint, types, pages and their links
-# make test      the tests: one of everything that matters
-# make test-all  those, and what repeats or waits: with make check, all that CI runs
-# make pages     write what the pages say of the code (a test says when they are out of date)
-# make docs      the pages as a site, into build/site; a link that leads nowhere fails it
-# make soak      faults and deployments at length: a thousand kills at random instants, processes killed and resumed
-# make bench     the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up, what Flower costs: an hour
+# make run           fine-tune a real model on real files, federated: the recipe quickstart
+# make check         format, lint, types, pages and their links
+# make test          the tests: one of everything that matters
+# make test-all      those, and what repeats or waits: with make check, all that CI runs
+# make check-models  every family of models tried against training by hand, and docs/models.md written: four minutes
+# make pages         write what the pages say of the code (a test says when they are out of date)
+# make docs          the pages as a site, into build/site; a link that leads nowhere fails it
+# make soak          faults and deployments at length: a thousand kills at random instants, processes killed and resumed
+# make bench         the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up, what Flower costs: an hour
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run check test test-all pages docs soak bench install clean
+.PHONY: run check test test-all check-models pages docs soak bench install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
@@ -26,6 +27,10 @@ test: install
 
 test-all: test
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m long
+
+# FAMILIES="llama mistral" tries those, and writes nothing.
+check-models: install
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python scripts/check_models.py $(FAMILIES)
 
 pages: install
 	$(BIN)/python scripts/write_pages.py

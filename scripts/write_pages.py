@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,14 +124,23 @@ def renew(page: str) -> str:
     Raises:
         LookupError: the page has no place for one of them.
     """
+    return fill(page, {name: describe() for name, describe in PARTS[page].items()})
+
+
+def fill(page: str, parts: Mapping[str, str]) -> str:
+    """Return a page's text with these parts of it, by name, in the place of what stands there.
+
+    Raises:
+        LookupError: the page has no place for one of them.
+    """
     text = (ROOT / page).read_text(encoding="utf-8")
-    for name, describe in PARTS[page].items():
+    for name, told in parts.items():
         begin, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->\n"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not found or not closed:
             raise LookupError(f"{page} has no place for {name}: {begin.strip()} … {end.strip()}")
-        text = f"{before}{begin}\n{describe().strip()}\n\n{end}{after}"
+        text = f"{before}{begin}\n{told.strip()}\n\n{end}{after}"
     return text
 
 

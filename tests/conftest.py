@@ -10,10 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import gc
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.plain_plots import plain_plots
 from support.tiny import ARCHITECTURES
 
 
@@ -29,11 +31,9 @@ def shape(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plain_plots(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Empty plots, but for modules marked `draws`: to draw a report takes longer than a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not request.node.get_closest_marker("draws"):
-            patch.setattr("fedloom.report.run_report.draw", lambda plot: "<svg></svg>")
+def without_plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Empty plots, but for modules marked `draws`."""
+    with nullcontext() if request.node.get_closest_marker("draws") else plain_plots():
         yield
 
 

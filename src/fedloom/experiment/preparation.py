@@ -25,7 +25,7 @@ from fedloom.experiment.unused import find_unused
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
-from fedloom.model.attention import choose_attention
+from fedloom.model.attention import is_slow
 from fedloom.model.loading import check_quantization, choose_device
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
@@ -116,8 +116,6 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     device = open_device(recipe)
     check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, observer)
-    if choose_attention(material.source.config) == "eager":
-        observer.show_step("attention", "eager, which is slower: transformers has no fused one for this model")
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
@@ -240,6 +238,7 @@ def make_plan(
         dtype=setup.dtype,
         device=str(setup.device),
         engine=setup.engine,
+        slow_attention=is_slow(material.source.config),
         parameters=setup.shape.num_parameters,
         trainable_parameters=setup.shape.layout.size,
         payload_bytes=setup.payload_bytes,

@@ -49,6 +49,11 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
     return model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
 
+def is_slow(config: PretrainedConfig) -> bool:
+    """Return whether a model's attention is `eager`; one that has no attention has no heads either."""
+    return choose_attention(config) == "eager" and hasattr(config.get_text_config(), "num_attention_heads")
+
+
 def causal_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -102,6 +102,8 @@ class Plan:
     """Settings of speed and memory that leave no other trace in the plan, in a few words each."""
     unused: tuple[str, ...] = ()
     """Settings that somebody wrote and that change nothing in this run, each with why."""
+    slow_attention: bool = False
+    """True where transformers has no fused attention for the model."""
 
     @classmethod
     def of(
@@ -168,6 +170,8 @@ class Plan:
     def warnings(self) -> list[str]:
         """Settings that the recipe allows and its author may not have meant."""
         found = []
+        if self.slow_attention:
+            found.append("attention is eager, which is slower: transformers has no fused one for this model")
         if self.left_out:
             found.append(
                 f"{count(len(self.left_out), 'client')} with nothing to train on left out"
@@ -185,7 +189,10 @@ class Plan:
         derived = ("steps_per_round", "train_tokens_per_round", "evaluate_tokens", "bytes_per_round")
         told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
-        later = ("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused")
+        later = (
+            *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
+            "slow_attention",
+        )
         return {key: value for key, value in told.items() if value or key not in later}
 
 

@@ -28,6 +28,7 @@ from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
+from fedloom.model.attention import is_slow
 from fedloom.model.loading import choose_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
@@ -132,6 +133,7 @@ class RemoteClients:
             dtype=setup.dtype,
             device=str(device),
             engine=setup.engine,
+            slow_attention=is_slow(source.config),
             parameters=setup.shape.num_parameters,
             trainable_parameters=setup.shape.layout.size,
             payload_bytes=setup.payload_bytes,
