@@ -358,9 +358,8 @@ def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
             if commit and at_most is None and not Path(builder.cache_dir).is_dir():
                 caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
                 fetch_rows({**what, "split": data.split, "cache_dir": str(caches[0])}, caches)
-            whole = at_most is None
-            load = partial(datasets.load_dataset, **what, split=data.split, streaming=not whole)
-            rows = load() if whole else wait_for(load)
+            load = partial(datasets.load_dataset, **what, split=data.split, streaming=at_most is not None)
+            rows = load() if at_most is None else wait_for(load)
     except Exception as error:  # as above; none of them is a bug of ours
         # Its class alone is named: the client's own messages go on for several lines.
         raise DataError(
