@@ -6,13 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.made_runs import make_run
 from support.marks import first
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from fedloom import __version__, read_run
+from fedloom.cli import app
+from fedloom.host.files import path
 from fedloom.recipe.loading import shipped_recipes
 
 TINY = ("run", "tiny", "federation.rounds=1", "data.documents_per_client=8", "data.central_holdout=4")
@@ -271,3 +277,38 @@ def test_the_line_of_a_bad_key_is_named(tmp_path: Path) -> None:
     line = 1 + recipe.read_text().splitlines().index("bach_size = 4")
     assert done.returncode == 2
     assert done.stderr == (f"error: {recipe}:{line}: unknown key `training.bach_size`; did you mean `batch_size`?\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (["run", "tiny", "federation.rounds=1", "--out=~/x"], "x/report.html"),
+        (["compare", "~/x", "~/x", "--out", "~/both"], "both/comparison.html"),
+        (["provision", "init", "--host", "localhost", "--folder", "~/server"], "server"),
+        (["provision", "request", "north", "--folder=~/client"], "client/north.request"),
+        (["provision", "compose", "--to=~/compose"], "compose/Dockerfile"),
+    ],
+)
+def test_a_home_folder_is_one_wherever_a_path_is_asked_for(
+    words: list[str], made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind an equals sign or in quotation marks no shell expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "compare":
+        make_run(tmp_path / "x", [2.0, 1.9])
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (tmp_path / made).exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_every_path_of_the_command_line_knows_home() -> None:
+    def parameters(command: Any) -> Iterator[Any]:
+        yield from command.params
+        for one in getattr(command, "commands", {}).values():
+            yield from parameters(one)
+
+    names = {"out", "folder", "to", "run", "runs", "data", "kit", "policy", "journal", "server", "request", "path"}
+    paths = [found for found in parameters(get_command(app)) if found.name in names]
+    assert len(paths) > 20
+    assert [found.name for found in paths if getattr(found.type, "func", None) is not path] == []

@@ -16,6 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.errors import FedloomError
+from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.machine import Finding
 from fedloom.host.signals import Terminated
@@ -52,7 +53,9 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME-TIME if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="The run directory; runs/NAME-TIME if left out.")
+    ] = None,
     log: Annotated[
         str | None, typer.Option(help="Tell each round's numbers to tensorboard, mlflow, wandb or trackio.")
     ] = None,
@@ -77,7 +80,7 @@ def run(
 
 provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
 app.add_typer(provision, name="provision")
-ServerFolder = Annotated[Path, typer.Option("--folder", help="The server's folder.")]
+ServerFolder = Annotated[Path, typer.Option("--folder", parser=path, help="The server's folder.")]
 
 
 @provision.command("init")
@@ -104,7 +107,7 @@ def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
 @provision.command("request")
 def provision_request(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What this client is to be called.")],
-    folder: Annotated[Path, typer.Option(help="Where its key is kept.")] = Path(),
+    folder: Annotated[Path, typer.Option(parser=path, help="Where its key is kept.")] = Path(),
 ) -> None:
     """Client: make a key, which stays here, and the file that goes to the server's owner."""
     from fedloom.deployment.keys import request
@@ -114,8 +117,8 @@ def provision_request(
 
 @provision.command("approve")
 def provision_approve(
-    request: Annotated[Path, typer.Argument(metavar="FILE", help="What a client sent.")],
-    to: Annotated[Path, typer.Option(help="Where the kit goes.")] = Path(),
+    request: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="What a client sent.")],
+    to: Annotated[Path, typer.Option(parser=path, help="Where the kit goes.")] = Path(),
     folder: ServerFolder = Path("fedloom-server"),
 ) -> None:
     """Server: take a client's key, and write the kit to send back."""
@@ -138,7 +141,7 @@ def provision_revoke(
 
 
 @provision.command("compose")
-def provision_compose(to: Annotated[Path, typer.Option(help="The folder that gets them.")]) -> None:
+def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
     """Either side: write a Dockerfile and Compose files that run the server or a client."""
     from fedloom.deployment.docker import write_compose
 
@@ -149,13 +152,15 @@ def provision_compose(to: Annotated[Path, typer.Option(help="The folder that get
 def serve(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; runs/NAME-TIME if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="The run directory; runs/NAME-TIME if left out.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
     wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
-    server: Annotated[Path, typer.Option(help="What provision init made.")] = Path("fedloom-server"),
+    server: Annotated[Path, typer.Option(parser=path, help="What provision init made.")] = Path("fedloom-server"),
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
     ] = False,
@@ -175,11 +180,14 @@ def serve(
 
 @app.command()
 def join(
-    kit: Annotated[Path, typer.Argument(metavar="KIT", help="The file that the server's owner sent.")],
-    data: Annotated[Path, typer.Option(help="This client's documents: a file or a folder.")],
-    policy: Annotated[Path | None, typer.Option(help="What the server may ask for; anything if left out.")] = None,
+    kit: Annotated[Path, typer.Argument(parser=path, metavar="KIT", help="The file that the server's owner sent.")],
+    data: Annotated[Path, typer.Option(parser=path, help="This client's documents: a file or a folder.")],
+    policy: Annotated[
+        Path | None, typer.Option(parser=path, help="What the server may ask for; anything if left out.")
+    ] = None,
     journal: Annotated[
-        Path | None, typer.Option(help="Where each round is written down; beside the kit if left out.")
+        Path | None,
+        typer.Option(parser=path, help="Where each round is written down; beside the kit if left out."),
     ] = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
@@ -219,7 +227,7 @@ def stop(
 @app.command()
 def split(
     recipe: RecipeName,
-    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    to: Annotated[Path, typer.Option(parser=path, help="The folder to write.")],
     overrides: Overrides = None,
 ) -> None:
     """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
@@ -252,7 +260,7 @@ def sweep(
     axes: Annotated[
         list[str], typer.Argument(metavar="SECTION.KEY=VALUE,VALUE...", help="Settings, each with what it is to be.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The folder; runs/NAME-sweep-TIME if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=path, help="The folder; runs/NAME-sweep-TIME if left out.")] = None,
     draw: Annotated[
         int | None, typer.Option("--random", min=1, help="Only so many of the combinations, drawn at random.")
     ] = None,
@@ -276,8 +284,10 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN [RUN]...", help="Two run directories or more.")],
-    out: Annotated[Path, typer.Option(help="Where comparison.html goes.")] = Path("comparison"),
+    runs: Annotated[
+        list[Path], typer.Argument(parser=path, metavar="RUN RUN [RUN]...", help="Two run directories or more.")
+    ],
+    out: Annotated[Path, typer.Option(parser=path, help="Where comparison.html goes.")] = Path("comparison"),
 ) -> None:
     """Set runs side by side: what differs, in what was asked for and in what came of it."""
     from fedloom.report.comparison import write_comparison
@@ -339,8 +349,9 @@ def told_when_terminated() -> Iterator[None]:
 
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
     """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
-    if resume and (Path(recipe) / "recipe.toml").is_file():
-        return out or Path(recipe), str(Path(recipe) / "recipe.toml")
+    folder = path(recipe)
+    if resume and (folder / "recipe.toml").is_file():
+        return out or folder, str(folder / "recipe.toml")
     if resume and out is None:
         raise typer.BadParameter(
             f"--resume needs a run directory: fedloom {command} --resume RUN, or RECIPE --out RUN."

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from fedloom.host.files import path
 from fedloom.text import show_controls
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A run directory.")]
 
 
 def convert(
@@ -27,7 +28,7 @@ def convert(
 
 def export(
     run: RunFolder,
-    to: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    to: Annotated[Path, typer.Option(parser=path, help="The folder to write; it must not exist.")],
     merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
 ) -> None:
     """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""

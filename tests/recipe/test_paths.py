@@ -8,6 +8,7 @@ import pytest
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
+from fedloom.records.run import read_run
 
 RECIPE = """
 name = "beside"
@@ -64,6 +65,7 @@ def test_an_overrides_path_starts_in_the_working_folder(study: Path, monkeypatch
 def test_a_home_folder_becomes_absolute(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(study))
     assert load_recipe("tiny", ["data.source=~/docs"]).data.source == str(study / "docs")
+    assert run(load_recipe("~/recipe.toml"), "~/run", Observer()).folder == read_run("~/run").folder == study / "run"
 
 
 @pytest.mark.parametrize("model", ["gpt2", "random:tiny-opt", "owner/name"])

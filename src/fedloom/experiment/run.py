@@ -66,7 +66,7 @@ def run(
         FedloomError: what the person who asked can mend.
     """
     clients, display = clients or LocalClients(), display or Terminal()
-    folder = Path(out) if out else default_folder(recipe.name)
+    folder = Path(out).expanduser() if out else default_folder(recipe.name)
     resume = resume and folder.is_dir()
     if not resume:
         check_free(folder)

@@ -71,7 +71,7 @@ def sweep(
     """
     display = display or Terminal()
     combinations = list(expand(source, axes, num_random))
-    folder = Path(out) if out else default_folder(f"{combinations[0].recipe.name}-sweep")
+    folder = Path(out).expanduser() if out else default_folder(f"{combinations[0].recipe.name}-sweep")
     open_sweep(folder, combinations)
     lock = take_lock(folder)
     done = {combination.name for combination in combinations if read_done(folder / combination.name)}

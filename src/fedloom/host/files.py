@@ -32,6 +32,18 @@ Moment = Literal["written", "between", "renamed"]
 """Failpoints in the replacing of a folder: before anything has changed, with neither of both in place, and after it."""
 
 
+def path(text: str) -> Path:
+    """Return a path as a person types it: `~` stands for a home folder, in quotation marks and behind `=` too.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder for {text}") from None
+
+
 # Writing
 
 

@@ -124,7 +124,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         RunError: the folder is no run, or a file in it is damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "resolved.json").is_file():
         raise RunError("not a run directory: it has no resolved.json", where=str(folder))
     return Run(
