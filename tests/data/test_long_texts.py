@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 from support.tiny import make_recipe
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from fedloom.data import long_texts
@@ -30,7 +31,7 @@ TEXTS = {
 }
 
 
-def trained(kind: str) -> Any:
+def trained(kind: str, *, split: bool = True) -> Any:
     """A tokenizer of a kind, trained on some code, that puts <s> before a text and </s> behind it."""
     special = ["<s>", "</s>", "[UNK]"]
     if kind == "bpe":
@@ -43,7 +44,7 @@ def trained(kind: str) -> Any:
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.NFKC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=split)
         trainer = trainers.UnigramTrainer(vocab_size=1000, special_tokens=special, unk_token="[UNK]")
     else:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -80,6 +81,10 @@ def test_the_pieces_give_the_tokens_of_the_whole(kind: str, tokenizer: Any) -> N
 
 @pytest.mark.usefixtures("small_pieces")
 def test_pieces_are_what_is_used(tokenizer: Any) -> None:
+    if tokenizer.vocab_size == 257:
+        assert not long_texts.splits_words_first(tokenizer), "of bytes alone: it knows no words"
+        return
+    assert long_texts.splits_words_first(tokenizer)
     parts = long_texts._tokenize_in_pieces(PROSE[:60_000], tokenizer)
     assert parts is not None
     assert len(parts) > 20
@@ -87,10 +92,82 @@ def test_pieces_are_what_is_used(tokenizer: Any) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 def test_pieces_that_never_agree_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, text = byte_tokenizer(), PROSE[:9_000]
+    tokenizer, text = trained("bpe"), PROSE[:9_000]
     monkeypatch.setattr(long_texts, "AGREEING", 2_000)  # more than overlap
     assert long_texts._tokenize_in_pieces(text, tokenizer) is None
     assert long_texts.tokenize_all(text, tokenizer).tolist() == tokenizer(text)["input_ids"]
+
+
+def plain(model: Any, pre_tokenizer: Any = None, normalizer: Any = None, **special: Any) -> Any:
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def threes() -> Any:
+    """Digits by threes, as GPT-4 splits them: a piece that begins inside a number counts from another digit."""
+    pattern = Split(Regex(r"\p{N}{1,3}| ?\p{L}+|\s+"), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pattern, level])
+    tokenizer.train_from_iterator(
+        [" ".join(random.Random(2).choices("0123456789", k=3_000)), "123 123 456 456 " * 300],
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def bos_for_the_unknown() -> Any:
+    words = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4, "AC": 5}
+    tokenizer = plain(models.BPE(vocab=words, merges=[("A", "C")], unk_token="<s>"), pre_tokenizers.Digits())
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+LETTERS = {"x": 0, "4": 1, "y": 2, "a": 3}
+PERIODIC = [("[UNK]", -20.0), ("a", -5.0), ("b", -5.0), ("ab", -1.0), ("ba", -0.9999), ("x", -2.0), ("y", -2.0)]
+ODD = {
+    "characters that are left out": (
+        lambda: plain(models.BPE(vocab=LETTERS, merges=[])), "é" * 1000 + "xy" * 95_000 + "4" * 15_000
+    ),
+    "the same in words": (
+        lambda: plain(models.BPE(vocab=LETTERS, merges=[]), pre_tokenizers.Digits()),
+        "é" * 1000 + "xy" * 95_000 + "4" * 15_000,
+    ),
+    "digits by threes": (
+        threes, "ab " * 65_000 + "".join(random.Random(3).choices("0123456789", k=5_002)) + " ab" * 5_000
+    ),
+    "digits by threes in another place": (threes, "ab " * 64_000 + "7" * 9_004 + " ab" * 5_000),
+    "costs that tie by phase": (
+        lambda: plain(models.Unigram(PERIODIC, unk_id=0)), "xy" * 97_500 + "x" + "ab" * 2_500 + "y" * 3_000
+    ),
+    "a beginning that stands for the unknown": (
+        bos_for_the_unknown, "".join(random.Random(0).choices("ACGT", k=210_000))
+    ),
+    "a beginning that stands for the unknown, and digits": (bos_for_the_unknown, "A1" + "ACG7" * 52_000),
+    "blanks in one word": (lambda: trained("unigram", split=False), "word " * 39_000 + " " * 5_001 + "word " * 2_000),
+}  # fmt: skip
+"""Tokenizers and texts whose pieces agree on many tokens, and not with the whole."""
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_pieces_agree_on_by_chance_is_not_believed(kind: str) -> None:
+    make, text = ODD[kind]
+    tokenizer = make()
+    assert len(text) > long_texts.PIECE
+    assert long_texts.tokenize_all(text, tokenizer).tolist() == tokenizer(text, verbose=False)["input_ids"]
+
+
+def test_digits_by_threes_are_still_read_in_pieces() -> None:
+    tokenizer, text = threes(), "ab 12345 " * 30_000
+    assert long_texts.splits_words_first(tokenizer)
+    parts = long_texts._tokenize_in_pieces(text, tokenizer)
+    assert parts is not None
+    assert torch.cat(parts).tolist() == tokenizer(text, verbose=False)["input_ids"]
 
 
 @pytest.mark.usefixtures("small_pieces")
