@@ -239,6 +239,19 @@ def test_bad_axes_are_refused_before_anything_runs(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        (["seed=1,2", "seed=3"], "seed is named twice"),
+        (["training.learning_rate=0.01,0.010"], "has a value twice"),
+        (['adapter.targets=["q_proj"],[ "q_proj" ]'], "has a value twice"),
+    ],
+)
+def test_what_would_be_one_run_under_two_names_is_refused(axes: list[str], says: str, recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match=says):
+        list(expand(recipe_file, axes))
+
+
 def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path) -> None:
     sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
     with pytest.raises(RunError, match="a sweep over something else"):

@@ -51,7 +51,7 @@ def recipe_of(folder: Path, **sections: Any) -> Recipe:
 
 
 def notes_of(recipe: Recipe) -> list[str]:
-    return [note for note in plan(recipe).warnings if "has no effect" in note]
+    return list(plan(recipe).unused)
 
 
 def training(**keys: Any) -> Sections:
@@ -213,9 +213,24 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
 def test_a_key_is_named_where_it_has_no_effect_and_nowhere_else(key: str, folder: Path) -> None:
     idle, at_work = CASES[key]
     for sections in idle:
-        assert [note for note in notes_of(recipe_of(folder, **sections)) if note.startswith(f"{key} has")], sections
+        assert [note for note in notes_of(recipe_of(folder, **sections)) if note.startswith(f"{key} ")], sections
     for sections in at_work:
-        assert not [note for note in notes_of(recipe_of(folder, **sections)) if note.startswith(f"{key} has")], sections
+        assert not [note for note in notes_of(recipe_of(folder, **sections)) if note.startswith(f"{key} ")], sections
+
+
+@pytest.mark.parametrize(("kind", "options"), [("fedmedian", {}), ("trimmed_mean", {"trim": 0.0}), ("bulyan", {})])
+def test_a_mean_of_equal_weights_is_told_from_fedavg(kind: str, options: dict[str, Any], folder: Path) -> None:
+    """With clients of different sizes it is no setting without effect: fedavg weighs them."""
+    data = {"clients": 2 if kind == "fedmedian" else 4, "partition": {"kind": "linear"}, "client_holdout": 0.0}
+    sections = federation(1, strategy={"kind": kind, **options})
+    (note,) = [note for note in notes_of(recipe_of(folder, **sections, data=data)) if "strategy.kind" in note]
+    assert note.startswith("federation.strategy.kind is a mean in which every client counts the same")
+
+
+def test_ranks_beside_a_pattern_of_ranks_are_no_note(folder: Path) -> None:
+    adapter = {"rank": 2, "options": {"rank_pattern": {"q_proj": 4}}}
+    sections = federation(lora_rule="svd", client_ranks=[2, 2, 2])
+    assert not [note for note in notes_of(recipe_of(folder, **sections, adapter=adapter)) if "client_ranks" in note]
 
 
 @pytest.mark.parametrize("key", ["files", "text"])

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,27 @@ def test_the_line_is_named(tmp_path: Path) -> None:
     rounds.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(RunError, match=r'rounds\.jsonl:2: lacks "bytes_up": the record is damaged; see .* fsck'):
         write_report(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_seconds", "x"), ("round", None), ("central_loss", "x"), ("train_loss", float("nan")), ("lost", {}),
+     ("clients", ["a"]), ("client_losses", {"0": "x"}), ("bytes_up", True), ("train_tokens", 1.5)],
+)  # fmt: skip
+def test_a_round_whose_number_is_none_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [2.0, 1.9])
+    rounds = tmp_path / "run" / "rounds.jsonl"
+    lines = [json.loads(line) for line in rounds.read_text().splitlines()]
+    lines[1][key] = value
+    rounds.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_run(tmp_path / "whole", [2.0, 1.9])
+    reading = readers(tmp_path / "run")
+    for name in ("report", "compare"):
+        with pytest.raises(RunError, match=rf'rounds\.jsonl:2: "{key}" is not what it should be; see .* fsck'):
+            reading[name]()
+    reading["status"]()
+    with suppress(RunError):
+        reading["fsck"]()
 
 
 def test_a_key_that_may_be_left_out_is_still_none(tmp_path: Path) -> None:

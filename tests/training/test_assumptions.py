@@ -95,6 +95,19 @@ def test_what_is_no_causal_model_is_refused(config: Any, targets: str, says: str
         check_model(build(config, dtype, targets=[targets]), 32)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_width_are_refused_where_texts_are_as_long(kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "original_max_position_embeddings": 24}
+    longest = 24 if kind == "dynamic" else 96
+    config = transformers.LlamaConfig(**{**SMALL, "max_position_embeddings": longest}, rope_parameters=rope)
+    adapted = build(config)
+    check_model(adapted, 24)
+    with pytest.raises(ModelError, match=r"a text's loss changes when it is padded to 64 tokens \(positions"):
+        check_model(adapted, 64)
+
+
 class Around(nn.Module):
     """A layer that a model's author could have written, in place of the embedding's output."""
 

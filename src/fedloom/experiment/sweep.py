@@ -86,6 +86,9 @@ def sweep(
             except FedloomError as error:  # what they share: the base model, say
                 undone = [combination.name for combination in group if not read_done(folder / combination.name)]
                 errors |= dict.fromkeys(undone, str(error))
+    except KeyboardInterrupt:
+        display.show_step("stopped", f"go on with the same command, and --out {folder}")
+        raise
     finally:
         display.close()
         lock.close()
@@ -110,6 +113,9 @@ def expand(source: str | Path, axes: Sequence[str], num_random: int | None = Non
         RecipeError: an axis that can't be read, or a recipe that can't be.
     """
     choices = [[(key, value) for value in values] for key, values in map(read_axis, axes)]
+    keys = [values[0][0] for values in choices]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise RecipeError(f"{twice} is named twice", where="fedloom sweep", mend=f"write {twice}=VALUE,VALUE once")
     if not choices:
         raise RecipeError("nothing to sweep over", where="fedloom sweep", mend="name some: training.proximal_mu=0,0.1")
     settings = list(itertools.product(*choices))
@@ -133,9 +139,17 @@ def read_axis(axis: str) -> tuple[str, list[str]]:
     if not equals or not key.strip() or not text.strip():
         raise RecipeError(f"{axis!r} is nothing to sweep over", mend="write section.key=value,value")
     values = list(_split(text))
-    if len(set(values)) < len(values):
+    if len({repr(_value_of(value)) for value in values}) < len(values):
         raise RecipeError(f"{axis!r} has a value twice", mend="leave one out")
     return key.strip(), values
+
+
+def _value_of(text: str) -> object:
+    """Return what a value is in a recipe: a word that is no TOML stands for itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _split(text: str) -> Iterator[str]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Found = Iterator[tuple[str, str]]
 """Keys without effect, and why; those that the recipe leaves out among them."""
+PARTLY = ("only ", "is ")
+"""Beginnings of a reason that says itself what little a key does."""
 
 
 def find_unused(
@@ -50,13 +52,14 @@ def find_unused(
     if recipe.adapter.rank == 1 and "rank_pattern" not in recipe.adapter.options:
         found.append(("adapter.rslora", "with a rank of 1, α/√r is α/r"))
     if recipe.adapter.method == "psoft":
-        found.append(("adapter.alpha", "PEFT divides the factors by it before it multiplies them by it"))
+        why = "only moves results by rounding: PEFT divides the factors by it before it multiplies them by it"
+        found.append(("adapter.alpha", why))
     holding = sum(1 for client in plan.clients if client.holdout_tokens)
     if (recipe.evaluation.clients or 0) >= holding:
         found.append(("evaluation.clients", f"{holding} of {count(len(plan.clients), 'client')} hold anything out"))
     written = [(key, why) for key, why in found if _is_written(recipe, key)]
     written += unmatched_options(recipe.adapter.options, adapted.model)
-    return tuple(f"{key} has no effect: {why}" for key, why in written)
+    return tuple(f"{key} {why if why.startswith(PARTLY) else f'has no effect: {why}'}" for key, why in written)
 
 
 def _is_written(recipe: Recipe, key: str) -> bool:
@@ -83,9 +86,9 @@ def _in_data(recipe: Recipe, blocks: Sequence[TokenBlocks], *, has_columns: bool
                 yield f"data.{key}", "the server holds nothing out, so it reads no documents"
         return
     if data.clients == 1:
-        yield "data.partition.kind", "one client holds all documents"
+        yield "data.partition.kind", "only orders the documents: one client holds them all"
     if all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):
-        yield "data.pad_in_loss", "no block has padding"
+        yield "data.pad_in_loss", "only moves results by rounding: no block has padding"
     if not any(bool((part.lengths_N == part.tokens_NT.shape[1]).any()) for part in blocks):
         yield "data.window", "no document is longer than a block"
 
@@ -130,7 +133,8 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         )
     if section.early_stop and section.early_stop.patience >= section.rounds:
         yield "federation.early_stop", f"the run is over after {count(section.rounds, 'round')}, before its patience is"
-    if set(section.client_ranks or ()) == {recipe.adapter.rank}:
+    patterns = "rank_pattern" in recipe.adapter.options
+    if set(section.client_ranks or ()) == {recipe.adapter.rank} and not patterns:
         yield "federation.client_ranks", "each of them is adapter.rank"
     if section.lora_rule == "fedex" and plan.clients_per_round == 1:
         yield "federation.lora_rule", "one client's factors are their own mean, so nothing is left to add"
@@ -142,9 +146,11 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
 
 def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
     strategy, clients = recipe.federation.strategy, plan.clients_per_round
-    if why := _why_plain(strategy, clients):
-        yield "federation.strategy.kind", why
     able = [client for client in plan.clients if client.steps]
+    if why := _why_plain(strategy, clients):
+        # As fedavg, were it not for the weights: these rules give each client the same.
+        alike = strategy.kind == "multi_krum" or len({client.blocks for client in able}) == 1
+        yield "federation.strategy.kind", why if alike else f"is a mean in which every client counts the same: {why}"
     if clients == 1:
         yield "federation.strategy.weight_by", "one client trains in a round"
     elif strategy.kind == "multi_krum" and strategy.setting("keep") == 1:

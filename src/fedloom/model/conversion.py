@@ -130,8 +130,10 @@ def weights_of_folder(name: str, folder: Path, convert: bool, say: Callable[[str
         raise ModelError(f"{missing[0]} is missing", where=f'model.source = "{name}"', mend="get the model again")
     hashes = {path.name: hash_file(path) for path in paths}
     kept = _folder_of(folder.resolve().name, hash_json(hashes))
-    if made := _find_converted(kept):
+    if (made := _find_converted(kept)) and made.record.items() >= hashes.items():
         return made
+    if made:
+        raise ModelError("the converted weights are another model's", where=str(kept), mend="remove this folder")
     if not convert:
         raise _refuse(name, pickles)
     return _convert(paths, hashes, kept, {"model": name}, say)

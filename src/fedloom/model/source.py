@@ -368,8 +368,8 @@ def loading(name: str, mend: str = "") -> Iterator[None]:
             where=f'model.source = "{name}"',
             mend=mend
             or mend_for(error)
-            or "it must be a causal language model of transformers' own (a model's own code is never run), with sdpa"
-            " attention, whole safetensors weights and a tokenizer",
+            or "it must be a causal language model of transformers' own (a model's own code is never run), with whole"
+            " safetensors weights and a tokenizer",
         ) from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)

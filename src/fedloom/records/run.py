@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Required, TypedDict
+from typing import Any, NoReturn, Required, TypedDict, get_args, get_origin, get_type_hints
 
 from fedloom.errors import RunError
 
@@ -139,7 +139,7 @@ def read_run(folder: str | Path) -> Run:
                 "baselines": "baselines.json",
             }.items()
         },
-        rounds=_read_lines(folder / "rounds.jsonl"),
+        rounds=_read_rounds(folder / "rounds.jsonl"),
         clients=_read_lines(folder / "clients.jsonl"),
     )
 
@@ -162,6 +162,30 @@ def read_json(path: Path) -> Record:
         RunError: the file is damaged. So does every look at a key that is not there.
     """
     return _parse(path.read_bytes(), str(path), "the file") if path.is_file() else _Kept(str(path), ())
+
+
+def _read_rounds(path: Path) -> list[Record]:
+    """Read the records of rounds, whose numbers are numbers.
+
+    Raises:
+        RunError: something else stands for one.
+    """
+    records, kinds = _read_lines(path), get_type_hints(RoundRecord)
+    for number, record in enumerate(records, start=1):
+        if odd := [key for key, value in record.items() if key in kinds and not _is_a(value, kinds[key])]:
+            raise RunError(f'"{odd[0]}" is not what it should be', where=f"{path}:{number}", mend=MEND)
+    return records
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Return whether a value of JSON is of a kind that a record has; a float may be written as a whole number."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is_a(part, get_args(kind)[1]) for part in value.values())
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _read_lines(path: Path) -> list[Record]:

@@ -30,6 +30,8 @@ NOISE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest share of a true change that rounding may make of none, by dtype."""
 COARSE_NOISE = 0.05
 """The same in 16 bits."""
+LEAST_SPREAD = 0.5
+"""Spread of a text's losses, in nats, that is taken for the least: random models have hardly any."""
 WHERE = "model.source"
 OUT_OF_PLACE = {
     "layerdrop": "leaves out whole layers at random in training",
@@ -43,8 +45,8 @@ NOISY = ("router_jitter_noise", "input_jitter_noise")
 def check_model(adapted: AdaptedModel, max_length: int) -> None:
     """Refuse a model whose weights are not finite, or that is no causal language model with padding on the right.
 
-    An adapter that the model passes by is refused too. Takes five forward passes of at most 16 tokens. Nothing of the
-    model changes.
+    An adapter that the model passes by is refused too. Takes six forward passes of at most 16 tokens, and one of
+    `max_length`. Nothing of the model changes.
 
     Raises:
         ModelError: names what does not hold and what it means.
@@ -83,6 +85,18 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
             _refuse("a text's logits change with what is padded to its right", "positions that depend on the width")
         if moves(adapted.logits(drawn_2T)[0].double()):
             _refuse("a text's logits change with the texts beside it in a batch", "normalisation over the batch")
+        if max_length > length:
+            rows_T, targets_T = torch.arange(length - 1, device=adapted.device), drawn_2T[0, 1:]
+            # The losses of a few rows, as whole logits would take a lot of memory.
+            narrow_T, wide_T = (
+                adapted.loss_head.losses(functional.pad(drawn_2T[:1], (0, padding)), rows_T, targets_T)
+                for padding in (0, max_length - length)
+            )
+            if (wide_T - narrow_T).abs().mean() > max(float(narrow_T.std()), LEAST_SPREAD) * _noise(adapted):
+                _refuse(
+                    f"a text's loss changes when it is padded to {max_length} tokens",
+                    "positions that depend on the width, as dynamic and long RoPE's do beyond a model's first length",
+                )
 
 
 def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
