@@ -478,12 +478,12 @@ def test_an_unreachable_data_set_names_it_and_how_to_mend_it(at_most: int | None
 @pytest.mark.parametrize("at_most", [None, 12])
 def test_a_data_set_is_read_whole_or_streamed_in_a_seeded_order(tmp_path: Path, at_most: int | None) -> None:
     # What the hub would give: datasets opens a folder as it opens a repository.
-    from fedloom.data.documents import _open_hub
+    from fedloom.data.hub_rows import open_hub
 
     write_rows(tmp_path, ".jsonl", [f"text {i}" for i in range(40)])
     data = make_recipe(data={"source": str(tmp_path)}).data
     first, again, other = (
-        [open_row()["text"] for _, open_row in _open_hub(data, seed, at_most).open_rows] for seed in (1, 1, 2)
+        [open_row()["text"] for _, open_row in open_hub(data, seed, at_most).open_rows] for seed in (1, 1, 2)
     )
     assert sorted(first) == sorted(f"text {i}" for i in range(40))
     assert first == again

@@ -11,17 +11,26 @@ import random
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedloom.data.rows import PACKED, READERS, Row, Rows, UnreadableError, as_is, check_column, format_of, read_rows
-from fedloom.downloads import StalledError, fetch_rows, wait_for, wait_for_rows
+from fedloom.data.hub_rows import open_hub
+from fedloom.data.rows import (
+    PACKED,
+    READERS,
+    Row,
+    Rows,
+    Source,
+    UnreadableError,
+    format_of,
+    mend_rows,
+    read_rows,
+)
 from fedloom.errors import DataError
-from fedloom.hub import COMMIT, find_commit, hub_address, mend_for, without_hub
 from fedloom.seeds import derive_seed
 from fedloom.text import count, list_reasons
 
@@ -32,8 +41,6 @@ STDLIB = "python:stdlib"
 """Source that every machine has: the standard library of the Python that runs."""
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
 """Folders that differ between installations of one Python version."""
-SHUFFLE_BUFFER = 10_000
-"""Rows of a streamed data set that are held in memory and shuffled."""
 ABOUT_THE_DATA = {"readme.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """Files at the top of a folder that a hub's or a library's data sets have beside their rows."""
 TEXT = {None, ".txt"}
@@ -69,20 +76,6 @@ class Documents:
     def explain_skipped(self) -> str:
         """Describe the skipped rows as `skipped 3: 2 empty, 1 not UTF-8 text`; return an empty text for none."""
         return f"skipped {sum(self.skipped.values())}: {list_reasons(self.skipped)}" if self.skipped else ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows that are opened one by one, so that a folder's files are read only when they are needed."""
-
-    open_rows: Iterable[tuple[str, Callable[[], Row]]]
-    """Each row's place, for people, and the function that opens it."""
-    revision: str
-    """The hub's commit, or for files their number and size."""
-    ordered: bool = False
-    """True if the rows already come in a seeded order, as those of a stream do."""
-    files_left_out: Mapping[str, int] = field(default_factory=dict)
-    has_columns: bool = True
 
 
 def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> Documents:
@@ -123,7 +116,7 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> 
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
             where=f'data.source = "{data.source}"',
-            mend="check data.text (the column that holds the text), data.partition.by and data.files (the glob)",
+            mend=mend_rows(skipped),
         )
     return found
 
@@ -204,7 +197,7 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
             mend="check it: a relative path starts beside the recipe, or in the working folder",
         )
     _refuse_spare(data, "files")
-    return _open_hub(data, seed, at_most)
+    return open_hub(data, seed, at_most)
 
 
 def _refuse_spare(data: Data, *keys: str) -> None:
@@ -326,75 +319,3 @@ def _read_text_file(origin: str, path: Path, data: Data) -> Row:
     except OSError as error:
         raise UnreadableError(f"unreadable file ({error.strerror})") from None
     return {"path": origin, "package": first if deeper else Path(first).stem, data.text: text}
-
-
-def _open_hub(data: Data, seed: int, at_most: int | None) -> Source:
-    """Open a data set of the hub: streamed if only a part is needed, from the local cache if the hub is silent.
-
-    Raises:
-        DataError: it is neither to be had from the hub nor in the cache, or the cache holds another commit.
-    """
-    import datasets
-    from huggingface_hub import constants
-
-    # Their bars would draw over the display that a run shows.
-    datasets.disable_progress_bars()
-    where = f'data.source = "{data.source}"'
-    unreachable: Exception | None = None
-    commit = None
-    try:
-        commit = find_commit(data.source, data.revision)
-    except Exception as error:  # the hub's client raises a dozen kinds; the local cache is what is left
-        unreachable = error
-    refused = mend_for(unreachable)
-    what: dict[str, Any] = {"path": data.source, "name": data.subset, "revision": commit or data.revision}
-    try:
-        # What the hub denies is not taken from the cache, which would give another revision without a word.
-        if unreachable and refused:
-            raise unreachable
-        with nullcontext() if commit else without_hub():
-            builder = datasets.load_dataset_builder(**what)
-            found = commit or builder.hash
-            if commit and at_most is None and not Path(builder.cache_dir).is_dir():
-                caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
-                fetch_rows({**what, "split": data.split, "cache_dir": str(caches[0])}, caches)
-            load = partial(datasets.load_dataset, **what, split=data.split, streaming=at_most is not None)
-            rows = load() if at_most is None else wait_for(load)
-    except Exception as error:  # as above; none of them is a bug of ours
-        # Its class alone is named: the client's own messages go on for several lines.
-        raise DataError(
-            "there is no such file or folder here, and the data set can't be loaded: asking"
-            f" {hub_address()} failed ({type(unreachable or error).__name__})"
-            + ("" if commit or refused else ", and it is not in the local cache"),
-            where=where,
-            mend=mend_for(error)
-            or "check the name and the network, or download it and set data.source to the file or folder",
-        ) from error
-    revision = found if COMMIT.fullmatch(found or "") else data.revision
-    # Without the hub, `datasets` takes whichever commit its cache holds, and does not compare it with the revision.
-    if data.revision and COMMIT.fullmatch(data.revision) and revision != data.revision:
-        raise DataError(
-            f"the local cache holds another commit, {revision}, and {hub_address()} can't be reached",
-            where="data.revision",
-            mend="check the network, or set data.revision to that commit",
-        )
-    columns = rows.column_names
-    if columns is not None:
-        check_column(data, columns, where, mend=f"it has: {', '.join(columns)}")
-    if at_most is not None:
-        rows = rows.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_BUFFER)
-
-    def opened() -> Rows:
-        number = 0
-        try:
-            for number, row in enumerate(rows if at_most is None else wait_for_rows(rows)):
-                yield f"row {number}", partial(as_is, row)
-        except Exception as error:  # as above, in the middle of a stream
-            raise DataError(
-                f"reading the data set failed after row {number}"
-                f" ({error if isinstance(error, StalledError) else type(error).__name__})",
-                where=where,
-                mend="check the network and try again",
-            ) from error
-
-    return Source(opened(), revision or "unknown", ordered=at_most is not None)

@@ -12,6 +12,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 """Each row's place, for people, and the function that opens it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that are opened one by one, so that a folder's files are read only when they are needed."""
+
+    open_rows: Iterable[tuple[str, Callable[[], Row]]]
+    """Each row's place, for people, and the function that opens it."""
+    revision: str
+    """The hub's commit, or for files their number and size."""
+    ordered: bool = False
+    """True if the rows already come in a seeded order, as those of a stream do."""
+    files_left_out: Mapping[str, int] = field(default_factory=dict)
+    has_columns: bool = True
 
 
 class UnreadableError(Exception):
@@ -229,3 +244,19 @@ def read_rows(path: Path, origin: str, data: Data) -> Rows:
         raise DataError(
             f"can't be read: {error.strerror or 'damaged'}", where=str(path), mend="check it and its permissions"
         ) from error
+
+
+MENDS = {
+    "not valid Unicode": "save the file as UTF-8",
+    "not UTF-8 text": "save the file as UTF-8",
+    "not a JSON object": 'write each row as {"text": "..."}',
+    "with more fields than the header": "put texts that hold a separator in quotation marks",
+}
+"""Reason of a bad row -> what to do about a source that has no other rows."""
+
+
+def mend_rows(skipped: Mapping[str, int]) -> str:
+    """Return what to do about a source without a usable row, by the reason that most rows have."""
+    commonest = max(skipped, key=lambda reason: skipped[reason], default="")
+    columns = "check data.text (the column that holds the text), data.partition.by and data.files (the glob)"
+    return MENDS.get(commonest, columns)

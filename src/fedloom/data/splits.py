@@ -103,7 +103,7 @@ def split_documents(found: Documents, data: Data, seed: int) -> Splits:
     if len(documents) < needed:
         skipped = found.explain_skipped()
         raise DataError(
-            f"{len(documents)} usable documents, but the recipe asks for {needed}"
+            f"{count(len(documents), 'usable document')}, but the recipe asks for {needed}"
             f" ({data.central_holdout} central + {data.clients} clients × {data.documents_per_client or 'at least 1'})"
             + (f"; {skipped}" if skipped else ""),
             where=f'data.source = "{data.source}"',

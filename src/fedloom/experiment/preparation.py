@@ -32,6 +32,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, ClientPlan, Plan
 from fedloom.seeds import derive_seed
+from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
 from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
 
@@ -144,7 +145,7 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
     """
     observer.show_step("documents", recipe.data.source)
     found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
-    observer.show_step("splits", f"{len(found.documents):,} documents")
+    observer.show_step("splits", count(len(found.documents), "document"))
     splits = split_documents(found, recipe.data, recipe.seed)
     observer.show_step("model", recipe.model.source)
     source = open_source(recipe, partial(observer.show_step, "model"))

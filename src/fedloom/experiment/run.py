@@ -238,7 +238,10 @@ def plan(recipe: Recipe, display: Observer | None = None) -> Plan:
     Raises:
         FedloomError: what a run would be refused for.
     """
-    return prepare(recipe, display or Observer()).plan
+    display = display or Observer()
+    planned = prepare(recipe, display).plan
+    display.show_step("weights", "not read for a plan: a run tries them before its first round")
+    return planned
 
 
 def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:

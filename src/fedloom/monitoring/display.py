@@ -211,7 +211,8 @@ def render_plan(plan: Plan) -> Table:
     }
     if plan.peak_bytes and plan.clients_that_fit:
         rows["memory"] = (
-            f"{format_bytes(plan.peak_bytes)} predicted for model and training, {plan.clients_at_once} clients at once;"
+            f"{format_bytes(plan.peak_bytes)} predicted for model and training,"
+            f" {count(plan.clients_at_once, 'client')} at once;"
             f" {count(plan.clients_that_fit, 'client')} would fit"
         )
     elif plan.ample_memory:
