@@ -102,7 +102,7 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, who
         assert result_of(folder) == result, f"kill {number}"
         assert_sound(folder)
     print(f"{killed} of {kills} killed, all went on to the same result; rounds on record when killed: {dict(kept)}")
-    assert killed
+    assert killed or kills < 5, "of one or two, each may come when the run is over"
 
 
 @pytest.mark.parametrize("twin", first(name for name in TWINS if name != "none"))
