@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedloom.errors import ModelError
 from fedloom.text import format_bytes
 
 STALL_SECONDS = 120.0
@@ -60,9 +61,9 @@ def fetch_description(name: str, commit: str, say: Say = str) -> None:
     how much has come. The same holds for the other functions here.
 
     Raises:
-        StalledError: nothing more came.
+        ModelError: nothing more came.
     """
-    if not (_snapshot(name, commit) / "config.json").is_file():
+    if not _find(name, commit, "config.json"):
         _fetch(name, commit, DESCRIPTION, say)
 
 
@@ -70,16 +71,15 @@ def fetch_weights(name: str, commit: str, say: Say = str) -> None:
     """Download the safetensors weights of a hub's model at a commit, in one file or several.
 
     Raises:
-        StalledError: nothing more came.
+        ModelError: nothing more came.
     """
-    there = _snapshot(name, commit)
-    if (there / WEIGHTS).is_file():
+    if _find(name, commit, WEIGHTS):
         return
+    index = _find(name, commit, INDEX)
     try:
-        parts = {*json.loads((there / INDEX).read_text())["weight_map"].values()}
-        if all((there / part).is_file() for part in parts):
+        if index and all(_find(name, commit, part) for part in parts_of(index)):
             return
-    except (OSError, ValueError, KeyError, AttributeError):  # not there, or damaged
+    except ValueError:  # it is fetched again, and then refused
         pass
     _fetch(name, commit, (WEIGHTS, "model-*.safetensors", INDEX), say)
 
@@ -88,10 +88,22 @@ def fetch_files(name: str, commit: str, files: Sequence[str], say: Say = str) ->
     """Download some files of a hub's model at a commit.
 
     Raises:
-        StalledError: nothing more came.
+        ModelError: nothing more came.
     """
-    if not all((_snapshot(name, commit) / file).is_file() for file in files):
+    if not all(_find(name, commit, file) for file in files):
         _fetch(name, commit, files, say)
+
+
+def parts_of(index: Path) -> list[str]:
+    """Return the names of the files that weights are spread over, by their index.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index.name} is damaged") from None
 
 
 def fetch_rows(arguments: Mapping[str, Any], folders: Sequence[Path], say: Say = str) -> None:
@@ -161,15 +173,17 @@ def wait_for(work: Callable[[], Row]) -> Row:
     return next(wait_for_rows(work() for _ in range(1)))
 
 
-def _snapshot(name: str, commit: str) -> Path:
-    """Return the folder of a model's commit in the hub's own cache, whether it is there or not."""
-    from huggingface_hub import constants
+def _find(name: str, commit: str, file: str) -> Path | None:
+    """Return a file of a model's commit in the hub's own cache, None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+    found = try_to_load_from_cache(name, file, revision=commit)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _fetch(name: str, commit: str, patterns: Sequence[str], say: Say) -> None:
     from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
     if constants.HF_HUB_OFFLINE:
         return
@@ -181,8 +195,15 @@ def _fetch(name: str, commit: str, patterns: Sequence[str], say: Say) -> None:
         "endpoint": constants.ENDPOINT,
         "cache_dir": constants.HF_HUB_CACHE,
     }
-    folder = _snapshot(name, commit).parents[1]
-    _run(FETCH_FILES, arguments, [folder], lambda came: say(f"downloading {name}: {came}"))
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    try:
+        _run(FETCH_FILES, arguments, [folder], lambda came: say(f"downloading {name}: {came}"))
+    except StalledError as error:
+        raise ModelError(
+            f"the download stopped: {error}",
+            where=f'model.source = "{name}"',
+            mend="check the network and the hub, and try again",
+        ) from None
 
 
 def _run(code: str, arguments: Mapping[str, Any], folders: Sequence[Path], say: Say) -> None:

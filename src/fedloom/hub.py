@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +108,9 @@ def find_conversion(name: str, model: Snapshot, pickles: list[str]) -> str | Non
     return None
 
 
-def has_safetensors(files: Mapping[str, str]) -> bool:
+def has_safetensors(names: Iterable[str]) -> bool:
     """Return whether a repository has weights that are safetensors, by the names of its files."""
-    return not files.keys().isdisjoint(("model.safetensors", "model.safetensors.index.json"))
+    return not {"model.safetensors", "model.safetensors.index.json"}.isdisjoint(names)
 
 
 def _ask(name: str, path: str, **parameters: Any) -> Any:

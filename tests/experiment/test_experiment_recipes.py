@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from support.hub_here import Hub, Repository, ask_here, environment_of, open_hub
+from support.hub_here import Hub, Repository, ask_here, environment_of, files_of, make_opt, open_hub
 from support.quick_runs import Said, attempt, make_recipe
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTForCausalLM
 
 from fedloom import read_run
 from fedloom.handover.finished_run import recipe_of
-from fedloom.model.source import byte_tokenizer
 from fedloom.recipe.loading import load_recipe, shipped_recipes
 
 MODEL, DATA = "facebook/opt-350m", "codeparrot/codeparrot-clean-valid"
@@ -42,28 +41,14 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def original() -> OPTForCausalLM:
-    torch.manual_seed(2)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=260,
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-            max_position_embeddings=256,
-            do_layer_norm_before=False,
-        )
-    )
+    return make_opt(256)
 
 
 @pytest.fixture(scope="module")
 def files(original: OPTForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder, pickle = tmp_path_factory.mktemp("model"), io.BytesIO()
-    original.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    made, pickle = files_of(original, tmp_path_factory.mktemp("model")), io.BytesIO()
     torch.save(original.state_dict(), pickle)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
+    whole = {name: content for name, content in made.items() if name.endswith(".json")}
     return {**whole, "pytorch_model.bin": pickle.getvalue()}
 
 

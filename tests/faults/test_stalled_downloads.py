@@ -1,5 +1,6 @@
 """A hub that answers and then hangs in the middle of a file: given up in time, by one line, with nothing left over."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support.hub_here import Hub, ask_here, environment_of, open_hub
+from support.hub_here import Hub, ask_here, environment_of, files_of, open_hub
 
 from fedloom import downloads
 from fedloom.errors import ModelError
 from fedloom.model.loading import load_model
-from fedloom.model.source import byte_tokenizer, open_model
+from fedloom.model.source import open_model
 
 NAME, ROWS = "someone/model", "someone/rows"
 STOPPED = r"the download stopped: nothing more came in 2 s, after [\d.]+ k?B; check the network and the hub"
@@ -23,11 +24,9 @@ STOPPED = r"the download stopped: nothing more came in 2 s, after [\d.]+ k?B; ch
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("model")
-    load_model(open_model("random:tiny-opt"), dtype="float32", device=torch.device("cpu")).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    torch.save({"x": torch.zeros(100_000)}, folder / "pytorch_model.bin")
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    model, pickle = load_model(open_model("random:tiny-opt"), dtype="float32", device=torch.device("cpu")), io.BytesIO()
+    torch.save({"x": torch.zeros(100_000)}, pickle)
+    return {**files_of(model, tmp_path_factory.mktemp("model")), "pytorch_model.bin": pickle.getvalue()}
 
 
 @pytest.fixture

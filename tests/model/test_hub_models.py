@@ -18,15 +18,15 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load, save
-from support.hub_here import OWNER, Hub, Repository, ask_here, digest, open_hub
+from support.hub_here import OWNER, Hub, Repository, ask_here, digest, files_of, make_opt, open_hub
 from support.marks import first
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTForCausalLM
 
 from fedloom import hub as hub_module
 from fedloom.errors import ModelError
 from fedloom.model import conversion, unpickle
 from fedloom.model.loading import load_model
-from fedloom.model.source import ModelSource, byte_tokenizer, open_model
+from fedloom.model.source import ModelSource, open_model
 
 NAME = "facebook/opt-350m"
 HEAD, EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
@@ -35,29 +35,14 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def original() -> OPTForCausalLM:
-    """OPT-350M's kind, tiny: its head is tied to its embedding, its embedding narrower than its layers."""
-    torch.manual_seed(1)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=260,
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-            max_position_embeddings=64,
-            do_layer_norm_before=False,
-        )
-    )
+    return make_opt(64)
 
 
 @pytest.fixture(scope="module")
 def files(original: OPTForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A model's files with a pickle alone, as torch wrote them then: the head is there, in the embedding's memory."""
-    folder = tmp_path_factory.mktemp("model")
-    original.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
+    made = files_of(original, tmp_path_factory.mktemp("model"))
+    found = {name: content for name, content in made.items() if name.endswith(".json")}
     state = original.state_dict()
     assert state[HEAD].data_ptr() == state[EMBEDDING].data_ptr()
     return {**found, conversion.PICKLE: pickled({**state, "model.decoder.version": torch.tensor([3.0])})}

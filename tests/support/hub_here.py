@@ -19,12 +19,40 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
+import torch
 import transformers.utils.hub
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from fedloom.model.source import byte_tokenizer
 
 OWNER, BOT = "someone", "SFconvertbot"
 DATE = "2022-05-11T08:25:17.000Z"
 LARGE = (".bin", ".safetensors", ".parquet", ".gz")
 """Endings of files that the hub keeps by their SHA-256."""
+
+
+def make_opt(longest: int) -> OPTForCausalLM:
+    """OPT-350M's kind, tiny: its head is tied to its embedding, its embedding narrower than its layers."""
+    torch.manual_seed(1)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=260,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=longest,
+            do_layer_norm_before=False,
+        )
+    )
+
+
+def files_of(model: PreTrainedModel, folder: Path) -> dict[str, bytes]:
+    """A model's files with a tokenizer of bytes, made in an empty folder."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @dataclass(frozen=True)

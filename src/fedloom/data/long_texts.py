@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ def tokenize_all(text: str, tokenizer: Any) -> Tensor:
     return torch.cat([piece.to(torch.int64) for piece in pieces])
 
 
+@lru_cache(maxsize=1)  # its whole vocabulary is written out to be looked at
 def splits_words_first(tokenizer: Any) -> bool:
     """Return whether a tokenizer splits a text into words from left to right, and makes tokens of each by itself."""
     if not getattr(tokenizer, "is_fast", False):

@@ -20,7 +20,7 @@ from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import write_card
 from fedloom.records.plan import Plan
-from fedloom.records.run import Record, RoundRecord, overfitting_onsets, read_run
+from fedloom.records.run import Record, RoundRecord, has_plan, overfitting_onsets, read_run
 from fedloom.records.state import RunState, damaged_adapters
 from fedloom.records.writer import RunWriter
 from fedloom.report.run_report import write_report
@@ -88,7 +88,7 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
     """Write a run directory whose status and report say how the run ended, whatever happens inside."""
     try:
         writer.write_status("running")
-        if not (writer.folder / "plan.json").is_file():
+        if not has_plan(writer.folder):
             writer.write_text("recipe.toml", recipe_to_toml(recipe))
             writer.write_json("resolved.json", recipe.model_dump(mode="json"))
             writer.write_json("environment.json", describe_machine())

@@ -35,7 +35,7 @@ from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Strategy
 from fedloom.records.plan import Plan
-from fedloom.records.run import RoundRecord, Run, flatten, read_run
+from fedloom.records.run import RoundRecord, Run, flatten, has_plan, read_run
 from fedloom.records.state import committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
@@ -162,11 +162,6 @@ def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | Non
 def own_strategy(aggregate: Aggregate | None) -> str | None:
     """Return the name of a strategy of the caller's own, None for the recipe's."""
     return None if aggregate is None else aggregate.name or "the caller's own"
-
-
-def has_plan(folder: Path) -> bool:
-    """Return whether a run directory is one of a run that began: it may have been killed before."""
-    return (folder / "plan.json").is_file()
 
 
 def check_same_strategy(folder: Path, strategy: str | None) -> None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Found = Iterator[tuple[str, str]]
 """Keys without effect, and why; those that the recipe leaves out among them."""
-PARTLY = ("only ", "is ")
-"""Beginnings of a reason that says itself what little a key does."""
 
 
 def find_unused(
@@ -51,15 +49,16 @@ def find_unused(
         found.append(("model.convert", "the weights that are read are no pickles"))
     if recipe.adapter.rank == 1 and "rank_pattern" not in recipe.adapter.options:
         found.append(("adapter.rslora", "with a rank of 1, α/√r is α/r"))
-    if recipe.adapter.method == "psoft":
-        why = "only moves results by rounding: PEFT divides the factors by it before it multiplies them by it"
-        found.append(("adapter.alpha", why))
     holding = sum(1 for client in plan.clients if client.holdout_tokens)
     if (recipe.evaluation.clients or 0) >= holding:
         found.append(("evaluation.clients", f"{holding} of {count(len(plan.clients), 'client')} hold anything out"))
     written = [(key, why) for key, why in found if _is_written(recipe, key)]
     written += unmatched_options(recipe.adapter.options, adapted.model)
-    return tuple(f"{key} {why if why.startswith(PARTLY) else f'has no effect: {why}'}" for key, why in written)
+    little = _of_little_effect(recipe, plan, blocks, here=here)
+    return (
+        *(f"{key} has no effect: {why}" for key, why in written),
+        *(f"{key} {what}" for key, what in little if _is_written(recipe, key)),
+    )
 
 
 def _is_written(recipe: Recipe, key: str) -> bool:
@@ -85,10 +84,6 @@ def _in_data(recipe: Recipe, blocks: Sequence[TokenBlocks], *, has_columns: bool
             for key in ("revision", "subset", "split", "files"):
                 yield f"data.{key}", "the server holds nothing out, so it reads no documents"
         return
-    if data.clients == 1:
-        yield "data.partition.kind", "only orders the documents: one client holds them all"
-    if all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):
-        yield "data.pad_in_loss", "only moves results by rounding: no block has padding"
     if not any(bool((part.lengths_N == part.tokens_NT.shape[1]).any()) for part in blocks):
         yield "data.window", "no document is longer than a block"
 
@@ -147,10 +142,8 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
 def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
     strategy, clients = recipe.federation.strategy, plan.clients_per_round
     able = [client for client in plan.clients if client.steps]
-    if why := _why_plain(strategy, clients):
-        # As fedavg, were it not for the weights: these rules give each client the same.
-        alike = strategy.kind == "multi_krum" or len({client.blocks for client in able}) == 1
-        yield "federation.strategy.kind", why if alike else f"is a mean in which every client counts the same: {why}"
+    if (why := _why_plain(strategy, clients)) and _weighs_alike(strategy, plan):
+        yield "federation.strategy.kind", why
     if clients == 1:
         yield "federation.strategy.weight_by", "one client trains in a round"
     elif strategy.kind == "multi_krum" and strategy.setting("keep") == 1:
@@ -161,6 +154,25 @@ def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
         yield "federation.strategy.nesterov", "momentum is 0"
     elif recipe.federation.rounds == 1 and not strategy.nesterov:
         yield "federation.strategy.momentum", "a first round has none yet, and no other follows"
+
+
+def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks], *, here: bool) -> Found:
+    """Yield keys that do less than their names say, and what they do."""
+    if here and recipe.data.clients == 1:
+        yield "data.partition.kind", "only orders the documents: one client holds them all"
+    if here and all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):
+        yield "data.pad_in_loss", "only moves results by rounding: no block has padding"
+    if recipe.adapter.method == "psoft":
+        why = "PEFT divides the factors by it before it multiplies them by it"
+        yield "adapter.alpha", f"only moves results by rounding: {why}"
+    strategy = recipe.federation.strategy
+    if (why := _why_plain(strategy, plan.clients_per_round)) and not _weighs_alike(strategy, plan):
+        yield "federation.strategy.kind", f"is a mean in which every client counts the same: {why}"
+
+
+def _weighs_alike(strategy: Strategy, plan: Plan) -> bool:
+    """Return whether a rule that is a plain mean here weighs the clients as fedavg does: most give each the same."""
+    return strategy.kind == "multi_krum" or len({client.blocks for client in plan.clients if client.steps}) == 1
 
 
 def _why_plain(strategy: Strategy, clients: int) -> str:

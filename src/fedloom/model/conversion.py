@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedloom.downloads import StalledError, fetch_files
+from fedloom.downloads import fetch_files, parts_of
 from fedloom.errors import ModelError
 from fedloom.host.files import hash_file, hash_json, replace_file, replace_folder
 from fedloom.host.machine import cache_folder
@@ -76,10 +76,10 @@ def list_pickles(names: Iterable[str], read: Callable[[str], Path]) -> list[str]
     if INDEX not in names:
         return []
     try:
-        pickles = sorted(set(json.loads(read(INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        pickles = parts_of(read(INDEX))
         if not pickles or any(Path(pickle).name != pickle for pickle in pickles):
             raise ValueError("a name that leads elsewhere")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         raise ModelError(f"{INDEX} is damaged", mend="get the model's files again") from None
     return pickles
 
@@ -180,12 +180,7 @@ def _look_up(name: str, revision: str | None) -> Snapshot:
 
 def _convert_hub(name: str, commit: str, pickles: list[str], say: Callable[[str], object]) -> Weights:
     say(f"downloading {', '.join(pickles[:3])}")
-    try:
-        fetch_files(name, commit, pickles, say)
-    except StalledError as error:
-        raise ModelError(
-            f"the download stopped: {error}", where=name, mend="check the network and the hub, and try again"
-        ) from None
+    fetch_files(name, commit, pickles, say)
     paths = [_download(name, commit, pickle) for pickle in pickles]
     hashes = {path.name: hash_file(path) for path in paths}
     return _convert(paths, hashes, _folder_of(name, commit), {"model": name, "commit": commit}, say)

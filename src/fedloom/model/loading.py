@@ -59,10 +59,10 @@ def load_model(
             torch.manual_seed(derive_seed(0, source.name))
             model = _build(source.config, DTYPES[dtype], attention)
     else:
+        place = _place(source)
+        if not Path(place["pretrained_model_name_or_path"]).is_dir():
+            fetch_weights(place["pretrained_model_name_or_path"], place["revision"], say)
         with loading(source.name, _mend_conversion(source)), torch.random.fork_rng(devices=[]):
-            place = _place(source)
-            if not Path(place["pretrained_model_name_or_path"]).is_dir():
-                fetch_weights(place["pretrained_model_name_or_path"], place["revision"], say)
             model, found = AutoModelForCausalLM.from_pretrained(
                 **place,
                 attn_implementation=attention,

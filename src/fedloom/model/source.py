@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -20,11 +19,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from fedloom.downloads import StalledError, fetch_description
+from fedloom.downloads import fetch_description, parts_of
 from fedloom.errors import ModelError
 from fedloom.host.files import hash_file, replace_folder
 from fedloom.host.machine import cache_folder
-from fedloom.hub import COMMIT, Snapshot, find_cached, find_model, hub_address, mend_for
+from fedloom.hub import COMMIT, Snapshot, find_cached, find_model, has_safetensors, hub_address, mend_for
 from fedloom.model.conversion import INDEX, PICKLE, Weights, find_weights, weights_of_folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -263,10 +262,10 @@ def _open_hub(
         refused = error
     commit = found.commit if found else revision or "main"
     options = {"trust_remote_code": False, "local_files_only": found is None}
+    if found:
+        fetch_description(name, commit, say)
     try:
         with loading(name):
-            if found:
-                fetch_description(name, commit, say)
             config = AutoConfig.from_pretrained(name, revision=commit, **options)
             commit = getattr(config, "_commit_hash", None) or commit
             tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, **options)
@@ -321,10 +320,7 @@ def _check_weights(folder: Path) -> None:
     if (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     elif index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index.name} is damaged") from None
+        files = [folder / name for name in parts_of(index)]
     elif not _has_weights(folder):
         return
     elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
@@ -343,8 +339,8 @@ def _check_weights(folder: Path) -> None:
 
 def _has_weights(folder: Path) -> bool:
     """Return whether a folder need not be asked for pickles that can be converted, by the names of its files."""
-    safe = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    return safe or not any((folder / name).is_file() for name in (PICKLE, INDEX))
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    return has_safetensors(names) or names.isdisjoint((PICKLE, INDEX))
 
 
 @contextlib.contextmanager
@@ -355,12 +351,6 @@ def loading(name: str, mend: str = "") -> Iterator[None]:
     try:
         yield
     # The files come from strangers and may fail in the libraries with errors of any kind.
-    except StalledError as error:
-        raise ModelError(
-            f"the download stopped: {error}",
-            where=f'model.source = "{name}"',
-            mend="check the network and the hub, and try again",
-        ) from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

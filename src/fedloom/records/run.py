@@ -118,6 +118,11 @@ def _unzip(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [round for round, _ in pairs], [loss for _, loss in pairs]
 
 
+def has_plan(folder: Path) -> bool:
+    """Return whether a run directory is one of a run that began: it may have been killed before."""
+    return (folder / "plan.json").is_file()
+
+
 def read_run(folder: str | Path) -> Run:
     """Read a run that is done, failed or still going.
 

@@ -10,6 +10,7 @@ Letters: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,22 +111,19 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
     """
     tokens_2T = _draw_tokens(adapted, min(TOKENS, max_length))
     kept = {name: value.clone() for name, value in adapted.model.named_buffers() if value.is_floating_point()}
-    devices = [adapted.device] if adapted.device.type == "cuda" else []
 
     def run_once() -> Tensor:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            adapted.gradient_P.zero_()
-            loss = adapted.logits(tokens_2T).double().square().mean()
-            loss.backward()
-            gradient_P = adapted.gradient_P
-            return torch.stack([loss.detach(), gradient_P.norm().double(), gradient_P.sum().double()])
+        torch.manual_seed(0)
+        adapted.gradient_P.zero_()
+        loss = adapted.logits(tokens_2T).double().square().mean()
+        loss.backward()
+        gradient_P = adapted.gradient_P
+        return torch.stack([loss.detach(), gradient_P.norm().double(), gradient_P.sum().double()])
 
-    adapted.model.train()
     try:
-        first_3, second_3 = run_once(), run_once()
+        with _in_training(adapted):
+            first_3, second_3 = run_once(), run_once()
     finally:
-        adapted.model.eval()
         adapted.gradient_P.zero_()
     if (first_3 - second_3).abs().max() > _noise(adapted) * first_3.abs().max():
         _refuse_to_train("two passes with the same seed differ", "randomness that no seed governs, or a memory")
@@ -217,13 +215,19 @@ def _find_reached(adapted: AdaptedModel, length: int) -> set[str]:
 
 
 def _pass_in_training(adapted: AdaptedModel, length: int) -> Tensor:
-    """Return logits as in training; leave the model, and everybody's random numbers, as they were."""
-    tokens_BT = torch.zeros(1, length, dtype=torch.int64, device=adapted.device)
+    """Return logits as in training."""
+    with _in_training(adapted):
+        return adapted.logits(torch.zeros(1, length, dtype=torch.int64, device=adapted.device))
+
+
+@contextmanager
+def _in_training(adapted: AdaptedModel) -> Iterator[None]:
+    """Have a model in training mode inside; leave it, and everybody's random numbers, as they were."""
     devices = [adapted.device] if adapted.device.type == "cuda" else []
     adapted.model.train()
     try:
         with torch.random.fork_rng(devices=devices):
-            return adapted.logits(tokens_BT)
+            yield
     finally:
         adapted.model.eval()
 
