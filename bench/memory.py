@@ -41,14 +41,15 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     from fedloom.adapters.adapted_model import AdaptedModel
     from fedloom.adapters.peft_config import build_config
     from fedloom.host.machine import peak_memory, reset_peak_memory
-    from fedloom.model.loading import build_meta_model, choose_device
+    from fedloom.model.devices import open_device
+    from fedloom.model.loading import build_meta_model
     from fedloom.model.source import open_model
     from fedloom.recipe.sections import Adapter as AdapterSection
     from fedloom.recipe.sections import Training
     from fedloom.training.batched import BatchedEngine
     from fedloom.training.memory import predict_step
 
-    device = choose_device("auto")
+    device = open_device("auto")
     training = Training(batch_size=BATCH, learning_rate=1e-5)
     source = open_model(f"random:{shape}")
 

@@ -8,14 +8,15 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
-from fedloom.model.loading import choose_device, choose_dtype, load_model
+from fedloom.model.devices import choose_dtype, open_device
+from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.sections import Adapter as AdapterSection
 from fedloom.recipe.sections import Training
 from fedloom.training.jobs import ClientJob
 
 BATCH, LENGTH, VOCABULARY = 2, 128, 40_000
-DEVICE = choose_device("auto")
+DEVICE = open_device("auto")
 DTYPE = choose_dtype("auto", DEVICE)
 
 

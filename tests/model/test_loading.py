@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from support.tiny import write_tiny_gguf
 
 from fedloom.errors import ModelError
-from fedloom.model.loading import build_meta_model, check_quantization, choose_dtype, load_model, quantized
+from fedloom.model.devices import choose_dtype
+from fedloom.model.loading import build_meta_model, check_quantization, load_model, quantized
 from fedloom.model.source import SHAPES, byte_tokenizer, open_model, unpack_gguf
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ def whole(
 def test_losses_and_gradients_are_those_of_whole_logits(
     shape: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(loss_head.CHUNK_BYTES, "cpu", chunk_bytes)
     adapted = make_adapted(shape, "float64")
     adapted.weights_P.data.normal_(0, 0.1)
     model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT

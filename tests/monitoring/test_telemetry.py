@@ -65,6 +65,8 @@ def test_gpu_memory_belongs_to_the_phase_that_held_it() -> None:
         telemetry.take()
         with telemetry.phase("training"):
             torch.ones(2**26, device="cuda")
-        peaks = telemetry.take()["gpu_peak_bytes"]
+        taken = telemetry.take()
+    peaks, reserved = taken["gpu_peak_bytes"], taken["gpu_reserved_bytes"]
+    assert reserved["training"] >= peaks["training"]
     assert peaks["training"] >= 2**28
     assert peaks["loading"] < 2**28

@@ -30,7 +30,7 @@ from fedloom.records.state import save_state
 from fedloom.records.writer import RunWriter
 from fedloom.report import run_report
 
-TIMES = ("seconds", "finished", "ram_peak_bytes", "gpu_peak_bytes")
+TIMES = ("seconds", "finished", "ram_peak_bytes", "gpu_peak_bytes", "gpu_reserved_bytes")
 """Parts of the names of what no two runs have alike."""
 
 

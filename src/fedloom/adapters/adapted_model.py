@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.files import load_adapter, save_adapter, save_model
-from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, make_room_for_residuals
+from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, Residual, make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
 from fedloom.model.attention import call_model
@@ -68,6 +68,7 @@ class AdaptedModel:
             if freeze_a and name.endswith(A_PARAMETER):
                 value.requires_grad_(False)
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
+        self._residual: Residual | None = None
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         saved = self._saved()
         # Reversed, so that a tensor with several names keeps the first.
@@ -152,6 +153,11 @@ class AdaptedModel:
 
     def load_residual(self, adapter: Adapter) -> None:
         """Let the layers add the residual of an adapter; nothing, if it has none."""
+        # What is there already stays where it is: steps that a GPU recorded read it at the place that it had then, and
+        # clients are scored in between.
+        if adapter.residual is self._residual:
+            return
+        self._residual = adapter.residual
         for layer, room in self._rooms.items():
             room.load(adapter.residual.factors[layer] if adapter.residual else None)
 

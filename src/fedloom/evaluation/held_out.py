@@ -18,6 +18,11 @@ from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.jobs import SHORT, is_shortage
 from fedloom.training.objective import next_token_targets
 
+TOKENS_ON_GPU = 16_384
+"""Tokens of a batch that fill a GPU; smaller ones leave it waiting for the processor."""
+_BatchScore = tuple[Tensor, Tensor, int]
+"""Loss and right answers of a batch, still on its device, and how many targets it has."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -60,15 +65,19 @@ def evaluate(
 ) -> Score:
     """Score an adapter on every block, in the model's dtype, without gradients or dropout; the model keeps the adapter.
 
-    Neither the order of the blocks nor the batch size changes the sums beyond rounding. Where memory runs out in a
-    batch, it and those after it are halved; `lower` is told the new size.
+    Neither the order of the blocks nor the batch size changes the sums beyond rounding; a GPU gets larger batches than
+    `batch_size`, as many as fill it. Where memory runs out in a batch, it and those after it are halved; `lower` is
+    told the new size.
 
     Raises:
         ModelError: memory runs out with a single block.
     """
     adapted.load(adapter)
     adapted.model.eval()
-    found, start, size = Score(0.0, 0, 0), 0, batch_size
+    found: list[_BatchScore] = []
+    start, size = 0, batch_size
+    if adapted.device.type == "cuda":
+        size = max(size, TOKENS_ON_GPU // max(1, blocks.tokens_NT.shape[1]))
     # Blocks of similar lengths go together, so that little padding is computed. Stable, so that the sums are the same
     # in every run.
     by_length = torch.argsort(blocks.counted_N, stable=True)
@@ -85,20 +94,26 @@ def evaluate(
             size = _halve(len(batch.tokens_BT), adapted.device)
             lower(size)
             continue
-        found, start = found + score, start + size
+        found.append(score)
+        start += size
         watch(Progress("evaluate", batch.num_tokens, len(batch.tokens_BT)))
-    return found
+    # Reading numbers waits for a GPU: once, at the end.
+    read = (Score(float(loss), int(correct), num_targets) for loss, correct, num_targets in found)
+    return sum(read, Score(0.0, 0, 0))
 
 
-def _score_batch(adapted: AdaptedModel, batch: Batch) -> Score:
-    batch = batch.to(adapted.device)
+def _score_batch(adapted: AdaptedModel, batch: Batch) -> _BatchScore:
+    device = adapted.device
     with torch.inference_mode():
+        # Found on the processor, which would wait for a GPU's answer.
         targets_M: Tensor = next_token_targets(batch.labels_BT).flatten()
         counted_M = (targets_M != IGNORED).nonzero()[:, 0]
-        loss, correct = adapted.loss_head.score(batch.tokens_BT, counted_M, targets_M[counted_M], batch.mask_BT)
+        told = batch.to(device)
+        loss, correct = adapted.loss_head.score(
+            told.tokens_BT, counted_M.to(device), targets_M[counted_M].to(device), told.mask_BT
+        )
         failpoint("evaluation.scored")
-        # Reading the two numbers waits for a GPU, once a batch.
-        return Score(float(loss), int(correct), len(counted_M))
+        return loss, correct, len(counted_M)
 
 
 def _halve(size: int, device: torch.device) -> int:

@@ -13,7 +13,8 @@ from fedloom.data.documents import Document
 from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
 from fedloom.errors import ModelError
 from fedloom.model.attention import choose_attention
-from fedloom.model.loading import build_meta_model, choose_device, choose_dtype, load_model
+from fedloom.model.devices import choose_dtype, open_device
+from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import ModelSource, open_model
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
@@ -66,7 +67,7 @@ def load_adapted_model(
 
 def load_base(recipe: Recipe, source: ModelSource, *, say: Callable[[str], object] = str) -> PreTrainedModel:
     """Load the base model as the recipe wants it."""
-    device = choose_device(recipe.model.device)
+    device = open_device(recipe.model.device)
     return load_model(
         source,
         dtype=dtype_of(recipe, device),

@@ -8,7 +8,6 @@ recipe -> documents -> splits -> token blocks, and what the model will be -> pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -16,6 +15,7 @@ from random import Random
 import torch
 
 from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import reason_of
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
@@ -26,9 +26,11 @@ from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
-from fedloom.model.loading import check_quantization, choose_device
+from fedloom.model.devices import open_device
+from fedloom.model.loading import check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, ClientPlan, Plan
 from fedloom.seeds import derive_seed
@@ -114,26 +116,18 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     Raises:
         FedloomError: what the person who asked can mend.
     """
-    device = open_device(recipe)
+    device = open_device(recipe.model.device)
     check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, observer)
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
-    room = measure(recipe, material.source, setup, per_round, predict=predict)
+    room = measure(recipe, material.source, setup, per_round, predict=predict, say=observer.show_step)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = make_plan(recipe, material, setup, room, per_round, scored)
     blocks = [material.central, *(part for client in material.clients for part in (client.train, client.holdout))]
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
-
-
-def open_device(recipe: Recipe) -> torch.device:
-    """Choose the device, and make a GPU the current one: what torch allocates without a device lands there too."""
-    device = choose_device(recipe.model.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def gather(recipe: Recipe, observer: Observer) -> Material:
@@ -190,7 +184,7 @@ def check_cohort(recipe: Recipe, able: int) -> int:
     return per_round
 
 
-def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *, predict: bool) -> Room:
+def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *, predict: bool, say: Say) -> Room:
     """Find how many clients may train in one pass.
 
     A step's memory is predicted by tracing it, which takes seconds. Without `predict`, that is left out where the
@@ -206,8 +200,7 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
             return Room(given)
         if leaves_no_doubt(setup.shape, recipe.training, clients=wanted, length=length, device=setup.device, free=free):
             return Room(per_round, ample=True)
-    memory = None
-    with suppress(Exception):  # of any kind, from an operation of a model that can't be traced
+    try:
         memory = predict_step(
             partial(build_shape, recipe, source, setup.dtype),
             source.num_layers,
@@ -217,8 +210,11 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
             device=setup.device,
             alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
         )
-    if memory is None:
-        return Room(given or 1)
+    except Exception as error:  # of any kind, from an operation of a model that can't be traced
+        # Where a GPU's memory runs out, fewer at once are tried; a processor's may take the whole machine with it.
+        at_once = given or (wanted if setup.device.type == "cuda" else 1)
+        say("memory", f"a step's can't be predicted, {at_once} at once ({type(error).__name__}: {reason_of(error)})")
+        return Room(at_once)
     fit = memory.clients_that_fit(free)
     return Room(given or min(fit, memory.clients_worthwhile(setup.device)), fit, memory)
 

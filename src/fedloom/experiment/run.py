@@ -27,7 +27,7 @@ from fedloom.experiment.watchers import open_watchers
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.rounds import run_rounds
 from fedloom.host.failpoints import failpoint
-from fedloom.model.loading import choose_device
+from fedloom.model.devices import choose_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.trackers import Tracker

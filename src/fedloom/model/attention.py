@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 MASKLESS = "fedloom_causal"
@@ -43,6 +43,11 @@ def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
 
 def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
     """Return what a model gives for tokens; `mask_BT` is 1 at those that may be seen, 0 at others, or None."""
+    if mask_BT is None and isinstance(model, PreTrainedModel) and model.config._attn_implementation == MASKLESS:
+        # Told, not left to the model: OPT would sum a mask of ones for them, for which a GPU has no kernel that gives
+        # the same sum each time.
+        positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        return model(input_ids=tokens_BT, position_ids=positions_1T, use_cache=False)
     if mask_BT is None:
         return model(input_ids=tokens_BT, use_cache=False)
     assert model.config._attn_implementation != MASKLESS, "a mask for a model that was built to do without"

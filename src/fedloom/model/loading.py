@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from fedloom.downloads import fetch_weights
 from fedloom.errors import ModelError
-from fedloom.host.machine import computes_bfloat16
 from fedloom.model.attention import choose_attention
 from fedloom.model.packed import pack_model
 from fedloom.model.source import ModelSource, loading
@@ -225,31 +224,6 @@ def build_meta_model(
     model.requires_grad_(False)
     model.name_or_path = source.name
     return model
-
-
-def choose_dtype(wanted: str, device: torch.device) -> str:
-    """Return the wanted dtype; for `auto`, bfloat16 if the device computes it in hardware, else float32."""
-    if wanted != "auto":
-        return wanted
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
-    return "bfloat16" if fast else "float32"
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Return the wanted device; for `auto`, a GPU if there is one, else the processor.
-
-    Raises:
-        ModelError: the wanted GPU is not there.
-    """
-    available = torch.cuda.device_count()
-    if wanted == "auto":
-        return torch.device("cuda" if available else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise ModelError(
-            f"no device {wanted}: torch sees {available} GPUs", where="model.device", mend='use "auto" or "cpu"'
-        )
-    return device
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from fedloom.model.attention import call_model
 
-CHUNK_BYTES = 64 * 2**20
-"""Memory that logits may take at a time, in float32."""
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Memory that logits may take at a time, in float32, by the kind of device: a GPU works best on large products."""
 
 CHANGES_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
 """Settings by which a model scales or caps the product of its head; 0, 1 or none of them changes nothing."""
@@ -46,8 +46,12 @@ class LossHead:
         """Return how many logits a token has."""
         return int(self._model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
-    def losses(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    def losses(
+        self, tokens_BT: Tensor, rows_M: Tensor | None, targets_M: Tensor, mask_BT: Tensor | None = None
+    ) -> Tensor:
         """Return the negative log-likelihood of each counted row's target, [M], in float32 or wider; differentiable.
+
+        Without `rows_M`, every row counts.
 
         Only the model's body gets gradients, never the weights of the head: a trained head needs the whole logits.
         """
@@ -55,7 +59,7 @@ class LossHead:
             logits_MV = self._whole_logits(tokens_BT, rows_M, mask_BT)
             return functional.cross_entropy(logits_MV, targets_M, reduction="none")
         losses_M: Tensor = _RowLosses.apply(
-            self._states(tokens_BT, mask_BT)[rows_M], targets_M, self._head.weight, self._head.bias
+            _chosen(self._states(tokens_BT, mask_BT), rows_M), targets_M, self._head.weight, self._head.bias
         )  # type: ignore[no-untyped-call]
         return losses_M
 
@@ -84,8 +88,8 @@ class LossHead:
         states: Tensor = call_model(self._model.base_model, tokens_BT, mask_BT).last_hidden_state
         return states.flatten(0, 1)
 
-    def _whole_logits(self, tokens_BT: Tensor, rows_M: Tensor, mask_BT: Tensor | None) -> Tensor:
-        return _at_least_float32(self._logits(tokens_BT, mask_BT).flatten(0, 1)[rows_M])
+    def _whole_logits(self, tokens_BT: Tensor, rows_M: Tensor | None, mask_BT: Tensor | None) -> Tensor:
+        return _at_least_float32(_chosen(self._logits(tokens_BT, mask_BT).flatten(0, 1), rows_M))
 
     def _own_logits(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         logits: Tensor = call_model(self._model, tokens_BT, mask_BT).logits
@@ -138,15 +142,20 @@ class _RowLosses(torch.autograd.Function):
         return gradient_MD * grad_M[:, None].to(gradient_MD.dtype), None, None, None
 
 
-def rows_at_a_time(vocabulary_size: int) -> int:
+def _chosen(values_N: Tensor, rows_M: Tensor | None) -> Tensor:
+    # To take every row by its number would copy them, and sort the numbers in the backward pass.
+    return values_N if rows_M is None else values_N[rows_M]
+
+
+def rows_at_a_time(vocabulary_size: int, device: torch.device) -> int:
     """Return how many rows have their logits in memory together."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary_size))
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary_size))
 
 
 def _logit_chunks(
     states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = rows_at_a_time(len(weight_VD))
+    rows = rows_at_a_time(len(weight_VD), weight_VD.device)
     for states, targets in zip(states_MD.split(rows), targets_M.split(rows), strict=True):
         yield _at_least_float32(functional.linear(states, weight_VD, bias_V)), targets
 

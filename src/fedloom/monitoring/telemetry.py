@@ -1,7 +1,8 @@
 """Memory of each phase of a run, and the work of evaluating, measured. No torch here, unless there is a GPU.
 
 RAM is sampled, of this process and its children; GPU memory is torch's own count of its peak. Both are told apart by
-phase: loading, training, aggregation, evaluation.
+phase: loading, training, aggregation, evaluation. A recorded step's memory is taken all the time, though its tensors
+count only while it is recorded: what a card must have is what torch keeps of it.
 """
 
 from __future__ import annotations
@@ -78,12 +79,14 @@ class Telemetry(Observer):
     def take(self) -> dict[str, Any]:
         """Return what was measured since the last time, as a round's record has it.
 
-        `evaluate_tokens`, `evaluate_samples`, `evaluate_steps`; `ram_peak_bytes` and `gpu_peak_bytes` by phase.
+        `evaluate_tokens`, `evaluate_samples`, `evaluate_steps`; by phase `ram_peak_bytes` and, of a GPU, the bytes of
+        tensors (`gpu_peak_bytes`) and all that torch keeps of it (`gpu_reserved_bytes`), recorded steps included.
         """
         self._note()
         taken: dict[str, Any] = {**self._counts, "ram_peak_bytes": dict(self._ram)}
         if self._gpu:
             taken["gpu_peak_bytes"] = dict(self._gpu_bytes)
+            taken["gpu_reserved_bytes"] = dict(self._gpu_reserved)
         self._reset()
         return taken
 
@@ -91,6 +94,7 @@ class Telemetry(Observer):
         self._counts: dict[str, int] = defaultdict(int)
         self._ram: dict[str, int] = {}
         self._gpu_bytes: dict[str, int] = {}
+        self._gpu_reserved: dict[str, int] = {}
 
     def _sample(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
@@ -106,6 +110,7 @@ class Telemetry(Observer):
             import torch
 
             self._keep_most(self._gpu_bytes, torch.cuda.max_memory_allocated())
+            self._keep_most(self._gpu_reserved, torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
 
     def _note_ram(self) -> None:

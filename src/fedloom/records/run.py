@@ -51,6 +51,7 @@ class RoundRecord(TypedDict, total=False):
     evaluate_steps: int
     ram_peak_bytes: dict[str, int]
     gpu_peak_bytes: dict[str, int]
+    gpu_reserved_bytes: dict[str, int]
     lora_error: float
     lora_error_layers: dict[str, float]
     runs_together: int

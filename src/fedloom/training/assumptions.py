@@ -24,6 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
+from fedloom.model.devices import allow_differing_results
+from fedloom.progress import Say
 
 TOKENS = 16
 """Tokens of the sequence that is tried, where the recipe's are not fewer."""
@@ -130,6 +132,18 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
     for name, value in adapted.model.named_buffers():
         if name in kept and not torch.equal(value, kept[name]):
             _refuse_to_train(f"a pass changes {name}", "statistics over batches, which are no part of an adapter")
+
+
+def let_results_differ_if_need_be(adapted: AdaptedModel, max_length: int, say: Say) -> None:
+    """Have a model train on a GPU that has operations whose results differ from time to time, and say so."""
+    try:
+        _pass_in_training(adapted, min(TOKENS, max_length)).float().square().mean().backward()
+    except RuntimeError as error:
+        if "deterministic" in str(error):
+            allow_differing_results()
+            say("repeated", f"runs will differ by rounding: {reason_of(error)}")
+    finally:
+        adapted.gradient_P.zero_()
 
 
 def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.cuda_graph import StepGraph
+from fedloom.training.cuda_graph import NotRecordableError, StepGraph
 from fedloom.training.jobs import (
     SHORT,
     ClientFailure,
@@ -40,6 +40,8 @@ from fedloom.training.stacked_step import StackedStep, StepInputs
 
 READ_EVERY = 16
 """Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""
+WIDTHS = 32
+"""Widths of batches with fixed shapes are multiples of it: clients of similar texts then share a recording."""
 OF_ALL_CLIENTS = (
     "clients_at_once",
     "gradient_checkpointing",
@@ -68,10 +70,12 @@ class ClientSlot:
     def finished(self) -> bool:
         return self.error is not None or self.step == len(self.batches)
 
-    @property
+    @cached_property
     def largest_batch(self) -> tuple[int, int]:
-        """Sequences and tokens of the client's largest batch."""
-        return len(self.batches[0]), self.job.blocks.tokens_NT.shape[1]
+        """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
+        blocks = self.job.blocks
+        widest = -(-int(blocks.counted_N.max()) // WIDTHS) * WIDTHS
+        return len(self.batches[0]), min(widest, blocks.tokens_NT.shape[1])
 
 
 class BatchedEngine:
@@ -86,6 +90,8 @@ class BatchedEngine:
         self._stack = Stack(adapted)
         self.lowered_to: int | None = None
         """Clients that train at once since memory ran out; None where it never did."""
+        self._records = True
+        """False once a step of this model could not be recorded."""
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         """Carry out every job, as many at once as there is room for; yield each result when it is there."""
@@ -99,17 +105,23 @@ class BatchedEngine:
             at_once = min(len(waiting), asked, self.lowered_to or asked)
             batch: ClientBatch | None = None
             try:
-                batch = ClientBatch(self._adapted, self._stack, jobs, at_once)
+                batch = ClientBatch(self._adapted, self._stack, jobs, at_once, records=self._records)
                 # A job is always in one place: it waits, it has a slot, or its result was yielded. So whatever is
                 # interrupted here can begin again.
                 while waiting or batch.slots:
                     while waiting and batch.has_room:
                         batch.admit(waiting[0])
                         waiting.popleft()
-                    for slot, taken in batch.step():
+                    stepped = batch.step()
+                    if batch.not_recordable and self._records:
+                        self._records = False
+                        self._say("graph", f"none, each step is launched by itself: {batch.not_recordable}")
+                    for slot, taken in stepped:
                         job, samples = slot.job, len(taken.tokens_BT)
                         self._watch(Progress("train", taken.num_tokens, samples, job.round, job.client))
                     yield from batch.retire()
+                # What the last ones held is not needed beside what comes next, an evaluation say.
+                self._stack.let_go()
                 return
             except SHORT as error:
                 if not is_shortage(error):
@@ -158,6 +170,7 @@ class ClientBatch:
         jobs: Sequence[ClientJob],
         num_slots: int | None = None,
         fixed_shapes: bool | None = None,
+        records: bool = True,
     ) -> None:
         self._training = training = jobs[0].training
         num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
@@ -168,6 +181,11 @@ class ClientBatch:
         partly = any(job.trains_P is not None for job in jobs)
         self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
+        self._records = (
+            records and self._device.type == "cuda" and training.cuda_graph and not training.gradient_checkpointing
+        )
+        self.not_recordable = ""
+        """Reason why this model's steps can't be recorded, once that was found."""
         self._launch: StepGraph | None = None
         self._sizes: Sequence[tuple[int, int]] = ()
         self._unread: list[tuple[list[tuple[ClientSlot, Batch]], Tensor]] = []
@@ -203,8 +221,11 @@ class ClientBatch:
         collected = self._collect(batches, sizes)
         # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
         inputs = collected.each(lambda value: value.to(self._device, non_blocking=True))
-        run_step = self._prepare(sizes)
-        facts_3K = run_step(inputs)
+        try:
+            facts_3K = self._prepare(sizes)(inputs)
+        except NotRecordableError as error:
+            self._stop_recording(str(error))
+            facts_3K = self._prepare(sizes)(inputs)
         failpoint("training.stepped")
 
         stepped = list(zip(slots, batches, strict=True))
@@ -252,13 +273,23 @@ class ClientBatch:
         dropout = ClientDropout(self._generators[:count], sizes)
         if len(self._sizes) != count:
             self._step.use_slots(count)
-        if self._device.type != "cuda" or not self._training.cuda_graph or self._training.gradient_checkpointing:
+        if not self._records:
             self._sizes = sizes
             return partial(self._step, dropout=dropout)
         if self._launch is None or self._sizes != sizes:
-            self._launch = StepGraph(partial(self._step, dropout=dropout), self._generators[:count])
+            self._launch = StepGraph(partial(self._step, dropout=dropout), self._generators[:count], self._device)
             self._sizes = sizes
+        # Should it not come to a recording, the step is taken without, with the same random numbers.
+        self._states = [generator.get_state() for generator in self._generators] if not self._launch.recorded else []
         return self._launch
+
+    def _stop_recording(self, why: str) -> None:
+        """Launch each step by itself from now on, as the one that was to be recorded has not been taken."""
+        self.not_recordable, self._records, self._launch = why, False, None
+        # A generator stays bound to the recording that it was registered for.
+        self._generators = [torch.Generator(self._device) for _ in self._generators]
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
 
     def _read(self) -> None:
         """Write down the steps since the last look."""
@@ -279,15 +310,14 @@ class ClientBatch:
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
         shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._step.weights_KP.dtype)
-        rows = counted_KM.flatten().nonzero()[:, 0]
-        if self._fixed_shapes:
-            rows = torch.arange(counted_KM.numel())
+        rows = None if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
+        chosen = slice(None) if rows is None else rows
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
             rows_M=rows,
-            targets_M=targets_KM.flatten()[rows].clamp(min=0),
-            clients_M=rows // targets_KM.shape[1],
-            shares_M=shares_KM.flatten()[rows],
+            targets_M=targets_KM.flatten()[chosen].clamp(min=0),
+            clients_M=None if rows is None else rows // targets_KM.shape[1],
+            shares_M=shares_KM.flatten()[chosen],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
             mask_NT=mask_KBT.flatten(0, 1) if self._masked else None,

@@ -72,14 +72,16 @@ class ClientDropout(TorchFunctionMode):
         by_client = (num_clients, self._num_sequences, -1, x.shape[-1])
         if x.ndim == 4:
             by_client = (num_clients, self._num_sequences, *x.shape[1:])
-        mask = torch.ones_like(x).reshape(by_client)
+        mask = torch.full_like(x, 1 - p).reshape(by_client)  # which makes padding 1 below
         for client, (generator, (sequences, tokens)) in enumerate(zip(self._generators, self._sizes, strict=True)):
             own = mask[client, :sequences]
             own = own[:, :, :tokens, :tokens] if x.ndim == 4 else own[:, :tokens]
             # Drawn in the shape of the client's own batch: a wider neighbour would change how the numbers fall.
-            own.copy_(torch.empty(own.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator))
-            own.div_(1 - p)
-        return x * mask.view_as(x)
+            if own.is_contiguous():
+                own.bernoulli_(1 - p, generator=generator)
+            else:
+                own.copy_(torch.empty(own.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator))
+        return x * mask.div_(1 - p).view_as(x)
 
     def _attention(
         self,

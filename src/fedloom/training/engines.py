@@ -14,6 +14,7 @@ from fedloom.training.assumptions import (
     check_own_randomness,
     check_repeatable,
     draws_by_its_settings,
+    let_results_differ_if_need_be,
 )
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientResult
@@ -57,6 +58,8 @@ def open_engine(name: EngineName, adapted: AdaptedModel, max_length: int, watch:
     Raises:
         ModelError: something of it does not hold.
     """
+    if adapted.device.type == "cuda":
+        let_results_differ_if_need_be(adapted, max_length, say)
     check_model(adapted, max_length)
     check_repeatable(adapted, max_length)
     if name == "batched":

@@ -191,7 +191,10 @@ TrainClients = Callable[[Sequence[ClientJob]], Iterator[ClientResult]]
 
 SHORT = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 """Errors by which a shortage of memory may show; `is_shortage` tells which of the last kind it is."""
-WORDS = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+WORDS = (
+    *("can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"),
+)
 
 
 def is_shortage(error: Exception) -> bool:

@@ -32,10 +32,12 @@ from fedloom.training.stacked_step import StackedStep, StepInputs
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Training
 
-HELD_BY_ALLOCATOR = {"cpu": 1.45, "cuda": 1.0}
+HELD_BY_ALLOCATOR = {"cpu": 1.45, "cuda": 1.1}
 """Bytes that a process holds for each byte alive in a step: glibc keeps freed pieces, 1.3 to 1.5 times as much in all
 (docs/benchmarks.md). Told to give them back at once, it holds exactly what is alive, and steps take a quarter
-longer."""
+longer. On a GPU, torch rounds sizes up and can't use every gap."""
+HELD_BESIDE = {"cpu": 0, "cuda": 2**29}
+"""Bytes that a step needs which are in no tensor: workspaces of cuBLAS and attention, and the recording itself."""
 WORTHWHILE_ON_CPU = 5 * 2**30
 """Bytes of all clients at once: beyond it, a processor waits for its memory (docs/benchmarks.md, K = 32)."""
 SHARE_OF_FREE = 0.9
@@ -81,7 +83,7 @@ def predict_step(
     """
     whole = build(layers)
     # From a full chunk of logits on, every client adds the same to what the loss needs; before that, less.
-    full = -(-rows_at_a_time(whole.loss_head.vocabulary_size) // (training.batch_size * length))
+    full = -(-rows_at_a_time(whole.loss_head.vocabulary_size, device) // (training.batch_size * length))
     few = min(clients, full)
 
     def trace(clients: int, count: int) -> int:
@@ -95,7 +97,8 @@ def predict_step(
 
     at_few, one_more = (round(HELD_BY_ALLOCATOR[device.type] * peak(clients)) for clients in (few, few + 1))
     client_bytes = one_more - at_few
-    return StepMemory(_base_bytes(whole), at_few - few * client_bytes, client_bytes)
+    fixed_bytes = at_few - few * client_bytes + HELD_BESIDE[device.type]
+    return StepMemory(_base_bytes(whole), fixed_bytes, client_bytes)
 
 
 CERTAIN_TIMES = 4
@@ -153,11 +156,12 @@ def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: 
             slots = StackedStep(adapted, Stack(adapted), training, clients, device)
             slots.use_slots(clients)
             positions = torch.arange(clients * training.batch_size * length, device=device)
+            fixed = device.type == "cuda"  # there every position is computed, and none is looked up
             inputs = StepInputs(
                 tokens_NT=positions.view(-1, length),
-                rows_M=positions,
+                rows_M=None if fixed else positions,
                 targets_M=positions,
-                clients_M=positions,
+                clients_M=None if fixed else positions,
                 shares_M=positions.to(slots.weights_KP.dtype),
                 rates_K=torch.zeros(clients, dtype=torch.float64, device=device),
                 mus_K=torch.zeros(clients, dtype=torch.float64, device=device),
@@ -195,6 +199,9 @@ class LiveBytes(TorchDispatchMode):
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had now: of the GPU with what torch holds unused, or of the machine or its container."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        # A share that the process may have at most is torch's own limit, of which the driver knows nothing.
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
     return free_memory()

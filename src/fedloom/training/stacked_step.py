@@ -30,12 +30,12 @@ class StepInputs(NamedTuple):
 
     tokens_NT: Tensor
     """Token ids, client by client."""
-    rows_M: Tensor
-    """Positions in the flattened tokens, in order, each at most once: all whose loss counts, and maybe others."""
+    rows_M: Tensor | None
+    """Positions in the flattened tokens whose loss counts, in order; None for every position."""
     targets_M: Tensor
     """Token that each of these positions predicts."""
-    clients_M: Tensor
-    """Slot of the client that the position belongs to."""
+    clients_M: Tensor | None
+    """Slot of the client that the position belongs to; None where each client has equally many."""
     shares_M: Tensor
     """Weight of each position: 1 / the number of its client's counted positions, or 0 for padding.
 
@@ -127,8 +127,6 @@ class StackedStep:
         """Return each client's mean loss over its own counted tokens, [K]."""
         losses_M = self._adapted.loss_head.losses(inputs.tokens_NT, inputs.rows_M, inputs.targets_M, inputs.mask_NT)
         shared_M = losses_M * inputs.shares_M
-        # On a GPU index_add sums in any order, so two runs would differ. There every position is among the rows, and
-        # each client has equally many of them.
-        if shared_M.is_cuda:
+        if inputs.clients_M is None:
             return shared_M.view(self._count, -1).sum(1)
         return shared_M.new_zeros(self._count).index_add(0, inputs.clients_M, shared_M)

@@ -29,7 +29,7 @@ from fedloom.experiment.watchers import Watchers
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
-from fedloom.model.loading import choose_device
+from fedloom.model.devices import open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe, pin
@@ -103,7 +103,7 @@ class RemoteClients:
         """
         source = open_source(recipe, partial(watchers.show_step, "model"))
         weights = source.weights.record if source.weights else {}
-        device = choose_device(recipe.model.device)
+        device = open_device(recipe.model.device)
         check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
         found, central = gather_central(recipe, source)
         setup = check(recipe, source, device)

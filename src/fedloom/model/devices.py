@@ -1,0 +1,66 @@
+"""The device that a model is on: which, in what dtype it computes, and that a GPU gives the same result twice."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from fedloom.errors import ModelError
+from fedloom.host.machine import computes_bfloat16
+
+
+def choose_dtype(wanted: str, device: torch.device) -> str:
+    """Return the wanted dtype; for `auto`, bfloat16 if the device computes it in hardware, else float32."""
+    if wanted != "auto":
+        return wanted
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
+    return "bfloat16" if fast else "float32"
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the wanted device; for `auto`, a GPU if there is one, else the processor.
+
+    Raises:
+        ModelError: the wanted GPU is not there.
+    """
+    available = torch.cuda.device_count()
+    if wanted == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ModelError(
+            f"no device {wanted}: torch sees {available} GPUs", where="model.device", mend='use "auto" or "cpu"'
+        )
+    return device
+
+
+def open_device(wanted: str) -> torch.device:
+    """Return the wanted device, ready for use: a GPU is made the current one, and told to repeat its results.
+
+    What torch allocates without a device lands on the current GPU, and so does what it records. Among the kernels that
+    it has for one operation, torch takes those that sum in the same order each time; an operation that has none raises
+    RuntimeError, unless `allow_differing_results` was called.
+
+    Raises:
+        ModelError: the wanted GPU is not there.
+    """
+    device = choose_device(wanted)
+    if device.type == "cuda":
+        # Read when the first product of matrices is computed: so before that.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(True)
+        # It would fill all memory that is about to be written anyway.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        # Its backward pass sums in any order, and gives NaN for some lengths under a mask (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def allow_differing_results() -> None:
+    """Let operations run that have no kernel with the same result each time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Torch would say so of each such operation; who calls this says it once.
+    warnings.filterwarnings("ignore", message=".*deterministic")

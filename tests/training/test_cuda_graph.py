@@ -1,0 +1,144 @@
+"""Recorded steps: what happens where one can't be recorded, shown on a processor; recordings themselves on a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.little_memory import assert_same
+from support.tiny import make_adapted, make_blocks, make_job, updates_of
+from torch import Tensor
+
+from fedloom.adapters.lora import Residual, lora_pairs
+from fedloom.training import batched
+from fedloom.training.batched import BatchedEngine, ClientBatch
+from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, recording_stream
+from fedloom.training.jobs import ClientJob, is_shortage
+from fedloom.training.stacked_step import StepInputs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class CantRecord:
+    """Stands for a recording that stops half-way: random numbers are drawn, and nothing is done with them."""
+
+    def __init__(self, step: Any, generators: Any, device: torch.device) -> None:
+        self._step, self._generators, self._steps, self.recorded = step, generators, 0, False
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        self._steps += 1
+        if self._steps > WARM_UP:
+            for generator in self._generators:
+                torch.rand(3, generator=generator)
+            raise NotRecordableError("it asks the GPU")
+        facts_3K: Tensor = self._step(inputs)
+        return facts_3K
+
+
+def make_jobs(adapted: Any) -> list[ClientJob]:
+    start = adapted.read()
+    return [make_job(make_blocks(12, seed=client), start, client=client, epochs=2) for client in range(3)]
+
+
+def record_on_a_processor(monkeypatch: pytest.MonkeyPatch, graph: Any) -> None:
+    plain = ClientBatch.__init__
+
+    def begin(self: ClientBatch, *args: Any, records: bool = True, **named: Any) -> None:
+        plain(self, *args, records=records, fixed_shapes=True, **named)
+        self._records = records
+
+    monkeypatch.setattr(ClientBatch, "__init__", begin)
+    monkeypatch.setattr(batched, "StepGraph", graph)
+
+
+def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted(dtype="float64", dropout=0.3)
+    jobs = make_jobs(adapted)
+    record_on_a_processor(monkeypatch, CantRecord)
+    launching = BatchedEngine(adapted)
+    launching._records = False
+    expected = list(updates_of(launching.train(jobs)))
+    told: list[tuple[str, str]] = []
+    engine = BatchedEngine(adapted, say=lambda *words: told.append(words))
+    for _ in range(2):
+        assert_same(list(updates_of(engine.train(jobs))), expected)
+    assert told == [("graph", "none, each step is launched by itself: it asks the GPU")], "said once, tried once"
+
+
+def test_memory_that_runs_out_while_recording_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(CantRecord):
+        def __call__(self, inputs: StepInputs) -> Tensor:
+            if self._steps == WARM_UP and len(self._generators) > 1:
+                raise RuntimeError("CUDA error: out of memory")
+            if self._steps == WARM_UP:
+                self._steps = 0
+            return super().__call__(inputs)
+
+    adapted = make_adapted(dtype="float64")
+    jobs = make_jobs(adapted)
+    expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
+    record_on_a_processor(monkeypatch, Short)
+    engine = BatchedEngine(adapted)
+    assert_same(list(updates_of(engine.train(jobs))), expected)
+    assert engine.lowered_to == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"]
+)
+def test_every_library_of_a_gpu_has_its_own_words_for_a_shortage(words: str) -> None:
+    assert is_shortage(RuntimeError(words))
+
+
+def test_a_residual_that_is_loaded_stays_where_it_is() -> None:
+    # A recorded step reads it there, and a client is scored between two steps.
+    adapted = make_adapted(residuals=True)
+    start = adapted.read()
+    tensors = start.layout.split(start.weights_P)
+    factors = {
+        layer: (torch.ones(len(tensors[b]), 1), torch.ones(1, tensors[a].shape[1]))
+        for layer, (a, b) in lora_pairs(start.layout.names).items()
+    }
+    with_residual = type(start)(start.layout, start.weights_P, Residual(factors))
+    # On a GPU each load would make copies: here `copy=True` stands for the way there.
+    adapted.load(with_residual)
+    rooms = [room for room in adapted.model.modules() if type(room).__name__ == "ResidualLayer"]
+    loads: list[object] = []
+    for room in rooms:
+        room.load = loads.append  # type: ignore[assignment, method-assign]
+    adapted.load(with_residual)
+    assert not loads
+    adapted.load(start)
+    assert loads == [None] * len(rooms)
+
+
+def test_widths_are_those_of_the_texts() -> None:
+    # A GPU pads to fixed shapes: to what the client's texts need, not to the longest text that a recipe allows.
+    blocks = make_blocks(5, 60, seed=1)
+    blocks = type(blocks)(blocks.tokens_NT, blocks.lengths_N.clamp(max=20), blocks.counted_N.clamp(max=20))
+    adapted = make_adapted()
+    batch = ClientBatch(adapted, BatchedEngine(adapted)._stack, [make_job(blocks, adapted.read())], fixed_shapes=True)
+    batch.admit(make_job(blocks, adapted.read()))
+    assert batch.slots[0].largest_batch[1] == 32
+
+
+@needs_gpu
+def test_a_gpu_has_one_stream_for_all_recordings() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert recording_stream(device) is recording_stream(device)
+
+
+@needs_gpu
+def test_a_model_that_asks_the_gpu_trains_without_a_graph() -> None:
+    adapted = make_adapted(dtype="float32", device="cuda", dropout=0.3)
+    jobs = make_jobs(adapted)
+    launched = [job.__class__(**{**vars(job), "training": job.training.model_copy(update={"cuda_graph": False})})
+                for job in jobs]  # fmt: skip
+    expected = list(updates_of(BatchedEngine(adapted).train(launched)))
+    layer = adapted.base.get_decoder().layers[0]
+    layer.register_forward_hook(lambda module, given, found: float(found[0].sum()) and None)
+    told: list[tuple[str, str]] = []
+    found = list(updates_of(BatchedEngine(adapted, say=lambda *words: told.append(words)).train(jobs)))
+    assert [what for what, _ in told] == ["graph"]
+    for ours, theirs in zip(found, expected, strict=True):
+        moved = (theirs.adapter.weights_P - jobs[0].adapter.weights_P).norm()
+        assert (ours.adapter.weights_P - theirs.adapter.weights_P).norm() < 1e-3 * moved
