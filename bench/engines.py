@@ -2,11 +2,15 @@
 
     python bench/engines.py [--shape smollm2-135m] [--clients 3] [--more-clients 1 8 32] [--steps 3] [--repeats 2]
 
-Random weights and random tokens: speed does not depend on them; losses here mean nothing. Every contender does the
-same number of steps of 2 × 128 tokens for every client, in turn, `--repeats` times; the table has the best of each,
-because what else the machine does only ever takes time away. One JSON line a contender follows the table.
+Random weights and random tokens: speed does not depend on them; losses here mean nothing. Every contender takes
+steps of 2 × 128 tokens for every client, in turn, `--repeats` times; the table has the best of each, because what else
+the machine does only ever takes time away. One JSON line a contender follows the table.
 
-On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would.
+On a GPU the batched engine takes at least 500 steps, because its first ones are not recorded yet, and the others 60;
+the Trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out.
+
+On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--only-full` leaves the documents of
+mixed lengths out.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from workload import BATCH, DEVICE, DTYPE, LENGTH, build_adapted, make_blocks, make_jobs
 
 from fedloom.data.tokens import TokenBlocks
@@ -30,15 +36,39 @@ from fedloom.recipe.loading import load_recipe
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.reference import ReferenceEngine
 
-EVALUATED = 16
+GPU = DEVICE.type == "cuda"
+EVALUATED = 512 if GPU else 16
 """Sequences of an evaluation."""
+BATCHED_STEPS, OTHER_STEPS, SKIPPED_STEPS = 500, 60, 10
+"""Steps on a GPU: of the batched engine, at least; of the others, at most; those that a Trainer's rate leaves out."""
 
-Work = Callable[[], None]
+Work = Callable[[], float | None]
+"""Work that is measured; it may say itself how many seconds count."""
 Found = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A way to train and to evaluate, with a model of its own."""
+
+    train: Work
+    score: Work
+    train_samples: int
+    model_bytes: int
+    """Memory of a GPU that was taken before the work: each contender's model lies there while the others work."""
+
+
+def make_contender(
+    make: Callable[..., tuple[Work, Work]], shape: str, data: list[TokenBlocks], *rest: Any
+) -> Contender:
+    before = torch.cuda.memory_allocated() if GPU else 0
+    train, score = make(shape, data, *rest)
+    taken = torch.cuda.memory_allocated() - before if GPU else 0
+    return Contender(train, score, sum(len(blocks) for blocks in data), taken)
+
+
 def our_contender(
-    build: Callable[..., object], shape: str, data: list[TokenBlocks], held_out: TokenBlocks
+    build: Callable[..., Any], shape: str, data: list[TokenBlocks], held_out: TokenBlocks
 ) -> tuple[Work, Work]:
     adapted = build_adapted(shape, DTYPE)
     start = adapted.read()
@@ -76,17 +106,22 @@ def trainer_contender(dtype: str, shape: str, data: list[TokenBlocks], held_out:
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            use_cpu=DEVICE.type == "cpu",
-            dataloader_pin_memory=DEVICE.type == "cuda",
+            use_cpu=not GPU,
+            dataloader_pin_memory=GPU,
         )
         made = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
         made.remove_callback(PrinterCallback)
         return made
 
-    def train() -> None:
+    def train() -> float | None:
+        steady = SteadySteps()
         with tempfile.TemporaryDirectory() as folder:
             for blocks in data:
-                trainer(blocks, folder).train()
+                one = trainer(blocks, folder)
+                if GPU:
+                    one.add_callback(steady)
+                one.train()
+        return steady.seconds if GPU else None
 
     def score() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -95,27 +130,49 @@ def trainer_contender(dtype: str, shape: str, data: list[TokenBlocks], held_out:
     return train, score
 
 
-def measure(work: Work) -> tuple[float, int]:
-    """Seconds, and the peak of memory: of the GPU, or of this process."""
+class SteadySteps(TrainerCallback):  # type: ignore[misc]
+    """Seconds of all of a Trainer's steps, had each taken as long as those after its first few on average."""
+
+    seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step not in (SKIPPED_STEPS, state.max_steps):
+            return
+        wait()
+        now = time.perf_counter()
+        if state.global_step == SKIPPED_STEPS:
+            self._began = now
+        else:
+            self.seconds += (now - self._began) * state.max_steps / (state.max_steps - SKIPPED_STEPS)
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def measure(work: Work, model_bytes: int) -> tuple[float, int]:
+    """Seconds, and the peak of memory: of the GPU without other contenders' models, or of this process."""
     reset_peak_memory()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
+    if GPU:
         torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - model_bytes if GPU else 0
     started = time.perf_counter()
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    counted = work()
+    wait()
     seconds = time.perf_counter() - started
-    return seconds, torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak_memory()
+    return counted or seconds, torch.cuda.max_memory_allocated() - others if GPU else peak_memory()
 
 
-def compare(contenders: dict[str, tuple[Work, Work]], train_samples: int, repeats: int) -> dict[str, Found]:
+def compare(contenders: dict[str, Contender], repeats: int) -> dict[str, Found]:
     """Each contender in turn, `repeats` times; the best of each."""
     best: dict[str, Found] = {name: {} for name in contenders}
     for _ in range(repeats):
-        for name, works in contenders.items():
-            for phase, work, samples in zip(("train", "evaluate"), works, (train_samples, EVALUATED), strict=True):
-                seconds, peak = measure(work)
+        for name, one in contenders.items():
+            phases = (("train", one.train, one.train_samples), ("evaluate", one.score, EVALUATED))
+            for phase, work, samples in phases:
+                seconds, peak = measure(work, one.model_bytes)
                 found = best[name]
                 rate = f"{phase}_samples_per_second"
                 found[rate] = max(found.get(rate, 0.0), samples / seconds)
@@ -128,12 +185,15 @@ def measure_products(rows: int, features: int, seconds: float = 1.0) -> float:
     dtype = getattr(torch, DTYPE)
     left, right = (torch.randn(size, features, dtype=dtype, device=DEVICE) for size in (rows, features))
     left @ right
+    wait()
+    # A GPU is waited for once in many products: a wait takes longer than one of them.
+    bunch = 1000 if GPU else 1
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        left @ right
-        count += 1
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        for _ in range(bunch):
+            left @ right
+        wait()
+        count += bunch
     return count * 2 * rows * features**2 / (time.perf_counter() - started)
 
 
@@ -181,18 +241,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--gigabytes", type=float)
     parser.add_argument("--no-flower", action="store_true")
+    parser.add_argument("--only-full", action="store_true")
     options = parser.parse_args()
     if options.gigabytes:
         share = options.gigabytes * 1e9 / torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
 
-    if DEVICE.type == "cuda":
-        options.steps = max(options.steps, 500)  # the first few are not recorded yet
-    machine, shape, steps, clients = describe_machine(), options.shape, options.steps, options.clients
+    machine, shape, clients = describe_machine(), options.shape, options.clients
+    batched_steps = max(options.steps, BATCHED_STEPS) if GPU else options.steps
+    steps = min(batched_steps, OTHER_STEPS) if GPU else options.steps
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     where = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['threads']} threads"
     print(f"{where}, {DTYPE}; Python {machine['python']}, {versions}")
-    print(f"{shape}, {BATCH} × {LENGTH} tokens a client and step, {steps} steps a client, K = {clients}")
+    taken = f"{steps} steps a client" + (f", batched {batched_steps}" if GPU else "")
+    print(f"{shape}, {BATCH} × {LENGTH} tokens a client and step, {taken}, K = {clients}")
 
     theirs = {"HF Trainer + PEFT, float32": partial(trainer_contender, "float32")}
     if DTYPE == "bfloat16":
@@ -202,11 +264,15 @@ def main() -> None:
         for name, build in (("reference", ReferenceEngine), ("batched", BatchedEngine))
     }
     samples = clients * steps * BATCH
-    for title, mixed in (("Without padding", False), ("Documents of mixed lengths, half of it padding", True)):
-        data = [make_blocks(BATCH * steps, client, mixed=mixed) for client in range(clients)]
+    cases = [("Without padding", False), ("Documents of mixed lengths, half of it padding", True)]
+    for title, mixed in cases[:1] if options.only_full else cases:
         held_out = make_blocks(EVALUATED, 99, mixed=mixed)
-        contenders = {name: make(shape, data, held_out) for name, make in (theirs | ours).items()}
-        best = compare(contenders, samples, options.repeats)
+        contenders = {}
+        for name, make in (theirs | ours).items():
+            count = batched_steps if name.startswith("batched") else steps
+            data = [make_blocks(BATCH * count, client, mixed=mixed) for client in range(clients)]
+            contenders[name] = make_contender(make, shape, data, held_out)
+        best = compare(contenders, options.repeats)
         if not (mixed or options.no_flower):
             from flower import simulate_round
 
@@ -228,9 +294,9 @@ def main() -> None:
         contenders.clear()
         best = {}
         for count in options.more_clients:
-            data = [make_blocks(BATCH * steps, client) for client in range(count)]
-            contender = {f"batched, K = {count}": our_contender(BatchedEngine, shape, data, held_out)}
-            best |= compare(contender, count * steps * BATCH, 1)
+            data = [make_blocks(BATCH * batched_steps, client) for client in range(count)]
+            made = make_contender(partial(our_contender, BatchedEngine), shape, data, held_out)
+            best |= compare({f"batched, K = {count}": made}, 1)
         show("More clients at once, one turn each", best, shape=shape)
 
 

@@ -30,37 +30,19 @@ CASES = [
     ("opt-350m", 512, 3),
 ]
 """Shape, tokens of a block, clients at once."""
-BATCH = 2
 
 
 def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     """One case, in this process."""
     import torch
-    from workload import build_adapted, make_blocks, make_jobs
+    from workload import BATCH, DEVICE, build_adapted, make_blocks, make_jobs, predict_memory
 
-    from fedloom.adapters.adapted_model import AdaptedModel
-    from fedloom.adapters.peft_config import build_config
     from fedloom.host.machine import peak_memory, reset_peak_memory
-    from fedloom.model.devices import open_device
-    from fedloom.model.loading import build_meta_model
-    from fedloom.model.source import open_model
-    from fedloom.recipe.sections import Adapter as AdapterSection
-    from fedloom.recipe.sections import Training
     from fedloom.training.batched import BatchedEngine
-    from fedloom.training.memory import predict_step
 
-    device = open_device("auto")
-    training = Training(batch_size=BATCH, learning_rate=1e-5)
-    source = open_model(f"random:{shape}")
+    predicted = predict_memory(shape, clients, length)
 
-    def build(layers: int) -> AdaptedModel:
-        base = build_meta_model(source, layers=layers)
-        section = AdapterSection(rank=16, alpha=32, targets=("q_proj", "v_proj"))
-        return AdaptedModel(base, build_config(section, base), 1)
-
-    predicted = predict_step(build, source.num_layers, training, clients=clients, length=length, device=device)
-
-    steps = 2 if device.type == "cpu" else 8  # the first few on a GPU are not recorded yet
+    steps = 2 if DEVICE.type == "cpu" else 8  # the first few on a GPU are not recorded yet
     data = [make_blocks(BATCH * steps, client, length) for client in range(clients)]
     reset_peak_memory()
     before = peak_memory()
@@ -69,12 +51,12 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     reset_peak_memory()
     for _ in engine.train(jobs):
         pass
-    measured = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory() - before
+    measured = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak_memory() - before
     return {
         "shape": shape,
         "tokens": length,
         "clients": clients,
-        "device": str(device),
+        "device": str(DEVICE),
         "predicted_bytes": predicted.peak_bytes(clients),
         "measured_bytes": measured,
     }

@@ -9,13 +9,16 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model.devices import choose_dtype, open_device
-from fedloom.model.loading import load_model
+from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.sections import Adapter as AdapterSection
 from fedloom.recipe.sections import Training
 from fedloom.training.jobs import ClientJob
+from fedloom.training.memory import StepMemory, predict_step
 
-BATCH, LENGTH, VOCABULARY = 2, 128, 40_000
+BATCH, LENGTH = 2, 128
+VOCABULARY = 250
+"""Tokens that blocks are made of: those that every shape has, the tiny ones too."""
 DEVICE = open_device("auto")
 DTYPE = choose_dtype("auto", DEVICE)
 
@@ -32,16 +35,50 @@ def make_blocks(num_blocks: int, seed: int, length: int = LENGTH, *, mixed: bool
     return TokenBlocks(tokens_NT, lengths_N, lengths_N)
 
 
-def build_adapted(shape: str, dtype: str = "float32") -> AdaptedModel:
-    """Return a random base model of a shape, with LoRA of rank 16 on queries and values."""
-    base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=DEVICE)
-    section = AdapterSection(rank=16, alpha=32, targets=("q_proj", "v_proj"))
+def build_adapted(
+    shape: str, dtype: str = "float32", dropout: float = 0.0, own_dropout: bool = True, layers: int | None = None
+) -> AdaptedModel:
+    """Return a random base model of a shape, with LoRA of rank 16 on queries and values.
+
+    The adapter has this dropout; without `own_dropout`, the base model has none. With `layers`, the model has so many
+    of them, and no memory for its weights.
+    """
+    source = open_model(f"random:{shape}")
+    if layers is None:
+        base = load_model(source, dtype=dtype, device=DEVICE)
+    else:
+        base = build_meta_model(source, dtype=dtype, layers=layers)
+    for module in () if own_dropout else base.modules():
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    section = AdapterSection(rank=16, alpha=32, dropout=dropout, targets=("q_proj", "v_proj"))
     return AdaptedModel(base, build_config(section, base), 1)
 
 
-def make_jobs(start: Adapter, data: list[TokenBlocks]) -> list[ClientJob]:
-    """Return a job of one epoch for each client's blocks."""
-    training = Training(batch_size=BATCH, learning_rate=1e-5)
+def predict_memory(
+    shape: str,
+    clients: int,
+    length: int = LENGTH,
+    *,
+    dtype: str = "float32",
+    dropout: float = 0.0,
+    own_dropout: bool = True,
+) -> StepMemory:
+    """Return the memory that a step of so many clients is predicted to need."""
+    return predict_step(
+        lambda layers: build_adapted(shape, dtype, dropout, own_dropout, layers),
+        open_model(f"random:{shape}").num_layers,
+        Training(batch_size=BATCH, learning_rate=1e-5),
+        clients=clients,
+        length=length,
+        device=DEVICE,
+    )
+
+
+def make_jobs(start: Adapter, data: list[TokenBlocks], **changes: object) -> list[ClientJob]:
+    """Return a job of one epoch for each client's blocks; `changes` are settings of training."""
+    training = Training.model_validate({"batch_size": BATCH, "learning_rate": 1e-5, **changes})
     return [
         ClientJob(round=1, client=client, adapter=start, training=training, rounds=1, seed=1, blocks=blocks)
         for client, blocks in enumerate(data)

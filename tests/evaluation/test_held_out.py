@@ -24,9 +24,9 @@ from fedloom.monitoring.observer import Observer
 def one_pass(adapted: AdaptedModel, blocks: TokenBlocks) -> tuple[float, float]:
     """Loss and accuracy from one forward pass over everything, padding and all."""
     width = torch.arange(blocks.tokens_NT.shape[1])
-    labels = blocks.tokens_NT.masked_fill(width >= blocks.lengths_N[:, None], IGNORED)[:, 1:]
+    labels = blocks.tokens_NT.masked_fill(width >= blocks.lengths_N[:, None], IGNORED)[:, 1:].to(adapted.device)
     with torch.no_grad():
-        logits = adapted.model.eval()(input_ids=blocks.tokens_NT).logits[:, :-1]
+        logits = adapted.model.eval()(input_ids=blocks.tokens_NT.to(adapted.device)).logits[:, :-1]
     loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item()
     right = (logits.argmax(-1) == labels)[labels != IGNORED]
     return loss, right.float().mean().item()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from support.tiny import make_adapted, make_blocks
+from support.tiny import DEVICE, make_adapted, make_blocks
 from torch.nn import functional
 
 from fedloom.model import loss_head
@@ -27,10 +27,10 @@ def test_losses_and_gradients_are_those_of_whole_logits(
     monkeypatch.setitem(loss_head.CHUNK_BYTES, "cpu", chunk_bytes)
     adapted = make_adapted(shape, "float64")
     adapted.weights_P.data.normal_(0, 0.1)
-    model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT
-    rows_M = torch.tensor([0, 1, 5, 17, 18, 40, 63])
-    targets_M = torch.arange(7) * 30
-    weight_M = torch.arange(1.0, 8.0, dtype=torch.float64)
+    model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT.to(DEVICE)
+    rows_M = torch.tensor([0, 1, 5, 17, 18, 40, 63], device=DEVICE)
+    targets_M = torch.arange(7, device=DEVICE) * 30
+    weight_M = torch.arange(1.0, 8.0, dtype=torch.float64, device=DEVICE)
     assert adapted.loss_head._head is not None
     results = []
     for losses in (adapted.loss_head.losses, lambda *given: whole(model, *given)):
@@ -44,8 +44,8 @@ def test_losses_and_gradients_are_those_of_whole_logits(
 
 def test_score_counts_the_likeliest(shape: str) -> None:
     adapted = make_adapted(shape)
-    model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT
-    rows_M = torch.arange(0, 64, 3)
+    model, tokens_BT = adapted.model.get_base_model(), make_blocks(4).tokens_NT.to(DEVICE)
+    rows_M = torch.arange(0, 64, 3, device=DEVICE)
     with torch.no_grad():
         targets_M = model(input_ids=tokens_BT).logits.flatten(0, 1)[rows_M].argmax(-1)
         targets_M[:4] += 1

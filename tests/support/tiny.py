@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate, OptimizerState
+
+DEVICE = torch.device(os.environ.get("FEDLOOM_TEST_DEVICE", "cpu"))
+"""Device of models that a test makes and does not place itself: with `cuda`, engines are compared on a GPU."""
 
 ARCHITECTURES = {
     "tiny-opt": ("q_proj", "v_proj"),
@@ -75,7 +79,7 @@ def make_adapted(
     *,
     freeze_a: bool = False,
     residuals: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = DEVICE,
     attention: str | None = None,
     **adapter: Any,
 ) -> AdaptedModel:

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tiny import count_padding, make_adapted, make_blocks, make_job, make_recipe, switch_off_dropout, updates_of
+from support.tiny import (
+    DEVICE,
+    count_padding,
+    make_adapted,
+    make_blocks,
+    make_job,
+    make_recipe,
+    switch_off_dropout,
+    updates_of,
+)
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter, Layout
@@ -153,7 +162,8 @@ def test_the_scale_is_that_of_the_method(adapter: dict[str, Any]) -> None:
     assert_agree(train(BatchedEngine, adapted, start, jobs), theirs, start, "float64")
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+# A recorded step has shapes that stay.
+@pytest.mark.parametrize("fixed_shapes", [False, True] if DEVICE.type == "cpu" else [True])
 def test_counted_padding_agrees(shape: str, fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=fixed_shapes))
     adapted = make_adapted(shape, "float64", attention="sdpa")
@@ -395,7 +405,7 @@ def test_a_diverging_client_is_named() -> None:
 def test_after_the_engine_the_model_is_pefts_again(shape: str) -> None:
     adapted = make_adapted(shape)
     start = start_from(adapted)
-    tokens = make_blocks(2).tokens_NT
+    tokens = make_blocks(2).tokens_NT.to(adapted.device)
     adapted.load(start)
     before = adapted.model.eval()(input_ids=tokens).logits
     train(BatchedEngine, adapted, start, make_jobs())

@@ -46,8 +46,9 @@ def plain_training(
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / len(batches))
         optimizer.zero_grad(set_to_none=False)
-        tokens = blocks.tokens_NT[rows]
-        labels = tokens.masked_fill(torch.arange(tokens.shape[1]) >= blocks.lengths_N[rows][:, None], IGNORED)
+        tokens = blocks.tokens_NT[rows].to(adapted.device)
+        padding = torch.arange(tokens.shape[1]) >= blocks.lengths_N[rows][:, None]
+        labels = tokens.masked_fill(padding.to(adapted.device), IGNORED)
         logits = model(input_ids=tokens).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         loss = loss + 0.5 * mu * sum(((w - s) ** 2).sum() for w, s in zip(trained, start, strict=True))
