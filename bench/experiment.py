@@ -38,7 +38,11 @@ def write_documents(file: Path, number: int) -> None:
 
 def judge(run: Path) -> dict[str, Any]:
     """Return seconds of a run's rounds, and of all of its rounds, as measured or as they would be."""
-    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines() if line.endswith("}")]
+    if not (run / "status.json").exists():
+        return {"run": run.name, "state": "still prepares"}
+    records = run / "rounds.jsonl"
+    lines = records.read_text().splitlines() if records.exists() else []
+    rounds = [json.loads(line) for line in lines if line.endswith("}")]
     status, recipe = (json.loads((run / name).read_text()) for name in ("status.json", "resolved.json"))
     wanted = recipe["federation"]["rounds"]
     # Round 0 is the evaluation before training.
