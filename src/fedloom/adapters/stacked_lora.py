@@ -22,6 +22,10 @@ from torch.nn import functional
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, split_name
 
+ROUND_MORE = (torch.bfloat16, torch.float16)
+"""Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products: they are
+nearly half of a step in float32 (docs/benchmarks.md)."""
+
 
 def find_unstackable(adapted: AdaptedModel) -> str | None:
     """Return an adapted layer, with its kind, that `StackedLora` can't stand for; None where there is none."""
@@ -50,7 +54,8 @@ class StackedLora(nn.Module):
         if self.training and self.dropout:
             # `ClientDropout` takes over this call, so that each client's mask comes from its own generator.
             x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
-        delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR)  # type: ignore[no-untyped-call]
+        tf32 = result.is_cuda and result.dtype in ROUND_MORE
+        delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR, tf32)  # type: ignore[no-untyped-call]
         return torch.add(result, delta_KNO.view_as(result), alpha=self.scaling).to(result.dtype)
 
     # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
@@ -72,25 +77,44 @@ class _StackedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor) -> Tensor:
-        hidden_KNR = torch.bmm(x_KNI, a_KRI.mT)
-        ctx.save_for_backward(x_KNI, hidden_KNR)
+    def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor, tf32: bool) -> Tensor:
         # Not saved as tensors of the graph: `backward` needs these very leaves, for their `.grad`.
-        ctx.weights = a_KRI, b_KOR
-        return torch.bmm(hidden_KNR, b_KOR.mT)
+        ctx.weights, ctx.tf32 = (a_KRI, b_KOR), tf32
+        with _products(tf32):
+            hidden_KNR = torch.bmm(x_KNI, a_KRI.mT)
+            ctx.save_for_backward(x_KNI, hidden_KNR)
+            return torch.bmm(hidden_KNR, b_KOR.mT)
 
     @staticmethod
-    def backward(ctx: Any, grad_KNO: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_KNO: Tensor) -> tuple[Tensor | None, None, None, None]:
         x_KNI, hidden_KNR = ctx.saved_tensors
         a_KRI, b_KOR = ctx.weights
-        grad_KNR = torch.bmm(grad_KNO, b_KOR)
-        # `.grad` is a view of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
-        b_KOR.grad.baddbmm_(grad_KNO.mT, hidden_KNR)
-        # With FFA, A is the model's own, expanded to K clients and frozen: it has no `.grad`.
-        if a_KRI.requires_grad:
-            a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
-        # The first adapted layer's input has no trained part below it. Gradients of A and B are in `.grad` already.
-        return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None
+        with _products(ctx.tf32):
+            grad_KNR = torch.bmm(grad_KNO, b_KOR)
+            # `.grad` is a view of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
+            b_KOR.grad.baddbmm_(grad_KNO.mT, hidden_KNR)
+            # With FFA, A is the model's own, expanded to K clients and frozen: it has no `.grad`.
+            if a_KRI.requires_grad:
+                a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
+            # The first adapted layer's input has no trained part below it. Gradients of A and B are in `.grad` already.
+            return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+@contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    """Have a GPU compute float32 products in TF32 inside, and as before afterwards: rotary positions need them whole.
+
+    TF32 rounds what goes in to 10 bits, 8 times finer than bfloat16 does.
+    """
+    if not tf32:
+        yield
+        return
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 class Stack:

@@ -27,9 +27,10 @@ def choose_device(wanted: str) -> torch.device:
     """
     available = torch.cuda.device_count()
     if wanted == "auto":
-        return torch.device("cuda" if available else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= available:
+        wanted = "cuda" if available else "cpu"
+    # With its number: torch takes no GPU without one where it is asked about its memory, say.
+    device = torch.device("cuda:0" if wanted == "cuda" else wanted)
+    if device.type == "cuda" and device.index >= available:
         raise ModelError(
             f"no device {wanted}: torch sees {available} GPUs", where="model.device", mend='use "auto" or "cpu"'
         )
