@@ -166,6 +166,9 @@ def serve(
     ] = False,
 ) -> None:
     """Carry out a recipe with clients on other machines."""
+    from fedloom.deployment.processes import hide_arguments
+
+    hide_arguments()
     from fedloom.recipe.loading import load_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
@@ -191,6 +194,9 @@ def join(
     ] = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
+    from fedloom.deployment.processes import hide_arguments
+
+    hide_arguments()
     from fedloom.deployment.client.joining import join, read_kit
 
     with told_when_terminated():

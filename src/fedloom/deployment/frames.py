@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 HEAD = struct.Struct(">QQ")
+CREDENTIALS = struct.Struct("3i")
+"""Process, user and group at the other end of a Unix socket, as Linux tells them."""
 SERVE_SOCKET = "FEDLOOM_SERVE_SOCKET"
 """Environment variable that tells the server app where `fedloom serve` listens. Others who submit the app lack it."""
 MOST_MANIFEST_BYTES = 2**24
@@ -82,6 +86,32 @@ def ask(path: str, frame: Frame, *, patience_seconds: float, answer_seconds: flo
             if time.monotonic() > until:
                 raise
             time.sleep(0.1)
+
+
+def listen(path: str) -> socket.socket:
+    """Listen at a path, for this user alone; a socket that a killed process left there is replaced."""
+    Path(path).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen()
+    return listener
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """Wait for a connection of this user's; another's is closed, should the folder's rights have let it come so far.
+
+    Raises:
+        OSError: nobody comes within the listener's timeout.
+    """
+    while True:
+        connection, _ = listener.accept()
+        if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the folder's rights are all there is
+            return connection
+        told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        if CREDENTIALS.unpack(told)[1] == os.getuid():
+            return connection
+        connection.close()
 
 
 def _read(connection: socket.socket, count: int) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -37,13 +39,24 @@ to fork."""
 CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
 """Environment variable with the secret that a SuperLink demands of whoever operates it. Others on this machine can
 reach its port, too."""
+ARGUMENTS = "FEDLOOM_ARGUMENTS"
+"""Environment variable with a program's arguments. A command line is read by everyone on a machine (`ps`), an
+environment by its owner alone."""
+SOCKETS = "FEDLOOM_SOCKETS"
+"""Environment variable that names the folder of a client's sockets."""
+WORKER_SOCKET, RUNTIME_SOCKET = "worker.sock", "runtime.sock"
+"""Names of a client's sockets: its worker's, and the one on which its SuperNode gives out messages."""
+MOST_PATH_BYTES = 103
+"""Longest path of a Unix socket; Linux takes 107 bytes, macOS 103."""
 
 
 class Child:
     """Process with all that it starts, whose output goes to a file."""
 
-    def __init__(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str]) -> None:
-        self._command, self.log, self._environment = list(command), log, dict(environment)
+    def __init__(
+        self, command: Sequence[str], log: Path | None, environment: Mapping[str, str], folder: Path | None = None
+    ) -> None:
+        self._command, self.log, self._environment, self._folder = list(command), log, dict(environment), folder
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -59,6 +72,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 env=self._environment,
+                cwd=self._folder,
                 start_new_session=True,
             )
 
@@ -123,9 +137,37 @@ def check_flower() -> None:
         raise DeploymentError("Flower is not installed", mend="install it: pip install 'fedloom[deploy]'")
 
 
-def flower_command(program: str, *words: str) -> list[str]:
-    """Return the command line of one of Flower's programs, as `flower.programs` runs it."""
-    return [sys.executable, "-m", "fedloom.deployment.flower.programs", program, *words]
+def flower_command(program: str) -> list[str]:
+    """Return the command line of one of Flower's programs, as `flower.programs` runs it, but for its arguments."""
+    return [sys.executable, "-m", "fedloom.deployment.flower.programs", program]
+
+
+def flower_child(program: str, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> Child:
+    """Start one of Flower's programs, with arguments that nobody else on this machine can read."""
+    return Child(flower_command(program), log, {**environment, **hand_over(words)})
+
+
+def hand_over(words: Sequence[str]) -> dict[str, str]:
+    """Return what a process needs in its environment for `take_arguments` to find these words."""
+    return {ARGUMENTS: json.dumps([*words])}
+
+
+def take_arguments() -> list[str]:
+    """Return the arguments that this process was given, once: no process that it starts gets them too."""
+    found: list[str] = json.loads(os.environ.pop(ARGUMENTS))
+    return found
+
+
+def hide_arguments() -> None:
+    """Take the words behind a command's name out of what everyone on this machine can read of this process."""
+    words = len(sys.argv) - 2
+    if sys.platform != "linux" or words < 1 or sys.orig_argv[-words:] != sys.argv[2:]:
+        return
+    # The kernel shows memory of the process itself, from its field 48 to 49 (proc_pid_stat(5)). Python has a copy.
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    start += sum(len(os.fsencode(word)) + 1 for word in sys.orig_argv[:-words])
+    ctypes.memset(start, 0, end - start)
 
 
 def write_secret(folder: Path) -> Path:
@@ -135,22 +177,32 @@ def write_secret(folder: Path) -> Path:
     return path
 
 
-def tasks_command(kind: str, address: str, secret: Path, ca: Path | None) -> list[str]:
-    """Return the command line of what carries out the tasks of a SuperNode (`client`) or a SuperLink (`server`)."""
+def tasks_words(address: str, secret: Path, ca: Path | None) -> list[str]:
+    """Return the arguments of what carries out the tasks of a SuperNode or a SuperLink."""
     trust = ["--root-certificates", str(ca)] if ca else ["--insecure"]
-    words = ("--runtime-api-address", address, "--superexec-auth-secret-file", str(secret), *trust)
-    return flower_command(f"{kind}-tasks", *words)
+    return ["--runtime-api-address", address, "--superexec-auth-secret-file", str(secret), *trust]
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
     """Make a folder for sockets, settings and logs that nobody else can look into, and remove it afterwards.
 
+    Meanwhile, all that this process and its children write anywhere is their owner's alone, whatever the umask was.
     Folders that killed processes left behind are removed too: a living owner holds a lock.
+
+    Raises:
+        DeploymentError: the paths of sockets in it would be too long.
     """
     _sweep()
     # Paths of Unix sockets are short, so it is not in the run directory.
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, ExitStack() as stack:
+        if len(os.fsencode(Path(name) / RUNTIME_SOCKET)) > MOST_PATH_BYTES:
+            raise DeploymentError(
+                "the path of the folder for temporary files is too long for sockets",
+                where=tempfile.gettempdir(),
+                mend="name a shorter one in the environment: TMPDIR=/tmp",
+            )
+        stack.callback(os.umask, os.umask(0o077))
         stack.enter_context(Lock(Path(name) / "taken"))
         (Path(name) / "taken").rename(Path(name) / LOCK)  # only now it is seen, held
         yield Path(name)

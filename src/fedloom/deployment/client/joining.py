@@ -17,16 +17,18 @@ from fedloom.deployment.client.policy import load_policy
 from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.keys import check_name, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
+    SOCKETS,
+    WORKER_SOCKET,
     Child,
     ChildGroup,
     check_flower,
-    flower_command,
-    free_port,
+    flower_child,
+    hand_over,
     private_folder,
     programs_environment,
     rest,
     tail,
-    tasks_command,
+    tasks_words,
     write_secret,
 )
 from fedloom.errors import DeploymentError
@@ -46,6 +48,10 @@ REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
 """Words of Flower's SuperNode before it ends because its key was refused: when it begins, and after HTTP 401."""
 TAKEN = b"SuperNode ID:"
 """Words of Flower's SuperNode when its key was taken."""
+
+
+UNUSED_ADDRESS = "127.0.0.1:1"
+"""Address that Flower wants to be told where a client's messages go through a Unix socket."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +116,10 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     Journal(journal).check()
     check_flower()
     with private_folder() as folder:
-        worker_socket, log = folder / "worker.sock", folder / "supernode.log"
-        options = {"socket": worker_socket, "name": kit.name, "data": data, "journal": journal, "policy": policy or ""}
-        command = [
-            sys.executable,
-            "-m",
-            "fedloom.deployment.client.worker",
-            *(f"--{key}={options[key]}" for key in options),
-        ]
-        port, secret = free_port(), write_secret(folder)
-        node = flower_command("supernode", "--superlink", kit.server)
-        node += ["--port", str(port), "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
-        node += ["--node-config", f'socket="{worker_socket}"']
-        tasks = tasks_command("client", f"127.0.0.1:{port}", secret, None)
+        log, secret = folder / "supernode.log", write_secret(folder)
+        options = {"socket": folder / WORKER_SOCKET, "name": kit.name, "data": data, "journal": journal}
+        options |= {"policy": policy or ""}
+        node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if kit.key:
             ca = folder / "ca.crt"
             ca.write_text(kit.ca, encoding="utf-8")
@@ -136,10 +133,15 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
                 if words := greet():
                     say("server", words)
-                children["worker"] = Child(command, None, {**os.environ})
-                environment = programs_environment(folder / "flower")
-                parts = (Child(node, log, environment), Child(tasks, folder / "tasks.log", environment))
-                children["SuperNode"] = ChildGroup(*parts)
+                command = [sys.executable, "-m", "fedloom.deployment.client.worker"]
+                told = hand_over([f"--{key}={options[key]}" for key in options])
+                children["worker"] = Child(command, None, {**os.environ, **told})
+                environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
+                tasks = tasks_words(UNUSED_ADDRESS, secret, None)
+                children["SuperNode"] = ChildGroup(
+                    flower_child("supernode", node, log, environment),
+                    flower_child("client-tasks", tasks, folder / "tasks.log", environment),
+                )
                 say("joining", f"{kit.server} as {kit.name}")
                 watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
         finally:

@@ -7,7 +7,6 @@ The recipe comes from the server, the documents from this machine's command line
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.journal import Journal, hash_task
 from fedloom.deployment.client.policy import Policy, check_policy, load_policy
-from fedloom.deployment.frames import Frame, receive_frame, send_frame
+from fedloom.deployment.frames import Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
@@ -30,6 +29,7 @@ from fedloom.deployment.messages import (
     unpack_recipe,
     unpack_task,
 )
+from fedloom.deployment.processes import take_arguments
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.experiment.building import load_adapted_model
@@ -203,8 +203,7 @@ def say(what: str, detail: str) -> None:
 def serve(listener: socket.socket, worker: Worker) -> None:
     """Answer until the process ends."""
     while True:
-        connection, _ = listener.accept()
-        with connection:
+        with accept(listener) as connection:
             connection.settimeout(60.0)
             try:
                 asked = receive_frame(connection)
@@ -219,14 +218,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for option in ("--socket", "--name", "--data", "--policy", "--journal"):
         parser.add_argument(option, default="")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(take_arguments())
     policy = load_policy(Path(chosen.policy)) if chosen.policy else Policy()
     worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)))
-    with socket.socket(socket.AF_UNIX) as listener:
-        Path(chosen.socket).unlink(missing_ok=True)
-        listener.bind(chosen.socket)
-        os.chmod(chosen.socket, 0o600)
-        listener.listen()
+    with listen(chosen.socket) as listener:
         serve(listener, worker)
 
 

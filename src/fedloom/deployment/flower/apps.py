@@ -33,10 +33,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedloom.deployment.frames import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
+from fedloom.deployment.processes import SOCKETS, WORKER_SOCKET
 from fedloom.errors import MessageError
 
-WORKER_SOCKETS = "FEDLOOM_WORKER_SOCKETS"
-"""Environment variable that names the folder of workers' sockets, under Flower's simulation."""
 WORKER_PATIENCE_SECONDS = 120.0
 """Time for which a client waits for its worker: one that died is being started again."""
 SERVER_PATIENCE_SECONDS = 60.0
@@ -98,9 +97,9 @@ def relay(grid: Grid, context: Context) -> None:
 
 
 def worker_socket(context: Context) -> str:
-    """Find this node's worker: its settings name it, but Flower's simulation tells nodes nothing but their numbers."""
-    told = context.node_config.get("socket")
-    return str(told or f"{os.environ[WORKER_SOCKETS]}/worker-{context.node_config['partition-id']}.sock")
+    """Find this node's worker. Flower's simulation has many nodes in a process, and tells them their numbers."""
+    number = context.node_config.get("partition-id")
+    return f"{os.environ[SOCKETS]}/{WORKER_SOCKET if number is None else f'worker-{number}.sock'}"
 
 
 class Expected(NamedTuple):

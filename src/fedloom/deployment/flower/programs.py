@@ -17,12 +17,15 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fedloom.deployment.flower.bundle import check_app
-from fedloom.deployment.processes import CONTROL_SECRET
+from fedloom.deployment.frames import listen
+from fedloom.deployment.processes import CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
 
 POLL_SECONDS = 0.5
 """Time between two looks of a SuperNode for messages; while it waits for its own app it looks six times as often.
@@ -39,14 +42,14 @@ TASK_NAME = b"fedloom-task"
 
 
 class Guard:
-    """Guard of a SuperLink: nobody operates it without its secret. Nodes and tasks prove themselves to Flower."""
+    """Guard of a SuperLink: without its secret, there is nothing but the fleet's path. Nodes prove themselves there."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
         self._secret = os.environ[CONTROL_SECRET].encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith(("/v1/fleet/", "/v1/runtime/")):
+        if scope["type"] == "http" and not scope["path"].startswith("/v1/fleet/"):
             told = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
             if not secrets.compare_digest(told, self._secret):
                 await send({"type": "http.response.start", "status": 403, "headers": []})
@@ -68,6 +71,13 @@ def run_superlink() -> None:
 def run_flwr() -> None:
     """Run Flower's command line, and have it tell the guard its secret."""
     from flwr.cli.app import app
+
+    tell_secret()
+    app()
+
+
+def tell_secret() -> None:
+    """Have all requests of this process to a SuperLink tell its guard the secret."""
     from flwr.supercore.protobuf.client import ProtobufClient
 
     make: Any = ProtobufClient.__init__
@@ -77,11 +87,14 @@ def run_flwr() -> None:
         self._client.headers[SECRET_HEADER] = os.environ[CONTROL_SECRET]
 
     ProtobufClient.__init__ = make_with_secret  # type: ignore[method-assign]
-    app()
 
 
 def run_supernode() -> None:
-    """Run Flower's SuperNode, which looks for messages more often, and takes no app but ours."""
+    """Run Flower's SuperNode, which looks for messages more often, and takes no app but ours.
+
+    It gives messages out on a Unix socket in a private folder. A port of the loopback is anybody's who is there first.
+    """
+    import uvicorn
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
@@ -89,6 +102,9 @@ def run_supernode() -> None:
     def sleep(seconds: float) -> None:
         time.sleep(min(seconds / 6, POLL_SECONDS))
 
+    program: Any = import_module("flwr.supernode.cli.flower_supernode")
+    listen(runtime_socket()).close()  # uvicorn's own gets the rights of one that lies there
+    program.uvicorn = SimpleNamespace(Server=uvicorn.Server, Config=partial(uvicorn.Config, uds=runtime_socket()))
     # A SuperNode does this first with an app that it was sent.
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
     # Its loop sleeps for constants of its own, 3 s and 0.5 s; nothing else in that module uses `time`.
@@ -123,8 +139,30 @@ def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def runtime_socket() -> str:
+    """Return the path of the socket on which this client's SuperNode gives out messages."""
+    return str(Path(os.environ[SOCKETS]) / RUNTIME_SOCKET)
+
+
+def ask_through_socket() -> None:
+    """Have all requests of this process to its SuperNode go through its socket, whatever address they name."""
+    import httpx
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    make: Any = ProtobufClient.__init__
+
+    def make_with_socket(self: Any, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        self._client.close()
+        transport = httpx.HTTPTransport(uds=runtime_socket())
+        self._client = httpx.Client(transport=transport, timeout=self._client.timeout)
+
+    ProtobufClient.__init__ = make_with_socket  # type: ignore[method-assign]
+
+
 def run_client_tasks() -> None:
     """Run Flower's SuperExec, for a SuperNode's messages."""
+    ask_through_socket()
     _run_tasks(client_executor())
 
 
@@ -133,6 +171,7 @@ def run_server_tasks() -> None:
     from flwr.supercore.constant import TaskType
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
+    tell_secret()
     _run_tasks(_executor(TaskType.SERVER_APP, flwr_serverapp, "flwr.superlink.runtime.run_serverapp"))
 
 
@@ -235,4 +274,6 @@ if __name__ == "__main__":
     from flwr.supercore import constant
 
     constant.PULL_INITIAL_BACKOFF = BACKOFF_SECONDS  # type: ignore  # before what takes it from there
-    PROGRAMS[sys.argv.pop(1)]()
+    run = PROGRAMS[sys.argv[1]]
+    sys.argv[1:] = take_arguments()
+    run()

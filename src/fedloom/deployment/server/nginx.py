@@ -86,8 +86,9 @@ def proxy(security: Security, inner: int, logs: Path, say: Callable[[str, str], 
             mend="install it, as with: apt install nginx",
         )
     log = logs / "nginx.log"
-    command = [nginx, "-p", f"{security.folder}/", "-c", str(write_configuration(security, inner))]
-    child = Child(command, log, {**os.environ})
+    # Everyone can read a command line: it says nothing of where the keys lie.
+    command = [nginx, "-p", "./", "-c", write_configuration(security, inner).name]
+    child = Child(command, log, {**os.environ}, folder=security.folder)
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(child, over, say), daemon=True)
     try:

@@ -13,15 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedloom.deployment.flower.bundle import write_app
-from fedloom.deployment.frames import SERVE_SOCKET, Frame, read_manifest, receive_frame, send_frame
+from fedloom.deployment.frames import SERVE_SOCKET, Frame, accept, listen, read_manifest, receive_frame, send_frame
 from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import (
     CONTROL_SECRET,
     Child,
+    flower_child,
     flower_command,
+    hand_over,
     programs_environment,
     tail,
-    tasks_command,
+    tasks_words,
     write_secret,
 )
 from fedloom.deployment.server.exchange import Answer, Node
@@ -73,9 +75,7 @@ class SuperLink:
         self._address = f"{'localhost' if security else '127.0.0.1'}:{port}"
         connection = f'[superlink.here]\naddress = "{self._address}"\n{trust}\n'
         (folder / "flower" / "config.toml").write_text(connection, encoding="utf-8")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self._socket))
-        self._listener.listen()
+        self._listener = listen(str(self._socket))
         self._listener.settimeout(0.2)
 
     def watch(self, check: Callable[[], None]) -> None:
@@ -97,24 +97,24 @@ class SuperLink:
                     f"port {self._port} is taken", mend="end whatever listens there, or choose another with --port"
                 )
             time.sleep(0.2)
-        command = flower_command("superlink", "--host", "127.0.0.1", "--port", str(self._port))
+        words = ["--host", "127.0.0.1", "--port", str(self._port)]
         # Flower would install what an app asks for, and start its apps itself: the first is no app's business, and
         # the second is done by `programs`, faster.
-        command += ["--disable-runtime-dependency-installation", "--isolation", "process"]
-        command += ["--superexec-auth-secret-file", str(self._secret)]
+        words += ["--disable-runtime-dependency-installation", "--isolation", "process"]
+        words += ["--superexec-auth-secret-file", str(self._secret)]
         if self._security:
-            command += ["--ssl-ca-certfile", str(self._security.ca), "--ssl-certfile", str(self._security.certificate)]
-            command += ["--ssl-keyfile", str(self._security.key), "--enable-supernode-auth"]
+            words += ["--ssl-ca-certfile", str(self._security.ca), "--ssl-certfile", str(self._security.certificate)]
+            words += ["--ssl-keyfile", str(self._security.key), "--enable-supernode-auth"]
         else:
-            command += ["--insecure"]
-        self._child = Child(command, self._log, self._environment)
+            words += ["--insecure"]
+        self._child = flower_child("superlink", words, self._log, self._environment)
         until = time.monotonic() + START_SECONDS
         while not self._listens():
             self._wait(until, "it does not listen")
         self._registered, self._taken = {}, {}
         self._register()
-        tasks = tasks_command("server", self._address, self._secret, self._security.ca if self._security else None)
-        self._tasks = Child(tasks, self._tasks_log, self._environment)
+        words = tasks_words(self._address, self._secret, self._security.ca if self._security else None)
+        self._tasks = flower_child("server-tasks", words, self._tasks_log, self._environment)
         self._submit(until)
 
     def _submit(self, until: float) -> None:
@@ -122,7 +122,7 @@ class SuperLink:
         self._flower("run", str(self._folder / "app"), "here")
         while True:
             try:
-                self._app, _ = self._listener.accept()
+                self._app = accept(self._listener)
             except TimeoutError:
                 if self._tasks and self._tasks.ended:
                     raise DeploymentError(f"the server app can't be started: {tail(self._tasks_log)}") from None
@@ -238,11 +238,10 @@ class SuperLink:
 
     def _flower(self, *words: str) -> None:
         """Run one of Flower's own commands."""
-        command = flower_command("flwr", *words, "--format", "json")
         try:
             done = subprocess.run(
-                command,
-                env=self._environment,
+                flower_command("flwr"),
+                env={**self._environment, **hand_over([*words, "--format", "json"])},
                 capture_output=True,
                 text=True,
                 timeout=START_SECONDS,
