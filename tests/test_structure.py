@@ -36,7 +36,7 @@ LAYERS = (
 
 DEPLOYMENT = (
     ("frames", "processes"),
-    ("messages", "keys", "flower", "docker", "health"),
+    ("messages", "keys", "signing", "flower", "docker", "health"),
     ("server", "client"),
 )
 """The same inside `deployment`: what both sides share, and then each side."""

@@ -63,6 +63,7 @@ services:
       - ./fedloom-server/ca.crt:/fedloom/fedloom-server/ca.crt:ro
       - ./fedloom-server/server.crt:/fedloom/fedloom-server/server.crt:ro
       - ./fedloom-server/server.key:/fedloom/fedloom-server/server.key:ro
+      - ./fedloom-server/signing.key:/fedloom/fedloom-server/signing.key:ro
       - ./fedloom-server/clients:/fedloom/fedloom-server/clients:ro
       - ./recipe.toml:/fedloom/recipe.toml:ro
       - ./data:/fedloom/data:ro

@@ -54,6 +54,11 @@ class Security:
         return self.folder / "server.key"
 
     @property
+    def signing_key(self) -> Path:
+        """Key that this server's questions to clients are signed with; their kits have its public half."""
+        return self.folder / "signing.key"
+
+    @property
     def is_local(self) -> bool:
         """True where all clients are on this machine, so that no proxy is needed."""
         return self.host in LOOPBACK
@@ -80,16 +85,17 @@ def init(folder: Path, host: str, port: int) -> Security:
         raise DeploymentError("not a host name or address", where=f"--host {host[:80]}")
     if folder.exists():
         raise DeploymentError("the folder exists", where=str(folder), mend="name another with --folder")
-    (folder / "clients").mkdir(parents=True)
-    folder.chmod(0o700)
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / "clients").mkdir()
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     ca = _certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
     server = _certify_server(host, server_key, (ca, ca_key))
     for name, key in (("ca", ca_key), ("server", server_key)):
         _write_private(folder / f"{name}.key", _private_pem(key))
     for name, certificate in (("ca", ca), ("server", server)):
-        (folder / f"{name}.crt").write_bytes(_certificate_pem(certificate))
-    (folder / "server.toml").write_text(f'host = "{host}"\nport = {port}\n', encoding="utf-8")
+        _write_public(folder / f"{name}.crt", _certificate_pem(certificate))
+    _write_public(folder / "server.toml", f'host = "{host}"\nport = {port}\n'.encode())
+    _public_signing_key(folder / "signing.key")
     return open_server(folder)
 
 
@@ -110,7 +116,7 @@ def renew(folder: Path) -> Security:
         raise DeploymentError(
             "the keys in it can't be read", where=str(folder), mend="bring ca.key and server.key back to it"
         ) from error
-    replace_file(security.certificate, _certificate_pem(certificate))
+    _write_public(security.certificate, _certificate_pem(certificate))
     return security
 
 
@@ -118,9 +124,11 @@ def open_server(folder: Path) -> Security:
     """Read what `init` made.
 
     Raises:
-        DeploymentError: it is not there, or its certificate has expired.
+        DeploymentError: it is not there, its certificate has expired, or others can read its keys.
     """
     security = _read_server(folder)
+    for key in folder.glob("*.key"):
+        check_private(key)
     if (expires := security.expires()) < datetime.now(UTC):
         raise DeploymentError(
             f"the server's certificate expired on {expires:%Y-%m-%d}",
@@ -172,7 +180,7 @@ def request(name: str, folder: Path) -> Path:
     _write_private(key_file, private)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path = folder / f"{name}.request"
-    path.write_text(json.dumps({"fedloom": 1, "name": name, "key": public.decode()}) + "\n", encoding="utf-8")
+    _write_public(path, (json.dumps({"fedloom": 1, "name": name, "key": public.decode()}) + "\n").encode())
     return path
 
 
@@ -208,12 +216,11 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
                 mend=f"have {name}'s owner make another (fedloom provision request), or revoke it: "
                 f"fedloom provision revoke {other}",
             )
-    known.write_text(public + "\n", encoding="utf-8")
-    ca = security.ca.read_text(encoding="utf-8")
+    _write_public(known, (public + "\n").encode())
+    ca, signer = security.ca.read_text(encoding="utf-8"), _public_signing_key(security.signing_key)
     kit = to / f"{name}.kit"
-    kit.write_text(
-        f'name = "{name}"\nserver = "{security.host}:{security.port}"\nca = """\n{ca}"""\n', encoding="utf-8"
-    )
+    told = f'name = "{name}"\nserver = "{security.host}:{security.port}"\nsigner = "{signer}"\nca = """\n{ca}"""\n'
+    _write_public(kit, told.encode())
     return kit, fingerprint(security.ca)
 
 
@@ -271,6 +278,20 @@ def read_authority(pem: str, where: str) -> str:
             "not exactly one certificate", where=where, mend="ask the server's owner for the kit again"
         ) from None
     return _certificate_pem(certificate).decode()
+
+
+def check_private(key: Path) -> None:
+    """Refuse a private key that others on this machine can read or change, as ssh does.
+
+    Raises:
+        DeploymentError
+    """
+    if key.stat().st_mode & 0o077:
+        raise DeploymentError(
+            "others on this machine can read the private key",
+            where=str(key),
+            mend=f"chmod 600 '{key}'; if somebody else may have read it, make another",
+        )
 
 
 def is_address(text: str) -> bool:
@@ -363,6 +384,23 @@ def _private_pem(key: Any) -> bytes:
 
     found: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return found
+
+
+def _public_signing_key(path: Path) -> str:
+    """Return the public half of the key that signs a server's questions, in hexadecimal digits; make it if need be."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    if not path.exists():
+        _write_private(path, _private_pem(Ed25519PrivateKey.generate()))
+    key: Any = load_pem_private_key(path.read_bytes(), None)
+    digits: str = key.public_key().public_bytes_raw().hex()
+    return digits
+
+
+def _write_public(path: Path, content: bytes) -> None:
+    """Write a file that others may read, as the umask says, and nobody else change, whatever it says."""
+    replace_file(path, content, rights=0o644)
 
 
 def _write_private(path: Path, content: bytes) -> None:

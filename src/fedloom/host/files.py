@@ -71,15 +71,16 @@ def _reason(error: OSError | SafetensorError) -> str:
     return found[1] if found else type(error).__name__
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+def replace_file(path: Path, content: bytes, rights: int = 0o666) -> None:
+    """Write a file whole or not at all; of the rights to it, the umask takes away.
 
     Raises:
         OSError: it can't be written; what was there before is still there.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, rights)) as file:
+            file.write(content)
         temporary.replace(path)
     except OSError:
         with suppress(OSError):  # half a file takes room that there is none of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 import tomllib
@@ -15,7 +16,7 @@ from pathlib import Path
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import load_policy
 from fedloom.deployment.client.preflight import await_server
-from fedloom.deployment.keys import check_name, fingerprint, is_address, read_authority
+from fedloom.deployment.keys import check_name, check_private, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
     SOCKETS,
     WORKER_SOCKET,
@@ -64,17 +65,22 @@ class Kit:
     ca: str = ""
     """Certificate authority of the server, PEM: one certificate, whose fingerprint is shown."""
     key: Path | None = None
+    signer: str = ""
+    """Public key that the server's questions are signed with, in hexadecimal digits."""
+
+
+SIGNER = re.compile(r"[0-9a-f]{64}")
 
 
 def read_kit(path: Path) -> Kit:
     """Read the kit that the server's owner sent, and find the key that `provision request` made: beside it, or here.
 
     Raises:
-        DeploymentError: the file is not a kit, or the key is not there.
+        DeploymentError: the file is not a kit, or the key is not there, or others can read it.
     """
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
-        kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")))
+        kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")), signer=str(told.get("signer", "")))
     except OSError as error:
         raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
     except (ValueError, KeyError, RecursionError):
@@ -88,12 +94,19 @@ def read_kit(path: Path) -> Kit:
         )
     if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
         raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
+    if (kit.ca or kit.signer) and not SIGNER.fullmatch(kit.signer):
+        raise DeploymentError(
+            "the kit does not say which key signs the server's questions",
+            where=f"{path}: signer",
+            mend="have the server's owner approve the request again, and send the new kit (fedloom provision approve)",
+        )
     if not kit.ca:
         return kit
     kit = replace(kit, ca=read_authority(kit.ca, where=f"{path}: ca"))
     keys = [folder / f"{kit.name}.key" for folder in (path.parent, Path())]
     for key in keys:
         if key.is_file():
+            check_private(key)
             return replace(kit, key=key.resolve())
     raise DeploymentError(
         f"{kit.name}'s key is not there", where=str(keys[0]), mend="put the kit where fedloom provision request was run"
@@ -118,7 +131,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     with private_folder() as folder:
         log, secret = folder / "supernode.log", write_secret(folder)
         options = {"socket": folder / WORKER_SOCKET, "name": kit.name, "data": data, "journal": journal}
-        options |= {"policy": policy or ""}
+        options |= {"policy": policy or "", "signer": kit.signer}
         node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if kit.key:
             ca = folder / "ca.crt"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fedloom.deployment.messages import (
     unpack_task,
 )
 from fedloom.deployment.processes import take_arguments
+from fedloom.deployment.signing import Verifier
 from fedloom.errors import DataError, FedloomError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.experiment.building import load_adapted_model
@@ -142,18 +143,28 @@ class ClientModel:
 class Worker:
     """Client's answers to questions, one after another."""
 
-    def __init__(self, name: str, data: Path, policy: Policy, journal: Journal) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: Path,
+        policy: Policy,
+        journal: Journal,
+        open_question: Callable[[Frame], Frame] = lambda asked: asked,
+    ) -> None:
+        """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`)."""
         self._name, self._data, self._policy, self._journal = name, data, policy, journal
+        self._open_question = open_question
         self._told: Mapping[str, Any] | None = None
         self._model: ClientModel | None = None
         self._last: tuple[Frame, Frame] | None = None
 
     def answer(self, asked: Frame) -> Frame:
         """Do what is asked, or say why not, in words that hold nothing of this client's documents or paths."""
-        # The same question again: the answer was lost on its way. It is given again, not worked out again.
-        if self._last and self._last[0] == asked:
-            return self._last[1]
         try:
+            asked = self._open_question(asked)
+            # The same question, asked again: the answer was lost on its way. It is given again, not worked out again.
+            if self._last and self._last[0] == asked:
+                return self._last[1]
             model, do = self._open(asked.manifest.get("recipe")), asked.manifest.get("do")
             if do == "meet":
                 found = Frame(pack_facts(model.facts))
@@ -216,11 +227,12 @@ def serve(listener: socket.socket, worker: Worker) -> None:
 def main() -> None:
     """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
     parser = argparse.ArgumentParser()
-    for option in ("--socket", "--name", "--data", "--policy", "--journal"):
+    for option in ("--socket", "--name", "--data", "--policy", "--journal", "--signer"):
         parser.add_argument(option, default="")
     chosen = parser.parse_args(take_arguments())
     policy = load_policy(Path(chosen.policy)) if chosen.policy else Policy()
-    worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)))
+    checks = (Verifier(chosen.signer, chosen.name).open,) if chosen.signer else ()  # none in a kit without TLS
+    worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)), *checks)
     with listen(chosen.socket) as listener:
         serve(listener, worker)
 

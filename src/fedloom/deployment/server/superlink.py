@@ -27,6 +27,7 @@ from fedloom.deployment.processes import (
     write_secret,
 )
 from fedloom.deployment.server.exchange import Answer, Node
+from fedloom.deployment.signing import Signer
 from fedloom.errors import DeploymentError
 
 FREE_SECONDS = 20.0
@@ -52,6 +53,7 @@ class SuperLink:
         say: Callable[[str, str], object],
     ) -> None:
         self._folder, self._port, self._security = folder, port, security
+        self._signer = Signer(security.signing_key) if security else None
         self._say = say
         self._check: Callable[[], None] = lambda: None
         self._log, self._tasks_log = folder / "superlink.log", folder / "tasks.log"
@@ -150,6 +152,8 @@ class SuperLink:
         return [node for node in nodes if node.name in self._registered]
 
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
+        if self._signer:
+            frame = self._signer.sign(frame, node.name, seconds)
         told = {"do": "send", "node": node.id, "ttl": seconds, "manifest": frame.manifest}
         return str(self._ask(Frame(told, frame.payload)).manifest["message"])
 
