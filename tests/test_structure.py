@@ -36,7 +36,8 @@ LAYERS = (
 
 DEPLOYMENT = (
     ("frames", "processes"),
-    ("messages", "keys", "signing", "flower", "docker", "health"),
+    ("signing",),
+    ("messages", "keys", "flower", "docker", "health"),
     ("server", "client"),
 )
 """The same inside `deployment`: what both sides share, and then each side."""

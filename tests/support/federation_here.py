@@ -14,6 +14,8 @@ from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedloom.deployment import keys
 from fedloom.deployment.processes import free_port
 from fedloom.deployment.server.nginx import find_nginx
@@ -38,6 +40,7 @@ class Federation:
     def __init__(self, folder: Path, stack: ExitStack, *, secure: bool, host: str = "localhost") -> None:
         self.folder, self._stack = folder, stack
         self.port, self.inner = free_port(), free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.out = folder / "served"
         self.server = folder / "server" if secure else None
         if self.server:
@@ -51,6 +54,7 @@ class Federation:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment})
         self._stack.callback(end, process)
+        self.processes[name] = process
         return process
 
     def serve(self, recipe: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -115,13 +119,23 @@ DOORS = {
     "/v1/fleet/../control/list-runs": 404,
     "/v1/fleet/%2e%2e/control/list-runs": 404,
     "/docs": 403,
-    "/v1/runtime/acquire-task": 401,
+    "/v1/runtime/acquire-task": 403,
 }
 """Paths of a SuperLink, and what it answers to whoever has its certificate alone."""
 
 
 WHOLE_ROUNDS = 2
 """Rounds of the federation for many tests in which both clients take part; in the third one is lost."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What every user of a machine sees of a command's processes."""
+
+    lines: tuple[str, ...]
+    """Command lines."""
+    ports: frozenset[int]
+    """Ports on which they listen."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,8 @@ class Served:
     """Output of each process, by its name."""
     doors: dict[str, int]
     """Statuses that the SuperLink answered with on each of `DOORS`."""
+    seen: dict[str, "Seen"]
+    """What others could see of each command's processes while a client trained."""
 
 
 def serve_for_many_tests(folder: Path) -> Served:
@@ -150,11 +166,31 @@ def serve_for_many_tests(folder: Path) -> Served:
         there.wait_for("serve", "waiting")  # a node that comes before it can be let in starts anew
         there.join("client-0", data[0])
         there.join("client-1", data[1], "--policy", str(folder / "policy.toml"))
+        there.wait_for("client-1", "training")  # all that there is of both sides runs now
+        seen = look_around(there)
         superlink = there.inner if find_nginx() else there.port
         doors = {path: _knock(there.server / "ca.crt", superlink, path) for path in DOORS}
         run = there.finish(server)
         logs = {name: there.said(name) for name in ("serve", "client-0", "client-1")}
-    return Served(run, local, logs, doors)
+    return Served(run, local, logs, doors, seen)
+
+
+def look_around(there: Federation) -> dict[str, Seen]:
+    """See what every user of this machine can of the processes of each command."""
+    seen = {}
+    for name, process in there.processes.items():
+        family = [process.pid, *descendants(process.pid)]
+        lines, ports = [], set()
+        for member in family:
+            with suppress(OSError, psutil.Error):
+                lines.append(Path(f"/proc/{member}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+                ports |= {
+                    found.laddr.port
+                    for found in psutil.Process(member).net_connections("tcp")
+                    if found.status == psutil.CONN_LISTEN
+                }
+        seen[name] = Seen(tuple(lines), frozenset(ports))
+    return seen
 
 
 def _knock(ca: Path, port: int, path: str) -> int:

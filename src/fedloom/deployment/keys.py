@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.deployment.processes import check_flower
+from fedloom.deployment.signing import make_signing_key
 from fedloom.errors import DeploymentError
-from fedloom.host.files import replace_file
+from fedloom.host.files import replace_file, write_private
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -91,11 +91,11 @@ def init(folder: Path, host: str, port: int) -> Security:
     ca = _certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
     server = _certify_server(host, server_key, (ca, ca_key))
     for name, key in (("ca", ca_key), ("server", server_key)):
-        _write_private(folder / f"{name}.key", _private_pem(key))
+        write_private(folder / f"{name}.key", _private_pem(key))
     for name, certificate in (("ca", ca), ("server", server)):
         _write_public(folder / f"{name}.crt", _certificate_pem(certificate))
     _write_public(folder / "server.toml", f'host = "{host}"\nport = {port}\n'.encode())
-    _public_signing_key(folder / "signing.key")
+    make_signing_key(folder / "signing.key")
     return open_server(folder)
 
 
@@ -177,7 +177,7 @@ def request(name: str, folder: Path) -> Path:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    _write_private(key_file, private)
+    write_private(key_file, private)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path = folder / f"{name}.request"
     _write_public(path, (json.dumps({"fedloom": 1, "name": name, "key": public.decode()}) + "\n").encode())
@@ -217,7 +217,7 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
                 f"fedloom provision revoke {other}",
             )
     _write_public(known, (public + "\n").encode())
-    ca, signer = security.ca.read_text(encoding="utf-8"), _public_signing_key(security.signing_key)
+    ca, signer = security.ca.read_text(encoding="utf-8"), make_signing_key(security.signing_key)
     kit = to / f"{name}.kit"
     told = f'name = "{name}"\nserver = "{security.host}:{security.port}"\nsigner = "{signer}"\nca = """\n{ca}"""\n'
     _write_public(kit, told.encode())
@@ -386,25 +386,6 @@ def _private_pem(key: Any) -> bytes:
     return found
 
 
-def _public_signing_key(path: Path) -> str:
-    """Return the public half of the key that signs a server's questions, in hexadecimal digits; make it if need be."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    if not path.exists():
-        _write_private(path, _private_pem(Ed25519PrivateKey.generate()))
-    key: Any = load_pem_private_key(path.read_bytes(), None)
-    digits: str = key.public_key().public_bytes_raw().hex()
-    return digits
-
-
 def _write_public(path: Path, content: bytes) -> None:
     """Write a file that others may read, as the umask says, and nobody else change, whatever it says."""
     replace_file(path, content, rights=0o644)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that is readable by its owner alone from the first moment on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)

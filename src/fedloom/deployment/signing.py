@@ -19,7 +19,7 @@ from typing import Any
 
 from fedloom.deployment.frames import Frame, read_manifest
 from fedloom.errors import DeploymentError, MessageError
-from fedloom.host.files import hash_pieces, hash_text
+from fedloom.host.files import hash_pieces, hash_text, write_private
 
 PURPOSE = b"fedloom question 1\n"
 """Words before all that is signed: what this key signed for another purpose is no question."""
@@ -28,6 +28,19 @@ CLOCKS_SECONDS = 5.0
 """Time by which a client's clock may be ahead of the server's: Flower refuses more."""
 MOST_KNOWN = 4096
 """Questions that are remembered, so as to answer none twice."""
+
+
+def make_signing_key(path: Path) -> str:
+    """Return the public half of the key at a path, in hexadecimal digits; where there is none, make it."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
+    if not path.exists():
+        made = Ed25519PrivateKey.generate()
+        write_private(path, made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    key: Any = load_pem_private_key(path.read_bytes(), None)
+    digits: str = key.public_key().public_bytes_raw().hex()
+    return digits
 
 
 class Signer:

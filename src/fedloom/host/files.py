@@ -88,6 +88,13 @@ def replace_file(path: Path, content: bytes, rights: int = 0o666) -> None:
         raise
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a new file that is readable by its owner alone from the first moment on."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str, mend: str = GO_ON) -> None:
     """Write a text whole or not at all.
 

@@ -12,8 +12,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'flwr[simul
 
 from support.federation_here import run_here, split, timeless, tiny
 
-from fedloom.deployment.flower import apps
-from fedloom.deployment.processes import Child, private_folder, programs_environment
+from fedloom.deployment.processes import SOCKETS, Child, hand_over, private_folder, programs_environment
 from fedloom.deployment.server.serving import RemoteClients
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.experiment.run import run
@@ -32,7 +31,7 @@ class Simulation(SuperLink):
     """Flower's simulation where its SuperLink would be."""
 
     def open(self) -> None:
-        environment = {**self._environment, apps.WORKER_SOCKETS: str(self._folder), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**self._environment, SOCKETS: str(self._folder), "RAY_USAGE_STATS_ENABLED": "0"}
         self._child = Child([sys.executable, "-c", SIMULATION], self._log, environment)
         until = time.monotonic() + 200
         while self._app is None:
@@ -49,16 +48,11 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         for client, data in enumerate(split(asked, tmp_path / "split")):
-            command = [
-                sys.executable,
-                "-m",
-                "fedloom.deployment.client.worker",
-                "--socket",
-                f"{folder}/worker-{client}.sock",
-            ]
-            command += ["--name", f"client-{client}", "--data", str(data)]
-            command += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
-            worker = Child(command, tmp_path / f"client-{client}.log", programs_environment(folder))
+            command = [sys.executable, "-m", "fedloom.deployment.client.worker"]
+            words = ["--socket", f"{folder}/worker-{client}.sock", "--name", f"client-{client}", "--data", str(data)]
+            words += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
+            environment = programs_environment(folder) | hand_over(words)
+            worker = Child(command, tmp_path / f"client-{client}.log", environment)
             stack.callback(worker.end)
         link = stack.enter_context(closing(Simulation(folder, 0, None, lambda what, detail: None)))
         host = RemoteClients(link, 200.0)
