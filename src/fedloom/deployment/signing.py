@@ -4,7 +4,8 @@ TLS ends where Flower's messages are unpacked, and the worker is another process
 asked, by `fedloom serve`, and checked where it is answered, before anything in it is read.
 
 A question that the server asks again is signed again, and may be answered again. The same signed question a second
-time is nobody's but a thief's, whatever became of the first: Flower gives a message out once.
+time is a thief's: Flower gives a message out once, and our relay hands it over once to each worker. A worker that takes
+the place of one that died gets it anew, so what was answered is forgotten with the process; the question's end is not.
 """
 
 from __future__ import annotations
