@@ -49,10 +49,9 @@ REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
 """Words of Flower's SuperNode before it ends because its key was refused: when it begins, and after HTTP 401."""
 TAKEN = b"SuperNode ID:"
 """Words of Flower's SuperNode when its key was taken."""
-
-
 UNUSED_ADDRESS = "127.0.0.1:1"
 """Address that Flower wants to be told where a client's messages go through a Unix socket."""
+SIGNER = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,11 @@ class Kit:
     """Public key that the server's questions are signed with, in hexadecimal digits."""
 
 
-SIGNER = re.compile(r"[0-9a-f]{64}")
-
-
 def read_kit(path: Path) -> Kit:
     """Read the kit that the server's owner sent, and find the key that `provision request` made: beside it, or here.
 
     Raises:
-        DeploymentError: the file is not a kit, or the key is not there, or others can read it.
+        DeploymentError: the file is not a kit, the key is not there, or others can read it.
     """
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
