@@ -35,8 +35,10 @@ LAYERS = (
 """Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
 DEPLOYMENT = (
-    ("frames", "processes"),
-    ("messages", "keys", "flower", "docker", "health"),
+    ("frames", "processes", "message_kinds"),
+    ("keys", "flower", "docker", "health", "message_recipe"),
+    ("message_fields",),
+    ("messages",),
     ("server", "client"),
 )
 """The same inside `deployment`: what both sides share, and then each side."""
