@@ -103,7 +103,7 @@ class LyingClient:
     def reopen(self) -> None:
         raise AssertionError("the link was lost")
 
-    def fleet(self, **federation: Any) -> tuple[RemoteFleet, list[str]]:
+    def fleet(self, wait_seconds: float = 5.0, **federation: Any) -> tuple[RemoteFleet, list[str]]:
         """The server's fleet of these clients, and what is said."""
         said: list[str] = []
         count = len(self._names)
@@ -111,7 +111,7 @@ class LyingClient:
         exchange = Exchange(
             self, pack_recipe(recipe), 20.0, lambda what, detail: said.append(f"{what} {detail}"), lambda phases: None
         )
-        names = exchange.assemble(count, 5.0)
+        names = exchange.assemble(count, wait_seconds)
         return RemoteFleet(exchange, names, recipe.federation, range(count), Path(gettempdir())), said
 
 

@@ -206,7 +206,7 @@ RECIPE = Record(
         Field("evaluation", Record(_told(Evaluation, {"batch_size": 4096})), "the scoring", required=False),
     )
 )
-"""What a server tells of its recipe."""
+"""Keys of a recipe that a server tells."""
 NEVER_TOLD = {
     "": ("description", "baselines"),
     "model": ("convert",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import socket
 import threading
 import time
@@ -326,11 +327,22 @@ def serve(listener: socket.socket, worker: Worker) -> None:
     while not worker.is_spent:
         connection, asked, came = waiting.get()
         with connection:
+            # Given up while this process was stopped or the machine slept, when no clock of its own went on.
+            if is_gone(connection):
+                say("late", "nobody waits for the answer any more: the question is left out")
+                continue
             try:
                 send_frame(connection, worker.answer(asked, came))
             # The process that asked may have been killed. The server asks again.
             except OSError as error:
                 say("retry", f"the connection broke before the answer was sent ({type(error).__name__})")
+
+
+def is_gone(connection: socket.socket) -> bool:
+    """Return whether the other side has closed a connection."""
+    look = select.poll()
+    look.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
+    return bool(look.poll(0))
 
 
 def _take_in(listener: socket.socket, waiting: Queue[Arrived]) -> None:
