@@ -25,6 +25,7 @@ from fedloom.deployment.client.secret import read_secret, secret_path, sign_docu
 from fedloom.deployment.client.worker import Worker, refusal_of
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import REFUSALS
+from fedloom.deployment.messages import unpack_recipe
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError
@@ -72,7 +73,7 @@ def test_a_hash_of_documents_confirms_no_guess_not_even_the_right_one(documents:
     known = gather_client(make_recipe(data={**one, "clients": 3}), documents).blocks
     guess = hash_tensors(tensors_of([known.train, known.holdout]))
     assert told["documents"] != guess
-    base, read = str(told["base"]), make_recipe(data={**one, "clients": 3}).data.model_dump_json()
+    base, read = str(told["base"]), unpack_recipe(server.told).data.model_dump_json(exclude_unset=True)
     for secret in (b"", b"\0" * 32, b"alice", base.encode()):
         for parts in ((guess,), (base, "7", read, guess), (base, guess)):
             assert told["documents"] != sign_documents(secret, *parts)

@@ -80,7 +80,8 @@ class ClientModel:
         self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
-        base, read = hash_base(self._adapted), recipe.data.model_dump_json()
+        # Of the keys that were told: a later version may have others, and the documents are the same.
+        base, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
         blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
         self.facts = ClientFacts(
             name=name,
