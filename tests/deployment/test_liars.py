@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.liars import Lie, LyingClient, LyingServer
+from support.liars import Lie, LyingClient, LyingServer, merged
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.deployment import frames
@@ -73,7 +73,10 @@ def test_a_hash_of_documents_confirms_no_guess_not_even_the_right_one(documents:
     known = gather_client(make_recipe(data={**one, "clients": 3}), documents).blocks
     guess = hash_tensors(tensors_of([known.train, known.holdout]))
     assert told["documents"] != guess
-    base, read = str(told["base"]), unpack_recipe(server.told).data.model_dump_json(exclude_unset=True)
+    base, read = (
+        str(told["base"]),
+        unpack_recipe(merged(server.told, {"data": one})).data.model_dump_json(exclude_unset=True),
+    )
     for secret in (b"", b"\0" * 32, b"alice", base.encode()):
         for parts in ((guess,), (base, "7", read, guess), (base, guess)):
             assert told["documents"] != sign_documents(secret, *parts)
