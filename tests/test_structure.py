@@ -35,9 +35,11 @@ LAYERS = (
 """Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
 DEPLOYMENT = (
-    ("frames", "processes"),
+    ("frames", "processes", "message_kinds"),
     ("signing",),
-    ("messages", "keys", "flower", "docker", "health"),
+    ("keys", "flower", "docker", "health", "message_recipe"),
+    ("message_fields",),
+    ("messages",),
     ("server", "client"),
 )
 """The same inside `deployment`: what both sides share, and then each side."""

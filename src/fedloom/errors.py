@@ -7,7 +7,9 @@ FedloomError
 ├── RunError         a run directory that exists already, is missing or can't be read
 ├── DeploymentError  a server or a client that can't start, or can't reach the other
 ├── MessageError     a message between server and client that is damaged or was not asked for
+│   └── LateError    work for a message whose time is up
 └── TrainingError    a loss or weights that are not finite numbers; names round, client, step or stage
+    └── ShortageError  too little memory to train even one client
 
 A message is one line that is safe to show in a terminal: whatever it quotes, it has no control characters, passwords
 or tokens.
@@ -53,6 +55,10 @@ class MessageError(FedloomError):
     """A message between server and client that is damaged or was not asked for."""
 
 
+class LateError(MessageError):
+    """Work for a message whose time is up: whoever asked no longer waits for it."""
+
+
 class TrainingError(FedloomError):
     """A loss or weights that are not finite numbers; carries the round, and the client, step or stage if known."""
 
@@ -74,3 +80,7 @@ class TrainingError(FedloomError):
             stage,
         )
         super().__init__(what, where=", ".join(filter(None, parts)), mend=mend)
+
+
+class ShortageError(TrainingError):
+    """Too little memory to train even one client."""

@@ -16,7 +16,7 @@ from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import pack_adapter, pack_recipe, pack_task
+from fedloom.deployment.messages import ask_within, pack_adapter, pack_recipe, pack_task
 from fedloom.deployment.signing import Signer, Verifier, make_signing_key
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.experiment.building import load_adapted_model
@@ -215,7 +215,8 @@ def test_a_question_asked_again_is_answered_again_and_a_stolen_one_is_not(key: P
     recipe = make_recipe(training={"engine": "reference"}, model={"dtype": "float32"})
     adapter = load_adapted_model(recipe, open_model(recipe.model.source)).read()
     packed = pack_task(ClientTask(1, 0, adapter, recipe.training, rounds=2, seed=7), pack_adapter(adapter))
-    question = replace(packed, manifest={**packed.manifest, "do": "train", "recipe": pack_recipe(recipe)})
+    told = {"do": "train", "judge": False, "recipe": pack_recipe(recipe)}
+    question = ask_within(replace(packed, manifest={**packed.manifest, **told}), 60)
     data, journal = tmp_path / "documents.jsonl", tmp_path / "alice.journal.jsonl"
     data.write_text("".join(json.dumps({"text": f"word{row} " * (row + 5)}) + "\n" for row in range(12)))
     worker = Worker("alice", data, Policy(), Journal(journal), verifier(key).open)
@@ -224,11 +225,11 @@ def test_a_question_asked_again_is_answered_again_and_a_stolen_one_is_not(key: P
     first = signer.sign(question, "alice", 60)
     answer = worker.answer(first)
     assert "report" in answer.manifest
-    assert worker.answer(signer.sign(question, "alice", 60)) is answer, "it is not worked out again"
+    assert worker.answer(signer.sign(ask_within(question, 50), "alice", 60)) is answer, "it is not worked out again"
     stolen = worker.answer(first)
-    assert stolen.manifest == {"name": "alice", "error": "the question was here before: it is answered once"}
+    assert stolen.manifest == {"name": "alice", "refused": "question"}
     assert not stolen.payload
-    assert "not signed" in worker.answer(question).manifest["error"]
+    assert worker.answer(question).manifest == {"name": "alice", "refused": "question"}
     assert len(journal.read_text().splitlines()) == 1
 
 

@@ -1,7 +1,8 @@
 """Tasks and updates as frames: a manifest, and one array of float32. Whatever comes in is checked as it is unpacked.
 
-Both sides know the recipe, so neither names of tensors nor masks travel: the hash of names and shapes does, and where
-a rule lets only a part of the adapter change, only that part comes back.
+`message_fields` says of every field what it may be. Both sides know the recipe, so neither names of tensors nor masks
+travel: the hash of names and shapes does, and where a rule lets only a part of the adapter change, only that part comes
+back.
 
 Letters: P adapter parameters.
 """
@@ -9,27 +10,68 @@ Letters: P adapter parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter, Layout
-from fedloom.adapters.lora import Residual
+from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.deployment.frames import Frame
-from fedloom.errors import MessageError
+from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
+from fedloom.deployment.message_kinds import Count
+from fedloom.deployment.message_recipe import RECIPE
+from fedloom.errors import MessageError, ModelError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import trained_part
 from fedloom.host.files import hash_text
-from fedloom.progress import Phase, Progress
+from fedloom.hub import MODEL_ID
+from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation, Training
 from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
 
-MOST = 2**63
-"""Limit of all numbers of things that others tell: more would not fit in a record."""
+
+def ask_within(question: Frame, seconds: float) -> Frame:
+    """Add to a question how many seconds there are for its answer."""
+    return replace(question, manifest={**question.manifest, "seconds": min(seconds, SECONDS)})
+
+
+def read_question(asked: Frame) -> tuple[Frame, float]:
+    """Read a question, from a server that may have sent anything; return it without its time, and that in seconds.
+
+    Raises:
+        MessageError: a field is missing, is beyond its bounds or is unknown.
+    """
+    do = asked.manifest.get("do")
+    if not isinstance(do, str) or do not in QUESTIONS:
+        raise MessageError("this version of fedloom does not know the question")
+    told = QUESTIONS[do].read(asked.manifest)
+    if do == "meet" and asked.payload:
+        raise MessageError("numbers came with a question that has none")
+    return Frame({name: value for name, value in told.items() if name != "seconds"}, asked.payload), told["seconds"]
+
+
+def read_answer(answer: Frame, do: str) -> dict[str, Any]:
+    """Read the manifest of an answer, from a client that may have sent anything.
+
+    Raises:
+        MessageError: it refuses, or a field is missing, is beyond its bounds or is unknown.
+    """
+    if "refused" in answer.manifest:
+        word = REFUSAL.read(answer.manifest)["refused"]
+        raise MessageError(f"{REFUSALS[word]} ({word})")
+    if do != "train" and answer.payload:
+        raise MessageError("numbers came with an answer that has none")
+    return ANSWERS[do].read(answer.manifest)
+
+
+def pack_refusal(name: str, word: str) -> Frame:
+    """Write why a client does not do what was asked, in one of the words of `REFUSALS`."""
+    return Frame(REFUSAL.read({"name": name, "refused": word}))
 
 
 def hash_layout(layout: Layout) -> str:
@@ -45,49 +87,49 @@ def pack_adapter(adapter: Adapter) -> Frame:
     return Frame({"layout": hash_layout(adapter.layout), "residual": ranks}, _to_bytes(tensors))
 
 
-def unpack_adapter(frame: Frame, layout: Layout) -> Adapter:
-    """Read what `pack_adapter` wrote.
+def unpack_adapter(frame: Frame, layout: Layout, lora_rule: str) -> Adapter:
+    """Read what `pack_adapter` wrote, out of a question that was read.
 
     Raises:
-        MessageError: it is for another model, or not as long as it says.
+        MessageError: it is for another model, has a residual that its rule does not make, or is not as long as it says.
     """
     told = frame.manifest
-    if told.get("layout") != hash_layout(layout):
+    if told["layout"] != hash_layout(layout):
         raise MessageError("the adapter is for another model")
-    try:
-        shapes = [
-            (_count(rows), _count(columns))
-            for features_out, rank, features_in in told["residual"].values()
-            for rows, columns in ((features_out, rank), (rank, features_in))  # of B and A
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MessageError("the shapes of the residual can't be read") from error
-    weights_P, *factors = _from_bytes(frame.payload, [(layout.size,), *shapes])
-    pairs = zip(factors[::2], factors[1::2], strict=True)
-    return Adapter(layout, weights_P, Residual(dict(zip(told["residual"], pairs, strict=True))) if factors else None)
+    residual: dict[str, list[int]] = told["residual"]
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    layers = {layer: (shapes[b][0], shapes[a][1]) for layer, (a, b) in lora_pairs(layout.names).items()}
+    if residual and (lora_rule != "fedex" or {name: (o, i) for name, (o, _, i) in residual.items()} != layers):
+        raise MessageError("the residual is for another model")
+    pairs = [shape for o, rank, i in residual.values() for shape in ((o, rank), (rank, i))]  # of B and A
+    weights_P, *factors = _from_bytes(frame.payload, [(layout.size,), *pairs])
+    found = zip(factors[::2], factors[1::2], strict=True)
+    return Adapter(layout, weights_P, Residual(dict(zip(residual, found, strict=True))) if factors else None)
 
 
 def pack_task(task: ClientTask, adapter: Frame) -> Frame:
     """Write a client's task; `adapter` is the packed one that it starts from."""
     told = {"round": task.round, "client": task.client, "rounds": task.rounds, "seed": task.seed}
-    return Frame({**adapter.manifest, **told, "training": task.training.model_dump(mode="json")}, adapter.payload)
+    training = task.training.model_dump(mode="json", exclude_none=True)
+    return Frame({**adapter.manifest, **told, "training": training}, adapter.payload)
 
 
 def unpack_task(frame: Frame, layout: Layout, federation: Federation) -> ClientTask:
-    """Read what `pack_task` wrote.
+    """Read what `pack_task` wrote, out of a question that was read.
 
     Raises:
         MessageError: it is not a task of a recipe with this section.
     """
-    told = frame.manifest
+    round, client, rounds, seed = (frame.manifest[name] for name in ("round", "client", "rounds", "seed"))
     try:
-        round, client, rounds, seed = (int(told[name]) for name in ("round", "client", "rounds", "seed"))
-        training = Training.model_validate(told["training"])
+        training = Training.model_validate(frame.manifest["training"])
         rank = federation.client_ranks[client] if federation.client_ranks else None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (ValueError, IndexError) as error:
         raise MessageError("not a task of this recipe") from error
     trains_P = trained_part(layout, federation.lora_rule, round, rank)
-    return ClientTask(round, client, unpack_adapter(frame, layout), training, rounds, seed, trains_P)
+    return ClientTask(
+        round, client, unpack_adapter(frame, layout, federation.lora_rule), training, rounds, seed, trains_P
+    )
 
 
 def pack_update(update: ClientUpdate, trains_P: Tensor | None) -> Frame:
@@ -101,12 +143,12 @@ def unpack_update(frame: Frame, task: ClientTask) -> ClientUpdate:
     """Read what `pack_update` wrote, from a client that may have written anything.
 
     Raises:
-        MessageError: it answers another task, or is not as long as it must be.
+        MessageError: it refuses, answers another task, or is not as long as it must be.
     """
-    told, layout = frame.manifest, task.adapter.layout
-    if told.get("layout") != hash_layout(layout):
+    told, layout = read_answer(frame, "train"), task.adapter.layout
+    if told["layout"] != hash_layout(layout):
         raise MessageError("the update is for another model")
-    report = _read_report(told.get("report"))
+    report = ClientReport(**told["report"])
     if (report.round, report.client) != (task.round, task.client):
         raise MessageError("the update is of another round or client")
     count = layout.size if task.trains_P is None else int(task.trains_P.sum())
@@ -118,54 +160,38 @@ def unpack_update(frame: Frame, task: ClientTask) -> ClientUpdate:
     return ClientUpdate(report, replace(task.adapter, weights_P=weights_P), {})
 
 
-def pack_score(score: Score | None) -> list[float] | None:
-    return None if score is None else [score.loss_sum, score.correct, score.num_targets]
+def pack_score(score: Score | None) -> Frame:
+    """Write a score, or that there is none."""
+    return Frame({"score": None if score is None else [score.loss_sum, score.correct, score.num_targets]})
 
 
-def unpack_score(told: Any, most_targets: int) -> Score | None:
+def unpack_score(answer: Frame, most_targets: int) -> Score | None:
     """Read what `pack_score` wrote, from a client that has `most_targets` counted tokens held out.
 
     Raises:
         MessageError: it is not a score, or an impossible one.
     """
+    told = read_answer(answer, "evaluate")["score"]
     if told is None:
         return None
-    try:
-        loss_sum, correct, num_targets = told
-        score = Score(float(loss_sum), int(correct), int(num_targets))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise MessageError("not a score") from error
+    score = Score(*told)
     if not (1 <= score.num_targets <= most_targets and 0 <= score.correct <= score.num_targets):
         raise MessageError(f"an impossible score: {score.num_targets} tokens, {score.correct} of them right")
-    if not 0 <= score.loss_sum < math.inf:
-        raise MessageError(f"an impossible score: its loss is {score.loss_sum}")
     return score
 
 
-def unpack_progress(told: Any) -> list[Progress]:
-    """Read the list of batches that a client worked on.
+def pack_progress(answer: Frame, done: Collection[Progress]) -> Frame:
+    """Add to an answer the steps and batches that were worked on."""
+    return replace(answer, manifest={**answer.manifest, "progress": [[*asdict(one).values()] for one in done]})
+
+
+def unpack_progress(answer: Frame, do: str) -> list[Progress]:
+    """Read what `pack_progress` wrote.
 
     Raises:
-        MessageError: it is not such a list.
+        MessageError: it is not an answer to what was asked.
     """
-    found = []
-    try:
-        for phase, tokens, samples, *where in told:
-            round, client = (None if number is None else _count(number) for number in where)
-            found.append(Progress(phase, _count(tokens), _count(samples), round, client))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise MessageError("its progress can't be read") from error
-    if any(one.phase not in get_args(Phase) for one in found):
-        raise MessageError("its progress is in an unknown phase")
-    return found
-
-
-def _count(told: Any) -> int:
-    """Read a number of things, as others tell it."""
-    number = int(told)
-    if not 0 <= number < MOST:
-        raise ValueError("not a number of things")
-    return number
+    return [Progress(*row) for row in read_answer(answer, do).get("progress", ())]
 
 
 @dataclass(frozen=True)
@@ -178,7 +204,7 @@ class ClientFacts:
     base: str
     """SHA-256 of the client's base model, which must be the server's."""
     documents: str
-    """SHA-256 of the client's blocks: one that comes back with others is another client."""
+    """HMAC of the client's blocks by a secret of its own: one that comes back with others is another client."""
     train_documents: int
     holdout_documents: int
     blocks: int
@@ -195,74 +221,65 @@ class ClientFacts:
     """Documents kept although the client's hold-out has nearly the same."""
 
 
-COUNTS = tuple(field.name for field in fields(ClientFacts) if field.type == "int")
-"""Fields of `ClientFacts` that are numbers of things; the others are words."""
-MOST_LETTERS = 200
-"""Letters kept of each word that a client tells."""
+COUNTS = tuple(one.name for one in ANSWERS["meet"].fields if isinstance(one.kind, Count))
+"""Fields of `ClientFacts` that are numbers of things."""
 
 
-def pack_facts(facts: ClientFacts) -> dict[str, Any]:
-    """Return facts as a manifest."""
-    return asdict(facts)
+def pack_facts(facts: ClientFacts) -> Frame:
+    """Write what a client tells of itself."""
+    return Frame(asdict(facts))
 
 
-def unpack_facts(told: Mapping[str, Any]) -> ClientFacts:
+def unpack_facts(answer: Frame) -> ClientFacts:
     """Read what `pack_facts` wrote, from a client that may have written anything.
 
     Raises:
-        MessageError: a fact is missing, or is not of its kind.
+        MessageError: it refuses, or a fact is missing or is not of its kind.
     """
-    try:
-        return ClientFacts(
-            **{  # type: ignore[arg-type]
-                field.name: _count(told[field.name]) if field.name in COUNTS else str(told[field.name])[:MOST_LETTERS]
-                for field in fields(ClientFacts)
-            }
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MessageError("it does not say what it holds") from error
-
-
-SERVERS_OWN = {"source", "revision", "subset", "split", "files", "partition", "central_holdout"}
-"""Keys of a recipe's section `data` that are about the server's documents: a client has its own."""
+    return ClientFacts(**{name: value for name, value in read_answer(answer, "meet").items() if name != "progress"})
 
 
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return what clients are told of a recipe: all but the server's own documents, its baselines, and its leave to
-    open pickles."""
-    told: dict[str, Any] = recipe.model_dump(
-        mode="json",
-        exclude_unset=True,
-        exclude_none=True,
-        exclude={"data": SERVERS_OWN, "baselines": True, "model": {"convert"}},
-    )
-    return told
+    """Return what clients are told of a recipe.
+
+    Raises:
+        MessageError: they would refuse it, a number beyond its bounds for example.
+    """
+    return RECIPE.read(RECIPE.pick(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)), "")
 
 
-def unpack_recipe(told: Any) -> Recipe:
-    """Read what `pack_recipe` wrote.
+def unpack_recipe(told: Mapping[str, Any], owners: Collection[str] = ()) -> Recipe:
+    """Read what `pack_recipe` wrote; `owners` are the base models that the client's owner lists.
 
     Raises:
         MessageError: it is not a recipe that this version knows.
+        ModelError: its base model is neither on the owner's list nor one that a server may name.
+        RecipeError: it has settings that can't be combined.
     """
+    told = RECIPE.read(told, "recipe")
     try:
-        return Recipe.model_validate({**told, "data": {"source": "the client's own", **told["data"]}})
-    except (KeyError, TypeError, ValueError) as error:
+        recipe = Recipe.model_validate({**told, "data": {"source": "the client's own", **told.get("data", {})}})
+    except ValueError as error:
         raise MessageError("this version of fedloom can't read the server's recipe") from error
+    check_source(recipe.model.source, owners)
+    return recipe
 
 
-def _read_report(told: Any) -> ClientReport:
-    """Read a client's report: numbers, each of its kind."""
-    try:
-        kinds = {field.name: int if field.type == "int" else float for field in fields(ClientReport)}
-        report = ClientReport(
-            **{name: value if value is None else kinds[name](value) for name, value in told.items()}  # type: ignore[arg-type]
+def check_source(source: str, owners: Collection[str] = ()) -> None:
+    """Refuse a base model that would be looked for on this machine's disk, unless the owner lists it.
+
+    Raises:
+        ModelError: the same for a path that is there and for one that is not.
+    """
+    if source in owners or source.startswith("random:"):
+        return
+    # A folder of that name would be opened in the place of the hub's model.
+    if not MODEL_ID.fullmatch(source) or Path(source).exists():
+        raise ModelError(
+            "the server names a base model that is neither on the hub (OWNER/NAME) nor in the owner's list",
+            where="model.source",
+            mend="list it in the policy: models",
         )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MessageError("its report can't be read") from error
-    if not (report.examples > 0 and report.steps > 0 and report.tokens > 0 and math.isfinite(report.seconds)):
-        raise MessageError("its report says that no work was done")
-    return report
 
 
 def _to_bytes(tensors: list[Tensor]) -> bytes:

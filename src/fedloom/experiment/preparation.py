@@ -164,7 +164,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
     choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
     shape = build_shape(recipe, source, dtype)
     engine = choose_engine(recipe.adapter, recipe.training, recipe.model, shape)
-    check_length(recipe.data.max_length, source, shape)
+    check_length(recipe.data.max_length, source, shape.prompt_length)
     check_lora_rule(shape.layout, recipe.federation)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
@@ -283,13 +283,12 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     return tuple(way for way, taken in ways.items() if taken)
 
 
-def check_length(max_length: int, source: ModelSource, adapted: AdaptedModel) -> None:
-    """Refuse blocks that, with the adapter's prompt before them, are longer than the model.
+def check_length(max_length: int, source: ModelSource, prompt: int = 0) -> None:
+    """Refuse blocks that, with the tokens of the adapter's prompt before them, are longer than the model.
 
     Raises:
         ModelError
     """
-    prompt = adapted.prompt_length
     if source.max_length is not None and max_length + prompt > source.max_length:
         raise ModelError(
             f"{max_length} tokens{f' after a prompt of {prompt}' if prompt else ''} are more than the model's"

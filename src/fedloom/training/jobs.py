@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks
-from fedloom.errors import TrainingError
+from fedloom.errors import ShortageError, TrainingError
 from fedloom.seeds import derive_seed
 from fedloom.training.objective import check_finite, check_proximal, learning_rate, proximal_loss
 
@@ -204,12 +204,12 @@ def is_shortage(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
-def too_large(job: ClientJob, error: Exception) -> TrainingError:
+def too_large(job: ClientJob, error: Exception) -> ShortageError:
     """Return the error for a client that does not fit in memory even alone."""
     training = job.training
     keys = f"training.batch_size ({training.batch_size}) or data.max_length ({job.blocks.tokens_NT.shape[1]})"
     more = "" if training.gradient_checkpointing else ", or set training.gradient_checkpointing"
-    return TrainingError(
+    return ShortageError(
         f"there is not enough memory to train a single client ({type(error).__name__})",
         round=job.round,
         client=job.client,

@@ -13,7 +13,7 @@ from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker, say
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import pack_adapter, pack_task, unpack_facts
+from fedloom.deployment.messages import pack_adapter, pack_recipe, pack_task, unpack_facts
 from fedloom.errors import DataError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.preparation import prepare
@@ -24,12 +24,6 @@ from fedloom.training.jobs import ClientTask
 
 RECIPE = make_recipe(training={"engine": "reference"}, model={"dtype": "float32"})
 SECRET = "a text that nobody else may see"
-
-
-def told(**sections: Any) -> dict[str, Any]:
-    recipe = RECIPE.model_dump(mode="json", exclude_unset=True)
-    del recipe["data"]["source"]
-    return {**recipe, **sections}
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -49,13 +43,17 @@ def task(round: int, **changed: Any) -> Frame:
     packed = pack_task(
         replace(ClientTask(round, 0, adapter, RECIPE.training, rounds=2, seed=7), **changed), pack_adapter(adapter)
     )
-    return replace(packed, manifest={**packed.manifest, "do": "train", "recipe": told()})
+    return replace(packed, manifest={**packed.manifest, **asking("train"), "judge": False})
+
+
+def asking(do: str) -> dict[str, Any]:
+    return {"do": do, "recipe": pack_recipe(RECIPE), "seconds": 600.0}
 
 
 def test_it_says_what_it_holds_and_nothing_of_it(tmp_path: Path) -> None:
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
-    answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
-    facts = unpack_facts(answer.manifest)
+    answer = worker.answer(Frame(asking("meet")))
+    facts = unpack_facts(answer)
     assert (facts.name, facts.train_documents, facts.holdout_documents) == ("alice", 6, 2)
     assert SECRET not in json.dumps(answer.manifest)
     assert "private" not in json.dumps(answer.manifest)
@@ -68,25 +66,28 @@ def test_what_is_wrong_with_its_documents_is_told_here_alone(
     path = tmp_path / "private.jsonl"
     if content is not None:
         path.write_text(content)
-    answer = worker_of(path).answer(Frame({"do": "meet", "recipe": told()}))
-    assert answer.manifest == {"name": "alice", "error": "its documents can't be used: its owner sees why"}
+    answer = worker_of(path).answer(Frame(asking("meet")))
+    assert answer.manifest == {"name": "alice", "refused": "documents"}
     assert "private.jsonl" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ({"do": "meet"}, "can't read the server's recipe"),
-        ({"do": "meet", "recipe": {"data": 1}}, "can't read the server's recipe"),
-        ({"do": "leave", "recipe": told()}, "does not know the question"),
-        ({"do": "train", "recipe": told(), "training": {"epochs": 99}}, "not a task of this recipe"),
-        ({"do": "train", "recipe": told(), "training": 5}, "not a task of this recipe"),
-        ({"do": "evaluate", "recipe": told()}, "the adapter is for another model"),
+        ({"recipe": None}, "recipe: not a table"),
+        ({"recipe": {"data": 1}}, "recipe: lacks model"),
+        ({"do": "leave"}, "does not know the question"),
+        ({"do": ["meet"]}, "does not know the question"),
+        ({"do": "train", "training": {"epochs": 99}}, "lacks layout, residual"),
+        ({"do": "evaluate", "layout": "0" * 64, "residual": {}}, "the adapter is for another model"),
     ],
 )
-def test_a_question_that_is_none_is_refused(asked: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_a_question_that_is_none_is_refused(
+    asked: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
-    assert why in worker.answer(Frame(asked)).manifest["error"]
+    assert worker.answer(Frame({**asking("meet"), **asked})).manifest == {"name": "alice", "refused": "question"}
+    assert why in capsys.readouterr().out
 
 
 def test_what_a_server_says_can_not_command_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,22 +97,24 @@ def test_what_a_server_says_can_not_command_a_terminal(tmp_path: Path, capsys: p
 
 def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
     worker = worker_of(tmp_path / "not there", Policy(models=("another",)))
-    answer = worker.answer(Frame({"do": "meet", "recipe": told()}))
-    assert "does not allow the base model" in answer.manifest["error"]
+    assert worker.answer(Frame(asking("meet"))).manifest["refused"] == "policy"
 
 
-def test_a_task_trains_as_its_recipe_says(tmp_path: Path) -> None:
+def test_a_task_trains_as_its_recipe_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_rows(tmp_path / "private.jsonl", 12)
     longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 99}))
-    assert worker_of(data).answer(longer).manifest["error"] == "the task is not as its recipe says"
+    assert worker_of(data).answer(longer).manifest["refused"] == "question"
+    assert "the task is not as its recipe says" in capsys.readouterr().out
 
 
-def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(tmp_path: Path) -> None:
+def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_rows(tmp_path / "private.jsonl", 12)
     for asked in (task(1, rounds=500), task(500)):
-        answer = worker_of(data, Policy(max_rounds=2)).answer(asked)
-        assert answer.manifest["error"] == "policy.max_rounds: its policy allows 2 rounds, not 500"
-        assert worker_of(data).answer(asked).manifest["error"] == "the task is not as its recipe says"
+        assert worker_of(data, Policy(max_rounds=2)).answer(asked).manifest["refused"] == "policy"
+        assert "policy.max_rounds: its policy allows 2 rounds, not 500" in capsys.readouterr().out
+        assert worker_of(data).answer(asked).manifest["refused"] == "question"
     assert not (tmp_path / "alice.journal.jsonl").exists()
 
 
@@ -127,17 +130,19 @@ def test_every_round_stands_in_the_journal_and_nothing_of_the_documents(tmp_path
     assert "private" not in line
 
 
-def test_rounds_a_day_are_counted_over_workers_and_one_that_died_in_training(tmp_path: Path) -> None:
+def test_rounds_a_day_are_counted_over_workers_and_one_that_failed_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, policy = write_rows(tmp_path / "private.jsonl", 12), Policy(max_rounds_a_day=1)
     first, second = task(1), task(2)
     failpoints.arm("training.stepped=raise")
     try:
-        with pytest.raises(RuntimeError):
-            worker_of(data, policy).answer(first)
+        assert worker_of(data, policy).answer(first).manifest["refused"] == "internal"
     finally:
         failpoints.arm("")
-    refused = worker_of(data, policy).answer(second).manifest["error"]
-    assert refused.startswith("policy.max_rounds_a_day: its policy allows 1 rounds a day; the next may begin on ")
+    assert "RuntimeError" in capsys.readouterr().err, "its owner sees all of it"
+    assert worker_of(data, policy).answer(second).manifest["refused"] == "day"
+    assert "max_rounds_a_day: its policy allows 1 rounds a day; the next may begin on " in capsys.readouterr().out
     # The round that was cut off is asked again: it is the same one, told whether the hold-out is scored or not.
     again = replace(first, manifest={**first.manifest, "judge": True})
     assert "report" in worker_of(data, policy).answer(again).manifest
@@ -147,10 +152,8 @@ def test_rounds_a_day_are_counted_over_workers_and_one_that_died_in_training(tmp
 def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     (tmp_path / "alice.journal.jsonl").mkdir()
-    error = worker.answer(task(1)).manifest["error"]
-    assert error.startswith("alice.journal.jsonl: the journal of rounds can't be read (Is a directory)")
-    assert str(tmp_path) not in error
-    assert error in capsys.readouterr().out
+    assert worker.answer(task(1)).manifest == {"name": "alice", "refused": "journal"}
+    assert "alice.journal.jsonl: the journal of rounds can't be read (Is a directory)" in capsys.readouterr().out
 
 
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:

@@ -25,12 +25,13 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.grid.http_grid import HttpGrid
+from support.liars import honest_answer
 from support.marks import first
-from support.tiny import make_adapted, make_recipe, make_update, run_of
+from support.tiny import make_adapted, make_recipe, run_of
 
 from fedloom.deployment.flower import apps
 from fedloom.deployment.frames import MOST_MANIFEST_BYTES, Frame
-from fedloom.deployment.messages import COUNTS, pack_recipe, pack_update
+from fedloom.deployment.messages import pack_recipe
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
@@ -49,18 +50,6 @@ Hostility = Callable[[Frame, int], Content]
 """Change that a hostile client makes to its own honest answer, in a round."""
 Spoil = Callable[[dict[str, bytes]], dict[str, bytes]]
 """Change that it makes to the objects that Flower takes its answer apart into."""
-
-
-def honest_answer(name: str, asked: Frame) -> Frame:
-    """Answer as a client that adds its number, and one, to every weight."""
-    if asked.manifest["do"] == "meet":
-        words = {"name": name, "version": "1", "base": "b", "documents": f"of {name}"}
-        return Frame({**dict.fromkeys(COUNTS, 4), **words})
-    if asked.manifest["do"] == "evaluate":
-        return Frame({"score": [2.0, 1, 4]})
-    start = np.frombuffer(asked.payload, dtype="<f4") + np.float32(int(name) + 1)
-    report = pack_update(make_update(make_adapted().read(), int(name), round=asked.manifest["round"]), None)
-    return replace(report, payload=start.tobytes())
 
 
 class ScriptedSuperLink:

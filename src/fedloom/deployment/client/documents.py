@@ -16,7 +16,7 @@ from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.errors import DataError
 from fedloom.experiment.building import open_source, tokenize_for
-from fedloom.experiment.preparation import gather
+from fedloom.experiment.preparation import check_length, gather
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -45,12 +45,15 @@ def gather_client(recipe: Recipe, path: Path) -> ClientData:
 
     Raises:
         DataError: they can't be read, or leave nothing to train on.
+        ModelError: the base model can't be had, or is shorter than a block.
     """
     documents = _split(recipe, path)
     drop = recipe.data.duplicates == "drop"
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)
     # A pickle is opened at its owner's word, and never at a server's.
     source = open_source(recipe, convert=False)
+    # The server's own look at it is no reason to believe it: each document becomes a block of that length.
+    check_length(recipe.data.max_length, source)
 
     train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
     unseen = without_blocks(train, distinct_blocks(holdout))

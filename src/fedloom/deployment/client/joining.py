@@ -16,6 +16,7 @@ from pathlib import Path
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import load_policy
 from fedloom.deployment.client.preflight import await_server
+from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.keys import check_name, check_private, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
     SOCKETS,
@@ -123,6 +124,7 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
     if policy:
         load_policy(policy)
     Journal(journal).check()
+    read_secret(secret_path(journal))
     check_flower()
     with private_folder() as folder:
         log, secret = folder / "supernode.log", write_secret(folder)

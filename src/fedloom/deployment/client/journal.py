@@ -56,22 +56,39 @@ class Journal:
         line = json.dumps({"when": now.isoformat(timespec="seconds"), **told, "task": task})
         self._append(line.encode() + b"\n")
 
+    def give_up(self, task: str) -> None:
+        """Write down that a round which had begun was given up: nothing came of it, so it does not count.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        line = json.dumps({"when": datetime.now(UTC).isoformat(timespec="seconds"), "given_up": True, "task": task})
+        self._append(line.encode() + b"\n")
+
     def _read(self) -> list[tuple[datetime, str]]:
-        """List when each round began, and the hash of its task."""
+        """List when each round began that was not given up, and the hash of its task."""
         with self._explained("read"):
             content = self.path.read_bytes() if self.path.exists() else b""
-        found = []
+        found: list[tuple[datetime, str]] = []
         # What has no end was cut off while it was written: no round began.
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 told = json.loads(line)
-                found.append((datetime.fromisoformat(told["when"]).astimezone(UTC), str(told["task"])))
+                when, task = datetime.fromisoformat(told["when"]).astimezone(UTC), str(told["task"])
+                given_up = told.get("given_up", False)
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise DeploymentError(
                     f"line {number} is not a round",
                     where=self.path.name,
                     mend="mend the line, or put the file elsewhere",
                 ) from None
+            if given_up:
+                # The last beginning alone: one before it may have been answered.
+                begun = (place for place in reversed(range(len(found))) if found[place][1] == task)
+                if (last := next(begun, None)) is not None:
+                    del found[last]
+            else:
+                found.append((when, task))
         return found
 
     def _append(self, line: bytes) -> None:

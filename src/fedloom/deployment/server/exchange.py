@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import ClientFacts, unpack_facts
+from fedloom.deployment.message_fields import CLIENT
+from fedloom.deployment.messages import ClientFacts, ask_within, unpack_facts
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.text import count, format_seconds
 
@@ -146,7 +147,8 @@ class Exchange:
                     node = present.get(name)
                     # A client under another node has lost its question with the node it was before.
                     if node and sent.get(name) != node and time.monotonic() >= rested.get(name, 0.0):
-                        asked[self._transport.send(node, frame, max(until - time.monotonic(), 1.0))] = name
+                        left = max(until - time.monotonic(), 1.0)
+                        asked[self._transport.send(node, ask_within(frame, left), left)] = name
                         sent[name] = node
                         self._show(name, PHASES[frame.manifest["do"]])
                 answer = self._look(asked)
@@ -188,7 +190,7 @@ class Exchange:
         nodes = sorted(self._transport.nodes(), key=lambda node: node.session)
         for node in nodes:
             if node not in self._names and node not in self._meeting.values():
-                question = Frame({"do": "meet", "recipe": self._recipe})
+                question = ask_within(Frame({"do": "meet", "recipe": self._recipe}), self._seconds)
                 self._meeting[self._transport.send(node, question, self._seconds)] = node
                 if node.name:
                     self._show(node.name, "loading")
@@ -211,13 +213,10 @@ class Exchange:
     def _meet(self, node: Node, answer: Answer) -> None:
         if answer.frame is None:
             return  # the node is no longer known to be asked: it is asked again at the next look
-        told = answer.frame.manifest
-        name = node.name or str(told.get("name", ""))[:64]
+        name = node.name or _called(answer.frame)
         known = self.facts.get(name)
         try:
-            if "error" in told:
-                raise MessageError(str(told["error"])[:300])
-            facts = unpack_facts(told)
+            facts = unpack_facts(answer.frame)
             if known and (known.base, known.documents) != (facts.base, facts.documents):
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:
@@ -243,3 +242,11 @@ class Exchange:
         self._present = {}
         self._looked = float("-inf")
         self._transport.reopen()
+
+
+def _called(answer: Frame) -> str:
+    """Return the name that a client calls itself, or nothing where that is no name."""
+    try:
+        return str(CLIENT.read(answer.manifest.get("name"), "name"))
+    except MessageError:
+        return ""

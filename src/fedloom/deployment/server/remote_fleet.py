@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class RemoteFleet:
             for _ in range(DEADLINES):
                 # Here the clients train: `ask` waits for them.
                 for name, found in self.exchange.ask(self._questions(waiting), self._missing):
-                    self._note(name, found)
+                    self._note(name, found, "train")
                     result = self._read(waiting[name], found)
                     if isinstance(result, ClientFailure):
                         lost[name] = result
@@ -132,13 +133,13 @@ class RemoteFleet:
         numbers = {self.names[client]: client for client in self.scored_clients}
         scores = {}
         for name, found in self.exchange.ask(dict.fromkeys(numbers, frame), self._missing):
-            self._note(name, found)
+            self._note(name, found, "evaluate")
             try:
                 if isinstance(found, str):
                     raise MessageError(found)
                 facts, width = self.exchange.facts[name], self.counted_width
                 most = facts.holdout_tokens if width is None else width * facts.holdout_blocks
-                if score := unpack_score(found.manifest.get("score"), most):
+                if score := unpack_score(found, most):
                     scores[numbers[name]] = score
             except MessageError as error:
                 self.exchange.say("unscored", f"{name}: {error}")
@@ -160,21 +161,18 @@ class RemoteFleet:
         try:
             if isinstance(found, str):
                 raise MessageError(found)
-            if "error" in found.manifest:
-                raise MessageError(str(found.manifest["error"])[:300])
             return unpack_update(found, task)
         except MessageError as error:
             where = {"round": task.round, "client": task.client, "stage": self.names[task.client]}
             return ClientFailure(task.client, TrainingError(str(error), **where))  # type: ignore[arg-type]
 
-    def _note(self, name: str, found: Frame | str) -> None:
+    def _note(self, name: str, found: Frame | str, do: str) -> None:
         if isinstance(found, str):
             self._missing.add(name)
             self.exchange.say("lost", f"{name}: {found}")
             return
         self._missing.discard(name)
-        try:
-            for progress in unpack_progress(found.manifest.get("progress", ())):
+        # What is wrong with an answer is said where it is used.
+        with suppress(MessageError):
+            for progress in unpack_progress(found, do):
                 self.watch(progress)
-        except MessageError as error:
-            self.exchange.say("warning", f"{name}: {error}")

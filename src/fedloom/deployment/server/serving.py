@@ -19,7 +19,7 @@ from fedloom.deployment.server.exchange import Exchange
 from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
-from fedloom.errors import DeploymentError, RecipeError
+from fedloom.errors import DeploymentError, MessageError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.run import run
@@ -83,6 +83,10 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
+    try:
+        pack_recipe(recipe)
+    except MessageError as error:
+        raise RecipeError(f"{error.what}: clients take no other", where=error.where) from None
 
 
 class RemoteClients:

@@ -1,0 +1,60 @@
+"""Secret of a client, by which it hashes its documents: nobody else can compute the hash of a text that they guess.
+
+A server has to know that a client's documents are the same as before, and no more than that.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+from fedloom.errors import DeploymentError
+
+SECRET_BYTES = 32
+
+
+def secret_path(journal: Path) -> Path:
+    """Return where a client's secret lies: beside its journal."""
+    return journal.with_suffix(".secret")
+
+
+def read_secret(path: Path) -> bytes:
+    """Return the secret in a file, which is made at first use, for its owner's eyes alone.
+
+    Raises:
+        DeploymentError: it can't be read or made, others can read it, or it is none.
+    """
+    try:
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        rights, secret = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise DeploymentError(
+            f"the secret can't be kept ({error.strerror})",
+            where=path.name,
+            mend="choose a place for it and the journal with fedloom join --journal FILE",
+        ) from None
+    if rights & 0o077:
+        raise DeploymentError("the secret can be read by others", where=path.name, mend=f"chmod 600 {path.name}")
+    if len(secret) != SECRET_BYTES:
+        raise DeploymentError(
+            "not a secret", where=path.name, mend="remove the file: the server will take this for another client"
+        )
+    return secret
+
+
+def sign_documents(secret: bytes, *parts: str) -> str:
+    """Return the HMAC-SHA256 of a client's documents, 64 hexadecimal digits.
+
+    `parts` are hashes of the documents and of all that decides which of them are read and how: one recipe's value says
+    nothing of another's.
+    """
+    return hmac.new(secret, "\n".join(parts).encode(), sha256).hexdigest()

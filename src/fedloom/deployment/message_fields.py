@@ -1,0 +1,207 @@
+"""Fields of every message between server and client: kind, bounds, and the owner's key that limits or forbids it.
+
+Both sides read by these records and by nothing else, so what is not here does not travel: an unknown field is refused.
+`message_recipe` has the recipe's. No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from fedloom.deployment.keys import NAME
+from fedloom.deployment.message_kinds import (
+    Count,
+    Either,
+    Field,
+    Flag,
+    Listing,
+    Nothing,
+    Pattern,
+    Real,
+    Record,
+    Row,
+    Table,
+    Word,
+)
+from fedloom.deployment.message_recipe import CLIENTS, LAYER, RECIPE, ROUNDS, TRAINING
+from fedloom.progress import Phase
+
+DOCUMENTS, TOKENS = 10**12, 10**15
+LARGE = 1e18
+"""Limit of measured numbers: beyond it is nothing that a client can have measured."""
+SECONDS = 1e9
+ROWS = 2**19
+"""Steps and batches that one answer can tell of."""
+
+HASH = Pattern("SHA-256: 64 hexadecimal digits", re.compile(r"[0-9a-f]{64}"))
+CLIENT = Pattern("client's name: 1 to 63 letters, digits, `.`, `_`, `-`", NAME)
+VERSION = Pattern("version, as `1.2.3`", re.compile(r"\d{1,4}(\.\d{1,4}){1,3}[a-z0-9.+]{0,40}", re.ASCII))
+
+RESIDUAL = Table(
+    LAYER,
+    Row(tuple(Field(name, Count(1, 2**24), "") for name in ("features_out", "rank", "features_in"))),
+    100_000,
+)
+LAYOUT = Field("layout", HASH, "the hash of the adapter's names and shapes, which must be one's own")
+ADAPTER = (
+    LAYOUT,
+    Field("residual", RESIDUAL, "the shapes of what lies beside the adapter, with `lora_rule = \"fedex\"`"),
+)  # fmt: skip
+ASKED = (
+    Field("recipe", RECIPE, "the recipe, but for what is the server's own"),
+    Field("seconds", Real(0, SECONDS, above=True), "the time left for an answer, from when the question came"),
+)
+ROUND = Field("round", Count(1, ROUNDS), "the round, from 1", policy="max_rounds")
+
+
+def _ask(do: str, *fields: Field, policy: str = "") -> Record:
+    return Record((Field("do", Word((do,)), "the question", policy=policy), *ASKED, *fields))
+
+
+QUESTIONS: dict[str, Record] = {
+    "meet": _ask("meet"),
+    "evaluate": _ask("evaluate", *ADAPTER, policy="tell_holdout_loss"),
+    "train": _ask(
+        "train",
+        *ADAPTER,
+        ROUND,
+        Field("rounds", Count(1, ROUNDS), "the rounds of the run", policy="max_rounds"),
+        Field("client", Count(0, CLIENTS - 1), "the client's number"),
+        Field("seed", Count(0, 2**63 - 1), "the seed of the order of documents, and of dropout"),
+        Field("training", TRAINING, "this round's settings: as in the recipe, but for μ"),
+        Field("judge", Flag(), "whether the hold-out's loss is told, too", policy="tell_holdout_loss"),
+        policy="max_rounds_a_day",
+    ),
+}
+"""Messages to a client, by what is asked. The last two come with an array of float32, the adapter."""
+
+
+def _loss(name: str, meaning: str, **more: Any) -> Field:
+    return Field(name, Either((Nothing(), Real(0, LARGE))) if more else Real(0, LARGE), meaning, **more)
+
+
+REPORT = Record(
+    (
+        ROUND,
+        Field("client", Count(0, CLIENTS - 1), "the client's number"),
+        Field("examples", Count(1, DOCUMENTS), "blocks trained on"),
+        Field("tokens", Count(1, TOKENS), "tokens trained on"),
+        Field("steps", Count(1, TOKENS), "steps taken"),
+        Field("proximal_mu", Real(0, 1e6), "μ"),
+        _loss("loss_first", "the first step's loss"),
+        _loss("loss_last", "the last step's loss"),
+        _loss("loss_mean", "the mean loss"),
+        _loss("proximal_loss", "the mean proximal term"),
+        Field("proximal_ratio", Real(0, LARGE), "the proximal gradient's norm over the loss gradient's"),
+        Field("drift", Real(0, LARGE), "the norm of the change"),
+        Field("seconds", Real(0, SECONDS), "the time of training"),
+        Field("evaluate_seconds", Real(0, SECONDS), "the time of scoring", False),
+        _loss("holdout_loss_before", "the hold-out's loss before", required=False, policy="tell_holdout_loss"),
+        _loss("holdout_loss_after", "the hold-out's loss after", required=False, policy="tell_holdout_loss"),
+    )
+)
+PROGRESS = Field(
+    "progress",
+    Listing(
+        Row(
+            (
+                Field("phase", Word(get_args(Phase)), ""),
+                Field("tokens", Count(0, TOKENS), ""),
+                Field("samples", Count(0, DOCUMENTS), ""),
+                Field("round", Either((Nothing(), Count(0, ROUNDS))), ""),
+                Field("client", Either((Nothing(), Count(0, CLIENTS - 1))), ""),
+            )
+        ),
+        0,
+        ROWS,
+    ),
+    "the steps and batches worked on",
+    False,
+)
+SCORE = Row(
+    (
+        Field("loss_sum", Real(0, LARGE), ""),
+        Field("correct", Count(0, TOKENS), ""),
+        Field("num_targets", Count(1, TOKENS), ""),
+    )
+)
+ANSWERS: dict[str, Record] = {
+    "meet": Record(
+        (
+            Field("name", CLIENT, "the client's name; that of its key counts"),
+            Field("version", VERSION, "the version of fedloom that it runs"),
+            Field("base", HASH, "the hash of its base model, which must be the server's"),
+            Field("documents", HASH, "a keyed hash of its blocks: tells that they are the same as before, no more"),
+            Field("train_documents", Count(0, DOCUMENTS), "documents to train on"),
+            Field("holdout_documents", Count(0, DOCUMENTS), "documents held out"),
+            Field("blocks", Count(0, DOCUMENTS), "blocks to train on"),
+            Field("tokens", Count(0, TOKENS), "tokens to train on"),
+            Field("holdout_blocks", Count(0, DOCUMENTS), "blocks held out"),
+            Field("holdout_tokens", Count(0, TOKENS), "tokens held out"),
+            Field("shared_blocks", Count(0, DOCUMENTS), "blocks to train on that are also held out"),
+            Field("dropped", Count(0, DOCUMENTS), "documents left out as near copies of held-out ones"),
+            Field("leaks", Count(0, DOCUMENTS), "near copies of held-out documents that were kept"),
+            PROGRESS,
+        )
+    ),
+    "evaluate": Record(
+        (
+            Field("score", Either((Nothing(), SCORE)), "the score on its hold-out", policy="tell_holdout_loss"),
+            PROGRESS,
+        )
+    ),
+    "train": Record((LAYOUT, Field("report", REPORT, "the numbers of the work"), PROGRESS)),
+}
+"""Messages to the server, by what was asked. The last comes with an array of float32: the weights that may change."""
+
+REFUSALS = {
+    "documents": "its documents can't be used",
+    "model": "it can't have, load or use the base model",
+    "policy": "its owner's policy does not allow it",
+    "day": "its owner's limit for a day is reached; it may be asked again later",
+    "recipe": "its version of fedloom refuses the recipe",
+    "question": "it can't read the question, or a task is not as its recipe says: use the same version on both sides",
+    "memory": "it has too little memory",
+    "training": "its training came to no finite number",
+    "late": "it gave up, because the time for an answer was over",
+    "journal": "it can't keep its journal or its secret",
+    "internal": "it failed in a way that was not foreseen",
+}
+"""Words by which a client refuses, and what the server makes of each. The reason stays on the client's screen."""
+REFUSAL = Record(
+    (
+        Field("name", CLIENT, "the client's name"),
+        Field("refused", Word(tuple(REFUSALS)), "why there is no other answer"),
+    )
+)
+"""Answer to any question, in the place of any other."""
+
+
+def describe_questions() -> str:
+    """Return the fields of every message to a client as Markdown tables."""
+    parts = (f"### `{do}`\n\n{_describe(record, skip='recipe.')}" for do, record in QUESTIONS.items())
+    return "\n\n".join((*parts, f"### The recipe\n\n{_describe(RECIPE, 'recipe')}"))
+
+
+def describe_answers() -> str:
+    """Return the fields of every message to the server as Markdown tables."""
+    records = {**{f"Answer to `{do}`": record for do, record in ANSWERS.items()}, "A refusal": REFUSAL}
+    return "\n\n".join(f"### {title}\n\n{_describe(record)}" for title, record in records.items())
+
+
+def describe_refusals() -> str:
+    """Return the words by which clients refuse, and what each means, as a Markdown table."""
+    return "\n".join(
+        ("| word | the client |", "|---|---|", *(f"| `{word}` | {why} |" for word, why in REFUSALS.items()))
+    )
+
+
+def _describe(record: Record, where: str = "", skip: str = " ") -> str:
+    rows = [
+        f"| `{name}` | {one.kind}{'' if one.required else '; may be left out'} | {one.meaning} |"
+        f" {one.policy and f'`{one.policy}`'} |"
+        for name, one in record.walk(where)
+        if not name.startswith(skip)
+    ]
+    return "\n".join(("| field | kind and bounds | what it is | the owner's key |", "|---|---|---|---|", *rows))

@@ -1,0 +1,219 @@
+"""Part of a recipe that a server tells its clients: which keys, and the bounds of each.
+
+Bounds are those of the recipe's sections, and an upper one where a section has none: memory is asked for by these
+numbers, on a machine that is not the server's. No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from fedloom.deployment.message_kinds import (
+    Count,
+    Either,
+    Field,
+    Flag,
+    Kind,
+    Listing,
+    Pattern,
+    Real,
+    Record,
+    Table,
+    Word,
+    refused,
+)
+from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import (
+    FEDERATED_METHODS,
+    Adapter,
+    Data,
+    Evaluation,
+    Federation,
+    Model,
+    Section,
+    Training,
+)
+
+ROUNDS, CLIENTS = 100_000, 100_000
+LAYER = Pattern("layer's name: up to 300 letters, digits, `.`, `_`, `-`", re.compile(r"[\w.-]{1,300}", re.ASCII))
+PLAIN = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,200}")
+COLUMN = Pattern("column's name: up to 200 characters, none of them a control", PLAIN)
+SOURCE = Pattern(
+    "hub id, `OWNER/NAME`; `random:SHAPE`; any name that the owner's policy lists, up to 200 characters", PLAIN
+)
+REVISION = Pattern(
+    "revision: up to 200 letters, digits, `.`, `_`, `-`, `/`, without `..`",
+    re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.ASCII),
+)
+RECIPE_NAME = Pattern(
+    "name: up to 100 letters, digits, `.`, `_`, `-`", re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+)
+DEVICE = Pattern("`auto`, `cpu`, `cuda` or `cuda:N`", re.compile(r"auto|cpu|cuda(:\d{1,2})?", re.ASCII))
+OPTION_NAME = Pattern(
+    "PEFT's name of a setting, but none of a path, a tokenizer, a text or a replication of layers",
+    re.compile(r"(?!.*(?:path|tokenizer|text|replication))[a-z][a-z0-9_]{0,99}"),
+)
+
+
+class Option:
+    """Setting of PEFT's, as JSON has it: no texts but names, no numbers that ask for much memory."""
+
+    least, most, most_listed = -(2**16), 2**16, 2**20
+    real = Real(-1e6, 1e6)
+
+    def read(self, told: Any, where: str) -> Any:
+        listed = told if type(told) is list else [*told.values(), *told] if type(told) is dict else None
+        if listed is None:
+            return self._read_one(told, where, self.most)
+        if len(listed) > 4096:
+            raise refused(where, "list of at most 4,096")
+        for one in listed:
+            self._read_one(one, where, self.most_listed)
+        return told
+
+    def _read_one(self, told: Any, where: str, most: int) -> Any:
+        if told is None or type(told) is bool:
+            return told
+        if type(told) is str:
+            return LAYER.read(told, where)
+        return Count(self.least, most).read(told, where) if type(told) is int else self.real.read(told, where)
+
+    def __str__(self) -> str:
+        return (
+            f"truth value, null, a name, a whole number from {self.least:,} to {self.most:,} (in a list or table to"
+            f" {self.most_listed:,}), a {self.real}, or a list or table of up to 4,096 of these"
+        )
+
+
+def _told(
+    section: type[Section], most: Mapping[str, float | Kind | None], policy: Mapping[str, str] | None = None
+) -> tuple[Field, ...]:
+    """Return the keys of a section that a server tells, each with the most that it may be or with its kind.
+
+    None stands where the section says it all: truth values, words, numbers with both bounds.
+    """
+    keys = {name: section.model_fields[name] for name in most}
+    kinds = {name: _kind(keys[name], given) if given is None or isinstance(given, int | float) else given
+             for name, given in most.items()}  # fmt: skip
+    return tuple(
+        Field(name, kind, keys[name].description or "", required=False, policy=(policy or {}).get(name, ""))
+        for name, kind in kinds.items()
+    )
+
+
+def _kind(key: FieldInfo, most: float | None) -> Kind:
+    """Return the kind of a key as its section has it, with an upper bound where that has none."""
+    annotation = key.annotation
+    if get_origin(annotation) in (UnionType, Union):
+        (annotation,) = (one for one in get_args(annotation) if one is not type(None))
+    if get_origin(annotation) is Literal:
+        return Word(get_args(annotation))
+    if annotation is bool:
+        return Flag()
+    bounds = {
+        name: getattr(one, name) for one in key.metadata for name in ("ge", "gt", "le", "lt") if hasattr(one, name)
+    }
+    upper = bounds.get("le", bounds.get("lt", most))
+    assert upper is not None, "a number that travels without an upper bound"
+    if annotation is int:
+        return Count(bounds["ge"], int(upper))
+    assert annotation is float, f"a key that travels is of no known kind: {annotation}"
+    return Real(bounds["gt"] if "gt" in bounds else bounds["ge"], upper, above="gt" in bounds, below="lt" in bounds)
+
+
+MODEL = _told(
+    Model,
+    {
+        "source": SOURCE,
+        "revision": REVISION,
+        "weights_revision": REVISION,
+        "dtype": Word(("auto", "float32", "bfloat16")),  # what travels is float32
+        "quantization": None,
+        "device": DEVICE,
+    },
+    {"source": "models"},
+)
+ADAPTER = _told(
+    Adapter,
+    {
+        "method": Word(tuple(FEDERATED_METHODS)),
+        "rank": None,
+        "alpha": 1e6,
+        "rslora": None,
+        "dora": None,
+        "dropout": None,
+        "targets": Either((Word(("all-linear",)), Listing(LAYER, 1, 1000))),
+        "options": Table(OPTION_NAME, Option(), 100),
+    },
+)
+DATA = _told(
+    Data,
+    {
+        "text": COLUMN,
+        "on_bad_row": None,
+        "max_bad_fraction": None,
+        "max_length": 2**17,
+        "window": None,
+        "pad_in_loss": None,
+        "clients": CLIENTS,
+        "documents_per_client": 10**9,
+        "client_holdout": None,
+        "duplicates": None,
+        "near_duplicate": None,
+    },
+)
+TRAINING = Record(
+    _told(
+        Training,
+        {
+            "engine": None,
+            "clients_at_once": 4096,
+            "gradient_checkpointing": None,
+            "cuda_graph": None,
+            "epochs": 1000,
+            "batch_size": 4096,
+            "learning_rate": 1e6,
+            "schedule": None,
+            "schedule_scope": None,
+            "optimizer": None,
+            "optimizer_state": Word(("reset",)),  # none travels
+            "weight_decay": 1e6,
+            "max_gradient_norm": 1e12,
+            "proximal_mu": 1e6,
+            "proximal_schedule": None,
+        },
+        {"epochs": "max_epochs"},
+    )
+)
+FEDERATION = _told(
+    Federation,
+    {"rounds": ROUNDS, "lora_rule": None, "client_ranks": Listing(Count(1, 4096), 1, CLIENTS)},
+    {"rounds": "max_rounds"},
+)
+RECIPE = Record(
+    (
+        *_told(Recipe, {"name": RECIPE_NAME, "seed": 2**63 - 1}),
+        Field("model", Record(MODEL), "the base model"),
+        Field("adapter", Record(ADAPTER), "the adapter", required=False),
+        Field("data", Record(DATA), "the use of the client's documents", required=False),
+        Field("training", TRAINING, "the work of a round", required=False),
+        Field("federation", Record(FEDERATION), "the rounds", required=False),
+        Field("evaluation", Record(_told(Evaluation, {"batch_size": 4096})), "the scoring", required=False),
+    )
+)
+"""Keys of a recipe that a server tells."""
+NEVER_TOLD = {
+    "": ("description", "baselines"),
+    "model": ("convert",),
+    "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
+    "federation": (
+        *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),
+    ),
+    "evaluation": ("clients",),
+}
+"""Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""
