@@ -60,7 +60,7 @@ class Recorder:
     def add_client(self, update: ClientUpdate) -> None:
         """Write one client's work in a round down."""
         self.writer.append_client(update.report)
-        self._meter.add(update.adapter.weights_P, self._weigh(update.report))
+        self._meter.add(update.adapter.weights_P, self._weigh(update.report) * update.weight_scale)
 
     def record(self, result: RoundResult, run: FederatedRun) -> RoundRecord:
         """Write one round down, and keep its adapter."""

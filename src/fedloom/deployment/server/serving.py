@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from fedloom.deployment.server.exchange import Exchange
 from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
-from fedloom.errors import DeploymentError, RecipeError
+from fedloom.errors import DeploymentError, MessageError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.run import run
@@ -57,6 +57,7 @@ def serve(
     """
     check_flower()
     check_deployable(recipe)
+    recipe = with_limits(recipe)
     display = display or Terminal()
     port = port or free_port()
     with ExitStack() as stack:
@@ -83,6 +84,31 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
+
+
+LIMITS: Mapping[str, Any] = {"max_share": 0.5, "max_change": 10.0, "max_client_blocks": 1_000_000}
+"""Keys of `[federation]` that a deployment never lacks: what clients say of themselves is not known to be true."""
+
+
+def with_limits(recipe: Recipe) -> Recipe:
+    """Return the recipe with the limits that it leaves out: what is on record is what was done."""
+    section = recipe.federation
+    lacking = {key: value for key, value in LIMITS.items() if getattr(section, key) is None}
+    return recipe.model_copy(update={"federation": section.model_copy(update=lacking)})
+
+
+def check_size(recipe: Recipe, facts: ClientFacts) -> None:
+    """Refuse a client that says it has more than may be, or more tokens than its blocks can hold.
+
+    Raises:
+        MessageError
+    """
+    most = recipe.federation.max_client_blocks
+    for blocks, tokens in ((facts.blocks, facts.tokens), (facts.holdout_blocks, facts.holdout_tokens)):
+        if most and blocks > most:
+            raise MessageError(f"it says it has {blocks:,} blocks, and federation.max_client_blocks is {most:,}")
+        if tokens > blocks * recipe.data.max_length:
+            raise MessageError(f"it says it has {tokens:,} tokens in {blocks:,} blocks of {recipe.data.max_length}")
 
 
 class RemoteClients:
@@ -116,6 +142,7 @@ class RemoteClients:
             recipe.federation.round_deadline,
             watchers.show_step,
             watchers.show_clients,
+            partial(check_size, recipe),
         )
         watchers.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
