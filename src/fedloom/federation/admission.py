@@ -11,7 +11,7 @@ update before the first counts (`preview`).
 
 A change that no training makes is refused: larger than the weights were, than AdamW's steps with the round's middle
 size can make (each moves a weight by up to 3.2 learning rates), than `SMALL_WEIGHT` in every weight, as A begins,
-and than `TIMES_THE_MEDIAN` medians, or `TIMES_THE_MEDIAN` times the last two bounds where nothing is known yet.
+and than `TIMES_THE_MEDIAN` medians, or `TIMES_UNKNOWN` times the last two bounds where nothing is known yet.
 
 Letters: P adapter parameters.
 """
@@ -34,7 +34,8 @@ from fedloom.errors import TrainingError
 from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate
 from fedloom.training.objective import check_finite
 
-TIMES_THE_MEDIAN = 1000.0
+TIMES_THE_MEDIAN = 10_000.0
+TIMES_UNKNOWN = 1000.0
 REMEMBERED = 5
 """Rounds whose middle change is remembered."""
 SMALL_WEIGHT = 0.005
@@ -180,7 +181,8 @@ class Admission:
             start = self._start_norms[id(weights_P)] = norm_of(weights_P)
         by_steps = LEARNING_RATES * task.training.learning_rate * self._steps
         small = max(by_steps, SMALL_WEIGHT) * math.sqrt(weights_P.numel())
-        return max(start, small, TIMES_THE_MEDIAN * (median_low(self._known) if self._known else small))
+        known = TIMES_THE_MEDIAN * median_low(self._known) if self._known else TIMES_UNKNOWN * small
+        return max(start, small, known)
 
     def _steps_of(self, task: ClientTask) -> int:
         """Return the steps that a client's known size gives; 1 an epoch where it is not known."""

@@ -6,6 +6,7 @@ hold-out, is capped here, and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import reduce
 from operator import add
@@ -47,8 +48,10 @@ def mean_loss(scores: Mapping[int, Score], max_share: float | None) -> float:
     """Return the loss over all clients' hold-outs, every token alike, but for a client's whose share is capped."""
     told = {client: score.num_targets for client, score in scores.items()}
     capped = cap_weights(told, max_share)
-    if capped == told:
-        return reduce(add, scores.values()).loss
+    whole = reduce(add, scores.values()).loss
+    # Losses that are told can be so large that their sum is infinite, and their mean is not.
+    if capped == told and math.isfinite(whole):
+        return whole
     return sum(share * scores[client].loss for client, share in to_shares(capped).items())
 
 
