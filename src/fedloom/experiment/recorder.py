@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from fedloom.adapters.adapter import Adapter
@@ -69,6 +70,8 @@ class Recorder:
         if self.runs_together > 1:
             measured["runs_together"] = self.runs_together
         lowered = self._session.take_lowered()
+        if self._plan.strategy:  # the caller's own, which weighs clients as it likes
+            result = replace(result, shares={}, capped=())
         record = self.writer.append_round(result, {**self._session.telemetry.take(), **measured, **lowered})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)

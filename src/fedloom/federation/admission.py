@@ -57,7 +57,7 @@ class ClientSize:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What is known of an update that was shown before any of its round counts."""
+    """Update that was shown before any of its round counts, as far as it is kept."""
 
     report: ClientReport
     norm: float

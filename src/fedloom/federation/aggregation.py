@@ -53,7 +53,7 @@ class Aggregate:
 
 
 class Amount(Protocol):
-    """What a client trained on, or has to: a report, or its size."""
+    """Amount that a client trained on, or has to: its report, or its size."""
 
     @property
     def examples(self) -> int: ...

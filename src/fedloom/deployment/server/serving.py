@@ -26,6 +26,7 @@ from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
+from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
@@ -182,7 +183,7 @@ class RemoteClients:
             duplicates=recipe.data.duplicates,
             ways=name_ways(recipe, setup),
         )
-        plan = replace(plan, unused=find_unused(recipe, plan, setup.shape))
+        plan = plan_shares(replace(plan, unused=find_unused(recipe, plan, setup.shape)), recipe.federation, self._names)
         told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), scored, plan, 1, told)
 
