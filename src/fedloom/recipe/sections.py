@@ -340,7 +340,7 @@ class Federation(Section):
         gt=0,
         le=1,
         description="largest share of a client in a round's weight and in the clients' hold-out loss; the others share"
-        " the rest. If left out, 0.5 where clients are on other machines, and no cap in one process",
+        " the rest. If left out, no cap in one process; on other machines 0.5, or 4/K of K clients where that is less",
     )
     max_change: float | None = Field(
         None,

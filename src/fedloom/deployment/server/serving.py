@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -87,14 +87,16 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
 
 
-LIMITS: Mapping[str, Any] = {"max_share": 0.5, "max_change": 10.0, "max_client_blocks": 1_000_000}
-"""Keys of `[federation]` that a deployment never lacks: what clients say of themselves is not known to be true."""
-
-
 def with_limits(recipe: Recipe) -> Recipe:
-    """Return the recipe with the limits that it leaves out: what is on record is what was done."""
+    """Return the recipe with the limits that it leaves out: what clients say of themselves is not known to be true.
+
+    What a run has on record is then what was done.
+    """
     section = recipe.federation
-    lacking = {key: value for key, value in LIMITS.items() if getattr(section, key) is None}
+    # Half of the weight for one of a hundred would be no limit: four equal shares then.
+    share = min(0.5, 4 / cohort_size(recipe.data.clients, section))
+    limits = {"max_share": share, "max_change": 10.0, "max_client_blocks": 1_000_000}
+    lacking = {key: value for key, value in limits.items() if getattr(section, key) is None}
     return recipe.model_copy(update={"federation": section.model_copy(update=lacking)})
 
 
