@@ -337,6 +337,14 @@ def lie(monkeypatch: pytest.MonkeyPatch, do: str, **told: Any) -> None:
     monkeypatch.setitem(globals(), "honest_answer", answer)
 
 
+def test_a_deployment_never_lacks_limits_and_keeps_those_of_its_recipe() -> None:
+    few, many = (with_limits(make_recipe(data={"clients": clients})).federation for clients in (2, 100))
+    assert (few.max_share, few.max_change, few.max_client_blocks) == (0.5, 10.0, 10**6)
+    assert many.max_share == 0.04, "half of the weight for one of a hundred would be no limit"
+    own = {"max_share": 1.0, "max_change": 99.0, "max_client_blocks": 5}
+    assert with_limits(make_recipe(federation=own)).federation == make_recipe(federation=own).federation
+
+
 @pytest.mark.parametrize(
     ("told", "why"),
     [
