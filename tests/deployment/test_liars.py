@@ -30,6 +30,7 @@ from fedloom.deployment.server import exchange
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError
 from fedloom.experiment.session import tensors_of
+from fedloom.federation.fleet import ClientPreview
 from fedloom.host import failpoints
 from fedloom.progress import Progress
 from fedloom.records.state import hash_tensors
@@ -403,7 +404,7 @@ def forged(**fields: Any) -> Lie:
 )
 def test_what_is_not_in_the_table_costs_a_lying_client_its_update_and_no_other(fields: dict[str, Any]) -> None:
     fleet, _ = LyingClient(forged(**fields)).fleet()
-    honest, liar = fleet.train(tasks(fleet))
+    honest, liar = [found for found in fleet.train(tasks(fleet)) if not isinstance(found, ClientPreview)]
     assert not isinstance(honest, ClientFailure)
     assert isinstance(liar, ClientFailure)
     assert "\x1b" not in str(liar.error)
@@ -425,7 +426,7 @@ def test_a_refusal_is_shown_by_the_servers_own_sentence_and_every_question_tells
 
     liar = LyingClient(lie)
     fleet, _ = liar.fleet()
-    _, refused = fleet.train(tasks(fleet))
+    _, refused = [found for found in fleet.train(tasks(fleet)) if not isinstance(found, ClientPreview)]
     assert isinstance(refused, ClientFailure)
     assert REFUSALS["late"] in str(refused.error)
     assert all(0 < asked.manifest["seconds"] <= 20 for asked in liar.asked)

@@ -182,13 +182,18 @@ CASES = [
     Case("federation.on_quorum_lost", ("stop", "skip"), RESULT, loses_a_client=True),
     Case("federation.on_quorum_lost", ("stop", "wait"), NOTE),
     Case("federation.round_deadline", (LEFT_OUT, 60.0), NOTE),
+    Case("federation.max_share", (LEFT_OUT, 0.4, 0.3), RESULT, UNEQUAL),
+    Case("federation.max_share", (LEFT_OUT, 0.9), NOTE),
+    Case("federation.max_change", (LEFT_OUT, 5.0), NOTE),
+    Case("federation.max_client_blocks", (LEFT_OUT, 100), NOTE),
     Case("federation.lora_rule", ("factors", "ffa", "rolora", "svd", "fedex"), RESULT, {"federation.rounds": 2}),
     Case("federation.client_ranks", (LEFT_OUT, [1, 2, 2], [2, 1, 1]), RESULT, {"federation.lora_rule": "svd"}),
     Case("federation.strategy", tuple(strategy(kind) for kind in STRATEGY_DEFAULTS), RESULT,
          {"federation.rounds": 2, **SEVEN}),
     Case("federation.strategy.kind", ("fedavg", "bulyan"), NOTE),
     Case("federation.strategy.options", (LEFT_OUT, {"a": 1}), REFUSAL),
-    *(Case("federation.strategy.weight_by", ("examples", "tokens"), RESULT,
+    Case("federation.strategy.weight_by", (LEFT_OUT, "equal"), NOTE, {"data.source": "alike.jsonl"}),
+    *(Case("federation.strategy.weight_by", ("examples", "tokens", "equal"), RESULT,
            {"federation.strategy": {**strategy(kind), "weight_by": LEFT_OUT}, **SEVEN})
       for kind in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "multi_krum", "norm_clipped")),
     strategy_case("fedavgm", "learning_rate", LEFT_OUT, 0.5),
@@ -276,6 +281,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "copies.jsonl": [json.dumps(row) for row in [*rows, *copies]],
         "bad.jsonl": [json.dumps(row) for row in rows] + ["no row"] * 2,
         "texts.txt": [row["text"] for row in rows],
+        "alike.jsonl": [json.dumps({"text": f"the number {number}"}) for number in range(100, 133)],
     }
     for name, content in lines.items():
         (home / name).write_text("\n".join(content) + "\n", encoding="utf-8")

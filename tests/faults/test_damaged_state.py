@@ -148,6 +148,18 @@ def test_a_best_adapter_that_no_state_holds_is_trained_again(tmp_path: Path) -> 
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
 
 
+def test_a_run_with_capped_shares_that_its_clients_judge_goes_on_to_the_same(tmp_path: Path) -> None:
+    """Its losses are those of round 0 and how far each client has come since, which the state remembers."""
+    recipe = make_recipe(tmp_path, data={"central_holdout": 0}, federation={"max_share": 0.34})
+    assert not attempt(recipe, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(recipe, tmp_path / "run", "round.begins=raise@3")
+    assert not attempt(recipe, tmp_path / "run")
+    result = result_of(tmp_path / "run")
+    assert result == result_of(tmp_path / "whole")
+    assert any("judged_loss" in record for record in result["rounds.jsonl"])
+
+
 def test_a_state_of_another_run_is_not_used(begun: Any, tmp_path: Path) -> None:
     recipe, result, stopped, other = begun
     folder = copy(stopped, tmp_path / "run")

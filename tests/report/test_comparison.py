@@ -73,6 +73,15 @@ def test_runs_of_several_seeds_are_one_with_a_spread(tmp_path: Path) -> None:
     assert list(seeds.rows) == [["seed-1 and 1 more", "1, 2", "2.1000 ± 0.1414", "2.1000"]]
 
 
+def test_a_client_with_more_than_half_of_the_weight_is_named(tmp_path: Path) -> None:
+    more = {1: {"shares": {"0": 0.9, "1": 0.1}}}
+    one, two = (
+        make_run(tmp_path / name, [3.0, 2.5], name=name, more=shares) for name, shares in (("a", more), ("b", {}))
+    )
+    weights = [sentence for sentence in conclude([one, two], ["a", "b"]) if "weight" in sentence]
+    assert weights == ["a: Client 0 had up to 90 % of a round's weight, more than all others together."]
+
+
 def test_it_writes_a_page(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, [3.0, 2.5], name=name).folder for name in ("one", "two")]
     page = write_comparison(folders, tmp_path / "both")

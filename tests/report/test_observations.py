@@ -15,6 +15,7 @@ FALLING = [3.0, 2.5, 2.2, 2.0]
 FLAT = [3.0, 2.5, 2.2, 2.199]
 OVERFIT = [3.0, 2.0, 1.9, 2.1, 2.3]
 SLOW_EVALUATION = {"train": [0, 1, 1, 1], "evaluate": [9, 9, 9, 9]}
+SHARES = {"0": 0.1, "1": 0.1, "2": 0.8}
 ALONE = {"local": {"0": {"losses": [3.0, 2.3], "tokens": 9}}}
 EVEN = {"train": [0, 1.33, 1.33, 1.33], "evaluate": [1, 1, 1, 1]}
 
@@ -32,6 +33,9 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_time, {"central": FALLING, "seconds": SLOW_EVALUATION}, "Evaluation took 92 % of the time", {"central": FALLING, "seconds": EVEN}),
     (o.the_lost, {"central": FALLING, "lost": {2: [1]}}, "lost in 1 of 3 rounds (round 2: 1)", {"central": FALLING}),
     (o.the_refused, {"central": FALLING, "refused": {2: ["late"], 3: ["second"]}}, "2 updates that nobody had asked for were refused, the last: second", {"central": FALLING}),
+    (o.the_weight, {"central": FALLING, "more": {1: {"shares": SHARES}, 2: {"shares": {"0": 0.5, "2": 0.5}}}}, "Client 2 had up to 80 % of a round's weight, more than all others together.", {"central": FALLING, "more": {1: {"shares": {"0": 0.5, "2": 0.5}}}}),
+    (o.the_weight, {"central": FALLING, "more": {2: {"shares": SHARES, "capped": [2]}}, "federation": {"max_share": 0.8}}, "Capped at 80 % of the weight (federation.max_share): client 2.", {"central": FALLING}),
+    (o.the_scaled, {"central": FALLING, "more": {1: {"scaled": {"1": 12.0}}, 3: {"scaled": {"1": 1234.5}}}}, "scaled down: client 1 (up to 1,234 times)", {"central": FALLING}),
     (o.the_memory, {"central": FALLING, "at_once": {2: 4}}, "not enough in round 2: 4 clients at once from then on", {"central": FALLING}),
     (o.the_payload, {"central": FALLING}, "18.0 kB of adapters were exchanged; the whole model would have been 399 times", {"central": [3.0]}),
     (o.did_it_help, {"central": FALLING, "baselines": ALONE}, "Federation helped: its best loss is 0.3000 nats", {"central": FALLING}),

@@ -85,6 +85,7 @@ def test_every_number_of_the_tables_is_in_the_records(finished: Run) -> None:
             text(record["lora_error"], ".2%"),
             "all 3",
             "none",
+            f"{100 * max(record['shares'].values()):.1f} % (client {max(record['shares'], key=record['shares'].get)})",
         ]
         for record in rounds[1:]
     ]

@@ -263,6 +263,8 @@ def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_here(recipe: Recipe, folder: Path) -> Run:
+    """Run a recipe in this process, with the limits that `fedloom serve` adds to it and puts on record."""
+    from fedloom.deployment.server.serving import with_limits
     from fedloom.monitoring.observer import Observer
 
-    return run(recipe, folder, Observer())
+    return run(with_limits(recipe), folder, Observer())

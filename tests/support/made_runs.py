@@ -21,6 +21,7 @@ def make_run(
     lost: dict[int, list[int]] | None = None,
     refused: dict[int, list[str]] | None = None,
     at_once: dict[int, int] | None = None,
+    more: dict[int, dict[str, Any]] | None = None,
     plan: dict[str, Any] | None = None,
     baselines: dict[str, Any] | None = None,
     **sections: Any,
@@ -60,6 +61,7 @@ def make_run(
             record["refused"] = refused[round]
         if at_once and round in at_once:
             record["clients_at_once"] = at_once[round]
+        record |= (more or {}).get(round, {})
         if round:
             record |= {"drift": 0.5, "proximal_loss": 1e-3, "proximal_ratio": 0.02 * round}
             if (loss := train[round - 1] if train else central[round]) is not None:

@@ -213,6 +213,7 @@ NEVER_TOLD = {
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (
         *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),
+        *("max_share", "max_change", "max_client_blocks"),
     ),
     "evaluation": ("clients",),
 }

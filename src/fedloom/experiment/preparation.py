@@ -22,6 +22,7 @@ from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, with
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.building import build_shape, dtype_of, open_source, tokenize_for
 from fedloom.experiment.unused import find_unused
+from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
@@ -126,6 +127,8 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = make_plan(recipe, material, setup, room, per_round, scored)
     blocks = [material.central, *(part for client in material.clients for part in (client.train, client.holdout))]
+    if recipe.federation.max_share is not None:
+        plan = plan_shares(plan, recipe.federation)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from fedloom.adapters.adapter import Adapter
@@ -60,7 +61,7 @@ class Recorder:
     def add_client(self, update: ClientUpdate) -> None:
         """Write one client's work in a round down."""
         self.writer.append_client(update.report)
-        self._meter.add(update.adapter.weights_P, self._weigh(update.report))
+        self._meter.add(update.adapter.weights_P, self._weigh(update.report) * update.weight_scale)
 
     def record(self, result: RoundResult, run: FederatedRun) -> RoundRecord:
         """Write one round down, and keep its adapter."""
@@ -69,6 +70,8 @@ class Recorder:
         if self.runs_together > 1:
             measured["runs_together"] = self.runs_together
         lowered = self._session.take_lowered()
+        if self._plan.strategy:  # the caller's own, which weighs clients as it likes
+            result = replace(result, shares={}, capped=())
         record = self.writer.append_round(result, {**self._session.telemetry.take(), **measured, **lowered})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)

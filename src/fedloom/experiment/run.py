@@ -152,7 +152,7 @@ def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | Non
             where="federation.lora_rule",
             mend="leave one of them out",
         )
-    plan = replace(prepared.plan, strategy=own_strategy(aggregate))
+    plan = replace(prepared.plan, strategy=own_strategy(aggregate), shares={}, capped={})
     unused = [line for line in plan.unused if not line.startswith("federation.strategy")]
     if recipe.federation.strategy != Strategy():
         unused.append("federation.strategy has no effect: aggregate= takes its place")

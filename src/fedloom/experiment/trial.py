@@ -71,6 +71,7 @@ class Trial:
             record_hashes=writer.record_hashes,
             adapters=self.recorder.saved,
             norms=run.admission.norms,
+            began=run.began,
             identity=identity,
         )
         save_state(writer.folder, state)
@@ -83,7 +84,7 @@ class Trial:
         self.recorder.writer.cut_records(state.record_bytes)
         clear_unfinished(self.recorder.adapters)
         self.recorder.mend(state, read_initial, say)
-        self.run.restore(state.adapter, state.strategy, state.losses, state.norms)
+        self.run.restore(state.adapter, state.strategy, state.losses, state.norms, state.began)
         self.fleet.restore(state.optimizers, state.scores)
 
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from fedloom.adapters.peft_config import unmatched_options
 from fedloom.federation.aggregation import count_trimmed
 from fedloom.federation.schedule import cohort_size
+from fedloom.federation.shares import cap_weights
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import UNWEIGHTED
 from fedloom.records.plan import Plan
 from fedloom.text import count
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from fedloom.adapters.adapted_model import AdaptedModel
     from fedloom.data.documents import Documents
     from fedloom.data.tokens import TokenBlocks
-    from fedloom.recipe.sections import Section, Strategy
+    from fedloom.recipe.sections import Federation, Section, Strategy
 
 Found = Iterator[tuple[str, str]]
 """Keys without effect, and why; those that the recipe leaves out among them."""
@@ -134,9 +136,20 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     if section.lora_rule == "fedex" and plan.clients_per_round == 1:
         yield "federation.lora_rule", "one client's factors are their own mean, so nothing is left to add"
     if here:
-        yield "federation.round_deadline", "the clients are in this process"
+        if section.max_share and _caps_nobody(section, plan):
+            yield "federation.max_share", "no client has a larger one"
+        for key in ("round_deadline", "max_change", "max_client_blocks"):
+            yield f"federation.{key}", "the clients are in this process"
         if section.on_quorum_lost == "wait":
             yield "federation.on_quorum_lost", 'a client in this process is not asked again: "wait" is as "stop"'
+
+
+def _caps_nobody(section: Federation, plan: Plan) -> bool:
+    """Return whether a cap on shares changes neither the mean, nor the clients' loss, nor what is judged by it."""
+    held = {number: client.holdout_tokens for number, client in enumerate(plan.clients) if client.holdout_tokens}
+    known = section.strategy.weighs or section.strategy.kind in UNWEIGHTED
+    central = plan.central_tokens > 0
+    return central and known and not plan.capped and cap_weights(held, section.max_share) == held
 
 
 def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
@@ -148,6 +161,9 @@ def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
         yield "federation.strategy.weight_by", "one client trains in a round"
     elif strategy.kind == "multi_krum" and strategy.setting("keep") == 1:
         yield "federation.strategy.weight_by", "with keep = 1 one update is taken as it is"
+    elif strategy.weight_by == "equal":
+        if len({client.blocks for client in able}) == 1:
+            yield "federation.strategy.weight_by", "every client has as many examples"
     elif all(client.tokens * able[0].blocks == able[0].tokens * client.blocks for client in able):
         yield "federation.strategy.weight_by", "every client has as many tokens in an example"
     if strategy.kind == "fedavgm" and not strategy.setting("momentum"):

@@ -3,11 +3,15 @@
 It must answer what was asked, in this round, once; its weights must be laid out as those that were sent, every one
 finite; its report must be possible, since strategies weigh by it. What is refused is refused by name.
 
-**How large a change may be.** It is measured by the step, ‖w − w_start‖ / steps, so that clients with much data and
-with little compare. A change is never too large that is no larger than the weights were, than AdamW's steps can make
-(each moves a weight by up to 3.2 learning rates), or than `SMALL_WEIGHT` in every weight, as LoRA's A begins. Beyond
-that the limit is `TIMES_THE_MEDIAN` times the median of what was admitted in this round and the one before; where
-nothing was yet, `TIMES_UNKNOWN` times the larger of the last two.
+**How large a change may be.** ‖w − w_start‖ is compared with the median of a round's changes, and with those of
+rounds before: never with what a client says that it did. Of two middle ones the lower counts, so that of two clients
+neither can lift the other's limit. Beyond `max_change` medians a change is scaled down to that: a client with much data
+honestly moves far, and none moves the mean far. That needs all changes of a round, so it is for fleets that show each
+update before the first counts (`preview`).
+
+A change that no training makes is refused: larger than the weights were, than AdamW's steps with the round's middle
+size can make (each moves a weight by up to 3.2 learning rates), than `SMALL_WEIGHT` in every weight, as A begins,
+and than `TIMES_THE_MEDIAN` medians, or `TIMES_UNKNOWN` times the last two bounds where nothing is known yet.
 
 Letters: P adapter parameters.
 """
@@ -17,8 +21,9 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from statistics import median_low
 from types import MappingProxyType
 
 import torch
@@ -29,8 +34,10 @@ from fedloom.errors import TrainingError
 from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate
 from fedloom.training.objective import check_finite
 
-TIMES_THE_MEDIAN = 100.0
+TIMES_THE_MEDIAN = 10_000.0
 TIMES_UNKNOWN = 1000.0
+REMEMBERED = 5
+"""Rounds whose middle change is remembered."""
 SMALL_WEIGHT = 0.005
 LEARNING_RATES = 4.0
 """Learning rates by which a step of AdamW may move a weight: 0.1 / √0.001 = 3.2, and some weight decay."""
@@ -48,26 +55,49 @@ class ClientSize:
     tokens: int
 
 
-class Admission:
-    """Admits the updates of a run's rounds; `sizes` bounds what clients may say of themselves."""
+@dataclass(frozen=True)
+class Foreseen:
+    """Update that was shown before any of its round counts, as far as it is kept."""
 
-    def __init__(self, sizes: Mapping[int, ClientSize] = MappingProxyType({})) -> None:
-        self._sizes = sizes
+    report: ClientReport
+    norm: float
+
+
+class Admission:
+    """Admits the updates of a run's rounds; `sizes` bounds what clients may say of themselves.
+
+    A change of more than `max_change` medians is scaled down to that where all of a round were shown; None lets it be.
+    """
+
+    def __init__(self, sizes: Mapping[int, ClientSize] = MappingProxyType({}), max_change: float | None = None) -> None:
+        self._sizes, self._max_change = sizes, max_change
         self._tasks: dict[int, ClientTask] = {}
         self._answered: set[int] = set()
         self._start_norms: dict[int, float] = {}
-        self._known: list[float] = []
-        self.norms: list[float] = []
-        """Changes by the step that were admitted in this round, in the order in which they came."""
+        self._remembered: list[float] = []
+        self._changes: list[float] = []
+        self._steps = 1
+        self.foreseen: dict[int, Foreseen] = {}
+        """Updates of this round that were shown and can be admitted, by client."""
+        self.scaled: dict[int, float] = {}
+        """Changes of this round that were scaled down, in medians, by client."""
 
     def open(self, tasks: Sequence[ClientTask]) -> None:
         """Begin a round: these are its tasks."""
+        self._remembered = self.norms
         self._tasks, self._answered, self._start_norms = {task.client: task for task in tasks}, set(), {}
-        self._known, self.norms = sorted(self.norms), []
+        self._changes, self.foreseen, self.scaled = [], {}, {}
+        self._steps = median_low([self._steps_of(task) for task in tasks])
+
+    @property
+    def norms(self) -> list[float]:
+        """The middle change of each of the last rounds, the oldest first."""
+        now = [median_low(self._changes)] if self._changes else []
+        return [*self._remembered, *now][-REMEMBERED:]
 
     def restore(self, norms: Sequence[float]) -> None:
         """Go on from where another admission of the same run was after a round."""
-        self.norms = list(norms)
+        self._remembered, self._changes = list(norms)[-REMEMBERED:], []
 
     @property
     def round(self) -> int:
@@ -89,33 +119,75 @@ class Admission:
         """Return whether a client was asked and has not answered."""
         return client in self._tasks and client not in self._answered
 
-    def check(self, update: ClientUpdate) -> None:
-        """Admit an update that was asked for.
+    def preview(self, update: ClientUpdate) -> None:
+        """Note an update that comes again, before any of the round counts; one that will be refused leaves no trace."""
+        task = self._tasks.get(update.client)
+        with suppress(TrainingError):
+            if task and update.client not in self.foreseen:
+                norm = self._measure(update, task)
+                self.foreseen[task.client] = Foreseen(update.report, norm)
+                insort(self._changes, norm)
+
+    def weighed(self) -> dict[int, ClientReport | ClientSize]:
+        """Return what is known of each client that will be admitted: its report if it was shown, else its size."""
+        if self.foreseen:
+            fit = {c: f for c, f in self.foreseen.items() if f.norm <= self._limit(self._tasks[c])}
+            return {client: foreseen.report for client, foreseen in fit.items()}
+        return {client: self._sizes[client] for client in self._tasks if client in self._sizes}
+
+    def check(self, update: ClientUpdate) -> ClientUpdate:
+        """Admit an update that was asked for, and return it, its change scaled down where that is too long.
 
         Raises:
             TrainingError: it is not what it must be.
         """
         task = self._tasks[update.client]
+        norm = self._measure(update, task)
+        if not norm <= (limit := self._limit(task)):
+            why = f"the change is too large: its norm is {norm:.3g}, and {limit:.3g} is allowed"
+            raise TrainingError(why, round=task.round, client=task.client, stage="admission")
+        if task.client not in self.foreseen:
+            insort(self._changes, norm)
+            return update
+        middle, start_P = median_low(self._known), task.adapter.weights_P
+        # A median of 0 says nothing: most clients did not move.
+        if not self._max_change or not 0 < (most := self._max_change * middle) < norm:
+            return update
+        self.scaled[task.client] = norm / middle
+        weights_P = start_P.lerp(update.adapter.weights_P, most / norm)
+        return replace(update, adapter=replace(update.adapter, weights_P=weights_P))
+
+    def _measure(self, update: ClientUpdate, task: ClientTask) -> float:
+        """Return ‖w − w_start‖ of an update.
+
+        Raises:
+            TrainingError: its report or its weights are not what they must be.
+        """
         try:
-            check_report(update.report, task, self._sizes.get(update.client))
+            check_report(update.report, task, self._sizes.get(task.client))
             check_layout(update.adapter, task.adapter)
-            norm = change_norm(update.adapter, task.adapter, task.trains_P)
-            self._check_norm(norm, update.report.steps, task)
+            return change_norm(update.adapter, task.adapter, task.trains_P)
         except ValueError as error:
             raise TrainingError(str(error), round=task.round, client=task.client, stage="admission") from None
-        insort(self._known, norm / update.report.steps)
-        self.norms.append(norm / update.report.steps)
 
-    def _check_norm(self, norm: float, steps: int, task: ClientTask) -> None:
+    @property
+    def _known(self) -> list[float]:
+        return [*self._changes, *self._remembered]
+
+    def _limit(self, task: ClientTask) -> float:
+        """Return the norm above which no training made a change."""
         weights_P = task.adapter.weights_P
         if (start := self._start_norms.get(id(weights_P))) is None:
             start = self._start_norms[id(weights_P)] = norm_of(weights_P)
-        by_steps = LEARNING_RATES * task.training.learning_rate * steps
+        by_steps = LEARNING_RATES * task.training.learning_rate * self._steps
         small = max(by_steps, SMALL_WEIGHT) * math.sqrt(weights_P.numel())
-        known = TIMES_THE_MEDIAN * median(self._known) * steps if self._known else TIMES_UNKNOWN * small
-        limit = max(start, small, known)
-        if not norm <= limit:
-            raise ValueError(f"the change is too large: its norm is {norm:.3g}, and {limit:.3g} is allowed")
+        known = TIMES_THE_MEDIAN * median_low(self._known) if self._known else TIMES_UNKNOWN * small
+        return max(start, small, known)
+
+    def _steps_of(self, task: ClientTask) -> int:
+        """Return the steps that a client's known size gives; 1 an epoch where it is not known."""
+        size = self._sizes.get(task.client)
+        return task.training.epochs * (-(-size.examples // task.training.batch_size) if size else 1)
 
 
 def check_report(report: ClientReport, task: ClientTask, size: ClientSize | None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,9 +52,20 @@ class Aggregate:
         return round.finish()
 
 
-WEIGHTS: dict[str, Callable[[ClientReport], float]] = {
+class Amount(Protocol):
+    """Amount that a client trained on, or has to: its report, or its size."""
+
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+WEIGHTS: dict[str, Callable[[Amount], float]] = {
     "examples": lambda report: report.examples,
     "tokens": lambda report: report.tokens,
+    "equal": lambda report: 1,
 }
 """Numbers that a client's share in the mean can be proportional to."""
 
@@ -78,7 +89,7 @@ class WeightedMean:
 
     def add(self, update: ClientUpdate) -> None:
         """Add one client's weights, at once: an update may be lent, and is valid until the next one comes."""
-        weight = float(self._weigh(update.report))
+        weight = float(self._weigh(update.report)) * update.weight_scale
         self._sum_P.add_(update.adapter.weights_P, alpha=weight)
         self._total += weight
 
@@ -236,7 +247,8 @@ def robust(choose: Callable[[Tensor, Tensor], Tensor], strategy: Strategy) -> Ag
     def combine(adapter: Adapter, updates: Sequence[ClientUpdate]) -> Adapter:
         arrived = sorted(updates, key=lambda update: update.client)
         weights_KP = torch.stack([update.adapter.weights_P.double() for update in arrived])
-        share_K = torch.tensor([float(weigh(update.report)) for update in arrived], dtype=torch.float64)
+        weight_K = [float(weigh(update.report)) * update.weight_scale for update in arrived]
+        share_K = torch.tensor(weight_K, dtype=torch.float64)
         return replace(adapter, weights_P=choose(weights_KP, share_K).to(adapter.weights_P.dtype))
 
     return once_all_are_there(combine)

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import ClientSize
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, OptimizerState, TrainClients
+from fedloom.training.jobs import (
+    ClientFailure,
+    ClientJob,
+    ClientResult,
+    ClientTask,
+    ClientUpdate,
+    OptimizerState,
+    TrainClients,
+)
 
 EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
 """A function that scores an adapter on held-out blocks."""
+
+
+@dataclass(frozen=True)
+class ClientPreview:
+    """Preview of an update that comes again once all of a round are there, so that they can be judged together."""
+
+    update: ClientUpdate
+
+    @property
+    def client(self) -> int:
+        """Id of the client."""
+        return self.update.client
 
 
 class Fleet(Protocol):
@@ -40,8 +60,11 @@ class Fleet(Protocol):
         """Each client's score of the last adapter that was evaluated."""
         ...
 
-    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        """Have each client carry out its task; yield what comes of it as they finish."""
+    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
+        """Have each client carry out its task; yield what comes of it as they finish.
+
+        A fleet whose clients may say anything yields a preview of each update before the first update.
+        """
         ...
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:

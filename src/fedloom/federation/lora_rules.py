@@ -176,7 +176,8 @@ def by_client(section: Federation, updates: Iterable[ClientUpdate]) -> Held:
     """Return a round's updates in the order of the clients: a sum in another order would round otherwise."""
     weigh = WEIGHTS[section.strategy.weight_by]
     arrived = sorted(updates, key=lambda update: update.report.client)
-    weight_K = torch.tensor([float(weigh(update.report)) for update in arrived], dtype=torch.float64)
+    weights = [float(weigh(update.report)) * update.weight_scale for update in arrived]
+    weight_K = torch.tensor(weights, dtype=torch.float64)
     return weight_K / weight_K.sum(), [update.adapter.layout.split(update.adapter.weights_P) for update in arrived]
 
 

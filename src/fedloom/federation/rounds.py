@@ -9,19 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.admission import Admission, ClientSize, check_layout
-from fedloom.federation.aggregation import Aggregate, RoundSum, State
+from fedloom.federation.admission import Admission, ClientSize
+from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
+from fedloom.federation.open_round import OpenRound
 from fedloom.federation.schedule import proximal_mu, sample_clients, stop_early
+from fedloom.federation.shares import judge_losses, mean_loss
 from fedloom.host.failpoints import failpoint
 from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
 from fedloom.training.objective import check_finite
@@ -42,112 +43,28 @@ class RoundResult:
     """The new global adapter's score on each client's own hold-out."""
     evaluate_seconds: float
     """Seconds of evaluation: central, and the clients' own before and after training."""
+    client_loss: float | None
+    """The loss over all clients' hold-outs, every token alike but for capped shares; None where there is none."""
+    judged_loss: float
+    """The loss that adapters are chosen by, runs are stopped by, and an adaptive μ follows."""
     cohort: tuple[int, ...] = ()
     reports: tuple[ClientReport, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
     """Clients of the cohort without an update, and why."""
     refused: tuple[str, ...] = ()
     """Updates that nobody asked for, and why: late, second, or of others. They cost no client its own."""
+    shares: Mapping[int, float] = field(default_factory=dict)
+    """Each client's share of the round's weight, where the strategy weighs clients."""
+    capped: Sequence[int] = ()
+    """Clients whose share was capped."""
+    scaled: Mapping[int, float] = field(default_factory=dict)
+    """Clients whose change was scaled down, and how many times the round's middle change it was."""
     proximal_mu: float | None = None
     train_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
     """Payload of the adapters that travelled; on a local fleet, that would have."""
-
-    @property
-    def client_score(self) -> Score | None:
-        """The score over all clients' hold-outs, every token alike."""
-        return reduce(add, self.clients.values()) if self.clients else None
-
-    @property
-    def judged_loss(self) -> float:
-        """The loss that adapters are chosen by: central, or the clients' where nothing is held out centrally."""
-        score = self.central or self.client_score
-        assert score is not None, "nothing is held out"
-        return score.loss
-
-
-class OpenRound:
-    """A round that is under way: it admits results as they come, and adds each update to the strategy's sum.
-
-    Reports are kept, weights are not, so memory does not grow with the number of clients.
-    """
-
-    def __init__(
-        self,
-        tasks: Sequence[ClientTask],
-        total: RoundSum,
-        admission: Admission,
-        on_update: Callable[[ClientUpdate], None],
-        max_lost_clients: int,
-    ) -> None:
-        self.tasks, self._total = tasks, total
-        self._admission, self._on_update, self._max_lost = admission, on_update, max_lost_clients
-        self._opened = time.perf_counter()
-        self._last_loss: TrainingError | None = None
-        self.error: TrainingError | None = None
-        """The reason why the round can't be aggregated, once it is known."""
-        self.reports: list[ClientReport] = []
-        self.lost: dict[int, str] = {}
-        self.refused: list[tuple[int, str]] = []
-        self.aggregate_seconds = 0.0
-        admission.open(tasks)
-
-    def add(self, result: ClientResult) -> None:
-        """Admit a client's result, and aggregate it if it is an update; after too many losses, `error` says so."""
-        started = time.perf_counter()
-        if why := self._admission.unexpected(result):
-            self.refused.append((result.client, why))
-        else:
-            try:
-                if not isinstance(result, ClientUpdate):
-                    raise result.error
-                self._admission.check(result)
-            except TrainingError as error:
-                self._lose(result.client, error)
-            else:
-                self.reports.append(result.report)
-                failpoint("client.trained")
-                self._on_update(result)
-                self._total.add(result)
-        self.aggregate_seconds += time.perf_counter() - started
-
-    def finish(self) -> tuple[State, Adapter] | None:
-        """Return the strategy's new state and the new adapter; None where the round is lost, and `error` says why."""
-        for client, why in self.refused:
-            if self._admission.misses(client):
-                lost = TrainingError(f"no other update came ({why})", round=self.tasks[0].round, client=client)
-                self._lose(client, lost)
-        if not self.reports:
-            self.error = self.error or self._last_loss or TrainingError("no update came", round=self.tasks[0].round)
-        if self.error:
-            return None
-        started = time.perf_counter()
-        state, adapter = self._total.finish()
-        self.aggregate_seconds += time.perf_counter() - started
-        where: dict[str, Any] = {"round": self.tasks[0].round, "stage": "aggregation"}
-        try:
-            # Later it would be refused as the clients' fault, who train from it.
-            check_layout(adapter, self.tasks[0].adapter)
-        except ValueError as error:
-            raise TrainingError(f"the strategy's adapter does not fit: {error}", **where) from None
-        # Each update was finite: later this would be taken for a client's training that diverged.
-        if not bool(adapter.weights_P.isfinite().all()):
-            mend = "lower federation.strategy.learning_rate, or mend the strategy where it is your own"
-            raise TrainingError("the strategy's adapter has weights that are not finite", mend=mend, **where)
-        return state, adapter
-
-    @property
-    def train_seconds(self) -> float:
-        """Seconds since the round was opened in which it waited for clients."""
-        return time.perf_counter() - self._opened - self.aggregate_seconds
-
-    def _lose(self, client: int, error: TrainingError) -> None:
-        self.lost[client] = str(error)
-        self._last_loss = error
-        if len(self.lost) > self._max_lost:
-            self.error = self.error or error
 
 
 class FederatedRun:
@@ -181,7 +98,9 @@ class FederatedRun:
         self._state = aggregate.init(adapter)
         self.losses: list[float] = []
         """Losses by which adapters are judged, round 0 first."""
-        self.admission = Admission(sizes)
+        self.began: dict[int, float] = {}
+        """Each client's loss on its own hold-out in round 0."""
+        self.admission = Admission(sizes, federation.max_change)
         self._stopped = ""
 
     @property
@@ -195,10 +114,15 @@ class FederatedRun:
         return self._state
 
     def restore(
-        self, adapter: Adapter, strategy_state: State, losses: Sequence[float], norms: Sequence[float] = ()
+        self,
+        adapter: Adapter,
+        strategy_state: State,
+        losses: Sequence[float],
+        norms: Sequence[float] = (),
+        began: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         """Go on from where another run of the same recipe was; `norms` are its admission's."""
-        self._adapter, self._state, self.losses = adapter, strategy_state, list(losses)
+        self._adapter, self._state, self.losses, self.began = adapter, strategy_state, list(losses), dict(began)
         self.admission.restore(norms)
 
     @property
@@ -253,7 +177,7 @@ class FederatedRun:
             self._aggregate.open(self._state, self._adapter),
             self.admission,
             self._on_update,
-            section.max_lost_clients,
+            section,
         )
 
     def close_round(self, round: OpenRound, train_seconds: float | None = None) -> RoundResult:
@@ -282,6 +206,9 @@ class FederatedRun:
             reports=tuple(sorted(round.reports, key=lambda report: report.client)),
             lost=round.lost,
             refused=tuple(why for _, why in round.refused),
+            shares=round.shares,
+            capped=round.capped,
+            scaled=self.admission.scaled,
             proximal_mu=round.tasks[0].training.proximal_mu,
             train_seconds=train_seconds,
             aggregate_seconds=round.aggregate_seconds,
@@ -305,10 +232,27 @@ class FederatedRun:
         for client, score in clients.items():
             check_finite("the loss", score.loss, round=round, client=client, stage="evaluation")
         evaluate_seconds += time.perf_counter() - started
-        result = RoundResult(round, self._adapter, central, clients, evaluate_seconds, **trained)
-        self.losses.append(result.judged_loss)
+        client_loss = mean_loss(clients, self._federation.max_share) if clients else None
+        judged = self._judge(central, clients, client_loss)
+        result = RoundResult(round, self._adapter, central, clients, evaluate_seconds, client_loss, judged, **trained)
+        self.losses.append(judged)
         failpoint("round.evaluated")
         return result
+
+    def _judge(self, central: Score | None, clients: Mapping[int, Score], client_loss: float | None) -> float:
+        """Return the loss by which the adapter is judged: central, or the clients' where nothing is held out centrally.
+
+        Where shares are capped, clients are not taken at their word, and no single one decides.
+        """
+        losses = {client: score.loss for client, score in clients.items()}
+        if not self.losses:
+            self.began = losses
+        if central is not None:
+            return central.loss
+        assert client_loss is not None, "nothing is held out"
+        if self._federation.max_share is None or not self.losses:
+            return client_loss
+        return judge_losses(losses, self.began, self.losses[0])
 
 
 def run_rounds(run: FederatedRun, fleet: Fleet) -> Iterator[RoundResult]:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
-from fedloom.records.plan import Plan, explain_rows, explain_weights
+from fedloom.records.plan import Plan, explain_rows, explain_shares, explain_weights
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ class Terminal(Observer):
         self._print(format_round(record))
         for why in (*record.get("lost_because", {}).values(), *record.get("refused", ())):
             self._print(f"lost      {why}")
+        for client, times in record.get("scaled", {}).items():
+            self._print(f"scaled    client {client}: its change was {times:,.0f} times the middle one")
 
     def show_clients(self, phases: Mapping[str, str]) -> None:
         self._bar.clients = describe_clients(phases)
@@ -202,6 +204,7 @@ def render_plan(plan: Plan) -> Table:
         "trainable": plan.trainable_share,
         "data": f"{plan.data} ({plan.data_revision})",
         "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out; {blocks} blocks",
+        **({"shares": explain_shares(plan.shares, plan.capped)} if plan.shares else {}),
         "central": f"{count(plan.central_documents, 'document')} held out",
         "audit": f"{audit} {done}",
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"

@@ -262,8 +262,8 @@ class Strategy(Section):
         description="the rule: a kind of `docs/strategies.md`, or `package:name` if an installed package offers one",
     )
     options: dict[str, JsonValue] = Field({}, description="settings of a strategy that an installed package offers")
-    weight_by: Literal["examples", "tokens"] = Field(
-        "examples", description="measure of a client's weight, where the kind weighs clients"
+    weight_by: Literal["examples", "tokens", "equal"] = Field(
+        "examples", description="measure of a client's weight, where the kind weighs clients; `equal`: all count alike"
     )
     learning_rate: float | None = Field(
         None, gt=0, description="the server's learning rate (`fedavgm`, `fedadam`, ...)"
@@ -295,6 +295,11 @@ class Strategy(Section):
         if "weight_by" in self.model_fields_set and self.kind in UNWEIGHTED:
             raise ValueError(f'kind "{self.kind}" does not use weight_by: it gives every client the same weight')
         return self
+
+    @property
+    def weighs(self) -> bool:
+        """True where every update counts, by its client's weight."""
+        return self.kind in STRATEGY_DEFAULTS and self.kind not in (*UNWEIGHTED, "multi_krum")
 
     def setting(self, key: str) -> float:
         """Return the value of one of the kind's own keys, or its default if the recipe leaves it out."""
@@ -329,6 +334,26 @@ class Federation(Section):
         "stop",
         description="reaction to a round that loses more than `max_lost_clients`: ask those again, on other machines;"
         " leave the adapter as it was and go on; end the run, which can be resumed",
+    )
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="largest share of a client in a round's weight and in the clients' hold-out loss; the others share"
+        " the rest. If left out, no cap in one process; on other machines 0.5, or 4/K of K clients where that is less",
+    )
+    max_change: float | None = Field(
+        None,
+        ge=1,
+        description="times the middle change of a round that a client's may be; a longer one is scaled down. If left"
+        " out, 10 where clients are on other machines; it has no effect in one process",
+    )
+    max_client_blocks: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="blocks that a client on another machine may say it has, to train on or held out; one with more is"
+        " refused. If left out, 1000000",
     )
     lora_rule: Literal["factors", "ffa", "rolora", "svd", "fedex"] = Field(
         "factors", description="rule by which LoRA's A and B are averaged; `docs/strategies.md` explains each"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fedloom.recipe.sections import Federation, Training
 
 
+SHOWN = 8
+"""Clients whose share is shown."""
 TOO_SHORT = "too short"
 """Reason of a document that gives nothing to train on; its row was a good one."""
 
@@ -104,6 +106,11 @@ class Plan:
     """Settings that somebody wrote and that change nothing in this run, each with why."""
     slow_attention: bool = False
     """True where transformers has no fused attention for the model."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Each client's share of the weight in a round of all, by name; where sizes are told, or `federation.max_share` is
+    set."""
+    capped: Mapping[str, float] = field(default_factory=dict)
+    """Shares that the clients whose share is capped would have had, by name."""
 
     @classmethod
     def of(
@@ -191,9 +198,20 @@ class Plan:
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
-            "slow_attention",
+            *("slow_attention", "shares", "capped"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
+
+
+def explain_shares(shares: Mapping[str, float], capped: Mapping[str, float]) -> str:
+    """Say what share each client has, the largest first: `alice 50 % (capped from 91 %), bob 50 %`."""
+    found = sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))
+    told = [f"{name} {100 * share:.3g} %" + _was(capped.get(name)) for name, share in found[:SHOWN]]
+    return ", ".join(told) + (f" and {count(len(found) - SHOWN, 'other')}" if len(found) > SHOWN else "")
+
+
+def _was(share: float | None) -> str:
+    return "" if share is None else f" (capped from {100 * share:.3g} %)"
 
 
 def explain_weights(weights: Mapping[str, str]) -> str:

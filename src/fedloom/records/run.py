@@ -29,6 +29,7 @@ class RoundRecord(TypedDict, total=False):
     central_loss: float
     central_perplexity: float
     central_accuracy: float
+    judged_loss: float
     proximal_mu: float
     proximal_loss: float
     proximal_ratio: float
@@ -37,6 +38,9 @@ class RoundRecord(TypedDict, total=False):
     lost: Required[list[int]]
     lost_because: dict[str, str]
     refused: list[str]
+    shares: dict[str, float]
+    capped: list[int]
+    scaled: dict[str, float]
     train_seconds: Required[float]
     aggregate_seconds: Required[float]
     evaluate_seconds: Required[float]
@@ -85,8 +89,11 @@ class Run:
 
 
 def judged_loss(record: Record) -> float:
-    """Return the loss that the best adapter is chosen by: central, or the clients' where there is none."""
-    loss = record.get("central_loss", record.get("client_loss"))
+    """Return the loss that the best adapter is chosen by: central, or the clients' where there is none.
+
+    Where clients' shares are capped, theirs is `judged_loss`, unless that is `client_loss` anyway.
+    """
+    loss = record.get("central_loss", record.get("judged_loss", record.get("client_loss")))
     return math.inf if loss is None else float(loss)
 
 

@@ -67,6 +67,8 @@ class RunState:
     """`initial`, `best` and `last`: SHA-256 of each file."""
     norms: Sequence[float]
     """Norms of changes that admission remembers."""
+    began: Mapping[int, float]
+    """Each client's loss on its own hold-out in round 0."""
     identity: Mapping[str, str]
     """Hashes of the base model and of the data, which must be the same for the run to go on."""
 
@@ -126,6 +128,7 @@ def _write_state(state: RunState, folder: Path) -> None:
         "record_hashes": dict(state.record_hashes),
         "adapters": {name: dict(files) for name, files in state.adapters.items()},
         "norms": list(state.norms),
+        "began": dict(state.began),
         "identity": dict(state.identity),
         "files": {file.name: hash_file(file) for file in sorted(folder.iterdir())},
     }
@@ -240,6 +243,8 @@ def read_state(folder: Path) -> RunState:
             record_hashes=told["record_hashes"],
             adapters=told["adapters"],
             norms=told["norms"],
+            # States of earlier versions have none: nothing was judged by it.
+            began={int(client): loss for client, loss in told.get("began", {}).items()},
             identity=told["identity"],
         )
     except RunError:

@@ -144,15 +144,16 @@ def check_free(folder: Path) -> None:
 
 def round_record(result: RoundResult) -> RoundRecord:
     """Return one round as a line of `rounds.jsonl`."""
-    reports, client_score = result.reports, result.client_score
+    reports, central = result.reports, result.central
     steps = sum(report.steps for report in reports)
     record = {
         "round": result.round,
         "train_loss": sum(r.loss_mean * r.steps for r in reports) / steps if steps else None,
-        "client_loss": client_score.loss if client_score else None,
-        "central_loss": result.central.loss if result.central else None,
-        "central_perplexity": _finite(result.central.perplexity) if result.central else None,
-        "central_accuracy": result.central.accuracy if result.central else None,
+        "client_loss": result.client_loss,
+        "central_loss": central.loss if central else None,
+        "central_perplexity": _finite(central.perplexity) if central else None,
+        "central_accuracy": central.accuracy if central else None,
+        "judged_loss": None if central or result.judged_loss == result.client_loss else result.judged_loss,
         "proximal_mu": result.proximal_mu,
         "proximal_loss": sum(r.proximal_loss * r.steps for r in reports) / steps if steps else None,
         "proximal_ratio": sum(r.proximal_ratio * r.steps for r in reports) / steps if steps else None,
@@ -161,6 +162,9 @@ def round_record(result: RoundResult) -> RoundRecord:
         "lost": sorted(result.lost),
         "lost_because": {str(client): why for client, why in result.lost.items()} or None,
         "refused": list(result.refused) or None,
+        "shares": {str(client): share for client, share in result.shares.items()} or None,
+        "capped": list(result.capped) or None,
+        "scaled": {str(client): times for client, times in result.scaled.items()} or None,
         "train_seconds": result.train_seconds,
         "aggregate_seconds": result.aggregate_seconds,
         "evaluate_seconds": result.evaluate_seconds,

@@ -12,6 +12,7 @@ from fedloom.errors import RunError
 from fedloom.records.run import Run, flatten, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
+from fedloom.report.observations import the_weight
 from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
@@ -135,6 +136,9 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
                 f"A round of {long} takes {seconds[long]:.1f} s, {seconds[long] / seconds[fast]:.1f} times one of"
                 f" {fast}."
             )
+    for name, run in zip(names, runs, strict=True):
+        if weight := the_weight(run):
+            sentences.append(f"{name}: {weight}")
     return sentences
 
 

@@ -6,12 +6,13 @@ Losses are in nats per token, times in seconds, sizes in bytes.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from fedloom.records.run import Record, Run
+from fedloom.records.run import Record, Run, judged_loss
 
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
 """Phases of a round, with the key of their seconds in its record."""
@@ -46,11 +47,16 @@ def judged_series(run: Run) -> tuple[str, list[int], list[float]]:
 
     It is the central loss, or the clients' hold-out loss if nothing is held out centrally.
     """
-    for name, key in (("central", "central_loss"), ("clients' hold-out", "client_loss")):
-        rounds, losses = series(run, key)
-        if losses:
-            return name, rounds, losses
-    return "central", [], []
+    if any("central_loss" in record for record in run.rounds):
+        return "central", *series(run, "central_loss")
+    found = [(record["round"], loss) for record in run.rounds if math.isfinite(loss := judged_loss(record))]
+    return "clients' hold-out" if found else "central", [round for round, _ in found], [loss for _, loss in found]
+
+
+def largest_share(run: Run) -> tuple[int, float] | None:
+    """Return the client with the largest share of the weight in any round, and that; None where none is on record."""
+    shares = [(share, -int(client)) for record in run.rounds for client, share in record.get("shares", {}).items()]
+    return (-max(shares)[1], max(shares)[0]) if shares else None
 
 
 def trained_rounds(run: Run) -> list[Record]:

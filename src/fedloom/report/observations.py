@@ -11,6 +11,7 @@ from fedloom.report.figures import (
     client_series,
     full_model_bytes,
     judged_series,
+    largest_share,
     phase_shares,
     series,
     trained_rounds,
@@ -23,6 +24,8 @@ CLIENTS_DIFFER = 0.05
 """Share of the mean by which clients' hold-out losses must differ to be worth a sentence."""
 DOMINATES = 0.5
 """Share of the time that a phase must take to be worth a sentence."""
+HALF = 0.5 + 1e-6
+"""Share of the weight above which a client is named; two that are equal have as much, by rounding."""
 GAP = 0.1
 """Nats per token by which training loss must lie below held-out loss to be worth a sentence."""
 
@@ -144,6 +147,34 @@ def the_refused(run: Run) -> str | None:
     return f"{len(refused)} {updates} that nobody had asked for {were} refused, the last: {refused[-1]}."
 
 
+def the_weight(run: Run) -> str | None:
+    """Name the client that had more than half of the weight, and those whose share was capped."""
+    found, limit = largest_share(run), run.recipe["federation"].get("max_share")
+    said = []
+    if found and found[1] > HALF and len(run.plan.get("clients", ())) > 1:
+        share = f"{100 * found[1]:.0f} % of a round's weight"
+        said.append(f"Client {found[0]} had up to {share}, more than all others together.")
+    capped = sorted({client for record in trained_rounds(run) for client in record.get("capped", ())})
+    if capped:
+        said.append(
+            f"Capped at {100 * limit:g} % of the weight (federation.max_share):"
+            f" {'client' if len(capped) == 1 else 'clients'} {', '.join(map(str, capped))}."
+        )
+    return " ".join(said) or None
+
+
+def the_scaled(run: Run) -> str | None:
+    """Name the clients whose changes were scaled down, and by how much at most."""
+    scaled: dict[str, float] = {}
+    for record in trained_rounds(run):
+        for client, times in record.get("scaled", {}).items():
+            scaled[client] = max(times, scaled.get(client, 0.0))
+    if not scaled:
+        return None
+    named = ", ".join(f"client {client} (up to {times:,.0f} times)" for client, times in sorted(scaled.items()))
+    return f"Changes that were far larger than the middle one of their round were scaled down: {named}."
+
+
 def the_memory(run: Run) -> str | None:
     """Say in which round memory ran out, and how many clients trained at once after it."""
     fewer = {record["round"]: record["clients_at_once"] for record in run.rounds if "clients_at_once" in record}
@@ -175,6 +206,8 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_time,
     the_lost,
     the_refused,
+    the_weight,
+    the_scaled,
     the_memory,
     the_payload,
     did_it_help,

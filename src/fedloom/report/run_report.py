@@ -232,12 +232,14 @@ def _federation(run: Run) -> list[Block]:
         "LoRA averaging error": ("lora_error", ".2%"),
     }
     known = {name: value for name, value in columns.items() if any(value[0] in record for record in rounds)}
+    weighed = any(record.get("shares") for record in rounds)
     rows = [
         [
             str(record["round"]),
             *(format_number(record.get(key), form) for key, form in known.values()),
             _who(record["clients"], everyone),
             _who(record["lost"], None) if record.get("lost") else "none",
+            *([_largest(record)] if weighed else []),
         ]
         for record in rounds
     ]
@@ -248,7 +250,7 @@ def _federation(run: Run) -> list[Block]:
             " by that of the loss; and the drift, the distance of a client's adapter from the global one at the end of"
             " the round, mean over clients."
         ),
-        Table(["Round", *known, "Took part", "Lost"], rows),
+        Table(["Round", *known, "Took part", "Lost", *(["Largest share"] if weighed else [])], rows),
         Figure(
             "drift",
             "Mean drift of the clients' adapters.",
@@ -309,6 +311,16 @@ def _who(clients: Sequence[int], everyone: int | None) -> str:
     if len(clients) == everyone:
         return f"all {everyone}"
     return ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
+
+
+def _largest(record: Record) -> str:
+    """Name the client with the largest share of a round's weight; the first of equal ones."""
+    shares: dict[str, float] = record.get("shares", {})
+    if not shares:
+        return ""
+    client = max(shares, key=shares.__getitem__)
+    capped = ", capped" if int(client) in record.get("capped", ()) else ""
+    return f"{100 * shares[client]:.1f} % (client {client}{capped})"
 
 
 def _spread(found: figures.Spread, form: str) -> str:

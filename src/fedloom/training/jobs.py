@@ -116,6 +116,8 @@ class ClientUpdate:
     adapter: Adapter
     optimizer_state: OptimizerState
     trial: int = 0
+    weight_scale: float = 1.0
+    """Factor on the client's weight in a mean, below 1 where `federation.max_share` caps it."""
 
     @property
     def client(self) -> int:

@@ -13,7 +13,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'flwr[simul
 from support.federation_here import run_here, split, timeless, tiny
 
 from fedloom.deployment.processes import SOCKETS, Child, hand_over, private_folder, programs_environment
-from fedloom.deployment.server.serving import RemoteClients
+from fedloom.deployment.server.serving import RemoteClients, with_limits
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
@@ -43,7 +43,7 @@ class Simulation(SuperLink):
 
 
 def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) -> None:
-    asked = tiny("data.clients=2", "federation.rounds=1")
+    asked = with_limits(tiny("data.clients=2", "federation.rounds=1"))
     local = run_here(asked, tmp_path / "local")
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())

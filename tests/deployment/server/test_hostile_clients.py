@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 from types import SimpleNamespace
@@ -35,8 +36,10 @@ from fedloom.deployment.messages import pack_recipe
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.deployment.server.serving import check_size, with_limits
 from fedloom.deployment.server.superlink import read_answer
 from fedloom.evaluation.held_out import Score
+from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import RoundResult, run_rounds
 
@@ -200,11 +203,17 @@ def honestly(answer: Frame, round: int) -> Content:
 
 
 def run_with(
-    hostility: Hostility = honestly, spoil: Spoil = lambda objects: objects, deadline: float = 20.0
+    hostility: Hostility = honestly,
+    spoil: Spoil = lambda objects: objects,
+    deadline: float = 20.0,
+    *,
+    clients: int = 3,
+    central: bool = True,
+    **section: Any,
 ) -> tuple[list[RoundResult], list[str]]:
-    """Run two rounds, and return their results and what was said."""
-    section = {"rounds": ROUNDS, "max_lost_clients": 1, "round_deadline": deadline}
-    recipe = make_recipe(federation=section, data={"clients": 3}, training={"proximal_mu": 0.0})
+    """Run two rounds with a deployment's limits, and return their results and what was said."""
+    section = {"rounds": ROUNDS, "max_lost_clients": 1, "round_deadline": deadline, **section}
+    recipe = with_limits(make_recipe(federation=section, data={"clients": clients}, training={"proximal_mu": 0.0}))
     said: list[str] = []
     exchange = Exchange(
         ScriptedSuperLink(hostility, spoil),
@@ -212,10 +221,13 @@ def run_with(
         deadline,
         lambda what, detail: said.append(f"{what} {detail}"),
         lambda phases: None,
+        partial(check_size, recipe),
     )
-    fleet = RemoteFleet(exchange, exchange.assemble(3, 20.0), recipe.federation, range(3), Path(gettempdir()))
+    names = exchange.assemble(clients, 5.0)
+    fleet = RemoteFleet(exchange, names, recipe.federation, range(clients), Path(gettempdir()))
     aggregate = LORA_RULES["factors"](recipe.federation)
-    run = run_of(recipe, fleet, aggregate, lambda a: Score(1.0, 0, 1), make_adapted().read(), sizes=fleet.sizes)
+    score = Score(1.0, 0, 1) if central else None
+    run = run_of(recipe, fleet, aggregate, lambda adapter: score, make_adapted().read(), sizes=fleet.sizes)
     return [*run_rounds(run, fleet)], said
 
 
@@ -300,3 +312,72 @@ def test_a_score_that_can_not_be_is_not_counted(score: Any, monkeypatch: pytest.
     results, said = run_with()
     assert all(set(result.clients) == {0, 1} for result in results)
     assert any(line.startswith("unscored 2") for line in said)
+
+
+def lie(monkeypatch: pytest.MonkeyPatch, do: str, **told: Any) -> None:
+    """Let the hostile client say something else about itself, whatever its answer would be."""
+    honest = honest_answer
+
+    def answer(name: str, asked: Frame) -> Frame:
+        found = honest(name, asked)
+        hostile = asked.manifest["do"] == do and name == str(HOSTILE)
+        return replace(found, manifest={**found.manifest, **told}) if hostile else found
+
+    monkeypatch.setitem(globals(), "honest_answer", answer)
+
+
+def test_a_deployment_never_lacks_limits_and_keeps_those_of_its_recipe() -> None:
+    few, many = (with_limits(make_recipe(data={"clients": clients})).federation for clients in (2, 100))
+    assert (few.max_share, few.max_change, few.max_client_blocks) == (0.5, 10.0, 10**6)
+    assert many.max_share == 0.04, "half of the weight for one of a hundred would be no limit"
+    own = {"max_share": 1.0, "max_change": 99.0, "max_client_blocks": 5}
+    assert with_limits(make_recipe(federation=own)).federation == make_recipe(federation=own).federation
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"blocks": 10**7, "tokens": 10**8}, "10,000,000 blocks"),
+        ({"holdout_blocks": 10**7, "holdout_tokens": 10**8}, "10,000,000 blocks"),
+        ({"tokens": 10**9}, "1,000,000,000 tokens in 4 blocks of 32"),
+        ({"holdout_tokens": 10**9}, "1,000,000,000 tokens in 4 blocks of 32"),
+    ],
+)
+def test_a_client_that_says_it_has_more_than_may_be_does_not_enrol(
+    told: dict[str, int], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lie(monkeypatch, "meet", **told)
+    results, said = run_with(clients=2)
+    assert all(not result.lost for result in results)
+    assert [line for line in said if line.startswith("refused")] == [next(line for line in said if why in line)]
+
+
+@pytest.mark.parametrize("strategy", first([*STRATEGIES], keep=3))
+def test_a_client_that_lies_about_its_size_neither_replaces_the_adapter_nor_judges_it(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many blocks as may be, a thousand times the change, and a loss of 0 over all tokens that they can hold."""
+    most = 10**6
+    settings = {"trimmed_mean": {"trim": 0.34}}.get(strategy, {})
+    kind = {"strategy": {"kind": strategy, **settings}}
+    start = make_adapted().read().weights_P
+
+    def far(results: list[RoundResult]) -> float:
+        return float((results[-1].adapter.weights_P - start).norm())
+
+    honest = far(run_with(**kind)[0])
+    lie(monkeypatch, "meet", blocks=most, tokens=32 * most, holdout_blocks=most, holdout_tokens=32 * most)
+    lie(monkeypatch, "evaluate", score=[0.0, 1, 32 * most])
+
+    def push(answer: Frame, round: int) -> Content:
+        numbers = np.frombuffer(answer.payload, dtype="<f4")
+        told = {**answer.manifest["report"], "examples": most, "tokens": most, "steps": most}
+        pushed = (numbers * np.float32(1000)).astype("<f4").tobytes()
+        return [apps.to_record(Frame({**answer.manifest, "report": told}, pushed))]
+
+    results, said = run_with(push, central=False, **kind)
+    assert far(results) <= 12 * honest, said
+    assert all(set(result.scaled) | set(result.lost) == {HOSTILE} for result in results[1:])
+    assert all(max(result.shares.values(), default=0.0) <= 0.5 + 1e-9 for result in results)
+    assert [result.judged_loss for result in results] == [results[0].judged_loss] * 3, "what the others say: no change"
+    assert results[1].client_loss == pytest.approx(0.25), "half of it is theirs, who say 0.5"

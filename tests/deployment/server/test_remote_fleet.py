@@ -29,9 +29,10 @@ from fedloom.deployment.server import exchange, remote_fleet
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError, MessageError, RunError
+from fedloom.federation.fleet import ClientPreview
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
-from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
+from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, ClientUpdate
 
 Script = Callable[[Node, Frame], Frame | str | None]
 """Answer of a node: a frame, an error of Flower's, or nothing at all."""
@@ -124,14 +125,24 @@ def tasks(fleet: RemoteFleet, round: int = 1) -> list[ClientTask]:
 def outcome(fleet: RemoteFleet, round: int = 1) -> list[str]:
     return [
         f"{result.client} {result.error}" if isinstance(result, ClientFailure) else f"{result.report.client} trained"
-        for result in fleet.train(tasks(fleet, round))
+        for result in train(fleet, round)
     ]
+
+
+def train(fleet: RemoteFleet, round: int = 1) -> list[ClientResult]:
+    """Return a round's results, each update of which was shown before."""
+    found = [*fleet.train(tasks(fleet, round))]
+    results = [result for result in found if not isinstance(result, ClientPreview)]
+    shown = [result.client for result in found if isinstance(result, ClientPreview)]
+    assert sorted(shown) == [result.client for result in results if isinstance(result, ClientUpdate)]
+    assert found[len(shown) :] == results, "all are shown before the first counts"
+    return results
 
 
 def test_updates_come_by_client_and_hold_outs_are_scored() -> None:
     fleet, _, _ = open_fleet(honest)
     assert {client: score.loss for client, score in fleet.evaluate(adapter()).items()} == {0: 0.5, 1: 0.5, 2: 0.5}
-    results = [*fleet.train(tasks(fleet))]
+    results = train(fleet)
     assert all(isinstance(result, ClientUpdate) for result in results)
     for client, result in enumerate(results):
         assert isinstance(result, ClientUpdate)
@@ -363,7 +374,7 @@ def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(remote_fleet, "unpack_update", watched)
     most = 0
     for result in fleet.train(tasks(fleet)):
-        assert isinstance(result, ClientUpdate)
+        assert isinstance(result, ClientUpdate | ClientPreview)
         most = max(most, len(alive))
         assert not [*tmp_path.iterdir()]
         del result

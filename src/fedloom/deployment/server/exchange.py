@@ -82,10 +82,14 @@ class Exchange:
         deadline_seconds: float,
         say: Callable[[str, str], object],
         show_clients: Callable[[Mapping[str, str]], object],
+        check_facts: Callable[[ClientFacts], object] = bool,
     ) -> None:
-        """Open an exchange in which every question carries the recipe, as `pack_recipe` made it."""
+        """Open an exchange in which every question carries the recipe, as `pack_recipe` made it.
+
+        `check_facts` raises MessageError for a client that may not take part with what it says it has.
+        """
         self._transport, self.say, self._show_clients = transport, say, show_clients
-        self._recipe, self._seconds = recipe, deadline_seconds
+        self._recipe, self._seconds, self._check_facts = recipe, deadline_seconds, check_facts
         self.facts: dict[str, ClientFacts] = {}
         """Facts of every client that enrolled and was not refused."""
         self.refused: dict[str, str] = {}
@@ -217,6 +221,7 @@ class Exchange:
         known = self.facts.get(name)
         try:
             facts = unpack_facts(answer.frame)
+            self._check_facts(facts)
             if known and (known.base, known.documents) != (facts.base, facts.documents):
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:

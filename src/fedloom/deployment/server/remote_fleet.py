@@ -20,6 +20,7 @@ from fedloom.deployment.server.exchange import Exchange
 from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import ClientSize
+from fedloom.federation.fleet import ClientPreview
 from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
 from fedloom.recipe.sections import Federation
@@ -95,10 +96,10 @@ class RemoteFleet:
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         self.scores = scores
 
-    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        """Have the clients train, and yield their updates in the order of the tasks, whatever order they come in.
+    def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
+        """Have the clients train: yield a preview of each update as it comes, and all in the order of the tasks.
 
-        The clients train while this waits for the first update. All that comes after it is read from the disk.
+        The clients train while this waits for previews. All that comes after them is read from the disk.
         """
         waiting = {self.names[task.client]: task for task in tasks}
         lost: dict[str, ClientFailure] = {}
@@ -114,6 +115,7 @@ class RemoteFleet:
                         lost.pop(name, None)
                         assert isinstance(found, Frame), "an update in no answer"
                         spool.put(name, found)
+                        yield ClientPreview(result)
                 if self.federation.on_quorum_lost != "wait" or len(lost) <= self.federation.max_lost_clients:
                     break
                 self.exchange.say(

@@ -26,6 +26,7 @@ from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
+from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
@@ -57,6 +58,7 @@ def serve(
     """
     check_flower()
     check_deployable(recipe)
+    recipe = with_limits(recipe)
     display = display or Terminal()
     port = port or free_port()
     with ExitStack() as stack:
@@ -87,6 +89,33 @@ def check_deployable(recipe: Recipe) -> None:
         pack_recipe(recipe)
     except MessageError as error:
         raise RecipeError(f"{error.what}: clients take no other", where=error.where) from None
+
+
+def with_limits(recipe: Recipe) -> Recipe:
+    """Return the recipe with the limits that it leaves out: what clients say of themselves is not known to be true.
+
+    What a run has on record is then what was done.
+    """
+    section = recipe.federation
+    # Half of the weight for one of a hundred would be no limit: four equal shares then.
+    share = min(0.5, 4 / cohort_size(recipe.data.clients, section))
+    limits = {"max_share": share, "max_change": 10.0, "max_client_blocks": 1_000_000}
+    lacking = {key: value for key, value in limits.items() if getattr(section, key) is None}
+    return recipe.model_copy(update={"federation": section.model_copy(update=lacking)})
+
+
+def check_size(recipe: Recipe, facts: ClientFacts) -> None:
+    """Refuse a client that says it has more than may be, or more tokens than its blocks can hold.
+
+    Raises:
+        MessageError
+    """
+    most = recipe.federation.max_client_blocks
+    for blocks, tokens in ((facts.blocks, facts.tokens), (facts.holdout_blocks, facts.holdout_tokens)):
+        if most and blocks > most:
+            raise MessageError(f"it says it has {blocks:,} blocks, and federation.max_client_blocks is {most:,}")
+        if tokens > blocks * recipe.data.max_length:
+            raise MessageError(f"it says it has {tokens:,} tokens in {blocks:,} blocks of {recipe.data.max_length}")
 
 
 class RemoteClients:
@@ -120,6 +149,7 @@ class RemoteClients:
             recipe.federation.round_deadline,
             watchers.show_step,
             watchers.show_clients,
+            partial(check_size, recipe),
         )
         watchers.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
@@ -159,7 +189,7 @@ class RemoteClients:
             duplicates=recipe.data.duplicates,
             ways=name_ways(recipe, setup),
         )
-        plan = replace(plan, unused=find_unused(recipe, plan, setup.shape))
+        plan = plan_shares(replace(plan, unused=find_unused(recipe, plan, setup.shape)), recipe.federation, self._names)
         told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), scored, plan, 1, told)
 

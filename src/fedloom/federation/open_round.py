@@ -1,0 +1,128 @@
+"""A round that is under way: updates are admitted as they come, weighed, and added to the strategy's sum."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fedloom.adapters.adapter import Adapter
+from fedloom.errors import TrainingError
+from fedloom.federation.admission import Admission, check_layout
+from fedloom.federation.aggregation import WEIGHTS, RoundSum, State
+from fedloom.federation.fleet import ClientPreview
+from fedloom.federation.shares import cap_weights, to_shares
+from fedloom.host.failpoints import failpoint
+from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate
+
+if TYPE_CHECKING:
+    from fedloom.recipe.sections import Federation
+
+
+class OpenRound:
+    """A round that is under way: it admits results as they come, and adds each update to the strategy's sum.
+
+    Reports are kept, weights are not, so memory does not grow with the number of clients.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[ClientTask],
+        total: RoundSum,
+        admission: Admission,
+        on_update: Callable[[ClientUpdate], None],
+        section: Federation,
+    ) -> None:
+        self.tasks, self._total = tasks, total
+        self._admission, self._on_update, self._section = admission, on_update, section
+        self._weigh = WEIGHTS[section.strategy.weight_by]
+        self._scales: dict[int, float] | None = None
+        self._opened = time.perf_counter()
+        self._last_loss: TrainingError | None = None
+        self.error: TrainingError | None = None
+        """The reason why the round can't be aggregated, once it is known."""
+        self.reports: list[ClientReport] = []
+        self._weights: dict[int, float] = {}
+        self.lost: dict[int, str] = {}
+        self.refused: list[tuple[int, str]] = []
+        self.aggregate_seconds = 0.0
+        admission.open(tasks)
+
+    def add(self, result: ClientResult | ClientPreview) -> None:
+        """Admit a client's result, and aggregate it if it is an update; after too many losses, `error` says so."""
+        started = time.perf_counter()
+        if isinstance(result, ClientPreview):
+            self._admission.preview(result.update)
+        elif why := self._admission.unexpected(result):
+            self.refused.append((result.client, why))
+        else:
+            try:
+                if not isinstance(result, ClientUpdate):
+                    raise result.error
+                update = self._weighed(self._admission.check(result))
+            except TrainingError as error:
+                self._lose(result.client, error)
+            else:
+                self.reports.append(update.report)
+                failpoint("client.trained")
+                self._on_update(update)
+                self._total.add(update)
+        self.aggregate_seconds += time.perf_counter() - started
+
+    def finish(self) -> tuple[State, Adapter] | None:
+        """Return the strategy's new state and the new adapter; None where the round is lost, and `error` says why."""
+        for client, why in self.refused:
+            if self._admission.misses(client):
+                lost = TrainingError(f"no other update came ({why})", round=self.tasks[0].round, client=client)
+                self._lose(client, lost)
+        if not self.reports:
+            self.error = self.error or self._last_loss or TrainingError("no update came", round=self.tasks[0].round)
+        if self.error:
+            return None
+        started = time.perf_counter()
+        state, adapter = self._total.finish()
+        self.aggregate_seconds += time.perf_counter() - started
+        where: dict[str, Any] = {"round": self.tasks[0].round, "stage": "aggregation"}
+        try:
+            # Later it would be refused as the clients' fault, who train from it.
+            check_layout(adapter, self.tasks[0].adapter)
+        except ValueError as error:
+            raise TrainingError(f"the strategy's adapter does not fit: {error}", **where) from None
+        # Each update was finite: later this would be taken for a client's training that diverged.
+        if not bool(adapter.weights_P.isfinite().all()):
+            mend = "lower federation.strategy.learning_rate, or mend the strategy where it is your own"
+            raise TrainingError("the strategy's adapter has weights that are not finite", mend=mend, **where)
+        return state, adapter
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Each client's share of the weight, where the strategy weighs clients."""
+        return to_shares(self._weights) if self._section.strategy.weighs else {}
+
+    @property
+    def capped(self) -> list[int]:
+        """Clients whose weight was capped, ascending."""
+        return sorted(client for client in self.shares if (self._scales or {}).get(client, 1.0) < 1)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds since the round was opened in which it waited for clients."""
+        return time.perf_counter() - self._opened - self.aggregate_seconds
+
+    def _weighed(self, update: ClientUpdate) -> ClientUpdate:
+        """Return an update with its weight capped."""
+        if self._scales is None:
+            # At the first update that counts all that were shown are known; where none was, sizes are facts.
+            told = {client: self._weigh(known) for client, known in self._admission.weighed().items()}
+            capped = cap_weights(told, self._section.max_share)
+            self._scales = {client: capped[client] / told[client] for client in told}
+        update = replace(update, weight_scale=self._scales.get(update.client, 1.0))
+        self._weights[update.client] = self._weigh(update.report) * update.weight_scale
+        return update
+
+    def _lose(self, client: int, error: TrainingError) -> None:
+        self.lost[client] = str(error)
+        self._last_loss = error
+        if len(self.lost) > self._section.max_lost_clients:
+            self.error = self.error or error
