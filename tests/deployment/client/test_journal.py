@@ -8,6 +8,7 @@ import pytest
 
 from fedloom.deployment.client.joining import Kit, join
 from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
 
@@ -75,13 +76,13 @@ def test_a_damaged_journal_is_refused_by_its_line(line: str, tmp_path: Path) -> 
     journal = write(tmp_path / "a.jsonl", (2, "a"))
     journal.path.write_text(journal.path.read_text() + line + "\n" + journal.path.read_text())
     for use in (journal.check, lambda: journal.note("c", TOLD)):
-        with pytest.raises(DeploymentError, match="line 2 is not a round"):
+        with pytest.raises(DeploymentError, match="line 2 is not an entry"):
             use()
 
 
 def test_a_journal_that_can_not_be_kept_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(DeploymentError, match=r"a.jsonl: the journal of rounds can't be written .*--journal FILE"):
-        join(Kit("a", "127.0.0.1:1"), tmp_path, None, tmp_path / "not there" / "a.jsonl", lambda what, detail: None)
+    with pytest.raises(DeploymentError, match=r"a.jsonl: the journal can't be written .*--journal FILE"):
+        join(Kit("a", "127.0.0.1:1"), tmp_path, Policy(), tmp_path / "not there" / "a.jsonl", lambda what, detail: None)
 
 
 def test_it_is_its_owners_alone(tmp_path: Path) -> None:

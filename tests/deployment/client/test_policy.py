@@ -30,7 +30,7 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("max_epoch = 1", "known are models, max_epochs"),
+        ("max_epoch = 1", "unknown key `max_epoch`; did you mean `max_epochs`"),
         ("max_epochs = 0", "max_epochs"),
         ("max_rounds_a_day = 0", "max_rounds_a_day"),
         ("=", "not valid TOML"),

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.client.journal import Journal
-from fedloom.deployment.client.policy import load_policy
+from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.keys import check_name, fingerprint, is_address, read_authority
 from fedloom.deployment.processes import (
@@ -94,7 +94,7 @@ def read_kit(path: Path) -> Kit:
     )
 
 
-def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable[[str, str], object]) -> None:
+def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str, str], object]) -> None:
     """Take part until the process is told to end.
 
     Raises:
@@ -105,13 +105,15 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
         raise DeploymentError(
             "no such file or folder", where=str(data), mend="name this client's documents: --data PATH"
         )
-    if policy:
-        load_policy(policy)
     Journal(journal).check()
     check_flower()
     with private_folder() as folder:
         worker_socket, log = folder / "worker.sock", folder / "supernode.log"
-        options = {"socket": worker_socket, "name": kit.name, "data": data, "journal": journal, "policy": policy or ""}
+        # As it is now, with what the command line says of the documents.
+        rules = folder / "policy.toml"
+        rules.write_text(policy_to_toml(policy), encoding="utf-8")
+        options = {"socket": worker_socket, "name": kit.name, "data": data, "journal": journal, "policy": rules}
+        options["server"] = kit.server
         command = [
             sys.executable,
             "-m",

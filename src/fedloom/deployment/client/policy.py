@@ -17,7 +17,7 @@ import tomlkit
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from fedloom.errors import RecipeError
-from fedloom.host.files import hash_json, writing
+from fedloom.host.files import writing
 from fedloom.hub import COMMIT
 from fedloom.recipe.methods import METHODS, check_method
 from fedloom.recipe.sections import Names, Section
@@ -56,13 +56,13 @@ class Policy(Section):
         False, description="whether files and folders whose names begin with a dot are documents as well"
     )
     min_documents: int = Field(
-        8,
+        5,
         ge=1,
-        description="the fewest documents to train on: an adapter of one or two can give their words away, and eight"
-        " are what the smallest shipped recipes leave a client",
+        description="the fewest documents to train on: an adapter of one or two can give their words away, and health"
+        " statistics, too, show no figure of fewer than five",
     )
     min_tokens: int = Field(
-        128, ge=1, description="the fewest tokens to train on: eight documents of the shortest length that is allowed"
+        80, ge=1, description="the fewest tokens to train on: five documents of the shortest length that is allowed"
     )
     min_holdout_documents: int = Field(
         2, ge=1, description="the fewest documents to hold out, if any are: the loss on one is that document's own"
@@ -344,8 +344,3 @@ def check_model(policy: Policy, recipe: Recipe, *, weights: str, share: float, e
         )
     if recipe.adapter.method != "full" and embedding and not policy.train_embedding:
         raise RecipeError("its policy does not allow the embedding to be trained", where="policy.train_embedding")
-
-
-def hash_recipe(told: Any) -> str:
-    """Return the name of all runs of a recipe, by what the server told of it: rounds are counted by it."""
-    return hash_json(told)[:16]

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import __version__
+from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
+from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.documents import gather_client
-from fedloom.deployment.client.journal import Journal, hash_task
-from fedloom.deployment.client.policy import Policy, check_policy, load_policy
+from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.policy import Policy, as_owner_wrote, check_model, check_policy, load_policy
 from fedloom.deployment.frames import Frame, receive_frame, send_frame
 from fedloom.deployment.messages import (
     ClientFacts,
@@ -30,27 +32,34 @@ from fedloom.deployment.messages import (
     unpack_recipe,
     unpack_task,
 )
-from fedloom.errors import DataError, FedloomError, MessageError
+from fedloom.errors import DataError, FedloomError, MessageError, RecipeError
 from fedloom.evaluation.held_out import Score, evaluate
-from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.building import adapt, load_base
 from fedloom.experiment.session import hash_base, tensors_of
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
-from fedloom.text import show_controls
+from fedloom.text import count, show_controls
 from fedloom.training.engines import choose_engine, open_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
+
+LOOK_SECONDS = 15.0
+"""Time between two looks for the end of a run, while nothing is asked."""
 
 
 class ClientModel:
     """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
 
-    def __init__(self, recipe: Recipe, name: str, path: Path) -> None:
-        data = gather_client(recipe, path)
+    def __init__(self, recipe: Recipe, name: str, path: Path, policy: Policy) -> None:
+        data = gather_client(recipe, path, policy)
         self._blocks = data.blocks
         self._recipe = recipe
-        say("model", data.source.name)
-        self._adapted = load_adapted_model(recipe, data.source)
+        base = load_base(recipe, data.source)
+        # Before the adapter is put on it: what its owner can pin is the hash of the weights alone.
+        weights = hash_tensors(base.state_dict().values())
+        say("model", f"{data.source.name}@sha256:{weights}")
+        self._adapted = adapt(base, recipe, data.source)
+        check_model(policy, recipe, weights=weights, **measure(self._adapted))
         engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
         self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
         self._progress: list[Progress] = []
@@ -79,9 +88,22 @@ class ClientModel:
     def _note(self, progress: Progress) -> None:
         self._progress.append(progress)
 
-    def evaluate(self, asked: Frame) -> Frame:
+    @property
+    def holds_out(self) -> bool:
+        """Return whether there is a hold-out to score adapters on."""
+        return len(self._blocks.holdout) > 0
+
+    def read_adapter(self, asked: Frame) -> Adapter:
+        """Read the adapter in a question.
+
+        Raises:
+            MessageError: it is not one of this recipe.
+        """
+        return unpack_adapter(asked, self._adapted.layout)
+
+    def evaluate(self, adapter: Adapter) -> Frame:
         """Score an adapter on this client's own hold-out."""
-        return Frame({"score": pack_score(self._score(unpack_adapter(asked, self._adapted.layout)))})
+        return Frame({"score": pack_score(self._score(adapter))})
 
     def read_task(self, asked: Frame) -> ClientTask:
         """Read the task in a question.
@@ -95,7 +117,6 @@ class ClientModel:
         """Describe a task for its owner's journal."""
         epochs, blocks = task.training.epochs, self._blocks.train
         return {
-            "recipe": self._recipe.name,
             "model": self._recipe.model.source,
             "round": task.round,
             "epochs": epochs,
@@ -125,7 +146,7 @@ class ClientModel:
         # The adapter that a round ends with is the one that the next begins with: the server asks twice.
         digest = adapter.sha256()
         if self._scored[0] != digest:
-            self._scored = digest, self._evaluate(adapter) if len(self._blocks.holdout) else None
+            self._scored = digest, self._evaluate(adapter) if self.holds_out else None
         return self._scored[1]
 
     def _evaluate(self, adapter: Adapter) -> Score:
@@ -139,11 +160,19 @@ class ClientModel:
         )
 
 
+def measure(adapted: AdaptedModel) -> dict[str, Any]:
+    """Return how large a share of a model's weights is trained, and whether some lie in its embedding."""
+    trained = {id(value) for value in adapted.model.parameters() if value.requires_grad}
+    embedding = any(id(value) in trained for value in adapted.base.get_input_embeddings().parameters())
+    return {"share": adapted.layout.size / adapted.num_parameters, "embedding": embedding}
+
+
 class Worker:
     """Client's answers to questions, one after another."""
 
-    def __init__(self, name: str, data: Path, policy: Policy, journal: Journal) -> None:
-        self._name, self._data, self._policy, self._journal = name, data, policy, journal
+    def __init__(self, name: str, data: Path, policy: Policy, journal: Journal, server: str = "") -> None:
+        self._name, self._data, self._policy = name, data, policy
+        self.account = Account(policy, journal, say, server)
         self._told: Mapping[str, Any] | None = None
         self._model: ClientModel | None = None
         self._last: tuple[Frame, Frame] | None = None
@@ -155,20 +184,25 @@ class Worker:
             return self._last[1]
         try:
             model, do = self._open(asked.manifest.get("recipe")), asked.manifest.get("do")
+            self.account.is_asked()
             if do == "meet":
                 found = Frame(pack_facts(model.facts))
+                say("told", describe_facts(model.facts))
             elif do == "evaluate":
-                found = model.evaluate(asked) if self._policy.tell_holdout_loss else Frame({"score": None})
+                adapter = model.read_adapter(asked)
+                found = model.evaluate(adapter) if self._may_judge(model, adapter) else Frame({"score": None})
             elif do == "train":
                 task = self._admit(asked, model)
-                found = model.train(task, judge=bool(asked.manifest.get("judge")))
+                judge = bool(asked.manifest.get("judge")) and self._may_judge(model, task.adapter)
+                found = model.train(task, judge=judge)
+                say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
             else:
                 raise MessageError("this version of fedloom does not know the question")
         except DataError as error:
             say("error", str(error))
             return Frame({"name": self._name, "error": "its documents can't be used: its owner sees why"})
         except FedloomError as error:
-            say("error", str(error))
+            say("refused" if isinstance(error, RecipeError) else "error", str(error))
             return Frame({"name": self._name, "error": str(error)})
         found = replace(found, manifest={**found.manifest, "progress": model.take_progress()})
         self._last = asked, found
@@ -177,10 +211,11 @@ class Worker:
     def _open(self, told: Any) -> ClientModel:
         if self._model is None or told != self._told:
             recipe = unpack_recipe(told)
-            check_policy(self._policy, recipe)
+            self.account.begin(recipe, told)
             # The former model is let go first: two may not fit in memory.
             self._model = self._told = None
-            self._model, self._told = ClientModel(recipe, self._name, self._data), told
+            recipe = as_owner_wrote(self._policy, recipe)
+            self._model, self._told = ClientModel(recipe, self._name, self._data, self._policy), told
         return self._model
 
     def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
@@ -191,8 +226,20 @@ class Worker:
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not as its recipe says")
-        self._journal.note(hash_task(asked), model.describe(task), at_most=self._policy.max_rounds_a_day)
+        self.account.train(asked, task, model.describe(task))
         return task
+
+    def _may_judge(self, model: ClientModel, adapter: Adapter) -> bool:
+        return model.holds_out and self.account.may_tell_loss(adapter.sha256())
+
+
+def describe_facts(facts: ClientFacts) -> str:
+    """Describe what was told of the documents."""
+    held_out = count(facts.holdout_documents, "document")
+    return (
+        f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')},"
+        f" {count(facts.tokens, 'token')} to train on; {held_out} held out"
+    )
 
 
 def say(what: str, detail: str) -> None:
@@ -202,8 +249,13 @@ def say(what: str, detail: str) -> None:
 
 def serve(listener: socket.socket, worker: Worker) -> None:
     """Answer until the process ends."""
+    listener.settimeout(LOOK_SECONDS)
     while True:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            worker.account.look()
+            continue
         with connection:
             connection.settimeout(60.0)
             try:
@@ -217,11 +269,11 @@ def serve(listener: socket.socket, worker: Worker) -> None:
 def main() -> None:
     """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
     parser = argparse.ArgumentParser()
-    for option in ("--socket", "--name", "--data", "--policy", "--journal"):
+    for option in ("--socket", "--name", "--data", "--policy", "--journal", "--server"):
         parser.add_argument(option, default="")
     chosen = parser.parse_args()
-    policy = load_policy(Path(chosen.policy)) if chosen.policy else Policy()
-    worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)))
+    policy = load_policy(Path(chosen.policy) if chosen.policy else None)
+    worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)), chosen.server)
     with socket.socket(socket.AF_UNIX) as listener:
         Path(chosen.socket).unlink(missing_ok=True)
         listener.bind(chosen.socket)
