@@ -1,6 +1,8 @@
 """Journal of a client: what it holds, counts and survives."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
 
+UNKNOWN = '{"when": "2026-11-26T00:00:00+00:00", "task": "a", "kind": "another"}'
 TOLD = {"recipe": "r", "round": 1}
 
 
@@ -55,10 +58,64 @@ def test_the_same_task_is_one_round(tmp_path: Path) -> None:
 
 
 def test_a_task_is_all_that_training_depends_on() -> None:
-    asked = Frame({"round": 1, "recipe": {"a": 1}, "judge": False}, b"1234")
+    asked = Frame({"round": 1, "recipe": {"a": 1}, "judge": False, "nonce": "x"}, b"1234")
     assert hash_task(asked) == hash_task(Frame({"judge": True, "recipe": {"a": 1}, "round": 1}, b"1234"))
     others = [Frame({**asked.manifest, "round": 2}, b"1234"), Frame(asked.manifest, b"1235")]
     assert len({hash_task(asked), *map(hash_task, others)}) == 3
+
+
+def test_a_task_asked_again_does_not_move_when_the_next_may_begin(tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (5, "a"), (1, "a"))
+    first = datetime.fromisoformat(json.loads(journal.path.read_text().splitlines()[0])["when"])
+    with pytest.raises(RecipeError, match=f"{first + timedelta(days=1):%Y-%m-%d at %H:%M:%S} UTC"):
+        journal.note("b", TOLD, at_most=1)
+
+
+def test_a_task_asked_again_a_day_later_is_another_round(tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (30, "a"), (5, "a"))
+    with pytest.raises(RecipeError, match="allows 1 rounds a day"):
+        journal.note("b", TOLD, at_most=1)
+    journal.note("a", TOLD, at_most=1)
+
+
+def test_rounds_recipes_and_scores_are_counted_apart(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a.jsonl")
+    for kind, what in (("train", "rounds"), ("meet", "recipes"), ("score", "scores")):
+        journal.note("a", TOLD, kind=kind, at_most=1)
+        journal.note("a", TOLD, kind=kind, at_most=1)
+        with pytest.raises(RecipeError, match=f"allows 1 {what} a day"):
+            journal.note("b", TOLD, kind=kind, at_most=1)
+    assert [entry.kind for entry in journal.read()] == ["train"] * 2 + ["meet"] * 2 + ["score"] * 2
+
+
+def test_rounds_of_a_recipe_are_counted_for_ever_and_by_what_was_trained(tmp_path: Path) -> None:
+    """Fail where the round's number, which a server tells, is believed."""
+    journal = write(tmp_path / "a.jsonl", (100, "of another"))
+    for event in ("a", "b", "b"):
+        journal.note(event, {"run": "r", "round": 1}, of_run=2)
+    with pytest.raises(RecipeError, match=r"policy.max_rounds: its policy allows 2 rounds of a recipe"):
+        journal.note("c", {"run": "r", "round": 1}, of_run=2)
+    journal.note("a", {"run": "r", "round": 1}, of_run=2)
+    journal.note("c", {"run": "another", "round": 1}, of_run=2)
+
+
+def test_an_old_journals_lines_are_rounds(tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (2, "a"))
+    assert [(entry.kind, entry.event) for entry in journal.read()] == [("train", "a")]
+
+
+def test_two_that_write_at_once_do_not_both_get_the_last_round(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fedloom.deployment.client.journal import Journal\n"
+        "from fedloom.errors import RecipeError\n"
+        "for number in range(20):\n"
+        "    try: Journal(Path(sys.argv[1])).note(f'{sys.argv[2]}-{number}', {}, at_most=15)\n"
+        "    except RecipeError: pass\n"
+    )
+    path = tmp_path / "a.jsonl"
+    both = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len(Journal(path).read()) == 15
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -71,7 +128,9 @@ def test_a_line_that_was_cut_off_is_no_round(cut: int, tmp_path: Path) -> None:
     assert tasks(journal) == ["a", "c"]
 
 
-@pytest.mark.parametrize("line", ["noise", "{}", "[]", '{"when": 1, "task": "a"}', '{"when": "then", "task": "a"}', ""])
+@pytest.mark.parametrize(
+    "line", [UNKNOWN, "noise", "{}", "[]", '{"when": 1, "task": "a"}', '{"when": "then", "task": "a"}', ""]
+)
 def test_a_damaged_journal_is_refused_by_its_line(line: str, tmp_path: Path) -> None:
     journal = write(tmp_path / "a.jsonl", (2, "a"))
     journal.path.write_text(journal.path.read_text() + line + "\n" + journal.path.read_text())
