@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from fedloom.cli import app
+from fedloom.deployment.client import policy
 from fedloom.federation.aggregation import describe_strategies
 from fedloom.federation.lora_rules import describe_lora_rules
 from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
@@ -110,6 +111,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"methods": describe_methods},
     "docs/strategies.md": {"strategies": describe_strategies, "lora rules": describe_lora_rules},
     "docs/commands.md": {"commands": describe_commands},
+    "docs/deploy.md": {"policy": policy.describe_keys},
     "docs/architecture.md": {
         "rooms": partial(describe_rooms, "room", "LAYERS", SOURCE),
         "deployment": partial(describe_rooms, "inside `deployment`", "DEPLOYMENT", SOURCE / "deployment"),

@@ -204,6 +204,15 @@ def describe_policy() -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_keys() -> str:
+    """Return every key with its default and meaning, as a Markdown table."""
+    rows = [
+        f"| `{key}` | {'' if field.default is None else f'`{_toml(field.default)}`'} | {field.description} |"
+        for key, field in Policy.model_fields.items()
+    ]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
 def _toml(value: object) -> str:
     return f"[{', '.join(map(_toml, value))}]" if isinstance(value, tuple) else str(tomlkit.item(value).as_string())
 
