@@ -1,8 +1,8 @@
 """Journal of a client: what it holds, counts and survives."""
 
+import fcntl
 import json
-import subprocess
-import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -81,8 +81,8 @@ def test_a_task_asked_again_a_day_later_is_another_round(tmp_path: Path) -> None
 def test_rounds_recipes_and_scores_are_counted_apart(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "a.jsonl")
     for kind, what in (("train", "rounds"), ("meet", "recipes"), ("score", "scores")):
-        journal.note("a", TOLD, kind=kind, at_most=1)
-        journal.note("a", TOLD, kind=kind, at_most=1)
+        journal.note(kind, TOLD, kind=kind, at_most=1)
+        journal.note(kind, TOLD, kind=kind, at_most=1)
         with pytest.raises(RecipeError, match=f"allows 1 {what} a day"):
             journal.note("b", TOLD, kind=kind, at_most=1)
     assert [entry.kind for entry in journal.read()] == ["train"] * 2 + ["meet"] * 2 + ["score"] * 2
@@ -104,18 +104,18 @@ def test_an_old_journals_lines_are_rounds(tmp_path: Path) -> None:
     assert [(entry.kind, entry.event) for entry in journal.read()] == [("train", "a")]
 
 
-def test_two_that_write_at_once_do_not_both_get_the_last_round(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from fedloom.deployment.client.journal import Journal\n"
-        "from fedloom.errors import RecipeError\n"
-        "for number in range(20):\n"
-        "    try: Journal(Path(sys.argv[1])).note(f'{sys.argv[2]}-{number}', {}, at_most=15)\n"
-        "    except RecipeError: pass\n"
-    )
-    path = tmp_path / "a.jsonl"
-    both = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
-    assert [process.wait(60) for process in both] == [0, 0]
-    assert len(Journal(path).read()) == 15
+def test_one_that_counts_waits_for_another_that_counts(tmp_path: Path) -> None:
+    """Two that look at once would both get the last round."""
+    journal = write(tmp_path / "a.jsonl", (1, "a"))
+    with journal.path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=journal.note, args=("b", TOLD))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        assert tasks(journal) == ["a"]
+    waiting.join(60)
+    assert tasks(journal) == ["a", "b"]
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
