@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment.client.joining import Kit, join
-from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.journal import Journal, hash_task, standing
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
@@ -97,6 +97,23 @@ def test_rounds_of_a_recipe_are_counted_for_ever_and_by_what_was_trained(tmp_pat
         journal.note("c", {"run": "r", "round": 1}, of_run=2)
     journal.note("a", {"run": "r", "round": 1}, of_run=2)
     journal.note("c", {"run": "another", "round": 1}, of_run=2)
+
+
+def test_a_round_that_was_given_up_does_not_count(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a.jsonl")
+    for event in ("a", "b"):
+        journal.note(event, {"run": "r"}, at_most=2, of_run=2)
+    journal.give_up("b")
+    journal.give_up("never begun")
+    journal.note("c", {"run": "r"}, at_most=2, of_run=2)
+    with pytest.raises(RecipeError):
+        journal.note("b", {"run": "r"}, at_most=2)
+    # Its last beginning alone: the one before may have been answered.
+    journal.note("c", {"run": "r"}, at_most=2, of_run=2)
+    journal.give_up("c")
+    with pytest.raises(RecipeError):
+        journal.note("b", {"run": "r"}, of_run=2)
+    assert [entry.event for entry in standing(journal.read())] == ["a", "c"]
 
 
 def test_an_old_journals_lines_are_rounds(tmp_path: Path) -> None:

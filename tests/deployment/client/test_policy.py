@@ -134,6 +134,7 @@ def test_a_folder_here_is_not_taken_for_a_name_on_a_hub(tmp_path: Path, monkeypa
 def test_a_model_is_pinned_by_its_owner(entries: list[str], revision: str | None, allowed: bool) -> None:
     recipe = make_recipe(model={"source": HUB, **({"revision": revision} if revision else {})})
     policy = Policy(models=tuple(entries))
+    assert len(policy.named) == 1
     assert (refused(policy, recipe) == []) == allowed
     if allowed:
         assert as_owner_wrote(policy, recipe).model.revision == COMMIT

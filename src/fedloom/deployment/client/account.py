@@ -81,6 +81,14 @@ class Account:
         if task.round == task.rounds:
             run.quiet_seconds = LAST_SECONDS
 
+    def give_up(self, asked: Frame) -> None:
+        """Note that a round which had begun was given up: it does not count.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        self._journal.give_up(hash_task(asked))
+
     def may_tell_loss(self, adapter_sha256: str) -> bool:
         """Return whether the loss of an adapter on the hold-out may be told: all that tells one asks here.
 

@@ -21,8 +21,9 @@ from fedloom.errors import DeploymentError, RecipeError
 from fedloom.host.files import hash_pieces
 
 DAY = timedelta(days=1)
-Kind = Literal["train", "meet", "score", "end"]
-"""A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; a run ended."""
+Kind = Literal["train", "meet", "score", "end", "give_up"]
+"""A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; a run ended; a
+round that had begun was given up, and nothing came of it."""
 COUNTED: Mapping[Kind, tuple[str, str]] = {
     "train": ("rounds", "max_rounds_a_day"),
     "meet": ("recipes", "max_meets_a_day"),
@@ -81,7 +82,7 @@ class Journal:
         """
         now = datetime.now(UTC)
         with self._open() as file:
-            entries = self._parse(_cut(file))
+            entries = standing(self._parse(_cut(file)))
             self._check(entries, kind, event, now, at_most)
             run = told.get("run")
             before = {entry.event for entry in entries if entry.kind == kind and entry.told.get("run") == run}
@@ -90,10 +91,17 @@ class Journal:
                     f"its policy allows {of_run} rounds of a recipe, and so many were trained of this one",
                     where="policy.max_rounds",
                 )
-            line = json.dumps({"when": now.isoformat(timespec="seconds"), "kind": kind, **told, "task": event})
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            _append(file, kind, event, told, now)
+
+    def give_up(self, event: str) -> None:
+        """Write down that a round which had begun was given up: nothing of it left this machine, so it does not count.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        with self._open() as file:
+            _cut(file)
+            _append(file, "give_up", event, {}, datetime.now(UTC))
 
     def _check(self, entries: list[Entry], kind: Kind, event: str, now: datetime, at_most: int | None) -> None:
         begun = begun_within_a_day(entries, kind, now)
@@ -165,6 +173,27 @@ def _cut(file: BinaryIO) -> bytes:
     file.truncate(len(whole))
     file.seek(0, os.SEEK_END)
     return whole
+
+
+def _append(file: BinaryIO, kind: Kind, event: str, told: Mapping[str, Any], now: datetime) -> None:
+    line = json.dumps({"when": now.isoformat(timespec="seconds"), "kind": kind, **told, "task": event})
+    file.write(line.encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def standing(entries: list[Entry]) -> list[Entry]:
+    """Return what counts: all but rounds that were given up."""
+    found: list[Entry] = []
+    for entry in entries:
+        if entry.kind != "give_up":
+            found.append(entry)
+            continue
+        # The last beginning alone: one before it may have been answered.
+        begun = (place for place in reversed(range(len(found))) if found[place][1:3] == ("train", entry.event))
+        if (last := next(begun, None)) is not None:
+            del found[last]
+    return found
 
 
 def begun_within_a_day(entries: list[Entry], kind: Kind, now: datetime) -> dict[str, datetime]:

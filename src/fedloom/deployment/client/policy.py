@@ -135,6 +135,12 @@ class Policy(Section):
             raise ValueError("max_length is below min_length")
         return self
 
+    @property
+    def named(self) -> frozenset[str]:
+        """Return the models that the owner names, without what is pinned of them."""
+        found = (ENTRY.fullmatch(entry) for entry in self.models or ())
+        return frozenset(entry["name"] for entry in found if entry)
+
     def pins(self, model: str) -> list[Mapping[str, str | None]]:
         """Return what the owner's entries say of a model: `name`, and `commit` and `weights` where they are pinned."""
         found = (ENTRY.fullmatch(entry) for entry in self.models or ())

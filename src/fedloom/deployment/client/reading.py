@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.deployment.client.journal import COUNTED, Entry, Journal, Kind, begun_within_a_day, next_free
+from fedloom.deployment.client.journal import COUNTED, Entry, Journal, Kind, begun_within_a_day, next_free, standing
 from fedloom.deployment.client.policy import Policy
 from fedloom.errors import DeploymentError
 
-WORDS: Mapping[Kind, str] = {"train": "round", "meet": "documents read", "score": "loss told", "end": "run ended"}
+WORDS: Mapping[Kind, str] = {
+    "train": "round",
+    "meet": "documents read",
+    "score": "loss told",
+    "end": "run ended",
+    "give_up": "round given up",
+}
 HEAD = ("when (UTC)", "what", "server", "recipe", "run", "round", "epochs", "tokens")
 ON_THE_RIGHT = {"round", "epochs", "tokens"}
 
@@ -30,6 +36,7 @@ def read_aloud(path: Path, policy: Policy) -> Iterator[str]:
         cells = zip(HEAD, row, widths, strict=True)
         shown = (cell.rjust(width) if name in ON_THE_RIGHT else cell.ljust(width) for name, cell, width in cells)
         yield "  ".join(shown).rstrip()
+    entries = standing(entries)
     yield ""
     yield from describe_limits(entries, policy)
     for run in sorted({str(entry.told["run"]) for entry in entries if entry.kind == "train" and "run" in entry.told}):

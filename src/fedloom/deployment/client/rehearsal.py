@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.client.joining import Kit, read_kit
-from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.journal import Journal, standing
 from fedloom.deployment.client.policy import Policy, find_refusals, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
@@ -97,7 +97,7 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
     # Looked at and not written to: a rehearsal leaves nothing behind.
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DeploymentError("can't be written", where=str(path), mend="choose a place for it: --journal FILE")
-    counts = (line.partition(";")[0] for line in describe_limits(Journal(path).read(), policy))
+    counts = (line.partition(";")[0] for line in describe_limits(standing(Journal(path).read()), policy))
     return f"{path}: {'; '.join(counts)}", None
 
 
