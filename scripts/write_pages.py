@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from fedloom.cli import app
+from fedloom.deployment.client import policy
 from fedloom.deployment.message_fields import describe_answers, describe_questions, describe_refusals
 from fedloom.federation.aggregation import describe_strategies
 from fedloom.federation.lora_rules import describe_lora_rules
@@ -116,6 +117,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "answers": describe_answers,
         "refusals": describe_refusals,
     },
+    "docs/deploy.md": {"policy": policy.describe_keys},
     "docs/architecture.md": {
         "rooms": partial(describe_rooms, "room", "LAYERS", SOURCE),
         "deployment": partial(describe_rooms, "inside `deployment`", "DEPLOYMENT", SOURCE / "deployment"),

@@ -28,7 +28,7 @@ LAYERS = (
     ("experiment",),
     ("handover",),
     ("deployment",),
-    ("model_commands",),
+    ("model_commands", "client_commands"),
     ("cli",),
     ("__main__",),
 )
@@ -49,11 +49,12 @@ BARE = ("model", "adapters", "training", "evaluation")
 
 LIGHT_ROOMS = (
     *("text", "errors", "seeds", "hub", "downloads", "progress", "host", "recipe"),
-    *("monitoring", "report", "model_commands", "cli"),
+    *("monitoring", "report", "model_commands", "client_commands", "cli"),
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
     *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.journal"),
+    *("deployment.client.account", "deployment.client.reading", "deployment.client.rehearsal"),
 )
 """What answers at once: rooms, and modules of other rooms, that import no torch."""
 
@@ -62,6 +63,8 @@ TAKES_A_RECIPE = {
     "handover.export": "it builds the run's model again",
     "deployment.messages": "the recipe is what travels",
     "deployment.client.policy": "the recipe is what is checked",
+    "deployment.client.account": "the recipe is what is allowed",
+    "deployment.client.rehearsal": "the recipe is what would be checked",
     "deployment.client.worker": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from fedloom import __version__
+from fedloom import client_commands as owner
 from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
-from fedloom.host.machine import Finding
 from fedloom.host.signals import Terminated
 from fedloom.model_commands import RunFolder, convert, export, generate
 from fedloom.text import show_controls
@@ -183,30 +183,34 @@ def serve(
 
 @app.command()
 def join(
-    kit: Annotated[Path, typer.Argument(parser=path, metavar="KIT", help="The file that the server's owner sent.")],
+    kit: owner.KitFile,
     data: Annotated[Path, typer.Option(parser=path, help="This client's documents: a file or a folder.")],
-    policy: Annotated[
-        Path | None, typer.Option(parser=path, help="What the server may ask for; anything if left out.")
-    ] = None,
-    journal: Annotated[
-        Path | None,
-        typer.Option(parser=path, help="Where each round is written down; beside the kit if left out."),
-    ] = None,
+    policy: owner.PolicyFile = None,
+    journal: owner.JournalFile = None,
+    text: owner.TextColumn = None,
+    files: owner.FilesGlob = None,
+    hidden: owner.HiddenFiles = None,
+    write_policy: owner.WritePolicy = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
     from fedloom.deployment.client.joining import join, read_kit
+    from fedloom.deployment.client.policy import load_policy, with_options
 
     with told_when_terminated():
         join(
             read_kit(kit),
             data,
-            policy,
-            journal or kit.with_suffix(".journal.jsonl"),
+            with_options(load_policy(policy), text=text, files=files, hidden=hidden),
+            journal or owner.journal_of(kit),
             lambda what, detail: typer.echo(show_controls(f"{what:<10}{detail}")),
         )
+
+
+app.command()(owner.preflight)
+app.command()(owner.journal)
 
 
 @app.command()
@@ -333,7 +337,7 @@ def doctor() -> None:
     """Show what this machine has, and what is missing."""
     from fedloom.host.machine import examine
 
-    show_findings(examine(), "MISSING")
+    owner.show_findings(examine(), "MISSING")
 
 
 @app.command()
@@ -341,7 +345,7 @@ def fsck(run: RunFolder) -> None:
     """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged."""
     from fedloom.records.check import check_run
 
-    show_findings(check_run(run), "BAD")
+    owner.show_findings(check_run(run), "BAD")
 
 
 @contextmanager
@@ -363,16 +367,6 @@ def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -
             f"--resume needs a run directory: fedloom {command} --resume RUN, or RECIPE --out RUN."
         )
     return out, recipe
-
-
-def show_findings(findings: list[Finding], word: str) -> None:
-    """Print a line for each finding, and how to mend what is not well, which ends with exit code 2."""
-    for finding in findings:
-        typer.echo(f"{'ok' if finding.well else word:<8}{finding.what:<18}{finding.found}")
-        if finding.mend:
-            typer.echo(f"{'':<26}{finding.mend}")
-    if not all(finding.well for finding in findings):
-        raise typer.Exit(2)
 
 
 def main() -> None:

@@ -216,14 +216,14 @@ def test_a_file_that_vanishes_after_it_was_listed_is_counted(
 ) -> None:
     (tmp_path / "a.py").write_text("good")
     (tmp_path / name).write_text("xylophone")
-    list_files = loader._find_files
+    list_files = loader.find_files
 
-    def list_and_lose(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]:
-        paths = list_files(folder, pattern)
+    def list_and_lose(folder: Path, pattern: str, *, hidden: bool) -> tuple[list[Path], dict[Path, str]]:
+        paths = list_files(folder, pattern, hidden=hidden)
         (folder / name).unlink()
         return paths
 
-    monkeypatch.setattr(loader, "_find_files", list_and_lose)
+    monkeypatch.setattr(loader, "find_files", list_and_lose)
     found = load(tmp_path, max_bad_fraction=0.5)
     assert [document.text for document in found.documents] == ["good"]
     assert sum(found.skipped.values()) == 1
@@ -384,7 +384,7 @@ def test_rows_of_a_hubs_data_set_are_checked_as_those_of_files(
 ) -> None:
     parquet.write_table(pyarrow.table({"text": values}), tmp_path / "rows.parquet")
     # What the hub would give: `datasets` opens a folder as it opens a repository.
-    monkeypatch.setattr(loader, "_open_source", loader.open_hub)
+    monkeypatch.setattr(loader, "_open_source", lambda *asked: loader.open_hub(*asked[:3]))
     if skipped is None:
         assert f"no usable document (skipped {len(values)}: {len(values)} not text)" in refusal(tmp_path)
     else:

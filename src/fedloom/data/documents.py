@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 STDLIB = "python:stdlib"
 """Source that every machine has: the standard library of the Python that runs."""
+LINKED = "linked from outside"
+"""Reason why a file is left out: what a link leads to may be anybody's, and the folder is what its owner gave."""
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
 """Folders that differ between installations of one Python version."""
 ABOUT_THE_DATA = {"readme.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
@@ -78,15 +80,17 @@ class Documents:
         return f"skipped {sum(self.skipped.values())}: {list_reasons(self.skipped)}" if self.skipped else ""
 
 
-def load_documents(data: Data, seed: int | None, at_most: int | None = None) -> Documents:
+def load_documents(data: Data, seed: int | None, at_most: int | None = None, *, hidden: bool = False) -> Documents:
     """Load up to `at_most` usable documents, in an order drawn from the seed; without a seed, in their files' order.
+
+    With `hidden`, files of a folder whose names begin with a dot are read as well.
 
     Raises:
         DataError: the source can't be found or reached, lacks a column, or has no usable document; or more rows are bad
             than the recipe allows.
     """
     order_seed = derive_seed(seed or 0, "documents")
-    source = _open_source(data, order_seed, at_most)
+    source = _open_source(data, order_seed, at_most, hidden)
     rows = source.open_rows
     if not source.ordered and seed is not None:
         # A folder's text files are not read here: their places are shuffled, with the functions that open them.
@@ -165,7 +169,7 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
     return Document(text, origin, label)
 
 
-def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
+def _open_source(data: Data, seed: int, at_most: int | None, hidden: bool) -> Source:
     if data.source == STDLIB:
         _refuse_spare(data, "revision", "subset", "split", "files", "text")
         version = ".".join(map(str, sys.version_info[:3]))
@@ -177,7 +181,11 @@ def _open_source(data: Data, seed: int, at_most: int | None) -> Source:
         raise DataError("not a valid path", where=f'data.source = "{data.source[:80]}"') from error
     if is_folder:
         _refuse_spare(data, "revision", "subset", "split")
-        paths, left_out = _find_files(path, data.files)
+        paths, reasons = find_files(path, data.files, hidden=hidden)
+        left_out = dict(Counter(reasons.values()))
+        if not paths:
+            told = f", but for {list_reasons(left_out)}" if left_out else ""
+            raise DataError(f'no file matches "{data.files}"{told}', where=str(path), mend="change data.files")
         rows, has_columns = _rows_of_folder(_relative(paths, path), data), not {*map(format_of, paths)} <= TEXT
         return Source(rows, describe_files(paths), files_left_out=left_out, has_columns=has_columns)
     if is_file:
@@ -215,11 +223,11 @@ def _refuse_spare(data: Data, *keys: str) -> None:
             )
 
 
-def _find_files(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]:
-    """Return a folder's files that match, and the number of those left out by reason.
+def find_files(folder: Path, pattern: str, *, hidden: bool = False) -> tuple[list[Path], dict[Path, str]]:
+    """Return a folder's files that match, and those that are left out, each with the reason.
 
     Raises:
-        DataError: not a pattern, or no file is left.
+        DataError: not a pattern.
     """
     if ".." in Path(pattern).parts:
         raise DataError(
@@ -228,37 +236,33 @@ def _find_files(folder: Path, pattern: str) -> tuple[list[Path], dict[str, int]]
             mend="change data.files, for example to **/*.py",
         )
     try:
-        paths = sorted(file for file in folder.glob(pattern) if file.is_file())
+        # A link to a folder is no file, and is not gone into: it is named where it leads out.
+        paths = sorted(file for file in folder.glob(pattern) if file.is_file() or file.is_symlink())
     except (ValueError, NotImplementedError, OSError) as error:
         raise DataError(
             f'not a valid pattern: "{pattern[:80]}" ({error})',
             where=str(folder),
             mend="change data.files, for example to **/*.py",
         ) from error
-    kept, left_out = [], Counter[str]()
     root = folder.resolve()
-    for path in paths:
-        if reason := _why_left_out(path.relative_to(folder), root, pattern):
-            left_out[reason] += 1
-        else:
-            kept.append(path)
-    if not kept:
-        told = f", but for {list_reasons(left_out)}" if left_out else ""
-        raise DataError(f'no file matches "{pattern}"{told}', where=str(folder), mend="change data.files")
-    return kept, dict(left_out)
-
-
-def _why_left_out(path: Path, root: Path, pattern: str) -> str:
-    """Return why a file of a folder is no document, or an empty text where it is one."""
     # Whoever names hidden files in the pattern means them.
-    if _is_hidden(path) and not _is_hidden(Path(pattern)):
+    hidden = hidden or _is_hidden(Path(pattern))
+    found = {path: _why_left_out(path.relative_to(folder), root, pattern, hidden) for path in paths}
+    left_out = {path: reason for path, reason in found.items() if reason}
+    return [path for path in paths if path not in left_out and path.is_file()], left_out
+
+
+def _why_left_out(path: Path, root: Path, pattern: str, hidden: bool) -> str:
+    """Return why a file of a folder is no document, or an empty text where it is one."""
+    if _is_hidden(path) and not hidden:
         return "hidden"
     if path.name.lower() in ABOUT_THE_DATA and len(path.parts) == 1 and path.name not in pattern:
         return "about the data set"
-    # What a link leads to may be anybody's: the folder is what its owner gave.
-    if not (root / path).resolve().is_relative_to(root):
-        return "linked from outside"
-    return ""
+    target = (root / path).resolve()
+    if not target.is_relative_to(root):
+        return LINKED
+    # A link that is not hidden itself may lead to a file that is.
+    return "hidden" if _is_hidden(target.relative_to(root)) and not hidden else ""
 
 
 def _is_hidden(path: Path) -> bool:

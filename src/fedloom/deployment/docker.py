@@ -81,7 +81,7 @@ volumes:
 )
 CLIENT = (
     """\
-# Written by fedloom provision compose. In this folder: NAME.key and NAME.kit, and journal/, where each round is noted.
+# Written by fedloom provision compose. In this folder: NAME.key and NAME.kit, and journal/, its record of questions.
 # FEDLOOM_USER is who owns them: $(id -u):$(id -g)
 #   FEDLOOM_NAME=alice FEDLOOM_DATA=./documents docker compose -f compose.client.yaml up --build
 services:

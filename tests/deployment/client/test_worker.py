@@ -37,6 +37,11 @@ def worker_of(path: Path, policy: Policy | None = None) -> Worker:
     return Worker("alice", path, policy or Policy(), Journal(path.parent / "alice.journal.jsonl"))
 
 
+def kinds(folder: Path) -> list[str]:
+    """Kinds of the lines in the journal of `worker_of`."""
+    return [json.loads(line)["kind"] for line in (folder / "alice.journal.jsonl").read_text().splitlines()]
+
+
 def task(round: int, **changed: Any) -> Frame:
     """Write a round's question, as a server asks it."""
     adapter = load_adapted_model(RECIPE, open_model(RECIPE.model.source)).read()
@@ -102,7 +107,7 @@ def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
 
 def test_a_task_trains_as_its_recipe_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_rows(tmp_path / "private.jsonl", 12)
-    longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 99}))
+    longer = task(1, training=RECIPE.training.model_copy(update={"epochs": 9}))
     assert worker_of(data).answer(longer).manifest["refused"] == "question"
     assert "the task is not as its recipe says" in capsys.readouterr().out
 
@@ -115,15 +120,18 @@ def test_a_task_is_held_to_the_policy_whatever_its_recipe_says(
         assert worker_of(data, Policy(max_rounds=2)).answer(asked).manifest["refused"] == "policy"
         assert "policy.max_rounds: its policy allows 2 rounds, not 500" in capsys.readouterr().out
         assert worker_of(data).answer(asked).manifest["refused"] == "question"
-    assert not (tmp_path / "alice.journal.jsonl").exists()
+    assert set(kinds(tmp_path)) == {"meet"}, "no round began"
 
 
 def test_every_round_stands_in_the_journal_and_nothing_of_the_documents(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "private.jsonl", 12)
     report = worker_of(data).answer(task(1)).manifest["report"]
-    (line,) = (tmp_path / "alice.journal.jsonl").read_text().splitlines()
+    assert kinds(tmp_path) == ["meet", "train"]
+    line = (tmp_path / "alice.journal.jsonl").read_text().splitlines()[1]
     noted = json.loads(line)
-    assert set(noted) == {"when", "recipe", "model", "round", "epochs", "steps", "tokens", "task"}
+    assert set(noted) == {
+        *("when", "kind", "server", "recipe", "run", "model", "round", "epochs", "steps", "tokens", "task")
+    }
     assert (noted["recipe"], noted["model"], noted["round"]) == ("test", "random:tiny-llama", 1)
     assert (noted["steps"], noted["tokens"]) == (report["steps"], report["tokens"])
     assert SECRET not in line
@@ -153,7 +161,7 @@ def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pyt
     worker = worker_of(write_rows(tmp_path / "private.jsonl", 12))
     (tmp_path / "alice.journal.jsonl").mkdir()
     assert worker.answer(task(1)).manifest == {"name": "alice", "refused": "journal"}
-    assert "alice.journal.jsonl: the journal of rounds can't be read (Is a directory)" in capsys.readouterr().out
+    assert "alice.journal.jsonl: the journal can't be written (Is a directory)" in capsys.readouterr().out
 
 
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.client.journal import Journal
-from fedloom.deployment.client.policy import load_policy
+from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.keys import check_name, check_private, fingerprint, is_address, read_authority
@@ -110,7 +110,7 @@ def read_kit(path: Path) -> Kit:
     )
 
 
-def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable[[str, str], object]) -> None:
+def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str, str], object]) -> None:
     """Take part until the process is told to end.
 
     Raises:
@@ -121,15 +121,16 @@ def join(kit: Kit, data: Path, policy: Path | None, journal: Path, say: Callable
         raise DeploymentError(
             "no such file or folder", where=str(data), mend="name this client's documents: --data PATH"
         )
-    if policy:
-        load_policy(policy)
     Journal(journal).check()
     read_secret(secret_path(journal))
     check_flower()
     with private_folder() as folder:
         log, secret = folder / "supernode.log", write_secret(folder)
+        # As it is now, with what the command line says of the documents.
+        rules = folder / "policy.toml"
+        rules.write_text(policy_to_toml(policy), encoding="utf-8")
         options = {"socket": folder / WORKER_SOCKET, "name": kit.name, "data": data, "journal": journal}
-        options |= {"policy": policy or "", "signer": kit.signer}
+        options |= {"policy": rules, "signer": kit.signer, "server": kit.server}
         node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if kit.key:
             ca = folder / "ca.crt"

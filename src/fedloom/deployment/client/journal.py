@@ -1,10 +1,12 @@
-"""Journal of the rounds that a client trained in: its owner's record of what was asked, by which rounds are counted.
+"""Journal of what a client was asked: its owner's record, by which rounds, recipes and scores are counted.
 
-One line of JSON a round, on disk before training begins, so that no crash hides one. It holds no text and no paths.
+A line of JSON for each thing that is done, on disk before it is done, so that no crash hides one. It holds no text and
+no paths.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,18 +14,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.host.files import hash_pieces
 
 DAY = timedelta(days=1)
+Kind = Literal["train", "meet", "score", "end", "give_up"]
+"""A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; a run ended; a
+round that had begun was given up, and nothing came of it."""
+COUNTED: Mapping[Kind, tuple[str, str]] = {
+    "train": ("rounds", "max_rounds_a_day"),
+    "meet": ("recipes", "max_meets_a_day"),
+    "score": ("scores", "max_scores_a_day"),
+}
+"""Kinds that are limited: a word for several of them, and the policy's key for how many there may be in 24 hours."""
+
+TASK = ("recipe", "layout", "residual", "round", "client", "rounds", "seed", "training")
+"""Fields of a question that a training depends on, beside its payload. The others say when and how it was asked."""
+
+
+class Entry(NamedTuple):
+    """Line of a journal."""
+
+    when: datetime
+    kind: Kind
+    event: str
+    """Hash of what was asked: the same twice is one event."""
+    told: Mapping[str, Any]
+    """Whole line, of which older ones have less."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """File of rounds to which one process appends."""
+    """File of what was asked, to which each of its clients appends."""
 
     path: Path
 
@@ -33,74 +58,100 @@ class Journal:
         Raises:
             DeploymentError
         """
-        self._read()
-        self._append(b"")
+        self.read()
+        with self._open() as file:
+            _cut(file)
 
-    def note(self, task: str, told: Mapping[str, Any], *, at_most: int | None = None) -> None:
-        """Write down a round that is about to begin, whose task has this hash (`hash_task`).
+    def note(
+        self,
+        event: str,
+        told: Mapping[str, Any],
+        *,
+        kind: Kind = "train",
+        at_most: int | None = None,
+        of_run: int | None = None,
+    ) -> None:
+        """Write down what is about to be done: an event with this hash (`hash_task` makes that of a round).
 
-        The same task asked again, as after a crash, is another line and the same round.
+        The same event within 24 hours, as after a crash, is another line and counts once. `of_run` is the most events
+        of the run `told["run"]`, over all time.
 
         Raises:
-            RecipeError: there were `at_most` others in the past 24 hours.
+            RecipeError: there were `at_most` others in the past 24 hours, or `of_run` in this run.
             DeploymentError: the journal can't be kept.
         """
         now = datetime.now(UTC)
-        begun = {known: when for when, known in self._read() if when > now - DAY}
-        if at_most is not None and task not in begun and len(begun) >= at_most:
-            free = sorted(begun.values())[-at_most] + DAY
-            raise RecipeError(
-                f"its policy allows {at_most} rounds a day; the next may begin on {free:%Y-%m-%d at %H:%M:%S} UTC",
-                where="policy.max_rounds_a_day",
-            )
-        line = json.dumps({"when": now.isoformat(timespec="seconds"), **told, "task": task})
-        self._append(line.encode() + b"\n")
+        with self._open() as file:
+            entries = standing(self._parse(_cut(file)))
+            self._check(entries, kind, event, now, at_most)
+            run = told.get("run")
+            before = {entry.event for entry in entries if entry.kind == kind and entry.told.get("run") == run}
+            if of_run is not None and event not in before and len(before) >= of_run:
+                raise RecipeError(
+                    f"its policy allows {of_run} rounds of a recipe, and so many were trained of this one",
+                    where="policy.max_rounds",
+                )
+            _append(file, kind, event, told, now)
 
-    def give_up(self, task: str) -> None:
-        """Write down that a round which had begun was given up: nothing came of it, so it does not count.
+    def give_up(self, event: str) -> None:
+        """Write down that a round which had begun was given up: nothing of it left this machine, so it does not count.
 
         Raises:
             DeploymentError: the journal can't be kept.
         """
-        line = json.dumps({"when": datetime.now(UTC).isoformat(timespec="seconds"), "given_up": True, "task": task})
-        self._append(line.encode() + b"\n")
+        with self._open() as file:
+            _cut(file)
+            _append(file, "give_up", event, {}, datetime.now(UTC))
 
-    def _read(self) -> list[tuple[datetime, str]]:
-        """List when each round began that was not given up, and the hash of its task."""
+    def _check(self, entries: list[Entry], kind: Kind, event: str, now: datetime, at_most: int | None) -> None:
+        begun = begun_within_a_day(entries, kind, now)
+        if at_most is None or event in begun or len(begun) < at_most:
+            return
+        what, key = COUNTED[kind]
+        free = next_free(begun, at_most)
+        raise RecipeError(
+            f"its policy allows {at_most} {what} a day; the next may begin on {free:%Y-%m-%d at %H:%M:%S} UTC",
+            where=f"policy.{key}",
+        )
+
+    def read(self) -> list[Entry]:
+        """List what stands in the journal; nothing where it is not there.
+
+        Raises:
+            DeploymentError: it can't be read, or a line is damaged.
+        """
         with self._explained("read"):
             content = self.path.read_bytes() if self.path.exists() else b""
-        found: list[tuple[datetime, str]] = []
-        # What has no end was cut off while it was written: no round began.
+        return self._parse(content)
+
+    def _parse(self, content: bytes) -> list[Entry]:
+        found = []
+        # What has no end was cut off while it was written: nothing was done.
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 told = json.loads(line)
-                when, task = datetime.fromisoformat(told["when"]).astimezone(UTC), str(told["task"])
-                given_up = told.get("given_up", False)
-            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+                # Rounds alone were written down before there were kinds.
+                kind = told.get("kind", "train")
+                if kind not in get_args(Kind):
+                    raise ValueError("unknown kind")
+                when = datetime.fromisoformat(told["when"]).astimezone(UTC)
+                found.append(Entry(when, kind, str(told["task"]), told))
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise DeploymentError(
-                    f"line {number} is not a round",
+                    f"line {number} is not an entry of a journal",
                     where=self.path.name,
                     mend="mend the line, or put the file elsewhere",
                 ) from None
-            if given_up:
-                # The last beginning alone: one before it may have been answered.
-                begun = (place for place in reversed(range(len(found))) if found[place][1] == task)
-                if (last := next(begun, None)) is not None:
-                    del found[last]
-            else:
-                found.append((when, task))
         return found
 
-    def _append(self, line: bytes) -> None:
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        """Open the file to read and append, for one process at a time: two may count in one journal."""
         with self._explained("written"):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             with os.fdopen(descriptor, "r+b") as file:
-                # A line that was cut off by a crash would spoil the next one.
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.seek(0, os.SEEK_END)
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
 
     @contextmanager
     def _explained(self, done: str) -> Iterator[None]:
@@ -109,13 +160,60 @@ class Journal:
             yield
         except OSError as error:
             raise DeploymentError(
-                f"the journal of rounds can't be {done} ({error.strerror})",
+                f"the journal can't be {done} ({error.strerror})",
                 where=self.path.name,
                 mend="choose a place for it with fedloom join --journal FILE",
             ) from None
 
 
+def _cut(file: BinaryIO) -> bytes:
+    """Read a journal, and cut off a last line that has no end: it would spoil the next one."""
+    content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    file.truncate(len(whole))
+    file.seek(0, os.SEEK_END)
+    return whole
+
+
+def _append(file: BinaryIO, kind: Kind, event: str, told: Mapping[str, Any], now: datetime) -> None:
+    line = json.dumps({"when": now.isoformat(timespec="seconds"), "kind": kind, **told, "task": event})
+    file.write(line.encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def standing(entries: list[Entry]) -> list[Entry]:
+    """Return what counts: all but rounds that were given up."""
+    found: list[Entry] = []
+    for entry in entries:
+        if entry.kind != "give_up":
+            found.append(entry)
+            continue
+        # The last beginning alone: one before it may have been answered.
+        begun = (place for place in reversed(range(len(found))) if found[place][1:3] == ("train", entry.event))
+        if (last := next(begun, None)) is not None:
+            del found[last]
+    return found
+
+
+def begun_within_a_day(entries: list[Entry], kind: Kind, now: datetime) -> dict[str, datetime]:
+    """Return when each event of a kind was first asked in the past 24 hours: asked again, it stays as it is.
+
+    An event that is asked again after more than 24 hours begins anew.
+    """
+    begun: dict[str, datetime] = {}
+    for entry in entries:
+        if entry.kind == kind and (entry.event not in begun or entry.when - begun[entry.event] >= DAY):
+            begun[entry.event] = entry.when
+    return {event: when for event, when in begun.items() if when > now - DAY}
+
+
+def next_free(begun: Mapping[str, datetime], at_most: int) -> datetime | None:
+    """Return when another event may begin, where `at_most` others or more began in the past 24 hours; None for now."""
+    return sorted(begun.values())[-at_most] + DAY if len(begun) >= at_most else None
+
+
 def hash_task(asked: Frame) -> str:
     """Return the SHA-256 of all that a training depends on. The same task twice tells a server nothing new."""
-    told = {key: value for key, value in asked.manifest.items() if key != "judge"}
+    told = {key: asked.manifest.get(key) for key in TASK}
     return hash_pieces([json.dumps(told, sort_keys=True).encode(), asked.payload])

@@ -13,31 +13,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any, NamedTuple
 
 import torch
 
-from fedloom import __version__
-from fedloom.adapters.adapter import Adapter
-from fedloom.deployment.client.documents import gather_client
-from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.account import Account
+from fedloom.deployment.client.client_model import ClientModel, check_time, say
+from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy, check_policy, load_policy
-from fedloom.deployment.client.secret import read_secret, secret_path, sign_documents
+from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.frames import Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
     pack_progress,
     pack_refusal,
-    pack_score,
-    pack_update,
     read_question,
-    unpack_adapter,
     unpack_recipe,
-    unpack_task,
 )
 from fedloom.deployment.processes import take_arguments
 from fedloom.deployment.signing import Verifier
@@ -52,131 +46,14 @@ from fedloom.errors import (
     ShortageError,
     TrainingError,
 )
-from fedloom.evaluation.held_out import Score, evaluate
-from fedloom.experiment.building import load_adapted_model
-from fedloom.experiment.session import hash_base, tensors_of
 from fedloom.progress import Progress
-from fedloom.recipe.recipe import Recipe
-from fedloom.records.state import hash_tensors
-from fedloom.text import show_controls
-from fedloom.training.engines import choose_engine, open_engine
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask, is_shortage
+from fedloom.text import count
+from fedloom.training.jobs import ClientTask, is_shortage
 
+LOOK_SECONDS = 15.0
+"""Time between two looks for the end of a run, while nothing is asked."""
 MOST_WAITING = 8
 """Questions that are kept while another is answered: their time is counted from when they came."""
-
-
-class ClientModel:
-    """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
-
-    def __init__(self, recipe: Recipe, name: str, path: Path, policy: Policy, secret: bytes) -> None:
-        data = gather_client(recipe, path)
-        self._blocks = data.blocks
-        self.recipe, self._policy = recipe, policy
-        self.until = float("inf")
-        """Time, on the monotonic clock, after which nobody waits for what is worked on."""
-        say("model", data.source.name)
-        self._adapted = load_adapted_model(recipe, data.source)
-        engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
-        self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
-        self._progress: list[Progress] = []
-        self._scored: tuple[str, Score | None] = "", None
-        # Of the keys that were told: a later version may have others, and the documents are the same.
-        base, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
-        blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
-        self.facts = ClientFacts(
-            name=name,
-            version=__version__,
-            base=base,
-            documents=sign_documents(secret, base, str(recipe.seed), read, blocks),
-            train_documents=len(data.documents.train),
-            holdout_documents=len(data.documents.holdout),
-            blocks=len(data.blocks.train),
-            tokens=data.blocks.train.num_tokens,
-            holdout_blocks=len(data.blocks.holdout),
-            holdout_tokens=data.blocks.holdout.num_tokens,
-            shared_blocks=data.shared_blocks,
-            dropped=data.dropped,
-            leaks=data.leaks,
-        )
-
-    def take_progress(self) -> list[Progress]:
-        """Return the batches worked on since this was last called: the server counts them as its own run's."""
-        taken, self._progress = self._progress, []
-        return taken
-
-    def _note(self, progress: Progress) -> None:
-        """Count a step or a batch that is done, and give up where nobody waits for the next.
-
-        Raises:
-            LateError
-        """
-        self._progress.append(progress)
-        check_time(self.until)
-
-    def evaluate(self, asked: Frame) -> Frame:
-        """Score an adapter on this client's own hold-out."""
-        return pack_score(self._score(unpack_adapter(asked, self._adapted.layout, self.recipe.federation.lora_rule)))
-
-    def read_task(self, asked: Frame) -> ClientTask:
-        """Read the task in a question.
-
-        Raises:
-            MessageError: it is not a task of this recipe.
-        """
-        return unpack_task(asked, self._adapted.layout, self.recipe.federation)
-
-    def describe(self, task: ClientTask) -> dict[str, Any]:
-        """Describe a task for its owner's journal."""
-        epochs, blocks = task.training.epochs, self._blocks.train
-        return {
-            "recipe": self.recipe.name,
-            "model": self.recipe.model.source,
-            "round": task.round,
-            "epochs": epochs,
-            "steps": epochs * -(-len(blocks) // task.training.batch_size),
-            "tokens": epochs * blocks.num_tokens,
-        }
-
-    def train(self, task: ClientTask, *, judge: bool) -> Frame:
-        """Train for a round; with `judge`, score the adapter before and after it."""
-        before = self._score(task.adapter) if judge else None
-        say(f"round {task.round}", "training")
-        job = ClientJob(**vars(task), blocks=self._blocks.train)
-        (result,) = self._engine.train([job])
-        if isinstance(result, ClientFailure):
-            raise result.error
-        report = result.report
-        if before:
-            started = time.perf_counter()
-            after = self._evaluate(result.adapter)
-            report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
-                             evaluate_seconds=time.perf_counter() - started)  # fmt: skip
-        say(f"round {task.round}", f"{report.steps} steps, loss {report.loss_first:.4f} → {report.loss_last:.4f}")
-        return pack_update(replace(result, report=report), task.trains_P)
-
-    def _score(self, adapter: Adapter) -> Score | None:
-        """Score an adapter, once where it is asked for again: the one door for whatever tells of the hold-out.
-
-        None stands where nothing is held out, and where this client's owner lets nothing be told of it.
-        """
-        if not self._policy.tell_holdout_loss or not len(self._blocks.holdout):
-            return None
-        # The adapter that a round ends with is the one that the next begins with: the server asks twice.
-        digest = adapter.sha256()
-        if self._scored[0] != digest:
-            self._scored = digest, self._evaluate(adapter)
-        return self._scored[1]
-
-    def _evaluate(self, adapter: Adapter) -> Score:
-        return evaluate(
-            self._adapted,
-            adapter,
-            self._blocks.holdout,
-            batch_size=self.recipe.evaluation.batch_size,
-            watch=self._note,
-            lower=lambda size: say("memory", f"not enough: evaluation takes {size} blocks at once"),
-        )
 
 
 class Worker:
@@ -189,9 +66,14 @@ class Worker:
         policy: Policy,
         journal: Journal,
         open_question: Callable[[Frame], Frame] = lambda asked: asked,
+        server: str = "",
     ) -> None:
-        """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`)."""
-        self._name, self._data, self._policy, self._journal = name, data, policy, journal
+        """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`).
+
+        `server` is the server's address, for the journal.
+        """
+        self._name, self._data, self._policy, self._secret = name, data, policy, secret_path(journal.path)
+        self.account = Account(policy, journal, say, server)
         self._open_question = open_question
         self._told: Mapping[str, Any] | None = None
         self._model: ClientModel | None = None
@@ -211,7 +93,7 @@ class Worker:
             if self._last and self._last[0] == asked:
                 return self._last[1]
             check_time(came + seconds)
-            found, progress = self._work(asked, came + seconds)
+            found, progress = self._work(asked, came + seconds, seconds)
         # Of any kind: what is a bug here must not be one that a server can end this client with.
         except Exception as error:
             return self._refuse(error)
@@ -219,18 +101,20 @@ class Worker:
         self._last = asked, found
         return found
 
-    def _work(self, asked: Frame, until: float) -> tuple[Frame, list[Progress]]:
-        """Answer a question that was read; return what was worked on, too.
+    def _work(self, asked: Frame, until: float, seconds: float) -> tuple[Frame, list[Progress]]:
+        """Answer a question that was read, for which there are so many seconds; return what was worked on, too.
 
         Raises:
             Exception: of any kind.
         """
         model = self._open(asked.manifest["recipe"])
+        self.account.is_asked(seconds)
         model.until = until
         model.take_progress()  # that of a question which was given up
         match asked.manifest["do"]:
             case "meet":
                 found = pack_facts(model.facts)
+                say("told", describe_facts(model.facts))
             case "evaluate":
                 found = model.evaluate(asked)
             case "train":
@@ -249,8 +133,9 @@ class Worker:
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
-            self._journal.give_up(hash_task(asked))
+            self.account.give_up(asked)
             raise
+        say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
         return found
 
     def _refuse(self, error: Exception) -> Frame:
@@ -266,12 +151,12 @@ class Worker:
 
     def _open(self, told: Mapping[str, Any]) -> ClientModel:
         if self._model is None or told != self._told:
-            recipe = unpack_recipe(told, self._policy.models or ())
-            check_policy(self._policy, recipe)
+            recipe = unpack_recipe(told, self._policy.named)
+            self.account.begin(recipe, told)
             # The former model is let go first: two may not fit in memory.
             self._model = self._told = None
-            secret = read_secret(secret_path(self._journal.path))
-            self._model, self._told = ClientModel(recipe, self._name, self._data, self._policy, secret), told
+            secret = read_secret(self._secret)
+            self._model, self._told = ClientModel(recipe, self._name, self._data, self.account, secret), told
         return self._model
 
     def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
@@ -282,8 +167,17 @@ class Worker:
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not as its recipe says")
-        self._journal.note(hash_task(asked), model.describe(task), at_most=self._policy.max_rounds_a_day)
+        self.account.train(asked, task, model.describe(task))
         return task
+
+
+def describe_facts(facts: ClientFacts) -> str:
+    """Describe what was told of the documents."""
+    held_out = count(facts.holdout_documents, "document")
+    return (
+        f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')},"
+        f" {count(facts.tokens, 'token')} to train on; {held_out} held out"
+    )
 
 
 def refusal_of(error: Exception) -> str:
@@ -307,21 +201,6 @@ WORDS: dict[type[Exception], str] = {
 """Words for kinds of errors; the first kind that an error is of counts."""
 
 
-def check_time(until: float) -> None:
-    """Refuse to go on with what nobody waits for any more.
-
-    Raises:
-        LateError
-    """
-    if time.monotonic() > until:
-        raise LateError("the time for an answer is over: the work is given up")
-
-
-def say(what: str, detail: str) -> None:
-    """Print a line for whoever watches `fedloom join`."""
-    print(show_controls(f"{what:<10}{detail}"), flush=True)
-
-
 class Arrived(NamedTuple):
     """Question that came, who waits for its answer, and when it came, on the monotonic clock."""
 
@@ -336,7 +215,11 @@ def serve(listener: socket.socket, worker: Worker) -> None:
     # Taken in while another is answered: in the socket's own queue their time would not be counted.
     threading.Thread(target=_take_in, args=(listener, waiting), daemon=True).start()
     while not worker.is_spent:
-        connection, asked, came = waiting.get()
+        try:
+            connection, asked, came = waiting.get(timeout=LOOK_SECONDS)
+        except Empty:
+            worker.account.look()
+            continue
         with connection:
             # Given up while this process was stopped or the machine slept, when no clock of its own went on.
             if is_gone(connection):
@@ -373,12 +256,13 @@ def _take_in(listener: socket.socket, waiting: Queue[Arrived]) -> None:
 def main() -> None:
     """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
     parser = argparse.ArgumentParser()
-    for option in ("--socket", "--name", "--data", "--policy", "--journal", "--signer"):
+    for option in ("--socket", "--name", "--data", "--policy", "--journal", "--signer", "--server"):
         parser.add_argument(option, default="")
     chosen = parser.parse_args(take_arguments())
-    policy = load_policy(Path(chosen.policy)) if chosen.policy else Policy()
-    checks = (Verifier(chosen.signer, chosen.name).open,) if chosen.signer else ()  # none in a kit without TLS
-    worker = Worker(chosen.name, Path(chosen.data), policy, Journal(Path(chosen.journal)), *checks)
+    policy = load_policy(Path(chosen.policy) if chosen.policy else None)
+    checks = {"open_question": Verifier(chosen.signer, chosen.name).open} if chosen.signer else {}  # none without TLS
+    journal = Journal(Path(chosen.journal))
+    worker = Worker(chosen.name, Path(chosen.data), policy, journal, server=chosen.server, **checks)
     with listen(chosen.socket) as listener:
         serve(listener, worker)
 

@@ -1,0 +1,100 @@
+"""Commands and options of the command line for a client's owner. Heavy imports only inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.host.files import path
+from fedloom.host.machine import Finding
+from fedloom.text import show_controls
+
+
+def write_policy_and_leave(file: Path | None) -> None:
+    """Write a policy file instead of joining, where that is asked for."""
+    if file is not None:
+        from fedloom.deployment.client.policy import write_policy
+
+        write_policy(file)
+        typer.echo(show_controls(f"{file}: read it, change it, and join with --policy {file}"))
+        raise typer.Exit
+
+
+KitFile = Annotated[Path, typer.Argument(parser=path, metavar="KIT", help="The file that the server's owner sent.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option(parser=path, help="What the server may ask for; safe defaults if left out.")
+]
+JournalFile = Annotated[
+    Path | None,
+    typer.Option(parser=path, help="Where all that is asked is written down; beside the kit if left out."),
+]
+TextColumn = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="The column that holds the text; `text` if left out.")
+]
+FilesGlob = Annotated[
+    str | None, typer.Option(metavar="GLOB", help="The files of the folder that are documents; all if left out.")
+]
+HiddenFiles = Annotated[
+    bool | None, typer.Option("--hidden", help="Files and folders whose names begin with a dot are documents as well.")
+]
+WritePolicy = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path,
+        metavar="FILE",
+        is_eager=True,
+        callback=write_policy_and_leave,
+        help="Write a policy file with every key and its default, and leave.",
+    ),
+]
+
+
+def journal_of(kit: Path) -> Path:
+    """Return where a kit's journal is, if nobody says otherwise."""
+    return kit.with_suffix(".journal.jsonl")
+
+
+def preflight(
+    kit: KitFile,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe that the server may ask for.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(parser=path, help="This client's documents: a file or a folder.")] = None,
+    policy: PolicyFile = None,
+    journal: JournalFile = None,
+    text: TextColumn = None,
+    files: FilesGlob = None,
+    hidden: HiddenFiles = None,
+) -> None:
+    """Say whether joining would work, and what the policy allows of a recipe. The server hears nothing of it."""
+    from fedloom.deployment.client.rehearsal import rehearse
+
+    options = {"text": text, "files": files, "hidden": hidden}
+    show_findings(rehearse(kit, data, policy, options, journal or journal_of(kit), recipe), "NO")
+
+
+def journal(
+    file: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="A journal, or the kit that it is of.")],
+    policy: PolicyFile = None,
+) -> None:
+    """Read a client's journal aloud: what was asked, and what may still be asked today."""
+    from fedloom.deployment.client.policy import load_policy
+    from fedloom.deployment.client.reading import read_aloud
+
+    for line in read_aloud(journal_of(file) if file.suffix == ".kit" else file, load_policy(policy)):
+        typer.echo(show_controls(line))
+
+
+def show_findings(findings: Iterable[Finding], word: str) -> None:
+    """Print a line for each finding, and how to mend what is not well, which ends with exit code 2."""
+    well = True
+    for finding in findings:
+        typer.echo(show_controls(f"{'ok' if finding.well else word:<8}{finding.what:<18}{finding.found}"))
+        if finding.mend:
+            typer.echo(show_controls(f"{'':<26}{finding.mend}"))
+        well = well and finding.well
+    if not well:
+        raise typer.Exit(2)

@@ -1,0 +1,145 @@
+"""Account of one server's questions: each is held to the policy, written into the journal, and shown to the owner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.policy import Policy, check_policy
+from fedloom.deployment.frames import Frame
+from fedloom.errors import DeploymentError, RecipeError
+from fedloom.host.files import hash_json, hash_text
+from fedloom.text import count, format_seconds
+
+if TYPE_CHECKING:
+    from fedloom.recipe.recipe import Recipe
+    from fedloom.training.jobs import ClientTask
+
+LAST_SECONDS = 60.0
+"""Silence after a run's last round, after which it is taken to be over."""
+LONGEST_SECONDS = 86400.0
+"""Longest silence that any run is waited through: a server says how long it waits, from which this is reckoned."""
+
+
+@dataclass
+class Run:
+    """Run of a recipe as a client sees it."""
+
+    recipe: str
+    id: str
+    """First digits of the hash of what was told of the recipe: all runs of it have the same."""
+    quiet_seconds: float
+    """Silence after which it is taken to be over."""
+    asked: float
+    """Time of the last question, of the monotonic clock."""
+    is_last: bool = False
+    """True once its last round was trained."""
+    is_over: bool = False
+
+
+class Account:
+    """Owner's side of a conversation with one server: what it may ask, what it asked, and what was told."""
+
+    def __init__(self, policy: Policy, journal: Journal, say: Callable[[str, str], object], server: str = "") -> None:
+        self.policy = policy
+        self._journal, self._say, self._server = journal, say, server
+        self._run: Run | None = None
+
+    def begin(self, recipe: Recipe, told: Any) -> None:
+        """Allow a recipe, for which the documents are about to be read and counted.
+
+        Raises:
+            RecipeError: the policy does not allow it, or too many others were asked for today.
+            DeploymentError: the journal can't be kept.
+        """
+        # All runs of a recipe are one to a client: what else tells them apart is a server's word.
+        run = Run(recipe.name, hash_json(told)[:16], LONGEST_SECONDS, time.monotonic())
+        by = f"{self._server}: " if self._server else ""
+        self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id})')
+        check_policy(self.policy, recipe)
+        where = {"model": recipe.model.source, "rounds": recipe.federation.rounds}
+        self._note(run, run.id, where, kind="meet", at_most=self.policy.max_meets_a_day)
+        if self._run and self._run.id != run.id:
+            self._end(self._run, "another recipe came")
+        self._run = run
+
+    def train(self, asked: Frame, task: ClientTask, told: Mapping[str, Any]) -> None:
+        """Allow a round, which is about to be trained.
+
+        Raises:
+            RecipeError: too many were trained, of this recipe or today.
+            DeploymentError: the journal can't be kept.
+        """
+        run = self._running()
+        work = f"{count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}"
+        self._say("asked", f"to train round {task.round} of {task.rounds}: {work}")
+        policy = self.policy
+        self._note(run, hash_task(asked), told, at_most=policy.max_rounds_a_day, of_run=policy.max_rounds)
+        run.is_last = task.round == task.rounds
+
+    def give_up(self, asked: Frame) -> None:
+        """Note that a round which had begun was given up: it does not count.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        self._journal.give_up(hash_task(asked))
+
+    def may_tell_loss(self, adapter_sha256: str) -> bool:
+        """Return whether the loss of an adapter on the hold-out may be told: all that tells one asks here.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        run = self._running()
+        self._say("asked", "for the loss of an adapter on the hold-out")
+        if not self.policy.tell_holdout_loss:
+            self._say("kept", "the loss on the hold-out: policy.tell_holdout_loss")
+            return False
+        event = hash_text(f"{run.id} {adapter_sha256}")
+        try:
+            self._note(run, event, {}, kind="score", at_most=self.policy.max_scores_a_day)
+        except RecipeError as refusal:
+            self._say("kept", f"the loss on the hold-out: {refusal}")
+            return False
+        self._say("told", "the loss on the hold-out")
+        return True
+
+    def is_asked(self, seconds: float) -> None:
+        """Note that a question came, for whose answer there are so many seconds: the run goes on."""
+        run = self._running()
+        run.asked, run.is_over = time.monotonic(), False
+        # A round and the scores after it may each take that long, on the slowest of the clients.
+        run.quiet_seconds = min(2 * seconds, LONGEST_SECONDS)
+
+    def look(self) -> None:
+        """Note that the run is over, where none of its questions came for long enough."""
+        run = self._run
+        if not run or run.is_over:
+            return
+        silence = time.monotonic() - run.asked
+        if silence < (LAST_SECONDS if run.is_last else run.quiet_seconds):
+            return
+        last = "its last round was trained, and " if run.is_last else ""
+        try:
+            self._end(run, f"{last}no question came for {format_seconds(silence)}")
+        # Nobody waits for an answer here. The next question is refused for the same reason.
+        except DeploymentError as error:
+            self._say("error", str(error))
+
+    def _end(self, run: Run, why: str) -> None:
+        if not run.is_over:
+            run.is_over = True
+            self._say("ended", f'"{run.recipe}" (run {run.id}): {why}')
+            self._note(run, run.id, {"why": why}, kind="end")
+
+    def _running(self) -> Run:
+        assert self._run, "a recipe comes before all else"
+        return self._run
+
+    def _note(self, run: Run, event: str, told: Mapping[str, Any], **limits: Any) -> None:
+        """Write down what is about to be done in a run."""
+        self._journal.note(event, {"server": self._server, "recipe": run.recipe, "run": run.id, **told}, **limits)

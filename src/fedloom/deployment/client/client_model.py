@@ -1,0 +1,168 @@
+"""Base model of one recipe on a client, and the client's blocks: what answers are made from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedloom import __version__
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.deployment.client.account import Account
+from fedloom.deployment.client.documents import gather_client
+from fedloom.deployment.client.policy import as_owner_wrote, check_model
+from fedloom.deployment.client.secret import sign_documents
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import ClientFacts, pack_score, pack_update, unpack_adapter, unpack_task
+from fedloom.errors import LateError
+from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.experiment.building import adapt, load_base
+from fedloom.experiment.session import hash_base, tensors_of
+from fedloom.progress import Progress
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.state import hash_tensors
+from fedloom.text import show_controls
+from fedloom.training.engines import choose_engine, open_engine
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
+
+
+class ClientModel:
+    """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
+
+    def __init__(self, recipe: Recipe, name: str, path: Path, account: Account, secret: bytes) -> None:
+        policy = account.policy
+        recipe = as_owner_wrote(policy, recipe)
+        data = gather_client(recipe, path, policy)
+        self._blocks = data.blocks
+        self.recipe, self._account = recipe, account
+        self.until = float("inf")
+        """Time, on the monotonic clock, after which nobody waits for what is worked on."""
+        base = load_base(recipe, data.source)
+        # Before the adapter is put on it: what its owner can pin is the hash of the weights alone.
+        weights = hash_tensors(base.state_dict().values())
+        say("model", f"{data.source.name}@sha256:{weights}")
+        self._adapted = adapt(base, recipe, data.source)
+        check_model(policy, recipe, weights=weights, **measure(self._adapted))
+        engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
+        self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
+        self._progress: list[Progress] = []
+        self._scored: tuple[str, Score | None] = "", None
+        # Of the keys that were told: a later version may have others, and the documents are the same.
+        hashed, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
+        blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
+        self.facts = ClientFacts(
+            name=name,
+            version=__version__,
+            base=hashed,
+            documents=sign_documents(secret, hashed, str(recipe.seed), read, blocks),
+            train_documents=len(data.documents.train),
+            holdout_documents=len(data.documents.holdout),
+            blocks=len(data.blocks.train),
+            tokens=data.blocks.train.num_tokens,
+            holdout_blocks=len(data.blocks.holdout),
+            holdout_tokens=data.blocks.holdout.num_tokens,
+            shared_blocks=data.shared_blocks,
+            dropped=data.dropped,
+            leaks=data.leaks,
+        )
+
+    def take_progress(self) -> list[Progress]:
+        """Return the batches worked on since this was last called: the server counts them as its own run's."""
+        taken, self._progress = self._progress, []
+        return taken
+
+    def _note(self, progress: Progress) -> None:
+        """Count a step or a batch that is done, and give up where nobody waits for the next.
+
+        Raises:
+            LateError
+        """
+        self._progress.append(progress)
+        check_time(self.until)
+
+    def evaluate(self, asked: Frame) -> Frame:
+        """Score an adapter on this client's own hold-out."""
+        return pack_score(self._score(unpack_adapter(asked, self._adapted.layout, self.recipe.federation.lora_rule)))
+
+    def read_task(self, asked: Frame) -> ClientTask:
+        """Read the task in a question.
+
+        Raises:
+            MessageError: it is not a task of this recipe.
+        """
+        return unpack_task(asked, self._adapted.layout, self.recipe.federation)
+
+    def describe(self, task: ClientTask) -> dict[str, Any]:
+        """Describe a task for its owner's journal."""
+        epochs, blocks = task.training.epochs, self._blocks.train
+        return {
+            "model": self.recipe.model.source,
+            "round": task.round,
+            "epochs": epochs,
+            "steps": epochs * -(-len(blocks) // task.training.batch_size),
+            "tokens": epochs * blocks.num_tokens,
+        }
+
+    def train(self, task: ClientTask, *, judge: bool) -> Frame:
+        """Train for a round; with `judge`, score the adapter before and after it."""
+        before = self._score(task.adapter) if judge else None
+        say(f"round {task.round}", "training")
+        job = ClientJob(**vars(task), blocks=self._blocks.train)
+        (result,) = self._engine.train([job])
+        if isinstance(result, ClientFailure):
+            raise result.error
+        report = result.report
+        if before:
+            started = time.perf_counter()
+            after = self._evaluate(result.adapter)
+            report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
+                             evaluate_seconds=time.perf_counter() - started)  # fmt: skip
+        say(f"round {task.round}", f"{report.steps} steps, loss {report.loss_first:.4f} → {report.loss_last:.4f}")
+        return pack_update(replace(result, report=report), task.trains_P)
+
+    def _score(self, adapter: Adapter) -> Score | None:
+        """Score an adapter, once where it is asked for again: the one door for whatever tells of the hold-out.
+
+        None stands where nothing is held out, and where this client's owner lets nothing be told of it.
+        """
+        digest = adapter.sha256()
+        if not len(self._blocks.holdout) or not self._account.may_tell_loss(digest):
+            return None
+        # The adapter that a round ends with is the one that the next begins with: the server asks twice.
+        if self._scored[0] != digest:
+            self._scored = digest, self._evaluate(adapter)
+        return self._scored[1]
+
+    def _evaluate(self, adapter: Adapter) -> Score:
+        return evaluate(
+            self._adapted,
+            adapter,
+            self._blocks.holdout,
+            batch_size=self.recipe.evaluation.batch_size,
+            watch=self._note,
+            lower=lambda size: say("memory", f"not enough: evaluation takes {size} blocks at once"),
+        )
+
+
+def measure(adapted: AdaptedModel) -> dict[str, Any]:
+    """Return how large a share of a model's weights is trained, and whether some lie in its embedding."""
+    trained = {id(value) for value in adapted.model.parameters() if value.requires_grad}
+    embedding = any(id(value) in trained for value in adapted.base.get_input_embeddings().parameters())
+    return {"share": adapted.layout.size / adapted.num_parameters, "embedding": embedding}
+
+
+def check_time(until: float) -> None:
+    """Refuse to go on with what nobody waits for any more.
+
+    Raises:
+        LateError
+    """
+    if time.monotonic() > until:
+        raise LateError("the time for an answer is over: the work is given up")
+
+
+def say(what: str, detail: str) -> None:
+    """Print a line for whoever watches `fedloom join`."""
+    print(show_controls(f"{what:<10}{detail}"), flush=True)

@@ -1,0 +1,136 @@
+"""Rehearsal of `fedloom join`: would it work, and what would the policy allow of a recipe?
+
+The server is asked for its certificate and the time, as by anybody. It hears nothing of the documents, or of the name.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.deployment.client.joining import Kit, read_kit
+from fedloom.deployment.client.journal import Journal, standing
+from fedloom.deployment.client.policy import Policy, find_refusals, load_policy, with_options
+from fedloom.deployment.client.preflight import AbsentError, greet_server
+from fedloom.deployment.client.reading import describe_limits
+from fedloom.deployment.keys import fingerprint
+from fedloom.deployment.processes import check_flower
+from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
+from fedloom.host.machine import Finding
+from fedloom.hub import COMMIT
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.recipe import Recipe, pin
+from fedloom.text import count
+
+COMMIT_OF_THE_SERVER = "0" * 40
+"""Stand-in for the commit that `fedloom serve` names of a model of the hub, whatever its recipe says."""
+
+
+def rehearse(
+    kit: Path, data: Path | None, policy: Path | None, options: Mapping[str, Any], journal: Path, recipe: str | None
+) -> Iterator[Finding]:
+    """Yield what is found of all that joining needs, each as soon as it is known.
+
+    `options` are those of the command line, as `with_options` takes them; `data` and `recipe` may be left out.
+    """
+    found: dict[str, Any] = {}
+
+    def look(what: str, do: Callable[[], tuple[str, Any]]) -> Finding:
+        try:
+            words, found[what] = do()
+        except FedloomError as error:
+            where = error.where and f"{error.where}: "
+            return Finding(what, f"{where}{error.what}", error.mend or "as it says")
+        return Finding(what, words)
+
+    yield look("Flower", _find_flower)
+    yield look("kit", lambda: _read_kit(kit))
+    if "kit" in found:
+        yield _greet(found["kit"])
+    yield look("policy", lambda: _read_policy(policy, options))
+    yield look("journal", lambda: _read_journal(journal, found.get("policy", Policy())))
+    if "policy" in found and data:
+        yield look("documents", lambda: _count_documents(data, found["policy"]))
+    if recipe:
+        yield look("recipe", lambda: ((loaded := load_recipe(recipe)).name, loaded))
+    if recipe and "recipe" in found and "policy" in found:
+        yield from judge_recipe(found["policy"], found["recipe"])
+
+
+def _find_flower() -> tuple[str, None]:
+    check_flower()
+    return "installed", None
+
+
+def _read_kit(path: Path) -> tuple[str, Kit]:
+    kit = read_kit(path)
+    if not kit.ca:
+        return f"{kit.name}, {kit.server}, without certificates", kit
+    with tempfile.NamedTemporaryFile("w", suffix=".crt") as file:
+        file.write(kit.ca)
+        file.flush()
+        return f"{kit.name}, {kit.server}, key {kit.key}; fingerprint {fingerprint(Path(file.name))}", kit
+
+
+def _greet(kit: Kit) -> Finding:
+    try:
+        told = greet_server(kit.server, kit.ca)
+    except AbsentError as absent:
+        return Finding("server", f"{kit.server}: {absent}", "join waits for it; ask its owner when it will be there")
+    except FedloomError as error:
+        return Finding("server", f"{error.where and f'{error.where}: '}{error.what}", error.mend or "ask its owner")
+    return Finding("server", f"{kit.server} answers, and both clocks agree{told and f'; {told}'}")
+
+
+def _read_policy(path: Path | None, options: Mapping[str, Any]) -> tuple[str, Policy]:
+    policy = with_options(load_policy(path), **options)
+    told = (
+        f"{path}: {count(len(policy.model_fields_set), 'key')} of its own" if path else "none: the safe defaults hold"
+    )
+    return told, policy
+
+
+def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
+    # Looked at and not written to: a rehearsal leaves nothing behind.
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DeploymentError("can't be written", where=str(path), mend="choose a place for it: --journal FILE")
+    counts = (line.partition(";")[0] for line in describe_limits(standing(Journal(path).read()), policy))
+    return f"{path}: {'; '.join(counts)}", None
+
+
+def _count_documents(path: Path, policy: Policy) -> tuple[str, None]:
+    from fedloom.deployment.client.documents import load_client, read_split
+    from fedloom.recipe.sections import Data
+
+    if not path.exists():
+        raise DataError("no such file or folder", where=str(path), mend="name this client's documents: --data PATH")
+    split = read_split(path)
+    found = len(load_client(Data(source=str(path)), split[0] if split else path, policy))
+    if found < policy.min_documents:
+        raise RecipeError(
+            f"{count(found, 'document')}: policy.min_documents wants {policy.min_documents} to train on",
+            where=str(path),
+            mend="bring more of them",
+        )
+    return f"{count(found, 'document')} can be read{' to train on' if split else ''}", None
+
+
+def judge_recipe(policy: Policy, recipe: Recipe) -> Iterator[Finding]:
+    """Yield all that a policy refuses of a recipe, or that it allows it."""
+    # A server tells the commit that its recipe's branch stands for.
+    pinned = recipe.model.revision is not None and COMMIT.fullmatch(recipe.model.revision)
+    if not pinned and not any(entry["commit"] for entry in policy.pins(recipe.model.source)):
+        recipe = pin(recipe, {"model_revision": COMMIT_OF_THE_SERVER})
+    refused = False
+    for key, why in find_refusals(policy, recipe):
+        refused = True
+        yield Finding("recipe", f"the policy {why}", f"change policy.{key}, or ask the server's owner")
+    if not refused:
+        rounds, epochs = count(recipe.federation.rounds, "round"), count(recipe.training.epochs, "epoch")
+        loss = "told" if policy.tell_holdout_loss else "kept"
+        yield Finding(
+            "recipe", f"the policy allows it: {recipe.model.source}, {rounds} of {epochs}; hold-out loss {loss}"
+        )

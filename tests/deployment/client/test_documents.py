@@ -1,0 +1,120 @@
+"""Documents of a client: what is read is what its owner gave, whatever a server asks for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import make_recipe
+
+from fedloom.deployment.client.documents import HOLDOUT, TRAIN, gather_client, load_client
+from fedloom.deployment.client.policy import Policy
+from fedloom.errors import DataError
+from fedloom.recipe.sections import Data
+
+ASKED = Data(source="the client's own")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of documents, with a hidden file in it, beside a folder that is nobody's business."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"text {number} " * (number + 9))
+    (folder / ".env").write_text("SECRET=1")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config.txt").write_text("SECRET=2")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "diary.txt").write_text("SECRET=3")
+    (tmp_path / "private" / TRAIN).write_text(json.dumps({"text": "SECRET=4"}) + "\n")
+    return folder
+
+
+def texts(path: Path, policy: Policy | None = None, **asked: Any) -> list[str]:
+    return [found.text for found in load_client(Data(source="x", **asked), path, policy or Policy())]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"files": ".env"},
+        {"files": ".*"},
+        {"files": "link/*.txt"},
+        {"files": "*/diary.txt"},
+        {"source": "/etc/passwd"},
+        {"source": "python:stdlib"},
+        {"split": "test", "revision": "main", "subset": "x"},
+        {"partition": {"kind": "natural", "by": "path"}},
+    ],
+)
+def test_a_server_does_not_choose_what_is_read(asked: dict[str, Any], folder: Path) -> None:
+    """Fail where `files`, `source` or `partition` of the recipe are gone by, as finding 3 did."""
+    recipe = make_recipe(data={**asked, "documents_per_client": None})
+    documents = gather_client(recipe, folder).documents
+    assert len(documents.train) + len(documents.holdout) == 8
+    assert not any("SECRET" in document.text for document in (*documents.train, *documents.holdout))
+
+
+def test_hidden_files_are_read_where_their_owner_says_so(folder: Path) -> None:
+    assert not any("SECRET" in text for text in texts(folder))
+    assert sum("SECRET" in text for text in texts(folder, Policy(hidden=True))) == 2
+    assert texts(folder, Policy(files=".git/*.txt")) == ["SECRET=2"]
+
+
+@pytest.mark.parametrize("files", ["**/*", "*/*.txt", "link/*.txt", "**/*.txt"])
+def test_a_link_that_leads_out_is_refused_by_its_name(files: str, folder: Path, tmp_path: Path) -> None:
+    policy = Policy(files=files)
+    (folder / "link").symlink_to(tmp_path / "private", target_is_directory=True)
+    if files == "**/*.txt":  # which matches no folder, and goes into none that is linked
+        assert len(texts(folder, policy)) == 8
+        (folder / "link.txt").symlink_to(tmp_path / "private" / "diary.txt")
+    with pytest.raises(DataError, match=r"documents/link.*a link that leads out of the folder, and is not followed"):
+        load_client(ASKED, folder, policy)
+
+
+def test_a_link_inside_is_followed_but_not_to_what_is_hidden(folder: Path) -> None:
+    (folder / "again.txt").symlink_to(folder / "0.txt")
+    (folder / "env.txt").symlink_to(folder / ".env")
+    found = texts(folder)
+    assert len(found) == 9
+    assert not any("SECRET" in text for text in found)
+
+
+@pytest.mark.parametrize("name", [TRAIN, HOLDOUT])
+def test_a_split_of_links_that_lead_out_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    for file in (TRAIN, HOLDOUT):
+        (folder / file).write_text("".join(json.dumps({"text": f"{file} {n} " * 9}) + "\n" for n in range(8)))
+    gather_client(make_recipe(), folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "private" / TRAIN)
+    with pytest.raises(DataError, match=rf"documents/{name}: it is a link that leads out of the folder"):
+        gather_client(make_recipe(), folder)
+
+
+def test_the_column_is_the_owners(tmp_path: Path) -> None:
+    rows = [{"text": f"public {n} " * 9, "note": f"noted {n} " * 9, "ssn": f"{n}" * 9} for n in range(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = make_recipe(data={"text": "ssn", "documents_per_client": None})
+    found = {
+        policy.text: {document.text.split()[0] for document in gather_client(recipe, path, policy).documents.train}
+        for policy in (Policy(), Policy(text="note"))
+    }
+    assert found == {"text": {"public"}, "note": {"noted"}}
+
+
+@pytest.mark.parametrize("name", ["documents", "alice/letters"])
+def test_documents_that_are_not_there_are_not_asked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a folder may say what is in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fedloom.data.documents.open_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_client(ASKED, Path(name), Policy())
+
+
+def test_a_single_file_has_no_files_to_choose_from(folder: Path) -> None:
+    with pytest.raises(DataError, match="--files: a single file and a split are read whole"):
+        load_client(ASKED, folder / "0.txt", Policy(files="*.txt"))

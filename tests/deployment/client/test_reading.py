@@ -1,0 +1,130 @@
+"""Journal of a client, read aloud; and what its commands say before anything is joined."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
+
+from fedloom.cli import app
+from fedloom.deployment import keys
+from fedloom.deployment.client.policy import Policy, load_policy
+from fedloom.deployment.client.reading import read_aloud
+from fedloom.deployment.processes import free_port
+from fedloom.errors import DeploymentError
+
+
+def said(*words: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output or result.exception
+    return result.output
+
+
+def write(path: Path, *lines: tuple[float, dict[str, object]]) -> None:
+    """Write a journal of things that were asked so many hours ago."""
+    now = datetime.now(UTC)
+    told = [{"when": (now - timedelta(hours=hours)).isoformat(), "task": str(n), **line}
+            for n, (hours, line) in enumerate(lines)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in told))
+
+
+def test_a_journal_is_read_aloud_with_what_is_left(tmp_path: Path) -> None:
+    run = {"server": "fed:8443", "recipe": "diary\x1b[2J", "run": "0123456789abcdef"}
+    write(
+        tmp_path / "a.journal.jsonl",
+        (30, {"recipe": "old", "model": "m", "round": 1, "epochs": 1, "steps": 2, "tokens": 3}),
+        (3, {"kind": "meet", **run}),
+        (2, {"kind": "train", **run, "round": 1, "epochs": 2, "tokens": 1234567}),
+        (1, {"kind": "score", **run}),
+        (0.5, {"kind": "end", **run, "why": "another recipe came"}),
+    )
+    (tmp_path / "policy.toml").write_text("max_rounds_a_day = 1\nmax_rounds = 9\n")
+    (tmp_path / "a.kit").write_text("")
+    shown = said("journal", tmp_path / "a.kit", "--policy", tmp_path / "policy.toml")
+    assert "\x1b" not in shown
+    head, *rows = shown.splitlines()
+    assert head.split() == ["when", "(UTC)", "what", "server", "recipe", "run", "round", "epochs", "tokens"]
+    assert [row.split("  ")[1].strip() for row in rows[:5]] == [
+        *("round", "documents read", "round", "loss told", "run ended: another recipe came")
+    ]
+    assert rows[2].split()[-3:] == ["1", "2", "1,234,567"]
+    free = datetime.now(UTC) + timedelta(hours=22)
+    assert f"1 of 1 rounds in the past 24 hours; the next may begin on {free:%Y-%m-%d at %H:}" in shown
+    assert "1 of 20 recipes in the past 24 hours; the next may begin now" in shown
+    assert "1 of 400 scores in the past 24 hours; the next may begin now" in shown
+    assert rows[-1] == "1 of 9 rounds of run 0123456789abcdef"
+    assert said("journal", tmp_path / "a.journal.jsonl", "--policy", tmp_path / "policy.toml") == shown
+
+
+def test_a_journal_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"a.jsonl: no such journal; name the kit"):
+        list(read_aloud(tmp_path / "a.jsonl", Policy()))
+
+
+def test_a_policy_is_written_without_a_kit_and_never_over_a_file(tmp_path: Path) -> None:
+    said("join", "--write-policy", tmp_path / "p.toml")
+    assert load_policy(tmp_path / "p.toml") == Policy()
+    before = (tmp_path / "p.toml").read_bytes()
+    said("join", "--write-policy", tmp_path / "p.toml", code=1)
+    assert (tmp_path / "p.toml").read_bytes() == before
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Path:
+    """A kit whose server is not there, with its key, and documents beside it."""
+    keys.init(tmp_path / "server", "localhost", free_port())
+    made, _ = keys.approve(tmp_path / "server", keys.request("alice", tmp_path), tmp_path)
+    rows = [{"text": f"text {n}", "note": "x"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def test_a_preflight_says_what_would_keep_a_client_from_joining(kit: Path) -> None:
+    rows = kit.parent / "rows.jsonl"
+    shown = said("preflight", kit, "tiny", "--data", rows, code=2)
+    bad = [line for line in shown.splitlines() if line.startswith("NO")]
+    assert len(bad) == 1
+    assert "server" in bad[0]
+    assert "connection refused" in bad[0]
+    assert "6 documents can be read" in shown
+    assert "the policy allows it: random:tiny-llama, 3 rounds of 1 epoch; hold-out loss told" in shown
+    assert not (kit.parent / "alice.journal.jsonl").exists(), "a rehearsal leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--text", "nothing"), "no usable document"),
+        (("--files", "*.txt"), "a single file and a split are read whole"),
+        (("--files", "../x"), "it leads out of the folder"),
+        (("--journal", "/nowhere/a.jsonl"), "can't be written"),
+        (("--policy", "/nowhere/p.toml"), "can't read the policy"),
+    ],
+)
+def test_what_a_client_would_run_into_is_found_in_a_preflight(words: tuple[str, ...], why: str, kit: Path) -> None:
+    shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", *words, code=2)
+    assert [line for line in shown.splitlines() if line.startswith("NO") and why in line]
+
+
+def test_a_preflight_counts_documents_and_finds_a_missing_key(kit: Path) -> None:
+    (kit.parent / "rows.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    (kit.parent / "alice.key").unlink()
+    shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", code=2)
+    assert "1 document: policy.min_documents wants 5 to train on" in shown
+    assert "alice's key is not there" in shown
+
+
+def test_a_preflight_names_all_that_a_policy_refuses_of_a_recipe(kit: Path) -> None:
+    recipe = kit.parent / "recipe.toml"
+    recipe.write_text(
+        'name = "x"\n[model]\nsource = "owner/name"\n[adapter]\nmethod = "full"\n[data]\nsource = "python:stdlib"\n'
+        "max_length = 4\n[training]\nepochs = 99\n"
+    )
+    shown = said("preflight", kit, recipe, code=2)
+    found = [line for line in shown.splitlines() if line.startswith("NO      recipe")]
+    assert len(found) == 3, "a server names the commit of its recipe's branch"
+    for words in ('does not allow the method "full"', "max_length of at least 16, not 4", "20 epochs a round, not 99"):
+        assert words in shown
