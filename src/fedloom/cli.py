@@ -21,6 +21,7 @@ from fedloom.host.imports import quick_imports
 from fedloom.host.machine import Finding
 from fedloom.host.signals import Terminated
 from fedloom.model_commands import RunFolder, convert, export, generate
+from fedloom.provision_commands import provision
 from fedloom.text import show_controls
 
 app = typer.Typer(
@@ -78,74 +79,7 @@ def run(
         run(loaded, out, resume=resume, log_to=log, watch=watch)
 
 
-provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
 app.add_typer(provision, name="provision")
-ServerFolder = Annotated[Path, typer.Option("--folder", parser=path, help="The server's folder.")]
-
-
-@provision.command("init")
-def provision_init(
-    host: Annotated[str, typer.Option(help="The name or address that clients reach this machine by.")],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="That they connect to.")] = 8443,
-    folder: ServerFolder = Path("fedloom-server"),
-) -> None:
-    """Server: make a certificate authority, the server's certificate, and an empty list of clients."""
-    from fedloom.deployment.keys import describe_expiry, init
-
-    typer.echo(f"{folder}: {describe_expiry(init(folder, host, port).expires())}")
-
-
-@provision.command("renew")
-def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
-    """Server: make it another certificate by the same authority; clients' kits stay as they are."""
-    from fedloom.deployment.keys import describe_expiry, renew
-
-    typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
-    typer.echo("a serve that runs keeps the old one until it is started anew (serve --resume)")
-
-
-@provision.command("request")
-def provision_request(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What this client is to be called.")],
-    folder: Annotated[Path, typer.Option(parser=path, help="Where its key is kept.")] = Path(),
-) -> None:
-    """Client: make a key, which stays here, and the file that goes to the server's owner."""
-    from fedloom.deployment.keys import request
-
-    typer.echo(f"send {request(name, folder)} to the server's owner; keep {folder / name}.key to yourself")
-
-
-@provision.command("approve")
-def provision_approve(
-    request: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="What a client sent.")],
-    to: Annotated[Path, typer.Option(parser=path, help="Where the kit goes.")] = Path(),
-    folder: ServerFolder = Path("fedloom-server"),
-) -> None:
-    """Server: take a client's key, and write the kit to send back."""
-    from fedloom.deployment.keys import approve
-
-    kit, fingerprint = approve(folder, request, to)
-    typer.echo(f"send {kit} back, and read this aloud:\n{fingerprint}")
-
-
-@provision.command("revoke")
-def provision_revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The client.")],
-    folder: ServerFolder = Path("fedloom-server"),
-) -> None:
-    """Server: take a client's key no longer; a server that runs lets go of it."""
-    from fedloom.deployment.keys import revoke
-
-    revoke(folder, name)
-    typer.echo(f"{name} is revoked")
-
-
-@provision.command("compose")
-def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
-    """Either side: write a Dockerfile and Compose files that run the server or a client."""
-    from fedloom.deployment.docker import write_compose
-
-    typer.echo("\n".join(map(str, write_compose(to))))
 
 
 @app.command()
@@ -189,18 +123,24 @@ def join(
         Path | None,
         typer.Option(parser=path, help="Where each round is written down; beside the kit if left out."),
     ] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEX", help="What the server's owner reads aloud; asked for at the first use if left out."
+        ),
+    ] = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
+    from fedloom.deployment.client.first_use import confirm_server
     from fedloom.deployment.client.joining import join, read_kit
 
+    def say(what: str, detail: str) -> None:
+        typer.echo(show_controls(f"{what:<10}{detail}"))
+
     with told_when_terminated():
-        join(
-            read_kit(kit),
-            data,
-            policy,
-            journal or kit.with_suffix(".journal.jsonl"),
-            lambda what, detail: typer.echo(show_controls(f"{what:<10}{detail}")),
-        )
+        read = read_kit(kit)
+        confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
+        join(read, data, policy, journal or kit.with_suffix(".journal.jsonl"), say)
 
 
 @app.command()

@@ -159,11 +159,12 @@ def private_folder() -> Iterator[Path]:
 def _sweep() -> None:
     """Remove folders of processes that are gone."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
-        # Another user's "lock" may be a pipe, which would be opened for ever.
-        if lock.parent.lstat().st_uid != os.getuid():
-            continue
-        with suppress(OSError), Lock(lock, rights=None):  # held by its owner, or swept by another
-            shutil.rmtree(lock.parent, ignore_errors=True)
+        with suppress(OSError):  # held by its owner, or swept by another, at any moment
+            # Another user's "lock" may be a pipe, which would be opened for ever.
+            if lock.parent.lstat().st_uid != os.getuid():
+                continue
+            with Lock(lock, rights=None):
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def rest(seconds: float, check: Callable[[], None]) -> None:
