@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,10 +72,10 @@ def run(
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
-    with quick_imports():
-        from fedloom.experiment.run import run
+    with told_when_terminated(), shown_at_work(out, "fedloom run"):
+        with quick_imports():
+            from fedloom.experiment.run import run
 
-    with told_when_terminated():
         run(loaded, out, resume=resume, log_to=log, watch=watch)
 
 
@@ -105,10 +105,11 @@ def serve(
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.deployment.keys import open_server
-    from fedloom.deployment.server.serving import serve
 
     security = None if insecure else open_server(server)
-    with told_when_terminated():
+    with told_when_terminated(), shown_at_work(out, "fedloom serve"):
+        from fedloom.deployment.server.serving import serve
+
         serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait)
 
 
@@ -285,6 +286,15 @@ def told_when_terminated() -> Iterator[None]:
         yield
     except Terminated:
         raise typer.Exit(TERMINATED) from None
+
+
+@contextmanager
+def shown_at_work(out: Path | None, command: str) -> Iterator[None]:
+    """`fedloom status` knows of a run before what it needs is imported, which takes seconds."""
+    from fedloom.monitoring.status import status_file
+
+    with status_file(out, command) if out else nullcontext():
+        yield
 
 
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:

@@ -34,6 +34,8 @@ FLOWER = {
 }
 """Settings of Flower's programs: they report to nobody, start apps sooner, get through slow links, and have no threads
 to fork."""
+INSTALL_FLOWER = "pip install 'flwr>=1.41,<1.42'"
+"""Command for who has none. It does not name fedloom, which a stranger might publish under that name."""
 CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
 """Environment variable with the secret that a SuperLink demands of whoever operates it. Others on this machine can
 reach its port, too."""
@@ -120,7 +122,7 @@ def check_flower() -> None:
         DeploymentError
     """
     if find_spec("flwr") is None:
-        raise DeploymentError("Flower is not installed", mend="install it: pip install 'fedloom[deploy]'")
+        raise DeploymentError("Flower is not installed", mend=f"install it: {INSTALL_FLOWER}")
 
 
 def flower_command(program: str, *words: str) -> list[str]:
