@@ -56,7 +56,6 @@ bench: install
 	$(BIN)/python bench/deployment.py
 
 dist: install
-	$(PIP) -r requirements/dist.txt
 	scripts/dist $(BIN)/python dist
 
 install: $(VENV)/installed
