@@ -19,7 +19,10 @@ from fedloom.deployment import keys
 from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import approve, init, open_server, request, revoke
+from fedloom.deployment.server.serving import serve
 from fedloom.errors import DeploymentError
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.loading import load_recipe
 
 
 def test_the_servers_certificate_has_its_names_and_is_signed_by_its_authority(tmp_path: Path) -> None:
@@ -213,3 +216,15 @@ def test_a_server_whose_host_is_none_is_refused(host: str, tmp_path: Path) -> No
     with pytest.raises(DeploymentError, match="not a host name or address"):
         init(tmp_path / "server", host, 8443)
     assert not (tmp_path / "server").exists()
+
+
+def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
+    """A second one would write its own nginx.conf, which the first one's nginx takes when it is started again."""
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    recipe = load_recipe("tiny")
+    with keys.in_use(security):
+        with pytest.raises(DeploymentError, match=r"another fedloom serve works with it; .*fedloom stop"):
+            serve(recipe, tmp_path / "run", Observer(), security=security)
+        assert not (tmp_path / "server" / "nginx.conf").exists()
+    with keys.in_use(security):
+        pass

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedloom.deployment.certificates import certificate_pem, certify, private_pe
 from fedloom.deployment.fingerprints import identify_client, identify_server
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DeploymentError
-from fedloom.host.files import replace_file
+from fedloom.host.files import Lock, replace_file
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -93,6 +94,25 @@ def init(folder: Path, host: str, port: int) -> Security:
         (folder / f"{name}.crt").write_bytes(certificate_pem(certificate))
     (folder / "server.toml").write_text(f'host = "{host}"\nport = {port}\n', encoding="utf-8")
     return open_server(folder)
+
+
+@contextmanager
+def in_use(security: Security) -> Iterator[None]:
+    """Be the only server that works with these keys, until the block ends: nginx's files lie beside them.
+
+    Raises:
+        DeploymentError: another one is, or the folder can't be written.
+    """
+    try:
+        lock = Lock(security.folder / "serve.lock", 0o600)
+    except BlockingIOError:
+        raise DeploymentError(
+            "another fedloom serve works with it", where=str(security.folder), mend="end that one: fedloom stop RUN"
+        ) from None
+    except OSError as error:
+        raise DeploymentError(f"can't be written ({error.strerror})", where=str(security.folder)) from None
+    with lock:
+        yield
 
 
 def renew(folder: Path) -> Security:
