@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import fedloom
+
 from fedloom.federation.aggregation import describe_strategies
 from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
 from fedloom.recipe.methods import describe_methods
@@ -128,6 +130,7 @@ def test_the_same_commit_is_built_to_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name in names if name.endswith((".whl", ".tar.gz"))]
     told = json.loads((folder / "sbom.cdx.json").read_text())
     assert told["bomFormat"] == "CycloneDX"
+    assert told["metadata"]["component"]["version"] == fedloom.__version__
     listed = {
         (part["name"].lower().replace("_", "-").replace(".", "-"), part["version"]) for part in told["components"]
     }
