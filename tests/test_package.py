@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import fedloom
-
 from fedloom.federation.aggregation import describe_strategies
 from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
 from fedloom.recipe.methods import describe_methods
