@@ -7,12 +7,14 @@
 # make docs          the pages as a site, into build/site; a link that leads nowhere fails it
 # make soak          faults and deployments at length: a thousand kills at random instants, processes killed and resumed
 # make bench         the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up, what Flower costs: an hour
+# make dist          the commit's wheel and sdist, what they are to be installed with, an SBOM, and the hashes of it all
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
 
-.PHONY: run check test test-all check-models pages docs soak bench install clean
+.PHONY: run check test test-all check-models pages docs soak bench dist install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
@@ -37,7 +39,7 @@ pages: install
 
 docs: install
 	$(BIN)/python scripts/write_pages.py --check
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(PIP) -r requirements/docs.txt
 	$(BIN)/python scripts/build_site.py
 
 soak: install
@@ -45,7 +47,7 @@ soak: install
 	$(BIN)/pytest -q -m slow
 
 bench: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(PIP) -r requirements/bench.txt
 	$(BIN)/python bench/engines.py --shape smollm2-135m --more-clients 1 8 32
 	$(BIN)/python bench/engines.py --shape opt-350m --steps 2 --more-clients 1 8 32
 	$(BIN)/python bench/memory.py
@@ -53,9 +55,12 @@ bench: install
 	$(BIN)/python bench/clients.py
 	$(BIN)/python bench/deployment.py
 
+dist: install
+	scripts/dist $(BIN)/python dist
+
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt scripts/install
+$(VENV)/installed: pyproject.toml $(wildcard requirements/*.txt) scripts/install
 	scripts/install $(VENV)
 	touch $@
 

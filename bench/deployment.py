@@ -84,7 +84,7 @@ def join_with_echo(kit: Path) -> None:
 def provision(folder: Path) -> tuple[Security, list[Path]]:
     """A server's keys and certificate, and three clients' kits."""
     security = init(folder / "server", "localhost", free_port())
-    return security, [approve(security.folder, request(name, folder), folder)[0] for name in NAMES]
+    return security, [approve(security.folder, request(name, folder), folder).kit for name in NAMES]
 
 
 def measure_overhead(rounds: int) -> dict[str, object]:
@@ -149,6 +149,7 @@ def measure_tiny(rounds: int) -> dict[str, object]:
     """`tiny` through `fedloom serve` and three times `fedloom join`."""
     from fedloom import load_recipe, read_run
     from fedloom.deployment.client.documents import write_splits
+    from fedloom.deployment.client.joining import read_kit
     from fedloom.monitoring.observer import Observer
     from fedloom.recipe.loading import recipe_to_toml
 
@@ -158,7 +159,8 @@ def measure_tiny(rounds: int) -> dict[str, object]:
         recipe = load_recipe("tiny", [f"federation.rounds={rounds}"])
         (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
         for kit, data in zip(kits, write_splits(recipe, folder / "split", Observer()), strict=True):
-            command = [*fedloom, "join", str(kit), "--data", str(data)]
+            told = ("--fingerprint", read_kit(kit).fingerprint)
+            command = [*fedloom, "join", str(kit), *told, "--data", str(data)]
             stack.callback(Child(command, kit.with_suffix(".log"), os.environ).end)
         command = [*fedloom, "serve", str(folder / "tiny.toml"), "--server", str(security.folder)]
         subprocess.run([*command, "--out", str(folder / "run")], check=True, stdout=subprocess.DEVNULL)

@@ -1,15 +1,18 @@
 """What a user installs, and what the documents say."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import fedloom
 from fedloom.federation.aggregation import describe_strategies
 from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
 from fedloom.recipe.methods import describe_methods
@@ -67,6 +70,72 @@ def test_every_dependency_is_pinned_once() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["dev"], *extras["docs"]]
     assert {re.match(r"[A-Za-z0-9-]+", line).group() for line in wanted} <= pinned
+
+
+def hashed_pins() -> dict[str, dict[str, str]]:
+    """Read `requirements/`: by file, the version of each package, all of whose lines are a version or a hash."""
+    files = {}
+    for file in (ROOT / "requirements").glob("*.txt"):
+        blocks = re.split(r"\n(?=\S)", file.read_text().rstrip("\n"))[1:]  # the first is its head
+        pins = [re.fullmatch(r"(\S+)==(\S+)( ;.+?)?( \\\n    --hash=sha256:[0-9a-f]{64})+", block) for block in blocks]
+        assert all(pins), file.name
+        files[file.stem] = {pin[1].replace(".", "-"): pin[2] for pin in pins}
+        assert len(files[file.stem]) == len(blocks)
+    return files
+
+
+def test_every_pin_has_hashes_in_one_file() -> None:
+    """Another version, or one whose files may be anything, would be installed beside what was tested."""
+    files = hashed_pins()
+    files.pop("cuda")  # torch's own choice
+    hashed = [pin for pins in files.values() for pin in pins.items()]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [(re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower(), line.partition("==")[2]) for line in lines]
+    assert sorted(hashed) == sorted(pins), "scripts/write_hashes.py"
+
+
+def test_nothing_is_installed_without_a_hash() -> None:
+    """By whoever builds or checks: a registry is asked for nothing but files that were seen before."""
+    for name in ("Makefile", "scripts/install"):
+        text = (ROOT / name).read_text()
+        for line in text.splitlines():
+            if re.search(r"pip install|\$pip |\$hashed ", line) and "hashed=" not in line:
+                allowed = ("--require-hashes", "$hashed ", "--no-build-isolation --editable .", 'pip="')
+                assert any(words in line for words in allowed), f"{name}: {line}"
+    for file in (ROOT / ".github").rglob("*.yml"):
+        for action in re.findall(r"uses: (\S+)", file.read_text()):
+            assert re.fullmatch(r"[\w/.-]+@[0-9a-f]{40}", action), f"{file.name}: {action}"
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"pip install\S* '?fedloom", page.read_text()), f"{page.name}: a name anybody may have"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_the_same_commit_is_built_to_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("cyclonedx_py", reason="cyclonedx-bom is not installed: make install")
+    if subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("not a checkout")
+    sums = []
+    for number, (umask, zone) in enumerate((("022", "UTC"), ("077", "Asia/Tokyo"))):
+        folder = tmp_path / str(number) / "dist"
+        command = f'umask {umask} && exec "{ROOT}/scripts/dist" "{sys.executable}" "{folder}"'
+        subprocess.run(["sh", "-c", command], env={**os.environ, "TZ": zone}, check=True)
+        sums.append((folder / "SHA256SUMS").read_text())
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+        time.sleep(1.1)  # what is written with the time of its making would differ
+    assert sums[0] == sums[1]
+    names = [line.split()[1] for line in sums[0].splitlines()]
+    assert sorted(names) == sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
+    assert [name for name in names if name.endswith((".whl", ".tar.gz"))]
+    told = json.loads((folder / "sbom.cdx.json").read_text())
+    assert told["bomFormat"] == "CycloneDX"
+    assert told["metadata"]["component"]["version"] == fedloom.__version__
+    listed = {
+        (part["name"].lower().replace("_", "-").replace(".", "-"), part["version"]) for part in told["components"]
+    }
+    files = hashed_pins()
+    assert listed == {*files["torch"].items(), *files["deploy"].items()}
+    assert all(any(reference.get("hashes") for reference in part["externalReferences"]) for part in told["components"])
 
 
 def test_the_keys_in_the_documents_are_those_of_the_code() -> None:

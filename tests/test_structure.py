@@ -28,14 +28,14 @@ LAYERS = (
     ("experiment",),
     ("handover",),
     ("deployment",),
-    ("model_commands", "client_commands"),
+    ("model_commands", "client_commands", "provision_commands"),
     ("cli",),
     ("__main__",),
 )
 """Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
 DEPLOYMENT = (
-    ("frames", "processes", "message_kinds"),
+    ("frames", "processes", "message_kinds", "addresses", "certificates", "fingerprints"),
     ("signing",),
     ("keys", "flower", "docker", "health", "message_recipe"),
     ("message_fields",),
@@ -49,7 +49,7 @@ BARE = ("model", "adapters", "training", "evaluation")
 
 LIGHT_ROOMS = (
     *("text", "errors", "seeds", "hub", "downloads", "progress", "host", "recipe"),
-    *("monitoring", "report", "model_commands", "client_commands", "cli"),
+    *("monitoring", "report", "model_commands", "client_commands", "provision_commands", "cli"),
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),

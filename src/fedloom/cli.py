@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
 from fedloom.model_commands import RunFolder, convert, export, generate
+from fedloom.provision_commands import provision
 from fedloom.text import show_controls
 
 app = typer.Typer(
@@ -71,81 +72,14 @@ def run(
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
     loaded = load_recipe(recipe, overrides or ())
-    with quick_imports():
-        from fedloom.experiment.run import run
+    with told_when_terminated(), shown_at_work(out, "fedloom run"):
+        with quick_imports():
+            from fedloom.experiment.run import run
 
-    with told_when_terminated():
         run(loaded, out, resume=resume, log_to=log, watch=watch)
 
 
-provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
 app.add_typer(provision, name="provision")
-ServerFolder = Annotated[Path, typer.Option("--folder", parser=path, help="The server's folder.")]
-
-
-@provision.command("init")
-def provision_init(
-    host: Annotated[str, typer.Option(help="The name or address that clients reach this machine by.")],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="That they connect to.")] = 8443,
-    folder: ServerFolder = Path("fedloom-server"),
-) -> None:
-    """Server: make a certificate authority, the server's certificate, and an empty list of clients."""
-    from fedloom.deployment.keys import describe_expiry, init
-
-    typer.echo(f"{folder}: {describe_expiry(init(folder, host, port).expires())}")
-
-
-@provision.command("renew")
-def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
-    """Server: make it another certificate by the same authority; clients' kits stay as they are."""
-    from fedloom.deployment.keys import describe_expiry, renew
-
-    typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
-    typer.echo("a serve that runs keeps the old one until it is started anew (serve --resume)")
-
-
-@provision.command("request")
-def provision_request(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What this client is to be called.")],
-    folder: Annotated[Path, typer.Option(parser=path, help="Where its key is kept.")] = Path(),
-) -> None:
-    """Client: make a key, which stays here, and the file that goes to the server's owner."""
-    from fedloom.deployment.keys import request
-
-    typer.echo(f"send {request(name, folder)} to the server's owner; keep {folder / name}.key to yourself")
-
-
-@provision.command("approve")
-def provision_approve(
-    request: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="What a client sent.")],
-    to: Annotated[Path, typer.Option(parser=path, help="Where the kit goes.")] = Path(),
-    folder: ServerFolder = Path("fedloom-server"),
-) -> None:
-    """Server: take a client's key, and write the kit to send back."""
-    from fedloom.deployment.keys import approve
-
-    kit, fingerprint = approve(folder, request, to)
-    typer.echo(f"send {kit} back, and read this aloud:\n{fingerprint}")
-
-
-@provision.command("revoke")
-def provision_revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The client.")],
-    folder: ServerFolder = Path("fedloom-server"),
-) -> None:
-    """Server: take a client's key no longer; a server that runs lets go of it."""
-    from fedloom.deployment.keys import revoke
-
-    revoke(folder, name)
-    typer.echo(f"{name} is revoked")
-
-
-@provision.command("compose")
-def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
-    """Either side: write a Dockerfile and Compose files that run the server or a client."""
-    from fedloom.deployment.docker import write_compose
-
-    typer.echo("\n".join(map(str, write_compose(to))))
 
 
 @app.command()
@@ -174,10 +108,11 @@ def serve(
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
     loaded = load_recipe(recipe, overrides or ())
     from fedloom.deployment.keys import open_server
-    from fedloom.deployment.server.serving import serve
 
     security = None if insecure else open_server(server)
-    with told_when_terminated():
+    with told_when_terminated(), shown_at_work(out, "fedloom serve"):
+        from fedloom.deployment.server.serving import serve
+
         serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait)
 
 
@@ -187,26 +122,27 @@ def join(
     data: Annotated[Path, typer.Option(parser=path, help="This client's documents: a file or a folder.")],
     policy: owner.PolicyFile = None,
     journal: owner.JournalFile = None,
+    fingerprint: owner.ServerFingerprint = None,
     text: owner.TextColumn = None,
     files: owner.FilesGlob = None,
     hidden: owner.HiddenFiles = None,
     write_policy: owner.WritePolicy = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
+    from fedloom.deployment.client.first_use import confirm_server
+    from fedloom.deployment.client.joining import join, read_kit
+    from fedloom.deployment.client.policy import load_policy, with_options
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
-    from fedloom.deployment.client.joining import join, read_kit
-    from fedloom.deployment.client.policy import load_policy, with_options
+
+    def say(what: str, detail: str) -> None:
+        typer.echo(show_controls(f"{what:<10}{detail}"))
 
     with told_when_terminated():
-        join(
-            read_kit(kit),
-            data,
-            with_options(load_policy(policy), text=text, files=files, hidden=hidden),
-            journal or owner.journal_of(kit),
-            lambda what, detail: typer.echo(show_controls(f"{what:<10}{detail}")),
-        )
+        read, rules = read_kit(kit), with_options(load_policy(policy), text=text, files=files, hidden=hidden)
+        confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
+        join(read, data, rules, journal or owner.journal_of(kit), say)
 
 
 app.command()(owner.preflight)
@@ -355,6 +291,15 @@ def told_when_terminated() -> Iterator[None]:
         yield
     except Terminated:
         raise typer.Exit(TERMINATED) from None
+
+
+@contextmanager
+def shown_at_work(out: Path | None, command: str) -> Iterator[None]:
+    """`fedloom status` knows of a run before what it needs is imported, which takes seconds."""
+    from fedloom.monitoring.status import status_file
+
+    with status_file(out, command) if out else nullcontext():
+        yield
 
 
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:

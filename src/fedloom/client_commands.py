@@ -31,6 +31,10 @@ JournalFile = Annotated[
     Path | None,
     typer.Option(parser=path, help="Where all that is asked is written down; beside the kit if left out."),
 ]
+ServerFingerprint = Annotated[
+    str | None,
+    typer.Option(metavar="HEX", help="What the server's owner reads aloud; asked for at the first use if left out."),
+]
 TextColumn = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="The column that holds the text; `text` if left out.")
 ]

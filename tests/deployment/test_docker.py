@@ -1,6 +1,8 @@
 """Files for Docker as data, and as docker compose reads them. No container is run here: there is no engine."""
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +18,8 @@ from fedloom.deployment.docker import FILES, write_compose
 from fedloom.errors import DeploymentError
 
 SIDES = ("server", "client")
+NAMED = {"FEDLOOM_BASE": f"python@sha256:{'0' * 64}", "FEDLOOM_SUMS": "1" * 64, "FEDLOOM_FINGERPRINT": "3f2a 91bc"}
+"""What has to be named, since nothing can be made up for it."""
 WRITABLE = {"server": {"/fedloom/runs", "/models"}, "client": {"/fedloom/journal", "/models"}}
 
 
@@ -55,10 +59,65 @@ def test_secrets_stay_out_of_the_image_and_the_authoritys_key_out_of_the_contain
     )
     dockerfile = (tmp_path / "Dockerfile").read_text()
     assert not any(line.startswith(("COPY", "ADD")) for line in dockerfile.splitlines())
-    assert f"fedloom[deploy]=={__version__}" in dockerfile
+    assert f"pip install --no-index ./fedloom-{__version__}-py3-none-any.whl" in dockerfile
     users = [line for line in dockerfile.splitlines() if line.startswith("USER")]
     assert (users[-1], users[0]) == ("USER 1000:1000", "USER 1000:1000")
-    assert (tmp_path / ".dockerignore").read_text().split() == ["*", "!*.whl"]
+    assert (tmp_path / ".dockerignore").read_text().split() == ["*", "!*.whl", "!requirements-*.txt", "!SHA256SUMS"]
+
+
+def test_nothing_is_installed_but_by_its_hash(tmp_path: Path) -> None:
+    """A name on a registry is whose it is: fedloom's own comes from a file, and everything by a hash."""
+    write_compose(tmp_path)
+    dockerfile = (tmp_path / "Dockerfile").read_text().replace("\\\n", " ")
+    installs = re.findall(r"pip install ([^;&\n]+)", dockerfile)
+    assert len(installs) == 4
+    assert all(words.startswith(("--require-hashes ", "--no-index ./")) for words in installs)
+    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${BASE}", "client"]
+    assert "PIP_NO_DEPS=1" in dockerfile
+
+
+@pytest.mark.parametrize(
+    ("base", "passes"),
+    [("python:3.11-slim-bookworm", False), ("", False), (f"python:3.11@sha256:{'a' * 64}", True)],
+)
+def test_the_image_to_begin_with_is_named_by_its_digest(base: str, passes: bool, tmp_path: Path) -> None:
+    write_compose(tmp_path)
+    (check,) = re.findall(r"^RUN (case .+)$", (tmp_path / "Dockerfile").read_text(), re.MULTILINE)
+    done = subprocess.run(["sh", "-c", check], env={"BASE": base}, capture_output=True, text=True)
+    assert (done.returncode == 0) == passes
+    assert passes or "has to be named by its digest" in done.stderr
+
+
+@pytest.mark.parametrize("damaged", ["SHA256SUMS", "fedloom-0.whl", "requirements-deploy.txt", None])
+def test_what_was_exchanged_is_not_installed(damaged: str | None, tmp_path: Path) -> None:
+    """The image's own check, of files as make dist leaves them."""
+    write_compose(tmp_path / "files")
+    (command,) = re.findall(
+        r"^RUN --mount=type=bind,target=/dist cd /dist && (echo .+?[^\\])$",
+        (tmp_path / "files" / "Dockerfile").read_text(), re.MULTILINE | re.DOTALL,
+    )  # fmt: skip
+    dist = tmp_path / "dist"
+    dist.mkdir()
+    for name in ("fedloom-0.whl", "requirements-deploy.txt"):
+        (dist / name).write_text(name)
+    subprocess.run("sha256sum -- * > ../sums && mv ../sums SHA256SUMS", shell=True, cwd=dist, check=True)
+    told = hashlib.sha256((dist / "SHA256SUMS").read_bytes()).hexdigest()
+    if damaged:
+        (dist / damaged).write_text("mallory's")
+    done = subprocess.run(["sh", "-c", command], cwd=dist, env={**os.environ, "SUMS": told}, capture_output=True)
+    assert (done.returncode == 0) == (damaged is None)
+
+
+@pytest.mark.parametrize("missing", NAMED)
+def test_what_has_to_be_named_is_asked_for(missing: str, tmp_path: Path) -> None:
+    program = compose_program()
+    write_compose(tmp_path)
+    named = {"FEDLOOM_NAME": "alice", "FEDLOOM_DATA": "./documents", **NAMED}
+    command = [*program, "-f", "compose.client.yaml", "config"]
+    environment = {**os.environ, **{name: value for name, value in named.items() if name != missing}}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert missing in done.stderr
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -98,14 +157,22 @@ def test_docker_compose_reads_the_files(side: str, tmp_path: Path) -> None:
     program = compose_program()
     write_compose(tmp_path)
     command = [*program, "-f", f"compose.{side}.yaml", "config"]
-    environment = {**os.environ, "FEDLOOM_NAME": "alice", "FEDLOOM_DATA": "./documents", "FEDLOOM_USER": "1234:1234"}
+    environment = {
+        **os.environ,
+        "FEDLOOM_NAME": "alice",
+        "FEDLOOM_DATA": "./documents",
+        "FEDLOOM_USER": "1234:1234",
+        **NAMED,
+    }
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = yaml.safe_load(done.stdout)["services"][side]
     assert told["user"] == "1234:1234"
     assert f"fedloom-{side}:{__version__}" == told["image"]
+    assert told["build"]["args"] == {"BASE": NAMED["FEDLOOM_BASE"], "SUMS": NAMED["FEDLOOM_SUMS"], "GPU": ""}
     if side == "client":
         assert told["command"][:2] == ["join", "alice.kit"]
+        assert told["command"][-2:] == ["--fingerprint", "3f2a 91bc"]
         del environment["FEDLOOM_NAME"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode != 0

@@ -17,8 +17,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedloom.deployment import keys
 from fedloom.deployment.client.joining import read_kit
-from fedloom.deployment.keys import approve, fingerprint, init, open_server, request, revoke
+from fedloom.deployment.fingerprints import identify_server
+from fedloom.deployment.keys import approve, init, open_server, request, revoke
+from fedloom.deployment.server.serving import serve
 from fedloom.errors import DeploymentError
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.loading import load_recipe
 
 
 def test_the_servers_certificate_has_its_names_and_is_signed_by_its_authority(tmp_path: Path) -> None:
@@ -40,20 +44,20 @@ def test_a_clients_key_stays_where_it_was_made(tmp_path: Path) -> None:
     sent = request("alice", tmp_path / "alice")
     secret = (tmp_path / "alice" / "alice.key").read_text()
     assert stat.S_IMODE((tmp_path / "alice" / "alice.key").stat().st_mode) == 0o600
-    kit, read_aloud = approve(security.folder, sent, tmp_path / "alice")
+    kit, name, _, read_aloud = approve(security.folder, sent, tmp_path / "alice")
     assert set(json.loads(sent.read_text())) == {"fedloom", "name", "key"}
     for file in (sent, kit, *(tmp_path / "server").rglob("*.pub")):
         assert "PRIVATE KEY" not in file.read_text()
     assert "PRIVATE KEY" in secret
-    assert read_aloud == fingerprint(security.ca)
-    assert list(security.clients()) == ["alice"]
+    assert read_aloud == identify_server(security.ca.read_text(), read_kit(kit).signer)
+    assert list(security.clients()) == [name] == ["alice"]
     assert read_kit(kit).server == "localhost:8443"
     assert read_kit(kit).key == (tmp_path / "alice" / "alice.key").resolve()
 
 
 def test_a_kit_without_its_key_is_refused(tmp_path: Path) -> None:
     security = init(tmp_path / "server", "localhost", 8443)
-    kit, _ = approve(security.folder, request("alice", tmp_path / "alice"), tmp_path)
+    kit = approve(security.folder, request("alice", tmp_path / "alice"), tmp_path).kit
     with pytest.raises(DeploymentError, match="alice's key is not there"):
         read_kit(kit)
 
@@ -68,7 +72,7 @@ def test_a_kits_authority_is_one_certificate_and_that_is_what_is_trusted(tmp_pat
     """Fingerprints are told aloud: a second one would be trusted unseen."""
     security = init(tmp_path / "server", "localhost", 8443)
     other = init(tmp_path / "other", "localhost", 8443)
-    kit, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit, _, _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
     sent, ca = kit.read_text(), security.ca.read_text()
     for wrong in (ca + other.ca.read_text(), ca.replace("MII", "MIX"), ca[:200], "none", other.key.read_text()):
         kit.write_text(sent.replace(ca, wrong))
@@ -76,27 +80,28 @@ def test_a_kits_authority_is_one_certificate_and_that_is_what_is_trusted(tmp_pat
             read_kit(kit)
     kit.write_text(sent.replace(ca, f"of the server's owner\n{ca}{other.key.read_text()}"))
     assert read_kit(kit).ca == ca
-    (tmp_path / "ca.crt").write_text(read_kit(kit).ca)
-    assert fingerprint(tmp_path / "ca.crt") == read_aloud
+    assert read_kit(kit).fingerprint == read_aloud
 
 
 @pytest.mark.parametrize(
     "server",
     ["localhost", "localhost:", ":8443", "localhost:0", "localhost:65536", "localhost:8443x", "localhost:८४४३",
-     "localhost :8443", "localhost: 8443", "https://localhost:8443", "localhost:8443/", "a..b:1", f"{'a' * 64}:1", ""],
+     "localhost :8443", "localhost: 8443", "https://localhost:8443", "localhost:8443/", "a..b:1", f"{'a' * 64}:1", "",
+     "::1:8443", "2001:db8::1:8443", "[localhost]:8443", "[::1]", "[::1]:",
+     "[fe80::1%eth0]:8443", "[::1:8443", "[1:2]:8443"],
 )  # fmt: skip
 def test_a_kit_whose_server_is_mistyped_is_refused(server: str, tmp_path: Path) -> None:
     security = init(tmp_path / "server", "localhost", 8443)
-    kit, _ = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit = approve(security.folder, request("alice", tmp_path), tmp_path).kit
     kit.write_text(kit.read_text().replace("localhost:8443", server))
     with pytest.raises(DeploymentError, match=r"alice.kit: server: not HOST:PORT"):
         read_kit(kit)
 
 
-@pytest.mark.parametrize("server", ["fed.example.org:1", "10.0.0.1:65535", "[::1]:8443", "::1:8443"])
+@pytest.mark.parametrize("server", ["fed.example.org:1", "10.0.0.1:65535", "[::1]:8443", "[2001:db8::1]:8443"])
 def test_a_kits_server_is_a_name_or_an_address(server: str, tmp_path: Path) -> None:
     security = init(tmp_path / "server", "localhost", 8443)
-    kit, _ = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit = approve(security.folder, request("alice", tmp_path), tmp_path).kit
     kit.write_text(kit.read_text().replace("localhost:8443", server))
     assert read_kit(kit).server == server
 
@@ -181,10 +186,10 @@ def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, monkeypa
     monkeypatch.setattr(keys, "SERVER_DAYS", 20)
     security = init(tmp_path / "server", "fed.example.org", 8443)
     before = security.certificate.read_bytes()
-    _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit, _, _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
     monkeypatch.setattr(keys, "SERVER_DAYS", 365)
     assert "DAYS LEFT" not in keys.describe_expiry(keys.renew(tmp_path / "server").expires())
-    assert fingerprint(security.ca) == read_aloud
+    assert identify_server(security.ca.read_text(), read_kit(kit).signer) == read_aloud
     ca, renewed = (x509.load_pem_x509_certificate(path.read_bytes()) for path in (security.ca, security.certificate))
     renewed.verify_directly_issued_by(ca)
     assert security.certificate.read_bytes() != before
@@ -192,3 +197,34 @@ def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, monkeypa
     (tmp_path / "server" / "ca.key").unlink()
     with pytest.raises(DeploymentError, match="can't be read"):
         keys.renew(tmp_path / "server")
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "0:0:0:0:0:0:0:1"])
+def test_a_server_with_an_ipv6_address_is_named_in_brackets(host: str, tmp_path: Path) -> None:
+    security = init(tmp_path / "server", host, 8443)
+    assert security.host == "::1"
+    assert not security.is_local, "the SuperLink itself has no IPv6"
+    kit = approve(security.folder, request("alice", tmp_path), tmp_path).kit
+    assert read_kit(kit).server == "[::1]:8443"
+    certificate = x509.load_pem_x509_certificate(security.certificate.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "::1" in map(str, names.get_values_for_type(x509.IPAddress))
+
+
+@pytest.mark.parametrize("host", ["a:b", "::1:8443:", "fe80::1%eth0", "[localhost]", "a b", ""])
+def test_a_server_whose_host_is_none_is_refused(host: str, tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match="not a host name or address"):
+        init(tmp_path / "server", host, 8443)
+    assert not (tmp_path / "server").exists()
+
+
+def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
+    """A second one would write its own nginx.conf, which the first one's nginx takes when it is started again."""
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    recipe = load_recipe("tiny")
+    with keys.in_use(security):
+        with pytest.raises(DeploymentError, match=r"another fedloom serve works with it; .*fedloom stop"):
+            serve(recipe, tmp_path / "run", Observer(), security=security)
+        assert not (tmp_path / "server" / "nginx.conf").exists()
+    with keys.in_use(security):
+        pass

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from support.federation_here import SECONDS, Federation, end, federation, run_here, split, tiny
+from support.federation_here import SECONDS, Federation, confirmed, end, federation, run_here, split, tiny
 
 from fedloom.deployment import keys
 from fedloom.deployment.processes import free_port
@@ -85,9 +85,10 @@ def test_a_client_with_a_certificate_takes_part_and_one_without_does_not(tmp_pat
             keys.approve(there.server, keys.request(name, folder), folder)
             change = fill(kit, ports[own]).replace("alice", name)
             subprocess.run(["bash", "-euc", change], cwd=folder, check=True)
-        there.start("mallory", "join", str(far / "mallory.kit"), "--data", str(data))
+        kits = near / "alice.kit", far / "mallory.kit"
+        there.start("mallory", "join", str(kits[1]), *confirmed(kits[1]), "--data", str(data))
         there.wait_for("mallory", "waiting")
-        there.start("alice", "join", str(near / "alice.kit"), "--data", str(data))
+        there.start("alice", "join", str(kits[0]), *confirmed(kits[0]), "--data", str(data))
         served = there.finish(server)
         assert "joining" not in there.said("mallory"), "without a certificate nobody answers"
         assert "certificate required" in there.said("without")

@@ -286,7 +286,7 @@ def test_no_file_of_a_deployment_can_be_changed_by_others_whatever_the_umask(tmp
     security = keys.init(server, "localhost", 8443)
     asked = keys.request("alice", client)
     for _ in range(2):  # the second time, the kit is there
-        kit, _ = keys.approve(server, asked, client)
+        kit = keys.approve(server, asked, client).kit
     keys.renew(server)
     assert is_private(server)
     files = [path for path in (*server.rglob("*"), *client.iterdir()) if path.is_file()]
@@ -300,7 +300,7 @@ def test_no_file_of_a_deployment_can_be_changed_by_others_whatever_the_umask(tmp
 @pytest.mark.parametrize("rights", [0o640, 0o604, 0o620, 0o644])
 def test_a_private_key_that_others_can_read_is_refused_on_both_sides(rights: int, tmp_path: Path) -> None:
     security = keys.init(tmp_path / "server", "localhost", 8443)
-    kit, _ = keys.approve(security.folder, keys.request("alice", tmp_path), tmp_path)
+    kit = keys.approve(security.folder, keys.request("alice", tmp_path), tmp_path).kit
     for key in (security.key, security.signing_key, security.folder / "ca.key"):
         key.chmod(rights)
         with pytest.raises(
@@ -321,7 +321,7 @@ def test_a_kit_from_before_questions_were_signed_is_refused_with_the_way_to_a_ne
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     security = keys.init(tmp_path / "server", "localhost", 8443)
-    kit, _ = keys.approve(security.folder, keys.request("alice", tmp_path), tmp_path)
+    kit = keys.approve(security.folder, keys.request("alice", tmp_path), tmp_path).kit
     whole = kit.read_text()
     line = next(line for line in whole.splitlines() if line.startswith("signer"))
     for old in (

@@ -55,6 +55,17 @@ def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
             owner.communicate()
 
 
+def test_a_folder_that_is_swept_by_another_at_the_same_moment_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found, and gone before it is looked at: two commands that begin while a third ends."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = tmp_path / "fedloom-gone" / "owner.lock"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([found]))
+    with private_folder() as mine:
+        assert mine.is_dir()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root makes a folder that is another's")
 def test_another_users_folder_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipes there would be opened for ever."""

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from support.federation_here import Federation, end, federation, run_here, split, tiny
+from support.federation_here import Federation, confirmed, end, federation, run_here, split, tiny
 
 from fedloom.deployment import keys
 from fedloom.deployment.flower.bundle import write_app
@@ -145,7 +145,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
             return write_kit(tmp_path / name, name, through or way.address, ca)
 
         def join(name: str, kit: Path, *before: str, data: Path = data[0]) -> "subprocess.Popen[bytes]":
-            return there.start(name, "join", str(kit), "--data", str(data), before=before)
+            return there.start(name, "join", str(kit), *confirmed(kit), "--data", str(data), before=before)
 
         erin = approve("erin")
         keys.revoke(there.server, "erin")

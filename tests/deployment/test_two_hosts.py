@@ -1,5 +1,6 @@
 """docs/deploy.md followed to the letter by a server and two clients, each on a host of its own."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -59,9 +60,9 @@ def test_the_guide_leads_two_hosts_from_nothing_to_the_adapter_of_a_local_run(tm
     with hosts(SERVER, *CLIENTS) as host, ExitStack() as stack:
         there = Federation(tmp_path, stack, secure=False)
 
-        def start(what: str, where: str) -> "subprocess.Popen[bytes]":
+        def start(what: str, where: str, stdin: int | None = None) -> "subprocess.Popen[bytes]":
             words = [word.replace("alice", where) for word in commands[what]]
-            return there.start(f"{where}-{what}", *words, before=host[where], folder=home[where])
+            return there.start(f"{where}-{what}", *words, before=host[where], folder=home[where], stdin=stdin)
 
         first = [start("init", SERVER), *(start("request", client) for client in CLIENTS)]
         assert [process.wait(100) for process in first] == [0, 0, 0]
@@ -71,16 +72,21 @@ def test_the_guide_leads_two_hosts_from_nothing_to_the_adapter_of_a_local_run(tm
             approved = there.start(f"approve-{client}", *words, before=host[SERVER], folder=home[SERVER])
             assert approved.wait(100) == 0, there.said(f"approve-{client}")
             shutil.copy(home[SERVER] / f"{client}.kit", home[client])
+        heard = {client: there.said(f"approve-{client}").splitlines() for client in CLIENTS}
+        assert all(there.said(f"{client}-request").splitlines()[-1] == heard[client][1] for client in CLIENTS)
         for client in CLIENTS:
-            start("join", client)
+            ours, theirs = os.openpty()
+            stack.callback(os.close, ours)
+            start("join", client, theirs)
+            os.close(theirs)
+            there.wait_for(f"{client}-join", f"has the fingerprint {heard[client][3]}")
+            os.write(ours, b"yes\n")
         server = start("serve", SERVER)  # who joins may come first
         there.wait_for("alice-join", "joining")
         assert "waiting   for fed.example.org:8443: connection refused" in there.said("alice-join")
         probe = subprocess.run([*host["alice"], sys.executable, "-c", PROBE, SERVER], capture_output=True, text=True)
         assert server.wait(300) == 0, there.said(f"{SERVER}-serve")
         assert start("report", SERVER).wait(100) == 0, there.said(f"{SERVER}-report")
-        fingerprints = [there.said(f"approve-{client}").splitlines()[1] for client in CLIENTS]
-        assert all(read in there.said(f"{client}-join") for read, client in zip(fingerprints, CLIENTS, strict=True))
     assert probe.stdout.split() == ["True", "403", "403", "403", "403"], probe.stderr
 
     local = run_here(recipe, tmp_path / "local")

@@ -225,7 +225,7 @@ def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(ModelError, match=r"8bit weights need a GPU"):
         check_quantization("8bit", source, CPU)
     monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"bitsandbytes is not installed; pip install 'fedloom\[quantized\]'"):
+    with pytest.raises(ModelError, match=r"bitsandbytes is not installed; pip install 'bitsandbytes>=0.46'"):
         check_quantization("4bit", source, gpu)
     monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: object())
     with pytest.raises(ModelError, match="a random model has no weights to pack"):

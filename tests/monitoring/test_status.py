@@ -73,6 +73,39 @@ def test_everything_that_is_shown_reaches_every_observer() -> None:
     assert set(methods) <= set(vars(Observers))
 
 
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_a_command_that_starts_says_so(command: str, tmp_path: Path) -> None:
+    """Before it has imported what it needs: that takes seconds, in which it was nothing and nobody."""
+    out = tmp_path / "first"
+    code = (
+        "import builtins, sys; imports = builtins.__import__\n"
+        "def find(name, *rest):\n"
+        "    if name == 'torch':\n"
+        "        from pathlib import Path; from fedloom.monitoring.status import describe\n"
+        "        print(*describe(Path(sys.argv[-1])), sep='\\n', flush=True); sys.exit(3)\n"
+        "    return imports(name, *rest)\n"
+        "builtins.__import__ = find\n"
+        "from fedloom.cli import main; main()"
+    )
+    words = [command, "tiny", *(["--insecure"] if command == "serve" else []), "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith(f"at work   fedloom {command}, process ")
+    assert done.stdout.endswith("\ndoing     starting\n")
+
+
+def test_what_a_command_calls_goes_on_with_its_status_file(tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    with status_file(run, "fedloom serve"):
+        with status_file(run, "fedloom serve") as display:
+            display.show_step("waiting", "for 2 clients")
+            assert "doing     waiting: for 2 clients" in [*describe(run)]
+        assert find_work(run) is not None
+    assert find_work(run) is None
+    with status_file(run, "fedloom run"):
+        assert find_work(run) is not None
+
+
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
     (tmp_path / f".fedloom-{os.getuid()}").mkdir(mode=0o777)
     (tmp_path / f".fedloom-{os.getuid()}").chmod(0o777)

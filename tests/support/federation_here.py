@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 from fedloom.deployment import keys
+from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.processes import free_port
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.experiment.run import run
@@ -47,12 +49,20 @@ class Federation:
             keys.init(self.server, host, self.port)
 
     def start(
-        self, name: str, *words: str, before: Sequence[str] = (), folder: Path | None = None, **environment: str
+        self,
+        name: str,
+        *words: str,
+        before: Sequence[str] = (),
+        folder: Path | None = None,
+        stdin: int | None = None,
+        **environment: str,
     ) -> subprocess.Popen[bytes]:
         """Start a `fedloom` command in a folder, after the words of another command that runs it."""
         command = [*before, sys.executable, "-m", "fedloom", *words]
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment})
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment}
+            )
         self._stack.callback(end, process)
         self.processes[name] = process
         return process
@@ -75,7 +85,7 @@ class Federation:
             kit.write_text(f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\n')
         if through:
             kit.write_text(kit.read_text().replace(f":{self.port}", f":{through}"))
-        return self.start(name, "join", str(kit), "--data", str(data), *words, **environment)
+        return self.start(name, "join", str(kit), *confirmed(kit), "--data", str(data), *words, **environment)
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -100,6 +110,12 @@ class Federation:
         code = server.wait(SECONDS)
         assert code == 0, self.said("serve")
         return read_run(self.out)
+
+
+def confirmed(kit: Path) -> list[str]:
+    """Words for `join` by which the server of a kit is confirmed, whoever made it; none where it has no certificate."""
+    told = tomllib.loads(kit.read_text())
+    return ["--fingerprint", identify_server(told["ca"], told["signer"])] if "ca" in told else []
 
 
 @contextmanager

@@ -12,13 +12,25 @@ from fedloom import __version__
 from fedloom.errors import DeploymentError
 
 DOCKERFILE = """\
-# Written by fedloom provision compose. No secrets: .dockerignore lets nothing in but wheels.
-FROM python:3.11-slim-bookworm AS client
-# For a GPU: --build-arg TORCH=https://pypi.org/simple
-ARG TORCH=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --index-url "$TORCH" torch
-# A wheel of fedloom beside this file is taken before the registry's.
-RUN --mount=type=bind,target=/wheels pip install --no-cache-dir --find-links /wheels "fedloom[deploy]=={version}"
+# Written by fedloom provision compose. No secrets: .dockerignore lets in what make dist made, and nothing else.
+# The image to begin with, python:3.11-slim-bookworm by its digest: a tag is whatever it leads to today.
+ARG BASE
+FROM ${{BASE}} AS client
+ARG BASE
+RUN case "$BASE" in *@sha256:*) ;; *) echo "BASE has to be named by its digest: IMAGE@sha256:..." >&2; exit 1;; esac
+# The release's hash, which make dist prints. All that is installed is checked by it: the wheel, and others' files by
+# the hashes that came with it.
+ARG SUMS
+RUN --mount=type=bind,target=/dist cd /dist && echo "$SUMS  SHA256SUMS" | sha256sum --check && \\
+    sha256sum --check --ignore-missing SHA256SUMS
+ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_ONLY_BINARY=:all: PIP_DISABLE_PIP_VERSION_CHECK=1
+# For a GPU: --build-arg GPU=1
+ARG GPU=
+RUN --mount=type=bind,target=/dist cd /dist && if [ "$GPU" ]; then \\
+    pip install --require-hashes -r requirements-torch.txt -r requirements-cuda.txt; else \\
+    pip install --require-hashes --index-url https://download.pytorch.org/whl/cpu -r requirements-torch.txt; fi
+RUN --mount=type=bind,target=/dist cd /dist && pip install --require-hashes -r requirements-deploy.txt && \\
+    pip install --no-index ./fedloom-{version}-py3-none-any.whl
 # Whoever it runs as can write models, and needs no entry in /etc/passwd.
 RUN mkdir --mode 1777 /models
 ENV HOME=/tmp USER=fedloom HF_HOME=/models PYTHONDONTWRITEBYTECODE=1
@@ -31,7 +43,18 @@ USER root
 RUN apt-get update && apt-get install --yes --no-install-recommends nginx-light && rm -rf /var/lib/apt/lists/*
 USER 1000:1000
 """
-IGNORE = "*\n!*.whl\n"
+IGNORE = "*\n!*.whl\n!requirements-*.txt\n!SHA256SUMS\n"
+BUILD = """\
+    # FEDLOOM_BASE and FEDLOOM_SUMS, best in a file .env beside this one: the head of the Dockerfile says what they are.
+    build:
+      context: .
+      target: SIDE
+      args:
+        BASE: "${{FEDLOOM_BASE:?python:3.11-slim-bookworm by its digest, IMAGE@sha256:...}}"
+        SUMS: "${{FEDLOOM_SUMS:?the hash of SHA256SUMS that make dist printed}}"
+        GPU: "${{FEDLOOM_GPU:-}}"
+    image: fedloom-SIDE:{version}
+"""
 HARDENED = """\
     user: ${{FEDLOOM_USER:-1000:1000}}
     init: true
@@ -48,8 +71,9 @@ SERVER = (
 #   docker compose -f compose.server.yaml up --build
 services:
   server:
-    build: {{context: ., target: server}}
-    image: fedloom-server:{version}
+"""
+    + BUILD.replace("SIDE", "server")
+    + """\
     command: [serve, recipe.toml, --out, "runs/${{FEDLOOM_RUN:-first}}", --resume]
 """
     + HARDENED
@@ -82,14 +106,16 @@ volumes:
 CLIENT = (
     """\
 # Written by fedloom provision compose. In this folder: NAME.key and NAME.kit, and journal/, its record of questions.
-# FEDLOOM_USER is who owns them: $(id -u):$(id -g)
+# FEDLOOM_USER is who owns them: $(id -u):$(id -g). FEDLOOM_FINGERPRINT is what the server's owner reads aloud.
 #   FEDLOOM_NAME=alice FEDLOOM_DATA=./documents docker compose -f compose.client.yaml up --build
 services:
   client:
-    build: {{context: ., target: client}}
-    image: fedloom-client:{version}
+"""
+    + BUILD.replace("SIDE", "client")
+    + """\
     # With a policy: mount ./policy.toml as the kit is, and add --policy, policy.toml
-    command: [join, "${{FEDLOOM_NAME}}.kit", --data, /data, --journal, journal/rounds.jsonl]
+    command: [join, "${{FEDLOOM_NAME}}.kit", --data, /data, --journal, journal/rounds.jsonl,
+      --fingerprint, "${{FEDLOOM_FINGERPRINT:?what the server's owner reads aloud}}"]
 """
     + HARDENED
     + """\

@@ -6,29 +6,33 @@ a kit with the server's address and certificate authority. Whoever holds a regis
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedloom.deployment.addresses import join_address, read_host
+from fedloom.deployment.certificates import certificate_pem, certify, private_pem, read_certificate
+from fedloom.deployment.fingerprints import identify_client, identify_server
 from fedloom.deployment.processes import check_flower
 from fedloom.deployment.signing import make_signing_key
 from fedloom.errors import DeploymentError
-from fedloom.host.files import replace_file, write_private
+from fedloom.host.files import Lock, replace_file, write_private
 
 if TYPE_CHECKING:
     from cryptography import x509
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
-PORT = re.compile(r"[1-9][0-9]{0,4}")
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine in every server's certificate."""
+LOCAL = LOOPBACK[:2]
+"""Hosts of the SuperLink itself, which has no IPv6: with ::1, clients come through the proxy."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Security:
     @property
     def is_local(self) -> bool:
         """True where all clients are on this machine, so that no proxy is needed."""
-        return self.host in LOOPBACK
+        return self.host in LOCAL
 
     def clients(self) -> Mapping[str, Path]:
         """List the public keys of the clients that were approved and not revoked, by name."""
@@ -69,7 +73,7 @@ class Security:
 
     def expires(self) -> datetime:
         """Return when the server's certificate expires."""
-        return _read_certificate(self.certificate).not_valid_after_utc
+        return read_certificate(self.certificate).not_valid_after_utc
 
 
 def init(folder: Path, host: str, port: int) -> Security:
@@ -81,22 +85,40 @@ def init(folder: Path, host: str, port: int) -> Security:
     check_flower()  # the library for keys comes with it
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    if not HOST.fullmatch(host):
-        raise DeploymentError("not a host name or address", where=f"--host {host[:80]}")
+    host = read_host(host, where=f"--host {host[:80]}")
     if folder.exists():
         raise DeploymentError("the folder exists", where=str(folder), mend="name another with --folder")
     folder.mkdir(mode=0o700, parents=True)
     (folder / "clients").mkdir()
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    ca = _certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
+    ca = certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
     server = _certify_server(host, server_key, (ca, ca_key))
     for name, key in (("ca", ca_key), ("server", server_key)):
-        write_private(folder / f"{name}.key", _private_pem(key))
+        write_private(folder / f"{name}.key", private_pem(key))
     for name, certificate in (("ca", ca), ("server", server)):
-        _write_public(folder / f"{name}.crt", _certificate_pem(certificate))
+        _write_public(folder / f"{name}.crt", certificate_pem(certificate))
     _write_public(folder / "server.toml", f'host = "{host}"\nport = {port}\n'.encode())
     make_signing_key(folder / "signing.key")
     return open_server(folder)
+
+
+@contextmanager
+def in_use(security: Security) -> Iterator[None]:
+    """Be the only server that works with these keys, until the block ends: nginx's files lie beside them.
+
+    Raises:
+        DeploymentError: another one is, or the folder can't be written.
+    """
+    try:
+        lock = Lock(security.folder / "serve.lock", 0o600)
+    except BlockingIOError:
+        raise DeploymentError(
+            "another fedloom serve works with it", where=str(security.folder), mend="end that one: fedloom stop RUN"
+        ) from None
+    except OSError as error:
+        raise DeploymentError(f"can't be written ({error.strerror})", where=str(security.folder)) from None
+    with lock:
+        yield
 
 
 def renew(folder: Path) -> Security:
@@ -110,13 +132,13 @@ def renew(folder: Path) -> Security:
 
     try:
         ca_key, key = ((folder / name).read_bytes() for name in ("ca.key", "server.key"))
-        issuer = _read_certificate(security.ca), load_pem_private_key(ca_key, None)
+        issuer = read_certificate(security.ca), load_pem_private_key(ca_key, None)
         certificate = _certify_server(security.host, load_pem_private_key(key, None), issuer)
     except (OSError, ValueError) as error:
         raise DeploymentError(
             "the keys in it can't be read", where=str(folder), mend="bring ca.key and server.key back to it"
         ) from error
-    _write_public(security.certificate, _certificate_pem(certificate))
+    _write_public(security.certificate, certificate_pem(certificate))
     return security
 
 
@@ -184,13 +206,22 @@ def request(name: str, folder: Path) -> Path:
     return path
 
 
-def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
-    """Take a client's key onto the list; return the kit to send back, and the fingerprint to read aloud.
+class Approved(NamedTuple):
+    """Kit to send back, whose it is, and the fingerprints that two people compare."""
+
+    kit: Path
+    name: str
+    client: str
+    """Fingerprint of the key that was approved."""
+    server: str
+
+
+def read_request(file: Path) -> tuple[str, str]:
+    """Return the name and the public key in what a client sent.
 
     Raises:
-        DeploymentError: the file is not a request, or another client has that name or key.
+        DeploymentError: the file is not a request.
     """
-    security = open_server(folder)
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         name, public = str(told["name"]), _read_public_key(str(told["key"]))
@@ -201,6 +232,17 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
     except Exception as error:  # of a dozen kinds, from a file that may be anything
         raise DeploymentError("not a fedloom request", where=str(file)) from error
     check_name(name)
+    return name, public
+
+
+def approve(folder: Path, file: Path, to: Path) -> Approved:
+    """Take a client's key onto the list, and write its kit.
+
+    Raises:
+        DeploymentError: the file is not a request, or another client has that name or key.
+    """
+    security = open_server(folder)
+    name, public = read_request(file)
     known = folder / "clients" / f"{name}.pub"
     if known.exists() and known.read_text(encoding="utf-8").strip() != public:
         raise DeploymentError(
@@ -219,9 +261,10 @@ def approve(folder: Path, file: Path, to: Path) -> tuple[Path, str]:
     _write_public(known, (public + "\n").encode())
     ca, signer = security.ca.read_text(encoding="utf-8"), make_signing_key(security.signing_key)
     kit = to / f"{name}.kit"
-    told = f'name = "{name}"\nserver = "{security.host}:{security.port}"\nsigner = "{signer}"\nca = """\n{ca}"""\n'
+    address = join_address(security.host, security.port)
+    told = f'name = "{name}"\nserver = "{address}"\nsigner = "{signer}"\nca = """\n{ca}"""\n'
     _write_public(kit, told.encode())
-    return kit, fingerprint(security.ca)
+    return Approved(kit, name, identify_client(name, public), identify_server(ca, signer))
 
 
 def _read_public_key(text: str) -> str:
@@ -240,6 +283,21 @@ def _read_public_key(text: str) -> str:
     return public.decode()
 
 
+def public_key_of(file: Path) -> str:
+    """Return the public key, as OpenSSH has it, of a private key that `request` made.
+
+    Raises:
+        DeploymentError: the file is none.
+    """
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        key = serialization.load_ssh_private_key(file.read_bytes(), None).public_key()
+    except Exception as error:  # of a dozen kinds, as in a request
+        raise DeploymentError("not a key of fedloom provision request", where=str(file)) from error
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
 def revoke(folder: Path, name: str) -> None:
     """Take a client's key off the list: a server that runs lets go of it within seconds.
 
@@ -252,14 +310,6 @@ def revoke(folder: Path, name: str) -> None:
         raise DeploymentError(f'no client is named "{name}"', where=str(folder), mend=f"known: {', '.join(known)}")
     (folder / "revoked").mkdir(exist_ok=True)
     known[name].replace(folder / "revoked" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.pub")
-
-
-def fingerprint(ca: Path) -> str:
-    """Return the SHA-256 of a certificate, in groups that can be read aloud."""
-    from cryptography.hazmat.primitives.hashes import SHA256
-
-    digits = _read_certificate(ca).fingerprint(SHA256()).hex()
-    return " ".join(digits[start : start + 8] for start in range(0, len(digits), 8))
 
 
 def read_authority(pem: str, where: str) -> str:
@@ -277,7 +327,7 @@ def read_authority(pem: str, where: str) -> str:
         raise DeploymentError(
             "not exactly one certificate", where=where, mend="ask the server's owner for the kit again"
         ) from None
-    return _certificate_pem(certificate).decode()
+    return certificate_pem(certificate).decode()
 
 
 def check_private(key: Path) -> None:
@@ -294,18 +344,6 @@ def check_private(key: Path) -> None:
         )
 
 
-def is_address(text: str) -> bool:
-    """Return whether a text is HOST:PORT, as a kit names its server."""
-    host, _, port = text.rpartition(":")
-    host = host[1:-1] if host[:1] + host[-1:] == "[]" else host
-    try:
-        # Whoever connects does this, and fails with another error: a part of it may be empty or too long.
-        host.encode("idna")
-    except UnicodeError:
-        return False
-    return bool(HOST.fullmatch(host) and PORT.fullmatch(port) and int(port) < 2**16)
-
-
 def check_name(name: str, where: str = "") -> None:
     """Refuse what can't be a client's name: it becomes part of paths.
 
@@ -319,71 +357,7 @@ def check_name(name: str, where: str = "") -> None:
 
 
 def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -> x509.Certificate:
-    return _certify(host, key, issuer, SERVER_DAYS, hosts=(host, *LOOPBACK))
-
-
-def _certify(
-    name: str, key: Any, issuer: tuple[x509.Certificate, Any] | None, days: int, hosts: tuple[str, ...]
-) -> x509.Certificate:
-    """Make a certificate: one that signs itself, or one that an authority signs for hosts."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives.hashes import SHA384
-
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name[:64])])
-    now = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ
-    signer = issuer[1] if issuer else key
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer[0].subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-    )
-    if hosts:
-        names = [_general_name(host) for host in dict.fromkeys(hosts)]
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    else:
-        usage: dict[str, bool] = dict.fromkeys(
-            ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
-        )
-        builder = builder.add_extension(
-            x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False),
-            critical=True,
-        )
-    return builder.sign(signer, SHA384())
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    from cryptography import x509
-
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
-
-
-def _read_certificate(path: Path) -> x509.Certificate:
-    from cryptography import x509
-
-    return x509.load_pem_x509_certificate(path.read_bytes())
-
-
-def _certificate_pem(certificate: x509.Certificate) -> bytes:
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    return certificate.public_bytes(Encoding.PEM)
-
-
-def _private_pem(key: Any) -> bytes:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    found: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return found
+    return certify(host, key, issuer, SERVER_DAYS, hosts=(host, *LOOPBACK))
 
 
 def _write_public(path: Path, content: bytes) -> None:

@@ -36,6 +36,8 @@ FLOWER = {
 }
 """Settings of Flower's programs: they report to nobody, start apps sooner, get through slow links, and have no threads
 to fork."""
+INSTALL_FLOWER = "pip install 'flwr>=1.41,<1.42'"
+"""Command for who has none. It does not name fedloom, which a stranger might publish under that name."""
 CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
 """Environment variable with the secret that a SuperLink demands of whoever operates it. Others on this machine can
 reach its port, too."""
@@ -134,7 +136,7 @@ def check_flower() -> None:
         DeploymentError
     """
     if find_spec("flwr") is None:
-        raise DeploymentError("Flower is not installed", mend="install it: pip install 'fedloom[deploy]'")
+        raise DeploymentError("Flower is not installed", mend=f"install it: {INSTALL_FLOWER}")
 
 
 def flower_command(program: str) -> list[str]:
@@ -211,11 +213,12 @@ def private_folder() -> Iterator[Path]:
 def _sweep() -> None:
     """Remove folders of processes that are gone."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
-        # Another user's "lock" may be a pipe, which would be opened for ever.
-        if lock.parent.lstat().st_uid != os.getuid():
-            continue
-        with suppress(OSError), Lock(lock, rights=None):  # held by its owner, or swept by another
-            shutil.rmtree(lock.parent, ignore_errors=True)
+        with suppress(OSError):  # held by its owner, or swept by another, at any moment
+            # Another user's "lock" may be a pipe, which would be opened for ever.
+            if lock.parent.lstat().st_uid != os.getuid():
+                continue
+            with Lock(lock, rights=None):
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def rest(seconds: float, check: Callable[[], None]) -> None:

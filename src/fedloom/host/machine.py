@@ -81,7 +81,7 @@ def examine() -> list[Finding]:
         )
     )
     flower = _version("flwr")
-    findings.append(Finding("flwr", flower or "not installed; for other machines: pip install 'fedloom[deploy]'"))
+    findings.append(Finding("flwr", flower or "not installed; for other machines: pip install 'flwr>=1.41,<1.42'"))
     nginx = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
     findings.append(Finding("nginx", nginx or "not installed; a server of other machines needs it: apt install nginx"))
     findings.append(_examine_folder("cache", cache_folder(), needed_bytes=2**30))

@@ -199,7 +199,7 @@ def check_quantization(quantization: str | None, source: ModelSource, device: to
     if quantization and device.type != "cuda":
         raise ModelError(f"{quantization} weights need a GPU", where=where, mend="leave it out, or set model.device")
     if quantization and find_spec("bitsandbytes") is None:
-        raise ModelError("bitsandbytes is not installed", where=where, mend="pip install 'fedloom[quantized]'")
+        raise ModelError("bitsandbytes is not installed", where=where, mend="pip install 'bitsandbytes>=0.46'")
     if quantization and not source.location:
         raise ModelError("a random model has no weights to pack", where=where, mend="leave it out")
 

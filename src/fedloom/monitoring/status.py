@@ -91,18 +91,29 @@ class StatusFile(Observer):
                 replace_file(self._file, json.dumps(asdict(self._work)).encode())
 
 
+_OPEN: dict[Path, StatusFile] = {}
+"""Status files that this process keeps: a command opens one before it imports, and what it calls goes on with it."""
+
+
 @contextmanager
 def status_file(run: Path, command: str) -> Iterator[StatusFile]:
     """Keep a status file of a run for whoever asks for it in another terminal; it is gone afterwards."""
     file = _file_of(run)
+    if file in _OPEN:
+        yield _OPEN[file]
+        return
     try:
         lock = Lock(file.with_suffix(".lock"), 0o600) if file else None
     except OSError:  # another one is at work in it, which the run directory's own lock refuses
         file = lock = None
+    status = StatusFile(command, file)
     try:
-        yield StatusFile(command, file)
+        if file:
+            _OPEN[file] = status
+        yield status
     finally:
         if file and lock:
+            del _OPEN[file]
             for path in (file, file.with_suffix(".lock")):
                 path.unlink(missing_ok=True)
             lock.close()

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
-from fedloom.deployment import keys
+from fedloom.deployment import certificates, keys
 from fedloom.deployment.client.preflight import AbsentError, await_server, check_clock, greet_server
 from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
@@ -146,7 +146,7 @@ def test_a_certificate_of_another_time_is_refused_where_both_clocks_agree(
             return datetime.now(tz) + timedelta(seconds=moved)
 
     with monkeypatch.context() as patched:
-        patched.setattr(keys, "datetime", Clock)
+        patched.setattr(certificates, "datetime", Clock)
         patched.setattr(keys, "SERVER_DAYS", days)
         patched.setattr(keys, "open_server", lambda folder: Security(folder, "localhost", 1))
         other = init(tmp_path / "other", "localhost", 1)

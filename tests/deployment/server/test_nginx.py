@@ -51,6 +51,21 @@ def test_it_lets_through_the_fleet_and_nothing_else(tmp_path: Path) -> None:
     assert text.count("{") == text.count("}")
 
 
+@with_nginx
+@pytest.mark.skipif(not module.has_ipv6(), reason="no IPv6 here")
+def test_it_listens_on_both_families(tmp_path: Path) -> None:
+    security = make(tmp_path / "a")
+    with proxy(security, 1, tmp_path, print):
+        assert listens(security.port)
+        with socket.create_connection(("::1", security.port), timeout=30):
+            pass
+
+
+def test_without_ipv6_it_is_not_asked_to_listen_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_ipv6", lambda: False)
+    assert "[::]" not in write_configuration(make(tmp_path / "a"), 8000).read_text()
+
+
 def test_clients_elsewhere_are_not_served_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_nginx", lambda: None)
     with (

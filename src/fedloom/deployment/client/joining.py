@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from fedloom.deployment.addresses import split_address
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.client.secret import read_secret, secret_path
-from fedloom.deployment.keys import check_name, check_private, fingerprint, is_address, read_authority
+from fedloom.deployment.fingerprints import identify_server
+from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
 from fedloom.deployment.processes import (
     SOCKETS,
     WORKER_SOCKET,
@@ -68,6 +70,11 @@ class Kit:
     signer: str = ""
     """Public key that the server's questions are signed with, in hexadecimal digits."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the server that this kit leads to."""
+        return identify_server(self.ca, self.signer)
+
 
 def read_kit(path: Path) -> Kit:
     """Read the kit that the server's owner sent, and find the key that `provision request` made: beside it, or here.
@@ -83,13 +90,8 @@ def read_kit(path: Path) -> Kit:
     except (ValueError, KeyError, RecursionError):
         raise DeploymentError("not a fedloom kit", where=str(path)) from None
     check_name(kit.name, where=str(path))
-    if not is_address(kit.server):
-        raise DeploymentError(
-            f"not HOST:PORT: {kit.server[:80]!r}",
-            where=f"{path}: server",
-            mend="ask the server's owner for the kit again",
-        )
-    if not kit.ca and kit.server.partition(":")[0] not in ("127.0.0.1", "localhost"):
+    host, _ = split_address(kit.server, where=f"{path}: server", mend="ask the server's owner for the kit again")
+    if not kit.ca and host not in LOCAL:
         raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
     if (kit.ca or kit.signer) and not SIGNER.fullmatch(kit.signer):
         raise DeploymentError(
@@ -135,7 +137,7 @@ def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str
         if kit.key:
             ca = folder / "ca.crt"
             ca.write_text(kit.ca, encoding="utf-8")
-            say("server", f"fingerprint {fingerprint(ca)}: what its owner reads aloud")
+            say("server", f"fingerprint {kit.fingerprint}: what its owner reads aloud")
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]

@@ -14,6 +14,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.request import getproxies, proxy_bypass
 
+from fedloom.deployment.addresses import split_address
 from fedloom.deployment.keys import describe_expiry
 from fedloom.deployment.processes import rest
 from fedloom.errors import DeploymentError
@@ -59,11 +60,11 @@ def greet_server(server: str, ca: str) -> str:
         AbsentError: nobody answers.
         DeploymentError: another server answers, or it would refuse this machine for its clock.
     """
-    host, _, port = server.rpartition(":")
+    host, port = split_address(server)
     # Behind a proxy of the environment, Flower's connection goes another way than this one would.
     if ca and getproxies().keys() & {"https", "all"} and not proxy_bypass(host):
         return ""
-    connection = _connect(host.strip("[]"), int(port), ca)
+    connection = _connect(host, port, ca)
     try:
         before = time.time()
         connection.connect()

@@ -6,7 +6,6 @@ The server is asked for its certificate and the time, as by anybody. It hears no
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from fedloom.deployment.client.journal import Journal, standing
 from fedloom.deployment.client.policy import Policy, find_refusals, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
-from fedloom.deployment.keys import fingerprint
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
 from fedloom.host.machine import Finding
@@ -69,10 +67,7 @@ def _read_kit(path: Path) -> tuple[str, Kit]:
     kit = read_kit(path)
     if not kit.ca:
         return f"{kit.name}, {kit.server}, without certificates", kit
-    with tempfile.NamedTemporaryFile("w", suffix=".crt") as file:
-        file.write(kit.ca)
-        file.flush()
-        return f"{kit.name}, {kit.server}, key {kit.key}; fingerprint {fingerprint(Path(file.name))}", kit
+    return f"{kit.name}, {kit.server}, key {kit.key}; fingerprint {kit.fingerprint}", kit
 
 
 def _greet(kit: Kit) -> Finding:

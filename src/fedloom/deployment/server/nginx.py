@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedloom.deployment.keys import Security
@@ -32,7 +33,7 @@ http {{
   uwsgi_temp_path nginx-uwsgi;
   scgi_temp_path nginx-scgi;
   server {{
-    listen {port} ssl;
+    {listen}
     ssl_certificate server.crt;
     ssl_certificate_key server.key;
     ssl_protocols TLSv1.2 TLSv1.3;
@@ -60,8 +61,17 @@ http {{
 def write_configuration(security: Security, inner: int) -> Path:
     """Write nginx's configuration, in front of a SuperLink on the port `inner`."""
     path = security.folder / "nginx.conf"
-    path.write_text(NGINX.format(port=security.port, inner=inner), encoding="utf-8")
+    addresses = [f"{security.port}", *([f"[::]:{security.port}"] if has_ipv6() else ())]
+    listen = " ".join(f"listen {address} ssl;" for address in addresses)
+    path.write_text(NGINX.format(listen=listen, inner=inner), encoding="utf-8")
     return path
+
+
+def has_ipv6() -> bool:
+    """Return whether this machine has IPv6 at all: where it has none, nginx would not start."""
+    with suppress(OSError), socket.create_server(("::", 0), family=socket.AF_INET6):
+        return True
+    return False
 
 
 def find_nginx() -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
-from fedloom.deployment.keys import Security, describe_expiry
+from fedloom.deployment.keys import Security, describe_expiry, in_use
 from fedloom.deployment.messages import ClientFacts, pack_recipe
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
@@ -64,6 +64,7 @@ def serve(
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         if security:
+            stack.enter_context(in_use(security))
             display.show_step("server", describe_expiry(security.expires()))
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder, display.show_step))
