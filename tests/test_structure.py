@@ -35,7 +35,7 @@ LAYERS = (
 """Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
 DEPLOYMENT = (
-    ("frames", "processes"),
+    ("frames", "processes", "status"),
     ("messages", "keys", "flower", "docker", "health"),
     ("server", "client"),
 )

@@ -38,6 +38,10 @@ CONTROL_SECRET = "FEDLOOM_CONTROL_SECRET"
 """Environment variable with the secret that a SuperLink demands of whoever operates it. Others on this machine can
 reach its port, too."""
 
+KEYS_ARE_IN = "FEDLOOM_KEYS_ARE_IN"
+"""Environment variable that names a file: when it is there, a SuperLink has its clients' keys, as they were when it was
+last changed."""
+
 
 class Child:
     """Process with all that it starts, whose output goes to a file."""

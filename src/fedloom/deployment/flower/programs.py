@@ -10,18 +10,19 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import secrets
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 from fedloom.deployment.flower.bundle import check_app
+from fedloom.deployment.flower.guard import SECRET_HEADER, Guard, bound_answers
+from fedloom.deployment.flower.registry import run_nodes
 from fedloom.deployment.processes import CONTROL_SECRET
 
 POLL_SECONDS = 0.5
@@ -34,25 +35,7 @@ RETRY_SECONDS = 4
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 PULL_PATH = "/v1/fleet/pull-messages"
-SECRET_HEADER = "x-fedloom-secret"
 TASK_NAME = b"fedloom-task"
-
-
-class Guard:
-    """Guard of a SuperLink: nobody operates it without its secret. Nodes and tasks prove themselves to Flower."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
-        self._secret = os.environ[CONTROL_SECRET].encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith(("/v1/fleet/", "/v1/runtime/")):
-            told = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
-            if not secrets.compare_digest(told, self._secret):
-                await send({"type": "http.response.start", "status": 403, "headers": []})
-                await send({"type": "http.response.body"})
-                return
-        await self._app(scope, receive, send)
 
 
 def run_superlink() -> None:
@@ -60,6 +43,7 @@ def run_superlink() -> None:
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
 
+    bound_answers()
     # Flower calls this with its app before it serves it; in Flower as it comes it does nothing.
     extensions.configure_app = lambda app: app.add_middleware(Guard)
     flower_superlink()
@@ -229,6 +213,7 @@ PROGRAMS = {
     "client-tasks": run_client_tasks,
     "server-tasks": run_server_tasks,
     "flwr": run_flwr,
+    "nodes": run_nodes,
 }
 
 if __name__ == "__main__":
