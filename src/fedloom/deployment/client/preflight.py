@@ -49,7 +49,7 @@ class Greeting(NamedTuple):
     """Answer of a server that takes its clients."""
 
     words: str
-    """What to say of it to this client's owner."""
+    """Words for this client's owner."""
     keys_seconds: float
     """Time since it looked at the list of its clients' keys."""
 
