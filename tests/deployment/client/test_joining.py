@@ -23,6 +23,7 @@ class Node:
 
     def __init__(self, log: Path) -> None:
         self.now, self.said, self.greeted, self.keys_seconds = 0.0, [], 0, 0.0
+        self.error: DeploymentError | None = None
         self._log = log
         self._refused_key = RefusedKey("alice", log, self._greet, lambda what, detail: self.said.append(what))
 
@@ -31,6 +32,8 @@ class Node:
 
     def _greet(self) -> Greeting:
         self.greeted += 1
+        if self.error:
+            raise self.error
         return Greeting("", self.keys_seconds)
 
     def ends(self, told: str, after: float) -> bool:
@@ -81,9 +84,16 @@ def test_a_server_that_has_not_looked_at_its_keys_since_is_slow_and_does_not_ref
 
 def test_what_ends_for_another_reason_was_not_refused(node: Node) -> None:
     assert not node.ends(TAKEN + "Traceback: killed\n", 0)
-    assert not node.ends("SSL/TLS handshake error detected.\n", 500)
     assert node.said == []
     assert node.greeted == 0
+
+
+def test_a_certificate_that_expired_in_a_run_is_said_and_not_tried_ten_times(node: Node) -> None:
+    assert not node.ends("SSL/TLS handshake error detected.\n", 500), "the server may have another by now"
+    assert node.greeted == 1
+    node.error = DeploymentError("the server's certificate expired on 2026-11-26; both clocks agree on that")
+    with pytest.raises(DeploymentError, match="expired on"):
+        node.ends("SSL/TLS handshake error detected.\n", 5)
 
 
 def test_what_a_server_says_can_not_command_a_terminal(

@@ -44,6 +44,8 @@ REFUSED_SECONDS = 120.0
 minute, and a key may have been approved since the server looked, which it does not while it computes."""
 REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
 """Words of Flower's SuperNode before it ends because its key was refused: when it begins, and after HTTP 401."""
+UNTRUSTED = b"SSL/TLS handshake error detected"
+"""Words of Flower's SuperNode before it ends because of the server's certificate: it may have expired in a run."""
 TAKEN = b"SuperNode ID:"
 """Words of Flower's SuperNode when its key was taken."""
 
@@ -167,6 +169,8 @@ class RefusedKey:
         self._read += len(told)
         if TAKEN in told:
             self._last = -math.inf
+        if UNTRUSTED in told:
+            self._greet()  # this raises and says why
         if not any(refusal in told for refusal in REFUSALS):
             return False
         # A clock that is off is refused with the same words: this raises and says so.

@@ -32,6 +32,9 @@ BACKOFF_SECONDS = 0.1
 """Time before a part of a message that is not there yet is asked for again. Flower's own is 1."""
 RETRY_SECONDS = 4
 """Longest time for which a SuperNode leaves a server alone that does not answer. Flower's own is 20."""
+QUIET_SECONDS, IDLE_SECONDS = 30.0, 0.5
+"""Time without a task, after which tasks are looked for less often, and the time between two looks then. Ten looks a
+second, and answers to them, are three quarters of the processor time of a client at rest."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 PULL_PATH = "/v1/fleet/pull-messages"
@@ -133,6 +136,7 @@ def _run_tasks(executor: Any) -> None:
     from flwr.supercore.superexec import run_superexec
 
     run_superexec.get_executor = lambda *chosen, **told: executor  # type: ignore
+    run_superexec.time = SimpleNamespace(sleep=executor.rest)  # type: ignore  # its loop's, and nothing else
     # A collection in a forked process would touch, and so copy, all the memory that it shares with this one.
     gc.freeze()
     flower_superexec()
@@ -148,16 +152,25 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     class Forks(subprocess_executor.SubprocessExecutor):
         """Starts a task as Flower's own executor does, but for the program."""
 
+        worked = 0.0
+
         def get_eligible_capacity(self, supported_task_types: set[Any], **told: Any) -> tuple[set[Any], set[str]]:
             return supported_task_types & {kind}, set()
 
         def reconcile(self) -> None:
             """Reap finished children. If one was killed, exit so that the SuperNode is restarted too: it could wait for
             ever for the lost answer."""
-            with suppress(ChildProcessError):
+            with suppress(ChildProcessError):  # which says that there is no task
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                self.worked = time.monotonic()
                 while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                     if os.WIFSIGNALED(ended[1]):
                         raise SystemExit("a task was killed")
+
+        def rest(self, seconds: float) -> None:
+            """Wait until the next look for a task."""
+            is_quiet = time.monotonic() - self.worked > QUIET_SECONDS
+            time.sleep(IDLE_SECONDS if is_quiet else seconds)
 
     def start(command: Sequence[str], **told: Any) -> None:
         if os.fork():
