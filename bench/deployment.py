@@ -1,6 +1,6 @@
 """What Flower costs: a round without training, the recipe tiny, a message's start, the server's memory.
 
-    python bench/deployment.py [--rounds 10]
+    python bench/deployment.py [--rounds 10] [--many 30]
 
 Server and clients are processes of this machine, over TLS with node keys, as `fedloom serve` and `fedloom join` start
 them. Without training, an echo stands where each client's worker is: 6.3 MB to each client and back. Memory is that of
@@ -24,9 +24,10 @@ from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
 
+from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.frames import Frame, receive_frame, send_frame
 from fedloom.deployment.keys import Security, approve, init, request
-from fedloom.deployment.processes import Child, free_port, private_folder
+from fedloom.deployment.processes import ARGUMENTS, Child, free_port, private_folder
 
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
@@ -35,9 +36,8 @@ WORKER = "fedloom.deployment.client.worker"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def echo(path: str) -> None:
+def echo(path: str, facts: dict[str, object]) -> None:
     """A worker that gives back what it gets, and tells of the process that brought it."""
-    facts = make_facts("echo")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -49,6 +49,10 @@ def echo(path: str) -> None:
                 asked = receive_frame(connection)
                 payload = asked.payload if asked.manifest["do"] == "train" else b""
                 send_frame(connection, Frame({**facts, **told, "answered": time.time()}, payload))
+
+
+FACTS = "echo.json"
+"""File with the facts that an echo tells, beside the kits: made once, for what makes them loads torch."""
 
 
 def make_facts(word: str) -> dict[str, object]:
@@ -72,19 +76,26 @@ def join_with_echo(kit: Path) -> None:
     """`fedloom join`, but for its worker."""
     from fedloom.deployment.client import joining
 
-    def start(command: list[str], *rest: object) -> Child:
+    def start(command: list[str], log: Path | None, environment: dict[str, str]) -> Child:
         if WORKER in command:
-            command = [sys.executable, __file__, "--echo", command[command.index("--socket") + 1]]
-        return Child(command, *rest)
+            words = json.loads(environment[ARGUMENTS])
+            (path,) = [word.partition("=")[2] for word in words if word.startswith("--socket=")]
+            command = [sys.executable, __file__, "--echo", path, "--facts", str(kit.parent / FACTS)]
+        return Child(command, log, environment)
 
     joining.Child = start
-    joining.join(joining.read_kit(kit), kit, None, kit.with_suffix(".journal.jsonl"), lambda what, detail: None)
+
+    def say(what: str, detail: str) -> None:
+        print(f"{what:<10}{detail}", flush=True)
+
+    joining.join(joining.read_kit(kit), kit, Policy(), kit.with_suffix(".journal.jsonl"), say)
 
 
-def provision(folder: Path) -> tuple[Security, list[Path]]:
-    """A server's keys and certificate, and three clients' kits."""
-    security = init(folder / "server", "localhost", free_port())
-    return security, [approve(security.folder, request(name, folder), folder).kit for name in NAMES]
+def provision(folder: Path, host: str = "localhost", names: Sequence[str] = NAMES) -> tuple[Security, list[Path]]:
+    """A server's keys and certificate, and its clients' kits."""
+    security = init(folder / "server", host, free_port())
+    (folder / FACTS).write_text(json.dumps(make_facts("echo")), encoding="utf-8")
+    return security, [approve(security.folder, request(name, folder), folder).kit for name in names]
 
 
 def measure_overhead(rounds: int) -> dict[str, object]:
@@ -143,6 +154,65 @@ def measure_overhead(rounds: int) -> dict[str, object]:
     for what, seconds in rows.items():
         print(f"| {what} | {median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
     return {what: [round(one, 3) for one in seconds] for what, seconds in rows.items()}
+
+
+def measure_many(clients: int, rounds: int) -> dict[str, object]:
+    """Many clients of one machine, behind one address and nginx, with an echo each: is any of them lost for good?"""
+    from fedloom.deployment.messages import pack_recipe
+    from fedloom.deployment.server.exchange import Exchange
+    from fedloom.deployment.server.nginx import proxy
+    from fedloom.deployment.server.superlink import SuperLink
+    from fedloom.recipe.loading import load_recipe
+
+    said: list[str] = []
+
+    def say(what: str, detail: str) -> None:
+        said.append(f"{what} {detail}")
+
+    payload = os.urandom(4 * 1792)  # an adapter of tiny
+    names = [f"client-{number:03}" for number in range(clients)]
+    with ExitStack() as stack:
+        folder = stack.enter_context(private_folder())
+        security, kits = provision(folder, "127.0.0.2", names)
+        inner = free_port()
+        stack.enter_context(proxy(security, inner, folder, say))
+        link = stack.enter_context(closing(SuperLink(folder, inner, security, say)))
+        begun = time.monotonic()
+        joins = []
+        for kit in kits:
+            joins.append(Child([sys.executable, __file__, "--join", str(kit)], kit.with_suffix(".log"), os.environ))
+            stack.callback(joins[-1].end)
+        link.open()
+        opened = time.monotonic() - begun
+        recipe = load_recipe("tiny")
+        exchange = Exchange(link, pack_recipe(recipe), 600, say, lambda phases: None)
+        exchange.assemble(clients, 1500)
+        assembled = time.monotonic() - begun
+        whole, lost = [], 0
+        for _ in range(rounds):
+            started = time.monotonic()
+            questions = dict.fromkeys(names, Frame({"do": "train"}, payload))
+            lost += sum(not isinstance(found, Frame) for _, found in exchange.ask(questions))
+            whole.append(time.monotonic() - started)
+        ended = sum(join.ended for join in joins)
+        told = "".join(kit.with_suffix(".log").read_text(encoding="utf-8") for kit in kits)
+    found = {
+        "clients": clients,
+        "opened_seconds": opened,
+        "assembled_seconds": assembled,
+        "round_seconds": whole,
+        "lost": lost,
+        "ended": ended,
+        "refused": told.count("\nrefused "),
+        "restarts": told.count("\nrestart "),
+        "said": [words for words in said if not words.startswith("client ")][:20],
+    }
+    print(f"\n| {clients} clients with an echo | |\n|---|---|")
+    print(f"| until the keys are in and the app runs, s | {opened:.0f} |\n| until all are there, s | {assembled:.0f} |")
+    print(f"| a round, median and worst, s | {median(whole):.1f}, {max(whole):.1f} |")
+    for what in ("lost", "ended", "refused", "restarts"):
+        print(f"| {what} | {found[what]} |", flush=True)
+    return found
 
 
 def measure_tiny(rounds: int) -> dict[str, object]:
@@ -271,14 +341,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
+    parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")
     parser.add_argument("--echo", metavar="SOCKET", help="stand where a client's worker is")
+    parser.add_argument("--facts", metavar="FILE", type=Path, help="what an echo tells of itself")
     parser.add_argument("--join", metavar="KIT", type=Path, help="be one client, with an echo")
     parser.add_argument("--memory", metavar="CLIENTS", type=int, help="one case, as a JSON line")
     options = parser.parse_args()
     if options.echo:
-        return echo(options.echo)
+        return echo(options.echo, json.loads(options.facts.read_text(encoding="utf-8")))
     if options.join:
         return join_with_echo(options.join)
+    if options.many:
+        return print(json.dumps(measure_many(options.many, options.rounds)))
     if options.memory:
         return print(json.dumps(measure_memory(options.memory)))
     lines = [json.dumps(measure(options.rounds)) for measure in (measure_overhead, measure_tiny)]

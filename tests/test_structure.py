@@ -35,7 +35,7 @@ LAYERS = (
 """Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
 DEPLOYMENT = (
-    ("frames", "processes", "message_kinds", "addresses", "certificates", "fingerprints"),
+    ("frames", "processes", "status", "message_kinds", "addresses", "certificates", "fingerprints"),
     ("signing",),
     ("keys", "flower", "docker", "health", "message_recipe"),
     ("message_fields",),
@@ -65,7 +65,7 @@ TAKES_A_RECIPE = {
     "deployment.client.policy": "the recipe is what is checked",
     "deployment.client.account": "the recipe is what is allowed",
     "deployment.client.rehearsal": "the recipe is what would be checked",
-    "deployment.client.worker": "it wires a client's part of a run",
+    "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",
 }

@@ -132,8 +132,8 @@ DOORS = {
     "/v1/control/stop-run": 403,
     "//v1/control/list-runs": 403,
     "/V1/control/list-runs": 403,
-    "/v1/fleet/../control/list-runs": 404,
-    "/v1/fleet/%2e%2e/control/list-runs": 404,
+    "/v1/fleet/../control/list-runs": 401,
+    "/v1/fleet/%2e%2e/control/list-runs": 401,
     "/docs": 403,
     "/v1/runtime/acquire-task": 403,
 }

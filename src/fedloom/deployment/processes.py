@@ -51,6 +51,10 @@ WORKER_SOCKET, RUNTIME_SOCKET = "worker.sock", "runtime.sock"
 MOST_PATH_BYTES = 103
 """Longest path of a Unix socket; Linux takes 107 bytes, macOS 103."""
 
+KEYS_ARE_IN = "FEDLOOM_KEYS_ARE_IN"
+"""Environment variable that names a file: when it is there, a SuperLink has its clients' keys, as they were when it was
+last changed."""
+
 
 class Child:
     """Process with all that it starts, whose output goes to a file."""

@@ -9,6 +9,7 @@ import pytest
 from fedloom.cli import main
 from fedloom.deployment.client import joining
 from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, watch
+from fedloom.deployment.client.preflight import Greeting
 from fedloom.deployment.processes import Child, ChildGroup
 from fedloom.errors import DeploymentError
 
@@ -21,15 +22,19 @@ class Node:
     """Log of a SuperNode, and a clock."""
 
     def __init__(self, log: Path) -> None:
-        self.now, self.said, self.greeted = 0.0, [], 0
+        self.now, self.said, self.greeted, self.keys_seconds = 0.0, [], 0, 0.0
+        self.error: DeploymentError | None = None
         self._log = log
         self._refused_key = RefusedKey("alice", log, self._greet, lambda what, detail: self.said.append(what))
 
     def monotonic(self) -> float:
         return self.now
 
-    def _greet(self) -> None:
+    def _greet(self) -> Greeting:
         self.greeted += 1
+        if self.error:
+            raise self.error
+        return Greeting("", self.keys_seconds)
 
     def ends(self, told: str, after: float) -> bool:
         self.now += after
@@ -66,11 +71,29 @@ def test_a_server_that_is_started_again_may_refuse_for_a_while_each_time(node: N
         assert node.ends(NOT_TAKEN, REFUSED_SECONDS)
 
 
+def test_a_server_that_has_not_looked_at_its_keys_since_is_slow_and_does_not_refuse(node: Node) -> None:
+    """A server computes for minutes between two looks, and this client was approved meanwhile."""
+    assert node.ends(UNAUTHORIZED, 0)
+    for minute in range(1, 20):
+        node.keys_seconds = 60 * minute + 5
+        assert node.ends(UNAUTHORIZED, 60)
+    node.keys_seconds = 1
+    with pytest.raises(DeploymentError, match="the server refuses alice's key"):
+        node.ends(UNAUTHORIZED, 60)
+
+
 def test_what_ends_for_another_reason_was_not_refused(node: Node) -> None:
     assert not node.ends(TAKEN + "Traceback: killed\n", 0)
-    assert not node.ends("SSL/TLS handshake error detected.\n", 500)
     assert node.said == []
     assert node.greeted == 0
+
+
+def test_a_certificate_that_expired_in_a_run_is_said_and_not_tried_ten_times(node: Node) -> None:
+    assert not node.ends("SSL/TLS handshake error detected.\n", 500), "the server may have another by now"
+    assert node.greeted == 1
+    node.error = DeploymentError("the server's certificate expired on 2026-11-26; both clocks agree on that")
+    with pytest.raises(DeploymentError, match="expired on"):
+        node.ends("SSL/TLS handshake error detected.\n", 5)
 
 
 def test_what_a_server_says_can_not_command_a_terminal(

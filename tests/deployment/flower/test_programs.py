@@ -6,10 +6,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
+
+from fedloom.deployment.flower import programs
 
 LAUNCH = """
 import sys, time
@@ -41,6 +44,33 @@ def test_the_supernode_is_what_was_changed() -> None:
     assert "isolation == ISOLATION_MODE_SUBPROCESS" in started
     assert "time.sleep(3)" in started
     assert "get_fused_config_from_fab(fab.content, run_info)" in inspect.getsource(node._pull_and_store_message)
+
+
+def test_tasks_are_looked_for_often_while_there_are_some_and_seldom_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.superexec import run_superexec
+    from flwr.supercore.superexec.executor import subprocess_executor
+    from flwr.supernode.runtime import run_clientapp
+
+    monkeypatch.setattr(run_clientapp, "install_from_fab", run_clientapp.install_from_fab)  # which it changes
+    monkeypatch.setattr(subprocess_executor, "subprocess", subprocess_executor.subprocess)
+    source = inspect.getsource(run_superexec)
+    assert source.count("time.sleep(task_poll_interval)") == source.count("time.sleep") == 1
+    assert source.index("executor.reconcile()") < source.index("time.sleep(")
+    executor, rests = programs.client_executor(), []
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=rests.append)
+    monkeypatch.setattr(programs, "time", clock)
+    now = 1000.0
+    executor.reconcile()
+    executor.rest(0.1)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    executor.reconcile()
+    executor.rest(0.1)
+    child.communicate()
+    now += programs.QUIET_SECONDS - 1
+    executor.rest(0.1)
+    now += 2
+    executor.rest(0.1)
+    assert rests == [programs.IDLE_SECONDS, 0.1, 0.1, programs.IDLE_SECONDS]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")

@@ -83,7 +83,7 @@ class ScriptedSuperLink:
             content = self._hostility(answer, frame.manifest["round"])
             self._hostile.add(question)
         self._replies[question] = [self._reply(question, record) for record in content]
-        self._inbox.expect(question, len(frame.payload), seconds)
+        self._inbox.expect(question, len(frame.payload) + MOST_MANIFEST_BYTES, seconds)
         return question
 
     def pull(self, messages: Collection[str]) -> Answer | None:

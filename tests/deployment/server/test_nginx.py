@@ -1,6 +1,7 @@
 """nginx in front of the SuperLink: what it is told, that it ends with the server, and is started again without it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
 from fedloom.deployment.server import nginx as module
 from fedloom.deployment.server.nginx import find_nginx, proxy, write_configuration
+from fedloom.deployment.status import STATUS_PATH
 from fedloom.errors import DeploymentError
 
 with_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
@@ -44,8 +46,16 @@ def test_it_lets_through_the_fleet_and_nothing_else(tmp_path: Path) -> None:
     security = init(tmp_path / "server", "fed.example.org", 8443)
     text = write_configuration(security, 8000).read_text()
     assert "listen 8443 ssl" in text
-    assert text.count("proxy_pass") == 1
-    assert "location /v1/fleet/ {\n      proxy_pass https://127.0.0.1:8000;" in text
+    assert re.findall(r"location (\S+ ?\S*) {", text) == [
+        "/v1/fleet/",
+        f"= {STATUS_PATH}",
+        "= /signature",
+        "@later",
+        "/",
+    ]
+    assert "server 127.0.0.1:8000;" in text
+    assert "location /v1/fleet/ {\n      # Before a byte of the body is read.\n      auth_request /signature;" in text
+    assert "location = /signature {\n      internal;" in text
     assert "location / { return 403; }" in text
     assert "proxy_ssl_verify on" in text
     assert text.count("{") == text.count("}")

@@ -1,6 +1,6 @@
 """SuperLink of a server: another user of its machine operates nothing there; and its clients' keys."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from fedloom.deployment import keys
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import private_folder
 from fedloom.deployment.server.superlink import SuperLink
-from fedloom.errors import DeploymentError
 
 
 @pytest.mark.timeout(900)
@@ -39,13 +38,11 @@ class ScriptedSuperLink(SuperLink):
         self._registered, self._taken = {}, {}
         self._register()
 
-    def _flower(self, *words: str) -> None:
-        _, do, file, _, _, name = words
-        assert do == "register"
-        key = Path(file).read_text()
-        if key in self.given or name == "eve":
-            raise DeploymentError("flwr supernode failed: Public key already in use.")
-        self.given[key] = name
+    def _change_nodes(self, asked: Mapping[str, str], let_go: Sequence[str]) -> Mapping[str, str]:
+        assert not let_go
+        refused = {name: "Public key already in use." for name in asked if asked[name] in self.given or name == "eve"}
+        self.given |= {key: name for name, key in asked.items() if name not in refused}
+        return refused
 
     def _ask(self, frame: Frame) -> Frame:
         return Frame({"nodes": [[name, name, key] for key, name in self.given.items()]})
@@ -82,7 +79,7 @@ def test_a_name_that_has_another_key_is_not_open_to_the_old_one(
     link.reopen()
     assert link.begun == 2
     assert names_of(link) == ["alice"]
-    assert [*link.given] == [(server / "clients" / "alice.pub").read_text()]
+    assert [*link.given] == [(server / "clients" / "alice.pub").read_text().strip()]
 
 
 def test_a_key_that_was_revoked_can_be_approved_again(
@@ -111,9 +108,7 @@ def test_a_key_that_flower_does_not_take_does_not_end_the_run(
     for name in ("alice", "eve"):
         keys.approve(tmp_path / "server", keys.request(name, tmp_path), tmp_path)
     assert names_of(link) == names_of(link) == ["alice"]
-    assert said == [
-        "refused eve's key, which Flower does not take: flwr supernode failed: Public key already in use."
-    ], "once"
+    assert said == ["refused eve's key, which Flower does not take: Public key already in use."], "once"
     keys.revoke(tmp_path / "server", "eve")
     assert names_of(link) == ["alice"]
     assert link.begun == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from fedloom.deployment.addresses import split_address
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy, policy_to_toml
-from fedloom.deployment.client.preflight import await_server
+from fedloom.deployment.client.preflight import Greeting, await_server
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
@@ -46,10 +46,12 @@ SETTLED_SECONDS = 600.0
 MOST_SECONDS = 30.0
 """Longest pause before a process that ends again and again is started again."""
 REFUSED_SECONDS = 120.0
-"""Time for which a server may refuse a key that it takes later: a server that was started again reads its clients' keys
-after it listens, and a SuperNode that was killed counts as connected for a minute."""
+"""Time for which a server may refuse a key that it takes later: a SuperNode that was killed counts as connected for a
+minute, and a key may have been approved since the server looked, which it does not while it computes."""
 REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
 """Words of Flower's SuperNode before it ends because its key was refused: when it begins, and after HTTP 401."""
+UNTRUSTED = b"SSL/TLS handshake error detected"
+"""Words of Flower's SuperNode before it ends because of the server's certificate: it may have expired in a run."""
 TAKEN = b"SuperNode ID:"
 """Words of Flower's SuperNode when its key was taken."""
 UNUSED_ADDRESS = "127.0.0.1:1"
@@ -145,7 +147,7 @@ def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str
         try:
             with Interruption(partial(say, "leaving")) as interruption:
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
-                if words := greet():
+                if words := greet().words:
                     say("server", words)
                 command = [sys.executable, "-m", "fedloom.deployment.client.worker"]
                 told = hand_over([f"--{key}={options[key]}" for key in options])
@@ -166,7 +168,7 @@ def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str
 class RefusedKey:
     """Time for which the server has refused this client's key, over all starts of its SuperNode."""
 
-    def __init__(self, name: str, log: Path, greet: Callable[[], object], say: Callable[[str, str], object]) -> None:
+    def __init__(self, name: str, log: Path, greet: Callable[[], Greeting], say: Callable[[str, str], object]) -> None:
         self._name, self._log, self._greet, self._say = name, log, greet, say
         self._read = 0
         self._first = self._last = -math.inf
@@ -183,10 +185,12 @@ class RefusedKey:
         self._read += len(told)
         if TAKEN in told:
             self._last = -math.inf
+        if UNTRUSTED in told:
+            self._greet()  # this raises and says why
         if not any(refusal in told for refusal in REFUSALS):
             return False
         # A clock that is off is refused with the same words: this raises and says so.
-        self._greet()
+        greeting = self._greet()
         now = time.monotonic()
         if now - self._last >= REFUSED_SECONDS:
             self._first = now
@@ -196,7 +200,8 @@ class RefusedKey:
                 f"the server does not accept {self._name}'s key, or not yet: trying for {minutes:.0f} minutes",
             )
         self._last = now
-        if now - self._first >= REFUSED_SECONDS:
+        # A server that has not looked at its clients' keys all that time is slow: it has not refused.
+        if now - self._first >= REFUSED_SECONDS and greeting.keys_seconds < now - self._first:
             raise DeploymentError(
                 f"the server refuses {self._name}'s key: it was not approved there, it is revoked, or another fedloom "
                 "join uses it",

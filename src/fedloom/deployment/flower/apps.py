@@ -25,13 +25,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 from flwr.common.constant import ErrorCode
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from fedloom.deployment.flower.guard import most_objects, write_limit
 from fedloom.deployment.frames import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
 from fedloom.deployment.processes import SOCKETS, WORKER_SOCKET
 from fedloom.errors import MessageError
@@ -46,8 +47,6 @@ ARRIVING_AT_ONCE = 8
 """Answers put together at once, so that memory does not grow with the clients; others wait at the SuperLink."""
 STALLED_SECONDS = 60.0
 """Time without a new part of an answer, after which it is given up: others wait for its place."""
-MOST_OBJECTS = 8
-"""Limit of the objects that Flower makes of an answer, beyond the chunks of its array: message, records and such."""
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -87,9 +86,12 @@ def relay(grid: Grid, context: Context) -> None:
                 case "send":
                     told = asked.manifest
                     record = to_record(Frame(told["manifest"], asked.payload))
-                    message = Message(record, dst_node_id=int(told["node"]), message_type="train", ttl=told["ttl"])
+                    # An answer holds no more numbers than its question.
+                    most_bytes = len(asked.payload) + MOST_MANIFEST_BYTES
+                    addressed = {"dst_node_id": int(told["node"]), "ttl": told["ttl"]}
+                    message = Message(record, message_type="train", group_id=write_limit(most_bytes), **addressed)
                     question = str(next(iter(grid.push_messages([message]))))
-                    inbox.expect(question, len(asked.payload), told["ttl"])
+                    inbox.expect(question, most_bytes, told["ttl"])
                     send_frame(connection, Frame({"message": question}))
                 case "pull":
                     answer = inbox.pull(asked.manifest["messages"])
@@ -122,9 +124,9 @@ class Inbox:
         self._arrived: SimpleQueue[Message | Unusable] = SimpleQueue()
         self._places = threading.Semaphore(ARRIVING_AT_ONCE)
 
-    def expect(self, question: str, payload_bytes: int, seconds: float) -> None:
-        """Expect an answer that holds no more numbers than its question, and comes in time."""
-        self._expected[question] = Expected(payload_bytes + MOST_MANIFEST_BYTES, time.monotonic() + seconds)
+    def expect(self, question: str, most_bytes: int, seconds: float) -> None:
+        """Expect an answer that is no larger than this, and comes in time."""
+        self._expected[question] = Expected(most_bytes, time.monotonic() + seconds)
 
     def pull(self, questions: Collection[str]) -> Message | Unusable | None:
         """Return an answer to one of these questions that has arrived whole, if there is one."""
@@ -160,11 +162,22 @@ class Inbox:
             grid = copy.copy(self._grid)
             grid._client = _limit(grid._runtime_client, found, expected)  # type: ignore[attr-defined]
             (message,) = grid.pull_messages([question])
+            if message.has_error():
+                self._let_go(found)
             self._arrived.put(message)
         except MessageError as error:
+            self._let_go(found)
             self._arrived.put(Unusable(question, str(error)))
         except Exception as error:  # of any kind, from bytes that may be anything
+            self._let_go(found)
             self._arrived.put(Unusable(question, f"not a fedloom answer ({type(error).__name__})"))
+
+    def _let_go(self, found: PullAppMessagesResponse) -> None:
+        """Tell the SuperLink to keep an answer no longer: until then it would, whatever became of it."""
+        told = found.messages_list[0].metadata
+        asked = ConfirmMessageReceivedRequest(run_id=told.run_id, message_object_id=told.message_id)
+        with suppress(Exception):  # it may have ended, and all answers with it
+            self._grid._runtime_client.ConfirmMessageReceived(asked)  # type: ignore[attr-defined]
 
 
 class Unusable(NamedTuple):
@@ -178,7 +191,7 @@ def _limit(client: RuntimeHttpClient, found: PullAppMessagesResponse, expected: 
     """Make a client of Flower's API that knows of one answer, and gives it up where it is too large or too late."""
     left, came = expected.most_bytes, time.monotonic()
     num_objects = sum(1 for _ in iterate_object_tree(found.message_object_trees[0]))
-    if num_objects > MOST_OBJECTS + left // CHUNK_BYTES:
+    if num_objects > most_objects(left):
         raise MessageError(f"the answer has {num_objects} objects, which is too many")
 
     def pull_object(request: PullObjectRequest) -> PullObjectResponse:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import secrets
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -24,6 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedloom.deployment.flower.bundle import check_app
+from fedloom.deployment.flower.guard import SECRET_HEADER, Guard, bound_answers
+from fedloom.deployment.flower.registry import run_nodes
 from fedloom.deployment.frames import listen
 from fedloom.deployment.processes import CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
 
@@ -34,28 +35,13 @@ BACKOFF_SECONDS = 0.1
 """Time before a part of a message that is not there yet is asked for again. Flower's own is 1."""
 RETRY_SECONDS = 4
 """Longest time for which a SuperNode leaves a server alone that does not answer. Flower's own is 20."""
+QUIET_SECONDS, IDLE_SECONDS = 30.0, 0.5
+"""Time without a task, after which tasks are looked for less often, and the time between two looks then. Ten looks a
+second, and answers to them, are three quarters of the processor time of a client at rest."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 PULL_PATH = "/v1/fleet/pull-messages"
-SECRET_HEADER = "x-fedloom-secret"
 TASK_NAME = b"fedloom-task"
-
-
-class Guard:
-    """Guard of a SuperLink: without its secret, there is nothing but the fleet's path. Nodes prove themselves there."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
-        self._secret = os.environ[CONTROL_SECRET].encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith("/v1/fleet/"):
-            told = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
-            if not secrets.compare_digest(told, self._secret):
-                await send({"type": "http.response.start", "status": 403, "headers": []})
-                await send({"type": "http.response.body"})
-                return
-        await self._app(scope, receive, send)
 
 
 def run_superlink() -> None:
@@ -63,6 +49,7 @@ def run_superlink() -> None:
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
 
+    bound_answers()
     # Flower calls this with its app before it serves it; in Flower as it comes it does nothing.
     extensions.configure_app = lambda app: app.add_middleware(Guard)
     flower_superlink()
@@ -188,6 +175,7 @@ def _run_tasks(executor: Any) -> None:
     from flwr.supercore.superexec import run_superexec
 
     run_superexec.get_executor = lambda *chosen, **told: executor  # type: ignore
+    run_superexec.time = SimpleNamespace(sleep=executor.rest)  # type: ignore  # its loop's, and nothing else
     # A collection in a forked process would touch, and so copy, all the memory that it shares with this one.
     gc.freeze()
     flower_superexec()
@@ -203,16 +191,25 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     class Forks(subprocess_executor.SubprocessExecutor):
         """Starts a task as Flower's own executor does, but for the program."""
 
+        worked = 0.0
+
         def get_eligible_capacity(self, supported_task_types: set[Any], **told: Any) -> tuple[set[Any], set[str]]:
             return supported_task_types & {kind}, set()
 
         def reconcile(self) -> None:
             """Reap finished children. If one was killed, exit so that the SuperNode is restarted too: it could wait for
             ever for the lost answer."""
-            with suppress(ChildProcessError):
+            with suppress(ChildProcessError):  # which says that there is no task
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                self.worked = time.monotonic()
                 while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                     if os.WIFSIGNALED(ended[1]):
                         raise SystemExit("a task was killed")
+
+        def rest(self, seconds: float) -> None:
+            """Wait until the next look for a task."""
+            is_quiet = time.monotonic() - self.worked > QUIET_SECONDS
+            time.sleep(IDLE_SECONDS if is_quiet else seconds)
 
     def start(command: Sequence[str], **told: Any) -> None:
         if os.fork():
@@ -268,6 +265,7 @@ PROGRAMS = {
     "client-tasks": run_client_tasks,
     "server-tasks": run_server_tasks,
     "flwr": run_flwr,
+    "nodes": run_nodes,
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import threading
@@ -13,18 +14,25 @@ from pathlib import Path
 
 from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import Child, tail
+from fedloom.deployment.status import MOST_BODY_BYTES, SIGNATURE_PATH, STATUS_PATH
 from fedloom.errors import DeploymentError
 
 START_SECONDS = 20.0
 """Time within which nginx must listen: for two or three seconds it tries again where its port is taken."""
 AGAIN_SECONDS = 0.5
 """Time between two looks at whether nginx has ended."""
+CONNECTIONS = 16384
+"""Connections that nginx keeps open at once, where this process may open as many files."""
+CLIENTS_AT_AN_ADDRESS = 64
+"""Clients that may be behind one address. Each has four requests under way at most (two parts of an adapter, a look for
+messages, a heartbeat), and asks twice a second while it waits."""
 NGINX = """\
 # Written by fedloom serve. Paths are relative to this folder.
 daemon off;
 pid nginx.pid;
 error_log nginx.log;
-events {{ worker_connections 4096; }}
+worker_rlimit_nofile {files};
+events {{ worker_connections {connections}; }}
 http {{
   access_log off;
   client_body_temp_path nginx-body;
@@ -32,26 +40,60 @@ http {{
   fastcgi_temp_path nginx-fastcgi;
   uwsgi_temp_path nginx-uwsgi;
   scgi_temp_path nginx-scgi;
+  # By address, {clients} clients: what is beyond it is told to come again (HTTP 503).
+  limit_conn_zone $binary_remote_addr zone=open:10m;
+  limit_req_zone $binary_remote_addr zone=asked:10m rate={rate}r/s;
+  upstream superlink {{
+    server 127.0.0.1:{inner};
+    keepalive 32;
+    # uvicorn closes after 5 s: nginx must be the first, or a question is lost on its way.
+    keepalive_timeout 3s;
+  }}
   server {{
     {listen}
     ssl_certificate server.crt;
     ssl_certificate_key server.key;
     ssl_protocols TLSv1.2 TLSv1.3;
     server_tokens off;
-    # Flower cuts what it sends into parts that are far smaller (FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE).
-    client_max_body_size 32m;
-    # Parts of a message go on as they come, instead of lying on a disk first.
-    proxy_request_buffering off;
-    proxy_buffering off;
+    limit_conn open {open};
+    limit_req zone=asked burst={burst};
+    # A handshake and a header, and the next byte of a body: who is silent for longer makes way.
+    client_header_timeout 20s;
+    client_body_timeout 30s;
+    send_timeout 30s;
+    # httpx, in Flower, lets go of a connection after 5 s: it must be the first, too.
+    keepalive_timeout 20s;
+    lingering_time 5s;
+    lingering_timeout 2s;
+    reset_timedout_connection on;
+    client_max_body_size {body};
+    # A slow body lies on the disk and not in the SuperLink's memory, and so does a slow reader's answer.
+    client_body_buffer_size 16k;
+    proxy_request_buffering on;
+    proxy_max_temp_file_size {body};
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_read_timeout 300s;
+    proxy_ssl_trusted_certificate ca.crt;
+    proxy_ssl_verify on;
+    proxy_ssl_name localhost;
     # Only what clients need. nginx resolves ".." and "%2e" in a path before it chooses.
     location /v1/fleet/ {{
-      proxy_pass https://127.0.0.1:{inner};
-      proxy_http_version 1.1;
-      proxy_read_timeout 300s;
-      proxy_ssl_trusted_certificate ca.crt;
-      proxy_ssl_verify on;
-      proxy_ssl_name localhost;
+      # Before a byte of the body is read.
+      auth_request /signature;
+      error_page 500 = @later;
+      proxy_pass https://superlink;
     }}
+    location = {status} {{ proxy_pass https://superlink; }}
+    location = /signature {{
+      internal;
+      proxy_pass https://superlink{signature};
+      proxy_method GET;
+      proxy_pass_request_body off;
+      proxy_set_header Content-Length "";
+    }}
+    # The SuperLink is not there, or has not read its clients' keys.
+    location @later {{ return 503; }}
     location / {{ return 403; }}
   }}
 }}
@@ -62,8 +104,23 @@ def write_configuration(security: Security, inner: int) -> Path:
     """Write nginx's configuration, in front of a SuperLink on the port `inner`."""
     path = security.folder / "nginx.conf"
     addresses = [f"{security.port}", *([f"[::]:{security.port}"] if has_ipv6() else ())]
-    listen = " ".join(f"listen {address} ssl;" for address in addresses)
-    path.write_text(NGINX.format(listen=listen, inner=inner), encoding="utf-8")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A body on the disk is a file, too.
+    files = 2 * CONNECTIONS if most == resource.RLIM_INFINITY else min(2 * CONNECTIONS, most)
+    text = NGINX.format(
+        listen=" ".join(f"listen {address} ssl backlog=4096;" for address in addresses),
+        inner=inner,
+        files=files,
+        connections=files // 2,
+        clients=CLIENTS_AT_AN_ADDRESS,
+        open=4 * CLIENTS_AT_AN_ADDRESS,
+        rate=4 * CLIENTS_AT_AN_ADDRESS,
+        burst=8 * CLIENTS_AT_AN_ADDRESS,
+        body=MOST_BODY_BYTES,
+        status=STATUS_PATH,
+        signature=SIGNATURE_PATH,
+    )
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fedloom.deployment.flower.bundle import write_app
 from fedloom.deployment.frames import SERVE_SOCKET, Frame, accept, listen, read_manifest, receive_frame, send_frame
 from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import (
     CONTROL_SECRET,
+    KEYS_ARE_IN,
     Child,
     flower_child,
     flower_command,
@@ -36,8 +38,6 @@ START_SECONDS = 120.0
 """Time within which the SuperLink, its app and what they need must come up."""
 ANSWER_SECONDS = 60.0
 """Time within which the app answers what it is asked here."""
-REGISTERED_AT_ONCE = 4
-"""Keys registered at once: each by a process of Flower's that takes seconds to start."""
 RESTARTS = 5
 """Restarts of a SuperLink that ends, in a row without an answer in between, before it is given up."""
 
@@ -58,8 +58,10 @@ class SuperLink:
         self._check: Callable[[], None] = lambda: None
         self._log, self._tasks_log = folder / "superlink.log", folder / "tasks.log"
         self._socket = folder / "serve.sock"
+        self._keys_are_in = folder / "keys-are-in"
         self._environment = programs_environment(folder / "flower") | {
             SERVE_SOCKET: str(self._socket),
+            KEYS_ARE_IN: str(self._keys_are_in),
             CONTROL_SECRET: secrets.token_hex(32),
         }
         self._app: socket.socket | None = None
@@ -109,12 +111,13 @@ class SuperLink:
             words += ["--ssl-keyfile", str(self._security.key), "--enable-supernode-auth"]
         else:
             words += ["--insecure"]
+        self._keys_are_in.unlink(missing_ok=True)
         self._child = flower_child("superlink", words, self._log, self._environment)
         until = time.monotonic() + START_SECONDS
         while not self._listens():
             self._wait(until, "it does not listen")
         self._registered, self._taken = {}, {}
-        self._register()
+        self._register()  # until it is done, clients are told to come again
         words = tasks_words(self._address, self._secret, self._security.ca if self._security else None)
         self._tasks = flower_child("server-tasks", words, self._tasks_log, self._environment)
         self._submit(until)
@@ -145,10 +148,9 @@ class SuperLink:
         nodes = [Node(*told) for told in self._ask(Frame({"do": "nodes"})).manifest["nodes"]]
         if self._security is None:
             return nodes
-        for node in nodes:
-            # Revoked since it connected: Flower itself lets it stay.
-            if node.name not in self._registered:
-                self._flower("supernode", "unregister", node.id, "here")
+        # Revoked since they connected: Flower itself lets them stay.
+        if revoked := [node.id for node in nodes if node.name not in self._registered]:
+            self._change_nodes({}, revoked)
         return [node for node in nodes if node.name in self._registered]
 
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
@@ -202,6 +204,7 @@ class SuperLink:
             ConnectionResetError: a name has another key now, or a revoked key is back, so the SuperLink was ended: it
                 has to be opened again.
         """
+        looked = time.time()
         files = self._security.clients() if self._security else {}
         listed = {}
         for name, file in files.items():
@@ -216,19 +219,14 @@ class SuperLink:
             self._restarts = 0  # it did not end by itself
             raise ConnectionResetError("the clients' keys changed")
 
-        def take(name: str) -> str:
-            try:
-                self._flower("supernode", "register", str(files[name]), "here", "--name", name)
-            except DeploymentError as error:
-                return str(error)
-            return ""
-
-        with ThreadPoolExecutor(REGISTERED_AT_ONCE) as pool:
-            for name, why in zip(new, pool.map(take, new), strict=True):
-                if why:
-                    self._say("refused", f"{name}'s key, which Flower does not take: {why}")
-                else:
-                    self._taken[name] = listed[name]
+        refused = self._change_nodes({name: listed[name] for name in new}, ()) if new else {}
+        for name in new:
+            if name in refused:
+                self._say("refused", f"{name}'s key, which Flower does not take: {refused[name]}")
+            else:
+                self._taken[name] = listed[name]
+        self._keys_are_in.touch()
+        os.utime(self._keys_are_in, (looked, looked))
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
@@ -241,27 +239,44 @@ class SuperLink:
         time.sleep(0.1)
 
     def _flower(self, *words: str) -> None:
-        """Run one of Flower's own commands."""
+        """Run one of Flower's own commands.
+
+        Raises:
+            DeploymentError: it failed.
+        """
+        told = self._run("flwr", *words, "--format", "json")
+        if not told.get("success"):
+            raise DeploymentError(f"flwr {words[0]} failed: {told.get('error-message')}")
+
+    def _change_nodes(self, keys: Mapping[str, str], let_go: Sequence[str]) -> Mapping[str, str]:
+        """Register keys by their clients' names, let go of nodes, and return who was refused and why."""
+        asked = json.dumps({"register": dict(keys), "unregister": [*let_go]})
+        ca = str(self._security.ca) if self._security else ""
+        return self._run("nodes", self._address, ca, told=asked)
+
+    def _run(self, program: str, *words: str, told: str = "") -> dict[str, Any]:
+        """Run a program that operates the SuperLink, and return the JSON object that it prints.
+
+        Raises:
+            DeploymentError: it prints none.
+        """
         try:
             done = subprocess.run(
-                flower_command("flwr"),
-                env={**self._environment, **hand_over([*words, "--format", "json"])},
+                flower_command(program),
+                env={**self._environment, **hand_over(words)},
+                input=told,
                 capture_output=True,
                 text=True,
                 timeout=START_SECONDS,
-                check=False,
                 start_new_session=True,  # Ctrl-C is this process's to hear
             )
         except subprocess.TimeoutExpired:
-            raise DeploymentError(f"flwr {words[0]} took more than {START_SECONDS:.0f} seconds") from None
+            raise DeploymentError(f"{program} took more than {START_SECONDS:.0f} seconds") from None
         # Flower may print lines of its own around its JSON.
-        try:
-            told = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
-        except ValueError:
-            told = {}
-        if not told.get("success"):
-            why = told.get("error-message") or done.stderr.strip() or done.stdout.strip()
-            raise DeploymentError(f"flwr {words[0]} failed: {why[-300:]}")
+        with suppress(ValueError):
+            answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+            return answer
+        raise DeploymentError(f"{program} failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
 
 
 def read_answer(found: Frame) -> Answer | None:

@@ -1,0 +1,138 @@
+"""Memory and processor time of one client of a deployment, by process: at rest, and in a round of the recipe tiny.
+
+    python bench/client.py [--seconds 20]
+
+`fedloom serve` waits for two clients over TLS; the first has come and rests; then the second comes, for three rounds.
+Memory is PSS: what processes share is counted once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from fedloom import load_recipe
+from fedloom.deployment.client.documents import write_splits
+from fedloom.deployment.keys import approve, init, request
+from fedloom.deployment.processes import Child, free_port, private_folder
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.loading import recipe_to_toml
+
+TICKS = os.sysconf("SC_CLK_TCK")
+NAMES = {
+    b"client.worker": "worker",
+    b"\0supernode": "SuperNode",
+    b"\0client-tasks": "tasks",
+    b"\0join": "join",
+}
+"""Names of a client's processes, by a word of their command lines."""
+
+
+def family(process: int) -> dict[int, str]:
+    """Name a process and all that it started, by their numbers."""
+    found, names = [process], {}
+    while found:
+        one = found.pop()
+        try:
+            told = Path(f"/proc/{one}/cmdline").read_bytes()
+            for thread in Path(f"/proc/{one}/task").glob("*/children"):
+                found += [int(word) for word in thread.read_text().split()]
+        except OSError:  # it has just ended
+            continue
+        names[one] = next((name for word, name in NAMES.items() if word in told), "other")
+    return names
+
+
+def proportional_bytes(process: int) -> int:
+    """Memory of a process, with its share of what it shares."""
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def cpu_seconds(process: int) -> float:
+    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, words[11:15])) / TICKS  # with children that have ended
+
+
+def memory(process: int) -> dict[str, float]:
+    """Memory of a client's processes, MB by name."""
+    found: dict[str, float] = {}
+    for one, name in family(process).items():
+        try:
+            found[name] = found.get(name, 0.0) + proportional_bytes(one) / 1e6
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(log: Path, word: str) -> None:
+    until = time.monotonic() + 300
+    while not log.is_file() or word not in log.read_text():
+        assert time.monotonic() < until, f"{word!r} never came: {log.read_text() if log.is_file() else 'no log'}"
+        time.sleep(0.2)
+
+
+def measure(seconds: float) -> dict[str, object]:
+    with ExitStack() as stack:
+        folder = stack.enter_context(private_folder())
+        security = init(folder / "server", "localhost", free_port())
+        recipe = load_recipe("tiny", ["data.clients=2", "federation.rounds=3"])
+        (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
+        data = write_splits(recipe, folder / "split", Observer())
+
+        def start(name: str, *words: str) -> Child:
+            child = Child([sys.executable, "-m", "fedloom", *words], folder / f"{name}.log", {**os.environ})
+            stack.callback(child.end)
+            return child
+
+        def join(name: str, documents: Path) -> Child:
+            kit = approve(security.folder, request(name, folder), folder)[0]
+            return start(name, "join", str(kit), "--data", str(documents))
+
+        server = start(
+            "serve", "serve", str(folder / "tiny.toml"), "--server", str(security.folder), "--out", str(folder / "run")
+        )
+        alice = join("alice", data[0])
+        wait_for(folder / "serve.log", "client    alice: ")
+        time.sleep(3)
+        before = {one: (name, cpu_seconds(one)) for one, name in family(alice.pid).items()}
+        started = time.monotonic()
+        time.sleep(seconds)
+        spent = time.monotonic() - started
+        cpu = {name: round((cpu_seconds(one) - then) / spent, 4) for one, (name, then) in before.items()}
+        rest = memory(alice.pid)
+        join("bob", data[1])
+        worst: dict[str, float] = {}
+        while not server.ended:
+            now = memory(alice.pid)
+            if sum(now.values()) > sum(worst.values()):
+                worst = now
+            time.sleep(0.1)
+        return {"rest_MB": rest, "round_MB": worst, "rest_cores": cpu}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    found = measure(parser.parse_args(arguments).seconds)
+    print("| | at rest, MB | in a round, MB | at rest, of a core |\n|---|---|---|---|")
+    rest, worst, cpu = found["rest_MB"], found["round_MB"], found["rest_cores"]
+    assert isinstance(rest, dict)
+    assert isinstance(worst, dict)
+    assert isinstance(cpu, dict)
+    for name in rest:
+        print(f"| {name} | {rest[name]:.0f} | {worst.get(name, 0):.0f} | {100 * cpu.get(name, 0):.1f} % |")
+    print(f"| together | {sum(rest.values()):.0f} | {sum(worst.values()):.0f} | {100 * sum(cpu.values()):.1f} % |")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
