@@ -105,6 +105,18 @@ def commands_shown() -> Iterator[tuple[str, str]]:
                 yield page, match[1]
 
 
+def test_every_claim_of_security_has_its_test() -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    claims = [line for line in page.splitlines() if line.startswith("| ") and line != "| claim | test |"]
+    assert len(claims) > 30
+    for claim in claims:
+        files = [ROOT / name for name in re.findall(r"`(tests/[\w/]+\.py)`", claim)]
+        assert files, f"no test stands beside: {claim}"
+        attacks = "".join(file.read_text() for file in files)
+        named = [word for words in re.findall(r"\.py` \(([^)]*)\)", claim) for word in re.findall(r"`(\w+)`", words)]
+        assert not [word for word in named if word not in attacks], claim
+
+
 @pytest.mark.parametrize(("page", "line"), sorted(set(commands_shown())))
 def test_every_command_that_a_page_shows_is_one(page: str, line: str) -> None:
     known = dict(write_pages.list_commands(typer.main.get_command(app), "fedloom"))
