@@ -147,7 +147,7 @@ class Honest:
         return FleetHttpClient(
             f"https://{HOST}:{security.port}",
             interceptors=[NodeAuthHttpInterceptor(self._private, self._private.public_key())],
-            verify=str(security.ca),
+            verify=ssl.create_default_context(cafile=str(security.ca)),
             timeout=PROBE_SECONDS,
         )
 

@@ -26,6 +26,10 @@ FLOODS = {
 """Requests, addresses that they come from, bytes of each body, and bytes of it that are sent."""
 
 
+# One after another: each takes both cores.
+pytestmark = pytest.mark.xdist_group("flood")
+
+
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     return import_file(BENCH / "flood.py")
