@@ -65,7 +65,7 @@ TAKES_A_RECIPE = {
     "deployment.client.policy": "the recipe is what is checked",
     "deployment.client.account": "the recipe is what is allowed",
     "deployment.client.rehearsal": "the recipe is what would be checked",
-    "deployment.client.worker": "it wires a client's part of a run",
+    "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",
 }

@@ -86,6 +86,7 @@ class Account:
         Raises:
             DeploymentError: the journal can't be kept.
         """
+        self._running().is_last = False
         self._journal.give_up(hash_task(asked))
 
     def may_tell_loss(self, adapter_sha256: str) -> bool:

@@ -182,6 +182,9 @@ def describe_facts(facts: ClientFacts) -> str:
 
 def refusal_of(error: Exception) -> str:
     """Return the word of `REFUSALS` that a server is told of an error."""
+    # One word for all that is refused of a base model: two would tell whether a name is a folder here.
+    if isinstance(error, RecipeError) and error.where == "policy.models":
+        return "model"
     if isinstance(error, RecipeError) and error.where.startswith("policy."):
         return "day" if error.where.endswith("_a_day") else "policy"
     if isinstance(error, ShortageError) or is_shortage(error):
