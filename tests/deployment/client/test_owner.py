@@ -284,12 +284,11 @@ def test_the_time_for_an_answer_says_when_a_run_is_over(
     assert [line["kind"] for line in lines(data)] == ["meet", "end"]
 
 
-def test_a_last_round_that_was_given_up_was_not_trained(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
-) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Clock by which a training takes 301 seconds."""
     now = [1000.0]
     monkeypatch.setattr(account.time, "monotonic", lambda: now[0])
-    worker = worker_of(data)
     train = client_model.ClientModel.train
 
     def slow(*given: Any, **more: Any) -> Frame:
@@ -297,6 +296,24 @@ def test_a_last_round_that_was_given_up_was_not_trained(
         return train(*given, **more)
 
     monkeypatch.setattr(client_model.ClientModel, "train", slow)
+    return now
+
+
+def test_the_silence_after_the_last_round_begins_when_it_is_trained(
+    now: list[float], data: Path, capsys: Screen
+) -> None:
+    worker = worker_of(data)
+    assert "report" in worker.answer(training(2, adapters(1)[0])).manifest
+    now[0] += 59
+    worker.account.look()
+    assert "ended" not in capsys.readouterr().out
+    now[0] += 1
+    worker.account.look()
+    assert "its last round was trained, and no question came for 1:00" in capsys.readouterr().out
+
+
+def test_a_last_round_that_was_given_up_was_not_trained(now: list[float], data: Path, capsys: Screen) -> None:
+    worker = worker_of(data)
     check_refusal(worker.answer(training(2, adapters(1)[0], seconds=300.0)), "late", "given up", capsys)
     now[0] += 60
     worker.account.look()

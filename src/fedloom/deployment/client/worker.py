@@ -119,6 +119,7 @@ class Worker:
                 found = model.evaluate(asked)
             case "train":
                 found = self._train(asked, model)
+        self.account.has_answered()
         return found, model.take_progress()
 
     def _train(self, asked: Frame, model: ClientModel) -> Frame:
