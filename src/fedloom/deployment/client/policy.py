@@ -112,7 +112,7 @@ class Policy(Section):
         20, ge=1, description="the most different recipes in 24 hours for which the documents are read and counted"
     )
     max_scores_a_day: int = Field(
-        400, ge=1, description="the most adapters in 24 hours whose loss on the hold-out is told"
+        500, ge=1, description="the most adapters in 24 hours whose loss on the hold-out is told"
     )
     tell_holdout_loss: bool = Field(True, description="whether the loss on this client's hold-out may be told")
 

@@ -119,6 +119,7 @@ class Worker:
                 found = model.evaluate(asked)
             case "train":
                 found = self._train(asked, model)
+        self.account.has_answered()
         return found, model.take_progress()
 
     def _train(self, asked: Frame, model: ClientModel) -> Frame:
@@ -182,6 +183,9 @@ def describe_facts(facts: ClientFacts) -> str:
 
 def refusal_of(error: Exception) -> str:
     """Return the word of `REFUSALS` that a server is told of an error."""
+    # One word for all that is refused of a base model: two would tell whether a name is a folder here.
+    if isinstance(error, RecipeError) and error.where == "policy.models":
+        return "model"
     if isinstance(error, RecipeError) and error.where.startswith("policy."):
         return "day" if error.where.endswith("_a_day") else "policy"
     if isinstance(error, ShortageError) or is_shortage(error):
