@@ -13,21 +13,20 @@ import argparse
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
 
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.frames import Frame, receive_frame, send_frame
+from fedloom.deployment.frames import CREDENTIALS, Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.keys import Security, approve, init, request
-from fedloom.deployment.processes import ARGUMENTS, Child, free_port, private_folder
+from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
+from fedloom.deployment.signing import Verifier
 
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
@@ -36,30 +35,35 @@ WORKER = "fedloom.deployment.client.worker"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def echo(path: str, facts: dict[str, object]) -> None:
-    """A worker that gives back what it gets, and tells of the process that brought it."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+def echo(facts: dict[str, object]) -> None:
+    """A worker that reads signed questions, gives back their numbers, and tells of the process that brought them."""
+    told = dict(word.removeprefix("--").split("=", 1) for word in take_arguments())
+    verifier = Verifier(told["signer"], told["name"])
+    with listen(told["socket"]) as listener:
         while True:
-            connection, _ = listener.accept()
+            connection = accept(listener)
             with connection:
-                process = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-                told = {**describe_start(process), "arrived": time.time()}
-                asked = receive_frame(connection)
-                payload = asked.payload if asked.manifest["do"] == "train" else b""
-                send_frame(connection, Frame({**facts, **told, "answered": time.time()}, payload))
+                process, *_ = CREDENTIALS.unpack(
+                    connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+                )
+                times = {**describe_start(process), "arrived": time.time()}
+                asked = verifier.open(receive_frame(connection))
+                do = asked.manifest["do"]
+                # Beyond facts, the exchange passes on what it gets: here that is times, which no real answer has.
+                answer = facts if do == "meet" else {**times, "answered": time.time()}
+                send_frame(connection, Frame(answer, asked.payload if do == "train" else b""))
 
 
 FACTS = "echo.json"
 """File with the facts that an echo tells, beside the kits: made once, for what makes them loads torch."""
 
 
-def make_facts(word: str) -> dict[str, object]:
+def make_facts(name: str) -> dict[str, object]:
     """Facts of a client that has one of each thing."""
-    from fedloom.deployment.messages import COUNTS, ClientFacts
+    from fedloom import __version__
+    from fedloom.deployment.messages import COUNTS
 
-    return {field.name: 1 if field.name in COUNTS else word for field in fields(ClientFacts)}
+    return {"name": name, "version": __version__, "base": "0" * 64, "documents": "0" * 64, **dict.fromkeys(COUNTS, 1)}
 
 
 def describe_start(process: int) -> dict[str, float]:
@@ -77,10 +81,8 @@ def join_with_echo(kit: Path) -> None:
     from fedloom.deployment.client import joining
 
     def start(command: list[str], log: Path | None, environment: dict[str, str]) -> Child:
-        if WORKER in command:
-            words = json.loads(environment[ARGUMENTS])
-            (path,) = [word.partition("=")[2] for word in words if word.startswith("--socket=")]
-            command = [sys.executable, __file__, "--echo", path, "--facts", str(kit.parent / FACTS)]
+        if WORKER in command:  # the echo takes the worker's own arguments, from the environment
+            command = [sys.executable, __file__, "--echo", str(kit.parent / FACTS)]
         return Child(command, log, environment)
 
     joining.Child = start
@@ -342,13 +344,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
     parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")
-    parser.add_argument("--echo", metavar="SOCKET", help="stand where a client's worker is")
-    parser.add_argument("--facts", metavar="FILE", type=Path, help="what an echo tells of itself")
+    parser.add_argument("--echo", metavar="FACTS", type=Path, help="stand where a client's worker is")
     parser.add_argument("--join", metavar="KIT", type=Path, help="be one client, with an echo")
     parser.add_argument("--memory", metavar="CLIENTS", type=int, help="one case, as a JSON line")
     options = parser.parse_args()
     if options.echo:
-        return echo(options.echo, json.loads(options.facts.read_text(encoding="utf-8")))
+        return echo(json.loads(options.echo.read_text(encoding="utf-8")))
     if options.join:
         return join_with_echo(options.join)
     if options.many:
