@@ -76,6 +76,12 @@ def describe_start(process: int) -> dict[str, float]:
     }
 
 
+def peak_bytes(process: int) -> int:
+    """The most memory that a process has held."""
+    (line,) = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024 * int(line.split()[1])
+
+
 def join_with_echo(kit: Path) -> None:
     """`fedloom join`, but for its worker."""
     from fedloom.deployment.client import joining
@@ -159,7 +165,12 @@ def measure_overhead(rounds: int) -> dict[str, object]:
 
 
 def measure_many(clients: int, rounds: int) -> dict[str, object]:
-    """Many clients of one machine, behind one address and nginx, with an echo each: is any of them lost for good?"""
+    """Many clients of one machine, behind one address and nginx, with an echo each: is any of them lost for good?
+
+    This process is the server's `serve`, with torch in it.
+    """
+    from client import cpu_seconds  # what it imports, an echo does without
+
     from fedloom.deployment.messages import pack_recipe
     from fedloom.deployment.server.exchange import Exchange
     from fedloom.deployment.server.nginx import proxy
@@ -190,12 +201,18 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
         exchange = Exchange(link, pack_recipe(recipe), 600, say, lambda phases: None)
         exchange.assemble(clients, 1500)
         assembled = time.monotonic() - begun
+        assert link._child is not None
+        watched = {"SuperLink": link._child.pid, "serve": os.getpid()}
+        begun, before = time.monotonic(), {what: cpu_seconds(one) for what, one in watched.items()}
         whole, lost = [], 0
         for _ in range(rounds):
             started = time.monotonic()
             questions = dict.fromkeys(names, Frame({"do": "train"}, payload))
             lost += sum(not isinstance(found, Frame) for _, found in exchange.ask(questions))
             whole.append(time.monotonic() - started)
+        spent = time.monotonic() - begun
+        cores = {what: (cpu_seconds(one) - before[what]) / spent for what, one in watched.items()}
+        peaks = {what: peak_bytes(one) for what, one in watched.items()}
         ended = sum(join.ended for join in joins)
         told = "".join(kit.with_suffix(".log").read_text(encoding="utf-8") for kit in kits)
     found = {
@@ -203,6 +220,8 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
         "opened_seconds": opened,
         "assembled_seconds": assembled,
         "round_seconds": whole,
+        "cores": cores,
+        "peak_bytes": peaks,
         "lost": lost,
         "ended": ended,
         "refused": told.count("\nrefused "),
@@ -212,6 +231,9 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
     print(f"\n| {clients} clients with an echo | |\n|---|---|")
     print(f"| until the keys are in and the app runs, s | {opened:.0f} |\n| until all are there, s | {assembled:.0f} |")
     print(f"| a round, median and worst, s | {median(whole):.1f}, {max(whole):.1f} |")
+    print(f"| rounds a minute | {60 * len(whole) / spent:.1f} |")
+    for what in watched:
+        print(f"| {what}: of a core, and memory | {100 * cores[what]:.0f} %, {peaks[what] / 1e6:.0f} MB |")
     for what in ("lost", "ended", "refused", "restarts"):
         print(f"| {what} | {found[what]} |", flush=True)
     return found
