@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fedloom import load_recipe
 from fedloom.deployment.client.documents import write_splits
+from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.keys import approve, init, request
 from fedloom.deployment.processes import Child, free_port, private_folder
 from fedloom.monitoring.observer import Observer
@@ -94,8 +95,8 @@ def measure(seconds: float) -> dict[str, object]:
             return child
 
         def join(name: str, documents: Path) -> Child:
-            kit = approve(security.folder, request(name, folder), folder)[0]
-            return start(name, "join", str(kit), "--data", str(documents))
+            kit = approve(security.folder, request(name, folder), folder).kit
+            return start(name, "join", str(kit), "--fingerprint", read_kit(kit).fingerprint, "--data", str(documents))
 
         server = start(
             "serve", "serve", str(folder / "tiny.toml"), "--server", str(security.folder), "--out", str(folder / "run")

@@ -13,21 +13,20 @@ import argparse
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
 
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.frames import Frame, receive_frame, send_frame
+from fedloom.deployment.frames import CREDENTIALS, Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.keys import Security, approve, init, request
-from fedloom.deployment.processes import ARGUMENTS, Child, free_port, private_folder
+from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
+from fedloom.deployment.signing import Verifier
 
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
@@ -36,30 +35,35 @@ WORKER = "fedloom.deployment.client.worker"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def echo(path: str, facts: dict[str, object]) -> None:
-    """A worker that gives back what it gets, and tells of the process that brought it."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+def echo(facts: dict[str, object]) -> None:
+    """A worker that reads signed questions, gives back their numbers, and tells of the process that brought them."""
+    told = dict(word.removeprefix("--").split("=", 1) for word in take_arguments())
+    verifier = Verifier(told["signer"], told["name"])
+    with listen(told["socket"]) as listener:
         while True:
-            connection, _ = listener.accept()
+            connection = accept(listener)
             with connection:
-                process = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-                told = {**describe_start(process), "arrived": time.time()}
-                asked = receive_frame(connection)
-                payload = asked.payload if asked.manifest["do"] == "train" else b""
-                send_frame(connection, Frame({**facts, **told, "answered": time.time()}, payload))
+                process, *_ = CREDENTIALS.unpack(
+                    connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+                )
+                times = {**describe_start(process), "arrived": time.time()}
+                asked = verifier.open(receive_frame(connection))
+                do = asked.manifest["do"]
+                # Beyond facts, the exchange passes on what it gets: here that is times, which no real answer has.
+                answer = facts if do == "meet" else {**times, "answered": time.time()}
+                send_frame(connection, Frame(answer, asked.payload if do == "train" else b""))
 
 
 FACTS = "echo.json"
 """File with the facts that an echo tells, beside the kits: made once, for what makes them loads torch."""
 
 
-def make_facts(word: str) -> dict[str, object]:
+def make_facts(name: str) -> dict[str, object]:
     """Facts of a client that has one of each thing."""
-    from fedloom.deployment.messages import COUNTS, ClientFacts
+    from fedloom import __version__
+    from fedloom.deployment.messages import COUNTS
 
-    return {field.name: 1 if field.name in COUNTS else word for field in fields(ClientFacts)}
+    return {"name": name, "version": __version__, "base": "0" * 64, "documents": "0" * 64, **dict.fromkeys(COUNTS, 1)}
 
 
 def describe_start(process: int) -> dict[str, float]:
@@ -72,15 +76,19 @@ def describe_start(process: int) -> dict[str, float]:
     }
 
 
+def peak_bytes(process: int) -> int:
+    """The most memory that a process has held."""
+    (line,) = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024 * int(line.split()[1])
+
+
 def join_with_echo(kit: Path) -> None:
     """`fedloom join`, but for its worker."""
     from fedloom.deployment.client import joining
 
     def start(command: list[str], log: Path | None, environment: dict[str, str]) -> Child:
-        if WORKER in command:
-            words = json.loads(environment[ARGUMENTS])
-            (path,) = [word.partition("=")[2] for word in words if word.startswith("--socket=")]
-            command = [sys.executable, __file__, "--echo", path, "--facts", str(kit.parent / FACTS)]
+        if WORKER in command:  # the echo takes the worker's own arguments, from the environment
+            command = [sys.executable, __file__, "--echo", str(kit.parent / FACTS)]
         return Child(command, log, environment)
 
     joining.Child = start
@@ -157,7 +165,12 @@ def measure_overhead(rounds: int) -> dict[str, object]:
 
 
 def measure_many(clients: int, rounds: int) -> dict[str, object]:
-    """Many clients of one machine, behind one address and nginx, with an echo each: is any of them lost for good?"""
+    """Many clients of one machine, behind one address and nginx, with an echo each: is any of them lost for good?
+
+    This process is the server's `serve`, with torch in it.
+    """
+    from client import cpu_seconds  # what it imports, an echo does without
+
     from fedloom.deployment.messages import pack_recipe
     from fedloom.deployment.server.exchange import Exchange
     from fedloom.deployment.server.nginx import proxy
@@ -188,12 +201,18 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
         exchange = Exchange(link, pack_recipe(recipe), 600, say, lambda phases: None)
         exchange.assemble(clients, 1500)
         assembled = time.monotonic() - begun
+        assert link._child is not None
+        watched = {"SuperLink": link._child.pid, "serve": os.getpid()}
+        begun, before = time.monotonic(), {what: cpu_seconds(one) for what, one in watched.items()}
         whole, lost = [], 0
         for _ in range(rounds):
             started = time.monotonic()
             questions = dict.fromkeys(names, Frame({"do": "train"}, payload))
             lost += sum(not isinstance(found, Frame) for _, found in exchange.ask(questions))
             whole.append(time.monotonic() - started)
+        spent = time.monotonic() - begun
+        cores = {what: (cpu_seconds(one) - before[what]) / spent for what, one in watched.items()}
+        peaks = {what: peak_bytes(one) for what, one in watched.items()}
         ended = sum(join.ended for join in joins)
         told = "".join(kit.with_suffix(".log").read_text(encoding="utf-8") for kit in kits)
     found = {
@@ -201,6 +220,8 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
         "opened_seconds": opened,
         "assembled_seconds": assembled,
         "round_seconds": whole,
+        "cores": cores,
+        "peak_bytes": peaks,
         "lost": lost,
         "ended": ended,
         "refused": told.count("\nrefused "),
@@ -210,6 +231,9 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
     print(f"\n| {clients} clients with an echo | |\n|---|---|")
     print(f"| until the keys are in and the app runs, s | {opened:.0f} |\n| until all are there, s | {assembled:.0f} |")
     print(f"| a round, median and worst, s | {median(whole):.1f}, {max(whole):.1f} |")
+    print(f"| rounds a minute | {60 * len(whole) / spent:.1f} |")
+    for what in watched:
+        print(f"| {what}: of a core, and memory | {100 * cores[what]:.0f} %, {peaks[what] / 1e6:.0f} MB |")
     for what in ("lost", "ended", "refused", "restarts"):
         print(f"| {what} | {found[what]} |", flush=True)
     return found
@@ -342,13 +366,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
     parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")
-    parser.add_argument("--echo", metavar="SOCKET", help="stand where a client's worker is")
-    parser.add_argument("--facts", metavar="FILE", type=Path, help="what an echo tells of itself")
+    parser.add_argument("--echo", metavar="FACTS", type=Path, help="stand where a client's worker is")
     parser.add_argument("--join", metavar="KIT", type=Path, help="be one client, with an echo")
     parser.add_argument("--memory", metavar="CLIENTS", type=int, help="one case, as a JSON line")
     options = parser.parse_args()
     if options.echo:
-        return echo(options.echo, json.loads(options.facts.read_text(encoding="utf-8")))
+        return echo(json.loads(options.echo.read_text(encoding="utf-8")))
     if options.join:
         return join_with_echo(options.join)
     if options.many:
