@@ -167,7 +167,8 @@ def stop(
     from fedloom.monitoring.status import stop
 
     work = stop(run, at_once=now, say=typer.echo)
-    typer.echo(show_controls(f"stopped; go on with: {work.command} --resume {run}"))
+    how = f"go on with: {work.command} --resume {run}" if run.is_dir() else "nothing was begun: start it as before"
+    typer.echo(show_controls(f"stopped; {how}"))
 
 
 @app.command()

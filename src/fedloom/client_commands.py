@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -57,8 +58,17 @@ WritePolicy = Annotated[
 
 
 def journal_of(kit: Path) -> Path:
-    """Return where a kit's journal is, if nobody says otherwise."""
-    return kit.with_suffix(".journal.jsonl")
+    """Return where the journal of a kit's client is, if nobody says otherwise: beside it, by the client's name.
+
+    Not by the name of the file, which who sends it can choose: a journal that begins anew would count from none.
+    """
+    from fedloom.deployment.keys import NAME
+
+    try:
+        name = str(tomllib.loads(kit.read_text(encoding="utf-8"))["name"])
+    except (OSError, ValueError, KeyError):  # no kit, which is said where it is read
+        name = kit.stem
+    return kit.with_name(f"{name if NAME.fullmatch(name) else kit.stem}.journal.jsonl")
 
 
 def preflight(

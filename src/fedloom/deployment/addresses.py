@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from fedloom.errors import DeploymentError
 
-HOST = re.compile(r"[A-Za-z0-9.-]{1,253}")
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 

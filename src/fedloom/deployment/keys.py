@@ -27,6 +27,8 @@ from fedloom.host.files import Lock, replace_file, write_private
 if TYPE_CHECKING:
     from cryptography import x509
 
+MOST_LETTERS = 2**16
+"""Letters of a request that are read."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -223,7 +225,8 @@ def read_request(file: Path) -> tuple[str, str]:
         DeploymentError: the file is not a request.
     """
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as sent:
+            told = json.loads(sent.read(MOST_LETTERS))  # whose end is missing where it is longer
         name, public = str(told["name"]), _read_public_key(str(told["key"]))
     except OSError as error:
         raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None

@@ -200,7 +200,7 @@ TRAINING = Record(
             "proximal_mu": 1e6,
             "proximal_schedule": None,
         },
-        {"epochs": "max_epochs"},
+        {"epochs": "max_epochs", "batch_size": "min_batch_size"},
     )
 )
 FEDERATION = _told(

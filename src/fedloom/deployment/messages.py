@@ -181,8 +181,26 @@ def unpack_score(answer: Frame, most_targets: int) -> Score | None:
 
 
 def pack_progress(answer: Frame, done: Collection[Progress]) -> Frame:
-    """Add to an answer the steps and batches that were worked on."""
-    return replace(answer, manifest={**answer.manifest, "progress": [[*asdict(one).values()] for one in done]})
+    """Add to an answer how many steps and batches were worked on, and the sums of their tokens and samples.
+
+    The sums are spread evenly over the steps: the tokens of one step alone could be the length of one document.
+    """
+    kinds: dict[tuple[Any, ...], list[Progress]] = {}
+    for one in done:
+        kinds.setdefault((one.phase, one.round, one.client), []).append(one)
+    told = []
+    for alike in kinds.values():
+        tokens, samples = (
+            _spread(sum(getattr(one, what) for one in alike), len(alike)) for what in ("tokens", "samples")
+        )
+        pairs = zip(alike, tokens, samples, strict=True)
+        told += [[*asdict(replace(one, tokens=t, samples=s)).values()] for one, t, s in pairs]
+    return replace(answer, manifest={**answer.manifest, "progress": told})
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Return so many numbers that differ by one at most and sum to the total."""
+    return [total // count + (place < total % count) for place in range(count)]
 
 
 def unpack_progress(answer: Frame, do: str) -> list[Progress]:

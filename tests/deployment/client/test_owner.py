@@ -229,7 +229,7 @@ def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: Scr
     run = lines(data)[0]["run"]
     said = capsys.readouterr().out
     for line in (
-        f'asked     fed.example.org:8443: to read and count the documents for "test" (run {run})',
+        f'asked     fed.example.org:8443: to read and count the documents for "test" (run {run[:16]})',
         f"told      6 documents, 6 blocks, {facts['tokens']} tokens to train on; 2 documents held out",
         "asked     for the loss of an adapter on the hold-out",
         "told      the loss on the hold-out",
@@ -328,3 +328,39 @@ def test_a_recipe_that_is_refused_does_not_end_the_run_that_goes_on(data: Path) 
     worker.answer(ask("evaluate", frame=adapters(1)[0]))
     assert [line["kind"] for line in lines(data)] == ["meet", "score"]
     assert len({line["run"] for line in lines(data)}) == 1
+
+
+def test_a_length_at_which_all_but_one_document_are_the_same_trains_nobody(tmp_path: Path, capsys: Screen) -> None:
+    """Eleven forms with one heading: what the hold-out has as well is dropped, and the only note is left."""
+    heading = "form of the clinic, to be filled in by hand, one for each visit. " * 2
+    rows = [heading + f"note {number}" for number in range(11)] + [
+        "a note without a heading, which is one of a kind " * 3
+    ]
+    path = tmp_path / "private.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    worker = worker_of(path)
+    for seed in range(4):
+        recipe = make_recipe(data={"max_length": 64, "near_duplicate": 1.0, "client_holdout": 0.3}, seed=seed)
+        assert worker.answer(ask("meet", recipe)).manifest["refused"] in ("policy", "documents")
+    assert "policy.min_documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-opt"])
+def test_an_adapter_on_the_head_is_one_on_the_words(shape: str, data: Path, capsys: Screen) -> None:
+    recipe = make_recipe(model={"source": f"random:{shape}"}, adapter={"targets": ["lm_head"], "rank": 1})
+    assert worker_of(data).answer(ask("meet", recipe)).manifest["refused"] == "policy"
+    assert "policy.train_embedding" in capsys.readouterr().out
+
+
+def test_steps_of_one_document_are_refused(data: Path, capsys: Screen) -> None:
+    recipe = make_recipe(training={"batch_size": 1})
+    assert worker_of(data).answer(ask("meet", recipe)).manifest["refused"] == "policy"
+    assert "policy.min_batch_size" in capsys.readouterr().out
+
+
+def test_what_was_worked_on_is_told_in_sums(data: Path) -> None:
+    """Steps of one size each: a batch's own tokens could be the length of a document."""
+    answer = worker_of(data).answer(training(1, adapters(1)[0]))
+    tokens = [row[1] for row in answer.manifest["progress"]]
+    assert max(tokens) - min(tokens) <= 1
+    assert sum(tokens) == answer.manifest["report"]["tokens"]

@@ -54,13 +54,13 @@ def test_a_journal_is_read_aloud_with_what_is_left(tmp_path: Path) -> None:
     free = datetime.now(UTC) + timedelta(hours=22)
     assert f"1 of 1 rounds in the past 24 hours; the next may begin on {free:%Y-%m-%d at %H:}" in shown
     assert "1 of 20 recipes in the past 24 hours; the next may begin now" in shown
-    assert "1 of 400 scores in the past 24 hours; the next may begin now" in shown
+    assert "1 of 500 scores in the past 24 hours; the next may begin now" in shown
     assert rows[-1] == "1 of 9 rounds of run 0123456789abcdef"
     assert said("journal", tmp_path / "a.journal.jsonl", "--policy", tmp_path / "policy.toml") == shown
 
 
 def test_a_journal_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DeploymentError, match=r"a.jsonl: no such journal; name the kit"):
+    with pytest.raises(DeploymentError, match=r"a.jsonl: no such journal: nothing was asked yet"):
         list(read_aloud(tmp_path / "a.jsonl", Policy()))
 
 
@@ -76,7 +76,7 @@ def test_a_policy_is_written_without_a_kit_and_never_over_a_file(tmp_path: Path)
 def kit(tmp_path: Path) -> Path:
     """A kit whose server is not there, with its key, and documents beside it."""
     keys.init(tmp_path / "server", "localhost", free_port())
-    made, _ = keys.approve(tmp_path / "server", keys.request("alice", tmp_path), tmp_path)
+    made = keys.approve(tmp_path / "server", keys.request("alice", tmp_path), tmp_path).kit
     rows = [{"text": f"text {n}", "note": "x"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return made
@@ -125,6 +125,6 @@ def test_a_preflight_names_all_that_a_policy_refuses_of_a_recipe(kit: Path) -> N
     )
     shown = said("preflight", kit, recipe, code=2)
     found = [line for line in shown.splitlines() if line.startswith("NO      recipe")]
-    assert len(found) == 3, "a server names the commit of its recipe's branch"
+    assert len(found) == 4, "a model of a hub is its owner's to name"
     for words in ('does not allow the method "full"', "max_length of at least 16, not 4", "20 epochs a round, not 99"):
         assert words in shown

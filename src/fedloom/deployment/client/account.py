@@ -30,7 +30,7 @@ class Run:
 
     recipe: str
     id: str
-    """First digits of the hash of what was told of the recipe: all runs of it have the same."""
+    """Hash of what was told of the recipe: all runs of it have the same. Its first digits are shown."""
     quiet_seconds: float
     """Silence after which it is taken to be over."""
     asked: float
@@ -56,9 +56,9 @@ class Account:
             DeploymentError: the journal can't be kept.
         """
         # All runs of a recipe are one to a client: what else tells them apart is a server's word.
-        run = Run(recipe.name, hash_json(told)[:16], LONGEST_SECONDS, time.monotonic())
+        run = Run(recipe.name, hash_json(told), LONGEST_SECONDS, time.monotonic())
         by = f"{self._server}: " if self._server else ""
-        self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id})')
+        self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
         where = {"model": recipe.model.source, "rounds": recipe.federation.rounds}
         self._note(run, run.id, where, kind="meet", at_most=self.policy.max_meets_a_day)
@@ -138,7 +138,7 @@ class Account:
     def _end(self, run: Run, why: str) -> None:
         if not run.is_over:
             run.is_over = True
-            self._say("ended", f'"{run.recipe}" (run {run.id}): {why}')
+            self._say("ended", f'"{run.recipe}" (run {run.id[:16]}): {why}')
             self._note(run, run.id, {"why": why}, kind="end")
 
     def _running(self) -> Run:

@@ -147,9 +147,18 @@ class ClientModel:
 
 
 def measure(adapted: AdaptedModel) -> dict[str, Any]:
-    """Return how large a share of a model's weights is trained, and whether some lie in its embedding."""
-    trained = {id(value) for value in adapted.model.parameters() if value.requires_grad}
-    embedding = any(id(value) in trained for value in adapted.base.get_input_embeddings().parameters())
+    """Return how large a share of a model's weights is trained, and whether some have a row for each token.
+
+    So have the embedding and the head, and what an adapter puts on them: the rows that change are those of the words
+    that occur.
+    """
+    trained = [value for value in adapted.model.parameters() if value.requires_grad]
+    ends = [
+        end for end in (adapted.base.get_input_embeddings(), adapted.base.get_output_embeddings()) if end is not None
+    ]
+    own = {id(value) for end in ends for value in end.parameters()}
+    rows = {end.weight.shape[0] for end in ends if hasattr(end, "weight")}
+    embedding = any(id(value) in own or not rows.isdisjoint(value.shape) for value in trained)
     return {"share": adapted.layout.size / adapted.num_parameters, "embedding": embedding}
 
 

@@ -65,13 +65,22 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
     check_length(recipe.data.max_length, source)
 
     train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
-    unseen = without_blocks(train, distinct_blocks(holdout))
+    held_out = distinct_blocks(holdout)
+    unseen = without_blocks(train, held_out)
     shared = len(train) - len(unseen)
     blocks = ClientBlocks(unseen if drop else train, holdout)
     if not len(blocks.train):
         raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
+    left = len(documents.train) - train.dropped
+    if drop and shared:
+        # Of some documents nothing is left: a server could choose lengths at which all but one are the same.
+        parts = (tokenize_for(source, recipe, [document]) for document in documents.train)
+        left = sum(len(without_blocks(part, held_out)) > 0 for part in parts)
     check_documents(
-        policy, documents=len(documents.train), tokens=blocks.train.num_tokens, held_out=len(documents.holdout)
+        policy,
+        documents=left,
+        tokens=blocks.train.num_tokens,
+        held_out=len(documents.holdout) - holdout.dropped,
     )
     return ClientData(source, documents, blocks, shared, audit.dropped[0], audit.leaks)
 
@@ -97,7 +106,7 @@ def read_split(path: Path) -> tuple[Path, Path] | None:
         return None
     for file in files:
         if not file.resolve().is_relative_to(path.resolve()):
-            raise _leads_out(file, path)
+            raise _leads_out(file)
     return files
 
 
@@ -115,7 +124,7 @@ def load_client(
         told["files"] = policy.files
         _, left_out = find_files(path, policy.files, hidden=policy.hidden)
         for link in (file for file, reason in left_out.items() if reason == LINKED):
-            raise _leads_out(link, path)
+            raise _leads_out(link)
     elif policy.files != NO_FILE.files:
         raise DataError("a single file and a split are read whole", where="--files", mend="leave it out")
     kept = asked.model_dump(include=set(ROWS) & asked.model_fields_set)
@@ -123,10 +132,10 @@ def load_client(
     return load_documents(data, seed, at_most, hidden=policy.hidden).documents
 
 
-def _leads_out(link: Path, folder: Path) -> DataError:
+def _leads_out(link: Path) -> DataError:
     return DataError(
         "it is a link that leads out of the folder, and is not followed",
-        where=str(folder / link),
+        where=str(link),
         mend="put the file itself there, or take the link away",
     )
 

@@ -101,6 +101,12 @@ def read_kit(path: Path) -> Kit:
             where=f"{path}: signer",
             mend="have the server's owner approve the request again, and send the new kit (fedloom provision approve)",
         )
+    if not kit.ca and any((path.parent / f"{kit.name}{end}").exists() for end in (".key", ".known")):
+        raise DeploymentError(
+            f"a kit without a certificate, where {kit.name}'s key lies: it would ask for no fingerprint",
+            where=str(path),
+            mend="ask the server's owner for the kit again; to try things out, put this one in a folder of its own",
+        )
     if not kit.ca:
         return kit
     kit = replace(kit, ca=read_authority(kit.ca, where=f"{path}: ca"))

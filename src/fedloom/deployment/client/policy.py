@@ -79,8 +79,8 @@ class Policy(Section):
     models: Names | None = Field(
         None,
         description="base models that may be trained, as the recipe names them; `@COMMIT` behind a hub's name and"
-        " `@sha256:HASH` (which `fedloom join` shows) pin it; left out: any of the hub by its commit, `random:` and"
-        " the quickstart's, but nothing on this machine's disk",
+        " `@sha256:HASH` (of its weights, which `fedloom join` shows) pin it; left out: `random:` and the quickstart's"
+        " alone, for a model's tokenizer is a program that can count what a text says",
     )
     methods: Names = Field(
         (
@@ -102,6 +102,9 @@ class Policy(Section):
     )
     train_embedding: bool = Field(
         False, description="whether an adapter may change the embedding: the rows that change are the words that occur"
+    )
+    min_batch_size: int = Field(
+        2, ge=1, description="the fewest documents of a step: the loss of a first and last step is told"
     )
     max_epochs: int = Field(20, ge=1, description="the most passes over the documents in a round")
     max_rounds: int = Field(
@@ -282,6 +285,10 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("windows", f'does not allow the window "{data.window}"')
     if data.documents_per_client is not None and data.documents_per_client < policy.min_documents:
         yield Refusal("min_documents", _too_few("documents", policy.min_documents, data.documents_per_client))
+    if recipe.training.batch_size < policy.min_batch_size:
+        yield Refusal(
+            "min_batch_size", f"allows no steps of {recipe.training.batch_size}, {policy.min_batch_size} at least"
+        )
     if epochs > policy.max_epochs:
         yield Refusal("max_epochs", f"allows {policy.max_epochs} epochs a round, not {epochs}")
     if rounds > policy.max_rounds:
@@ -293,9 +300,11 @@ def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
     pins = policy.pins(model.source)
     if policy.models is not None and not pins:
         yield Refusal("models", f'does not allow the base model "{model.source}"')
-    known = model.source.startswith(DRAWN) or model.source in policy.named or _is_on_a_hub(model.source)
+    # A tokenizer is a program of its model's: one that a server wrote could tell texts by how many tokens they become.
+    known = model.source.startswith(DRAWN) or model.source in policy.named
     if policy.models is None and not known:
-        yield Refusal("models", f'does not name "{model.source}", which is on no hub')
+        yield Refusal("models", f'does not name "{model.source}"')
+        return
     if not _is_on_a_hub(model.source):
         return
     # A branch, a tag or a pull request is whatever somebody makes of it later.

@@ -28,7 +28,11 @@ def read_aloud(path: Path, policy: Policy) -> Iterator[str]:
         DeploymentError: it is not there, can't be read, or a line is damaged.
     """
     if not path.exists():
-        raise DeploymentError("no such journal", where=str(path), mend="name the kit, or the file that join wrote")
+        raise DeploymentError(
+            "no such journal: nothing was asked yet, or it is elsewhere (fedloom join --journal)",
+            where=str(path),
+            mend="name the kit, or the file that join wrote",
+        )
     entries = Journal(path).read()
     rows = [HEAD, *map(_to_row, entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

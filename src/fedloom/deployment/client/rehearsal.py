@@ -72,7 +72,7 @@ def _read_kit(path: Path) -> tuple[str, Kit]:
 
 def _greet(kit: Kit) -> Finding:
     try:
-        told = greet_server(kit.server, kit.ca)
+        told = greet_server(kit.server, kit.ca).words
     except AbsentError as absent:
         return Finding("server", f"{kit.server}: {absent}", "join waits for it; ask its owner when it will be there")
     except FedloomError as error:

@@ -250,7 +250,8 @@ def _take_in(listener: socket.socket, waiting: Queue[Arrived]) -> None:
         connection.settimeout(60.0)
         try:
             asked = receive_frame(connection)
-        except OSError as error:
+        # Of any kind, from bytes that may be anything: with this thread, the worker would hear nothing more.
+        except (OSError, MemoryError, ValueError) as error:
             connection.close()
             say("retry", f"the connection broke before the question was read ({type(error).__name__})")
             continue

@@ -222,7 +222,8 @@ class Exchange:
         try:
             facts = unpack_facts(answer.frame)
             self._check_facts(facts)
-            if known and (known.base, known.documents) != (facts.base, facts.documents):
+            # Its numbers too: limits were reckoned from them.
+            if known and replace(known, name=facts.name, version=facts.version) != facts:
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:
             self._names[node] = ""
