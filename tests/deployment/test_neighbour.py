@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -165,6 +166,7 @@ class Telling:
     """Worker that tells something private to whoever asks."""
 
     is_spent = False
+    account = SimpleNamespace(look=lambda: None)
 
     def answer(self, asked: Frame, came: float) -> Frame:
         return Frame({"told": "private"})
