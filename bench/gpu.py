@@ -345,7 +345,7 @@ def main() -> None:
         started = time.perf_counter()
         try:
             PARTS[part](options.shape, options.clients)
-        except Exception as error:  # of any kind: time on a GPU is lent, and the other parts are worth having
+        except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
             traceback.print_exc()
             say("failed", shape=options.shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
         say("took", shape=options.shape, took=part, seconds=time.perf_counter() - started)
