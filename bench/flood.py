@@ -176,8 +176,8 @@ def attack(server: Server, honest: Honest, words: Sequence[object], seconds: flo
     )
     looks: list[float | None] = []
     most = disk = 0
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         line, until = "", time.monotonic() + 300
         while time.monotonic() < until:
@@ -189,7 +189,8 @@ def attack(server: Server, honest: Honest, words: Sequence[object], seconds: flo
             time.sleep(0.25)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
     answered = sorted(look for look in looks if look is not None)
     return Seen(
         len(looks),
