@@ -20,9 +20,8 @@ def read_host(text: str, where: str = "") -> str:
     """
     bare = text[1:-1] if text[:1] + text[-1:] == "[]" else text
     try:
-        if (
-            ":" in bare and "%" not in bare
-        ):  # behind % stands an interface of one machine, which means nothing on another
+        # Behind % stands an interface of one machine, which means nothing on another.
+        if ":" in bare and "%" not in bare:
             return str(ipaddress.IPv6Address(bare))
         # Whoever connects does this, and fails with another error: a part of it may be empty or too long.
         bare.encode("idna")

@@ -224,7 +224,7 @@ class ClientBatch:
         try:
             facts_3K = self._prepare(sizes)(inputs)
         except NotRecordableError as error:
-            self._stop_recording(str(error))
+            self._stop_recording(error)
             facts_3K = self._prepare(sizes)(inputs)
         failpoint("training.stepped")
 
@@ -279,17 +279,15 @@ class ClientBatch:
         if self._launch is None or self._sizes != sizes:
             self._launch = StepGraph(partial(self._step, dropout=dropout), self._generators[:count], self._device)
             self._sizes = sizes
-        # Should it not come to a recording, the step is taken without, with the same random numbers.
-        self._states = [generator.get_state() for generator in self._generators] if not self._launch.recorded else []
         return self._launch
 
-    def _stop_recording(self, why: str) -> None:
+    def _stop_recording(self, error: NotRecordableError) -> None:
         """Launch each step by itself from now on, as the one that was to be recorded has not been taken."""
-        self.not_recordable, self._records, self._launch = why, False, None
-        # A generator stays bound to the recording that it was registered for.
-        self._generators = [torch.Generator(self._device) for _ in self._generators]
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+        self.not_recordable, self._records, self._launch = str(error), False, None
+        # A generator stays bound to the recording that it was registered for. Others draw the same numbers.
+        for place, state in enumerate(error.states):
+            self._generators[place] = torch.Generator(self._device)
+            self._generators[place].set_state(state)
 
     def _read(self) -> None:
         """Write down the steps since the last look."""

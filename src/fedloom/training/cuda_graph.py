@@ -21,7 +21,12 @@ WARM_UP = 3
 
 
 class NotRecordableError(Exception):
-    """Reason why a step can't be a graph. Nothing of the step was done; its generators are not to be used again."""
+    """Reason why a step can't be a graph. Nothing of the step was done, and its generators are not to be used again:
+    `states` has those that they were in before it."""
+
+    def __init__(self, why: str, states: Sequence[Tensor]) -> None:
+        super().__init__(why)
+        self.states = states
 
 
 @cache
@@ -46,11 +51,6 @@ class StepGraph:
         self._stream = recording_stream(device)
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def recorded(self) -> bool:
-        """Return whether steps are launched as a graph by now."""
-        return self._graph is not None
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Take one step, and return its facts, [3, K].
@@ -84,7 +84,7 @@ class StepGraph:
         return facts_3K
 
     def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, states = torch.cuda.CUDAGraph(), [generator.get_state() for generator in self._generators]
         # A recording refuses a generator that is not registered; a registered one moves on with every replay.
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -97,7 +97,7 @@ class StepGraph:
             first = _first_of(error)
             if is_shortage(first) or is_shortage(error):
                 raise
-            raise NotRecordableError(str(first).splitlines()[0]) from error
+            raise NotRecordableError(str(first).splitlines()[0], states) from error
         return graph
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from fedloom.data.documents import LINKED, Document, find_files, load_documents
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
-from fedloom.deployment.client.policy import Policy, as_owner_wrote, check_documents
+from fedloom.deployment.client.policy import Policy, check_documents
 from fedloom.errors import DataError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
@@ -48,14 +48,13 @@ class ClientData:
 
 
 def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> ClientData:
-    """Read, split and tokenise a client's documents as the recipe says, and its owner.
+    """Read, split and tokenise a client's documents as the recipe says, after `as_owner_wrote`, and its owner.
 
     Raises:
         DataError: they can't be read, or leave nothing to train on.
         ModelError: the base model can't be had, or is shorter than a block.
         RecipeError: they are fewer than the policy wants.
     """
-    recipe = as_owner_wrote(policy, recipe)
     documents = _split(recipe, path, policy)
     drop = recipe.data.duplicates == "drop"
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)

@@ -301,8 +301,7 @@ def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
     if policy.models is not None and not pins:
         yield Refusal("models", f'does not allow the base model "{model.source}"')
     # A tokenizer is a program of its model's: one that a server wrote could tell texts by how many tokens they become.
-    known = model.source.startswith(DRAWN) or model.source in policy.named
-    if policy.models is None and not known:
+    if policy.models is None and not model.source.startswith(DRAWN) and model.source not in policy.named:
         yield Refusal("models", f'does not name "{model.source}"')
         return
     if not _is_on_a_hub(model.source):
