@@ -284,10 +284,6 @@ class ClientBatch:
     def _stop_recording(self, error: NotRecordableError) -> None:
         """Launch each step by itself from now on, as the one that was to be recorded has not been taken."""
         self.not_recordable, self._records, self._launch = str(error), False, None
-        # A generator stays bound to the recording that it was registered for. Others draw the same numbers.
-        for place, state in enumerate(error.states):
-            self._generators[place] = torch.Generator(self._device)
-            self._generators[place].set_state(state)
 
     def _read(self) -> None:
         """Write down the steps since the last look."""

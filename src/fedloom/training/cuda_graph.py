@@ -21,12 +21,7 @@ WARM_UP = 3
 
 
 class NotRecordableError(Exception):
-    """Reason why a step can't be a graph. Nothing of the step was done, and its generators are not to be used again:
-    `states` has those that they were in before it."""
-
-    def __init__(self, why: str, states: Sequence[Tensor]) -> None:
-        super().__init__(why)
-        self.states = states
+    """Reason why a step can't be a graph. Nothing of the step was done, and no generator has moved."""
 
 
 @cache
@@ -84,7 +79,10 @@ class StepGraph:
         return facts_3K
 
     def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph:
-        graph, states = torch.cuda.CUDAGraph(), [generator.get_state() for generator in self._generators]
+        graph = torch.cuda.CUDAGraph()
+        # The device's own takes part in each recording, whether it is asked for numbers or not.
+        bound = [*self._generators, torch.cuda.default_generators[torch.cuda.current_device()]]
+        states = [generator.get_state() for generator in bound]
         # A recording refuses a generator that is not registered; a registered one moves on with every replay.
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -94,11 +92,20 @@ class StepGraph:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._facts_3K = self._step(self._held)
         except RuntimeError as error:
+            for generator, state in zip(bound, states, strict=True):
+                _take_back(generator, state)
             first = _first_of(error)
             if is_shortage(first) or is_shortage(error):
                 raise
-            raise NotRecordableError(str(first).splitlines()[0], states) from error
+            raise NotRecordableError(str(first).splitlines()[0]) from error
         return graph
+
+
+def _take_back(generator: torch.Generator, state: Tensor) -> None:
+    """Give a generator a state again that no recording holds: after a broken one, it would refuse to draw."""
+    free = torch.Generator(generator.device)
+    free.set_state(state)
+    generator.graphsafe_set_state(free)
 
 
 def _first_of(error: BaseException) -> Exception:

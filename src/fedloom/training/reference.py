@@ -112,4 +112,6 @@ def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> 
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    return {name: value for name, value in optimizer.state_dict()["state"].get(0, {}).items() if value is not None}
+    """Return the state on the CPU: a GPU would fill with those of clients that wait for their next round."""
+    state = optimizer.state_dict()["state"].get(0, {})
+    return {name: value.to("cpu") for name, value in state.items() if value is not None}
