@@ -32,7 +32,7 @@ def make_blocks(num_blocks: int, seed: int, length: int = LENGTH, *, mixed: bool
         lengths_N = (
             torch.linspace(2, length, num_blocks).round().long()[torch.randperm(num_blocks, generator=generator)]
         )
-    return TokenBlocks(tokens_NT, lengths_N, lengths_N)
+    return TokenBlocks(tokens_NT, lengths_N, torch.arange(length) < lengths_N[:, None])
 
 
 def build_adapted(

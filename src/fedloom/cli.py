@@ -20,7 +20,7 @@ from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
-from fedloom.model_commands import RunFolder, convert, export, generate
+from fedloom.model_commands import RunFolder, chat, convert, export, generate, preview
 from fedloom.provision_commands import provision
 from fedloom.text import show_controls
 
@@ -242,9 +242,11 @@ def compare(
     typer.echo(show_controls(str(write_comparison(runs, out))))
 
 
+app.command()(preview)
 app.command()(convert)
 app.command()(export)
 app.command()(generate)
+app.command()(chat)
 
 
 @app.command()

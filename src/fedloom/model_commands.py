@@ -1,7 +1,9 @@
-"""Commands of the command line that make or use a model: convert, export, generate. Heavy imports only inside."""
+"""Commands of the command line that make, feed or use a model. Heavy imports only inside."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,41 @@ def convert(
     typer.echo(show_controls(f"{weights.location}: runs of this model use it from now on"))
 
 
+def preview(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, as for run.")
+    ] = None,
+    client: Annotated[int, typer.Option(min=0, help="The client whose documents are shown.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Blocks that are shown.")] = 3,
+) -> None:
+    """Show what a model will see of a client's documents, and what of it it will learn."""
+    from rich.text import Text
+
+    from fedloom.errors import DataError
+    from fedloom.experiment.preparation import gather
+    from fedloom.experiment.preview import describe_client, pieces_of
+    from fedloom.monitoring.display import Terminal
+    from fedloom.recipe.loading import load_recipe
+
+    loaded, display = load_recipe(recipe, overrides or ()), Terminal()
+    if client >= loaded.data.clients:
+        raise DataError(f"there are {loaded.data.clients} clients", where="--client", mend="their numbers begin at 0")
+    material = gather(loaded, display)
+    blocks = material.clients[client].train
+    colours = display.console.is_terminal and not display.console.no_color
+    for row in range(min(rows, len(blocks))):
+        shown = Text(f"\nblock {row + 1} of {len(blocks)}\n", style="dim")
+        for piece in pieces_of(blocks, row, material.source.tokenizer):
+            text = show_controls(piece.text)
+            shown.append(f"«{text}»" if piece.counts and not colours else text, "green" if piece.counts else "default")
+        display.console.print(shown, soft_wrap=True)
+    how = "in green" if colours else "in « »"
+    display.console.print(f"\nWhat is {how} is learnt. Client {client}:", markup=False, highlight=False)
+    for line in describe_client(loaded.data, material, client):
+        display.console.print(show_controls(f"  {line}"), markup=False, highlight=False, soft_wrap=True)
+
+
 def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option(parser=path, help="The folder to write; it must not exist.")],
@@ -39,13 +76,56 @@ def export(
     typer.echo(f"{show_controls(str(to))}: its logits lie {distance:.1e} from the run's, relative to their norm")
 
 
+Base = Annotated[bool, typer.Option("--base", help="First without the adapter.")]
+Temperature = Annotated[
+    float, typer.Option(min=0, max=10, help="How freely words are drawn; 0 takes the likeliest each time.")
+]
+TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest words with so much probability.")]
+SampleSeed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
+
+
 def generate(
     run: RunFolder,
-    prompt: Annotated[str, typer.Argument(help="What to write on from.")],
-    base: Annotated[bool, typer.Option("--base", help="First without the adapter.")] = False,
+    prompt: Annotated[str, typer.Argument(help="A question, or what to write on from.")],
+    base: Base = False,
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 80,
+    plain: Annotated[bool, typer.Option("--plain", help="Go on from the prompt as it stands.")] = False,
+    temperature: Temperature = 0,
+    top_p: TopP = 1,
+    seed: SampleSeed = 0,
 ) -> None:
-    """Let a run's best adapter write on from a prompt."""
+    """Let a run's best adapter answer a prompt, written as the run's documents are."""
+    from fedloom.evaluation.generation import Sampling
     from fedloom.handover.generate import generate
 
-    generate(run, prompt, base=base, max_new_tokens=tokens)
+    how = Sampling(temperature, top_p, seed)
+    generate(run, prompt, base=base, max_new_tokens=tokens, plain=plain, sampling=how)
+
+
+def chat(
+    run: RunFolder,
+    base: Base = False,
+    system: Annotated[str | None, typer.Option(help="System message; the run's own if left out.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 400,
+    temperature: Temperature = 0,
+    top_p: TopP = 1,
+    seed: SampleSeed = 0,
+) -> None:
+    """Talk with a run's best adapter: a line of input is a question, and the input's end ends it."""
+    from fedloom.evaluation.generation import Sampling
+    from fedloom.handover.generate import chat
+
+    how = Sampling(temperature, top_p, seed)
+    chat(run, read_lines(), base=base, system=system, max_new_tokens=tokens, sampling=how)
+
+
+def read_lines() -> Iterator[str]:
+    """Yield what is typed, line by line, without empty lines; a terminal is shown where to type."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

@@ -345,7 +345,7 @@ def test_even_shares_are_those_of_flwr_datasets(count: int, clients: int) -> Non
     from flwr_datasets.partitioner import IidPartitioner
 
     from fedloom.data.splits import partition_documents
-    from fedloom.recipe.sections import Partition
+    from fedloom.recipe.data_section import Partition
 
     partitioner = IidPartitioner(num_partitions=clients)
     partitioner.dataset = datasets.Dataset.from_dict({"index": range(count)})

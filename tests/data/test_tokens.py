@@ -119,7 +119,7 @@ def test_a_tokenizer_without_any_special_token_pads_with_zeros() -> None:
 def test_padding_counts_only_where_it_is_asked_to(pad_in_loss: bool) -> None:
     blocks = tokenize(TEXTS, pad_in_loss=pad_in_loss, max_length=8)
     assert blocks.lengths_N.tolist() == [8, 2, 7, 4]
-    assert blocks.counted_N.tolist() == ([8, 8, 8, 8] if pad_in_loss else [8, 2, 7, 4])
+    assert blocks.widths.tolist() == ([8, 8, 8, 8] if pad_in_loss else [8, 2, 7, 4])
     assert blocks.pad_counts == pad_in_loss
     mask_BT = take_all(blocks).mask_BT
     assert (mask_BT is not None) == pad_in_loss

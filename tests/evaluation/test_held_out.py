@@ -46,11 +46,7 @@ def test_the_batch_size_does_not_change_the_result(shape: str, batch_size: int) 
 
 def test_the_mean_is_over_tokens_not_over_batches() -> None:
     adapted, blocks = make_adapted(), make_blocks(5)
-    per_block = [
-        evaluate(adapted, adapted.read(), TokenBlocks(*(t[row : row + 1] for t in (
-            blocks.tokens_NT, blocks.lengths_N, blocks.counted_N))), batch_size=1)
-        for row in range(5)
-    ]  # fmt: skip
+    per_block = [evaluate(adapted, adapted.read(), blocks.take(torch.tensor([row])), batch_size=1) for row in range(5)]
     whole = evaluate(adapted, adapted.read(), blocks, batch_size=2)
     assert whole.loss == pytest.approx(sum(s.loss_sum for s in per_block) / sum(s.num_targets for s in per_block))
     assert whole.loss != pytest.approx(sum(s.loss for s in per_block) / 5, rel=1e-9)

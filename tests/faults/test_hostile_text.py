@@ -15,6 +15,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.cli import main
 from fedloom.errors import RecipeError
+from fedloom.evaluation import generation
 from fedloom.experiment.run import plan
 from fedloom.handover import generate
 from fedloom.monitoring.display import Terminal
@@ -143,8 +144,8 @@ def test_a_terminal_is_not_told_what_to_do(terminal: bool, folder: Path) -> None
 def test_what_a_model_writes_does_not_tell_a_terminal_what_to_do(
     finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(generate._Streamer, "put", lambda self, tokens: self.on_finalized_text(f"def\n\t{ESCAPES}"))
-    monkeypatch.setattr(generate._Streamer, "end", lambda self: None)
+    monkeypatch.setattr(generation._Streamer, "put", lambda self, tokens: self.on_finalized_text(f"def\n\t{ESCAPES}"))
+    monkeypatch.setattr(generation._Streamer, "end", lambda self: None)
     generate.generate(finished.folder, "def", max_new_tokens=1)
     written = capsys.readouterr().out
     assert written.startswith("def\n\t\\x1b[31mred\\x1b]0;title\\x07")

@@ -17,7 +17,7 @@ from fedloom import hub
 from fedloom.data.documents import load_documents
 from fedloom.errors import DataError, FedloomError, ModelError
 from fedloom.model.source import open_model
-from fedloom.recipe.sections import Data
+from fedloom.recipe.data_section import Data
 
 LIMIT_SECONDS = 0.3
 COMMIT = "c" * 40

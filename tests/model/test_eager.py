@@ -59,7 +59,7 @@ def test_both_engines_make_the_same_of_it_and_transformers_gives_its_loss(
         weights[engine] = load_file(finished.folder / "adapters" / "last" / "adapter_model.safetensors")
         central = prepare(recipe, Observer(), predict=False).central
         losses, targets = 0.0, 0
-        for row_T, length, width in zip(central.tokens_NT, central.lengths_N, central.counted_N.tolist(), strict=True):
+        for row_T, length, width in zip(central.tokens_NT, central.lengths_N, central.widths.tolist(), strict=True):
             tokens_BT, mask_BT = row_T[None, :width], (torch.arange(width) < length).long()[None]
             with torch.inference_mode():
                 loss = model(input_ids=tokens_BT, attention_mask=mask_BT, labels=tokens_BT).loss

@@ -106,12 +106,12 @@ def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> Tok
     tokens_NT = start_N1 + torch.arange(max_length)
     lengths_N = torch.randint(max_length // 2, max_length + 1, (num_blocks,), generator=generator)
     tokens_NT = tokens_NT.masked_fill(torch.arange(max_length) >= lengths_N[:, None], 0)
-    return TokenBlocks(tokens_NT, lengths_N, counted_N=lengths_N)
+    return TokenBlocks(tokens_NT, lengths_N, torch.arange(max_length) < lengths_N[:, None])
 
 
 def count_padding(blocks: TokenBlocks) -> TokenBlocks:
     """Blocks whose padding counts in the loss, and is masked in attention."""
-    return replace(blocks, counted_N=torch.full_like(blocks.lengths_N, blocks.tokens_NT.shape[1]))
+    return replace(blocks, counted_NT=torch.ones_like(blocks.counted_NT))
 
 
 def updates_of(results: Iterable[ClientResult]) -> Iterator[ClientUpdate]:

@@ -112,7 +112,8 @@ def test_a_residual_that_is_loaded_stays_where_it_is() -> None:
 def test_widths_are_those_of_the_texts() -> None:
     # A GPU pads to fixed shapes: to what the client's texts need, not to the longest text that a recipe allows.
     blocks = make_blocks(5, 60, seed=1)
-    blocks = type(blocks)(blocks.tokens_NT, blocks.lengths_N.clamp(max=20), blocks.counted_N.clamp(max=20))
+    lengths_N = blocks.lengths_N.clamp(max=20)
+    blocks = type(blocks)(blocks.tokens_NT, lengths_N, torch.arange(60) < lengths_N[:, None])
     adapted = make_adapted()
     batch = ClientBatch(adapted, BatchedEngine(adapted)._stack, [make_job(blocks, adapted.read())], fixed_shapes=True)
     batch.admit(make_job(blocks, adapted.read()))

@@ -171,7 +171,7 @@ def test_counted_padding_agrees(shape: str, fixed_shapes: bool, monkeypatch: pyt
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
     # The last client has no padding of its own.
     jobs = [replace(job, blocks=count_padding(job.blocks)) for job in jobs]
-    full_N = jobs[3].blocks.counted_N
+    full_N = jobs[3].blocks.widths
     jobs[3] = replace(jobs[3], blocks=replace(jobs[3].blocks, lengths_N=full_N))
     theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
     ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=3)

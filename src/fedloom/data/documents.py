@@ -11,13 +11,14 @@ import random
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fedloom.data.formats import EMPTY, Form, RowFormat
 from fedloom.data.hub_rows import open_hub
 from fedloom.data.rows import (
     PACKED,
@@ -26,6 +27,7 @@ from fedloom.data.rows import (
     Rows,
     Source,
     UnreadableError,
+    columns_of,
     format_of,
     mend_rows,
     read_rows,
@@ -35,7 +37,7 @@ from fedloom.seeds import derive_seed
 from fedloom.text import count, list_reasons
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Data
+    from fedloom.recipe.data_section import Data
 
 STDLIB = "python:stdlib"
 """Source that every machine has: the standard library of the Python that runs."""
@@ -47,8 +49,6 @@ ABOUT_THE_DATA = {"readme.md", "dataset_infos.json", "dataset_info.json", "datas
 """Files at the top of a folder that a hub's or a library's data sets have beside their rows."""
 TEXT = {None, ".txt"}
 """Formats of files that are text as it stands, without columns."""
-EMPTY = "empty"
-"""Reason of a skipped row that is not a bad one: an empty text teaches nothing, and nothing is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ class Document:
     text: str
     origin: str
     label: str | None = None
+    form: Form | None = None
+    """The text with what of it counts, where that is not all of it."""
+    row: Row | None = None
+    """The columns that the text was made of, where it is not a column itself."""
+
+    @property
+    def prompt(self) -> str:
+        """Return what stands before the answer; an empty text where there is none."""
+        return self.form.prompt if self.form else ""
 
 
 @dataclass(frozen=True)
@@ -74,16 +83,26 @@ class Documents:
     """Number of a folder's files that nobody meant as documents, by reason."""
     has_columns: bool = True
     """False where every file is text as it stands, so that `data.text` names nothing."""
+    other_columns: tuple[str, ...] = ()
+    """Columns of the rows that no template uses, in the order of their names."""
 
     def explain_skipped(self) -> str:
         """Describe the skipped rows as `skipped 3: 2 empty, 1 not UTF-8 text`; return an empty text for none."""
         return f"skipped {sum(self.skipped.values())}: {list_reasons(self.skipped)}" if self.skipped else ""
 
 
-def load_documents(data: Data, seed: int | None, at_most: int | None = None, *, hidden: bool = False) -> Documents:
+def load_documents(
+    data: Data,
+    seed: int | None,
+    at_most: int | None = None,
+    *,
+    hidden: bool = False,
+    open_tokenizer: Callable[[], Any] | None = None,
+) -> Documents:
     """Load up to `at_most` usable documents, in an order drawn from the seed; without a seed, in their files' order.
 
-    With `hidden`, files of a folder whose names begin with a dot are read as well.
+    With `hidden`, files of a folder whose names begin with a dot are read as well. `open_tokenizer` is asked where
+    there are conversations, for the chat template and its tokens.
 
     Raises:
         DataError: the source can't be found or reached, lacks a column, or has no usable document; or more rows are bad
@@ -100,21 +119,27 @@ def load_documents(data: Data, seed: int | None, at_most: int | None = None, *, 
     documents: list[Document] = []
     skipped: Counter[str] = Counter()
     first_bad = ""
-    for origin, open_row in rows:
-        if at_most is not None and len(documents) == at_most:
-            break
-        try:
-            documents.append(_to_document(open_row(), origin, data))
-        except UnreadableError as reason:
-            skipped[str(reason)] += 1
-            if str(reason) != EMPTY:
-                first_bad = first_bad or f"{origin}: {reason}"
-                if data.on_bad_row == "error":
-                    break
+    columns: set[str] = set()
+    with closing(RowFormat(data, open_tokenizer)) as form:
+        for origin, open_row in rows:
+            if at_most is not None and len(documents) == at_most:
+                break
+            try:
+                row = open_row()
+                columns.update(row)
+                documents.append(_to_document(row, origin, data, form))
+            except UnreadableError as reason:
+                skipped[str(reason)] += 1
+                if str(reason) != EMPTY:
+                    first_bad = first_bad or f"{origin}: {reason}"
+                    if data.on_bad_row == "error":
+                        break
     _check_bad_rows(data, len(documents), skipped, first_bad)
     if total is None and at_most is None:
         total = len(documents) + skipped.total()
-    about = source.revision, total, source.files_left_out, source.has_columns
+    used = {name for column in columns_of(data).values() for name in (column, column.partition(".")[0])}
+    others = () if data.is_plain else tuple(sorted(columns - used))
+    about = source.revision, total, source.files_left_out, source.has_columns, others
     found = Documents(tuple(documents), dict(skipped), data.source, *about)
     if not documents:
         raise DataError(
@@ -147,13 +172,9 @@ def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: s
         )
 
 
-def _to_document(row: Row, origin: str, data: Data) -> Document:
-    text = row.get(data.text)
-    if not isinstance(text, str):
-        raise UnreadableError(f"without text in column {data.text}" if text is None else "not text")
-    # A byte order mark and NULs (padding of some writers) are no white space to Python, and blank to a reader.
-    if all(character.isspace() or character in "\ufeff\x00" for character in text):
-        raise UnreadableError(EMPTY)
+def _to_document(row: Row, origin: str, data: Data, form: RowFormat) -> Document:
+    found = form(row)
+    text = found.text
     label = None
     if data.partition.by is not None:
         value = row.get(data.partition.by)
@@ -166,7 +187,10 @@ def _to_document(row: Row, origin: str, data: Data) -> Document:
         f"{text}{label}".encode()
     except UnicodeEncodeError:
         raise UnreadableError("not valid Unicode") from None
-    return Document(text, origin, label)
+    if data.is_plain and not found.ends:
+        return Document(text, origin, label)
+    named = {column if column in row else column.partition(".")[0] for _, column in data.columns}
+    return Document(text, origin, label, found, {name: row[name] for name in named if name in row})
 
 
 def _open_source(data: Data, seed: int, at_most: int | None, hidden: bool) -> Source:

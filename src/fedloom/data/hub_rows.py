@@ -16,7 +16,7 @@ from fedloom.errors import DataError
 from fedloom.hub import COMMIT, find_commit, hub_address, mend_for, without_hub
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Data
+    from fedloom.recipe.data_section import Data
 
 SHUFFLE_BUFFER = 10_000
 """Rows of a streamed data set that are held in memory and shuffled."""

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LONGEST_MEAN_TOKEN = 100
+"""Characters for each wanted token in the first head of a document that is tried for its first block."""
 PIECE = 200_000
 """Characters that are tokenised at once."""
 OVERLAP = 4_000

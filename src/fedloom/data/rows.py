@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Data
+    from fedloom.recipe.data_section import Data
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
@@ -43,6 +43,16 @@ class Source:
 
 class UnreadableError(Exception):
     """A row that gives no document; its message is a reason of a few words, without any of the row's content."""
+
+
+def find_value(row: Row, name: str) -> Any:
+    """Return the value of a column, or with dots in its name the one inside of it; None where there is none."""
+    value: Any = row
+    if name in row:
+        return row[name]
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def as_is(row: Row) -> Row:
@@ -157,15 +167,17 @@ def _check_header(data: Data, header: list[str], path: Path, separator: str) -> 
     """
     mend = "name a column of the file's first line, the header"
     # The columns are not listed: in a file without a header, the first line is a document's text.
-    for column in {data.text, data.partition.by} & {name.strip() for name in header} - set(header):
+    wanted = columns_of(data)
+    for column in set(wanted.values()) & {name.strip() for name in header} - set(header):
         mend = f'take the blanks around "{column}" out of the file\'s first line'
-    others = [other for other in SEPARATORS if other != separator and data.text in "".join(header).split(other)]
+    first = next(iter(wanted.values()))
+    others = [other for other in SEPARATORS if other != separator and first in "".join(header).split(other)]
     if others:
         shown = {"\t": "tabs"}.get(others[0], f'"{others[0]}"')
         mend = f"the first line is separated by {shown}: {SEPARATORS[others[0]]}"
     check_column(data, header, path, mend=mend)
-    for column in (data.text, data.partition.by):
-        if header.count(column or "") > 1:
+    for column in wanted.values():
+        if header.count(column) > 1:
             raise DataError(f'the column "{column}" is there twice', where=str(path), mend="rename one of them")
 
 
@@ -184,7 +196,8 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Rows:
         table = parquet.ParquetFile(path)
         names = table.schema_arrow.names
         check_column(data, names, path, mend=f"it has: {', '.join(names)}")
-        for batch in table.iter_batches(columns=[name for name in names if name in (data.text, data.partition.by)]):
+        wanted = {name if name in names else name.partition(".")[0] for name in columns_of(data).values()}
+        for batch in table.iter_batches(columns=[name for name in names if name in wanted]):
             for index in range(batch.num_rows):
                 number += 1
                 yield f"{origin}:{number}", partial(read_row, batch, index)
@@ -194,14 +207,24 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Rows:
         ) from error
 
 
+def columns_of(data: Data) -> dict[str, str]:
+    """Return the columns that are read, by keys that name them: those of the text, and that of the label if any."""
+    keys: dict[str, str] = {}
+    for key, column in data.columns:
+        keys[f"{key}: {column}" if key in keys else key] = column
+    return keys if data.partition.by is None else {**keys, "data.partition.by": data.partition.by}
+
+
 def check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend: str) -> None:
-    """Refuse a file or data set that has no column for the text, or none for the label.
+    """Refuse a file or data set that has no column for a part of the text, or none for the label.
 
     Raises:
         DataError: names the column and the recipe's key.
     """
-    for key, column in (("data.text", data.text), ("data.partition.by", data.partition.by)):
-        if column is not None and column not in columns:
+    names = set(columns)
+    for key, column in columns_of(data).items():
+        if column not in names and column.partition(".")[0] not in names:
+            key = key.partition(":")[0]
             raise DataError(f'there is no column "{column}", which {key} names', where=str(where), mend=mend)
 
 
@@ -246,11 +269,15 @@ def read_rows(path: Path, origin: str, data: Data) -> Rows:
         ) from error
 
 
+NOT_KEPT = "whose earlier text the chat template changes as a conversation goes on"
+"""Reason of a row in which an assistant's turn can't be found by what is written before it."""
 MENDS = {
     "not valid Unicode": "save the file as UTF-8",
     "not UTF-8 text": "save the file as UTF-8",
     "not a JSON object": 'write each row as {"text": "..."}',
     "with more fields than the header": "put texts that hold a separator in quotation marks",
+    NOT_KEPT: 'learn the last answer alone (data.loss = "completion"), or name a data.chat_template that keeps what it'
+    " wrote, or that marks answers by {% generation %}",
 }
 """Reason of a bad row -> what to do about a source that has no other rows."""
 

@@ -26,7 +26,7 @@ from fedloom.seeds import derive_seed
 from fedloom.text import count
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Data, Partition
+    from fedloom.recipe.data_section import Data, Partition
 
 NUM_PERMUTATIONS = 128
 """Hash functions of a MinHash."""
@@ -54,6 +54,8 @@ class Overlap:
     other: str
     exact: int
     near: int
+    prompt: int = 0
+    """Documents that are no copy, and that ask what a document of the other side asks."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ def audit_splits(
 
     Exact copies have the same text after Unicode NFC and with white space folded. Near copies have a Jaccard similarity
     of word 5-grams of at least `near_duplicate`; MinHash (Broder 1997) finds candidates and the true similarity
-    decides. A document that has both counts as exact. Copies within one side (two clients that train on the same file)
+    decides. A document that has both counts as exact. The same prompt with another answer is a leak as well, and counts
+    where there is no copy. Copies within one side (two clients that train on the same file)
     are no leak and are not looked for.
     """
     held_out = _HeldOut(near_duplicate)
@@ -245,7 +248,7 @@ def audit_splits(
         dropped.append(len(part.train) - len(kept))
         cleaned.append(replace(part, train=tuple(kept)))
     overlaps = tuple(
-        Overlap(side, other, exact=counts["exact"], near=counts["near"])
+        Overlap(side, other, exact=counts["exact"], near=counts["near"], prompt=counts["prompt"])
         for side, other, counts in (
             ("train", "central", by_central),
             ("train", "holdout", by_holdout),
@@ -266,6 +269,7 @@ class _HeldOut:
 
         self._near_duplicate = near_duplicate
         self._texts: dict[str, set[str]] = {"central": set(), "holdout": set()}
+        self._prompts: dict[str, set[str]] = {"central": set(), "holdout": set()}
         self._shingles: dict[tuple[str, int], set[int]] = {}
         # Candidates are checked exactly, so the index may propose too many but must miss none: it looks well below the
         # threshold (at the threshold itself it would miss one in ten), and its weights (false positives, false
@@ -276,6 +280,7 @@ class _HeldOut:
         """Add documents to a side, `central` or `holdout`; exact copies within it are kept once."""
         for document in documents:
             text = _normalise(document.text)
+            self._prompts[side].add(_normalise(document.prompt))
             if text not in self._texts[side]:
                 self._texts[side].add(text)
                 key = (side, len(self._shingles))
@@ -283,13 +288,15 @@ class _HeldOut:
                 self._index.insert(key, _min_hash(self._shingles[key]))
 
     def find(self, document: Document) -> dict[str, str]:
-        """Return the kind of copy that each side has of a document: "exact", "near" or ""."""
-        text = _normalise(document.text)
+        """Return the kind of copy that each side has of a document: "exact", "near", "prompt" or ""."""
+        text, prompt = _normalise(document.text), _normalise(document.prompt)
         shingles = _shingles(text)
         candidates = self._index.query(_min_hash(shingles))
         near = {side for side, key in candidates if self._similarity(shingles, (side, key)) >= self._near_duplicate}
+        asked = {side for side, prompts in self._prompts.items() if prompt and prompt in prompts}
         return {
-            side: "exact" if text in texts else "near" if side in near else "" for side, texts in self._texts.items()
+            side: "exact" if text in texts else "near" if side in near else "prompt" if side in asked else ""
+            for side, texts in self._texts.items()
         }
 
     def _similarity(self, shingles: set[int], key: tuple[str, int]) -> float:

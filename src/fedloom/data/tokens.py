@@ -1,6 +1,7 @@
 """Blocks of tokens: documents cut to a fixed length, padded on the right, with the positions that count in the loss.
 
-Padding never counts, and then attention needs no mask: a real token never looks at padding that stands to its right.
+Of a plain text every token counts; of a prompt with its answer, the answer's. Padding never counts, and then attention
+needs no mask: a real token never looks at padding that stands to its right.
 A recipe that replays a program which counted padding masks it, as that program did: what stands at padding depends on
 what it sees, and some models take their positions from the mask.
 
@@ -11,23 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedloom.data.long_texts import tokenize_all
+from fedloom.data.long_texts import LONGEST_MEAN_TOKEN, tokenize_all
+from fedloom.data.marked_tokens import tokenize_form
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
     from fedloom.data.documents import Document
-    from fedloom.recipe.sections import Data
+    from fedloom.recipe.data_section import Data
 
 IGNORED = -100
 """Label of a position that does not count, the default of torch's cross-entropy."""
-
-LONGEST_MEAN_TOKEN = 100
-"""Characters for each wanted token in the first head of a document that is tried for its first block."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,14 @@ class TokenBlocks:
     """Tokens as int64, padded on the right."""
     lengths_N: Tensor
     """Real tokens of each block, as int64."""
-    counted_N: Tensor
-    """Positions of each block that count as labels; more than its length only where padding counts."""
+    counted_NT: Tensor
+    """True at positions that count as labels; beyond a block's length only where padding counts."""
     dropped: int = 0
     """Documents that gave no block: fewer than two tokens leave nothing to predict."""
+    unanswered: int = 0
+    """Documents that gave no block because nothing that counts is left within the length of one."""
+    cut: int = 0
+    """Documents of which a part that counts was cut off."""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -49,18 +53,34 @@ class TokenBlocks:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of real tokens, padding left out."""
-        return int(self.lengths_N.sum())
+        """Return the number of real tokens that count."""
+        return int((self.counted_NT & self.is_real).sum())
 
     @property
+    def is_real(self) -> Tensor:
+        """Return true where no padding stands."""
+        return torch.arange(self.tokens_NT.shape[1]) < self.lengths_N[:, None]
+
+    @property
+    def widths(self) -> Tensor:
+        """Return how far each block is needed: up to its last position that counts."""
+        places_T = torch.arange(1, self.tokens_NT.shape[1] + 1)
+        return (self.counted_NT * places_T).amax(1)
+
+    @cached_property
     def pad_counts(self) -> bool:
-        """Return whether some padding counts in the loss."""
-        return bool((self.counted_N > self.lengths_N).any())
+        """Whether some padding counts in the loss."""
+        return bool((self.counted_NT & ~self.is_real).any())
+
+    def take(self, rows: Tensor) -> TokenBlocks:
+        """Return the blocks of these rows, by number or where true; what was left out stays on record."""
+        kept = {name: getattr(self, name)[rows] for name in ("tokens_NT", "lengths_N", "counted_NT")}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of a step: tokens, the labels of the same positions, and the number of real tokens."""
+    """Input of a step: tokens, the labels of the same positions, and the number of real tokens that count."""
 
     tokens_BT: Tensor
     labels_BT: Tensor
@@ -80,8 +100,10 @@ def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
     return TokenBlocks(
         tokens_NT=torch.cat([part.tokens_NT for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
-        counted_N=torch.cat([part.counted_N for part in parts]),
+        counted_NT=torch.cat([part.counted_NT for part in parts]),
         dropped=sum(part.dropped for part in parts),
+        unanswered=sum(part.unanswered for part in parts),
+        cut=sum(part.cut for part in parts),
     )
 
 
@@ -94,20 +116,18 @@ def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
     """Return the blocks whose real tokens are not among the others'."""
     # Documents without a copy can still give the same block: truncation keeps no more than their common beginning.
     rows = torch.tensor([tokens not in others for tokens in _real_tokens(blocks)], dtype=torch.bool)
-    return replace(
-        blocks, tokens_NT=blocks.tokens_NT[rows], lengths_N=blocks.lengths_N[rows], counted_N=blocks.counted_N[rows]
-    )
+    return blocks.take(rows)
 
 
 def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     """Return the blocks of these rows as a batch, cut to the widest of them."""
-    counted_B, lengths_B = blocks.counted_N[rows], blocks.lengths_N[rows]
-    # Padding beyond the widest block would be computed and then ignored.
-    places_T = torch.arange(int(counted_B.max()))
-    tokens_BT = blocks.tokens_NT[rows, : len(places_T)]
-    labels_BT = tokens_BT.masked_fill(places_T >= counted_B[:, None], IGNORED)
-    mask_BT = (places_T < lengths_B[:, None]).long() if blocks.pad_counts else None
-    return Batch(tokens_BT, labels_BT, mask_BT, int(lengths_B.sum()))
+    taken = blocks.take(rows)
+    # What stands beyond the widest block would be computed and then ignored.
+    width = int(taken.widths.max())
+    tokens_BT, counted_BT = taken.tokens_NT[:, :width], taken.counted_NT[:, :width]
+    labels_BT = tokens_BT.masked_fill(~counted_BT, IGNORED)
+    mask_BT = taken.is_real[:, :width].long() if blocks.pad_counts else None
+    return Batch(tokens_BT, labels_BT, mask_BT, taken.num_tokens)
 
 
 def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data) -> TokenBlocks:
@@ -119,22 +139,44 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
     if data.pad_in_loss:
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     pieces: list[Tensor] = []
-    dropped = 0
+    masks: list[Tensor] = []
+    dropped = unanswered = cut = 0
     for document in documents:
-        # Cut here and not by the tokenizer, some of which cut at the left.
-        if data.window == "truncate":
-            blocks = [_tokenize_head(document.text, tokenizer, data.max_length)[: data.max_length]]
+        if document.form is not None:
+            whole_T, counted_T = tokenize_form(
+                document.form, tokenizer, data.max_length if data.window == "truncate" else None
+            )
         else:
-            blocks = list(tokenize_all(document.text, tokenizer).split(data.max_length))
-        usable = [block for block in blocks if len(block) > 1]
-        dropped += not usable
-        pieces.extend(usable)
+            whole_T, counted_T = _tokenize_plain(document.text, tokenizer, data)
+        # Cut here and not by the tokenizer, some of which cut at the left.
+        length = data.max_length if data.window == "truncate" else max(1, len(whole_T))
+        cut += bool(counted_T[length:].any()) and document.form is not None
+        blocks = list(
+            zip(whole_T[:length].split(data.max_length), counted_T[:length].split(data.max_length), strict=True)
+        )
+        long_enough = [(tokens_T, marks_T) for tokens_T, marks_T in blocks if len(tokens_T) > 1]
+        # The first token of a block has nothing before it from which it could be predicted.
+        usable = [(tokens_T, marks_T) for tokens_T, marks_T in long_enough if marks_T[1:].any()]
+        dropped += not long_enough
+        unanswered += bool(long_enough) and not usable
+        pieces.extend(tokens_T for tokens_T, _ in usable)
+        masks.extend(marks_T for _, marks_T in usable)
     lengths_N = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
     tokens_NT = torch.full((len(pieces), data.max_length), pad, dtype=torch.int64)
-    for row, piece in enumerate(pieces):
+    counted_NT = torch.full(tokens_NT.shape, data.pad_in_loss)
+    for row, (piece, mask) in enumerate(zip(pieces, masks, strict=True)):
         tokens_NT[row, : len(piece)] = piece
-    counted_N = torch.full_like(lengths_N, data.max_length) if data.pad_in_loss else lengths_N
-    return TokenBlocks(tokens_NT, lengths_N, counted_N, dropped)
+        counted_NT[row, : len(piece)] = mask
+    return TokenBlocks(tokens_NT, lengths_N, counted_NT, dropped, unanswered, cut)
+
+
+def _tokenize_plain(text: str, tokenizer: Any, data: Data) -> tuple[Tensor, Tensor]:
+    """Return a plain text's tokens, [T], as many as are needed, and that all of them count."""
+    if data.window == "truncate":
+        tokens_T = _tokenize_head(text, tokenizer, data.max_length)[: data.max_length]
+    else:
+        tokens_T = tokenize_all(text, tokenizer)
+    return tokens_T, torch.ones_like(tokens_T, dtype=torch.bool)
 
 
 def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> Tensor:

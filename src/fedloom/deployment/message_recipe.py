@@ -27,11 +27,11 @@ from fedloom.deployment.message_kinds import (
     Word,
     refused,
 )
+from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import (
     FEDERATED_METHODS,
     Adapter,
-    Data,
     Evaluation,
     Federation,
     Model,
@@ -50,6 +50,8 @@ REVISION = Pattern(
     "revision: up to 200 letters, digits, `.`, `_`, `-`, `/`, without `..`",
     re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.ASCII),
 )
+TEMPLATE = Pattern("template of rows: up to 20,000 characters", re.compile(r"[^\x00]{1,20000}"))
+CHAT_TEMPLATE = Pattern("chat template in Jinja: up to 50,000 characters", re.compile(r"[^\x00]{1,50000}"))
 RECIPE_NAME = Pattern(
     "name: up to 100 letters, digits, `.`, `_`, `-`", re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 )
@@ -161,6 +163,13 @@ DATA = _told(
     Data,
     {
         "text": COLUMN,
+        "prompt": TEMPLATE,
+        "completion": TEMPLATE,
+        "messages": COLUMN,
+        "chat_template": CHAT_TEMPLATE,
+        "system": TEMPLATE,
+        "loss": None,
+        "end": None,
         "on_bad_row": None,
         "max_bad_fraction": None,
         "max_length": 2**17,
@@ -174,6 +183,10 @@ DATA = _told(
     },
     {
         "text": "text",
+        "prompt": "text",
+        "completion": "text",
+        "messages": "text",
+        "chat_template": "text",
         "max_length": "min_length max_length",
         "window": "windows",
         "documents_per_client": "min_documents",

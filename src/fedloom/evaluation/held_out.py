@@ -80,7 +80,7 @@ def evaluate(
         size = max(size, TOKENS_ON_GPU // max(1, blocks.tokens_NT.shape[1]))
     # Blocks of similar lengths go together, so that little padding is computed. Stable, so that the sums are the same
     # in every run.
-    by_length = torch.argsort(blocks.counted_N, stable=True)
+    by_length = torch.argsort(blocks.widths, stable=True)
     while start < len(by_length):
         batch = take_batch(blocks, by_length[start : start + size])
         try:

@@ -83,9 +83,7 @@ def set_up_baselines(
         data |= dict(able.items())
     found: list[Baseline] = []
     for trial, (client, blocks) in enumerate(data.items(), start=first_trial):
-        nothing = torch.zeros(0, blocks.tokens_NT.shape[1], dtype=torch.int64)
-        none = torch.zeros(0, dtype=torch.int64)
-        held = [ClientBlocks(blocks, TokenBlocks(nothing, none, none))]
+        held = [ClientBlocks(blocks, blocks.take(torch.zeros(0, dtype=torch.int64)))]
         fleet = LocalFleet(held, train_clients, score, scored_clients=())
         aggregate = build_aggregate(federation)
         run = FederatedRun(training, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)

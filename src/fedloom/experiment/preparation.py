@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from random import Random
 
 import torch
@@ -21,6 +21,7 @@ from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.building import build_shape, dtype_of, open_source, tokenize_for
+from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule
@@ -33,7 +34,7 @@ from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.plan import TOO_SHORT, ClientPlan, Plan
+from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
@@ -55,10 +56,15 @@ class Material:
     """Reasons why clients have nothing to train on, one for each that has not."""
 
     @property
-    def too_short(self) -> int:
-        """Documents of fewer than two tokens, which were left out."""
-        held = (blocks for client in self.clients for blocks in (client.train, client.holdout))
-        return self.central.dropped + sum(blocks.dropped for blocks in held)
+    def blocks(self) -> list[TokenBlocks]:
+        """Blocks of everybody: the central hold-out, then each client's two parts."""
+        return [self.central, *(part for client in self.clients for part in (client.train, client.holdout))]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Number of documents that gave no block, by reason."""
+        too_short, unanswered = (sum(getattr(part, name) for part in self.blocks) for name in ("dropped", "unanswered"))
+        return {reason: number for reason, number in ((TOO_SHORT, too_short), (UNANSWERED, unanswered)) if number}
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,9 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     room = measure(recipe, material.source, setup, per_round, predict=predict, say=observer.show_step)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = make_plan(recipe, material, setup, room, per_round, scored)
-    blocks = [material.central, *(part for client in material.clients for part in (client.train, client.holdout))]
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
-    plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, blocks))
+    plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
 
 
@@ -140,12 +145,19 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
         DataError: the documents can't be had, or nothing is held out.
         ModelError: the tokenizer can't be had.
     """
+
+    @cache
+    def open_once() -> ModelSource:
+        observer.show_step("model", recipe.model.source)
+        return open_source(recipe, partial(observer.show_step, "model"))
+
     observer.show_step("documents", recipe.data.source)
-    found = load_documents(recipe.data, recipe.seed, documents_needed(recipe.data))
+    found = load_documents(
+        recipe.data, recipe.seed, documents_needed(recipe.data), open_tokenizer=lambda: open_once().tokenizer
+    )
     observer.show_step("splits", count(len(found.documents), "document"))
     splits = split_documents(found, recipe.data, recipe.seed)
-    observer.show_step("model", recipe.model.source)
-    source = open_source(recipe, partial(observer.show_step, "model"))
+    source = open_once()
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     if not len(central) and not any(len(client.holdout) for client in clients):
         raise DataError(
@@ -227,7 +239,6 @@ def make_plan(
 ) -> Plan:
     """Put together what is known of a run in this process."""
     at_once = min(per_round, room.capacity)
-    skipped = {**material.found.skipped, **({TOO_SHORT: material.too_short} if material.too_short else {})}
     return Plan.of(
         recipe.name,
         recipe.training,
@@ -245,9 +256,10 @@ def make_plan(
         data=material.found.source,
         data_revision=material.found.revision,
         documents=len(material.found.documents),
-        skipped=skipped,
+        skipped={**material.found.skipped, **material.left_out},
         rows=material.found.rows,
         files_left_out=material.found.files_left_out,
+        learns=describe_learning(recipe.data, material),
         central_documents=len(material.splits.central),
         central_tokens=material.central.num_tokens,
         clients=[
@@ -314,9 +326,11 @@ def tokenize_splits(
     central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
     if splits.central and not len(central):
         raise DataError(
-            "each of the central hold-out's documents has fewer than two tokens",
+            "nothing that counts is left of the central hold-out's documents"
+            if central.unanswered
+            else "each of the central hold-out's documents has fewer than two tokens",
             where=where,
-            mend="use longer documents",
+            mend="raise data.max_length" if central.unanswered else "use longer documents",
         )
     held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
     clients, shared = [], 0
@@ -353,8 +367,9 @@ def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) ->
     counts = {
         "held out": len(documents.holdout),
         "dropped as a copy of held-out text": splits.audit.dropped[client],
-        "too short": train.dropped,
-        "equal to held-out text within data.max_length": len(documents.train) - train.dropped,
+        TOO_SHORT: train.dropped,
+        UNANSWERED: train.unanswered,
+        "equal to held-out text within data.max_length": len(documents.train) - train.dropped - train.unanswered,
     }
     why = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
     return f"client {client} of {len(tokenized)}: {why or 'no document'}"

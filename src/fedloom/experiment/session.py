@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -92,4 +93,11 @@ def hash_base(adapted: AdaptedModel) -> str:
 
 def tensors_of(parts: Iterable[TokenBlocks]) -> list[Tensor]:
     """Return all tensors that blocks consist of."""
-    return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, part.counted_N)]
+    return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, _counted(part))]
+
+
+def _counted(blocks: TokenBlocks) -> Tensor:
+    """Return which positions count, as their number where it is the first ones: so runs of plain text have it."""
+    counted_N = blocks.counted_NT.sum(1)
+    first_NT = torch.arange(blocks.counted_NT.shape[1]) < counted_N[:, None]
+    return counted_N if torch.equal(first_NT, blocks.counted_NT) else blocks.counted_NT

@@ -1,20 +1,113 @@
-"""Text generation with a run's adapter."""
+"""Talk with a run's adapter: a prompt that it goes on from, or a conversation."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
-from transformers import TextStreamer
 
+from fedloom.data.prompting import Message, Prompting
 from fedloom.data.tokens import check_vocabulary
 from fedloom.errors import RunError
+from fedloom.evaluation.generation import LIKELIEST, Sampling, write_on
 from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.text import show_controls
+
+BASE, TRAINED = "--- base model ---\n", "--- with the adapter ---\n"
+
+
+class Speaker:
+    """A run's model, ready to answer as it was trained to: in the format of the run's documents, unless `plain`."""
+
+    def __init__(self, folder: str | Path, *, which: str = "best", plain: bool = False, base: bool = False) -> None:
+        """Load the base model and the adapter; with `base`, so that the base model can be asked as well.
+
+        Raises:
+            RunError: there is no such run or adapter.
+        """
+        recipe = recipe_of(Path(folder))
+        source = adapter_folder(Path(folder), which)
+        self._opened = open_source(recipe)
+        self._adapted = load_adapted_model(recipe, self._opened)
+        # A whole model is still the base model: what was trained is not loaded yet.
+        self._start = self._adapted.read() if base and self._adapted.is_whole else None
+        self._trained = self._adapted.open(source)
+        self._adapted.load(self._trained)
+        data = recipe.data.model_copy(update={"prompt": None}) if plain else recipe.data
+        self.prompting = Prompting(data, self._opened.tokenizer, chats=data.is_chat and not plain)
+        self.goes_on = plain or data.is_plain
+        """Whether an answer goes on from the prompt itself, so that both are one text."""
+
+    def __enter__(self) -> Speaker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.prompting.close()
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        base: bool = False,
+        room: int = 80,
+        sampling: Sampling = LIKELIEST,
+        say: Callable[[str], object] | None = None,
+    ) -> str:
+        """Return the answer to messages, by the base model alone with `base`; `say` gets it piece by piece.
+
+        Raises:
+            RunError: the prompt is empty, or too long for the model.
+            DataError: it has a token that the base model has no embedding for, or a form that the run's has not.
+        """
+        opened, adapted = self._opened, self._adapted
+        tokens = self.prompting.write(messages)
+        if not tokens:
+            raise RunError("the prompt is empty", where="PROMPT", mend="write a word or more")
+        check_vocabulary(torch.tensor(tokens), opened.tokenizer, opened.vocabulary_size)
+        longest = opened.max_length
+        room = room if longest is None else min(room, longest - len(tokens) - adapted.prompt_length)
+        if room < 1:
+            raise RunError(
+                f"the prompt has {len(tokens)} tokens, and the model takes at most {longest} with its answer",
+                where="PROMPT",
+                mend="shorten it",
+            )
+        with self._as_base() if base else nullcontext():
+            return write_on(
+                adapted,
+                opened.tokenizer,
+                tokens,
+                room=room,
+                stops=self.prompting.stops,
+                sampling=sampling,
+                say=say,
+            )
+
+    def _as_base(self) -> AbstractContextManager[Any]:
+        if self._start is None:
+            found: AbstractContextManager[Any] = self._adapted.model.disable_adapter()
+            return found
+        return _Loaded(self._adapted, self._start, self._trained)
+
+
+class _Loaded:
+    """Other weights of a whole model, for a while."""
+
+    def __init__(self, adapted: Any, weights: Any, then: Any) -> None:
+        self._adapted, self._weights, self._then = adapted, weights, then
+
+    def __enter__(self) -> None:
+        self._adapted.load(self._weights)
+
+    def __exit__(self, *error: object) -> None:
+        self._adapted.load(self._then)
 
 
 def generate(
@@ -24,9 +117,11 @@ def generate(
     base: bool = False,
     max_new_tokens: int = 80,
     which: str = "best",
+    plain: bool = False,
+    sampling: Sampling = LIKELIEST,
     say: Callable[[str], object] | None = None,
 ) -> None:
-    """Continue a prompt with a run's adapter, always with the likeliest token; with `base`, first without the adapter.
+    """Answer a prompt with a run's adapter; with `base`, first without it. With `plain`, go on from it as it stands.
 
     `say` gets the text piece by piece; by default it is printed.
 
@@ -34,67 +129,50 @@ def generate(
         RunError: there is no such run or adapter, or the prompt is empty or too long for the model.
         DataError: the prompt has a token that the base model has no embedding for.
     """
-    folder, say = Path(folder), say or _print
-    recipe = recipe_of(folder)
-    source = adapter_folder(folder, which)
-    opened = open_source(recipe)
-    adapted = load_adapted_model(recipe, opened)
-    inputs = opened.tokenizer(prompt, return_tensors="pt")["input_ids"].to(adapted.device)
-    # A tokenizer may end every document; a prompt is the beginning of one.
-    end = opened.tokenizer.eos_token_id
-    if inputs.shape[1] and inputs[0, -1] == end and not prompt.endswith(opened.tokenizer.eos_token):
-        inputs = inputs[:, :-1]
-    if inputs.shape[1] == 0:
-        raise RunError("the prompt is empty", where="PROMPT", mend="write a word or more")
-    check_vocabulary(inputs, opened.tokenizer, opened.vocabulary_size)
-    longest = opened.max_length
-    room = max_new_tokens if longest is None else min(max_new_tokens, longest - inputs.shape[1] - adapted.prompt_length)
-    if room < 1:
-        raise RunError(
-            f"the prompt has {inputs.shape[1]} tokens, and the model takes at most {longest} with its answer",
-            where="PROMPT",
-            mend="shorten it",
-        )
-    adapted.model.eval()
+    say = say or _print
+    with Speaker(folder, which=which, plain=plain, base=base) as speaker:
+        asked = [{"role": "user", "content": prompt}]
+        for alone in (True, False) if base else (False,):
+            if base:
+                say(BASE if alone else TRAINED)
+            if speaker.goes_on:
+                say(prompt)
+            speaker.answer(asked, base=alone, room=max_new_tokens, sampling=sampling, say=say)
 
-    def write() -> None:
-        """Continue the prompt with the model as it is now."""
-        streamer = _Streamer(opened.tokenizer, say)
-        padding = next((t for t in (opened.tokenizer.pad_token_id, end) if t is not None), None)
-        with torch.inference_mode(), warnings.catch_warnings():
-            # Transformers warns about its own settings.
-            warnings.simplefilter("ignore")
-            adapted.model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=room,
-                do_sample=False,
-                pad_token_id=padding,
-                streamer=streamer,
-            )
 
-    if base:
-        say("--- base model ---\n")
-        # A whole model is still the base model: what was trained is not loaded yet.
-        with nullcontext() if adapted.is_whole else adapted.model.disable_adapter():
-            write()
-        say("--- with the adapter ---\n")
-    adapted.load(adapted.open(source))
-    write()
+def chat(
+    folder: str | Path,
+    lines: Iterator[str],
+    *,
+    base: bool = False,
+    max_new_tokens: int = 400,
+    which: str = "best",
+    system: str | None = None,
+    sampling: Sampling = LIKELIEST,
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Answer each line, with all that was said before where the run's documents are conversations.
+
+    With `base`, the base model answers too, in a conversation of its own.
+
+    Raises:
+        RunError, DataError: as `generate`.
+    """
+    say = say or _print
+    with Speaker(folder, which=which, base=base) as speaker:
+        if system is not None and not speaker.prompting.is_chat:
+            raise RunError("this run's documents are no conversations", where="--system", mend="leave it out")
+        first = [{"role": "system", "content": system}] if system is not None else []
+        told = {alone: list(first) for alone in ((True, False) if base else (False,))}
+        for line in lines:
+            for alone, messages in told.items():
+                if base:
+                    say(BASE if alone else TRAINED)
+                messages.append({"role": "user", "content": line})
+                said = speaker.answer(messages, base=alone, room=max_new_tokens, sampling=sampling, say=say)
+                messages.append({"role": "assistant", "content": said})
 
 
 def _print(text: str) -> None:
     """Print text with control characters made visible: a model could write a terminal's escape sequence."""
     print(show_controls(text), end="", flush=True)
-
-
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Streamer that passes on each piece of text as soon as it is complete."""
-
-    def __init__(self, tokenizer: object, say: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self._say = say
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on a piece of text; transformers calls this."""
-        self._say(text + ("\n" if stream_end else ""))

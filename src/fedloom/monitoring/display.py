@@ -192,7 +192,11 @@ def render_plan(plan: Plan) -> Table:
     documents = _range([client.train_documents for client in clients])
     holdouts = _range([client.holdout_documents for client in clients])
     blocks = _range([client.blocks for client in clients])
-    found = "; ".join(f"{o.side}/{o.other} {o.exact} exact, {o.near} near" for o in overlaps)
+    found = "; ".join(
+        f"{o.side}/{o.other} {o.exact} exact, {o.near} near"
+        + (f", {o.prompt} with the same prompt" if o.prompt else "")
+        for o in overlaps
+    )
     copies = sum(plan.audit.dropped) + plan.audit.leaks
     done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
     audit = f"{found or 'each client within its own documents'}: {count(copies, 'document')}"
@@ -203,6 +207,7 @@ def render_plan(plan: Plan) -> Table:
         **({"weights": explain_weights(plan.model_weights)} if plan.model_weights else {}),
         "trainable": plan.trainable_share,
         "data": f"{plan.data} ({plan.data_revision})",
+        **({"learnt": plan.learns} if plan.learns else {}),
         "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out; {blocks} blocks",
         **({"shares": explain_shares(plan.shares, plan.capped)} if plan.shares else {}),
         "central": f"{count(plan.central_documents, 'document')} held out",

@@ -39,9 +39,11 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
         raise RecipeError(f"not valid TOML: {error}", where=where, mend=_mend_of(text, str(error))) from None
-    make_absolute(values, Path(where).expanduser().parent)
+    beside = Path(where).expanduser().parent
+    make_absolute(values, beside)
     overridden = [_apply_override(values, override) for override in overrides]
     make_absolute(values, Path.cwd())
+    read_chat_template(values, Path.cwd() if "data.chat_template" in overridden else beside)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -73,6 +75,28 @@ def make_absolute(values: Mapping[str, Any], folder: Path) -> None:
             # A file without a suffix is nothing that can be read, and may have the name of a model.
             if path.is_dir() or (path.suffix and path.is_file()):
                 table["source"] = str(path)
+
+
+def read_chat_template(values: Mapping[str, Any], folder: Path) -> None:
+    """Put the words of a chat template in the place of the path that a recipe's values have, so that they travel.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    table = values.get("data")
+    named = table.get("chat_template") if isinstance(table, dict) else None
+    # A template has braces; a path may have them and never a line's end.
+    if not isinstance(table, dict) or not isinstance(named, str) or "{" in named:
+        return
+    try:
+        table["chat_template"] = (folder / Path(named).expanduser()).read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(
+            f"the chat template can't be read: {why}",
+            where=f'data.chat_template = "{named[:200]}"',
+            mend="name a file beside the recipe, or leave it out for the tokenizer's own",
+        ) from None
 
 
 def recipe_to_toml(recipe: Recipe) -> str:

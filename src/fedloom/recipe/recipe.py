@@ -9,8 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fedloom.errors import RecipeError
 from fedloom.hub import COMMIT
+from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
-from fedloom.recipe.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
+from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Section, Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 """Strategies that step with momentum or a step size on the server, after the average."""
@@ -104,6 +105,58 @@ CLASHES = (
         "federation.lora_rule",
         "its residual adds the same rank to every layer, which rank_pattern and alpha_pattern can't describe",
         "leave out rank_pattern and alpha_pattern of adapter.options",
+    ),
+    Clash(
+        lambda recipe: recipe.data.completion is not None and recipe.data.prompt is None,
+        "data.completion",
+        "it is the answer to a prompt, and there is none",
+        "set data.prompt",
+    ),
+    Clash(
+        lambda recipe: recipe.data.prompt is not None and recipe.data.messages is not None,
+        "data.messages",
+        "a row is either a prompt and its answer, or a conversation",
+        "leave it out, or data.prompt and data.completion",
+    ),
+    Clash(
+        lambda recipe: not recipe.data.is_plain and "text" in recipe.data.model_fields_set,
+        "data.text",
+        "the text comes from the columns that data.prompt or data.messages names",
+        "leave it out",
+    ),
+    Clash(
+        lambda recipe: recipe.data.loss == "assistant" and recipe.data.messages is None,
+        "data.loss",
+        "only a conversation has turns of an assistant",
+        'set data.messages, or loss = "completion"',
+    ),
+    Clash(
+        lambda recipe: recipe.data.loss == "completion" and not (recipe.data.completion or recipe.data.messages),
+        "data.loss",
+        "there is no answer apart from its prompt",
+        "set data.prompt and data.completion, or data.messages",
+    ),
+    Clash(
+        lambda recipe: (
+            recipe.data.messages is None
+            and recipe.data.completion is None
+            and bool(recipe.data.chat_template or recipe.data.system)
+        ),
+        "data.chat_template",
+        "a chat template writes conversations, and there are none",
+        "set data.messages, or leave out chat_template and system",
+    ),
+    Clash(
+        lambda recipe: recipe.data.window == "blocks" and recipe.data.learns != "all",
+        "data.window",
+        "the blocks behind the first would be pieces of an answer without its prompt",
+        'leave it out, or set data.loss = "all"',
+    ),
+    Clash(
+        lambda recipe: recipe.data.pad_in_loss and (not recipe.data.is_plain or recipe.data.ends),
+        "data.pad_in_loss",
+        "padding is counted only to repeat programs that learnt all of a plain text",
+        "leave it out",
     ),
     Clash(
         lambda recipe: recipe.federation.min_clients > recipe.data.clients,

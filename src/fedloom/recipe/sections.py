@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -108,82 +108,6 @@ class Adapter(Section):
     def given(self) -> set[str]:
         """Return the keys that the recipe sets; None counts as left out."""
         return {key for key in self.model_fields_set if getattr(self, key) is not None}
-
-
-PARTITION_KEYS: dict[str, tuple[str, ...]] = {
-    "iid": (),
-    "dirichlet": ("by", "alpha"),
-    "natural": ("by",),
-    "shard": ("by", "shards_per_client"),
-    "linear": (),
-    "square": (),
-    "exponential": (),
-}
-"""Keys that each kind of partition needs besides its name."""
-
-
-class Partition(Section):
-    """The split of the documents over the clients, by the partitioners of flwr-datasets."""
-
-    kind: Literal["iid", "dirichlet", "natural", "shard", "linear", "square", "exponential"] = Field(
-        "iid", description="the split: even; skewed by label; whole labels; shards of labels; sizes that grow as named"
-    )
-    by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
-    alpha: float | None = Field(None, gt=0, description="concentration: the smaller, the more skewed (`dirichlet`)")
-    shards_per_client: int | None = Field(None, ge=1, description="shards of labels that a client gets (`shard`)")
-
-    @model_validator(mode="after")
-    def _has_what_its_kind_needs(self) -> Partition:
-        needed = PARTITION_KEYS[self.kind]
-        given = [key for key in ("by", "alpha", "shards_per_client") if getattr(self, key) is not None]
-        if missing := [key for key in needed if key not in given]:
-            raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
-        if spare := [key for key in given if key not in needed]:
-            raise ValueError(f'kind "{self.kind}" does not use {" and ".join(spare)}')
-        return self
-
-
-class Data(Section):
-    """The documents, the clients that hold them, and the part that is held out."""
-
-    source: str = Field(
-        min_length=1,
-        description="hub id, file of rows, folder, or `python:stdlib`",
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
-    files: str = Field("**/*", description="glob inside a folder")
-    text: str = Field("text", description="the column that holds the text")
-    on_bad_row: Literal["skip", "error"] = Field(
-        "skip",
-        description="treatment of a row or file without a usable text: count it, or stop; a blank text is no bad row",
-    )
-    max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="largest share of bad rows among those read; above it a run stops (`skip`)"
-    )
-    max_length: int = Field(128, ge=2, description="tokens in a block")
-    window: Literal["truncate", "blocks"] = Field(
-        "truncate", description="part of a document that is used: its first block, or all its blocks"
-    )
-    pad_in_loss: bool = Field(
-        False, description="padding counted in the loss, and masked in attention; only to repeat programs that did so"
-    )
-    clients: int = Field(3, ge=1, description="number of clients")
-    documents_per_client: int | None = Field(
-        None, ge=1, description="a client's documents on average, its own hold-out included; all if left out"
-    )
-    client_holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's documents, never trained on")
-    central_holdout: int = Field(
-        100, ge=0, description="documents for the central evaluation, disjoint from every client's"
-    )
-    partition: Partition = Field(default_factory=Partition, description="the split of the documents over the clients")
-    duplicates: Literal["drop", "report"] = Field(
-        "drop", description="treatment of a training document that is also held out: leave it out, or only count it"
-    )
-    near_duplicate: float = Field(
-        0.8, gt=0, le=1, description="Jaccard similarity from which two documents count as copies"
-    )
 
 
 class Training(Section):
@@ -372,7 +296,3 @@ class Evaluation(Section):
     clients: int | None = Field(
         None, ge=1, description="clients whose own hold-outs are scored, the same in every round; all if left out"
     )
-
-
-# A literal can't be made from a table's keys in a way that a type checker reads, so both are written and compared here.
-assert set(PARTITION_KEYS) == set(get_args(Partition.model_fields["kind"].annotation))

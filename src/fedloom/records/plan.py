@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SHOWN = 8
 """Clients whose share is shown."""
 TOO_SHORT = "too short"
-"""Reason of a document that gives nothing to train on; its row was a good one."""
+UNANSWERED = "without anything that counts within data.max_length"
+"""Reasons of documents that give nothing to train on; their rows were good ones."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Plan:
     """Rows that the source has; None where not all were looked at, as in a stream."""
     files_left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of a folder's files that nobody meant as documents, by reason."""
+    learns: str = ""
+    """What is learnt of the documents and what is lost on the way; an empty text where all of a plain text is."""
     ways: tuple[str, ...] = ()
     """Settings of speed and memory that leave no other trace in the plan, in a few words each."""
     unused: tuple[str, ...] = ()
@@ -224,7 +227,7 @@ def explain_weights(weights: Mapping[str, str]) -> str:
 
 def explain_rows(rows: int, documents: int, skipped: Mapping[str, int]) -> str:
     """Account for every row of a source: `302 rows = 298 documents + 2 skipped + 2 not needed`."""
-    lost = sum(number for reason, number in skipped.items() if reason != TOO_SHORT)
+    lost = sum(number for reason, number in skipped.items() if reason not in (TOO_SHORT, UNANSWERED))
     parts = {"skipped": lost, "not needed": rows - documents - lost}
     told = "".join(f" + {number:,} {what}" for what, number in parts.items() if number)
     return f"{count(rows, 'row')} = {count(documents, 'document')}{told}"

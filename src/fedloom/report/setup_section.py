@@ -116,8 +116,14 @@ def name_versions(environment: Record) -> str:
 
 
 def _audit(plan: Record) -> Table:
-    rows = [[f"{o['side']} / {o['other']}", f"{o['exact']:,}", f"{o['near']:,}"] for o in plan["audit"]["overlaps"]]
-    return Table(["Between", "Exact copies", "Near copies"], rows)
+    overlaps = plan["audit"]["overlaps"]
+    rows = [
+        [f"{o['side']} / {o['other']}", *(f"{o.get(key, 0):,}" for key in ("exact", "near", "prompt"))]
+        for o in overlaps
+    ]
+    drop = set() if any(o.get("prompt") for o in overlaps) else {3}
+    header = ["Between", "Exact copies", "Near copies", "Same prompt"]
+    return Table(without_columns(header, drop), [without_columns(row, drop) for row in rows])
 
 
 def _memory(run: Run) -> Table | None:

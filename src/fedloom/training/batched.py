@@ -74,7 +74,7 @@ class ClientSlot:
     def largest_batch(self) -> tuple[int, int]:
         """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
         blocks = self.job.blocks
-        widest = -(-int(blocks.counted_N.max()) // WIDTHS) * WIDTHS
+        widest = -(-int(blocks.widths.max()) // WIDTHS) * WIDTHS
         return len(self.batches[0]), min(widest, blocks.tokens_NT.shape[1])
 
 

@@ -10,7 +10,7 @@ from support.tiny import make_recipe
 from fedloom.deployment.client.documents import HOLDOUT, TRAIN, gather_client, load_client
 from fedloom.deployment.client.policy import Policy
 from fedloom.errors import DataError
-from fedloom.recipe.sections import Data
+from fedloom.recipe.data_section import Data
 
 ASKED = Data(source="the client's own")
 

@@ -21,8 +21,8 @@ from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import Data
 from fedloom.seeds import derive_seed
 
 TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"

@@ -278,6 +278,8 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("lora_rules", f'does not allow the rule "{federation.lora_rule}"')
     if "text" in data.model_fields_set and data.text != policy.text:
         yield Refusal("text", f'does not allow the column "{data.text}" to be read for text')
+    if not data.is_plain:
+        yield Refusal("text", "does not allow other columns to be read than its own column of text")
     if not policy.min_length <= data.max_length <= policy.max_length:
         key, bound = ("min_length", "at least") if data.max_length < policy.min_length else ("max_length", "at most")
         yield Refusal(key, f"allows a max_length of {bound} {getattr(policy, key)}, not {data.max_length}")

@@ -98,7 +98,7 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
 
 def _count_documents(path: Path, policy: Policy) -> tuple[str, None]:
     from fedloom.deployment.client.documents import load_client, read_split
-    from fedloom.recipe.sections import Data
+    from fedloom.recipe.data_section import Data
 
     if not path.exists():
         raise DataError("no such file or folder", where=str(path), mend="name this client's documents: --data PATH")

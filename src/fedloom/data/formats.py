@@ -1,0 +1,237 @@
+"""The way from a row to the text that a model learns from, and to the part of it that counts.
+
+A row is one column of text, a prompt with its answer, or a conversation. Which characters count is found in the text,
+before any token is: an answer by where its prompt ends, an assistant's turn by what the chat template writes up to it
+and through it, so that no search for the answer's words can find them elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fedloom.data.chat_renderer import ChatRenderer, RenderError
+from fedloom.data.rows import NOT_KEPT, Row, UnreadableError, find_value
+from fedloom.errors import DataError
+from fedloom.recipe.templates import parse_template
+
+if TYPE_CHECKING:
+    from fedloom.recipe.data_section import Data
+
+Spans = tuple[tuple[int, int], ...]
+"""Characters of a text, from and up to."""
+Message = dict[str, Any]
+
+EMPTY = "empty"
+"""Reason of a skipped row that is not a bad one: an empty text teaches nothing, and nothing is wrong with it."""
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+"""Role by ShareGPT's words and its descendants' -> role as templates know it."""
+KNOWN = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Text of a row, and what of it is learnt."""
+
+    text: str
+    counted: Spans | None = None
+    """Characters that count in the loss; None is all of them."""
+    is_whole: bool = False
+    """True where special tokens stand in the text already, so that a tokenizer adds none."""
+    ends: bool = False
+    """True where an end-of-sequence is to be learnt behind it."""
+
+    @property
+    def prompt(self) -> str:
+        """Return what stands before the first part that counts."""
+        return self.text[: self.counted[0][0]] if self.counted else ""
+
+
+class RowFormat:
+    """The format of a recipe's rows. `open_tokenizer` is asked once, when the first conversation comes."""
+
+    def __init__(self, data: Data, open_tokenizer: Callable[[], Any] | None = None) -> None:
+        self._data, self._open_tokenizer = data, open_tokenizer
+        self._renderer: ChatRenderer | None = None
+        self._tokenizer: Any = None
+
+    def close(self) -> None:
+        """End what renders conversations, if any came."""
+        if self._renderer:
+            self._renderer.close()
+            self._renderer = None
+
+    def __call__(self, row: Row) -> Form:
+        """Return what a row teaches.
+
+        Raises:
+            UnreadableError: the row lacks a column, or is no conversation that the template takes.
+            DataError: the tokenizer has no chat template, or the recipe's is none.
+        """
+        data = self._data
+        if data.messages is not None:
+            return self._of_conversation(_messages_of(find_value(row, data.messages), data.messages))
+        if data.prompt is None:
+            return Form(_text_in(row, data.text), ends=data.ends)
+        prompt, completion = parse_template(data.prompt), parse_template(data.completion or "")
+        if completion.only_column is not None and isinstance(found := find_value(row, completion.only_column), list):
+            before = find_value(row, prompt.only_column) if prompt.only_column is not None else None
+            if not isinstance(before, list):
+                before = [{"role": "user", "content": prompt.fill(partial(_value_in, row))}]
+            begin = _messages_of(before, "prompt")
+            return self._of_conversation([*begin, *_messages_of(found, "completion")], answers_from=len(begin))
+        asked, answer = (part.fill(partial(_value_in, row)) for part in (prompt, completion))
+        if data.completion is None:
+            return Form(asked, ends=data.ends)
+        if not answer.strip():
+            raise UnreadableError(EMPTY)
+        counted = None if data.learns == "all" else ((len(asked), len(asked) + len(answer)),)
+        return Form(asked + answer, counted, ends=data.ends)
+
+    def _of_conversation(self, messages: list[Message], answers_from: int = 0) -> Form:
+        data = self._data
+        if data.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": data.system}, *messages]
+            answers_from += 1
+        # A conversation that ends with a question teaches nothing by its end.
+        while messages and messages[-1]["role"] != "assistant" and data.learns != "all":
+            messages = messages[:-1]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [turn for turn in turns if turn >= answers_from]
+        if data.learns == "completion" and data.completion is None:
+            turns = turns[-1:]
+        if not turns and data.learns != "all":
+            raise UnreadableError("without a turn of the assistant")
+        renderer = self._open_renderer()
+        whole = (len(messages), False)
+        if data.learns == "all":
+            texts, _ = self._render(renderer, messages, [whole])
+            return Form(texts[0], None, is_whole=True, ends=data.ends)
+        asked = [whole, *((turn + more, not more) for turn in turns for more in (0, 1))]
+        (text, *parts), marked = self._render(renderer, messages, asked)
+        counted = _spans_by_prefix(text, list(zip(parts[::2], parts[1::2], strict=True)), self._tokenizer.eos_token)
+        if counted is None:
+            counted = tuple(marked)
+            if len(counted) != len([turn for turn, one in enumerate(messages) if one["role"] == "assistant"]):
+                raise UnreadableError(NOT_KEPT)
+            counted = counted[-len(turns) :]
+        for turn, (begin, end) in zip(turns, counted, strict=True):
+            said = str(messages[turn].get("content") or "").rpartition("</think>")[2].strip()
+            if said not in text[begin:end]:
+                raise UnreadableError("whose answer the chat template changes or leaves out")
+        closed = self._is_closed(text[counted[-1][0] :])
+        return Form(text, counted, is_whole=True, ends=data.ends and not closed)
+
+    def _render(
+        self, renderer: ChatRenderer, messages: list[Message], asked: Sequence[tuple[int, bool]]
+    ) -> tuple[list[str], list[tuple[int, int]]]:
+        try:
+            return renderer.render(messages, asked)
+        except RenderError as error:
+            raise UnreadableError(str(error)) from None
+
+    def _is_closed(self, answer: str) -> bool:
+        """Return whether a template ended an answer with a special token, from which a model learns to stop."""
+        return any(token in answer for token in special_tokens(self._tokenizer))
+
+    def _open_renderer(self) -> ChatRenderer:
+        if self._renderer is None:
+            assert self._open_tokenizer is not None, "a conversation, and nobody to ask for a tokenizer"
+            self._tokenizer = self._open_tokenizer()
+            template = self._data.chat_template or own_chat_template(self._tokenizer)
+            self._renderer = ChatRenderer(template, self._tokenizer)
+        return self._renderer
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Return the tokens of a tokenizer that stand for no text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return [*{*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}]
+
+
+def own_chat_template(tokenizer: Any) -> str:
+    """Return the chat template that a tokenizer brings.
+
+    Raises:
+        DataError: it has none.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, Mapping):
+        own = own.get("default")
+    if not own:
+        raise DataError(
+            "the base model's tokenizer has no chat template",
+            where="data.messages",
+            mend="name a file in data.chat_template, or use an instruct model",
+        )
+    return str(own)
+
+
+def _spans_by_prefix(text: str, parts: Sequence[tuple[str, str]], end: str | None) -> Spans | None:
+    """Return where in a text each turn stands, by what is written before it and with it; None if that changes."""
+    spans = []
+    for before, through in parts:
+        # Some templates end whatever they write, and only the last turn of a conversation stays so.
+        if end and not text.startswith(through):
+            through = through.removesuffix(end)
+        if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+            return None
+        stop = len(through)
+        # Some templates write the end of a turn at the beginning of the next: it belongs to the turn that it ends.
+        if end and end not in through[len(before) :] and text.startswith(end, stop):
+            stop += len(end)
+        spans.append((len(before), stop))
+    return tuple(spans)
+
+
+def _messages_of(value: object, column: str) -> list[Message]:
+    """Return a column's conversation, with roles and contents as templates know them.
+
+    Raises:
+        UnreadableError: it is none.
+    """
+    if not isinstance(value, list) or not value:
+        raise UnreadableError(f"without messages in column {column}" if not value else "not a list of messages")
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping):
+            raise UnreadableError("with a message that is not an object")
+        role, content = (
+            message.get(one) if message.get(one) is not None else message.get(other)
+            for one, other in (("role", "from"), ("content", "value"))
+        )
+        role = ROLES.get(role, role) if isinstance(role, str) else None
+        if role not in KNOWN:
+            raise UnreadableError("with a message of another role than system, user, assistant or tool")
+        if not isinstance(content, str) and not message.get("tool_calls"):
+            raise UnreadableError("with a message whose content is not text")
+        others = {key: given for key, given in message.items() if key not in ("role", "from", "content", "value")}
+        # Tables give every message the columns that one of them has.
+        messages.append({**{k: v for k, v in others.items() if v is not None}, "role": role, "content": content or ""})
+    return messages
+
+
+def _text_in(row: Row, column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise UnreadableError(f"without text in column {column}" if text is None else "not text")
+    # A byte order mark and NULs (padding of some writers) are no white space to Python, and blank to a reader.
+    if all(character.isspace() or character in "\ufeff\x00" for character in text):
+        raise UnreadableError(EMPTY)
+    return text
+
+
+def _value_in(row: Row, name: str, optional: bool) -> str:
+    """Return a column's text for a template; what is missing is empty where it may be left out."""
+    value = find_value(row, name)
+    if value is None or value != value:
+        if not optional:
+            raise UnreadableError(f"without text in column {name}")
+        return ""
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise UnreadableError(f"not text in column {name}")
+    return value

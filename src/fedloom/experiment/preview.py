@@ -1,0 +1,87 @@
+"""What a model will see and what it will learn of it, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from fedloom.text import count
+
+if TYPE_CHECKING:
+    from fedloom.data.documents import Document
+    from fedloom.data.tokens import TokenBlocks
+    from fedloom.experiment.preparation import Material
+    from fedloom.recipe.data_section import Data
+
+BARS = 8
+"""Bars of a histogram."""
+BAR_WIDTH = 40
+"""Characters of the longest bar."""
+COLUMNS_SHOWN = 10
+"""Columns without use that are named."""
+WHAT = {"completion": "the answer", "assistant": "what the assistant says", "all": "all of it"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Piece of a row as a model sees it, and whether it counts in the loss."""
+
+    text: str
+    counts: bool
+
+
+def pieces_of(blocks: TokenBlocks, row: int, tokenizer: Any) -> list[Piece]:
+    """Return a block's real tokens as text again, in pieces that count and pieces that do not."""
+    length = int(blocks.lengths_N[row])
+    tokens, marks = blocks.tokens_NT[row, :length].tolist(), blocks.counted_NT[row, :length].tolist()
+    runs = groupby(zip(tokens, marks, strict=True), key=lambda pair: pair[1])
+    return [Piece(tokenizer.decode([token for token, _ in run]), counts) for counts, run in runs]
+
+
+def describe_learning(data: Data, material: Material) -> str:
+    """Say what is learnt of all clients' documents, and what is lost on the way; an empty text for plain ones."""
+    if data.is_plain and not data.ends:
+        return ""
+    return "; ".join(_facts(data, [client.train for client in material.clients], material.found.other_columns))
+
+
+def describe_client(data: Data, material: Material, client: int) -> Iterator[str]:
+    """Yield lines about what one client trains on: shares, what was lost, repeated prompts, lengths."""
+    blocks, documents = material.clients[client].train, material.splits.clients[client].train
+    yield from _facts(data, [blocks], material.found.other_columns)
+    if repeated := _repeated(documents):
+        yield f"{count(repeated, 'document')} with a prompt that another one has"
+    yield f"tokens of {count(len(blocks), 'block')}, of {data.max_length} at most:"
+    yield from histogram(blocks.lengths_N.tolist(), data.max_length)
+
+
+def histogram(lengths: Sequence[int], most: int) -> Iterator[str]:
+    """Yield a line for each range of lengths, with a bar as long as it has many."""
+    width = -(-most // BARS)
+    bars = Counter((length - 1) // width for length in lengths)
+    largest = max(bars.values(), default=1)
+    for bar in range(-(-most // width)):
+        drawn = "█" * -(-bars[bar] * BAR_WIDTH // largest)
+        yield f"{bar * width + 1:>7,}–{min((bar + 1) * width, most):<7,} {drawn} {bars[bar]:,}"
+
+
+def _facts(data: Data, parts: Sequence[TokenBlocks], others: Sequence[str]) -> Iterator[str]:
+    counted, real = (sum(part.num_tokens for part in parts), sum(int(part.lengths_N.sum()) for part in parts))
+    share = f", {counted:,} of {real:,} tokens ({100 * counted / max(1, real):.0f} %)" if data.learns != "all" else ""
+    yield f"{WHAT[data.learns]}{' with its end' if data.ends else ''}{share}"
+    if cut := sum(part.cut for part in parts):
+        yield f"{count(cut, 'answer') if data.learns != 'all' else count(cut, 'text')} cut at data.max_length"
+    if unanswered := sum(part.unanswered for part in parts):
+        yield f"{count(unanswered, 'document')} dropped: nothing of the answer within data.max_length"
+    if others:
+        more = f" and {len(others) - COLUMNS_SHOWN} more" if len(others) > COLUMNS_SHOWN else ""
+        yield f"columns without use: {', '.join(others[:COLUMNS_SHOWN])}{more}"
+
+
+def _repeated(documents: Sequence[Document]) -> int:
+    """Return how many documents have a prompt that an earlier one has."""
+    prompts = [" ".join(document.prompt.split()) for document in documents if document.prompt]
+    return len(prompts) - len(set(prompts))
