@@ -120,7 +120,7 @@ class Exchange:
                     f"{len(there)} of {clients} clients came within {format_seconds(seconds)} "
                     f"({', '.join(there) or 'none'}){refused}",
                     where="data.clients",
-                    mend="start the others with fedloom join, or give them longer: --wait SECONDS",
+                    mend=_mend_missing(clients - len(there) - len(self.refused), bool(self.refused)),
                 )
             time.sleep(POLL_SECONDS)
         return there[:clients]
@@ -231,6 +231,7 @@ class Exchange:
             self.say("refused", f"{name}: {error}")
             return
         self._names[node] = name
+        self.refused.pop(name, None)  # its owner has mended it
         # The name of its key, if it has one, whatever it calls itself.
         self.facts[name] = replace(facts, name=name)
         self._show(name, "connected")
@@ -248,6 +249,13 @@ class Exchange:
         self._present = {}
         self._looked = float("-inf")
         self._transport.reopen()
+
+
+def _mend_missing(silent: int, some_refused: bool) -> str:
+    """Return what to do where some clients refused or were refused, and so many others were not heard of."""
+    refusals = "change the recipe, or have the owners of those mend it, whose own terminals say why, and join anew"
+    others = "start the others with fedloom join, or give them longer: --wait SECONDS"
+    return "; ".join([refusals] * some_refused + [others] * (silent > 0))
 
 
 def _called(answer: Frame) -> str:
