@@ -117,6 +117,20 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 60
 
 
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_a_run_that_is_not_there_can_not_go_on(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told that --resume needs a run directory, which is what it was given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    how = f"name a run directory that is there: fedloom {command} --resume RUN, or RECIPE --out RUN"
+    for run, what in (("runs/first", "there is no such run"), ("empty", "no run is in it: it has no recipe.toml")):
+        assert refused([command, run, "--resume"], monkeypatch, capsys) == f"error: {tmp_path / run}: {what}; {how}"
+    for recipe in ("tiny", "mine.toml"):
+        assert "--resume needs a run directory" in refused([command, recipe, "--resume"], monkeypatch, capsys)
+
+
 def test_version(tmp_path: Path) -> None:
     assert fedloom("--version", cwd=tmp_path).stdout == f"fedloom {__version__}\n"
 

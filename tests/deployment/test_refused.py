@@ -183,7 +183,7 @@ def test_the_refused_get_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
         assert {name: process.wait(SECONDS) for name, process in patient.items()} == dict.fromkeys(patient, 2)
 
         knocking = join("mallory-again", tmp_path / "mallory" / "mallory.kit")
-        there.wait_for("mallory-again", "refused")
+        there.wait_for("mallory-again", "not yet")
         bob = join("bob", approve("bob", honest.address), data=data[1])
         served = there.finish(server)
         assert bob.poll() is None

@@ -22,7 +22,7 @@ from fedloom.deployment.fingerprints import identify_client, identify_server
 from fedloom.deployment.processes import check_flower
 from fedloom.deployment.signing import make_signing_key
 from fedloom.errors import DeploymentError
-from fedloom.host.files import Lock, replace_file, write_private
+from fedloom.host.files import Lock, read_holder, replace_file, write_private
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -105,17 +105,22 @@ def init(folder: Path, host: str, port: int) -> Security:
 
 
 @contextmanager
-def in_use(security: Security) -> Iterator[None]:
-    """Be the only server that works with these keys, until the block ends: nginx's files lie beside them.
+def in_use(security: Security, run: Path) -> Iterator[None]:
+    """Be the only server that works with these keys, on a run, until the block ends: nginx's files lie beside them.
 
     Raises:
         DeploymentError: another one is, or the folder can't be written.
     """
+    path = security.folder / "serve.lock"
     try:
-        lock = Lock(security.folder / "serve.lock", 0o600)
+        lock = Lock(path, 0o600)
+        lock.sign(str(run.absolute()))
     except BlockingIOError:
+        holder = read_holder(path)
         raise DeploymentError(
-            "another fedloom serve works with it", where=str(security.folder), mend="end that one: fedloom stop RUN"
+            f"another fedloom serve works with it ({holder.who})",
+            where=str(security.folder),
+            mend=f"end that one: fedloom stop {holder.work}",
         ) from None
     except OSError as error:
         raise DeploymentError(f"can't be written ({error.strerror})", where=str(security.folder)) from None
