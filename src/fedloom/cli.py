@@ -283,7 +283,10 @@ def schema() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show what this machine has, and what is missing."""
+    """Show what this machine has, and what is missing.
+
+    Exit code 0 where nothing is, 1 where a line says `MISSING`.
+    """
     from fedloom.host.machine import examine
 
     owner.show_findings(examine(), "MISSING")
@@ -291,7 +294,10 @@ def doctor() -> None:
 
 @app.command()
 def fsck(run: RunFolder) -> None:
-    """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged."""
+    """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged.
+
+    Exit code 0 where it does, 1 where a line says `BAD`, 2 where there is no such run.
+    """
     from fedloom.records.check import check_run
 
     owner.show_findings(check_run(run), "BAD")

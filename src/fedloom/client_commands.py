@@ -70,7 +70,7 @@ def preflight(
 ) -> None:
     """Say whether joining would work, and what the policy allows of a recipe. The server hears nothing of it.
 
-    Exit code 0 where it would, 1 where it would not: each `NO` says why. Nothing is written, and nothing is asked.
+    Exit code 0 where it would, 1 where a line says `NO`.
     """
     from fedloom.deployment.client.rehearsal import rehearse
 

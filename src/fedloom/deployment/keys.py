@@ -123,7 +123,9 @@ def in_use(security: Security, run: Path) -> Iterator[None]:
             mend=f"end that one: fedloom stop {holder.work}",
         ) from None
     except OSError as error:
-        raise DeploymentError(f"can't be written ({error.strerror})", where=str(security.folder)) from None
+        raise DeploymentError(
+            f"can't be written ({error.strerror})", where=str(security.folder), mend="see that it may be written"
+        ) from None
     with lock:
         yield
 
@@ -234,11 +236,15 @@ def read_request(file: Path) -> tuple[str, str]:
             told = json.loads(sent.read(MOST_LETTERS))  # whose end is missing where it is longer
         name, public = str(told["name"]), _read_public_key(str(told["key"]))
     except OSError as error:
-        raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None
+        raise DeploymentError(
+            f"can't read the request: {error.strerror}", where=str(file), mend="name the file that a client sent"
+        ) from None
     except DeploymentError as error:
         raise DeploymentError(error.what, where=str(file), mend=error.mend) from None
     except Exception as error:  # of a dozen kinds, from a file that may be anything
-        raise DeploymentError("not a fedloom request", where=str(file)) from error
+        raise DeploymentError(
+            "not a fedloom request", where=str(file), mend="have its client send what fedloom provision request wrote"
+        ) from error
     check_name(name)
     return name, public
 
@@ -302,7 +308,11 @@ def public_key_of(file: Path) -> str:
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), None).public_key()
     except Exception as error:  # of a dozen kinds, as in a request
-        raise DeploymentError("not a key of fedloom provision request", where=str(file)) from error
+        raise DeploymentError(
+            "not a key of fedloom provision request",
+            where=str(file),
+            mend="bring it back from a copy, or make another under a new name, and have that approved",
+        ) from error
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 

@@ -24,7 +24,7 @@ TRIES = 3
 """Tries of a question that Flower could not deliver or whose process died."""
 GONE_SECONDS = 3.0
 """Time before a node that went away is asked again, if it is listed all the same."""
-ClientPhase = Literal["loading", "connected", "training", "scoring", "answered", "lost", "late", "gone"]
+ClientPhase = Literal["loading", "connected", "refused", "training", "scoring", "answered", "lost", "late", "gone"]
 PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
 """Phase of a client while it works, by what it was asked."""
 
@@ -228,6 +228,8 @@ class Exchange:
         except MessageError as error:
             self._names[node] = ""
             self.refused[name] = str(error)
+            if name:
+                self._show(name, "refused")
             self.say("refused", f"{name}: {error}")
             return
         self._names[node] = name
