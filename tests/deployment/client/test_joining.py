@@ -115,6 +115,7 @@ def test_a_second_join_with_a_kit_says_which_one_is_at_work(
     """It was told that its key is not accepted, or not yet."""
     (tmp_path / "a.kit").write_text('name = "a"\nserver = "localhost:1"\n')
     monkeypatch.setattr(sys, "argv", ["fedloom", "join", str(tmp_path / "a.kit"), "--data", str(tmp_path)])
+    monkeypatch.setattr(joining, "await_server", lambda *_: pytest.fail("it went on"))
     journal = tmp_path / "a.journal.jsonl"
     with at_work("a", journal), pytest.raises(SystemExit) as ended:
         main()
