@@ -167,6 +167,14 @@ def test_errors_name_what_a_clients_owner_can_change(
     )
 
 
+def test_a_folder_that_is_called_as_a_key_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.text").mkdir()
+    (tmp_path / "data.text" / "link.txt").symlink_to("/etc/hostname")
+    with pytest.raises(DataError, match=r"^data\.text/link\.txt: it is a link that leads out"):
+        load_client(ASKED, Path("data.text"), Policy())
+
+
 def test_a_single_file_has_no_files_to_choose_from(folder: Path) -> None:
     with pytest.raises(DataError, match="--files: a single file and a split are read whole"):
         load_client(ASKED, folder / "0.txt", Policy(files="*.txt"))

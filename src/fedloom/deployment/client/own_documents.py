@@ -22,8 +22,9 @@ ROWS = ("on_bad_row", "max_bad_fraction")
 """Keys of a recipe's section `data` that reading goes by: what is done with rows that are bad."""
 OPTIONS = {"source": "--data", "text": "--text", "files": "--files"}
 """Keys of that section that are the owner's to say, and the options that say it."""
-OWN_KEY = re.compile(rf'(?<![\w/.-])data\.({"|".join(OPTIONS)})\b(?: = "([^"]*)")?')
-KEY = re.compile(r"(?<![\w/.-])[a-z_]+(?:\.[a-z_]+)+")
+OWN_KEY = re.compile(rf'(?<![\w/.-])data\.({"|".join(OPTIONS)})(?![\w/.-])(?: = "([^"]*)")?')
+KEY = re.compile(r"(?<![\w/.-])[a-z_]+(?:\.[a-z_]+)+(?![\w/.-])")
+"""A key of a recipe as errors write it; a part of a path is none."""
 
 
 def check_there(path: Path) -> None:
