@@ -153,7 +153,9 @@ def test_exit_codes_say_whether_a_run_is_well(state: str, code: int, tmp_path: P
     with status_file(run.folder, "fedloom run"):
         assert CliRunner().invoke(app, ["status", str(run.folder)]).exit_code == 0
     for command in ("status", "stop"):
-        assert isinstance(CliRunner().invoke(app, [command, str(tmp_path / "none")]).exception, RunError)
+        result = CliRunner().invoke(app, [command, str(tmp_path / "none")])
+        assert isinstance(result.exception, RunError)
+        assert "not a run directory: there is no such folder" in str(result.exception)
 
 
 @pytest.mark.long

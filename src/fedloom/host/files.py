@@ -255,7 +255,9 @@ def take_lock(folder: Path) -> Lock:
             lock = Lock(path)
         except BlockingIOError:
             raise RunError(
-                f"another run is at work in it ({read_holder(path).who})", where=str(folder), mend="wait for its end"
+                f"another run is at work in it ({read_holder(path).who})",
+                where=str(folder),
+                mend=f"wait for its end, or end it: fedloom stop {folder}",
             ) from None
         try:
             lock.sign()

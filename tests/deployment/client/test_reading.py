@@ -13,10 +13,11 @@ pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedl
 
 from fedloom.cli import app
 from fedloom.deployment import keys
-from fedloom.deployment.client import joining
+from fedloom.deployment.client import joining, rehearsal
 from fedloom.deployment.client.first_use import confirm_server
 from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.client.policy import Policy, load_policy
+from fedloom.deployment.client.preflight import Greeting
 from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.processes import free_port
 from fedloom.errors import DeploymentError
@@ -120,6 +121,14 @@ def test_a_preflight_counts_documents_and_finds_a_missing_key(kit: Path) -> None
     shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", code=1)
     assert "1 document: policy.min_documents wants 5 to train on" in shown
     assert "alice's key is not there" in shown
+
+
+def test_a_preflight_that_finds_nothing_wrong_ends_with_0(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "greet_server", lambda server, ca: Greeting("", 0.0))
+    shown = said("preflight", kit, "tiny", "--data", kit.parent / "rows.jsonl", code=0)
+    assert not [line for line in shown.splitlines() if line.startswith("NO")]
+    assert said("preflight", kit, "tiny-full", code=1).splitlines()[-2].startswith("NO      recipe")
+    assert CliRunner().invoke(app, ["preflight", str(kit), "--no-such-option"]).exit_code == 2
 
 
 def test_a_preflight_says_whether_the_fingerprint_is_confirmed(kit: Path) -> None:
