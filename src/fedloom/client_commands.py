@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -57,20 +56,6 @@ WritePolicy = Annotated[
 ]
 
 
-def journal_of(kit: Path) -> Path:
-    """Return where the journal of a kit's client is, if nobody says otherwise: beside it, by the client's name.
-
-    Not by the name of the file, which who sends it can choose: a journal that begins anew would count from none.
-    """
-    from fedloom.deployment.keys import NAME
-
-    try:
-        name = str(tomllib.loads(kit.read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError):  # no kit, which is said where it is read
-        name = kit.stem
-    return kit.with_name(f"{name if NAME.fullmatch(name) else kit.stem}.journal.jsonl")
-
-
 def preflight(
     kit: KitFile,
     recipe: Annotated[
@@ -83,27 +68,34 @@ def preflight(
     files: FilesGlob = None,
     hidden: HiddenFiles = None,
 ) -> None:
-    """Say whether joining would work, and what the policy allows of a recipe. The server hears nothing of it."""
+    """Say whether joining would work, and what the policy allows of a recipe. The server hears nothing of it.
+
+    Exit code 0 where it would, 1 where a line says `NO`.
+    """
     from fedloom.deployment.client.rehearsal import rehearse
 
     options = {"text": text, "files": files, "hidden": hidden}
-    show_findings(rehearse(kit, data, policy, options, journal or journal_of(kit), recipe), "NO")
+    show_findings(rehearse(kit, data, policy, options, journal, recipe), "NO")
 
 
 def journal(
     file: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="A journal, or the kit that it is of.")],
     policy: PolicyFile = None,
 ) -> None:
-    """Read a client's journal aloud: what was asked, and what may still be asked today."""
+    """Read a client's journal aloud: what was asked, and what may still be asked today.
+
+    Exit code 0 where it could be read, 2 where it could not.
+    """
+    from fedloom.deployment.client.joining import open_kit
     from fedloom.deployment.client.policy import load_policy
     from fedloom.deployment.client.reading import read_aloud
 
-    for line in read_aloud(journal_of(file) if file.suffix == ".kit" else file, load_policy(policy)):
+    for line in read_aloud(open_kit(file).journal if file.suffix == ".kit" else file, load_policy(policy)):
         typer.echo(show_controls(line))
 
 
 def show_findings(findings: Iterable[Finding], word: str) -> None:
-    """Print a line for each finding, and how to mend what is not well, which ends with exit code 2."""
+    """Print a line for each finding, and how to mend what is not well, which ends with exit code 1."""
     well = True
     for finding in findings:
         typer.echo(show_controls(f"{'ok' if finding.well else word:<8}{finding.what:<18}{finding.found}"))
@@ -111,4 +103,4 @@ def show_findings(findings: Iterable[Finding], word: str) -> None:
             typer.echo(show_controls(f"{'':<26}{finding.mend}"))
         well = well and finding.well
     if not well:
-        raise typer.Exit(2)
+        raise typer.Exit(1)

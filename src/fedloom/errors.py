@@ -2,6 +2,7 @@
 
 FedloomError
 ├── RecipeError      a key, a value or a combination in the recipe
+│   └── PolicyError  a wish that the owner of a client's documents does not allow; names every key that says so
 ├── DataError        documents that can't be found, read, split or tokenised
 ├── ModelError       a base model or an adapter that can't be found, loaded or used
 ├── RunError         a run directory that exists already, is missing or can't be read
@@ -33,6 +34,16 @@ class FedloomError(Exception):
 
 class RecipeError(FedloomError):
     """A key, a value or a combination in the recipe."""
+
+
+class PolicyError(RecipeError):
+    """A wish that the owner of a client's documents does not allow; carries the policy's keys that say so."""
+
+    def __init__(self, first: tuple[str, str], *others: tuple[str, str]) -> None:
+        """Make one error of all refusals: each is a key, and what stands behind "its policy"."""
+        self.keys = tuple(key for key, _ in (first, *others))
+        more = (f"policy.{key}: its policy {why}" for key, why in others)
+        super().__init__("; ".join((f"its policy {first[1]}", *more)), where=f"policy.{first[0]}")
 
 
 class DataError(FedloomError):

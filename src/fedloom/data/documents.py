@@ -30,6 +30,7 @@ from fedloom.data.rows import (
     columns_of,
     format_of,
     mend_rows,
+    name_keys,
     read_rows,
 )
 from fedloom.errors import DataError
@@ -134,7 +135,7 @@ def load_documents(
                     first_bad = first_bad or f"{origin}: {reason}"
                     if data.on_bad_row == "error":
                         break
-    _check_bad_rows(data, len(documents), skipped, first_bad)
+    _check_bad_rows(data, len(documents), skipped, first_bad, source)
     if total is None and at_most is None:
         total = len(documents) + skipped.total()
     used = {name for column in columns_of(data).values() for name in (column, column.partition(".")[0])}
@@ -145,12 +146,12 @@ def load_documents(
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
             where=f'data.source = "{data.source}"',
-            mend=mend_rows(skipped),
+            mend=mend_rows(skipped, data, is_folder=source.is_folder),
         )
     return found
 
 
-def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: str) -> None:
+def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: str, source: Source) -> None:
     """Refuse a source with more bad rows than the recipe allows, which may be none.
 
     Raises:
@@ -167,7 +168,7 @@ def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: s
         raise DataError(
             f"{bad:,} of {read:,} rows are bad ({100 * bad / read:.2g} %), one of them {first_bad}",
             where=f'data.source = "{data.source}"',
-            mend="correct them, check data.text, data.partition.by and data.files, or raise data.max_bad_fraction"
+            mend=f"correct them, check {name_keys(data, is_folder=source.is_folder)}, or raise data.max_bad_fraction"
             f" (now {data.max_bad_fraction:g})",
         )
 
@@ -211,7 +212,7 @@ def _open_source(data: Data, seed: int, at_most: int | None, hidden: bool) -> So
             told = f", but for {list_reasons(left_out)}" if left_out else ""
             raise DataError(f'no file matches "{data.files}"{told}', where=str(path), mend="change data.files")
         rows, has_columns = _rows_of_folder(_relative(paths, path), data), not {*map(format_of, paths)} <= TEXT
-        return Source(rows, describe_files(paths), files_left_out=left_out, has_columns=has_columns)
+        return Source(rows, describe_files(paths), files_left_out=left_out, has_columns=has_columns, is_folder=True)
     if is_file:
         _refuse_spare(data, "revision", "subset", "split", "files")
         if format_of(path) is None:

@@ -39,6 +39,8 @@ class Source:
     """True if the rows already come in a seeded order, as those of a stream do."""
     files_left_out: Mapping[str, int] = field(default_factory=dict)
     has_columns: bool = True
+    is_folder: bool = False
+    """True where `data.files` says which files are read."""
 
 
 class UnreadableError(Exception):
@@ -282,8 +284,17 @@ MENDS = {
 """Reason of a bad row -> what to do about a source that has no other rows."""
 
 
-def mend_rows(skipped: Mapping[str, int]) -> str:
+def mend_rows(skipped: Mapping[str, int], data: Data, *, is_folder: bool) -> str:
     """Return what to do about a source without a usable row, by the reason that most rows have."""
     commonest = max(skipped, key=lambda reason: skipped[reason], default="")
-    columns = "check data.text (the column that holds the text), data.partition.by and data.files (the glob)"
-    return MENDS.get(commonest, columns)
+    return MENDS.get(commonest, f"check {name_keys(data, is_folder=is_folder)}")
+
+
+def name_keys(data: Data, *, is_folder: bool) -> str:
+    """Name the recipe's keys that say which rows and columns are read, of those that mean something for a source."""
+    *keys, last = (
+        *(["data.text (the column that holds the text)"] if data.is_plain else dict(data.columns)),
+        *(["data.partition.by"] if data.partition.by is not None else []),
+        *(["data.files (the glob)"] if is_folder else []),
+    )
+    return f"{', '.join(keys)} and {last}" if keys else last

@@ -28,7 +28,9 @@ def read_host(text: str, where: str = "") -> str:
     except ValueError:
         bare = ""
     if bare != text or not HOST.fullmatch(bare):
-        raise DeploymentError("not a host name or address", where=where)
+        raise DeploymentError(
+            "not a host name or address", where=where, mend="name one without a port, as fed.example.org or 2001:db8::1"
+        )
     return bare
 
 

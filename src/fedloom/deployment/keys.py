@@ -22,7 +22,7 @@ from fedloom.deployment.fingerprints import identify_client, identify_server
 from fedloom.deployment.processes import check_flower
 from fedloom.deployment.signing import make_signing_key
 from fedloom.errors import DeploymentError
-from fedloom.host.files import Lock, replace_file, write_private
+from fedloom.host.files import Lock, read_holder, replace_file, write_private
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -105,20 +105,27 @@ def init(folder: Path, host: str, port: int) -> Security:
 
 
 @contextmanager
-def in_use(security: Security) -> Iterator[None]:
-    """Be the only server that works with these keys, until the block ends: nginx's files lie beside them.
+def in_use(security: Security, run: Path) -> Iterator[None]:
+    """Be the only server that works with these keys, on a run, until the block ends: nginx's files lie beside them.
 
     Raises:
         DeploymentError: another one is, or the folder can't be written.
     """
+    path = security.folder / "serve.lock"
     try:
-        lock = Lock(security.folder / "serve.lock", 0o600)
+        lock = Lock(path, 0o600)
+        lock.sign(str(run.absolute()))
     except BlockingIOError:
+        holder = read_holder(path)
         raise DeploymentError(
-            "another fedloom serve works with it", where=str(security.folder), mend="end that one: fedloom stop RUN"
+            f"another fedloom serve works with it ({holder.who})",
+            where=str(security.folder),
+            mend=f"end that one: fedloom stop {holder.work}",
         ) from None
     except OSError as error:
-        raise DeploymentError(f"can't be written ({error.strerror})", where=str(security.folder)) from None
+        raise DeploymentError(
+            f"can't be written ({error.strerror})", where=str(security.folder), mend="see that it may be written"
+        ) from None
     with lock:
         yield
 
@@ -229,11 +236,15 @@ def read_request(file: Path) -> tuple[str, str]:
             told = json.loads(sent.read(MOST_LETTERS))  # whose end is missing where it is longer
         name, public = str(told["name"]), _read_public_key(str(told["key"]))
     except OSError as error:
-        raise DeploymentError(f"can't read the request: {error.strerror}", where=str(file)) from None
+        raise DeploymentError(
+            f"can't read the request: {error.strerror}", where=str(file), mend="name the file that a client sent"
+        ) from None
     except DeploymentError as error:
         raise DeploymentError(error.what, where=str(file), mend=error.mend) from None
     except Exception as error:  # of a dozen kinds, from a file that may be anything
-        raise DeploymentError("not a fedloom request", where=str(file)) from error
+        raise DeploymentError(
+            "not a fedloom request", where=str(file), mend="have its client send what fedloom provision request wrote"
+        ) from error
     check_name(name)
     return name, public
 
@@ -297,7 +308,11 @@ def public_key_of(file: Path) -> str:
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), None).public_key()
     except Exception as error:  # of a dozen kinds, as in a request
-        raise DeploymentError("not a key of fedloom provision request", where=str(file)) from error
+        raise DeploymentError(
+            "not a key of fedloom provision request",
+            where=str(file),
+            mend="bring it back from a copy, or make another under a new name, and have that approved",
+        ) from error
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 

@@ -43,9 +43,7 @@ ROUNDS, CLIENTS = 100_000, 100_000
 LAYER = Pattern("layer's name: up to 300 letters, digits, `.`, `_`, `-`", re.compile(r"[\w.-]{1,300}", re.ASCII))
 PLAIN = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,200}")
 COLUMN = Pattern("column's name: up to 200 characters, none of them a control", PLAIN)
-SOURCE = Pattern(
-    "hub id, `OWNER/NAME`; `random:SHAPE`; any name that the owner's policy lists, up to 200 characters", PLAIN
-)
+SOURCE = Pattern("`random:SHAPE`, or a name that the owner's policy lists, up to 200 characters", PLAIN)
 REVISION = Pattern(
     "revision: up to 200 letters, digits, `.`, `_`, `-`, `/`, without `..`",
     re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.ASCII),

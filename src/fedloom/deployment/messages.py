@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
 from fedloom.deployment.message_kinds import Count
 from fedloom.deployment.message_recipe import RECIPE
-from fedloom.errors import MessageError, ModelError
+from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import trained_part
 from fedloom.host.files import hash_text
-from fedloom.hub import MODEL_ID
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation, Training
@@ -266,38 +264,18 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
     return RECIPE.read(RECIPE.pick(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)), "")
 
 
-def unpack_recipe(told: Mapping[str, Any], owners: Collection[str] = ()) -> Recipe:
-    """Read what `pack_recipe` wrote; `owners` are the base models that the client's owner lists.
+def unpack_recipe(told: Mapping[str, Any]) -> Recipe:
+    """Read what `pack_recipe` wrote. Whether its base model may be asked for is the policy's to say, by its name alone.
 
     Raises:
         MessageError: it is not a recipe that this version knows.
-        ModelError: its base model is neither on the owner's list nor one that a server may name.
         RecipeError: it has settings that can't be combined.
     """
     told = RECIPE.read(told, "recipe")
     try:
-        recipe = Recipe.model_validate({**told, "data": {"source": "the client's own", **told.get("data", {})}})
+        return Recipe.model_validate({**told, "data": {"source": "the client's own", **told.get("data", {})}})
     except ValueError as error:
         raise MessageError("this version of fedloom can't read the server's recipe") from error
-    check_source(recipe.model.source, owners)
-    return recipe
-
-
-def check_source(source: str, owners: Collection[str] = ()) -> None:
-    """Refuse a base model that would be looked for on this machine's disk, unless the owner lists it.
-
-    Raises:
-        ModelError: the same for a path that is there and for one that is not.
-    """
-    if source in owners or source.startswith("random:"):
-        return
-    # A folder of that name would be opened in the place of the hub's model.
-    if not MODEL_ID.fullmatch(source) or Path(source).exists():
-        raise ModelError(
-            "the server names a base model that is neither on the hub (OWNER/NAME) nor in the owner's list",
-            where="model.source",
-            mend="list it in the policy: models",
-        )
 
 
 def _to_bytes(tensors: list[Tensor]) -> bytes:

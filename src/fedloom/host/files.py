@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -212,10 +212,10 @@ class Lock:
             self.close()
             raise
 
-    def write(self, text: str) -> None:
-        """Say in the file who holds it."""
+    def sign(self, work: str = "") -> None:
+        """Say in the file who holds it, and in a second line what for; `read_holder` reads that."""
         os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, text.encode())
+        os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}\n{work}".encode())
 
     def close(self) -> None:
         """Let go."""
@@ -226,6 +226,21 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Holder(NamedTuple):
+    """Process that holds a lock, as it signed it; empty texts where it has not yet."""
+
+    who: str
+    work: str
+
+
+def read_holder(path: Path) -> Holder:
+    """Read who holds a lock that could not be had."""
+    with suppress(OSError):
+        who, _, work = path.read_text(encoding="utf-8", errors="replace")[:4200].partition("\n")
+        return Holder(who.strip(), work.strip())
+    return Holder("", "")
 
 
 def take_lock(folder: Path) -> Lock:
@@ -239,12 +254,13 @@ def take_lock(folder: Path) -> Lock:
         try:
             lock = Lock(path)
         except BlockingIOError:
-            holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
             raise RunError(
-                f"another run is at work in it ({holder})", where=str(folder), mend="wait for its end"
+                f"another run is at work in it ({read_holder(path).who})",
+                where=str(folder),
+                mend=f"wait for its end, or end it: fedloom stop {folder}",
             ) from None
         try:
-            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.sign()
         except OSError:
             lock.close()
             raise

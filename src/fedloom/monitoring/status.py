@@ -131,15 +131,16 @@ def find_work(run: Path) -> Work | None:
         return None  # it is just beginning, or ending
 
 
-def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work:
-    """End the process that is at work in a run as Ctrl-C does, and wait for its end.
+def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work | None:
+    """End the process that is at work in a run as Ctrl-C does, and wait for its end; None where there is none.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such run either.
     """
     work, file = find_work(run), _file_of(run)
     if work is None or file is None:
-        raise RunError("nobody is at work in it on this machine", where=str(run))
+        read_run(run)
+        return None
     say(f"process {work.process} ends{'' if at_once else ' after the step that is under way'}")
     with suppress(ProcessLookupError):
         if at_once:  # the first of two asks, the second ends; of two that are alike, one might be heard
@@ -165,7 +166,9 @@ def describe(run: Path) -> Iterator[str]:
         yield f"{'doing':<10}{work.doing}"
         if work.rounds is not None:
             left = f", {format_seconds(work.seconds_left)} left" if work.seconds_left is not None else ""
-            yield f"{'round':<10}{work.round or 0} of {work.rounds}{left}"
+            # A run that goes on has told none yet, and has those of before on record.
+            done = work.round or (read.rounds[-1]["round"] if read and read.rounds else 0)
+            yield f"{'round':<10}{done} of {work.rounds}{left}"
         for name, (phase, since) in sorted(work.clients.items()):
             yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
     elif read:
@@ -179,6 +182,15 @@ def describe(run: Path) -> Iterator[str]:
     if read and read.rounds:
         yield ROUND_HEADER
         yield from (format_round(record) for record in read.rounds[-ROUNDS_SHOWN:])
+
+
+def is_well(run: Path) -> bool:
+    """Return whether somebody is at work in a run, or it is done.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    return find_work(run) is not None or is_held(run / LOCK) or read_run(run).status.get("state") == "done"
 
 
 def _file_of(run: Path) -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin
 
 import tomlkit
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedloom.errors import RecipeError
 from fedloom.recipe.recipe import Recipe
@@ -35,10 +36,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
     """
     text, where = find_recipe(source)
-    try:
-        values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
-        raise RecipeError(f"not valid TOML: {error}", where=where, mend=_mend_of(text, str(error))) from None
+    values = read_toml(text, where)
     beside = Path(where).expanduser().parent
     make_absolute(values, beside)
     overridden = [_apply_override(values, override) for override in overrides]
@@ -48,6 +46,18 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise _recipe_error(error, text, where, overridden) from None
+
+
+def read_toml(text: str, where: str) -> dict[str, Any]:
+    """Read a text that a person wrote as TOML.
+
+    Raises:
+        RecipeError: it is none; says on which line.
+    """
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
+        raise RecipeError(f"not valid TOML: {error}", where=where, mend=_mend_of(text, str(error))) from None
 
 
 def _mend_of(text: str, error: str) -> str:
@@ -169,14 +179,19 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
     dotted = ".".join(path)
     if any(f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.") for key in overridden):
         where = f"override {dotted}"
-    elif line := _line_of(text, path):
+    elif line := line_of(text, path):
         where = f"{where}:{line}"
+    return explain_key(first, dotted, where, _keys_at(path[:-1]), _shown(first["input"]))
+
+
+def explain_key(first: ErrorDetails, key: str, where: str, known: list[str], shown: str = "") -> RecipeError:
+    """Turn one of pydantic's complaints into an error of one line about a key; `known` are those that may be meant."""
     if first["type"] == "extra_forbidden":
-        return RecipeError(f"unknown key `{dotted}`", where=where, mend=nearest(path[-1], _keys_at(path[:-1])))
+        return RecipeError(f"unknown key `{key}`", where=where, mend=nearest(key.rpartition(".")[2], known))
     if first["type"] == "missing":
-        return RecipeError(f"`{dotted}` is missing", where=where, mend="it has no default: set it")
+        return RecipeError(f"`{key}` is missing", where=where, mend="it has no default: set it")
     message = first["msg"].removeprefix("Value error, ")
-    return RecipeError(f"`{dotted}`: {message[0].lower()}{message[1:]}{_shown(first['input'])}", where=where)
+    return RecipeError(f"{key and f'`{key}`: '}{message[0].lower()}{message[1:]}{shown}", where=where)
 
 
 def _shown(value: object) -> str:
@@ -211,12 +226,22 @@ def _keys_at(path: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
+def list_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a recipe."""
+    nested = _subsections(section)
+    for key in section.model_fields:
+        if key in nested:
+            yield from list_keys(nested[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
 def _words_of(section: type[BaseModel]) -> set[str]:
     """Return every key of a section and of the sections below it."""
     return set(section.model_fields).union(*map(_words_of, _subsections(section).values()))
 
 
-def _line_of(text: str, path: list[str]) -> int | None:
+def line_of(text: str, path: list[str]) -> int | None:
     """Return the number of the line that sets a dotted key, or the nearest section above it; None if none does."""
     # tomllib tells no lines. The text is known to be valid TOML here, so looking at headers and equal signs is enough.
     header: list[str] = []

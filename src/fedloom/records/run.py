@@ -139,7 +139,8 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).expanduser()
     if not (folder / "resolved.json").is_file():
-        raise RunError("not a run directory: it has no resolved.json", where=str(folder))
+        why = "it has no resolved.json" if folder.is_dir() else "there is no such folder"
+        raise RunError(f"not a run directory: {why}", where=str(folder))
     return Run(
         folder,
         **{

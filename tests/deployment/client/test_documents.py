@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from support.tiny import make_recipe
 
-from fedloom.deployment.client.documents import HOLDOUT, TRAIN, gather_client, load_client
+from fedloom.deployment.client.documents import gather_client
+from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN, load_client, mend_of_server
 from fedloom.deployment.client.policy import Policy
 from fedloom.errors import DataError
 from fedloom.recipe.data_section import Data
@@ -113,6 +114,65 @@ def test_documents_that_are_not_there_are_not_asked_for_on_the_hub(
     monkeypatch.setattr("fedloom.data.documents.open_hub", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(DataError, match="no such file or folder"):
         load_client(ASKED, Path(name), Policy())
+
+
+ROWS = '{"text": "a text"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "policy", "asked", "why"),
+    [
+        (
+            "a.jsonl",
+            '{"story": "x"}\n',
+            {},
+            {},
+            r"--data \S+a\.jsonl: no usable document .*; check --text \(the column",
+        ),
+        ("a.jsonl", ROWS, {"text": "story"}, {}, r"no usable document .*without text in column story.*; check --text"),
+        (
+            "d/a.jsonl",
+            '{"story": "x"}\n',
+            {},
+            {},
+            r"check --text \(the column that holds the text\) and --files \(the glob",
+        ),
+        ("a.csv", "story\nx\n", {}, {}, 'there is no column "text", which --text names; name a column'),
+        ("a.jsonl", ROWS * 9 + "[]\n", {}, {}, r"10 rows are bad .*check --text .* or raise data\.max_bad_fraction"),
+        ("a.jsonl", ROWS * 9 + "[]\n", {}, {"on_bad_row": "error"}, r'a bad row, .*: data\.on_bad_row = "skip"'),
+        ("d/a.txt", "a text", {"files": "*.md"}, {}, r'no file matches "\*\.md"; change --files'),
+        ("d/a.txt", "a text", {"files": "**.x"}, {}, "not a valid pattern: .*; change --files"),
+        ("a.jsonl", ROWS, {"files": "*.md"}, {}, "--files: a single file and a split are read whole"),
+        ("data.text.bin", ROWS, {}, {}, r"data\.text\.bin: unknown type of file"),
+        ("", "", {}, {}, r"--data \S+ere: no such file or folder; name this client's documents: --data PATH"),
+    ],
+)
+def test_errors_name_what_a_clients_owner_can_change(
+    name: str, content: str, policy: dict[str, Any], asked: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    """They named the keys of a recipe, which is the server's."""
+    path = tmp_path / (name or "nowhere")
+    if name:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    given = path.parent if "/" in name else path
+    with pytest.raises(DataError, match=why) as refused:
+        load_client(Data(source="x", **asked), given, Policy(**policy))
+    said = str(refused.value).replace(str(tmp_path), "")
+    assert "data.partition" not in said
+    assert not [key for key in ("data.text ", "data.files", "data.source") if key in said]
+    servers = [key for key in ("data.max_bad_fraction", "data.on_bad_row") if key in said]
+    assert mend_of_server(refused.value) == "".join(
+        f"{key} is a key of the server's recipe: its owner can change it" for key in servers
+    )
+
+
+def test_a_folder_that_is_called_as_a_key_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.text").mkdir()
+    (tmp_path / "data.text" / "link.txt").symlink_to("/etc/hostname")
+    with pytest.raises(DataError, match=r"^data\.text/link\.txt: it is a link that leads out"):
+        load_client(ASKED, Path("data.text"), Policy())
 
 
 def test_a_single_file_has_no_files_to_choose_from(folder: Path) -> None:

@@ -74,6 +74,11 @@ def test_an_exchanged_kit_is_refused_for_what_its_owner_read_aloud(told: bool, k
     assert not known(kit).exists()
 
 
+def test_whoever_says_no_is_told_what_to_do_next(kit: Kit) -> None:
+    with pytest.raises(DeploymentError, match="if the server's owner reads another aloud, ask for the kit again; else"):
+        confirm(kit, answer="no")
+
+
 @pytest.mark.parametrize("answer", ["", "no", "y", "what?"])
 def test_whoever_does_not_confirm_does_not_join(answer: str, kit: Kit) -> None:
     with pytest.raises(DeploymentError, match=r"not confirmed|not a whole fingerprint"):
@@ -135,7 +140,7 @@ def test_what_was_typed_and_can_not_be_remembered_is_an_error(kit: Kit, monkeypa
 def test_a_kit_without_a_certificate_has_nothing_to_confirm(tmp_path: Path) -> None:
     local = Kit("a", "127.0.0.1:8000")
     confirm(local)
-    with pytest.raises(DeploymentError, match="a kit without a certificate has no fingerprint"):
+    with pytest.raises(DeploymentError, match="a kit without a certificate has no fingerprint; leave it out, or ask"):
         confirm(local, "ab" * 16)
     assert not list(tmp_path.iterdir())
 

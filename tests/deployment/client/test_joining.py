@@ -1,5 +1,7 @@
 """Client that gives up because its key is not taken, or that does not: from what Flower's SuperNode says."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 
 from fedloom.cli import main
 from fedloom.deployment.client import joining
-from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, watch
+from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, at_work, watch
 from fedloom.deployment.client.preflight import Greeting
 from fedloom.deployment.processes import Child, ChildGroup
 from fedloom.errors import DeploymentError
@@ -54,7 +56,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
 def test_a_client_gives_up_when_its_key_was_refused_for_two_minutes(told: str, node: Node) -> None:
     assert node.ends(told, 0)
     assert node.ends(told, REFUSED_SECONDS / 2)
-    assert node.said == ["refused"]
+    assert node.said == ["not yet"]
     with pytest.raises(
         DeploymentError, match="the server refuses alice's key: it was not approved there, it is revoked"
     ):
@@ -100,11 +102,46 @@ def test_what_a_server_says_can_not_command_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.kit").write_text('name = "a"\nserver = "localhost:1"\n')
-    monkeypatch.setattr(joining, "join", lambda kit, data, policy, journal, say: say("waiting", "\x1b]0;owned\x07"))
+    monkeypatch.setattr(joining, "join", lambda *given, **_: given[-1]("waiting", "\x1b]0;owned\x07"))
     monkeypatch.setattr(sys, "argv", ["fedloom", "join", str(tmp_path / "a.kit"), "--data", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out == "waiting   \\x1b]0;owned\\x07\n"
+
+
+def test_a_second_join_with_a_kit_says_which_one_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told that its key is not accepted, or not yet."""
+    (tmp_path / "a.kit").write_text('name = "a"\nserver = "localhost:1"\n')
+    monkeypatch.setattr(sys, "argv", ["fedloom", "join", str(tmp_path / "a.kit"), "--data", str(tmp_path)])
+    monkeypatch.setattr(joining, "await_server", lambda *_: pytest.fail("it went on"))
+    journal = tmp_path / "a.journal.jsonl"
+    with at_work("a", journal), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"another fedloom join is at work as a (process {os.getpid()} on " in (said := capsys.readouterr().err)
+    assert "end it (Ctrl-C where it runs)" in said
+    with at_work("a", journal), at_work("b", journal):
+        pass  # two clients may count in one journal
+
+
+def test_a_join_that_was_killed_is_not_at_work(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from fedloom.deployment.client.joining import at_work\n"
+        "with at_work('a', Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    journal = tmp_path / "a.journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", code, str(journal)], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    with pytest.raises(DeploymentError, match=f"at work as a .process {process.pid} on "), at_work("a", journal):
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with at_work("a", journal):
+        pass
 
 
 class Ending:

@@ -31,9 +31,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def worker_of(data: Path, policy: Policy | None = None) -> Worker:
+def worker_of(data: Path, policy: Policy | None = None, file: Path | None = None) -> Worker:
     journal = Journal(data.parent / "alice.journal.jsonl")
-    return Worker("alice", data, policy or Policy(), journal, server="fed.example.org:8443")
+    return Worker("alice", data, policy or Policy(), journal, server="fed.example.org:8443", policy_file=file)
 
 
 def lines(data: Path) -> list[dict[str, Any]]:
@@ -238,6 +238,41 @@ def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: Scr
         "refused   policy.max_epochs: its policy allows 20 epochs a round, not 99",
     ):
         assert f"{line}" in said
+
+
+@pytest.mark.parametrize("file", [None, Path("mine/policy.toml")])
+def test_its_owner_is_told_all_that_refuses_a_run_and_what_to_do(file: Path | None, data: Path, capsys: Screen) -> None:
+    """The first rule alone was named: whoever changed it met the next one."""
+    wishes: dict[str, Any] = {"model": {"source": "owner/name"}, "training": {"epochs": 99}, "data": {"text": "ssn"}}
+    answer = worker_of(data, Policy(), file).answer(ask("meet", make_recipe(**wishes)))
+    assert answer == Frame({"name": "alice", "refused": "model"})
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        'refused   policy.models: its policy does not name "owner/name"; policy.text: its policy does not allow the'
+        ' column "ssn" to be read for text; policy.max_epochs: its policy allows 20 epochs a round, not 99'
+        " (told: model)",
+        "mend      if you mean to allow that, change models, text (or --text), max_epochs in "
+        + (str(file) if file else "a policy file (fedloom join --write-policy FILE writes one)"),
+        "waiting   for another run of this server; to be asked for this one again, leave (Ctrl-C) and join anew",
+    ]
+
+
+def test_rounds_of_a_recipe_and_of_a_day_are_refused_together(data: Path, capsys: Screen) -> None:
+    worker = worker_of(data, Policy(max_rounds=2, max_rounds_a_day=2))
+    told = [worker.answer(training(1, packed)).manifest for packed in adapters(3)]
+    assert told[2] == {"name": "alice", "refused": "day"}
+    said = capsys.readouterr().out
+    assert "policy.max_rounds_a_day: its policy allows 2 rounds a day" in said
+    assert "; policy.max_rounds: its policy allows 2 rounds of a recipe" in said
+    assert "change max_rounds_a_day, max_rounds in a policy file" in said
+
+
+def test_a_key_of_the_servers_recipe_is_said_to_be_the_servers(data: Path, capsys: Screen) -> None:
+    worker_of(data).answer(ask("meet", make_recipe(data={"max_length": 4096})))
+    said = capsys.readouterr().out
+    assert "refused   data.max_length: 4096 tokens are more than the model's 256; at most 256 (told: model)" in said
+    assert "mend      data.max_length is a key of the server's recipe: its owner can change it" in said
+    assert "waiting   for another run" in said
 
 
 def test_a_run_that_is_over_is_said_and_written_down(

@@ -34,7 +34,7 @@ def test_a_server_gives_no_leave_to_open_a_pickle(model: Path, tmp_path: Path) -
     for number in range(8):
         (documents / f"{number}.txt").write_text(f"text {number} " * (number + 3))
     recipe = make_recipe(model={"source": str(model), "convert": True})
-    assert not unpack_recipe(pack_recipe(recipe), [str(model)]).model.convert, "it is not told"
+    assert not unpack_recipe(pack_recipe(recipe)).model.convert, "it is not told"
     with pytest.raises(ModelError, match=f"never opened unasked; fedloom convert {model}"):
         gather_client(recipe, documents)  # and counts for nothing, should a server tell it
     assert not (tmp_path / "cache").exists()

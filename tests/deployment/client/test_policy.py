@@ -20,7 +20,7 @@ from fedloom.deployment.client.policy import (
     with_options,
     write_policy,
 )
-from fedloom.errors import RecipeError
+from fedloom.errors import PolicyError, RecipeError
 from fedloom.recipe.loading import load_recipe, shipped_recipes
 from fedloom.recipe.recipe import Recipe
 
@@ -118,10 +118,15 @@ def test_a_folder_here_is_not_taken_for_a_name_on_a_hub(tmp_path: Path, monkeypa
     recipe = make_recipe(model={"source": HUB, "revision": COMMIT})
     assert refused(Policy(), recipe) == ["models"], "its tokenizer is a program of somebody's"
     assert refused(Policy(models=(HUB,)), recipe) == []
+    loose = make_recipe(model={"source": HUB})
+    assert refused(Policy(models=(HUB,)), loose) == ["models"], "of the hub, by its commit alone"
     monkeypatch.chdir(tmp_path)
     (tmp_path / HUB).mkdir(parents=True)
     assert refused(Policy(), recipe) == ["models"]
     assert refused(Policy(models=(HUB,)), recipe) == [], "its owner named it"
+    assert refused(Policy(models=(HUB,)), loose) == ["models"], "and nothing of the disk changes that"
+    for name in ("gpt2", "owner/name", "_a/b"):
+        assert refused(Policy(models=(name,)), make_recipe(model={"source": name})) == ["models"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,8 @@ def test_too_few_documents_are_refused(key: str, found: dict[str, int]) -> None:
     enough = {"documents": 5, "tokens": 80, "held_out": 2}
     check_documents(Policy(), **enough)
     check_documents(Policy(), **{**enough, "held_out": 0})
+    with pytest.raises(PolicyError, match=r"policy\.min_documents: .*; policy\.min_tokens: .*; policy\.min_holdout_"):
+        check_documents(Policy(), documents=1, tokens=1, held_out=1)
     with pytest.raises(RecipeError, match=f"policy.{key}: its policy wants at least"):
         check_documents(Policy(), **{**enough, **found})
 
@@ -183,6 +190,10 @@ def test_an_adapter_as_large_as_the_model_is_refused() -> None:
         check_model(Policy(), recipe, weights="", share=0.4, embedding=False)
     with pytest.raises(RecipeError, match="the embedding"):
         check_model(Policy(), recipe, weights="", share=0.1, embedding=True)
+    pinned = Policy(models=(f"random:tiny-llama@sha256:{'0' * 64}",))
+    with pytest.raises(PolicyError) as refused:
+        check_model(pinned, recipe, weights="1" * 64, share=0.4, embedding=True)
+    assert refused.value.keys == ("models", "max_trained", "train_embedding")
     check_model(Policy(train_embedding=True), recipe, weights="", share=0.1, embedding=True)
     whole = make_recipe(adapter={"method": "full", "rank": None, "alpha": None})
     check_model(Policy(methods=("full",)), whole, weights="", share=1.0, embedding=True)
@@ -203,8 +214,10 @@ def test_an_adapter_as_large_as_the_model_is_refused() -> None:
         ('files = "../*.txt"', "`files`: it leads out of the folder"),
         ('files = "/etc/*"', "`files`: it leads out of the folder"),
         ("min_length = 64\nmax_length = 32", "max_length is below min_length"),
-        ("=", "not valid TOML"),
-        ("\udcff", "not valid TOML"),
+        ("max_epochs = 3\n =", r"policy\.toml: not valid TOML: .*at line 2, column 2"),
+        ("max_epochs = 3\n\nmax_round = 1", r"policy\.toml:3: unknown key `max_round`"),
+        ('files = "C:\\documents"', "not valid TOML: .*write a path with slashes"),
+        ("\udcff", "not UTF-8 text; write one: fedloom join --write-policy FILE"),
     ],
 )
 def test_a_policy_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Journal of a client, read aloud; and what its commands say before anything is joined."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +13,11 @@ pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedl
 
 from fedloom.cli import app
 from fedloom.deployment import keys
+from fedloom.deployment.client import joining, rehearsal
+from fedloom.deployment.client.first_use import confirm_server
+from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.client.policy import Policy, load_policy
+from fedloom.deployment.client.preflight import Greeting
 from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.processes import free_port
 from fedloom.errors import DeploymentError
@@ -42,8 +48,8 @@ def test_a_journal_is_read_aloud_with_what_is_left(tmp_path: Path) -> None:
         (0.5, {"kind": "end", **run, "why": "another recipe came"}),
     )
     (tmp_path / "policy.toml").write_text("max_rounds_a_day = 1\nmax_rounds = 9\n")
-    (tmp_path / "a.kit").write_text("")
-    shown = said("journal", tmp_path / "a.kit", "--policy", tmp_path / "policy.toml")
+    (tmp_path / "sent.kit").write_text('name = "a"\nserver = "localhost:1"\n')
+    shown = said("journal", tmp_path / "sent.kit", "--policy", tmp_path / "policy.toml")
     assert "\x1b" not in shown
     head, *rows = shown.splitlines()
     assert head.split() == ["when", "(UTC)", "what", "server", "recipe", "run", "round", "epochs", "tokens"]
@@ -84,7 +90,7 @@ def kit(tmp_path: Path) -> Path:
 
 def test_a_preflight_says_what_would_keep_a_client_from_joining(kit: Path) -> None:
     rows = kit.parent / "rows.jsonl"
-    shown = said("preflight", kit, "tiny", "--data", rows, code=2)
+    shown = said("preflight", kit, "tiny", "--data", rows, code=1)
     bad = [line for line in shown.splitlines() if line.startswith("NO")]
     assert len(bad) == 1
     assert "server" in bad[0]
@@ -105,16 +111,72 @@ def test_a_preflight_says_what_would_keep_a_client_from_joining(kit: Path) -> No
     ],
 )
 def test_what_a_client_would_run_into_is_found_in_a_preflight(words: tuple[str, ...], why: str, kit: Path) -> None:
-    shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", *words, code=2)
+    shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", *words, code=1)
     assert [line for line in shown.splitlines() if line.startswith("NO") and why in line]
 
 
 def test_a_preflight_counts_documents_and_finds_a_missing_key(kit: Path) -> None:
     (kit.parent / "rows.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
     (kit.parent / "alice.key").unlink()
-    shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", code=2)
+    shown = said("preflight", kit, "--data", kit.parent / "rows.jsonl", code=1)
     assert "1 document: policy.min_documents wants 5 to train on" in shown
     assert "alice's key is not there" in shown
+
+
+def test_a_preflight_that_finds_nothing_wrong_ends_with_0(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "greet_server", lambda server, ca: Greeting("", 0.0))
+    shown = said("preflight", kit, "tiny", "--data", kit.parent / "rows.jsonl", code=0)
+    assert not [line for line in shown.splitlines() if line.startswith("NO")]
+    assert said("preflight", kit, "tiny-full", code=1).splitlines()[-2].startswith("NO      recipe")
+    assert CliRunner().invoke(app, ["preflight", str(kit), "--no-such-option"]).exit_code == 2
+
+
+def test_a_preflight_says_whether_the_fingerprint_is_confirmed(kit: Path) -> None:
+    (line,) = (line for line in said("preflight", kit, code=1).splitlines() if "fingerprint" in line)
+    assert line.startswith(
+        f"ok      fingerprint       {read_kit(kit).fingerprint}, not confirmed yet: join asks for it"
+    )
+    confirm_server(read_kit(kit), read_kit(kit).fingerprint, None, lambda *_: None)
+    assert f"{read_kit(kit).fingerprint}, confirmed" in said("preflight", kit, code=1)
+    (kit.parent / "alice.known").write_text("ab" * 16)
+    (line,) = (line for line in said("preflight", kit, code=1).splitlines() if line.startswith("NO      fingerprint"))
+    assert "alice's key goes with another server" in line
+
+
+def test_a_preflight_counts_documents_without_torch(kit: Path) -> None:
+    """It took five seconds, for a library that reads no row."""
+    code = (
+        "import sys; from fedloom.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'datasets', 'peft'} & {*sys.modules})"
+    )
+    words = ["preflight", str(kit), "tiny", "--data", str(kit.parent / "rows.jsonl")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert "6 documents can be read" in done.stdout, done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize("sent", ["alice.kit", "alice-2.kit", "new.kit"])
+def test_a_journal_goes_by_the_key_whatever_a_kits_file_is_called(sent: str, kit: Path) -> None:
+    """Who sends a kit names its file: a journal by that name would begin anew, and count from none."""
+    journal = kit.parent / "alice.journal.jsonl"
+    write(journal, (1, {"kind": "train", "recipe": "r", "round": 1}))
+    kit = kit.rename(kit.parent / sent)
+    assert f"{journal}: 1 of 200 rounds in the past 24 hours" in said("preflight", kit, code=1)
+    assert "1 of 200 rounds in the past 24 hours" in said("journal", kit)
+    given: list[Path] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(joining, "join", lambda kit, data, policy, journal, say, **_: given.append(journal))
+        said("join", kit, "--data", kit.parent / "rows.jsonl", "--fingerprint", read_kit(kit).fingerprint)
+    assert given == [journal]
+
+
+def test_a_kit_can_not_name_a_journal_elsewhere(kit: Path) -> None:
+    kit.write_text(kit.read_text().replace('"alice"', '"../alice"'))
+    result = CliRunner().invoke(app, ["journal", str(kit)])
+    assert isinstance(result.exception, DeploymentError)
+    assert "not a name for a client" in str(result.exception)
 
 
 def test_a_preflight_names_all_that_a_policy_refuses_of_a_recipe(kit: Path) -> None:
@@ -123,7 +185,7 @@ def test_a_preflight_names_all_that_a_policy_refuses_of_a_recipe(kit: Path) -> N
         'name = "x"\n[model]\nsource = "owner/name"\n[adapter]\nmethod = "full"\n[data]\nsource = "python:stdlib"\n'
         "max_length = 4\n[training]\nepochs = 99\n"
     )
-    shown = said("preflight", kit, recipe, code=2)
+    shown = said("preflight", kit, recipe, code=1)
     found = [line for line in shown.splitlines() if line.startswith("NO      recipe")]
     assert len(found) == 4, "a model of a hub is its owner's to name"
     for words in ('does not allow the method "full"', "max_length of at least 16, not 4", "20 epochs a round, not 99"):

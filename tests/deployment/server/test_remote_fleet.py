@@ -149,6 +149,41 @@ def test_updates_come_by_client_and_hold_outs_are_scored() -> None:
         assert torch.equal(result.adapter.weights_P, adapter().weights_P + client)
 
 
+@pytest.mark.parametrize(("clients", "waits"), [(2, False), (3, True)])
+def test_who_refused_a_run_is_named_with_the_mend_that_fits(clients: int, waits: bool) -> None:
+    """Longer waiting was advised where everybody had come and refused."""
+    recipe = make_recipe(data={"clients": clients}, federation={"round_deadline": 20.0})
+    words = {"0": "policy", "1": "documents"}
+
+    def refuses(asked: Node, frame: Frame) -> Frame:
+        name = asked.id.removeprefix("node of ")
+        return pack_refusal(name, words[name])
+
+    transport = ScriptedTransport([node("0"), node("1")], refuses)
+    exchange, phases = open_exchange(transport, recipe, []), dict[str, str]()
+    exchange._show_clients = phases.update
+    with pytest.raises(DeploymentError) as ended:
+        exchange.assemble(clients, 0.5)
+    assert phases == {"0": "refused", "1": "refused"}, "and so says fedloom status"
+    said = str(ended.value)
+    assert "0 refused: its owner's policy does not allow it (policy); 1 refused: its documents can't be used" in said
+    assert "change the recipe, or have the owners of those mend it, whose own terminals say why, and join anew" in said
+    assert ("--wait SECONDS" in said) == waits
+
+
+def test_who_refused_and_came_again_is_not_called_refused() -> None:
+    recipe, said = make_recipe(data={"clients": 2}, federation={"round_deadline": 20.0}), list[str]()
+    transport = ScriptedTransport(
+        [node("0")], lambda n, f: pack_refusal("0", "policy") if n.session == "1" else honest(n, f)
+    )
+    exchange = open_exchange(transport, recipe, said)
+    with pytest.raises(DeploymentError, match="0 refused"):
+        exchange.assemble(2, 0.3)
+    transport.there = [node("0", "2")]
+    with pytest.raises(DeploymentError, match=r"1 of 2 clients came within 0:00 \(0\); start the others"):
+        exchange.assemble(2, 0.3)
+
+
 def test_where_padding_counts_a_score_is_over_more_than_the_real_tokens() -> None:
     def pads(asked: Node, frame: Frame) -> Frame | str | None:
         return Frame({"score": [30.0, 1, 60]}) if frame.manifest["do"] == "evaluate" else honest(asked, frame)

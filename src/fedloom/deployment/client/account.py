@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedloom.deployment.client.journal import Journal, hash_task
 from fedloom.deployment.client.policy import Policy, check_policy
 from fedloom.deployment.frames import Frame
-from fedloom.errors import DeploymentError, RecipeError
+from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_json, hash_text
 from fedloom.text import count, format_seconds
 
@@ -52,7 +52,7 @@ class Account:
         """Allow a recipe, for which the documents are about to be read and counted.
 
         Raises:
-            RecipeError: the policy does not allow it, or too many others were asked for today.
+            PolicyError: the policy does not allow it, or too many others were asked for today.
             DeploymentError: the journal can't be kept.
         """
         # All runs of a recipe are one to a client: what else tells them apart is a server's word.
@@ -70,7 +70,7 @@ class Account:
         """Allow a round, which is about to be trained.
 
         Raises:
-            RecipeError: too many were trained, of this recipe or today.
+            PolicyError: too many were trained, of this recipe or today.
             DeploymentError: the journal can't be kept.
         """
         run = self._running()
@@ -103,7 +103,7 @@ class Account:
         event = hash_text(f"{run.id} {adapter_sha256}")
         try:
             self._note(run, event, {}, kind="score", at_most=self.policy.max_scores_a_day)
-        except RecipeError as refusal:
+        except PolicyError as refusal:
             self._say("kept", f"the loss on the hold-out: {refusal}")
             return False
         self._say("told", "the loss on the hold-out")

@@ -12,24 +12,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.data.documents import LINKED, Document, find_files, load_documents
+from fedloom.data.documents import Document
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
+from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, load_client, read_split
 from fedloom.deployment.client.policy import Policy, check_documents
 from fedloom.errors import DataError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
-from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
-
-TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"
-NO_FILE = Policy()
-"""Policy of an owner who wrote none."""
-ROWS = ("on_bad_row", "max_bad_fraction")
-"""Keys of a recipe's section `data` that reading goes by: what is done with rows that are bad."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
     Raises:
         DataError: they can't be read, or leave nothing to train on.
         ModelError: the base model can't be had, or is shorter than a block.
-        RecipeError: they are fewer than the policy wants.
+        PolicyError: they are fewer than the policy wants.
     """
     documents = _split(recipe, path, policy)
     drop = recipe.data.duplicates == "drop"
@@ -92,51 +86,6 @@ def _split(recipe: Recipe, path: Path, policy: Policy) -> ClientDocuments:
         return ClientDocuments(load_client(recipe.data, train, policy), kept)
     found = load_client(recipe.data, path, policy, recipe.seed, recipe.data.documents_per_client)
     return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
-
-
-def read_split(path: Path) -> tuple[Path, Path] | None:
-    """Return the two files of a split that its owner made, or None where the path is none.
-
-    Raises:
-        DataError: one of them is a link that leads elsewhere.
-    """
-    files = path / TRAIN, path / HOLDOUT
-    if not all(file.is_file() for file in files):
-        return None
-    for file in files:
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise _leads_out(file)
-    return files
-
-
-def load_client(
-    asked: Data, path: Path, policy: Policy, seed: int | None = None, at_most: int | None = None
-) -> tuple[Document, ...]:
-    """Load the documents at a path: `asked` says how rows are judged, and the policy which files and column are read.
-
-    Raises:
-        DataError: they can't be read, or a link leads out of the folder.
-    """
-    # Absolute, since what is not there would be looked for on the hub, by a name that is nobody's business.
-    told = {"source": str(path.absolute()), "text": policy.text}
-    if path.is_dir():
-        told["files"] = policy.files
-        _, left_out = find_files(path, policy.files, hidden=policy.hidden)
-        for link in (file for file, reason in left_out.items() if reason == LINKED):
-            raise _leads_out(link)
-    elif policy.files != NO_FILE.files:
-        raise DataError("a single file and a split are read whole", where="--files", mend="leave it out")
-    kept = asked.model_dump(include=set(ROWS) & asked.model_fields_set)
-    data = Data.model_validate({**kept, **told})
-    return load_documents(data, seed, at_most, hidden=policy.hidden).documents
-
-
-def _leads_out(link: Path) -> DataError:
-    return DataError(
-        "it is a link that leads out of the folder, and is not followed",
-        where=str(link),
-        mend="put the file itself there, or take the link away",
-    )
 
 
 def write_splits(recipe: Recipe, folder: Path, display: Observer) -> list[Path]:

@@ -30,19 +30,16 @@ def confirm_server(
     """
     if not kit.key:  # without certificates, on this machine alone
         if told is not None:
-            raise DeploymentError("a kit without a certificate has no fingerprint", where="--fingerprint")
+            raise DeploymentError(
+                "a kit without a certificate has no fingerprint",
+                where="--fingerprint",
+                mend="leave it out, or ask the server's owner for a kit with a certificate (fedloom provision approve)",
+            )
         return
-    server, file = kit.fingerprint, kit.key.with_suffix(".known")
+    server, file = kit.fingerprint, _file_of(kit.key)
     if told is not None and read_fingerprint(told) != server:
         raise _exchanged(kit)
-    known = _read(file)
-    if known is not None and known != server:
-        raise DeploymentError(
-            f"{kit.name}'s key goes with another server: {known} was confirmed, this kit's is {server}",
-            where=str(file),
-            mend="ask the server's owner; if that one has begun anew and reads this kit's aloud, remove the file",
-        )
-    if known is None:
+    if not is_confirmed(kit, kit.key):
         if told is None:
             _have_confirmed(kit, kit.key, ask, say)
         try:
@@ -54,6 +51,27 @@ def confirm_server(
                     where=str(file),
                     mend=f"see that it may be, or start with --fingerprint '{server}'",
                 ) from None
+
+
+def is_confirmed(kit: Kit, key: Path) -> bool:
+    """Return whether somebody has confirmed the server of a kit with this key.
+
+    Raises:
+        DeploymentError: another server was confirmed for it.
+    """
+    file, server = _file_of(key), kit.fingerprint
+    known = _read(file)
+    if known is not None and known != server:
+        raise DeploymentError(
+            f"{kit.name}'s key goes with another server: {known} was confirmed, this kit's is {server}",
+            where=str(file),
+            mend="ask the server's owner; if that one has begun anew and reads this kit's aloud, remove the file",
+        )
+    return known is not None
+
+
+def _file_of(key: Path) -> Path:
+    return key.with_suffix(".known")
 
 
 def _read(file: Path) -> str | None:
@@ -83,7 +101,11 @@ def _have_confirmed(kit: Kit, key: Path, ask: Callable[[str], str] | None, say: 
     except EOFError:
         answer = ""
     if not answer or answer.lower() == "no":
-        raise DeploymentError("the server's fingerprint was not confirmed", where=kit.name)
+        raise DeploymentError(
+            "the server's fingerprint was not confirmed",
+            where=kit.name,
+            mend="if the server's owner reads another aloud, ask for the kit again; else start fedloom join again",
+        )
     if answer.lower() != "yes" and read_fingerprint(answer) != kit.fingerprint:
         raise _exchanged(kit)
 

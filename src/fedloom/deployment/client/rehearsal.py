@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedloom.deployment.client.first_use import is_confirmed
 from fedloom.deployment.client.joining import Kit, read_kit
 from fedloom.deployment.client.journal import Journal, standing
-from fedloom.deployment.client.policy import Policy, find_refusals, load_policy, with_options
+from fedloom.deployment.client.own_documents import check_there, load_client, mend_of_server, read_split
+from fedloom.deployment.client.policy import Policy, find_refusals, load_policy, mend_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
 from fedloom.deployment.processes import check_flower
-from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
+from fedloom.errors import DataError, DeploymentError, FedloomError
 from fedloom.host.machine import Finding
 from fedloom.hub import COMMIT
+from fedloom.recipe.data_section import Data
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.text import count
@@ -28,11 +31,17 @@ COMMIT_OF_THE_SERVER = "0" * 40
 
 
 def rehearse(
-    kit: Path, data: Path | None, policy: Path | None, options: Mapping[str, Any], journal: Path, recipe: str | None
+    kit: Path,
+    data: Path | None,
+    policy: Path | None,
+    options: Mapping[str, Any],
+    journal: Path | None,
+    recipe: str | None,
 ) -> Iterator[Finding]:
     """Yield what is found of all that joining needs, each as soon as it is known.
 
-    `options` are those of the command line, as `with_options` takes them; `data` and `recipe` may be left out.
+    `options` are those of the command line, as `with_options` takes them; `data` and `recipe` may be left out, and the
+    journal is the kit's where it is.
     """
     found: dict[str, Any] = {}
 
@@ -41,21 +50,24 @@ def rehearse(
             words, found[what] = do()
         except FedloomError as error:
             where = error.where and f"{error.where}: "
-            return Finding(what, f"{where}{error.what}", error.mend or "as it says")
+            mends = filter(None, (error.mend, mend_of_server(error)))
+            return Finding(what, f"{where}{error.what}", "; ".join(mends) or "ask the server's owner")
         return Finding(what, words)
 
     yield look("Flower", _find_flower)
     yield look("kit", lambda: _read_kit(kit))
     if "kit" in found:
+        yield look("fingerprint", lambda: _find_confirmed(found["kit"]))
         yield _greet(found["kit"])
     yield look("policy", lambda: _read_policy(policy, options))
-    yield look("journal", lambda: _read_journal(journal, found.get("policy", Policy())))
+    if place := journal or ("kit" in found and found["kit"].journal):
+        yield look("journal", lambda: _read_journal(place, found.get("policy", Policy())))
     if "policy" in found and data:
         yield look("documents", lambda: _count_documents(data, found["policy"]))
     if recipe:
         yield look("recipe", lambda: ((loaded := load_recipe(recipe)).name, loaded))
     if recipe and "recipe" in found and "policy" in found:
-        yield from judge_recipe(found["policy"], found["recipe"])
+        yield from judge_recipe(found["policy"], found["recipe"], policy)
 
 
 def _find_flower() -> tuple[str, None]:
@@ -67,7 +79,15 @@ def _read_kit(path: Path) -> tuple[str, Kit]:
     kit = read_kit(path)
     if not kit.ca:
         return f"{kit.name}, {kit.server}, without certificates", kit
-    return f"{kit.name}, {kit.server}, key {kit.key}; fingerprint {kit.fingerprint}", kit
+    return f"{kit.name}, {kit.server}, key {kit.key}", kit
+
+
+def _find_confirmed(kit: Kit) -> tuple[str, None]:
+    if not kit.key:
+        return "none: this machine alone, without certificates", None
+    if is_confirmed(kit, kit.key):
+        return f"{kit.fingerprint}, confirmed", None
+    return f"{kit.fingerprint}, not confirmed yet: join asks for it, and the server's owner reads it aloud", None
 
 
 def _greet(kit: Kit) -> Finding:
@@ -97,24 +117,20 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
 
 
 def _count_documents(path: Path, policy: Policy) -> tuple[str, None]:
-    from fedloom.deployment.client.documents import load_client, read_split
-    from fedloom.recipe.data_section import Data
-
-    if not path.exists():
-        raise DataError("no such file or folder", where=str(path), mend="name this client's documents: --data PATH")
+    check_there(path)
     split = read_split(path)
     found = len(load_client(Data(source=str(path)), split[0] if split else path, policy))
     if found < policy.min_documents:
-        raise RecipeError(
+        raise DataError(
             f"{count(found, 'document')}: policy.min_documents wants {policy.min_documents} to train on",
-            where=str(path),
+            where=f"--data {path}",
             mend="bring more of them",
         )
     return f"{count(found, 'document')} can be read{' to train on' if split else ''}", None
 
 
-def judge_recipe(policy: Policy, recipe: Recipe) -> Iterator[Finding]:
-    """Yield all that a policy refuses of a recipe, or that it allows it."""
+def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> Iterator[Finding]:
+    """Yield all that a policy, written in a file or nowhere, refuses of a recipe, or that it allows it."""
     # A server tells the commit that its recipe's branch stands for.
     pinned = recipe.model.revision is not None and COMMIT.fullmatch(recipe.model.revision)
     if not pinned and not any(entry["commit"] for entry in policy.pins(recipe.model.source)):
@@ -122,7 +138,9 @@ def judge_recipe(policy: Policy, recipe: Recipe) -> Iterator[Finding]:
     refused = False
     for key, why in find_refusals(policy, recipe):
         refused = True
-        yield Finding("recipe", f"the policy {why}", f"change policy.{key}, or ask the server's owner")
+        yield Finding(
+            "recipe", f"the policy {why}", f"{mend_policy((key,), file)}; or ask the server's owner for another recipe"
+        )
     if not refused:
         rounds, epochs = count(recipe.federation.rounds, "round"), count(recipe.training.epochs, "epoch")
         loss = "told" if policy.tell_holdout_loss else "kept"

@@ -22,7 +22,8 @@ import torch
 from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.client_model import ClientModel, check_time, say
 from fedloom.deployment.client.journal import Journal
-from fedloom.deployment.client.policy import Policy, check_policy, load_policy
+from fedloom.deployment.client.own_documents import mend_of_server
+from fedloom.deployment.client.policy import Policy, check_policy, load_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.frames import Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.messages import (
@@ -42,6 +43,7 @@ from fedloom.errors import (
     LateError,
     MessageError,
     ModelError,
+    PolicyError,
     RecipeError,
     ShortageError,
     TrainingError,
@@ -67,12 +69,14 @@ class Worker:
         journal: Journal,
         open_question: Callable[[Frame], Frame] = lambda asked: asked,
         server: str = "",
+        policy_file: Path | None = None,
     ) -> None:
         """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`).
 
-        `server` is the server's address, for the journal.
+        `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it.
         """
         self._name, self._data, self._policy, self._secret = name, data, policy, secret_path(journal.path)
+        self._policy_file = policy_file
         self.account = Account(policy, journal, say, server)
         self._open_question = open_question
         self._told: Mapping[str, Any] | None = None
@@ -96,7 +100,7 @@ class Worker:
             found, progress = self._work(asked, came + seconds, seconds)
         # Of any kind: what is a bug here must not be one that a server can end this client with.
         except Exception as error:
-            return self._refuse(error)
+            return self._refuse(error, asked)
         found = pack_progress(found, progress)
         self._last = asked, found
         return found
@@ -139,10 +143,20 @@ class Worker:
         say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
         return found
 
-    def _refuse(self, error: Exception) -> Frame:
-        """Show here why a question has no answer, and return the word for it."""
+    def _refuse(self, error: Exception, asked: Frame) -> Frame:
+        """Show here why a question has no answer, and what its owner can do; return the word for it."""
         word = refusal_of(error)
         say("refused", f"{error if isinstance(error, FedloomError) else type(error).__name__} (told: {word})")
+        if isinstance(error, PolicyError):
+            say("mend", mend_policy(error.keys, self._policy_file))
+        elif isinstance(error, FedloomError) and (mend := mend_of_server(error)):
+            say("mend", mend)
+        # A server asks who refused its run for the next one alone. Of a damaged question it may send another.
+        if asked.manifest.get("do") == "meet" and not isinstance(error, MessageError):
+            say(
+                "waiting",
+                "for another run of this server; to be asked for this one again, leave (Ctrl-C) and join anew",
+            )
         if word == "internal":
             traceback.print_exception(error)
             self._model = self._told = None
@@ -152,7 +166,7 @@ class Worker:
 
     def _open(self, told: Mapping[str, Any]) -> ClientModel:
         if self._model is None or told != self._told:
-            recipe = unpack_recipe(told, self._policy.named)
+            recipe = unpack_recipe(told)
             self.account.begin(recipe, told)
             # The former model is let go first: two may not fit in memory.
             self._model = self._told = None
@@ -184,10 +198,10 @@ def describe_facts(facts: ClientFacts) -> str:
 def refusal_of(error: Exception) -> str:
     """Return the word of `REFUSALS` that a server is told of an error."""
     # One word for all that is refused of a base model: two would tell whether a name is a folder here.
-    if isinstance(error, RecipeError) and error.where == "policy.models":
+    if isinstance(error, PolicyError) and "models" in error.keys:
         return "model"
-    if isinstance(error, RecipeError) and error.where.startswith("policy."):
-        return "day" if error.where.endswith("_a_day") else "policy"
+    if isinstance(error, PolicyError):
+        return "day" if error.keys[0].endswith("_a_day") else "policy"
     if isinstance(error, ShortageError) or is_shortage(error):
         return "memory"
     return next((word for kind, word in WORDS.items() if isinstance(error, kind)), "internal")
@@ -261,13 +275,14 @@ def _take_in(listener: socket.socket, waiting: Queue[Arrived]) -> None:
 def main() -> None:
     """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
     parser = argparse.ArgumentParser()
-    for option in ("--socket", "--name", "--data", "--policy", "--journal", "--signer", "--server"):
+    for option in ("--socket", "--name", "--data", "--policy", "--policy_file", "--journal", "--signer", "--server"):
         parser.add_argument(option, default="")
     chosen = parser.parse_args(take_arguments())
     policy = load_policy(Path(chosen.policy) if chosen.policy else None)
     checks = {"open_question": Verifier(chosen.signer, chosen.name).open} if chosen.signer else {}  # none without TLS
     journal = Journal(Path(chosen.journal))
-    worker = Worker(chosen.name, Path(chosen.data), policy, journal, server=chosen.server, **checks)
+    file = Path(chosen.policy_file) if chosen.policy_file else None
+    worker = Worker(chosen.name, Path(chosen.data), policy, journal, server=chosen.server, policy_file=file, **checks)
     with listen(chosen.socket) as listener:
         serve(listener, worker)
 

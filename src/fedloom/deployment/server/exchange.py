@@ -24,7 +24,7 @@ TRIES = 3
 """Tries of a question that Flower could not deliver or whose process died."""
 GONE_SECONDS = 3.0
 """Time before a node that went away is asked again, if it is listed all the same."""
-ClientPhase = Literal["loading", "connected", "training", "scoring", "answered", "lost", "late", "gone"]
+ClientPhase = Literal["loading", "connected", "refused", "training", "scoring", "answered", "lost", "late", "gone"]
 PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
 """Phase of a client while it works, by what it was asked."""
 
@@ -120,7 +120,7 @@ class Exchange:
                     f"{len(there)} of {clients} clients came within {format_seconds(seconds)} "
                     f"({', '.join(there) or 'none'}){refused}",
                     where="data.clients",
-                    mend="start the others with fedloom join, or give them longer: --wait SECONDS",
+                    mend=_mend_missing(clients - len(there) - len(self.refused), bool(self.refused)),
                 )
             time.sleep(POLL_SECONDS)
         return there[:clients]
@@ -228,9 +228,12 @@ class Exchange:
         except MessageError as error:
             self._names[node] = ""
             self.refused[name] = str(error)
+            if name:
+                self._show(name, "refused")
             self.say("refused", f"{name}: {error}")
             return
         self._names[node] = name
+        self.refused.pop(name, None)  # its owner has mended it
         # The name of its key, if it has one, whatever it calls itself.
         self.facts[name] = replace(facts, name=name)
         self._show(name, "connected")
@@ -248,6 +251,13 @@ class Exchange:
         self._present = {}
         self._looked = float("-inf")
         self._transport.reopen()
+
+
+def _mend_missing(silent: int, some_refused: bool) -> str:
+    """Return what to do where some clients refused or were refused, and so many others were not heard of."""
+    refusals = "change the recipe, or have the owners of those mend it, whose own terminals say why, and join anew"
+    others = "start the others with fedloom join, or give them longer: --wait SECONDS"
+    return "; ".join([refusals] * some_refused + [others] * (silent > 0))
 
 
 def _called(answer: Frame) -> str:

@@ -37,6 +37,7 @@ from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Training
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
+from fedloom.records.writer import default_folder
 
 WAIT_SECONDS = 600.0
 
@@ -60,11 +61,11 @@ def serve(
     check_deployable(recipe)
     recipe = with_limits(recipe)
     display = display or Terminal()
-    port = port or free_port()
+    port, out = port or free_port(), out or default_folder(recipe.name)
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         if security:
-            stack.enter_context(in_use(security))
+            stack.enter_context(in_use(security, out))
             display.show_step("server", describe_expiry(security.expires()))
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder, display.show_step))
