@@ -125,6 +125,7 @@ def join(
     journal: owner.JournalFile = None,
     fingerprint: owner.ServerFingerprint = None,
     text: owner.TextColumn = None,
+    columns: owner.ColumnNames = None,
     files: owner.FilesGlob = None,
     hidden: owner.HiddenFiles = None,
     write_policy: owner.WritePolicy = None,
@@ -141,7 +142,8 @@ def join(
         typer.echo(show_controls(f"{what:<10}{detail}"))
 
     with told_when_terminated():
-        read, rules = read_kit(kit), with_options(load_policy(policy), text=text, files=files, hidden=hidden)
+        own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
+        read, rules = read_kit(kit), with_options(load_policy(policy), **own)
         confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
         join(read, data, rules, journal or read.journal, say, policy_file=policy)
 

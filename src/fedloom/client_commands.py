@@ -38,6 +38,10 @@ ServerFingerprint = Annotated[
 TextColumn = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="The column that holds the text; `text` if left out.")
 ]
+ColumnNames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN", help="A column that conversations and prompts may read; once for each."),
+]
 FilesGlob = Annotated[
     str | None, typer.Option(metavar="GLOB", help="The files of the folder that are documents; all if left out.")
 ]
@@ -65,6 +69,7 @@ def preflight(
     policy: PolicyFile = None,
     journal: JournalFile = None,
     text: TextColumn = None,
+    columns: ColumnNames = None,
     files: FilesGlob = None,
     hidden: HiddenFiles = None,
 ) -> None:
@@ -74,7 +79,7 @@ def preflight(
     """
     from fedloom.deployment.client.rehearsal import rehearse
 
-    options = {"text": text, "files": files, "hidden": hidden}
+    options = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
     show_findings(rehearse(kit, data, policy, options, journal, recipe), "NO")
 
 

@@ -20,10 +20,11 @@ from fedloom.errors import FedloomError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.run import plan
 from fedloom.model.source import open_model
+from fedloom.recipe.data_section import PARTITION_KEYS
 from fedloom.recipe.methods import METHODS, own_keys
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.schema import recipe_schema
-from fedloom.recipe.sections import PARTITION_KEYS, STRATEGY_DEFAULTS
+from fedloom.recipe.sections import STRATEGY_DEFAULTS
 from fedloom.training.jobs import ClientJob
 from fedloom.training.reference import train_client
 
@@ -88,6 +89,19 @@ STRATEGIES: dict[str, Overrides] = {
 """Settings with which a kind is no other one."""
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+CHATS = {
+    "data.source": "chats.jsonl",
+    "data.messages": "messages",
+    "data.chat_template": CHATML,
+    "data.max_length": 128,
+}
+ASKED = {"data.source": "chats.jsonl", "data.prompt": "{q}>", "data.completion": "{a}", "data.max_length": 64}
+
+
 def strategy(kind: str) -> Overrides:
     return {"kind": kind, **STRATEGIES.get(kind, {})}
 
@@ -132,6 +146,15 @@ CASES = [
     Case("data.text", ("text", "title"), PLAN),
     Case("data.text", (LEFT_OUT, "text"), REFUSAL, {"data.source": "python:stdlib", "data.documents_per_client": 8}),
     Case("data.text", ("text", "title"), NOTE, {"data.source": "folder"}),
+    Case("data.prompt", ("{q}>", "{q}: [[{more}]]", "Question: {q}"), PLAN, ASKED),
+    Case("data.completion", ("{a}", "{a}{a}"), PLAN, ASKED),
+    Case("data.messages", ("messages", "talk"), PLAN, CHATS),
+    Case("data.chat_template", (CHATML, CHATML.replace("</>", "</end>")), PLAN, CHATS),
+    Case("data.system", (LEFT_OUT, "Be brief.", "Be long and kind."), PLAN, CHATS),
+    Case("data.loss", ("completion", "assistant", "all"), PLAN, CHATS),
+    Case("data.loss", (LEFT_OUT, "completion"), REFUSAL),
+    Case("data.end", (True, False), PLAN, ASKED),
+    Case("data.end", (LEFT_OUT, True), RESULT, {"data.max_length": 64}),
     Case("data.on_bad_row", ("skip", "error"), REFUSAL, {"data.source": "bad.jsonl", "data.max_bad_fraction": 0.5}),
     Case("data.max_bad_fraction", (0.5, 0.01), REFUSAL, {"data.source": "bad.jsonl"}),
     Case("data.max_length", (16, 24), PLAN),
@@ -281,6 +304,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "copies.jsonl": [json.dumps(row) for row in [*rows, *copies]],
         "bad.jsonl": [json.dumps(row) for row in rows] + ["no row"] * 2,
         "texts.txt": [row["text"] for row in rows],
+        "chats.jsonl": [json.dumps(talk_about(number)) for number in range(30)],
         "alike.jsonl": [json.dumps({"text": f"the number {number}"}) for number in range(100, 133)],
     }
     for name, content in lines.items():
@@ -291,6 +315,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text(row["text"], encoding="utf-8")
     write_tiny_gguf(home / "tiny.gguf", packed="Q8_0")
     return home
+
+
+def talk_about(number: int) -> dict[str, Any]:
+    """A row with two conversations, and with a question and its answer."""
+    said = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": f"It is {number * 7}."}]
+    more = [{"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."}]
+    return {"messages": said + more, "talk": said, "q": f"And {number}?", "a": f"That is {number * 3}.", "more": "x"}
 
 
 def make(case: Case, value: Any) -> Recipe:

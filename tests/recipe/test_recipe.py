@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from support.tiny import make_recipe
 
 from fedloom.errors import RecipeError
+from fedloom.recipe.data_section import PARTITION_KEYS
 from fedloom.recipe.loading import describe_keys, load_recipe, nearest, recipe_to_toml, shipped_recipes
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import PARTITION_KEYS
 
 SHORTEST = """\
 name = "short"

@@ -109,6 +109,13 @@ def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> Tok
     return TokenBlocks(tokens_NT, lengths_N, torch.arange(max_length) < lengths_N[:, None])
 
 
+def count_answers(blocks: TokenBlocks, seed: int = 3) -> TokenBlocks:
+    """Blocks of which only the end counts, as of prompts with their answers: at least the last token."""
+    generator = torch.Generator().manual_seed(seed)
+    begins_N = (torch.rand(len(blocks), generator=generator) * (blocks.lengths_N - 1)).long() + 1
+    return replace(blocks, counted_NT=blocks.is_real & (torch.arange(blocks.tokens_NT.shape[1]) >= begins_N[:, None]))
+
+
 def count_padding(blocks: TokenBlocks) -> TokenBlocks:
     """Blocks whose padding counts in the loss, and is masked in attention."""
     return replace(blocks, counted_NT=torch.ones_like(blocks.counted_NT))

@@ -293,7 +293,7 @@ def mend_rows(skipped: Mapping[str, int], data: Data, *, is_folder: bool) -> str
 def name_keys(data: Data, *, is_folder: bool) -> str:
     """Name the recipe's keys that say which rows and columns are read, of those that mean something for a source."""
     *keys, last = (
-        *(["data.text (the column that holds the text)"] if data.is_plain else dict(data.columns)),
+        *(["data.text (the column that holds the text)"] if data.is_plain else [*dict(data.columns)]),
         *(["data.partition.by"] if data.partition.by is not None else []),
         *(["data.files (the glob)"] if is_folder else []),
     )

@@ -9,8 +9,11 @@ split of a run on one machine as such folders, so that a deployment can be held 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from fedloom.data.documents import Document
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
@@ -49,11 +52,12 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
         ModelError: the base model can't be had, or is shorter than a block.
         PolicyError: they are fewer than the policy wants.
     """
-    documents = _split(recipe, path, policy)
+    # A pickle is opened at its owner's word, and never at a server's.
+    open_once = cache(partial(open_source, recipe, convert=False))
+    documents = _split(recipe, path, policy, lambda: open_once().tokenizer)
     drop = recipe.data.duplicates == "drop"
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)
-    # A pickle is opened at its owner's word, and never at a server's.
-    source = open_source(recipe, convert=False)
+    source = open_once()
     # The server's own look at it is no reason to believe it: each document becomes a block of that length.
     check_length(recipe.data.max_length, source)
 
@@ -64,7 +68,7 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
     blocks = ClientBlocks(unseen if drop else train, holdout)
     if not len(blocks.train):
         raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
-    left = len(documents.train) - train.dropped
+    left = len(documents.train) - train.dropped - train.unanswered
     if drop and shared:
         # Of some documents nothing is left: a server could choose lengths at which all but one are the same.
         parts = (tokenize_for(source, recipe, [document]) for document in documents.train)
@@ -73,18 +77,18 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
         policy,
         documents=left,
         tokens=blocks.train.num_tokens,
-        held_out=len(documents.holdout) - holdout.dropped,
+        held_out=len(documents.holdout) - holdout.dropped - holdout.unanswered,
     )
     return ClientData(source, documents, blocks, shared, audit.dropped[0], audit.leaks)
 
 
-def _split(recipe: Recipe, path: Path, policy: Policy) -> ClientDocuments:
-    whole = read_split(path)
+def _split(recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[[], Any]) -> ClientDocuments:
+    whole, load = read_split(path), partial(load_client, recipe.data, open_tokenizer=open_tokenizer)
     if whole:
         train, holdout = whole
-        kept = load_client(recipe.data, holdout, policy) if holdout.stat().st_size else ()
-        return ClientDocuments(load_client(recipe.data, train, policy), kept)
-    found = load_client(recipe.data, path, policy, recipe.seed, recipe.data.documents_per_client)
+        kept = load(holdout, policy) if holdout.stat().st_size else ()
+        return ClientDocuments(load(train, policy), kept)
+    found = load(path, policy, recipe.seed, recipe.data.documents_per_client)
     return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
 
 
@@ -109,7 +113,7 @@ def write_splits(recipe: Recipe, folder: Path, display: Observer) -> list[Path]:
         target = folder / f"client-{client}"
         target.mkdir(parents=True)
         for name, part in ((TRAIN, filter(is_trained_on, documents.train)), (HOLDOUT, documents.holdout)):
-            rows = [json.dumps({recipe.data.text: document.text}) + "\n" for document in part]
+            rows = [json.dumps(document.row or {recipe.data.text: document.text}) + "\n" for document in part]
             (target / name).write_text("".join(rows), encoding="utf-8")
         folders.append(target)
     return folders

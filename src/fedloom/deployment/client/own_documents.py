@@ -7,7 +7,9 @@ Errors name what the owner can change, `--data`, `--text` and `--files`, and say
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fedloom.data.documents import LINKED, Document, find_files, load_documents
 from fedloom.deployment.client.policy import Policy
@@ -18,8 +20,8 @@ from fedloom.recipe.loading import list_keys
 TRAIN, HOLDOUT = "train.jsonl", "holdout.jsonl"
 NO_FILE = Policy()
 """Policy of an owner who wrote none."""
-ROWS = ("on_bad_row", "max_bad_fraction")
-"""Keys of a recipe's section `data` that reading goes by: what is done with rows that are bad."""
+ROWS = ("on_bad_row", "max_bad_fraction", "prompt", "completion", "messages", "chat_template", "system", "loss", "end")
+"""Keys of a recipe's section `data` that reading goes by: what is done with rows that are bad, and their format."""
 OPTIONS = {"source": "--data", "text": "--text", "files": "--files"}
 """Keys of that section that are the owner's to say, and the options that say it."""
 OWN_KEY = re.compile(rf'(?<![\w/.-])data\.({"|".join(OPTIONS)})(?![\w/.-])(?: = "([^"]*)")?')
@@ -55,16 +57,24 @@ def read_split(path: Path) -> tuple[Path, Path] | None:
 
 
 def load_client(
-    asked: Data, path: Path, policy: Policy, seed: int | None = None, at_most: int | None = None
+    asked: Data,
+    path: Path,
+    policy: Policy,
+    seed: int | None = None,
+    at_most: int | None = None,
+    *,
+    open_tokenizer: Callable[[], Any] | None = None,
 ) -> tuple[Document, ...]:
     """Load the documents at a path: `asked` says how rows are judged, and the policy which files and column are read.
+
+    `open_tokenizer` is asked where they are conversations.
 
     Raises:
         DataError: they can't be read, or a link leads out of the folder.
     """
     check_there(path)
     # Absolute, since what is not there would be looked for on the hub, by a name that is nobody's business.
-    told = {"source": str(path.absolute()), "text": policy.text}
+    told = {"source": str(path.absolute()), **({"text": policy.text} if asked.is_plain else {})}
     try:
         if path.is_dir():
             told["files"] = policy.files
@@ -75,7 +85,8 @@ def load_client(
             raise DataError("a single file and a split are read whole", where="--files", mend="leave it out")
         kept = asked.model_dump(include=set(ROWS) & asked.model_fields_set)
         data = Data.model_validate({**kept, **told})
-        return load_documents(data, seed, at_most, hidden=policy.hidden).documents
+        found = load_documents(data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer)
+        return found.documents
     except DataError as error:
         what, where, mend = (OWN_KEY.sub(_name_option, part) for part in (error.what, error.where, error.mend))
         raise DataError(what, where=where, mend=mend) from None

@@ -51,7 +51,14 @@ def _to_list(value: object) -> object:
 class Policy(Section):
     """Limits to what a server may ask of this client. A key that is left out has its default."""
 
-    text: str = Field("text", min_length=1, description="the column that holds the text; no other is ever read")
+    text: str = Field("text", min_length=1, description="the column that holds a plain text")
+    columns: Names = Field(
+        ("messages", "prompt", "completion"),
+        description="columns that a conversation, or a recipe's data.prompt and data.completion, may read; no other is",
+    )
+    chat_template: str | None = Field(
+        None, description="the chat template itself, in Jinja, in place of the server's and the tokenizer's"
+    )
     files: str = Field("**/*", min_length=1, description="the files of a folder that are documents: a glob inside it")
     hidden: bool = Field(
         False, description="whether files and folders whose names begin with a dot are documents as well"
@@ -283,8 +290,9 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("lora_rules", f'does not allow the rule "{federation.lora_rule}"')
     if "text" in data.model_fields_set and data.text != policy.text:
         yield Refusal("text", f'does not allow the column "{data.text}" to be read for text')
-    if not data.is_plain:
-        yield Refusal("text", "does not allow other columns to be read than its own column of text")
+    for _, column in () if data.is_plain else data.columns:
+        if not {column, column.partition(".")[0]} & set(policy.columns):
+            yield Refusal("columns", f'does not allow the column "{column}" to be read')
     if not policy.min_length <= data.max_length <= policy.max_length:
         key, bound = ("min_length", "at least") if data.max_length < policy.min_length else ("max_length", "at most")
         yield Refusal(key, f"allows a max_length of {bound} {getattr(policy, key)}, not {data.max_length}")
@@ -328,14 +336,17 @@ def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
 def mend_policy(keys: Iterable[str], file: Path | None) -> str:
     """Return what a policy's owner does to allow what these keys refuse; `file` is where they wrote it."""
     # Of those that `with_options` takes, a recipe can only ask for another column.
-    named = ", ".join("text (or --text)" if key == "text" else key for key in keys)
+    named = ", ".join(f"{key} (or --{key})" if key in ("text", "columns") else key for key in keys)
     where = file or "a policy file (fedloom join --write-policy FILE writes one)"
     return f"if you mean to allow that, change {named} in {where}"
 
 
 def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
-    """Return a recipe with its owner's column of text, and their pin where it names no commit itself."""
-    model, data = recipe.model, recipe.data.model_copy(update={"text": policy.text})
+    """Return a recipe with its owner's column or chat template, and their pin where it names no commit itself."""
+    model, own = recipe.model, {"text": policy.text} if recipe.data.is_plain else {}
+    if policy.chat_template is not None and recipe.data.is_chat:
+        own = {"chat_template": policy.chat_template}
+    data = recipe.data.model_copy(update=own)
     commits = [pin["commit"] for pin in policy.pins(model.source) if pin["commit"]]
     if model.revision is None and commits:
         model = model.model_copy(update={"revision": commits[0]})

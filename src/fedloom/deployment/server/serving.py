@@ -223,7 +223,9 @@ class RemoteClients:
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
     """Load the server's own hold-out: the first documents of its source, none where the recipe asks for none."""
     wanted = recipe.data.central_holdout
-    found = load_documents(recipe.data, recipe.seed, wanted) if wanted else Documents((), {}, "none", "unknown")
+    found = Documents((), {}, "none", "unknown")
+    if wanted:
+        found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
     return found, tokenize_for(source, recipe, found.documents)
 
 
