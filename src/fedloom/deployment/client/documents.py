@@ -9,6 +9,7 @@ split of a run on one machine as such folders, so that a deployment can be held 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fedloom.deployment.client.policy import Policy, check_documents
 from fedloom.errors import DataError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
+from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -92,6 +94,21 @@ def _split(recipe: Recipe, path: Path, policy: Policy) -> ClientDocuments:
         return ClientDocuments(load_client(recipe.data, train, policy), kept)
     found = load_client(recipe.data, path, policy, recipe.seed, recipe.data.documents_per_client)
     return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
+
+
+def stamp_documents(path: Path, policy: Policy) -> str:
+    """Return a hash of the files that are documents, by their names, sizes and times: it costs no reading of them.
+
+    Raises:
+        DataError: not a pattern.
+    """
+    files = find_files(path, policy.files, hidden=policy.hidden)[0] if path.is_dir() else [path]
+    found = []
+    for file in files:
+        with suppress(OSError):  # gone since it was listed
+            state = file.stat()
+            found.append([str(file), state.st_size, state.st_mtime_ns, state.st_ino])
+    return hash_json(found)
 
 
 def read_split(path: Path) -> tuple[Path, Path] | None:
