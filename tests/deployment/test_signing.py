@@ -239,3 +239,23 @@ def test_signing_costs_a_round_nothing(key: Path) -> None:
     spent = time.process_time()
     client.open(signer.sign(question, "alice", 60))
     assert time.process_time() - spent < 0.5
+
+
+def test_a_question_of_one_run_is_none_of_the_next(key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts of `serve` with one key, and a client that stays: what it answered in the first, it answers no more."""
+    first, second, client = Signer(key), Signer(key), verifier(key)
+    asked = [first.sign(QUESTION, "alice", 60) for _ in range(3)]
+    again = [second.sign(QUESTION, "alice", 60) for _ in range(3)]
+    assert len({frame.manifest["signed"] for frame in (*asked, *again)}) == 6, "two runs share no question"
+    for frame in (*asked[:2], *again[:2]):
+        assert client.open(frame) == QUESTION
+    for frame in (*asked[:2], *again[:2]):
+        with pytest.raises(MessageError, match="was here before"):
+            client.open(frame)
+    # One that was held back on its way is as good as its time is long, and no longer.
+    assert client.open(asked[2]) == QUESTION
+    now = time.time()
+    monkeypatch.setattr(signing.time, "time", lambda: now + 60 + signing.CLOCKS_SECONDS + 1)
+    for held in (asked[2], again[2]):
+        with pytest.raises(MessageError, match="too late"):
+            client.open(held)
