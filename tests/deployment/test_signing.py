@@ -242,7 +242,7 @@ def test_signing_costs_a_round_nothing(key: Path) -> None:
 
 
 def test_a_question_of_one_run_is_none_of_the_next(key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two starts of `serve` with one key, and a client that stays: what it answered in the first, it answers no more."""
+    """Two starts of `serve` with one key, and a client that stays: what it answered in one, it answers no more."""
     first, second, client = Signer(key), Signer(key), verifier(key)
     asked = [first.sign(QUESTION, "alice", 60) for _ in range(3)]
     again = [second.sign(QUESTION, "alice", 60) for _ in range(3)]
