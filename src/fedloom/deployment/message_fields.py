@@ -171,7 +171,7 @@ REFUSALS = {
     "question": "it can't read the question, or a task is not as its recipe says: use the same version on both sides",
     "memory": "it has too little memory",
     "training": "its training came to no finite number",
-    "late": "it gave up, because the time for an answer was over",
+    "late": "it gave up, because the time for an answer was over, or its clock is ahead of this machine's",
     "journal": "it can't keep its journal or its secret",
     "internal": "it failed in a way that was not foreseen",
 }
