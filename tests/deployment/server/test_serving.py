@@ -14,8 +14,8 @@ from fedloom.deployment.server.serving import describe_room
         (
             100_000_000,
             24 * 10**9,
-            "an adapter of 100.0 MB takes up to 1.2 GB here while it travels, of 24.0 GB that are free; up to 900.0 MB on"
-            " each client, beside its model",
+            "an adapter of 100.0 MB takes up to 1.2 GB here while it travels, of 24.0 GB that are free; up to 900.0 MB"
+            " on each client, beside its model",
         ),
         (
             500_000_000,
