@@ -17,6 +17,7 @@ from support.federation_here import (
     WHOLE_ROUNDS,
     Federation,
     Served,
+    descendants,
     federation,
     find_process,
     run_here,
@@ -24,6 +25,7 @@ from support.federation_here import (
     tiny,
 )
 
+from fedloom.deployment.client.journal import Journal, standing
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
@@ -142,6 +144,37 @@ def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: P
     assert lost == [[], [], [1], []]
     assert "no answer within" in served.rounds[2]["lost_because"]["1"]
     assert len(served.clients) == 6 - sum(map(len, lost))
+
+
+@pytest.mark.slow
+def test_a_client_that_is_stopped_whole_is_lost_and_back_when_it_goes_on(tmp_path: Path) -> None:
+    """Stop all processes of one of three clients for longer than a deadline, as where a machine sleeps."""
+    rounds = 12
+    limits = ("federation.max_lost_clients=1", "federation.round_deadline=25")
+    asked = tiny("data.clients=3", f"federation.rounds={rounds}", "training.epochs=3", *limits)
+    with federation(tmp_path, secure=True) as there:
+        folders = split(asked, tmp_path / "split")
+        joined = [there.join(f"client-{number}", folders[number]).pid for number in range(3)]
+        server = there.serve(write(asked, tmp_path), "--out", str(there.out))
+        there.wait_for("client-1", "round 2   training")
+        family = [joined[1], *descendants(joined[1])]
+        for process in family:
+            os.kill(process, signal.SIGSTOP)
+        there.wait_for("serve", "lost ")
+        for process in family:
+            os.kill(process, signal.SIGCONT)
+        served = there.finish(server)
+        said = there.said("client-1")
+    lost = [record["lost"] for record in served.rounds]
+    assert lost[2] == [1]
+    assert lost[-1] == []
+    assert "no answer within 0:25: what comes later is refused" in served.rounds[2]["lost_because"]["1"]
+    assert len(served.clients) == 3 * rounds - sum(map(len, lost)), "what it sent late counts in no round"
+    assert "the work is given up (told: late)" in said or "is left out" in said
+    journal = Journal(there.folder / "client-1" / "client-1.journal.jsonl").read()
+    assert len([entry for entry in standing(journal) if entry.kind == "train"]) == rounds - sum(
+        1 in names for names in lost
+    )
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.full_disk import no_file_above
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
@@ -22,7 +23,7 @@ from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import approve, init, open_server, request, revoke
 from fedloom.deployment.server.serving import serve
-from fedloom.errors import DeploymentError
+from fedloom.errors import DeploymentError, RunError
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import load_recipe
 
@@ -296,3 +297,20 @@ def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
         assert not (tmp_path / "server" / "nginx.conf").exists()
     with keys.in_use(security, tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("room", [0, 200, 500])
+def test_a_full_disk_leaves_no_half_of_a_key_and_all_can_be_run_again(room: int, tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    with no_file_above(room), pytest.raises(RunError, match=r"can't be written .*; make room for it, and run it again"):
+        init(folder, "fed.example.org", 8443)
+    assert not [*tmp_path.iterdir()]
+    init(folder, "fed.example.org", 8443)
+    with no_file_above(room), pytest.raises(RunError, match="can't be written"):
+        request("alice", tmp_path)
+    assert not (tmp_path / "alice.key").exists()
+    asked = request("alice", tmp_path)
+    with no_file_above(room), pytest.raises(RunError, match="can't be written"):
+        approve(folder, asked, tmp_path)
+    assert not (tmp_path / "alice.kit").exists()
+    assert read_kit(approve(folder, asked, tmp_path).kit).key == (tmp_path / "alice.key").resolve()

@@ -63,6 +63,32 @@ def test_a_link_that_is_cut_and_healed_costs_no_round(tmp_path: Path) -> None:
     assert len(served.clients) == 6
 
 
+@pytest.mark.parametrize("when", ["in training", "between rounds"])
+def test_a_connection_that_vanishes_without_a_word_costs_no_round(when: str, tmp_path: Path) -> None:
+    """Have all of a client's connections carry nothing any more, and neither side hear that: what it opens later works.
+
+    Flower's client gives up an answer after 30 s; the client is asked again as another node, and the round goes on.
+    """
+    asked = tiny("data.clients=3", "federation.rounds=4", "federation.max_lost_clients=1", "training.epochs=4")
+    with federation(tmp_path, secure=True) as there, slow_link(there.port) as link:
+        folders = split(asked, tmp_path / "split")
+        for number in range(3):
+            there.join(f"client-{number}", folders[number], through=link.port if number == 1 else None)
+        server = there.serve(write(asked, tmp_path), "--out", str(there.out))
+        if when == "in training":
+            there.wait_for("client-1", "round 2   training")
+        else:
+            there.wait_for_rounds(3)
+        before, vanished = there.committed(), time.monotonic()
+        link.vanish()
+        there.wait_for_rounds(before + 1)
+        print(f"{when}: {time.monotonic() - vanished:.0f} s from vanished to the next round")
+        served = there.finish(server)
+    assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
+    assert [record["lost"] for record in served.rounds] == [[]] * 5
+    assert len(served.clients) == 12
+
+
 def test_a_link_of_a_megabit_a_second_carries_an_adapter_of_opt_350m(tmp_path: Path) -> None:
     asked = tiny("data.clients=2", "federation.rounds=1", *OF_OPT_350M)
     with federation(tmp_path, secure=True) as there, slow_link(there.port) as link:

@@ -347,7 +347,10 @@ PACKAGES = [
 ]
 
 
-@pytest.mark.parametrize("option", ["tokenizer_name_or_path", "prompt_tuning_init_text", "layer_replication"])
+@pytest.mark.parametrize(
+    "option",
+    ["tokenizer_name_or_path", "prompt_tuning_init_text", "layer_replication", "alora_invocation_tokens"],
+)
 def test_an_option_of_pefts_that_reads_or_builds_more_is_refused(option: str) -> None:
     with pytest.raises(MessageError, match=r"adapter\.options"):
         unpack_recipe(changed(SERVER.told, "adapter.options", {option: [1]}))

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
-from support.federation_here import WHOLE_ROUNDS, Served, federation, run_here, split, timeless, tiny
+from support.federation_here import QUICK, WHOLE_ROUNDS, Served, federation, run_here, split, timeless, tiny
 
-from fedloom.recipe.loading import recipe_to_toml
+from fedloom.deployment.server.nginx import find_nginx
+from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.run import Run
 
 
@@ -85,3 +86,22 @@ def test_the_batched_engine_makes_the_same_over_flower_within_rounding(
 
 def read_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapters" / "last" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_shipped_recipe_of_whole_models_comes_to_the_same_over_a_network(tmp_path: Path) -> None:
+    asked = load_recipe("tiny-full", ["data.clients=2", *QUICK])
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(asked))
+    (tmp_path / "policy.toml").write_text('methods = ["full"]\n')
+    with federation(tmp_path, secure=True, host="127.0.0.2" if find_nginx() else "localhost") as there:
+        server = there.serve(str(tmp_path / "recipe.toml"), "--out", str(there.out))
+        for number, data in enumerate(split(asked, tmp_path / "split")):
+            there.join(f"client-{number}", data, "--policy", str(tmp_path / "policy.toml"))
+        served = there.finish(server)
+    local = run_here(asked, tmp_path / "local")
+    assert [record["adapter_sha256"] for record in served.rounds] == [
+        record["adapter_sha256"] for record in local.rounds
+    ]
+    assert [record["lost"] for record in served.rounds] == [[]] * 4
+    assert served.plan["payload_bytes"] == 4 * served.plan["parameters"]

@@ -139,7 +139,7 @@ ATTACKS: list[tuple[Callable[[Signer, Verifier, Path], Frame], str, type[Verifie
     (to_bob, "to another client", ForgetsTheName),
     (with_other_numbers, "other numbers", ForgetsThePayload),
     (a_second_time, "it is answered once", ForgetsWhatItAnswered),
-    (after_its_end, "too late", ForgetsTheEnd),
+    (after_its_end, "too late .* clock is ahead", ForgetsTheEnd),
     (when_it_is_no_longer_remembered, "it is answered once", ForgetsThatItForgot),
 ]
 
@@ -230,6 +230,8 @@ def test_a_question_asked_again_is_answered_again_and_a_stolen_one_is_not(key: P
     assert stolen.manifest == {"name": "alice", "refused": "question"}
     assert not stolen.payload
     assert worker.answer(question).manifest == {"name": "alice", "refused": "question"}
+    late = signer.sign(ask_within(question, 70), "alice", -3600)
+    assert worker.answer(late).manifest == {"name": "alice", "refused": "late"}, "as where its clock is an hour ahead"
     assert [json.loads(line)["kind"] for line in journal.read_text().splitlines()] == ["meet", "train"], "trained once"
 
 
@@ -239,3 +241,23 @@ def test_signing_costs_a_round_nothing(key: Path) -> None:
     spent = time.process_time()
     client.open(signer.sign(question, "alice", 60))
     assert time.process_time() - spent < 0.5
+
+
+def test_a_question_of_one_run_is_none_of_the_next(key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts of `serve` with one key, and a client that stays: what it answered in one, it answers no more."""
+    first, second, client = Signer(key), Signer(key), verifier(key)
+    asked = [first.sign(QUESTION, "alice", 60) for _ in range(3)]
+    again = [second.sign(QUESTION, "alice", 60) for _ in range(3)]
+    assert len({frame.manifest["signed"] for frame in (*asked, *again)}) == 6, "two runs share no question"
+    for frame in (*asked[:2], *again[:2]):
+        assert client.open(frame) == QUESTION
+    for frame in (*asked[:2], *again[:2]):
+        with pytest.raises(MessageError, match="was here before"):
+            client.open(frame)
+    # One that was held back on its way is as good as its time is long, and no longer.
+    assert client.open(asked[2]) == QUESTION
+    now = time.time()
+    monkeypatch.setattr(signing.time, "time", lambda: now + 60 + signing.CLOCKS_SECONDS + 1)
+    for held in (asked[2], again[2]):
+        with pytest.raises(MessageError, match="too late"):
+            client.open(held)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from support.tiny import make_adapted, make_blocks, make_job, make_recipe, make_update, run_of
 
 from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.deployment.message_fields import REPORT
+from fedloom.deployment.message_kinds import Count, Either, Real
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation import open_round
@@ -298,3 +300,42 @@ def test_a_change_of_nobody_else_is_not_scaled_to_nothing() -> None:
     assert admission.check(small) is small
     with pytest.raises(TrainingError, match="too large"):
         admission.check(update(replace(task, client=2), 1e9, 1))
+
+
+def bounds() -> Iterator[tuple[str, float]]:
+    """Yield each number of a client's report with both of its bounds."""
+    for field in REPORT.fields:
+        kinds = field.kind.kinds if isinstance(field.kind, Either) else (field.kind,)
+        for kind in kinds:
+            if isinstance(kind, Count | Real):
+                yield from ((field.name, value) for value in (kind.least, kind.most))
+
+
+COUNTED = ("examples", "tokens", "steps")
+"""Numbers of a report that are held to what the client enrolled with."""
+NAMED = ("round", "client")
+"""Numbers of a report that say whose it is: another is refused before this."""
+
+
+@pytest.mark.parametrize(("name", "value"), [one for one in bounds() if one[0] not in NAMED])
+def test_a_report_at_its_bounds_moves_neither_weights_nor_judgement_or_is_refused(name: str, value: float) -> None:
+    def told(task: ClientTask) -> ClientUpdate:
+        made = update(task)
+        return replace(made, report=replace(made.report, **{name: value}))
+
+    def course_of(hostile: Callable[[ClientTask], ClientUpdate], **section: Any) -> list[tuple[Any, ...]]:
+        scores = lies(lambda round: TRUE[round], 100)
+        training = {"proximal_schedule": "adaptive"}
+        fleet = Elsewhere(hostile, scores)
+        run = make_run(fleet, rounds=3, training=training, **section)
+        return [
+            (found.adapter.sha256(), found.judged_loss, found.proximal_mu, sorted(found.lost))
+            for found in run_rounds(run, fleet)
+        ]
+
+    for kind in ("fedavg", "fedadam", "fedmedian"):
+        found = course_of(told, strategy={"kind": kind})
+        if (name in COUNTED and value > HONEST) or name == "examples":
+            assert [lost for *_, lost in found[1:]] == [[2]] * 3, "it has not as many, or too few for its steps"
+        else:
+            assert found == course_of(update, strategy={"kind": kind})

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -309,3 +310,23 @@ def test_a_plot_is_drawn_again_where_its_numbers_or_its_file_changed(
     records.write_text(records.read_text().replace('"central_loss": 1.9', '"central_loss": 1.8'))
     assert write_report(made.folder).read_text() != first
     assert len(drawn) == 6, "the loss alone"
+
+
+@pytest.mark.parametrize("value", [0, 1e18])
+def test_what_clients_tell_at_its_bounds_is_shown_and_breaks_no_page(
+    value: float, finished: Run, tmp_path: Path
+) -> None:
+    """Whatever is only shown may be a lie: a page is made of it, and its numbers are those that were told."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    told = ("loss_first", "loss_last", "loss_mean", "proximal_loss", "proximal_ratio", "drift", "seconds")
+    for name, keys in (("clients.jsonl", told), ("rounds.jsonl", ("train_loss", "drift", "proximal_ratio"))):
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for line in lines:
+            line |= {key: value for key in keys if key in line}
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(folder)
+    text = (folder / "report.md").read_text()
+    assert re.findall(r"^## \d+\. (.*)$", text, flags=re.M) == SECTIONS
+    assert text != (finished.folder / "report.md").read_text()
+    assert not re.search(r"\b(nan|inf)\b", text)

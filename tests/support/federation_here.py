@@ -170,8 +170,12 @@ class Served:
 
 
 def serve_for_many_tests(folder: Path) -> Served:
-    """Three rounds of two clients over TLS, behind nginx if there is one; client 1's policy refuses the last."""
-    recipe = tiny("data.clients=2", f"federation.rounds={WHOLE_ROUNDS + 1}", "federation.max_lost_clients=1")
+    """Three rounds of two clients over TLS, behind nginx if there is one; client 1's policy refuses the last.
+
+    An adapter has 57 kB: more than nginx keeps in memory of a request, as any real one.
+    """
+    rounds = (f"federation.rounds={WHOLE_ROUNDS + 1}", "federation.max_lost_clients=1")
+    recipe = tiny("data.clients=2", "adapter.rank=32", *rounds)
     local = run_here(recipe, folder / "local")
     (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
     (folder / "policy.toml").write_text(f"max_rounds_a_day = {WHOLE_ROUNDS}\n")

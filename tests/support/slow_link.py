@@ -17,6 +17,7 @@ class SlowLink:
     def __init__(self, port: int) -> None:
         self._to = port
         self._is_cut = False
+        self._lost: set[socket.socket] = set()
         self._connections: set[socket.socket] = set()
         self.bytes_per_second = float("inf")
         """Speed of each way, for all connections together."""
@@ -36,6 +37,13 @@ class SlowLink:
 
     def heal(self) -> None:
         self._is_cut = False
+
+    def vanish(self) -> None:
+        """Carry nothing more of what is connected now, and tell neither side: a route or a firewall's table is lost.
+
+        What connects later is carried.
+        """
+        self._lost |= self._connections
 
     def close(self) -> None:
         self.cut()
@@ -61,6 +69,8 @@ class SlowLink:
     def _carry(self, source: socket.socket, target: socket.socket, way: threading.Lock) -> None:
         with suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
+                if source in self._lost:
+                    continue
                 with way:
                     left = float(len(data))
                     while left > 0 and not self._is_cut:  # a link that gets faster does so at once
@@ -68,7 +78,8 @@ class SlowLink:
                         left -= 0.1 * self.bytes_per_second
                 target.sendall(data)
                 self.carried_bytes += len(data)
-        for connection in (source, target):
+        # The other side of a lost connection hears nothing of the end of this one.
+        for connection in (source,) if source in self._lost else (source, target):
             self._connections.discard(connection)
             _close(connection)
 

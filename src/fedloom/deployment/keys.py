@@ -22,7 +22,7 @@ from fedloom.deployment.fingerprints import identify_client, identify_server
 from fedloom.deployment.processes import check_flower
 from fedloom.deployment.signing import make_signing_key
 from fedloom.errors import DeploymentError
-from fedloom.host.files import Lock, read_holder, replace_file, write_private
+from fedloom.host.files import Lock, read_holder, replace_file, replace_folder, write_private, writing
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MOST_LETTERS = 2**16
 """Letters of a request that are read."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+AGAIN = "run it again"
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine in every server's certificate."""
@@ -83,6 +84,7 @@ def init(folder: Path, host: str, port: int) -> Security:
 
     Raises:
         DeploymentError: the folder exists, or the host is not a name or address.
+        RunError: it can't be written; nothing of it is left.
     """
     check_flower()  # the library for keys comes with it
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -90,17 +92,18 @@ def init(folder: Path, host: str, port: int) -> Security:
     host = read_host(host, where=f"--host {host[:80]}")
     if folder.exists():
         raise DeploymentError("the folder exists", where=str(folder), mend="name another with --folder")
-    folder.mkdir(mode=0o700, parents=True)
-    (folder / "clients").mkdir()
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     ca = certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
     server = _certify_server(host, server_key, (ca, ca_key))
-    for name, key in (("ca", ca_key), ("server", server_key)):
-        write_private(folder / f"{name}.key", private_pem(key))
-    for name, certificate in (("ca", ca), ("server", server)):
-        _write_public(folder / f"{name}.crt", certificate_pem(certificate))
-    _write_public(folder / "server.toml", f'host = "{host}"\nport = {port}\n'.encode())
-    make_signing_key(folder / "signing.key")
+    with writing(folder, AGAIN), replace_folder(folder, existing="refuse") as made:
+        made.chmod(0o700)
+        (made / "clients").mkdir()
+        for name, key in (("ca", ca_key), ("server", server_key)):
+            write_private(made / f"{name}.key", private_pem(key))
+        for name, certificate in (("ca", ca), ("server", server)):
+            _write_public(made / f"{name}.crt", certificate_pem(certificate))
+        _write_public(made / "server.toml", f'host = "{host}"\nport = {port}\n'.encode())
+        make_signing_key(made / "signing.key")
     return open_server(folder)
 
 
@@ -203,15 +206,18 @@ def request(name: str, folder: Path) -> Path:
     key_file = folder / f"{name}.key"
     if key_file.exists():
         raise DeploymentError("there is a key of that name", where=str(key_file), mend="use it, or another name")
-    folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    write_private(key_file, private)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path = folder / f"{name}.request"
+    with writing(folder, AGAIN):
+        folder.mkdir(parents=True, exist_ok=True)
+    # The key last: one without its request could be neither used nor made again.
     _write_public(path, (json.dumps({"fedloom": 1, "name": name, "key": public.decode()}) + "\n").encode())
+    with writing(key_file, AGAIN):
+        write_private(key_file, private)
     return path
 
 
@@ -380,4 +386,5 @@ def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -
 
 def _write_public(path: Path, content: bytes) -> None:
     """Write a file that others may read, as the umask says, and nobody else change, whatever it says."""
-    replace_file(path, content, rights=0o644)
+    with writing(path, AGAIN):
+        replace_file(path, content, rights=0o644)

@@ -52,6 +52,12 @@ ASKED = (
     Field("recipe", RECIPE, "the recipe, but for what is the server's own"),
     Field("seconds", Real(0, SECONDS, above=True), "the time left for an answer, from when the question came"),
 )
+SAME = Field(
+    "documents",
+    HASH,
+    "what it told of its blocks when it enrolled: with others, which nobody counted, it refuses",
+    False,
+)
 ROUND = Field("round", Count(1, ROUNDS), "the round, from 1", policy="max_rounds")
 
 
@@ -61,10 +67,11 @@ def _ask(do: str, *fields: Field, policy: str = "") -> Record:
 
 QUESTIONS: dict[str, Record] = {
     "meet": _ask("meet", policy="max_meets_a_day"),
-    "evaluate": _ask("evaluate", *ADAPTER, policy="tell_holdout_loss max_scores_a_day"),
+    "evaluate": _ask("evaluate", *ADAPTER, SAME, policy="tell_holdout_loss max_scores_a_day"),
     "train": _ask(
         "train",
         *ADAPTER,
+        SAME,
         ROUND,
         Field("rounds", Count(1, ROUNDS), "the rounds of the run", policy="max_rounds"),
         Field("client", Count(0, CLIENTS - 1), "the client's number"),
@@ -164,7 +171,7 @@ REFUSALS = {
     "question": "it can't read the question, or a task is not as its recipe says: use the same version on both sides",
     "memory": "it has too little memory",
     "training": "its training came to no finite number",
-    "late": "it gave up, because the time for an answer was over",
+    "late": "it gave up, because the time for an answer was over, or its clock is ahead of this machine's",
     "journal": "it can't keep its journal or its secret",
     "internal": "it failed in a way that was not foreseen",
 }

@@ -54,9 +54,12 @@ RECIPE_NAME = Pattern(
     "name: up to 100 letters, digits, `.`, `_`, `-`", re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 )
 DEVICE = Pattern("`auto`, `cpu`, `cuda` or `cuda:N`", re.compile(r"auto|cpu|cuda(:\d{1,2})?", re.ASCII))
+# An adapter that works behind some words alone (aLoRA) is trained by the documents that have them, and by no other: it
+# would tell whether there are any, and one document could be trained on alone.
 OPTION_NAME = Pattern(
-    "PEFT's name of a setting, but none of a path, a tokenizer, a text or a replication of layers",
-    re.compile(r"(?!.*(?:path|tokenizer|text|replication))[a-z][a-z0-9_]{0,99}"),
+    "PEFT's name of a setting, but none of a path, a tokenizer, a text, words that invoke the adapter or a replication"
+    " of layers",
+    re.compile(r"(?!.*(?:path|tokenizer|text|invocation|replication))[a-z][a-z0-9_]{0,99}"),
 )
 
 

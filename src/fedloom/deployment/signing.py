@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.frames import Frame, read_manifest
-from fedloom.errors import DeploymentError, MessageError
+from fedloom.errors import DeploymentError, LateError, MessageError
 from fedloom.host.files import hash_pieces, hash_text, write_private
 
 PURPOSE = b"fedloom question 1\n"
@@ -101,7 +101,8 @@ class Verifier:
         """Return the question in a frame.
 
         Raises:
-            MessageError: it is not the kit's server's, not for this client, too late, or here for the second time.
+            LateError: its time is over.
+            MessageError: it is not the kit's server's, not for this client, or here for the second time.
         """
         text = self._check_signature(frame)
         told = read_manifest(text)
@@ -131,7 +132,10 @@ class Verifier:
         if not isinstance(until, float) or not math.isfinite(until):
             raise MessageError("the question has no end")
         if time.time() > until + CLOCKS_SECONDS:
-            raise MessageError("the question came too late for its answer to count")
+            raise LateError(
+                "the question came too late for its answer to count: it was long on its way, or this machine's clock is"
+                " ahead of the server's"
+            )
         # Not by the clock alone, which may be set back: what was forgotten is never taken again.
         if question in self._known or until <= self._forgotten_until:
             raise MessageError("the question was here before: it is answered once")

@@ -89,10 +89,20 @@ def replace_file(path: Path, content: bytes, rights: int = 0o666) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a new file that is readable by its owner alone from the first moment on."""
+    """Write a new file that is readable by its owner alone from the first moment on, and have it on the disk.
+
+    Raises:
+        OSError: it is there, or can't be written: then nothing of it is left, which would be taken for a key.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()
+        raise
 
 
 def write_text(path: Path, text: str, mend: str = GO_ON) -> None:

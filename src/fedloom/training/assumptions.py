@@ -118,6 +118,12 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
         torch.manual_seed(0)
         adapted.gradient_P.zero_()
         loss = adapted.logits(tokens_2T).double().square().mean()
+        if not loss.requires_grad:
+            raise ModelError(
+                "the adapter has no effect in training: nothing of it would be trained",
+                where="adapter",
+                mend="leave out what switches it off, as a dropout of 1 does",
+            )
         loss.backward()
         gradient_P = adapted.gradient_P
         return torch.stack([loss.detach(), gradient_P.norm().double(), gradient_P.sum().double()])

@@ -1,16 +1,20 @@
 """Journal of a client: what it holds, counts and survives."""
 
+import errno
 import fcntl
 import json
+import os
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from support.full_disk import no_file_above
 
 from fedloom.deployment.client.joining import Kit, join
 from fedloom.deployment.client.journal import Journal, hash_task, standing
 from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.secret import read_secret
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
 
@@ -164,3 +168,38 @@ def test_a_journal_that_can_not_be_kept_is_refused_before_anything_starts(tmp_pa
 def test_it_is_its_owners_alone(tmp_path: Path) -> None:
     Journal(tmp_path / "a.jsonl").check()
     assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("room", [0, 1, 40])
+def test_a_line_for_which_the_disk_has_no_room_is_not_there_and_does_not_count(room: int, tmp_path: Path) -> None:
+    journal = write(tmp_path / "a.jsonl", (1, "a"))
+    before = journal.path.read_bytes()
+    with no_file_above(len(before) + room), pytest.raises(DeploymentError, match="can't be written"):
+        journal.note("b", TOLD)
+    assert journal.path.read_bytes() == before
+    journal.note("b", TOLD, at_most=2)
+    assert tasks(journal) == ["a", "b"]
+
+
+def test_a_line_that_does_not_reach_the_disk_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems find room only when they have to: then all is written, and `fsync` fails."""
+    journal = write(tmp_path / "a.jsonl", (1, "a"))
+    before = journal.path.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(DeploymentError, match="No space left on device"):
+            journal.note("b", TOLD)
+    assert journal.path.read_bytes() == before
+
+
+def test_half_a_secret_is_left_by_no_full_disk(tmp_path: Path) -> None:
+    """It would be refused at the next start, and its owner told to lose who they are to the server."""
+    for room in (0, 20):
+        with no_file_above(room), pytest.raises(DeploymentError, match="the secret can't be kept"):
+            read_secret(tmp_path / "a.secret")
+        assert not (tmp_path / "a.secret").exists()
+    assert read_secret(tmp_path / "a.secret") == read_secret(tmp_path / "a.secret")

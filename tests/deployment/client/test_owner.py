@@ -1,6 +1,7 @@
 """A server that asks for more than an honest one does: without a policy file, its questions come to nothing."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -399,3 +400,82 @@ def test_what_was_worked_on_is_told_in_sums(data: Path) -> None:
     tokens = [row[1] for row in answer.manifest["progress"]]
     assert max(tokens) - min(tokens) <= 1
     assert sum(tokens) == answer.manifest["report"]["tokens"]
+
+
+def change(data: Path, how: str) -> None:
+    """Change a client's documents in a folder, as its owner may at any moment."""
+    match how:
+        case "added":
+            (data / "more.txt").write_text("another text that came later, of some length, with words of its own")
+        case "removed":
+            (data / "3.txt").unlink()
+        case "edited":
+            (data / "3.txt").write_text("what stood here was wrong, and is now another text of about that length")
+
+
+@pytest.fixture
+def folder(data: Path) -> Path:
+    folder = data.parent / "private"
+    folder.mkdir()
+    for number, line in enumerate(data.read_text().splitlines()):
+        (folder / f"{number}.txt").write_text(json.loads(line)["text"])
+    return folder
+
+
+CHANGES = ["added", "removed", "edited"]
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_documents_that_change_in_a_run_are_said_and_written_down(how: str, folder: Path, capsys: Screen) -> None:
+    packed, twin = adapters(1)[0], folder.parent / "twin"
+    shutil.copytree(folder, twin)
+    honest = worker_of(twin)
+    expected = [honest.answer(training(number, packed)).payload for number in (1, 2)]
+    (folder.parent / "alice.journal.jsonl").unlink()
+    worker = worker_of(folder)
+    told = worker.answer(ask("meet")).manifest["documents"]
+    first = worker.answer(training(1, packed, documents=told))
+    assert "outdated" not in capsys.readouterr().out
+    change(folder, how)
+    second = worker.answer(training(2, packed, documents=told))
+    assert "outdated  the documents were changed since they were read: this run goes on" in capsys.readouterr().out
+    assert [first.payload, second.payload] == expected, "what was counted is trained, whatever became of it"
+    rounds = [line for line in lines(folder) if line["kind"] == "train"]
+    assert [line.get("outdated", False) for line in rounds] == [False, True]
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("do", ["train", "evaluate"])
+def test_a_worker_that_began_anew_works_with_no_documents_that_nobody_counted(
+    do: str, how: str, folder: Path, capsys: Screen
+) -> None:
+    """Its SuperNode lives on, so the server does not ask again who it is."""
+    packed, kept = adapters(1)[0], folder.parent / "kept"
+    told = worker_of(folder).answer(ask("meet")).manifest["documents"]
+    question = training(1, packed, documents=told) if do == "train" else ask("evaluate", frame=packed, documents=told)
+    shutil.copytree(folder, kept)
+    change(folder, how)
+    worker = worker_of(folder)
+    check_refusal(worker.answer(question), "documents", "not those that were counted for this run", capsys)
+    assert {line["kind"] for line in lines(folder)} == {"meet"}, "nothing is trained, and no loss is told"
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    assert "refused" not in worker.answer(question).manifest, "what was counted is back"
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_the_next_run_begins_with_the_documents_that_are_there_then(
+    how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(account.time, "monotonic", lambda: now[0])
+    worker = worker_of(folder)
+    before = worker.answer(ask("meet", seconds=300.0)).manifest
+    change(folder, how)
+    worker.answer(ask("evaluate", frame=adapters(1)[0], seconds=300.0))
+    assert worker.answer(ask("meet", seconds=300.0)).manifest == before, "the run goes on with what was counted"
+    now[0] += 601
+    worker.account.look()
+    after = worker.answer(ask("meet", seconds=300.0)).manifest
+    assert after["documents"] != before["documents"]
+    assert after == worker_of(folder).answer(ask("meet")).manifest

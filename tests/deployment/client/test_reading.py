@@ -43,7 +43,7 @@ def test_a_journal_is_read_aloud_with_what_is_left(tmp_path: Path) -> None:
         tmp_path / "a.journal.jsonl",
         (30, {"recipe": "old", "model": "m", "round": 1, "epochs": 1, "steps": 2, "tokens": 3}),
         (3, {"kind": "meet", **run}),
-        (2, {"kind": "train", **run, "round": 1, "epochs": 2, "tokens": 1234567}),
+        (2, {"kind": "train", **run, "round": 1, "epochs": 2, "tokens": 1234567, "outdated": True}),
         (1, {"kind": "score", **run}),
         (0.5, {"kind": "end", **run, "why": "another recipe came"}),
     )
@@ -54,7 +54,13 @@ def test_a_journal_is_read_aloud_with_what_is_left(tmp_path: Path) -> None:
     head, *rows = shown.splitlines()
     assert head.split() == ["when", "(UTC)", "what", "server", "recipe", "run", "round", "epochs", "tokens"]
     assert [row.split("  ")[1].strip() for row in rows[:5]] == [
-        *("round", "documents read", "round", "loss told", "run ended: another recipe came")
+        *(
+            "round",
+            "documents read",
+            "round: documents as before a change",
+            "loss told",
+            "run ended: another recipe came",
+        )
     ]
     assert rows[2].split()[-3:] == ["1", "2", "1,234,567"]
     free = datetime.now(UTC) + timedelta(hours=22)

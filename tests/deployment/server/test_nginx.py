@@ -4,11 +4,15 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPSConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,40 @@ from fedloom.deployment.server import nginx as module
 from fedloom.deployment.server.nginx import find_nginx, proxy, write_configuration
 from fedloom.deployment.status import STATUS_PATH
 from fedloom.errors import DeploymentError
+
+
+class Counts(BaseHTTPRequestHandler):
+    """SuperLink of a sort: it takes every signature, and answers how many bytes came."""
+
+    def do_GET(self) -> None:
+        self._answer(204, b"")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self._answer(200, str(len(body)).encode())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        if status == 200:
+            self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def counts(security: Security) -> Iterator[int]:
+    """Serve `Counts` over TLS with a server's certificate, and give its port."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(security.certificate, security.folder / "server.key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Counts) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
 
 with_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
 
@@ -59,6 +97,20 @@ def test_it_lets_through_the_fleet_and_nothing_else(tmp_path: Path) -> None:
     assert "location / { return 403; }" in text
     assert "proxy_ssl_verify on" in text
     assert text.count("{") == text.count("}")
+
+
+@with_nginx
+def test_a_part_of_an_adapter_comes_through_whoever_runs_the_server(tmp_path: Path) -> None:
+    """A larger one lies on the disk on its way, in a folder that is its owner's alone: root's workers are no others."""
+    security = make(tmp_path / "a")
+    trust = ssl.create_default_context(cafile=security.ca)
+    with counts(security) as inner, proxy(security, inner, tmp_path, print):
+        for size in (1, 2**20 + 1000, 2**22):
+            with closing(HTTPSConnection("127.0.0.2", security.port, context=trust, timeout=30)) as connection:
+                connection.request("POST", "/v1/fleet/push-object", bytes(size))
+                answer = connection.getresponse()
+                assert (answer.status, answer.read()) == (200, str(size).encode())
+    assert "Permission denied" not in (security.folder / "nginx.log").read_text()
 
 
 @with_nginx

@@ -48,6 +48,11 @@ class Account:
         self._journal, self._say, self._server = journal, say, server
         self._run: Run | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Return whether the last run ended, as far as this client can tell."""
+        return self._run is not None and self._run.is_over
+
     def begin(self, recipe: Recipe, told: Any) -> None:
         """Allow a recipe, for which the documents are about to be read and counted.
 
@@ -76,6 +81,10 @@ class Account:
         run = self._running()
         work = f"{count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}"
         self._say("asked", f"to train round {task.round} of {task.rounds}: {work}")
+        if "outdated" in told:
+            self._say(
+                "outdated", "the documents were changed since they were read: this run goes on with what was read"
+            )
         policy = self.policy
         self._note(run, hash_task(asked), told, at_most=policy.max_rounds_a_day, of_run=policy.max_rounds)
         run.is_last = task.round == task.rounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.account import Account
-from fedloom.deployment.client.documents import gather_client
+from fedloom.deployment.client.documents import gather_client, stamp_documents
 from fedloom.deployment.client.policy import as_owner_wrote, check_model
 from fedloom.deployment.client.secret import sign_documents
 from fedloom.deployment.frames import Frame
@@ -34,6 +35,8 @@ class ClientModel:
     def __init__(self, recipe: Recipe, name: str, path: Path, account: Account, secret: bytes) -> None:
         policy = account.policy
         recipe = as_owner_wrote(policy, recipe)
+        self._stamp = partial(stamp_documents, path, policy)
+        self._read = self._stamp()  # before they are read: what is changed meanwhile was changed
         data = gather_client(recipe, path, policy)
         self._blocks = data.blocks
         self.recipe, self._account = recipe, account
@@ -67,6 +70,17 @@ class ClientModel:
             dropped=data.dropped,
             leaks=data.leaks,
         )
+
+    def is_outdated(self) -> bool:
+        """Return whether the files that are documents are other ones than were read."""
+        return self._stamp() != self._read
+
+    def has_counted(self, asked: Frame) -> bool:
+        """Return whether its documents are those that the server counted when this client enrolled.
+
+        They are not where this process is a later one, and read them after they were changed.
+        """
+        return bool(asked.manifest.get("documents", self.facts.documents) == self.facts.documents)
 
     def take_progress(self) -> list[Progress]:
         """Return the batches worked on since this was last called: the server counts them as its own run's."""
@@ -103,6 +117,7 @@ class ClientModel:
             "epochs": epochs,
             "steps": epochs * -(-len(blocks) // task.training.batch_size),
             "tokens": epochs * blocks.num_tokens,
+            **({"outdated": True} if self.is_outdated() else {}),
         }
 
     def train(self, task: ClientTask, *, judge: bool) -> Frame:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.documents import Document
+from fedloom.data.documents import Document, find_files
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, load_client, read_split
@@ -23,6 +24,7 @@ from fedloom.deployment.client.policy import Policy, check_documents
 from fedloom.errors import DataError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
+from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -90,6 +92,21 @@ def _split(recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[
         return ClientDocuments(load(train, policy), kept)
     found = load(path, policy, recipe.seed, recipe.data.documents_per_client)
     return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
+
+
+def stamp_documents(path: Path, policy: Policy) -> str:
+    """Return a hash of the files that are documents, by their names, sizes and times: it costs no reading of them.
+
+    Raises:
+        DataError: not a pattern.
+    """
+    files = find_files(path, policy.files, hidden=policy.hidden)[0] if path.is_dir() else [path]
+    found = []
+    for file in files:
+        with suppress(OSError):  # gone since it was listed
+            state = file.stat()
+            found.append([str(file), state.st_size, state.st_mtime_ns, state.st_ino])
+    return hash_json(found)
 
 
 def write_splits(recipe: Recipe, folder: Path, display: Observer) -> list[Path]:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError
@@ -136,11 +137,12 @@ class Journal:
         return found
 
     @contextmanager
-    def _open(self) -> Iterator[BinaryIO]:
+    def _open(self) -> Iterator[FileIO]:
         """Open the file to read and append, for one process at a time: two may count in one journal."""
         with self._explained("written"):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            with os.fdopen(descriptor, "r+b") as file:
+            # Without a buffer: what a full disk did not take would be written when it is closed, half a line of it.
+            with os.fdopen(descriptor, "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
 
@@ -157,7 +159,7 @@ class Journal:
             ) from None
 
 
-def _cut(file: BinaryIO) -> bytes:
+def _cut(file: FileIO) -> bytes:
     """Read a journal, and cut off a last line that has no end: it would spoil the next one."""
     content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
@@ -166,11 +168,21 @@ def _cut(file: BinaryIO) -> bytes:
     return whole
 
 
-def _append(file: BinaryIO, kind: Kind, event: str, told: Mapping[str, Any], now: datetime) -> None:
+def _append(file: FileIO, kind: Kind, event: str, told: Mapping[str, Any], now: datetime) -> None:
+    """Add a line whole or not at all: what is not on disk is not done, and must not count.
+
+    Raises:
+        OSError: it can't be written; the journal is as it was.
+    """
     line = json.dumps({"when": now.isoformat(timespec="seconds"), "kind": kind, **told, "task": event})
-    file.write(line.encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    left, before = memoryview(line.encode() + b"\n"), file.tell()
+    try:
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(before)
+        raise
 
 
 def standing(entries: list[Entry]) -> list[Entry]:

@@ -90,7 +90,8 @@ class Policy(Section):
     )
     methods: Names = Field(
         (
-            *("lora", "loha", "lokr", "delora", "hra", "vera", "randlora", "ia3", "oft", "boft"),
+            # Without BOFT, for which PEFT has a compiler build code of its own on this machine.
+            *("lora", "loha", "lokr", "delora", "hra", "vera", "randlora", "ia3", "oft"),
             *("prefix_tuning", "prompt_tuning"),
         ),
         description="what adapter.method may be; add `full` to let whole models be trained and replaced",
@@ -282,9 +283,9 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
     yield from _refuse_model(policy, recipe)
     if adapter.method not in policy.methods:
         yield Refusal("methods", f'does not allow the method "{adapter.method}"')
-    if "full" not in policy.methods and (whole := [name for name in WHOLE if adapter.options.get(name)]):
+    if "full" not in policy.methods and (whole := _named(adapter.options, WHOLE)):
         yield Refusal("methods", f'does not allow whole layers to be trained (options.{whole[0]}), which "full" would')
-    if not policy.train_embedding and (rows := [name for name in ROWS if adapter.options.get(name)]):
+    if not policy.train_embedding and (rows := _named(adapter.options, ROWS)):
         yield Refusal("train_embedding", f"does not allow the embedding to be trained (options.{rows[0]})")
     if federation.lora_rule not in policy.lora_rules:
         yield Refusal("lora_rules", f'does not allow the rule "{federation.lora_rule}"')
@@ -308,6 +309,11 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("max_epochs", f"allows {policy.max_epochs} epochs a round, not {epochs}")
     if rounds > policy.max_rounds:
         yield Refusal("max_rounds", f"allows {policy.max_rounds} rounds, not {rounds}")
+
+
+def _named(options: Mapping[str, Any], refused: tuple[str, ...]) -> list[str]:
+    # An empty value is one too: what PEFT makes of it, its next version may make something else of.
+    return [name for name in refused if options.get(name) is not None]
 
 
 def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:

@@ -60,7 +60,8 @@ def describe_limits(entries: list[Entry], policy: Policy) -> Iterator[str]:
 
 def _to_row(entry: Entry) -> tuple[str, ...]:
     told = entry.told
-    what = f"{WORDS[entry.kind]}: {told['why']}" if "why" in told else WORDS[entry.kind]
+    why = told.get("why", "documents as before a change" if told.get("outdated") else "")
+    what = f"{WORDS[entry.kind]}: {why}" if why else WORDS[entry.kind]
     numbers = (f"{told[key]:,}" if isinstance(told.get(key), int) else "" for key in ("round", "epochs", "tokens"))
     return (
         f"{entry.when:%Y-%m-%d %H:%M:%S}",

@@ -6,13 +6,13 @@ A server has to know that a client's documents are the same as before, and no mo
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 from fedloom.errors import DeploymentError
+from fedloom.host.files import write_private
 
 SECRET_BYTES = 32
 
@@ -30,11 +30,7 @@ def read_secret(path: Path) -> bytes:
     """
     try:
         with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(SECRET_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
+            write_private(path, secrets.token_bytes(SECRET_BYTES))
         rights, secret = path.stat().st_mode, path.read_bytes()
     except OSError as error:
         raise DeploymentError(

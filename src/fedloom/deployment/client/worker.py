@@ -94,7 +94,7 @@ class Worker:
         try:
             asked, seconds = read_question(self._open_question(asked))
             # The same question, asked again: the answer was lost on its way. It is given again, not worked out again.
-            if self._last and self._last[0] == asked:
+            if self._last and self._last[0] == asked and not self.account.is_over:
                 return self._last[1]
             check_time(came + seconds)
             found, progress = self._work(asked, came + seconds, seconds)
@@ -111,7 +111,7 @@ class Worker:
         Raises:
             Exception: of any kind.
         """
-        model = self._open(asked.manifest["recipe"])
+        model = self._open(asked)
         self.account.is_asked(seconds)
         model.until = until
         model.take_progress()  # that of a question which was given up
@@ -164,15 +164,30 @@ class Worker:
             self.is_spent = torch.cuda.is_initialized()
         return pack_refusal(self._name, word)
 
-    def _open(self, told: Mapping[str, Any]) -> ClientModel:
-        if self._model is None or told != self._told:
+    def _open(self, asked: Frame) -> ClientModel:
+        """Return the model of a question's recipe, with the documents that the server counted.
+
+        Raises:
+            Exception: of any kind.
+        """
+        told, model = asked.manifest["recipe"], self._model
+        # In a run they stay what was counted. The next begins with what is there then, and what is back is counted.
+        is_due = model is not None and (self.account.is_over or not model.has_counted(asked))
+        if model is None or told != self._told or (is_due and model.is_outdated()):
             recipe = unpack_recipe(told)
             self.account.begin(recipe, told)
             # The former model is let go first: two may not fit in memory.
-            self._model = self._told = None
+            self._model = self._told = model = None
             secret = read_secret(self._secret)
-            self._model, self._told = ClientModel(recipe, self._name, self._data, self.account, secret), told
-        return self._model
+            model = ClientModel(recipe, self._name, self._data, self.account, secret)
+            self._model, self._told = model, told
+        if not model.has_counted(asked):
+            raise DataError(
+                "the documents are not those that were counted for this run",
+                where="--data",
+                mend="bring back what was there, or take part in a later run with these",
+            )
+        return model
 
     def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
         """Read a task, refuse it unless its recipe and the policy allow it, and write it into the journal."""

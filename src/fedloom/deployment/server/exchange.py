@@ -130,8 +130,13 @@ class Exchange:
 
         Clients that are `missing` and not back are not waited for.
         """
-        waiting = {name: replace(frame, manifest={**frame.manifest, "recipe": self._recipe})
-                   for name, frame in questions.items()}  # fmt: skip
+        waiting = {
+            name: replace(
+                frame,
+                manifest={**frame.manifest, "recipe": self._recipe, "documents": self.facts[name].documents},
+            )
+            for name, frame in questions.items()
+        }
         asked: dict[str, str] = {}
         sent: dict[str, Node] = {}
         rested: dict[str, float] = {}

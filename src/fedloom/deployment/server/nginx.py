@@ -30,6 +30,7 @@ NGINX = """\
 # Written by fedloom serve. Paths are relative to this folder.
 daemon off;
 pid nginx.pid;
+{user}
 error_log nginx.log;
 worker_rlimit_nofile {files};
 events {{ worker_connections {connections}; }}
@@ -110,6 +111,8 @@ def write_configuration(security: Security, inner: int) -> Path:
     text = NGINX.format(
         listen=" ".join(f"listen {address} ssl backlog=4096;" for address in addresses),
         inner=inner,
+        # Of root's workers nginx makes nobody's, who can't look into this folder, where bodies of adapters lie.
+        user="user root;" if os.geteuid() == 0 else "",
         files=files,
         connections=files // 2,
         clients=CLIENTS_AT_AN_ADDRESS,
