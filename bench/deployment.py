@@ -31,7 +31,7 @@ from fedloom.deployment.signing import Verifier
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
 NAMES = ("alice", "bob", "carol")
-WORKER = "fedloom.deployment.client.worker"
+WORKER = "fedloom.deployment.client.worker_process"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 

@@ -21,7 +21,7 @@ from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
 
 WORDS = (
-    ["fedloom.deployment.client.worker"],
+    ["fedloom.deployment.client.worker_process"],
     ["fedloom.deployment.flower.programs", "supernode"],
     ["fedloom.deployment.flower.programs", "client-tasks"],
 )

@@ -23,7 +23,7 @@ from support.federation_here import Served, descendants, end, wait_until
 
 from fedloom.cli import main
 from fedloom.deployment import keys
-from fedloom.deployment.client import worker
+from fedloom.deployment.client import worker_process
 from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.frames import Frame, accept, ask, listen
 from fedloom.deployment.processes import (
@@ -184,13 +184,14 @@ def test_a_worker_whose_socket_is_open_by_mistake_answers_its_owner_alone(
     take: Callable[[socket.socket], socket.socket], got: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second lock, where the first is left open: the rights of the folder, and of the socket."""
-    monkeypatch.setattr(worker, "accept", take)
+    monkeypatch.setattr(worker_process, "accept", take)
     with private_folder() as folder:
         path = str(folder / "worker.sock")
         listener = listen(path)
         folder.chmod(0o777)
         os.chmod(path, 0o777)
-        threading.Thread(target=worker.serve, args=(listener, Telling()), daemon=True).start()
+        waiting = worker_process.take_in(listener)
+        threading.Thread(target=worker_process.serve, args=(waiting, Telling()), daemon=True).start()
 
         def question() -> object:
             return ask(path, Frame({"do": "meet"}), patience_seconds=0, answer_seconds=30).manifest["told"]

@@ -15,7 +15,7 @@ from pathlib import Path
 WAIT_SECONDS = 10.0
 GATEWAY_ERRORS = range(502, 505)
 CHILDREN = {
-    "worker": b"fedloom.deployment.client.worker",
+    "worker": b"fedloom.deployment.client.worker_process",
     "SuperNode": b"fedloom.deployment.flower.programs\0supernode",
     "tasks": b"fedloom.deployment.flower.programs\0client-tasks",
 }

@@ -155,7 +155,7 @@ def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
                 if words := greet().words:
                     say("server", words)
-                command = [sys.executable, "-m", "fedloom.deployment.client.worker"]
+                command = [sys.executable, "-m", "fedloom.deployment.client.worker_process"]
                 told = hand_over([f"--{key}={options[key]}" for key in options])
                 children["worker"] = Child(command, None, {**os.environ, **told})
                 environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
