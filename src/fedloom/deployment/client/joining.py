@@ -21,10 +21,10 @@ from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
 from fedloom.deployment.processes import (
+    AND,
     SOCKETS,
     WORKER_SOCKET,
     Child,
-    ChildGroup,
     check_flower,
     flower_child,
     hand_over,
@@ -149,7 +149,7 @@ def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
-        children: dict[str, Child | ChildGroup] = {}
+        children: dict[str, Child] = {}
         try:
             with Interruption(partial(say, "leaving")) as interruption:
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
@@ -160,10 +160,7 @@ def join(kit: Kit, data: Path, policy: Policy, journal: Path, say: Callable[[str
                 children["worker"] = Child(command, None, {**os.environ, **told})
                 environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
                 tasks = tasks_words(UNUSED_ADDRESS, secret, None)
-                children["SuperNode"] = ChildGroup(
-                    flower_child("supernode", node, log, environment),
-                    flower_child("client-tasks", tasks, folder / "tasks.log", environment),
-                )
+                children["SuperNode"] = flower_child("supernode", [*node, AND, *tasks], log, environment)
                 say("joining", f"{kit.server} as {kit.name}")
                 watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
         finally:
@@ -217,7 +214,7 @@ class RefusedKey:
 
 
 def watch(
-    children: Mapping[str, Child | ChildGroup],
+    children: Mapping[str, Child],
     refused_key: RefusedKey,
     say: Callable[[str, str], object],
     check: Callable[[], None],
