@@ -301,6 +301,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
     parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")
     parser.add_argument("--tiny", action="store_true", help="so many clients with a model of their own instead")
+    parser.add_argument(
+        "--rest", metavar="SECONDS", type=float, default=30.0, help="for which clients at rest are seen"
+    )
     parser.add_argument("--join-all", metavar="FOLDER", type=Path, help="be all clients whose kits lie there")
     parser.add_argument("--data", metavar="FOLDER", type=Path, help="documents of those clients; without, an echo each")
     parser.add_argument("--echo", metavar="FACTS", type=Path, help="stand where a client's worker is")
@@ -316,8 +319,9 @@ def main() -> None:
 
         if options.join_all:
             return many.join_all(options.join_all, options.data)
-        measure_them = many.measure_tiny_of_many if options.tiny else many.measure_many
-        return print(json.dumps(measure_them(options.many, options.rounds)))
+        if options.tiny:
+            return print(json.dumps(many.measure_tiny_of_many(options.many, options.rounds)))
+        return print(json.dumps(many.measure_many(options.many, options.rounds, options.rest)))
     if options.memory:
         return print(json.dumps(measure_memory(options.memory)))
     lines = [json.dumps(measure(options.rounds)) for measure in (measure_overhead, measure_tiny)]

@@ -29,16 +29,12 @@ from client import cpu_seconds, family, proportional_bytes
 from deployment import FACTS, WEIGHTS_OF_TINY, echo, peak_bytes, provision, settle
 
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.flower.programs import BACKOFF_SECONDS, LOADED, run_supernode
+from fedloom.deployment.flower.programs import BACKOFF_SECONDS, LOADED, QUIET_SECONDS, run_supernode
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
 
 HOST = "127.0.0.2"
 """Host that nginx stands before."""
-REST_SECONDS = 35.0
-"""Time after which a client at rest looks for tasks less often."""
-OVER_SECONDS = 20.0
-"""Time over which processor time is measured."""
 
 
 class Fork:
@@ -205,7 +201,7 @@ def clients_of(folder: Path, kits: Sequence[Path], data: Path | None = None) -> 
         child.end()
 
 
-def measure_many(clients: int, rounds: int) -> dict[str, object]:
+def measure_many(clients: int, rounds: int, rest_seconds: float) -> dict[str, object]:
     """Many clients behind one address and nginx, with an echo each: is any of them lost?"""
     from fedloom.deployment.messages import pack_recipe
     from fedloom.deployment.server.exchange import Exchange
@@ -233,8 +229,8 @@ def measure_many(clients: int, rounds: int) -> dict[str, object]:
         exchange = Exchange(link, pack_recipe(load_recipe("tiny")), 600, say, lambda phases: None)
         exchange.assemble(clients, 1500)
         assembled = time.monotonic() - begun
-        time.sleep(REST_SECONDS)
-        rest = {"MB": there.megabytes(), "cores": there.cores(OVER_SECONDS)}
+        time.sleep(min(QUIET_SECONDS, rest_seconds))  # after which tasks are looked for less often
+        rest = {"MB": there.megabytes(), "cores": there.cores(rest_seconds)}
         assert link._child is not None
         watched = {"SuperLink": link._child.pid, "serve": os.getpid()}
         begun, before = time.monotonic(), {what: cpu_seconds(one) for what, one in watched.items()}
