@@ -33,6 +33,8 @@ from fedloom.deployment.flower.programs import BACKOFF_SECONDS, LOADED, QUIET_SE
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
 
+LOOK_SECONDS = 20.0
+"""Time between two looks at the memory of all processes: a look takes a core a second or more."""
 HOST = "127.0.0.2"
 """Host that nginx stands before."""
 
@@ -303,7 +305,8 @@ def measure_tiny_of_many(clients: int, rounds: int) -> dict[str, object]:
             with (folder / "serve.log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as serve:
                 while serve.poll() is None:
                     worst = max(worst, there.megabytes())
-                    time.sleep(3)
+                    with suppress(subprocess.TimeoutExpired):
+                        serve.wait(LOOK_SECONDS)
             whole = time.monotonic() - begun
             cpu = sum(there.cpu_seconds().values()) / clients
             ended, refused, restarts = there.ended, there.told("\nrefused "), there.told("\nrestart ")
