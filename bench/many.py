@@ -10,6 +10,7 @@ echo no client has a model, and this process is the server's `serve`; with `--ti
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -29,7 +30,7 @@ from client import cpu_seconds, family, proportional_bytes
 from deployment import FACTS, WEIGHTS_OF_TINY, echo, peak_bytes, provision, settle
 
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.flower.programs import BACKOFF_SECONDS, LOADED, QUIET_SECONDS, run_supernode
+from fedloom.deployment.flower.programs import BACKOFF_SECONDS, END_WITH_PARENT, LOADED, QUIET_SECONDS, run_supernode
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
 
@@ -54,6 +55,7 @@ class Fork:
         code = 1
         try:
             os.setsid()
+            ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
             if self.log:
