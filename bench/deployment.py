@@ -1,6 +1,6 @@
 """What Flower costs: a round without training, the recipe tiny, a message's start, the server's memory.
 
-    python bench/deployment.py [--rounds 10] [--many 30]
+    python bench/deployment.py [--rounds 10] [--many 100] [--many 30 --tiny]
 
 Server and clients are processes of this machine, over TLS with node keys, as `fedloom serve` and `fedloom join` start
 them. Without training, an echo stands where each client's worker is: 6.3 MB to each client and back. Memory is that of
@@ -30,8 +30,10 @@ from fedloom.deployment.signing import Verifier
 
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""
+WEIGHTS_OF_TINY = 1792
+"""Of the recipe tiny's adapter."""
 NAMES = ("alice", "bob", "carol")
-WORKER = "fedloom.deployment.client.worker"
+WORKER = "fedloom.deployment.client.worker_process"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -80,6 +82,13 @@ def peak_bytes(process: int) -> int:
     """The most memory that a process has held."""
     (line,) = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(line.split()[1])
+
+
+def settle(happened: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is so, but no longer than some seconds."""
+    until = time.monotonic() + seconds
+    while not happened() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def join_with_echo(kit: Path) -> None:
@@ -162,81 +171,6 @@ def measure_overhead(rounds: int) -> dict[str, object]:
     for what, seconds in rows.items():
         print(f"| {what} | {median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
     return {what: [round(one, 3) for one in seconds] for what, seconds in rows.items()}
-
-
-def measure_many(clients: int, rounds: int) -> dict[str, object]:
-    """Many clients of one machine, behind one address and nginx, with an echo each: is any of them lost for good?
-
-    This process is the server's `serve`, with torch in it.
-    """
-    from client import cpu_seconds  # what it imports, an echo does without
-
-    from fedloom.deployment.messages import pack_recipe
-    from fedloom.deployment.server.exchange import Exchange
-    from fedloom.deployment.server.nginx import proxy
-    from fedloom.deployment.server.superlink import SuperLink
-    from fedloom.recipe.loading import load_recipe
-
-    said: list[str] = []
-
-    def say(what: str, detail: str) -> None:
-        said.append(f"{what} {detail}")
-
-    payload = os.urandom(4 * 1792)  # an adapter of tiny
-    names = [f"client-{number:03}" for number in range(clients)]
-    with ExitStack() as stack:
-        folder = stack.enter_context(private_folder())
-        security, kits = provision(folder, "127.0.0.2", names)
-        inner = free_port()
-        stack.enter_context(proxy(security, inner, folder, say))
-        link = stack.enter_context(closing(SuperLink(folder, inner, security, say)))
-        begun = time.monotonic()
-        joins = []
-        for kit in kits:
-            joins.append(Child([sys.executable, __file__, "--join", str(kit)], kit.with_suffix(".log"), os.environ))
-            stack.callback(joins[-1].end)
-        link.open()
-        opened = time.monotonic() - begun
-        recipe = load_recipe("tiny")
-        exchange = Exchange(link, pack_recipe(recipe), 600, say, lambda phases: None)
-        exchange.assemble(clients, 1500)
-        assembled = time.monotonic() - begun
-        assert link._child is not None
-        watched = {"SuperLink": link._child.pid, "serve": os.getpid()}
-        begun, before = time.monotonic(), {what: cpu_seconds(one) for what, one in watched.items()}
-        whole, lost = [], 0
-        for _ in range(rounds):
-            started = time.monotonic()
-            questions = dict.fromkeys(names, Frame({"do": "train"}, payload))
-            lost += sum(not isinstance(found, Frame) for _, found in exchange.ask(questions))
-            whole.append(time.monotonic() - started)
-        spent = time.monotonic() - begun
-        cores = {what: (cpu_seconds(one) - before[what]) / spent for what, one in watched.items()}
-        peaks = {what: peak_bytes(one) for what, one in watched.items()}
-        ended = sum(join.ended for join in joins)
-        told = "".join(kit.with_suffix(".log").read_text(encoding="utf-8") for kit in kits)
-    found = {
-        "clients": clients,
-        "opened_seconds": opened,
-        "assembled_seconds": assembled,
-        "round_seconds": whole,
-        "cores": cores,
-        "peak_bytes": peaks,
-        "lost": lost,
-        "ended": ended,
-        "refused": told.count("\nrefused "),
-        "restarts": told.count("\nrestart "),
-        "said": [words for words in said if not words.startswith("client ")][:20],
-    }
-    print(f"\n| {clients} clients with an echo | |\n|---|---|")
-    print(f"| until the keys are in and the app runs, s | {opened:.0f} |\n| until all are there, s | {assembled:.0f} |")
-    print(f"| a round, median and worst, s | {median(whole):.1f}, {max(whole):.1f} |")
-    print(f"| rounds a minute | {60 * len(whole) / spent:.1f} |")
-    for what in watched:
-        print(f"| {what}: of a core, and memory | {100 * cores[what]:.0f} %, {peaks[what] / 1e6:.0f} MB |")
-    for what in ("lost", "ended", "refused", "restarts"):
-        print(f"| {what} | {found[what]} |", flush=True)
-    return found
 
 
 def measure_tiny(rounds: int) -> dict[str, object]:
@@ -366,6 +300,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
     parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")
+    parser.add_argument("--tiny", action="store_true", help="so many clients with a model of their own instead")
+    parser.add_argument(
+        "--rest", metavar="SECONDS", type=float, default=30.0, help="for which clients at rest are seen"
+    )
+    parser.add_argument("--join-all", metavar="FOLDER", type=Path, help="be all clients whose kits lie there")
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="documents of those clients; without, an echo each")
     parser.add_argument("--echo", metavar="FACTS", type=Path, help="stand where a client's worker is")
     parser.add_argument("--join", metavar="KIT", type=Path, help="be one client, with an echo")
     parser.add_argument("--memory", metavar="CLIENTS", type=int, help="one case, as a JSON line")
@@ -374,8 +314,14 @@ def main() -> None:
         return echo(json.loads(options.echo.read_text(encoding="utf-8")))
     if options.join:
         return join_with_echo(options.join)
-    if options.many:
-        return print(json.dumps(measure_many(options.many, options.rounds)))
+    if options.join_all or options.many:
+        import many  # what it imports, an echo does without
+
+        if options.join_all:
+            return many.join_all(options.join_all, options.data)
+        if options.tiny:
+            return print(json.dumps(many.measure_tiny_of_many(options.many, options.rounds)))
+        return print(json.dumps(many.measure_many(options.many, options.rounds, options.rest)))
     if options.memory:
         return print(json.dumps(measure_memory(options.memory)))
     lines = [json.dumps(measure(options.rounds)) for measure in (measure_overhead, measure_tiny)]

@@ -58,7 +58,7 @@ def hashes(run: Run) -> list[str]:
 
 
 VICTIMS = {
-    "worker": "fedloom.deployment.client.worker",
+    "worker": "fedloom.deployment.client.worker_process",
     "Flower's process for a message": "fedloom-task",
     "who starts those": "client-tasks",
     "SuperNode": "supernode",
@@ -134,7 +134,7 @@ def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: P
         joined = join_all(there, asked)
         server = there.serve(write(asked, tmp_path), "--out", str(there.out))
         there.wait_for("client-1", "round 1", times=2)  # when it begins, and when it is done
-        worker = find_process(joined["client-1"], "fedloom.deployment.client.worker")
+        worker = find_process(joined["client-1"], "fedloom.deployment.client.worker_process")
         os.kill(worker, signal.SIGSTOP)
         there.wait_for("serve", "lost", times=2)  # once for the evaluation after round 1, once for round 2
         os.kill(worker, signal.SIGCONT)
@@ -205,7 +205,7 @@ def test_a_client_whose_policy_refuses_a_round_is_lost_and_its_owner_alone_sees_
 
 LIAR = """\
 import sys
-if "fedloom.deployment.client.worker" in sys.orig_argv:
+if "fedloom.deployment.client.worker_process" in sys.orig_argv:
     from dataclasses import replace
     from fedloom.deployment import messages
     pack_update = messages.pack_update

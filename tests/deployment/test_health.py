@@ -16,16 +16,17 @@ pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedl
 
 from support.federation_here import find_process
 
+from fedloom.deployment.flower.programs import BE_NAMED, TASKS_NAME
 from fedloom.deployment.health import check_client, check_server
 from fedloom.deployment.keys import Security, init
 from fedloom.deployment.processes import free_port
 
 WORDS = (
-    ["fedloom.deployment.client.worker"],
+    ["fedloom.deployment.client.worker_process"],
     ["fedloom.deployment.flower.programs", "supernode"],
-    ["fedloom.deployment.flower.programs", "client-tasks"],
+    ["a fork of the SuperNode", "its tasks"],
 )
-"""Words of the command lines that `fedloom join` starts."""
+"""Words of the command lines that `fedloom join` starts; the last has a name instead."""
 
 
 @contextmanager
@@ -81,10 +82,14 @@ def test_a_server_that_is_not_there_or_another_is_not_well(tmp_path: Path) -> No
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="no /proc")
 def test_a_client_is_well_while_both_of_its_processes_run() -> None:
     sleep = "import time; time.sleep(60)"
-    started = [subprocess.Popen([sys.executable, "-c", sleep, *words]) for words in WORDS]
+    name = f"bytes.fromhex('{TASKS_NAME.hex()}')"  # so that it stands in no command line
+    named = f"import ctypes; ctypes.CDLL(None).prctl({BE_NAMED}, {name}); {sleep}"
+    codes = (sleep, sleep, named)
+    started = [subprocess.Popen([sys.executable, "-c", code, *words]) for code, words in zip(codes, WORDS, strict=True)]
     try:
         for words in WORDS:
             find_process(os.getpid(), words[-1])
+        find_process(os.getpid(), TASKS_NAME.decode())
         assert check_client(os.getpid()) == ""
         started[0].kill()
         started[0].wait()

@@ -23,10 +23,11 @@ from support.federation_here import Served, descendants, end, wait_until
 
 from fedloom.cli import main
 from fedloom.deployment import keys
-from fedloom.deployment.client import worker
+from fedloom.deployment.client import worker_process
 from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.frames import Frame, accept, ask, listen
 from fedloom.deployment.processes import (
+    AND,
     RUNTIME_SOCKET,
     SOCKETS,
     flower_command,
@@ -92,7 +93,7 @@ def is_private(path: Path) -> bool:
 @LINUX
 def test_no_command_line_tells_of_documents_keys_secrets_or_sockets(served: Served) -> None:
     for name, what in {"serve": ("superlink", "server-tasks"), "client-0": ("supernode", "client-tasks")}.items():
-        lines = served.seen[name].lines
+        lines = served.seen[name].lines + served.seen[name].names
         assert all(any(word in line for line in lines) for word in what), f"they were looked at: {lines}"
     found = {line for seen in served.seen.values() for line in seen.lines for word in PRIVATE if word in line}
     assert not found
@@ -184,13 +185,14 @@ def test_a_worker_whose_socket_is_open_by_mistake_answers_its_owner_alone(
     take: Callable[[socket.socket], socket.socket], got: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second lock, where the first is left open: the rights of the folder, and of the socket."""
-    monkeypatch.setattr(worker, "accept", take)
+    monkeypatch.setattr(worker_process, "accept", take)
     with private_folder() as folder:
         path = str(folder / "worker.sock")
         listener = listen(path)
         folder.chmod(0o777)
         os.chmod(path, 0o777)
-        threading.Thread(target=worker.serve, args=(listener, Telling()), daemon=True).start()
+        waiting = worker_process.take_in(listener)
+        threading.Thread(target=worker_process.serve, args=(waiting, Telling()), daemon=True).start()
 
         def question() -> object:
             return ask(path, Frame({"do": "meet"}), patience_seconds=0, answer_seconds=30).manifest["told"]
@@ -228,6 +230,16 @@ def test_the_longest_folder_that_is_taken_has_room_for_every_socket(monkeypatch:
 # Places of a SuperNode
 
 
+TASKS = """\
+import sys
+from fedloom.deployment.flower.programs import run_client_tasks
+from fedloom.deployment.processes import take_arguments
+sys.argv[1:] = take_arguments()
+run_client_tasks()
+"""
+"""What a SuperNode forks, by itself."""
+
+
 def test_what_runs_a_clients_messages_asks_nobody_who_took_the_port(tmp_path: Path) -> None:
     """A neighbour listens where the SuperNode is said to be; the question goes to the socket in the private folder."""
     with (
@@ -237,7 +249,7 @@ def test_what_runs_a_clients_messages_asks_nobody_who_took_the_port(tmp_path: Pa
     ):
         words = tasks_words(f"127.0.0.1:{taken.getsockname()[1]}", write_secret(folder), None)
         environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)} | hand_over(words)
-        with started(flower_command("client-tasks"), environment, tmp_path / "log"):
+        with started([sys.executable, "-c", TASKS], environment, tmp_path / "log"):
             ours.settimeout(120)
             with accept(ours) as connection:
                 assert connection.recv(100).startswith(b"POST /v1/runtime/acquire-task")
@@ -250,7 +262,8 @@ def test_what_runs_a_clients_messages_asks_nobody_who_took_the_port(tmp_path: Pa
 def test_a_supernode_gives_messages_out_in_its_private_folder_and_on_no_port(tmp_path: Path) -> None:
     with private_folder() as folder:
         words = ["--superlink", "127.0.0.1:1", "--insecure", "--isolation", "process"]
-        words += ["--superexec-auth-secret-file", str(write_secret(folder))]
+        secret = write_secret(folder)
+        words += ["--superexec-auth-secret-file", str(secret), AND, *tasks_words("127.0.0.1:1", secret, None)]
         environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)} | hand_over(words)
         for _ in range(2):  # the second finds the socket of the first, which was killed
             with started(flower_command("supernode"), environment, tmp_path / "log") as process:

@@ -19,7 +19,15 @@ from support.federation_here import Federation, confirmed, end, federation, run_
 
 from fedloom.deployment import keys
 from fedloom.deployment.flower.bundle import write_app
-from fedloom.deployment.processes import SOCKETS, flower_command, hand_over, programs_environment
+from fedloom.deployment.processes import (
+    AND,
+    SOCKETS,
+    flower_command,
+    hand_over,
+    programs_environment,
+    tasks_words,
+    write_secret,
+)
 from fedloom.deployment.server.nginx import find_nginx
 from fedloom.deployment.signing import make_signing_key
 from fedloom.recipe.loading import recipe_to_toml
@@ -118,6 +126,7 @@ def submit_run(there: Federation, address: str, home: Path) -> subprocess.Comple
 def start_without_key(there: Federation, address: str) -> "subprocess.Popen[bytes]":
     """Flower's SuperNode with the certificate alone, which makes itself a key."""
     words = ["--superlink", address, "--root-certificates", str(there.server / "ca.crt")]
+    words += [AND, *tasks_words("127.0.0.1:1", write_secret(there.folder), None)]
     environment = programs_environment(there.folder / "f") | hand_over(words) | {SOCKETS: str(there.folder)}
     with (there.folder / "keyless.log").open("wb") as log:
         return subprocess.Popen(

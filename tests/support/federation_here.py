@@ -150,6 +150,8 @@ class Seen:
 
     lines: tuple[str, ...]
     """Command lines."""
+    names: tuple[str, ...]
+    """Names: a process that was forked has its parent's command line."""
     ports: frozenset[int]
     """Ports on which they listen."""
 
@@ -200,16 +202,17 @@ def look_around(there: Federation) -> dict[str, Seen]:
     seen = {}
     for name, process in there.processes.items():
         family = [process.pid, *descendants(process.pid)]
-        lines, ports = [], set()
+        lines, names, ports = [], [], set()
         for member in family:
             with suppress(OSError, psutil.Error):
                 lines.append(Path(f"/proc/{member}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+                names.append(Path(f"/proc/{member}/comm").read_text().strip())
                 ports |= {
                     found.laddr.port
                     for found in psutil.Process(member).net_connections("tcp")
                     if found.status == psutil.CONN_LISTEN
                 }
-        seen[name] = Seen(tuple(lines), frozenset(ports))
+        seen[name] = Seen(tuple(lines), tuple(names), frozenset(ports))
     return seen
 
 

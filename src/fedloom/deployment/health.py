@@ -15,12 +15,12 @@ from pathlib import Path
 WAIT_SECONDS = 10.0
 GATEWAY_ERRORS = range(502, 505)
 CHILDREN = {
-    "worker": b"fedloom.deployment.client.worker",
+    "worker": b"fedloom.deployment.client.worker_process",
     "SuperNode": b"fedloom.deployment.flower.programs\0supernode",
-    "tasks": b"fedloom.deployment.flower.programs\0client-tasks",
+    "tasks": b"client-tasks",
 }
-"""Processes that a client's `fedloom join` keeps alive, and the words that each has in its command line: the kernel
-puts a zero byte between two of them."""
+"""Processes that a client's `fedloom join` keeps alive, and the words that each has in its command line, where the
+kernel puts a zero byte between two of them, or for its name: one that is a fork has the line of another."""
 
 
 def check_server(folder: Path) -> str:
@@ -46,8 +46,9 @@ def check_client(parent: int = 1) -> str:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             # The name, in brackets, may hold anything; behind it stand the state and the parent.
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            commands[int(path.name)] = (path / "cmdline").read_bytes()
+            name, _, behind = (path / "stat").read_bytes().partition(b"(")[2].rpartition(b")")
+            parents[int(path.name)] = int(behind.split()[1])
+            commands[int(path.name)] = name + b"\0" + (path / "cmdline").read_bytes()
         except OSError:  # it has just ended
             continue
     family = {parent}

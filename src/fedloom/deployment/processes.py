@@ -44,6 +44,8 @@ reach its port, too."""
 ARGUMENTS = "FEDLOOM_ARGUMENTS"
 """Environment variable with a program's arguments. A command line is read by everyone on a machine (`ps`), an
 environment by its owner alone."""
+AND = "--and"
+"""Word between a SuperNode's arguments and those of what carries out its messages."""
 SOCKETS = "FEDLOOM_SOCKETS"
 """Environment variable that names the folder of a client's sockets."""
 WORKER_SOCKET, RUNTIME_SOCKET = "worker.sock", "runtime.sock"
@@ -100,31 +102,6 @@ class Child:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_SECONDS)
         self._process = None
-
-
-class ChildGroup:
-    """Processes that are of no use without each other: where one ended, all are started again."""
-
-    def __init__(self, *children: Child) -> None:
-        self._children = children
-
-    def start(self) -> None:
-        self.end()
-        for child in self._children:
-            child.start()
-
-    @property
-    def ended(self) -> bool:
-        return any(child.ended for child in self._children)
-
-    @property
-    def log(self) -> Path | None:
-        """Log of the first that ended."""
-        return next((child.log for child in self._children if child.ended), None)
-
-    def end(self) -> None:
-        for child in reversed(self._children):
-            child.end()
 
 
 def programs_environment(home: Path) -> dict[str, str]:

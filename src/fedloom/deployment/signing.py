@@ -5,7 +5,8 @@ asked, by `fedloom serve`, and checked where it is answered, before anything in 
 
 A question that the server asks again is signed again, and may be answered again. The same signed question a second
 time is a thief's: Flower gives a message out once, and our relay hands it over once to each worker. A worker that takes
-the place of one that died gets it anew, so what was answered is forgotten with the process; the question's end is not.
+the place of one that died gets it anew, so what was answered is forgotten with a process that dies; the question's end
+is not.
 """
 
 from __future__ import annotations
@@ -114,6 +115,15 @@ class Verifier:
             raise MessageError("the question came with other numbers than its server's")
         self._take_once(hash_text(text), told["until"])
         return Frame(told["question"], frame.payload)
+
+    def leave(self) -> list[Any]:
+        """Return what `take_up` needs in another process, as JSON can hold it."""
+        return [self._known, self._forgotten_until]
+
+    def take_up(self, left: list[Any] | None) -> None:
+        """Let through no question that was let through in the process which left this."""
+        if left:
+            self._known, self._forgotten_until = left
 
     def _check_signature(self, frame: Frame) -> str:
         """Return the text that was signed; until here nothing of it is read."""

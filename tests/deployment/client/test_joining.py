@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from fedloom.cli import main
 from fedloom.deployment.client import joining
 from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, at_work, watch
 from fedloom.deployment.client.preflight import Greeting
-from fedloom.deployment.processes import Child, ChildGroup
+from fedloom.deployment.processes import Child
 from fedloom.errors import DeploymentError
 
 NOT_TAKEN = "ERROR: Exit Code: 305\n[code: 2004] Failed to activate SuperNode.\n"
@@ -169,9 +170,7 @@ class Refusing:
         return self._answer
 
 
-def watch_here(
-    children: dict[str, Ending | ChildGroup], *, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> list[str]:
+def watch_here(children: dict[str, Any], *, refused: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run `watch` without rests until it is ended, and return what it says."""
     said: list[str] = []
     monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
@@ -193,18 +192,13 @@ def test_being_refused_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch_here({"SuperNode": Ending(3 * RESTARTS)}, refused=True, monkeypatch=monkeypatch) == []
 
 
-@pytest.mark.parametrize("ends", ["node", "tasks"])
-def test_what_ended_is_quoted(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def child(name: str) -> Child:
-        code = f"print('{name} fails', flush=True)" + ("" if name == ends else "; import time; time.sleep(600)")
-        return Child([sys.executable, "-c", code], tmp_path / f"{name}.log", {})
-
-    group = ChildGroup(child("node"), child("tasks"))
+def test_what_ended_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child([sys.executable, "-c", "print('the node fails')"], tmp_path / "node.log", {})
     try:
-        while not group.ended:
+        while not child.ended:
             time.sleep(0.05)
-        monkeypatch.setattr(group, "start", Ending(0).start)
-        said = watch_here({"SuperNode": group}, refused=False, monkeypatch=monkeypatch)
+        monkeypatch.setattr(child, "start", Ending(0).start)
+        said = watch_here({"SuperNode": child}, refused=False, monkeypatch=monkeypatch)
     finally:
-        group.end()
-    assert said == [f"the SuperNode ended; starting it again ({ends} fails)"]
+        child.end()
+    assert said == ["the SuperNode ended; starting it again (the node fails)"]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from support.tiny import make_recipe
 
+from fedloom.deployment.client.display import say
 from fedloom.deployment.client.documents import gather_client, write_splits
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.client.worker import Worker, say
+from fedloom.deployment.client.worker import Worker
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_recipe, pack_task, unpack_facts
 from fedloom.errors import DataError

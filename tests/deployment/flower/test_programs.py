@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
 from fedloom.deployment.flower import programs
+from fedloom.deployment.processes import AND
+from fedloom.errors import DeploymentError
 
 LAUNCH = """
 import sys, time
@@ -106,3 +109,50 @@ def is_app_of(session: int, comm: Path) -> bool:
         return comm.read_text() == "fedloom-task\n" and os.getsid(int(comm.parent.name)) == session
     except OSError:  # it has just ended
         return False
+
+
+ENDS = """
+import sys, threading, time
+from flwr.supernode import cli
+from fedloom.deployment.flower import programs
+from fedloom.deployment.processes import AND
+
+def lose_its_loop():
+    threading.Thread(target=time.sleep, args=(600,)).start()  # as its API's does, which keeps the process
+    print(sys.argv, flush=True)
+
+programs.run_client_tasks = lambda: print(sys.argv, flush=True)
+cli.flower_supernode = lose_its_loop
+sys.argv = ["programs", "--superlink", "there", AND, "--insecure"]
+programs.run_supernode()
+"""
+
+
+def test_a_supernode_that_has_lost_its_loop_ends_and_each_part_gets_its_own_arguments(tmp_path: Path) -> None:
+    """Flower writes an error in its loop down, and leaves a process that does nothing."""
+    environment = {**os.environ, "FEDLOOM_SOCKETS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["['programs', '--insecure']", "['programs', '--superlink', 'there']"]
+
+
+def test_what_carries_out_messages_is_missed_once_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "LOADED", ())
+    monkeypatch.setattr(programs.gc, "freeze", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["programs", AND, "--insecure"])
+    reading, writing = os.pipe()
+    monkeypatch.setattr(programs, "run_client_tasks", lambda: os.read(reading, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from Python 3.12 on: that other threads are not there in the child
+        check = programs._fork_tasks(1)
+    check()
+    os.write(writing, b"x")
+
+    def go_on() -> None:
+        while True:
+            check()
+
+    with pytest.raises(DeploymentError, match="what carries out the messages ended"):
+        go_on()
+    os.close(reading)
+    os.close(writing)

@@ -48,7 +48,7 @@ def test_the_apps_make_the_same_adapter_in_flowers_simulation(tmp_path: Path) ->
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         for client, data in enumerate(split(asked, tmp_path / "split")):
-            command = [sys.executable, "-m", "fedloom.deployment.client.worker"]
+            command = [sys.executable, "-m", "fedloom.deployment.client.worker_process"]
             words = ["--socket", f"{folder}/worker-{client}.sock", "--name", f"client-{client}", "--data", str(data)]
             words += ["--journal", str(tmp_path / f"client-{client}.journal.jsonl")]
             environment = programs_environment(folder) | hand_over(words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloom.deployment.client.journal import Journal, hash_task
@@ -39,6 +39,11 @@ class Run:
     """True once its last round was trained."""
     is_over: bool = False
 
+    @property
+    def until(self) -> float:
+        """Return when it is taken to be over, of the monotonic clock, if no question comes before."""
+        return self.asked + (LAST_SECONDS if self.is_last else self.quiet_seconds)
+
 
 class Account:
     """Owner's side of a conversation with one server: what it may ask, what it asked, and what was told."""
@@ -52,6 +57,24 @@ class Account:
     def is_over(self) -> bool:
         """Return whether the last run ended, as far as this client can tell."""
         return self._run is not None and self._run.is_over
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether a run was begun and is not over."""
+        return self._run is not None and not self._run.is_over
+
+    @property
+    def until(self) -> float | None:
+        """Return when the run is to be looked at again, of the monotonic clock; None where none goes on."""
+        return self._run.until if self._run and not self._run.is_over else None
+
+    def leave(self) -> dict[str, Any] | None:
+        """Return what `take_up` needs in another process of this machine, as JSON can hold it."""
+        return asdict(self._run) if self._run else None
+
+    def take_up(self, left: Mapping[str, Any] | None) -> None:
+        """Go on with the run that another process left."""
+        self._run = Run(**left) if left else None
 
     def begin(self, recipe: Recipe, told: Any) -> None:
         """Allow a recipe, for which the documents are about to be read and counted.
@@ -134,12 +157,12 @@ class Account:
         run = self._run
         if not run or run.is_over:
             return
-        silence = time.monotonic() - run.asked
-        if silence < (LAST_SECONDS if run.is_last else run.quiet_seconds):
+        now = time.monotonic()
+        if now < run.until:
             return
         last = "its last round was trained, and " if run.is_last else ""
         try:
-            self._end(run, f"{last}no question came for {format_seconds(silence)}")
+            self._end(run, f"{last}no question came for {format_seconds(now - run.asked)}")
         # Nobody waits for an answer here. The next question is refused for the same reason.
         except DeploymentError as error:
             self._say("error", str(error))

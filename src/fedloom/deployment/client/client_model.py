@@ -12,6 +12,7 @@ from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.account import Account
+from fedloom.deployment.client.display import say
 from fedloom.deployment.client.documents import gather_client, stamp_documents
 from fedloom.deployment.client.policy import as_owner_wrote, check_model
 from fedloom.deployment.client.secret import sign_documents
@@ -24,7 +25,6 @@ from fedloom.experiment.session import hash_base, tensors_of
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
-from fedloom.text import show_controls
 from fedloom.training.engines import choose_engine, open_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
 
@@ -185,8 +185,3 @@ def check_time(until: float) -> None:
     """
     if time.monotonic() > until:
         raise LateError("the time for an answer is over: the work is given up")
-
-
-def say(what: str, detail: str) -> None:
-    """Print a line for whoever watches `fedloom join`."""
-    print(show_controls(f"{what:<10}{detail}"), flush=True)

@@ -23,10 +23,10 @@ from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
 from fedloom.deployment.processes import (
+    AND,
     SOCKETS,
     WORKER_SOCKET,
     Child,
-    ChildGroup,
     check_flower,
     flower_child,
     hand_over,
@@ -219,21 +219,18 @@ def join(
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
-        children: dict[str, Child | ChildGroup] = {}
+        children: dict[str, Child] = {}
         try:
             with Interruption(partial(say, "leaving")) as interruption:
                 greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
                 if words := greet().words:
                     say("server", words)
-                command = [sys.executable, "-m", "fedloom.deployment.client.worker"]
+                command = [sys.executable, "-m", "fedloom.deployment.client.worker_process"]
                 told = hand_over([f"--{key}={options[key]}" for key in options])
                 children["worker"] = Child(command, None, {**os.environ, **told})
                 environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
                 tasks = tasks_words(UNUSED_ADDRESS, secret, None)
-                children["SuperNode"] = ChildGroup(
-                    flower_child("supernode", node, log, environment),
-                    flower_child("client-tasks", tasks, folder / "tasks.log", environment),
-                )
+                children["SuperNode"] = flower_child("supernode", [*node, AND, *tasks], log, environment)
                 say("joining", f"{kit.server} as {kit.name}")
                 watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
         finally:
@@ -288,7 +285,7 @@ class RefusedKey:
 
 
 def watch(
-    children: Mapping[str, Child | ChildGroup],
+    children: Mapping[str, Child],
     refused_key: RefusedKey,
     say: Callable[[str, str], object],
     check: Callable[[], None],

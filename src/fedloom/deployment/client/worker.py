@@ -1,4 +1,4 @@
-"""Worker of a client: holds the base model and the client's own documents as long as the node lives, and answers.
+"""Worker of a client: holds the base model and the client's own documents while a run goes on, and answers.
 
 It answers questions on a Unix socket: who are you (`meet`), how good is this adapter (`evaluate`), train it (`train`).
 The recipe comes from the server, the documents from this machine's command line, and never the other way round.
@@ -6,26 +6,22 @@ The recipe comes from the server, the documents from this machine's command line
 
 from __future__ import annotations
 
-import argparse
-import select
-import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import Empty, Queue
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fedloom.deployment.client.account import Account
-from fedloom.deployment.client.client_model import ClientModel, check_time, say
+from fedloom.deployment.client.client_model import ClientModel, check_time
+from fedloom.deployment.client.display import say
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_documents import mend_of_server
-from fedloom.deployment.client.policy import Policy, check_policy, load_policy, mend_policy
+from fedloom.deployment.client.policy import Policy, check_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
-from fedloom.deployment.frames import Frame, accept, listen, receive_frame, send_frame
+from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
@@ -34,8 +30,6 @@ from fedloom.deployment.messages import (
     read_question,
     unpack_recipe,
 )
-from fedloom.deployment.processes import take_arguments
-from fedloom.deployment.signing import Verifier
 from fedloom.errors import (
     DataError,
     DeploymentError,
@@ -51,11 +45,6 @@ from fedloom.errors import (
 from fedloom.progress import Progress
 from fedloom.text import count
 from fedloom.training.jobs import ClientTask, is_shortage
-
-LOOK_SECONDS = 15.0
-"""Time between two looks for the end of a run, while nothing is asked."""
-MOST_WAITING = 8
-"""Questions that are kept while another is answered: their time is counted from when they came."""
 
 
 class Worker:
@@ -84,6 +73,8 @@ class Worker:
         self._last: tuple[Frame, Frame] | None = None
         self.is_spent = False
         """True where this process can answer nothing more."""
+        self.opening_seconds = 0.0
+        """Time that the base model, with the documents, took to open."""
 
     def answer(self, asked: Frame, came: float | None = None) -> Frame:
         """Do what is asked, or say in one word of a list why not; the reason is shown here alone.
@@ -164,6 +155,11 @@ class Worker:
             self.is_spent = torch.cuda.is_initialized()
         return pack_refusal(self._name, word)
 
+    @property
+    def holds_former(self) -> bool:
+        """Return whether documents are in memory that are no more where they were read."""
+        return self._model is not None and self._model.is_outdated()
+
     def _open(self, asked: Frame) -> ClientModel:
         """Return the model of a question's recipe, with the documents that the server counted.
 
@@ -178,9 +174,10 @@ class Worker:
             self.account.begin(recipe, told)
             # The former model is let go first: two may not fit in memory.
             self._model = self._told = model = None
-            secret = read_secret(self._secret)
+            started, secret = time.monotonic(), read_secret(self._secret)
             model = ClientModel(recipe, self._name, self._data, self.account, secret)
             self._model, self._told = model, told
+            self.opening_seconds = time.monotonic() - started
         if not model.has_counted(asked):
             raise DataError(
                 "the documents are not those that were counted for this run",
@@ -232,75 +229,3 @@ WORDS: dict[type[Exception], str] = {
     DeploymentError: "journal",
 }
 """Words for kinds of errors; the first kind that an error is of counts."""
-
-
-class Arrived(NamedTuple):
-    """Question that came, who waits for its answer, and when it came, on the monotonic clock."""
-
-    connection: socket.socket
-    asked: Frame
-    came: float
-
-
-def serve(listener: socket.socket, worker: Worker) -> None:
-    """Answer until the worker is spent, or the process ends."""
-    waiting: Queue[Arrived] = Queue(MOST_WAITING)
-    # Taken in while another is answered: in the socket's own queue their time would not be counted.
-    threading.Thread(target=_take_in, args=(listener, waiting), daemon=True).start()
-    while not worker.is_spent:
-        try:
-            connection, asked, came = waiting.get(timeout=LOOK_SECONDS)
-        except Empty:
-            worker.account.look()
-            continue
-        with connection:
-            # Given up while this process was stopped or the machine slept, when no clock of its own went on.
-            if is_gone(connection):
-                say("late", "nobody waits for the answer any more: the question is left out")
-                continue
-            try:
-                send_frame(connection, worker.answer(asked, came))
-            # The process that asked may have been killed. The server asks again.
-            except OSError as error:
-                say("retry", f"the connection broke before the answer was sent ({type(error).__name__})")
-
-
-def is_gone(connection: socket.socket) -> bool:
-    """Return whether the other side has closed a connection."""
-    look = select.poll()
-    look.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
-    return bool(look.poll(0))
-
-
-def _take_in(listener: socket.socket, waiting: Queue[Arrived]) -> None:
-    """Read questions as they come."""
-    while True:
-        connection = accept(listener)
-        connection.settimeout(60.0)
-        try:
-            asked = receive_frame(connection)
-        # Of any kind, from bytes that may be anything: with this thread, the worker would hear nothing more.
-        except (OSError, MemoryError, ValueError) as error:
-            connection.close()
-            say("retry", f"the connection broke before the question was read ({type(error).__name__})")
-            continue
-        waiting.put(Arrived(connection, asked, time.monotonic()))
-
-
-def main() -> None:
-    """Run a worker: `fedloom join` starts `python -m fedloom.deployment.client.worker`, never a person."""
-    parser = argparse.ArgumentParser()
-    for option in ("--socket", "--name", "--data", "--policy", "--policy_file", "--journal", "--signer", "--server"):
-        parser.add_argument(option, default="")
-    chosen = parser.parse_args(take_arguments())
-    policy = load_policy(Path(chosen.policy) if chosen.policy else None)
-    checks = {"open_question": Verifier(chosen.signer, chosen.name).open} if chosen.signer else {}  # none without TLS
-    journal = Journal(Path(chosen.journal))
-    file = Path(chosen.policy_file) if chosen.policy_file else None
-    worker = Worker(chosen.name, Path(chosen.data), policy, journal, server=chosen.server, policy_file=file, **checks)
-    with listen(chosen.socket) as listener:
-        serve(listener, worker)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,9 @@
 """Flower's programs as fedloom runs them, each with Flower's own arguments. No torch here.
 
 Flower starts a process for every task, which for a message is a second or two of loading. Here a task is a fork of a
-process that has loaded it all. It takes tasks of one kind, and runs no app but ours. Flower lets anyone who reaches a
-SuperLink operate it: here that takes a secret. What is changed in Flower is held to the version installed by tests.
+process that has loaded it all, and on a client that process is a fork of the SuperNode: they have most of their memory
+together. It takes tasks of one kind, and runs no app but ours. Flower lets anyone who reaches a SuperLink operate it:
+here that takes a secret. What is changed in Flower is held to the version installed by tests.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from fedloom.deployment.flower.bundle import check_app
 from fedloom.deployment.flower.guard import SECRET_HEADER, Guard, bound_answers
 from fedloom.deployment.flower.registry import run_nodes
 from fedloom.deployment.frames import listen
-from fedloom.deployment.processes import CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
+from fedloom.deployment.processes import AND, CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
+from fedloom.errors import DeploymentError
 
 POLL_SECONDS = 0.5
 """Time between two looks of a SuperNode for messages; while it waits for its own app it looks six times as often.
@@ -41,7 +43,18 @@ second, and answers to them, are three quarters of the processor time of a clien
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 PULL_PATH = "/v1/fleet/pull-messages"
-TASK_NAME = b"fedloom-task"
+TASK_NAME, TASKS_NAME = b"fedloom-task", b"client-tasks"
+"""Names of a process for one task, and of the one on a client that starts those."""
+LOADED = (
+    *("flwr.supernode.cli.flower_supernode", "flwr.supernode.main", "uvicorn"),
+    *(
+        "flwr.supercore.cli.flower_superexec",
+        "flwr.supernode.cli.flwr_clientapp",
+        "flwr.supernode.runtime.run_clientapp",
+    ),
+    "fedloom.deployment.flower.apps",
+)
+"""Modules of a SuperNode, and of what carries out its tasks."""
 
 
 def run_superlink() -> None:
@@ -83,13 +96,16 @@ def run_supernode() -> None:
     """Run Flower's SuperNode, which looks for messages more often, and takes no app but ours.
 
     It gives messages out on a Unix socket in a private folder. A port of the loopback is anybody's who is there first.
+    What carries the messages out, with the arguments behind `AND`, is a fork of it.
     """
+    check = _fork_tasks(sys.argv.index(AND))
     import uvicorn
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
     def sleep(seconds: float) -> None:
+        check()  # without it a message would wait for ever
         time.sleep(min(seconds / 6, POLL_SECONDS))
 
     program: Any = import_module("flwr.supernode.cli.flower_supernode")
@@ -104,9 +120,26 @@ def run_supernode() -> None:
     try:
         flower_supernode()
     except Exception:
-        # Flower's threads would keep the process, which does nothing any more: `join` starts another.
         traceback.print_exc()
-        os._exit(1)
+    # An error in its loop Flower only writes down. Its threads would keep the process, which does nothing any more:
+    # `join` starts another.
+    os._exit(1)
+
+
+def _fork_tasks(place: int) -> Callable[[], None]:
+    """Start what carries out the messages, with the arguments behind a place; return what raises once it has ended."""
+    for module in LOADED:
+        import_module(module)
+    # A collection in either process would touch, and so copy, the memory that they share.
+    gc.freeze()
+    sys.argv, words = sys.argv[:place], [sys.argv[0], *sys.argv[place + 1 :]]
+    child = _fork(TASKS_NAME, words, run_client_tasks)
+
+    def check() -> None:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            raise DeploymentError("what carries out the messages ended")
+
+    return check
 
 
 def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,7 +177,8 @@ def ask_through_socket() -> None:
     def make_with_socket(self: Any, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
         self._client.close()
-        transport = httpx.HTTPTransport(uds=runtime_socket())
+        # Nothing here is TLS: the certificates of all the web's authorities would take 9 MB.
+        transport = httpx.HTTPTransport(uds=runtime_socket(), verify=False)
         self._client = httpx.Client(transport=transport, timeout=self._client.timeout)
 
     ProtobufClient.__init__ = make_with_socket  # type: ignore[method-assign]
@@ -186,7 +220,6 @@ def _run_tasks(executor: Any) -> None:
 
 def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     """Make an executor that forks for a task: `program` carries it out, and unpacks the app in `module`."""
-    from flwr.supercore.exit import exit_handler
     from flwr.supercore.superexec.executor import subprocess_executor
 
     import fedloom.deployment.flower.apps  # noqa: F401  (what the app imports)
@@ -215,33 +248,45 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
             time.sleep(IDLE_SECONDS if is_quiet else seconds)
 
     def start(command: Sequence[str], **told: Any) -> None:
-        if os.fork():
-            return
-        # From here on this is the child, which must never return to its parent's code: it ends in `os._exit`.
-        with suppress(AttributeError, OSError):  # not Linux: it ends with its task
-            ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
-            ctypes.CDLL(None).prctl(BE_NAMED, TASK_NAME)
-        code = 1
-        try:
-            exit_handler.registered_exit_handlers.clear()  # they are the parent's, as is what they close
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_DFL)
-            sys.argv = [*command]
-            program()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        _fork(TASK_NAME, command, program)
 
     task: Any = import_module(module)
     task.install_from_fab = checked(task.install_from_fab)
     subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=None)  # type: ignore
     return Forks()
+
+
+def _fork(name: bytes, words: Sequence[str], program: Callable[[], object]) -> int:
+    """Start a process that has this name and these arguments and ends with its parent; return its number."""
+    from flwr.supercore.exit import exit_handler
+
+    parent = os.getpid()
+    if child := os.fork():
+        return child
+    # From here on this is the child, which must never return to its parent's code: it ends in `os._exit`.
+    with suppress(AttributeError, OSError):  # not Linux: it ends with its task
+        ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(BE_NAMED, name)
+    code = 1
+    try:
+        if os.getppid() != parent:
+            raise SystemExit("its parent has ended")
+        exit_handler.registered_exit_handlers.clear()  # they are the parent's, as is what they close
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        sys.argv = [*words]
+        program()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+        if isinstance(ended.code, str):
+            print(ended.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def checked(take: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,7 +310,6 @@ def may_have_lost_a_message(error: Exception) -> bool:
 PROGRAMS = {
     "superlink": run_superlink,
     "supernode": run_supernode,
-    "client-tasks": run_client_tasks,
     "server-tasks": run_server_tasks,
     "flwr": run_flwr,
     "nodes": run_nodes,
