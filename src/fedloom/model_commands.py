@@ -49,7 +49,7 @@ def preview(
     if client >= loaded.data.clients:
         raise DataError(f"there are {loaded.data.clients} clients", where="--client", mend="their numbers begin at 0")
     material = gather(loaded, display)
-    blocks = material.clients[client].train
+    blocks, documents = material.clients[client].train, material.splits.clients[client].train
     colours = display.console.is_terminal and not display.console.no_color
     for row in range(min(rows, len(blocks))):
         shown = Text(f"\nblock {row + 1} of {len(blocks)}\n", style="dim")
@@ -59,7 +59,7 @@ def preview(
         display.console.print(shown, soft_wrap=True)
     how = "in green" if colours else "in « »"
     display.console.print(f"\nWhat is {how} is learnt. Client {client}:", markup=False, highlight=False)
-    for line in describe_client(loaded.data, material, client):
+    for line in describe_client(loaded.data, blocks, documents, material.found.other_columns):
         display.console.print(show_controls(f"  {line}"), markup=False, highlight=False, soft_wrap=True)
 
 

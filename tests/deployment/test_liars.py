@@ -24,6 +24,7 @@ from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.secret import read_secret, secret_path, sign_documents
 from fedloom.deployment.client.worker import Worker, refusal_of
+from fedloom.deployment.client.worker_process import serve, take_in
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import REFUSALS
 from fedloom.deployment.messages import unpack_recipe
@@ -367,7 +368,7 @@ def listening(worker: Worker, folder: Path) -> Iterator[str]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        threading.Thread(target=workers.serve, args=(listener, worker), daemon=True).start()
+        threading.Thread(target=serve, args=(take_in(listener), worker), daemon=True).start()
         yield path
 
 

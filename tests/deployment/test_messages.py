@@ -117,7 +117,8 @@ def beyond(kind: Kind) -> Iterator[Any]:
         case Nothing():
             yield from (0, False, "", [])
         case Pattern():
-            yield from NO_TEXTS
+            # Templates have lines, and may be long.
+            yield from (bad for bad in (*NO_TEXTS, "x" * 60_000) if not takes(kind, bad))
         case Listing(inner, least, most):
             yield from (None, {}, "text", 1, [next(within(inner))] * (most + 1))
             yield from ([bad] for bad in beyond(inner))

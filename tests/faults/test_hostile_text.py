@@ -144,7 +144,7 @@ def test_a_terminal_is_not_told_what_to_do(terminal: bool, folder: Path) -> None
 def test_what_a_model_writes_does_not_tell_a_terminal_what_to_do(
     finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(generation._Streamer, "put", lambda self, tokens: self.on_finalized_text(f"def\n\t{ESCAPES}"))
+    monkeypatch.setattr(generation._Streamer, "put", lambda self, tokens: self.on_finalized_text(f"\n\t{ESCAPES}"))
     monkeypatch.setattr(generation._Streamer, "end", lambda self: None)
     generate.generate(finished.folder, "def", max_new_tokens=1)
     written = capsys.readouterr().out

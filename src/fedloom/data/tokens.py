@@ -69,7 +69,7 @@ class TokenBlocks:
 
     @cached_property
     def pad_counts(self) -> bool:
-        """Whether some padding counts in the loss."""
+        """True where some padding counts in the loss."""
         return bool((self.counted_NT & ~self.is_real).any())
 
     def take(self, rows: Tensor) -> TokenBlocks:

@@ -259,7 +259,9 @@ def make_plan(
         skipped={**material.found.skipped, **material.left_out},
         rows=material.found.rows,
         files_left_out=material.found.files_left_out,
-        learns=describe_learning(recipe.data, material),
+        learns=describe_learning(
+            recipe.data, [client.train for client in material.clients], material.found.other_columns
+        ),
         central_documents=len(material.splits.central),
         central_tokens=material.central.num_tokens,
         clients=[

@@ -1,4 +1,4 @@
-"""What a model will see and what it will learn of it, before anything is trained."""
+"""Preview of what a model will see and of what it will learn, before anything is trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from fedloom.text import count
 if TYPE_CHECKING:
     from fedloom.data.documents import Document
     from fedloom.data.tokens import TokenBlocks
-    from fedloom.experiment.preparation import Material
     from fedloom.recipe.data_section import Data
 
 BARS = 8
@@ -41,17 +40,19 @@ def pieces_of(blocks: TokenBlocks, row: int, tokenizer: Any) -> list[Piece]:
     return [Piece(tokenizer.decode([token for token, _ in run]), counts) for counts, run in runs]
 
 
-def describe_learning(data: Data, material: Material) -> str:
-    """Say what is learnt of all clients' documents, and what is lost on the way; an empty text for plain ones."""
-    if data.is_plain and not data.ends:
-        return ""
-    return "; ".join(_facts(data, [client.train for client in material.clients], material.found.other_columns))
+def describe_learning(data: Data, parts: Sequence[TokenBlocks], others: Sequence[str]) -> str:
+    """Say what is learnt of all clients' blocks, and what is lost on the way; an empty text for plain ones.
+
+    `others` are the columns that no template uses.
+    """
+    return "" if data.is_plain and not data.ends else "; ".join(_facts(data, parts, others))
 
 
-def describe_client(data: Data, material: Material, client: int) -> Iterator[str]:
+def describe_client(
+    data: Data, blocks: TokenBlocks, documents: Sequence[Document], others: Sequence[str]
+) -> Iterator[str]:
     """Yield lines about what one client trains on: shares, what was lost, repeated prompts, lengths."""
-    blocks, documents = material.clients[client].train, material.splits.clients[client].train
-    yield from _facts(data, [blocks], material.found.other_columns)
+    yield from _facts(data, [blocks], others)
     if repeated := _repeated(documents):
         yield f"{count(repeated, 'document')} with a prompt that another one has"
     yield f"tokens of {count(len(blocks), 'block')}, of {data.max_length} at most:"

@@ -41,7 +41,7 @@ class Speaker:
         data = recipe.data.model_copy(update={"prompt": None}) if plain else recipe.data
         self.prompting = Prompting(data, self._opened.tokenizer, chats=data.is_chat and not plain)
         self.goes_on = plain or data.is_plain
-        """Whether an answer goes on from the prompt itself, so that both are one text."""
+        """True where an answer goes on from the prompt itself, so that both are one text."""
 
     def __enter__(self) -> Speaker:
         return self

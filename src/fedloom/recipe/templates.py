@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 PIECES = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{([^{}]*)\}|[{}]")
-"""What is no plain text in a template."""
+"""Marks in a template, which are no plain text."""
 
 
 class Piece(NamedTuple):

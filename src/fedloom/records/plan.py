@@ -102,7 +102,7 @@ class Plan:
     files_left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of a folder's files that nobody meant as documents, by reason."""
     learns: str = ""
-    """What is learnt of the documents and what is lost on the way; an empty text where all of a plain text is."""
+    """Account of what is learnt of the documents and of what is lost; an empty text where all of a plain text is."""
     ways: tuple[str, ...] = ()
     """Settings of speed and memory that leave no other trace in the plan, in a few words each."""
     unused: tuple[str, ...] = ()

@@ -38,6 +38,9 @@ WHOLE = ("modules_to_save",)
 ROWS = ("trainable_token_indices",)
 """Options of PEFT's methods that train rows of the embedding."""
 
+EXAMPLES = {"models": '# models = ["OWNER/NAME"]', "chat_template": '# chat_template = "{{ messages }}"'}
+"""Lines of a policy's file for keys that have no value, which TOML has no word for."""
+
 LoraRule = Literal["factors", "ffa", "rolora", "svd", "fedex"]
 Window = Literal["truncate", "blocks"]
 
@@ -218,8 +221,7 @@ def describe_policy() -> str:
     for key, field in Policy.model_fields.items():
         assert field.description, f"{key} says nothing"
         told = f"{field.description[0].upper()}{field.description[1:]}."
-        # The only key without a value, which TOML has no word for.
-        value = '# models = ["OWNER/NAME"]' if field.default is None else f"{key} = {_toml(field.default)}"
+        value = EXAMPLES[key] if field.default is None else f"{key} = {_toml(field.default)}"
         lines += ["", *textwrap.wrap(told, 118, initial_indent="# ", subsequent_indent="# "), value]
     return "\n".join(lines) + "\n"
 
@@ -349,10 +351,9 @@ def mend_policy(keys: Iterable[str], file: Path | None) -> str:
 
 def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
     """Return a recipe with its owner's column or chat template, and their pin where it names no commit itself."""
-    model, own = recipe.model, {"text": policy.text} if recipe.data.is_plain else {}
-    if policy.chat_template is not None and recipe.data.is_chat:
-        own = {"chat_template": policy.chat_template}
-    data = recipe.data.model_copy(update=own)
+    key = "text" if recipe.data.is_plain else "chat_template"
+    own = {} if getattr(policy, key) is None else {key: getattr(policy, key)}
+    model, data = recipe.model, recipe.data.model_copy(update=own)
     commits = [pin["commit"] for pin in policy.pins(model.source) if pin["commit"]]
     if model.revision is None and commits:
         model = model.model_copy(update={"revision": commits[0]})
