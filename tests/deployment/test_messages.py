@@ -42,7 +42,7 @@ from fedloom.deployment.messages import (
 from fedloom.deployment.server.serving import check_deployable
 from fedloom.errors import MessageError, ModelError, RecipeError
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import Section
+from fedloom.recipe.section import Section
 from fedloom.training.jobs import ClientReport
 
 SERVER = LyingServer(lambda frame: frame, make_recipe())

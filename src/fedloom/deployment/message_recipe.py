@@ -28,16 +28,9 @@ from fedloom.deployment.message_kinds import (
     refused,
 )
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import (
-    FEDERATED_METHODS,
-    Adapter,
-    Data,
-    Evaluation,
-    Federation,
-    Model,
-    Section,
-    Training,
-)
+from fedloom.recipe.section import Section
+from fedloom.recipe.sections import FEDERATED_METHODS, Adapter, Data, Evaluation, Federation, Model
+from fedloom.recipe.training_section import Training
 
 ROUNDS, CLIENTS = 100_000, 100_000
 LAYER = Pattern("layer's name: up to 300 letters, digits, `.`, `_`, `-`", re.compile(r"[\w.-]{1,300}", re.ASCII))

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from fedloom.adapters.adapted_model import AdaptedModel
     from fedloom.data.documents import Documents
     from fedloom.data.tokens import TokenBlocks
-    from fedloom.recipe.sections import Federation, Section, Strategy
+    from fedloom.recipe.section import Section
+    from fedloom.recipe.sections import Federation, Strategy
 
 Found = Iterator[tuple[str, str]]
 """Keys without effect, and why; those that the recipe leaves out among them."""

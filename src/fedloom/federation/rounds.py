@@ -28,7 +28,8 @@ from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, Client
 from fedloom.training.objective import check_finite
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Federation, Training
+    from fedloom.recipe.sections import Federation
+    from fedloom.recipe.training_section import Training
 
 
 @dataclass(frozen=True)

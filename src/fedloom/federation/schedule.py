@@ -11,7 +11,8 @@ from fedloom.seeds import derive_seed
 from fedloom.training.objective import SCHEDULES
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import EarlyStop, Federation, Training
+    from fedloom.recipe.sections import EarlyStop, Federation
+    from fedloom.recipe.training_section import Training
 
 
 def sample_clients(clients: Sequence[int], section: Federation, *, seed: int, round: int) -> list[int]:

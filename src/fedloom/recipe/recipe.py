@@ -10,7 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from fedloom.errors import RecipeError
 from fedloom.hub import COMMIT
 from fedloom.recipe.methods import METHODS
-from fedloom.recipe.sections import Adapter, Data, Evaluation, Federation, Model, Section, Training
+from fedloom.recipe.section import Section
+from fedloom.recipe.sections import Adapter, Data, Evaluation, Federation, Model
+from fedloom.recipe.training_section import Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 """Strategies that step with momentum or a step size on the server, after the average."""

@@ -11,7 +11,8 @@ from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit
-    from fedloom.recipe.sections import Federation, Training
+    from fedloom.recipe.sections import Federation
+    from fedloom.recipe.training_section import Training
 
 
 SHOWN = 8

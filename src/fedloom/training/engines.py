@@ -21,7 +21,8 @@ from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Adapter, Model, Training
+    from fedloom.recipe.sections import Adapter, Model
+    from fedloom.recipe.training_section import Training
 
 EngineName = Literal["batched", "reference"]
 

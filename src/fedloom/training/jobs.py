@@ -20,7 +20,7 @@ from fedloom.seeds import derive_seed
 from fedloom.training.objective import check_finite, check_proximal, learning_rate, proximal_loss
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 OptimizerState = dict[str, Tensor]
 """A client's optimizer state by name, over the flat adapter."""

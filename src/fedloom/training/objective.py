@@ -21,7 +21,7 @@ from fedloom.data.tokens import IGNORED
 from fedloom.errors import TrainingError
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 
 def next_token_targets(labels_BT: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom.training.jobs import OptimizerState
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 
 class StackedAdamW:

@@ -22,7 +22,7 @@ from fedloom.training.objective import add_proximal_gradient, clip_gradient, hol
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 
 class StepInputs(NamedTuple):

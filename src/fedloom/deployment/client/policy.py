@@ -20,7 +20,8 @@ from fedloom.errors import RecipeError
 from fedloom.host.files import writing
 from fedloom.hub import COMMIT
 from fedloom.recipe.methods import METHODS, check_method
-from fedloom.recipe.sections import Names, Section
+from fedloom.recipe.section import Section
+from fedloom.recipe.sections import Names
 from fedloom.text import nearest
 
 if TYPE_CHECKING:

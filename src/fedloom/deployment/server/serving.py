@@ -34,7 +34,7 @@ from fedloom.model.devices import open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe, pin
-from fedloom.recipe.sections import Training
+from fedloom.recipe.training_section import Training
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
 
