@@ -96,6 +96,10 @@ def within(kind: Kind) -> Iterator[Any]:
         case Either(kinds):
             for one in kinds:
                 yield from within(one)
+        case Record(parts):
+            # Which of its keys may stand together, the section says.
+            yield {}
+            yield from ({parts[0].name: value} for value in within(parts[0].kind))
         case Option():
             yield from (True, None, 2**16, -(2**16), 0.5, "gaussian", [2**20] * 4096, {"q_proj": 8})
         case _:
@@ -137,6 +141,9 @@ def beyond(kind: Kind) -> Iterator[Any]:
         case Either(kinds):
             # Wrong for one of them may be right for another.
             yield from (bad for one in kinds for bad in beyond(one) if not any(takes(other, bad) for other in kinds))
+        case Record(parts):
+            yield from (None, 1, [], {"unknown": 1})
+            yield from ({part.name: bad} for part in parts for bad in beyond(part.kind))
         case Option():
             yield from (
                 2**16 + 1,
@@ -199,6 +206,28 @@ def test_a_field_is_taken_within_its_bounds_and_refused_beyond(message: str, nam
             read(changed(honest, name, value))
         assert name in str(refused.value)
         assert len(str(refused.value)) < 1500, "it quotes nothing of what came"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fits"),
+    [
+        ({"kind": "sgd", "momentum": 0.0}, True),
+        ({"kind": "adamw", "betas": [0.0, math.nextafter(1, 0)], "eps": 1.0}, True),
+        ({"kind": "adamw_8bit", "betas": [0.5, 0.5]}, True),
+        ({"kind": "adafactor"}, True),
+        ({"kind": "sgd", "eps": 1e-8}, False),
+        ({"kind": "adafactor", "momentum": 0.5}, False),
+    ],
+)
+def test_an_optimizers_table_travels_with_the_keys_of_its_kind(optimizer: dict[str, Any], fits: bool) -> None:
+    _, honest, read = READ["ask meet"]
+    if fits:
+        read(changed(honest, "recipe.training.optimizer", optimizer))
+        recipe = make_recipe(training={"optimizer": optimizer})
+        assert unpack_recipe(pack_recipe(recipe)).training == recipe.training
+    else:
+        with pytest.raises(MessageError, match="can't read"):
+            unpack_recipe(changed(SERVER.told, "training.optimizer", optimizer))
 
 
 @pytest.mark.parametrize(("message", "name", "field"), FIELDS)

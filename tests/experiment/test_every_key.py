@@ -158,13 +158,33 @@ CASES = [
     Case("training.cuda_graph", (LEFT_OUT, False), NOTE),
     Case("training.cuda_graph", (LEFT_OUT, True), NOTE, {"training.engine": "batched"}),
     Case("training.epochs", (1, 2), PLAN),
+    Case("training.max_steps", (LEFT_OUT, 1, 2), PLAN),
+    Case("training.max_steps", (1, 99), NOTE),
     Case("training.batch_size", (2, 3), PLAN),
+    Case("training.gradient_accumulation", (1, 2), PLAN),
+    Case("training.gradient_accumulation", (1, 4), RESULT),
+    Case("training.gradient_accumulation", (1, 2), NOTE, {"training.batch_size": 50}),
     Case("training.learning_rate", (1e-2, 1e-3), RESULT),
+    Case("training.learning_rate_end", (0.0, 1e-3, 2e-3), RESULT, {"training.schedule": "linear"}),
+    Case("training.learning_rate_end", (LEFT_OUT, 1e-3), NOTE),
+    Case("training.learning_rate_end", (1e-2, 2e-2), REFUSAL),
     Case("training.schedule", ("constant", "linear", "cosine"), RESULT),
-    Case("training.schedule_scope", ("round", "run"), RESULT,
-         {"training.schedule": "linear", "federation.rounds": 2}),
+    Case("training.schedule_scope", ("round", "run", "rounds"), RESULT,
+         {"training.schedule": "linear", "training.learning_rate_end": 1e-3, "federation.rounds": 2}),
+    Case("training.schedule_scope", ("round", "rounds"), REFUSAL, {"training.schedule": "linear"}),
+    Case("training.warmup", (0, 2, 0.9), RESULT),
+    Case("training.warmup", (2, 99), NOTE),
+    Case("training.warmup", (1, 1.5), REFUSAL),
+    Case("training.warmup", (LEFT_OUT, 1), REFUSAL,
+         {"training.schedule": "linear", "training.schedule_scope": "rounds", "training.learning_rate_end": 1e-3}),
     Case("training.schedule_scope", ("round", "run"), NOTE),
-    Case("training.optimizer", ("adamw", "sgd"), RESULT),
+    Case("training.optimizer", ("adamw", "sgd", "adafactor"), RESULT),
+    Case("training.optimizer", ("adamw", "adamw_8bit"), REFUSAL),
+    Case("training.optimizer.kind", ("adamw", "sgd", "adafactor"), RESULT),
+    Case("training.optimizer.kind", ("adamw", "adamw_8bit"), REFUSAL),
+    Case("training.optimizer.betas", (LEFT_OUT, [0.5, 0.999], [0.9, 0.5]), RESULT),
+    Case("training.optimizer.eps", (LEFT_OUT, 1e-3, 1.0), RESULT),
+    Case("training.optimizer.momentum", (LEFT_OUT, 0.5, 0.9), RESULT, {"training.optimizer": {"kind": "sgd"}}),
     Case("training.optimizer_state", ("reset", "keep"), RESULT, {"federation.rounds": 2}),
     Case("training.weight_decay", (0.0, 0.1), RESULT),
     Case("training.weight_decay", (0.0, 0.1), RESULT, {"training.optimizer": "sgd"}),
@@ -373,7 +393,10 @@ def keys_and_choices(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple
         if "properties" in about:
             yield from keys_and_choices(about, f"{prefix}{key}.")
         else:
-            kinds = [about, about.get("items", {}), *about.get("anyOf", [])]
+            kinds = [about, about.get("items", {}), *about.get("anyOf", []), *about.get("oneOf", [])]
+            for table in about.get("oneOf", []):
+                if "properties" in table:
+                    yield from keys_and_choices(table, f"{prefix}{key}.")
             choices = {
                 choice for kind in kinds for choice in [*kind.get("enum", []), *filter(None, [kind.get("const")])]
             }

@@ -30,7 +30,7 @@ from fedloom.deployment.message_kinds import (
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
 from fedloom.recipe.sections import FEDERATED_METHODS, Adapter, Data, Evaluation, Federation, Model
-from fedloom.recipe.training_section import Training
+from fedloom.recipe.training_section import OPTIMIZER_DEFAULTS, Optimizer, Training
 
 ROUNDS, CLIENTS = 100_000, 100_000
 LAYER = Pattern("layer's name: up to 300 letters, digits, `.`, `_`, `-`", re.compile(r"[\w.-]{1,300}", re.ASCII))
@@ -173,6 +173,12 @@ DATA = _told(
         "client_holdout": "min_holdout_documents",
     },
 )
+OPTIMIZER = Record(
+    _told(
+        Optimizer,
+        {"kind": None, "betas": Listing(Real(0, 1, below=True), 2, 2), "eps": 1.0, "momentum": None},
+    )
+)
 TRAINING = Record(
     _told(
         Training,
@@ -182,18 +188,27 @@ TRAINING = Record(
             "gradient_checkpointing": None,
             "cuda_graph": None,
             "epochs": 1000,
+            "max_steps": 10**6,
             "batch_size": 4096,
+            "gradient_accumulation": 4096,
             "learning_rate": 1e6,
+            "learning_rate_end": 1e6,
             "schedule": None,
             "schedule_scope": None,
-            "optimizer": None,
+            "warmup": 1e9,
+            "optimizer": Either((Word(tuple(OPTIMIZER_DEFAULTS)), OPTIMIZER)),
             "optimizer_state": Word(("reset",)),  # none travels
             "weight_decay": 1e6,
             "max_gradient_norm": 1e12,
             "proximal_mu": 1e6,
             "proximal_schedule": None,
         },
-        {"epochs": "max_epochs", "batch_size": "min_batch_size"},
+        {
+            "epochs": "max_epochs",
+            "max_steps": "min_documents",
+            "batch_size": "min_batch_size",
+            "gradient_accumulation": "min_batch_size",
+        },
     )
 )
 FEDERATION = _told(

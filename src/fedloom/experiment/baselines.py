@@ -88,7 +88,11 @@ def set_up_baselines(
         held = [ClientBlocks(blocks, TokenBlocks(nothing, none, none))]
         fleet = LocalFleet(held, train_clients, score, scored_clients=())
         aggregate = build_aggregate(federation)
-        run = FederatedRun(training, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
+        told = training
+        if client is None and training.max_steps:
+            steps = sum(training.steps_of(len(part)) for part in able.values())
+            told = training.model_copy(update={"max_steps": steps})
+        run = FederatedRun(told, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
         found.append(Baseline(client, run, fleet))
     return found
 

@@ -38,6 +38,7 @@ from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
 from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
+from fedloom.training.optimizers import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
         RecipeError, ModelError
     """
     check_quantization(recipe.model.quantization, source, device)
+    check_optimizer(recipe.training, device)
     dtype = dtype_of(recipe, device)
     choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
     shape = build_shape(recipe, source, dtype)

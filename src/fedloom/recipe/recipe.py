@@ -55,6 +55,36 @@ CLASHES = (
         'set it to "reset"',
     ),
     Clash(
+        lambda recipe: (
+            recipe.training.optimizer_table.kind == "adamw_8bit" and recipe.training.optimizer_state == "keep"
+        ),
+        "training.optimizer_state",
+        "bitsandbytes keeps the state of adamw_8bit on the GPU, where it would fill with those of clients that wait",
+        'set it to "reset"',
+    ),
+    Clash(
+        lambda recipe: recipe.training.learning_rate_end > recipe.training.learning_rate,
+        "training.learning_rate_end",
+        "it is above training.learning_rate, the peak of the learning rate",
+        "lower it",
+    ),
+    Clash(
+        lambda recipe: recipe.training.schedule_scope == "rounds" and recipe.training.warmup > 0,
+        "training.warmup",
+        'with schedule_scope = "rounds" the rate is the same in all steps of a round',
+        "leave it out, or choose another schedule_scope",
+    ),
+    Clash(
+        lambda recipe: (
+            recipe.training.schedule_scope == "rounds"
+            and recipe.training.schedule != "constant"
+            and not recipe.training.learning_rate_end
+        ),
+        "training.learning_rate_end",
+        'with schedule_scope = "rounds" it is the rate of the whole last round, which would train with 0',
+        "set it above 0",
+    ),
+    Clash(
         lambda recipe: recipe.federation.client_ranks is not None and recipe.federation.lora_rule != "svd",
         "federation.client_ranks",
         "factors of different ranks can't be averaged directly",

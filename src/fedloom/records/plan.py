@@ -44,7 +44,7 @@ class ClientPlan:
         holdout_tokens: int,
     ) -> ClientPlan:
         """Return the plan of a client that holds so much."""
-        steps = training.epochs * -(-blocks // training.batch_size)
+        steps = training.steps_of(blocks)
         return cls(train_documents, holdout_documents, blocks, tokens, holdout_tokens, steps)
 
 
@@ -110,6 +110,8 @@ class Plan:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Each client's share of the weight in a round of all, by name; where sizes are told, or `federation.max_share` is
     set."""
+    whole_steps: tuple[int, ...] = ()
+    """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -125,12 +127,15 @@ class Plan:
         **facts: Any,
     ) -> Plan:
         """Return the plan of a run with these clients, wherever they are; `facts` are its other fields."""
+        without_limit = training.model_copy(update={"max_steps": None})
+        whole_steps = tuple(without_limit.steps_of(client.blocks) for client in clients)
         return cls(
             name=name,
             clients=tuple(clients),
             judged_tokens=sum(clients[client].holdout_tokens for client in scored_clients),
             rounds=federation.rounds,
             epochs=training.epochs,
+            whole_steps=whole_steps if training.max_steps else (),
             proximal_mu=training.proximal_mu,
             **facts,
         )
@@ -147,7 +152,12 @@ class Plan:
 
     @property
     def train_tokens_per_round(self) -> int:
-        return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+        """Tokens of all clients that take part, on average where they take part of their rows."""
+        if not self.whole_steps:
+            return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+        parts = [client.steps / max(1, whole) for client, whole in zip(self.clients, self.whole_steps, strict=True)]
+        tokens = sum(client.tokens * part for client, part in zip(self.clients, parts, strict=True))
+        return round(tokens * self.epochs * self._share)
 
     @property
     def tokens(self) -> dict[Phase, int]:
@@ -199,7 +209,7 @@ class Plan:
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
-            *("slow_attention", "shares", "capped"),
+            *("slow_attention", "shares", "capped", "whole_steps"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

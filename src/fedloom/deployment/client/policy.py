@@ -286,10 +286,12 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("windows", f'does not allow the window "{data.window}"')
     if data.documents_per_client is not None and data.documents_per_client < policy.min_documents:
         yield Refusal("min_documents", _too_few("documents", policy.min_documents, data.documents_per_client))
-    if recipe.training.batch_size < policy.min_batch_size:
-        yield Refusal(
-            "min_batch_size", f"allows no steps of {recipe.training.batch_size}, {policy.min_batch_size} at least"
-        )
+    size, steps = recipe.training.step_size, recipe.training.max_steps
+    if size < policy.min_batch_size:
+        yield Refusal("min_batch_size", f"allows no steps of {size}, {policy.min_batch_size} at least")
+    # An update of a few steps is one of their rows alone, however many documents there are.
+    if steps is not None and steps * size < policy.min_documents:
+        yield Refusal("min_documents", _too_few("rows in a round", policy.min_documents, steps * size))
     if epochs > policy.max_epochs:
         yield Refusal("max_epochs", f"allows {policy.max_epochs} epochs a round, not {epochs}")
     if rounds > policy.max_rounds:
