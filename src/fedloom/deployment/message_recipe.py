@@ -234,8 +234,8 @@ NEVER_TOLD = {
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (
         *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),
-        *("max_share", "max_change", "max_client_blocks"),
+        *("max_share", "max_change", "max_client_blocks", "keep_every", "max_bytes"),
     ),
-    "evaluation": ("clients",),
+    "evaluation": ("clients", "every"),
 }
 """Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""

@@ -47,6 +47,7 @@ class Baseline:
         if isinstance(result, TrainingError):
             self.error = str(result)
         else:
+            assert result.judged_loss is not None, "a baseline is evaluated after every round"
             self.losses.append(result.judged_loss)
             self.tokens += sum(report.tokens for report in result.reports)
 

@@ -24,7 +24,7 @@ from fedloom.experiment.building import build_shape, dtype_of, open_source, toke
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule
-from fedloom.federation.schedule import cohort_size
+from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import open_device
@@ -274,6 +274,7 @@ def make_plan(
         shared_blocks=material.shared_blocks,
         duplicates=recipe.data.duplicates,
         ways=name_ways(recipe, setup),
+        evaluated_rounds=count_evaluated(recipe.federation.rounds, recipe.evaluation.every),
     )
 
 

@@ -142,6 +142,10 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         )
     if section.early_stop and section.early_stop.patience >= section.rounds:
         yield "federation.early_stop", f"the run is over after {count(section.rounds, 'round')}, before its patience is"
+    if (section.keep_every or 0) > section.rounds:
+        yield "federation.keep_every", f"the run is over after {count(section.rounds, 'round')}"
+    if (section.max_bytes or 0) >= section.rounds * plan.bytes_per_round:
+        yield "federation.max_bytes", f"all rounds take {section.rounds * plan.bytes_per_round:,}"
     patterns = "rank_pattern" in recipe.adapter.options
     if set(section.client_ranks or ()) == {recipe.adapter.rank} and not patterns:
         yield "federation.client_ranks", "each of them is adapter.rank"
@@ -194,6 +198,10 @@ def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks],
              for client in plan.clients]  # fmt: skip
     if recipe.training.warmup >= max(1, *spans):
         yield "training.warmup", "keeps the learning rate below its peak throughout: no client takes as many steps"
+    most, whole = recipe.federation.max_bytes or 0, recipe.federation.rounds * plan.bytes_per_round
+    if most < whole:
+        rounds = f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"
+        yield "federation.max_bytes", f"ends the run after {rounds}, or a few more where clients do not answer"
     if recipe.adapter.method == "psoft":
         why = "PEFT divides the factors by it before it multiplies them by it"
         yield "adapter.alpha", f"only moves results by rounding: {why}"

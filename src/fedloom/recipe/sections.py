@@ -320,6 +320,15 @@ class Federation(Section):
     )
     strategy: Strategy = Field(default_factory=Strategy, description="rule that makes the next adapter of the updates")
     early_stop: EarlyStop | None = Field(None, description="end before the last round; never if left out")
+    keep_every: int | None = Field(
+        None, ge=1, description="keep the adapter of every N-th round, in `adapters/round-N`; none if left out"
+    )
+    max_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="most bytes of adapters both ways, as the records count them: a run ends before the round that"
+        " would exceed it; no limit if left out",
+    )
 
 
 class Evaluation(Section):
@@ -328,6 +337,12 @@ class Evaluation(Section):
     batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
     clients: int | None = Field(
         None, ge=1, description="clients whose own hold-outs are scored, the same in every round; all if left out"
+    )
+    every: int = Field(
+        1,
+        ge=1,
+        description="evaluate the adapter after every N-th round, and after the last: the best adapter is chosen among"
+        " those, and a run stops early after one of them; baselines are evaluated after each round",
     )
 
 

@@ -110,6 +110,10 @@ class Plan:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Each client's share of the weight in a round of all, by name; where sizes are told, or `federation.max_share` is
     set."""
+    evaluated_rounds: int = 0
+    """Rounds after which the adapter is evaluated, where that is not every one."""
+    kept_adapters: int = 0
+    """Adapters of rounds that are kept beside the best and the last."""
     whole_steps: tuple[int, ...] = ()
     """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
     capped: Mapping[str, float] = field(default_factory=dict)
@@ -135,6 +139,7 @@ class Plan:
             judged_tokens=sum(clients[client].holdout_tokens for client in scored_clients),
             rounds=federation.rounds,
             epochs=training.epochs,
+            kept_adapters=federation.rounds // federation.keep_every if federation.keep_every else 0,
             whole_steps=whole_steps if training.max_steps else (),
             proximal_mu=training.proximal_mu,
             **facts,
@@ -167,8 +172,10 @@ class Plan:
     @property
     def evaluate_tokens(self) -> int:
         """Tokens evaluated: round 0 and every round, and each trained client once more on its own hold-out."""
-        every_round = (self.rounds + 1) * (self.central_tokens + self.judged_tokens)
-        return round(every_round + self.rounds * self.judged_tokens * self._share)
+        rounds = self.evaluated_rounds or self.rounds
+        every_round = (rounds + 1) * (self.central_tokens + self.judged_tokens)
+        # A client's own adapter is scored where the one that it began with was, round 0's among them.
+        return round(every_round + rounds * self.judged_tokens * self._share)
 
     @property
     def bytes_per_round(self) -> int:
@@ -210,6 +217,7 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "shares", "capped", "whole_steps"),
+            *("evaluated_rounds", "kept_adapters"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

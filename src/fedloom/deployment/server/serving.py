@@ -27,7 +27,7 @@ from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.experiment.weighing import plan_shares
-from fedloom.federation.schedule import cohort_size
+from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import open_device
@@ -162,6 +162,7 @@ class RemoteClients:
             recipe.name,
             recipe.training,
             recipe.federation,
+            evaluated_rounds=count_evaluated(recipe.federation.rounds, recipe.evaluation.every),
             model=source.name,
             model_revision=source.revision,
             model_weights=weights,
