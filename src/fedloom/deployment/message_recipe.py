@@ -29,7 +29,7 @@ from fedloom.deployment.message_kinds import (
 )
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
-from fedloom.recipe.sections import FEDERATED_METHODS, Adapter, Data, Evaluation, Federation, Model
+from fedloom.recipe.sections import FEDERATED_METHODS, Adapter, Data, Evaluation, Federation, Model, QuantizationOptions
 from fedloom.recipe.training_section import OPTIMIZER_DEFAULTS, Optimizer, Training
 
 ROUNDS, CLIENTS = 100_000, 100_000
@@ -127,6 +127,9 @@ MODEL = _told(
         "weights_revision": REVISION,
         "dtype": Word(("auto", "float32", "bfloat16")),  # what travels is float32
         "quantization": None,
+        "quantization_options": Record(
+            _told(QuantizationOptions, {"type": None, "compute_dtype": None, "double": None})
+        ),
         "device": DEVICE,
     },
     {"source": "models"},

@@ -281,8 +281,10 @@ def make_plan(
 def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     """Name the settings of speed and memory that a plan shows nowhere else."""
     graphs = setup.engine == "batched" and setup.device.type == "cuda" and not recipe.training.gradient_checkpointing
+    options = recipe.model.quantization_options
+    packed = f" ({options.type}, {options.compute_dtype}{', double' * options.double})" if options else ""
     ways = {
-        f"{recipe.model.quantization} weights": recipe.model.quantization is not None,
+        f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }

@@ -103,6 +103,12 @@ CLASHES = (
         "raise adapter.rank to the highest of them",
     ),
     Clash(
+        lambda recipe: recipe.model.quantization_options is not None and recipe.model.quantization != "4bit",
+        "model.quantization_options",
+        "they are options of weights of 4 bits",
+        'set model.quantization = "4bit", or leave them out',
+    ),
+    Clash(
         lambda recipe: bool(recipe.model.quantization) and METHODS[recipe.adapter.method].float32_base,
         "model.quantization",
         "this adapter.method trains weights in the base model's dtype, and quantized weights can't be trained",

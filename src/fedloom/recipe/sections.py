@@ -35,6 +35,16 @@ def _to_ranks(value: object) -> object:
     return tuple(value)
 
 
+class QuantizationOptions(Section):
+    """Weights of 4 bits, as bitsandbytes packs them and computes with them."""
+
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit numbers: NF4 of QLoRA, or floats")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="type that the weights are unpacked to and computed in"
+    )
+    double: bool = Field(True, description="scales packed as well")
+
+
 class Model(Section):
     """The frozen base model."""
 
@@ -61,6 +71,9 @@ class Model(Section):
         None,
         description="packing of the frozen weights: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as in"
         " a `.gguf` file; none if left out",
+    )
+    quantization_options: QuantizationOptions | None = Field(
+        None, description="how `4bit` packs and computes; with their defaults if left out"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 
