@@ -245,7 +245,7 @@ CASES = [
     Case("federation.keep_every", (LEFT_OUT, 1, 2), PLAN, {"federation.rounds": 2}),
     Case("federation.keep_every", (LEFT_OUT, 1, 2), RESULT, {"federation.rounds": 2}),
     Case("federation.keep_every", (LEFT_OUT, 9), NOTE),
-    Case("federation.max_bytes", (LEFT_OUT, 1, 20_000), RESULT, {"federation.rounds": 3}),
+    Case("federation.max_bytes", (LEFT_OUT, 13_000, 25_000), RESULT, {"federation.rounds": 3}),
     Case("federation.max_bytes", (LEFT_OUT, 10**9), NOTE),
     Case("federation.max_bytes", (LEFT_OUT, 1), NOTE),
     Case("evaluation.every", (1, 2, 3), PLAN, {"federation.rounds": 4}),

@@ -61,8 +61,9 @@ class Policy(Section):
     min_documents: int = Field(
         5,
         ge=1,
-        description="the fewest documents to train on: an adapter of one or two can give their words away, and health"
-        " statistics, too, show no figure of fewer than five",
+        description="the fewest documents to train on, and the fewest rows of a round that training.max_steps cuts"
+        " short: an adapter of one or two can give their words away, and health statistics, too, show no figure of"
+        " fewer than five",
     )
     min_tokens: int = Field(
         80, ge=1, description="the fewest tokens to train on: five documents of the shortest length that is allowed"
@@ -105,7 +106,9 @@ class Policy(Section):
         False, description="whether an adapter may change the embedding: the rows that change are the words that occur"
     )
     min_batch_size: int = Field(
-        2, ge=1, description="the fewest documents of a step: the loss of a first and last step is told"
+        2,
+        ge=1,
+        description="the fewest documents of a step, in all its micro-batches: the loss of a first and last is told",
     )
     max_epochs: int = Field(20, ge=1, description="the most passes over the documents in a round")
     max_rounds: int = Field(

@@ -125,6 +125,8 @@ def judge_recipe(policy: Policy, recipe: Recipe) -> Iterator[Finding]:
         yield Finding("recipe", f"the policy {why}", f"change policy.{key}, or ask the server's owner")
     if not refused:
         rounds, epochs = count(recipe.federation.rounds, "round"), count(recipe.training.epochs, "epoch")
+        if recipe.training.max_steps:
+            epochs += f", {count(recipe.training.max_steps, 'step')} at most"
         loss = "told" if policy.tell_holdout_loss else "kept"
         yield Finding(
             "recipe", f"the policy allows it: {recipe.model.source}, {rounds} of {epochs}; hold-out loss {loss}"
