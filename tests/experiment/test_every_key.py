@@ -248,7 +248,7 @@ CASES = [
     Case("federation.max_bytes", (LEFT_OUT, 13_000, 25_000), RESULT, {"federation.rounds": 3}),
     Case("federation.max_bytes", (LEFT_OUT, 10**9), NOTE),
     Case("federation.max_bytes", (LEFT_OUT, 1), NOTE),
-    Case("evaluation.every", (1, 2, 3), PLAN, {"federation.rounds": 4}),
+    Case("evaluation.every", (1, 2, 3), PLAN, {"federation.rounds": 5}),
     Case("evaluation.every", (1, 2, 3), RESULT, {"federation.rounds": 4}),
     Case("evaluation.batch_size", (8, 2), RESULT),
     Case("evaluation.clients", (1, 2), PLAN, UNEQUAL),

@@ -186,6 +186,16 @@ def test_a_mean_of_means_would_be_caught(build: Any, monkeypatch: pytest.MonkeyP
     assert (wrong - whole).norm() > 1e-3 * (whole - start.weights_P).norm()
 
 
+def test_micro_batches_of_fixed_shapes_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a GPU has them. Clients of few rows wait while another has its last micro-batches.
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
+    told = {"batch_size": 2, "gradient_accumulation": 4, "clients_at_once": 3}
+    theirs = train(ReferenceEngine, adapted, start, jobs, **told)
+    assert_agree(train(BatchedEngine, adapted, start, jobs, **told), theirs, start, "float64")
+
+
 @pytest.mark.parametrize("beside", [[0, 1, 2], [2, 0, 1]])
 def test_with_accumulation_and_dropout_a_client_is_the_same_alone_and_beside_others(beside: list[int]) -> None:
     adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
