@@ -145,7 +145,7 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     if (section.keep_every or 0) > section.rounds:
         yield "federation.keep_every", f"the run is over after {count(section.rounds, 'round')}"
     if (section.max_bytes or 0) >= section.rounds * plan.bytes_per_round:
-        yield "federation.max_bytes", f"all rounds take {section.rounds * plan.bytes_per_round:,}"
+        yield "federation.max_bytes", f"all rounds take {section.rounds * plan.bytes_per_round:,} bytes"
     patterns = "rank_pattern" in recipe.adapter.options
     if set(section.client_ranks or ()) == {recipe.adapter.rank} and not patterns:
         yield "federation.client_ranks", "each of them is adapter.rank"
