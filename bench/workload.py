@@ -12,7 +12,7 @@ from fedloom.model.devices import choose_dtype, open_device
 from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.sections import Adapter as AdapterSection
-from fedloom.recipe.sections import Training
+from fedloom.recipe.training_section import Training
 from fedloom.training.jobs import ClientJob
 from fedloom.training.memory import StepMemory, predict_step
 

@@ -53,13 +53,9 @@ LIGHT_ROOMS = (
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
-    *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.journal"),
-    *(
-        "deployment.client.account",
-        "deployment.client.reading",
-        "deployment.client.rehearsal",
-        "deployment.client.own_documents",
-    ),
+    *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.refusals"),
+    *("deployment.client.journal", "deployment.client.account"),
+    *("deployment.client.reading", "deployment.client.rehearsal", "deployment.client.own_documents"),
 )
 """What answers at once: rooms, and modules of other rooms, that import no torch."""
 
@@ -67,7 +63,7 @@ TAKES_A_RECIPE = {
     "records.card": "the card prints it",
     "handover.export": "it builds the run's model again",
     "deployment.messages": "the recipe is what travels",
-    "deployment.client.policy": "the recipe is what is checked",
+    "deployment.client.refusals": "the recipe is what is checked",
     "deployment.client.account": "the recipe is what is allowed",
     "deployment.client.rehearsal": "the recipe is what would be checked",
     "deployment.client.client_model": "it wires a client's part of a run",

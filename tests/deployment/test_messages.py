@@ -11,7 +11,8 @@ import pytest
 from support.liars import LyingServer, facts_of, honest_answer
 from support.tiny import make_recipe
 
-from fedloom.deployment.client.policy import Policy, check_policy
+from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS
 from fedloom.deployment.message_kinds import (
@@ -41,7 +42,7 @@ from fedloom.deployment.messages import (
 from fedloom.deployment.server.serving import check_deployable
 from fedloom.errors import MessageError, PolicyError, RecipeError
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import Section
+from fedloom.recipe.section import Section
 from fedloom.training.jobs import ClientReport
 
 SERVER = LyingServer(lambda frame: frame, make_recipe())
@@ -95,6 +96,10 @@ def within(kind: Kind) -> Iterator[Any]:
         case Either(kinds):
             for one in kinds:
                 yield from within(one)
+        case Record(parts):
+            # Which of its keys may stand together, the section says.
+            yield {}
+            yield from ({parts[0].name: value} for value in within(parts[0].kind))
         case Option():
             yield from (True, None, 2**16, -(2**16), 0.5, "gaussian", [2**20] * 4096, {"q_proj": 8})
         case _:
@@ -137,6 +142,9 @@ def beyond(kind: Kind) -> Iterator[Any]:
         case Either(kinds):
             # Wrong for one of them may be right for another.
             yield from (bad for one in kinds for bad in beyond(one) if not any(takes(other, bad) for other in kinds))
+        case Record(parts):
+            yield from (None, 1, [], {"unknown": 1})
+            yield from ({part.name: bad} for part in parts for bad in beyond(part.kind))
         case Option():
             yield from (
                 2**16 + 1,
@@ -201,6 +209,28 @@ def test_a_field_is_taken_within_its_bounds_and_refused_beyond(message: str, nam
         assert len(str(refused.value)) < 1500, "it quotes nothing of what came"
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "fits"),
+    [
+        ({"kind": "sgd", "momentum": 0.0}, True),
+        ({"kind": "adamw", "betas": [0.0, math.nextafter(1, 0)], "eps": 1.0}, True),
+        ({"kind": "adamw_8bit", "betas": [0.5, 0.5]}, True),
+        ({"kind": "adafactor"}, True),
+        ({"kind": "sgd", "eps": 1e-8}, False),
+        ({"kind": "adafactor", "momentum": 0.5}, False),
+    ],
+)
+def test_an_optimizers_table_travels_with_the_keys_of_its_kind(optimizer: dict[str, Any], fits: bool) -> None:
+    _, honest, read = READ["ask meet"]
+    if fits:
+        read(changed(honest, "recipe.training.optimizer", optimizer))
+        recipe = make_recipe(training={"optimizer": optimizer})
+        assert unpack_recipe(pack_recipe(recipe)).training == recipe.training
+    else:
+        with pytest.raises(MessageError, match="can't read"):
+            unpack_recipe(changed(SERVER.told, "training.optimizer", optimizer))
+
+
 @pytest.mark.parametrize(("message", "name", "field"), FIELDS)
 def test_a_field_may_be_missing_only_where_the_table_says_so(message: str, name: str, field: Field) -> None:
     _, honest, read = READ[message]
@@ -263,9 +293,9 @@ def test_the_table_has_every_field_of_what_is_made_of_it_and_every_key_of_the_re
     assert {one.name for one in report.fields} == {one.name for one in fields(ClientReport)}
     told = {"": [name for name, _ in RECIPE.walk() if "." not in name]}
     for name, _ in RECIPE.walk():
-        section, _, key = name.rpartition(".")
-        if section:
-            told.setdefault(section, []).append(key)
+        section, *below = name.split(".")
+        if below:
+            told.setdefault(section, []).append(below[0])
     for section in ("", "model", "adapter", "data", "training", "federation", "evaluation"):
         kind = Recipe.model_fields[section].annotation if section else Recipe
         assert isinstance(kind, type)

@@ -54,6 +54,26 @@ def test_the_whole_of_tiny_over_flower_and_tls_makes_the_adapter_of_a_local_run(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path) -> None:
+    """Where a client walks on through its rows, and at which rate, the round alone says."""
+    recipe = tiny(
+        "data.clients=2", "federation.rounds=3", "evaluation.every=2", "federation.keep_every=2",
+        "training.max_steps=3", "training.epochs=4", "training.batch_size=1", "training.gradient_accumulation=2",
+        "training.optimizer={kind='sgd',momentum=0.5}",
+        "training.schedule=cosine", "training.schedule_scope=rounds", "training.learning_rate_end=1e-5",
+    )  # fmt: skip
+    (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
+    with federation(tmp_path, secure=True) as there:
+        for client, data in enumerate(split(recipe, tmp_path / "split")):
+            there.join(f"client-{client}", data)
+        served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
+    check_parity(served, run_here(recipe, tmp_path / "local"), clients=2, rounds=3)
+    assert all(record["steps"] == 3 for record in served.clients)
+    assert (there.out / "adapters" / "round-2" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_batched_engine_makes_the_same_over_flower_within_rounding(
     tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:

@@ -126,6 +126,9 @@ CASES = [
     Case("model.device", ("cpu", "cuda:7"), REFUSAL),
     Case("model.quantization", (LEFT_OUT, "4bit", "8bit"), REFUSAL),
     Case("model.quantization", (LEFT_OUT, "packed"), PLAN, {"model.source": "tiny.gguf"}),
+    *(Case("model.quantization_options", (LEFT_OUT, options), REFUSAL)
+      for options in ({"type": "nf4"}, {"type": "fp4"}, {"double": True}, {"double": False},
+                      *({"compute_dtype": name} for name in ("bfloat16", "float16", "float32")))),
     Case("adapter.rank", (1, 2), PLAN),
     Case("adapter.alpha", (4, 8), RESULT),
     Case("adapter.alpha", (LEFT_OUT, 8.0), NOTE, {"adapter": {"method": "psoft", "rank": 4}}),
@@ -181,13 +184,33 @@ CASES = [
     Case("training.cuda_graph", (LEFT_OUT, False), NOTE),
     Case("training.cuda_graph", (LEFT_OUT, True), NOTE, {"training.engine": "batched"}),
     Case("training.epochs", (1, 2), PLAN),
+    Case("training.max_steps", (LEFT_OUT, 1, 2), PLAN),
+    Case("training.max_steps", (1, 99), NOTE),
     Case("training.batch_size", (2, 3), PLAN),
+    Case("training.gradient_accumulation", (1, 2), PLAN),
+    Case("training.gradient_accumulation", (1, 4), RESULT),
+    Case("training.gradient_accumulation", (1, 2), NOTE, {"training.batch_size": 50}),
     Case("training.learning_rate", (1e-2, 1e-3), RESULT),
+    Case("training.learning_rate_end", (0.0, 1e-3, 2e-3), RESULT, {"training.schedule": "linear"}),
+    Case("training.learning_rate_end", (LEFT_OUT, 1e-3), NOTE),
+    Case("training.learning_rate_end", (1e-2, 2e-2), REFUSAL),
     Case("training.schedule", ("constant", "linear", "cosine"), RESULT),
-    Case("training.schedule_scope", ("round", "run"), RESULT,
-         {"training.schedule": "linear", "federation.rounds": 2}),
+    Case("training.schedule_scope", ("round", "run", "rounds"), RESULT,
+         {"training.schedule": "linear", "training.learning_rate_end": 1e-3, "federation.rounds": 2}),
+    Case("training.schedule_scope", ("round", "rounds"), REFUSAL, {"training.schedule": "linear"}),
+    Case("training.warmup", (0, 2, 0.9), RESULT),
+    Case("training.warmup", (2, 99), NOTE),
+    Case("training.warmup", (1, 1.5), REFUSAL),
+    Case("training.warmup", (LEFT_OUT, 1), REFUSAL,
+         {"training.schedule": "linear", "training.schedule_scope": "rounds", "training.learning_rate_end": 1e-3}),
     Case("training.schedule_scope", ("round", "run"), NOTE),
-    Case("training.optimizer", ("adamw", "sgd"), RESULT),
+    Case("training.optimizer", ("adamw", "sgd", "adafactor"), RESULT),
+    Case("training.optimizer", ("adamw", "adamw_8bit"), REFUSAL),
+    Case("training.optimizer.kind", ("adamw", "sgd", "adafactor"), RESULT),
+    Case("training.optimizer.kind", ("adamw", "adamw_8bit"), REFUSAL),
+    Case("training.optimizer.betas", (LEFT_OUT, [0.5, 0.999], [0.9, 0.5]), RESULT),
+    Case("training.optimizer.eps", (LEFT_OUT, 1e-3, 1.0), RESULT),
+    Case("training.optimizer.momentum", (LEFT_OUT, 0.5, 0.9), RESULT, {"training.optimizer": {"kind": "sgd"}}),
     Case("training.optimizer_state", ("reset", "keep"), RESULT, {"federation.rounds": 2}),
     Case("training.weight_decay", (0.0, 0.1), RESULT),
     Case("training.weight_decay", (0.0, 0.1), RESULT, {"training.optimizer": "sgd"}),
@@ -242,6 +265,14 @@ CASES = [
          {"federation.rounds": 3, "federation.early_stop": {"min_delta": 9.0}}),
     Case("federation.early_stop.min_delta", (0.0, 9.0), RESULT,
          {"federation.rounds": 2, "federation.early_stop": {"patience": 1}}),
+    Case("federation.keep_every", (LEFT_OUT, 1, 2), PLAN, {"federation.rounds": 2}),
+    Case("federation.keep_every", (LEFT_OUT, 1, 2), RESULT, {"federation.rounds": 2}),
+    Case("federation.keep_every", (LEFT_OUT, 9), NOTE),
+    Case("federation.max_bytes", (LEFT_OUT, 13_000, 25_000), RESULT, {"federation.rounds": 3}),
+    Case("federation.max_bytes", (LEFT_OUT, 10**9), NOTE),
+    Case("federation.max_bytes", (LEFT_OUT, 1), NOTE),
+    Case("evaluation.every", (1, 2, 3), PLAN, {"federation.rounds": 5}),
+    Case("evaluation.every", (1, 2, 3), RESULT, {"federation.rounds": 4}),
     Case("evaluation.batch_size", (8, 2), RESULT),
     Case("evaluation.clients", (1, 2), PLAN, UNEQUAL),
     Case("evaluation.clients", (LEFT_OUT, 3), NOTE),
@@ -404,7 +435,10 @@ def keys_and_choices(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple
         if "properties" in about:
             yield from keys_and_choices(about, f"{prefix}{key}.")
         else:
-            kinds = [about, about.get("items", {}), *about.get("anyOf", [])]
+            kinds = [about, about.get("items", {}), *about.get("anyOf", []), *about.get("oneOf", [])]
+            for table in about.get("oneOf", []):
+                if "properties" in table:
+                    yield from keys_and_choices(table, f"{prefix}{key}.")
             choices = {
                 choice for kind in kinds for choice in [*kind.get("enum", []), *filter(None, [kind.get("const")])]
             }

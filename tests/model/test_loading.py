@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from support.tiny import write_tiny_gguf
 
@@ -13,6 +14,7 @@ from fedloom.errors import ModelError
 from fedloom.model.devices import choose_dtype
 from fedloom.model.loading import build_meta_model, check_quantization, load_model, quantized
 from fedloom.model.source import SHAPES, byte_tokenizer, open_model, unpack_gguf
+from fedloom.recipe.sections import QuantizationOptions
 
 CPU = torch.device("cpu")
 
@@ -217,6 +219,16 @@ def test_what_transformers_is_told_of_packed_weights(quantization: str | None, e
     assert {key: getattr(told["quantization_config"], key) for key in expected} == expected
     if quantization:
         assert told["device_map"] == {"": gpu}
+
+
+def test_options_of_four_bits_are_told_and_flowertunes_are_bitsandbytes_own() -> None:
+    gpu = torch.device("cuda:0")
+    plain = {"type": "fp4", "compute_dtype": "float32", "double": False}
+    told = quantized("4bit", gpu, QuantizationOptions(**plain))["quantization_config"]
+    assert told.to_dict() == transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()
+    usual = quantized("4bit", gpu)["quantization_config"]
+    assert quantized("4bit", gpu, QuantizationOptions())["quantization_config"].to_dict() == usual.to_dict()
+    assert told.to_dict() != usual.to_dict()
 
 
 def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

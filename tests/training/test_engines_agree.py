@@ -29,9 +29,10 @@ from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
-from fedloom.training import batched
+from fedloom.training import batched, reference
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
+from fedloom.training.objective import count_targets
 from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
@@ -116,6 +117,19 @@ def test_every_clients_adapter_is_the_references(shape: str, dtype: str) -> None
         {"proximal_mu": 5.0, "max_gradient_norm": 0.05},
         {"batch_size": 3, "epochs": 1},
         {"batch_size": 64},
+        {"optimizer": {"kind": "adamw", "betas": [0.8, 0.9], "eps": 1e-3}},
+        {"optimizer": {"kind": "sgd", "momentum": 0.9}, "learning_rate": 0.1},
+        {"optimizer": {"kind": "sgd", "momentum": 0.5}, "learning_rate": 0.1, "weight_decay": 0.1},
+        {"optimizer": "adafactor"},
+        {"optimizer": {"kind": "adafactor"}, "weight_decay": 0.3, "max_gradient_norm": 0.05},
+        {"warmup": 2, "schedule": "cosine", "learning_rate_end": 1e-3},
+        {"warmup": 0.5, "schedule": "linear", "schedule_scope": "run"},
+        {"schedule": "linear", "schedule_scope": "rounds", "learning_rate_end": 1e-3},
+        {"max_steps": 3},
+        {"max_steps": 2, "batch_size": 3, "gradient_accumulation": 2},
+        {"gradient_accumulation": 2},
+        {"gradient_accumulation": 3, "max_gradient_norm": 0.05},
+        {"gradient_accumulation": 64, "batch_size": 3, "proximal_mu": 5.0},
     ],
     ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -124,6 +138,86 @@ def test_every_objective_and_optimizer_agrees(changes: dict[str, Any]) -> None:
     start, jobs = start_from(adapted), make_jobs()
     theirs = train(ReferenceEngine, adapted, start, jobs, **changes)
     assert_agree(train(BatchedEngine, adapted, start, jobs, **changes), theirs, start, "float64")
+
+
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
+@pytest.mark.parametrize(("size", "parts"), [(2, 3), (1, 6), (4, 2)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_micro_batches_are_one_batch(shape: str, build: Any, size: int, parts: int, dtype: str) -> None:
+    # Blocks of mixed lengths: a mean of the micro-batches' means would be another gradient.
+    adapted = make_adapted(shape, dtype)
+    switch_off_dropout(adapted)
+    start, jobs = start_from(adapted), make_jobs((8, 5, 13))
+    assert jobs[2].blocks.lengths_N.unique().numel() > 3
+    settings = {"optimizer": "sgd", "learning_rate": 0.1, "max_gradient_norm": 0.5}
+    whole = train(build, adapted, start, jobs, batch_size=size * parts, **settings)
+    split = train(build, adapted, start, jobs, batch_size=size, gradient_accumulation=parts, **settings)
+    of_update = {"float64": 1e-12, "float32": 1e-6}[dtype]
+    for client, expected in whole.items():
+        found = split[client]
+        moved = (expected.adapter.weights_P - start.weights_P).norm()
+        distance = (found.adapter.weights_P - expected.adapter.weights_P).norm()
+        assert distance < 10 * of_update * moved if dtype == "float32" else distance < of_update * moved
+        assert found.report.loss_last == pytest.approx(expected.report.loss_last, rel=1e-6)
+        assert (found.report.steps, found.report.tokens) == (expected.report.steps, expected.report.tokens)
+
+
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
+def test_a_mean_of_means_would_be_caught(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((12,))
+    settings = {"optimizer": "sgd", "learning_rate": 0.1, "epochs": 1}
+    whole = train(build, adapted, start, jobs, batch_size=4, **settings)[0].adapter.weights_P
+    split = {"batch_size": 2, "gradient_accumulation": 2, **settings}
+    right = train(build, adapted, start, jobs, **split)[0].adapter.weights_P
+    for module in (batched, reference):
+        monkeypatch.setattr(module, "count_targets", lambda labels_BT: len(labels_BT))
+    if build is BatchedEngine:
+        collect = batched.ClientBatch._collect
+        monkeypatch.setattr(
+            batched.ClientBatch,
+            "_collect",
+            lambda self, batches, totals, sizes: collect(
+                self, batches, [2 * count_targets(batch.labels_BT) for batch in batches], sizes
+            ),
+        )
+    wrong = train(build, adapted, start, jobs, **split)[0].adapter.weights_P
+    assert (right - whole).norm() < 1e-10 * (whole - start.weights_P).norm()
+    assert (wrong - whole).norm() > 1e-3 * (whole - start.weights_P).norm()
+
+
+def test_micro_batches_of_fixed_shapes_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a GPU has them. Clients of few rows wait while another has its last micro-batches.
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
+    told = {"batch_size": 2, "gradient_accumulation": 4, "clients_at_once": 3}
+    theirs = train(ReferenceEngine, adapted, start, jobs, **told)
+    assert_agree(train(BatchedEngine, adapted, start, jobs, **told), theirs, start, "float64")
+
+
+@pytest.mark.parametrize("beside", [[0, 1, 2], [2, 0, 1]])
+def test_with_accumulation_and_dropout_a_client_is_the_same_alone_and_beside_others(beside: list[int]) -> None:
+    adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
+    start, jobs = start_from(adapted), make_jobs((7, 5, 11))
+    told = {"batch_size": 2, "gradient_accumulation": 3}
+    alone = train(BatchedEngine, adapted, start, [jobs[0]], **told)[0].adapter
+    together = train(BatchedEngine, adapted, start, [jobs[client] for client in beside], **told)[0].adapter
+    assert (alone.weights_P - together.weights_P).norm() / (alone.weights_P - start.weights_P).norm() < 1e-9
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", {"kind": "sgd", "momentum": 0.9}, "adamw"], ids=str)
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
+def test_kept_state_goes_on_in_either_engine(optimizer: Any, build: Any) -> None:
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs()
+    told = {"optimizer": optimizer, "learning_rate": 1e-2}
+    first = train(build, adapted, start, jobs, **told)
+    kept = make_jobs(states={client: update.optimizer_state for client, update in first.items()})
+    theirs = train(ReferenceEngine, adapted, start, kept, **told)
+    assert_agree(train(BatchedEngine, adapted, start, kept, **told), theirs, start, "float64")
+    fresh = train(ReferenceEngine, adapted, start, jobs, **told)
+    assert fresh[0].adapter.sha256() != theirs[0].adapter.sha256()
 
 
 @pytest.mark.parametrize("clients_at_once", [1, 2, 3])

@@ -100,6 +100,56 @@ def test_linear_schedule_of_a_round_is_that_of_transformers() -> None:
         scheduler.step()
 
 
+@pytest.mark.parametrize(("warmup", "warm"), [(0, 0), (1, 1), (3, 3), (0.25, 3), (0.3, 4), (12, 12), (40, 40)])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("scope", ["round", "run"])
+def test_every_step_of_a_warm_up_has_the_rate_of_transformers(name: str, scope: str, warmup: float, warm: int) -> None:
+    import transformers
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    build = getattr(transformers, f"get_{name}_schedule_with_warmup")
+    scheduler = build(optimizer, warm, **({} if name == "constant" else {"num_training_steps": 12}))
+    training = make_recipe(
+        training={"schedule": name, "schedule_scope": scope, "warmup": warmup, "learning_rate": 1e-3}
+    ).training
+    rounds, steps = (1, 12) if scope == "round" else (3, 4)
+    for round in range(1, rounds + 1):
+        for step in range(steps):
+            found = learning_rate(training, step, steps, round, rounds)
+            assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
+            optimizer.step()
+            scheduler.step()
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_a_schedule_falls_to_its_end_as_transformers_does(warmup: int) -> None:
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, 9, min_lr=1e-4)
+    training = make_recipe(
+        training={"schedule": "cosine", "learning_rate": 1e-3, "learning_rate_end": 1e-4, "warmup": warmup}
+    ).training
+    for step in range(9):
+        assert learning_rate(training, step, 9, 1, 1) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_over_rounds_the_rate_is_flowertunes() -> None:
+    training = make_recipe(
+        training={
+            "schedule": "cosine", "schedule_scope": "rounds", "learning_rate": 5e-5, "learning_rate_end": 1e-6,
+        }
+    ).training  # fmt: skip
+    for round in range(1, 201):
+        expected = 1e-6 + 0.5 * (5e-5 - 1e-6) * (1 + math.cos(math.pi * round / 200))
+        for step in range(10):
+            assert learning_rate(training, step, 10, round, 200) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_names_round_client_and_step(loss: float) -> None:
     with pytest.raises(TrainingError, match="round 3, client 1, step 9: the loss is"):

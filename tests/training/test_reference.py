@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import make_adapted, make_blocks, make_job, updates_of
+from support.tiny import make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.data.tokens import IGNORED, TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.seeds import derive_seed
 from fedloom.training.jobs import ClientUpdate, OptimizerState
 from fedloom.training.reference import ReferenceEngine, train_client
+
+NOTHING = Adapter(Layout((), ()), torch.empty(0))
 
 
 def train(
@@ -196,3 +198,52 @@ def test_every_epoch_visits_each_block_once_in_another_order() -> None:
 def test_seeds_differ_by_purpose_round_and_client() -> None:
     seeds = {derive_seed(*key) for key in [(1, "a"), (1, "b"), (2, "a"), (1, "a", 1), (1, "a", 0, 1), (1, "a", 1, 1)]}
     assert len(seeds) == 6
+
+
+@pytest.mark.parametrize(("blocks", "size", "most"), [(12, 3, 2), (11, 2, 4), (7, 3, 1), (5, 2, 2), (40, 4, 7)])
+def test_rounds_of_few_steps_walk_through_all_rows_before_one_comes_again(blocks: int, size: int, most: int) -> None:
+    held = make_blocks(blocks)
+    settings = {"max_steps": most, "batch_size": size}
+    jobs = [make_job(held, NOTHING, round=round, **settings) for round in range(1, 25)]
+    drawn = [job.draw_batches() for job in jobs]
+    assert all(len(batches) == most for batches in drawn)
+    walked = [batch for batches in drawn for batch in batches]
+    in_a_pass = -(-blocks // size)
+    passes = [torch.cat(walked[start : start + in_a_pass]) for start in range(0, len(walked), in_a_pass)]
+    for rows in passes[:-1]:
+        assert sorted(rows.tolist()) == list(range(blocks))
+    assert len({tuple(rows.tolist()) for rows in passes[:-1]}) > 1, "each pass has an order of its own"
+    assert len(set(passes[-1].tolist())) == len(passes[-1])
+    # Nothing but the seed, the round and the client is asked, and another client walks elsewhere.
+    assert [rows.tolist() for rows in drawn[6]] == [rows.tolist() for rows in jobs[6].draw_batches()]
+    other = make_job(held, NOTHING, round=7, client=1, **settings).draw_batches()
+    assert [rows.tolist() for rows in other] != [rows.tolist() for rows in drawn[6]]
+
+
+def test_the_epochs_bound_the_steps_of_a_small_client() -> None:
+    few = make_job(make_blocks(3), NOTHING, max_steps=9, batch_size=2, epochs=2)
+    assert [len(rows) for rows in few.draw_batches()] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("scope", ["round", "run"])
+def test_rounds_of_few_steps_with_kept_state_are_one_round_of_all_steps(scope: str) -> None:
+    adapted, blocks = make_adapted(), make_blocks(11)
+    switch_off_dropout(adapted)
+    start = adapted.read()
+    schedule = "linear" if scope == "run" else "constant"
+    settings = {"batch_size": 2, "optimizer_state": "keep", "schedule": schedule, "schedule_scope": scope,
+                "warmup": 3 if scope == "run" else 0, "weight_decay": 0.1}  # fmt: skip
+    whole = train(adapted, start, blocks, rounds=1, max_steps=16, epochs=9, **settings)
+    adapter, state = start, None
+    for round in range(1, 5):
+        part = train(adapted, adapter, blocks, round=round, rounds=4, state=state, max_steps=4, epochs=9, **settings)
+        adapter, state = Adapter(start.layout, part.adapter.weights_P.clone()), part.optimizer_state
+    assert torch.equal(adapter.weights_P, whole.adapter.weights_P)
+    assert not torch.equal(adapter.weights_P, start.weights_P)
+
+
+def test_a_warm_up_whose_first_step_moves_nothing_is_no_missing_proximal_term() -> None:
+    adapted = make_adapted()
+    update = train(adapted, adapted.read(), make_blocks(4), batch_size=2, epochs=1, warmup=2, proximal_mu=0.1)
+    assert update.report.steps == 2
+    assert update.report.proximal_loss == 0

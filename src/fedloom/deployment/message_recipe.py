@@ -29,15 +29,9 @@ from fedloom.deployment.message_kinds import (
 )
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import (
-    FEDERATED_METHODS,
-    Adapter,
-    Evaluation,
-    Federation,
-    Model,
-    Section,
-    Training,
-)
+from fedloom.recipe.section import Section
+from fedloom.recipe.sections import FEDERATED_METHODS, Adapter, Evaluation, Federation, Model, QuantizationOptions
+from fedloom.recipe.training_section import OPTIMIZER_DEFAULTS, Optimizer, Training
 
 ROUNDS, CLIENTS = 100_000, 100_000
 LAYER = Pattern("layer's name: up to 300 letters, digits, `.`, `_`, `-`", re.compile(r"[\w.-]{1,300}", re.ASCII))
@@ -137,6 +131,9 @@ MODEL = _told(
         "weights_revision": REVISION,
         "dtype": Word(("auto", "float32", "bfloat16")),  # what travels is float32
         "quantization": None,
+        "quantization_options": Record(
+            _told(QuantizationOptions, {"type": None, "compute_dtype": None, "double": None})
+        ),
         "device": DEVICE,
     },
     {"source": "models"},
@@ -194,6 +191,12 @@ DATA = _told(
         "client_holdout": "min_holdout_documents",
     },
 )
+OPTIMIZER = Record(
+    _told(
+        Optimizer,
+        {"kind": None, "betas": Listing(Real(0, 1, below=True), 2, 2), "eps": 1.0, "momentum": None},
+    )
+)
 TRAINING = Record(
     _told(
         Training,
@@ -203,18 +206,27 @@ TRAINING = Record(
             "gradient_checkpointing": None,
             "cuda_graph": None,
             "epochs": 1000,
+            "max_steps": 10**6,
             "batch_size": 4096,
+            "gradient_accumulation": 4096,
             "learning_rate": 1e6,
+            "learning_rate_end": 1e6,
             "schedule": None,
             "schedule_scope": None,
-            "optimizer": None,
+            "warmup": 1e9,
+            "optimizer": Either((Word(tuple(OPTIMIZER_DEFAULTS)), OPTIMIZER)),
             "optimizer_state": Word(("reset",)),  # none travels
             "weight_decay": 1e6,
             "max_gradient_norm": 1e12,
             "proximal_mu": 1e6,
             "proximal_schedule": None,
         },
-        {"epochs": "max_epochs", "batch_size": "min_batch_size"},
+        {
+            "epochs": "max_epochs",
+            "max_steps": "min_documents",
+            "batch_size": "min_batch_size",
+            "gradient_accumulation": "min_batch_size",
+        },
     )
 )
 FEDERATION = _told(
@@ -240,8 +252,8 @@ NEVER_TOLD = {
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (
         *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),
-        *("max_share", "max_change", "max_client_blocks"),
+        *("max_share", "max_change", "max_client_blocks", "keep_every", "max_bytes"),
     ),
-    "evaluation": ("clients",),
+    "evaluation": ("clients", "every"),
 }
 """Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""

@@ -29,7 +29,8 @@ from fedloom.federation.lora_rules import trained_part
 from fedloom.host.files import hash_text
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import Federation, Training
+from fedloom.recipe.sections import Federation
+from fedloom.recipe.training_section import Training
 from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
 
 

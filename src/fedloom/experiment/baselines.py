@@ -47,6 +47,7 @@ class Baseline:
         if isinstance(result, TrainingError):
             self.error = str(result)
         else:
+            assert result.judged_loss is not None, "a baseline is evaluated after every round"
             self.losses.append(result.judged_loss)
             self.tokens += sum(report.tokens for report in result.reports)
 
@@ -86,7 +87,11 @@ def set_up_baselines(
         held = [ClientBlocks(blocks, blocks.take(torch.zeros(0, dtype=torch.int64)))]
         fleet = LocalFleet(held, train_clients, score, scored_clients=())
         aggregate = build_aggregate(federation)
-        run = FederatedRun(training, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
+        told = training
+        if client is None and training.max_steps:
+            steps = sum(training.steps_of(len(part)) for part in able.values())
+            told = training.model_copy(update={"max_steps": steps})
+        run = FederatedRun(told, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
         found.append(Baseline(client, run, fleet))
     return found
 

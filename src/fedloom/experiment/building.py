@@ -74,6 +74,7 @@ def load_base(recipe: Recipe, source: ModelSource, *, say: Callable[[str], objec
         device=device,
         attention=_attention(recipe, source),
         quantization=recipe.model.quantization,
+        quantization_options=recipe.model.quantization_options,
         say=say,
     )
 

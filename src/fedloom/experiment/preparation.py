@@ -25,7 +25,7 @@ from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule
-from fedloom.federation.schedule import cohort_size
+from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import open_device
@@ -39,6 +39,7 @@ from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
 from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
+from fedloom.training.optimizers import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
         RecipeError, ModelError
     """
     check_quantization(recipe.model.quantization, source, device)
+    check_optimizer(recipe.training, device)
     dtype = dtype_of(recipe, device)
     choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
     shape = build_shape(recipe, source, dtype)
@@ -286,14 +288,17 @@ def make_plan(
         shared_blocks=material.shared_blocks,
         duplicates=recipe.data.duplicates,
         ways=name_ways(recipe, setup),
+        evaluated_rounds=count_evaluated(recipe.federation.rounds, recipe.evaluation.every),
     )
 
 
 def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     """Name the settings of speed and memory that a plan shows nowhere else."""
     graphs = setup.engine == "batched" and setup.device.type == "cuda" and not recipe.training.gradient_checkpointing
+    options = recipe.model.quantization_options
+    packed = f" ({options.type}, {options.compute_dtype}{', double' * options.double})" if options else ""
     ways = {
-        f"{recipe.model.quantization} weights": recipe.model.quantization is not None,
+        f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }

@@ -75,15 +75,29 @@ class Recorder:
         record = self.writer.append_round(result, {**self._session.telemetry.take(), **measured, **lowered})
         card = write_card(self._recipe, self._plan, record)
         self._save(result.adapter, "last", card)
-        if result.judged_loss <= min(run.losses):
+        if is_best(result, run):
             self._save(result.adapter, "best", card)
+        every = self._recipe.federation.keep_every
+        if every and result.round and result.round % every == 0:
+            # Not among `saved`: whoever has no use for it any more may remove it, and no run is damaged.
+            self._write(result.adapter, f"round-{result.round}", card)
         self.writer.write_status("running", round=result.round, stopped_early=run.stopped_early, **lowered)
         return record
 
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
+        self._write(adapter, name, card)
+        with writing(self.adapters / name):
+            self.saved[name] = hash_folder(self.adapters / name)
+
+    def _write(self, adapter: Adapter, name: str, card: str) -> None:
         with writing(self.adapters / name):
             self._session.adapted.save(adapter, self.adapters / name, card)
-            self.saved[name] = hash_folder(self.adapters / name)
+
+
+def is_best(result: RoundResult, run: FederatedRun) -> bool:
+    """Return whether a round's adapter is the best so far: of equal ones, the last; never one not evaluated."""
+    loss = result.judged_loss
+    return loss is not None and all(loss <= other for other in run.losses if other is not None)
 
 
 @contextmanager

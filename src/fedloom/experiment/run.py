@@ -215,9 +215,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     run = read_run(folder)
     make_absolute(run.recipe, Path.cwd())  # early versions kept paths as they were written
     began, asked = flatten(run.recipe), flatten(recipe.model_dump(mode="json"))
-    # What an earlier version did not know of, it did not do.
+    plain = Recipe.model_validate({"name": "plain", "model": {"source": "any"}, "data": {"source": "any"}})
+    usual = flatten(plain.model_dump(mode="json"))
+    # What an earlier version did not know of, it did not do, or did as is done where nothing is said of it.
     differing = sorted(
-        key for key in began | asked if began.get(key) != asked.get(key) and (key in began or asked[key])
+        key
+        for key in began | asked
+        if began.get(key) != asked.get(key) and (key in began or (asked[key] and asked[key] != usual.get(key)))
     )
     if differing:
         raise RunError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 import tomllib
@@ -368,6 +369,6 @@ def rank(runs: Sequence[Run]) -> list[tuple[str, float, float, int]]:
     """Return name, best and last judged loss and best round of each run, the best first."""
     rows = []
     for run in runs:
-        losses = [judged_loss(record) for record in run.rounds]
+        losses = [loss for record in run.rounds if math.isfinite(loss := judged_loss(record))]
         rows.append((run.folder.name, min(losses), losses[-1], run.best_round or 0))
     return sorted(rows, key=lambda row: row[1])

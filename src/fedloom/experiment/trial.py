@@ -84,7 +84,8 @@ class Trial:
         self.recorder.writer.cut_records(state.record_bytes)
         clear_unfinished(self.recorder.adapters)
         self.recorder.mend(state, read_initial, say)
-        self.run.restore(state.adapter, state.strategy, state.losses, state.norms, state.began)
+        sent = sum(record["bytes_down"] + record["bytes_up"] for record in self.past_rounds())
+        self.run.restore(state.adapter, state.strategy, state.losses, state.norms, state.began, sent=sent)
         self.fleet.restore(state.optimizers, state.scores)
 
 
@@ -123,6 +124,7 @@ def set_up(
         on_update=recorder.add_client,
         sizes=fleet.sizes,
         trial=number,
+        evaluate_every=recipe.evaluation.every,
     )
     return Trial(recipe, prepared, run, fleet, recorder)
 

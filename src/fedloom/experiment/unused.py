@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from fedloom.adapters.adapted_model import AdaptedModel
     from fedloom.data.documents import Documents
     from fedloom.data.tokens import TokenBlocks
-    from fedloom.recipe.sections import Federation, Section, Strategy
+    from fedloom.recipe.section import Section
+    from fedloom.recipe.sections import Federation, Strategy
 
 Found = Iterator[tuple[str, str]]
 """Keys without effect, and why; those that the recipe leaves out among them."""
@@ -92,13 +93,22 @@ def _in_data(recipe: Recipe, blocks: Sequence[TokenBlocks], *, has_columns: bool
 
 def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     training, rounds = recipe.training, recipe.federation.rounds
-    if training.schedule == "constant":
+    if training.schedule == "constant" and not training.warmup:
         yield "training.schedule_scope", "the learning rate is constant"
-    elif rounds == 1:
+    elif rounds == 1 and training.schedule_scope != "rounds":
         yield "training.schedule_scope", "one round is the whole run"
-    if (training.schedule_scope == "round" or rounds == 1) and all(client.steps <= 1 for client in plan.clients):
-        yield "training.schedule", "no client takes more than one step in a round, and the first has the whole rate"
-    if training.optimizer == "sgd":
+    if training.schedule == "constant":
+        yield "training.learning_rate_end", "the learning rate is constant"
+    alone = training.schedule_scope == "round" or (rounds == 1 and training.schedule_scope == "run")
+    if alone and all(client.steps <= 1 for client in plan.clients):
+        for key in ("schedule", "learning_rate_end"):
+            yield f"training.{key}", "no client takes more than one step in a round, and the first has the whole rate"
+    if plan.whole_steps == tuple(client.steps for client in plan.clients):
+        yield "training.max_steps", "no client's epochs take as many"
+    if all(client.blocks <= training.batch_size for client in plan.clients):
+        yield "training.gradient_accumulation", "no client has more rows than one micro-batch"
+    table = training.optimizer_table
+    if table.kind == "sgd" and not table.setting("momentum"):
         yield "training.optimizer_state", "SGD without momentum has none"
     elif rounds == 1:
         yield "training.optimizer_state", "no round follows that could begin with it"
@@ -114,6 +124,8 @@ def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         yield "training.cuda_graph", f"{plan.device} is no GPU"
     elif training.gradient_checkpointing:
         yield "training.cuda_graph", "steps are not recorded with training.gradient_checkpointing"
+    elif training.gradient_accumulation > 1:
+        yield "training.cuda_graph", "steps are not recorded with training.gradient_accumulation"
 
 
 def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
@@ -130,6 +142,10 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         )
     if section.early_stop and section.early_stop.patience >= section.rounds:
         yield "federation.early_stop", f"the run is over after {count(section.rounds, 'round')}, before its patience is"
+    if (section.keep_every or 0) > section.rounds:
+        yield "federation.keep_every", f"the run is over after {count(section.rounds, 'round')}"
+    if (section.max_bytes or 0) >= section.rounds * plan.bytes_per_round:
+        yield "federation.max_bytes", f"all rounds take {section.rounds * plan.bytes_per_round:,} bytes"
     patterns = "rank_pattern" in recipe.adapter.options
     if set(section.client_ranks or ()) == {recipe.adapter.rank} and not patterns:
         yield "federation.client_ranks", "each of them is adapter.rank"
@@ -178,6 +194,14 @@ def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks],
         yield "data.partition.kind", "only orders the documents: one client holds them all"
     if here and all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):
         yield "data.pad_in_loss", "only moves results by rounding: no block has padding"
+    spans = [client.steps * (recipe.federation.rounds if recipe.training.schedule_scope == "run" else 1)
+             for client in plan.clients]  # fmt: skip
+    if recipe.training.warmup >= max(1, *spans):
+        yield "training.warmup", "keeps the learning rate below its peak throughout: no client takes as many steps"
+    most, whole = recipe.federation.max_bytes or 0, recipe.federation.rounds * plan.bytes_per_round
+    if most < whole:
+        rounds = f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"
+        yield "federation.max_bytes", f"ends the run after {rounds}, or a few more where clients do not answer"
     if recipe.adapter.method == "psoft":
         why = "PEFT divides the factors by it before it multiplies them by it"
         yield "adapter.alpha", f"only moves results by rounding: {why}"

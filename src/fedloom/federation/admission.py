@@ -187,7 +187,7 @@ class Admission:
     def _steps_of(self, task: ClientTask) -> int:
         """Return the steps that a client's known size gives; 1 an epoch where it is not known."""
         size = self._sizes.get(task.client)
-        return task.training.epochs * (-(-size.examples // task.training.batch_size) if size else 1)
+        return task.training.steps_of(size.examples if size else 1)
 
 
 def check_report(report: ClientReport, task: ClientTask, size: ClientSize | None) -> None:
@@ -218,8 +218,9 @@ def check_report(report: ClientReport, task: ClientTask, size: ClientSize | None
         raise ValueError(f"examples is {report.examples}, and the client has {size.examples}")
     if size and report.tokens > size.tokens * epochs:
         raise ValueError(f"tokens is {report.tokens}, and the client has {size.tokens * epochs} to train on")
-    if report.steps > report.examples * epochs:
-        raise ValueError(f"steps is {report.steps}, and {report.examples * epochs} are possible")
+    most = report.examples * epochs
+    if report.steps > (most := min(most, task.training.max_steps or most)):
+        raise ValueError(f"steps is {report.steps}, and {most} are possible")
 
 
 def check_layout(adapter: Adapter, sent: Adapter) -> None:

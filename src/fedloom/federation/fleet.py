@@ -71,6 +71,10 @@ class Fleet(Protocol):
         """Return each client's score of an adapter on its own hold-out; clients without one are left out."""
         ...
 
+    def forget_scores(self) -> None:
+        """Forget the scores: there is a new adapter, which nobody evaluates."""
+        ...
+
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         """Take on what the fleet of an earlier part of the same run kept."""
         ...
@@ -141,6 +145,10 @@ class LocalFleet:
             evaluate_seconds=time.perf_counter() - started,
         )
         return replace(update, report=report)
+
+    def forget_scores(self) -> None:
+        """Forget the scores: a client whose adapter was not scored before training is not scored after it."""
+        self.scores = {}
 
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         """Take on what the clients kept before this run was stopped, and how its adapter did."""

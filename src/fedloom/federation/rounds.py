@@ -21,14 +21,15 @@ from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, trained_part
 from fedloom.federation.open_round import OpenRound
-from fedloom.federation.schedule import proximal_mu, sample_clients, stop_early
+from fedloom.federation.schedule import is_evaluated, proximal_mu, sample_clients, stop_early
 from fedloom.federation.shares import judge_losses, mean_loss
 from fedloom.host.failpoints import failpoint
 from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
 from fedloom.training.objective import check_finite
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Federation, Training
+    from fedloom.recipe.sections import Federation
+    from fedloom.recipe.training_section import Training
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class RoundResult:
     """Seconds of evaluation: central, and the clients' own before and after training."""
     client_loss: float | None
     """The loss over all clients' hold-outs, every token alike but for capped shares; None where there is none."""
-    judged_loss: float
-    """The loss that adapters are chosen by, runs are stopped by, and an adaptive μ follows."""
+    judged_loss: float | None
+    """The loss that adapters are chosen by, runs are stopped by, and an adaptive μ follows; None where a round is not
+    evaluated."""
     cohort: tuple[int, ...] = ()
     reports: tuple[ClientReport, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
@@ -71,7 +73,8 @@ class FederatedRun:
     """One run between its rounds: the global adapter, the strategy's state, the losses so far.
 
     `on_update` sees each client's update as soon as it is admitted. `sizes` is what clients are known to hold, where
-    that is known. `trial` marks its tasks among those of other runs.
+    that is known. `trial` marks its tasks among those of other runs. Adapters are evaluated after every
+    `evaluate_every`-th round, and after the last.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class FederatedRun:
         on_update: Callable[[ClientUpdate], None] | None = None,
         sizes: Mapping[int, ClientSize] = MappingProxyType({}),
         trial: int = 0,
+        evaluate_every: int = 1,
     ) -> None:
         self._training, self._federation, self._seed = training, federation, seed
         self._fleet = fleet
@@ -96,8 +100,11 @@ class FederatedRun:
         self.trial = trial
         self._adapter = adapter
         self._state = aggregate.init(adapter)
-        self.losses: list[float] = []
-        """Losses by which adapters are judged, round 0 first."""
+        self._evaluate_every = evaluate_every
+        self.losses: list[float | None] = []
+        """Losses by which adapters are judged, round 0 first; None after a round that was not evaluated."""
+        self._sent = 0
+        """Bytes of all rounds so far, both ways."""
         self.began: dict[int, float] = {}
         """Each client's loss on its own hold-out in round 0."""
         self.admission = Admission(sizes, federation.max_change)
@@ -117,11 +124,14 @@ class FederatedRun:
         self,
         adapter: Adapter,
         strategy_state: State,
-        losses: Sequence[float],
+        losses: Sequence[float | None],
         norms: Sequence[float] = (),
         began: Mapping[int, float] = MappingProxyType({}),
+        *,
+        sent: int = 0,
     ) -> None:
-        """Go on from where another run of the same recipe was; `norms` are its admission's."""
+        """Go on from where another run of the same recipe was; `norms` are its admission's, `sent` its bytes."""
+        self._sent = sent
         self._adapter, self._state, self.losses, self.began = adapter, strategy_state, list(losses), dict(began)
         self.admission.restore(norms)
 
@@ -141,9 +151,21 @@ class FederatedRun:
     @property
     def stopped_early(self) -> str | None:
         """Rounds scheduled, rounds completed, and why no more; None for a run that did not stop early."""
-        scheduled = self._federation.rounds
-        why = stop_early(self._federation.early_stop, self.losses) or (self.completed < scheduled and self._stopped)
+        scheduled, why = self._federation.rounds, stop_early(self._federation.early_stop, self.losses)
+        if self.losses and self.completed < scheduled:
+            why = why or self._budget_ends_before(len(self.losses)) or self._stopped
         return f"{scheduled} scheduled, {self.completed} completed: {why}" if why else None
+
+    def _budget_ends_before(self, round: int) -> str:
+        """Return why the budget of bytes allows no such round after what was sent; an empty text if it does."""
+        budget = self._federation.max_bytes
+        if budget is None:
+            return ""
+        tasks = self._draw_tasks(round, self._training)
+        needed = sum(self._bytes_down(task) + task.num_bytes for task in tasks)
+        if self._sent + needed <= budget:
+            return ""
+        return f"{self._sent:,} of federation.max_bytes ({budget:,}) are used, and a round takes {needed:,}"
 
     def begin(self) -> RoundResult:
         """Evaluate the adapter as it is given: round 0."""
@@ -153,13 +175,24 @@ class FederatedRun:
         """Draw the next round's clients, and open the round for their results."""
         section, round = self._federation, len(self.losses)
         mu = proximal_mu(self._training, self.losses, section.rounds)
-        training = self._training.model_copy(update={"proximal_mu": mu})
+        tasks = self._draw_tasks(round, self._training.model_copy(update={"proximal_mu": mu}))
+        return OpenRound(
+            tasks,
+            self._aggregate.open(self._state, self._adapter),
+            self.admission,
+            self._on_update,
+            section,
+        )
+
+    def _draw_tasks(self, round: int, training: Training) -> list[ClientTask]:
+        """Draw a round's clients, and make their tasks."""
+        section = self._federation
         cohort = sample_clients(self._fleet.clients, section, seed=self._seed, round=round)
         layout = self._adapter.layout
         ranks = {client: section.client_ranks[client] if section.client_ranks else None for client in cohort}
         # Clients of one rank share one adapter: it is cut, and packed for the wire, once.
         starts = {rank: adapter_of_rank(self._adapter, rank) for rank in set(ranks.values())}
-        tasks = [
+        return [
             ClientTask(
                 round=round,
                 client=client,
@@ -172,13 +205,6 @@ class FederatedRun:
             )
             for client, rank in ranks.items()
         ]
-        return OpenRound(
-            tasks,
-            self._aggregate.open(self._state, self._adapter),
-            self.admission,
-            self._on_update,
-            section,
-        )
 
     def close_round(self, round: OpenRound, train_seconds: float | None = None) -> RoundResult:
         """Make the round's aggregate the global adapter, and evaluate it.
@@ -199,6 +225,9 @@ class FederatedRun:
             raise round.error
         failpoint("round.aggregated")
         payloads = {task.client: task.num_bytes for task in round.tasks}
+        bytes_down = sum(self._bytes_down(task) for task in round.tasks)
+        bytes_up = sum(payloads[report.client] for report in round.reports)
+        self._sent += bytes_down + bytes_up
         return self._evaluate(
             evaluate_seconds,
             round=round.tasks[0].round,
@@ -212,8 +241,8 @@ class FederatedRun:
             proximal_mu=round.tasks[0].training.proximal_mu,
             train_seconds=train_seconds,
             aggregate_seconds=round.aggregate_seconds,
-            bytes_down=sum(self._bytes_down(task) for task in round.tasks),
-            bytes_up=sum(payloads[report.client] for report in round.reports),
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
         )
 
     def _bytes_down(self, task: ClientTask) -> int:
@@ -225,6 +254,10 @@ class FederatedRun:
         return task.num_bytes if section.client_ranks else task.adapter.num_bytes
 
     def _evaluate(self, evaluate_seconds: float = 0.0, *, round: int, **trained: Any) -> RoundResult:
+        if not self._is_evaluated(round):
+            self._fleet.forget_scores()
+            self.losses.append(None)
+            return RoundResult(round, self._adapter, None, {}, evaluate_seconds, None, None, **trained)
         started = time.perf_counter()
         central, clients = self._evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
         if central is not None:
@@ -239,6 +272,11 @@ class FederatedRun:
         failpoint("round.evaluated")
         return result
 
+    def _is_evaluated(self, round: int) -> bool:
+        """Return whether a round's adapter is evaluated: that of the last round always, also if the budget ends it."""
+        planned = is_evaluated(round, self._federation.rounds, self._evaluate_every)
+        return planned or bool(self._budget_ends_before(round + 1))
+
     def _judge(self, central: Score | None, clients: Mapping[int, Score], client_loss: float | None) -> float:
         """Return the loss by which the adapter is judged: central, or the clients' where nothing is held out centrally.
 
@@ -252,7 +290,9 @@ class FederatedRun:
         assert client_loss is not None, "nothing is held out"
         if self._federation.max_share is None or not self.losses:
             return client_loss
-        return judge_losses(losses, self.began, self.losses[0])
+        began = self.losses[0]
+        assert began is not None, "round 0 is always evaluated"
+        return judge_losses(losses, self.began, began)
 
 
 def run_rounds(run: FederatedRun, fleet: Fleet) -> Iterator[RoundResult]:

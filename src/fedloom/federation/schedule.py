@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +12,8 @@ from fedloom.seeds import derive_seed
 from fedloom.training.objective import SCHEDULES
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import EarlyStop, Federation, Training
+    from fedloom.recipe.sections import EarlyStop, Federation
+    from fedloom.recipe.training_section import Training
 
 
 def sample_clients(clients: Sequence[int], section: Federation, *, seed: int, round: int) -> list[int]:
@@ -34,10 +36,23 @@ FALLS = 5
 """Number of rounds in a row whose loss must fall before an adaptive μ does."""
 
 
-def proximal_mu(training: Training, losses: Sequence[float], rounds: int) -> float:
-    """Return μ for the next round, after these losses (round 0 first), in a run of `rounds` rounds."""
+def is_evaluated(round: int, rounds: int, every: int) -> bool:
+    """Return whether the adapter is evaluated after a round: after round 0, every N-th, and the last."""
+    return round % every == 0 or round == rounds
+
+
+def count_evaluated(rounds: int, every: int) -> int:
+    """Return after how many rounds the adapter is evaluated, round 0 left out; 0 stands for every one."""
+    return 0 if every == 1 else sum(is_evaluated(round, rounds, every) for round in range(1, rounds + 1))
+
+
+def proximal_mu(training: Training, losses: Sequence[float | None], rounds: int) -> float:
+    """Return μ for the next round, after these losses (round 0 first), in a run of `rounds` rounds.
+
+    A loss is None after a round that was not evaluated, and an adaptive μ passes it by.
+    """
     if training.proximal_schedule == "adaptive":
-        return adapt_mu(training.proximal_mu, losses)
+        return adapt_mu(training.proximal_mu, [loss for loss in losses if loss is not None])
     return training.proximal_mu * SCHEDULES[training.proximal_schedule]((len(losses) - 1) / rounds)
 
 
@@ -56,13 +71,16 @@ def adapt_mu(mu: float, losses: Sequence[float]) -> float:
     return mu
 
 
-def stop_early(early_stop: EarlyStop | None, losses: Sequence[float]) -> str | None:
-    """Return why a run should stop after these losses (round 0 first), or None: no new best for too many rounds."""
-    if early_stop is None or not losses:
+def stop_early(early_stop: EarlyStop | None, losses: Sequence[float | None]) -> str | None:
+    """Return why a run should stop after these losses (round 0 first), or None: no new best for too many rounds.
+
+    A round that was not evaluated, whose loss is None, counts as waited for, and stops no run.
+    """
+    if early_stop is None or not losses or losses[-1] is None:
         return None
-    best_round, best = 0, losses[0]
+    best_round, best = 0, math.inf
     for round, loss in enumerate(losses):
-        if loss < best - early_stop.min_delta:
+        if loss is not None and (round == 0 or loss < best - early_stop.min_delta):
             best_round, best = round, loss
     waited = len(losses) - 1 - best_round
     if waited < early_stop.patience:

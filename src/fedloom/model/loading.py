@@ -18,6 +18,7 @@ from fedloom.errors import ModelError
 from fedloom.model.attention import choose_attention
 from fedloom.model.packed import pack_model
 from fedloom.model.source import ModelSource, loading
+from fedloom.recipe.sections import QuantizationOptions
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 
@@ -35,6 +36,7 @@ def load_model(
     device: torch.device,
     attention: str | None = None,
     quantization: str | None = None,
+    quantization_options: QuantizationOptions | None = None,
     say: Callable[[str], object] = str,
 ) -> PreTrainedModel:
     """Load the frozen base model onto its device, in evaluation mode; `attention` is a name that transformers knows.
@@ -71,7 +73,7 @@ def load_model(
                 # Otherwise transformers ends with an error that names no weight; here they are refused by name.
                 ignore_mismatched_sizes=True,
                 **computed_in(DTYPES[dtype]),
-                **quantized(quantization, device),
+                **quantized(quantization, device, quantization_options),
             )
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError("an adapter lies beside the weights, and transformers put it on the model")
@@ -169,15 +171,22 @@ def computed_in(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
 
 
-def quantized(quantization: str | None, device: torch.device) -> dict[str, Any]:
+def quantized(
+    quantization: str | None, device: torch.device, options: QuantizationOptions | None = None
+) -> dict[str, Any]:
     """Return the arguments with which transformers packs the weights while it loads them; none if it shall not.
 
-    4 bits are QLoRA's NF4 with packed scales (Dettmers et al. 2023, arXiv 2305.14314, section 3), 8 bits LLM.int8
-    (arXiv 2208.07339).
+    Unless the options say otherwise, 4 bits are QLoRA's NF4 with packed scales (Dettmers et al. 2023, arXiv
+    2305.14314, section 3); 8 bits are LLM.int8 (arXiv 2208.07339).
     """
     if quantization not in ("4bit", "8bit"):
         return {}
-    four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    options = options or QuantizationOptions()
+    four_bits = {
+        "bnb_4bit_quant_type": options.type,
+        "bnb_4bit_use_double_quant": options.double,
+        "bnb_4bit_compute_dtype": options.compute_dtype,
+    }
     known: dict[str, dict[str, Any]] = {
         "4bit": {"load_in_4bit": True, **four_bits},
         "8bit": {"load_in_8bit": True},

@@ -201,6 +201,7 @@ def render_plan(plan: Plan) -> Table:
     done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
     audit = f"{found or 'each client within its own documents'}: {count(copies, 'document')}"
     audit += f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
+    kept = plan.kept_adapters * plan.payload_bytes
     payload = "a model" if plan.trainable_parameters == plan.parameters else "an adapter"
     rows = {
         "model": f"{plan.model} ({plan.model_revision})",
@@ -213,7 +214,9 @@ def render_plan(plan: Plan) -> Table:
         "central": f"{count(plan.central_documents, 'document')} held out",
         "audit": f"{audit} {done}",
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
-        f" and {count(plan.train_tokens_per_round, 'token')}",
+        f" and {count(plan.train_tokens_per_round, 'token')}"
+        + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),
+        **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
         "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }

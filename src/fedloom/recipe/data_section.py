@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedloom.recipe.sections import Section
+from fedloom.recipe.section import Section
 from fedloom.recipe.templates import parse_template
 
 PARTITION_KEYS: dict[str, tuple[str, ...]] = {

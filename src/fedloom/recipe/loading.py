@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import tomlkit
 from pydantic import BaseModel, ValidationError
@@ -175,7 +175,11 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
     """Turn the first of pydantic's complaints into an error of one line, with the file and line or the override."""
     first = error.errors(include_url=False)[0]
     # A location also names the member of a union or the index in a list; an unknown key is no word of the recipe.
-    path = [str(part) for part in first["loc"] if str(part) in _words_of(Recipe) or first["type"] == "extra_forbidden"]
+    *above, last = map(str, first["loc"])
+    words = _words_of(Recipe)
+    path = [part for part in above if part in words]
+    if last in words or first["type"] == "extra_forbidden":
+        path.append(last)
     dotted = ".".join(path)
     if any(f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.") for key in overridden):
         where = f"override {dotted}"
@@ -207,14 +211,16 @@ def _shown(value: object) -> str:
 
 def _subsections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """Return the keys of a section that are sections themselves, with their types."""
-    # An optional section, such as `early_stop`, is written as `Section | None`.
-    annotations = {
-        key: next((kind for kind in get_args(field.annotation) if kind is not NoneType), None)
-        if get_origin(field.annotation) is UnionType
-        else field.annotation
-        for key, field in section.model_fields.items()
-    }
-    return {key: kind for key, kind in annotations.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    found = {key: _section_in(field.annotation) for key, field in section.model_fields.items()}
+    return {key: kind for key, kind in found.items() if kind}
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a key's type is or may be: `Section | None`, or a name or a section, say."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    parts = get_args(annotation) if get_origin(annotation) in (Annotated, UnionType, Union) else ()
+    return next(filter(None, map(_section_in, parts)), None)
 
 
 def _keys_at(path: list[str]) -> list[str]:
@@ -276,10 +282,10 @@ def describe_keys() -> str:
     def visit(section: type[BaseModel], prefix: str) -> None:
         nested = _subsections(section)
         for key, field in section.model_fields.items():
-            if key in nested:
+            choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+            if key in nested and not (choices := _names_in(field.annotation)):
                 continue
             default = "required" if field.is_required() else _toml_value(field.default)
-            choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
             known = ", ".join(f"`{choice}`" for choice in choices)
             lines.append(f"| `{prefix}{key}` | {default} | {known and known + ': '}{field.description} |")
         for key, subsection in nested.items():
@@ -289,6 +295,11 @@ def describe_keys() -> str:
     lines.extend(["| key | default | meaning |", "|---|---|---|"])
     visit(Recipe, "")
     return "\n".join(lines) + "\n"
+
+
+def _names_in(annotation: Any) -> list[str]:
+    """Return the names that a key may be in place of a section."""
+    return [name for part in get_args(annotation) for name in ([part] if isinstance(part, str) else _names_in(part))]
 
 
 def _toml_value(value: object) -> str:

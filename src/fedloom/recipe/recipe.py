@@ -11,7 +11,9 @@ from fedloom.errors import RecipeError
 from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
-from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Section, Training
+from fedloom.recipe.section import Section
+from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model
+from fedloom.recipe.training_section import Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 """Strategies that step with momentum or a step size on the server, after the average."""
@@ -54,6 +56,36 @@ CLASHES = (
         'set it to "reset"',
     ),
     Clash(
+        lambda recipe: (
+            recipe.training.optimizer_table.kind == "adamw_8bit" and recipe.training.optimizer_state == "keep"
+        ),
+        "training.optimizer_state",
+        "bitsandbytes keeps the state of adamw_8bit on the GPU, where it would fill with those of clients that wait",
+        'set it to "reset"',
+    ),
+    Clash(
+        lambda recipe: recipe.training.learning_rate_end > recipe.training.learning_rate,
+        "training.learning_rate_end",
+        "it is above training.learning_rate, the peak of the learning rate",
+        "lower it",
+    ),
+    Clash(
+        lambda recipe: recipe.training.schedule_scope == "rounds" and recipe.training.warmup > 0,
+        "training.warmup",
+        'with schedule_scope = "rounds" the rate is the same in all steps of a round',
+        "leave it out, or choose another schedule_scope",
+    ),
+    Clash(
+        lambda recipe: (
+            recipe.training.schedule_scope == "rounds"
+            and recipe.training.schedule != "constant"
+            and not recipe.training.learning_rate_end
+        ),
+        "training.learning_rate_end",
+        'with schedule_scope = "rounds" it is the rate of the whole last round, which would train with 0',
+        "set it above 0",
+    ),
+    Clash(
         lambda recipe: recipe.federation.client_ranks is not None and recipe.federation.lora_rule != "svd",
         "federation.client_ranks",
         "factors of different ranks can't be averaged directly",
@@ -70,6 +102,12 @@ CLASHES = (
         "federation.client_ranks",
         "a client's rank is higher than adapter.rank, the rank of the shared adapter",
         "raise adapter.rank to the highest of them",
+    ),
+    Clash(
+        lambda recipe: recipe.model.quantization_options is not None and recipe.model.quantization != "4bit",
+        "model.quantization_options",
+        "they are options of weights of 4 bits",
+        'set model.quantization = "4bit", or leave them out',
     ),
     Clash(
         lambda recipe: bool(recipe.model.quantization) and METHODS[recipe.adapter.method].float32_base,

@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     PositiveInt,
@@ -18,6 +16,7 @@ from pydantic import (
 )
 
 from fedloom.recipe.methods import METHODS, check_choice, check_method
+from fedloom.recipe.section import Section
 
 
 def _to_names(value: object) -> object:
@@ -36,10 +35,14 @@ def _to_ranks(value: object) -> object:
     return tuple(value)
 
 
-class Section(BaseModel):
-    """A part of the recipe: frozen, without unknown keys, without silent conversions."""
+class QuantizationOptions(Section):
+    """Weights of 4 bits, as bitsandbytes packs them and computes with them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit numbers: NF4 of QLoRA, or floats")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="type that the weights are unpacked to and computed in"
+    )
+    double: bool = Field(True, description="scales packed as well")
 
 
 class Model(Section):
@@ -68,6 +71,9 @@ class Model(Section):
         None,
         description="packing of the frozen weights: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as in"
         " a `.gguf` file; none if left out",
+    )
+    quantization_options: QuantizationOptions | None = Field(
+        None, description="how `4bit` packs and computes; with their defaults if left out"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
 
@@ -108,42 +114,6 @@ class Adapter(Section):
     def given(self) -> set[str]:
         """Return the keys that the recipe sets; None counts as left out."""
         return {key for key in self.model_fields_set if getattr(self, key) is not None}
-
-
-class Training(Section):
-    """The work of a client in a round."""
-
-    engine: Literal["auto", "batched", "reference"] = Field(
-        "auto", description="engine: chosen by fedloom; all clients in one pass; one client after another"
-    )
-    clients_at_once: int | None = Field(
-        None, ge=1, description="clients in one pass of `batched`; as many as fit in memory if left out"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="less memory for a third more time: each layer keeps its input and is computed twice"
-    )
-    cuda_graph: bool = Field(
-        True, description="a step recorded on a GPU and launched whole; not with `gradient_checkpointing`"
-    )
-    epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
-    batch_size: int = Field(2, ge=1, description="sequences in a step")
-    learning_rate: float = Field(1e-4, gt=0, description="peak of the learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay of the learning rate to 0")
-    schedule_scope: Literal["round", "run"] = Field("round", description="span of the decay")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of torch.optim, with its defaults")
-    optimizer_state: Literal["reset", "keep"] = Field(
-        "reset", description="the optimizer's state between a client's rounds"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="weight decay; decoupled for AdamW")
-    max_gradient_norm: float | None = Field(
-        None, gt=0, description="norm that a step's gradient is clipped to; no clipping if left out"
-    )
-    proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
-    proximal_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
-        "constant",
-        description="course of μ over the rounds: the same, falling to 0, or up by 0.1 when the loss rises and down by"
-        " 0.1 after five falls (arXiv 1812.06127, section 5.3)",
-    )
 
 
 STRATEGY_DEFAULTS: dict[str, dict[str, float]] = {
@@ -287,6 +257,15 @@ class Federation(Section):
     )
     strategy: Strategy = Field(default_factory=Strategy, description="rule that makes the next adapter of the updates")
     early_stop: EarlyStop | None = Field(None, description="end before the last round; never if left out")
+    keep_every: int | None = Field(
+        None, ge=1, description="keep the adapter of every N-th round, in `adapters/round-N`; none if left out"
+    )
+    max_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="most bytes of adapters both ways, as the records count them: a run ends before the round that"
+        " would exceed it; no limit if left out",
+    )
 
 
 class Evaluation(Section):
@@ -295,4 +274,10 @@ class Evaluation(Section):
     batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
     clients: int | None = Field(
         None, ge=1, description="clients whose own hold-outs are scored, the same in every round; all if left out"
+    )
+    every: int = Field(
+        1,
+        ge=1,
+        description="evaluate the adapter after every N-th round, and after the last: the best adapter is chosen among"
+        " those, and a run stops early after one of them; baselines are evaluated after each round",
     )

@@ -15,6 +15,7 @@ from fedloom.records.run import Run, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
+REMOVE = "remove it: a run does without it"
 
 
 def check_run(folder: str | Path) -> list[Finding]:
@@ -93,10 +94,17 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _adapters(run: Run) -> dict[str, int]:
-    """Return the adapters that must be there, with the rounds that they are of."""
+    """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
     if not run.rounds:
         return {}
-    return {"initial": 0, "last": run.rounds[-1]["round"], "best": run.best_round or 0}
+    kept = {path.name: path.name.removeprefix("round-") for path in sorted(run.folder.glob("adapters/round-*"))}
+    rounds = {name: int(number) for name, number in kept.items() if number.isdecimal()}
+    return {
+        "initial": 0,
+        "last": run.rounds[-1]["round"],
+        "best": run.best_round or 0,
+        **{name: round for name, round in rounds.items() if round < len(run.rounds)},
+    }
 
 
 def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> Finding:
@@ -106,12 +114,13 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
     changed = damaged_adapters(run.folder, newest).get(name)
     if changed and (round <= newest.round or name == "initial"):
         return Finding(what, f"damaged: {', '.join(changed)}", GO_ON)
+    mend = REMOVE if name.startswith("round-") else GO_ON
     try:
         found = load_adapter(run.folder / "adapters" / name, newest.adapter.layout, frozen=None)
     except FedloomError as error:
-        return Finding(what, str(error), GO_ON)
+        return Finding(what, str(error), mend)
     if found.sha256() != run.rounds[round]["adapter_sha256"]:
-        return Finding(what, f"not the adapter of round {round}", GO_ON)
+        return Finding(what, f"not the adapter of round {round}", mend)
     return Finding(what, f"the adapter of round {round}")
 
 

@@ -11,7 +11,8 @@ from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
     from fedloom.data.splits import Audit
-    from fedloom.recipe.sections import Federation, Training
+    from fedloom.recipe.sections import Federation
+    from fedloom.recipe.training_section import Training
 
 
 SHOWN = 8
@@ -44,7 +45,7 @@ class ClientPlan:
         holdout_tokens: int,
     ) -> ClientPlan:
         """Return the plan of a client that holds so much."""
-        steps = training.epochs * -(-blocks // training.batch_size)
+        steps = training.steps_of(blocks)
         return cls(train_documents, holdout_documents, blocks, tokens, holdout_tokens, steps)
 
 
@@ -112,6 +113,12 @@ class Plan:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Each client's share of the weight in a round of all, by name; where sizes are told, or `federation.max_share` is
     set."""
+    evaluated_rounds: int = 0
+    """Rounds after which the adapter is evaluated, where that is not every one."""
+    kept_adapters: int = 0
+    """Adapters of rounds that are kept beside the best and the last."""
+    whole_steps: tuple[int, ...] = ()
+    """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -127,12 +134,16 @@ class Plan:
         **facts: Any,
     ) -> Plan:
         """Return the plan of a run with these clients, wherever they are; `facts` are its other fields."""
+        without_limit = training.model_copy(update={"max_steps": None})
+        whole_steps = tuple(without_limit.steps_of(client.blocks) for client in clients)
         return cls(
             name=name,
             clients=tuple(clients),
             judged_tokens=sum(clients[client].holdout_tokens for client in scored_clients),
             rounds=federation.rounds,
             epochs=training.epochs,
+            kept_adapters=federation.rounds // federation.keep_every if federation.keep_every else 0,
+            whole_steps=whole_steps if training.max_steps else (),
             proximal_mu=training.proximal_mu,
             **facts,
         )
@@ -149,7 +160,12 @@ class Plan:
 
     @property
     def train_tokens_per_round(self) -> int:
-        return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+        """Tokens of all clients that take part, on average where they take part of their rows."""
+        if not self.whole_steps:
+            return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+        parts = [client.steps / max(1, whole) for client, whole in zip(self.clients, self.whole_steps, strict=True)]
+        tokens = sum(client.tokens * part for client, part in zip(self.clients, parts, strict=True))
+        return round(tokens * self.epochs * self._share)
 
     @property
     def tokens(self) -> dict[Phase, int]:
@@ -159,8 +175,10 @@ class Plan:
     @property
     def evaluate_tokens(self) -> int:
         """Tokens evaluated: round 0 and every round, and each trained client once more on its own hold-out."""
-        every_round = (self.rounds + 1) * (self.central_tokens + self.judged_tokens)
-        return round(every_round + self.rounds * self.judged_tokens * self._share)
+        rounds = self.evaluated_rounds or self.rounds
+        every_round = (rounds + 1) * (self.central_tokens + self.judged_tokens)
+        # A client's own adapter is scored where the one that it began with was, round 0's among them.
+        return round(every_round + rounds * self.judged_tokens * self._share)
 
     @property
     def bytes_per_round(self) -> int:
@@ -201,7 +219,8 @@ class Plan:
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
-            *("slow_attention", "shares", "capped"),
+            *("slow_attention", "shares", "capped", "whole_steps"),
+            *("evaluated_rounds", "kept_adapters"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

@@ -53,8 +53,8 @@ class RunState:
 
     adapter: Adapter
     strategy: State
-    losses: list[float]
-    """Losses by which adapters are judged, round 0 first."""
+    losses: list[float | None]
+    """Losses by which adapters are judged, round 0 first; None after a round that was not evaluated."""
     scores: dict[int, Score]
     """Scores of the adapter on each client's own hold-out."""
     optimizers: dict[int, OptimizerState]
@@ -85,7 +85,12 @@ class RunState:
     @property
     def best_round(self) -> int:
         """Round of the best adapter; of equal losses, the last."""
-        return self.round - self.losses[::-1].index(min(self.losses))
+        return self.round - self.losses[::-1].index(self.best_loss)
+
+    @property
+    def best_loss(self) -> float:
+        """Lowest loss of an adapter that was evaluated."""
+        return min(loss for loss in self.losses if loss is not None)
 
 
 def save_state(run: Path, state: RunState) -> None:
@@ -191,7 +196,7 @@ def _lost_its_best(run: Path, state: RunState) -> bool:
     if state.best_round == state.round or "best" not in damaged_adapters(run, state):
         return False
     later = read_run(run).rounds[state.round + 1 :]
-    return not any(judged_loss(record) <= min(state.losses) for record in later)
+    return not any(judged_loss(record) <= state.best_loss for record in later)
 
 
 def forget_states(run: Path) -> None:

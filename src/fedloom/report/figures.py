@@ -91,10 +91,13 @@ def phase_shares(run: Run) -> dict[str, float]:
 def client_work(run: Run, round: int) -> tuple[int, int, int]:
     """Return the samples, steps and tokens that the clients trained on in a round."""
     # A report's steps and tokens count every epoch; its examples are those that a client holds.
-    epochs = run.recipe["training"]["epochs"]
+    training = run.recipe["training"]
+    size = training["batch_size"] * training.get("gradient_accumulation", 1)
     reports = [report for report in run.clients if report["round"] == round]
-    samples, steps, tokens = (sum(report[key] for report in reports) for key in ("examples", "steps", "tokens"))
-    return samples * epochs, steps, tokens
+    # Where steps are fewer than the epochs would take, they say more.
+    samples = sum(min(report["examples"] * training["epochs"], report["steps"] * size) for report in reports)
+    steps, tokens = (sum(report[key] for report in reports) for key in ("steps", "tokens"))
+    return samples, steps, tokens
 
 
 def throughput(run: Run, phase: str) -> dict[str, Spread]:

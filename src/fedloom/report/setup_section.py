@@ -22,8 +22,6 @@ def show_setup(run: Run, state: str) -> list[Block]:
     partition = ", ".join(
         value if key == "kind" else f"{key} {value}" for key, value in data["partition"].items() if value is not None
     )
-    rate = f"{training['learning_rate']:g}, {training['schedule']}"
-    rate += f" over the {training['schedule_scope']}" if training["schedule"] != "constant" else ""
     rows = {
         "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
         **({"Weights": explain_weights(plan["model_weights"])} if plan.get("model_weights") else {}),
@@ -38,9 +36,9 @@ def show_setup(run: Run, state: str) -> list[Block]:
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
         "Objective": _objective(training),
         "Strategy": f"{_strategy(run)}; LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
-        "Epochs per client": str(training["epochs"]),
-        "Learning rate": f"{rate}; {training['optimizer']}, its state: {training['optimizer_state']} between rounds",
-        "Batch size": f"{training['batch_size']} (train), {recipe['evaluation']['batch_size']} (evaluation)",
+        "Epochs per client": _epochs(training),
+        "Learning rate": f"{_rate(training)}; {_optimizer(training)}",
+        "Batch size": f"{_batch(training)} (train), {recipe['evaluation']['batch_size']} (evaluation)",
         "Engine": ", ".join(
             [plan["engine"], f"{count(plan.get('clients_at_once', 1), 'client')} at once", *plan.get("ways", ())]
         ),
@@ -70,6 +68,37 @@ def _strategy(run: Run) -> str:
     if strategy["kind"] in UNWEIGHTED:
         return f"{strategy['kind']}, every client with the same weight"
     return f"{strategy['kind']}, weighted by {strategy['weight_by']}"
+
+
+def _epochs(training: Record) -> str:
+    steps = training.get("max_steps")
+    return f"{training['epochs']}" + (f", {count(steps, 'step')} at most in a round" if steps else "")
+
+
+def _batch(training: Record) -> str:
+    parts = training.get("gradient_accumulation", 1)
+    return f"{training['batch_size']}" + (f" x {parts} accumulated" if parts > 1 else "")
+
+
+def _rate(training: Record) -> str:
+    rate, schedule, warmup = f"{training['learning_rate']:g}", training["schedule"], training.get("warmup")
+    spans = {"round": "over the round", "run": "over the run", "rounds": "over the run, the same within a round"}
+    span = spans[training["schedule_scope"]]
+    if schedule == "constant":
+        told = f"{rate}, constant"
+    else:
+        end = f" to {training['learning_rate_end']:g}" if training.get("learning_rate_end") else ""
+        told = f"{rate}, {schedule}{end} {span}"
+    if not warmup:
+        return told
+    return told + (f", after a warm-up of {100 * warmup:g} %" if warmup < 1 else f", after {warmup:g} steps of warm-up")
+
+
+def _optimizer(training: Record) -> str:
+    given = training["optimizer"]
+    table = {"kind": given} if isinstance(given, str) else given
+    own = "".join(f", {key} = {value}" for key, value in table.items() if key != "kind" and value is not None)
+    return f"{table['kind']}{own}, its state: {training['optimizer_state']} between rounds"
 
 
 def _objective(training: Record) -> str:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from fedloom.training.jobs import (
     is_shortage,
     too_large,
 )
-from fedloom.training.objective import next_token_targets
+from fedloom.training.objective import count_targets, next_token_targets
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
 READ_EVERY = 16
@@ -47,6 +48,7 @@ OF_ALL_CLIENTS = (
     "gradient_checkpointing",
     "cuda_graph",
     "optimizer",
+    "gradient_accumulation",
     "weight_decay",
     "max_gradient_norm",
 )
@@ -75,7 +77,13 @@ class ClientSlot:
         """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
         blocks = self.job.blocks
         widest = -(-int(blocks.widths.max()) // WIDTHS) * WIDTHS
-        return len(self.batches[0]), min(widest, blocks.tokens_NT.shape[1])
+        sequences = min(len(self.batches[0]), self.job.training.batch_size)
+        return sequences, min(widest, blocks.tokens_NT.shape[1])
+
+    def take_batches(self) -> list[Batch]:
+        """Return the batch of the next step, or its micro-batches."""
+        rows = self.batches[self.step].split(self.job.training.batch_size)
+        return [take_batch(self.job.blocks, part) for part in rows]
 
 
 class BatchedEngine:
@@ -117,8 +125,8 @@ class BatchedEngine:
                         self._records = False
                         self._say("graph", f"none, each step is launched by itself: {batch.not_recordable}")
                     for slot, taken in stepped:
-                        job, samples = slot.job, len(taken.tokens_BT)
-                        self._watch(Progress("train", taken.num_tokens, samples, job.round, job.client))
+                        job, samples = slot.job, sum(len(part.tokens_BT) for part in taken)
+                        self._watch(Progress("train", count_tokens(taken), samples, job.round, job.client))
                     yield from batch.retire()
                 # What the last ones held is not needed beside what comes next, an evaluation say.
                 self._stack.let_go()
@@ -181,14 +189,13 @@ class ClientBatch:
         partly = any(job.trains_P is not None for job in jobs)
         self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
-        self._records = (
-            records and self._device.type == "cuda" and training.cuda_graph and not training.gradient_checkpointing
-        )
+        whole = not training.gradient_checkpointing and training.gradient_accumulation == 1
+        self._records = records and self._device.type == "cuda" and training.cuda_graph and whole
         self.not_recordable = ""
         """Reason why this model's steps can't be recorded, once that was found."""
         self._launch: StepGraph | None = None
         self._sizes: Sequence[tuple[int, int]] = ()
-        self._unread: list[tuple[list[tuple[ClientSlot, Batch]], Tensor]] = []
+        self._unread: list[tuple[list[tuple[ClientSlot, list[Batch]]], Tensor]] = []
         self.slots: list[ClientSlot] = []
 
     @property
@@ -207,28 +214,28 @@ class ClientBatch:
         step.optimizer.load(place, job.optimizer_state)
         self.slots.append(slot)
 
-    def step(self) -> list[tuple[ClientSlot, Batch]]:
-        """Take one step of every client; return each with what it has learnt from.
+    def step(self) -> list[tuple[ClientSlot, list[Batch]]]:
+        """Take one step of every client; return each with the batch, or the micro-batches, it has learnt from.
 
         One whose loss is no longer a number has failed, and is finished. On a GPU, up to `READ_EVERY` steps later.
         """
         slots = self.slots
-        batches = [take_batch(slot.job.blocks, slot.batches[slot.step]) for slot in slots]
-        sizes = [
-            slot.largest_batch if self._fixed_shapes else (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
-            for slot, batch in zip(slots, batches, strict=True)
-        ]
-        collected = self._collect(batches, sizes)
-        # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
-        inputs = collected.each(lambda value: value.to(self._device, non_blocking=True))
-        try:
-            facts_3K = self._prepare(sizes)(inputs)
-        except NotRecordableError as error:
-            self._stop_recording(error)
-            facts_3K = self._prepare(sizes)(inputs)
+        taken = [slot.take_batches() for slot in slots]
+        totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
+        # A client that has fewer micro-batches than another waits while that has its last ones.
+        parts = [self._inputs(batches, totals) for batches in zip_longest(*taken)]
+        if len(parts) > 1:
+            facts_3K = self._accumulate(parts)
+        else:
+            ((inputs, sizes),) = parts
+            try:
+                facts_3K = self._prepare(sizes)(inputs)
+            except NotRecordableError as error:
+                self._stop_recording(error)
+                facts_3K = self._prepare(sizes)(inputs)
         failpoint("training.stepped")
 
-        stepped = list(zip(slots, batches, strict=True))
+        stepped = list(zip(slots, taken, strict=True))
         self._unread.append((stepped, facts_3K))
         for slot in slots:
             slot.step += 1
@@ -267,6 +274,26 @@ class ClientBatch:
         # A copy: the slot's next client writes over it.
         return ClientUpdate(report, replace(job.adapter, weights_P=weights_P.to("cpu", copy=True)), state, job.trial)
 
+    def _inputs(
+        self, batches: Sequence[Batch | None], totals: Sequence[int]
+    ) -> tuple[StepInputs, Sequence[tuple[int, int]]]:
+        """Return all clients' batches on the device, and their sizes, with which padding begins."""
+        sizes = []
+        for slot, batch in zip(self.slots, batches, strict=True):
+            sequences, width = (0, 0) if batch is None else batch.tokens_BT.shape
+            sizes.append(slot.largest_batch if batch is not None and self._fixed_shapes else (sequences, width))
+        collected = self._collect(batches, totals, sizes)
+        # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
+        return collected.each(lambda value: value.to(self._device, non_blocking=True)), sizes
+
+    def _accumulate(self, parts: Sequence[tuple[StepInputs, Sequence[tuple[int, int]]]]) -> Tensor:
+        """Take a step of more than one micro-batch, which is launched by itself."""
+        if len(self._sizes) != len(self.slots):
+            self._step.use_slots(len(self.slots))
+        self._sizes = parts[0][1]
+        generators = self._generators[: len(self.slots)]
+        return self._step.accumulate((inputs, ClientDropout(generators, sizes)) for inputs, sizes in parts)
+
     def _prepare(self, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
         """Return the step for batches of these sizes: on a GPU recorded and launched whole while its shape stays."""
         count = len(sizes)
@@ -289,21 +316,26 @@ class ClientBatch:
         """Write down the steps since the last look."""
         unread, self._unread = self._unread, []
         for stepped, facts_3K in unread:
-            for (slot, batch), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
+            for (slot, taken), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
                 if slot.error is None:
                     try:
-                        slot.log.add_step(loss, drift, gradient_norm, batch.num_tokens)
+                        slot.log.add_step(loss, drift, gradient_norm, count_tokens(taken))
                     except TrainingError as error:
                         slot.error = error
 
-    def _collect(self, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> StepInputs:
-        """Return all clients' batches as one step's inputs, still in the memory of the processor."""
+    def _collect(
+        self, batches: Sequence[Batch | None], totals: Sequence[int], sizes: Sequence[tuple[int, int]]
+    ) -> StepInputs:
+        """Return all clients' batches as one step's inputs, still in the memory of the processor.
+
+        `totals` are the tokens that count in each client's whole step.
+        """
         rates = [slot.job.rate(slot.step, len(slot.batches)) for slot in self.slots]
         mus = [slot.job.training.proximal_mu for slot in self.slots]
         tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
-        shares_KM = counted_KM / counted_KM.sum(1, keepdim=True).to(self._step.weights_KP.dtype)
+        shares_KM = counted_KM / torch.tensor(totals)[:, None].to(self._step.weights_KP.dtype)
         rows = None if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
         chosen = slice(None) if rows is None else rows
         return StepInputs(
@@ -318,14 +350,24 @@ class ClientBatch:
         )
 
 
-def pad_together(batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing."""
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Return the real tokens of a step's micro-batches."""
+    return sum(batch.num_tokens for batch in batches)
+
+
+def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing.
+
+    So is the place of a client that has none.
+    """
     num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
     tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
     labels_KBT = torch.full_like(tokens_KBT, IGNORED)
     # What fills up is not masked: nobody who counts sees it, and to see nothing at all means nothing to attention.
     mask_KBT = torch.ones_like(tokens_KBT)
     for client, batch in enumerate(batches):
+        if batch is None:
+            continue
         sequences, width = batch.tokens_BT.shape
         tokens_KBT[client, :sequences, :width] = batch.tokens_BT
         labels_KBT[client, :sequences, :width] = batch.labels_BT

@@ -21,7 +21,8 @@ from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Adapter, Model, Training
+    from fedloom.recipe.sections import Adapter, Model
+    from fedloom.recipe.training_section import Training
 
 EngineName = Literal["batched", "reference"]
 
@@ -82,6 +83,7 @@ def choose_engine(
         *([f'method "{adapter.method}"'] if adapter.method != "lora" else []),
         *(["adapter.dora"] if adapter.dora else []),
         *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
+        *(['optimizer "adamw_8bit"'] if training.optimizer_table.kind == "adamw_8bit" else []),
         *(["model.quantization"] if model.quantization in ("4bit", "8bit") else []),
     ]
     if adapted is not None and not lacks and (layer := find_unstackable(adapted)):
@@ -92,6 +94,6 @@ def choose_engine(
         raise RecipeError(
             f"the engine batched has no {lacks[0]}",
             where="training.engine",
-            mend="use reference or auto, or plain lora",
+            mend="use reference or auto, or leave that out",
         )
     return "reference" if lacks or training.engine == "reference" else "batched"

@@ -20,7 +20,7 @@ from fedloom.seeds import derive_seed
 from fedloom.training.objective import check_finite, check_proximal, learning_rate, proximal_loss
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 OptimizerState = dict[str, Tensor]
 """A client's optimizer state by name, over the flat adapter."""
@@ -62,9 +62,23 @@ class ClientJob(ClientTask):
 
     def draw_batches(self) -> list[Tensor]:
         """Draw the rows of every step: each epoch visits each block once, in an order of its own."""
+        if self.training.max_steps:
+            return self._walk(self.training.steps_of(len(self.blocks)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
         orders = (torch.randperm(len(self.blocks), generator=generator) for _ in range(self.training.epochs))
-        return [rows for order in orders for rows in order.split(self.training.batch_size)]
+        return [rows for order in orders for rows in order.split(self.training.step_size)]
+
+    def _walk(self, steps: int) -> list[Tensor]:
+        """Return the rows of a round that goes on where the one before ended: passes follow each other over rounds.
+
+        The number of the round says where that was, so nobody has to remember it.
+        """
+        first, in_a_pass = (self.round - 1) * steps, -(-len(self.blocks) // self.training.step_size)
+        batches: list[Tensor] = []
+        for number in range(first // in_a_pass, -(-(first + steps) // in_a_pass)):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "walk", number, self.client))
+            batches += torch.randperm(len(self.blocks), generator=generator).split(self.training.step_size)
+        return batches[first % in_a_pass :][:steps]
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step (from 0)."""
@@ -169,7 +183,8 @@ class WorkLog:
         """
         job, steps = self.job, len(self._losses)
         check_finite("the drift", drift, round=job.round, client=job.client, step=steps)
-        check_proximal(self._proximal_losses, mu=self._mu, round=job.round, client=job.client)
+        if any(job.rate(step, steps) for step in range(steps - 1)):  # in a warm-up, the first step moves nothing
+            check_proximal(self._proximal_losses, mu=self._mu, round=job.round, client=job.client)
         return ClientReport(
             round=job.round,
             client=job.client,

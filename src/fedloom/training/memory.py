@@ -30,7 +30,7 @@ from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import StackedStep, StepInputs
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 HELD_BY_ALLOCATOR = {"cpu": 1.45, "cuda": 1.1}
 """Bytes that a process holds for each byte alive in a step: glibc keeps freed pieces, 1.3 to 1.5 times as much in all

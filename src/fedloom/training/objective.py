@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedloom.data.tokens import IGNORED
 from fedloom.errors import TrainingError
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 
 def next_token_targets(labels_BT: Tensor) -> Tensor:
@@ -34,6 +34,11 @@ def mean_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     logits = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
     targets_BT = next_token_targets(labels_BT)
     return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+
+
+def count_targets(labels_BT: Tensor) -> int:
+    """Return how many tokens of a batch count in its mean loss."""
+    return int((next_token_targets(labels_BT) != IGNORED).sum())
 
 
 def proximal_loss(drift: float, mu: float) -> float:
@@ -70,26 +75,32 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
-"""Factor of the learning rate at a progress in [0, 1)."""
+"""Factor of the learning rate at a progress in [0, 1]: what is left of the way from the peak to the end."""
 
 
 def learning_rate(training: Training, step: int, steps: int, round: int, rounds: int) -> float:
-    """Return the learning rate of a step (from 0) of a round's steps, in a round (from 1) of the run's rounds."""
-    progress = step / steps
-    if training.schedule_scope == "run":
-        progress = (round - 1 + progress) / rounds
-    return training.learning_rate * SCHEDULES[training.schedule](progress)
+    """Return the learning rate of a step (from 0) of a round's steps, in a round (from 1) of the run's rounds.
+
+    The rate is η_end + (η − η_end) f(progress). Over `rounds` the progress of a whole round r of R is r/R. A warm-up
+    of W steps is transformers': η s/W in step s of its span, and from W on the schedule over what is left.
+    """
+    progress = {"round": step / steps, "run": (round - 1 + step / steps) / rounds, "rounds": round / rounds}
+    reached = progress[training.schedule_scope]
+    if training.warmup:
+        place, span = (
+            ((round - 1) * steps + step, rounds * steps) if training.schedule_scope == "run" else (step, steps)
+        )
+        warm = warmup_steps(training, span)
+        if place < warm:
+            return training.learning_rate * place / warm
+        reached = (place - warm) / (span - warm)
+    peak, end = training.learning_rate, training.learning_rate_end
+    return end + (peak - end) * SCHEDULES[training.schedule](reached)
 
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Training], torch.optim.Optimizer]] = {
-    "adamw": lambda weights, training: torch.optim.AdamW(
-        weights, lr=training.learning_rate, weight_decay=training.weight_decay
-    ),
-    "sgd": lambda weights, training: torch.optim.SGD(
-        weights, lr=training.learning_rate, weight_decay=training.weight_decay
-    ),
-}
-"""Optimizers of the reference engine, by name; `STACKED_OPTIMIZERS` has their counterparts for K clients."""
+def warmup_steps(training: Training, span: int) -> int:
+    """Return the steps of a warm-up within a span of so many."""
+    return math.ceil(training.warmup * span if training.warmup < 1 else training.warmup)
 
 
 def check_finite(what: str, value: float, **where: Any) -> None:

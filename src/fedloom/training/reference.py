@@ -22,18 +22,12 @@ from fedloom.training.jobs import (
     ClientJob,
     ClientResult,
     ClientUpdate,
-    OptimizerState,
     WorkLog,
     is_shortage,
     too_large,
 )
-from fedloom.training.objective import (
-    OPTIMIZERS,
-    add_proximal_gradient,
-    clip_gradient,
-    hold_still,
-    mean_token_loss,
-)
+from fedloom.training.objective import add_proximal_gradient, clip_gradient, count_targets, hold_still, mean_token_loss
+from fedloom.training.optimizers import load_state, open_optimizer, read_state
 
 
 class ReferenceEngine:
@@ -69,8 +63,8 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     weights_P, gradient_P = adapted.weights_P, adapted.gradient_P
     global_P = job.adapter.weights_P.to(adapted.device)  # on a processor the server's own, which nobody changes
     trains_P = None if job.trains_P is None else job.trains_P.to(adapted.device)
-    optimizer = OPTIMIZERS[training.optimizer]([weights_P], training)
-    _restore(optimizer, job.optimizer_state)
+    optimizer = open_optimizer(training, weights_P, gradient_P, adapted.layout)
+    load_state(optimizer, training, job.optimizer_state)
     batches = job.draw_batches()
     devices = [adapted.device] if adapted.device.type == "cuda" else []
     checkpointing = gradient_checkpointing(adapted.base, training.gradient_checkpointing)
@@ -78,17 +72,25 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
         torch.manual_seed(job.dropout_seed)
         adapted.model.train()
         for step, rows in enumerate(batches):
-            batch = take_batch(job.blocks, rows).to(adapted.device)
+            parts = [take_batch(job.blocks, part) for part in rows.split(training.batch_size)]
+            counted = [count_targets(part.labels_BT) for part in parts]
+            num_tokens = sum(part.num_tokens for part in parts)
 
             gradient_P.zero_()
-            loss = mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
-            loss.backward()
+            loss = 0.0
+            for part, count in zip(parts, counted, strict=True):
+                batch = part.to(adapted.device)
+                # Every token counts alike: a mean of means would favour those of short micro-batches.
+                share = mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
+                share = share * (count / sum(counted))
+                share.backward()
+                loss += share.item()
 
             with torch.no_grad():
                 if trains_P is not None:
                     gradient_P.mul_(trains_P)
                 offset_P = weights_P - global_P
-                log.add_step(loss.item(), offset_P.norm().item(), gradient_P.norm().item(), batch.num_tokens)
+                log.add_step(loss, offset_P.norm().item(), gradient_P.norm().item(), num_tokens)
                 add_proximal_gradient(gradient_P, offset_P, training.proximal_mu)
                 clip_gradient(gradient_P, training.max_gradient_norm)
             optimizer.param_groups[0]["lr"] = job.rate(step, len(batches))
@@ -97,21 +99,9 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
                 hold_still(weights_P, global_P, trains_P)
 
             failpoint("training.stepped")
-            watch(Progress("train", batch.num_tokens, len(rows), job.round, job.client))
+            watch(Progress("train", num_tokens, len(rows), job.round, job.client))
         adapted.model.eval()
     report = log.finish(drift=(weights_P - global_P).norm().item())
-    state = _state_of(optimizer) if training.optimizer_state == "keep" else {}
+    state = read_state(optimizer, training) if training.optimizer_state == "keep" else {}
     update = replace(job.adapter, weights_P=adapted.lend().weights_P)
     return ClientUpdate(report, update, state, job.trial)
-
-
-def _restore(optimizer: torch.optim.Optimizer, state: OptimizerState | None) -> None:
-    if state is not None:
-        copied = {name: value.clone() for name, value in state.items()}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: copied}})
-
-
-def _state_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """Return the state on the CPU: a GPU would fill with those of clients that wait for their next round."""
-    state = optimizer.state_dict()["state"].get(0, {})
-    return {name: value.to("cpu") for name, value in state.items() if value is not None}

@@ -8,7 +8,9 @@ Letters: K clients, N sequences of all clients, T tokens, M rows that count, P a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from fedloom.training.objective import add_proximal_gradient, clip_gradient, hol
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import Training
+    from fedloom.recipe.training_section import Training
 
 
 class StepInputs(NamedTuple):
@@ -37,7 +39,7 @@ class StepInputs(NamedTuple):
     clients_M: Tensor | None
     """Slot of the client that the position belongs to; None where each client has equally many."""
     shares_M: Tensor
-    """Weight of each position: 1 / the number of its client's counted positions, or 0 for padding.
+    """Weight of each position: 1 / the number of its client's counted positions in the step, or 0 for padding.
 
     The weighted sum of a client's losses is then its own mean.
     """
@@ -75,7 +77,7 @@ class StackedStep:
         self.start_KP = torch.zeros_like(self.weights_KP)
         self.trains_KP = torch.ones_like(self.weights_KP, dtype=torch.bool) if partly else None
         self._gradient_KP = torch.zeros_like(self.weights_KP)
-        self.optimizer = STACKED_OPTIMIZERS[training.optimizer](self.weights_KP, training)
+        self.optimizer = STACKED_OPTIMIZERS[training.optimizer_table.kind](self.weights_KP, training, adapted.layout)
 
     def use_slots(self, count: int) -> None:
         """Step the first `count` slots from now on."""
@@ -94,28 +96,42 @@ class StackedStep:
 
         The facts stay on the device: reading them waits for the GPU, and the caller says when.
         """
-        training = self._training
-        weights_KP, gradient_KP = self.weights_KP[: self._count], self._gradient_KP[: self._count]
-        start_KP, trains_KP = self.start_KP[: self._count], self.trains_KP
+        return self.accumulate([(inputs, dropout)])
 
+    def accumulate(self, parts: Iterable[tuple[StepInputs, ClientDropout]]) -> Tensor:
+        """Take one step on the gradients of one or more micro-batches together, and return its facts as above.
+
+        The shares of a client's positions are of all its micro-batches together.
+        """
         # In place: the layers add their gradients to views of this buffer.
-        gradient_KP.zero_()
-        model = self._stack.model
+        self._gradient_KP[: self._count].zero_()
+        losses_K = []
+        for inputs, dropout in parts:
+            losses_K.append(self._add_gradients(inputs, dropout))
+        return self._move_weights(reduce(add, losses_K), inputs)
+
+    def _add_gradients(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
+        """Add each client's gradient on its sequences to the buffer; return its share of the step's loss, [K]."""
+        checkpointed, model = self._training.gradient_checkpointing, self._stack.model
         model.train()
-        with self._stack.installed(), gradient_checkpointing(model, training.gradient_checkpointing, dropout.contexts):
+        with self._stack.installed(), gradient_checkpointing(model, checkpointed, dropout.contexts):
             with dropout:
                 loss_K = self._losses(inputs)
             # A client's weights are in its own loss alone, so the gradient of the sum is each client's own gradient.
             loss_K.sum().backward()
         model.eval()
+        return loss_K.detach()
 
+    def _move_weights(self, loss_K: Tensor, inputs: StepInputs) -> Tensor:
+        """Step every client along its gradient, and return the facts."""
+        training = self._training
+        weights_KP, gradient_KP = self.weights_KP[: self._count], self._gradient_KP[: self._count]
+        start_KP, trains_KP = self.start_KP[: self._count], self.trains_KP
         with torch.no_grad():
             if trains_KP is not None:
                 gradient_KP.mul_(trains_KP[: self._count])
             offset_KP = weights_KP - start_KP
-            facts_3K = torch.stack(
-                [loss_K.detach().to(weights_KP.dtype), offset_KP.norm(dim=1), gradient_KP.norm(dim=1)]
-            )
+            facts_3K = torch.stack([loss_K.to(weights_KP.dtype), offset_KP.norm(dim=1), gradient_KP.norm(dim=1)])
             add_proximal_gradient(gradient_KP, offset_KP, inputs.mus_K.to(weights_KP.dtype)[:, None])
             clip_gradient(gradient_KP, training.max_gradient_norm)
             self.optimizer.step(gradient_KP, inputs.rates_K)

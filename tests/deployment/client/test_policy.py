@@ -9,17 +9,13 @@ from support.tiny import make_recipe
 
 from fedloom.deployment.client.policy import (
     Policy,
-    as_owner_wrote,
-    check_documents,
-    check_model,
-    check_policy,
     describe_policy,
-    find_refusals,
     load_policy,
     policy_to_toml,
     with_options,
     write_policy,
 )
+from fedloom.deployment.client.refusals import as_owner_wrote, check_documents, check_model, check_policy, find_refusals
 from fedloom.errors import PolicyError, RecipeError
 from fedloom.recipe.loading import load_recipe, shipped_recipes
 from fedloom.recipe.recipe import Recipe
@@ -79,6 +75,8 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
         ("train_embedding", {"adapter": {"options": {"trainable_token_indices": [1, 2]}}}),
         ("lora_rules", {"federation": {"lora_rule": "fedex"}}),
         ("max_epochs", {"training": {"epochs": 21}}),
+        ("min_documents", {"training": {"max_steps": 2}}),
+        ("min_batch_size", {"training": {"batch_size": 1}}),
         ("max_rounds", {"federation": {"rounds": 501}}),
         ("models", {"model": {"source": "/home/alice/model"}}),
         ("models", {"model": {"source": "~/nothing-here"}}),
@@ -95,6 +93,14 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
 def test_what_nobody_allowed_is_refused_without_a_file(key: str, sections: dict[str, Any]) -> None:
     """Fail on a policy that allows everything where nothing is written."""
     assert refused(load_policy(None), make_recipe(**sections)) == [key]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"max_steps": 3}, {"batch_size": 1, "gradient_accumulation": 2}, {"gradient_accumulation": 3, "max_steps": 1}],
+)
+def test_a_step_has_the_rows_of_all_its_micro_batches(training: dict[str, Any]) -> None:
+    assert refused(Policy(), make_recipe(training=training)) == []
 
 
 def test_the_safe_defaults_allow_the_shipped_recipes_but_whole_models() -> None:

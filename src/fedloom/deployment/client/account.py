@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloom.deployment.client.journal import Journal, hash_task
-from fedloom.deployment.client.policy import Policy, check_policy
+from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_json, hash_text

@@ -14,7 +14,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.documents import gather_client, stamp_documents
-from fedloom.deployment.client.policy import as_owner_wrote, check_model
+from fedloom.deployment.client.refusals import as_owner_wrote, check_model
 from fedloom.deployment.client.secret import sign_documents
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import ClientFacts, pack_score, pack_update, unpack_adapter, unpack_task
@@ -27,6 +27,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
 from fedloom.training.engines import choose_engine, open_engine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
+from fedloom.training.optimizers import check_optimizer
 
 
 class ClientModel:
@@ -48,6 +49,7 @@ class ClientModel:
         say("model", f"{data.source.name}@sha256:{weights}")
         self._adapted = adapt(base, recipe, data.source)
         check_model(policy, recipe, weights=weights, **measure(self._adapted))
+        check_optimizer(recipe.training, self._adapted.device)
         engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
         self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
         self._progress: list[Progress] = []
@@ -111,11 +113,12 @@ class ClientModel:
     def describe(self, task: ClientTask) -> dict[str, Any]:
         """Describe a task for its owner's journal."""
         epochs, blocks = task.training.epochs, self._blocks.train
+        steps = task.training.steps_of(len(blocks))
         return {
             "model": self.recipe.model.source,
             "round": task.round,
             "epochs": epochs,
-            "steps": epochs * -(-len(blocks) // task.training.batch_size),
+            "steps": steps,
             "tokens": epochs * blocks.num_tokens,
             **({"outdated": True} if self.is_outdated() else {}),
         }

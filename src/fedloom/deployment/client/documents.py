@@ -20,7 +20,8 @@ from fedloom.data.documents import Document, find_files
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, load_client, read_split
-from fedloom.deployment.client.policy import Policy, check_documents
+from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.refusals import check_documents
 from fedloom.errors import DataError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather

@@ -14,9 +14,10 @@ from fedloom.deployment.client.first_use import is_confirmed
 from fedloom.deployment.client.joining import Kit, read_kit
 from fedloom.deployment.client.journal import Journal, standing
 from fedloom.deployment.client.own_documents import check_there, load_client, mend_of_server, read_split
-from fedloom.deployment.client.policy import Policy, find_refusals, load_policy, mend_policy, with_options
+from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
+from fedloom.deployment.client.refusals import find_refusals, mend_policy
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError
 from fedloom.host.machine import Finding
@@ -143,6 +144,8 @@ def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> It
         )
     if not refused:
         rounds, epochs = count(recipe.federation.rounds, "round"), count(recipe.training.epochs, "epoch")
+        if recipe.training.max_steps:
+            epochs += f", {count(recipe.training.max_steps, 'step')} at most"
         loss = "told" if policy.tell_holdout_loss else "kept"
         yield Finding(
             "recipe", f"the policy allows it: {recipe.model.source}, {rounds} of {epochs}; hold-out loss {loss}"

@@ -19,7 +19,8 @@ from fedloom.deployment.client.client_model import ClientModel, check_time
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_documents import mend_of_server
-from fedloom.deployment.client.policy import Policy, check_policy, mend_policy
+from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.refusals import check_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (

@@ -96,6 +96,10 @@ class RemoteFleet:
     def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
         self.scores = scores
 
+    def forget_scores(self) -> None:
+        """Forget the scores: clients are not asked to judge a round whose beginning nobody did."""
+        self.scores = {}
+
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
         """Have the clients train: yield a preview of each update as it comes, and all in the order of the tasks.
 

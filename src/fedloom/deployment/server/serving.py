@@ -27,7 +27,7 @@ from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.experiment.weighing import plan_shares
-from fedloom.federation.schedule import cohort_size
+from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
@@ -35,7 +35,7 @@ from fedloom.model.devices import open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe, pin
-from fedloom.recipe.sections import Training
+from fedloom.recipe.training_section import Training
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run
 from fedloom.records.writer import default_folder
@@ -184,6 +184,7 @@ class RemoteClients:
             recipe.name,
             recipe.training,
             recipe.federation,
+            evaluated_rounds=count_evaluated(recipe.federation.rounds, recipe.evaluation.every),
             model=source.name,
             model_revision=source.revision,
             model_weights=weights,

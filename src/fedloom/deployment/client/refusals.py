@@ -1,0 +1,176 @@
+"""Refusals of a client: what a recipe, its documents or its model are that the policy of their owner does not allow.
+
+`check_policy` looks at what is asked before anything is read or loaded; `check_documents` and `check_model` at what
+only shows then. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedloom.deployment.client.policy import Policy
+from fedloom.errors import PolicyError
+from fedloom.hub import COMMIT, MODEL_ID
+
+if TYPE_CHECKING:
+    from fedloom.recipe.recipe import Recipe
+    from fedloom.training.jobs import ClientTask
+
+DRAWN = "random:"
+"""Beginning of the names of models whose weights are drawn, which anybody may ask for."""
+WHOLE = ("modules_to_save",)
+"""Options of PEFT's methods that train whole layers, as `full` does."""
+ROWS = ("trainable_token_indices",)
+"""Options of PEFT's methods that train rows of the embedding."""
+
+
+class Refusal(NamedTuple):
+    """Reason why a policy does not allow a recipe, and the key of the policy that says so."""
+
+    key: str
+    why: str
+
+
+def check_policy(policy: Policy, recipe: Recipe, task: ClientTask | None = None) -> None:
+    """Refuse a recipe, or a task whatever its recipe says, that asks for more than the client's owner allows.
+
+    What is counted is the journal's to check, and what shows when it is loaded, `check_documents` and `check_model`.
+
+    Raises:
+        PolicyError: naming all that it does not allow.
+    """
+    _refuse(find_refusals(policy, recipe, task))
+
+
+def _refuse(refusals: Iterable[Refusal]) -> None:
+    if found := [*refusals]:
+        raise PolicyError(*found)
+
+
+def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None) -> Iterator[Refusal]:
+    """Yield all that a policy does not allow of a recipe, or of a task of it."""
+    adapter, data, federation = recipe.adapter, recipe.data, recipe.federation
+    epochs, rounds = recipe.training.epochs, federation.rounds
+    if task:
+        # A server could tell a mild recipe and then set harder tasks.
+        epochs, rounds = max(epochs, task.training.epochs), max(rounds, task.rounds, task.round)
+    yield from _refuse_model(policy, recipe)
+    if adapter.method not in policy.methods:
+        yield Refusal("methods", f'does not allow the method "{adapter.method}"')
+    if "full" not in policy.methods and (whole := _named(adapter.options, WHOLE)):
+        yield Refusal("methods", f'does not allow whole layers to be trained (options.{whole[0]}), which "full" would')
+    if not policy.train_embedding and (rows := _named(adapter.options, ROWS)):
+        yield Refusal("train_embedding", f"does not allow the embedding to be trained (options.{rows[0]})")
+    if federation.lora_rule not in policy.lora_rules:
+        yield Refusal("lora_rules", f'does not allow the rule "{federation.lora_rule}"')
+    if "text" in data.model_fields_set and data.text != policy.text:
+        yield Refusal("text", f'does not allow the column "{data.text}" to be read for text')
+    for _, column in () if data.is_plain else data.columns:
+        if not {column, column.partition(".")[0]} & set(policy.columns):
+            yield Refusal("columns", f'does not allow the column "{column}" to be read')
+    if not policy.min_length <= data.max_length <= policy.max_length:
+        key, bound = ("min_length", "at least") if data.max_length < policy.min_length else ("max_length", "at most")
+        yield Refusal(key, f"allows a max_length of {bound} {getattr(policy, key)}, not {data.max_length}")
+    if data.window not in policy.windows:
+        yield Refusal("windows", f'does not allow the window "{data.window}"')
+    if data.documents_per_client is not None and data.documents_per_client < policy.min_documents:
+        yield Refusal("min_documents", _too_few("documents", policy.min_documents, data.documents_per_client))
+    size, steps = recipe.training.step_size, recipe.training.max_steps
+    if size < policy.min_batch_size:
+        yield Refusal("min_batch_size", f"allows no steps of {size}, {policy.min_batch_size} at least")
+    # An update of a few steps is one of their rows alone, however many documents there are.
+    if steps is not None and steps * size < policy.min_documents:
+        yield Refusal("min_documents", _too_few("rows in a round", policy.min_documents, steps * size))
+    if epochs > policy.max_epochs:
+        yield Refusal("max_epochs", f"allows {policy.max_epochs} epochs a round, not {epochs}")
+    if rounds > policy.max_rounds:
+        yield Refusal("max_rounds", f"allows {policy.max_rounds} rounds, not {rounds}")
+
+
+def _named(options: Mapping[str, Any], refused: tuple[str, ...]) -> list[str]:
+    # An empty value is one too: what PEFT makes of it, its next version may make something else of.
+    return [name for name in refused if options.get(name) is not None]
+
+
+def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
+    model = recipe.model
+    pins = policy.pins(model.source)
+    if policy.models is not None and not pins:
+        yield Refusal("models", f'does not allow the base model "{model.source}"')
+    # A tokenizer is a program of its model's: one that a server wrote could tell texts by how many tokens they become.
+    if policy.models is None and not model.source.startswith(DRAWN) and model.source not in policy.named:
+        yield Refusal("models", f'does not name "{model.source}"')
+        return
+    # By its name alone: a look at the disk would tell a server whether a folder of that name lies there.
+    if not MODEL_ID.fullmatch(model.source):
+        return
+    # A branch, a tag or a pull request is whatever somebody makes of it later.
+    revisions = {"model.revision": model.revision, "model.weights_revision": model.weights_revision}
+    if loose := [key for key, named in revisions.items() if named is not None and not COMMIT.fullmatch(named)]:
+        yield Refusal("models", f"allows a model of the hub by its commit alone, and {loose[0]} is none")
+    commits = {pin["commit"] for pin in pins}
+    if model.revision is None and commits <= {None}:
+        yield Refusal("models", "allows a model of the hub by its commit alone, and the recipe names none")
+    if model.revision is not None and commits and None not in commits and model.revision not in commits:
+        yield Refusal("models", f'allows "{model.source}" at another commit')
+
+
+def mend_policy(keys: Iterable[str], file: Path | None) -> str:
+    """Return what a policy's owner does to allow what these keys refuse; `file` is where they wrote it."""
+    # Of those that `with_options` takes, a recipe can only ask for another column.
+    named = ", ".join(f"{key} (or --{key})" if key in ("text", "columns") else key for key in keys)
+    where = file or "a policy file (fedloom join --write-policy FILE writes one)"
+    return f"if you mean to allow that, change {named} in {where}"
+
+
+def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
+    """Return a recipe with its owner's column or chat template, and their pin where it names no commit itself."""
+    key = "text" if recipe.data.is_plain else "chat_template"
+    own = {} if getattr(policy, key) is None else {key: getattr(policy, key)}
+    model, data = recipe.model, recipe.data.model_copy(update=own)
+    commits = [pin["commit"] for pin in policy.pins(model.source) if pin["commit"]]
+    if model.revision is None and commits:
+        model = model.model_copy(update={"revision": commits[0]})
+    return recipe.model_copy(update={"model": model, "data": data})
+
+
+def check_documents(policy: Policy, *, documents: int, tokens: int, held_out: int) -> None:
+    """Refuse to work with fewer documents or tokens than the owner wants to hide each among.
+
+    Raises:
+        PolicyError: naming the keys of the policy.
+    """
+    limits = (
+        ("min_documents", "documents to train on", policy.min_documents, documents),
+        ("min_tokens", "tokens to train on", policy.min_tokens, tokens),
+        ("min_holdout_documents", "documents held out", policy.min_holdout_documents if held_out else 0, held_out),
+    )
+    _refuse(Refusal(key, _too_few(what, least, found)) for key, what, least, found in limits if found < least)
+
+
+def _too_few(what: str, least: int, found: int) -> str:
+    return f"wants at least {least:,} {what}, not {found:,}"
+
+
+def check_model(policy: Policy, recipe: Recipe, *, weights: str, share: float, embedding: bool) -> None:
+    """Refuse a model that was loaded: by its weights, the share of them that is trained, or a trained embedding.
+
+    Raises:
+        PolicyError: naming the keys of the policy.
+    """
+    _refuse(_judge_model(policy, recipe, weights, share, embedding))
+
+
+def _judge_model(policy: Policy, recipe: Recipe, weights: str, share: float, embedding: bool) -> Iterator[Refusal]:
+    source = recipe.model.source
+    hashes = {pin["weights"] for pin in policy.pins(source)}
+    if hashes and None not in hashes and weights not in hashes:
+        yield Refusal("models", f'allows "{source}" with other weights than these')
+    if recipe.adapter.method == "full":
+        return
+    if share > policy.max_trained:
+        yield Refusal("max_trained", f"allows {policy.max_trained:.0%} of the weights to be trained, not {share:.0%}")
+    if embedding and not policy.train_embedding:
+        yield Refusal("train_embedding", "does not allow the embedding to be trained")
