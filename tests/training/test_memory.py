@@ -54,7 +54,7 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
     adapted = make_adapted(shape, dtype, dropout=0.1, attention=attention)
     blocks = make_blocks(2, LENGTH)
     real = LENGTH - 5 if masked else LENGTH
-    full = type(blocks)(blocks.tokens_NT, torch.full((2,), real), torch.full((2,), LENGTH))
+    full = type(blocks)(blocks.tokens_NT, torch.full((2,), real), torch.ones(2, LENGTH, dtype=torch.bool))
     start = adapted.read()
     with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), start.weights_P]) as live:
         jobs = [

@@ -34,7 +34,7 @@ def gradient_of(size: int, step: int) -> torch.Tensor:
             lambda weights: Adafactor(weights, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False),
         ),
     ],
-    ids=str,
+    ids=["adamw", "adamw, its own settings", "sgd", "adafactor"],
 )
 def test_the_flat_adapter_is_stepped_as_its_tensors_would_be(optimizer: Any, build: Any) -> None:
     adapted = make_adapted()
