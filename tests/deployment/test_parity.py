@@ -74,6 +74,32 @@ def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_conversations_are_learnt_over_flower_as_on_one_machine(
+    tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    """The server's template is rendered by each client whose owner asks for it, and what counts is the same."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text('chat_template = "server"\n')
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"no {number}"}]}
+        for number in range(40)
+    ]
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant{% endif %}"
+    recipe = tiny(
+        f"data.source={write_jsonl(rows)}", "data.clients=2", "data.documents_per_client=10", "federation.rounds=2",
+        "data.messages=messages", f"data.chat_template='{template}'", "data.system=brief",
+    )  # fmt: skip
+    (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
+    with federation(tmp_path, secure=True) as there:
+        for client, data in enumerate(split(recipe, tmp_path / "split")):
+            there.join(f"client-{client}", data, "--policy", str(policy))
+        served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
+    check_parity(served, run_here(recipe, tmp_path / "local"), clients=2, rounds=2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_batched_engine_makes_the_same_over_flower_within_rounding(
     tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:

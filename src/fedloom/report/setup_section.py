@@ -32,6 +32,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
         f"{_left_out(plan)}",
         "Documents": _documents(plan),
+        **({"Learnt": plan["learns"]} if plan.get("learns") else {}),
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
         "Objective": _objective(training),

@@ -56,6 +56,10 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
     ("key", "sections"),
     [
         ("text", {"data": {"text": "ssn"}}),
+        ("columns", {"data": {"messages": "diagnosis"}}),
+        ("columns", {"data": {"prompt": "{prompt}[[{ssn}]]", "completion": "{completion}"}}),
+        ("columns", {"data": {"prompt": "{prompt}", "completion": "{patient.name}"}}),
+        ("chat_template", {"data": {"messages": "messages", "chat_template": "{{ messages }}"}}),
         ("min_length", {"data": {"max_length": 15}}),
         ("max_length", {"data": {"max_length": 10**13}}),
         ("min_documents", {"data": {"documents_per_client": 1}}),
@@ -235,7 +239,7 @@ def test_a_policy_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -
 def test_a_written_policy_has_every_key_and_says_what_holds_without_it(tmp_path: Path) -> None:
     write_policy(tmp_path / "policy.toml")
     told = tomllib.loads((tmp_path / "policy.toml").read_text())
-    assert set(told) == set(Policy.model_fields) - {"models", "chat_template"}
+    assert set(told) == set(Policy.model_fields) - {"models"}
     assert "# models = " in describe_policy()
     assert load_policy(tmp_path / "policy.toml") == Policy()
     for key, field in Policy.model_fields.items():
@@ -245,6 +249,20 @@ def test_a_written_policy_has_every_key_and_says_what_holds_without_it(tmp_path:
     with pytest.raises(RecipeError, match="it is there already"):
         write_policy(tmp_path / "policy.toml")
     assert (tmp_path / "policy.toml").read_text() == "max_epochs = 3\n"
+
+
+def test_conversations_are_written_by_their_owners_template() -> None:
+    sent = make_recipe(data={"messages": "messages", "chat_template": "{{ messages }}"})
+    assert as_owner_wrote(Policy(chat_template="{{ mine }}"), sent).data.chat_template == "{{ mine }}"
+    for policy in (Policy(chat_template="server"), Policy(chat_template="{{ mine }}")):
+        check_policy(policy, sent)
+    assert as_owner_wrote(Policy(chat_template="server"), sent).data == sent.data
+    own = make_recipe(data={"messages": "talk"})
+    check_policy(Policy(columns=("talk",)), own)
+    assert as_owner_wrote(Policy(columns=("talk",)), own).data.chat_template is None
+    asked = make_recipe(data={"prompt": "{prompt}", "completion": "{completion}"})
+    check_policy(Policy(), asked)
+    assert as_owner_wrote(Policy(chat_template="{{ mine }}"), asked).data == asked.data
 
 
 def test_options_and_a_policy_agree_or_are_refused() -> None:

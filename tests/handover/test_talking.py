@@ -1,0 +1,126 @@
+"""Talk with what was trained on answers: the end is learnt, and an answer stops there."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import make_recipe
+from typer.testing import CliRunner
+
+from fedloom import run
+from fedloom.cli import app
+from fedloom.errors import DataError, RunError
+from fedloom.evaluation.generation import Sampling
+from fedloom.handover.generate import Speaker, chat, generate
+from fedloom.monitoring.observer import Observer
+from fedloom.records.run import Run
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+ANSWER = "ok."
+STRONG = {"learning_rate": 0.03, "batch_size": 4, "epochs": 24}
+
+
+def train(rows: list[dict[str, Any]], folder: Path, **data: Any) -> Run:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = make_recipe(
+        adapter={"rank": 8, "alpha": 16, "targets": "all-linear"},
+        data={"source": str(file), "max_length": 48, "clients": 2, "documents_per_client": 12, **data},
+        training=STRONG,
+        federation={"rounds": 4},
+    )
+    return run(recipe, folder / "run", Observer())
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    rows = [{"q": f"number {number}", "more": "", "a": ANSWER} for number in range(40)]
+    return train(rows, tmp_path_factory.mktemp("asked"), prompt="Q {q}[[ and {more}]]\nA ", completion="{a}")
+
+
+@pytest.fixture(scope="module")
+def talked(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": ANSWER}]}
+        for number in range(40)
+    ]
+    return train(rows, tmp_path_factory.mktemp("talked"), messages="messages", chat_template=TEMPLATE)
+
+
+def said(function: Callable[..., None], *arguments: Any, **named: Any) -> str:
+    pieces: list[str] = []
+    function(*arguments, say=pieces.append, **named)
+    return "".join(pieces)
+
+
+def test_an_answer_is_written_and_ended_as_it_was_learnt(asked: Run) -> None:
+    assert said(generate, asked.folder, "number 7", max_new_tokens=40) == f"{ANSWER}\n"
+    base = said(generate, asked.folder, "number 7", base=True, max_new_tokens=40)
+    assert base.endswith(f"{ANSWER}\n")
+    first = base.split("--- with the adapter ---")[0]
+    assert len(first) > 45, "the base model never learnt to stop"
+
+
+def test_several_columns_are_given_as_json(asked: Run) -> None:
+    with Speaker(asked.folder) as speaker:
+        whole = speaker.prompting.write([{"role": "user", "content": '{"q": "x", "more": "y"}'}])
+        assert speaker._opened.tokenizer.decode(whole) == "Q x and y\nA "
+        plain = speaker.prompting.write([{"role": "user", "content": "x"}])
+        assert speaker._opened.tokenizer.decode(plain) == "Q x\nA "
+        with pytest.raises(DataError, match="columns q, more; give them as JSON"):
+            speaker.prompting.write([{"role": "user", "content": '{"more": "y"}'}])
+
+
+def test_a_conversation_is_written_as_it_was_learnt(talked: Run) -> None:
+    assert said(chat, talked.folder, iter(["say 7", "say 8"]), max_new_tokens=40) == f"{ANSWER}\n" * 2
+    with Speaker(talked.folder) as speaker:
+        told = [
+            {"role": "user", "content": "1"},
+            {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "3"},
+        ]
+        tokenizer = speaker._opened.tokenizer
+        assert tokenizer.decode(speaker.prompting.write(told)) == "u:1<|end|>a:2<|end|>u:3<|end|>a:"
+        assert speaker.prompting.stops == [tokenizer.eos_token_id]
+    with_base = said(chat, talked.folder, iter(["say 7"]), base=True, max_new_tokens=30)
+    assert with_base.index("base model") < with_base.index("with the adapter")
+    assert with_base.endswith(f"{ANSWER}\n")
+
+
+def test_what_is_drawn_is_drawn_again_with_its_seed(talked: Run) -> None:
+    def drawn(seed: int, temperature: float = 8.0) -> str:
+        return said(generate, talked.folder, "say 7", max_new_tokens=20, sampling=Sampling(temperature, 1.0, seed))
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in range(4)}) > 1
+    # Of the likeliest words alone, nothing is left to draw.
+    assert said(generate, talked.folder, "say 7", sampling=Sampling(8.0, 0.0001, 3)) == f"{ANSWER}\n"
+
+
+def test_the_prompt_as_it_stands(talked: Run) -> None:
+    assert said(generate, talked.folder, "u:say 7<|end|>a:", plain=True, max_new_tokens=20).startswith("u:say 7")
+
+
+def test_a_system_message_needs_a_conversation(asked: Run) -> None:
+    with pytest.raises(RunError, match="no conversations"):
+        said(chat, asked.folder, iter(["x"]), system="Be brief.")
+
+
+def test_the_commands(talked: Run) -> None:
+    runner = CliRunner()
+    found = runner.invoke(app, ["chat", str(talked.folder)], input="say 7\n\nsay 8\n")
+    assert (found.exit_code, found.stdout) == (0, f"{ANSWER}\n" * 2)
+    found = runner.invoke(app, ["generate", str(talked.folder), "say 7", "--temperature", "0", "--tokens", "9"])
+    assert (found.exit_code, found.stdout) == (0, f"{ANSWER}\n")
+    recipe = str(talked.folder / "recipe.toml")
+    shown = runner.invoke(app, ["preview", recipe, "--rows", "1"])
+    assert shown.exit_code == 0
+    assert f"a:«{ANSWER}<|end|>»" in shown.stdout
+    assert "what the assistant says with its end, " in shown.stdout
+    beyond = runner.invoke(app, ["preview", recipe, "--client", "2"])
+    assert isinstance(beyond.exception, DataError)
