@@ -296,15 +296,15 @@ def test_the_table_has_every_field_of_what_is_made_of_it_and_every_key_of_the_re
         section, *below = name.split(".")
         if below:
             told.setdefault(section, []).append(below[0])
-    for section in ("", "model", "adapter", "data", "training", "federation", "evaluation"):
+    for section in ("", "model", "adapter", "data", "training", "federation", "evaluation", "report"):
         kind = Recipe.model_fields[section].annotation if section else Recipe
         assert isinstance(kind, type)
         assert issubclass(kind, Section)
         known = {name for name in kind.model_fields if section or not name_of_section(name)}
-        assert {*told[section], *NEVER_TOLD.get(section, ())} == known, (
+        assert {*told.get(section, ()), *NEVER_TOLD.get(section, ())} == known, (
             "tell it (message_recipe), or say that it is not"
         )
-        assert set(told[section]).isdisjoint(NEVER_TOLD.get(section, ()))
+        assert set(told.get(section, ())).isdisjoint(NEVER_TOLD.get(section, ()))
 
 
 def name_of_section(name: str) -> bool:

@@ -273,6 +273,7 @@ CASES = [
     Case("federation.max_bytes", (LEFT_OUT, 1), NOTE),
     Case("evaluation.every", (1, 2, 3), PLAN, {"federation.rounds": 5}),
     Case("evaluation.every", (1, 2, 3), RESULT, {"federation.rounds": 4}),
+    Case("report.samples", (0, 1, 2), REPORT, ASKED),
     Case("evaluation.batch_size", (8, 2), RESULT),
     Case("evaluation.clients", (1, 2), PLAN, UNEQUAL),
     Case("evaluation.clients", (LEFT_OUT, 3), NOTE),

@@ -6,10 +6,7 @@ Messages name its place and what is wrong, never its content.
 
 from __future__ import annotations
 
-import os
 import random
-import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
@@ -32,6 +29,15 @@ from fedloom.data.rows import (
     mend_rows,
     name_keys,
     read_rows,
+    refuse,
+)
+from fedloom.data.standard_library import (
+    FILES,
+    FUNCTIONS,
+    describe_python,
+    find_library_files,
+    functions_of,
+    package_of,
 )
 from fedloom.errors import DataError
 from fedloom.seeds import derive_seed
@@ -40,12 +46,8 @@ from fedloom.text import count, list_reasons
 if TYPE_CHECKING:
     from fedloom.recipe.data_section import Data
 
-STDLIB = "python:stdlib"
-"""Source that every machine has: the standard library of the Python that runs."""
 LINKED = "linked from outside"
 """Reason why a file is left out: what a link leads to may be anybody's, and the folder is what its owner gave."""
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
-"""Folders that differ between installations of one Python version."""
 ABOUT_THE_DATA = {"readme.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """Files at the top of a folder that a hub's or a library's data sets have beside their rows."""
 TEXT = {None, ".txt"}
@@ -195,10 +197,12 @@ def _to_document(row: Row, origin: str, data: Data, form: RowFormat) -> Document
 
 
 def _open_source(data: Data, seed: int, at_most: int | None, hidden: bool) -> Source:
-    if data.source == STDLIB:
+    if data.source == FILES:
         _refuse_spare(data, "revision", "subset", "split", "files", "text")
-        version = ".".join(map(str, sys.version_info[:3]))
-        return Source(_rows_of_folder(_standard_library(), data), f"Python {version}")
+        return Source(_rows_of_folder(find_library_files(), data), describe_python())
+    if data.source == FUNCTIONS:
+        _refuse_spare(data, "revision", "subset", "split", "files")
+        return Source(functions_of(find_library_files()), describe_python())
     try:
         path = Path(data.source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -294,16 +298,6 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _standard_library() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = []
-    for folder, folders, files in os.walk(root):
-        # Changed in place: os.walk goes down into those that are left.
-        folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
-        paths += [Path(folder, name) for name in files if name.endswith(".py")]
-    return _relative(sorted(paths), root)
-
-
 def _relative(paths: list[Path], root: Path) -> list[tuple[str, Path]]:
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
@@ -317,10 +311,6 @@ def describe_files(paths: list[Path]) -> str:
     return f"{count(len(sizes), 'file')}, {sum(sizes):,} bytes"
 
 
-def _refuse(reason: str) -> Row:
-    raise UnreadableError(reason)
-
-
 def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Rows:
     """Yield a folder's rows: those of each file of rows, and any other file as one row with `path` and `package`."""
     for origin, path in paths:
@@ -332,13 +322,12 @@ def _rows_of_folder(paths: list[tuple[str, Path]], data: Data) -> Rows:
                     read += 1
             except DataError:  # one file of many: it counts as one bad row
                 lost = f", the rest after {count(read, 'row')} is lost" if read else ""
-                yield origin, partial(_refuse, f"{path.suffix} file without such columns or damaged{lost}")
+                yield origin, partial(refuse, f"{path.suffix} file without such columns or damaged{lost}")
         else:
             yield origin, partial(_read_text_file, origin, path, data)
 
 
 def _read_text_file(origin: str, path: Path, data: Data) -> Row:
-    first, *deeper = Path(origin).parts
     if path.suffix.lower() in PACKED:
         raise UnreadableError("packed text file")
     try:
@@ -347,4 +336,4 @@ def _read_text_file(origin: str, path: Path, data: Data) -> Row:
         raise UnreadableError("not UTF-8 text") from None
     except OSError as error:
         raise UnreadableError(f"unreadable file ({error.strerror})") from None
-    return {"path": origin, "package": first if deeper else Path(first).stem, data.text: text}
+    return {"path": origin, "package": package_of(origin), data.text: text}

@@ -62,6 +62,15 @@ def as_is(row: Row) -> Row:
     return row
 
 
+def refuse(reason: str) -> Row:
+    """Open a row that can't be read: say why.
+
+    Raises:
+        UnreadableError
+    """
+    raise UnreadableError(reason)
+
+
 def _open(path: Path) -> io.BufferedReader:
     """Open a file to read its bytes, unpacked where its name says that it is packed.
 

@@ -255,5 +255,6 @@ NEVER_TOLD = {
         *("max_share", "max_change", "max_client_blocks", "keep_every", "max_bytes"),
     ),
     "evaluation": ("clients", "every"),
+    "report": ("samples",),
 }
 """Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""

@@ -21,6 +21,7 @@ from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.recorder import open_run
+from fedloom.experiment.samples import write_samples
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, find_state, train_baselines
 from fedloom.experiment.watchers import open_watchers
@@ -117,6 +118,7 @@ def run(
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
                 run_baselines(trial, session, watchers)
+            write_samples(recipe, prepared, session, trial)
         failpoint("run.ends")
     finished = read_run(folder)
     watchers.show_end(finished, folder / "report.html")

@@ -60,7 +60,8 @@ class Data(Section):
 
     source: str = Field(
         min_length=1,
-        description="hub id, file of rows, folder, or `python:stdlib`",
+        description="hub id, file of rows, folder, `python:stdlib` (its files), or `python:functions` (its functions:"
+        " `{prompt}` is signature and docstring, `{completion}` the body, `messages` both)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
     subset: str | None = Field(None, description="configuration of a hub data set")

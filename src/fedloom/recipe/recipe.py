@@ -12,7 +12,7 @@ from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.section import Section
-from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model
+from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Report
 from fedloom.recipe.training_section import Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
@@ -243,6 +243,7 @@ class Recipe(Section):
     training: Training = Field(default_factory=Training)
     federation: Federation = Field(default_factory=Federation)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    report: Report = Field(default_factory=Report)
 
     @model_validator(mode="after")
     def _can_be_combined(self) -> Recipe:

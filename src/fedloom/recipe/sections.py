@@ -281,3 +281,15 @@ class Evaluation(Section):
         description="evaluate the adapter after every N-th round, and after the last: the best adapter is chosen among"
         " those, and a run stops early after one of them; baselines are evaluated after each round",
     )
+
+
+class Report(Section):
+    """The report of a run."""
+
+    samples: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="questions of the central hold-out that the base model and the best adapter answer at the end,"
+        " where answers are learnt",
+    )

@@ -91,6 +91,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             Section("Setup", show_setup(run, state)),
             Section("Loss trajectories", _losses(run, reference)),
             *([Section("Did federation help?", blocks)] if (blocks := show_baselines(run, LOSS_AXIS)) else []),
+            *([Section("Answers", blocks)] if (blocks := _samples(run)) else []),
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),
             Section("Communication", _communication(run)),
@@ -287,6 +288,19 @@ def _communication(run: Run) -> list[Block]:
         ),
         Table(without_columns(header, drop), [without_columns(row, drop) for row in rows]),
     ]
+
+
+def _samples(run: Run) -> list[Block]:
+    """Return questions with both answers; nothing where the run has none, or where the file is not as it was."""
+    try:
+        samples = json.loads((run.folder / "samples.json").read_text(encoding="utf-8"))["samples"]
+        rows = [
+            Code(f"{one['prompt']}\n\n--- base model ---\n{one['base']}\n\n--- with the adapter ---\n{one['tuned']}")
+            for one in samples
+        ]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [Text("Questions of the central hold-out, answered with the likeliest words."), *rows] if rows else []
 
 
 def _observations(run: Run) -> list[Block]:

@@ -1,0 +1,26 @@
+"""Answers at the end of a run, to questions that no client has."""
+
+import json
+from pathlib import Path
+
+from support.tiny import make_recipe
+
+from fedloom.experiment.run import run
+from fedloom.monitoring.observer import Observer
+
+
+def test_a_run_ends_with_answers_to_central_questions_and_a_plain_one_does_not(tmp_path: Path) -> None:
+    rows = [{"q": f"question {number}", "a": f"{number} is the answer"} for number in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(path), "clients": 2, "documents_per_client": 10, "central_holdout": 5}
+    asked = make_recipe(data={**data, "prompt": "Q: {q}>", "completion": "{a}", "max_length": 64})
+    run(asked, tmp_path / "asked", Observer())
+    samples = json.loads((tmp_path / "asked" / "samples.json").read_text())["samples"]
+    assert len(samples) == 3
+    assert all(sample["prompt"].startswith("Q: question ") for sample in samples)
+    assert "is the answer" not in " ".join(sample["prompt"] for sample in samples)
+    assert any(sample["base"] != sample["tuned"] for sample in samples), "the adapter is in use"
+    assert samples[0]["prompt"] in (tmp_path / "asked" / "report.md").read_text()
+    run(make_recipe(data={**data, "text": "a"}), tmp_path / "plain", Observer())
+    assert not (tmp_path / "plain" / "samples.json").exists()
