@@ -93,6 +93,14 @@ def test_every_way_to_write_a_conversation_comes_to_the_same(shape: Any) -> None
     lists = {"prompt": TALK[:3], "completion": TALK[3:]}
     last = shape(lists, prompt="{prompt}", completion="{completion}")
     assert (last.text, counted(last)) == (first.text, ["Six, of course.<|im_end|>\n"])
+    # Plain columns are a question and its answer, where a chat template is asked for.
+    plain = shape({"q": "What?", "a": "That."}, prompt="Tell: {q}", completion="{a}")
+    said = [{"role": "user", "content": "Tell: What?"}, {"role": "assistant", "content": "That."}]
+    assert plain == shape({"messages": said}, messages="messages")
+    own = shape({"messages": said}, "tokenizer", messages="messages")
+    assert own == plain, "the tokenizer's own is the same"
+    with pytest.raises(UnreadableError, match="a list of messages"):
+        RowFormat(Data(source="x", prompt="{prompt}", completion="{completion}"))(lists)
     # A question at the end has no answer, and teaches nothing.
     assert shape({"messages": [*TALK, TALK[0]]}, messages="messages") == first
 

@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedloom.data.chat_renderer import ChatRenderer, RenderError
-from fedloom.data.rows import NOT_KEPT, Row, UnreadableError, find_value
+from fedloom.data.rows import A_LIST, NOT_KEPT, Row, UnreadableError, find_value
 from fedloom.errors import DataError
-from fedloom.recipe.templates import parse_template
+from fedloom.recipe.templates import RowTemplate, parse_template
 
 if TYPE_CHECKING:
     from fedloom.recipe.data_section import Data
@@ -76,12 +76,11 @@ class RowFormat:
         if data.prompt is None:
             return Form(_text_in(row, data.text), ends=data.ends)
         prompt, completion = parse_template(data.prompt), parse_template(data.completion or "")
-        if completion.only_column is not None and isinstance(found := find_value(row, completion.only_column), list):
-            before = find_value(row, prompt.only_column) if prompt.only_column is not None else None
-            if not isinstance(before, list):
-                before = [{"role": "user", "content": prompt.fill(partial(_value_in, row))}]
-            begin = _messages_of(before, "prompt")
-            return self._of_conversation([*begin, *_messages_of(found, "completion")], answers_from=len(begin))
+        if data.is_chat:
+            before, found = _turns_of(row, prompt, "user"), _turns_of(row, completion, "assistant")
+            return self._of_conversation([*before, *found], answers_from=len(before))
+        if completion.only_column is not None and isinstance(find_value(row, completion.only_column), list):
+            raise UnreadableError(A_LIST)
         asked, answer = (part.fill(partial(_value_in, row)) for part in (prompt, completion))
         if data.completion is None:
             return Form(asked, ends=data.ends)
@@ -140,7 +139,7 @@ class RowFormat:
         if self._renderer is None:
             assert self._open_tokenizer is not None, "a conversation, and nobody to ask for a tokenizer"
             self._tokenizer = self._open_tokenizer()
-            template = self._data.chat_template or own_chat_template(self._tokenizer)
+            template = self._data.own_template or own_chat_template(self._tokenizer)
             self._renderer = ChatRenderer(template, self._tokenizer)
         return self._renderer
 
@@ -211,6 +210,17 @@ def _messages_of(value: object, column: str) -> list[Message]:
         # Tables give every message the columns that one of them has.
         messages.append({**{k: v for k, v in others.items() if v is not None}, "role": role, "content": content or ""})
     return messages
+
+
+def _turns_of(row: Row, template: RowTemplate, role: str) -> list[Message]:
+    """Return what a template writes of a row as one message, or the messages that its only column has."""
+    column = template.only_column
+    if column is not None and isinstance(found := find_value(row, column), list):
+        return _messages_of(found, column)
+    text = template.fill(partial(_value_in, row))
+    if role == "assistant" and not text.strip():
+        raise UnreadableError(EMPTY)
+    return [{"role": role, "content": text}]
 
 
 def _text_in(row: Row, column: str) -> str:

@@ -23,11 +23,9 @@ PROBE = "fedloom"
 class Prompting:
     """Prompts of a run: as its documents have them, or plain. To be closed when there are no more questions."""
 
-    def __init__(self, data: Data, tokenizer: Any, *, chats: bool, template: str | None = None) -> None:
+    def __init__(self, data: Data, tokenizer: Any, *, chats: bool) -> None:
         self._data, self._tokenizer = data, tokenizer
-        self._renderer = (
-            ChatRenderer(template or data.chat_template or own_chat_template(tokenizer), tokenizer) if chats else None
-        )
+        self._renderer = ChatRenderer(data.own_template or own_chat_template(tokenizer), tokenizer) if chats else None
         self.stops = self._find_stops()
         """Tokens that end an answer."""
 
@@ -49,6 +47,10 @@ class Prompting:
         """
         if self._renderer is None:
             return self._tokens(self._fill(messages[-1]["content"]), whole=False)
+        # A recipe with a prompt asks by it in a chat as well.
+        messages = [
+            {**one, "content": self._fill(one["content"])} if one["role"] == "user" else one for one in messages
+        ]
         if self._data.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._data.system}, *messages]
         try:

@@ -282,7 +282,10 @@ def read_rows(path: Path, origin: str, data: Data) -> Rows:
 
 NOT_KEPT = "whose earlier text the chat template changes as a conversation goes on"
 """Reason of a row in which an assistant's turn can't be found by what is written before it."""
+A_LIST = "with a list of messages in data.completion"
+"""Reason of a row that is a conversation where the recipe has no chat template for it."""
 MENDS = {
+    A_LIST: 'set data.chat_template = "tokenizer", or name a template',
     "not valid Unicode": "save the file as UTF-8",
     "not UTF-8 text": "save the file as UTF-8",
     "not a JSON object": 'write each row as {"text": "..."}',

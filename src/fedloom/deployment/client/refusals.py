@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedloom.deployment.client.policy import SERVERS, TOKENIZERS, Policy
+from fedloom.deployment.client.policy import SERVERS, Policy
 from fedloom.errors import PolicyError
 from fedloom.hub import COMMIT, MODEL_ID
+from fedloom.recipe.data_section import TOKENIZERS
 
 if TYPE_CHECKING:
     from fedloom.recipe.recipe import Recipe
@@ -70,7 +71,7 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
     for _, column in () if data.is_plain else data.columns:
         if not {column, column.partition(".")[0]} & set(policy.columns):
             yield Refusal("columns", f'does not allow the column "{column}" to be read')
-    if data.chat_template is not None and policy.chat_template == TOKENIZERS:
+    if data.own_template is not None and policy.chat_template == TOKENIZERS:
         yield Refusal("chat_template", "allows no chat template but the tokenizer's own")
     if not policy.min_length <= data.max_length <= policy.max_length:
         key, bound = ("min_length", "at least") if data.max_length < policy.min_length else ("max_length", "at most")
