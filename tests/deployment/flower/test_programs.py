@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
 from fedloom.deployment.flower import programs
+from fedloom.deployment.flower.pulls import SLOWER_TIMES
 from fedloom.deployment.processes import AND
 from fedloom.errors import DeploymentError
 
@@ -78,11 +79,17 @@ def test_tasks_are_looked_for_often_while_there_are_some_and_seldom_at_rest(monk
     tasks = True
     executor.reconcile()
     executor.rest(0.1)
+    tasks = False
     now += programs.QUIET_SECONDS - 1
+    executor.reconcile()
     executor.rest(0.1)
     now += 2
+    executor.reconcile()
     executor.rest(0.1)
-    assert rests == [programs.IDLE_SECONDS, 0.1, 0.1, programs.IDLE_SECONDS]
+    executor.reconcile()
+    now += 1  # for which the look took
+    executor.rest(0.1)
+    assert rests == [programs.IDLE_SECONDS, 0.1, 0.1, programs.IDLE_SECONDS, SLOWER_TIMES]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")
@@ -115,6 +122,7 @@ ENDS = """
 import sys, threading, time
 from flwr.supernode import cli
 from fedloom.deployment.flower import programs
+from fedloom.deployment.flower.pulls import SLOWER_TIMES
 from fedloom.deployment.processes import AND
 
 def lose_its_loop():

@@ -25,6 +25,7 @@ from typing import Any
 
 from fedloom.deployment.flower.bundle import check_app
 from fedloom.deployment.flower.guard import SECRET_HEADER, Guard, bound_answers
+from fedloom.deployment.flower.pulls import Looks, slower
 from fedloom.deployment.flower.registry import run_nodes
 from fedloom.deployment.frames import listen
 from fedloom.deployment.processes import AND, CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
@@ -42,7 +43,6 @@ QUIET_SECONDS, IDLE_SECONDS = 30.0, 0.5
 second, and answers to them, are three quarters of the processor time of a client at rest."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
-PULL_PATH = "/v1/fleet/pull-messages"
 TASK_NAME, TASKS_NAME = b"fedloom-task", b"client-tasks"
 """Names of a process for one task, and of the one on a client that starts those."""
 LOADED = (
@@ -103,10 +103,14 @@ def run_supernode() -> None:
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
+    from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
+
+    looks = Looks(Fleet.PullMessages)
 
     def sleep(seconds: float) -> None:
         check()  # without it a message would wait for ever
-        time.sleep(min(seconds / 6, POLL_SECONDS))
+        # The longer of its two sleeps comes after a look that found nothing.
+        time.sleep(looks.rest_seconds(POLL_SECONDS) if seconds / 6 >= POLL_SECONDS else seconds / 6)
 
     program: Any = import_module("flwr.supernode.cli.flower_supernode")
     listen(runtime_socket()).close()  # uvicorn's own gets the rights of one that lies there
@@ -115,6 +119,7 @@ def run_supernode() -> None:
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
     # Its loop sleeps for constants of its own, 3 s and 0.5 s; nothing else in that module uses `time`.
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
+    Fleet.PullMessages = lambda client, request: looks.pull(client, request)  # type: ignore
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     http_retry.RetryInvoker = patient(http_retry.RetryInvoker)  # type: ignore
     try:
@@ -143,17 +148,11 @@ def _fork_tasks(place: int) -> Callable[[], None]:
 
 
 def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up.
-
-    Where it is cut while a message is on its way, the message is gone: for Flower it was delivered. The SuperNode then
-    ends, for another to be started, which is asked anew.
-    """
+    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up."""
     import httpx
 
     def build(*args: Any, should_giveup: Callable[[Exception], bool], **options: Any) -> Any:
         def gives_up(error: Exception) -> bool:
-            if may_have_lost_a_message(error):
-                os.kill(os.getpid(), signal.SIGTERM)
             is_a_cut = isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
             return not is_a_cut and should_giveup(error)
 
@@ -227,7 +226,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     class Forks(subprocess_executor.SubprocessExecutor):
         """Starts a task as Flower's own executor does, but for the program."""
 
-        worked = 0.0
+        worked = looked = 0.0
 
         def get_eligible_capacity(self, supported_task_types: set[Any], **told: Any) -> tuple[set[Any], set[str]]:
             return supported_task_types & {kind}, set()
@@ -235,6 +234,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
         def reconcile(self) -> None:
             """Reap finished children. If one was killed, exit so that the SuperNode is restarted too: it could wait for
             ever for the lost answer."""
+            self.looked = time.monotonic()
             with suppress(ChildProcessError):  # which says that there is no task
                 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 self.worked = time.monotonic()
@@ -243,9 +243,10 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
                         raise SystemExit("a task was killed")
 
         def rest(self, seconds: float) -> None:
-            """Wait until the next look for a task."""
-            is_quiet = time.monotonic() - self.worked > QUIET_SECONDS
-            time.sleep(IDLE_SECONDS if is_quiet else seconds)
+            """Wait until the next look for a task: the longer, the slower the last one was."""
+            now = time.monotonic()
+            is_quiet = now - self.worked > QUIET_SECONDS
+            time.sleep(slower(IDLE_SECONDS if is_quiet else seconds, now - self.looked))
 
     def start(command: Sequence[str], **told: Any) -> None:
         _fork(TASK_NAME, command, program)
@@ -297,14 +298,6 @@ def checked(take: Callable[..., Any]) -> Callable[..., Any]:
         return take(bundle, *others, **named)
 
     return check_and_take
-
-
-def may_have_lost_a_message(error: Exception) -> bool:
-    """Return whether a question for messages may have reached the server although its answer did not come."""
-    import httpx
-
-    was_cut = isinstance(error, httpx.ReadError | httpx.ReadTimeout | httpx.RemoteProtocolError)
-    return was_cut and str(error.request.url).endswith(PULL_PATH)  # type: ignore[attr-defined]
 
 
 PROGRAMS = {
