@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 import time
@@ -41,6 +42,8 @@ RETRY_SECONDS = 4
 QUIET_SECONDS, IDLE_SECONDS = 30.0, 0.5
 """Time without a task, after which tasks are looked for less often, and the time between two looks then. Ten looks a
 second, and answers to them, are three quarters of the processor time of a client at rest."""
+UNTOLD_SECONDS = 5.0
+"""Time between two looks for tasks on a client at rest, whose SuperNode tells of each message: nothing waits for it."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 TASK_NAME, TASKS_NAME = b"fedloom-task", b"client-tasks"
@@ -98,7 +101,7 @@ def run_supernode() -> None:
     It gives messages out on a Unix socket in a private folder. A port of the loopback is anybody's who is there first.
     What carries the messages out, with the arguments behind `AND`, is a fork of it.
     """
-    check = _fork_tasks(sys.argv.index(AND))
+    check, tell = _fork_tasks(sys.argv.index(AND))
     import uvicorn
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
@@ -120,6 +123,13 @@ def run_supernode() -> None:
     # Its loop sleeps for constants of its own, 3 s and 0.5 s; nothing else in that module uses `time`.
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
     Fleet.PullMessages = lambda client, request: looks.pull(client, request)  # type: ignore
+    wait_for_answer: Any = node._push_messages
+
+    def tell_and_wait(**told: Any) -> None:
+        tell()  # its loop comes here once a message lies there whole
+        wait_for_answer(**told)
+
+    node._push_messages = tell_and_wait
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     http_retry.RetryInvoker = patient(http_retry.RetryInvoker)  # type: ignore
     try:
@@ -131,20 +141,30 @@ def run_supernode() -> None:
     os._exit(1)
 
 
-def _fork_tasks(place: int) -> Callable[[], None]:
-    """Start what carries out the messages, with the arguments behind a place; return what raises once it has ended."""
+def _fork_tasks(place: int) -> tuple[Callable[[], None], Callable[[], object]]:
+    """Start what carries out the messages, with the arguments behind a place.
+
+    Returns what raises once it has ended, and what tells it that there is a message.
+    """
     for module in LOADED:
         import_module(module)
     # A collection in either process would touch, and so copy, the memory that they share.
     gc.freeze()
     sys.argv, words = sys.argv[:place], [sys.argv[0], *sys.argv[place + 1 :]]
-    child = _fork(TASKS_NAME, words, run_client_tasks)
+    news, telling = os.pipe()
+
+    def run() -> None:
+        os.close(telling)
+        run_client_tasks(news)
+
+    child = _fork(TASKS_NAME, words, run)
+    os.close(news)
 
     def check() -> None:
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             raise DeploymentError("what carries out the messages ended")
 
-    return check
+    return check, partial(os.write, telling, b".")
 
 
 def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,10 +203,10 @@ def ask_through_socket() -> None:
     ProtobufClient.__init__ = make_with_socket  # type: ignore[method-assign]
 
 
-def run_client_tasks() -> None:
-    """Run Flower's SuperExec, for a SuperNode's messages."""
+def run_client_tasks(news: int) -> None:
+    """Run Flower's SuperExec, for a SuperNode's messages, of each of which a byte in `news` tells."""
     ask_through_socket()
-    _run_tasks(client_executor())
+    _run_tasks(client_executor(news))
 
 
 def run_server_tasks() -> None:
@@ -198,12 +218,12 @@ def run_server_tasks() -> None:
     _run_tasks(_executor(TaskType.SERVER_APP, flwr_serverapp, "flwr.superlink.runtime.run_serverapp"))
 
 
-def client_executor() -> Any:
+def client_executor(news: int | None = None) -> Any:
     """Make what starts a process for each message, of Flower's type."""
     from flwr.supercore.constant import TaskType
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    return _executor(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp")
+    return _executor(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp", news)
 
 
 def _run_tasks(executor: Any) -> None:
@@ -217,8 +237,11 @@ def _run_tasks(executor: Any) -> None:
     flower_superexec()
 
 
-def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
-    """Make an executor that forks for a task: `program` carries it out, and unpacks the app in `module`."""
+def _executor(kind: Any, program: Callable[[], object], module: str, news: int | None = None) -> Any:
+    """Make an executor that forks for a task: `program` carries it out, and unpacks the app in `module`.
+
+    Where bytes in `news` tell of tasks, it rests until one comes.
+    """
     from flwr.supercore.superexec.executor import subprocess_executor
 
     import fedloom.deployment.flower.apps  # noqa: F401  (what the app imports)
@@ -244,9 +267,16 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
 
         def rest(self, seconds: float) -> None:
             """Wait until the next look for a task: the longer, the slower the last one was."""
-            now = time.monotonic()
-            is_quiet = now - self.worked > QUIET_SECONDS
-            time.sleep(slower(IDLE_SECONDS if is_quiet else seconds, now - self.looked))
+            if news is None:
+                now = time.monotonic()
+                is_quiet = now - self.worked > QUIET_SECONDS
+                time.sleep(slower(IDLE_SECONDS if is_quiet else seconds, now - self.looked))
+                return
+            # A task that is under way may be killed.
+            is_at_rest = self.worked < self.looked
+            told, _, _ = select.select([news], [], [], UNTOLD_SECONDS if is_at_rest else IDLE_SECONDS)
+            if told and not os.read(news, 64):
+                raise SystemExit("its SuperNode ended")
 
     def start(command: Sequence[str], **told: Any) -> None:
         _fork(TASK_NAME, command, program)
