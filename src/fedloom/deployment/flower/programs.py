@@ -129,7 +129,7 @@ def run_supernode() -> None:
         tell()  # its loop comes here once a message lies there whole
         wait_for_answer(**told)
 
-    node._push_messages = tell_and_wait
+    node._push_messages = tell_and_wait  # type: ignore
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     http_retry.RetryInvoker = patient(http_retry.RetryInvoker)  # type: ignore
     try:
