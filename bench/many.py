@@ -258,7 +258,7 @@ def measure_many(clients: int, rounds: int, rest_seconds: float) -> dict[str, ob
             "peak_bytes": {what: peak_bytes(one) for what, one in watched.items()},
             "lost": lost,
             "ended": there.ended,
-            "refused": there.told("\nrefused "),
+            "refused": there.told("\nrefused ") + there.told("\nnot yet "),
             "restarts": there.told("\nrestart "),
             "said": [words for words in said if not words.startswith("client ")][:20],
         }

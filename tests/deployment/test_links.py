@@ -67,7 +67,7 @@ def test_a_link_that_is_cut_and_healed_costs_no_round(tmp_path: Path) -> None:
 def test_a_connection_that_vanishes_without_a_word_costs_no_round(when: str, tmp_path: Path) -> None:
     """Have all of a client's connections carry nothing any more, and neither side hear that: what it opens later works.
 
-    Flower's client gives up an answer after 30 s; the client is asked again as another node, and the round goes on.
+    Flower's client gives up an answer after 30 s; it asks again on a new connection, and the round goes on.
     """
     asked = tiny("data.clients=3", "federation.rounds=4", "federation.max_lost_clients=1", "training.epochs=4")
     with federation(tmp_path, secure=True) as there, slow_link(there.port) as link:

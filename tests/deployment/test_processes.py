@@ -114,16 +114,3 @@ def test_a_link_that_is_cut_in_a_handshake_is_tried_again_and_a_wrong_certificat
     wrong = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
     assert (flowers(cut), flowers(wrong)) == (True, True)
     assert (ours(cut), ours(wrong)) == (False, True)
-
-
-def test_a_message_that_was_cut_off_on_its_way_is_known() -> None:
-    """Flower does not send it again."""
-    httpx = pytest.importorskip("httpx", reason="comes with Flower: pip install 'fedloom[deploy]'")
-    from fedloom.deployment.flower.programs import may_have_lost_a_message
-
-    pull = httpx.Request("POST", "https://fed.example.org:8443/v1/fleet/pull-messages")
-    beat = httpx.Request("POST", "https://fed.example.org:8443/v1/fleet/send-node-heartbeat")
-    assert may_have_lost_a_message(httpx.RemoteProtocolError("Server disconnected", request=pull))
-    assert not may_have_lost_a_message(httpx.ConnectError("refused", request=pull))
-    assert not may_have_lost_a_message(httpx.RemoteProtocolError("Server disconnected", request=beat))
-    assert not may_have_lost_a_message(ValueError("else"))

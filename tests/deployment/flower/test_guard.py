@@ -98,6 +98,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     # What `bound_answers` changes, for it to be as it was afterwards.
     monkeypatch.setattr(fleet_handlers, "push_messages", fleet_handlers.push_messages)
     monkeypatch.setattr(fleet_handlers, "push_object", fleet_handlers.push_object)
+    monkeypatch.setattr(fleet_handlers, "pull_messages", fleet_handlers.pull_messages)
     monkeypatch.setattr(InMemoryLinkState, "delete_messages", InMemoryLinkState.delete_messages)
     bound_answers()
     made = Here(tmp_path / "keys-are-in")

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
 from fedloom.deployment.flower import programs
+from fedloom.deployment.flower.pulls import SLOWER_TIMES
 from fedloom.deployment.processes import AND
 from fedloom.errors import DeploymentError
 
@@ -47,6 +49,7 @@ def test_the_supernode_is_what_was_changed() -> None:
     assert "isolation == ISOLATION_MODE_SUBPROCESS" in started
     assert "time.sleep(3)" in started
     assert "get_fused_config_from_fab(fab.content, run_info)" in inspect.getsource(node._pull_and_store_message)
+    assert started.index("_pull_and_store_message(") < started.index("time.sleep(3)") < started.index("_push_messages(")
 
 
 def test_tasks_are_looked_for_often_while_there_are_some_and_seldom_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +81,38 @@ def test_tasks_are_looked_for_often_while_there_are_some_and_seldom_at_rest(monk
     tasks = True
     executor.reconcile()
     executor.rest(0.1)
+    tasks = False
     now += programs.QUIET_SECONDS - 1
+    executor.reconcile()
     executor.rest(0.1)
     now += 2
+    executor.reconcile()
     executor.rest(0.1)
-    assert rests == [programs.IDLE_SECONDS, 0.1, 0.1, programs.IDLE_SECONDS]
+    executor.reconcile()
+    now += 1  # for which the look took
+    executor.rest(0.1)
+    assert rests == [programs.IDLE_SECONDS, 0.1, 0.1, programs.IDLE_SECONDS, SLOWER_TIMES]
+
+
+def test_what_carries_out_messages_rests_until_it_is_told_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.superexec.executor import subprocess_executor
+    from flwr.supernode.runtime import run_clientapp
+
+    monkeypatch.setattr(run_clientapp, "install_from_fab", run_clientapp.install_from_fab)  # which it changes
+    monkeypatch.setattr(subprocess_executor, "subprocess", subprocess_executor.subprocess)
+    monkeypatch.setattr(programs, "UNTOLD_SECONDS", 0.3)
+    news, telling = os.pipe()
+    executor = programs.client_executor(news)
+    executor.looked = time.monotonic()
+    os.write(telling, b"..")
+    executor.rest(0.1)
+    assert time.monotonic() - executor.looked < 0.3
+    executor.rest(0.1)
+    assert time.monotonic() - executor.looked >= 0.3
+    os.close(telling)
+    with pytest.raises(SystemExit, match="its SuperNode ended"):
+        executor.rest(0.1)
+    os.close(news)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")
@@ -115,13 +145,14 @@ ENDS = """
 import sys, threading, time
 from flwr.supernode import cli
 from fedloom.deployment.flower import programs
+from fedloom.deployment.flower.pulls import SLOWER_TIMES
 from fedloom.deployment.processes import AND
 
 def lose_its_loop():
     threading.Thread(target=time.sleep, args=(600,)).start()  # as its API's does, which keeps the process
     print(sys.argv, flush=True)
 
-programs.run_client_tasks = lambda: print(sys.argv, flush=True)
+programs.run_client_tasks = lambda news: print(sys.argv, flush=True)
 cli.flower_supernode = lose_its_loop
 sys.argv = ["programs", "--superlink", "there", AND, "--insecure"]
 programs.run_supernode()
@@ -141,10 +172,10 @@ def test_what_carries_out_messages_is_missed_once_it_has_ended(monkeypatch: pyte
     monkeypatch.setattr(programs.gc, "freeze", lambda: None)
     monkeypatch.setattr(sys, "argv", ["programs", AND, "--insecure"])
     reading, writing = os.pipe()
-    monkeypatch.setattr(programs, "run_client_tasks", lambda: os.read(reading, 1))
+    monkeypatch.setattr(programs, "run_client_tasks", lambda news: os.read(reading, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Python 3.12 on: that other threads are not there in the child
-        check = programs._fork_tasks(1)
+        check, _ = programs._fork_tasks(1)
     check()
     os.write(writing, b"x")
 

@@ -20,6 +20,7 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
+from fedloom.deployment.flower.pulls import LOOK, LOOK_HEADER, PULL_PATH, Given, read_look
 from fedloom.deployment.processes import CONTROL_SECRET, KEYS_ARE_IN
 from fedloom.deployment.status import KEYS_HEADER, MOST_BODY_BYTES, SIGNATURE_PATH, STAMP_HEADER, STATUS_PATH
 
@@ -76,6 +77,8 @@ class Guard:
             self._waiting_bytes[is_fleet] -= int(length)
         if body is None:
             return None  # the sender went away
+        if path == PULL_PATH:
+            LOOK.set(read_look(headers.get(LOOK_HEADER.encode(), b"")))
         first = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
@@ -159,13 +162,14 @@ def most_objects(answer_bytes: int) -> int:
 
 
 def bound_answers() -> None:
-    """Have Flower keep what the questions of now need and no more: `Kept` says how much."""
+    """Have Flower keep what the questions of now need and no more: `Kept` says how much, and `Given` until when."""
     from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     handlers: Any = fleet_handlers
     kept = Kept(handlers.push_messages, handlers.push_object)
     handlers.push_messages, handlers.push_object = kept.push_answer, kept.push_object
+    handlers.pull_messages = Given(handlers.pull_messages).pull
     delete: Any = InMemoryLinkState.delete_messages
 
     def delete_with_objects(self: Any, message_ins_ids: set[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from typing import Any
 
 from fedloom.deployment.flower.bundle import check_app
 from fedloom.deployment.flower.guard import SECRET_HEADER, Guard, bound_answers
+from fedloom.deployment.flower.pulls import Looks, slower
 from fedloom.deployment.flower.registry import run_nodes
 from fedloom.deployment.frames import listen
 from fedloom.deployment.processes import AND, CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
@@ -40,9 +42,10 @@ RETRY_SECONDS = 4
 QUIET_SECONDS, IDLE_SECONDS = 30.0, 0.5
 """Time without a task, after which tasks are looked for less often, and the time between two looks then. Ten looks a
 second, and answers to them, are three quarters of the processor time of a client at rest."""
+UNTOLD_SECONDS = 5.0
+"""Time between two looks for tasks on a client at rest, whose SuperNode tells of each message: nothing waits for it."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
-PULL_PATH = "/v1/fleet/pull-messages"
 TASK_NAME, TASKS_NAME = b"fedloom-task", b"client-tasks"
 """Names of a process for one task, and of the one on a client that starts those."""
 LOADED = (
@@ -98,15 +101,19 @@ def run_supernode() -> None:
     It gives messages out on a Unix socket in a private folder. A port of the loopback is anybody's who is there first.
     What carries the messages out, with the arguments behind `AND`, is a fork of it.
     """
-    check = _fork_tasks(sys.argv.index(AND))
+    check, tell = _fork_tasks(sys.argv.index(AND))
     import uvicorn
     from flwr.supercore.retry import http_retry
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
+    from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
+
+    looks = Looks(Fleet.PullMessages)
 
     def sleep(seconds: float) -> None:
         check()  # without it a message would wait for ever
-        time.sleep(min(seconds / 6, POLL_SECONDS))
+        # The longer of its two sleeps comes after a look that found nothing.
+        time.sleep(looks.rest_seconds(POLL_SECONDS) if seconds / 6 >= POLL_SECONDS else seconds / 6)
 
     program: Any = import_module("flwr.supernode.cli.flower_supernode")
     listen(runtime_socket()).close()  # uvicorn's own gets the rights of one that lies there
@@ -115,6 +122,14 @@ def run_supernode() -> None:
     node.get_fused_config_from_fab = checked(node.get_fused_config_from_fab)  # type: ignore
     # Its loop sleeps for constants of its own, 3 s and 0.5 s; nothing else in that module uses `time`.
     node.time = SimpleNamespace(sleep=sleep)  # type: ignore
+    Fleet.PullMessages = lambda client, request: looks.pull(client, request)  # type: ignore
+    wait_for_answer: Any = node._push_messages
+
+    def tell_and_wait(**told: Any) -> None:
+        tell()  # its loop comes here once a message lies there whole
+        wait_for_answer(**told)
+
+    node._push_messages = tell_and_wait  # type: ignore
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS  # type: ignore
     http_retry.RetryInvoker = patient(http_retry.RetryInvoker)  # type: ignore
     try:
@@ -126,34 +141,38 @@ def run_supernode() -> None:
     os._exit(1)
 
 
-def _fork_tasks(place: int) -> Callable[[], None]:
-    """Start what carries out the messages, with the arguments behind a place; return what raises once it has ended."""
+def _fork_tasks(place: int) -> tuple[Callable[[], None], Callable[[], object]]:
+    """Start what carries out the messages, with the arguments behind a place.
+
+    Returns what raises once it has ended, and what tells it that there is a message.
+    """
     for module in LOADED:
         import_module(module)
     # A collection in either process would touch, and so copy, the memory that they share.
     gc.freeze()
     sys.argv, words = sys.argv[:place], [sys.argv[0], *sys.argv[place + 1 :]]
-    child = _fork(TASKS_NAME, words, run_client_tasks)
+    news, telling = os.pipe()
+
+    def run() -> None:
+        os.close(telling)
+        run_client_tasks(news)
+
+    child = _fork(TASKS_NAME, words, run)
+    os.close(news)
 
     def check() -> None:
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             raise DeploymentError("what carries out the messages ended")
 
-    return check
+    return check, partial(os.write, telling, b".")
 
 
 def patient(invoker: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up.
-
-    Where it is cut while a message is on its way, the message is gone: for Flower it was delivered. The SuperNode then
-    ends, for another to be started, which is asked anew.
-    """
+    """Have a link that is cut in a TLS handshake tried again: Flower takes it for a wrong certificate, and gives up."""
     import httpx
 
     def build(*args: Any, should_giveup: Callable[[Exception], bool], **options: Any) -> Any:
         def gives_up(error: Exception) -> bool:
-            if may_have_lost_a_message(error):
-                os.kill(os.getpid(), signal.SIGTERM)
             is_a_cut = isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
             return not is_a_cut and should_giveup(error)
 
@@ -184,10 +203,10 @@ def ask_through_socket() -> None:
     ProtobufClient.__init__ = make_with_socket  # type: ignore[method-assign]
 
 
-def run_client_tasks() -> None:
-    """Run Flower's SuperExec, for a SuperNode's messages."""
+def run_client_tasks(news: int) -> None:
+    """Run Flower's SuperExec, for a SuperNode's messages, of each of which a byte in `news` tells."""
     ask_through_socket()
-    _run_tasks(client_executor())
+    _run_tasks(client_executor(news))
 
 
 def run_server_tasks() -> None:
@@ -199,12 +218,12 @@ def run_server_tasks() -> None:
     _run_tasks(_executor(TaskType.SERVER_APP, flwr_serverapp, "flwr.superlink.runtime.run_serverapp"))
 
 
-def client_executor() -> Any:
+def client_executor(news: int | None = None) -> Any:
     """Make what starts a process for each message, of Flower's type."""
     from flwr.supercore.constant import TaskType
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    return _executor(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp")
+    return _executor(TaskType.CLIENT_APP, flwr_clientapp, "flwr.supernode.runtime.run_clientapp", news)
 
 
 def _run_tasks(executor: Any) -> None:
@@ -218,8 +237,11 @@ def _run_tasks(executor: Any) -> None:
     flower_superexec()
 
 
-def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
-    """Make an executor that forks for a task: `program` carries it out, and unpacks the app in `module`."""
+def _executor(kind: Any, program: Callable[[], object], module: str, news: int | None = None) -> Any:
+    """Make an executor that forks for a task: `program` carries it out, and unpacks the app in `module`.
+
+    Where bytes in `news` tell of tasks, it rests until one comes.
+    """
     from flwr.supercore.superexec.executor import subprocess_executor
 
     import fedloom.deployment.flower.apps  # noqa: F401  (what the app imports)
@@ -227,7 +249,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
     class Forks(subprocess_executor.SubprocessExecutor):
         """Starts a task as Flower's own executor does, but for the program."""
 
-        worked = 0.0
+        worked = looked = 0.0
 
         def get_eligible_capacity(self, supported_task_types: set[Any], **told: Any) -> tuple[set[Any], set[str]]:
             return supported_task_types & {kind}, set()
@@ -235,6 +257,7 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
         def reconcile(self) -> None:
             """Reap finished children. If one was killed, exit so that the SuperNode is restarted too: it could wait for
             ever for the lost answer."""
+            self.looked = time.monotonic()
             with suppress(ChildProcessError):  # which says that there is no task
                 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 self.worked = time.monotonic()
@@ -243,9 +266,17 @@ def _executor(kind: Any, program: Callable[[], object], module: str) -> Any:
                         raise SystemExit("a task was killed")
 
         def rest(self, seconds: float) -> None:
-            """Wait until the next look for a task."""
-            is_quiet = time.monotonic() - self.worked > QUIET_SECONDS
-            time.sleep(IDLE_SECONDS if is_quiet else seconds)
+            """Wait until the next look for a task: the longer, the slower the last one was."""
+            if news is None:
+                now = time.monotonic()
+                is_quiet = now - self.worked > QUIET_SECONDS
+                time.sleep(slower(IDLE_SECONDS if is_quiet else seconds, now - self.looked))
+                return
+            # A task that is under way may be killed.
+            is_at_rest = self.worked < self.looked
+            told, _, _ = select.select([news], [], [], UNTOLD_SECONDS if is_at_rest else IDLE_SECONDS)
+            if told and not os.read(news, 64):
+                raise SystemExit("its SuperNode ended")
 
     def start(command: Sequence[str], **told: Any) -> None:
         _fork(TASK_NAME, command, program)
@@ -297,14 +328,6 @@ def checked(take: Callable[..., Any]) -> Callable[..., Any]:
         return take(bundle, *others, **named)
 
     return check_and_take
-
-
-def may_have_lost_a_message(error: Exception) -> bool:
-    """Return whether a question for messages may have reached the server although its answer did not come."""
-    import httpx
-
-    was_cut = isinstance(error, httpx.ReadError | httpx.ReadTimeout | httpx.RemoteProtocolError)
-    return was_cut and str(error.request.url).endswith(PULL_PATH)  # type: ignore[attr-defined]
 
 
 PROGRAMS = {
