@@ -466,7 +466,13 @@ def test_each_kind_of_partition_takes_what_it_needs_and_no_more(kind: str) -> No
 def test_every_key_is_described() -> None:
     text = describe_keys()
     sections = ("model", "adapter", "data", "data.partition", "training", "federation", "federation.strategy")
-    for key in set(dotted_keys()) - {*sections, "evaluation", "federation.early_stop", "model.quantization_options"}:
+    for key in set(dotted_keys()) - {
+        *sections,
+        "evaluation",
+        "report",
+        "federation.early_stop",
+        "model.quantization_options",
+    }:
         assert f"| `{key}` |" in text
     assert "None" not in text
 

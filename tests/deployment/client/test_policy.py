@@ -111,11 +111,13 @@ def test_the_safe_defaults_allow_the_shipped_recipes_but_whole_models() -> None:
     found = {name: refused(Policy(), load_recipe(name)) for name in shipped_recipes()}
     # A server names the commit of a hub's model, which the recipe does not; the column is the client's owner's to name.
     of_a_hub = {name for name in found if name.startswith("opt350m")}
+    instructed = {name for name in found if name.startswith(("flowertune", "alpaca", "sharegpt"))}
     whole = {"tiny-full", "opt350m-fedprox-full-6k"}
     assert {name for name, keys in found.items() if "methods" in keys} == whole
-    assert {name for name, keys in found.items() if "models" in keys} == of_a_hub
+    assert {name for name, keys in found.items() if "models" in keys} == of_a_hub | instructed
     assert {name for name, keys in found.items() if "text" in keys} == of_a_hub
-    assert {key for keys in found.values() for key in keys} == {"methods", "models", "text"}
+    assert {name for name, keys in found.items() if "columns" in keys} == instructed
+    assert {key for keys in found.values() for key in keys} == {"methods", "models", "text", "columns"}
 
 
 def test_the_quickstarts_model_is_allowed_unless_its_owner_lists_others() -> None:
