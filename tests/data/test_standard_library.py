@@ -110,6 +110,7 @@ def test_a_file_that_is_no_python_is_one_bad_row(tmp_path: Path, content: bytes)
         open_row()
 
 
+@pytest.mark.long
 def test_functions_are_documents_that_can_be_dealt_by_package() -> None:
     data = make_recipe(
         data={

@@ -167,7 +167,8 @@ class Telling:
     """Worker that tells something private to whoever asks."""
 
     is_spent = False
-    account = SimpleNamespace(look=lambda: None)
+    account = SimpleNamespace(look=lambda: None, goes_on=False)
+    opening_seconds, holds_former = 0.0, False
 
     def answer(self, asked: Frame, came: float) -> Frame:
         return Frame({"told": "private"})
@@ -231,11 +232,11 @@ def test_the_longest_folder_that_is_taken_has_room_for_every_socket(monkeypatch:
 
 
 TASKS = """\
-import sys
+import os, sys
 from fedloom.deployment.flower.programs import run_client_tasks
 from fedloom.deployment.processes import take_arguments
 sys.argv[1:] = take_arguments()
-run_client_tasks()
+run_client_tasks(os.pipe()[0])
 """
 """What a SuperNode forks, by itself."""
 

@@ -17,6 +17,7 @@ from fedloom.handover.generate import Speaker, chat, generate
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run
 
+pytestmark = pytest.mark.xdist_group("talking")  # two runs that all of them share
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
