@@ -81,7 +81,12 @@ def test_conversations_are_learnt_over_flower_as_on_one_machine(
     policy = tmp_path / "policy.toml"
     policy.write_text('chat_template = "server"\n')
     rows = [
-        {"messages": [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"no {number}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": f"no, not {number}, and never again"},
+            ]
+        }
         for number in range(40)
     ]
     template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
