@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fedloom import run
 from fedloom.cli import app
 from fedloom.errors import DataError, RunError
-from fedloom.evaluation.generation import Sampling
+from fedloom.evaluation.generation import Sampling, write_on
 from fedloom.handover.generate import Speaker, chat, generate
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run
@@ -105,6 +105,21 @@ def test_what_is_drawn_is_drawn_again_with_its_seed(talked: Run) -> None:
 
 def test_the_prompt_as_it_stands(talked: Run) -> None:
     assert said(generate, talked.folder, "u:say 7<|end|>a:", plain=True, max_new_tokens=20).startswith("u:say 7")
+
+
+def test_the_base_model_is_without_the_residual_of_a_run(tmp_path: Path) -> None:
+    """`fedex` adds a matrix beside each adapter, which switching the adapter off leaves where it is."""
+    recipe = make_recipe(federation={"rounds": 2, "lora_rule": "fedex"}, training={"learning_rate": 0.5})
+    finished = run(recipe, tmp_path / "run", Observer())
+    question = [{"role": "user", "content": "import os"}]
+    with Speaker(finished.folder, base=True) as speaker:
+        assert speaker._trained.residual is not None
+        found = [speaker.answer(question, base=base) for base in (True, False, True)]
+        speaker._adapted.load(speaker._start)  # type: ignore[arg-type]
+        with speaker._adapted.model.disable_adapter():
+            tokens = speaker.prompting.write(question)
+            expected = write_on(speaker._adapted, speaker._opened.tokenizer, tokens, room=80)
+    assert found[0] == found[2] == expected != found[1]
 
 
 def test_a_system_message_needs_a_conversation(asked: Run) -> None:

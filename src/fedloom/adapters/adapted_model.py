@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,19 @@ class AdaptedModel:
         A whole model on a processor lends its own memory, as a copy would be as large as the model.
         """
         return Adapter(self.layout, self.weights_P.detach().cpu()) if self.is_whole else self.read()
+
+    @contextmanager
+    def as_base(self, start: Adapter, then: Adapter) -> Iterator[None]:
+        """Be the base model inside the block, and have the weights of `then` behind it.
+
+        `start` is what training began with: of a whole model that is the base model, and it has no residual.
+        """
+        self.load(start)
+        try:
+            with nullcontext() if self.is_whole else self.model.disable_adapter():
+                yield
+        finally:
+            self.load(then)
 
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:
         """Write an adapter for PEFT to open, or a whole model for transformers; `card` becomes its README."""

@@ -5,7 +5,7 @@ Never a client's own documents: they would stand in a report that travels furthe
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 from fedloom.data.prompting import Prompting
 from fedloom.evaluation.generation import write_on
@@ -38,11 +38,8 @@ def write_samples(recipe: Recipe, prepared: Prepared, session: Session, trial: T
     def answer_all() -> list[str]:
         return [write_on(adapted, tokenizer, prompt, room=room, stops=stops) for prompt, room in prompts]
 
-    # A whole model has no adapter to leave out: what it began with is the base model.
-    adapted.load(adapted.open(trial.recorder.adapters / "initial"))
-    with nullcontext() if adapted.is_whole else adapted.model.disable_adapter():
+    with adapted.as_base(adapted.open(trial.recorder.adapters / "initial"), adapted.open(best)):
         before = answer_all()
-    adapted.load(adapted.open(best))
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "base": base, "tuned": tuned}
         for (prompt, _), base, tuned in zip(prompts, before, answer_all(), strict=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -34,8 +33,7 @@ class Speaker:
         source = adapter_folder(Path(folder), which)
         self._opened = open_source(recipe)
         self._adapted = load_adapted_model(recipe, self._opened)
-        # A whole model is still the base model: what was trained is not loaded yet.
-        self._start = self._adapted.read() if base and self._adapted.is_whole else None
+        self._start = self._adapted.read() if base else None
         self._trained = self._adapted.open(source)
         self._adapted.load(self._trained)
         data = recipe.data.model_copy(update={"prompt": None}) if plain else recipe.data
@@ -79,7 +77,11 @@ class Speaker:
                 where="PROMPT",
                 mend="shorten it",
             )
-        with self._as_base() if base else nullcontext():
+        how: AbstractContextManager[None] = nullcontext()
+        if base:
+            assert self._start is not None, "opened without the base model"
+            how = adapted.as_base(self._start, self._trained)
+        with how:
             return write_on(
                 adapted,
                 opened.tokenizer,
@@ -89,25 +91,6 @@ class Speaker:
                 sampling=sampling,
                 say=say,
             )
-
-    def _as_base(self) -> AbstractContextManager[Any]:
-        if self._start is None:
-            found: AbstractContextManager[Any] = self._adapted.model.disable_adapter()
-            return found
-        return _Loaded(self._adapted, self._start, self._trained)
-
-
-class _Loaded:
-    """Other weights of a whole model, for a while."""
-
-    def __init__(self, adapted: Any, weights: Any, then: Any) -> None:
-        self._adapted, self._weights, self._then = adapted, weights, then
-
-    def __enter__(self) -> None:
-        self._adapted.load(self._weights)
-
-    def __exit__(self, *error: object) -> None:
-        self._adapted.load(self._then)
 
 
 def generate(
