@@ -1,4 +1,4 @@
-"""Program that renders conversations by a chat template; `chats` runs it in a process of its own.
+"""Program that renders conversations by a chat template; `chat_renderer` runs it in a process of its own.
 
 A template comes with a model, or from a server, and is a program as well. Jinja's sandbox keeps it from everything but
 the conversation. What a sandbox does not hold, a loop without an end and a text of gigabytes, ends this process and no

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedloom.data.rows import UnreadableError
 from fedloom.errors import DataError
 
 PROGRAM = Path(__file__).with_name("chat_program.py")
@@ -27,8 +28,8 @@ CONSTANTS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "c
 WHERE, MEND = "data.chat_template", "name another template"
 
 
-class RenderError(Exception):
-    """A conversation that its template does not take; the message is a reason of a few words, without the row's."""
+class RenderError(UnreadableError):
+    """A conversation that its template does not take."""
 
 
 class ChatRenderer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fedloom.data.chat_renderer import ChatRenderer, RenderError
+from fedloom.data.chat_renderer import ChatRenderer
 from fedloom.data.rows import A_LIST, NOT_KEPT, Row, UnreadableError, find_value
 from fedloom.errors import DataError
 from fedloom.recipe.templates import RowTemplate, parse_template
@@ -55,7 +55,8 @@ class RowFormat:
     def __init__(self, data: Data, open_tokenizer: Callable[[], Any] | None = None) -> None:
         self._data, self._open_tokenizer = data, open_tokenizer
         self._renderer: ChatRenderer | None = None
-        self._tokenizer: Any = None
+        self._end: str | None = None
+        self._specials: list[str] = []
 
     def close(self) -> None:
         """End what renders conversations, if any came."""
@@ -97,8 +98,8 @@ class RowFormat:
         # A conversation that ends with a question teaches nothing by its end.
         while messages and messages[-1]["role"] != "assistant" and data.learns != "all":
             messages = messages[:-1]
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [turn for turn in turns if turn >= answers_from]
+        spoken = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [turn for turn in spoken if turn >= answers_from]
         if data.learns == "completion" and data.completion is None:
             turns = turns[-1:]
         if not turns and data.learns != "all":
@@ -106,41 +107,30 @@ class RowFormat:
         renderer = self._open_renderer()
         whole = (len(messages), False)
         if data.learns == "all":
-            texts, _ = self._render(renderer, messages, [whole])
+            texts, _ = renderer.render(messages, [whole])
             return Form(texts[0], None, is_whole=True, ends=data.ends)
         asked = [whole, *((turn + more, not more) for turn in turns for more in (0, 1))]
-        (text, *parts), marked = self._render(renderer, messages, asked)
-        counted = _spans_by_prefix(text, list(zip(parts[::2], parts[1::2], strict=True)), self._tokenizer.eos_token)
+        (text, *parts), marked = renderer.render(messages, asked)
+        counted = _spans_by_prefix(text, list(zip(parts[::2], parts[1::2], strict=True)), self._end)
         if counted is None:
             counted = tuple(marked)
-            if len(counted) != len([turn for turn, one in enumerate(messages) if one["role"] == "assistant"]):
+            if len(counted) != len(spoken):
                 raise UnreadableError(NOT_KEPT)
             counted = counted[-len(turns) :]
         for turn, (begin, end) in zip(turns, counted, strict=True):
             said = str(messages[turn].get("content") or "").rpartition("</think>")[2].strip()
             if said not in text[begin:end]:
                 raise UnreadableError("whose answer the chat template changes or leaves out")
-        closed = self._is_closed(text[counted[-1][0] :])
+        # Where the template ends an answer with a special token, a model learns from that to stop.
+        closed = any(token in text[counted[-1][0] :] for token in self._specials)
         return Form(text, counted, is_whole=True, ends=data.ends and not closed)
-
-    def _render(
-        self, renderer: ChatRenderer, messages: list[Message], asked: Sequence[tuple[int, bool]]
-    ) -> tuple[list[str], list[tuple[int, int]]]:
-        try:
-            return renderer.render(messages, asked)
-        except RenderError as error:
-            raise UnreadableError(str(error)) from None
-
-    def _is_closed(self, answer: str) -> bool:
-        """Return whether a template ended an answer with a special token, from which a model learns to stop."""
-        return any(token in answer for token in special_tokens(self._tokenizer))
 
     def _open_renderer(self) -> ChatRenderer:
         if self._renderer is None:
             assert self._open_tokenizer is not None, "a conversation, and nobody to ask for a tokenizer"
-            self._tokenizer = self._open_tokenizer()
-            template = self._data.own_template or own_chat_template(self._tokenizer)
-            self._renderer = ChatRenderer(template, self._tokenizer)
+            tokenizer = self._open_tokenizer()
+            self._end, self._specials = tokenizer.eos_token, special_tokens(tokenizer)
+            self._renderer = ChatRenderer(self._data.own_template or own_chat_template(tokenizer), tokenizer)
         return self._renderer
 
 

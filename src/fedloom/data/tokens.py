@@ -54,16 +54,21 @@ class TokenBlocks:
     @property
     def num_tokens(self) -> int:
         """Return the number of real tokens that count."""
-        return int((self.counted_NT & self.is_real).sum())
+        return int(self.tokens_of_each.sum())
+
+    @cached_property
+    def tokens_of_each(self) -> Tensor:
+        """Real tokens of each block that count, [N]."""
+        return (self.counted_NT & self.is_real).sum(1)
 
     @property
     def is_real(self) -> Tensor:
         """Return true where no padding stands."""
         return torch.arange(self.tokens_NT.shape[1]) < self.lengths_N[:, None]
 
-    @property
+    @cached_property
     def widths(self) -> Tensor:
-        """Return how far each block is needed: up to its last position that counts."""
+        """Width to which each block is needed, [N]: up to its last position that counts."""
         places_T = torch.arange(1, self.tokens_NT.shape[1] + 1)
         return (self.counted_NT * places_T).amax(1)
 
@@ -121,13 +126,12 @@ def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
 
 def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     """Return the blocks of these rows as a batch, cut to the widest of them."""
-    taken = blocks.take(rows)
     # What stands beyond the widest block would be computed and then ignored.
-    width = int(taken.widths.max())
-    tokens_BT, counted_BT = taken.tokens_NT[:, :width], taken.counted_NT[:, :width]
-    labels_BT = tokens_BT.masked_fill(~counted_BT, IGNORED)
-    mask_BT = taken.is_real[:, :width].long() if blocks.pad_counts else None
-    return Batch(tokens_BT, labels_BT, mask_BT, taken.num_tokens)
+    width = int(blocks.widths[rows].max())
+    tokens_BT = blocks.tokens_NT[rows, :width]
+    labels_BT = tokens_BT.masked_fill(~blocks.counted_NT[rows, :width], IGNORED)
+    mask_BT = (torch.arange(width) < blocks.lengths_N[rows, None]).long() if blocks.pad_counts else None
+    return Batch(tokens_BT, labels_BT, mask_BT, int(blocks.tokens_of_each[rows].sum()))
 
 
 def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data) -> TokenBlocks:
