@@ -55,6 +55,8 @@ def preview(
         shown = Text(f"\nblock {row + 1} of {len(blocks)}\n", style="dim")
         for piece in pieces_of(blocks, row, material.source.tokenizer):
             text = show_controls(piece.text)
+            if piece.begins:
+                shown.append("\n— another text of the same block —\n", "dim")
             shown.append(f"«{text}»" if piece.counts and not colours else text, "green" if piece.counts else "default")
         display.console.print(shown, soft_wrap=True)
     how = "in green" if colours else "in « »"

@@ -93,7 +93,7 @@ def test_conversations_are_learnt_over_flower_as_on_one_machine(
     template += "{% if add_generation_prompt %}assistant{% endif %}"
     recipe = tiny(
         f"data.source={write_jsonl(rows)}", "data.clients=2", "data.documents_per_client=10", "federation.rounds=2",
-        "data.messages=messages", f"data.chat_template='{template}'", "data.system=brief",
+        "data.messages=messages", f"data.chat_template='{template}'", "data.system=brief", "data.window=pack",
     )  # fmt: skip
     (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
     with federation(tmp_path, secure=True) as there:

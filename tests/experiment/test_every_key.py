@@ -162,6 +162,7 @@ CASES = [
     Case("data.max_bad_fraction", (0.5, 0.01), REFUSAL, {"data.source": "bad.jsonl"}),
     Case("data.max_length", (16, 24), PLAN),
     Case("data.window", ("truncate", "blocks"), PLAN),
+    Case("data.window", ("truncate", "pack"), PLAN, {"data.max_length": 200}),
     Case("data.pad_in_loss", (False, True), RESULT, {"data.max_length": 64}),
     Case("data.clients", (2, 3), PLAN),
     Case("data.documents_per_client", (LEFT_OUT, 6, 7), PLAN),

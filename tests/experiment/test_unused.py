@@ -92,8 +92,8 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
         [data(pad_in_loss=True, max_length=200), data(pad_in_loss=True, source="short.jsonl", max_length=24)],
     ),
     "data.window": (
-        [data(window="blocks", max_length=length) for length in (128, 200)],
-        [data(window="blocks", max_length=24)],
+        [*(data(window="blocks", max_length=length) for length in (128, 200)), data(window="pack", max_length=8)],
+        [data(window="blocks", max_length=24), data(window="pack", max_length=200)],
     ),
     "adapter.rslora": (
         [{"adapter": {"rank": 1, "alpha": alpha, "rslora": True}} for alpha in (1, 4)],

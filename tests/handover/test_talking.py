@@ -1,6 +1,7 @@
 """Talk with what was trained on answers: the end is learnt, and an answer stops there."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,5 +139,9 @@ def test_the_commands(talked: Run) -> None:
     assert shown.exit_code == 0
     assert f"a:«{ANSWER}<|end|>»" in shown.stdout
     assert "what the assistant says with its end, " in shown.stdout
+    packed = runner.invoke(app, ["preview", recipe, "--rows", "1", "data.window=pack"])
+    assert packed.exit_code == 0
+    assert "— another text of the same block —" in packed.stdout
+    assert re.search(r"\d+ texts packed into \d+ blocks, \d+ % full", packed.stdout)
     beyond = runner.invoke(app, ["preview", recipe, "--client", "2"])
     assert isinstance(beyond.exception, DataError)

@@ -176,7 +176,7 @@ def test_a_bad_value_names_its_key_and_its_line(write: Write, text: str, words: 
         ("adapter.targets", '["q", 3]', ("valid string", "not 3")),
         ("data.source", '""', ("at least 1 character",)),
         ("data.max_length", "1", ("greater than or equal to 2", "not 1")),
-        ("data.window", "slide", ("'truncate'", "'blocks'", "not 'slide'")),
+        ("data.window", "slide", ("'truncate'", "'blocks'", "'pack'", "not 'slide'")),
         ("data.clients", "0", ("greater than or equal to 1",)),
         ("data.documents_per_client", "0", ("greater than or equal to 1",)),
         ("data.client_holdout", "1", ("less than 1",)),

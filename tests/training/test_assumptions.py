@@ -191,9 +191,10 @@ def test_randomness_of_the_models_own_is_refused_for_the_batched_engine(draw: An
     adapted = make_adapted()
     adapted.base.set_input_embeddings(Around(adapted.base.get_input_embeddings(), lambda x: x + 0 * draw(x.sigmoid())))
     check_model(adapted, 32)
+    data = make_recipe().data
     with pytest.raises(ModelError, match=r'draws random numbers of its own.*use "reference"'):
-        open_engine("batched", adapted, 32, lambda _: None, lambda *_: None)
-    open_engine("reference", adapted, 32, lambda _: None, lambda *_: None)
+        open_engine("batched", adapted, data, lambda _: None, lambda *_: None)
+    open_engine("reference", adapted, data, lambda _: None, lambda *_: None)
 
 
 def test_a_layer_whose_weights_are_only_read_can_have_no_adapter() -> None:

@@ -3,7 +3,8 @@
 Of a plain text every token counts; of a prompt with its answer, the answer's. Padding never counts, and then attention
 needs no mask: a real token never looks at padding that stands to its right.
 A recipe that replays a program which counted padding masks it, as that program did: what stands at padding depends on
-what it sees, and some models take their positions from the mask.
+what it sees, and some models take their positions from the mask. Blocks that several texts share (`packing`) have a
+mask too, which tells them apart.
 
 Letters: N blocks, B sequences in a batch, T tokens in a block.
 """
@@ -46,6 +47,9 @@ class TokenBlocks:
     """Documents that gave no block because nothing that counts is left within the length of one."""
     cut: int = 0
     """Documents of which a part that counts was cut off."""
+    texts_NT: Tensor | None = None
+    """Number of the text that each position belongs to, from 1 in each block, and 0 at padding; None where every block
+    is a text of its own."""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -60,6 +64,11 @@ class TokenBlocks:
     def tokens_of_each(self) -> Tensor:
         """Real tokens of each block that count, [N]."""
         return (self.counted_NT & self.is_real).sum(1)
+
+    @property
+    def num_texts(self) -> int:
+        """Return the number of texts in the blocks."""
+        return len(self) if self.texts_NT is None else int(self.texts_NT.amax(1).sum())
 
     @property
     def is_real(self) -> Tensor:
@@ -77,10 +86,15 @@ class TokenBlocks:
         """True where some padding counts in the loss."""
         return bool((self.counted_NT & ~self.is_real).any())
 
+    @property
+    def needs_mask(self) -> bool:
+        """True where attention to all that stands to the left would be wrong."""
+        return self.pad_counts or self.texts_NT is not None
+
     def take(self, rows: Tensor) -> TokenBlocks:
         """Return the blocks of these rows, by number or where true; what was left out stays on record."""
         kept = {name: getattr(self, name)[rows] for name in ("tokens_NT", "lengths_N", "counted_NT")}
-        return replace(self, **kept)
+        return replace(self, **kept, texts_NT=None if self.texts_NT is None else self.texts_NT[rows])
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,8 @@ class Batch:
     labels_BT: Tensor
     """Tokens once more, with IGNORED at positions that do not count; the loss shifts them by one."""
     mask_BT: Tensor | None
-    """Attention mask, 1 at real tokens and 0 at padding; None where no padding counts, and so no mask is needed."""
+    """Attention mask: 0 at padding, and elsewhere the number of the text that a token belongs to, which is 1 where a
+    block has one alone; None where no padding counts and no texts share a block, and so no mask is needed."""
     num_tokens: int
 
     def to(self, device: torch.device) -> Batch:
@@ -101,7 +116,9 @@ class Batch:
 
 
 def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
-    """Join the blocks of several into one, in their order."""
+    """Join the blocks of several into one, in their order; all of them are packed, or none is."""
+    texts = [part.texts_NT for part in parts if part.texts_NT is not None]
+    assert len(texts) in (0, len(parts)), "packed blocks beside others"
     return TokenBlocks(
         tokens_NT=torch.cat([part.tokens_NT for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
@@ -109,6 +126,7 @@ def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
         dropped=sum(part.dropped for part in parts),
         unanswered=sum(part.unanswered for part in parts),
         cut=sum(part.cut for part in parts),
+        texts_NT=torch.cat(texts) if texts else None,
     )
 
 
@@ -131,6 +149,10 @@ def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     tokens_BT = blocks.tokens_NT[rows, :width]
     labels_BT = tokens_BT.masked_fill(~blocks.counted_NT[rows, :width], IGNORED)
     mask_BT = (torch.arange(width) < blocks.lengths_N[rows, None]).long() if blocks.pad_counts else None
+    if blocks.texts_NT is not None:
+        mask_BT = blocks.texts_NT[rows, :width]
+        # The first token of a text has nothing before it from which it could be predicted.
+        labels_BT[:, 1:][mask_BT[:, 1:] != mask_BT[:, :-1]] = IGNORED
     return Batch(tokens_BT, labels_BT, mask_BT, int(blocks.tokens_of_each[rows].sum()))
 
 
@@ -148,12 +170,12 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
     for document in documents:
         if document.form is not None:
             whole_T, counted_T = tokenize_form(
-                document.form, tokenizer, data.max_length if data.window == "truncate" else None
+                document.form, tokenizer, None if data.window == "blocks" else data.max_length
             )
         else:
             whole_T, counted_T = _tokenize_plain(document.text, tokenizer, data)
         # Cut here and not by the tokenizer, some of which cut at the left.
-        length = data.max_length if data.window == "truncate" else max(1, len(whole_T))
+        length = max(1, len(whole_T)) if data.window == "blocks" else data.max_length
         cut += bool(counted_T[length:].any()) and document.form is not None
         blocks = list(
             zip(whole_T[:length].split(data.max_length), counted_T[:length].split(data.max_length), strict=True)
@@ -176,10 +198,10 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
 
 def _tokenize_plain(text: str, tokenizer: Any, data: Data) -> tuple[Tensor, Tensor]:
     """Return a plain text's tokens, [T], as many as are needed, and that all of them count."""
-    if data.window == "truncate":
-        tokens_T = _tokenize_head(text, tokenizer, data.max_length)[: data.max_length]
-    else:
+    if data.window == "blocks":
         tokens_T = tokenize_all(text, tokenizer)
+    else:
+        tokens_T = _tokenize_head(text, tokenizer, data.max_length)[: data.max_length]
     return tokens_T, torch.ones_like(tokens_T, dtype=torch.bool)
 
 

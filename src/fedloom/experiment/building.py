@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.documents import Document
-from fedloom.data.tokens import TokenBlocks, check_vocabulary, tokenize_documents
+from fedloom.data.packing import pack_blocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks, check_vocabulary, tokenize_documents
 from fedloom.errors import ModelError
-from fedloom.model.attention import choose_attention
+from fedloom.model.attention import MASKLESS, MODEL_TYPES, choose_attention
 from fedloom.model.devices import choose_dtype, open_device
 from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import ModelSource, open_model
@@ -93,7 +94,7 @@ def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> Adapted
 
 
 def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Document]) -> TokenBlocks:
-    """Return documents as a base model sees them.
+    """Return documents as a base model sees them, each a block of its own or several.
 
     Raises:
         DataError: the tokenizer is not the model's.
@@ -103,8 +104,23 @@ def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Docume
     return blocks
 
 
+def hold(recipe: Recipe, train: TokenBlocks, holdout: TokenBlocks) -> ClientBlocks:
+    """Return what a client holds, with the blocks to train on packed where the recipe says so.
+
+    What is held out stays as it is: sorted by length, it has hardly any padding.
+    """
+    return ClientBlocks(pack_blocks(train) if recipe.data.window == "pack" else train, holdout)
+
+
 def _attention(recipe: Recipe, source: ModelSource) -> str:
     """Choose attention with masks where padding counts, or where a prefix makes keys more than queries."""
     # Attention without masks takes more keys than queries for a cache.
     masked = recipe.data.pad_in_loss or recipe.adapter.method == "prefix_tuning"
-    return choose_attention(source.config, masked=masked)
+    attention = choose_attention(source.config, masked=masked)
+    if recipe.data.window == "pack" and attention != MASKLESS:
+        raise ModelError(
+            f"texts can't be packed for this model ({source.config.model_type}), only for {', '.join(MODEL_TYPES)}",
+            where="data.window",
+            mend='use "truncate", or another base model',
+        )
+    return attention

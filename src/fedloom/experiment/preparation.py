@@ -20,7 +20,7 @@ from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
-from fedloom.experiment.building import build_shape, dtype_of, open_source, tokenize_for
+from fedloom.experiment.building import build_shape, dtype_of, hold, open_source, tokenize_for
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
@@ -226,6 +226,7 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
             length=length,
             device=setup.device,
             alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
+            packed=recipe.data.window == "pack",
         )
     except Exception as error:  # of any kind, from an operation of a model that can't be traced
         # Where a GPU's memory runs out, fewer at once are tried; a processor's may take the whole machine with it.
@@ -345,7 +346,7 @@ def tokenize_splits(
         train = tokenize(splits.clients[client].train)
         unseen = without_blocks(train, held_out)
         shared += len(train) - len(unseen)
-        clients.append(ClientBlocks(unseen if recipe.data.duplicates == "drop" else train, holdout))
+        clients.append(hold(recipe, unseen if recipe.data.duplicates == "drop" else train, holdout))
     return central, tuple(clients), shared
 
 

@@ -26,18 +26,24 @@ WHAT = {"completion": "the answer", "assistant": "what the assistant says", "all
 
 @dataclass(frozen=True)
 class Piece:
-    """Piece of a row as a model sees it, and whether it counts in the loss."""
+    """Piece of a block as a model sees it, and whether it counts in the loss."""
 
     text: str
     counts: bool
+    begins: bool
+    """True where a text begins behind another one in the same block."""
 
 
 def pieces_of(blocks: TokenBlocks, row: int, tokenizer: Any) -> list[Piece]:
     """Return a block's real tokens as text again, in pieces that count and pieces that do not."""
     length = int(blocks.lengths_N[row])
     tokens, marks = blocks.tokens_NT[row, :length].tolist(), blocks.counted_NT[row, :length].tolist()
-    runs = groupby(zip(tokens, marks, strict=True), key=lambda pair: pair[1])
-    return [Piece(tokenizer.decode([token for token, _ in run]), counts) for counts, run in runs]
+    texts = [1] * length if blocks.texts_NT is None else blocks.texts_NT[row, :length].tolist()
+    pieces, before = [], 1
+    for (text, counts), run in groupby(zip(texts, marks, tokens, strict=True), key=lambda place: place[:2]):
+        pieces.append(Piece(tokenizer.decode([token for *_, token in run]), counts, text != before))
+        before = text
+    return pieces
 
 
 def describe_learning(data: Data, parts: Sequence[TokenBlocks], others: Sequence[str]) -> str:
@@ -45,7 +51,7 @@ def describe_learning(data: Data, parts: Sequence[TokenBlocks], others: Sequence
 
     `others` are the columns that no template uses.
     """
-    return "" if data.is_plain and not data.ends else "; ".join(_facts(data, parts, others))
+    return "" if data.is_plain and not data.ends and data.window != "pack" else "; ".join(_facts(data, parts, others))
 
 
 def describe_client(
@@ -55,8 +61,16 @@ def describe_client(
     yield from _facts(data, [blocks], others)
     if repeated := _repeated(documents):
         yield f"{count(repeated, 'document')} with a prompt that another one has"
-    yield f"tokens of {count(len(blocks), 'block')}, of {data.max_length} at most:"
-    yield from histogram(blocks.lengths_N.tolist(), data.max_length)
+    lengths = _lengths_of_texts(blocks)
+    yield f"tokens of {count(len(lengths), 'text')}, of {data.max_length} at most:"
+    yield from histogram(lengths, data.max_length)
+
+
+def _lengths_of_texts(blocks: TokenBlocks) -> list[int]:
+    """Return the tokens of every text: of a block, where it is not shared."""
+    if blocks.texts_NT is None:
+        return list(blocks.lengths_N.tolist())
+    return [length for texts_T in blocks.texts_NT for length in texts_T.bincount()[1:].tolist()]
 
 
 def histogram(lengths: Sequence[int], most: int) -> Iterator[str]:
@@ -73,6 +87,10 @@ def _facts(data: Data, parts: Sequence[TokenBlocks], others: Sequence[str]) -> I
     counted, real = (sum(part.num_tokens for part in parts), sum(int(part.lengths_N.sum()) for part in parts))
     share = f", {counted:,} of {real:,} tokens ({100 * counted / max(1, real):.0f} %)" if data.learns != "all" else ""
     yield f"{WHAT[data.learns]}{' with its end' if data.ends else ''}{share}"
+    if data.window == "pack":
+        texts, blocks = sum(part.num_texts for part in parts), sum(map(len, parts))
+        full = 100 * real / max(1, blocks * data.max_length)
+        yield f"{count(texts, 'text')} packed into {count(blocks, 'block')}, {full:.0f} % full"
     if cut := sum(part.cut for part in parts):
         yield f"{count(cut, 'answer') if data.learns != 'all' else count(cut, 'text')} cut at data.max_length"
     if unanswered := sum(part.unanswered for part in parts):

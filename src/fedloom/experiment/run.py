@@ -91,7 +91,7 @@ def run(
         watchers.show_step("weights", prepared.source.name)
         say = partial(watchers.show_step, "weights")
         adapted = load_adapted_model(recipe, prepared.source, prepared.plan, say=say)
-        session = Session(adapted, prepared.plan.engine, recipe.data.max_length, watchers.telemetry, watchers)
+        session = Session(adapted, prepared.plan.engine, recipe.data, watchers.telemetry, watchers)
         identity = identify(prepared, adapted)
         failpoint("run.loaded")
         watchers.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from fedloom.text import count
 from fedloom.training.engines import EngineName, open_engine
 from fedloom.training.jobs import ClientJob, ClientResult
 
+if TYPE_CHECKING:
+    from fedloom.recipe.data_section import Data
+
 
 class Session:
     """A loaded model, an engine and what measures them: all that runs share which train on the same base model.
@@ -35,13 +39,13 @@ class Session:
     """
 
     def __init__(
-        self, adapted: AdaptedModel, engine: EngineName, max_length: int, telemetry: Telemetry, observer: Observer
+        self, adapted: AdaptedModel, engine: EngineName, data: Data, telemetry: Telemetry, observer: Observer
     ) -> None:
         self.adapted = adapted
         self.telemetry = telemetry
         self.watch = observer.watch
         self._batched = engine == "batched"
-        self._engine = open_engine(engine, adapted, max_length, observer.watch, observer.show_step)
+        self._engine = open_engine(engine, adapted, data, observer.watch, observer.show_step)
         self._lowered_to: int | None = None
         self._say = observer.show_step
         self._scored_at_once: int | None = None
@@ -93,7 +97,11 @@ def hash_base(adapted: AdaptedModel) -> str:
 
 def tensors_of(parts: Iterable[TokenBlocks]) -> list[Tensor]:
     """Return all tensors that blocks consist of."""
-    return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, _counted(part))]
+    return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, _counted(part), *_texts(part))]
+
+
+def _texts(blocks: TokenBlocks) -> list[Tensor]:
+    return [] if blocks.texts_NT is None else [blocks.texts_NT]
 
 
 def _counted(blocks: TokenBlocks) -> Tensor:

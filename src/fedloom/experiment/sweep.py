@@ -254,7 +254,7 @@ def run_group(
         say = partial(display.show_step, "weights")
         adapted = load_adapted_model(first.recipe, prepared.source, prepared.plan, say=say)
         watching = Observers(display, telemetry)
-        session = Session(adapted, prepared.plan.engine, first.recipe.data.max_length, telemetry, watching)
+        session = Session(adapted, prepared.plan.engine, first.recipe.data, telemetry, watching)
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))
         for together in group_by(able, same_pass):

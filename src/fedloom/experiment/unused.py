@@ -87,7 +87,10 @@ def _in_data(recipe: Recipe, blocks: Sequence[TokenBlocks], *, has_columns: bool
             for key in ("revision", "subset", "split", "files"):
                 yield f"data.{key}", "the server holds nothing out, so it reads no documents"
         return
-    if not any(bool((part.lengths_N == part.tokens_NT.shape[1]).any()) for part in blocks):
+    if data.window == "pack":
+        if all(part.num_texts == len(part) for part in blocks):
+            yield "data.window", "no two documents of a client fit into one block"
+    elif not any(bool((part.lengths_N == part.tokens_NT.shape[1]).any()) for part in blocks):
         yield "data.window", "no document is longer than a block"
 
 

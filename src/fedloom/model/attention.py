@@ -1,8 +1,9 @@
-"""Call of a model, and causal attention without a mask, for padding to the right of every token that counts.
+"""Call of a model, and causal attention without a mask of padding, which stands to the right of all that counts.
 
 A token looks to its left only, so padding on its right changes nothing. Left alone, transformers would look for packed
 sequences all the same, which asks the GPU for an answer in every forward pass, and would build a mask, which keeps the
 flash kernels out. Where padding counts itself, models are built with transformers' own attention, and get a mask.
+Where several texts share a block, the models served here get a mask of who sees whom, and positions that begin anew.
 
 Letters: B sequences, H heads, T tokens, D features of a head.
 """
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
-MODEL_TYPES = frozenset({"gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3"})
+MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3")
 """Model types whose attention is plainly causal, as a test shows; all others keep transformers' own masks."""
 
 
@@ -42,7 +43,18 @@ def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
 
 
 def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
-    """Return what a model gives for tokens; `mask_BT` is 1 at those that may be seen, 0 at others, or None."""
+    """Return what a model gives for tokens.
+
+    `mask_BT` is 0 at padding and the number of its text at every other token, or None where no mask is needed. A model
+    that was built to do without one (`MASKLESS`) keeps texts apart by these numbers; to every other they are all 1.
+    """
+    if mask_BT is not None and model.config._attn_implementation == MASKLESS:
+        return model(
+            input_ids=tokens_BT,
+            attention_mask=see_own_text(mask_BT),
+            position_ids=positions_in_text(mask_BT),
+            use_cache=False,
+        )
     if mask_BT is None and isinstance(model, PreTrainedModel) and model.config._attn_implementation == MASKLESS:
         # Told, not left to the model: OPT would sum a mask of ones for them, for which a GPU has no kernel that gives
         # the same sum each time.
@@ -50,8 +62,21 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
         return model(input_ids=tokens_BT, position_ids=positions_1T, use_cache=False)
     if mask_BT is None:
         return model(input_ids=tokens_BT, use_cache=False)
-    assert model.config._attn_implementation != MASKLESS, "a mask for a model that was built to do without"
     return model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+
+
+def see_own_text(texts_BT: Tensor) -> Tensor:
+    """Return which token sees which, [B, 1, T, T]: those of its own text up to itself, by the numbers of the texts."""
+    same_BTT = texts_BT[:, :, None] == texts_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
+def positions_in_text(texts_BT: Tensor) -> Tensor:
+    """Return each token's place in its own text, from 0, [B, T]; the tokens of a text stand side by side."""
+    places_BT = torch.arange(texts_BT.shape[1], device=texts_BT.device).expand_as(texts_BT)
+    begins_BT = torch.zeros_like(texts_BT)
+    begins_BT[:, 1:] = places_BT[:, 1:] * (texts_BT[:, 1:] != texts_BT[:, :-1])
+    return places_BT - begins_BT.cummax(1).values
 
 
 def is_slow(config: PretrainedConfig) -> bool:

@@ -107,8 +107,10 @@ class Data(Section):
         0.01, ge=0, le=1, description="largest share of bad rows among those read; above it a run stops (`skip`)"
     )
     max_length: int = Field(128, ge=2, description="tokens in a block")
-    window: Literal["truncate", "blocks"] = Field(
-        "truncate", description="part of a document that is used: its first block, or all its blocks"
+    window: Literal["truncate", "blocks", "pack"] = Field(
+        "truncate",
+        description="part of a document that is used: its first block; all its blocks; or its first block, where short"
+        " ones of a client share a block in training, and each is learnt as if it stood alone",
     )
     pad_in_loss: bool = Field(
         False, description="padding counted in the loss, and masked in attention; only to repeat programs that did so"

@@ -27,6 +27,8 @@ class Method:
     targets: str = "target_modules"
     float32_base: bool = False
     """True if its weights have the base model's dtype: in bfloat16 their small steps would be lost."""
+    prompts: bool = False
+    """True if what it trains stands before a text: embeddings, keys and values."""
     needs_values: bool = False
     """True if PEFT can't build its layers on the meta device, which has shapes but no values."""
 
@@ -36,7 +38,7 @@ def _ranked(what: str, paper: str = "", *, alpha: str = "", dropout: str = "", n
 
 
 def _prompt(what: str, paper: str, refused: str = "") -> Method:
-    return Method(what, paper, refused, targets="")
+    return Method(what, paper, refused, targets="", prompts=True)
 
 
 METHODS: dict[str, Method] = {
@@ -58,7 +60,11 @@ METHODS: dict[str, Method] = {
     ),
     # Its layers are no choice: PEFT takes one name for them, which it knows for each kind of model.
     "adaption_prompt": Method(
-        "prompts inside the upper attention layers, and their gates", "2303.16199", targets="", float32_base=True
+        "prompts inside the upper attention layers, and their gates",
+        "2303.16199",
+        targets="",
+        float32_base=True,
+        prompts=True,
     ),
     "beft": Method("the value projection's biases", "2509.15974"),
     "boft": Method(

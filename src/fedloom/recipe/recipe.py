@@ -191,6 +191,18 @@ CLASHES = (
         'leave it out, or set data.loss = "all"',
     ),
     Clash(
+        lambda recipe: recipe.data.window == "pack" and recipe.data.pad_in_loss,
+        "data.window",
+        "packed texts leave hardly any padding that could be counted",
+        "leave out data.pad_in_loss",
+    ),
+    Clash(
+        lambda recipe: recipe.data.window == "pack" and METHODS[recipe.adapter.method].prompts,
+        "data.window",
+        "what this adapter.method trains stands before a text, and only the first of a block would see it",
+        'use "truncate", or another adapter.method',
+    ),
+    Clash(
         lambda recipe: recipe.data.pad_in_loss and (not recipe.data.is_plain or recipe.data.ends),
         "data.pad_in_loss",
         "padding is counted only to repeat programs that learnt all of a plain text",

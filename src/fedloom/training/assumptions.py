@@ -102,6 +102,34 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
                 )
 
 
+def check_packing(adapted: AdaptedModel, max_length: int) -> None:
+    """Refuse a model to which a text is another one when it shares a block with a text before it.
+
+    Takes four forward passes of at most 16 tokens.
+
+    Raises:
+        ModelError
+    """
+    length = min(TOKENS, max_length)
+    half = length // 2
+    if not half:
+        return
+    tokens_T, texts_T = _draw_tokens(adapted, length)[0], torch.ones(length, dtype=torch.int64, device=adapted.device)
+    texts_T[half:] = 2
+    adapted.model.eval()
+    with torch.inference_mode():
+        packed_TV = adapted.logits(tokens_T[None], texts_T[None])[0].double()
+        joined_TV = adapted.logits(tokens_T[None])[0].double()
+        apart_TV = torch.cat([adapted.logits(part[None])[0].double() for part in (tokens_T[:half], tokens_T[half:])])
+    scale = max((joined_TV - apart_TV)[half:].abs().mean(), 1e-3 * apart_TV.abs().mean())
+    if (packed_TV - apart_TV).abs().mean() > scale * _noise(adapted):
+        raise ModelError(
+            "to this model a text is another one behind a text that shares its block",
+            where="data.window",
+            mend='use "truncate", or another base model',
+        )
+
+
 def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
     """Refuse a model that a pass in training mode changes, or whose pass with the same seed is not the same again.
 

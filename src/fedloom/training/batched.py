@@ -185,7 +185,7 @@ class ClientBatch:
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
         # Of all jobs, those that wait too: a recorded step has a mask always or never.
-        self._masked = any(job.blocks.pad_counts for job in jobs)
+        self._masked = any(job.blocks.needs_mask for job in jobs)
         partly = any(job.trains_P is not None for job in jobs)
         self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]

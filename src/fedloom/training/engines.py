@@ -12,6 +12,7 @@ from fedloom.progress import Say, Watch
 from fedloom.training.assumptions import (
     check_model,
     check_own_randomness,
+    check_packing,
     check_repeatable,
     draws_by_its_settings,
     let_results_differ_if_need_be,
@@ -21,6 +22,7 @@ from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
 
 if TYPE_CHECKING:
+    from fedloom.recipe.data_section import Data
     from fedloom.recipe.sections import Adapter, Model
     from fedloom.recipe.training_section import Training
 
@@ -53,16 +55,21 @@ BATCHED_OPTIONS = (
 """PEFT's options of LoRA that the engine `batched` has too."""
 
 
-def open_engine(name: EngineName, adapted: AdaptedModel, max_length: int, watch: Watch, say: Say) -> Engine:
+def open_engine(name: EngineName, adapted: AdaptedModel, data: Data, watch: Watch, say: Say) -> Engine:
     """Return an engine over a loaded model, once what it takes for granted about the model has been tried.
+
+    Of `data`, the length of blocks counts, and whether texts share them.
 
     Raises:
         ModelError: something of it does not hold.
     """
+    max_length = data.max_length
     if adapted.device.type == "cuda":
         let_results_differ_if_need_be(adapted, max_length, say)
     check_model(adapted, max_length)
     check_repeatable(adapted, max_length)
+    if data.window == "pack":
+        check_packing(adapted, max_length)
     if name == "batched":
         check_own_randomness(adapted, max_length)
     return ENGINES[name](adapted, watch, say)

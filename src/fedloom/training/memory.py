@@ -75,11 +75,13 @@ def predict_step(
     length: int,
     device: torch.device,
     alike: bool = True,
+    packed: bool = False,
 ) -> StepMemory:
     """Predict what a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
 
     `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`. Where
-    they are not `alike`, because some are adapted and others not, all of them are traced.
+    they are not `alike`, because some are adapted and others not, all of them are traced. With `packed`, texts share
+    a sequence.
     """
     whole = build(layers)
     # From a full chunk of logits on, every client adds the same to what the loss needs; before that, less.
@@ -87,7 +89,7 @@ def predict_step(
     few = min(clients, full)
 
     def trace(clients: int, count: int) -> int:
-        return trace_step(build(count), training, clients, length, device)
+        return trace_step(build(count), training, clients, length, device, packed=packed)
 
     def peak(clients: int) -> int:
         if layers <= 3 or not alike:
@@ -145,7 +147,9 @@ def _base_bytes(adapted: AdaptedModel) -> int:
     return sum(value.numel() * value.element_size() for value in {*adapted.model.parameters()})
 
 
-def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device) -> int:
+def trace_step(
+    adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device, *, packed: bool = False
+) -> int:
     """Return the most bytes that a step has alive beside the base model; `adapted`, on the meta device, is used up."""
     # A model that can't be traced is the caller's to deal with; torch would print its own traceback of it as well.
     logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
@@ -165,6 +169,7 @@ def trace_step(adapted: AdaptedModel, training: Training, clients: int, length: 
                 shares_M=positions.to(slots.weights_KP.dtype),
                 rates_K=torch.zeros(clients, dtype=torch.float64, device=device),
                 mus_K=torch.zeros(clients, dtype=torch.float64, device=device),
+                mask_NT=positions.view(-1, length) if packed else None,
             )
             generators = [torch.Generator(device)] * clients
             slots(inputs, ClientDropout(generators, [(training.batch_size, length)] * clients))

@@ -48,7 +48,7 @@ class StepInputs(NamedTuple):
     mus_K: Tensor
     """μ of each client's proximal term."""
     mask_NT: Tensor | None = None
-    """Attention mask, where padding counts."""
+    """Attention mask, where one is needed: `Batch.mask_BT`."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
         """Return the inputs with each tensor changed."""

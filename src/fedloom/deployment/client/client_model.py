@@ -51,7 +51,7 @@ class ClientModel:
         check_model(policy, recipe, weights=weights, **measure(self._adapted))
         check_optimizer(recipe.training, self._adapted.device)
         engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
-        self._engine = open_engine(engine, self._adapted, recipe.data.max_length, self._note, say)
+        self._engine = open_engine(engine, self._adapted, recipe.data, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
         # Of the keys that were told: a later version may have others, and the documents are the same.

@@ -23,7 +23,7 @@ from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, loa
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_documents
 from fedloom.errors import DataError
-from fedloom.experiment.building import open_source, tokenize_for
+from fedloom.experiment.building import hold, open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
@@ -68,7 +68,7 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
     held_out = distinct_blocks(holdout)
     unseen = without_blocks(train, held_out)
     shared = len(train) - len(unseen)
-    blocks = ClientBlocks(unseen if drop else train, holdout)
+    blocks = hold(recipe, unseen if drop else train, holdout)
     if not len(blocks.train):
         raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
     left = len(documents.train) - train.dropped - train.unanswered

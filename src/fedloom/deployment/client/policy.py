@@ -32,7 +32,7 @@ SERVERS = "server"
 """Name of whatever chat template a recipe sends."""
 
 LoraRule = Literal["factors", "ffa", "rolora", "svd", "fedex"]
-Window = Literal["truncate", "blocks"]
+Window = Literal["truncate", "blocks", "pack"]
 
 
 def _to_list(value: object) -> object:
@@ -77,7 +77,8 @@ class Policy(Section):
     )
     max_length: int = Field(8192, ge=2, description="the longest data.max_length: memory grows with it")
     windows: Annotated[tuple[Window, ...], BeforeValidator(_to_list)] = Field(
-        ("truncate", "blocks"), description="what data.window may be: the first block of a document, or all of them"
+        ("truncate", "blocks", "pack"),
+        description="what data.window may be: the first block of a document, all of them, or the first, packed",
     )
     models: Names | None = Field(
         None,
