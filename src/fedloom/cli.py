@@ -69,10 +69,10 @@ def run(
     ] = False,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
-    from fedloom.recipe.loading import load_recipe
+    from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or ())
     with told_when_terminated(), shown_at_work(out, "fedloom run"):
         with quick_imports():
             from fedloom.experiment.run import run
@@ -104,10 +104,10 @@ def serve(
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
-    from fedloom.recipe.loading import load_recipe
+    from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or ())
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
@@ -192,9 +192,9 @@ def split(
     overrides: Overrides = None,
 ) -> None:
     """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
-    from fedloom.recipe.loading import load_recipe
+    from fedloom.experiment.recognition import open_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or ())
     from fedloom.deployment.client.documents import write_splits
     from fedloom.monitoring.display import Terminal
 
@@ -205,9 +205,9 @@ def split(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show what a run would load and need, and the audit of its splits; train nothing."""
-    from fedloom.recipe.loading import load_recipe
+    from fedloom.experiment.recognition import open_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or ())
     from fedloom.experiment.run import plan
     from fedloom.monitoring.display import Terminal
 

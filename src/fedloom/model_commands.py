@@ -42,10 +42,10 @@ def preview(
     from fedloom.errors import DataError
     from fedloom.experiment.preparation import gather
     from fedloom.experiment.preview import describe_client, pieces_of
+    from fedloom.experiment.recognition import open_recipe
     from fedloom.monitoring.display import Terminal
-    from fedloom.recipe.loading import load_recipe
 
-    loaded, display = load_recipe(recipe, overrides or ()), Terminal()
+    loaded, display = open_recipe(recipe, overrides or ()), Terminal()
     if client >= loaded.data.clients:
         raise DataError(f"there are {loaded.data.clients} clients", where="--client", mend="their numbers begin at 0")
     material = gather(loaded, display)

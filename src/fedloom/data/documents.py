@@ -129,8 +129,7 @@ def load_documents(
                 break
             try:
                 row = open_row()
-                if not data.is_plain:
-                    columns.update(row)
+                columns.update(row)
                 documents.append(_to_document(row, origin, data, form))
             except UnreadableError as reason:
                 skipped[str(reason)] += 1
@@ -142,14 +141,14 @@ def load_documents(
     if total is None and at_most is None:
         total = len(documents) + skipped.total()
     used = {name for column in columns_of(data).values() for name in (column, column.partition(".")[0])}
-    others = tuple(sorted(columns - used))
+    others = () if data.is_plain else tuple(sorted(columns - used))
     about = source.revision, total, source.files_left_out, source.has_columns, others
     found = Documents(tuple(documents), dict(skipped), data.source, *about)
     if not documents:
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
             where=f'data.source = "{data.source}"',
-            mend=mend_rows(skipped, data, is_folder=source.is_folder),
+            mend=mend_rows(skipped, data, columns, is_folder=source.is_folder),
         )
     return found
 

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -296,8 +296,17 @@ MENDS = {
 """Reason of a bad row -> what to do about a source that has no other rows."""
 
 
-def mend_rows(skipped: Mapping[str, int], data: Data, *, is_folder: bool) -> str:
-    """Return what to do about a source without a usable row, by the reason that most rows have."""
+CHATS = ("messages", "conversations")
+"""Names that columns of conversations have."""
+
+
+def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], *, is_folder: bool) -> str:
+    """Return what to do about a source without a usable row, by the reason that most rows have, or by its columns."""
+    if data.is_plain and data.text not in columns:
+        if chats := [name for name in CHATS if name in columns]:
+            return f'set data.messages = "{chats[0]}", the column of conversations'
+        if "prompt" in columns and "completion" in columns:
+            return 'set data.prompt = "{prompt}" and data.completion = "{completion}"'
     commonest = max(skipped, key=lambda reason: skipped[reason], default="")
     return MENDS.get(commonest, f"check {name_keys(data, is_folder=is_folder)}")
 

@@ -25,6 +25,7 @@ from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare
+from fedloom.experiment.recognition import open_recipe
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines
@@ -33,7 +34,6 @@ from fedloom.host.files import take_lock, write_json
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
-from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import RoundRecord, Run, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
@@ -127,7 +127,7 @@ def expand(source: str | Path, axes: Sequence[str], num_random: int | None = Non
         overrides = tuple(f"{key}={value}" for key, value in chosen)
         short = "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen)
         name = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
-        yield Combination(name, overrides, load_recipe(source, overrides))
+        yield Combination(name, overrides, open_recipe(source, overrides))
 
 
 def read_axis(axis: str) -> tuple[str, list[str]]:

@@ -1,0 +1,75 @@
+"""Recognition of what a file's rows are, where a recipe does not say: a text, a conversation, or a question's answer.
+
+Only a file is looked at, and its first row alone. The recipe that comes of it says what was found, and so does the one
+that a run keeps: nothing is guessed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.data.rows import CHATS, UnreadableError, format_of, read_rows
+from fedloom.errors import DataError
+from fedloom.recipe.loading import load_recipe
+from fedloom.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fedloom.data.rows import Row
+    from fedloom.recipe.data_section import Data
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+ANSWERED = {"prompt": "{prompt}", "completion": "{completion}"}
+KINDS: tuple[tuple[dict[str, str], Callable[[Any], bool]], ...] = (
+    *(({"messages": name}, _is_chat) for name in CHATS),
+    (ANSWERED, _is_text),
+    ({**ANSWERED, "chat_template": "tokenizer"}, _is_chat),
+)
+"""Keys of `data` that rows may be read by, in the order in which they are tried, and what their columns must hold: the
+shapes of `messages`, of ShareGPT and of TRL."""
+
+
+def open_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe as `load_recipe` does; where it names no columns, its file's first row says which ones are read.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    recipe = load_recipe(source, overrides)
+    found = recognise_rows(recipe.data)
+    return load_recipe(source, [*overrides, *(f"data.{key}='{value}'" for key, value in found.items())])
+
+
+def recognise_rows(data: Data) -> dict[str, str]:
+    """Return the keys of `data` by which a file's rows are read; none where the recipe has some, or nothing fits."""
+    if not data.is_plain or "text" in data.model_fields_set or _first_row(data) is not None:
+        return {}
+    for keys, fits in KINDS:
+        told = data.model_copy(update=keys)
+        row = _first_row(told)
+        if row is not None and all(fits(row[column]) for _, column in told.columns):
+            return keys
+    return {}
+
+
+def _first_row(data: Data) -> Row | None:
+    """Return the first row of a file; None where there is none, or it lacks a column that is named."""
+    path = Path(data.source)
+    if not path.is_file() or format_of(path) is None:
+        return None
+    try:
+        _, open_row = next(read_rows(path, path.name, data))
+        row = open_row()
+    # Whatever is wrong with the file is told when it is read whole.
+    except (StopIteration, DataError, UnreadableError):
+        return None
+    return row if all(column in row for _, column in data.columns) else None

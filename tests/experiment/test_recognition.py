@@ -1,0 +1,95 @@
+"""What a file's rows are, where a recipe does not say: seen in the first row, written into the recipe, never guessed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedloom.cli import app
+from fedloom.data.documents import load_documents
+from fedloom.errors import DataError
+from fedloom.experiment.recognition import open_recipe
+from fedloom.recipe.data_section import Data
+from fedloom.recipe.loading import recipe_to_toml
+
+CHAT = [{"role": "user", "content": "say 7"}, {"role": "assistant", "content": "ok."}]
+SHARED = [{"from": "human", "value": "say 7"}, {"from": "gpt", "value": "ok."}]
+QUESTION = {"prompt": "{prompt}", "completion": "{completion}"}
+
+
+def write(folder: Path, row: Any, *, data: str = "", name: str = "rows.jsonl") -> Path:
+    (folder / name).write_text(json.dumps(row) + "\n" if name.endswith("l") else json.dumps([row]))
+    recipe = folder / "mine.toml"
+    recipe.write_text(f'name = "mine"\n[model]\nsource = "random:tiny-llama"\n[data]\nsource = "{name}"\n{data}')
+    return recipe
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"messages": CHAT, "id": 3}, {"messages": "messages"}),
+        ({"conversations": SHARED}, {"messages": "conversations"}),
+        ({"prompt": "say 7", "completion": "ok."}, QUESTION),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {**QUESTION, "chat_template": "tokenizer"}),
+        ({"text": "say 7", "messages": CHAT}, {}),
+        ({"messages": "say 7"}, {}),
+        ({"messages": []}, {}),
+        ({"prompt": "say 7"}, {}),
+        ({"prompt": "say 7", "completion": 7}, {}),
+        ([1, 2], {}),
+    ],
+    ids=["messages", "sharegpt", "trl", "trl-chat", "text", "words", "empty", "no-answer", "a-number", "no-row"],
+)
+def test_the_first_row_says_what_is_read(tmp_path: Path, row: Any, keys: dict[str, str], name: str) -> None:
+    data = open_recipe(write(tmp_path, row, name=name)).data
+    written = {key: getattr(data, key) for key in ("messages", "prompt", "completion", "chat_template")}
+    assert {key: value for key, value in written.items() if value is not None} == keys
+
+
+@pytest.mark.parametrize("written", ['text = "text"', 'messages = "talk"', 'prompt = "{prompt}"'])
+def test_what_a_recipe_says_stands(tmp_path: Path, written: str) -> None:
+    row = {"messages": CHAT, "prompt": "say 7", "completion": "ok.", "talk": SHARED}
+    recipe = write(tmp_path, row, data=written)
+    assert not {"completion", "chat_template"} & open_recipe(recipe).data.model_fields_set
+    assert open_recipe(recipe).data.messages == ("talk" if "talk" in written else None)
+
+
+def test_what_was_found_is_written_down_and_read_again(tmp_path: Path) -> None:
+    found = open_recipe(write(tmp_path, {"messages": CHAT}))
+    kept = tmp_path / "kept.toml"
+    kept.write_text(recipe_to_toml(found))
+    (tmp_path / "rows.jsonl").write_text('{"text": "other rows now"}\n')
+    assert open_recipe(kept).data.messages == "messages"
+
+
+def test_a_table_of_columns_is_recognised_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\nsay 7,ok.\n")
+    recipe = write(tmp_path, {})
+    assert open_recipe(recipe, [f"data.source={tmp_path / 'rows.csv'}"]).data.completion == "{completion}"
+
+
+def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> None:
+    recipe = write(tmp_path, {"messages": CHAT}, data="pad_in_loss = true")
+    result = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert "data.pad_in_loss" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("row", "mend"),
+    [
+        ({"messages": CHAT}, 'set data.messages = "messages"'),
+        ({"conversations": SHARED}, 'set data.messages = "conversations"'),
+        ({"prompt": "say 7", "completion": "ok."}, 'set data.prompt = "{prompt}" and data.completion = "{completion}"'),
+        ({"body": "say 7"}, "check data.text"),
+    ],
+    ids=["messages", "sharegpt", "trl", "other"],
+)
+def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend: str) -> None:
+    """Of a folder or a data set of the hub, the error says it."""
+    (tmp_path / "part.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_documents(Data.model_validate({"source": str(tmp_path)}), 7)
+    assert mend in str(caught.value)
