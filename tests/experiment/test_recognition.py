@@ -1,4 +1,4 @@
-"""What a file's rows are, where a recipe does not say: seen in the first row, written into the recipe, never guessed."""
+"""What a file's rows are, where a recipe does not say: seen in the first row, and written into the recipe."""
 
 import json
 from pathlib import Path

@@ -14,6 +14,7 @@ import torch
 from support.marks import first
 from support.tiny import (
     DEVICE,
+    count_answers,
     count_padding,
     make_adapted,
     make_blocks,
@@ -26,6 +27,7 @@ from support.tiny import (
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual, lora_pairs
+from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
@@ -455,6 +457,31 @@ def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest
     monkeypatch.setattr(batched, "READ_EVERY", 5)
     ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=2)
     assert_agree(ours, theirs, start, "float64")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_fixed_shapes_logits_are_made_for_what_counts(
+    shape: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = make_adapted(shape, "float64")
+    switch_off_dropout(adapted)
+    start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
+    jobs = [replace(job, blocks=count_answers(job.blocks)) for job in jobs]
+    if packed:
+        jobs = [replace(job, blocks=pack_blocks(job.blocks)) for job in jobs]
+    theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    monkeypatch.setattr(batched, "WIDTHS", 1)
+    made, losses = [], adapted.loss_head.losses
+
+    def watch(tokens_NT: torch.Tensor, rows_M: torch.Tensor, *others: Any) -> torch.Tensor:
+        made.append((tokens_NT.numel(), len(rows_M), len(rows_M.unique())))
+        return losses(tokens_NT, rows_M, *others)
+
+    monkeypatch.setattr(adapted.loss_head, "losses", watch)
+    ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=2)
+    assert_agree(ours, theirs, start, "float64")
+    assert all(rows == different < 0.9 * positions for positions, rows, different in made)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -42,6 +42,11 @@ class LossHead:
         self._head = None if logits else self._find_head()
 
     @property
+    def is_apart(self) -> bool:
+        """Return whether logits are made of counted rows alone."""
+        return self._head is not None
+
+    @property
     def vocabulary_size(self) -> int:
         """Return how many logits a token has."""
         return int(self._model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
@@ -51,7 +56,7 @@ class LossHead:
     ) -> Tensor:
         """Return the negative log-likelihood of each counted row's target, [M], in float32 or wider; differentiable.
 
-        Without `rows_M`, every row counts.
+        `rows_M` are different ones; without it, every row counts.
 
         Only the model's body gets gradients, never the weights of the head: a trained head needs the whole logits.
         """
@@ -59,7 +64,7 @@ class LossHead:
             logits_MV = self._whole_logits(tokens_BT, rows_M, mask_BT)
             return functional.cross_entropy(logits_MV, targets_M, reduction="none")
         losses_M: Tensor = _RowLosses.apply(
-            _chosen(self._states(tokens_BT, mask_BT), rows_M), targets_M, self._head.weight, self._head.bias
+            self._states(tokens_BT, mask_BT), rows_M, targets_M, self._head.weight, self._head.bias
         )  # type: ignore[no-untyped-call]
         return losses_M
 
@@ -123,9 +128,16 @@ class _RowLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        states_ND: Tensor,
+        rows_M: Tensor | None,
+        targets_M: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+    ) -> Tensor:
         losses, gradients = [], []
-        for logits, targets in _logit_chunks(states_MD, targets_M, weight_VD, bias_V):
+        for logits, targets in _logit_chunks(_chosen(states_ND, rows_M), targets_M, weight_VD, bias_V):
             log_p = functional.log_softmax(logits, dim=-1)
             losses.append(-log_p.gather(1, targets[:, None])[:, 0])
             # d loss / d logits = softmax − one-hot. In place, because one more tensor of this
@@ -133,17 +145,23 @@ class _RowLosses(torch.autograd.Function):
             slope = log_p.exp_()
             slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
             gradients.append(slope.to(weight_VD.dtype) @ weight_VD)
-        ctx.save_for_backward(torch.cat(gradients))
+        ctx.num_rows = len(states_ND)
+        ctx.save_for_backward(torch.cat(gradients), rows_M)
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_MD,) = ctx.saved_tensors
-        return gradient_MD * grad_M[:, None].to(gradient_MD.dtype), None, None, None
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None, None, None]:
+        gradient_MD, rows_M = ctx.saved_tensors
+        gradient_MD = gradient_MD * grad_M[:, None].to(gradient_MD.dtype)
+        if rows_M is not None:
+            # Written to their places, as no two rows are the same: autograd would sort their numbers and add.
+            rows_ND = gradient_MD.new_zeros(ctx.num_rows, gradient_MD.shape[1])
+            gradient_MD = rows_ND.index_copy_(0, rows_M, gradient_MD)
+        return gradient_MD, None, None, None, None
 
 
 def _chosen(values_N: Tensor, rows_M: Tensor | None) -> Tensor:
-    # To take every row by its number would copy them, and sort the numbers in the backward pass.
+    # To take every row by its number would copy them.
     return values_N if rows_M is None else values_N[rows_M]
 
 

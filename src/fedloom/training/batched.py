@@ -80,6 +80,14 @@ class ClientSlot:
         sequences = min(len(self.batches[0]), self.job.training.batch_size)
         return sequences, min(widest, blocks.tokens_NT.shape[1])
 
+    @cached_property
+    def most_targets(self) -> int:
+        """Tokens that count in the client's largest micro-batch at most, as a multiple of `WIDTHS`."""
+        blocks = self.job.blocks
+        targets_NT = next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT)
+        of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
+        return -(-int(of_each.topk(sequences).values.sum()) // WIDTHS) * WIDTHS
+
     def take_batches(self) -> list[Batch]:
         """Return the batch of the next step, or its micro-batches."""
         rows = self.batches[self.step].split(self.job.training.batch_size)
@@ -167,8 +175,8 @@ def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
 class ClientBatch:
     """The clients that train at once: slot k of every buffer is the k-th client's.
 
-    With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to its client's largest; without, to the
-    largest of the step.
+    With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to its client's largest, and as many
+    positions have logits as count in it at most; without, to the largest of the step.
     """
 
     def __init__(
@@ -186,6 +194,7 @@ class ClientBatch:
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
         # Of all jobs, those that wait too: a recorded step has a mask always or never.
         self._masked = any(job.blocks.needs_mask for job in jobs)
+        self._readout_apart = adapted.loss_head.is_apart
         partly = any(job.trains_P is not None for job in jobs)
         self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
@@ -195,6 +204,7 @@ class ClientBatch:
         """Reason why this model's steps can't be recorded, once that was found."""
         self._launch: StepGraph | None = None
         self._sizes: Sequence[tuple[int, int]] = ()
+        self._positions = 0
         self._unread: list[tuple[list[tuple[ClientSlot, list[Batch]]], Tensor]] = []
         self.slots: list[ClientSlot] = []
 
@@ -229,10 +239,10 @@ class ClientBatch:
         else:
             ((inputs, sizes),) = parts
             try:
-                facts_3K = self._prepare(sizes)(inputs)
+                facts_3K = self._prepare(inputs, sizes)(inputs)
             except NotRecordableError as error:
                 self._stop_recording(error)
-                facts_3K = self._prepare(sizes)(inputs)
+                facts_3K = self._prepare(inputs, sizes)(inputs)
         failpoint("training.stepped")
 
         stepped = list(zip(slots, taken, strict=True))
@@ -294,7 +304,7 @@ class ClientBatch:
         generators = self._generators[: len(self.slots)]
         return self._step.accumulate((inputs, ClientDropout(generators, sizes)) for inputs, sizes in parts)
 
-    def _prepare(self, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
+    def _prepare(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
         """Return the step for batches of these sizes: on a GPU recorded and launched whole while its shape stays."""
         count = len(sizes)
         dropout = ClientDropout(self._generators[:count], sizes)
@@ -303,7 +313,8 @@ class ClientBatch:
         if not self._records:
             self._sizes = sizes
             return partial(self._step, dropout=dropout)
-        if self._launch is None or self._sizes != sizes:
+        if self._launch is None or self._sizes != sizes or self._positions != len(inputs.targets_M):
+            self._positions = len(inputs.targets_M)
             self._launch = StepGraph(partial(self._step, dropout=dropout), self._generators[:count], self._device)
             self._sizes = sizes
         return self._launch
@@ -336,18 +347,26 @@ class ClientBatch:
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
         shares_KM = counted_KM / torch.tensor(totals)[:, None].to(self._step.weights_KP.dtype)
-        rows = None if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
+        rows = self._choose_positions(counted_KM) if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
         chosen = slice(None) if rows is None else rows
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
             rows_M=rows,
             targets_M=targets_KM.flatten()[chosen].clamp(min=0),
-            clients_M=None if rows is None else rows // targets_KM.shape[1],
+            clients_M=None if self._fixed_shapes or rows is None else rows // targets_KM.shape[1],
             shares_M=shares_KM.flatten()[chosen],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
             mask_NT=mask_KBT.flatten(0, 1) if self._masked else None,
         )
+
+    def _choose_positions(self, counted_KM: Tensor) -> Tensor | None:
+        """Return equally many positions of each client, all that count among them; None where those are all."""
+        room = max(slot.most_targets for slot in self.slots)
+        if room >= counted_KM.shape[1] or not self._readout_apart:
+            return None
+        chosen_KR = counted_KM.long().sort(dim=1, descending=True, stable=True).indices[:, :room]
+        return (chosen_KR + torch.arange(len(counted_KM))[:, None] * counted_KM.shape[1]).flatten()
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:
