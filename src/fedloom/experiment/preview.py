@@ -86,8 +86,9 @@ def histogram(lengths: Sequence[int], most: int) -> Iterator[str]:
 def _facts(data: Data, parts: Sequence[TokenBlocks], others: Sequence[str]) -> Iterator[str]:
     counted, real = (sum(part.num_tokens for part in parts), sum(int(part.lengths_N.sum()) for part in parts))
     share = f", {counted:,} of {real:,} tokens ({100 * counted / max(1, real):.0f} %)" if data.learns != "all" else ""
+    share = share if parts else ""  # of clients elsewhere
     yield f"{WHAT[data.learns]}{' with its end' if data.ends else ''}{share}"
-    if data.window == "pack":
+    if data.window == "pack" and parts:
         texts, blocks = sum(part.num_texts for part in parts), sum(map(len, parts))
         full = 100 * real / max(1, blocks * data.max_length)
         yield f"{count(texts, 'text')} packed into {count(blocks, 'block')}, {full:.0f} % full"

@@ -106,6 +106,14 @@ def test_a_preflight_says_what_would_keep_a_client_from_joining(kit: Path) -> No
     assert not (kit.parent / "alice.journal.jsonl").exists(), "a rehearsal leaves nothing behind"
 
 
+def test_a_preflight_of_conversations_says_which_recipe_reads_them(kit: Path) -> None:
+    rows = kit.parent / "talks.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "secret words"}]}) + "\n")
+    shown = said("preflight", kit, "--data", rows, code=1)
+    assert "rows that a recipe with data.messages = 'messages' reads" in shown
+    assert "secret" not in shown
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

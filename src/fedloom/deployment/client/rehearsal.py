@@ -20,6 +20,7 @@ from fedloom.deployment.client.reading import describe_limits
 from fedloom.deployment.client.refusals import find_refusals, mend_policy
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError
+from fedloom.experiment.recognition import recognise_rows
 from fedloom.host.machine import Finding
 from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
@@ -120,6 +121,10 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
 def _count_documents(path: Path, policy: Policy) -> tuple[str, None]:
     check_there(path)
     split = read_split(path)
+    if keys := recognise_rows(Data(source=str(split[0] if split else path))):
+        columns = [name for name in ("messages", "prompt", "completion") if name in keys]
+        named = " and ".join(f"data.{name} = '{keys[name]}'" for name in columns)
+        return f"rows that a recipe with {named} reads: they are counted when its run begins", None
     found = len(load_client(Data(source=str(path)), split[0] if split else path, policy))
     if found < policy.min_documents:
         raise DataError(

@@ -22,6 +22,7 @@ from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, MessageError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
+from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.unused import find_unused
@@ -199,6 +200,7 @@ class RemoteClients:
             data_revision="unknown",
             documents=len(found.documents) + sum(fact.train_documents + fact.holdout_documents for fact in facts),
             skipped=dict(found.skipped),
+            learns=describe_learning(recipe.data, (), found.other_columns),
             central_documents=len(found.documents),
             central_tokens=central.num_tokens,
             clients=[_plan_client(fact, recipe.training) for fact in facts],
