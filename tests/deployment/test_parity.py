@@ -100,7 +100,9 @@ def test_conversations_are_learnt_over_flower_as_on_one_machine(
         for client, data in enumerate(split(recipe, tmp_path / "split")):
             there.join(f"client-{client}", data, "--policy", str(policy))
         served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
-    assert served.plan["learns"] == "what the assistant says with its end", "and no share of what clients elsewhere have"
+    assert served.plan["learns"] == "what the assistant says with its end", (
+        "and no share of what clients elsewhere have"
+    )
     check_parity(served, run_here(recipe, tmp_path / "local"), clients=2, rounds=2)
 
 

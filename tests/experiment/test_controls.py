@@ -1,6 +1,7 @@
 """Controls of a run: budgets, kept adapters, rounds that nobody evaluates, and going on under each of them."""
 
 import json
+from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,17 @@ def test_only_an_evaluated_round_stops_a_run_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])
-def test_one_client_over_rounds_is_one_central_run_to_the_bit(engine: str, tmp_path: Path) -> None:
-    data = {"clients": 1, "documents_per_client": 13}
+@pytest.mark.parametrize("window", [None, "truncate", "pack"])
+def test_one_client_over_rounds_is_one_central_run_to_the_bit(engine: str, window: str | None, tmp_path: Path) -> None:
+    """Of a plain text, and of answers alone, each in a block of its own or in shared ones."""
+    data: dict[str, Any] = {"clients": 1, "documents_per_client": 13}
+    if window:
+        rows = tmp_path / "answers.jsonl"
+        words = [sha256(str(n).encode()).hexdigest() for n in range(60)]
+        told = ({"q": word[: 4 + n % 5], "a": word[-2 - n % 7 :]} for n, word in enumerate(words))
+        rows.write_text("".join(json.dumps(row) + "\n" for row in told))
+        data |= {"source": str(rows), "documents_per_client": 40, "max_length": 32, "window": window}
+        data |= {"prompt": "Q{q}:", "completion": "{a}"}
     training = {"engine": engine, "batch_size": 2, "epochs": 9, "proximal_mu": 0.0, "optimizer_state": "keep"}
     plain = {"data": data, "adapter": {"dropout": 0.0}}
     parts = make_recipe(
