@@ -18,7 +18,7 @@ LAYERS = (
     ("seeds", "hub", "downloads", "progress"),
     ("host",),
     ("recipe",),
-    ("data", "model"),
+    ("data", "model", "privacy"),
     ("adapters",),
     ("training",),
     ("evaluation",),
