@@ -1,0 +1,80 @@
+"""Ration of a client: how its training draws and covers documents in a round, and what that costs.
+
+Liu et al. 2022 (arXiv 2206.07902) call it silo-specific record-level privacy: each client noises for itself, and trusts
+nobody.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedloom.privacy.accounting import calibrate, epsilon, recognised
+from fedloom.privacy.noise import draw_noise, draw_units
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms on which a client trains over a whole run: nothing in them is secret."""
+
+    noise_multiplier: float
+    """Standard deviation of the noise on a sum of gradients, in units of `max_norm`."""
+    max_norm: float
+    """Norm to which a document's gradient is scaled down."""
+    batch: int
+    """Documents that a step draws on average, by which the noised sum is divided."""
+    units: int
+    """Documents that the client has to train on."""
+    steps: int
+    """Steps of a round."""
+    delta: float
+
+    @property
+    def rate(self) -> float:
+        """Return the probability with which a step draws a document."""
+        return min(1.0, self.batch / self.units)
+
+    def epsilon(self, rounds: int) -> float:
+        """Return ε of so many rounds."""
+        return epsilon(self.rate, self.noise_multiplier, rounds * self.steps, self.delta)
+
+    def recognised(self, rounds: int) -> float:
+        """Return the share of documents that an attack with 1 % false alarms recognises at most."""
+        return recognised(self.rate, self.noise_multiplier, rounds * self.steps)
+
+    def noise_over_signal(self, parameters: int, rounds: int, clients: int) -> float:
+        """Return how large the noise left in the mean of all clients is beside what they can move together.
+
+        A rule of thumb: σ √P / (B √(T K)). Below 0.2 a run is worth trying; above 1 it learns noise.
+        """
+        steps = rounds * self.steps * clients
+        return self.noise_multiplier * math.sqrt(parameters) / (self.batch * math.sqrt(steps))
+
+
+def set_terms(
+    *, units: int, batch: int, steps: int, rounds: int, max_norm: float, delta: float,
+    target: float | None, noise_multiplier: float | None,
+) -> Terms:  # fmt: skip
+    """Return a client's terms: with the noise that is given, or the least that keeps ε of the run at `target`."""
+    if noise_multiplier is None:
+        assert target is not None, "neither a noise multiplier nor an ε"
+        noise_multiplier = calibrate(min(1.0, batch / units), rounds * steps, target, delta)
+    return Terms(noise_multiplier, max_norm, min(batch, units), units, steps, delta)
+
+
+@dataclass(frozen=True)
+class Ration:
+    """Terms of a client with the key of one task, from which its draws and its noise come."""
+
+    terms: Terms
+    key: bytes = field(repr=False)
+
+    def draw(self, step: int) -> Tensor:
+        """Return the documents of a step (from 0): each by itself with the terms' probability; there may be none."""
+        return draw_units(self.key, step, self.terms.rate, self.terms.units)
+
+    def noise(self, step: int, size: int) -> Tensor:
+        """Return the noise of a step's sum of gradients, [P], in float64."""
+        return draw_noise(self.key, step, size) * (self.terms.noise_multiplier * self.terms.max_norm)
