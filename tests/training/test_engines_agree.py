@@ -31,7 +31,7 @@ from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
-from fedloom.training import batched, reference
+from fedloom.training import batched, client_slots, reference
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
 from fedloom.training.objective import count_targets
@@ -471,7 +471,7 @@ def test_with_fixed_shapes_logits_are_made_for_what_counts(
         jobs = [replace(job, blocks=pack_blocks(job.blocks)) for job in jobs]
     theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
     monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
-    monkeypatch.setattr(batched, "WIDTHS", 1)
+    monkeypatch.setattr(client_slots, "WIDTHS", 1)
     made, losses = [], adapted.loss_head.losses
 
     def watch(tokens_NT: torch.Tensor, rows_M: torch.Tensor, *others: Any) -> torch.Tensor:

@@ -45,6 +45,9 @@ class StackedLora(nn.Module):
         self.dropout = dropout
         self.lora_a_KRI: Tensor
         self.lora_b_KOR: Tensor
+        self.gradient_a_GRI: Tensor
+        """Where the gradients of A go: of each client, or of each of its G / K pieces."""
+        self.gradient_b_GOR: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [K·B, T, O] for `x` of [K·B, T, I], or [K·B·T, O] for [K·B·T, I], client by client."""
@@ -55,7 +58,7 @@ class StackedLora(nn.Module):
             # `ClientDropout` takes over this call, so that each client's mask comes from its own generator.
             x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
-        delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR, tf32)  # type: ignore[no-untyped-call]
+        delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR, self, tf32)  # type: ignore[no-untyped-call]
         return torch.add(result, delta_KNO.view_as(result), alpha=self.scaling).to(result.dtype)
 
     # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
@@ -71,33 +74,42 @@ class StackedLora(nn.Module):
 
 
 class _StackedProduct(torch.autograd.Function):
-    """Product B_k A_k x for each client's rows, whose backward pass adds to `.grad` of A and B in place.
+    """Product B_k A_k x for each client's rows, whose backward pass adds to the layer's gradients in place.
 
-    Autograd itself would make a tensor for each gradient first, and then add it.
+    Autograd itself would make a tensor for each gradient first, and then add it. And where gradients have more rows
+    than there are clients, a client's N rows are cut into as many pieces, each with a gradient of its own: of every
+    document, by the same product in other shapes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor, tf32: bool) -> Tensor:
-        # Not saved as tensors of the graph: `backward` needs these very leaves, for their `.grad`.
-        ctx.weights, ctx.tf32 = (a_KRI, b_KOR), tf32
+    def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor, layer: StackedLora, tf32: bool) -> Tensor:
+        # Not saved as tensors of the graph: the optimizer changes them in place between two steps.
+        ctx.weights, ctx.layer, ctx.tf32 = (a_KRI, b_KOR), layer, tf32
         with _products(tf32):
             hidden_KNR = torch.bmm(x_KNI, a_KRI.mT)
             ctx.save_for_backward(x_KNI, hidden_KNR)
             return torch.bmm(hidden_KNR, b_KOR.mT)
 
     @staticmethod
-    def backward(ctx: Any, grad_KNO: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_KNO: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x_KNI, hidden_KNR = ctx.saved_tensors
         a_KRI, b_KOR = ctx.weights
+        # Views of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
+        gradient_b_GOR = ctx.layer.gradient_b_GOR
+        pieces = len(gradient_b_GOR)
         with _products(ctx.tf32):
             grad_KNR = torch.bmm(grad_KNO, b_KOR)
-            # `.grad` is a view of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
-            b_KOR.grad.baddbmm_(grad_KNO.mT, hidden_KNR)
-            # With FFA, A is the model's own, expanded to K clients and frozen: it has no `.grad`.
+            gradient_b_GOR.baddbmm_(_cut(grad_KNO, pieces).mT, _cut(hidden_KNR, pieces))
+            # With FFA, A is the model's own, expanded to K clients and frozen: it has no gradient.
             if a_KRI.requires_grad:
-                a_KRI.grad.baddbmm_(grad_KNR.mT, x_KNI)
-            # The first adapted layer's input has no trained part below it. Gradients of A and B are in `.grad` already.
-            return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None, None
+                ctx.layer.gradient_a_GRI.baddbmm_(_cut(grad_KNR, pieces).mT, _cut(x_KNI, pieces))
+            # The first adapted layer's input has no trained part below it. Gradients of A and B are written already.
+            return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+def _cut(rows_KNX: Tensor, pieces: int) -> Tensor:
+    """Return clients' rows as so many equal pieces, in their order."""
+    return rows_KNX.reshape(pieces, -1, rows_KNX.shape[-1])
 
 
 @contextmanager
@@ -127,13 +139,13 @@ class Stack:
     def __init__(self, adapted: AdaptedModel) -> None:
         self._adapted = adapted
         self._places: list[tuple[nn.Module, str, nn.Module, StackedLora]] = []
-        self._owners: list[tuple[StackedLora, str]] = []
+        self._owners: list[tuple[StackedLora, bool]] = []
         layers: dict[str, StackedLora] = {}
         for name in adapted.layout.names:
             path, suffix = split_name(name)
             if path not in layers:
                 layers[path] = self._stack(path)
-            self._owners.append((layers[path], "lora_a_KRI" if suffix == A_SUFFIX else "lora_b_KOR"))
+            self._owners.append((layers[path], suffix == A_SUFFIX))
         self._frozen = [(layers[split_name(name)[0]], adapted.parameter(name)) for name in adapted.frozen]
 
     @property
@@ -142,18 +154,21 @@ class Stack:
         base: nn.Module = self._adapted.base
         return base
 
-    def bind(self, weights_KP: Tensor, gradients_KP: Tensor) -> None:
-        """Let the layers use these weights, [K, P], and add to these gradients, [K, P]; K may differ from before.
+    def bind(self, weights_KP: Tensor, gradients_GP: Tensor) -> None:
+        """Let the layers use these weights, [K, P], and add to these gradients, [G, P]; K may differ from before.
 
-        Both stay the caller's: the layers hold views of them.
+        G is K, or a multiple of it: then each piece of a client's sequences has a gradient of its own. Both stay the
+        caller's: the layers hold views of them.
         """
         layout = self._adapted.layout
-        weights, gradients = layout.split_stacked(weights_KP), layout.split_stacked(gradients_KP)
-        for (layer, attribute), weight, gradient in zip(self._owners, weights, gradients, strict=True):
+        weights, gradients = layout.split_stacked(weights_KP), layout.split_stacked(gradients_GP)
+        for (layer, is_a), weight, gradient in zip(self._owners, weights, gradients, strict=True):
             # A leaf over the same memory: the layer multiplies by what the optimizer writes into the flat weights.
             leaf = weight.detach().requires_grad_()
-            leaf.grad = gradient
-            setattr(layer, attribute, leaf)
+            if is_a:
+                layer.lora_a_KRI, layer.gradient_a_GRI = leaf, gradient
+            else:
+                layer.lora_b_KOR, layer.gradient_b_GOR = leaf, gradient
         for layer, a_RI in self._frozen:
             # Expanded, not copied: K clients see one A.
             layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)

@@ -146,9 +146,10 @@ def round_record(result: RoundResult) -> RoundRecord:
     """Return one round as a line of `rounds.jsonl`."""
     reports, central = result.reports, result.central
     steps = sum(report.steps for report in reports)
+    losses = [(report.loss_mean, report.steps) for report in reports if report.loss_mean is not None]
     record = {
         "round": result.round,
-        "train_loss": sum(r.loss_mean * r.steps for r in reports) / steps if steps else None,
+        "train_loss": sum(loss * taken for loss, taken in losses) / steps if losses else None,
         "client_loss": result.client_loss,
         "central_loss": central.loss if central else None,
         "central_perplexity": _finite(central.perplexity) if central else None,

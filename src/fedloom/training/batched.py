@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
-from fedloom.data.tokens import IGNORED, Batch, take_batch
+from fedloom.data.tokens import IGNORED, Batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.client_slots import NOTHING, ClientSlot, count_tokens, pad_together
 from fedloom.training.cuda_graph import NotRecordableError, StepGraph
 from fedloom.training.jobs import (
     SHORT,
@@ -37,12 +38,10 @@ from fedloom.training.jobs import (
     too_large,
 )
 from fedloom.training.objective import count_targets, next_token_targets
-from fedloom.training.stacked_step import StackedStep, StepInputs
+from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
 
 READ_EVERY = 16
 """Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""
-WIDTHS = 32
-"""Widths of batches with fixed shapes are multiples of it: clients of similar texts then share a recording."""
 OF_ALL_CLIENTS = (
     "clients_at_once",
     "gradient_checkpointing",
@@ -53,45 +52,6 @@ OF_ALL_CLIENTS = (
     "max_gradient_norm",
 )
 """Settings of `Training` that a step has once; the others are each client's own."""
-
-
-@dataclass
-class ClientSlot:
-    """A client under way: its job, its batches in order, and what its steps were."""
-
-    log: WorkLog
-    batches: list[Tensor]
-    step: int = 0
-    error: TrainingError | None = None
-
-    @property
-    def job(self) -> ClientJob:
-        return self.log.job
-
-    @property
-    def finished(self) -> bool:
-        return self.error is not None or self.step == len(self.batches)
-
-    @cached_property
-    def largest_batch(self) -> tuple[int, int]:
-        """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
-        blocks = self.job.blocks
-        widest = -(-int(blocks.widths.max()) // WIDTHS) * WIDTHS
-        sequences = min(len(self.batches[0]), self.job.training.batch_size)
-        return sequences, min(widest, blocks.tokens_NT.shape[1])
-
-    @cached_property
-    def most_targets(self) -> int:
-        """Tokens that count in the client's largest micro-batch at most, as a multiple of `WIDTHS`."""
-        blocks = self.job.blocks
-        targets_NT = next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT)
-        of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
-        return -(-int(of_each.topk(sequences).values.sum()) // WIDTHS) * WIDTHS
-
-    def take_batches(self) -> list[Batch]:
-        """Return the batch of the next step, or its micro-batches."""
-        rows = self.batches[self.step].split(self.job.training.batch_size)
-        return [take_batch(self.job.blocks, part) for part in rows]
 
 
 class BatchedEngine:
@@ -167,9 +127,13 @@ class BatchedEngine:
 def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
     """Return whether two jobs can train at once: they agree in what a step has once for all its clients."""
     mine, its = one.training, other.training
-    return one.adapter.residual is other.adapter.residual and all(
-        getattr(mine, name) == getattr(its, name) for name in OF_ALL_CLIENTS
-    )
+    alike = one.adapter.residual is other.adapter.residual and max_norm_of(one) == max_norm_of(other)
+    return alike and all(getattr(mine, name) == getattr(its, name) for name in OF_ALL_CLIENTS)
+
+
+def max_norm_of(job: ClientJob) -> float | None:
+    """Return the norm to which a document's gradient is scaled down; None where none is."""
+    return job.ration.terms.max_norm if job.ration else None
 
 
 class ClientBatch:
@@ -196,9 +160,12 @@ class ClientBatch:
         self._masked = any(job.blocks.needs_mask for job in jobs)
         self._readout_apart = adapted.loss_head.is_apart
         partly = any(job.trains_P is not None for job in jobs)
-        self._step = StackedStep(adapted, stack, training, num_slots, self._device, partly=partly)
+        self._max_norm = max_norm_of(jobs[0])
+        self._step = StackedStep(
+            adapted, stack, training, num_slots, self._device, partly=partly, max_norm=self._max_norm
+        )
         self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
-        whole = not training.gradient_checkpointing and training.gradient_accumulation == 1
+        whole = not training.gradient_checkpointing and training.gradient_accumulation == 1 and self._max_norm is None
         self._records = records and self._device.type == "cuda" and training.cuda_graph and whole
         self.not_recordable = ""
         """Reason why this model's steps can't be recorded, once that was found."""
@@ -233,8 +200,8 @@ class ClientBatch:
         taken = [slot.take_batches() for slot in slots]
         totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
         # A client that has fewer micro-batches than another waits while that has its last ones.
-        parts = [self._inputs(batches, totals) for batches in zip_longest(*taken)]
-        if len(parts) > 1:
+        parts = [self._inputs(batches, totals) for batches in [*zip_longest(*taken)] or [(NOTHING,) * len(slots)]]
+        if len(parts) > 1 or self._max_norm is not None:
             facts_3K = self._accumulate(parts)
         else:
             ((inputs, sizes),) = parts
@@ -302,7 +269,18 @@ class ClientBatch:
             self._step.use_slots(len(self.slots))
         self._sizes = parts[0][1]
         generators = self._generators[: len(self.slots)]
-        return self._step.accumulate((inputs, ClientDropout(generators, sizes)) for inputs, sizes in parts)
+        told = ((inputs, ClientDropout(generators, sizes)) for inputs, sizes in parts)
+        return self._step.accumulate(told, self._draw_noise())
+
+    def _draw_noise(self) -> Noise | None:
+        """Return the noise of each client's step, where they have rations."""
+        rations = [(slot.job.ration, slot.step) for slot in self.slots if slot.job.ration]
+        if not rations:
+            return None
+        size = self._step.weights_KP.shape[1]
+        noise_KP = torch.stack([ration.noise(step, size) for ration, step in rations])
+        batches_K = torch.tensor([ration.terms.batch for ration, _ in rations])
+        return Noise(noise_KP.to(self._device), batches_K.to(self._device))
 
     def _prepare(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
         """Return the step for batches of these sizes: on a GPU recorded and launched whole while its shape stays."""
@@ -346,7 +324,7 @@ class ClientBatch:
         tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
-        shares_KM = counted_KM / torch.tensor(totals)[:, None].to(self._step.weights_KP.dtype)
+        shares_KM = counted_KM / self._share_over(counted_KM, tokens_KBT.shape[1], totals)
         rows = self._choose_positions(counted_KM) if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
         chosen = slice(None) if rows is None else rows
         return StepInputs(
@@ -360,6 +338,17 @@ class ClientBatch:
             mask_NT=mask_KBT.flatten(0, 1) if self._masked else None,
         )
 
+    def _share_over(self, counted_KM: Tensor, sequences: int, totals: Sequence[int]) -> Tensor:
+        """Return the number of tokens that each position shares a mean with, [K, M]: its client's, or its sequence's.
+
+        With rations, no document may have a part in another's gradient.
+        """
+        if self._max_norm is None:
+            return torch.tensor(totals)[:, None].to(self._step.weights_KP.dtype)
+        of_each_KB1 = counted_KM.view(len(counted_KM), sequences, -1).sum(-1, keepdim=True).clamp(min=1)
+        own_KBT = of_each_KB1.expand(-1, -1, counted_KM.shape[1] // sequences)
+        return own_KBT.flatten(1).to(self._step.weights_KP.dtype)
+
     def _choose_positions(self, counted_KM: Tensor) -> Tensor | None:
         """Return equally many positions of each client, all that count among them; None where those are all."""
         room = max(slot.most_targets for slot in self.slots)
@@ -367,29 +356,3 @@ class ClientBatch:
             return None
         chosen_KR = counted_KM.long().sort(dim=1, descending=True, stable=True).indices[:, :room]
         return (chosen_KR + torch.arange(len(counted_KM))[:, None] * counted_KM.shape[1]).flatten()
-
-
-def count_tokens(batches: Sequence[Batch]) -> int:
-    """Return the real tokens of a step's micro-batches."""
-    return sum(batch.num_tokens for batch in batches)
-
-
-def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing.
-
-    So is the place of a client that has none.
-    """
-    num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
-    tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
-    labels_KBT = torch.full_like(tokens_KBT, IGNORED)
-    # What fills up is not masked: nobody who counts sees it, and to see nothing at all means nothing to attention.
-    mask_KBT = torch.ones_like(tokens_KBT)
-    for client, batch in enumerate(batches):
-        if batch is None:
-            continue
-        sequences, width = batch.tokens_BT.shape
-        tokens_KBT[client, :sequences, :width] = batch.tokens_BT
-        labels_KBT[client, :sequences, :width] = batch.labels_BT
-        if batch.mask_BT is not None:
-            mask_KBT[client, :sequences, :width] = batch.mask_BT
-    return tokens_KBT, labels_KBT, mask_KBT

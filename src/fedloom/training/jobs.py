@@ -16,6 +16,7 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import ShortageError, TrainingError
+from fedloom.privacy.ration import Ration
 from fedloom.seeds import derive_seed
 from fedloom.training.objective import check_finite, check_proximal, learning_rate, proximal_loss
 
@@ -59,9 +60,16 @@ class ClientJob(ClientTask):
     blocks: TokenBlocks
     optimizer_state: OptimizerState | None = None
     """Optimizer state from the client's last round; None starts fresh."""
+    ration: Ration | None = None
+    """Terms on which the client tells what it learns of a document; None where nothing bounds that."""
 
     def draw_batches(self) -> list[Tensor]:
-        """Draw the rows of every step: each epoch visits each block once, in an order of its own."""
+        """Draw the rows of every step: each epoch visits each block once, in an order of its own.
+
+        With a ration, each step draws each block by itself, and some steps none.
+        """
+        if self.ration:
+            return [self.ration.draw(step) for step in range(self.ration.terms.steps)]
         if self.training.max_steps:
             return self._walk(self.training.steps_of(len(self.blocks)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
@@ -97,17 +105,18 @@ class ClientReport:
     client: int
     examples: int
     tokens: int
-    """Real tokens trained on, every epoch counted."""
+    """Real tokens trained on, every epoch counted; 0 with a ration, as their number tells of the documents."""
     steps: int
     proximal_mu: float
-    loss_first: float
-    loss_last: float
-    loss_mean: float
+    loss_first: float | None
+    """Loss of the first step; with a ration, no loss is told."""
+    loss_last: float | None
+    loss_mean: float | None
     """Mean loss over steps; the proximal term is left out."""
     proximal_loss: float
     """μ/2 ‖w − w_global‖², the mean over steps, as it stood in the objective."""
     proximal_ratio: float
-    """The norm of the proximal gradient over that of the loss gradient, the mean over steps."""
+    """The norm of the proximal gradient over that of the (noised) loss gradient, the mean over steps."""
     drift: float
     """‖w − w_global‖ after the last step."""
     seconds: float
@@ -170,7 +179,9 @@ class WorkLog:
             TrainingError: the loss is no number.
         """
         self._losses.append(loss)
-        check_finite("the loss", loss, round=self.job.round, client=self.job.client, step=len(self._losses))
+        # With a ration, that a step failed would tell of the document that made it: what is no number counts as 0.
+        if not self.job.ration:
+            check_finite("the loss", loss, round=self.job.round, client=self.job.client, step=len(self._losses))
         self._proximal_losses.append(proximal_loss(drift, self._mu))
         self._ratios.append(self._mu * drift / gradient_norm if gradient_norm else 0.0)
         self._tokens += num_tokens
@@ -189,12 +200,12 @@ class WorkLog:
             round=job.round,
             client=job.client,
             examples=len(job.blocks),
-            tokens=self._tokens,
+            tokens=0 if job.ration else self._tokens,
             steps=steps,
             proximal_mu=self._mu,
-            loss_first=self._losses[0],
-            loss_last=self._losses[-1],
-            loss_mean=sum(self._losses) / steps,
+            loss_first=None if job.ration else self._losses[0],
+            loss_last=None if job.ration else self._losses[-1],
+            loss_mean=None if job.ration else sum(self._losses) / steps,
             proximal_loss=sum(self._proximal_losses) / steps,
             proximal_ratio=sum(self._ratios) / steps,
             drift=drift,

@@ -70,6 +70,28 @@ def clip_gradient(gradient_P: Tensor, max_norm: float | None) -> None:
         gradient_P.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
+@torch.no_grad()
+def sum_clipped(gradients_GP: Tensor, max_norm: float, clients: int) -> Tensor:
+    """Return each client's sum, [K, P], of its documents' gradients, each scaled to a norm of at most `max_norm`.
+
+    The G rows are K clients' documents, equally many of each. A gradient that is not finite counts as 0, in place: it
+    would be its document's sign otherwise (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
+    """
+    norm_G = torch.linalg.vector_norm(gradients_GP, dim=1, dtype=torch.float64)
+    lost_G = ~torch.isfinite(norm_G)
+    gradients_GP.masked_fill_(lost_G[:, None], 0.0)
+    # A millionth less, so that rounding makes none longer than it may be.
+    factor_G = ((1 - 1e-6) * max_norm / norm_G.masked_fill(lost_G, 1.0).clamp(min=1e-12)).clamp(max=1.0)
+    factor_K1B = factor_G.to(gradients_GP.dtype).view(clients, 1, -1)
+    return torch.bmm(factor_K1B, gradients_GP.view(clients, -1, gradients_GP.shape[1]))[:, 0]
+
+
+@torch.no_grad()
+def noised_mean(sum_KP: Tensor, noise_KP: Tensor, batch_K: Tensor) -> Tensor:
+    """Return (sum + noise) / B for each client, [K, P], in the sum's dtype; B is the expected number, not the drawn."""
+    return ((sum_KP.double() + noise_KP) / batch_K[:, None]).to(sum_KP.dtype)
+
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,

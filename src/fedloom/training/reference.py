@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.data.tokens import take_batch
+from fedloom.data.tokens import Batch, take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
+from fedloom.privacy.ration import Ration
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (
@@ -26,7 +28,15 @@ from fedloom.training.jobs import (
     is_shortage,
     too_large,
 )
-from fedloom.training.objective import add_proximal_gradient, clip_gradient, count_targets, hold_still, mean_token_loss
+from fedloom.training.objective import (
+    add_proximal_gradient,
+    clip_gradient,
+    count_targets,
+    hold_still,
+    mean_token_loss,
+    noised_mean,
+    sum_clipped,
+)
 from fedloom.training.optimizers import load_state, open_optimizer, read_state
 
 
@@ -72,19 +82,10 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
         torch.manual_seed(job.dropout_seed)
         adapted.model.train()
         for step, rows in enumerate(batches):
-            parts = [take_batch(job.blocks, part) for part in rows.split(training.batch_size)]
-            counted = [count_targets(part.labels_BT) for part in parts]
-            num_tokens = sum(part.num_tokens for part in parts)
-
-            gradient_P.zero_()
-            loss = 0.0
-            for part, count in zip(parts, counted, strict=True):
-                batch = part.to(adapted.device)
-                # Every token counts alike: a mean of means would favour those of short micro-batches.
-                share = mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
-                share = share * (count / sum(counted))
-                share.backward()
-                loss += share.item()
+            if job.ration:
+                loss, num_tokens = _private_gradient(adapted, job, job.ration, step, rows, trains_P)
+            else:
+                loss, num_tokens = _gradient(adapted, job, rows)
 
             with torch.no_grad():
                 if trains_P is not None:
@@ -105,3 +106,47 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     state = read_state(optimizer, training) if training.optimizer_state == "keep" else {}
     update = replace(job.adapter, weights_P=adapted.lend().weights_P)
     return ClientUpdate(report, update, state, job.trial)
+
+
+def _gradient(adapted: AdaptedModel, job: ClientJob, rows: Tensor) -> tuple[float, int]:
+    """Put the gradient of a step's mean token loss in the model; return the loss, and the step's tokens."""
+    parts = [take_batch(job.blocks, part) for part in rows.split(job.training.batch_size)]
+    counted = [count_targets(part.labels_BT) for part in parts]
+    adapted.gradient_P.zero_()
+    loss = 0.0
+    for part, count in zip(parts, counted, strict=True):
+        # Every token counts alike: a mean of means would favour those of short micro-batches.
+        loss += _add_gradient(adapted, part, count / sum(counted))
+    return loss, sum(part.num_tokens for part in parts)
+
+
+def _private_gradient(
+    adapted: AdaptedModel, job: ClientJob, ration: Ration, step: int, rows: Tensor, trains_P: Tensor | None
+) -> tuple[float, int]:
+    """Put the noised mean of the drawn documents' clipped gradients in the model, document by document.
+
+    A document's gradient is that of its own mean token loss: it depends on no other. Return the documents' mean loss.
+    """
+    gradient_P = adapted.gradient_P
+    sum_P = torch.zeros_like(gradient_P)
+    loss, num_tokens = 0.0, 0
+    for row in rows:
+        part = take_batch(job.blocks, row[None])
+        gradient_P.zero_()
+        loss += _add_gradient(adapted, part, 1.0) / len(rows)
+        if trains_P is not None:
+            gradient_P.mul_(trains_P)
+        sum_P += sum_clipped(gradient_P[None], ration.terms.max_norm, 1)[0]
+        num_tokens += part.num_tokens
+    noise_P = ration.noise(step, len(sum_P)).to(sum_P.device)
+    batch = torch.tensor([ration.terms.batch], device=sum_P.device)
+    gradient_P.copy_(noised_mean(sum_P[None], noise_P[None], batch)[0])
+    return loss, num_tokens
+
+
+def _add_gradient(adapted: AdaptedModel, part: Batch, share: float) -> float:
+    """Add the gradient of a share of a batch's mean token loss; return that share."""
+    batch = part.to(adapted.device)
+    loss = share * mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
+    loss.backward()
+    return loss.item()

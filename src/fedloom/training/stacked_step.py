@@ -20,7 +20,13 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
-from fedloom.training.objective import add_proximal_gradient, clip_gradient, hold_still
+from fedloom.training.objective import (
+    add_proximal_gradient,
+    clip_gradient,
+    hold_still,
+    noised_mean,
+    sum_clipped,
+)
 from fedloom.training.stacked_optimizers import STACKED_OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -55,11 +61,21 @@ class StepInputs(NamedTuple):
         return StepInputs._make(value if value is None else change(value) for value in self)
 
 
+class Noise(NamedTuple):
+    """Noise that covers each client's sum of gradients in a step."""
+
+    noise_KP: Tensor
+    """Noise as it is added, in float64."""
+    batches_K: Tensor
+    """Documents that each client draws on average."""
+
+
 class StackedStep:
     """Weights, gradients and optimizer of the clients that train at once: row k of every buffer is one client's slot.
 
     `start_KP` has the weights that each client began with, to which its proximal term holds it. With `partly`,
-    `trains_KP` is false where a client's weights stay as they began; otherwise it is None.
+    `trains_KP` is false where a client's weights stay as they began; otherwise it is None. With `max_norm`, each
+    sequence has a gradient of its own, scaled down to that norm, and the sum of a client's is noised.
     """
 
     def __init__(
@@ -71,7 +87,9 @@ class StackedStep:
         device: torch.device,
         *,
         partly: bool = False,
+        max_norm: float | None = None,
     ) -> None:
+        self._max_norm = max_norm
         self._adapted, self._stack, self._training = adapted, stack, training
         self.weights_KP = torch.zeros(num_slots, adapted.layout.size, dtype=adapted.weights_P.dtype, device=device)
         self.start_KP = torch.zeros_like(self.weights_KP)
@@ -98,20 +116,26 @@ class StackedStep:
         """
         return self.accumulate([(inputs, dropout)])
 
-    def accumulate(self, parts: Iterable[tuple[StepInputs, ClientDropout]]) -> Tensor:
+    def accumulate(self, parts: Iterable[tuple[StepInputs, ClientDropout]], noise: Noise | None = None) -> Tensor:
         """Take one step on the gradients of one or more micro-batches together, and return its facts as above.
 
-        The shares of a client's positions are of all its micro-batches together.
+        The shares of a client's positions are of all its micro-batches together; with `noise`, of their own sequence.
         """
         # In place: the layers add their gradients to views of this buffer.
         self._gradient_KP[: self._count].zero_()
         losses_K = []
         for inputs, dropout in parts:
             losses_K.append(self._add_gradients(inputs, dropout))
+        if noise is not None:
+            gradient_KP = self._gradient_KP[: self._count]
+            gradient_KP.copy_(noised_mean(gradient_KP, *noise))
         return self._move_weights(reduce(add, losses_K), inputs)
 
     def _add_gradients(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
         """Add each client's gradient on its sequences to the buffer; return its share of the step's loss, [K]."""
+        if self._max_norm is not None:
+            units_GP = self._gradient_KP.new_zeros(len(inputs.tokens_NT), self._gradient_KP.shape[1])
+            self._stack.bind(self.weights_KP[: self._count], units_GP)
         checkpointed, model = self._training.gradient_checkpointing, self._stack.model
         model.train()
         with self._stack.installed(), gradient_checkpointing(model, checkpointed, dropout.contexts):
@@ -120,6 +144,11 @@ class StackedStep:
             # A client's weights are in its own loss alone, so the gradient of the sum is each client's own gradient.
             loss_K.sum().backward()
         model.eval()
+        if self._max_norm is not None:
+            if self.trains_KP is not None:
+                sequences = len(units_GP) // self._count
+                units_GP.mul_(self.trains_KP[: self._count].repeat_interleave(sequences, 0))
+            self._gradient_KP[: self._count] += sum_clipped(units_GP, self._max_norm, self._count)
         return loss_K.detach()
 
     def _move_weights(self, loss_K: Tensor, inputs: StepInputs) -> Tensor:

@@ -1,0 +1,88 @@
+"""A client under way in the engine `batched`, and clients' batches put beside each other.
+
+Letters: K clients at once, B sequences of a client, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedloom.data.tokens import IGNORED, Batch, take_batch
+from fedloom.errors import TrainingError
+from fedloom.training.jobs import ClientJob, WorkLog
+from fedloom.training.objective import next_token_targets
+
+WIDTHS = 32
+"""Widths of batches with fixed shapes are multiples of it: clients of similar texts then share a recording."""
+NOTHING = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), IGNORED), None, 0)
+"""Batch of a step in which nobody drew a document: noise alone moves the weights."""
+
+
+@dataclass
+class ClientSlot:
+    """A client under way: its job, its batches in order, and what its steps were."""
+
+    log: WorkLog
+    batches: list[Tensor]
+    step: int = 0
+    error: TrainingError | None = None
+
+    @property
+    def job(self) -> ClientJob:
+        return self.log.job
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or self.step == len(self.batches)
+
+    @cached_property
+    def largest_batch(self) -> tuple[int, int]:
+        """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
+        blocks = self.job.blocks
+        widest = -(-int(blocks.widths.max()) // WIDTHS) * WIDTHS
+        sequences = min(max(map(len, self.batches)), self.job.training.batch_size)
+        return sequences, min(widest, blocks.tokens_NT.shape[1])
+
+    @cached_property
+    def most_targets(self) -> int:
+        """Tokens that count in the client's largest micro-batch at most, as a multiple of `WIDTHS`."""
+        blocks = self.job.blocks
+        targets_NT = next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT)
+        of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
+        return -(-int(of_each.topk(sequences).values.sum()) // WIDTHS) * WIDTHS
+
+    def take_batches(self) -> list[Batch]:
+        """Return the batch of the next step, or its micro-batches."""
+        rows = self.batches[self.step].split(self.job.training.batch_size)
+        return [take_batch(self.job.blocks, part) for part in rows if len(part)]
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Return the real tokens of a step's micro-batches."""
+    return sum(batch.num_tokens for batch in batches)
+
+
+def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing.
+
+    So is the place of a client that has none.
+    """
+    num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
+    tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
+    labels_KBT = torch.full_like(tokens_KBT, IGNORED)
+    # What fills up is not masked: nobody who counts sees it, and to see nothing at all means nothing to attention.
+    mask_KBT = torch.ones_like(tokens_KBT)
+    for client, batch in enumerate(batches):
+        if batch is None:
+            continue
+        sequences, width = batch.tokens_BT.shape
+        tokens_KBT[client, :sequences, :width] = batch.tokens_BT
+        labels_KBT[client, :sequences, :width] = batch.labels_BT
+        if batch.mask_BT is not None:
+            mask_KBT[client, :sequences, :width] = batch.mask_BT
+    return tokens_KBT, labels_KBT, mask_KBT

@@ -1,0 +1,187 @@
+"""Private steps: each document's own gradient, clipped, summed and noised, in both engines; and the twins that leak."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import count_answers, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.stacked_lora import Stack
+from fedloom.data.tokens import TokenBlocks, take_batch
+from fedloom.federation.lora_rules import trained_part
+from fedloom.privacy.noise import derive_key
+from fedloom.privacy.ration import Ration, Terms
+from fedloom.training.batched import BatchedEngine
+from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.jobs import ClientJob, ClientUpdate
+from fedloom.training.objective import mean_token_loss, next_token_targets, noised_mean, sum_clipped
+from fedloom.training.reference import ReferenceEngine
+
+SGD = {"optimizer": "sgd", "learning_rate": 0.1}
+
+
+def ration_of(blocks: TokenBlocks, *, noise: float = 0.5, batch: int = 3, steps: int = 6, name: str = "") -> Ration:
+    return Ration(Terms(noise, 0.4, batch, len(blocks), steps, 1e-3), derive_key(b"secret", name))
+
+
+def make_jobs(start: Adapter, sizes: Sequence[int] = (7, 4, 9), noise: float = 0.5, **training: Any) -> list[ClientJob]:
+    jobs = []
+    for client, size in enumerate(sizes):
+        blocks = count_answers(make_blocks(size, 12 + 2 * client, seed=size), seed=size)
+        job = make_job(blocks, start, client=client, **{"batch_size": 2, **training})
+        jobs.append(replace(job, ration=ration_of(blocks, noise=noise, batch=(3, 1, 2)[client], name=str(client))))
+    return jobs
+
+
+def train(build: Any, adapted: AdaptedModel, jobs: list[ClientJob]) -> list[ClientUpdate]:
+    return sorted(updates_of(build(adapted).train(jobs)), key=lambda update: update.client)
+
+
+def assert_agree(adapted: AdaptedModel, jobs: list[ClientJob], bound: float = 1e-9) -> list[ClientUpdate]:
+    ours, theirs = (train(build, adapted, jobs) for build in (BatchedEngine, ReferenceEngine))
+    for our, their, job in zip(ours, theirs, jobs, strict=True):
+        moved = (their.adapter.weights_P - job.adapter.weights_P).norm()
+        assert moved > 0
+        assert (our.adapter.weights_P - their.adapter.weights_P).norm() / moved < bound
+        assert our.report.drift == pytest.approx(their.report.drift, rel=10 * bound)
+        assert our.report.steps == their.report.steps == 6
+    return ours
+
+
+def test_a_gradient_of_each_document_is_autograds(shape: str) -> None:
+    adapted = make_adapted(shape, "float64")
+    switch_off_dropout(adapted)
+    start = noisy(adapted)
+    adapted.load(start)
+    blocks = count_answers(make_blocks(6, 16))
+    expected = []
+    for row in range(6):
+        batch = take_batch(blocks, torch.tensor([row]))
+        adapted.gradient_P.zero_()
+        mean_token_loss(adapted.logits(batch.tokens_BT), batch.labels_BT).backward()
+        expected.append(adapted.gradient_P.clone())
+    stack = Stack(adapted)
+    batch = take_batch(blocks, torch.arange(6))
+    weights_KP = start.weights_P.expand(2, -1).clone()
+    units_GP = torch.zeros(6, adapted.layout.size, dtype=torch.float64)
+    stack.bind(weights_KP, units_GP)
+    targets_BT = next_token_targets(batch.labels_BT)
+    with stack.installed(), ClientDropout([torch.Generator()] * 2, [(3, batch.tokens_BT.shape[1])] * 2):
+        rows_M = (targets_BT != -100).flatten().nonzero()[:, 0]
+        losses_M = adapted.loss_head.losses(batch.tokens_BT, rows_M, targets_BT.flatten()[rows_M])
+        (losses_M / (targets_BT != -100).sum(1)[rows_M // targets_BT.shape[1]]).sum().backward()
+    for found, own in zip(units_GP, expected, strict=True):
+        assert (found - own).norm() / own.norm() < 1e-12
+
+
+def noisy(adapted: AdaptedModel) -> Adapter:
+    """Not PEFT's zeros in B, under which A has no gradient."""
+    noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)
+    return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("mu", [0.0, 1.0])
+def test_engines_agree_on_a_private_round(shape: str, optimizer: str, mu: float) -> None:
+    adapted = make_adapted(shape, "float64")
+    switch_off_dropout(adapted)
+    jobs = make_jobs(noisy(adapted), optimizer=optimizer, learning_rate=1e-2, proximal_mu=mu)
+    drawn = [len(rows) for job in jobs for rows in job.draw_batches()]
+    assert 0 in drawn
+    assert max(drawn) > 2, "more than fit into a micro-batch"
+    found = assert_agree(adapted, jobs)
+    for update in found:
+        report = update.report
+        assert (report.loss_first, report.loss_last, report.loss_mean, report.tokens) == (None, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True}, {"gradient_accumulation": 2}, {"clients_at_once": 2},
+        {"weight_decay": 0.1, "optimizer": "adamw"}, {"schedule": "cosine"},
+    ],
+    ids=["checkpointing", "accumulation", "two-at-once", "decay", "cosine"],
+)  # fmt: skip
+def test_engines_agree_whatever_else_is_set(changes: dict[str, Any]) -> None:
+    adapted = make_adapted("tiny-llama", "float64")
+    assert_agree(adapted, make_jobs(noisy(adapted), **{**SGD, **changes}))
+
+
+@pytest.mark.parametrize("rule", ["ffa", "rolora"])
+def test_what_is_not_trained_has_no_part_in_a_norm_and_no_noise(rule: str) -> None:
+    adapted = make_adapted("tiny-llama", "float64", freeze_a=rule == "ffa")
+    start = noisy(adapted)
+    jobs = make_jobs(start, **SGD)
+    if rule == "rolora":
+        trains_P = trained_part(adapted.layout, rule, 1)
+        assert trains_P is not None
+        jobs = [replace(job, trains_P=trains_P) for job in jobs]
+    for update in assert_agree(adapted, jobs):
+        if rule == "rolora":
+            assert torch.equal(update.adapter.weights_P[~trains_P], start.weights_P[~trains_P])
+
+
+def test_a_client_is_the_same_alone_and_beside_others_with_dropout() -> None:
+    adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
+    jobs = make_jobs(noisy(adapted), **SGD)
+    together, alone = train(BatchedEngine, adapted, jobs), train(BatchedEngine, adapted, jobs[:1])
+    assert torch.allclose(together[0].adapter.weights_P, alone[0].adapter.weights_P, rtol=0, atol=1e-12)
+
+
+def test_steps_without_a_document_move_the_weights_by_noise() -> None:
+    adapted = make_adapted("tiny-llama", "float64")
+    start, blocks = noisy(adapted), make_blocks(5, 12)
+    rations = (ration_of(blocks, batch=1, steps=3, name=str(name)) for name in range(1000))
+    ration = next(one for one in rations if not any(len(one.draw(step)) for step in range(3)))
+    job = replace(make_job(blocks, start, **SGD), ration=ration)
+    expected_P = start.weights_P - 0.1 * sum(ration.noise(step, len(start.weights_P)) for step in range(3))
+    for build in (BatchedEngine, ReferenceEngine):
+        (update,) = train(build, adapted, [job])
+        assert torch.allclose(update.adapter.weights_P, expected_P, rtol=0, atol=1e-12)
+
+
+def test_one_documents_gradient_moves_a_sum_by_no_more_than_the_norm() -> None:
+    gradients_GP = torch.randn(6, 40, dtype=torch.float64) * torch.tensor([[0.01], [1], [5], [100], [0], [2]])
+    sums = sum_clipped(gradients_GP.clone(), 0.7, 2)
+    for row in range(6):
+        left = gradients_GP.clone()
+        left[row] = 0
+        moved = (sum_clipped(left, 0.7, 2) - sums).norm(dim=1)
+        assert moved.max() <= 0.7
+        assert (moved > 0).sum() == (row != 4)
+    assert torch.allclose(sum_clipped(0.001 * gradients_GP[:1], 0.7, 1)[0], 0.001 * gradients_GP[0], rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_no_number_counts_as_nothing(value: float) -> None:
+    gradients_GP = torch.ones(4, 10)
+    gradients_GP[2, 3] = value
+    expected = sum_clipped(torch.ones(4, 10)[[0, 1, 3, 3]] * torch.tensor([1, 1, 0, 1.0])[:, None], 1.0, 2)
+    assert torch.equal(sum_clipped(gradients_GP, 1.0, 2), expected)
+
+
+def test_a_document_that_explodes_ends_nothing() -> None:
+    adapted = make_adapted("tiny-llama", "float64")
+    jobs = make_jobs(noisy(adapted), sizes=(7,), **SGD)
+    poisoned = adapted.base.get_input_embeddings().weight
+    token = int(jobs[0].blocks.tokens_NT[2, 0])
+    before = poisoned.data[token].clone()
+    poisoned.data[token] = float("nan")
+    try:
+        for build in (BatchedEngine, ReferenceEngine):
+            (update,) = train(build, adapted, jobs)
+            assert bool(torch.isfinite(update.adapter.weights_P).all())
+    finally:
+        poisoned.data[token] = before
+
+
+def test_the_mean_is_over_the_expected_number_in_float64() -> None:
+    sums, noise = torch.ones(2, 3), torch.full((2, 3), 2.0**-40, dtype=torch.float64)
+    found = noised_mean(sums, noise, torch.tensor([2, 4]))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.tensor([[0.5] * 3, [0.25] * 3]))
