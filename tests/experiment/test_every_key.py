@@ -99,6 +99,7 @@ CHATS = {
     "data.chat_template": CHATML,
     "data.max_length": 128,
 }
+PRIVATE = {"privacy": {"epsilon": 8.0, "delta": 1e-3, "noise": "seed"}}
 ASKED = {"data.source": "chats.jsonl", "data.prompt": "{q}>", "data.completion": "{a}", "data.max_length": 64}
 
 
@@ -278,6 +279,14 @@ CASES = [
     Case("evaluation.batch_size", (8, 2), RESULT),
     Case("evaluation.clients", (1, 2), PLAN, UNEQUAL),
     Case("evaluation.clients", (LEFT_OUT, 3), NOTE),
+    Case("evaluation.clients", (LEFT_OUT, 1), NOTE, PRIVATE),
+    Case("privacy", (LEFT_OUT, PRIVATE["privacy"]), RESULT),
+    Case("privacy.epsilon", (8.0, 4.0), PLAN, PRIVATE),
+    Case("privacy.noise_multiplier", (1.0, 2.0), RESULT, {"privacy": {"delta": 1e-3, "noise": "seed"}}),
+    Case("privacy.delta", (1e-3, 1e-4), PLAN, PRIVATE),
+    Case("privacy.delta", (1e-3, 0.5), REFUSAL, PRIVATE),
+    Case("privacy.max_norm", (1.0, 0.1), RESULT, PRIVATE),
+    Case("privacy.noise", ("seed", "secret"), RESULT, PRIVATE),
 ]  # fmt: skip
 
 OWN: dict[str, tuple[Any, ...]] = {

@@ -11,6 +11,7 @@ Letters: N blocks, B sequences in a batch, T tokens in a block.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,6 +92,15 @@ class TokenBlocks:
         """True where attention to all that stands to the left would be wrong."""
         return self.pad_counts or self.texts_NT is not None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that the blocks consist of, by which they can be told from others."""
+        counted_N = self.counted_NT.sum(1)
+        first_NT = torch.arange(self.counted_NT.shape[1]) < counted_N[:, None]
+        # What counts is told as a number where it is the first positions: so runs of plain text have it.
+        counted = counted_N if torch.equal(first_NT, self.counted_NT) else self.counted_NT
+        return [self.tokens_NT, self.lengths_N, counted, *([] if self.texts_NT is None else [self.texts_NT])]
+
     def take(self, rows: Tensor) -> TokenBlocks:
         """Return the blocks of these rows, by number or where true; what was left out stays on record."""
         kept = {name: getattr(self, name)[rows] for name in ("tokens_NT", "lengths_N", "counted_NT")}
@@ -133,6 +143,11 @@ def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
 def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:
     """Return the real tokens of each block as bytes, each once: all that a model sees of them."""
     return set(_real_tokens(blocks))
+
+
+def count_copies(blocks: TokenBlocks) -> int:
+    """Return the size of the largest group of equal blocks."""
+    return max(Counter(_real_tokens(blocks)).values(), default=0)
 
 
 def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedloom.experiment.preparation import Prepared, prepare
+from fedloom.experiment.private import open_rations
 from fedloom.experiment.session import Session
 from fedloom.experiment.watchers import Watchers
 from fedloom.federation.fleet import Fleet, LocalFleet
@@ -48,10 +49,11 @@ class LocalClients:
 
     def open_fleet(self, recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> LocalFleet:
         """Return a fleet that trains in this process."""
-        return local_fleet(recipe, prepared, session)
+        return local_fleet(recipe, prepared, session, folder)
 
 
-def local_fleet(recipe: Recipe, prepared: Prepared, session: Session) -> LocalFleet:
-    """Return the fleet of clients that train over a session in this process."""
+def local_fleet(recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> LocalFleet:
+    """Return the fleet of clients that train over a session in this process; `folder` is the run directory."""
     score = session.scorer(recipe.evaluation.batch_size)
-    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients)
+    rations = open_rations(recipe, prepared.clients, folder)
+    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients, rations)

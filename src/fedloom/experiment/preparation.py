@@ -22,6 +22,7 @@ from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, with
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.building import build_shape, dtype_of, hold, open_source, tokenize_for
 from fedloom.experiment.preview import describe_learning
+from fedloom.experiment.private import plan_privacy
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule
@@ -132,7 +133,7 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     per_round = check_cohort(recipe, able)
     room = measure(recipe, material.source, setup, per_round, predict=predict, say=observer.show_step)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
-    plan = make_plan(recipe, material, setup, room, per_round, scored)
+    plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
@@ -227,6 +228,7 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
             device=setup.device,
             alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
             packed=recipe.data.window == "pack",
+            private=recipe.privacy is not None,
         )
     except Exception as error:  # of any kind, from an operation of a model that can't be traced
         # Where a GPU's memory runs out, fewer at once are tried; a processor's may take the whole machine with it.
@@ -385,7 +387,8 @@ def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) ->
 
 def choose_scored_clients(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:
     """Draw the clients whose hold-outs are scored, once for all rounds, so that rounds can be compared."""
-    able = [client for client, blocks in enumerate(holdout_blocks) if blocks]
+    # A client's loss tells of its documents: in a private run none is asked for.
+    able = [client for client, blocks in enumerate(holdout_blocks) if blocks and recipe.privacy is None]
     wanted = recipe.evaluation.clients or len(able)
     # The purpose's word is older than the name: another one would draw other clients.
     return sorted(Random(derive_seed(recipe.seed, "judges")).sample(able, min(wanted, len(able))))

@@ -10,6 +10,7 @@ from typing import Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError
 from fedloom.experiment.preparation import Prepared
+from fedloom.experiment.private import SECRET, spent
 from fedloom.experiment.session import Session
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.lora_error import AveragingMeter
@@ -67,6 +68,9 @@ class Recorder:
         """Write one round down, and keep its adapter."""
         error = self._meter.take()
         measured: Record = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
+        if self._plan.privacy:
+            before = [record["clients"] for record in read_run(self.writer.folder).rounds]
+            measured["epsilon"] = spent(self._plan.privacy, [*before, [report.client for report in result.reports]])
         if self.runs_together > 1:
             measured["runs_together"] = self.runs_together
         lowered = self._session.take_lowered()
@@ -113,6 +117,7 @@ def open_run(writer: RunWriter, recipe: Recipe, prepared: Prepared) -> Iterator[
         failpoint("run.opened")
         yield writer
         writer.write_status("done", overfitting_onset=overfitting_onsets(read_run(writer.folder).rounds))
+        (writer.folder / SECRET).unlink(missing_ok=True)
     except KeyboardInterrupt:
         _write_end(writer, "interrupted")
         raise

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -97,15 +96,4 @@ def hash_base(adapted: AdaptedModel) -> str:
 
 def tensors_of(parts: Iterable[TokenBlocks]) -> list[Tensor]:
     """Return all tensors that blocks consist of."""
-    return [tensor for part in parts for tensor in (part.tokens_NT, part.lengths_N, _counted(part), *_texts(part))]
-
-
-def _texts(blocks: TokenBlocks) -> list[Tensor]:
-    return [] if blocks.texts_NT is None else [blocks.texts_NT]
-
-
-def _counted(blocks: TokenBlocks) -> Tensor:
-    """Return which positions count, as their number where it is the first ones: so runs of plain text have it."""
-    counted_N = blocks.counted_NT.sum(1)
-    first_NT = torch.arange(blocks.counted_NT.shape[1]) < counted_N[:, None]
-    return counted_N if torch.equal(first_NT, blocks.counted_NT) else blocks.counted_NT
+    return [tensor for part in parts for tensor in part.tensors]

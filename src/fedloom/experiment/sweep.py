@@ -300,7 +300,7 @@ class OpenTrial:
         self._identity = identify(prepared, session.adapted)
         state = find_state(self._writer.folder, self._identity, display)
         self._exits.enter_context(open_run(self._writer, recipe, prepared))
-        self.fleet = local_fleet(recipe, prepared, session)
+        self.fleet = local_fleet(recipe, prepared, session, self._writer.folder)
         self.trial = begin_or_restore(
             recipe,
             prepared,

@@ -53,7 +53,9 @@ def find_unused(
     if recipe.adapter.rank == 1 and "rank_pattern" not in recipe.adapter.options:
         found.append(("adapter.rslora", "with a rank of 1, α/√r is α/r"))
     holding = sum(1 for client in plan.clients if client.holdout_tokens)
-    if (recipe.evaluation.clients or 0) >= holding:
+    if recipe.privacy is not None:
+        found.append(("evaluation.clients", "the clients of a private run tell no loss"))
+    elif (recipe.evaluation.clients or 0) >= holding:
         found.append(("evaluation.clients", f"{holding} of {count(len(plan.clients), 'client')} hold anything out"))
     written = [(key, why) for key, why in found if _is_written(recipe, key)]
     written += unmatched_options(recipe.adapter.options, adapted.model)

@@ -44,6 +44,8 @@ LEARNING_RATES = 4.0
 CHUNK = 2**20
 """Weights that are looked at together: no copy is made of a whole model."""
 MAY_BE_UNKNOWN = ("holdout_loss_before", "holdout_loss_after")
+OF_DOCUMENTS = ("loss_first", "loss_last", "loss_mean")
+"""What a client of a private run does not tell; all of it or none. Its tokens are 0 then."""
 COUNTS = ("examples", "tokens", "steps")
 
 
@@ -197,8 +199,10 @@ def check_report(report: ClientReport, task: ClientTask, size: ClientSize | None
         ValueError: it says what.
         TrainingError: the client's own evaluation came to no number.
     """
+    private = all(getattr(report, name) is None for name in OF_DOCUMENTS)
+    unknown = {*MAY_BE_UNKNOWN, *(OF_DOCUMENTS if private else ())}
     for name, value in vars(report).items():
-        if value is None and name in MAY_BE_UNKNOWN:
+        if value is None and name in unknown:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is no number but a {type(value).__name__[:40]}")
@@ -211,7 +215,7 @@ def check_report(report: ClientReport, task: ClientTask, size: ClientSize | None
             raise ValueError(f"{name} is {value}")
     for name in COUNTS:
         value = getattr(report, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or value < (0 if private and name == "tokens" else 1):
             raise ValueError(f"{name} is {value}, which is no count of what was done")
     epochs = task.training.epochs
     if size and report.examples > size.examples:

@@ -11,6 +11,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import ClientSize
+from fedloom.privacy.ration import Ration
 from fedloom.training.jobs import (
     ClientFailure,
     ClientJob,
@@ -83,7 +84,8 @@ class Fleet(Protocol):
 class LocalFleet:
     """All clients in this process. It keeps what real clients would keep: data and optimizer state.
 
-    `scored_clients` are those on whose hold-outs adapters are scored; all if left out.
+    `scored_clients` are those on whose hold-outs adapters are scored; all if left out. `rations` gives what bounds the
+    answer to a task, where something does.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class LocalFleet:
         train_clients: TrainClients,
         evaluate_blocks: EvaluateBlocks,
         scored_clients: Sequence[int] | None = None,
+        rations: Callable[[ClientTask], Ration] | None = None,
     ) -> None:
+        self._rations = rations
         # A client with nothing to train on is never asked to.
         self.clients: Sequence[int] = [client for client, held in enumerate(data) if len(held.train)]
         self._data = data
@@ -121,6 +125,7 @@ class LocalFleet:
                 **vars(task),
                 blocks=self._data[task.client].train,
                 optimizer_state=self.optimizer_states.get(task.client),
+                ration=self._rations and self._rations(task),
             )
             for task in tasks
         ]

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
 from fedloom.records.plan import Plan, explain_rows, explain_shares, explain_weights
+from fedloom.records.privacy import explain_noise, explain_privacy
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ def render_plan(plan: Plan) -> Table:
         f" and {count(plan.train_tokens_per_round, 'token')}"
         + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
+        **({"privacy": explain_privacy(plan.privacy), "noise": explain_noise(plan.privacy)} if plan.privacy else {}),
         "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }

@@ -11,6 +11,7 @@ from fedloom.errors import RecipeError
 from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
+from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.section import Section
 from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Report
 from fedloom.recipe.training_section import Training
@@ -209,6 +210,48 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
+        lambda recipe: recipe.privacy is not None and recipe.training.max_gradient_norm is not None,
+        "training.max_gradient_norm",
+        "a private run scales each document's gradient to privacy.max_norm; the batch's is no more than that",
+        "leave it out",
+    ),
+    Clash(
+        lambda recipe: recipe.privacy is not None and recipe.data.window != "truncate",
+        "data.window",
+        "what is protected is a document, so each has to be one block of its own",
+        'set it to "truncate"',
+    ),
+    Clash(
+        lambda recipe: recipe.privacy is not None and recipe.data.pad_in_loss,
+        "data.pad_in_loss",
+        "a private run takes each document's own mean, and has no padding in it",
+        "leave it out",
+    ),
+    Clash(
+        lambda recipe: recipe.privacy is not None and recipe.adapter.method == "full",
+        "adapter.method",
+        "every weight of a model would have a gradient and noise for each document",
+        'use "lora"',
+    ),
+    Clash(
+        lambda recipe: recipe.privacy is not None and bool({"local", "pooled"} & set(recipe.baselines)),
+        "baselines",
+        "local and pooled runs on the same documents would have no noise",
+        'leave them out, or keep "round0"',
+    ),
+    Clash(
+        lambda recipe: recipe.privacy is not None and recipe.federation.strategy.weight_by == "tokens",
+        "federation.strategy.weight_by",
+        "how many tokens a client has tells of its documents",
+        'use "examples" or "equal"',
+    ),
+    Clash(
+        lambda recipe: recipe.privacy is not None and recipe.data.central_holdout == 0,
+        "data.central_holdout",
+        "the clients of a private run tell no loss, so nothing would judge its adapters",
+        "hold some documents out centrally",
+    ),
+    Clash(
         lambda recipe: recipe.federation.min_clients > recipe.data.clients,
         "federation.min_clients",
         "it is higher than data.clients, the number of all clients",
@@ -256,6 +299,7 @@ class Recipe(Section):
     federation: Federation = Field(default_factory=Federation)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     report: Report = Field(default_factory=Report)
+    privacy: Privacy | None = Field(None, description="a bound on what leaves a client; without it there is none")
 
     @model_validator(mode="after")
     def _can_be_combined(self) -> Recipe:

@@ -10,6 +10,7 @@ from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
 from fedloom.records.plan import Plan, explain_weights
+from fedloom.records.privacy import NO_BOUND, explain_privacy
 from fedloom.text import to_markdown_code, to_markdown_text
 
 METRICS = {
@@ -68,6 +69,7 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
         )
         if known
         else "",
+        explain_privacy(plan.privacy) if plan.privacy else NO_BOUND,
         _how_to_load(shown_model, whole=whole, on_a_hub=bool(on_a_hub)),
         f"The recipe:\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]

@@ -56,6 +56,7 @@ class RoundRecord(TypedDict, total=False):
     ram_peak_bytes: dict[str, int]
     gpu_peak_bytes: dict[str, int]
     gpu_reserved_bytes: dict[str, int]
+    epsilon: float
     lora_error: float
     lora_error_layers: dict[str, float]
     runs_together: int

@@ -31,6 +31,7 @@ from fedloom.report.document import (
 )
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, Plot, draw, drawn_before
+from fedloom.report.privacy_section import show_privacy
 from fedloom.report.setup_section import STATES, name_versions, show_setup
 from fedloom.text import format_bytes, format_number
 
@@ -95,6 +96,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),
             Section("Communication", _communication(run)),
+            Section("Privacy", show_privacy(run)),
             Section("Observations", _observations(run)),
             Section("How to repeat it", _repeat(run)),
         ],

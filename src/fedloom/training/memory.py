@@ -27,7 +27,7 @@ from fedloom.adapters.stacked_lora import Stack
 from fedloom.host.machine import free_memory
 from fedloom.model.loss_head import rows_at_a_time
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.stacked_step import StackedStep, StepInputs
+from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
 
 if TYPE_CHECKING:
     from fedloom.recipe.training_section import Training
@@ -76,12 +76,13 @@ def predict_step(
     device: torch.device,
     alike: bool = True,
     packed: bool = False,
+    private: bool = False,
 ) -> StepMemory:
     """Predict what a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
 
     `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`. Where
     they are not `alike`, because some are adapted and others not, all of them are traced. With `packed`, texts share
-    a sequence.
+    a sequence; with `private`, each sequence has a gradient of its own.
     """
     whole = build(layers)
     # From a full chunk of logits on, every client adds the same to what the loss needs; before that, less.
@@ -89,7 +90,7 @@ def predict_step(
     few = min(clients, full)
 
     def trace(clients: int, count: int) -> int:
-        return trace_step(build(count), training, clients, length, device, packed=packed)
+        return trace_step(build(count), training, clients, length, device, packed=packed, private=private)
 
     def peak(clients: int) -> int:
         if layers <= 3 or not alike:
@@ -148,7 +149,14 @@ def _base_bytes(adapted: AdaptedModel) -> int:
 
 
 def trace_step(
-    adapted: AdaptedModel, training: Training, clients: int, length: int, device: torch.device, *, packed: bool = False
+    adapted: AdaptedModel,
+    training: Training,
+    clients: int,
+    length: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
+    private: bool = False,
 ) -> int:
     """Return the most bytes that a step has alive beside the base model; `adapted`, on the meta device, is used up."""
     # A model that can't be traced is the caller's to deal with; torch would print its own traceback of it as well.
@@ -157,7 +165,8 @@ def trace_step(
         adapted.model.to_empty(device=device)
         base = [*adapted.model.parameters(), *adapted.model.buffers()]
         with LiveBytes(base) as live:
-            slots = StackedStep(adapted, Stack(adapted), training, clients, device)
+            stack, max_norm = Stack(adapted), 1.0 if private else None
+            slots = StackedStep(adapted, stack, training, clients, device, max_norm=max_norm)
             slots.use_slots(clients)
             positions = torch.arange(clients * training.batch_size * length, device=device)
             fixed = device.type == "cuda"  # there every position is computed, and none is looked up
@@ -172,7 +181,12 @@ def trace_step(
                 mask_NT=positions.view(-1, length) if packed else None,
             )
             generators = [torch.Generator(device)] * clients
-            slots(inputs, ClientDropout(generators, [(training.batch_size, length)] * clients))
+            noise = torch.zeros_like(slots.weights_KP, dtype=torch.float64)
+            batches_K = torch.ones(clients, dtype=torch.int64, device=device)
+            slots.accumulate(
+                [(inputs, ClientDropout(generators, [(training.batch_size, length)] * clients))],
+                Noise(noise, batches_K) if private else None,
+            )
     return int(live.peak)
 
 

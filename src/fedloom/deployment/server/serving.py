@@ -156,6 +156,12 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
+        if recipe.privacy is not None:
+            raise RecipeError(
+                "a private run needs clients in this process, so far: others would answer without noise",
+                where="[privacy]",
+                mend="use fedloom run, or leave it out",
+            )
         source = open_source(recipe, partial(watchers.show_step, "model"))
         weights = source.weights.record if source.weights else {}
         device = open_device(recipe.model.device)

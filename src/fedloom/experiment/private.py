@@ -1,0 +1,146 @@
+"""Private runs: the terms of each client in the plan, and the rations that clients in this process train on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fedloom.data.tokens import ClientBlocks, count_copies
+from fedloom.errors import RecipeError, RunError
+from fedloom.host.files import hash_text, replace_file, writing
+from fedloom.privacy.accounting import epsilon
+from fedloom.privacy.noise import SECRET_BYTES, check_cipher, derive_key
+from fedloom.privacy.ration import Ration, Terms, set_terms
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.plan import Plan
+from fedloom.records.state import hash_tensors
+from fedloom.training.jobs import ClientTask
+
+SECRET = "secret"
+"""File of a run directory from which its noise comes; it is removed once the run is done."""
+
+
+def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) -> Plan:
+    """Return the plan with what a private run promises of one document; as it is where the recipe has no bound.
+
+    Raises:
+        RecipeError: the package with the cipher is missing, or δ is too large for so few documents.
+    """
+    if recipe.privacy is None:
+        return plan
+    check_cipher()
+    able = {client: held.train for client, held in enumerate(clients) if len(held.train)}
+    terms = {client: set_client_terms(recipe, len(train)) for client, train in able.items()}
+    rounds = recipe.federation.rounds
+    worst = max(terms.values(), key=lambda one: one.noise_over_signal(plan.trainable_parameters, rounds, 1))
+    return replace(
+        plan,
+        privacy={
+            "unit": "document",
+            "adjacency": "zero-out",
+            "delta": recipe.privacy.delta,
+            "max_norm": recipe.privacy.max_norm,
+            "noise": recipe.privacy.noise,
+            "copies": max(map(count_copies, able.values())),
+            "noise_over_signal": worst.noise_over_signal(plan.trainable_parameters, rounds, plan.clients_per_round),
+            "clients": {
+                str(client): {
+                    "documents": one.units,
+                    "rate": one.rate,
+                    "noise_multiplier": one.noise_multiplier,
+                    "steps": one.steps,
+                    "epsilon": one.epsilon(rounds),
+                    "recognised": one.recognised(rounds),
+                }
+                for client, one in terms.items()
+            },
+        },
+    )
+
+
+def set_client_terms(recipe: Recipe, units: int) -> Terms:
+    """Return the terms of a client with so many documents.
+
+    Raises:
+        RecipeError: δ is above one over their number, at which a whole document may be told.
+    """
+    assert recipe.privacy is not None, "a recipe without a bound"
+    if recipe.privacy.delta > 1 / units:
+        raise RecipeError(
+            f"{recipe.privacy.delta:g} is more than one over the {units:,} documents of a client: to tell one of them"
+            " whole would keep it",
+            where="privacy.delta",
+            mend=f"at most {1 / units:.1g}, better a hundredth of that",
+        )
+    return set_terms(
+        units=units,
+        batch=recipe.training.step_size,
+        steps=recipe.training.steps_of(units),
+        rounds=recipe.federation.rounds,
+        max_norm=recipe.privacy.max_norm,
+        delta=recipe.privacy.delta,
+        target=recipe.privacy.epsilon,
+        noise_multiplier=recipe.privacy.noise_multiplier,
+    )
+
+
+class Rations:
+    """Rations of the clients in this process, each for one task of its client."""
+
+    def __init__(self, recipe: Recipe, clients: Sequence[ClientBlocks], secret: bytes) -> None:
+        self._secret = secret
+        self._held = {
+            client: (set_client_terms(recipe, len(held.train)), hash_tensors(held.train.tensors))
+            for client, held in enumerate(clients)
+            if len(held.train)
+        }
+
+    def __call__(self, task: ClientTask) -> Ration:
+        """Return the ration for a task: its noise depends on all that the answer depends on, and on the secret."""
+        terms, documents = self._held[task.client]
+        facts = (
+            *(task.round, task.client, task.trial, task.rounds, task.seed),
+            *(task.adapter.sha256(), task.training.model_dump_json(), documents, asdict(terms)),
+        )
+        return Ration(terms, derive_key(self._secret, *map(str, facts)))
+
+
+def open_rations(recipe: Recipe, clients: Sequence[ClientBlocks], folder: Path) -> Rations | None:
+    """Return the rations of a run that is kept in a folder; None where the recipe has no bound.
+
+    Raises:
+        RunError: the run's secret is damaged.
+    """
+    if recipe.privacy is None:
+        return None
+    if recipe.privacy.noise == "seed":
+        return Rations(recipe, clients, bytes.fromhex(hash_text(f"not private: {recipe.seed}")))
+    return Rations(recipe, clients, _open_secret(folder / SECRET))
+
+
+def _open_secret(path: Path) -> bytes:
+    """Return a run's secret, a new one where it has none yet; its owner alone may read it."""
+    if not path.exists():
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, os.urandom(SECRET_BYTES), 0o600)
+    secret = path.read_bytes()
+    if len(secret) != SECRET_BYTES:
+        raise RunError(
+            "the secret of a private run is damaged", where=str(path), mend="remove it: later rounds have other noise"
+        )
+    return secret
+
+
+def spent(privacy: Mapping[str, Any], cohorts: Iterable[Sequence[int]]) -> float:
+    """Return the largest ε that rounds of these clients have spent; `privacy` is what a plan says of it."""
+    taken = Counter(client for cohort in cohorts for client in cohort)
+    costs = {
+        (told["rate"], told["noise_multiplier"], taken[int(client)] * told["steps"])
+        for client, told in privacy["clients"].items()
+    }
+    return max(epsilon(*cost, privacy["delta"]) for cost in costs)

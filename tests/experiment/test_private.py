@@ -1,0 +1,203 @@
+"""A private run on one machine: what is promised is in the plan and on record, and going on spends nothing twice."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.quick_runs import attempt, make_recipe
+
+from fedloom.deployment.server.serving import RemoteClients
+from fedloom.errors import FedloomError, RecipeError, RunError
+from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.preparation import prepare
+from fedloom.experiment.private import SECRET, Rations, open_rations
+from fedloom.experiment.run import plan, run
+from fedloom.experiment.sweep import sweep
+from fedloom.monitoring.observer import Observer
+from fedloom.privacy.accounting import epsilon
+from fedloom.privacy.noise import derive_key
+from fedloom.recipe.loading import recipe_to_toml
+from fedloom.records.privacy import NO_BOUND, NOT_PRIVATE
+from fedloom.records.run import read_run
+from fedloom.report.run_report import write_report
+from fedloom.training.jobs import ClientTask
+
+PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
+
+
+def private(folder: Path, **changes: Any) -> Any:
+    sections: dict[str, Any] = {"privacy": PRIVATE, "federation": {"rounds": 3}, **changes}
+    return make_recipe(folder, **sections)
+
+
+def test_a_plan_says_what_is_promised(tmp_path: Path) -> None:
+    recipe = private(tmp_path)
+    told = plan(recipe).privacy
+    assert (told["unit"], told["delta"], told["noise"]) == ("document", 1e-3, "secret")
+    for client in told["clients"].values():
+        spent = epsilon(client["rate"], client["noise_multiplier"], 3 * client["steps"], 1e-3)
+        assert client["epsilon"] == spent <= 8
+        assert client["rate"] == min(1, recipe.training.batch_size / client["documents"])
+    given = plan(private(tmp_path, privacy={"noise_multiplier": 5.0, "delta": 1e-3})).privacy
+    assert all(client["noise_multiplier"] == 5.0 for client in given["clients"].values())
+    assert given["noise_over_signal"] > told["noise_over_signal"]
+
+
+def test_what_was_spent_is_on_record_and_no_loss_of_a_client_is(tmp_path: Path) -> None:
+    finished = run(private(tmp_path), tmp_path / "run", Observer())
+    worst = max(told["epsilon"] for told in finished.plan["privacy"]["clients"].values())
+    spent = [record["epsilon"] for record in finished.rounds]
+    assert spent[0] == 0
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(worst)
+    for record in finished.rounds:
+        assert record["client_losses"] == {}
+        assert "train_loss" not in record
+    for report in finished.clients:
+        assert not [key for key in report if "loss" in key and key != "proximal_loss"]
+        assert report["tokens"] == 0
+    assert not (tmp_path / "run" / SECRET).exists(), "removed once the run is done"
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert f"have spent ε = {spent[-1]:.3g}" in text
+    assert "Not promised" in text
+    assert NOT_PRIVATE not in text
+    assert "ε = " in (tmp_path / "run" / "adapters" / "best" / "README.md").read_text()
+
+
+def test_a_run_without_a_bound_says_so(tmp_path: Path) -> None:
+    finished = run(make_recipe(tmp_path), tmp_path / "run", Observer())
+    sentence = NO_BOUND.partition(" (")[0]
+    assert sentence in (finished.folder / "report.md").read_text()
+    assert sentence in (finished.folder / "adapters" / "best" / "README.md").read_text()
+
+
+def test_noise_of_the_seed_is_never_called_private(tmp_path: Path) -> None:
+    finished = run(private(tmp_path, privacy={**PRIVATE, "noise": "seed"}), tmp_path / "run", Observer())
+    for file in ("report.md", "adapters/best/README.md"):
+        assert NOT_PRIVATE in (finished.folder / file).read_text()
+    again = run(private(tmp_path, privacy={**PRIVATE, "noise": "seed"}), tmp_path / "again", Observer())
+    assert finished.rounds[-1]["adapter_sha256"] == again.rounds[-1]["adapter_sha256"]
+
+
+def test_two_private_runs_have_other_noise(tmp_path: Path) -> None:
+    shas = {run(private(tmp_path), tmp_path / name, Observer()).rounds[-1]["adapter_sha256"] for name in "ab"}
+    assert len(shas) == 2
+
+
+@pytest.mark.parametrize("where", ["training.stepped", "record.client", "state.renamed"])
+def test_a_run_that_goes_on_ends_where_it_would_have(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, secret = private(tmp_path), b"s" * 32
+    monkeypatch.setattr("fedloom.experiment.private.os.urandom", lambda size: secret)
+    whole = run(recipe, tmp_path / "whole", Observer())
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(recipe, tmp_path / "parts", f"{where}=raise@3")
+    assert (tmp_path / "parts" / SECRET).read_bytes() == secret
+    assert stat.S_IMODE((tmp_path / "parts" / SECRET).stat().st_mode) == 0o600
+    monkeypatch.undo()
+    assert not attempt(recipe, tmp_path / "parts")
+    found = read_run(tmp_path / "parts").rounds
+    for name in ("adapter_sha256", "epsilon"):
+        assert [record[name] for record in found] == [record[name] for record in whole.rounds]  # type: ignore[literal-required]
+
+
+def test_engines_agree_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The engine is among the facts of a task: two that round differently must not answer with the same noise.
+    monkeypatch.setattr("fedloom.experiment.private.derive_key", lambda secret, *facts: derive_key(secret, *facts[:2]))
+    found = []
+    for engine in ("reference", "batched"):
+        recipe = private(
+            tmp_path,
+            privacy={**PRIVATE, "noise": "seed"},
+            model={"dtype": "float64"},
+            adapter={"dropout": 0.0},
+            training={"engine": engine},
+        )
+        found.append(run(recipe, tmp_path / engine, Observer()).rounds[-1]["central_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_a_task_has_a_key_of_its_own(tmp_path: Path) -> None:
+    recipe = private(tmp_path)
+    prepared = prepare(recipe, Observer())
+    rations = open_rations(recipe, prepared.clients, tmp_path)
+    assert rations is not None
+    start = load_adapted_model(recipe, prepared.source).read()
+    task = ClientTask(round=1, client=0, adapter=start, training=recipe.training, rounds=3, seed=recipe.seed)
+    other_start = type(start)(start.layout, start.weights_P + 1e-6)
+    others = [
+        {"round": 2}, {"client": 1}, {"adapter": other_start}, {"trial": 1}, {"seed": 99},
+        {"training": recipe.training.model_copy(update={"proximal_mu": 0.5})},
+    ]  # fmt: skip
+    keys = [rations(task).key, *(rations(ClientTask(**{**vars(task), **other})).key for other in others)]
+    assert len(set(keys)) == len(keys)
+    assert rations(task).key == keys[0]
+    # Other documents, and another secret.
+    swapped = (prepared.clients[1], prepared.clients[0], *prepared.clients[2:])
+    assert Rations(recipe, swapped, (tmp_path / SECRET).read_bytes())(task).key != keys[0]
+    assert Rations(recipe, prepared.clients, bytes(32))(task).key != keys[0]
+
+
+def test_a_damaged_secret_is_refused(tmp_path: Path) -> None:
+    recipe = private(tmp_path)
+    prepared = prepare(recipe, Observer())
+    (tmp_path / SECRET).write_bytes(b"short")
+    with pytest.raises(RunError, match="secret of a private run is damaged"):
+        open_rations(recipe, prepared.clients, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"training": {"max_gradient_norm": 1.0}}, "training.max_gradient_norm"),
+        ({"data": {"window": "pack"}}, "data.window"),
+        ({"data": {"window": "blocks"}}, "data.window"),
+        ({"data": {"pad_in_loss": True}}, "data.pad_in_loss"),
+        ({"data": {"central_holdout": 0}}, "data.central_holdout"),
+        ({"baselines": ["local"]}, "baselines"),
+        ({"federation": {"strategy": {"kind": "fedavg", "weight_by": "tokens"}}}, "federation.strategy.weight_by"),
+        ({"privacy": {"delta": 1e-3}}, "privacy"),
+        ({"privacy": {**PRIVATE, "noise_multiplier": 1.0}}, "privacy"),
+        ({"privacy": {"epsilon": 1.0}}, "privacy.delta"),
+        ({"privacy": {"epsilon": 0.0, "delta": 1e-3}}, "privacy.epsilon"),
+        ({"privacy": {**PRIVATE, "max_norm": 0.0}}, "privacy.max_norm"),
+        ({"privacy": {**PRIVATE, "delta": 1.0}}, "privacy.delta"),
+    ],
+    ids=str,
+)
+def test_what_would_break_the_promise_is_refused(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+    with pytest.raises((FedloomError, ValueError)) as caught:
+        private(tmp_path, **changes)
+    assert key.rpartition(".")[2] in str(caught.value)
+
+
+def test_a_delta_that_gives_a_document_away_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"privacy\.delta: 0\.5 is more than one over the \d+ documents"):
+        plan(private(tmp_path, privacy={"epsilon": 1.0, "delta": 0.5}))
+
+
+def test_clients_elsewhere_are_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="others would answer without noise"):
+        RemoteClients(None, 1.0).prepare(private(tmp_path), None)  # type: ignore[arg-type]
+
+
+def test_a_sweep_of_private_runs_keeps_their_secrets_apart(tmp_path: Path) -> None:
+    recipe = tmp_path / "private.toml"
+    recipe.write_text(recipe_to_toml(private(tmp_path)))
+    sweep(str(recipe), ["privacy.epsilon=8.0,4.0"], tmp_path / "sweep", display=Observer())
+    runs = [read_run(folder.parent) for folder in sorted((tmp_path / "sweep").glob("*/plan.json"))]
+    assert len(runs) == 2
+    noise = {one.plan["privacy"]["clients"]["0"]["noise_multiplier"] for one in runs}
+    assert len(noise) == 2
+    assert not [*(tmp_path / "sweep").glob(f"*/{SECRET}")]
+
+
+def test_a_report_of_an_interrupted_run_says_what_was_spent(tmp_path: Path) -> None:
+    assert not attempt(private(tmp_path), tmp_path / "run")
+    rounds = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "run" / "rounds.jsonl").write_text("\n".join(rounds) + "\n")
+    write_report(tmp_path / "run")
+    assert f"have spent ε = {json.loads(rounds[-1])['epsilon']:.3g}" in (tmp_path / "run" / "report.md").read_text()
