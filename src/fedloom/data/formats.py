@@ -116,14 +116,33 @@ class RowFormat:
             counted = tuple(marked)
             if len(counted) != len(spoken):
                 raise UnreadableError(NOT_KEPT)
-            counted = counted[-len(turns) :]
+            counted = self._with_end(text, counted[-len(turns) :])
         for turn, (begin, end) in zip(turns, counted, strict=True):
             said = str(messages[turn].get("content") or "").rpartition("</think>")[2].strip()
             if said not in text[begin:end]:
                 raise UnreadableError("whose answer the chat template changes or leaves out")
-        # Where the template ends an answer with a special token, a model learns from that to stop.
-        closed = any(token in text[counted[-1][0] :] for token in self._specials)
+        # Where the template ends an answer with a special token, a model learns from that to stop. One that is said in
+        # the answer, an HTML tag say, is no end of it.
+        last = text[slice(*counted[-1])]
+        closed = self._first_special(last.rpartition(said)[2] if said else last)
         return Form(text, counted, is_whole=True, ends=data.ends and not closed)
+
+    def _with_end(self, text: str, counted: Spans) -> Spans:
+        """Return spans that a template marks, each with the end of its turn, where that comes next behind it."""
+        # Behind the last turn there is no other that it could begin.
+        end = self._first_special(text[counted[-1][1] :]) if self._data.ends else None
+        if end is None:
+            return counted
+        blanks = {last: len(text[last:]) - len(text[last:].lstrip()) for _, last in counted}
+        return tuple(
+            (first, last + blanks[last] + len(end) if text.startswith(end, last + blanks[last]) else last)
+            for first, last in counted
+        )
+
+    def _first_special(self, text: str) -> str | None:
+        """Return the first special token in a text."""
+        found = [token for token in self._specials if token in text]
+        return min(found, key=text.index, default=None)
 
     def _open_renderer(self) -> ChatRenderer:
         if self._renderer is None:
