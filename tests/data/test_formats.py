@@ -219,6 +219,16 @@ def test_where_a_template_marks_words_alone_their_end_is_learnt_with_them(gap: s
     assert shape({"m": TALK}, nested, messages="m") == form, "a block inside of another is no span of its own"
 
 
+@pytest.mark.parametrize("call", [{"function": {"name": "add", "arguments": {}}}, {"name": "add"}], ids=str)
+def test_a_call_that_the_template_leaves_out_is_no_empty_answer(call: dict[str, Any], shape: Any) -> None:
+    row = {"m": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    with pytest.raises(UnreadableError, match="changes or leaves out"):
+        shape(row, messages="m")
+    assert "add" in counted(shape(row, CHATML.replace("message['content']", "message | tojson"), messages="m"))[0]
+    with pytest.raises(UnreadableError, match="content is not text"):
+        shape({"m": [TALK[0], {"role": "assistant", "content": None, "tool_calls": "add"}]}, messages="m")
+
+
 def test_a_missing_column_is_no_empty_prompt() -> None:
     form = RowFormat(Data(source="x", prompt="{q}[[ {more}]]", completion="{a}"))
     assert form({"q": "a", "a": "b"}).text == "ab"
