@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from fedloom.data.documents import Document
 from fedloom.data.formats import Form, RowFormat
@@ -72,6 +73,19 @@ def test_a_slow_tokenizer_marks_the_same() -> None:
     assert fast.tokens_NT.tolist() == slow.tokens_NT.tolist()
     assert fast.counted_NT.tolist() == slow.counted_NT.tolist()
     assert learnt(fast) == ["good answer;more" + byte_tokenizer().eos_token]
+
+
+def test_blanks_of_an_answer_count_where_a_tokenizer_tells_words_alone() -> None:
+    # As the tokenizers of Pythia, Phi-2 and others do: the place of a token of blanks is empty there.
+    trimming = byte_tokenizer()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    code = "  def f():\n    return  1 \n"
+    form = Form(f"a  b {code}  c  {code}", ((5, 5 + len(code)), (10 + len(code), 10 + 2 * len(code))), ends=True)
+    data = Data(source="x", max_length=128)
+    plain, trimmed = (tokenize_documents([Document(form.text, "row", form=form)], tokenizer, data)
+                      for tokenizer in (byte_tokenizer(), trimming))  # fmt: skip
+    assert learnt(trimmed) == [code + code + trimming.eos_token]
+    assert trimmed.counted_NT.tolist() == plain.counted_NT.tolist()
 
 
 @settings(max_examples=40, deadline=None)

@@ -93,3 +93,12 @@ def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend
     with pytest.raises(DataError) as caught:
         load_documents(Data.model_validate({"source": str(tmp_path)}), 7)
     assert mend in str(caught.value)
+
+
+def test_a_name_that_no_file_can_have_is_told_by_whoever_reads_the_documents(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'name = "mine"\n[model]\nsource = "random:tiny-llama"\n[data]\nsource = "{"a" * 5000}"\n')
+    data = open_recipe(str(recipe)).data
+    assert data.is_plain
+    with pytest.raises(DataError, match="not a valid path"):
+        load_documents(data, 0)

@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 from fedloom import run
 from fedloom.cli import app
+from fedloom.data.prompting import Prompting
 from fedloom.errors import DataError, RunError
 from fedloom.evaluation.generation import Sampling, write_on
 from fedloom.handover.generate import Speaker, chat, generate
+from fedloom.model.source import byte_tokenizer
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.data_section import Data
 from fedloom.records.run import Run
 
 pytestmark = pytest.mark.xdist_group("talking")  # two runs that all of them share
@@ -66,6 +69,30 @@ def test_an_answer_is_written_and_ended_as_it_was_learnt(asked: Run) -> None:
     assert base.endswith(f"{ANSWER}\n")
     first = base.split("--- with the adapter ---")[0]
     assert len(first) > 45, "the base model never learnt to stop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question", "written"),
+    [
+        ("Q {q}[[ and {more}]]", '{"q": "x", "more": 0}', "Q x and 0"),
+        ("Q {q}[[ and {more}]]", '{"sum": 1} is JSON of what?', 'Q {"sum": 1} is JSON of what?'),
+        ("Q {q}[[ and {more}]]", '{"sum": 1}', 'Q {"sum": 1}'),
+        ("[[Q {q}]]\nA ", "hello", "Q hello\nA "),
+        ("[[Q {q}]]\nA ", '{"q": "hello"}', "Q hello\nA "),
+        ("[[Q {q}]][[ and {more}]]", '{"more": "y"}', " and y"),
+    ],
+)
+def test_a_question_is_written_as_a_row_would_be(prompt: str, question: str, written: str) -> None:
+    tokenizer = byte_tokenizer()
+    prompting = Prompting(Data(source="x", prompt=prompt, completion="{a}"), tokenizer, chats=False)
+    assert tokenizer.decode(prompting.write([{"role": "user", "content": question}])) == written
+
+
+def test_a_question_is_never_left_out() -> None:
+    prompting = Prompting(Data(source="x", prompt="[[{q}]][[{more}]]", completion="{a}"), byte_tokenizer(), chats=False)
+    for question in ("hello", "7", '{"sum": 1}', "{" * 9000):
+        with pytest.raises(DataError, match="columns q, more; give them as JSON"):
+            prompting.write([{"role": "user", "content": question}])
 
 
 def test_several_columns_are_given_as_json(asked: Run) -> None:

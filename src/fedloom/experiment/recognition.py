@@ -64,12 +64,12 @@ def recognise_rows(data: Data) -> dict[str, str]:
 def _first_row(data: Data) -> Row | None:
     """Return the first row of a file; None where there is none, or it lacks a column that is named."""
     path = Path(data.source)
-    if not path.is_file() or format_of(path) is None:
-        return None
     try:
+        if not path.is_file() or format_of(path) is None:
+            return None
         _, open_row = next(read_rows(path, path.name, data))
         row = open_row()
     # Whatever is wrong with the file is told when it is read whole.
-    except (StopIteration, DataError, UnreadableError):
+    except (StopIteration, DataError, UnreadableError, OSError):
         return None
     return row if all(column in row for _, column in data.columns) else None
