@@ -57,6 +57,24 @@ def test_what_a_recipe_says_stands(tmp_path: Path, written: str) -> None:
     assert open_recipe(recipe).data.messages == ("talk" if "talk" in written else None)
 
 
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"messages": CHAT}, "chat_template = '{{ messages }}'"),
+        ({"messages": CHAT}, 'system = "Be brief."'),
+        ({"conversations": SHARED}, 'loss = "assistant"'),
+        ({"prompt": "say 7", "completion": "ok."}, 'loss = "completion"'),
+        ({"prompt": "say 7", "completion": "ok."}, "chat_template = '{{ messages }}'"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "chat_template = '{{ messages }}'"),
+    ],
+)
+def test_a_key_that_only_such_rows_have_needs_no_column_named(tmp_path: Path, row: Any, written: str) -> None:
+    """What a key can't be combined with is said of what was found, not of the plain text that it is without it."""
+    data = open_recipe(write(tmp_path, row, data=written)).data
+    assert not data.is_plain
+    assert data.own_template == ("{{ messages }}" if "chat_template" in written else None)
+
+
 def test_what_was_found_is_written_down_and_read_again(tmp_path: Path) -> None:
     found = open_recipe(write(tmp_path, {"messages": CHAT}))
     kept = tmp_path / "kept.toml"
