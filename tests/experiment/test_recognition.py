@@ -89,6 +89,17 @@ def test_a_table_of_columns_is_recognised_too(tmp_path: Path) -> None:
     assert open_recipe(recipe, [f"data.source={tmp_path / 'rows.csv'}"]).data.completion == "{completion}"
 
 
+def test_a_header_of_other_names_says_which_keys_name_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\nsay 7,ok.\n")
+    source = str(tmp_path / "rows.csv")
+    with pytest.raises(
+        DataError, match=r"first line, the header: a text's in data\.text, a question's and its answer's"
+    ):
+        load_documents(Data(source=source), 7)
+    with pytest.raises(DataError, match="name a column of the file's first line, the header$"):
+        load_documents(Data(source=source, text="body"), 7)
+
+
 def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> None:
     recipe = write(tmp_path, {"messages": CHAT}, data="pad_in_loss = true")
     result = CliRunner().invoke(app, ["plan", str(recipe)])
@@ -101,9 +112,10 @@ def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> No
         ({"messages": CHAT}, 'set data.messages = "messages"'),
         ({"conversations": SHARED}, 'set data.messages = "conversations"'),
         ({"prompt": "say 7", "completion": "ok."}, 'set data.prompt = "{prompt}" and data.completion = "{completion}"'),
-        ({"body": "say 7"}, "check data.text"),
+        ({"body": "say 7"}, "name their columns: a text's in data.text, a question's"),
+        ({"text": 7}, "check data.text"),
     ],
-    ids=["messages", "sharegpt", "trl", "other"],
+    ids=["messages", "sharegpt", "trl", "other", "a-number"],
 )
 def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend: str) -> None:
     """Of a folder or a data set of the hub, the error says it."""
