@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import fedloom
 from fedloom.cli import app
 from fedloom.data.documents import load_documents
 from fedloom.errors import DataError
@@ -47,6 +48,10 @@ def test_the_first_row_says_what_is_read(tmp_path: Path, row: Any, keys: dict[st
     data = open_recipe(write(tmp_path, row, name=name)).data
     written = {key: getattr(data, key) for key in ("messages", "prompt", "completion", "chat_template")}
     assert {key: value for key, value in written.items() if value is not None} == keys
+
+
+def test_rows_are_recognised_from_python_too(tmp_path: Path) -> None:
+    assert fedloom.load_recipe(write(tmp_path, {"messages": CHAT})).data.messages == "messages"
 
 
 @pytest.mark.parametrize("written", ['text = "text"', 'messages = "talk"', 'prompt = "{prompt}"'])
@@ -96,7 +101,7 @@ def test_a_header_of_other_names_says_which_keys_name_them(tmp_path: Path) -> No
         DataError, match=r"first line, the header: a text's in data\.text, a question's and its answer's"
     ):
         load_documents(Data(source=source), 7)
-    with pytest.raises(DataError, match="name a column of the file's first line, the header$"):
+    with pytest.raises(DataError, match=r"name a column of the file's first line, the header$"):
         load_documents(Data(source=source, text="body"), 7)
 
 
