@@ -242,7 +242,7 @@ def test_a_missing_column_is_no_empty_prompt() -> None:
 def test_a_model_without_a_template_says_what_to_do(tokenizer: Any) -> None:
     bare = byte_tokenizer()
     form = RowFormat(Data(source="x", messages="m"), lambda: bare)
-    with pytest.raises(DataError, match=r"no chat template; name a file in data\.chat_template"):
+    with pytest.raises(DataError, match=r"data\.chat_template: the base model's tokenizer has none, .*; name a file"):
         form({"m": TALK})
 
 

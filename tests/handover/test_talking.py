@@ -15,7 +15,7 @@ from fedloom.cli import app
 from fedloom.data.prompting import Prompting
 from fedloom.errors import DataError, RunError
 from fedloom.evaluation.generation import Sampling, write_on
-from fedloom.handover.generate import Speaker, chat, generate
+from fedloom.handover.generate import FORGOTTEN, Speaker, chat, generate
 from fedloom.model.source import byte_tokenizer
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.data_section import Data
@@ -119,6 +119,16 @@ def test_a_conversation_is_written_as_it_was_learnt(talked: Run) -> None:
     with_base = said(chat, talked.folder, iter(["say 7"]), base=True, max_new_tokens=30)
     assert with_base.index("base model") < with_base.index("with the adapter")
     assert with_base.endswith(f"{ANSWER}\n")
+
+
+def test_a_long_conversation_forgets_its_beginning(talked: Run) -> None:
+    """The model takes 256 tokens, which are some 15 questions with their answers."""
+    lines = [f"say {number}" for number in range(30)]
+    found = said(chat, talked.folder, iter(lines), max_new_tokens=6, system="Be brief.")
+    assert found.count(FORGOTTEN) > 5
+    assert found.startswith(f"{ANSWER}\n" * 3), "as long as all fits, nothing is forgotten"
+    with pytest.raises(RunError, match="shorten it"):
+        said(chat, talked.folder, iter(["say 7", "say " + "7" * 300]), max_new_tokens=6)
 
 
 def test_what_is_drawn_is_drawn_again_with_its_seed(talked: Run) -> None:

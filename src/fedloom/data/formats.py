@@ -170,9 +170,9 @@ def own_chat_template(tokenizer: Any) -> str:
         own = own.get("default")
     if not own:
         raise DataError(
-            "the base model's tokenizer has no chat template",
-            where="data.messages",
-            mend="name a file in data.chat_template, or use an instruct model",
+            "the base model's tokenizer has none, and conversations are written by one",
+            where="data.chat_template",
+            mend="name a file, or use an instruct model",
         )
     return str(own)
 
