@@ -1,6 +1,7 @@
 """Rows become text with marks: answers, conversations, what is refused; TRL's templates are the oracle."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,56 @@ def test_a_template_that_refuses_or_hides_an_answer(shape: Any) -> None:
         shape({"m": TALK}, CHATML.replace("message['content']", "message['content'][:4]"), messages="m")
 
 
+def test_what_a_table_has_beside_the_words_of_a_message_ends_nothing(shape: Any) -> None:
+    said = [{**TALK[0], "at": datetime(2026, 1, 2, tzinfo=UTC)}, {**TALK[1], "sum": b"\xff"}]
+    assert counted(shape({"m": said}, messages="m")) == ["It is four.<|im_end|>\n"]
+    assert "2026-01-02" in shape({"m": said}, "{{ messages[0].at }}" + CHATML, messages="m").text
+    deep: Any = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(UnreadableError, match="can't be told"):
+        shape({"m": [*TALK, {**TALK[1], "deep": deep}]}, messages="m")
+
+
+def test_a_special_token_that_is_said_is_no_end_of_an_answer(shape: Any, tokenizer: Any) -> None:
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    said = "In HTML, <s> strikes out."
+    form = shape({"m": [TALK[0], {"role": "assistant", "content": said}]}, plain, messages="m")
+    assert learnt(form, tokenizer) == f"{said}\n{tokenizer.eos_token}"
+    # And an answer without words is its end alone, of which there is one.
+    empty = shape({"m": [TALK[0], {"role": "assistant", "content": ""}]}, messages="m")
+    assert learnt(empty, tokenizer) == "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_where_a_template_marks_words_alone_their_end_is_learnt_with_them(gap: str, shape: Any, tokenizer: Any) -> None:
+    # It writes more before the last answer than before the others, so its own marks alone say where they stand.
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% if loop.last %}<think>{% endif %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+        f"{{{{ m.content }}}}{{% endif %}}{{{{ '{gap}<|im_end|>\n' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    form = shape({"m": TALK}, marked, messages="m")
+    assert counted(form) == [f"It is four.{gap}<|im_end|>", f"Six, of course.{gap}<|im_end|>"]
+    assert not form.ends
+    unended = shape({"m": TALK}, marked, messages="m", end=False)
+    assert counted(unended) == ["It is four.", "Six, of course."]
+    nested = marked.replace("{{ m.content }}{% endg", "{% generation %}{{ m.content }}{% endgeneration %}{% endg")
+    assert shape({"m": TALK}, nested, messages="m") == form, "a block inside of another is no span of its own"
+
+
+@pytest.mark.parametrize("call", [{"function": {"name": "add", "arguments": {}}}, {"name": "add"}], ids=str)
+def test_a_call_that_the_template_leaves_out_is_no_empty_answer(call: dict[str, Any], shape: Any) -> None:
+    row = {"m": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    with pytest.raises(UnreadableError, match="changes or leaves out"):
+        shape(row, messages="m")
+    assert "add" in counted(shape(row, CHATML.replace("message['content']", "message | tojson"), messages="m"))[0]
+    with pytest.raises(UnreadableError, match="content is not text"):
+        shape({"m": [TALK[0], {"role": "assistant", "content": None, "tool_calls": "add"}]}, messages="m")
+
+
 def test_a_missing_column_is_no_empty_prompt() -> None:
     form = RowFormat(Data(source="x", prompt="{q}[[ {more}]]", completion="{a}"))
     assert form({"q": "a", "a": "b"}).text == "ab"
@@ -191,7 +242,7 @@ def test_a_missing_column_is_no_empty_prompt() -> None:
 def test_a_model_without_a_template_says_what_to_do(tokenizer: Any) -> None:
     bare = byte_tokenizer()
     form = RowFormat(Data(source="x", messages="m"), lambda: bare)
-    with pytest.raises(DataError, match=r"no chat template; name a file in data\.chat_template"):
+    with pytest.raises(DataError, match=r"data\.chat_template: the base model's tokenizer has none, .*; name a file"):
         form({"m": TALK})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import fedloom
 from fedloom.cli import app
 from fedloom.data.documents import load_documents
 from fedloom.errors import DataError
@@ -49,12 +50,34 @@ def test_the_first_row_says_what_is_read(tmp_path: Path, row: Any, keys: dict[st
     assert {key: value for key, value in written.items() if value is not None} == keys
 
 
+def test_rows_are_recognised_from_python_too(tmp_path: Path) -> None:
+    assert fedloom.load_recipe(write(tmp_path, {"messages": CHAT})).data.messages == "messages"
+
+
 @pytest.mark.parametrize("written", ['text = "text"', 'messages = "talk"', 'prompt = "{prompt}"'])
 def test_what_a_recipe_says_stands(tmp_path: Path, written: str) -> None:
     row = {"messages": CHAT, "prompt": "say 7", "completion": "ok.", "talk": SHARED}
     recipe = write(tmp_path, row, data=written)
     assert not {"completion", "chat_template"} & open_recipe(recipe).data.model_fields_set
     assert open_recipe(recipe).data.messages == ("talk" if "talk" in written else None)
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"messages": CHAT}, "chat_template = '{{ messages }}'"),
+        ({"messages": CHAT}, 'system = "Be brief."'),
+        ({"conversations": SHARED}, 'loss = "assistant"'),
+        ({"prompt": "say 7", "completion": "ok."}, 'loss = "completion"'),
+        ({"prompt": "say 7", "completion": "ok."}, "chat_template = '{{ messages }}'"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "chat_template = '{{ messages }}'"),
+    ],
+)
+def test_a_key_that_only_such_rows_have_needs_no_column_named(tmp_path: Path, row: Any, written: str) -> None:
+    """What a key can't be combined with is said of what was found, not of the plain text that it is without it."""
+    data = open_recipe(write(tmp_path, row, data=written)).data
+    assert not data.is_plain
+    assert data.own_template == ("{{ messages }}" if "chat_template" in written else None)
 
 
 def test_what_was_found_is_written_down_and_read_again(tmp_path: Path) -> None:
@@ -71,6 +94,17 @@ def test_a_table_of_columns_is_recognised_too(tmp_path: Path) -> None:
     assert open_recipe(recipe, [f"data.source={tmp_path / 'rows.csv'}"]).data.completion == "{completion}"
 
 
+def test_a_header_of_other_names_says_which_keys_name_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\nsay 7,ok.\n")
+    source = str(tmp_path / "rows.csv")
+    with pytest.raises(
+        DataError, match=r"first line, the header: a text's in data\.text, a question's and its answer's"
+    ):
+        load_documents(Data(source=source), 7)
+    with pytest.raises(DataError, match=r"name a column of the file's first line, the header$"):
+        load_documents(Data(source=source, text="body"), 7)
+
+
 def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> None:
     recipe = write(tmp_path, {"messages": CHAT}, data="pad_in_loss = true")
     result = CliRunner().invoke(app, ["plan", str(recipe)])
@@ -83,9 +117,10 @@ def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> No
         ({"messages": CHAT}, 'set data.messages = "messages"'),
         ({"conversations": SHARED}, 'set data.messages = "conversations"'),
         ({"prompt": "say 7", "completion": "ok."}, 'set data.prompt = "{prompt}" and data.completion = "{completion}"'),
-        ({"body": "say 7"}, "check data.text"),
+        ({"body": "say 7"}, "name their columns: a text's in data.text, a question's"),
+        ({"text": 7}, "check data.text"),
     ],
-    ids=["messages", "sharegpt", "trl", "other"],
+    ids=["messages", "sharegpt", "trl", "other", "a-number"],
 )
 def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend: str) -> None:
     """Of a folder or a data set of the hub, the error says it."""
@@ -93,3 +128,12 @@ def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend
     with pytest.raises(DataError) as caught:
         load_documents(Data.model_validate({"source": str(tmp_path)}), 7)
     assert mend in str(caught.value)
+
+
+def test_a_name_that_no_file_can_have_is_told_by_whoever_reads_the_documents(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'name = "mine"\n[model]\nsource = "random:tiny-llama"\n[data]\nsource = "{"a" * 5000}"\n')
+    data = open_recipe(str(recipe)).data
+    assert data.is_plain
+    with pytest.raises(DataError, match="not a valid path"):
+        load_documents(data, 0)

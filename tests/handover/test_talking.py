@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 from fedloom import run
 from fedloom.cli import app
+from fedloom.data.prompting import Prompting
 from fedloom.errors import DataError, RunError
 from fedloom.evaluation.generation import Sampling, write_on
-from fedloom.handover.generate import Speaker, chat, generate
+from fedloom.handover.generate import FORGOTTEN, Speaker, chat, generate
+from fedloom.model.source import byte_tokenizer
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.data_section import Data
 from fedloom.records.run import Run
 
 pytestmark = pytest.mark.xdist_group("talking")  # two runs that all of them share
@@ -68,6 +71,30 @@ def test_an_answer_is_written_and_ended_as_it_was_learnt(asked: Run) -> None:
     assert len(first) > 45, "the base model never learnt to stop"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "question", "written"),
+    [
+        ("Q {q}[[ and {more}]]", '{"q": "x", "more": 0}', "Q x and 0"),
+        ("Q {q}[[ and {more}]]", '{"sum": 1} is JSON of what?', 'Q {"sum": 1} is JSON of what?'),
+        ("Q {q}[[ and {more}]]", '{"sum": 1}', 'Q {"sum": 1}'),
+        ("[[Q {q}]]\nA ", "hello", "Q hello\nA "),
+        ("[[Q {q}]]\nA ", '{"q": "hello"}', "Q hello\nA "),
+        ("[[Q {q}]][[ and {more}]]", '{"more": "y"}', " and y"),
+    ],
+)
+def test_a_question_is_written_as_a_row_would_be(prompt: str, question: str, written: str) -> None:
+    tokenizer = byte_tokenizer()
+    prompting = Prompting(Data(source="x", prompt=prompt, completion="{a}"), tokenizer, chats=False)
+    assert tokenizer.decode(prompting.write([{"role": "user", "content": question}])) == written
+
+
+def test_a_question_is_never_left_out() -> None:
+    prompting = Prompting(Data(source="x", prompt="[[{q}]][[{more}]]", completion="{a}"), byte_tokenizer(), chats=False)
+    for question in ("hello", "7", '{"sum": 1}', "{" * 9000):
+        with pytest.raises(DataError, match="columns q, more; give them as JSON"):
+            prompting.write([{"role": "user", "content": question}])
+
+
 def test_several_columns_are_given_as_json(asked: Run) -> None:
     with Speaker(asked.folder) as speaker:
         whole = speaker.prompting.write([{"role": "user", "content": '{"q": "x", "more": "y"}'}])
@@ -92,6 +119,16 @@ def test_a_conversation_is_written_as_it_was_learnt(talked: Run) -> None:
     with_base = said(chat, talked.folder, iter(["say 7"]), base=True, max_new_tokens=30)
     assert with_base.index("base model") < with_base.index("with the adapter")
     assert with_base.endswith(f"{ANSWER}\n")
+
+
+def test_a_long_conversation_forgets_its_beginning(talked: Run) -> None:
+    """The model takes 256 tokens, which are some 15 questions with their answers."""
+    lines = [f"say {number}" for number in range(30)]
+    found = said(chat, talked.folder, iter(lines), max_new_tokens=6, system="Be brief.")
+    assert found.count(FORGOTTEN) > 5
+    assert found.startswith(f"{ANSWER}\n" * 3), "as long as all fits, nothing is forgotten"
+    with pytest.raises(RunError, match="shorten it"):
+        said(chat, talked.folder, iter(["say 7", "say " + "7" * 300]), max_new_tokens=6)
 
 
 def test_what_is_drawn_is_drawn_again_with_its_seed(talked: Run) -> None:

@@ -372,6 +372,21 @@ def test_a_missing_partition_key_blames_the_override_that_asks_for_it() -> None:
         override("data.partition.kind=dirichlet")
 
 
+ANSWERED = ["data.prompt={q}", "data.completion={a}"]
+
+
+@pytest.mark.parametrize("rows", [[], ["data.prompt={q}"], ANSWERED], ids=["text", "prompt", "answer"])
+def test_a_system_message_where_there_is_no_conversation_is_refused_by_its_name(rows: list[str]) -> None:
+    """It would change nothing, in silence."""
+    with pytest.raises(RecipeError, match=r"^data\.system: only a conversation has"):
+        load_recipe("tiny", [*rows, "data.system=Be brief."])
+
+
+@pytest.mark.parametrize("rows", [["data.messages=m"], [*ANSWERED, "data.chat_template=tokenizer"]])
+def test_a_conversation_may_have_a_system_message(rows: list[str]) -> None:
+    assert load_recipe("tiny", [*rows, "data.system=Be brief."]).data.system == "Be brief."
+
+
 def test_an_override_wins_over_the_file_and_a_later_one_over_an_earlier(write: Write) -> None:
     path = write(SHORTEST + "clients = 5\n")
     assert load_recipe(path).data.clients == 5

@@ -198,6 +198,23 @@ def test_micro_batches_of_fixed_shapes_are_the_references(monkeypatch: pytest.Mo
     assert_agree(train(BatchedEngine, adapted, start, jobs, **told), theirs, start, "float64")
 
 
+@pytest.mark.parametrize("clients", [1, 2])
+def test_fixed_shapes_hold_the_largest_batch_where_a_round_begins_with_a_small_one(
+    clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Five blocks are batches of 2, 2 and 1, and the second round of two steps begins with the last one.
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    adapted = make_adapted(dtype="float64")
+    start, jobs = start_from(adapted), make_jobs((5, 9)[:clients])
+    told = {"batch_size": 2, "max_steps": 2}
+    assert [len(rows) for rows in replace(jobs[0], training=make_recipe(training=told).training).draw_batches()] == [
+        1,
+        2,
+    ]
+    theirs = train(ReferenceEngine, adapted, start, jobs, **told)
+    assert_agree(train(BatchedEngine, adapted, start, jobs, **told), theirs, start, "float64")
+
+
 @pytest.mark.parametrize("beside", [[0, 1, 2], [2, 0, 1]])
 def test_with_accumulation_and_dropout_a_client_is_the_same_alone_and_beside_others(beside: list[int]) -> None:
     adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)

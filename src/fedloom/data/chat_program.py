@@ -45,7 +45,9 @@ class Generation(Extension):
 
     def _mark(self, caller: Any) -> str:
         marks: Any = self.environment.globals["generation_marks"]
-        return f"{marks[0]}{caller()}{marks[1]}"
+        # One block inside of another is no span of its own.
+        inside = caller().replace(marks[0], "").replace(marks[1], "")
+        return f"{marks[0]}{inside}{marks[1]}"
 
 
 def build(template: str, constants: dict[str, str]) -> tuple[Any, tuple[str, str]]:
@@ -89,9 +91,10 @@ def render(template: Any, marks: tuple[str, str], messages: list[Any], prompts: 
     return "".join([*pieces, text]), spans
 
 
-def answer(template: Any, marks: tuple[str, str], asked: dict[str, Any]) -> dict[str, Any]:
+def answer(template: Any, marks: tuple[str, str], request: str) -> dict[str, Any]:
     """Carry out one request: the conversation up to each number of messages, with a turn begun or without."""
     try:
+        asked = json.loads(request)
         found = [render(template, marks, asked["messages"][:number], prompts) for number, prompts in asked["renders"]]
     except RefusedError:
         return {"error": "refused"}
@@ -121,7 +124,7 @@ def main() -> int:
         return 1
     say({"ready": True})
     for line in sys.stdin:
-        say(answer(template, marks, json.loads(line)))
+        say(answer(template, marks, line))
     return 0
 
 

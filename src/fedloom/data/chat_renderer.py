@@ -97,12 +97,18 @@ class ChatRenderer:
         """Send a request and wait for its answer.
 
         Raises:
-            DataError
+            RenderError: it is nested too deeply, or in itself.
+            DataError: the process ended, or hangs.
         """
         process = self._process
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            # What a table has beside texts, a time say, is told as a text.
+            line = json.dumps(request, default=str).encode() + b"\n"
+        except (ValueError, RecursionError):
+            raise RenderError("that can't be told to a chat template") from None
+        try:
+            process.stdin.write(line)
             process.stdin.flush()
         except (BrokenPipeError, ValueError):
             raise self._ended() from None

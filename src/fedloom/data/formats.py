@@ -116,14 +116,33 @@ class RowFormat:
             counted = tuple(marked)
             if len(counted) != len(spoken):
                 raise UnreadableError(NOT_KEPT)
-            counted = counted[-len(turns) :]
+            counted = self._with_end(text, counted[-len(turns) :])
         for turn, (begin, end) in zip(turns, counted, strict=True):
             said = str(messages[turn].get("content") or "").rpartition("</think>")[2].strip()
-            if said not in text[begin:end]:
+            if any(words not in text[begin:end] for words in (said, *_names_called(messages[turn]))):
                 raise UnreadableError("whose answer the chat template changes or leaves out")
-        # Where the template ends an answer with a special token, a model learns from that to stop.
-        closed = any(token in text[counted[-1][0] :] for token in self._specials)
+        # Where the template ends an answer with a special token, a model learns from that to stop. One that is said in
+        # the answer, an HTML tag say, is no end of it.
+        last = text[slice(*counted[-1])]
+        closed = self._first_special(last.rpartition(said)[2] if said else last)
         return Form(text, counted, is_whole=True, ends=data.ends and not closed)
+
+    def _with_end(self, text: str, counted: Spans) -> Spans:
+        """Return spans that a template marks, each with the end of its turn, where that comes next behind it."""
+        # Behind the last turn there is no other that it could begin.
+        end = self._first_special(text[counted[-1][1] :]) if self._data.ends else None
+        if end is None:
+            return counted
+        blanks = {last: len(text[last:]) - len(text[last:].lstrip()) for _, last in counted}
+        return tuple(
+            (first, last + blanks[last] + len(end) if text.startswith(end, last + blanks[last]) else last)
+            for first, last in counted
+        )
+
+    def _first_special(self, text: str) -> str | None:
+        """Return the first special token in a text."""
+        found = [token for token in self._specials if token in text]
+        return min(found, key=text.index, default=None)
 
     def _open_renderer(self) -> ChatRenderer:
         if self._renderer is None:
@@ -151,9 +170,9 @@ def own_chat_template(tokenizer: Any) -> str:
         own = own.get("default")
     if not own:
         raise DataError(
-            "the base model's tokenizer has no chat template",
-            where="data.messages",
-            mend="name a file in data.chat_template, or use an instruct model",
+            "the base model's tokenizer has none, and conversations are written by one",
+            where="data.chat_template",
+            mend="name a file, or use an instruct model",
         )
     return str(own)
 
@@ -194,12 +213,22 @@ def _messages_of(value: object, column: str) -> list[Message]:
         role = ROLES.get(role, role) if isinstance(role, str) else None
         if role not in KNOWN:
             raise UnreadableError("with a message of another role than system, user, assistant or tool")
-        if not isinstance(content, str) and not message.get("tool_calls"):
+        if not isinstance(content, str) and not _names_called(message):
             raise UnreadableError("with a message whose content is not text")
         others = {key: given for key, given in message.items() if key not in ("role", "from", "content", "value")}
         # Tables give every message the columns that one of them has.
         messages.append({**{k: v for k, v in others.items() if v is not None}, "role": role, "content": content or ""})
     return messages
+
+
+def _names_called(message: Mapping[str, Any]) -> list[str]:
+    """Return the names of the functions that a message calls."""
+    calls = message.get("tool_calls")
+    found = (
+        [call.get("function", call) for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else ()
+    )
+    names = (function.get("name") for function in found if isinstance(function, Mapping))
+    return [name for name in names if isinstance(name, str)]
 
 
 def _turns_of(row: Row, template: RowTemplate, role: str) -> list[Message]:

@@ -52,11 +52,12 @@ def _mark(form: Form, text: str, tokenizer: Any) -> tuple[list[int], list[bool]]
     if not getattr(tokenizer, "is_fast", False):
         return _mark_by_prefix(form, text, tokenizer, told)
     found = tokenizer(text, return_offsets_mapping=True, **told)
-    # Special tokens that stand for no text have an empty place.
-    counted = [
-        any(begin < last and first < end for first, last in form.counted) and begin < end
-        for begin, end in found["offset_mapping"]
-    ]
+    counted, told_to = [], 0
+    for begin, end in found["offset_mapping"]:
+        # Some tokenizers leave blanks out of the places that they tell, and have an empty one for blanks alone: those
+        # stand behind the token before. Special tokens that stand for no text have an empty one at the beginning.
+        begin, told_to = min(begin, told_to) if begin == end else begin, max(told_to, end)
+        counted.append(any(begin < last and first < end for first, last in form.counted) and begin < end)
     return found["input_ids"], counted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fedloom.data.chat_renderer import ChatRenderer, RenderError
@@ -51,7 +52,7 @@ class Prompting:
         messages = [
             {**one, "content": self._fill(one["content"])} if one["role"] == "user" else one for one in messages
         ]
-        if self._data.system is not None and messages[0]["role"] != "system":
+        if self._data.system is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": self._data.system}, *messages]
         try:
             (text,), _ = self._renderer.render(messages, [(len(messages), True)])
@@ -69,20 +70,23 @@ class Prompting:
             return asked
         template = parse_template(self._data.prompt)
         needed = [name for pieces, optional in template.parts for name, column in pieces if column and not optional]
-        row: Any = {needed[0]: asked} if len(set(needed)) == 1 else None
+        alone = {*needed} or {*template.columns}
+        row = dict.fromkeys(alone, asked) if len(alone) == 1 else None
+        told: Any = None
         if row is None or asked.lstrip().startswith("{"):
-            try:
-                row = json.loads(asked)
-            except ValueError:
-                row = row or {}
-        missing = [name for name in needed if not isinstance(row, dict) or find_value(row, name) is None]
-        if missing:
+            with suppress(ValueError, RecursionError):
+                told = json.loads(asked)
+        # An object without any of the columns is a question about an object.
+        if isinstance(told, dict) and any(find_value(told, name) is not None for name in template.columns):
+            row = told
+        if row is None or any(find_value(row, name) is None for name in needed):
             raise DataError(
                 f"the run's prompt has the columns {', '.join(template.columns)}",
                 where="PROMPT",
                 mend="give them as JSON: " + json.dumps(dict.fromkeys(template.columns, "...")),
             )
-        return template.fill(lambda name, _: str(find_value(row, name) or ""))
+        values = {name: find_value(row, name) for name in template.columns}
+        return template.fill(lambda name, _: "" if values[name] is None else str(values[name]))
 
     def _tokens(self, text: str, *, whole: bool) -> list[int]:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=not whole, verbose=False)["input_ids"]

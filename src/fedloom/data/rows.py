@@ -177,6 +177,8 @@ def _check_header(data: Data, header: list[str], path: Path, separator: str) -> 
         DataError: a column is not there, or is there twice.
     """
     mend = "name a column of the file's first line, the header"
+    if data.is_plain and "text" not in data.model_fields_set:
+        mend = f"name columns of the file's first line, the header: {CHOICES}"
     # The columns are not listed: in a file without a header, the first line is a document's text.
     wanted = columns_of(data)
     for column in set(wanted.values()) & {name.strip() for name in header} - set(header):
@@ -298,6 +300,11 @@ MENDS = {
 
 CHATS = ("messages", "conversations")
 """Names that columns of conversations have."""
+CHOICES = (
+    "a text's in data.text, a question's and its answer's in data.prompt and data.completion,"
+    " or a conversation's in data.messages"
+)
+"""Keys that name columns, for somebody whose recipe has none."""
 
 
 def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], *, is_folder: bool) -> str:
@@ -307,6 +314,8 @@ def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], 
             return f'set data.messages = "{chats[0]}", the column of conversations'
         if "prompt" in columns and "completion" in columns:
             return 'set data.prompt = "{prompt}" and data.completion = "{completion}"'
+        if columns and "text" not in data.model_fields_set:
+            return f"name their columns: {CHOICES}"
     commonest = max(skipped, key=lambda reason: skipped[reason], default="")
     return MENDS.get(commonest, f"check {name_keys(data, is_folder=is_folder)}")
 

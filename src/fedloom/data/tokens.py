@@ -47,7 +47,7 @@ class TokenBlocks:
     unanswered: int = 0
     """Documents that gave no block because nothing that counts is left within the length of one."""
     cut: int = 0
-    """Documents of which a part that counts was cut off."""
+    """Documents of which a part that counts was cut off, and another is left."""
     texts_NT: Tensor | None = None
     """Number of the text that each position belongs to, from 1 in each block, and 0 at padding; None where every block
     is a text of its own."""
@@ -191,7 +191,6 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
             whole_T, counted_T = _tokenize_plain(document.text, tokenizer, data)
         # Cut here and not by the tokenizer, some of which cut at the left.
         length = max(1, len(whole_T)) if data.window == "blocks" else data.max_length
-        cut += bool(counted_T[length:].any()) and document.form is not None
         blocks = list(
             zip(whole_T[:length].split(data.max_length), counted_T[:length].split(data.max_length), strict=True)
         )
@@ -200,6 +199,7 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
         usable = [(tokens_T, marks_T) for tokens_T, marks_T in long_enough if marks_T[1:].any()]
         dropped += not long_enough
         unanswered += bool(long_enough) and not usable
+        cut += bool(usable and counted_T[length:].any()) and document.form is not None
         pieces.extend(tokens_T for tokens_T, _ in usable)
         masks.extend(marks_T for _, marks_T in usable)
     lengths_N = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)

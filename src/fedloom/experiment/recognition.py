@@ -44,9 +44,7 @@ def open_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         RecipeError: as `load_recipe`.
     """
-    recipe = load_recipe(source, overrides)
-    found = recognise_rows(recipe.data)
-    return load_recipe(source, [*overrides, *(f"data.{key}='{value}'" for key, value in found.items())])
+    return load_recipe(source, overrides, recognise_rows)
 
 
 def recognise_rows(data: Data) -> dict[str, str]:
@@ -54,22 +52,23 @@ def recognise_rows(data: Data) -> dict[str, str]:
     if not data.is_plain or "text" in data.model_fields_set or _first_row(data) is not None:
         return {}
     for keys, fits in KINDS:
-        told = data.model_copy(update=keys)
+        unsaid = {key: value for key, value in keys.items() if key not in data.model_fields_set}
+        told = data.model_copy(update=unsaid)
         row = _first_row(told)
         if row is not None and all(fits(row[column]) for _, column in told.columns):
-            return keys
+            return unsaid
     return {}
 
 
 def _first_row(data: Data) -> Row | None:
     """Return the first row of a file; None where there is none, or it lacks a column that is named."""
     path = Path(data.source)
-    if not path.is_file() or format_of(path) is None:
-        return None
     try:
+        if not path.is_file() or format_of(path) is None:
+            return None
         _, open_row = next(read_rows(path, path.name, data))
         row = open_row()
     # Whatever is wrong with the file is told when it is read whole.
-    except (StopIteration, DataError, UnreadableError):
+    except (StopIteration, DataError, UnreadableError, OSError):
         return None
     return row if all(column in row for _, column in data.columns) else None

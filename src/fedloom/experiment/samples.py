@@ -22,9 +22,11 @@ def write_samples(recipe: Recipe, prepared: Prepared, session: Session, trial: T
     """Write `samples.json`, where a run's documents are questions with answers and the recipe asks for samples."""
     central, source, adapted = prepared.central, prepared.source, session.adapted
     tokenizer, best = source.tokenizer, trial.recorder.adapters / "best"
-    chosen = range(0 if recipe.data.learns == "all" or not best.is_dir() else min(recipe.report.samples, len(central)))
-    prompts = []
-    for row in chosen:
+    wanted = 0 if recipe.data.learns == "all" or not best.is_dir() else recipe.report.samples
+    prompts: list[tuple[list[int], int]] = []
+    for row in range(len(central)):
+        if len(prompts) >= wanted:
+            break
         tokens, counts = central.tokens_NT[row].tolist(), central.counted_NT[row].tolist()
         prompt = tokens[: counts.index(True)]
         room = ROOM if source.max_length is None else min(ROOM, source.max_length - len(prompt) - adapted.prompt_length)

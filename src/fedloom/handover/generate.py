@@ -18,6 +18,7 @@ from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.text import show_controls
 
 BASE, TRAINED = "--- base model ---\n", "--- with the adapter ---\n"
+FORGOTTEN = "— more than the model takes was said: what came first is forgotten —\n"
 
 
 class Speaker:
@@ -48,6 +49,13 @@ class Speaker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.prompting.close()
+
+    def has_room(self, messages: Sequence[Message], room: int) -> bool:
+        """Return whether an answer to messages may have so many tokens, or half of what the model takes at most."""
+        longest = self._opened.max_length
+        if longest is None:
+            return True
+        return len(self.prompting.write(messages)) + self._adapted.prompt_length + min(room, longest // 2) <= longest
 
     def answer(
         self,
@@ -136,7 +144,8 @@ def chat(
 ) -> None:
     """Answer each line, with all that was said before where the run's documents are conversations.
 
-    With `base`, the base model answers too, in a conversation of its own.
+    With `base`, the base model answers too, in a conversation of its own. What no longer fits into the model is
+    forgotten, the oldest question with its answer first.
 
     Raises:
         RunError, DataError: as `generate`.
@@ -152,8 +161,18 @@ def chat(
                 if base:
                     say(BASE if alone else TRAINED)
                 messages.append({"role": "user", "content": line})
+                if speaker.prompting.is_chat and _forget(speaker, messages, len(first), max_new_tokens):
+                    say(FORGOTTEN)
                 said = speaker.answer(messages, base=alone, room=max_new_tokens, sampling=sampling, say=say)
                 messages.append({"role": "assistant", "content": said})
+
+
+def _forget(speaker: Speaker, messages: list[Message], begin: int, room: int) -> bool:
+    """Drop the oldest questions with their answers until the last one's has room; return whether there were any."""
+    told = len(messages)
+    while len(messages) > begin + 1 and not speaker.has_room(messages, room):
+        del messages[begin : begin + 2]
+    return len(messages) < told
 
 
 def _print(text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedloom.errors import RecipeError
-from fedloom.recipe.data_section import TOKENIZERS
+from fedloom.recipe.data_section import TOKENIZERS, Data
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import nearest
 
@@ -28,10 +28,15 @@ SCHEME = re.compile(r"[a-z]+:")
 """Beginning of a source that is no path: `random:tiny-opt`, say."""
 
 
-def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    complete: Callable[[Data], Mapping[str, str]] | None = None,
+) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, with `section.key=value` overrides on top.
 
     A relative path is found beside the recipe's file, one of an override in the working folder; both become absolute.
+    `complete` returns keys of `data` that its section has not, before it is looked at what can be combined.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
@@ -43,6 +48,9 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     overridden = [_apply_override(values, override) for override in overrides]
     make_absolute(values, Path.cwd())
     read_chat_template(values, Path.cwd() if "data.chat_template" in overridden else beside)
+    if complete is not None:
+        with suppress(KeyError, ValidationError):  # what is wrong with the section is said of the whole recipe
+            values["data"] |= complete(Data.model_validate(values["data"]))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -177,13 +177,17 @@ CLASHES = (
     ),
     Clash(
         lambda recipe: (
-            recipe.data.messages is None
-            and recipe.data.completion is None
-            and bool(recipe.data.chat_template or recipe.data.system)
+            recipe.data.messages is None and recipe.data.completion is None and recipe.data.chat_template is not None
         ),
         "data.chat_template",
         "a chat template writes conversations, and there are none",
-        "set data.messages, or leave out chat_template and system",
+        "set data.messages, or leave it out",
+    ),
+    Clash(
+        lambda recipe: recipe.data.system is not None and not recipe.data.is_chat,
+        "data.system",
+        "only a conversation has a system message",
+        "set data.messages, or data.chat_template beside data.prompt and data.completion",
     ),
     Clash(
         lambda recipe: recipe.data.window == "blocks" and recipe.data.learns != "all",

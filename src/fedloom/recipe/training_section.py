@@ -85,7 +85,8 @@ class Training(Section):
         None,
         ge=1,
         description="the most steps of a client in a round; each round goes on where the one before ended in the"
-        " client's own order, so all rows are seen before one is seen again. `epochs` alone counts if left out",
+        " client's own order, so a client of every round sees all rows before one again; who sits rounds out skips"
+        " theirs. `epochs` alone counts if left out",
     )
     batch_size: int = Field(2, ge=1, description="sequences in a step, or in one of its micro-batches")
     gradient_accumulation: int = Field(

@@ -45,6 +45,7 @@ class ClientSlot:
         """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
         blocks = self.job.blocks
         widest = -(-int(blocks.widths.max()) // WIDTHS) * WIDTHS
+        # The first one is not always the largest: a round that goes on with a pass may begin with its uneven end.
         sequences = min(max(map(len, self.batches)), self.job.training.batch_size)
         return sequences, min(widest, blocks.tokens_NT.shape[1])
 

@@ -10,7 +10,7 @@ from support.tiny import make_recipe
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN, load_client, mend_of_server
 from fedloom.deployment.client.policy import Policy
-from fedloom.errors import DataError
+from fedloom.errors import DataError, PolicyError
 from fedloom.recipe.data_section import Data
 
 ASKED = Data(source="the client's own")
@@ -55,6 +55,22 @@ def test_a_server_does_not_choose_what_is_read(asked: dict[str, Any], folder: Pa
     documents = gather_client(recipe, folder).documents
     assert len(documents.train) + len(documents.holdout) == 8
     assert not any("SECRET" in document.text for document in (*documents.train, *documents.holdout))
+
+
+@pytest.mark.parametrize("allowed", [("about",), ("about", "about.name"), ("about.name",)])
+def test_a_column_that_looks_like_a_part_of_an_allowed_one_is_none(allowed: tuple[str, ...], tmp_path: Path) -> None:
+    # Tables that were flattened have such names, and a column is not allowed because the beginning of its name is.
+    asked, policy = {"prompt": "{about.name}", "loss": "all"}, Policy(columns=allowed)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"about": {"name": "inside"}}) + "\n")
+    assert texts(path, policy, **asked) == ["inside"]
+    path.write_text(json.dumps({"about": {"name": "inside"}, "about.name": "SECRET"}) + "\n")
+    if "about.name" in allowed:
+        assert texts(path, policy, **asked) == ["SECRET"]
+    else:
+        with pytest.raises(PolicyError, match=r'does not allow the column "about\.name"') as refused:
+            texts(path, policy, **asked)
+        assert "SECRET" not in str(refused.value)
 
 
 def test_hidden_files_are_read_where_their_owner_says_so(folder: Path) -> None:

@@ -131,7 +131,9 @@ def write_splits(recipe: Recipe, folder: Path, display: Observer) -> list[Path]:
         target = folder / f"client-{client}"
         target.mkdir(parents=True)
         for name, part in ((TRAIN, filter(is_trained_on, documents.train)), (HOLDOUT, documents.holdout)):
-            rows = [json.dumps(document.row or {recipe.data.text: document.text}) + "\n" for document in part]
+            # What a table has beside texts, a time in a message say, is written as a chat template is told of it.
+            columns = [document.row or {recipe.data.text: document.text} for document in part]
+            rows = [json.dumps(row, default=str) + "\n" for row in columns]
             (target / name).write_text("".join(rows), encoding="utf-8")
         folders.append(target)
     return folders

@@ -7,13 +7,13 @@ Errors name what the owner can change, `--data`, `--text` and `--files`, and say
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fedloom.data.documents import LINKED, Document, find_files, load_documents
 from fedloom.deployment.client.policy import Policy
-from fedloom.errors import DataError, FedloomError
+from fedloom.errors import DataError, FedloomError, PolicyError
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.loading import list_keys
 
@@ -71,6 +71,7 @@ def load_client(
 
     Raises:
         DataError: they can't be read, or a link leads out of the folder.
+        PolicyError: a column was read that only looks like a part of one that the policy allows.
     """
     check_there(path)
     # Absolute, since what is not there would be looked for on the hub, by a name that is nobody's business.
@@ -86,10 +87,24 @@ def load_client(
         kept = asked.model_dump(include=set(ROWS) & asked.model_fields_set)
         data = Data.model_validate({**kept, **told})
         found = load_documents(data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer)
+        _check_columns(data, found.documents, policy)
         return found.documents
     except DataError as error:
         what, where, mend = (OWN_KEY.sub(_name_option, part) for part in (error.what, error.where, error.mend))
         raise DataError(what, where=where, mend=mend) from None
+
+
+def _check_columns(data: Data, documents: Iterable[Document], policy: Policy) -> None:
+    """Refuse documents made of a column `a.b` where the policy allows `a`, and so what is inside of it, alone.
+
+    Raises:
+        PolicyError
+    """
+    # Whether a name with a dot is a column or a place inside of one, rows alone say.
+    inside = () if data.is_plain else {column for _, column in data.columns} - set(policy.columns)
+    for column in sorted(inside):
+        if any(column in (document.row or ()) for document in documents):
+            raise PolicyError(("columns", f'does not allow the column "{column}" to be read'))
 
 
 def _name_option(found: re.Match[str]) -> str:

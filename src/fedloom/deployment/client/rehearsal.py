@@ -20,11 +20,10 @@ from fedloom.deployment.client.reading import describe_limits
 from fedloom.deployment.client.refusals import find_refusals, mend_policy
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError
-from fedloom.experiment.recognition import recognise_rows
+from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
 from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
-from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.text import count
 
@@ -67,7 +66,7 @@ def rehearse(
     if "policy" in found and data:
         yield look("documents", lambda: _count_documents(data, found["policy"]))
     if recipe:
-        yield look("recipe", lambda: ((loaded := load_recipe(recipe)).name, loaded))
+        yield look("recipe", lambda: ((loaded := open_recipe(recipe)).name, loaded))
     if recipe and "recipe" in found and "policy" in found:
         yield from judge_recipe(found["policy"], found["recipe"], policy)
 
