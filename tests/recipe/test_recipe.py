@@ -487,6 +487,7 @@ def test_every_key_is_described() -> None:
         "report",
         "federation.early_stop",
         "model.quantization_options",
+        "privacy",
     }:
         assert f"| `{key}` |" in text
     assert "None" not in text

@@ -29,6 +29,7 @@ SECTIONS = [
     "Runtime and throughput",
     "Federation",
     "Communication",
+    "Privacy",
     "Observations",
     "How to repeat it",
 ]

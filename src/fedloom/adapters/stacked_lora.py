@@ -46,7 +46,7 @@ class StackedLora(nn.Module):
         self.lora_a_KRI: Tensor
         self.lora_b_KOR: Tensor
         self.gradient_a_GRI: Tensor
-        """Where the gradients of A go: of each client, or of each of its G / K pieces."""
+        """Place that the gradients of A are added to: of each client, or of each of its G / K pieces."""
         self.gradient_b_GOR: Tensor
 
     def forward(self, x: Tensor) -> Tensor:

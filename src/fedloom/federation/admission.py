@@ -45,7 +45,7 @@ CHUNK = 2**20
 """Weights that are looked at together: no copy is made of a whole model."""
 MAY_BE_UNKNOWN = ("holdout_loss_before", "holdout_loss_after")
 OF_DOCUMENTS = ("loss_first", "loss_last", "loss_mean")
-"""What a client of a private run does not tell; all of it or none. Its tokens are 0 then."""
+"""Losses that a client of a private run does not tell; all of them or none. Its tokens are 0 then."""
 COUNTS = ("examples", "tokens", "steps")
 
 
