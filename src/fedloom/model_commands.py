@@ -65,14 +65,20 @@ def preview(
 
 def export(
     run: RunFolder,
-    to: Annotated[Path, typer.Option(parser=path, help="The folder to write; it must not exist.")],
+    to: Annotated[Path, typer.Option(parser=path, help="The folder, or FILE.gguf, to write; it must not exist.")],
     merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
+    kind: Annotated[
+        str | None, typer.Option("--as", help="Weights of a merged .gguf file: f32, f16 (if left out) or q8_0.")
+    ] = None,
 ) -> None:
-    """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""
+    """Copy a run's best adapter, or merge it into its base model, and prove that it is the same.
+
+    A target that ends in .gguf is written for llama.cpp.
+    """
     from fedloom.handover.export import export
     from fedloom.monitoring.display import Terminal
 
-    distance = export(run, to, merged=merged, display=Terminal())
+    distance = export(run, to, merged=merged, kind=kind, display=Terminal())
     typer.echo(f"{show_controls(str(to))}: its logits lie {distance:.1e} from the run's, relative to their norm")
 
 
