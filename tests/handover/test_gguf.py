@@ -193,7 +193,8 @@ def test_a_merged_file_is_the_model_in_its_format(finished: Run, kind: str, tmp_
 
 @pytest.mark.parametrize("kind", first(["qwen2", "qwen3", "mistral"]))
 def test_other_kinds_of_models_are_written_as_they_are(kind: str, tmp_path: Path) -> None:
-    other = train(tmp_path, str(write_small_model(tmp_path / "model", kind)))
+    width = 128 if kind == "qwen3" else 16
+    other = train(tmp_path, str(write_small_model(tmp_path / "model", kind, head_dim=width)))
     assert export(other.folder, tmp_path / "adapter.gguf") < 1e-6
     assert export(other.folder, tmp_path / "merged.gguf", merged=True, kind="f32") < 1e-5
     layer = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.self_attn.v_proj.weight"]
@@ -235,6 +236,7 @@ def test_positions_and_windows_that_can_not_be_told_are_refused(tmp_path: Path) 
         [
             ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "kind linear"),
             ("mistral", {"sliding_window": 16}, "the last 16 tokens alone"),
+            ("llama", {"attention_bias": True}, "biases where llama.cpp's Llama has none"),
         ]
     ):
         folder = tmp_path / str(number)

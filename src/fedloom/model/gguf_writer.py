@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedloom.errors import ModelError
-from fedloom.model.gguf_layout import GgufLayout
+from fedloom.model.gguf_layout import INTERLEAVED, GgufLayout
 from fedloom.model.gguf_vocabulary import PREFIX, vocabulary_of
 from fedloom.model.source import ModelSource
 
@@ -152,6 +152,8 @@ def _make_keys(config: PretrainedConfig, layout: GgufLayout, source: ModelSource
         f"positions of the kind {rope['rope_type']}": rope["rope_type"] not in ("default", "llama3"),
         f"attention to the last {window} tokens alone": window is not None and window < longest,
         f"the activation {config.hidden_act}": config.hidden_act != "silu",
+        "biases where llama.cpp's Llama has none": layout.architecture == INTERLEAVED
+        and (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
     }
     if told := [what for what, is_odd in odd.items() if is_odd]:
         raise ModelError(
