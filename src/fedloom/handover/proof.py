@@ -22,6 +22,8 @@ from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 
+TEMPLATE_FILE = "chat_template.jinja"
+"""Name by which transformers and vLLM find a chat template beside a tokenizer or an adapter."""
 PROOF_BLOCKS = 4
 """Number of hold-out blocks on which the export must give the run's own logits."""
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2}

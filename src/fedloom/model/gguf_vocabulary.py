@@ -38,7 +38,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> dict[str, Any]:
     for number, token in added.items():
         tokens[number] = token["content"]
         kinds[number] = CONTROL if token["special"] else USER_DEFINED
-    first, last = _ends_of(tokenizer)
+    first, last = ends_of(tokenizer)
     numbers = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -58,7 +58,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> dict[str, Any]:
     }
 
 
-def _ends_of(tokenizer: Any) -> tuple[bool, bool]:
+def ends_of(tokenizer: Any) -> tuple[bool, bool]:
     """Return whether a tokenizer begins each text with its BOS, and ends it with its EOS."""
     tokens = tokenizer("a")["input_ids"]
     begins = tokenizer.bos_token_id is not None and tokens[0] == tokenizer.bos_token_id
