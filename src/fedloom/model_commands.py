@@ -102,6 +102,25 @@ def export(
         typer.echo(show_controls(command))
 
 
+def push(
+    run: RunFolder,
+    name: Annotated[str, typer.Argument(help="OWNER/NAME of a model on the hub; it is made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
+    with_report: Annotated[
+        bool, typer.Option("--with-report", help="With the run's report, which names clients and files.")
+    ] = False,
+) -> None:
+    """Upload a run's best adapter with its card to the model hub: private, and no records, unless told otherwise.
+
+    Who you are, hf auth login has written down, or HF_TOKEN says.
+    """
+    from fedloom.handover.push import push
+    from fedloom.monitoring.display import Terminal
+
+    address = push(run, name, public=public, with_report=with_report, display=Terminal())
+    typer.echo(show_controls(address))
+
+
 Base = Annotated[bool, typer.Option("--base", help="First without the adapter.")]
 Temperature = Annotated[
     float, typer.Option(min=0, max=10, help="How freely words are drawn; 0 takes the likeliest each time.")

@@ -10,9 +10,8 @@ from typing import Any
 from fedloom.errors import RunError
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.handover.proof import TEMPLATE_FILE
+from fedloom.records.card import RANKS
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for --max-lora-rank."""
 OPTIONS = {
     "use_dora": "DoRA",
     "modules_to_save": "layers that were trained as a whole",
