@@ -201,8 +201,11 @@ def test_other_kinds_of_models_are_written_as_they_are(kind: str, tmp_path: Path
     assert tensors_of(tmp_path / "merged.gguf")["blk.0.attn_v.weight"].shape == layer.shape
 
 
-def test_a_merged_file_is_a_base_model_for_the_next_run(finished: Run, tmp_path: Path) -> None:
+def test_a_merged_file_is_a_base_model_for_the_next_run(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Read, trained on and written again: what the file says beside its weights stays."""
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
     export(finished.folder, tmp_path / "first.gguf", merged=True, kind="f32")
     again = train(tmp_path, str(tmp_path / "first.gguf"))
     export(again.folder, tmp_path / "second.gguf", merged=True, kind="f32")

@@ -165,7 +165,10 @@ def test_a_merged_model_for_ollama_is_one_file(talked: Run, tmp_path: Path) -> N
     assert kinds == {"Q8_0", "F32"}
 
 
-def test_a_base_model_that_came_as_a_file_is_that_file(talked: Run, tmp_path: Path) -> None:
+def test_a_base_model_that_came_as_a_file_is_that_file(
+    talked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
     export(talked.folder, tmp_path / "base.gguf", merged=True, kind="q8_0")
     again = train(tmp_path, CHATS, str(tmp_path / "base.gguf"), data={"messages": "messages"})
     assert export(again.folder, tmp_path / "folder", ollama=True) < 1e-6
