@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,22 @@ def test_a_vocabulary_is_told_by_the_way_in_which_it_splits(split: str) -> None:
     assert told["tokenizer.ggml.token_type"][-1] == 5
     tokens = told["tokenizer.ggml.tokens"]
     assert [tokens[number] for number in tokenizer(TEXTS[0])["input_ids"]] == tokenizer.tokenize(TEXTS[0])
+
+
+def test_a_vocabulary_of_pieces_is_told_with_what_is_merged_first() -> None:
+    tokenizer = make_tokenizer("pieces")
+    told = vocabulary_of(tokenizer, 512)
+    assert (told["tokenizer.ggml.model"], told["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
+    kinds = dict(zip(told["tokenizer.ggml.tokens"], told["tokenizer.ggml.token_type"], strict=True))
+    assert (kinds["<unk>"], kinds["<0x0A>"], kinds["<|im_end|>"], kinds["▁"]) == (2, 6, 3, 1)
+    scores = dict(zip(told["tokenizer.ggml.tokens"], told["tokenizer.ggml.scores"], strict=True))
+    # llama.cpp's rule: of neighbours that are a token together, the best first, and of equal ones the leftmost.
+    pieces = list("▁return▁self.value")
+    while pairs := [(-scores[a + b], n) for n, (a, b) in enumerate(pairwise(pieces)) if a + b in scores]:
+        _, at = min(pairs)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    assert pieces == tokenizer.tokenize("return self.value")
+    assert len(pieces) < 12
 
 
 def test_a_tokenizer_that_llama_cpp_has_not_is_refused() -> None:

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         },
         {"options": {"rank_pattern": {"q_proj": 2}}},
     ),
-    "mistral": ("mistral", "gpt-2", {"head_dim": 32}, {}),
+    "mistral": ("mistral", "pieces", {"head_dim": 32}, {}),
     "qwen2": ("qwen2", "qwen2", {}, {}),
     "qwen3": ("qwen3", "qwen2", {"head_dim": 128}, {}),
 }  # fmt: skip

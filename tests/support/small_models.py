@@ -39,18 +39,39 @@ TEXTS = (
 """Texts that the ways of splitting split differently."""
 
 
-def make_tokenizer(split: str = "smollm", chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 500 tokens, learnt from the source of a package."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = SPLITTERS[split]
-    tokenizer.decoder = decoders.ByteLevel()
+def learn(tokenizer: Tokenizer, size: int, alphabet: list[str]) -> Tokenizer:
+    """Learn a vocabulary from the source of some packages."""
     trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([inspect.getsource(module) for module in (json, inspect, tokenizers)], trainer)
+    return tokenizer
+
+
+def make_pieces() -> Tokenizer:
+    """A tokenizer like SentencePiece's: whole texts, with visible blanks, and bytes for what is in no token."""
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
+    told = json.loads(learn(learnt, 240, []).to_str())["model"]
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(told["vocab"], key=told["vocab"].get)]
+    merges = [tuple(merge) for merge in told["merges"]]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["<unk>", *SPECIAL])
+    return made
+
+
+def make_tokenizer(split: str = "smollm", chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of about 500 tokens: byte-level, with this way of splitting, or `pieces`."""
+    if split == "pieces":
+        tokenizer = make_pieces()
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = SPLITTERS[split]
+        tokenizer.decoder = decoders.ByteLevel()
+        learn(tokenizer, 500, sorted(pre_tokenizers.ByteLevel.alphabet()))
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[0])
     made.chat_template = chat_template
     return made

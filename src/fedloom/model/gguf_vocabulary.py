@@ -1,18 +1,25 @@
-"""Vocabulary of a tokenizer as llama.cpp reads it in a GGUF file: byte-level BPE whose way to split texts it knows."""
+"""Vocabulary of a tokenizer as llama.cpp reads it in a GGUF file.
+
+It knows byte-level BPE by the way in which texts are split into words first, as GPT-2's and Llama 3's, and BPE over
+whole texts with bytes for what is in no token, as SentencePiece's of Llama 2 and Mistral.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.errors import ModelError
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in llama.cpp."""
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
 """Pattern by which a tokenizer splits words -> llama.cpp's name for it."""
+BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+"""Step of a tokenizer that makes blanks visible, as SentencePiece has them."""
 PREFIX = "tokenizer.ggml."
 
 
@@ -24,8 +31,8 @@ def vocabulary_of(tokenizer: Any, size: int) -> dict[str, Any]:
     """
     told = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     model = told.get("model") or {}
-    split = _name_split(told, model)
-    if split is None:
+    split, prefix = _name_split(told, model), _begins_words(told, model)
+    if split is None and prefix is None:
         raise ModelError(
             "fedloom knows no tokenizer of llama.cpp that splits texts as this model's does",
             where="--to",
@@ -38,6 +45,9 @@ def vocabulary_of(tokenizer: Any, size: int) -> dict[str, Any]:
     for number, token in added.items():
         tokens[number] = token["content"]
         kinds[number] = CONTROL if token["special"] else USER_DEFINED
+    if split is None:
+        kinds = [_kind_of_piece(*pair, model.get("unk_token")) for pair in zip(tokens, kinds, strict=True)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     first, last = ends_of(tokenizer)
     numbers = {
         "bos": tokenizer.bos_token_id,
@@ -46,15 +56,15 @@ def vocabulary_of(tokenizer: Any, size: int) -> dict[str, Any]:
         "padding": tokenizer.pad_token_id,
     }
     return {
-        f"{PREFIX}model": "gpt2",
-        f"{PREFIX}pre": split,
+        f"{PREFIX}model": "gpt2" if split else "llama",
+        f"{PREFIX}pre": split or "default",
         f"{PREFIX}tokens": tokens,
         f"{PREFIX}token_type": kinds,
-        f"{PREFIX}merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        **({f"{PREFIX}merges": merges} if split else {f"{PREFIX}scores": _scores_of(tokens, merges)}),
         **{f"{PREFIX}{name}_token_id": number for name, number in numbers.items() if number is not None},
         f"{PREFIX}add_bos_token": first,
         f"{PREFIX}add_eos_token": last,
-        f"{PREFIX}add_space_prefix": False,
+        f"{PREFIX}add_space_prefix": bool(prefix),
     }
 
 
@@ -84,3 +94,31 @@ def _name_split(told: Mapping[str, Any], model: Mapping[str, Any]) -> str | None
         case [] if last["use_regex"]:
             return "gpt-2"
     return None
+
+
+def _begins_words(told: Mapping[str, Any], model: Mapping[str, Any]) -> bool | None:
+    """Return whether a tokenizer like SentencePiece's writes a blank before a text; None where it is not like that."""
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or not model["merges"]:
+        return None
+    match told.get("normalizer"), told.get("pre_tokenizer"):
+        case None, {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}:
+            return bool(scheme != "never")
+        case {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, blanks]}, None:
+            return True if blanks == BLANKS else None
+        case blanks, None if blanks == BLANKS:
+            return False
+    return None
+
+
+def _scores_of(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
+    """Return a score for each token: SentencePiece merges the best first, which is the order of the merges."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+    return [-float(ranks.get(token, 0)) for token in tokens]
+
+
+def _kind_of_piece(token: str, kind: int, unknown: str | None) -> int:
+    if token == unknown:
+        return UNKNOWN
+    return BYTE if kind == NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token) else kind
