@@ -67,15 +67,60 @@ def preview(
 
 def export(
     run: RunFolder,
-    to: Annotated[Path, typer.Option(parser=path, help="The folder to write; it must not exist.")],
+    to: Annotated[
+        Path | None, typer.Option(parser=path, help="The folder, or FILE.gguf, to write; it must not exist.")
+    ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,
+    kind: Annotated[
+        str | None, typer.Option("--as", help="Weights of a whole model as GGUF: f32, f16 (if left out) or q8_0.")
+    ] = None,
+    ollama: Annotated[
+        Path | None, typer.Option(parser=path, help="In the place of --to: a folder that Ollama makes a model of.")
+    ] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Print what to type to serve the folder with vLLM.")] = False,
 ) -> None:
-    """Copy a run's best adapter, or merge it into its base model, and prove that it is the same."""
+    """Copy a run's best adapter, or merge it into its base model, and prove that it is the same.
+
+    A target that ends in .gguf is written for llama.cpp.
+    """
+    from fedloom.errors import RunError
+
+    target = ollama or to
+    if target is None or (ollama and (to or vllm)):
+        raise RunError("one target is needed", where="--to or --ollama", mend="name a folder or a file for one of them")
+    import shlex
+
     from fedloom.handover.export import export
+    from fedloom.handover.vllm import serve_command
     from fedloom.monitoring.display import Terminal
 
-    distance = export(run, to, merged=merged, display=Terminal())
-    typer.echo(f"{show_controls(str(to))}: its logits lie {distance:.1e} from the run's, relative to their norm")
+    # Before anything is written: it may be refused.
+    command = serve_command(run, target, merged=merged) if vllm else ""
+    distance = export(run, target, merged=merged, kind=kind, ollama=ollama is not None, display=Terminal())
+    typer.echo(f"{show_controls(str(target))}: its logits lie {distance:.1e} from the run's, relative to their norm")
+    if ollama:
+        command = shlex.join(["ollama", "create", target.name, "-f", str(target / "Modelfile")])
+    if command:
+        typer.echo(show_controls(command))
+
+
+def push(
+    run: RunFolder,
+    name: Annotated[str, typer.Argument(help="OWNER/NAME of a model on the hub; it is made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
+    with_report: Annotated[
+        bool, typer.Option("--with-report", help="With the run's report, which names clients and files.")
+    ] = False,
+) -> None:
+    """Upload a run's best adapter with its card to the model hub: private, and no records, unless told otherwise.
+
+    Who you are, hf auth login has written down, or HF_TOKEN says.
+    """
+    from fedloom.handover.push import push
+    from fedloom.monitoring.display import Terminal
+
+    address = push(run, name, public=public, with_report=with_report, display=Terminal())
+    typer.echo(show_controls(address))
 
 
 Base = Annotated[bool, typer.Option("--base", help="First without the adapter.")]

@@ -24,6 +24,7 @@ import transformers.utils.hub
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from fedloom.model.source import byte_tokenizer
+from support.hub_uploads import answer_upload
 
 OWNER, BOT = "someone", "SFconvertbot"
 DATE = "2022-05-11T08:25:17.000Z"
@@ -69,6 +70,7 @@ class Repository:
 
     name: str
     gated: bool = False
+    private: bool = False
     references: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
     discussions: list[dict[str, Any]] = field(default_factory=list)
 
@@ -124,6 +126,8 @@ class Hub:
         self.datasets: dict[str, Repository] = {}
         self.asked: list[str] = []
         self.address = ""
+        self.large: dict[str, bytes] = {}
+        """Large files that were uploaded, by their SHA-256."""
         self.drips: dict[str, int] = {}
         """Ending of a file -> the bytes of it that are sent every tenth of a second, after the first thousand."""
 
@@ -196,9 +200,15 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.answer()
 
+        do_PUT = do_POST
+
         def answer(self) -> None:
             path = urlsplit(self.path).path
             hub.asked.append(f"{self.command} {path}")
+            body = self.body if self.command in ("POST", "PUT") else b""
+            if told := answer_upload(hub, self.command, path, body, self.headers.get("Authorization") or ""):
+                self.send(told[0], json.dumps(told[1]).encode())
+                return
             try:
                 kind, repository, verb, rest = self.route(path)
                 if verb == "resolve":
@@ -256,7 +266,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return {
                 "id": repository.name,
                 "sha": commits[-1].id,
-                "private": False,
+                "private": repository.private,
                 "gated": "manual" if repository.gated else False,
                 "tags": [],
                 "downloads": 0,

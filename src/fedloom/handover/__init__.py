@@ -1,1 +1,1 @@
-"""Handover: export a finished run's adapter, proven to be the same, or generate text with it."""
+"""Handover: export a finished run's adapter, proven to be the same, push it to the hub, or generate text."""

@@ -8,142 +8,108 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.peft_config import reason_of
-from fedloom.errors import ModelError, RunError
-from fedloom.experiment.building import load_adapted_model, load_base
-from fedloom.experiment.preparation import prepare
-from fedloom.handover.finished_run import adapter_folder, recipe_of
-from fedloom.host.files import replace_folder
-from fedloom.model.attention import choose_attention
-from fedloom.model.loading import computed_in
-from fedloom.model.source import ModelSource
+from fedloom.errors import RunError
+from fedloom.experiment.building import load_base
+from fedloom.handover.gguf import DEFAULT_KIND, write_file
+from fedloom.handover.merging import merge, open_merged, save_merged
+from fedloom.handover.ollama import export_for_ollama
+from fedloom.handover.proof import TEMPLATE_FILE, TOLERANCES, Subject, open_subject
+from fedloom.host.files import new_file, replace_folder, writing
+from fedloom.model.gguf_writer import KINDS
 from fedloom.monitoring.observer import Observer
-from fedloom.recipe.recipe import Recipe
 
-PROOF_BLOCKS = 4
-"""Number of hold-out blocks on which the export must give the run's own logits."""
-TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2}
-"""Largest distance of a merged model's logits, relative to their norm: W + BA rounds otherwise than W and BA apart.
-
-Many models compute norms, positions or recurrences in float32 whatever their weights are in."""
+GGUF = ".gguf"
 
 
 def export(
-    folder: str | Path, to: str | Path, *, merged: bool = False, which: str = "best", display: Observer | None = None
+    folder: str | Path,
+    to: str | Path,
+    *,
+    merged: bool = False,
+    kind: str | None = None,
+    ollama: bool = False,
+    which: str = "best",
+    display: Observer | None = None,
 ) -> float:
     """Copy a run's adapter, or write the base model with it merged in, and prove the export by its logits.
 
+    A target that ends in `.gguf` is a file for llama.cpp, and with `ollama` the folder is one for Ollama; `kind` is the
+    format of a whole model's weights there.
     Returns how far the export's logits are from the run's on a few hold-out blocks, relative to their norm: 0.0 for a
     copied adapter.
 
     Raises:
-        RunError: there is no such run or adapter, the target exists, PEFT can't merge this method, or the export does
-            not give the same logits.
+        RunError: there is no such run or adapter, the target exists or can't be written, PEFT can't merge this method,
+            llama.cpp can't hold it, or the export does not give the same logits.
         ModelError: the base model or the export can't be read.
     """
     display = display or Observer()
-    folder, to = Path(folder), Path(to)
-    recipe = recipe_of(folder)
-    source = adapter_folder(folder, which)
-    if to.exists():
+    to = Path(to)
+    check_target(to)
+    if kind and not (ollama or (to.suffix == GGUF and merged)):
+        raise RunError("only a merged .gguf file has a choice of formats", where="--as", mend="leave it out")
+    if kind and kind not in KINDS:
+        raise RunError(f'no format "{kind}"', where="--as", mend=f"known: {', '.join(KINDS)}")
+    subject = open_subject(Path(folder), which, display)
+    if ollama:
+        return export_for_ollama(subject, to, merged=merged, kind=kind, display=display)
+    return write_export(subject, to, merged=merged, kind=kind, display=display)
+
+
+def check_target(to: Path) -> None:
+    """Refuse a target that exists.
+
+    Raises:
+        RunError
+    """
+    try:
+        exists = to.exists()
+    except OSError as error:  # a name that is too long, say
+        raise RunError(f"not a possible target ({error.strerror})", where="--to", mend="name another") from error
+    if exists:
         raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
-    prepared = prepare(recipe, display, predict=False)
-    display.show_step("weights", prepared.source.name)
-    adapted = load_adapted_model(recipe, prepared.source)
-    adapter = adapted.open(source)
-    adapted.load(adapter)
-    held_out = (prepared.central, *(client.holdout for client in prepared.clients))
-    blocks = next(blocks for blocks in held_out if len(blocks))
-    tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
-    expected = _logits(adapted.model, tokens_BT)
 
-    # Written and proven beside the target, and renamed only then: a folder at the target is always a proven one.
-    with replace_folder(to, existing="refuse") as written:
+
+def write_export(
+    subject: Subject, to: Path, *, merged: bool = False, kind: str | None = None, display: Observer
+) -> float:
+    """Write an export of an opened run as `export` does."""
+    # Written and proven beside the target, and renamed only then: what is at the target is always proven.
+    place = new_file(to) if to.suffix == GGUF else replace_folder(to, existing="refuse")
+    with writing(to, "name another with --to"), place as written:
         display.show_step("writing", str(to))
-        if merged and not adapted.is_whole:
-            with warnings.catch_warnings():
-                # Libraries warn about each other, which nobody here can mend.
-                warnings.simplefilter("ignore")
-                _save_merged(_merge(adapted, recipe, prepared.source, source), written)
-            prepared.source.tokenizer.save_pretrained(written)
+        whole = merged or subject.adapted.is_whole
+        if to.suffix == GGUF:
+            opened, tolerance = write_file(subject, written, kind or DEFAULT_KIND, whole=whole)
         else:
-            shutil.copytree(source, written, dirs_exist_ok=True)
-        if merged or adapted.is_whole:
-            opened = _open_merged(written, expected.dtype, adapted.device)
-        else:
-            with warnings.catch_warnings():
-                # PEFT warns about layers that it knows less well.
-                warnings.simplefilter("ignore")
-                opened = PeftModel.from_pretrained(load_base(recipe, prepared.source), written)
-        display.show_step("proof", f"logits of {len(tokens_BT)} hold-out blocks")
-        found = _logits(opened, tokens_BT)
-        distance = float((found - expected).norm() / expected.norm())
-        # A residual is read back as further ranks of the adapter, which also sum in another order.
-        rounds_otherwise = (merged and not adapted.is_whole) or adapter.residual is not None
-        # A GPU's kernels are chosen by where in memory a tensor begins, too.
-        rounds_otherwise |= adapted.device.type == "cuda"
-        # Not `distance >`: a distance that is no number must fail too.
-        if not distance <= (TOLERANCES[prepared.plan.dtype] if rounds_otherwise else 0.0):
-            raise RunError(
-                f"the export does not match the run's adapter: its logits are {distance:.1e} away, relative to their"
-                " norm; nothing was written",
-                where=str(to),
-            )
-    return distance
+            opened, tolerance = _write_folder(subject, written, merged=merged)
+        display.show_step("proof", f"logits of {len(subject.tokens_BT)} hold-out blocks")
+        return subject.prove(opened, to, tolerance)
 
 
-def _merge(adapted: AdaptedModel, recipe: Recipe, model: ModelSource, source: Path) -> PreTrainedModel:
-    """Return the base model with the adapter merged into its weights.
-
-    Raises:
-        RunError: the weights are packed, or PEFT can't merge this method.
-    """
-    if recipe.model.quantization:
-        raise RunError("an adapter can't be merged into packed weights", where="--merged", mend="leave it out")
-    merging = adapted.model
-    # The residual of `fedex` stands beside the layers, where PEFT would not merge it; its file has both in one adapter.
-    if recipe.federation.lora_rule == "fedex":
-        merging = PeftModel.from_pretrained(load_base(recipe, model), source)
-    try:
-        return merging.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise RunError(
-            f"PEFT can't merge {recipe.adapter.method} into the model's weights", where="--merged", mend="leave it out"
-        ) from error
-
-
-def _save_merged(model: PreTrainedModel, folder: Path) -> None:
-    """Write a merged model, as transformers does.
-
-    Raises:
-        RunError: transformers refuses to, because layers share a weight, say.
-    """
-    try:
-        model.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:  # transformers and safetensors refuse with errors of several kinds
-        raise RunError(
-            f"the merged model can't be saved: {reason_of(error)}", where="--merged", mend="leave it out"
-        ) from error
-
-
-def _open_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **computed_in(dtype))
-    # Transformers has just written these files; if it can't read them, the error may be of any kind.
-    except Exception as error:
-        raise ModelError(f"the exported model can't be read: {type(error).__name__}", where=str(folder)) from error
-    model.set_attn_implementation(choose_attention(model.config))
-    opened: torch.nn.Module = model.to(device).eval()
-    return opened
-
-
-@torch.inference_mode()
-def _logits(model: torch.nn.Module, tokens_BT: Tensor) -> Tensor:
-    logits: Tensor = model.eval()(input_ids=tokens_BT, use_cache=False).logits
-    return logits
+def _write_folder(subject: Subject, written: Path, *, merged: bool) -> tuple[torch.nn.Module, float]:
+    """Write a folder that PEFT or transformers opens, and open it; return it with how far its logits may be."""
+    adapted = subject.adapted
+    if merged and not adapted.is_whole:
+        with warnings.catch_warnings():
+            # Libraries warn about each other, which nobody here can mend.
+            warnings.simplefilter("ignore")
+            save_merged(merge(subject), written)
+        subject.source.tokenizer.save_pretrained(written)
+    else:
+        shutil.copytree(subject.folder, written, dirs_exist_ok=True)
+    if subject.chat_template is not None:
+        (written / TEMPLATE_FILE).write_text(subject.chat_template, encoding="utf-8")
+    if merged or adapted.is_whole:
+        opened = open_merged(written, subject)
+    else:
+        with warnings.catch_warnings():
+            # PEFT warns about layers that it knows less well.
+            warnings.simplefilter("ignore")
+            opened = PeftModel.from_pretrained(load_base(subject.recipe, subject.source), written)
+    # A residual is read back as further ranks of the adapter, which also sum in another order.
+    rounds_otherwise = (merged and not adapted.is_whole) or subject.adapter.residual is not None
+    # A GPU's kernels are chosen by where in memory a tensor begins, too.
+    rounds_otherwise |= adapted.device.type == "cuda"
+    return opened, TOLERANCES[subject.dtype] if rounds_otherwise else 0.0

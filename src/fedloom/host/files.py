@@ -178,6 +178,25 @@ def replace_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path whose file becomes `path` at the end, whole or not at all.
+
+    Raises:
+        OSError: it can't be written, or is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary / path.name
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        (temporary / path.name).rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a kill leaves all of it or nothing under its name."""
     doomed = folder.with_name(f".{folder.name}.tmp")

@@ -19,6 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
+from fedloom.model.gguf_layout import interleaved_rows, tensor_names
+
 
 class PackedLinear(nn.Linear):
     """Linear layer over GGUF blocks: `weight` is [O, bytes of a row], `kind` ggml's number for their format."""
@@ -62,7 +64,8 @@ def pack_model(model: PreTrainedModel, file: Path) -> int:
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    names = _names(reader, model.config.get_text_config().num_hidden_layers)
+    architecture = reader.fields["general.architecture"].contents()
+    names = tensor_names(architecture, model.config.get_text_config().num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     packed = 0
     for path, layer in [*model.named_modules()]:
@@ -84,22 +87,10 @@ def pack_model(model: PreTrainedModel, file: Path) -> int:
     return packed
 
 
-def _names(reader: Any, layers: int) -> Any:
-    """Return the table of the package gguf from transformers' names of tensors to those in the file."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    architecture = reader.fields["general.architecture"].contents()
-    return get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), layers)
-
-
 def _row_orders(model: PreTrainedModel, rows: int) -> Iterator[Tensor]:
-    """Yield the orders in which a file may hold the rows: as they are, or as llama.cpp has those of queries and keys.
-
-    There the two features of a head that are rotated together stand side by side; in transformers they stand half a
-    head apart.
-    """
+    """Yield the orders in which a file may hold the rows: as they are, or as llama.cpp has queries and keys."""
     yield torch.arange(rows)
     config = model.config.get_text_config()
     for heads in {config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1}:
         if rows % (2 * heads) == 0:
-            yield torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+            yield interleaved_rows(rows, heads)

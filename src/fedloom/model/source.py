@@ -206,14 +206,11 @@ def _unpack(path: Path, folder: Path, cache: Path) -> None:
         ModelError: transformers can't unpack it.
     """
     try:
-        location = {"gguf_file": path.name, "pretrained_model_name_or_path": str(path.parent)}
-        # Kept packed, the weights would be unpacked again in every forward pass.
-        unpacked = transformers.GgufConfig(dequantize=True)
         # Transformers shows a progress bar here that no setting turns off.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(**location, quantization_config=unpacked, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(**gguf_arguments(path), dtype=torch.float32)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**location).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     # A damaged file can fail anywhere in the reader, with errors of any kind.
     except Exception as error:
         raise ModelError(
@@ -221,6 +218,13 @@ def _unpack(path: Path, folder: Path, cache: Path) -> None:
             where=str(path),
             mend=f"try another file, and check that {cache} has free space",
         ) from error
+
+
+def gguf_arguments(path: Path) -> dict[str, Any]:
+    """Return the arguments with which transformers reads a GGUF file's model, unpacked."""
+    # Kept packed, the weights would be unpacked again in every forward pass.
+    unpacked = transformers.GgufConfig(dequantize=True)
+    return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "quantization_config": unpacked}
 
 
 def _find_in_package(rest: str) -> Path:

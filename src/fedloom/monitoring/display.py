@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
-from fedloom.records.plan import Plan, explain_rows, explain_shares, explain_weights
+from fedloom.records.plan import Plan, explain_audit, explain_rows, explain_shares, explain_weights
 from fedloom.records.privacy import explain_noise, explain_privacy
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
@@ -189,19 +189,10 @@ def describe_clients(phases: Mapping[str, str]) -> str:
 
 def render_plan(plan: Plan) -> Table:
     """Return the plan as a table of two columns."""
-    clients, overlaps = plan.clients, plan.audit.overlaps
+    clients = plan.clients
     documents = _range([client.train_documents for client in clients])
     holdouts = _range([client.holdout_documents for client in clients])
     blocks = _range([client.blocks for client in clients])
-    found = "; ".join(
-        f"{o.side}/{o.other} {o.exact} exact, {o.near} near"
-        + (f", {o.prompt} with the same prompt" if o.prompt else "")
-        for o in overlaps
-    )
-    copies = sum(plan.audit.dropped) + plan.audit.leaks
-    done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
-    audit = f"{found or 'each client within its own documents'}: {count(copies, 'document')}"
-    audit += f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
     kept = plan.kept_adapters * plan.payload_bytes
     payload = "a model" if plan.trainable_parameters == plan.parameters else "an adapter"
     rows = {
@@ -213,7 +204,7 @@ def render_plan(plan: Plan) -> Table:
         "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out; {blocks} blocks",
         **({"shares": explain_shares(plan.shares, plan.capped)} if plan.shares else {}),
         "central": f"{count(plan.central_documents, 'document')} held out",
-        "audit": f"{audit} {done}",
+        "audit": explain_audit(plan),
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
         f" and {count(plan.train_tokens_per_round, 'token')}"
         + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),

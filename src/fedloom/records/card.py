@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fedloom.hub import COMMIT
 from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
-from fedloom.records.plan import Plan, explain_weights
+from fedloom.records.plan import Plan, explain_audit, explain_weights
 from fedloom.records.privacy import NO_BOUND, explain_privacy
-from fedloom.text import to_markdown_code, to_markdown_text
+from fedloom.text import count, to_markdown_code, to_markdown_text
 
 METRICS = {
     "central_loss": ("loss", "Loss on the central hold-out (nats per token)"),
@@ -20,14 +22,26 @@ METRICS = {
     "client_loss": ("loss", "Loss on the clients' own hold-outs (nats per token)"),
 }
 """Key of a round's record -> the hub's type, and what to call it."""
+HERE = "PATH-OF-THIS-FOLDER"
+"""Words of a card for where the adapter lies, until it lies somewhere that has a name."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank."""
 
 
-def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> str:
-    """Return the card of the adapter of a round; `record` is None for one that has not been evaluated yet."""
+def write_card(
+    recipe: Recipe,
+    plan: Plan,
+    record: Mapping[str, Any] | None,
+    sections: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Return the card of the adapter of a round; `record` is None for one that has not been evaluated yet.
+
+    `sections` are further parts by their titles, as Markdown: what tasks and privacy have to say, where there are some.
+    """
     known = {key: record[key] for key in METRICS if record and key in record}
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.
     on_a_hub = COMMIT.fullmatch(plan.model_revision)
-    model, data = _public(plan.model, plan.model_revision), _public(plan.data, plan.data_revision)
+    model, data = public_name(plan.model, plan.model_revision), public_name(plan.data, plan.data_revision)
     method, whole = recipe.adapter.method, recipe.adapter.method == "full"
     public = recipe.model_copy(
         update={
@@ -57,7 +71,9 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
         " It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
-        f"{weights}- Data: {shown_data} ({revisions[1]})\n- Trainable parameters: {plan.trainable_share}\n"
+        f"{weights}- Data: {shown_data} ({revisions[1]}), {_count_documents(plan)}\n"
+        f"- Audit of the split, copies on two sides: {to_markdown_text(explain_audit(plan))}\n"
+        f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         "\n".join(
@@ -69,9 +85,10 @@ def write_card(recipe: Recipe, plan: Plan, record: Mapping[str, Any] | None) -> 
         )
         if known
         else "",
-        explain_privacy(plan.privacy) if plan.privacy else NO_BOUND,
-        _how_to_load(shown_model, whole=whole, on_a_hub=bool(on_a_hub)),
-        f"The recipe:\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
+        f"## Privacy\n\n{explain_privacy(plan.privacy) if plan.privacy else NO_BOUND}",
+        *(f"## {title}\n\n{text}" for title, text in sections.items()),
+        _how_to_use(recipe, model, plan.model_revision if on_a_hub else None),
+        f"## Recipe\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n"
 
@@ -105,14 +122,56 @@ def _describe(adapter: Adapter) -> str:
     return f"An adapter ({', '.join(facts)}) of"
 
 
-def _how_to_load(model: str, *, whole: bool, on_a_hub: bool) -> str:
+def _count_documents(plan: Plan) -> str:
+    trained = sum(client.train_documents for client in plan.clients)
+    held_out = plan.central_documents + sum(client.holdout_documents for client in plan.clients)
+    return f"{count(trained, 'document')} to train on and {held_out:,} held out"
+
+
+def _how_to_use(recipe: Recipe, model: str, commit: str | None) -> str:
+    """Say in three lines each how PEFT, or transformers, Ollama and vLLM use it; `commit` is of a base on a hub."""
+    method = recipe.adapter.method
+    whole = method == "full"
+    parts = {"transformers" if whole else "PEFT": _load(to_markdown_text(model), whole=whole, on_a_hub=bool(commit))}
+    # A trained prompt sits on no layers, and can be merged into none.
+    if whole or METHODS[method].targets:
+        merged = "" if method in ("full", "lora") and not recipe.adapter.dora else " --merged"
+        name = f"my-{recipe.name}"
+        parts["Ollama, from the run directory RUN"] = (
+            f"```\nfedloom export RUN --ollama {name}{merged}\n"
+            f"ollama create {name} -f {name}/Modelfile\nollama run {name}\n```"
+        )
+        parts["vLLM"] = f"```\n{_serve(recipe, model, commit)}\n```"
+    return "## Use\n\n" + "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items())
+
+
+def _load(model: str, *, whole: bool, on_a_hub: bool) -> str:
     if whole or on_a_hub:
         library, kind = ("transformers", "AutoModelForCausalLM") if whole else ("peft", "AutoPeftModelForCausalLM")
-        return f'```python\nfrom {library} import {kind}\n\nmodel = {kind}.from_pretrained("this folder")\n```'
-    return f"To use it: load {model} with transformers, then `PeftModel.from_pretrained(model, this_folder)`."
+        return f'```python\nfrom {library} import {kind}\n\nmodel = {kind}.from_pretrained("{HERE}")\n```'
+    return (
+        f"```python\n# model: {model}, loaded with transformers\nfrom peft import PeftModel\n\n"
+        f'model = PeftModel.from_pretrained(model, "{HERE}")\n```'
+    )
 
 
-def _public(source: str, revision: str) -> str:
+def _serve(recipe: Recipe, model: str, commit: str | None) -> str:
+    """Return what to type for vLLM: the adapter over a base from a hub, where it is plain LoRA, or a whole model."""
+    adapter = recipe.adapter
+    plain = adapter.method == "lora" and not adapter.dora and not adapter.options
+    plain = plain and recipe.federation.lora_rule != "fedex"
+    rank = next((rank for rank in RANKS if rank >= (adapter.rank or 0)), None)
+    if adapter.method == "full":
+        return f"vllm serve {HERE}"
+    if not (plain and commit and rank):
+        return "fedloom export RUN --to merged --merged\nvllm serve merged"
+    return (
+        f"vllm serve {model} --revision {commit} \\\n"
+        f"    --enable-lora --max-lora-rank {rank} \\\n    --lora-modules {recipe.name}={HERE}"
+    )
+
+
+def public_name(source: str, revision: str) -> str:
     """Return a source without the folders that it lies in on this machine."""
     if COMMIT.fullmatch(revision) or ":" in source:
         return source

@@ -227,6 +227,19 @@ class Plan:
         return {key: value for key, value in told.items() if value or key not in later}
 
 
+def explain_audit(plan: Plan) -> str:
+    """Say how many documents stand on two sides of the split, and what was done about it."""
+    found = "; ".join(
+        f"{o.side}/{o.other} {o.exact} exact, {o.near} near"
+        + (f", {o.prompt} with the same prompt" if o.prompt else "")
+        for o in plan.audit.overlaps
+    )
+    copies = sum(plan.audit.dropped) + plan.audit.leaks
+    done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
+    blocks = f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
+    return f"{found or 'each client within its own documents'}: {count(copies, 'document')}{blocks} {done}"
+
+
 def explain_shares(shares: Mapping[str, float], capped: Mapping[str, float]) -> str:
     """Say what share each client has, the largest first: `alice 50 % (capped from 91 %), bob 50 %`."""
     found = sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))
