@@ -36,7 +36,7 @@ def write_card(
 ) -> str:
     """Return the card of the adapter of a round; `record` is None for one that has not been evaluated yet.
 
-    `sections` are further parts by their titles, as Markdown: what tasks and privacy have to say, where there are some.
+    `sections` are further parts by their titles, as Markdown: what tasks have to say, where there are some.
     """
     known = {key: record[key] for key in METRICS if record and key in record}
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.
