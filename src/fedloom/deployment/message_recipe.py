@@ -247,7 +247,7 @@ RECIPE = Record(
 )
 """Keys of a recipe that a server tells."""
 NEVER_TOLD = {
-    "": ("description", "baselines"),
+    "": ("description", "baselines", "personalise"),
     "model": ("convert",),
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (

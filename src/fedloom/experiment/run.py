@@ -19,6 +19,7 @@ from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
+from fedloom.experiment.personalising import personalise
 from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
@@ -118,6 +119,9 @@ def run(
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
                 run_baselines(trial, session, watchers)
+            if recipe.personalise:
+                watchers.show_step("by itself", "each client goes on from the best adapter")
+                personalise(trial, session, recipe.personalise)
             write_samples(recipe, prepared, session, trial)
         failpoint("run.ends")
     finished = read_run(folder)

@@ -24,6 +24,7 @@ from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
+from fedloom.experiment.personalising import personalise
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
@@ -294,6 +295,7 @@ class OpenTrial:
         all_open: ExitStack,
     ) -> None:
         self.name, recipe = combination.name, combination.recipe
+        self._session = session
         self._exits = all_open.enter_context(ExitStack())
         self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name, resume=True)))
         session.adapted.load(initial)
@@ -322,9 +324,11 @@ class OpenTrial:
         return record
 
     def finish(self) -> None:
-        """Close the run directory: the run, and those of its baselines, are complete."""
+        """Do what follows the rounds, and close the run directory: the run and those of its baselines are complete."""
         if wanted := self.trial.recipe.baselines:
             self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
+        if section := self.trial.recipe.personalise:
+            personalise(self.trial, self._session, section)
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:
@@ -362,6 +366,7 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
             opened.finish()
         except FedloomError as error:
             errors[opened.name] = str(error)
+            opened.fail(error)
     return errors
 
 

@@ -190,6 +190,8 @@ def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
 
 def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks], *, here: bool) -> Found:
     """Yield keys that do less than their names say, and what they do."""
+    if here and not any(client.holdout_tokens for client in plan.clients):
+        yield "personalise", "makes adapters that nothing judges: no client holds anything out"
     if here and recipe.data.clients == 1:
         yield "data.partition.kind", "only orders the documents: one client holds them all"
     if here and all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):

@@ -34,6 +34,7 @@ NAMES = (
     "state.renamed",
     "state.pruned",
     "baselines.written",
+    "personalised.written",
     "report.written",
     "run.ends",
 )

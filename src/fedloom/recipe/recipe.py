@@ -12,7 +12,7 @@ from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.section import Section
-from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Report
+from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Personalise, Report
 from fedloom.recipe.training_section import Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
@@ -236,6 +236,11 @@ class Recipe(Section):
     seed: int = Field(42, ge=0, description="source of every random choice")
     baselines: Annotated[tuple[Literal["round0", "local", "pooled"], ...], BeforeValidator(_to_tuple)] = Field(
         (), description="runs to compare with: no training; each client alone; all their documents together"
+    )
+    personalise: Personalise | None = Field(
+        None,
+        description="training with which each client goes on at the end, from the best global adapter, on its own"
+        " documents; its adapter is its own, in `clients/N/adapter`; none if left out",
     )
     model: Model
     adapter: Adapter = Field(default_factory=Adapter)

@@ -268,6 +268,12 @@ class Federation(Section):
     )
 
 
+class Personalise(Section):
+    """The training that each client goes on with by itself, when the rounds are over."""
+
+    epochs: int = Field(1, ge=1, description="passes over its own documents, from the best global adapter on")
+
+
 class Evaluation(Section):
     """The measurement of held-out loss."""
 

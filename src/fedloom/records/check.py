@@ -126,7 +126,7 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
 
 def _check_remains(run: Run) -> Finding:
     """Only a run that is done must have left nothing behind."""
-    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "state/.*", "plots/.*.tmp")
+    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "clients/*/.*", "state/.*", "plots/.*.tmp")
     left = sorted({str(path.relative_to(run.folder)) for pattern in patterns for path in run.folder.glob(pattern)})
     if left and run.status.get("state") == "done":
         return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")

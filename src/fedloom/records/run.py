@@ -80,6 +80,7 @@ class Run:
     rounds: list[Record]
     clients: list[Record]
     baselines: Record
+    personalised: Record
 
     @property
     def best_round(self) -> int | None:
@@ -151,6 +152,7 @@ def read_run(folder: str | Path) -> Run:
                 "plan": "plan.json",
                 "status": "status.json",
                 "baselines": "baselines.json",
+                "personalised": "personalised.json",
             }.items()
         },
         rounds=_read_rounds(folder / "rounds.jsonl"),

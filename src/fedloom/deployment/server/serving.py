@@ -92,6 +92,10 @@ def check_deployable(recipe: Recipe) -> None:
         )
     if recipe.baselines:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
+    if recipe.personalise:
+        raise RecipeError(
+            "clients on other machines do not go on by themselves", where="personalise", mend="leave it out"
+        )
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
     try:
