@@ -9,6 +9,7 @@ import pytest
 from support.made_runs import make_run
 
 from fedloom.records.run import Run, read_run
+from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
 from fedloom.report.worth_section import likelier, worth_of
 
@@ -54,6 +55,45 @@ def test_without_baselines_there_is_no_verdict(tmp_path: Path) -> None:
     text = (run.folder / "report.md").read_text()
     assert "| client 0 | 3.0000 | 1.6000 | 1.2000 |" in text
     assert "did better" not in text
+
+
+BROUGHT = {
+    "coalitions": [{"clients": [0, 1], "error": "round 1: the loss is nan"}],
+    "leave_one_out": {"0": 0.5, "1": -0.25},
+    "shapley": {"0": {"value": 0.4, "standard_error": 0.1}, "1": {"value": -0.1, "standard_error": 0.2}},
+    "orders": 8,
+}
+
+
+def test_what_a_client_brings_is_told_beside_what_it_has(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", baselines=ALONE, contributions=BROUGHT)
+    write_report(run.folder)
+    text = (run.folder / "report.md").read_text()
+    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | +0.2000 | +0.5000 | +0.4000 ± 0.1000 |" in text
+    assert "| client 2 | 2.9000 | 1.5000 | 1.5000 | +0.0000 |  |  |" in text
+    assert "without it, the right next word of the texts held out for all is 39.3 % less likely than with it" in text
+    assert "without it, the right next word of the texts held out for all is 28.4 % more likely than with it" in text
+    assert "8 orders were drawn" in text
+    assert "The federation of 0, 1 failed: round 1: the loss is nan" in text
+
+
+def test_a_client_that_could_not_go_on_is_told_of(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", personalised=OWN)
+    write_report(run.folder)
+    assert "Client 1 could not go on by itself: the loss is nan" in (run.folder / "report.md").read_text()
+
+
+def test_over_seeds_there_is_a_mean_and_a_spread(tmp_path: Path) -> None:
+    folders = []
+    for seed, loss in ((1, 1.0), (2, 1.4)):
+        run = make_run(tmp_path / str(seed), [3.0, 2.0], clients=[[3.0, 2.0]] * 3, seed=seed)
+        own = {"round": 1, "clients": {"0": {"global_loss": 2.0, "loss": loss}}}
+        (run.folder / "personalised.json").write_text(json.dumps(own))
+        folders.append(run.folder)
+    (folders[0] / "contributions.json").write_text(json.dumps(BROUGHT))
+    write_comparison(folders, tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| client 0 |  | 2.0000 ± 0.0000 | 1.2000 ± 0.2828 |  | +0.5000 | +0.4000 |" in text
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def result_of(folder: Path) -> dict[str, Any]:
         for pattern in ("adapters/*/*.safetensors", "clients/*/adapter/*.safetensors")
         for path in sorted(folder.glob(pattern))
     }
-    files = {name: folder / f"{name}.json" for name in ("baselines", "personalised")}
+    files = {name: folder / f"{name}.json" for name in ("baselines", "personalised", "contributions")}
     return {**lines, **adapters, **{name: path.read_text() if path.exists() else "" for name, path in files.items()}}
 
 

@@ -247,7 +247,7 @@ RECIPE = Record(
 )
 """Keys of a recipe that a server tells."""
 NEVER_TOLD = {
-    "": ("description", "baselines", "personalise"),
+    "": ("description", "baselines", "personalise", "contributions"),
     "model": ("convert",),
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (

@@ -20,6 +20,7 @@ from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
+from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source, tokenize_for
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.unused import find_unused
@@ -135,6 +136,7 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     plan = make_plan(recipe, material, setup, room, per_round, scored)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
+    plan = plan_arms(plan, recipe)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
 
@@ -198,6 +200,8 @@ def check_cohort(recipe: Recipe, able: int) -> int:
     """
     per_round = cohort_size(able, recipe.federation)
     check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
+    if recipe.contributions and able > 1:
+        check_arms(recipe, able - 1)
     return per_round
 
 

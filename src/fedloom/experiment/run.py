@@ -19,6 +19,7 @@ from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
+from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.personalising import personalise
 from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.recorder import open_run
@@ -122,6 +123,8 @@ def run(
             if recipe.personalise:
                 watchers.show_step("by itself", "each client goes on from the best adapter")
                 personalise(trial, session, recipe.personalise)
+            if recipe.contributions:
+                find_contributions(trial, session, watchers.show_step)
             write_samples(recipe, prepared, session, trial)
         failpoint("run.ends")
     finished = read_run(folder)

@@ -24,6 +24,7 @@ from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
+from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.personalising import personalise
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare
 from fedloom.experiment.recorder import open_run
@@ -295,7 +296,7 @@ class OpenTrial:
         all_open: ExitStack,
     ) -> None:
         self.name, recipe = combination.name, combination.recipe
-        self._session = session
+        self._session, self._display = session, display
         self._exits = all_open.enter_context(ExitStack())
         self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name, resume=True)))
         session.adapted.load(initial)
@@ -329,6 +330,8 @@ class OpenTrial:
             self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
         if section := self.trial.recipe.personalise:
             personalise(self.trial, self._session, section)
+        if self.trial.recipe.contributions:
+            find_contributions(self.trial, self._session, self._display.show_step)
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:

@@ -40,6 +40,7 @@ class Trial:
     def begin(self, initial: Adapter) -> None:
         """Start from scratch: remove states, records and half-written adapters."""
         forget_states(self.recorder.writer.folder)
+        self.recorder.writer.remove("contributions.json")
         self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
         clear_unfinished(self.recorder.adapters)
         self.recorder.begin(initial)

@@ -130,6 +130,8 @@ def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
 
 def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     section, able = recipe.federation, sum(1 for client in plan.clients if client.steps)
+    if able == 1:
+        yield "contributions", "one client trains, and without it there is no federation"
     if plan.clients_per_round == able:
         yield (
             "federation.fraction",

@@ -94,8 +94,8 @@ class FederatedRun:
     ) -> None:
         self._training, self._federation, self._seed = training, federation, seed
         self._fleet = fleet
-        self._aggregate = aggregate
-        self._evaluate_central = evaluate_central
+        self.aggregate = aggregate
+        self.evaluate_central = evaluate_central
         self._on_update = on_update or _keep_nothing
         self.trial = trial
         self._adapter = adapter
@@ -178,7 +178,7 @@ class FederatedRun:
         tasks = self._draw_tasks(round, self._training.model_copy(update={"proximal_mu": mu}))
         return OpenRound(
             tasks,
-            self._aggregate.open(self._state, self._adapter),
+            self.aggregate.open(self._state, self._adapter),
             self.admission,
             self._on_update,
             section,
@@ -259,7 +259,7 @@ class FederatedRun:
             self.losses.append(None)
             return RoundResult(round, self._adapter, None, {}, evaluate_seconds, None, None, **trained)
         started = time.perf_counter()
-        central, clients = self._evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
+        central, clients = self.evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
         if central is not None:
             check_finite("the loss", central.loss, round=round, stage="central evaluation")
         for client, score in clients.items():

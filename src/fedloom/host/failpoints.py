@@ -35,6 +35,7 @@ NAMES = (
     "state.pruned",
     "baselines.written",
     "personalised.written",
+    "contributions.written",
     "report.written",
     "run.ends",
 )

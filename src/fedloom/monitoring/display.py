@@ -218,6 +218,7 @@ def render_plan(plan: Plan) -> Table:
         + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
         "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
+        **({"without": _explain_arms(plan)} if plan.arms else {}),
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }
     if plan.peak_bytes and plan.clients_that_fit:
@@ -242,6 +243,15 @@ def render_plan(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(show_controls(value)))
     return table
+
+
+def _explain_arms(plan: Plan) -> str:
+    """Say what it takes to find what each client brings."""
+    times = plan.arm_tokens / max(1, plan.tokens["train"])
+    return (
+        f"{count(plan.arms, 'federation')} of some of the clients at the end, for their contributions:"
+        f" {count(plan.arm_tokens, 'token')} to train on, {times:.1f} times those of the run"
+    )
 
 
 def _range(values: list[int]) -> str:

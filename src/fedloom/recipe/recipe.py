@@ -242,6 +242,11 @@ class Recipe(Section):
         description="training with which each client goes on at the end, from the best global adapter, on its own"
         " documents; its adapter is its own, in `clients/N/adapter`; none if left out",
     )
+    contributions: bool = Field(
+        False,
+        description="find at the end what each client brings to the others, by federations without it and, of up to 8"
+        " clients, by its Shapley value: the plan says what that costs",
+    )
     model: Model
     adapter: Adapter = Field(default_factory=Adapter)
     data: Data

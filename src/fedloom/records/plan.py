@@ -119,6 +119,10 @@ class Plan:
     """Adapters of rounds that are kept beside the best and the last."""
     whole_steps: tuple[int, ...] = ()
     """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
+    arms: int = 0
+    """Federations of some of the clients that train at the end, to find what each client brings."""
+    arm_tokens: int = 0
+    """Tokens that they train on, all of them together."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -161,11 +165,15 @@ class Plan:
     @property
     def train_tokens_per_round(self) -> int:
         """Tokens of all clients that take part, on average where they take part of their rows."""
+        return round(sum(self.tokens_of_each) * self._share)
+
+    @property
+    def tokens_of_each(self) -> list[float]:
+        """Tokens that each client trains on in a round in which it takes part."""
         if not self.whole_steps:
-            return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+            return [client.tokens * self.epochs for client in self.clients]
         parts = [client.steps / max(1, whole) for client, whole in zip(self.clients, self.whole_steps, strict=True)]
-        tokens = sum(client.tokens * part for client, part in zip(self.clients, parts, strict=True))
-        return round(tokens * self.epochs * self._share)
+        return [client.tokens * part * self.epochs for client, part in zip(self.clients, parts, strict=True)]
 
     @property
     def tokens(self) -> dict[Phase, int]:
@@ -220,7 +228,7 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "shares", "capped", "whole_steps"),
-            *("evaluated_rounds", "kept_adapters"),
+            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

@@ -81,6 +81,7 @@ class Run:
     clients: list[Record]
     baselines: Record
     personalised: Record
+    contributions: Record
 
     @property
     def best_round(self) -> int | None:
@@ -153,6 +154,7 @@ def read_run(folder: str | Path) -> Run:
                 "status": "status.json",
                 "baselines": "baselines.json",
                 "personalised": "personalised.json",
+                "contributions": "contributions.json",
             }.items()
         },
         rounds=_read_rounds(folder / "rounds.jsonl"),

@@ -96,6 +96,12 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError(
             "clients on other machines do not go on by themselves", where="personalise", mend="leave it out"
         )
+    if recipe.contributions:
+        raise RecipeError(
+            "each of them is found by federations of their own, for which clients on other machines are not asked",
+            where="contributions",
+            mend="leave it out",
+        )
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
     try:
