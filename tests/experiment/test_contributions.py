@@ -54,6 +54,7 @@ def held_by(number: int) -> list[ClientBlocks]:
         [
             (False, {}),
             (True, {"federation": {"rounds": 3, "fraction": 0.6, "strategy": {"kind": "fedadam"}}}),
+            (False, {"federation": {"lora_rule": "fedsa"}}),
             (True, {"federation": {"lora_rule": "fedex"}}),
             (False, {"training": {"engine": "reference"}, "federation": {"lora_rule": "rolora"}}),
             (True, {"federation": {"lora_rule": "svd", "client_ranks": [1, 2, 2]}}),

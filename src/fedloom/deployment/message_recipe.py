@@ -231,7 +231,11 @@ TRAINING = Record(
 )
 FEDERATION = _told(
     Federation,
-    {"rounds": ROUNDS, "lora_rule": None, "client_ranks": Listing(Count(1, 4096), 1, CLIENTS)},
+    {
+        "rounds": ROUNDS,
+        "lora_rule": Word(("factors", "ffa", "rolora", "svd", "fedex")),
+        "client_ranks": Listing(Count(1, 4096), 1, CLIENTS),
+    },
     {"rounds": "max_rounds", "lora_rule": "lora_rules"},
 )
 RECIPE = Record(

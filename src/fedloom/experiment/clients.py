@@ -9,6 +9,7 @@ from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.session import Session
 from fedloom.experiment.watchers import Watchers
 from fedloom.federation.fleet import Fleet, LocalFleet
+from fedloom.federation.lora_rules import open_own_parts
 from fedloom.recipe.recipe import Recipe
 
 
@@ -52,6 +53,7 @@ class LocalClients:
 
 
 def local_fleet(recipe: Recipe, prepared: Prepared, session: Session) -> LocalFleet:
-    """Return the fleet of clients that train over a session in this process."""
+    """Return the fleet of clients that train over a session in this process, from the adapter that is in its model."""
     score = session.scorer(recipe.evaluation.batch_size)
-    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients)
+    own = open_own_parts(session.adapted.layout, recipe.federation.lora_rule, session.adapted.read)
+    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients, own)

@@ -18,6 +18,7 @@ from fedloom.experiment.session import Session
 from fedloom.experiment.trial import Trial
 from fedloom.federation.coalitions import Coalition, shapley_values, without_each
 from fedloom.federation.fleet import LocalFleet
+from fedloom.federation.lora_rules import open_own_parts
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.schedule import cohort_size
 from fedloom.host.failpoints import failpoint
@@ -129,7 +130,8 @@ def _open_arm(trial: Trial, session: Session, initial: Adapter, clients: Coaliti
         for client, blocks in enumerate(prepared.clients)
     ]
     scored = () if len(prepared.central) else prepared.scored_clients
-    fleet = LocalFleet(held, session.train_clients, session.scorer(recipe.evaluation.batch_size), scored)
+    own = open_own_parts(initial.layout, recipe.federation.lora_rule, lambda: initial)
+    fleet = LocalFleet(held, session.train_clients, session.scorer(recipe.evaluation.batch_size), scored, own)
     # It ends with the run's last round, whatever ended that.
     federation = recipe.federation.model_copy(update={"early_stop": None, "max_bytes": None})
     whole = trial.run.completed == federation.rounds

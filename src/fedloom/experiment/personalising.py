@@ -1,4 +1,4 @@
-"""Personalisation: when the rounds are over, each client goes on by itself from the best global adapter.
+"""Clients' own adapters: when the rounds are over, each client goes on by itself from the best global adapter.
 
 It is the training of one more round, on the client's own documents, without the proximal term, and with a schedule of
 its own; nothing of it is averaged. Its adapter is the client's: no other client is told of it.
@@ -7,13 +7,14 @@ its own; nothing of it is averaged. Its adapter is the client's: no other client
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.experiment.session import Session
 from fedloom.experiment.trial import Trial
 from fedloom.federation.fleet import LocalFleet
-from fedloom.federation.lora_rules import adapter_of_rank, trained_part
+from fedloom.federation.lora_rules import adapter_of_rank, open_own_parts, trained_part
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, writing
 from fedloom.recipe.sections import Personalise
@@ -42,10 +43,7 @@ def personalise(trial: Trial, session: Session, section: Personalise) -> None:
         if isinstance(result, ClientFailure):
             found[client] = {"error": str(result.error)}
             continue
-        home = folder / "clients" / str(client)
-        clear_unfinished(home)
-        with writing(home):
-            session.adapted.save(result.adapter, home / "adapter", card + _explain(client, section))
+        _save(session, folder, client, result.adapter, card + _explain(client, section))
         report = result.report
         losses = {
             "global_loss": before[client].loss if client in before else None,
@@ -60,6 +58,28 @@ def personalise(trial: Trial, session: Session, section: Personalise) -> None:
     told = {"round": run.best_round, "clients": {str(client): found[client] for client in sorted(found)}}
     trial.recorder.writer.write_json("personalised.json", told)
     failpoint("personalised.written")
+
+
+def write_own_adapters(trial: Trial, session: Session) -> None:
+    """Keep each client's own adapter as it was after the last round, where the rule leaves it a part of its own."""
+    adapted, folder = session.adapted, trial.recorder.writer.folder
+    own = open_own_parts(
+        adapted.layout, trial.recipe.federation.lora_rule, lambda: adapted.open(folder / "adapters" / "initial")
+    )
+    if own is None:
+        return
+    own.restore(trial.fleet.own_parts)
+    card = write_card(trial.recipe, trial.prepared.plan, trial.past_rounds()[-1])
+    for client in trial.fleet.clients:
+        why = f"\nIn the place of the mean of all clients' B it has client {client}'s own, which no other client has.\n"
+        _save(session, folder, client, own.adapter_of(client, trial.run.adapter), card + why)
+
+
+def _save(session: Session, folder: Path, client: int, adapter: Adapter, card: str) -> None:
+    home = folder / "clients" / str(client)
+    clear_unfinished(home)
+    with writing(home):
+        session.adapted.save(adapter, home / "adapter", card)
 
 
 def _tasks(trial: Trial, section: Personalise, best: Adapter) -> list[ClientTask]:

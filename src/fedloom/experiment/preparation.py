@@ -25,7 +25,7 @@ from fedloom.experiment.building import build_shape, dtype_of, open_source, toke
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
-from fedloom.federation.lora_rules import check_lora_rule
+from fedloom.federation.lora_rules import check_lora_rule, shared_part
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
@@ -78,11 +78,13 @@ class Setup:
     engine: EngineName
     shape: AdaptedModel
     """The adapted model without values."""
+    lora_rule: str
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of one adapter, one way."""
-        return self.shape.weights_P.numel() * self.shape.weights_P.element_size()
+        """Bytes of one adapter, one way, without a part that each client has of its own."""
+        weights_P, shared_P = self.shape.weights_P, shared_part(self.shape.layout, self.lora_rule)
+        return (weights_P.numel() if shared_P is None else int(shared_P.sum())) * weights_P.element_size()
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
-    return Setup(device, dtype, engine, shape)
+    return Setup(device, dtype, engine, shape, recipe.federation.lora_rule)
 
 
 def check_cohort(recipe: Recipe, able: int) -> int:

@@ -25,7 +25,7 @@ from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.contributions import find_contributions
-from fedloom.experiment.personalising import personalise
+from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
@@ -328,6 +328,7 @@ class OpenTrial:
         """Do what follows the rounds, and close the run directory: the run and those of its baselines are complete."""
         if wanted := self.trial.recipe.baselines:
             self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
+        write_own_adapters(self.trial, self._session)
         if section := self.trial.recipe.personalise:
             personalise(self.trial, self._session, section)
         if self.trial.recipe.contributions:

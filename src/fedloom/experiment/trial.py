@@ -68,6 +68,7 @@ class Trial:
             losses=run.losses,
             scores=fleet.scores,
             optimizers=fleet.optimizer_states,
+            own_parts=fleet.own_parts,
             record_bytes=writer.record_bytes,
             record_hashes=writer.record_hashes,
             adapters=self.recorder.saved,
@@ -87,7 +88,7 @@ class Trial:
         self.recorder.mend(state, read_initial, say)
         sent = sum(record["bytes_down"] + record["bytes_up"] for record in self.past_rounds())
         self.run.restore(state.adapter, state.strategy, state.losses, state.norms, state.began, sent=sent)
-        self.fleet.restore(state.optimizers, state.scores)
+        self.fleet.restore(state.optimizers, state.scores, state.own_parts)
 
 
 def set_up(

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from torch import Tensor
+
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import ClientSize
+from fedloom.federation.own_parts import OwnParts
 from fedloom.training.jobs import (
     ClientFailure,
     ClientJob,
@@ -60,6 +63,11 @@ class Fleet(Protocol):
         """Each client's score of the last adapter that was evaluated."""
         ...
 
+    @property
+    def own_parts(self) -> dict[int, Tensor]:
+        """Each client's own part of the adapter, where it has one, as far as it is the server's to keep."""
+        ...
+
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
         """Have each client carry out its task; yield what comes of it as they finish.
 
@@ -75,15 +83,18 @@ class Fleet(Protocol):
         """Forget the scores: there is a new adapter, which nobody evaluates."""
         ...
 
-    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+    def restore(
+        self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
+    ) -> None:
         """Take on what the fleet of an earlier part of the same run kept."""
         ...
 
 
 class LocalFleet:
-    """All clients in this process. It keeps what real clients would keep: data and optimizer state.
+    """All clients in this process. It keeps what real clients would keep: data, optimizer state, their own parts.
 
-    `scored_clients` are those on whose hold-outs adapters are scored; all if left out.
+    `scored_clients` are those on whose hold-outs adapters are scored; all if left out. With `own`, each client trains
+    and is scored with its own part in the place of the global adapter's.
     """
 
     def __init__(
@@ -92,6 +103,7 @@ class LocalFleet:
         train_clients: TrainClients,
         evaluate_blocks: EvaluateBlocks,
         scored_clients: Sequence[int] | None = None,
+        own: OwnParts | None = None,
     ) -> None:
         # A client with nothing to train on is never asked to.
         self.clients: Sequence[int] = [client for client, held in enumerate(data) if len(held.train)]
@@ -99,9 +111,19 @@ class LocalFleet:
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
         self._scored_clients = range(len(data)) if scored_clients is None else scored_clients
+        self._own = own
         self.optimizer_states: dict[int, OptimizerState] = {}
         self.scores: dict[int, Score] = {}
         """Each client's score of the last adapter that was evaluated."""
+
+    @property
+    def own_parts(self) -> dict[int, Tensor]:
+        """Each client's own part of the adapter; empty where all of it is shared."""
+        return self._own.parts if self._own else {}
+
+    def adapter_of(self, client: int, adapter: Adapter) -> Adapter:
+        """Return the adapter as a client has it: with its own part, where it has one."""
+        return self._own.adapter_of(client, adapter) if self._own else adapter
 
     @property
     def sizes(self) -> dict[int, ClientSize]:
@@ -118,7 +140,7 @@ class LocalFleet:
         """Return each client's task with the data that the client holds for it."""
         return [
             ClientJob(
-                **vars(task),
+                **{**vars(task), "adapter": self.adapter_of(task.client, task.adapter)},
                 blocks=self._data[task.client].train,
                 optimizer_state=self.optimizer_states.get(task.client),
             )
@@ -132,6 +154,8 @@ class LocalFleet:
             # It may be what failed, and would fail again.
             self.optimizer_states.pop(client, None)
             return update
+        if self._own:
+            self._own.keep(client, update.adapter)
         if update.optimizer_state:
             self.optimizer_states[client] = update.optimizer_state
         if client not in self.scores:
@@ -150,14 +174,18 @@ class LocalFleet:
         """Forget the scores: a client whose adapter was not scored before training is not scored after it."""
         self.scores = {}
 
-    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+    def restore(
+        self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
+    ) -> None:
         """Take on what the clients kept before this run was stopped, and how its adapter did."""
         self.optimizer_states, self.scores = optimizer_states, scores
+        if self._own:
+            self._own.restore(own_parts)
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         """Score an adapter on the scored clients' hold-outs."""
         self.scores = {
-            client: self._evaluate_blocks(adapter, self._data[client].holdout)
+            client: self._evaluate_blocks(self.adapter_of(client, adapter), self._data[client].holdout)
             for client in self._scored_clients
             if len(self._data[client].holdout)
         }

@@ -19,7 +19,7 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Admission, ClientSize
 from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
-from fedloom.federation.lora_rules import adapter_of_rank, trained_part
+from fedloom.federation.lora_rules import adapter_of_rank, shared_part, trained_part
 from fedloom.federation.open_round import OpenRound
 from fedloom.federation.schedule import is_evaluated, proximal_mu, sample_clients, stop_early
 from fedloom.federation.shares import judge_losses, mean_loss
@@ -202,6 +202,7 @@ class FederatedRun:
                 seed=self._seed,
                 trains_P=trained_part(layout, section.lora_rule, round, rank),
                 trial=self.trial,
+                shares_P=shared_part(layout, section.lora_rule),
             )
             for client, rank in ranks.items()
         ]
@@ -251,7 +252,8 @@ class FederatedRun:
         if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:
             task = replace(task, trains_P=trained_part(task.adapter.layout, section.lora_rule, task.round - 1))
             return task.num_bytes
-        return task.num_bytes if section.client_ranks else task.adapter.num_bytes
+        less = section.client_ranks or task.shares_P is not None
+        return task.num_bytes if less else task.adapter.num_bytes
 
     def _evaluate(self, evaluate_seconds: float = 0.0, *, round: int, **trained: Any) -> RoundResult:
         if not self._is_evaluated(round):

@@ -38,6 +38,18 @@ CLASHES = (
         'leave it out, or set adapter.method = "lora"',
     ),
     Clash(
+        lambda recipe: recipe.federation.lora_rule == "fedsa" and recipe.federation.strategy.kind != "fedavg",
+        "federation.strategy",
+        "beside A it takes the mean of the clients' own B, which no server has to step from",
+        'set kind = "fedavg"',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule == "fedsa" and recipe.personalise is not None,
+        "personalise",
+        'with lora_rule = "fedsa" every client has an adapter of its own already',
+        "leave it out, or choose another lora_rule",
+    ),
+    Clash(
         lambda recipe: recipe.federation.lora_rule in ("svd", "fedex") and recipe.federation.strategy.kind != "fedavg",
         "federation.strategy",
         "this lora_rule averages the clients' products of A and B itself, so no other strategy can be used",

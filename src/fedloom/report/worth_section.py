@@ -99,6 +99,7 @@ def show_worth(run: Run) -> list[Block]:
     sentences += [sentence for client, worth in found.items() if (sentence := _say(client, worth, central=central))]
     return [
         *([Text(_OWN)] if {"alone", "together", "personalised"} & {*known} else []),
+        *([Text(_OWN_PART)] if run.recipe["federation"].get("lora_rule") == "fedsa" and "together" in known else []),
         *([Text(_BROUGHT[central])] if "brings" in known else []),
         *([Text(_explain_shapley(run.contributions))] if "shapley" in known else []),
         Table(["Client", *(COLUMNS[key].title for key in known)], rows),
@@ -111,6 +112,10 @@ _OWN = (
     "What a client has of taking part is measured on its own documents, on those that it held out and that nobody"
     " trained on. A loss says how much the next piece of a text surprises the model: lower is better. Alone, a client"
     " trained as long as it did in the federation; by itself afterwards, it trained on top of that."
+)
+_OWN_PART = (
+    'Together, each client has a part of the adapter of its own (lora_rule = "fedsa"), and is measured with that beside'
+    " the shared part."
 )
 _BROUGHT = {
     True: "What a client brings to the others is by how much the loss falls on the documents that were held out for"

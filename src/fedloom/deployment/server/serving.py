@@ -96,6 +96,12 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError(
             "clients on other machines do not go on by themselves", where="personalise", mend="leave it out"
         )
+    if recipe.federation.lora_rule == "fedsa":
+        raise RecipeError(
+            "clients on other machines keep no part of an adapter",
+            where="federation.lora_rule",
+            mend='use "ffa" or "rolora", which send half the bytes too',
+        )
     if recipe.contributions:
         raise RecipeError(
             "each of them is found by federations of their own, for which clients on other machines are not asked",
