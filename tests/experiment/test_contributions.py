@@ -59,7 +59,7 @@ def held_by(number: int) -> list[ClientBlocks]:
             (False, {"training": {"engine": "reference"}, "federation": {"lora_rule": "rolora"}}),
             (True, {"federation": {"lora_rule": "svd", "client_ranks": [1, 2, 2]}}),
         ],
-        keep=2,
+        keep=1,
     ),
 )
 def test_an_arm_is_the_run_that_there_would_be_without_the_client(
@@ -164,6 +164,7 @@ def test_stopped_between_two_passes_it_goes_on_to_the_same_numbers(
     assert not {*opened} & {*trained}
 
 
+@pytest.mark.long
 def test_a_run_that_begins_again_does_not_believe_what_an_earlier_one_found(tmp_path: Path) -> None:
     recipe = recipe_of()
     failpoints.arm("round.begins=raise@2")
@@ -206,6 +207,7 @@ def test_an_arm_that_fails_leaves_out_its_client_and_says_so(tmp_path: Path, mon
     assert "The federation of 0, 2 failed" in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_each_arm_of_a_sweep_has_its_own(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe_of()))
     folder = sweep(tmp_path / "recipe.toml", ["seed=7,8"], tmp_path / "sweep", Observer())

@@ -130,6 +130,20 @@ def test_a_client_that_can_not_go_on_is_named_and_the_others_have_theirs(tmp_pat
     assert "| client 1 |" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_an_adapter_that_was_damaged_is_found_and_made_again(tmp_path: Path) -> None:
+    recipe = recipe_of(1, personalise={"epochs": 1})
+    run(recipe, tmp_path / "run", Observer())
+    file = tmp_path / "run" / "clients" / "1" / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for spoiled in (whole[:-4] + b"\0\0\0\1", whole[:9]):
+        file.write_bytes(spoiled)
+        assert [one.what for one in check_run(tmp_path / "run") if not one.well] == ["clients/1/adapter"]
+        run(recipe, tmp_path / "run", Observer(), resume=True)
+        assert file.read_bytes() == whole
+        assert not [one for one in check_run(tmp_path / "run") if not one.well]
+
+
+@pytest.mark.long
 def test_each_arm_of_a_sweep_has_its_own(tmp_path: Path) -> None:
     recipe = recipe_of(1, personalise={"epochs": 1}, model={"dtype": "float64"})
     (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))

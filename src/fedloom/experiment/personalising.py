@@ -70,9 +70,13 @@ def write_own_adapters(trial: Trial, session: Session) -> None:
         return
     own.restore(trial.fleet.own_parts)
     card = write_card(trial.recipe, trial.prepared.plan, trial.past_rounds()[-1])
+    found = {}
     for client in trial.fleet.clients:
+        adapter = own.adapter_of(client, trial.run.adapter)
         why = f"\nIn the place of the mean of all clients' B it has client {client}'s own, which no other client has.\n"
-        _save(session, folder, client, own.adapter_of(client, trial.run.adapter), card + why)
+        _save(session, folder, client, adapter, card + why)
+        found[str(client)] = {"adapter_sha256": adapter.sha256()}
+    trial.recorder.writer.write_json("personalised.json", {"round": trial.run.completed, "clients": found})
 
 
 def _save(session: Session, folder: Path, client: int, adapter: Adapter, card: str) -> None:

@@ -37,6 +37,7 @@ from fedloom.monitoring.trackers import Tracker
 from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Strategy
+from fedloom.records.check import damaged_own_adapters
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, has_plan, read_run
 from fedloom.records.state import committed, damaged_adapters, load_state
@@ -208,10 +209,12 @@ def tell_how_to_go_on(watchers: Observer, command: str, folder: Path, aggregate:
 
 
 def is_sound(folder: Path) -> bool:
-    """Return whether the newest state of a run that is done is whole, and the adapters are as it knows them."""
+    """Return whether the newest state of a run that is done is whole, and the adapters are as they were written."""
     state = load_state(folder)
     newest = next(iter(committed(folder)), None)
-    return bool(state and newest and newest.name == state.name and not damaged_adapters(folder, state))
+    if not state or not newest or newest.name != state.name or damaged_adapters(folder, state):
+        return False
+    return not damaged_own_adapters(read_run(folder), state.adapter.layout)
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
