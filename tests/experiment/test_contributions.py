@@ -1,5 +1,6 @@
 """What each client brings: federations without it, and Shapley values of them."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from support.marks import first
 from support.planted import run_planted
 from support.tiny import make_blocks, make_recipe
@@ -20,6 +22,7 @@ from fedloom.experiment.run import plan
 from fedloom.experiment.sweep import sweep
 from fedloom.federation.coalitions import Coalition
 from fedloom.host import failpoints
+from fedloom.monitoring.display import render_plan
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
@@ -59,7 +62,6 @@ def held_by(number: int) -> list[ClientBlocks]:
             (False, {"training": {"engine": "reference"}, "federation": {"lora_rule": "rolora"}}),
             (True, {"federation": {"lora_rule": "svd", "client_ranks": [1, 2, 2]}}),
         ],
-        keep=1,
     ),
 )
 def test_an_arm_is_the_run_that_there_would_be_without_the_client(
@@ -137,7 +139,16 @@ def test_what_it_costs_is_in_the_plan(tmp_path: Path) -> None:
     arms = arms_of(tmp_path / "run")
     assert planned.arms == len(arms) == 6
     assert planned.arm_tokens == sum(arm["tokens"] for arm in arms.values())
-    assert plan(recipe_of(contributions=False)).arms == 0
+    console = Console(width=300, file=io.StringIO(), record=True)
+    console.print(render_plan(planned))
+    assert (
+        f"6 federations of some of the clients at the end, for their contributions: {planned.arm_tokens:,} tokens"
+        in (console.export_text())
+    )
+    without = plan(recipe_of(contributions=False, training={"epochs": 2}))
+    assert without.arms == 0
+    assert planned.tokens["train"] == without.tokens["train"] + planned.arm_tokens
+    assert planned.tokens["evaluate"] == without.tokens["evaluate"] + 6 * 3 * planned.central_tokens
 
 
 def test_stopped_between_two_passes_it_goes_on_to_the_same_numbers(

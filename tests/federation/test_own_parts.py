@@ -182,6 +182,16 @@ def test_stopped_it_goes_on_to_the_same_to_the_bit(failpoint: str, tmp_path: Pat
     assert "clients/0/adapter/adapter_model.safetensors" in result_of(tmp_path / "run")
 
 
+def test_a_state_that_forgets_the_clients_parts_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_quick(tmp_path, federation={**FEDSA, "strategy": {"kind": "fedavg"}})
+    assert attempt(recipe, tmp_path / "whole") == ""
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(recipe, tmp_path / "run", "round.begins=raise@2")
+    monkeypatch.setattr(OwnParts, "restore", lambda own, parts: None)
+    assert attempt(recipe, tmp_path / "run") == ""
+    assert result_of(tmp_path / "run") != result_of(tmp_path / "whole")
+
+
 def test_each_clients_adapter_is_written_and_is_what_was_judged(tmp_path: Path) -> None:
     recipe = make_recipe(federation=FEDSA)
     finished = run_planted(recipe, tmp_path / "run", [ClientBlocks(b.train, make_blocks(4, 16, seed=9)) for b in HELD])

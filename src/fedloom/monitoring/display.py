@@ -247,7 +247,7 @@ def render_plan(plan: Plan) -> Table:
 
 def _explain_arms(plan: Plan) -> str:
     """Say what it takes to find what each client brings."""
-    times = plan.arm_tokens / max(1, plan.tokens["train"])
+    times = plan.arm_tokens / max(1, plan.rounds * plan.train_tokens_per_round)
     return (
         f"{count(plan.arms, 'federation')} of some of the clients at the end, for their contributions:"
         f" {count(plan.arm_tokens, 'token')} to train on, {times:.1f} times those of the run"

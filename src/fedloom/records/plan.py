@@ -177,8 +177,12 @@ class Plan:
 
     @property
     def tokens(self) -> dict[Phase, int]:
-        """Tokens of the whole run by phase."""
-        return {"train": self.rounds * self.train_tokens_per_round, "evaluate": self.evaluate_tokens}
+        """Tokens of the whole run by phase, those of the arms at its end among them."""
+        judging = self.arms * ((self.evaluated_rounds or self.rounds) + 1) * (self.central_tokens or self.judged_tokens)
+        return {
+            "train": self.rounds * self.train_tokens_per_round + self.arm_tokens,
+            "evaluate": self.evaluate_tokens + judging,
+        }
 
     @property
     def evaluate_tokens(self) -> int:
