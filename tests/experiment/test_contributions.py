@@ -17,7 +17,7 @@ from fedloom import run
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.deployment.server.serving import check_deployable
 from fedloom.errors import RecipeError
-from fedloom.experiment import contributions
+from fedloom.experiment import arms, contributions
 from fedloom.experiment.run import plan
 from fedloom.experiment.sweep import sweep
 from fedloom.federation.coalitions import Coalition
@@ -70,13 +70,13 @@ def test_an_arm_is_the_run_that_there_would_be_without_the_client(
     """Its own run directory, in which the client holds nothing to train on, has the same losses."""
     held, own = held_by(3), CENTRAL if central else NOBODYS
     whole = run_planted(recipe_of(**changes), tmp_path / "run", held, own)
-    told, arms = told_by(tmp_path / "run"), arms_of(tmp_path / "run")
-    assert len(arms) == 6
+    told, found = told_by(tmp_path / "run"), arms_of(tmp_path / "run")
+    assert len(found) == 6
     for client in range(3):
         left = [one if k != client else ClientBlocks(NOBODYS, one.holdout) for k, one in enumerate(held)]
         recipe = recipe_of(**changes, contributions=False)
         without = run_planted(recipe, tmp_path / f"without-{client}", left, own)
-        arm = arms[frozenset({0, 1, 2} - {client})]
+        arm = found[frozenset({0, 1, 2} - {client})]
         assert arm["tokens"] == sum(record["train_tokens"] for record in without.rounds)
         best, ours = without.rounds[without.best_round or 0], whole.rounds[whole.best_round or 0]
         if central:
@@ -136,9 +136,10 @@ def test_what_it_costs_is_in_the_plan(tmp_path: Path) -> None:
     recipe = recipe_of(training={"epochs": 2})
     planned = plan(recipe)
     run(recipe, tmp_path / "run", Observer())
-    arms = arms_of(tmp_path / "run")
-    assert planned.arms == len(arms) == 6
-    assert planned.arm_tokens == sum(arm["tokens"] for arm in arms.values())
+    found = arms_of(tmp_path / "run")
+    assert planned.arms == len(found) == 6
+    assert planned.arm_tokens == sum(arm["tokens"] for arm in found.values())
+    assert planned.arms_at_once == 3 * 2 + 3 * 1, "all of them in one pass"
     console = Console(width=300, file=io.StringIO(), record=True)
     console.print(render_plan(planned))
     assert (
@@ -155,7 +156,7 @@ def test_stopped_between_two_passes_it_goes_on_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, and without a second time training what is on record."""
-    monkeypatch.setattr(contributions, "UPDATES_HELD", 3)
+    monkeypatch.setattr(arms, "UPDATES_HELD", 3)
     recipe = recipe_of(model={"dtype": "float32"}, adapter={"dropout": 0.1})
     run(recipe, tmp_path / "whole", Observer())
     failpoints.arm("contributions.written=raise@2")
@@ -166,7 +167,7 @@ def test_stopped_between_two_passes_it_goes_on_to_the_same_numbers(
     assert "leave_one_out" not in kept
     opened: list[Coalition] = []
     right = contributions._open_arm
-    monkeypatch.setattr(contributions, "_open_arm", lambda *given: opened.append(given[3]) or right(*given))
+    monkeypatch.setattr(contributions, "_open_arm", lambda *given: opened.append(given[4]) or right(*given))
     run(recipe, tmp_path / "run", Observer(), resume=True)
     assert (tmp_path / "run/contributions.json").read_text() == (tmp_path / "whole/contributions.json").read_text()
     trained = [frozenset(one["clients"]) for one in kept["coalitions"]]
@@ -206,7 +207,7 @@ def test_an_arm_that_fails_leaves_out_its_client_and_says_so(tmp_path: Path, mon
 
     def spoiled(*given: Any) -> contributions.Arm:
         arm = right(*given)
-        if given[3] == {0, 2}:
+        if given[4] == {0, 2}:
             arm.run._training = arm.run._training.model_copy(update={"learning_rate": 1e300})
         return arm
 

@@ -7,28 +7,26 @@ is none on what the clients hold out. What was found is written down after each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import TrainingError
-from fedloom.experiment.arms import choose_arms
+from fedloom.experiment.arms import choose_arms, divide_arms
 from fedloom.experiment.session import Session
 from fedloom.experiment.trial import Trial
 from fedloom.federation.coalitions import Coalition, shapley_values, without_each
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import open_own_parts
 from fedloom.federation.rounds import FederatedRun, RoundResult
-from fedloom.federation.schedule import cohort_size
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Say
+from fedloom.recipe.training_section import Training
 from fedloom.records.run import Record, read_json, read_run
 from fedloom.text import count, format_seconds
 
 FILE = "contributions.json"
-UPDATES_HELD = 64
-"""Updates of a pass that wait for its round to end, in memory, beyond which another pass is made."""
 CENTRAL = "central"
 """Name of the central hold-out among those of the clients."""
 
@@ -77,13 +75,18 @@ def find_contributions(trial: Trial, session: Session, say: Say) -> None:
     if not arms.coalitions:
         return
     known = _read_known(trial)
-    passes = [one for one in _passes(trial, arms.coalitions) if not all(arm in known for arm in one)]
+    divided = divide_arms(trial.recipe, trial.prepared.plan.engine, arms.coalitions)
+    passes = [one for one in divided if not all(arm in known for arm in one)]
     if passes:
         left = sum(len(one) for one in passes)
         say("without", f"{count(left, 'federation')} of some of the clients, {_estimate(trial, left)}")
     initial = session.adapted.open(trial.recorder.adapters / "initial")
+    # As many at once as the run was planned with, whatever memory there is now: it moves results by rounding.
+    training = trial.recipe.training.model_copy(
+        update={"clients_at_once": read_run(writer.folder).plan.get("arms_at_once")}
+    )
     for one in passes:
-        opened = [_open_arm(trial, session, initial, clients, number) for number, clients in enumerate(one)]
+        opened = [_open_arm(trial, session, training, initial, clients, number) for number, clients in enumerate(one)]
         for number, result in session.run_all([(arm.run, arm.fleet) for arm in opened]):
             opened[number].note(result, rounds)
         known |= {arm.clients: arm.to_json() for arm in opened}
@@ -106,23 +109,9 @@ def _read_known(trial: Trial) -> dict[Coalition, Record]:
     return {frozenset(one["clients"]): one for one in told["coalitions"]}
 
 
-def _passes(trial: Trial, coalitions: Sequence[Coalition]) -> Iterator[list[Coalition]]:
-    """Divide coalitions into passes, always into the same ones: what trains beside moves results by rounding."""
-    alone = trial.prepared.plan.engine == "reference" or trial.recipe.federation.lora_rule == "fedex"
-    together: list[Coalition] = []
-    held = 0
-    for coalition in coalitions:
-        updates = cohort_size(len(coalition), trial.recipe.federation)
-        if together and (alone or held + updates > UPDATES_HELD):
-            yield together
-            together, held = [], 0
-        together.append(coalition)
-        held += updates
-    if together:
-        yield together
-
-
-def _open_arm(trial: Trial, session: Session, initial: Adapter, clients: Coalition, number: int) -> Arm:
+def _open_arm(
+    trial: Trial, session: Session, training: Training, initial: Adapter, clients: Coalition, number: int
+) -> Arm:
     """Return the federation of some of a run's clients, ready to begin: the others hold nothing to train on."""
     recipe, prepared = trial.recipe, trial.prepared
     held = [
@@ -136,7 +125,7 @@ def _open_arm(trial: Trial, session: Session, initial: Adapter, clients: Coaliti
     federation = recipe.federation.model_copy(update={"early_stop": None, "max_bytes": None})
     whole = trial.run.completed == federation.rounds
     run = FederatedRun(
-        recipe.training,
+        training,
         federation,
         recipe.seed,
         fleet,

@@ -133,12 +133,13 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
-    room = measure(recipe, material.source, setup, per_round, predict=predict, say=observer.show_step)
+    room_for = partial(measure, recipe, material.source, setup, predict=predict, say=observer.show_step)
+    room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = make_plan(recipe, material, setup, room, per_round, scored)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
-    plan = plan_arms(plan, recipe)
+    plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
 

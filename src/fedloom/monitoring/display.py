@@ -250,7 +250,8 @@ def _explain_arms(plan: Plan) -> str:
     times = plan.arm_tokens / max(1, plan.rounds * plan.train_tokens_per_round)
     return (
         f"{count(plan.arms, 'federation')} of some of the clients at the end, for their contributions:"
-        f" {count(plan.arm_tokens, 'token')} to train on, {times:.1f} times those of the run"
+        f" {count(plan.arm_tokens, 'token')} to train on, {times:.1f} times those of the run;"
+        f" {count(plan.arms_at_once, 'client')} at once"
     )
 
 

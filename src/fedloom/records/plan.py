@@ -123,6 +123,8 @@ class Plan:
     """Federations of some of the clients that train at the end, to find what each client brings."""
     arm_tokens: int = 0
     """Tokens that they train on, all of them together."""
+    arms_at_once: int = 0
+    """Clients of theirs that train in one pass."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -232,7 +234,7 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "shares", "capped", "whole_steps"),
-            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens"),
+            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 
