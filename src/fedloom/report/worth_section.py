@@ -208,16 +208,14 @@ def _decide(found: Sequence[Worth]) -> str:
 
 def _say(client: int, worth: Worth, *, central: bool) -> str:
     """Say what one client has of the federation, and what it brings; nothing where too little is known."""
-    said = []
+    word, said = "the right next word of its own texts", []
     if worth.alone is not None and worth.together is not None:
-        said.append(f"{likelier(worth.alone - worth.together)} with the adapter that it trained alone")
+        change = likelier(worth.alone - worth.together)
+        said.append(f"with the shared adapter, {word} is {change} with the one that it trained alone")
     if worth.personalised is not None and worth.together is not None:
-        said.append(f"then {likelier(worth.together - worth.personalised)} before, when it has gone on by itself")
-    sentences = []
-    if said:
-        whose = "with the shared adapter" if worth.alone is not None else "with its own adapter"
-        sentences.append(f"{whose}, the right next word of its own texts is {', '.join(said)}")
+        change = likelier(worth.together - worth.personalised)
+        said.append(f"when it has gone on by itself, {'it' if said else word} is {change} before")
     if worth.brings is not None:
         texts = "the texts held out for all" if central else "the others' texts"
-        sentences.append(f"without it, the right next word of {texts} is {likelier(-worth.brings)} with it")
-    return f"Client {client}: {'; '.join(sentences)}." if sentences else ""
+        said.append(f"without it, the right next word of {texts} is {likelier(-worth.brings)} with it")
+    return f"Client {client}: {'; '.join(said)}." if said else ""
