@@ -158,6 +158,8 @@ def test_a_damaged_secret_is_refused(tmp_path: Path) -> None:
         ({"data": {"pad_in_loss": True}}, "data.pad_in_loss"),
         ({"data": {"central_holdout": 0}}, "data.central_holdout"),
         ({"baselines": ["local"]}, "baselines"),
+        ({"contributions": True}, "contributions"),
+        ({"personalise": {"epochs": 1}}, "personalise"),
         ({"federation": {"strategy": {"kind": "fedavg", "weight_by": "tokens"}}}, "federation.strategy.weight_by"),
         ({"privacy": {"delta": 1e-3}}, "privacy"),
         ({"privacy": {**PRIVATE, "noise_multiplier": 1.0}}, "privacy"),

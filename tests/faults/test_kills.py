@@ -27,7 +27,7 @@ RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "30"))
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
     """A recipe, and what it comes to uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    recipe = make_recipe(folder, baselines=["pooled"])
+    recipe = make_recipe(folder, baselines=["pooled"], personalise={"epochs": 1}, contributions=True)
     assert carry_out(recipe, folder / "run") == 0
     return recipe, result_of(folder / "run")
 

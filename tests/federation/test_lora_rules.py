@@ -165,7 +165,7 @@ def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -
     )
     finished = run(recipe, tmp_path / "run", Observer())
     first, last = finished.rounds[1], finished.rounds[2]
-    one_way = 3 * 4 * {"ffa": 2 * 64 * 2, "rolora": 2 * 64 * 2}.get(rule, 2 * (128 + 64) * 2)
+    one_way = 3 * 4 * {"ffa": 2 * 64 * 2, "rolora": 2 * 64 * 2, "fedsa": 2 * 128 * 2}.get(rule, 2 * (128 + 64) * 2)
     assert first["bytes_up"] == one_way
     assert first["bytes_down"] == (3 * 4 * 2 * (128 + 64) * 2 if rule == "rolora" else one_way)
     assert last["bytes_up"] == {"rolora": 3 * 4 * 2 * 128 * 2}.get(rule, one_way)
@@ -175,7 +175,7 @@ def test_every_rule_runs_from_a_recipe(rule: str, engine: str, tmp_path: Path) -
     assert last["central_loss"] < finished.rounds[0]["central_loss"]
 
 
-@pytest.mark.parametrize("rule", ["rolora", "svd"])
+@pytest.mark.parametrize("rule", ["rolora", "fedsa", "svd"])
 def test_rules_of_the_factors_alone_refuse_more(rule: str) -> None:
     recipe = make_recipe(federation={"lora_rule": rule}, adapter={"options": {"lora_bias": True, "bias": "lora_only"}})
     with pytest.raises(RecipeError, match=r"can average only LoRA's factors, and .*bias is trained too"):
@@ -219,6 +219,8 @@ def test_clients_of_different_ranks_train_and_send_their_own(engine: str, tmp_pa
     [
         ({"federation": {"lora_rule": "svd", "strategy": {"kind": "fedmedian"}}}, "federation.strategy"),
         ({"federation": {"lora_rule": "fedex", "strategy": {"kind": "krum"}}}, "federation.strategy"),
+        ({"federation": {"lora_rule": "fedsa", "strategy": {"kind": "fedavgm"}}}, "federation.strategy"),
+        ({"federation": {"lora_rule": "fedsa"}, "personalise": {"epochs": 1}}, "personalise"),
         ({"federation": {"lora_rule": "rolora", "strategy": {"kind": "fedadam"}}}, "federation.strategy"),
         ({"federation": {"lora_rule": "svd"}, "training": {"optimizer_state": "keep"}}, "training.optimizer_state"),
         ({"federation": {"lora_rule": "rolora"}, "training": {"optimizer_state": "keep"}}, "training.optimizer_state"),

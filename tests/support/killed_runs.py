@@ -76,10 +76,11 @@ def result_of(folder: Path) -> dict[str, Any]:
             lines[name].sort(key=lambda record: (record["round"], record["client"]))
     adapters = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob("adapters/*/*.safetensors"))
+        for pattern in ("adapters/*/*.safetensors", "clients/*/adapter/*.safetensors")
+        for path in sorted(folder.glob(pattern))
     }
-    baselines = folder / "baselines.json"
-    return {**lines, **adapters, "baselines": baselines.read_text() if baselines.exists() else ""}
+    files = {name: folder / f"{name}.json" for name in ("baselines", "personalised", "contributions")}
+    return {**lines, **adapters, **{name: path.read_text() if path.exists() else "" for name, path in files.items()}}
 
 
 def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:

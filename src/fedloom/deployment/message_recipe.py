@@ -231,7 +231,11 @@ TRAINING = Record(
 )
 FEDERATION = _told(
     Federation,
-    {"rounds": ROUNDS, "lora_rule": None, "client_ranks": Listing(Count(1, 4096), 1, CLIENTS)},
+    {
+        "rounds": ROUNDS,
+        "lora_rule": Word(("factors", "ffa", "rolora", "svd", "fedex")),
+        "client_ranks": Listing(Count(1, 4096), 1, CLIENTS),
+    },
     {"rounds": "max_rounds", "lora_rule": "lora_rules"},
 )
 RECIPE = Record(
@@ -247,7 +251,7 @@ RECIPE = Record(
 )
 """Keys of a recipe that a server tells."""
 NEVER_TOLD = {
-    "": ("description", "baselines", "privacy"),
+    "": ("description", "baselines", "personalise", "contributions", "privacy"),
     "model": ("convert",),
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (

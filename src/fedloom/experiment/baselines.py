@@ -6,9 +6,10 @@ the federation had for the same documents, and is judged on the same hold-out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ class Baseline:
     """Losses on the run's own hold-out, round 0 first."""
     tokens: int = 0
     """Tokens trained on."""
+    score_own: Callable[[Adapter], Score] | None = None
+    """Scores an adapter on what the client itself holds out, where it does."""
+    own_loss: float | None = None
+    """Loss of the best adapter there."""
     error: str | None = None
 
     def note(self, result: RoundResult | TrainingError) -> None:
@@ -48,6 +53,8 @@ class Baseline:
             self.error = str(result)
         else:
             assert result.judged_loss is not None, "a baseline is evaluated after every round"
+            if self.score_own and all(result.judged_loss <= loss for loss in self.losses):
+                self.own_loss = self.score_own(result.adapter).loss
             self.losses.append(result.judged_loss)
             self.tokens += sum(report.tokens for report in result.reports)
 
@@ -92,15 +99,27 @@ def set_up_baselines(
             steps = sum(training.steps_of(len(part)) for part in able.values())
             told = training.model_copy(update={"max_steps": steps})
         run = FederatedRun(told, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
-        found.append(Baseline(client, run, fleet))
+        baseline = Baseline(client, run, fleet)
+        if client is not None and len(own := clients[client].holdout):
+            baseline.score_own = partial(_score_on, score, own)
+        found.append(baseline)
     return found
 
 
+def _score_on(score: EvaluateBlocks, blocks: TokenBlocks, adapter: Adapter) -> Score:
+    return score(adapter, blocks)
+
+
 def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[str]) -> dict[str, Any]:
-    """Return what `baselines.json` holds of each baseline: losses by round, tokens, or why it failed."""
+    """Return what `baselines.json` holds of each baseline: losses by round, tokens, or why it failed.
+
+    A client alone has `own_loss` too: that of its best adapter on its own hold-out.
+    """
 
     def one(baseline: Baseline) -> dict[str, Any]:
         told: dict[str, Any] = {"losses": baseline.losses, "tokens": baseline.tokens}
+        if baseline.own_loss is not None and math.isfinite(baseline.own_loss):
+            told["own_loss"] = baseline.own_loss
         return told if baseline.error is None else {**told, "error": baseline.error}
 
     record: dict[str, Any] = {"round0": {"losses": run.losses[:1], "tokens": 0}} if "round0" in wanted else {}

@@ -10,6 +10,7 @@ from fedloom.experiment.private import open_rations
 from fedloom.experiment.session import Session
 from fedloom.experiment.watchers import Watchers
 from fedloom.federation.fleet import Fleet, LocalFleet
+from fedloom.federation.lora_rules import open_own_parts
 from fedloom.recipe.recipe import Recipe
 
 
@@ -53,7 +54,11 @@ class LocalClients:
 
 
 def local_fleet(recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> LocalFleet:
-    """Return the fleet of clients that train over a session in this process; `folder` is the run directory."""
+    """Return the fleet of clients that train over a session in this process, from the adapter that is in its model.
+
+    `folder` is the run directory.
+    """
     score = session.scorer(recipe.evaluation.batch_size)
     rations = open_rations(recipe, prepared.clients, folder)
-    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients, rations)
+    own = open_own_parts(session.adapted.layout, recipe.federation.lora_rule, session.adapted.read)
+    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients, own, rations)

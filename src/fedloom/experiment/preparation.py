@@ -20,12 +20,13 @@ from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
 from fedloom.errors import DataError, ModelError
+from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, hold, open_source, tokenize_for
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
-from fedloom.federation.lora_rules import check_lora_rule
+from fedloom.federation.lora_rules import check_lora_rule, shared_part
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
@@ -78,11 +79,13 @@ class Setup:
     engine: EngineName
     shape: AdaptedModel
     """The adapted model without values."""
+    lora_rule: str
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of one adapter, one way."""
-        return self.shape.weights_P.numel() * self.shape.weights_P.element_size()
+        """Bytes of one adapter, one way, without a part that each client has of its own."""
+        weights_P, shared_P = self.shape.weights_P, shared_part(self.shape.layout, self.lora_rule)
+        return (weights_P.numel() if shared_P is None else int(shared_P.sum())) * weights_P.element_size()
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,13 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
-    room = measure(recipe, material.source, setup, per_round, predict=predict, say=observer.show_step)
+    room_for = partial(measure, recipe, material.source, setup, predict=predict, say=observer.show_step)
+    room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
+    plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
 
@@ -188,7 +193,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
         )
-    return Setup(device, dtype, engine, shape)
+    return Setup(device, dtype, engine, shape, recipe.federation.lora_rule)
 
 
 def check_cohort(recipe: Recipe, able: int) -> int:
@@ -199,6 +204,8 @@ def check_cohort(recipe: Recipe, able: int) -> int:
     """
     per_round = cohort_size(able, recipe.federation)
     check_strategy(recipe.federation.strategy, per_round - recipe.federation.max_lost_clients)
+    if recipe.contributions and able > 1:
+        check_arms(recipe, able - 1)
     return per_round
 
 

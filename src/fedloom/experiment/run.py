@@ -19,6 +19,8 @@ from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
+from fedloom.experiment.contributions import find_contributions
+from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
@@ -35,6 +37,7 @@ from fedloom.monitoring.trackers import Tracker
 from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Strategy
+from fedloom.records.check import damaged_own_adapters
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, has_plan, read_run
 from fedloom.records.state import committed, damaged_adapters, load_state
@@ -118,6 +121,12 @@ def run(
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
                 run_baselines(trial, session, watchers)
+            write_own_adapters(trial, session)
+            if recipe.personalise:
+                watchers.show_step("by itself", "each client goes on from the best adapter")
+                personalise(trial, session, recipe.personalise)
+            if recipe.contributions:
+                find_contributions(trial, session, watchers.show_step)
             write_samples(recipe, prepared, session, trial)
         failpoint("run.ends")
     finished = read_run(folder)
@@ -200,10 +209,12 @@ def tell_how_to_go_on(watchers: Observer, command: str, folder: Path, aggregate:
 
 
 def is_sound(folder: Path) -> bool:
-    """Return whether the newest state of a run that is done is whole, and the adapters are as it knows them."""
+    """Return whether the newest state of a run that is done is whole, and the adapters are as they were written."""
     state = load_state(folder)
     newest = next(iter(committed(folder)), None)
-    return bool(state and newest and newest.name == state.name and not damaged_adapters(folder, state))
+    if not state or not newest or newest.name != state.name or damaged_adapters(folder, state):
+        return False
+    return not damaged_own_adapters(read_run(folder), state.adapter.layout)
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:

@@ -24,6 +24,8 @@ from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
+from fedloom.experiment.contributions import find_contributions
+from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare
 from fedloom.experiment.recognition import open_recipe
 from fedloom.experiment.recorder import open_run
@@ -294,6 +296,7 @@ class OpenTrial:
         all_open: ExitStack,
     ) -> None:
         self.name, recipe = combination.name, combination.recipe
+        self._session, self._display = session, display
         self._exits = all_open.enter_context(ExitStack())
         self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name, resume=True)))
         session.adapted.load(initial)
@@ -322,9 +325,14 @@ class OpenTrial:
         return record
 
     def finish(self) -> None:
-        """Close the run directory: the run, and those of its baselines, are complete."""
+        """Do what follows the rounds, and close the run directory: the run and those of its baselines are complete."""
         if wanted := self.trial.recipe.baselines:
             self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
+        write_own_adapters(self.trial, self._session)
+        if section := self.trial.recipe.personalise:
+            personalise(self.trial, self._session, section)
+        if self.trial.recipe.contributions:
+            find_contributions(self.trial, self._session, self._display.show_step)
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:
@@ -362,6 +370,7 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
             opened.finish()
         except FedloomError as error:
             errors[opened.name] = str(error)
+            opened.fail(error)
     return errors
 
 

@@ -40,6 +40,7 @@ class Trial:
     def begin(self, initial: Adapter) -> None:
         """Start from scratch: remove states, records and half-written adapters."""
         forget_states(self.recorder.writer.folder)
+        self.recorder.writer.remove("contributions.json")
         self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
         clear_unfinished(self.recorder.adapters)
         self.recorder.begin(initial)
@@ -67,6 +68,7 @@ class Trial:
             losses=run.losses,
             scores=fleet.scores,
             optimizers=fleet.optimizer_states,
+            own_parts=fleet.own_parts,
             record_bytes=writer.record_bytes,
             record_hashes=writer.record_hashes,
             adapters=self.recorder.saved,
@@ -86,7 +88,7 @@ class Trial:
         self.recorder.mend(state, read_initial, say)
         sent = sum(record["bytes_down"] + record["bytes_up"] for record in self.past_rounds())
         self.run.restore(state.adapter, state.strategy, state.losses, state.norms, state.began, sent=sent)
-        self.fleet.restore(state.optimizers, state.scores)
+        self.fleet.restore(state.optimizers, state.scores, state.own_parts)
 
 
 def set_up(

@@ -135,6 +135,8 @@ def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
 
 def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     section, able = recipe.federation, sum(1 for client in plan.clients if client.steps)
+    if able == 1:
+        yield "contributions", "one client trains, and without it there is no federation"
     if plan.clients_per_round == able:
         yield (
             "federation.fraction",
@@ -195,6 +197,8 @@ def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
 
 def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks], *, here: bool) -> Found:
     """Yield keys that do less than their names say, and what they do."""
+    if here and not any(client.holdout_tokens for client in plan.clients):
+        yield "personalise", "makes adapters that nothing judges: no client holds anything out"
     if here and recipe.data.clients == 1:
         yield "data.partition.kind", "only orders the documents: one client holds them all"
     if here and all(bool((part.lengths_N == part.tokens_NT.shape[1]).all()) for part in blocks):

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from torch import Tensor
+
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import ClientSize
+from fedloom.federation.own_parts import OwnParts
 from fedloom.privacy.ration import Ration
 from fedloom.training.jobs import (
     ClientFailure,
@@ -61,6 +64,11 @@ class Fleet(Protocol):
         """Each client's score of the last adapter that was evaluated."""
         ...
 
+    @property
+    def own_parts(self) -> dict[int, Tensor]:
+        """Each client's own part of the adapter, where it has one, as far as it is the server's to keep."""
+        ...
+
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
         """Have each client carry out its task; yield what comes of it as they finish.
 
@@ -76,16 +84,19 @@ class Fleet(Protocol):
         """Forget the scores: there is a new adapter, which nobody evaluates."""
         ...
 
-    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+    def restore(
+        self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
+    ) -> None:
         """Take on what the fleet of an earlier part of the same run kept."""
         ...
 
 
 class LocalFleet:
-    """All clients in this process. It keeps what real clients would keep: data and optimizer state.
+    """All clients in this process. It keeps what real clients would keep: data, optimizer state, their own parts.
 
-    `scored_clients` are those on whose hold-outs adapters are scored; all if left out. `rations` gives what bounds the
-    answer to a task, where something does.
+    `scored_clients` are those on whose hold-outs adapters are scored; all if left out. With `own`, each client trains
+    and is scored with its own part in the place of the global adapter's. `rations` gives what bounds the answer to a
+    task, where something does.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class LocalFleet:
         train_clients: TrainClients,
         evaluate_blocks: EvaluateBlocks,
         scored_clients: Sequence[int] | None = None,
+        own: OwnParts | None = None,
         rations: Callable[[ClientTask], Ration] | None = None,
     ) -> None:
         self._rations = rations
@@ -103,9 +115,19 @@ class LocalFleet:
         self._train_clients = train_clients
         self._evaluate_blocks = evaluate_blocks
         self._scored_clients = range(len(data)) if scored_clients is None else scored_clients
+        self._own = own
         self.optimizer_states: dict[int, OptimizerState] = {}
         self.scores: dict[int, Score] = {}
         """Each client's score of the last adapter that was evaluated."""
+
+    @property
+    def own_parts(self) -> dict[int, Tensor]:
+        """Each client's own part of the adapter; empty where all of it is shared."""
+        return self._own.parts if self._own else {}
+
+    def adapter_of(self, client: int, adapter: Adapter) -> Adapter:
+        """Return the adapter as a client has it: with its own part, where it has one."""
+        return self._own.adapter_of(client, adapter) if self._own else adapter
 
     @property
     def sizes(self) -> dict[int, ClientSize]:
@@ -120,15 +142,15 @@ class LocalFleet:
 
     def jobs(self, tasks: Sequence[ClientTask]) -> list[ClientJob]:
         """Return each client's task with the data that the client holds for it."""
-        return [
-            ClientJob(
-                **vars(task),
-                blocks=self._data[task.client].train,
-                optimizer_state=self.optimizer_states.get(task.client),
-                ration=self._rations and self._rations(task),
-            )
-            for task in tasks
-        ]
+        return [self._job(replace(task, adapter=self.adapter_of(task.client, task.adapter))) for task in tasks]
+
+    def _job(self, task: ClientTask) -> ClientJob:
+        return ClientJob(
+            **vars(task),
+            blocks=self._data[task.client].train,
+            optimizer_state=self.optimizer_states.get(task.client),
+            ration=self._rations and self._rations(task),
+        )
 
     def finish(self, update: ClientResult) -> ClientResult:
         """Keep what the client keeps, and score its own adapter on its hold-out, beside the global one's score."""
@@ -137,6 +159,8 @@ class LocalFleet:
             # It may be what failed, and would fail again.
             self.optimizer_states.pop(client, None)
             return update
+        if self._own:
+            self._own.keep(client, update.adapter)
         if update.optimizer_state:
             self.optimizer_states[client] = update.optimizer_state
         if client not in self.scores:
@@ -155,14 +179,18 @@ class LocalFleet:
         """Forget the scores: a client whose adapter was not scored before training is not scored after it."""
         self.scores = {}
 
-    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+    def restore(
+        self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
+    ) -> None:
         """Take on what the clients kept before this run was stopped, and how its adapter did."""
         self.optimizer_states, self.scores = optimizer_states, scores
+        if self._own:
+            self._own.restore(own_parts)
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         """Score an adapter on the scored clients' hold-outs."""
         self.scores = {
-            client: self._evaluate_blocks(adapter, self._data[client].holdout)
+            client: self._evaluate_blocks(self.adapter_of(client, adapter), self._data[client].holdout)
             for client in self._scored_clients
             if len(self._data[client].holdout)
         }

@@ -21,6 +21,7 @@ from fedloom.adapters.lora import A_SUFFIX, B_SUFFIX, Residual, lora_pairs
 from fedloom.errors import RecipeError
 from fedloom.federation.aggregation import WEIGHTS, Aggregate, describe_table, once_all_are_there, weighted_mean
 from fedloom.federation.lora_error import stack_factors
+from fedloom.federation.own_parts import OwnParts
 from fedloom.federation.strategies import build_strategy
 from fedloom.training.jobs import ClientUpdate
 
@@ -43,6 +44,15 @@ def ffa(section: Federation) -> Aggregate:
 
 def rolora(section: Federation) -> Aggregate:
     """Train B in odd rounds, A in even: exact, half the bytes (Chen et al. 2025, arXiv 2502.01755, algorithm 1)."""
+    return factors(section)
+
+
+def fedsa(section: Federation) -> Aggregate:
+    """Share A, and leave to each client a B of its own: half the bytes (Guo et al. 2024, arXiv 2410.01463).
+
+    The global adapter has the mean of the clients' B beside that of A: no client trains from it. Since A is the same
+    for all, it is the mean of their models.
+    """
     return factors(section)
 
 
@@ -104,6 +114,7 @@ LORA_RULES: dict[str, Callable[[Federation], Aggregate]] = {
     "factors": factors,
     "ffa": ffa,
     "rolora": rolora,
+    "fedsa": fedsa,
     "svd": svd,
     "fedex": fedex,
 }
@@ -140,7 +151,7 @@ def check_lora_rule(layout: Layout, section: Federation) -> None:
     """
     known = {name for pair in lora_pairs(layout.names).values() for name in pair}
     others = [name for name in layout.names if name not in known]
-    if section.lora_rule in ("rolora", "svd") and others:
+    if section.lora_rule in ("rolora", "fedsa", "svd") and others:
         raise RecipeError(
             f'"{section.lora_rule}" can average only LoRA\'s factors, and {others[0]} is trained too',
             where="federation.lora_rule",
@@ -152,6 +163,17 @@ def trained_part(layout: Layout, rule: str, round: int, rank: int | None = None)
     """Return where a client of this rank may change an adapter in a round (from 1), bool [P]; None if everywhere."""
     suffix = (B_SUFFIX if round % 2 else A_SUFFIX) if rule == "rolora" else None
     return None if suffix is None and rank is None else _part(layout, suffix, rank)
+
+
+def shared_part(layout: Layout, rule: str) -> Tensor | None:
+    """Return what of an adapter is shared, where the rest is each client's own, bool [P]; None if all of it is."""
+    return _part(layout, A_SUFFIX, None) if rule == "fedsa" else None
+
+
+def open_own_parts(layout: Layout, rule: str, read_initial: Callable[[], Adapter]) -> OwnParts | None:
+    """Return what each client keeps of its adapter, before any has trained; None where all of it is shared."""
+    shared_P = shared_part(layout, rule)
+    return None if shared_P is None else OwnParts(read_initial(), shared_P)
 
 
 def adapter_of_rank(adapter: Adapter, rank: int | None) -> Adapter:

@@ -19,7 +19,7 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.admission import Admission, ClientSize
 from fedloom.federation.aggregation import Aggregate, State
 from fedloom.federation.fleet import Fleet, LocalFleet
-from fedloom.federation.lora_rules import adapter_of_rank, trained_part
+from fedloom.federation.lora_rules import adapter_of_rank, shared_part, trained_part
 from fedloom.federation.open_round import OpenRound
 from fedloom.federation.schedule import is_evaluated, proximal_mu, sample_clients, stop_early
 from fedloom.federation.shares import judge_losses, mean_loss
@@ -94,8 +94,8 @@ class FederatedRun:
     ) -> None:
         self._training, self._federation, self._seed = training, federation, seed
         self._fleet = fleet
-        self._aggregate = aggregate
-        self._evaluate_central = evaluate_central
+        self.aggregate = aggregate
+        self.evaluate_central = evaluate_central
         self._on_update = on_update or _keep_nothing
         self.trial = trial
         self._adapter = adapter
@@ -178,7 +178,7 @@ class FederatedRun:
         tasks = self._draw_tasks(round, self._training.model_copy(update={"proximal_mu": mu}))
         return OpenRound(
             tasks,
-            self._aggregate.open(self._state, self._adapter),
+            self.aggregate.open(self._state, self._adapter),
             self.admission,
             self._on_update,
             section,
@@ -202,6 +202,7 @@ class FederatedRun:
                 seed=self._seed,
                 trains_P=trained_part(layout, section.lora_rule, round, rank),
                 trial=self.trial,
+                shares_P=shared_part(layout, section.lora_rule),
             )
             for client, rank in ranks.items()
         ]
@@ -251,7 +252,8 @@ class FederatedRun:
         if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:
             task = replace(task, trains_P=trained_part(task.adapter.layout, section.lora_rule, task.round - 1))
             return task.num_bytes
-        return task.num_bytes if section.client_ranks else task.adapter.num_bytes
+        less = section.client_ranks or task.shares_P is not None
+        return task.num_bytes if less else task.adapter.num_bytes
 
     def _evaluate(self, evaluate_seconds: float = 0.0, *, round: int, **trained: Any) -> RoundResult:
         if not self._is_evaluated(round):
@@ -259,7 +261,7 @@ class FederatedRun:
             self.losses.append(None)
             return RoundResult(round, self._adapter, None, {}, evaluate_seconds, None, None, **trained)
         started = time.perf_counter()
-        central, clients = self._evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
+        central, clients = self.evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
         if central is not None:
             check_finite("the loss", central.loss, round=round, stage="central evaluation")
         for client, score in clients.items():

@@ -80,6 +80,11 @@ def least_to_trim(trim: float) -> int:
     return least if not trim or count_trimmed(trim, least) else least + 1
 
 
+def least_clients(strategy: Strategy) -> int:
+    """Return how many clients a round of a strategy must have."""
+    return LEAST_CLIENTS[strategy.kind](strategy) if strategy.kind in LEAST_CLIENTS else 1
+
+
 def check_strategy(strategy: Strategy, clients: int) -> None:
     """Refuse a strategy that needs more clients in a round than take part.
 
@@ -87,7 +92,7 @@ def check_strategy(strategy: Strategy, clients: int) -> None:
         RecipeError: there are too few clients.
     """
     build_strategy(strategy)
-    least = LEAST_CLIENTS[strategy.kind](strategy) if strategy.kind in LEAST_CLIENTS else 1
+    least = least_clients(strategy)
     if clients < least:
         raise RecipeError(
             f'"{strategy.kind}" needs {least} clients in a round, and {clients} take part',

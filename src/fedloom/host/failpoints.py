@@ -34,6 +34,8 @@ NAMES = (
     "state.renamed",
     "state.pruned",
     "baselines.written",
+    "personalised.written",
+    "contributions.written",
     "report.written",
     "run.ends",
 )

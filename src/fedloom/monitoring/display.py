@@ -211,6 +211,7 @@ def render_plan(plan: Plan) -> Table:
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
         **({"privacy": explain_privacy(plan.privacy), "noise": explain_noise(plan.privacy)} if plan.privacy else {}),
         "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
+        **({"without": _explain_arms(plan)} if plan.arms else {}),
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }
     if plan.peak_bytes and plan.clients_that_fit:
@@ -235,6 +236,16 @@ def render_plan(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(show_controls(value)))
     return table
+
+
+def _explain_arms(plan: Plan) -> str:
+    """Say what it takes to find what each client brings."""
+    times = plan.arm_tokens / max(1, plan.rounds * plan.train_tokens_per_round)
+    return (
+        f"{count(plan.arms, 'federation')} of some of the clients at the end, for their contributions:"
+        f" {count(plan.arm_tokens, 'token')} to train on, {times:.1f} times those of the run;"
+        f" {count(plan.arms_at_once, 'client')} at once"
+    )
 
 
 def _range(values: list[int]) -> str:

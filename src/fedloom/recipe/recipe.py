@@ -13,7 +13,7 @@ from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.section import Section
-from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Report
+from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Personalise, Report
 from fedloom.recipe.training_section import Training
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
@@ -37,6 +37,18 @@ CLASHES = (
         "federation.lora_rule",
         "there are no A and B to average with this adapter.method",
         'leave it out, or set adapter.method = "lora"',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule == "fedsa" and recipe.federation.strategy.kind != "fedavg",
+        "federation.strategy",
+        "beside A it takes the mean of the clients' own B, which no server has to step from",
+        'set kind = "fedavg"',
+    ),
+    Clash(
+        lambda recipe: recipe.federation.lora_rule == "fedsa" and recipe.personalise is not None,
+        "personalise",
+        'with lora_rule = "fedsa" every client has an adapter of its own already',
+        "leave it out, or choose another lora_rule",
     ),
     Clash(
         lambda recipe: recipe.federation.lora_rule in ("svd", "fedex") and recipe.federation.strategy.kind != "fedavg",
@@ -244,6 +256,12 @@ CLASHES = (
         'leave them out, or keep "round0"',
     ),
     Clash(
+        lambda recipe: recipe.privacy is not None and (recipe.contributions or recipe.personalise is not None),
+        "contributions, personalise",
+        "they train on the same documents once more, without noise",
+        "leave them out",
+    ),
+    Clash(
         lambda recipe: recipe.privacy is not None and recipe.federation.strategy.weight_by == "tokens",
         "federation.strategy.weight_by",
         "how many tokens a client has tells of its documents",
@@ -295,6 +313,16 @@ class Recipe(Section):
     seed: int = Field(42, ge=0, description="source of every random choice")
     baselines: Annotated[tuple[Literal["round0", "local", "pooled"], ...], BeforeValidator(_to_tuple)] = Field(
         (), description="runs to compare with: no training; each client alone; all their documents together"
+    )
+    personalise: Personalise | None = Field(
+        None,
+        description="training with which each client goes on at the end, from the best global adapter, on its own"
+        " documents; its adapter is its own, in `clients/N/adapter`; none if left out",
+    )
+    contributions: bool = Field(
+        False,
+        description="find at the end what each client brings to the others, by federations without it and, of up to 8"
+        " clients, by its Shapley value: the plan says what that costs",
     )
     model: Model
     adapter: Adapter = Field(default_factory=Adapter)

@@ -249,7 +249,7 @@ class Federation(Section):
         description="blocks that a client on another machine may say it has, to train on or held out; one with more is"
         " refused. If left out, 1000000",
     )
-    lora_rule: Literal["factors", "ffa", "rolora", "svd", "fedex"] = Field(
+    lora_rule: Literal["factors", "ffa", "rolora", "fedsa", "svd", "fedex"] = Field(
         "factors", description="rule by which LoRA's A and B are averaged; `docs/strategies.md` explains each"
     )
     client_ranks: Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_ranks)] | None = Field(
@@ -266,6 +266,12 @@ class Federation(Section):
         description="most bytes of adapters both ways, as the records count them: a run ends before the round that"
         " would exceed it; no limit if left out",
     )
+
+
+class Personalise(Section):
+    """The training that each client goes on with by itself, when the rounds are over."""
+
+    epochs: int = Field(1, ge=1, description="passes over its own documents, from the best global adapter on")
 
 
 class Evaluation(Section):

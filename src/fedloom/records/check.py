@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedloom.adapters.adapter import Layout
 from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
@@ -40,6 +41,7 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_clients(run),
         _check_numbers(run),
         *(_check_adapter(run, name, round, newest) for name, round in _adapters(run).items()),
+        *_check_own_adapters(run, newest),
         _check_remains(run),
     ]
 
@@ -124,9 +126,35 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
     return Finding(what, f"the adapter of round {round}")
 
 
+def damaged_own_adapters(run: Run, layout: Layout) -> dict[str, str]:
+    """Return the clients whose own adapters are not what they were when they were written, and what is the matter."""
+    found = {}
+    for client, told in run.personalised.get("clients", {}).items():
+        if "adapter_sha256" not in told:
+            continue
+        try:
+            adapter = load_adapter(run.folder / "clients" / client / "adapter", layout, frozen=None)
+        except FedloomError as error:
+            found[client] = str(error)
+        else:
+            if adapter.sha256() != told["adapter_sha256"]:
+                found[client] = "another adapter than the one on record"
+    return found
+
+
+def _check_own_adapters(run: Run, newest: RunState | None) -> Iterator[Finding]:
+    if newest is None or not run.personalised:
+        return
+    damaged = damaged_own_adapters(run, newest.adapter.layout)
+    for client, why in damaged.items():
+        yield Finding(f"clients/{client}/adapter", why, GO_ON)
+    if not damaged:
+        yield Finding("clients' adapters", "those on record")
+
+
 def _check_remains(run: Run) -> Finding:
     """Only a run that is done must have left nothing behind."""
-    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "state/.*", "plots/.*.tmp")
+    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "clients/*/.*", "state/.*", "plots/.*.tmp")
     left = sorted({str(path.relative_to(run.folder)) for pattern in patterns for path in run.folder.glob(pattern)})
     if left and run.status.get("state") == "done":
         return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")

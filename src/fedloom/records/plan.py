@@ -121,6 +121,12 @@ class Plan:
     """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
     privacy: Mapping[str, Any] = field(default_factory=dict)
     """Promise about one document, where there is one: unit, δ, and each client's documents, noise and ε of the run."""
+    arms: int = 0
+    """Federations of some of the clients that train at the end, to find what each client brings."""
+    arm_tokens: int = 0
+    """Tokens that they train on, all of them together."""
+    arms_at_once: int = 0
+    """Clients of theirs that train in one pass."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -163,16 +169,24 @@ class Plan:
     @property
     def train_tokens_per_round(self) -> int:
         """Tokens of all clients that take part, on average where they take part of their rows."""
+        return round(sum(self.tokens_of_each) * self._share)
+
+    @property
+    def tokens_of_each(self) -> list[float]:
+        """Tokens that each client trains on in a round in which it takes part."""
         if not self.whole_steps:
-            return round(sum(client.tokens for client in self.clients) * self.epochs * self._share)
+            return [client.tokens * self.epochs for client in self.clients]
         parts = [client.steps / max(1, whole) for client, whole in zip(self.clients, self.whole_steps, strict=True)]
-        tokens = sum(client.tokens * part for client, part in zip(self.clients, parts, strict=True))
-        return round(tokens * self.epochs * self._share)
+        return [client.tokens * part * self.epochs for client, part in zip(self.clients, parts, strict=True)]
 
     @property
     def tokens(self) -> dict[Phase, int]:
-        """Tokens of the whole run by phase."""
-        return {"train": self.rounds * self.train_tokens_per_round, "evaluate": self.evaluate_tokens}
+        """Tokens of the whole run by phase, those of the arms at its end among them."""
+        judging = self.arms * ((self.evaluated_rounds or self.rounds) + 1) * (self.central_tokens or self.judged_tokens)
+        return {
+            "train": self.rounds * self.train_tokens_per_round + self.arm_tokens,
+            "evaluate": self.evaluate_tokens + judging,
+        }
 
     @property
     def evaluate_tokens(self) -> int:
@@ -222,7 +236,7 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "shares", "capped", "whole_steps"),
-            *("evaluated_rounds", "kept_adapters", "privacy"),
+            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

@@ -81,6 +81,8 @@ class Run:
     rounds: list[Record]
     clients: list[Record]
     baselines: Record
+    personalised: Record
+    contributions: Record
 
     @property
     def best_round(self) -> int | None:
@@ -152,6 +154,8 @@ def read_run(folder: str | Path) -> Run:
                 "plan": "plan.json",
                 "status": "status.json",
                 "baselines": "baselines.json",
+                "personalised": "personalised.json",
+                "contributions": "contributions.json",
             }.items()
         },
         rounds=_read_rounds(folder / "rounds.jsonl"),

@@ -40,6 +40,8 @@ from fedloom.records.run import judged_loss, read_run
 from fedloom.training.jobs import OptimizerState
 
 FOLDER = "state"
+OWN = "own"
+"""Beginning of the names of the clients' own parts of adapters, in the file of what clients keep."""
 MANIFEST = "manifest.json"
 KEPT = 2
 FAILPOINTS: Mapping[Moment, str] = {"written": "state.flushed", "renamed": "state.renamed"}
@@ -59,6 +61,8 @@ class RunState:
     """Scores of the adapter on each client's own hold-out."""
     optimizers: dict[int, OptimizerState]
     """Optimizer states that clients keep."""
+    own_parts: dict[int, Tensor]
+    """Parts of adapters that clients keep."""
     record_bytes: Mapping[str, int]
     """Lengths of the records: what is beyond belongs to a round that never was complete."""
     record_hashes: Mapping[str, str]
@@ -120,6 +124,7 @@ def _write_state(state: RunState, folder: Path) -> None:
         f"residual/{layer}/{side}": t for layer, pair in residual.items() for side, t in zip("ba", pair, strict=True)
     }
     kept = {f"{client}/{name}": t for client, named in state.optimizers.items() for name, t in named.items()}
+    kept |= {f"{OWN}/{client}": part for client, part in state.own_parts.items()}
     for name, content in (("server.safetensors", tensors), ("clients.safetensors", kept)):
         save_file({key: value.contiguous() for key, value in content.items()}, folder / name)
         failpoint("state.file")
@@ -235,15 +240,20 @@ def read_state(folder: Path) -> RunState:
         residual = Residual({layer: (pair["b"], pair["a"]) for layer, pair in factors.items()}) if factors else None
         layout = Layout(tuple(names), tuple(torch.Size(shape) for shape in shapes))
         optimizers: dict[int, OptimizerState] = {}
+        own_parts: dict[int, Tensor] = {}
         for key, value in kept.items():
             client, _, name = key.partition("/")
-            optimizers.setdefault(int(client), {})[name] = value
+            if client == OWN:
+                own_parts[int(name)] = value
+            else:
+                optimizers.setdefault(int(client), {})[name] = value
         return RunState(
             adapter=Adapter(layout, tensors["adapter"], residual),
             strategy=unpack(told["strategy"], tensors),
             losses=told["losses"],
             scores={int(client): Score(*score) for client, score in told["scores"].items()},
             optimizers=optimizers,
+            own_parts=own_parts,
             record_bytes=told["record_bytes"],
             record_hashes=told["record_hashes"],
             adapters=told["adapters"],

@@ -84,6 +84,11 @@ class RunWriter:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.folder / name, value)
 
+    def remove(self, name: str) -> None:
+        """Remove a file that an earlier try may have left."""
+        with writing(self.folder):
+            (self.folder / name).unlink(missing_ok=True)
+
     def write_status(self, state: str, **more: Any) -> None:
         """Write down what the run is doing now, or how it ended; a value of None is left out."""
         if state == "running":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +16,7 @@ from fedloom.report.observations import the_weight
 from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
+from fedloom.report.worth_section import show_worth_over_seeds
 from fedloom.text import format_bytes, format_seconds
 
 NOT_SETTINGS = {"name", "description"}
@@ -42,13 +43,15 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
 def build_comparison(runs: Sequence[Run]) -> Document:
     """Build a comparison of two runs or more, each with at least one round."""
     names = _names(runs)
+    groups = _group_by_seeds(runs, names)
     return Document(
         title="Comparison: " + ", ".join(names),
         subtitle=f"{len(runs)} runs",
         state=", ".join(sorted({STATES.get(run.status.get("state", ""), "unknown") for run in runs})),
         sections=[
             Section("What differs", _differences(runs, names)),
-            Section("Loss", _losses(runs, names)),
+            Section("Loss", _losses(runs, names, groups)),
+            *([Section("Was it worth it?", blocks)] if (blocks := show_worth_over_seeds(groups)) else []),
             Section("Convergence", _convergence(runs, names)),
             Section("Cost", _cost(runs, names)),
             Section("In words", [Bullets(conclude(runs, names))]),
@@ -151,7 +154,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     return [*blocks, Table(["Key", *names], rows, text_columns=1 + len(runs))]
 
 
-def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+def _losses(runs: Sequence[Run], names: Sequence[str], groups: Mapping[str, Sequence[Run]]) -> list[Block]:
     curves = [figures.judged_series(run) for run in runs]
     shared = sorted(set.intersection(*(set(rounds) for _, rounds, _ in curves)))
     first, last = shared[0], shared[-1]
@@ -186,22 +189,28 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
             Plot(lines, x_label="round", y_label=LOSS_AXIS),
         ),
     ]
-    return blocks + _over_seeds(runs, names)
+    return blocks + _over_seeds(groups)
 
 
-def _over_seeds(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    """Show runs that differ only in their seed as one: their mean and its spread; nothing if there are none."""
+def _group_by_seeds(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[Run]]:
+    """Return the runs that differ only in their seed, by a title for all of them."""
     groups: dict[str, list[Run]] = defaultdict(list)
     named: dict[str, list[str]] = defaultdict(list)
     for run, name in zip(runs, names, strict=True):
         settings = {k: v for k, v in flatten(run.recipe).items() if k not in NOT_SETTINGS | {"seed"}}
         groups[repr(settings)].append(run)
         named[repr(settings)].append(name)
+    return {
+        f"{named[key][0]} and {len(members) - 1} more": members
+        for key, members in groups.items()
+        if len({run.recipe["seed"] for run in members}) > 1
+    }
+
+
+def _over_seeds(groups: Mapping[str, Sequence[Run]]) -> list[Block]:
+    """Show runs that differ only in their seed as one: their mean and its spread; nothing if there are none."""
     rows, lines = [], []
-    for key, members in groups.items():
-        if len({run.recipe["seed"] for run in members}) < 2:
-            continue
-        title = f"{named[key][0]} and {len(members) - 1} more"
+    for title, members in groups.items():
         by_round = [dict(zip(*figures.judged_series(run)[1:], strict=True)) for run in members]
         rounds = sorted(set.intersection(*map(set, by_round)))
         spreads = [figures.spread([of[round] for of in by_round]) for round in rounds]

@@ -44,12 +44,15 @@ class ClientTask:
     """True where the adapter may change; None is everywhere."""
     trial: int = 0
     """Number of the run that asks, where several train together."""
+    shares_P: Tensor | None = None
+    """True where the weights are shared, and false where each client has its own; None: all of them are shared."""
 
     @property
     def num_bytes(self) -> int:
-        """The payload of the answer: the weights that may have changed."""
+        """The payload of the answer: the weights that may have changed and are no client's own."""
         weights_P = self.adapter.weights_P
-        count = weights_P.numel() if self.trains_P is None else int(self.trains_P.sum())
+        travels_P = self.trains_P if self.shares_P is None else self.shares_P
+        count = weights_P.numel() if travels_P is None else int(travels_P.sum())
         return count * weights_P.element_size()
 
 

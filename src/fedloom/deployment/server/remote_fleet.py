@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_task, unpack_progress, unpack_score, unpack_update
@@ -84,6 +86,8 @@ class RemoteFleet:
         self.clients: Sequence[int] = [client for client, name in enumerate(self.names) if facts[name].blocks]
         self.optimizer_states: dict[int, OptimizerState] = {}
         """States of optimizers between rounds: always empty, for clients keep their own."""
+        self.own_parts: dict[int, Tensor] = {}
+        """Parts of adapters that clients keep: always empty, for there are none here."""
         self.scores: dict[int, Score] = {}
         self._missing: set[str] = set()
 
@@ -93,7 +97,9 @@ class RemoteFleet:
         facts = {client: self.exchange.facts[self.names[client]] for client in self.clients}
         return {client: ClientSize(told.blocks, told.tokens) for client, told in facts.items()}
 
-    def restore(self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score]) -> None:
+    def restore(
+        self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
+    ) -> None:
         self.scores = scores
 
     def forget_scores(self) -> None:

@@ -93,6 +93,22 @@ def check_deployable(recipe: Recipe) -> None:
         )
     if recipe.baselines:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
+    if recipe.personalise:
+        raise RecipeError(
+            "clients on other machines do not go on by themselves", where="personalise", mend="leave it out"
+        )
+    if recipe.federation.lora_rule == "fedsa":
+        raise RecipeError(
+            "clients on other machines keep no part of an adapter",
+            where="federation.lora_rule",
+            mend='use "ffa" or "rolora", which send half the bytes too',
+        )
+    if recipe.contributions:
+        raise RecipeError(
+            "each of them is found by federations of their own, for which clients on other machines are not asked",
+            where="contributions",
+            mend="leave it out",
+        )
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
     try:

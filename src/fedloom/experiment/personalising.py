@@ -1,0 +1,127 @@
+"""Clients' own adapters: when the rounds are over, each client goes on by itself from the best global adapter.
+
+It is the training of one more round, on the client's own documents, without the proximal term, and with a schedule of
+its own; nothing of it is averaged. Its adapter is the client's: no other client is told of it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fedloom.adapters.adapter import Adapter
+from fedloom.experiment.session import Session
+from fedloom.experiment.trial import Trial
+from fedloom.federation.fleet import LocalFleet
+from fedloom.federation.lora_rules import adapter_of_rank, open_own_parts, trained_part
+from fedloom.host.failpoints import failpoint
+from fedloom.host.files import clear_unfinished, writing
+from fedloom.recipe.sections import Personalise
+from fedloom.records.card import write_card
+from fedloom.records.run import read_run
+from fedloom.text import count
+from fedloom.training.jobs import ClientFailure, ClientTask
+
+
+def personalise(trial: Trial, session: Session, section: Personalise) -> None:
+    """Let every client go on, keep its adapter in `clients/N/adapter`, and write down how it does on its own hold-out.
+
+    All of them train in one pass, where the engine can.
+    """
+    folder = trial.recorder.writer.folder
+    best = session.adapted.open(folder / "adapters" / "best")
+    fleet = LocalFleet(
+        trial.prepared.clients, session.train_clients, session.scorer(trial.recipe.evaluation.batch_size)
+    )
+    before = fleet.evaluate(best)
+    run = read_run(folder)
+    card = write_card(trial.recipe, trial.prepared.plan, run.rounds[run.best_round or 0])
+    found: dict[int, dict[str, Any]] = {}
+    for result in fleet.train(_tasks(trial, section, best)):
+        client = result.client
+        if isinstance(result, ClientFailure):
+            found[client] = {"error": str(result.error)}
+            continue
+        _save(session, folder, client, result.adapter, card + _explain(client, section))
+        report = result.report
+        losses = {
+            "global_loss": before[client].loss if client in before else None,
+            "loss": report.holdout_loss_after,
+        }
+        found[client] = {
+            "tokens": report.tokens,
+            "steps": report.steps,
+            **{name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)},
+            "adapter_sha256": result.adapter.sha256(),
+        }
+    told = {"round": run.best_round, "clients": {str(client): found[client] for client in sorted(found)}}
+    trial.recorder.writer.write_json("personalised.json", told)
+    failpoint("personalised.written")
+
+
+def write_own_adapters(trial: Trial, session: Session) -> None:
+    """Keep each client's own adapter as it was after the last round, where the rule leaves it a part of its own."""
+    adapted, folder = session.adapted, trial.recorder.writer.folder
+    own = open_own_parts(
+        adapted.layout, trial.recipe.federation.lora_rule, lambda: adapted.open(folder / "adapters" / "initial")
+    )
+    if own is None:
+        return
+    own.restore(trial.fleet.own_parts)
+    card = write_card(trial.recipe, trial.prepared.plan, trial.past_rounds()[-1])
+    found = {}
+    for client in trial.fleet.clients:
+        adapter = own.adapter_of(client, trial.run.adapter)
+        why = f"\nIn the place of the mean of all clients' B it has client {client}'s own, which no other client has.\n"
+        _save(session, folder, client, adapter, card + why)
+        found[str(client)] = {"adapter_sha256": adapter.sha256()}
+    trial.recorder.writer.write_json("personalised.json", {"round": trial.run.completed, "clients": found})
+
+
+def _save(session: Session, folder: Path, client: int, adapter: Adapter, card: str) -> None:
+    home = folder / "clients" / str(client)
+    clear_unfinished(home)
+    with writing(home):
+        session.adapted.save(adapter, home / "adapter", card)
+
+
+def _tasks(trial: Trial, section: Personalise, best: Adapter) -> list[ClientTask]:
+    """Return each client's task: one more round than the run had, over as many epochs as its section says."""
+    recipe, round = trial.recipe, trial.run.completed + 1
+    training = recipe.training.model_copy(
+        update={
+            "epochs": section.epochs,
+            "max_steps": None,
+            "schedule_scope": "round",
+            "proximal_mu": 0.0,
+            "proximal_schedule": "constant",
+        }
+    )
+    ranks = recipe.federation.client_ranks
+    tasks = []
+    for client, held in enumerate(trial.prepared.clients):
+        rank = ranks[client] if ranks else None
+        if len(held.train):
+            tasks.append(
+                ClientTask(
+                    round=round,
+                    client=client,
+                    adapter=adapter_of_rank(best, rank),
+                    training=training,
+                    rounds=round,
+                    seed=recipe.seed,
+                    # Both factors, also where the federation's rule trains one after the other.
+                    trains_P=trained_part(best.layout, "factors", round, rank),
+                )
+            )
+    return tasks
+
+
+def _explain(client: int, section: Personalise) -> str:
+    """Return what the card of a client's own adapter says beside that of the global one."""
+    return (
+        f"\nFrom this adapter client {client} went on by itself, {count(section.epochs, 'epoch')} over its own"
+        " documents. The figures above are those of the adapter that it began with. What is in this folder may tell of"
+        " those documents: it belongs to whoever they belong to.\n"
+    )

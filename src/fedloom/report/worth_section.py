@@ -1,0 +1,221 @@
+"""The report's section for those who own the documents: what each client has of taking part, in words.
+
+It knows clients by their numbers and documents by their losses: no text of theirs is in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedloom.records.run import Record, Run
+from fedloom.report import figures
+from fedloom.report.document import Block, Bullets, Table, Text
+from fedloom.text import count, format_number
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Worth of the federation to one client, and of the client to it, in nats per token; None: not on record.
+
+    The first four are losses of its own hold-out, under each adapter that it could use.
+    """
+
+    before: float | None = None
+    """Loss of the model as it was."""
+    alone: float | None = None
+    together: float | None = None
+    """Loss of the global adapter."""
+    personalised: float | None = None
+    """Loss of the global adapter after the client went on from it by itself."""
+    brings: float | None = None
+    """Fall of the others' loss that comes of its being there."""
+    shapley: float | None = None
+    """Its share of what all of them bring together."""
+    shapley_error: float | None = None
+    """Standard error of that: 0 where it is no estimate."""
+
+    @property
+    def gain(self) -> float | None:
+        """Nats per token by which the client is better off than alone; None where one of the two is unknown."""
+        shared = self.together if self.personalised is None else self.personalised
+        return None if self.alone is None or shared is None else self.alone - shared
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its title, and the format of its numbers."""
+
+    title: str
+    form: str = ".4f"
+
+
+COLUMNS = {
+    "before": Column("Untrained"),
+    "alone": Column("Alone"),
+    "together": Column("Together"),
+    "personalised": Column("Together, then by itself"),
+    "gain": Column("Gain over alone", "+.4f"),
+    "brings": Column("Brings to the others", "+.4f"),
+    "shapley": Column("Shapley value", "+.4f"),
+}
+"""Columns of the table by what of a client they show."""
+SAME = 1.0005
+"""Ratio of two probabilities below which they are called the same."""
+
+
+def worth_of(run: Run) -> dict[int, Worth]:
+    """Return what is on record of each client; empty for a run that was asked for nothing of it."""
+    alone, own = run.baselines.get("local", {}), run.personalised.get("clients", {})
+    brought, shares = run.contributions.get("leave_one_out", {}), run.contributions.get("shapley", {})
+    if not run.rounds or not (alone or own or brought):
+        return {}
+    first, best = (run.rounds[number].get("client_losses", {}) for number in (0, run.best_round or 0))
+    found = {}
+    for client in sorted({*alone, *own, *brought}, key=int):
+        went_on, share = own.get(client, {}), shares.get(client, {})
+        found[int(client)] = Worth(
+            before=first.get(client),
+            alone=alone.get(client, {}).get("own_loss"),
+            together=went_on.get("global_loss", best.get(client)),
+            personalised=went_on.get("loss"),
+            brings=brought.get(client),
+            shapley=share.get("value"),
+            shapley_error=share.get("standard_error"),
+        )
+    return {client: worth for client, worth in found.items() if worth != Worth()}
+
+
+def show_worth(run: Run) -> list[Block]:
+    """Show a row and a sentence for each client; nothing where nothing is on record."""
+    found = worth_of(run)
+    if not found:
+        return []
+    central = run.plan.get("central_tokens", 0) > 0
+    known = [key for key in COLUMNS if any(getattr(worth, key) is not None for worth in found.values())]
+    rows = [[f"client {client}", *(_cell(worth, key) for key in known)] for client, worth in found.items()]
+    sentences = [*_failures(run)]
+    sentences += [sentence for client, worth in found.items() if (sentence := _say(client, worth, central=central))]
+    return [
+        *([Text(_OWN)] if {"alone", "together", "personalised"} & {*known} else []),
+        *([Text(_OWN_PART)] if run.recipe["federation"].get("lora_rule") == "fedsa" and "together" in known else []),
+        *([Text(_BROUGHT[central])] if "brings" in known else []),
+        *([Text(_explain_shapley(run.contributions))] if "shapley" in known else []),
+        Table(["Client", *(COLUMNS[key].title for key in known)], rows),
+        *([Text(verdict)] if (verdict := _decide(list(found.values()))) else []),
+        *([Bullets(sentences)] if sentences else []),
+    ]
+
+
+_OWN = (
+    "What a client has of taking part is measured on its own documents, on those that it held out and that nobody"
+    " trained on. A loss says how much the next piece of a text surprises the model: lower is better. Alone, a client"
+    " trained as long as it did in the federation; by itself afterwards, it trained on top of that."
+)
+_OWN_PART = (
+    'Together, each client has a part of the adapter of its own (lora_rule = "fedsa"), and is measured with that beside'
+    " the shared part."
+)
+_BROUGHT = {
+    True: "What a client brings to the others is by how much the loss falls on the documents that were held out for"
+    " all, against a federation of the others without it.",
+    False: "What a client brings to the others is by how much the loss falls on what the others held out, against a"
+    " federation of the others without it.",
+}
+"""Explanation of what is brought, by whether there is a central hold-out."""
+
+
+def _explain_shapley(contributions: Record) -> str:
+    """Explain Shapley values, and how they were found."""
+    text = (
+        "Without one client, another may stand in for it. The Shapley value lets the clients come in one after another,"
+        " in every order, and is the mean of what each brings when it comes; all of them add up to what the federation"
+        " brought."
+    )
+    if not any(share["standard_error"] for share in contributions["shapley"].values()):
+        return text
+    return f"{text} {contributions['orders']} orders were drawn, and behind ± stands the standard error over them."
+
+
+def _failures(run: Run) -> Iterator[str]:
+    """Say what could not be found out, and why."""
+    for client, told in run.personalised.get("clients", {}).items():
+        if "error" in told:
+            yield f"Client {client} could not go on by itself: {told['error']}"
+    for told in run.contributions.get("coalitions", ()):
+        if "error" in told:
+            yield f"The federation of {', '.join(map(str, told['clients']))} failed: {told['error']}"
+
+
+def _cell(worth: Worth, key: str) -> str:
+    error = f" ± {worth.shapley_error:.4f}" if key == "shapley" and worth.shapley_error else ""
+    return format_number(getattr(worth, key), COLUMNS[key].form) + error
+
+
+def show_worth_over_seeds(groups: Mapping[str, Sequence[Run]]) -> list[Block]:
+    """Show each client over runs that differ only in their seed; nothing where none of them has anything on record."""
+    rows = []
+    for title, runs in groups.items():
+        found = [worth for run in runs if (worth := worth_of(run))]
+        for client in sorted(set().union(*found)):
+            cells = []
+            for key, column in _OVER_SEEDS.items():
+                values = [value for worth in found if (value := getattr(worth.get(client), key, None)) is not None]
+                cells.append(_spread(values, column.form))
+            rows.append([title, f"client {client}", *cells])
+    if not rows:
+        return []
+    return [
+        Text(
+            "Runs that differ only in their seed, taken together: mean and standard deviation over seeds. A seed also"
+            " says which documents a client holds, unless they are divided by a column."
+        ),
+        Table(["Runs", "Client", *(column.title for column in _OVER_SEEDS.values())], rows, text_columns=2),
+    ]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Format the mean of values, and their spread where there are several."""
+    if not values:
+        return ""
+    spread = figures.spread(values)
+    return f"{spread.mean:{form}}" + (f" ± {spread.deviation:.4f}" if len(values) > 1 else "")
+
+
+_OVER_SEEDS = {key: column for key, column in COLUMNS.items() if key != "before"}
+
+
+def likelier(nats: float) -> str:
+    """Compare in words how likely the right next piece of a text is, with a loss lower by so many nats per token.
+
+    A loss is the mean of −log p, so p is exp(nats) times what it was, as a geometric mean over the text.
+    """
+    times = math.exp(min(abs(nats), 50.0))
+    if times < SAME:
+        return "as likely as"
+    if nats < 0:
+        return f"{100 * (1 - 1 / times):.1f} % less likely than"
+    return f"{times:,.1f} times as likely as" if times >= 2 else f"{100 * (times - 1):.1f} % more likely than"
+
+
+def _decide(found: Sequence[Worth]) -> str:
+    """Say for how many clients taking part was worth it; nothing where that is not known of any."""
+    gains = [gain for worth in found if (gain := worth.gain) is not None]
+    better = sum(gain > 0 for gain in gains)
+    return f"Of {count(len(gains), 'client')}, {better} did better by taking part than alone." if gains else ""
+
+
+def _say(client: int, worth: Worth, *, central: bool) -> str:
+    """Say what one client has of the federation, and what it brings; nothing where too little is known."""
+    word, said = "the right next word of its own texts", []
+    if worth.alone is not None and worth.together is not None:
+        change = likelier(worth.alone - worth.together)
+        said.append(f"with the shared adapter, {word} is {change} with the one that it trained alone")
+    if worth.personalised is not None and worth.together is not None:
+        change = likelier(worth.together - worth.personalised)
+        said.append(f"when it has gone on by itself, {'it' if said else word} is {change} before")
+    if worth.brings is not None:
+        texts = "the texts held out for all" if central else "the others' texts"
+        said.append(f"without it, the right next word of {texts} is {likelier(-worth.brings)} with it")
+    return f"Client {client}: {'; '.join(said)}." if said else ""

@@ -1,0 +1,113 @@
+"""Was it worth it: a row and a sentence a client, from what is on record and from nothing else."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_runs import make_run
+
+from fedloom.records.run import Run, read_run
+from fedloom.report.comparison import write_comparison
+from fedloom.report.run_report import write_report
+from fedloom.report.worth_section import likelier, worth_of
+
+
+def made(folder: Path, **files: Any) -> Run:
+    run = make_run(folder, [3.0, 2.0, 1.5], clients=[[3.0, 2.0, 1.6], [3.1, 2.2, 1.4], [2.9, 1.9, 1.5]])
+    for name, content in files.items():
+        (run.folder / f"{name}.json").write_text(json.dumps(content))
+    return read_run(run.folder)
+
+
+ALONE = {"local": {str(client): {"losses": [3.0, 2.0], "tokens": 9, "own_loss": loss}
+                   for client, loss in enumerate([1.8, 1.3, 1.5])}}  # fmt: skip
+OWN = {"round": 2, "clients": {"0": {"global_loss": 1.6, "loss": 1.2}, "1": {"error": "the loss is nan"}}}
+
+
+def test_a_run_that_was_asked_for_nothing_has_no_such_section(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", baselines={"round0": {"losses": [3.0], "tokens": 0}})
+    assert worth_of(run) == {}
+    assert "Was it worth it?" not in write_report(run.folder).read_text()
+
+
+def test_a_row_has_what_is_on_record_of_its_client(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", baselines=ALONE, personalised=OWN)
+    worth = worth_of(run)
+    assert (worth[0].before, worth[0].alone, worth[0].together, worth[0].personalised) == (3.0, 1.8, 1.6, 1.2)
+    assert worth[0].gain == pytest.approx(0.6)
+    assert (worth[1].together, worth[1].personalised) == (1.4, None)
+    assert worth[1].gain == pytest.approx(-0.1)
+    write_report(run.folder)
+    text = (run.folder / "report.md").read_text()
+    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.6000 |" in text
+    assert "| client 1 | 3.1000 | 1.3000 | 1.4000 |  | -0.1000 |" in text
+    assert "Of 3 clients, 1 did better by taking part than alone." in text
+    assert "own texts is 22.1 % more likely than with the one that it trained alone; when it has gone on by" in text
+    assert "when it has gone on by itself, it is 49.2 % more likely than before." in text
+    assert "own texts is 9.5 % less likely than with the one that it trained alone." in text
+    assert "Client 2: with the shared adapter, the right next word of its own texts is as likely as with" in text
+
+
+def test_without_baselines_there_is_no_verdict(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", personalised=OWN)
+    write_report(run.folder)
+    text = (run.folder / "report.md").read_text()
+    assert "| client 0 | 3.0000 | 1.6000 | 1.2000 |" in text
+    assert "did better" not in text
+    assert "Client 0: when it has gone on by itself, the right next word of its own texts is 49.2 % more likely" in text
+
+
+BROUGHT = {
+    "coalitions": [{"clients": [0, 1], "error": "round 1: the loss is nan"}],
+    "leave_one_out": {"0": 0.5, "1": -0.25},
+    "shapley": {"0": {"value": 0.4, "standard_error": 0.1}, "1": {"value": -0.1, "standard_error": 0.2}},
+    "orders": 8,
+}
+
+
+def test_what_a_client_brings_is_told_beside_what_it_has(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", baselines=ALONE, contributions=BROUGHT)
+    write_report(run.folder)
+    text = (run.folder / "report.md").read_text()
+    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | +0.2000 | +0.5000 | +0.4000 ± 0.1000 |" in text
+    assert "| client 2 | 2.9000 | 1.5000 | 1.5000 | +0.0000 |  |  |" in text
+    assert "without it, the right next word of the texts held out for all is 39.3 % less likely than with it" in text
+    assert "without it, the right next word of the texts held out for all is 28.4 % more likely than with it" in text
+    assert "8 orders were drawn" in text
+    assert "The federation of 0, 1 failed: round 1: the loss is nan" in text
+
+
+def test_a_client_that_could_not_go_on_is_told_of(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", personalised=OWN)
+    write_report(run.folder)
+    assert "Client 1 could not go on by itself: the loss is nan" in (run.folder / "report.md").read_text()
+
+
+def test_over_seeds_there_is_a_mean_and_a_spread(tmp_path: Path) -> None:
+    folders = []
+    for seed, loss in ((1, 1.0), (2, 1.4)):
+        run = make_run(tmp_path / str(seed), [3.0, 2.0], clients=[[3.0, 2.0]] * 3, seed=seed)
+        own = {"round": 1, "clients": {"0": {"global_loss": 2.0, "loss": loss}}}
+        (run.folder / "personalised.json").write_text(json.dumps(own))
+        folders.append(run.folder)
+    (folders[0] / "contributions.json").write_text(json.dumps(BROUGHT))
+    write_comparison(folders, tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| client 0 |  | 2.0000 ± 0.0000 | 1.2000 ± 0.2828 |  | +0.5000 | +0.4000 |" in text
+
+
+@pytest.mark.parametrize(
+    ("nats", "said"),
+    [
+        (0.0, "as likely as"),
+        (-1e-5, "as likely as"),
+        (math.log(1.1), "10.0 % more likely than"),
+        (-math.log(1.25), "20.0 % less likely than"),
+        (math.log(3), "3.0 times as likely as"),
+        (-math.log(4), "75.0 % less likely than"),
+    ],
+)
+def test_losses_in_words(nats: float, said: str) -> None:
+    assert likelier(nats) == said
