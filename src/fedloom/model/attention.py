@@ -10,7 +10,8 @@ Letters: B sequences, H heads, T tokens, D features of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,22 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
         return model(input_ids=tokens_BT, use_cache=False)
     assert model.config._attn_implementation != MASKLESS, "a mask for a model that was built to do without"
     return model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+
+
+@contextmanager
+def with_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model that was built to do without masks take them inside, for prompts that are filled up on the left.
+
+    Its attention is then transformers' own, whose kernels are slower and whose results are the same up to rounding.
+    """
+    if model.config._attn_implementation != MASKLESS:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(MASKLESS)
 
 
 def is_slow(config: PretrainedConfig) -> bool:
