@@ -132,6 +132,14 @@ class AdaptedModel:
         return int(self.config.num_virtual_tokens) if self.config is not None and self.has_prompt else 0
 
     @property
+    def outer(self) -> Any:
+        """Return the model for transformers' own code: PEFT's where it puts a prompt before the text, else the base.
+
+        The base has every other adapter inside it.
+        """
+        return self.model if self.has_prompt else self.base
+
+    @property
     def num_parameters(self) -> int:
         """Return how many weights the base model and the adapter have together."""
         return sum(value.numel() for value in self.model.parameters())

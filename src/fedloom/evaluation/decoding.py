@@ -131,10 +131,8 @@ def _write_plainly(adapted: AdaptedModel, batch: Batch, streamer: BaseStreamer |
 
 def _write_keeping(adapted: AdaptedModel, batch: Batch, streamer: BaseStreamer | None) -> Tensor:
     tokens_BT, mask_BT = batch.tokens(_filling(adapted), adapted.device)
-    # PEFT's own `generate` puts a trained prompt before the text; the other adapters are inside the base model.
-    model = adapted.model if adapted.has_prompt else adapted.base
     with with_masks(adapted.base) if not mask_BT.all() else nullcontext():
-        found: Tensor = model.generate(
+        found: Tensor = adapted.outer.generate(
             input_ids=tokens_BT,
             attention_mask=mask_BT,
             max_new_tokens=max(batch.rooms),
