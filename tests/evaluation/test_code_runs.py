@@ -110,8 +110,9 @@ def test_no_place_but_the_folder_can_be_written_to() -> None:
 import os, sys
 places = {"/", "/usr", "/usr/bin", "/etc", "/dev", sys.prefix, os.path.dirname(os.__file__)}
 for path, folders, files in os.walk("/"):
-    if not path.startswith("/usr/") or path.count("/") < 4:
-        places.add(path)
+    places.add(path)
+    if path.count("/") > 3:
+        folders.clear()
 for place in places - {"/tmp"}:
     try:
         open(os.path.join(place, "x"), "w")
@@ -363,6 +364,12 @@ def test_where_nothing_confines_nothing_is_run(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(RunError, match="can't confine a program: make namespaces: Function not implemented"):
         run_program("open('/tmp/never', 'w')", SHORT)
     assert run_program("", SHORT, confined=False) == "passed"
+
+
+def test_a_python_that_does_not_start_is_no_verdict() -> None:
+    """Of a program nothing is known then."""
+    with pytest.raises(RunError, match="can't confine a program: Python does not start there"):
+        run_program("", Limits(memory_bytes=1 << 20))
 
 
 def test_pass_at_k_is_the_share_of_choices_that_hold_one_that_passed() -> None:

@@ -19,7 +19,7 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.adapters.stacked_lora import StackedLora
 from fedloom.errors import ModelError
 from fedloom.evaluation import decoding, generation
-from fedloom.evaluation.decoding import Way, way_of
+from fedloom.evaluation.decoding import Way, stacks, way_of
 from fedloom.evaluation.generation import Answer, Prompt, Sampling, Writing, write_all, write_on, write_with_each
 from fedloom.experiment.building import load_adapted_model
 from fedloom.model.attention import MASKLESS
@@ -44,10 +44,10 @@ AT_LEAST = ["bart", "bloom", "gpt2", "mamba", "roberta", "recurrent_gemma", "rwk
 """Families that `make test` tries: those of a kind of their own in what they keep, or in how they count positions."""
 
 WAYS = {
-    "gpt2": Way(keeps=True, pads=True, stacks=True),
-    "bloom": Way(keeps=True, pads=False, stacks=True),
-    "roberta": Way(keeps=False, pads=False, stacks=True),
-    "rwkv": Way(keeps=False, pads=False, stacks=True),
+    "gpt2": Way(keeps=True, pads=True),
+    "bloom": Way(keeps=True, pads=False),
+    "roberta": Way(keeps=False, pads=False),
+    "rwkv": Way(keeps=False, pads=False),
 }
 """Short cuts of some; of the others transformers makes NaN of padding, counts positions from 0, or mixes rows."""
 
@@ -91,13 +91,15 @@ def test_every_family_writes_what_it_would_alone(name: str, tmp_path: Path) -> N
     together = write_with_each(adapted, TOKENIZER, [adapters[1], adapters[0]], PROMPTS, WRITING)
     assert tokens_of(together[1]) == expected
     assert way_of(adapted) == WAYS.get(name, way_of(adapted))
+    assert stacks(adapted)
 
 
 @pytest.mark.parametrize("shape", ARCHITECTURES)
 def test_adapters_at_once_write_what_each_writes_alone(shape: str) -> None:
     adapted = make_adapted(shape)
     assert adapted.base.config._attn_implementation == MASKLESS
-    assert way_of(adapted) == Way(keeps=True, pads=True, stacks=True)
+    assert way_of(adapted) == Way(keeps=True, pads=True)
+    assert stacks(adapted)
     adapters = [None, *draw_adapters(adapted, 3)]
     alone = []
     for adapter in adapters:
@@ -184,14 +186,13 @@ def test_a_model_for_which_a_short_cut_is_wrong_does_without_it(monkeypatch: pyt
     adapted = make_adapted("tiny-opt")
     expected = [one_by_one(adapted, prompt) for prompt in PROMPTS]
     monkeypatch.setattr(decoding, "with_masks", lambda model: nullcontext())
-    monkeypatch.setitem(decoding._TRIED, adapted, Way(keeps=True, pads=True))
+    monkeypatch.setitem(decoding._TRIED, adapted, {False: Way(keeps=True, pads=True)})
     assert tokens_of(write_all(adapted, TOKENIZER, PROMPTS, WRITING)) != expected
     decoding._TRIED.pop(adapted)
     assert tokens_of(write_all(adapted, TOKENIZER, PROMPTS, WRITING)) == expected
-    assert way_of(adapted) == Way(keeps=True, pads=False, stacks=True)
+    assert way_of(adapted) == Way(keeps=True, pads=False)
     monkeypatch.setattr(StackedLora, "forward", lambda layer, x: layer.base(x))
-    decoding._TRIED.pop(adapted)
-    assert not way_of(adapted).stacks
+    assert not stacks(adapted)
 
 
 def test_a_models_own_settings_of_writing_change_nothing() -> None:

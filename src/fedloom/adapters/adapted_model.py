@@ -70,6 +70,8 @@ class AdaptedModel:
                 value.requires_grad_(False)
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
         self._residual: Residual | None = None
+        self.is_base = False
+        """True inside `as_base`."""
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         saved = self._saved()
         # Reversed, so that a tensor with several names keeps the first.
@@ -199,10 +201,12 @@ class AdaptedModel:
         `start` is what training began with: of a whole model that is the base model, and it has no residual.
         """
         self.load(start)
+        before, self.is_base = self.is_base, True
         try:
             with nullcontext() if self.is_whole else self.model.disable_adapter():
                 yield
         finally:
+            self.is_base = before
             self.load(then)
 
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:

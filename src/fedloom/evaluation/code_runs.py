@@ -63,7 +63,7 @@ def run_program(program: str, limits: Limits = LIMITS, *, confined: bool = True)
         RunError: this machine does not give what confines it.
     """
     token = secrets.token_hex(16)
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     with tempfile.TemporaryDirectory(prefix="fedloom-code-", ignore_cleanup_errors=True) as folder:
         told = {
             "program": program, "token": token, "confined": confined, "python": python, "folder": folder,
@@ -76,10 +76,10 @@ def run_program(program: str, limits: Limits = LIMITS, *, confined: bool = True)
         }  # fmt: skip
         said = _ask(python, json.dumps(told).encode(), limits.seconds + OVERHEAD_SECONDS)
     steps = said.split(b"\n")
-    if b"started" not in steps:
-        reason = steps[0].decode(errors="replace").removeprefix("not confined: ")
+    if b"started" not in steps and b"late" not in steps:
+        reason = steps[0].decode(errors="replace").removeprefix("not confined: ") or "Python does not start there"
         raise RunError(
-            f"this machine can't confine a program: {reason or 'its process ended'}",
+            f"this machine can't confine a program: {reason}",
             where="generated code",
             mend="run it as root or where a user may make namespaces (a container often may not), or allow it to run"
             " unconfined on a machine that has nothing to lose",

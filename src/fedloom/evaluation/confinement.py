@@ -47,12 +47,13 @@ def run():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     path = sys.argv.pop()
     with open(path, "rb") as file:
-        code = compile(file.read(), "program.py", "exec")
-    exec(code, {})
+        program = file.read()
+    os.write(answer, b"started\\n")
+    exec(compile(program, "program.py", "exec"), {})
     os.write(answer, token)
 run()
 """
-"""Program around the program: it says that the other came to its end, by a word that the other was not told."""
+"""Program around the program: it says that it has started, and at the end a word that the other was not told."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -158,6 +159,7 @@ def start(told: dict[str, Any]) -> int:
         return child
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.dup2(reads, 0)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         set_limits(told["limits"])
@@ -199,7 +201,6 @@ def run(told: dict[str, Any]) -> None:
         os.chdir(told["folder"])
         told["path"] = os.path.join(told["folder"], OURS.name)
         Path(told["path"]).write_text(told["program"], encoding="utf-8", errors="replace")
-    say("started")
     child = start(told)
     if not wait_for(child, told["seconds"]):
         say("late")

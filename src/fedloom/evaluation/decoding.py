@@ -39,8 +39,6 @@ class Way:
     """True where what was computed of a text can be kept for its next token."""
     pads: bool = False
     """True where prompts of several lengths can share a batch, filled up on the left."""
-    stacks: bool = False
-    """True where several adapters can share a pass, each with prompts of its own."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,9 @@ def _filling(adapted: AdaptedModel) -> int:
     return own if isinstance(own, int) and 0 <= own < adapted.loss_head.vocabulary_size else 0
 
 
-_TRIED: WeakKeyDictionary[AdaptedModel, Way] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[AdaptedModel, dict[bool, Way]] = WeakKeyDictionary()
+"""Ways that were found, with a trained prompt before the text and without one."""
+_STACKS: WeakKeyDictionary[AdaptedModel, bool] = WeakKeyDictionary()
 _LENGTHS = (12, 12, 5, 1)
 """Tokens of the prompts that a model is tried with."""
 _STEPS = 3
@@ -201,10 +201,18 @@ _STEPS = 3
 
 
 def way_of(adapted: AdaptedModel) -> Way:
-    """Return the way to write with a model, which is tried once: in some 30 passes of a few tokens."""
-    if adapted not in _TRIED:
-        _TRIED[adapted] = _try(adapted)
-    return _TRIED[adapted]
+    """Return the way to write with a model, which is tried once: in some 20 passes of a few tokens."""
+    ways, prompted = _TRIED.setdefault(adapted, {}), adapted.has_prompt and not adapted.is_base
+    if prompted not in ways:
+        ways[prompted] = _try(adapted)
+    return ways[prompted]
+
+
+def stacks(adapted: AdaptedModel) -> bool:
+    """Return whether several adapters can share a pass, each with prompts of its own; tried once, in 9 passes."""
+    if adapted not in _STACKS:
+        _STACKS[adapted] = can_stack(adapted) and _try_two(adapted)
+    return _STACKS[adapted]
 
 
 def _try(adapted: AdaptedModel) -> Way:
@@ -221,8 +229,7 @@ def _try(adapted: AdaptedModel) -> Way:
     # that text's, whose state they still have.
     tried = (slice(2), slice(2, 3), slice(3, 4))
     way = Way(keeps=all(agrees(rows, Way(keeps=True)) for rows in tried))
-    way = replace(way, pads=way.keeps and agrees(slice(4), way))
-    return replace(way, stacks=can_stack(adapted) and _stacks(adapted, way, prompts[0]))
+    return replace(way, pads=way.keeps and agrees(slice(4), way))
 
 
 def _agree(adapted: AdaptedModel, prompts: list[list[int]], way: Way, expected_BSV: Tensor, change: float) -> bool:
@@ -249,8 +256,9 @@ def _scores(adapted: AdaptedModel, prompts: list[list[int]], way: Way) -> Tensor
     return torch.stack(found, dim=1)
 
 
-def _stacks(adapted: AdaptedModel, way: Way, prompt: list[int]) -> bool:
+def _try_two(adapted: AdaptedModel) -> bool:
     """Return whether two adapters in one pass give the scores that each gives alone."""
+    way, prompt = way_of(adapted), [*range(_LENGTHS[0])]
     kept_P = adapted.weights_P.detach().clone()
     # As far from the base as trained ones.
     drawn_2P = 0.05 * torch.randn(2, len(kept_P), generator=torch.Generator().manual_seed(0)).to(kept_P)
@@ -261,8 +269,8 @@ def _stacks(adapted: AdaptedModel, way: Way, prompt: list[int]) -> bool:
             alone.append(_scores(adapted, [prompt], Way()))
     finally:
         adapted.weights_P.data.copy_(kept_P)
+    change = float((alone[1] - alone[0]).abs().mean())
     stack = Stack(adapted)
     stack.bind(drawn_2P)
     with stack.installed():
-        change = float((alone[1] - alone[0]).abs().mean())
         return _agree(adapted, [prompt, prompt], way, torch.cat(alone), change)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import TextStreamer
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.stacked_lora import Stack
-from fedloom.evaluation.decoding import Batch, Choose, Ending, decode, way_of
+from fedloom.evaluation.decoding import Batch, Choose, Ending, decode, stacks, way_of
 from fedloom.evaluation.held_out import halve
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.seeds import derive_seed
@@ -86,7 +86,7 @@ def write_on(
     writing = Writing(stops, sampling=sampling)
     streamer = _Streamer(tokenizer, say) if say else None
     batch = _batch([(0, Prompt(tokens, room))], 1, writing, tokenizer)
-    (found,) = decode(adapted, batch, replace(way_of(adapted), pads=False), streamer)
+    (found,) = decode(adapted, batch, way_of(adapted), streamer)
     return _answer(found, batch, writing, tokenizer).text
 
 
@@ -149,7 +149,7 @@ def _zeros(adapted: AdaptedModel) -> Adapter:
 def _groups(adapted: AdaptedModel, adapters: Sequence[Adapter | None], most: int) -> Iterator[list[int]]:
     """Yield the numbers of adapters that can share a pass, at most so many."""
     alike = [number for number, adapter in enumerate(adapters) if adapter is None or adapter.residual is None]
-    if len(alike) < 2 or not way_of(adapted).stacks:
+    if len(alike) < 2 or not stacks(adapted):
         alike = []
     for start in range(0, len(alike), most):
         yield alike[start : start + most]
