@@ -127,6 +127,18 @@ def test_the_base_model_among_adapters_is_the_base_model_to_the_bit() -> None:
     assert not torch.equal(found_BTV[1], expected_BTV[1])
 
 
+def test_adapters_that_share_an_a_write_at_once_as_well() -> None:
+    """With `ffa`, an adapter is its B alone, and A is the model's."""
+    adapted = make_adapted(freeze_a=True)
+    adapters = [None, *draw_adapters(adapted, 2)]
+    found = write_with_each(adapted, TOKENIZER, adapters, PROMPTS, WRITING)
+    assert stacks(adapted)
+    for adapter, answers in zip(adapters, found, strict=True):
+        with generation._with(adapted, adapter):
+            assert tokens_of(answers) == [one_by_one(adapted, prompt) for prompt in PROMPTS]
+    assert len({str(answers) for answers in found}) == 3
+
+
 def test_a_residual_is_its_adapters_alone() -> None:
     adapted = make_adapted(residuals=True)
     first_one, plain, other = draw_adapters(adapted, 3)
