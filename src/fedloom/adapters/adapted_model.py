@@ -70,6 +70,8 @@ class AdaptedModel:
                 value.requires_grad_(False)
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
         self._residual: Residual | None = None
+        self.is_base = False
+        """True inside `as_base`."""
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         saved = self._saved()
         # Reversed, so that a tensor with several names keeps the first.
@@ -132,6 +134,14 @@ class AdaptedModel:
         return int(self.config.num_virtual_tokens) if self.config is not None and self.has_prompt else 0
 
     @property
+    def outer(self) -> Any:
+        """Return the model for transformers' own code: PEFT's where it puts a prompt before the text, else the base.
+
+        The base has every other adapter inside it.
+        """
+        return self.model if self.has_prompt else self.base
+
+    @property
     def num_parameters(self) -> int:
         """Return how many weights the base model and the adapter have together."""
         return sum(value.numel() for value in self.model.parameters())
@@ -191,10 +201,12 @@ class AdaptedModel:
         `start` is what training began with: of a whole model that is the base model, and it has no residual.
         """
         self.load(start)
+        before, self.is_base = self.is_base, True
         try:
             with nullcontext() if self.is_whole else self.model.disable_adapter():
                 yield
         finally:
+            self.is_base = before
             self.load(then)
 
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:

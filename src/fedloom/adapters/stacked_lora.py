@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, split_name
+from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
 """Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products: they are
@@ -33,6 +33,16 @@ def find_unstackable(adapted: AdaptedModel) -> str | None:
         if isinstance(layer, LoraLayer) and not isinstance(layer, Linear):
             return f"{path}, a {type(layer.get_base_layer()).__name__}"
     return None
+
+
+def can_stack(adapted: AdaptedModel) -> bool:
+    """Return whether all that is trained of an adapter are plain LoRA's factors, which `Stack` can hold many of."""
+    return (
+        all(name.endswith((A_SUFFIX, B_SUFFIX)) for name in adapted.layout.names)
+        and find_unstackable(adapted) is None
+        # DoRA and its like compute something else from the same factors.
+        and not any(isinstance(layer, LoraLayer) and layer.lora_variant for layer in adapted.base.modules())
+    )
 
 
 class StackedLora(nn.Module):
@@ -154,17 +164,19 @@ class Stack:
         base: nn.Module = self._adapted.base
         return base
 
-    def bind(self, weights_KP: Tensor, gradients_GP: Tensor) -> None:
+    def bind(self, weights_KP: Tensor, gradients_GP: Tensor | None = None) -> None:
         """Let the layers use these weights, [K, P], and add to these gradients, [G, P]; K may differ from before.
 
         G is K, or a multiple of it: then each piece of a client's sequences has a gradient of its own. Both stay the
-        caller's: the layers hold views of them.
+        caller's: the layers hold views of them. Without gradients the layers can't be trained.
         """
         layout = self._adapted.layout
-        weights, gradients = layout.split_stacked(weights_KP), layout.split_stacked(gradients_GP)
+        weights = layout.split_stacked(weights_KP)
+        nothing = weights_KP.new_zeros(0)
+        gradients = [nothing] * len(weights) if gradients_GP is None else layout.split_stacked(gradients_GP)
         for (layer, is_a), weight, gradient in zip(self._owners, weights, gradients, strict=True):
             # A leaf over the same memory: the layer multiplies by what the optimizer writes into the flat weights.
-            leaf = weight.detach().requires_grad_()
+            leaf = weight.detach().requires_grad_(gradients_GP is not None)
             if is_a:
                 layer.lora_a_KRI, layer.gradient_a_GRI = leaf, gradient
             else:

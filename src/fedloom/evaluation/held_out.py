@@ -91,7 +91,7 @@ def evaluate(
             score = None
         # Not in the handler above: the error that it holds keeps the memory of what was under way.
         if score is None:
-            size = _halve(len(batch.tokens_BT), adapted.device)
+            size = halve(len(batch.tokens_BT), adapted.device, "score a single block", mend="lower data.max_length")
             lower(size)
             continue
         found.append(score)
@@ -116,16 +116,14 @@ def _score_batch(adapted: AdaptedModel, batch: Batch) -> _BatchScore:
         return loss, correct, len(counted_M)
 
 
-def _halve(size: int, device: torch.device) -> int:
+def halve(size: int, device: torch.device, what: str, *, mend: str) -> int:
     """Return half the size of a batch that there was no memory for, and give back what it held.
 
     Raises:
-        ModelError: it was a single block.
+        ModelError: it was a single one; `what` says what there was no memory to do.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if size == 1:
-        raise ModelError(
-            "there is not enough memory to score a single block", where="evaluation", mend="lower data.max_length"
-        )
+        raise ModelError(f"there is not enough memory to {what}", where="evaluation", mend=mend)
     return size // 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from fedloom.data.prompting import Prompting
-from fedloom.evaluation.generation import write_on
+from fedloom.evaluation.generation import Prompt, Writing, write_with_each
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session
 from fedloom.experiment.trial import Trial
@@ -23,7 +23,7 @@ def write_samples(recipe: Recipe, prepared: Prepared, session: Session, trial: T
     central, source, adapted = prepared.central, prepared.source, session.adapted
     tokenizer, best = source.tokenizer, trial.recorder.adapters / "best"
     wanted = 0 if recipe.data.learns == "all" or not best.is_dir() else recipe.report.samples
-    prompts: list[tuple[list[int], int]] = []
+    prompts: list[Prompt] = []
     for row in range(len(central)):
         if len(prompts) >= wanted:
             break
@@ -31,19 +31,16 @@ def write_samples(recipe: Recipe, prepared: Prepared, session: Session, trial: T
         prompt = tokens[: counts.index(True)]
         room = ROOM if source.max_length is None else min(ROOM, source.max_length - len(prompt) - adapted.prompt_length)
         if prompt and room > 0:
-            prompts.append((prompt, room))
+            prompts.append(Prompt(prompt, room))
     if not prompts:
         return
     with closing(Prompting(recipe.data, tokenizer, chats=recipe.data.is_chat)) as prompting:
-        stops = prompting.stops
-
-    def answer_all() -> list[str]:
-        return [write_on(adapted, tokenizer, prompt, room=room, stops=stops) for prompt, room in prompts]
-
-    with adapted.as_base(adapted.open(trial.recorder.adapters / "initial"), adapted.open(best)):
-        before = answer_all()
+        writing = Writing(prompting.stops)
+    # What a run began with is the base model where the adapter is a model.
+    initial = adapted.open(trial.recorder.adapters / "initial") if adapted.is_whole else None
+    before, after = write_with_each(adapted, tokenizer, [initial, adapted.open(best)], prompts, writing)
     samples = [
-        {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "base": base, "tuned": tuned}
-        for (prompt, _), base, tuned in zip(prompts, before, answer_all(), strict=True)
+        {"prompt": tokenizer.decode(prompt.tokens, skip_special_tokens=True), "base": base.text, "tuned": tuned.text}
+        for prompt, base, tuned in zip(prompts, before, after, strict=True)
     ]
     trial.recorder.writer.write_json("samples.json", {"samples": samples})

@@ -11,7 +11,8 @@ Letters: B sequences, H heads, T tokens, D features of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -77,6 +78,22 @@ def positions_in_text(texts_BT: Tensor) -> Tensor:
     begins_BT = torch.zeros_like(texts_BT)
     begins_BT[:, 1:] = places_BT[:, 1:] * (texts_BT[:, 1:] != texts_BT[:, :-1])
     return places_BT - begins_BT.cummax(1).values
+
+
+@contextmanager
+def with_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model that was built to do without masks take them inside, for prompts that are filled up on the left.
+
+    Its attention is then transformers' own, whose kernels are slower and whose results are the same up to rounding.
+    """
+    if model.config._attn_implementation != MASKLESS:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(MASKLESS)
 
 
 def is_slow(config: PretrainedConfig) -> bool:

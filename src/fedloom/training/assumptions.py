@@ -80,7 +80,7 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
         scale = max((changed_TV - whole_TV)[half:].abs().mean(), 1e-3 * whole_TV.abs().mean())
 
         def moves(logits: Tensor) -> bool:
-            return bool((logits - whole_TV[: len(logits)]).abs().mean() > scale * _noise(adapted))
+            return bool((logits - whole_TV[: len(logits)]).abs().mean() > scale * noise_of(adapted))
 
         if moves(changed_TV[:half]):
             _refuse("earlier tokens see later ones", "an encoder, or attention that looks both ways")
@@ -95,7 +95,7 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
                 adapted.loss_head.losses(functional.pad(drawn_2T[:1], (0, padding)), rows_T, targets_T)
                 for padding in (0, max_length - length)
             )
-            if (wide_T - narrow_T).abs().mean() > max(float(narrow_T.std()), LEAST_SPREAD) * _noise(adapted):
+            if (wide_T - narrow_T).abs().mean() > max(float(narrow_T.std()), LEAST_SPREAD) * noise_of(adapted):
                 _refuse(
                     f"a text's loss changes when it is padded to {max_length} tokens",
                     "positions that depend on the width, as dynamic and long RoPE's do beyond a model's first length",
@@ -122,7 +122,7 @@ def check_packing(adapted: AdaptedModel, max_length: int) -> None:
         joined_TV = adapted.logits(tokens_T[None])[0].double()
         apart_TV = torch.cat([adapted.logits(part[None])[0].double() for part in (tokens_T[:half], tokens_T[half:])])
     scale = max((joined_TV - apart_TV)[half:].abs().mean(), 1e-3 * apart_TV.abs().mean())
-    if (packed_TV - apart_TV).abs().mean() > scale * _noise(adapted):
+    if (packed_TV - apart_TV).abs().mean() > scale * noise_of(adapted):
         raise ModelError(
             "to this model a text is another one behind a text that shares its block",
             where="data.window",
@@ -161,7 +161,7 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
             first_3, second_3 = run_once(), run_once()
     finally:
         adapted.gradient_P.zero_()
-    if (first_3 - second_3).abs().max() > _noise(adapted) * first_3.abs().max():
+    if (first_3 - second_3).abs().max() > noise_of(adapted) * first_3.abs().max():
         _refuse_to_train("two passes with the same seed differ", "randomness that no seed governs, or a memory")
     for name, value in adapted.model.named_buffers():
         if name in kept and not torch.equal(value, kept[name]):
@@ -280,7 +280,8 @@ def _in_training(adapted: AdaptedModel) -> Iterator[None]:
         adapted.model.eval()
 
 
-def _noise(adapted: AdaptedModel) -> float:
+def noise_of(adapted: AdaptedModel) -> float:
+    """Return the largest share of a true change that rounding in the model's dtype may make of none."""
     return NOISE.get(next(adapted.base.parameters()).dtype, COARSE_NOISE)
 
 
