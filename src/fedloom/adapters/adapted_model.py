@@ -191,10 +191,14 @@ class AdaptedModel:
         `start` is what training began with: of a whole model that is the base model, and it has no residual.
         """
         self.load(start)
+        # PEFT switches gradients off with the adapter, and on again for all of it: for what is frozen in it too.
+        learning = [(value, value.requires_grad) for value in self.model.parameters()]
         try:
             with nullcontext() if self.is_whole else self.model.disable_adapter():
                 yield
         finally:
+            for value, learns in learning:
+                value.requires_grad_(learns)
             self.load(then)
 
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:

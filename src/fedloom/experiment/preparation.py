@@ -22,6 +22,7 @@ from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, with
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.building import build_shape, dtype_of, open_source, tokenize_for
 from fedloom.experiment.preview import describe_learning
+from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule
@@ -113,6 +114,8 @@ class Prepared:
     """Clients that may train in one pass, were there as many."""
     told: tuple[str, ...] = ()
     """Hashes of the documents of clients elsewhere, by client."""
+    tasks: LoadedTasks = NO_TASKS
+    """Tasks that the run's models are asked."""
 
 
 def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
@@ -137,6 +140,11 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
         plan = plan_shares(plan, recipe.federation)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
+
+
+def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
+    """Return what is prepared with the run's tasks, which its plan tells of."""
+    return replace(prepared, tasks=tasks, plan=replace(prepared.plan, tasks=describe_tasks(tasks, recipe)))
 
 
 def gather(recipe: Recipe, observer: Observer) -> Material:

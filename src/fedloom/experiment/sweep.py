@@ -24,9 +24,10 @@ from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
-from fedloom.experiment.preparation import Material, Prepared, gather, prepare
+from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
+from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines
 from fedloom.federation.rounds import RoundResult
 from fedloom.host.files import take_lock, write_json
@@ -242,7 +243,8 @@ def run_group(
             key = recipe.model, recipe.data, recipe.seed
             if key not in materials:
                 materials[key] = gather(recipe, display)
-            ready[combination.name] = prepare(recipe, display, materials[key])
+            tasks = gather_tasks(recipe.evaluation.tasks, say=display.show_step)
+            ready[combination.name] = with_tasks(prepare(recipe, display, materials[key]), tasks, recipe)
         except FedloomError as error:
             errors[combination.name] = str(error)
     able = [combination for combination in combinations if combination.name in ready]
@@ -325,6 +327,7 @@ class OpenTrial:
         """Close the run directory: the run, and those of its baselines, are complete."""
         if wanted := self.trial.recipe.baselines:
             self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
+        self.trial.ask_tasks()
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:

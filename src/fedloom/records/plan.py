@@ -119,6 +119,8 @@ class Plan:
     """Adapters of rounds that are kept beside the best and the last."""
     whole_steps: tuple[int, ...] = ()
     """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
+    tasks: tuple[str, ...] = ()
+    """Account of each task that models are asked."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -220,7 +222,7 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "shares", "capped", "whole_steps"),
-            *("evaluated_rounds", "kept_adapters"),
+            *("evaluated_rounds", "kept_adapters", "tasks"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

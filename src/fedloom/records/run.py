@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,8 @@ class RoundRecord(TypedDict, total=False):
     clients_at_once: int
 
 
+EVALUATIONS = "evaluation.jsonl"
+"""File of a run with the answers of models to tasks, counted."""
 MEND = "see what else is: fedloom fsck RUN"
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
@@ -80,6 +82,8 @@ class Run:
     rounds: list[Record]
     clients: list[Record]
     baselines: Record
+    evaluations: list[Record] = field(default_factory=list)
+    """Answers of models to tasks, counted: a record for each task of each model."""
 
     @property
     def best_round(self) -> int | None:
@@ -154,7 +158,8 @@ def read_run(folder: str | Path) -> Run:
             }.items()
         },
         rounds=_read_rounds(folder / "rounds.jsonl"),
-        clients=_read_lines(folder / "clients.jsonl"),
+        clients=read_lines(folder / "clients.jsonl"),
+        evaluations=read_lines(folder / EVALUATIONS),
     )
 
 
@@ -184,7 +189,7 @@ def _read_rounds(path: Path) -> list[Record]:
     Raises:
         RunError: something else stands for one.
     """
-    records, kinds = _read_lines(path), get_type_hints(RoundRecord)
+    records, kinds = read_lines(path), get_type_hints(RoundRecord)
     for number, record in enumerate(records, start=1):
         if odd := [key for key, value in record.items() if key in kinds and not _is_a(value, kinds[key])]:
             raise RunError(f'"{odd[0]}" is not what it should be', where=f"{path}:{number}", mend=MEND)
@@ -202,7 +207,7 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _read_lines(path: Path) -> list[Record]:
+def read_lines(path: Path) -> list[Record]:
     """Read every whole line; the last may have been cut by a crash while it was written."""
     if not path.is_file():
         return []

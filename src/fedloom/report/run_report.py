@@ -32,6 +32,7 @@ from fedloom.report.document import (
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, Plot, draw, drawn_before
 from fedloom.report.setup_section import STATES, name_versions, show_setup
+from fedloom.report.tasks_section import show_tasks
 from fedloom.text import format_bytes, format_number
 
 LOSS_AXIS = "loss (nats per token)"
@@ -91,6 +92,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             Section("Setup", show_setup(run, state)),
             Section("Loss trajectories", _losses(run, reference)),
             *([Section("Did federation help?", blocks)] if (blocks := show_baselines(run, LOSS_AXIS)) else []),
+            *([Section("Tasks", blocks)] if (blocks := show_tasks(run)) else []),
             *([Section("Answers", blocks)] if (blocks := _samples(run)) else []),
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),

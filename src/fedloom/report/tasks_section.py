@@ -1,0 +1,100 @@
+"""The report's section on tasks: what the base model and the run's adapters can do, beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedloom.records.run import Record, Run
+from fedloom.report.document import Block, Bullets, Table, Text
+
+BASE = "base"
+MEASURES = {
+    "accuracy": "accuracy",
+    "accuracy_by_length": "accuracy by length",
+    "board": "as the board counts",
+    "unreadable": "no answer at all",
+    "exact_match": "exact match",
+    "f1": "F1 of words",
+    "rouge_l": "ROUGE-L",
+}
+"""Measures in their order, and as people read them."""
+
+
+def describe_evaluations(records: Sequence[Record]) -> list[str]:
+    """Return records as lines of a table for a terminal, a line for each measure, with warnings behind them."""
+    header, rows = _tabulate(records)
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [*lines, *(f"note      {line}" for line in _notes(records))]
+
+
+def show_tasks(run: Run) -> list[Block]:
+    """Show a table of all tasks that were asked; nothing for a run without any."""
+    records = run.evaluations
+    if not records:
+        return []
+    best = f" Round {run.best_round} is the best by its loss." if run.best_round is not None else ""
+    return [
+        Text(
+            "Each figure with its 95 % interval, in which it would lie with other questions of the same kind: Wilson's"
+            " for shares, a bootstrap for means. A model is better where the intervals lie apart; where they do not,"
+            f" these questions can't tell.{best}"
+        ),
+        Table(*_tabulate(records), text_columns=2),
+        *([Bullets(notes)] if (notes := _notes(records)) else []),
+    ]
+
+
+def show_figure(record: Record, name: str) -> str:
+    """Return a measure of a record with its interval: `41.7 % (10 of 24; 24.5 to 61.2)`."""
+    measure = record["measures"][name]
+    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
+    counted = f"{measure['right']:,} of {measure['of']:,}; " if "right" in measure else ""
+    return f"{value:.1f} % ({counted}{low:.1f} to {high:.1f})"
+
+
+def name_model(record: Record) -> str:
+    """Return the name of the model that a record is of: the base, or the adapter of a round."""
+    return f"round {record['round']}" if "round" in record else BASE
+
+
+def list_measures(record: Record) -> list[str]:
+    """Return the names of a record's measures, in their order."""
+    return [name for name in MEASURES if name in record["measures"]]
+
+
+def _tabulate(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Return a header, and a row for each measure of each task: a column a model."""
+    models = sorted({name_model(record): record.get("round", -1) for record in records}.items(), key=lambda one: one[1])
+    found = {(record["task"], name_model(record)): record for record in records}
+    rows = []
+    for task in dict.fromkeys(record["task"] for record in records):
+        of_task = [found.get((task, model)) for model, _ in models]
+        measures = dict.fromkeys(name for record in of_task if record for name in list_measures(record))
+        for name in measures:
+            cells = [show_figure(one, name) if one and name in one["measures"] else "" for one in of_task]
+            rows.append([task, MEASURES[name], *cells])
+    return ["Task", "Measure", *(model for model, _ in models)], rows
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    """Return what else is to be known of tasks: chance, rows that were skipped, another template than in training."""
+    notes = []
+    for record in {record["task"]: record for record in records}.values():
+        skipped = sum(record.get("skipped", {}).values())
+        said = [
+            *([f"chance is {100 * record['chance']:.1f} %"] if "chance" in record else []),
+            *([f"the mean of {', '.join(record['of_tasks'])}"] if "of_tasks" in record else []),
+            *([f"{skipped:,} rows skipped"] if skipped else []),
+            *([record["warning"]] if "warning" in record else []),
+        ]
+        notes += [f"{record['task']}: {'; '.join(said)}"] if said else []
+    digests: dict[str, set[str]] = {}
+    for record in records:
+        digests.setdefault(record["task"], set()).add(record["digest"])
+    return notes + [
+        f"{task}: not all models were asked the same questions; ask them again"
+        for task, found in digests.items()
+        if len(found) > 1
+    ]
