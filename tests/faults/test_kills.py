@@ -27,7 +27,7 @@ RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "30"))
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
     """A recipe, and what it comes to uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    questions = [{"q": f"word{number}", "c": ["yes", "no"], "a": "yes no".split()[number % 2]} for number in range(4)]
+    questions = [{"q": f"word{number}", "c": ["yes", "no"], "a": ["yes", "no"][number % 2]} for number in range(4)]
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     task = 'name = "t"\nsource = "q.jsonl"\nkind = "choice"\nprompt = "{q}"\nchoices = "c"\nanswer = "{a}"\n'
     (folder / "tasks.toml").write_text(f"[[task]]\n{task}")

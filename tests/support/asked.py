@@ -19,9 +19,10 @@ def write_tasks(
 ) -> Path:
     """Write rows and tasks that ask them; a task has what `CHOICE` has, unless it says otherwise."""
     folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     told = [
-        {"name": "task", "source": "rows.jsonl", **(CHOICE if "kind" not in task else {}), **task} for task in tasks
+        {"name": "task", "source": "questions.jsonl", **(CHOICE if "kind" not in task else {}), **task}
+        for task in tasks
     ]
     (folder / file).write_text(tomlkit.dumps({**top, "task": told}), encoding="utf-8")
     return folder / file

@@ -71,8 +71,10 @@ def _load(source: str | Path) -> TaskFile:
 
 
 def _explain(error: ValidationError, where: str, tables: Any) -> RecipeError:
-    """Turn the first of pydantic's complaints into an error of one line, with the file and the task."""
-    first = error.errors(include_url=False)[0]
+    """Turn one of pydantic's complaints into an error of one line, with the file and the task."""
+    # A mistyped key is missing under its right name too, and what may be of two kinds is no text beside what is wrong.
+    order = ("extra_forbidden", "value_error")
+    first = min(error.errors(include_url=False), key=lambda one: (*order, one["type"]).index(one["type"]))
     inside = first["loc"][:1] == ("task",) and len(first["loc"]) > 1
     if inside:
         number = int(first["loc"][1])
