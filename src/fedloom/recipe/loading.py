@@ -295,7 +295,7 @@ def _dotted(key: str) -> list[str]:
     return [part.strip(" \t\"'") for part in key.split(".")]
 
 
-def describe_keys() -> str:
+def describe_keys(section: type[BaseModel] = Recipe) -> str:
     """Return every key with its default and meaning, as Markdown: the tables of docs/recipe.md."""
     lines: list[str] = []
 
@@ -313,7 +313,7 @@ def describe_keys() -> str:
             visit(subsection, f"{prefix}{key}.")
 
     lines.extend(["| key | default | meaning |", "|---|---|---|"])
-    visit(Recipe, "")
+    visit(section, "")
     return "\n".join(lines) + "\n"
 
 

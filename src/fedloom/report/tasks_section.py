@@ -46,6 +46,49 @@ def show_tasks(run: Run) -> list[Block]:
     ]
 
 
+def compare_tasks(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    """Set what runs can do side by side: each run's best adapter that was asked, and its base; nothing without any."""
+    asked = [_best_asked(run) for run in runs]
+    tasks = dict.fromkeys(task for records in asked for task in records)
+    rows, notes = [], []
+    for task in tasks:
+        of_task = [records.get(task) for records in asked]
+        bases = [_find(run, task, None) for run in runs]
+        for name in dict.fromkeys(name for record in of_task if record for name in list_measures(record)):
+            cells = [
+                _show_beside(record, base, name) if record and name in record["measures"] else ""
+                for record, base in zip(of_task, bases, strict=True)
+            ]
+            rows.append([task, MEASURES[name], *cells])
+        if len({record["digest"] for record in [*of_task, *bases] if record}) > 1:
+            notes.append(f"{task}: not all runs were asked the same questions, so its figures can't be compared")
+    if not rows:
+        return []
+    return [
+        Text("Each run's best adapter that was asked, with 95 % intervals, and its base model."),
+        Table(["Task", "Measure", *names], rows, text_columns=2 + len(names)),
+        *([Bullets(notes)] if notes else []),
+    ]
+
+
+def _best_asked(run: Run) -> dict[str, Record]:
+    """Return by task the record of the best adapter, or of the last round that was asked."""
+    rounds = sorted({record["round"] for record in run.evaluations if "round" in record} - {run.best_round})
+    order = [*rounds, run.best_round]
+    return {record["task"]: record for round in order for record in run.evaluations if record.get("round", -1) == round}
+
+
+def _find(run: Run, task: str, round: int | None) -> Record | None:
+    return next((one for one in run.evaluations if one["task"] == task and one.get("round") == round), None)
+
+
+def _show_beside(record: Record, base: Record | None, name: str) -> str:
+    shown = f"{show_figure(record, name)}, {name_model(record)}"
+    if not base or name not in base["measures"]:
+        return shown
+    return f"{shown}; {BASE} {100 * base['measures'][name]['value']:.1f} %"
+
+
 def show_figure(record: Record, name: str) -> str:
     """Return a measure of a record with its interval: `41.7 % (10 of 24; 24.5 to 61.2)`."""
     measure = record["measures"][name]
