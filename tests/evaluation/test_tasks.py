@@ -176,3 +176,20 @@ def test_a_pattern_without_an_answer_is_right_where_it_finds_something(how: Aski
     asked = ask_rows(tmp_path, [{"q": "a"}, {"q": "b"}], how, kind="regex", prompt="{q}", pattern="yes")
     answerer = Answerer(make_adapted(device="cpu"), how.tokenizer, lambda *_: ["yes", "no"], 4)
     assert answerer.answer(asked).values == {"accuracy": [1.0, 0.0], "unreadable": [0.0, 1.0]}
+
+
+def test_an_answer_has_the_room_that_the_model_has_left(how: Asking, tmp_path: Path) -> None:
+    assert how.longest is not None
+    rows = [{"q": "x" * (how.longest - 20), "a": "y"}, {"q": "x", "a": "y"}]
+    asked = ask_rows(tmp_path, rows, how, kind="exact", prompt="{q}", answer="{a}", max_new_tokens=50)
+    adapted = make_adapted(device="cpu")
+    answerer = Answerer(adapted, how.tokenizer, complete_each(adapted, how.tokenizer), 4)
+    assert answerer.answer(asked).measures["exact_match"].of == 2
+    rooms: list[int] = []
+
+    def complete(prompts: Any, wanted: Any, stops: Any) -> list[str]:
+        rooms.extend(wanted)
+        return [""] * len(prompts)
+
+    Answerer(adapted, how.tokenizer, complete, 4).answer(asked)
+    assert rooms == [how.longest - len(asked.prompts[0]), 50]

@@ -13,7 +13,7 @@ from fedloom.records.run import EVALUATIONS, Run, read_run
 from fedloom.report.comparison import build_comparison
 from fedloom.report.document import to_markdown
 from fedloom.report.run_report import build_report
-from fedloom.report.tasks_section import describe_evaluations
+from fedloom.report.tasks_section import describe_evaluations, tell_tasks
 
 
 def record(task: str, right: int, round: int | None = None, *, digest: str = "d", **more: Any) -> dict[str, Any]:
@@ -24,9 +24,7 @@ def record(task: str, right: int, round: int | None = None, *, digest: str = "d"
 
 
 def asked(folder: Path, *records: dict[str, Any], **more: Any) -> Run:
-    run = make_run(folder, [3.0, 2.5, 2.0], **more)
-    add_evaluations(run.folder, records)
-    return read_run(run.folder)
+    return make_run(folder, [3.0, 2.5, 2.0], evaluations=records, **more)
 
 
 def test_models_stand_beside_each_other_with_their_intervals(tmp_path: Path) -> None:
@@ -66,6 +64,20 @@ def test_runs_are_compared_by_what_their_best_adapters_can_do(tmp_path: Path) ->
     assert "can't be compared" not in text.partition("## 4")[2]
     other = asked(tmp_path / "three", record("quiz", 4, 1, digest="other"), name="three")
     assert "quiz: not all runs were asked the same questions" in to_markdown(build_comparison([one, other]))
+
+
+def test_a_difference_is_told_only_where_the_intervals_lie_apart(tmp_path: Path) -> None:
+    run = asked(
+        tmp_path / "run",
+        *(record("up", 0), record("up", 9, 2), record("down", 9), record("down", 0, 2)),
+        *(record("same", 4), record("same", 6, 2), record("other", 0, digest="e"), record("other", 9, 2)),
+    )
+    assert tell_tasks(run) == (
+        "On these tasks the adapter is better than the base model, beyond chance: up (0.0 to 90.0 %, accuracy)."
+        " On these it is worse than the base model, beyond chance: down (90.0 to 0.0 %, accuracy)."
+        " These can't tell the adapter from the base model: same (40.0 to 60.0 %, accuracy)."
+    )
+    assert tell_tasks(asked(tmp_path / "alone", record("up", 9, 2))) is None
 
 
 def test_a_line_is_replaced_and_those_of_lost_rounds_are_forgotten(tmp_path: Path) -> None:

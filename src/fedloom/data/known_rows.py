@@ -63,17 +63,17 @@ def _sentiment(text: str, answer: str, of_what: str = "news") -> dict[str, Any]:
 
 
 def _fpb(row: Row) -> dict[str, Any]:
-    return _sentiment(row["sentence"], SENTIMENTS[row["label"]])
+    return _sentiment(row["sentence"], SENTIMENTS[int(row["label"])])
 
 
 def _fiqa(row: Row) -> dict[str, Any]:
-    score = row["sentiment_score"]
+    score = float(row["sentiment_score"])
     answer = "negative" if score < -0.1 else "neutral" if score < 0.1 else "positive"
     return _sentiment(row["sentence"], answer, "tweet" if row["format"] == "post" else "news")
 
 
 def _tfns(row: Row) -> dict[str, Any]:
-    return _sentiment(row["text"], ("negative", "positive", "neutral")[row["label"]], "tweet")
+    return _sentiment(row["text"], ("negative", "positive", "neutral")[int(row["label"])], "tweet")
 
 
 KNOWN: Mapping[str, Known] = {

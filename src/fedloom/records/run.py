@@ -64,6 +64,26 @@ class RoundRecord(TypedDict, total=False):
 
 EVALUATIONS = "evaluation.jsonl"
 """File of a run with the answers of models to tasks, counted."""
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's."""
+
+    round: int
+    adapter_sha256: str
+    task: Required[str]
+    kind: str
+    digest: Required[str]
+    questions: int
+    skipped: dict[str, int]
+    chance: float
+    of_tasks: list[str]
+    warning: str
+    measures: Required[dict[str, dict]]  # type: ignore[type-arg]
+    seconds: float
+    finished: str
+
+
 MEND = "see what else is: fedloom fsck RUN"
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
@@ -157,9 +177,9 @@ def read_run(folder: str | Path) -> Run:
                 "baselines": "baselines.json",
             }.items()
         },
-        rounds=_read_rounds(folder / "rounds.jsonl"),
+        rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
         clients=read_lines(folder / "clients.jsonl"),
-        evaluations=read_lines(folder / EVALUATIONS),
+        evaluations=_read_checked(folder / EVALUATIONS, EvaluationRecord),
     )
 
 
@@ -183,13 +203,13 @@ def read_json(path: Path) -> Record:
     return _parse(path.read_bytes(), str(path), "the file") if path.is_file() else _Kept(str(path), ())
 
 
-def _read_rounds(path: Path) -> list[Record]:
-    """Read the records of rounds, whose numbers are numbers.
+def _read_checked(path: Path, kind: type) -> list[Record]:
+    """Read records whose values are of the kinds that a typed dictionary says, as far as it knows them.
 
     Raises:
         RunError: something else stands for one.
     """
-    records, kinds = read_lines(path), get_type_hints(RoundRecord)
+    records, kinds = read_lines(path), get_type_hints(kind)
     for number, record in enumerate(records, start=1):
         if odd := [key for key, value in record.items() if key in kinds and not _is_a(value, kinds[key])]:
             raise RunError(f'"{odd[0]}" is not what it should be', where=f"{path}:{number}", mend=MEND)

@@ -46,6 +46,31 @@ def show_tasks(run: Run) -> list[Block]:
     ]
 
 
+def tell_tasks(run: Run) -> str | None:
+    """Say on which tasks the best adapter is surely better or worse than the base model, and on which nobody can tell.
+
+    Return None for a run whose base model was not asked the same.
+    """
+    found: dict[str, list[str]] = {}
+    for task, record in _best_asked(run).items():
+        base = _find(run, task, None)
+        shared = [name for name in list_measures(record) if base and name in base["measures"]]
+        if not base or not shared or base["digest"] != record["digest"]:
+            continue
+        name = shared[0]
+        ours, theirs = record["measures"][name], base["measures"][name]
+        told = "better" if ours["low"] > theirs["high"] else "worse" if ours["high"] < theirs["low"] else "unsure"
+        found.setdefault(told, []).append(
+            f"{task} ({100 * theirs['value']:.1f} to {100 * ours['value']:.1f} %, {MEASURES[name]})"
+        )
+    words = {
+        "better": "On these tasks the adapter is better than the base model, beyond chance: ",
+        "worse": "On these it is worse than the base model, beyond chance: ",
+        "unsure": "These can't tell the adapter from the base model: ",
+    }
+    return " ".join(f"{said}{', '.join(found[told])}." for told, said in words.items() if told in found) or None
+
+
 def compare_tasks(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     """Set what runs can do side by side: each run's best adapter that was asked, and its base; nothing without any."""
     asked = [_best_asked(run) for run in runs]
