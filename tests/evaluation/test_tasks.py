@@ -102,6 +102,19 @@ def test_likelihoods_are_those_of_the_logits_whatever_the_batch(how: Asking, sha
             assert float(found[4 * number + place]) == pytest.approx(by_hand, abs=1e-3)
 
 
+def test_letters_behind_a_question_are_computed_once_and_are_those_of_each(how: Asking, tmp_path: Path) -> None:
+    adapted = make_adapted(device="cpu")
+    asked = ask_rows(tmp_path, quiz(6), how, **LETTERS)
+    computed: list[int] = []
+    together = log_likelihoods(
+        adapted, asked.options, batch_size=4, watch=lambda progress: computed.append(progress.samples)
+    )
+    assert sum(computed) == 6
+    each = [log_likelihoods(adapted, asked.options.take(torch.tensor([number])), batch_size=1) for number in range(24)]
+    torch.testing.assert_close(together, torch.cat(each), rtol=1e-5, atol=1e-5)
+    assert len(set(together.tolist())) == 24
+
+
 def test_an_adapter_whose_b_is_zero_is_the_base_to_the_bit(how: Asking, tmp_path: Path) -> None:
     adapted = make_adapted(device="cpu")
     start = adapted.read()

@@ -77,7 +77,7 @@ def evaluate(
     """
     adapted.load(adapter)
     score = partial(_score_batch, adapted)
-    found = [score for _, score in in_batches(adapted, blocks, score, batch_size, watch=watch, lower=lower)]
+    found = [one for _, one in in_batches(adapted, blocks, score, batch_size, watch=watch, lower=lower)]
     # Reading numbers waits for a GPU: once, at the end.
     read = (Score(float(loss), int(correct), num_targets) for loss, correct, num_targets in found)
     return sum(read, Score(0.0, 0, 0))
@@ -86,13 +86,13 @@ def evaluate(
 def in_batches(
     adapted: AdaptedModel,
     blocks: TokenBlocks,
-    score: Callable[[Batch], Found],
+    score: Callable[[Tensor, Batch], Found],
     batch_size: int,
     *,
     watch: Watch = ignore,
     lower: Callable[[int], object] = int,
 ) -> Iterator[tuple[Tensor, Found]]:
-    """Yield the numbers of a batch's blocks, and what `score` finds of them, until all blocks are scored.
+    """Yield the numbers of a batch's blocks, and what `score` finds of them by both, until all blocks are scored.
 
     The model is as it is now, without dropout. A GPU gets batches that fill it. Where memory runs out in a batch, it
     and those after it are halved; `lower` is told the new size.
@@ -111,7 +111,7 @@ def in_batches(
         rows = by_length[start : start + size]
         batch = take_batch(blocks, rows)
         try:
-            found = [score(batch)]
+            found = [score(rows, batch)]
         except SHORT as error:
             if not is_shortage(error):
                 raise
@@ -134,7 +134,7 @@ def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
     return counted_M, targets_M[counted_M]
 
 
-def _score_batch(adapted: AdaptedModel, batch: Batch) -> _BatchScore:
+def _score_batch(adapted: AdaptedModel, _: Tensor, batch: Batch) -> _BatchScore:
     device = adapted.device
     with torch.inference_mode():
         counted_M, targets_M = targets_of(batch)
