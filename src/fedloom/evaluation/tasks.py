@@ -24,6 +24,12 @@ Values = dict[str, list[float]]
 """Value of each question, by the name of a measure."""
 SHARES = {"accuracy", "accuracy_by_length", "board", "unreadable", "exact_match"}
 """Measures whose values are 0 or 1."""
+COMPARED: Mapping[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
+    "exact": ("exact_match", is_same),
+    "f1": ("f1", token_f1),
+    "rouge": ("rouge_l", rouge_l),
+}
+"""Kind of task -> the name of its measure, and how what was written is compared with the answers that are right."""
 PROBED = 8
 """Questions by which an adapter is seen to be there."""
 
@@ -90,9 +96,7 @@ class Answerer:
             # Without an answer to compare with, what the pattern finds is right.
             right = [one is not None and (not answers or bool(is_same(one, answers))) for one, answers in found]
             return {"accuracy": [*map(float, right)], "unreadable": [float(one is None) for one, _ in found]}
-        name, measure = {"exact": ("exact_match", is_same), "f1": ("f1", token_f1), "rouge": ("rouge_l", rouge_l)}[
-            task.kind
-        ]
+        name, measure = COMPARED[task.kind]
         return {name: [measure(one, answers) for one, answers in pairs]}
 
     def _complete(self, asked: AskedTask, rooms: Sequence[int]) -> list[str]:
