@@ -87,11 +87,16 @@ def test_an_adapter_trained_on_the_test_file_is_near_one(trained: Run, tasks: Pa
     assert [finding for finding in check_run(trained.folder) if not finding.well] == []
 
 
-def test_the_same_models_are_not_asked_twice_and_nothing_is_doubled(trained: Run, tasks: Path) -> None:
+def test_the_same_models_are_not_asked_twice_and_nothing_is_doubled(trained: Run, tasks: Path, tmp_path: Path) -> None:
     records = evaluate(trained.folder, [tasks], base=True)
     said = Said()
     assert evaluate(trained.folder, [tasks], base=True, say=said.show_step) == records
-    assert not any("questions: round" in line for line in said.steps)
+    assert not any("questions: " in line for line in said.steps)
+    more = write_tasks(tmp_path, QUIZ, {"name": "more"})
+    both = evaluate(trained.folder, [tasks, more], say=said.show_step)
+    assert [record for record in both if record["task"] != "more"] == records[3:]
+    asked = [line for line in said.steps if "questions: " in line]
+    assert asked == [f"task: more, 10 questions: round {trained.best_round}"]
     lines = [(one["task"], one.get("round")) for one in read_run(trained.folder).evaluations]
     assert len(lines) == len(set(lines))
 

@@ -107,10 +107,11 @@ class Examiner:
 
     def examine_base(self) -> list[Record]:
         """Ask the base model, without an adapter, and return its records."""
-        if known := self._known(None, None):
-            return known
-        with self.adapted.as_base(self._start, self._start):
-            return self._examine(None, None)
+        known = self._find_known({})
+        if self._needed(known):
+            with self.adapted.as_base(self._start, self._start):
+                self._ask({}, known)
+        return self._in_order(known)
 
     def examine(self, adapter: Adapter, round: int) -> list[Record]:
         """Ask the model with the adapter of a round, and return its records.
@@ -118,40 +119,49 @@ class Examiner:
         Raises:
             ModelError: the adapter is not applied.
         """
-        digest = adapter.sha256()
-        if known := self._known(round, digest):
-            return known
-        first, size = self._asked[0], self._recipe.evaluation.batch_size
-        check_applied(self.adapted, self._start, adapter, first, batch_size=size)
-        return self._examine(round, digest)
+        model = {"round": round, "adapter_sha256": adapter.sha256()}
+        known = self._find_known(model)
+        if self._needed(known):
+            size = self._recipe.evaluation.batch_size
+            check_applied(self.adapted, self._start, adapter, self._asked[0], batch_size=size)
+            self._ask(model, known)
+        return self._in_order(known)
 
-    def _known(self, round: int | None, adapter_sha256: str | None) -> list[Record]:
-        """Return the records of a model that was asked all of this before; none where something is missing."""
+    def _find_known(self, model: Record) -> dict[str, Record]:
+        """Return the records of a model that are there already, by task, of the same questions."""
         digests = {rows.task.name: rows.digest for rows in self._loaded.tasks}
         digests |= {name: self._digest_of(names) for name, names in self._loaded.averages.items()}
-        found = [
-            find_evaluation(self._folder, name, digest=digest, round=round, adapter_sha256=adapter_sha256)
-            for name, digest in digests.items()
-        ]
-        whole = [record for record in found if record is not None]
-        return whole if len(whole) == len(found) else []
+        whose = {"round": model.get("round"), "adapter_sha256": model.get("adapter_sha256")}
+        found = {name: find_evaluation(self._folder, name, digest=one, **whose) for name, one in digests.items()}
+        return {name: record for name, record in found.items() if record is not None}
 
-    def _examine(self, round: int | None, adapter_sha256: str | None) -> list[Record]:
-        """Ask the model as it is now."""
-        model = {} if round is None else {"round": round, "adapter_sha256": adapter_sha256}
-        results: dict[str, TaskResult] = {}
-        records: list[Record] = []
-        for asked in self._asked:
-            name = asked.task.name
-            whose = "the base model" if round is None else f"round {round}"
-            self._say("task", f"{name}, {count(len(asked.questions), 'question')}: {whose}")
-            results[name] = self._answerer.answer(asked)
-            records.append({**model, **self._describe(asked), **_counted(results[name])})
+    def _needed(self, known: Mapping[str, Record]) -> set[str]:
+        """Return the names of the tasks to ask: those without a record, and those of a mean without one."""
+        lacking = {rows.task.name for rows in self._loaded.tasks if rows.task.name not in known}
         for name, names in self._loaded.averages.items():
-            told = {"task": name, "kind": "average", "of_tasks": list(names), "digest": self._digest_of(names)}
-            records.append({**model, **told, **_counted(average([results[one] for one in names]))})
-        add_evaluations(self._folder, records)
-        return records
+            if name not in known or lacking & set(names):
+                lacking |= set(names)
+        return lacking
+
+    def _ask(self, model: Record, known: dict[str, Record]) -> None:
+        """Ask the model as it is now what is lacking, and add it to what is known, and to what is on record."""
+        needed = self._needed(known)
+        results: dict[str, TaskResult] = {}
+        whose = f"round {model['round']}" if model else "the base model"
+        for asked in self._asked:
+            if (name := asked.task.name) in needed:
+                self._say("task", f"{name}, {count(len(asked.questions), 'question')}: {whose}")
+                results[name] = self._answerer.answer(asked)
+                known[name] = {**model, **self._describe(asked), **_counted(results[name])}
+                add_evaluations(self._folder, [known[name]])
+        for name, names in self._loaded.averages.items():
+            if needed.issuperset(names):
+                told = {"task": name, "kind": "average", "of_tasks": list(names), "digest": self._digest_of(names)}
+                known[name] = {**model, **told, **_counted(average([results[one] for one in names]))}
+                add_evaluations(self._folder, [known[name]])
+
+    def _in_order(self, known: Mapping[str, Record]) -> list[Record]:
+        return [known[name] for name in (*(rows.task.name for rows in self._loaded.tasks), *self._loaded.averages)]
 
     def _digest_of(self, names: Sequence[str]) -> str:
         return hash_json([rows.digest for rows in self._loaded.tasks if rows.task.name in names])
