@@ -280,6 +280,7 @@ def test_drawing_another_seeds_adapter_changes_nothing(recipe_file: Path) -> Non
     load_recipe(recipe_file)
 
 
+@pytest.mark.long
 def test_every_arm_is_asked_its_tasks_and_trains_the_same(recipe_file: Path, tmp_path: Path) -> None:
     questions = [{"q": f"is {number} even", "c": ["yes", "no"], "a": "yes"} for number in range(4)]
     tasks = write_tasks(tmp_path / "tasks", questions, {"name": "even"})

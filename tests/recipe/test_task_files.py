@@ -51,6 +51,7 @@ def test_every_file_that_ships_is_read(name: str) -> None:
         (TASK.replace('"{q}"', '"none"'), "`prompt`: names no column"),
         (TASK.replace('"c"', '["{c"]'), "`choices`: has a brace that stands alone"),
         (TASK.replace('"c"', '["{c}"]'), "choices are two or more"),
+        (TASK + 'chat = false\nsystem = "Hm."', "chat = false does not use system"),
         (TASK + "letters = true", "letters = true goes with {lettered}"),
         (TASK.replace("{q}", "{q}{lettered}"), "letters = true goes with {lettered}"),
         (TASK + "limit = 0", "`limit`: input should be greater than or equal to 1, not 0"),

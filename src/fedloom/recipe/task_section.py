@@ -60,7 +60,9 @@ class Task(Section):
     split: str | None = Field(None, description="split of a hub data set; `train` if left out")
     files: str | None = Field(None, description="glob inside a folder")
     rows_of: RowsOf | None = Field(
-        None, description="a data set's own form of rows, which is read as columns `question`, `choices` and `answer`"
+        None,
+        description="a data set's own form of rows, which is read as columns `question`, `choices` and `answer`:"
+        " `mmlu`, `pubmedqa`, `medqa`, `medmcqa`, `careqa`, `fpb`, `fiqa` or `tfns`",
     )
     only: dict[str, Texts] = Field({}, description="columns, each with the values that a row must have one of")
     test_share: float | None = Field(
@@ -96,7 +98,9 @@ class Task(Section):
         None, description="regular expression that finds the answer: its only group, or the whole match (`regex`)"
     )
     rule: Rule | None = Field(
-        None, description="a board's own way to let choices be written and to read them, counted beside the likeliest"
+        None,
+        description="a board's own way to let choices be written and to read them, counted beside the likeliest:"
+        " `flowertune-letter`, `flowertune-boolean` or `flowertune-sentiment`",
     )
     limit: int | None = Field(None, ge=1, description="questions, drawn the same for every run; all if left out")
     max_new_tokens: int = Field(64, ge=1, le=4096, description="the most tokens of an answer in words")
@@ -109,6 +113,8 @@ class Task(Section):
         needed = {"choice": ("choices", "answer"), "regex": ("pattern",)}.get(self.kind, ("answer",))
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
+        if self.chat is False and self.system is not None:
+            raise ValueError("chat = false does not use system: only a chat has such a message")
         if isinstance(self.choices, tuple) and len(self.choices) < 2:
             raise ValueError("choices are two or more")
         if self.letters != (f"{{{LETTERED}}}" in self.prompt):
