@@ -130,7 +130,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Adapter: best, last or the number of a round; 0 is before any training.")
     ] = None,
     source: Annotated[
-        list[str] | None, typer.Option(metavar="TASK=SOURCE", help="Where the rows of a task are read from instead.")
+        list[str] | None, typer.Option(help="TASK=SOURCE: where the rows of a task are read from instead.")
     ] = None,
 ) -> None:
     """Ask a run's adapters tasks, and keep what they could do in evaluation.jsonl and in the report.
