@@ -23,6 +23,8 @@ from fedloom.federation.aggregation import describe_strategies
 from fedloom.federation.lora_rules import describe_lora_rules
 from fedloom.recipe.loading import describe_keys, load_recipe, shipped_recipes
 from fedloom.recipe.methods import describe_methods
+from fedloom.recipe.task_files import load_tasks, shipped_tasks
+from fedloom.recipe.task_section import Task
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "fedloom"
@@ -34,6 +36,15 @@ def describe_recipes() -> str:
     told = {name: escape(load_recipe(name).description) for name in shipped_recipes()}
     rows = [f"| `{name}` | {told[name]} |" for name in sorted(told, key=lambda name: "for a GPU" in told[name])]
     return "\n".join(["| recipe | what it is |", "|---|---|", *rows]) + "\n"
+
+
+def describe_tasks() -> str:
+    """Return the files of tasks that ship, each with its tasks, as a Markdown table."""
+    rows = [
+        f"| `{name}` | {', '.join(f'`{task.name}` ({task.kind})' for task in load_tasks([name]).tasks)} |"
+        for name in shipped_tasks()
+    ]
+    return "\n".join(["| file | its tasks |", "|---|---|", *rows]) + "\n"
 
 
 def describe_commands() -> str:
@@ -116,6 +127,7 @@ def first_paragraph(text: str) -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/recipe.md": {"recipes": describe_recipes, "keys": describe_keys},
+    "docs/tasks.md": {"tasks": describe_tasks, "task keys": partial(describe_keys, Task)},
     "docs/methods.md": {"methods": describe_methods},
     "docs/strategies.md": {"strategies": describe_strategies, "lora rules": describe_lora_rules},
     "docs/commands.md": {"commands": describe_commands},

@@ -21,7 +21,7 @@ from fedloom.errors import FedloomError, RunError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
-from fedloom.model_commands import RunFolder, chat, convert, export, generate, preview, push
+from fedloom.model_commands import RunFolder, chat, convert, evaluate, export, generate, preview, push
 from fedloom.provision_commands import provision
 from fedloom.text import show_controls
 
@@ -260,6 +260,7 @@ app.command()(preview)
 app.command()(convert)
 app.command()(export)
 app.command()(push)
+app.command()(evaluate)
 app.command()(generate)
 app.command()(chat)
 

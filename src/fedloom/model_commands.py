@@ -166,6 +166,36 @@ def chat(
     chat(run, read_lines(), base=base, system=system, max_new_tokens=tokens, sampling=how)
 
 
+def evaluate(
+    run: RunFolder,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="A file of tasks, or the name of one that ships; the run's own if left out."),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
+    which: Annotated[
+        list[str] | None, typer.Option(help="Adapter: best, last or the number of a round; 0 is before any training.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="TASK=SOURCE: where the rows of a task are read from instead.")
+    ] = None,
+) -> None:
+    """Ask a run's adapters tasks, and keep what they could do in evaluation.jsonl and in the report.
+
+    Several tasks, adapters and sources can be named, each behind an option of its own.
+    """
+    from fedloom.handover.evaluate import evaluate
+    from fedloom.monitoring.display import Terminal
+    from fedloom.report.tasks_section import describe_evaluations
+
+    display = Terminal()
+    records = evaluate(
+        run, tasks or (), base=base, which=which or ("best",), places=source or (), say=display.show_step
+    )
+    for line in describe_evaluations(records):
+        typer.echo(show_controls(line))
+
+
 def read_lines() -> Iterator[str]:
     """Yield what is typed, line by line, without empty lines; a terminal is shown where to type."""
     while True:

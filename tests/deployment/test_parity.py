@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
+from support.asked import write_tasks
 from support.federation_here import QUICK, WHOLE_ROUNDS, Served, federation, run_here, split, timeless, tiny
 
 from fedloom.deployment.server.nginx import find_nginx
@@ -55,8 +56,10 @@ def test_the_whole_of_tiny_over_flower_and_tls_makes_the_adapter_of_a_local_run(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path) -> None:
-    """Where a client walks on through its rows, and at which rate, the round alone says."""
+    """Where a client walks on through its rows, and at which rate, the round alone says; tasks are the server's own."""
+    tasks = write_tasks(tmp_path / "tasks", [{"q": "so", "c": ["yes", "no"], "a": "yes"}] * 3, {"name": "quiz"})
     recipe = tiny(
+        f"evaluation.tasks=['{tasks}']", "evaluation.tasks_every=2",
         "data.clients=2", "federation.rounds=3", "evaluation.every=2", "federation.keep_every=2",
         "training.max_steps=3", "training.epochs=4", "training.batch_size=1", "training.gradient_accumulation=2",
         "training.optimizer={kind='sgd',momentum=0.5}",
@@ -67,7 +70,10 @@ def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path
         for client, data in enumerate(split(recipe, tmp_path / "split")):
             there.join(f"client-{client}", data)
         served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
-    check_parity(served, run_here(recipe, tmp_path / "local"), clients=2, rounds=3)
+    local = run_here(recipe, tmp_path / "local")
+    check_parity(served, local, clients=2, rounds=3)
+    assert {record.get("round") for record in served.evaluations} == {None, 2, served.best_round}
+    assert timeless(served.evaluations) == timeless(local.evaluations)
     assert all(record["steps"] == 3 for record in served.clients)
     assert (there.out / "adapters" / "round-2" / "adapter_model.safetensors").is_file()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.asked import write_tasks
 from support.marks import first
 from support.quick_runs import attempt, result_of
 from support.tiny import PEFT_NEEDS, make_blocks, make_job, write_tiny_gguf
@@ -283,6 +284,11 @@ CASES = [
     Case("federation.max_bytes", (LEFT_OUT, 1), NOTE),
     Case("evaluation.every", (1, 2, 3), PLAN, {"federation.rounds": 5}),
     Case("evaluation.every", (1, 2, 3), RESULT, {"federation.rounds": 4}),
+    Case("evaluation.tasks", ([], ["asked.toml"], ["asked.toml", "first-steps"]), PLAN),
+    Case("evaluation.tasks", ([], ["asked.toml"]), RESULT),
+    Case("evaluation.tasks_every", (0, 1, 2), RESULT, {"evaluation.tasks": ["asked.toml"], "federation.rounds": 2}),
+    Case("evaluation.tasks_every", (LEFT_OUT, 1), NOTE),
+    Case("evaluation.tasks_every", (0, 9), NOTE, {"evaluation.tasks": ["asked.toml"]}),
     Case("report.samples", (0, 1, 2), REPORT, ASKED),
     Case("evaluation.batch_size", (8, 2), RESULT),
     Case("evaluation.clients", (1, 2), PLAN, UNEQUAL),
@@ -364,6 +370,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(row["text"], encoding="utf-8")
     write_tiny_gguf(home / "tiny.gguf", packed="Q8_0")
+    questions = [{"q": f"And {number}?", "c": ["yes", "no"], "a": "yes"} for number in range(3)]
+    write_tasks(home, questions, {}, file="asked.toml")
     return home
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.asked import write_tasks
 from support.marks import first
 from support.tiny import make_recipe
 
@@ -277,3 +278,22 @@ def test_drawing_another_seeds_adapter_changes_nothing(recipe_file: Path) -> Non
     assert adapted.draw(7).sha256() == before.sha256()
     assert [name for name, value in adapted.model.named_parameters() if value.requires_grad]
     load_recipe(recipe_file)
+
+
+@pytest.mark.long
+def test_every_arm_is_asked_its_tasks_and_trains_the_same(recipe_file: Path, tmp_path: Path) -> None:
+    questions = [{"q": f"is {number} even", "c": ["yes", "no"], "a": "yes"} for number in range(4)]
+    tasks = write_tasks(tmp_path / "tasks", questions, {"name": "even"})
+    rates = "training.learning_rate=1e-3,1e-2"
+    plain = sweep(recipe_file, [rates], tmp_path / "plain", Observer())
+    asked = sweep(
+        recipe_file,
+        [rates, f'evaluation.tasks=["{tasks}"]', "evaluation.tasks_every=1"],
+        tmp_path / "asked",
+        Observer(),
+    )
+    for ours, other in zip(sorted(asked.glob("*/plan.json")), sorted(plain.glob("*/plan.json")), strict=True):
+        one, alone = read_run(ours.parent), read_run(other.parent)
+        assert {record.get("round") for record in one.evaluations} == {None, 1, 2}
+        assert [record["adapter_sha256"] for record in one.rounds] == [r["adapter_sha256"] for r in alone.rounds]
+    assert "| even | accuracy |" in (asked / "comparison.md").read_text()

@@ -384,7 +384,7 @@ def test_rows_of_a_hubs_data_set_are_checked_as_those_of_files(
 ) -> None:
     parquet.write_table(pyarrow.table({"text": values}), tmp_path / "rows.parquet")
     # What the hub would give: `datasets` opens a folder as it opens a repository.
-    monkeypatch.setattr(loader, "_open_source", lambda *asked: loader.open_hub(*asked[:3]))
+    monkeypatch.setattr(loader, "open_rows", lambda *asked: loader.open_hub(*asked[:3]))
     if skipped is None:
         assert f"no usable document (skipped {len(values)}: {len(values)} not text)" in refusal(tmp_path)
     else:

@@ -27,7 +27,12 @@ RANDOM_KILLS = int(os.environ.get("FEDLOOM_RANDOM_KILLS", "30"))
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
     """A recipe, and what it comes to uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    recipe = make_recipe(folder, baselines=["pooled"], personalise={"epochs": 1}, contributions=True)
+    questions = [{"q": f"word{number}", "c": ["yes", "no"], "a": ["yes", "no"][number % 2]} for number in range(4)]
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    task = 'name = "t"\nsource = "q.jsonl"\nkind = "choice"\nprompt = "{q}"\nchoices = "c"\nanswer = "{a}"\n'
+    (folder / "tasks.toml").write_text(f"[[task]]\n{task}")
+    asked = {"tasks": [str(folder / "tasks.toml")], "tasks_every": 2}
+    recipe = make_recipe(folder, baselines=["pooled"], personalise={"epochs": 1}, contributions=True, evaluation=asked)
     assert carry_out(recipe, folder / "run") == 0
     return recipe, result_of(folder / "run")
 
@@ -53,6 +58,8 @@ def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:
     assert carry_out(recipe, tmp_path / "run") == 0
     assert result_of(tmp_path / "run") == result
     assert len(result["rounds.jsonl"]) == 4
+    best = max(2, read_run(tmp_path / "run").best_round or 0)
+    assert [record.get("round") for record in result["evaluation.jsonl"]] == [2, None, *([best] if best > 2 else [])]
     assert_sound(tmp_path / "run")
 
 

@@ -17,7 +17,8 @@ from fedloom.records.run import read_run
 from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
 
-FILES = ("rounds.jsonl", "resolved.json", "plan.json", "status.json", "environment.json", "clients.jsonl")
+FILES = ("rounds.jsonl", "resolved.json", "plan.json", "status.json", "environment.json", "clients.jsonl",
+         "evaluation.jsonl")  # fmt: skip
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -49,8 +50,11 @@ def readers(folder: Path) -> dict[str, Callable[[], object]]:
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_key_is_named_or_not_needed(file: str, tmp_path: Path) -> None:
     clients = [[2.0, 1.9, 1.8], [2.1, 1.9, 1.7], [2.0, 1.8, 1.9]]
-    make_run(tmp_path / "whole", [2.0, 1.9, 1.8], clients=clients)
-    make_run(tmp_path / "run", [2.0, 1.9, 1.8], clients=clients)
+    counted = {"value": 0.5, "low": 0.2, "high": 0.8, "interval": "Wilson, 95 %", "of": 4, "right": 2}
+    quiz = {"task": "quiz", "kind": "choice", "digest": "d", "measures": {"accuracy": counted}, "chance": 0.5}
+    asked = [quiz, {**quiz, "round": 2, "adapter_sha256": "a"}]
+    make_run(tmp_path / "whole", [2.0, 1.9, 1.8], clients=clients, evaluations=asked)
+    make_run(tmp_path / "run", [2.0, 1.9, 1.8], clients=clients, evaluations=asked)
     path = tmp_path / "run" / file
     written = path.read_text()
     lines = written.splitlines() if path.suffix == ".jsonl" else [written]

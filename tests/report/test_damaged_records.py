@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.asked import write_tasks
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -15,13 +16,15 @@ from fedloom.records.run import Record, read_run
 from fedloom.report.run_report import build_report, write_report
 
 WHOLE = ("status.json", "plan.json", "environment.json", "resolved.json")
-LINES = ("rounds.jsonl", "clients.jsonl")
+LINES = ("rounds.jsonl", "clients.jsonl", "evaluation.jsonl")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run: two rounds of three clients."""
-    return run(make_recipe(), tmp_path_factory.mktemp("runs") / "run", Observer()).folder
+    """A real run: two rounds of three clients, and two tasks."""
+    folder = tmp_path_factory.mktemp("runs")
+    tasks = write_tasks(folder, [{"q": "so", "c": ["yes", "no"], "a": "yes"}], {"name": "one"}, {"name": "two"})
+    return run(make_recipe(evaluation={"tasks": [str(tasks)]}), folder / "run", Observer()).folder
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_lines_that_were_cut_anywhere_are_read_up_to_the_last_whole_one(name: st
     def check(content: bytes) -> None:
         read = read_run(damaged)
         build_report(read)
-        found = read.rounds if name == "rounds.jsonl" else read.clients
+        found = {"rounds.jsonl": read.rounds, "clients.jsonl": read.clients}.get(name, read.evaluations)
         complete = [line for line in content.split(b"\n") if line in whole and line]
         assert found == [json.loads(line) for line in complete]
 
@@ -99,6 +102,6 @@ def test_a_reader_without_checks_would_be_caught(damaged: Path, monkeypatch: pyt
                 continue
         return records
 
-    monkeypatch.setattr("fedloom.records.run._read_lines", read_carelessly)
+    monkeypatch.setattr("fedloom.records.run.read_lines", read_carelessly)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         test_a_line_that_is_no_record_is_refused_by_its_place("rounds.jsonl", b"{", damaged)

@@ -17,6 +17,8 @@ OVERFIT = [3.0, 2.0, 1.9, 2.1, 2.3]
 SLOW_EVALUATION = {"train": [0, 1, 1, 1], "evaluate": [9, 9, 9, 9]}
 SHARES = {"0": 0.1, "1": 0.1, "2": 0.8}
 ALONE = {"local": {"0": {"losses": [3.0, 2.3], "tokens": 9}}}
+QUIZ = {"task": "quiz", "kind": "choice", "digest": "d"}
+RIGHT = {"accuracy": {"value": 0.5, "low": 0.2, "high": 0.8, "interval": "Wilson, 95 %", "of": 4, "right": 2}}
 EVEN = {"train": [0, 1.33, 1.33, 1.33], "evaluate": [1, 1, 1, 1]}
 
 CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, Any]]] = [
@@ -38,6 +40,7 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_scaled, {"central": FALLING, "more": {1: {"scaled": {"1": 12.0}}, 3: {"scaled": {"1": 1234.5}}}}, "scaled down: client 1 (up to 1,234 times)", {"central": FALLING}),
     (o.the_memory, {"central": FALLING, "at_once": {2: 4}}, "not enough in round 2: 4 clients at once from then on", {"central": FALLING}),
     (o.the_payload, {"central": FALLING}, "18.0 kB of adapters were exchanged; the whole model would have been 399 times", {"central": [3.0]}),
+    (o.tell_tasks, {"central": FALLING, "evaluations": [{**QUIZ, "measures": RIGHT}, {**QUIZ, "round": 3, "measures": RIGHT}]}, "can't tell the adapter from the base model: quiz (50.0 to 50.0 %, accuracy)", {"central": FALLING, "evaluations": [{**QUIZ, "measures": RIGHT}]}),
     (o.did_it_help, {"central": FALLING, "baselines": ALONE}, "Federation helped: its best loss is 0.3000 nats", {"central": FALLING}),
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.records.run import Run, read_run
+from fedloom.records.run import EVALUATIONS, Run, read_run
 from support.tiny import make_recipe
 
 
@@ -24,6 +24,7 @@ def make_run(
     more: dict[int, dict[str, Any]] | None = None,
     plan: dict[str, Any] | None = None,
     baselines: dict[str, Any] | None = None,
+    evaluations: Sequence[dict[str, Any]] = (),
     **sections: Any,
 ) -> Run:
     """A run directory whose round r has the central loss `central[r]`, and what else is given."""
@@ -101,7 +102,7 @@ def make_run(
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
     (folder / "recipe.toml").write_text('name = "test"\n', encoding="utf-8")
-    for name, lines in (("rounds.jsonl", records), ("clients.jsonl", reports)):
+    for name, lines in (("rounds.jsonl", records), ("clients.jsonl", reports), (EVALUATIONS, evaluations)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert rounds >= 0
     return read_run(folder)

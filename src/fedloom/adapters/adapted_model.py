@@ -202,11 +202,15 @@ class AdaptedModel:
         """
         self.load(start)
         before, self.is_base = self.is_base, True
+        # PEFT switches gradients off with the adapter, and on again for all of it: for what is frozen in it too.
+        learning = [(value, value.requires_grad) for value in self.model.parameters()]
         try:
             with nullcontext() if self.is_whole else self.model.disable_adapter():
                 yield
         finally:
             self.is_base = before
+            for value, learns in learning:
+                value.requires_grad_(learns)
             self.load(then)
 
     def save(self, adapter: Adapter, folder: Path, card: str = "") -> None:

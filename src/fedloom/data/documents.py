@@ -112,7 +112,7 @@ def load_documents(
             than the recipe allows.
     """
     order_seed = derive_seed(seed or 0, "documents")
-    source = _open_source(data, order_seed, at_most, hidden)
+    source = open_rows(data, order_seed, at_most, hidden)
     rows = source.open_rows
     if not source.ordered and seed is not None:
         # A folder's text files are not read here: their places are shuffled, with the functions that open them.
@@ -196,7 +196,12 @@ def _to_document(row: Row, origin: str, data: Data, form: RowFormat) -> Document
     return Document(text, origin, label, found, {name: row[name] for name in named if name in row})
 
 
-def _open_source(data: Data, seed: int, at_most: int | None, hidden: bool) -> Source:
+def open_rows(data: Data, seed: int, at_most: int | None, hidden: bool = False) -> Source:
+    """Open what a recipe names as its source; the seed is for the order of a stream, of which `at_most` are read.
+
+    Raises:
+        DataError: it can't be found or reached, lacks a column, or a key is set that has no effect on it.
+    """
     if data.source == FILES:
         _refuse_spare(data, "revision", "subset", "split", "files", "text")
         return Source(_rows_of_folder(find_library_files(), data), describe_python())

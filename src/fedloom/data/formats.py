@@ -82,7 +82,7 @@ class RowFormat:
             return self._of_conversation([*before, *found], answers_from=len(before))
         if completion.only_column is not None and isinstance(find_value(row, completion.only_column), list):
             raise UnreadableError(A_LIST)
-        asked, answer = (part.fill(partial(_value_in, row)) for part in (prompt, completion))
+        asked, answer = (part.fill(partial(value_in, row)) for part in (prompt, completion))
         if data.completion is None:
             return Form(asked, ends=data.ends)
         if not answer.strip():
@@ -236,7 +236,7 @@ def _turns_of(row: Row, template: RowTemplate, role: str) -> list[Message]:
     column = template.only_column
     if column is not None and isinstance(found := find_value(row, column), list):
         return _messages_of(found, column)
-    text = template.fill(partial(_value_in, row))
+    text = template.fill(partial(value_in, row))
     if role == "assistant" and not text.strip():
         raise UnreadableError(EMPTY)
     return [{"role": role, "content": text}]
@@ -252,7 +252,7 @@ def _text_in(row: Row, column: str) -> str:
     return text
 
 
-def _value_in(row: Row, name: str, optional: bool) -> str:
+def value_in(row: Row, name: str, optional: bool) -> str:
     """Return a column's text for a template; what is missing is empty where it may be left out."""
     value = find_value(row, name)
     if value is None or value != value:

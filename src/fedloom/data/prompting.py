@@ -46,8 +46,16 @@ class Prompting:
         Raises:
             DataError: the template does not take these messages, or lacks a column.
         """
+        return self.tokens(self.render(messages))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text that `write` gives the tokens of.
+
+        Raises:
+            DataError: as `write`.
+        """
         if self._renderer is None:
-            return self._tokens(self._fill(messages[-1]["content"]), whole=False)
+            return self._fill(messages[-1]["content"])
         # A recipe with a prompt asks by it in a chat as well.
         messages = [
             {**one, "content": self._fill(one["content"])} if one["role"] == "user" else one for one in messages
@@ -58,7 +66,7 @@ class Prompting:
             (text,), _ = self._renderer.render(messages, [(len(messages), True)])
         except RenderError as error:
             raise DataError(f"a conversation {error}", where="data.chat_template", mend="ask otherwise") from None
-        return self._tokens(text, whole=True)
+        return text
 
     def _fill(self, asked: str) -> str:
         """Return the run's prompt with the question in it: a text for its only column, or JSON for several.
@@ -88,7 +96,9 @@ class Prompting:
         values = {name: find_value(row, name) for name in template.columns}
         return template.fill(lambda name, _: "" if values[name] is None else str(values[name]))
 
-    def _tokens(self, text: str, *, whole: bool) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text that `render` gave."""
+        whole = self.is_chat  # special tokens stand in it already
         tokens: list[int] = self._tokenizer(text, add_special_tokens=not whole, verbose=False)["input_ids"]
         # A tokenizer may end every text; a prompt is the beginning of one.
         end = self._tokenizer.eos_token

@@ -202,13 +202,26 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
         cut += bool(usable and counted_T[length:].any()) and document.form is not None
         pieces.extend(tokens_T for tokens_T, _ in usable)
         masks.extend(marks_T for _, marks_T in usable)
+    stacked = stack_blocks(pieces, masks, data.max_length, padding=pad, padding_counts=data.pad_in_loss)
+    return replace(stacked, dropped=dropped, unanswered=unanswered, cut=cut)
+
+
+def stack_blocks(
+    pieces: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    max_length: int,
+    *,
+    padding: int = 0,
+    padding_counts: bool = False,
+) -> TokenBlocks:
+    """Return pieces of tokens, [T] each, and their marks of what counts as blocks of one length."""
     lengths_N = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-    tokens_NT = torch.full((len(pieces), data.max_length), pad, dtype=torch.int64)
-    counted_NT = torch.full(tokens_NT.shape, data.pad_in_loss)
+    tokens_NT = torch.full((len(pieces), max_length), padding, dtype=torch.int64)
+    counted_NT = torch.full(tokens_NT.shape, padding_counts)
     for row, (piece, mask) in enumerate(zip(pieces, masks, strict=True)):
         tokens_NT[row, : len(piece)] = piece
         counted_NT[row, : len(piece)] = mask
-    return TokenBlocks(tokens_NT, lengths_N, counted_NT, dropped, unanswered, cut)
+    return TokenBlocks(tokens_NT, lengths_N, counted_NT)
 
 
 def _tokenize_plain(text: str, tokenizer: Any, data: Data) -> tuple[Tensor, Tensor]:

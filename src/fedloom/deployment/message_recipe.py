@@ -258,7 +258,7 @@ NEVER_TOLD = {
         *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),
         *("max_share", "max_change", "max_client_blocks", "keep_every", "max_bytes"),
     ),
-    "evaluation": ("clients", "every"),
+    "evaluation": ("clients", "every", "tasks", "tasks_every"),
     "report": ("samples",),
 }
 """Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""

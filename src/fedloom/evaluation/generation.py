@@ -36,6 +36,21 @@ class Sampling:
 
 
 LIKELIEST = Sampling()
+Complete = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], list[str]]
+"""A function from the tokens of prompts, the most tokens of each answer and the tokens that end one to the answers."""
+
+
+def complete_each(adapted: AdaptedModel, tokenizer: Any, watch: Watch = ignore) -> Complete:
+    """Return a function that writes one answer after another, with the likeliest tokens of the model as it is then."""
+
+    def complete(prompts: Sequence[Sequence[int]], rooms: Sequence[int], stops: Sequence[int]) -> list[str]:
+        said = []
+        for prompt, room in zip(prompts, rooms, strict=True):
+            said.append(write_on(adapted, tokenizer, prompt, room=room, stops=stops))
+            watch(Progress("evaluate", len(prompt)))
+        return said
+
+    return complete
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from fedloom.training.objective import next_token_targets
 
 TOKENS_ON_GPU = 16_384
 """Tokens of a batch that fill a GPU; smaller ones leave it waiting for the processor."""
+Found = TypeVar("Found")
 _BatchScore = tuple[Tensor, Tensor, int]
 """Loss and right answers of a batch, still on its device, and how many targets it has."""
 
@@ -73,8 +76,31 @@ def evaluate(
         ModelError: memory runs out with a single block.
     """
     adapted.load(adapter)
+    score = partial(_score_batch, adapted)
+    found = [one for _, one in in_batches(adapted, blocks, score, batch_size, watch=watch, lower=lower)]
+    # Reading numbers waits for a GPU: once, at the end.
+    read = (Score(float(loss), int(correct), num_targets) for loss, correct, num_targets in found)
+    return sum(read, Score(0.0, 0, 0))
+
+
+def in_batches(
+    adapted: AdaptedModel,
+    blocks: TokenBlocks,
+    score: Callable[[Tensor, Batch], Found],
+    batch_size: int,
+    *,
+    watch: Watch = ignore,
+    lower: Callable[[int], object] = int,
+) -> Iterator[tuple[Tensor, Found]]:
+    """Yield the numbers of a batch's blocks, and what `score` finds of them by both, until all blocks are scored.
+
+    The model is as it is now, without dropout. A GPU gets batches that fill it. Where memory runs out in a batch, it
+    and those after it are halved; `lower` is told the new size.
+
+    Raises:
+        ModelError: memory runs out with a single block.
+    """
     adapted.model.eval()
-    found: list[_BatchScore] = []
     start, size = 0, batch_size
     if adapted.device.type == "cuda":
         size = max(size, TOKENS_ON_GPU // max(1, blocks.tokens_NT.shape[1]))
@@ -82,35 +108,39 @@ def evaluate(
     # in every run.
     by_length = torch.argsort(blocks.widths, stable=True)
     while start < len(by_length):
-        batch = take_batch(blocks, by_length[start : start + size])
+        rows = by_length[start : start + size]
+        batch = take_batch(blocks, rows)
         try:
-            score = _score_batch(adapted, batch)
+            found = [score(rows, batch)]
         except SHORT as error:
             if not is_shortage(error):
                 raise
-            score = None
+            found = []
         # Not in the handler above: the error that it holds keeps the memory of what was under way.
-        if score is None:
+        if not found:
             size = halve(len(batch.tokens_BT), adapted.device, "score a single block", mend="lower data.max_length")
             lower(size)
             continue
-        found.append(score)
+        yield rows, found[0]
         start += size
         watch(Progress("evaluate", batch.num_tokens, len(batch.tokens_BT)))
-    # Reading numbers waits for a GPU: once, at the end.
-    read = (Score(float(loss), int(correct), num_targets) for loss, correct, num_targets in found)
-    return sum(read, Score(0.0, 0, 0))
 
 
-def _score_batch(adapted: AdaptedModel, batch: Batch) -> _BatchScore:
+def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the rows of a batch that count, [M] of its B·T, and their targets, [M]: on the processor."""
+    # A GPU would have to be waited for.
+    targets_M = next_token_targets(batch.labels_BT).flatten()
+    counted_M = (targets_M != IGNORED).nonzero()[:, 0]
+    return counted_M, targets_M[counted_M]
+
+
+def _score_batch(adapted: AdaptedModel, _: Tensor, batch: Batch) -> _BatchScore:
     device = adapted.device
     with torch.inference_mode():
-        # Found on the processor, which would wait for a GPU's answer.
-        targets_M: Tensor = next_token_targets(batch.labels_BT).flatten()
-        counted_M = (targets_M != IGNORED).nonzero()[:, 0]
+        counted_M, targets_M = targets_of(batch)
         told = batch.to(device)
         loss, correct = adapted.loss_head.score(
-            told.tokens_BT, counted_M.to(device), targets_M[counted_M].to(device), told.mask_BT
+            told.tokens_BT, counted_M.to(device), targets_M.to(device), told.mask_BT
         )
         failpoint("evaluation.scored")
         return loss, correct, len(counted_M)

@@ -18,12 +18,14 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import reason_of
 from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Splits, documents_needed, split_documents
-from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.errors import DataError, ModelError
 from fedloom.experiment.arms import check_arms, plan_arms
-from fedloom.experiment.building import build_shape, dtype_of, hold, open_source, tokenize_for
+from fedloom.experiment.building import build_shape, dtype_of, open_source
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
+from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks
+from fedloom.experiment.tokenizing import find_idle, tokenize_splits
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule, shared_part
@@ -117,6 +119,8 @@ class Prepared:
     """Clients that may train in one pass, were there as many."""
     told: tuple[str, ...] = ()
     """Hashes of the documents of clients elsewhere, by client."""
+    tasks: LoadedTasks = NO_TASKS
+    """Tasks that the run's models are asked."""
 
 
 def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
@@ -143,6 +147,11 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
+
+
+def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
+    """Return what is prepared with the run's tasks, which its plan tells of."""
+    return replace(prepared, tasks=tasks, plan=replace(prepared.plan, tasks=describe_tasks(tasks, recipe)))
 
 
 def gather(recipe: Recipe, observer: Observer) -> Material:
@@ -328,68 +337,6 @@ def check_length(max_length: int, source: ModelSource, prompt: int = 0) -> None:
             where="data.max_length",
             mend=f"at most {source.max_length - prompt}",
         )
-
-
-def tokenize_splits(
-    splits: Splits, source: ModelSource, recipe: Recipe
-) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
-    """Return blocks of the central hold-out and of every client, and how many training blocks are also held out.
-
-    Raises:
-        DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
-    """
-    tokenize = partial(tokenize_for, source, recipe)
-    where = f'data.source = "{recipe.data.source}"'
-    central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
-    if splits.central and not len(central):
-        raise DataError(
-            "nothing that counts is left of the central hold-out's documents"
-            if central.unanswered
-            else "each of the central hold-out's documents has fewer than two tokens",
-            where=where,
-            mend="raise data.max_length" if central.unanswered else "use longer documents",
-        )
-    held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
-    clients, shared = [], 0
-    for client, holdout in enumerate(holdouts):
-        train = tokenize(splits.clients[client].train)
-        unseen = without_blocks(train, held_out)
-        shared += len(train) - len(unseen)
-        clients.append(hold(recipe, unseen if recipe.data.duplicates == "drop" else train, holdout))
-    return central, tuple(clients), shared
-
-
-def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe) -> tuple[str, ...]:
-    """Say of each client that has nothing to train on why; it holds out what it has, and never trains.
-
-    Raises:
-        DataError: no client has anything.
-    """
-    left_out = tuple(
-        _why_idle(client, splits, tokenized) for client, blocks in enumerate(tokenized) if not len(blocks.train)
-    )
-    if len(left_out) == len(tokenized):
-        raise DataError(
-            f"no client has anything to train on: {left_out[0]}",
-            where=f'data.source = "{recipe.data.source}"',
-            mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
-            " data.max_length",
-        )
-    return left_out
-
-
-def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) -> str:
-    """Say what became of the documents of a client that has nothing to train on."""
-    documents, train = splits.clients[client], tokenized[client].train
-    counts = {
-        "held out": len(documents.holdout),
-        "dropped as a copy of held-out text": splits.audit.dropped[client],
-        TOO_SHORT: train.dropped,
-        UNANSWERED: train.unanswered,
-        "equal to held-out text within data.max_length": len(documents.train) - train.dropped - train.unanswered,
-    }
-    why = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
-    return f"client {client} of {len(tokenized)}: {why or 'no document'}"
 
 
 def choose_scored_clients(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:

@@ -88,6 +88,10 @@ class Recorder:
         self.writer.write_status("running", round=result.round, stopped_early=run.stopped_early, **lowered)
         return record
 
+    def forget_measured(self) -> None:
+        """Drop what was measured since the last round was recorded: it is no round's."""
+        self._session.telemetry.take()
+
     def _save(self, adapter: Adapter, name: str, card: str) -> None:
         self._write(adapter, name, card)
         with writing(self.adapters / name):

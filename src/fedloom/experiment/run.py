@@ -21,10 +21,11 @@ from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.personalising import personalise, write_own_adapters
-from fedloom.experiment.preparation import Prepared, prepare
+from fedloom.experiment.preparation import Prepared, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
 from fedloom.experiment.session import Session, identify
+from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, find_state, train_baselines
 from fedloom.experiment.watchers import open_watchers
 from fedloom.federation.aggregation import Aggregate
@@ -86,7 +87,9 @@ def run(
 
         # ---- Prepare: all that can be wrong before weights are loaded. Nothing is written yet.
         asked = pin(recipe, read_run(folder).plan) if has_plan(folder) else recipe
-        prepared = name_strategy(clients.prepare(asked, watchers), recipe, aggregate)
+        tasks = gather_tasks(recipe.evaluation.tasks, say=watchers.show_step)
+        prepared = with_tasks(clients.prepare(asked, watchers), tasks, recipe)
+        prepared = name_strategy(prepared, recipe, aggregate)
         watchers.show_plan(prepared.plan)
         failpoint("run.prepared")
 
@@ -127,6 +130,7 @@ def run(
                 personalise(trial, session, recipe.personalise)
             if recipe.contributions:
                 find_contributions(trial, session, watchers.show_step)
+            trial.ask_tasks()
             write_samples(recipe, prepared, session, trial)
         failpoint("run.ends")
     finished = read_run(folder)
@@ -251,7 +255,8 @@ def plan(recipe: Recipe, display: Observer | None = None) -> Plan:
         FedloomError: what a run would be refused for.
     """
     display = display or Observer()
-    planned = prepare(recipe, display).plan
+    tasks = gather_tasks(recipe.evaluation.tasks, say=display.show_step)
+    planned = with_tasks(prepare(recipe, display), tasks, recipe).plan
     display.show_step("weights", "not read for a plan: a run tries them before its first round")
     return planned
 

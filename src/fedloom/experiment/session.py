@@ -46,7 +46,7 @@ class Session:
         self._batched = engine == "batched"
         self._engine = open_engine(engine, adapted, data, observer.watch, observer.show_step)
         self._lowered_to: int | None = None
-        self._say = observer.show_step
+        self.say = observer.show_step
         self._scored_at_once: int | None = None
 
     def take_lowered(self) -> dict[str, int]:
@@ -73,7 +73,7 @@ class Session:
 
     def _score_fewer(self, size: int) -> None:
         self._scored_at_once = size
-        self._say("memory", f"not enough: evaluation takes {count(size, 'block')} at once from now on")
+        self.say("memory", f"not enough: evaluation takes {count(size, 'block')} at once from now on")
 
     def scorer(self, batch_size: int) -> EvaluateBlocks:
         """Return `score` for batches of a size."""
@@ -86,7 +86,8 @@ def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
     documents = hash_tensors(tensors_of(blocks))
     if prepared.told:
         documents = hash_text("".join([documents, *prepared.told]))
-    return {"base model": hash_base(adapted), "documents": documents}
+    found = {"base model": hash_base(adapted), "documents": documents}
+    return {**found, "tasks": prepared.tasks.digest} if prepared.tasks else found
 
 
 def hash_base(adapted: AdaptedModel) -> str:

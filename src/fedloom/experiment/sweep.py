@@ -26,10 +26,11 @@ from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.personalising import personalise, write_own_adapters
-from fedloom.experiment.preparation import Material, Prepared, gather, prepare
+from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
 from fedloom.experiment.recognition import open_recipe
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
+from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines
 from fedloom.federation.rounds import RoundResult
 from fedloom.host.files import take_lock, write_json
@@ -244,7 +245,8 @@ def run_group(
             key = recipe.model, recipe.data, recipe.seed
             if key not in materials:
                 materials[key] = gather(recipe, display)
-            ready[combination.name] = prepare(recipe, display, materials[key])
+            tasks = gather_tasks(recipe.evaluation.tasks, say=display.show_step)
+            ready[combination.name] = with_tasks(prepare(recipe, display, materials[key]), tasks, recipe)
         except FedloomError as error:
             errors[combination.name] = str(error)
     able = [combination for combination in combinations if combination.name in ready]
@@ -333,6 +335,7 @@ class OpenTrial:
             personalise(self.trial, self._session, section)
         if self.trial.recipe.contributions:
             find_contributions(self.trial, self._session, self._display.show_step)
+        self.trial.ask_tasks()
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:

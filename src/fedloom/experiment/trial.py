@@ -15,6 +15,7 @@ from fedloom.experiment.baselines import Baseline, set_up_baselines
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.recorder import Recorder
 from fedloom.experiment.session import Session
+from fedloom.experiment.tasks import Examiner
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.fleet import Fleet
 from fedloom.federation.lora_rules import build_aggregate
@@ -22,6 +23,7 @@ from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.files import clear_unfinished
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.evaluations import forget_evaluations
 from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, load_state, save_state
 from fedloom.records.writer import RECORDS, RunWriter
@@ -36,18 +38,35 @@ class Trial:
     run: FederatedRun
     fleet: Fleet
     recorder: Recorder
+    examiner: Examiner | None
+    """Whoever asks the run's tasks, if it has some."""
 
     def begin(self, initial: Adapter) -> None:
         """Start from scratch: remove states, records and half-written adapters."""
         forget_states(self.recorder.writer.folder)
         self.recorder.writer.remove("contributions.json")
         self.recorder.writer.cut_records(dict.fromkeys(RECORDS, 0))
+        forget_evaluations(self.recorder.writer.folder, after=None)
         clear_unfinished(self.recorder.adapters)
         self.recorder.begin(initial)
 
     def record(self, result: RoundResult) -> RoundRecord:
-        """Write a round down, and keep its adapter."""
-        return self.recorder.record(result, self.run)
+        """Write a round down, keep its adapter, and ask it the tasks where the recipe wants that after this round."""
+        record = self.recorder.record(result, self.run)
+        every = self.recipe.evaluation.tasks_every
+        # Before the round is committed: a committed round has its answers on record, and no other ones.
+        if self.examiner and every and result.round and result.round % every == 0:
+            self.examiner.examine(result.adapter, result.round)
+            self.recorder.forget_measured()
+        return record
+
+    def ask_tasks(self) -> None:
+        """Ask the base model and the best adapter the tasks, at the end."""
+        if self.examiner:
+            self.examiner.examine_base()
+            round = read_run(self.recorder.writer.folder).best_round
+            assert round is not None, "round 0 is always evaluated"
+            self.examiner.examine(self.examiner.adapted.open(self.recorder.adapters / "best"), round)
 
     def past_rounds(self) -> list[RoundRecord]:
         """Return the records of the rounds that are complete."""
@@ -84,6 +103,7 @@ class Trial:
         `read_initial` gives the adapter that the run began with.
         """
         self.recorder.writer.cut_records(state.record_bytes)
+        forget_evaluations(self.recorder.writer.folder, after=state.round)
         clear_unfinished(self.recorder.adapters)
         self.recorder.mend(state, read_initial, say)
         sent = sum(record["bytes_down"] + record["bytes_up"] for record in self.past_rounds())
@@ -128,7 +148,15 @@ def set_up(
         trial=number,
         evaluate_every=recipe.evaluation.every,
     )
-    return Trial(recipe, prepared, run, fleet, recorder)
+    return Trial(recipe, prepared, run, fleet, recorder, open_examiner(recipe, prepared, session, writer.folder))
+
+
+def open_examiner(recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> Examiner | None:
+    """Return whoever asks a run's tasks; None where it has none."""
+    if not prepared.tasks:
+        return None
+    how = session.adapted, folder
+    return Examiner(prepared.tasks, recipe, prepared.source, *how, say=session.say, watch=session.watch)
 
 
 def find_state(folder: Path, identity: Mapping[str, str], observer: Observer) -> RunState | None:

@@ -57,6 +57,10 @@ def find_unused(
         found.append(("evaluation.clients", "the clients of a private run tell no loss"))
     elif (recipe.evaluation.clients or 0) >= holding:
         found.append(("evaluation.clients", f"{holding} of {count(len(plan.clients), 'client')} hold anything out"))
+    if not recipe.evaluation.tasks:
+        found.append(("evaluation.tasks_every", "there are no evaluation.tasks"))
+    elif recipe.evaluation.tasks_every > recipe.federation.rounds:
+        found.append(("evaluation.tasks_every", f"the run is over after {count(recipe.federation.rounds, 'round')}"))
     written = [(key, why) for key, why in found if _is_written(recipe, key)]
     written += unmatched_options(recipe.adapter.options, adapted.model)
     little = _of_little_effect(recipe, plan, blocks, here=here)

@@ -25,6 +25,7 @@ NAMES = (
     "round.evaluated",
     "record.client",
     "record.round",
+    "evaluation.written",
     "adapter.written",
     "adapter.between",
     "adapter.renamed",

@@ -75,19 +75,27 @@ class LossHead:
 
         Both are tensors on the model's device, so that nothing waits for a GPU. Gradients are not supported.
         """
-        if self._head is None:
-            chunks = iter([(self._whole_logits(tokens_BT, rows_M, mask_BT), targets_M)])
-        else:
-            states_MD = self._states(tokens_BT, mask_BT)[rows_M]
-            chunks = _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
         losses, correct = zip(
             *(
                 (functional.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum())
-                for logits, targets in chunks
+                for logits, targets in self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
             ),
             strict=True,
         )
         return torch.stack(losses).sum(), torch.stack(correct).sum()
+
+    def score_rows(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """Return the loss of each counted row, [M]: `losses` without what gradients need."""
+        chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
+        return torch.cat([functional.cross_entropy(logits, targets, reduction="none") for logits, targets in chunks])
+
+    def _chunks(
+        self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._head is None:
+            return iter([(self._whole_logits(tokens_BT, rows_M, mask_BT), targets_M)])
+        states_MD = self._states(tokens_BT, mask_BT)[rows_M]
+        return _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
 
     def _states(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         states: Tensor = call_model(self._model.base_model, tokens_BT, mask_BT).last_hidden_state

@@ -208,6 +208,7 @@ def render_plan(plan: Plan) -> Table:
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
         f" and {count(plan.train_tokens_per_round, 'token')}"
         + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),
+        **({"tasks": "\n".join(plan.tasks)} if plan.tasks else {}),
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
         **({"privacy": explain_privacy(plan.privacy), "noise": explain_noise(plan.privacy)} if plan.privacy else {}),
         "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",

@@ -81,19 +81,26 @@ def _mend_of(text: str, error: str) -> str:
 def make_absolute(values: Mapping[str, Any], folder: Path) -> None:
     """Replace relative paths in a recipe's values that lead from the folder to a file or folder by absolute ones.
 
-    What leads nowhere stays as it is: it may be a name on a hub.
+    What leads nowhere stays as it is: it may be a name on a hub, or of tasks that ship.
     """
     for section in ("model", "data"):
-        table = values.get(section)
-        if not isinstance(table, dict) or not isinstance(written := table.get("source"), str):
-            continue
-        if not written or SCHEME.match(written):
-            continue
-        with suppress(OSError, RuntimeError, ValueError):  # a name too long, no home folder for ~, a NUL
-            path = folder.resolve() / Path(written).expanduser()
-            # A file without a suffix is nothing that can be read, and may have the name of a model.
-            if path.is_dir() or (path.suffix and path.is_file()):
-                table["source"] = str(path)
+        if isinstance(table := values.get(section), dict) and isinstance(table.get("source"), str):
+            table["source"] = absolute_source(table["source"], folder)
+    table = values.get("evaluation")
+    if isinstance(table, dict) and isinstance(tasks := table.get("tasks"), list):
+        table["tasks"] = [absolute_source(name, folder) if isinstance(name, str) else name for name in tasks]
+
+
+def absolute_source(written: str, folder: Path) -> str:
+    """Return the path of a file or folder, absolute where it leads from the folder to one; anything else as it is."""
+    if not written or SCHEME.match(written):
+        return written
+    with suppress(OSError, RuntimeError, ValueError):  # a name too long, no home folder for ~, a NUL
+        path = folder.resolve() / Path(written).expanduser()
+        # A file without a suffix is nothing that can be read, and may have the name of a model.
+        if path.is_dir() or (path.suffix and path.is_file()):
+            return str(path)
+    return written
 
 
 def read_chat_template(values: Mapping[str, Any], folder: Path) -> None:
@@ -125,10 +132,14 @@ def recipe_to_toml(recipe: Recipe) -> str:
 
 def shipped_recipes() -> dict[str, str]:
     """Return the TOML text of each recipe in the package, by its name, in alphabetical order."""
-    folder = resources.files("fedloom.recipe") / "shipped"
+    return read_shipped("shipped")
+
+
+def read_shipped(folder: str) -> dict[str, str]:
+    """Return the TOML text of each file in a folder of this room, by its name, in alphabetical order."""
     return {
         item.name.removesuffix(".toml"): item.read_text(encoding="utf-8")
-        for item in sorted(folder.iterdir(), key=lambda item: item.name)
+        for item in sorted((resources.files("fedloom.recipe") / folder).iterdir(), key=lambda item: item.name)
         if item.name.endswith(".toml")
     }
 
@@ -139,22 +150,30 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     Raises:
         RecipeError: there is no such recipe, or the file can't be read.
     """
+    return find_text(source, shipped_recipes(), "recipe")
+
+
+def find_text(source: str | Path, shipped: Mapping[str, str], what: str) -> tuple[str, str]:
+    """Return the text of a file, or of one that ships by its name, and its name for messages; `what` it is, in a word.
+
+    Raises:
+        RecipeError: there is none, or the file can't be read.
+    """
     path = Path(source)
     if path.suffix == ".toml" or len(path.parts) > 1:
         try:
             return path.expanduser().read_text(encoding="utf-8-sig"), str(path)
         except UnicodeDecodeError:
-            raise RecipeError("can't read the recipe: not UTF-8 text", where=str(path)) from None
+            raise RecipeError(f"can't read the {what}: not UTF-8 text", where=str(path)) from None
         except (OSError, RuntimeError, ValueError) as error:  # the last two: no home folder for ~, a NUL in the path
             reason = getattr(error, "strerror", None) or "not a valid path"
-            raise RecipeError(f"can't read the recipe: {reason}", where=str(path)[:200]) from None
-    shipped = shipped_recipes()
+            raise RecipeError(f"can't read the {what}: {reason}", where=str(path)[:200]) from None
     if str(source) not in shipped:
         raise RecipeError(
-            f'no shipped recipe is named "{source}"',
+            f'no shipped {what} is named "{source}"',
             mend=f"{nearest(str(source), list(shipped))}; the path of your own file must end in .toml",
         )
-    return shipped[str(source)], f"recipe {source}"
+    return shipped[str(source)], f"{what} {source}"
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
@@ -194,7 +213,7 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
         where = f"override {dotted}"
     elif line := line_of(text, path):
         where = f"{where}:{line}"
-    return explain_key(first, dotted, where, _keys_at(path[:-1]), _shown(first["input"]))
+    return explain_key(first, dotted, where, _keys_at(path[:-1]), show_value(first["input"]))
 
 
 def explain_key(first: ErrorDetails, key: str, where: str, known: list[str], shown: str = "") -> RecipeError:
@@ -207,7 +226,7 @@ def explain_key(first: ErrorDetails, key: str, where: str, known: list[str], sho
     return RecipeError(f"{key and f'`{key}`: '}{message[0].lower()}{message[1:]}{shown}", where=where)
 
 
-def _shown(value: object) -> str:
+def show_value(value: object) -> str:
     """Quote a wrong value for an error; return an empty text for a whole table, or if it is too long to help."""
     if not isinstance(value, str | int | float | list):
         return ""
@@ -284,7 +303,7 @@ def _dotted(key: str) -> list[str]:
     return [part.strip(" \t\"'") for part in key.split(".")]
 
 
-def describe_keys() -> str:
+def describe_keys(section: type[BaseModel] = Recipe) -> str:
     """Return every key with its default and meaning, as Markdown: the tables of docs/recipe.md."""
     lines: list[str] = []
 
@@ -302,7 +321,7 @@ def describe_keys() -> str:
             visit(subsection, f"{prefix}{key}.")
 
     lines.extend(["| key | default | meaning |", "|---|---|---|"])
-    visit(Recipe, "")
+    visit(section, "")
     return "\n".join(lines) + "\n"
 
 

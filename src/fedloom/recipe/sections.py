@@ -274,8 +274,13 @@ class Personalise(Section):
     epochs: int = Field(1, ge=1, description="passes over its own documents, from the best global adapter on")
 
 
+def _to_tasks(value: object) -> object:
+    # TOML has lists only, and a strict frozen section wants tuples.
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Evaluation(Section):
-    """The measurement of held-out loss."""
+    """The measurement of held-out loss, and the tasks that models are asked."""
 
     batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
     clients: int | None = Field(
@@ -286,6 +291,13 @@ class Evaluation(Section):
         ge=1,
         description="evaluate the adapter after every N-th round, and after the last: the best adapter is chosen among"
         " those, and a run stops early after one of them; baselines are evaluated after each round",
+    )
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_to_tasks)] = Field(
+        (), description="files of tasks, or names of those that ship, by which the base and the best adapter are judged"
+    )
+    tasks_every: int = Field(
+        0, ge=0, description="the tasks are asked after every N-th round too; 0 is at the end alone"
     )
 
 

@@ -12,7 +12,7 @@ from fedloom.adapters.adapter import Layout
 from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
-from fedloom.records.run import Run, read_run
+from fedloom.records.run import EVALUATIONS, Run, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
@@ -40,6 +40,7 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_rounds(run, newest),
         _check_clients(run),
         _check_numbers(run),
+        *([_check_tasks(run)] if run.evaluations else []),
         *(_check_adapter(run, name, round, newest) for name, round in _adapters(run).items()),
         *_check_own_adapters(run, newest),
         _check_remains(run),
@@ -80,11 +81,24 @@ def _check_clients(run: Run) -> Finding:
 
 
 def _check_numbers(run: Run) -> Finding:
-    for name, records in (("rounds.jsonl", run.rounds), ("clients.jsonl", run.clients)):
+    of_file = {"rounds.jsonl": run.rounds, "clients.jsonl": run.clients, EVALUATIONS: run.evaluations}
+    for name, records in of_file.items():
         for line, record in enumerate(records, start=1):
             if not all(map(math.isfinite, _numbers(record))):
                 return Finding("numbers", f"{name}:{line} has one that is not finite", "take the run for failed")
     return Finding("numbers", "all finite")
+
+
+def _check_tasks(run: Run) -> Finding:
+    seen = Counter((record["task"], record.get("round")) for record in run.evaluations)
+    twice = [task for (task, _), times in seen.items() if times > 1]
+    if twice:
+        return Finding("tasks", f"{twice[0]} is on record twice for one model", f"remove {EVALUATIONS}, and ask again")
+    rounds = {record["round"] for record in run.rounds}
+    lost = {round for _, round in seen if round is not None} - rounds
+    if lost:
+        return Finding("tasks", f"round {min(lost)} was asked and is not on record", GO_ON)
+    return Finding("tasks", f"{len(seen)} answers counted, none twice")
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -127,6 +127,8 @@ class Plan:
     """Tokens that they train on, all of them together."""
     arms_at_once: int = 0
     """Clients of theirs that train in one pass."""
+    tasks: tuple[str, ...] = ()
+    """Account of each task that models are asked."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
 
@@ -236,7 +238,7 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "shares", "capped", "whole_steps"),
-            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy"),
+            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy", "tasks"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

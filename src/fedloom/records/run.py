@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +63,28 @@ class RoundRecord(TypedDict, total=False):
     clients_at_once: int
 
 
+EVALUATIONS = "evaluation.jsonl"
+"""File of a run with the answers of models to tasks, counted."""
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's."""
+
+    round: int
+    adapter_sha256: str
+    task: Required[str]
+    kind: str
+    digest: Required[str]
+    questions: int
+    skipped: dict[str, int]
+    chance: float
+    of_tasks: list[str]
+    warning: str
+    measures: Required[dict[str, dict]]  # type: ignore[type-arg]
+    seconds: float
+    finished: str
+
+
 MEND = "see what else is: fedloom fsck RUN"
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
@@ -83,6 +105,8 @@ class Run:
     baselines: Record
     personalised: Record
     contributions: Record
+    evaluations: list[Record] = field(default_factory=list)
+    """Answers of models to tasks, counted: a record for each task of each model."""
 
     @property
     def best_round(self) -> int | None:
@@ -158,8 +182,9 @@ def read_run(folder: str | Path) -> Run:
                 "contributions": "contributions.json",
             }.items()
         },
-        rounds=_read_rounds(folder / "rounds.jsonl"),
-        clients=_read_lines(folder / "clients.jsonl"),
+        rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
+        clients=read_lines(folder / "clients.jsonl"),
+        evaluations=_read_checked(folder / EVALUATIONS, EvaluationRecord),
     )
 
 
@@ -183,13 +208,13 @@ def read_json(path: Path) -> Record:
     return _parse(path.read_bytes(), str(path), "the file") if path.is_file() else _Kept(str(path), ())
 
 
-def _read_rounds(path: Path) -> list[Record]:
-    """Read the records of rounds, whose numbers are numbers.
+def _read_checked(path: Path, kind: type) -> list[Record]:
+    """Read records whose values are of the kinds that a typed dictionary says, as far as it knows them.
 
     Raises:
         RunError: something else stands for one.
     """
-    records, kinds = _read_lines(path), get_type_hints(RoundRecord)
+    records, kinds = read_lines(path), get_type_hints(kind)
     for number, record in enumerate(records, start=1):
         if odd := [key for key, value in record.items() if key in kinds and not _is_a(value, kinds[key])]:
             raise RunError(f'"{odd[0]}" is not what it should be', where=f"{path}:{number}", mend=MEND)
@@ -207,7 +232,7 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _read_lines(path: Path) -> list[Record]:
+def read_lines(path: Path) -> list[Record]:
     """Read every whole line; the last may have been cut by a crash while it was written."""
     if not path.is_file():
         return []

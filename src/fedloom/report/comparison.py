@@ -16,6 +16,7 @@ from fedloom.report.observations import the_weight
 from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
+from fedloom.report.tasks_section import compare_tasks
 from fedloom.report.worth_section import show_worth_over_seeds
 from fedloom.text import format_bytes, format_seconds
 
@@ -53,6 +54,7 @@ def build_comparison(runs: Sequence[Run]) -> Document:
             Section("Loss", _losses(runs, names, groups)),
             *([Section("Was it worth it?", blocks)] if (blocks := show_worth_over_seeds(groups)) else []),
             Section("Convergence", _convergence(runs, names)),
+            *([Section("Tasks", blocks)] if (blocks := compare_tasks(runs, names)) else []),
             Section("Cost", _cost(runs, names)),
             Section("In words", [Bullets(conclude(runs, names))]),
         ],

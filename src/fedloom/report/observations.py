@@ -16,6 +16,7 @@ from fedloom.report.figures import (
     series,
     trained_rounds,
 )
+from fedloom.report.tasks_section import tell_tasks
 from fedloom.text import count, format_bytes
 
 STILL_FALLS = 0.02
@@ -211,6 +212,7 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_memory,
     the_payload,
     did_it_help,
+    tell_tasks,
 )
 """Rules in the order in which a report shows their sentences."""
 

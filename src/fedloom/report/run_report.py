@@ -33,6 +33,7 @@ from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, Plot, draw, drawn_before
 from fedloom.report.privacy_section import show_privacy
 from fedloom.report.setup_section import STATES, name_versions, show_setup
+from fedloom.report.tasks_section import show_tasks
 from fedloom.report.worth_section import show_worth
 from fedloom.text import format_bytes, format_number
 
@@ -94,6 +95,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             Section("Loss trajectories", _losses(run, reference)),
             *([Section("Was it worth it?", blocks)] if (blocks := show_worth(run)) else []),
             *([Section("Did federation help?", blocks)] if (blocks := show_baselines(run, LOSS_AXIS)) else []),
+            *([Section("Tasks", blocks)] if (blocks := show_tasks(run)) else []),
             *([Section("Answers", blocks)] if (blocks := _samples(run)) else []),
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),

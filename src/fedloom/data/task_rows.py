@@ -1,0 +1,168 @@
+"""Questions of a task: rows, filled into the task's templates, with what counts as the right answer."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fedloom.data.documents import open_rows
+from fedloom.data.formats import value_in
+from fedloom.data.known_rows import KNOWN, read_known
+from fedloom.data.rows import Row, UnreadableError, find_value
+from fedloom.errors import DataError
+from fedloom.host.files import hash_json
+from fedloom.recipe.data_section import Data
+from fedloom.recipe.task_section import LETTERED, Task
+from fedloom.recipe.templates import parse_template
+from fedloom.seeds import derive_seed
+from fedloom.text import list_reasons
+
+SPLIT_SEED = 42
+"""Seed of the split that `test_share` repeats."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as it is asked, and the answers that are right."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    """Choices as a model is to write them: their texts, or their letters."""
+    right: int = 0
+    """Number of the choice that is right."""
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task with its questions."""
+
+    task: Task
+    questions: tuple[Question, ...]
+    skipped: Mapping[str, int]
+    """Number of rows that gave no question, by reason."""
+    revision: str
+
+    @property
+    def digest(self) -> str:
+        """Return a hash of all that is asked and how it is counted: the same figure of the same thing has the same."""
+        told = self.task.model_dump(mode="json", exclude={"source", "revision", "subset", "split", "files"})
+        return hash_json([told, [asdict(question) for question in self.questions]])
+
+
+def load_task(task: Task) -> TaskRows:
+    """Read a task's rows.
+
+    Raises:
+        DataError: the source can't be had or lacks a column, or no row is a question.
+    """
+    where = f"task {task.name}"
+    try:
+        source = open_rows(_as_data(task), derive_seed(0, "tasks"), None)
+        questions, skipped = _read(task, list(source.open_rows))
+    except DataError as error:
+        raise DataError(str(error), where=where) from error
+    if not questions:
+        why = list_reasons(skipped) or "nothing there"
+        raise DataError(f"no row is a question ({why})", where=where, mend="check its source and its templates")
+    return TaskRows(task, tuple(questions), dict(skipped), source.revision)
+
+
+def _as_data(task: Task) -> Data:
+    """Return the part of a recipe by which the rows are read: each of their columns stands in a template."""
+    return Data(**task.told, prompt="".join(f"{{{column}}}" for column in _columns(task)))
+
+
+def _columns(task: Task) -> list[str]:
+    """Return the columns that are read, each once."""
+    texts = [task.prompt, task.answer or "", *(task.choices if isinstance(task.choices, tuple) else ())]
+    named = [column for text in texts for column in parse_template(text).columns if column != LETTERED]
+    named += [task.choices] if isinstance(task.choices, str) else []
+    if task.rows_of:
+        made = {"question", "choices", "answer"}
+        named = [*(column for column in named if column not in made), *KNOWN[task.rows_of].columns]
+    return list(dict.fromkeys([*named, *task.only]))
+
+
+def _read(task: Task, rows: list[Any]) -> tuple[list[Question], Counter[str]]:
+    """Return the questions that rows give, and how many rows give none, by reason."""
+    if task.test_share:
+        drawn = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
+        rows = [rows[place] for place in drawn[: math.ceil(task.test_share * len(rows))]]
+    if task.limit:
+        # Files are often in the order of their labels.
+        random.Random(derive_seed(0, "tasks")).shuffle(rows)
+    questions: list[Question] = []
+    skipped: Counter[str] = Counter()
+    for _, open_row in rows:
+        if len(questions) == task.limit:
+            break
+        try:
+            row = open_row()
+            if all(str(find_value(row, column)) in values for column, values in task.only.items()):
+                questions.append(_question(task, read_known(row, task.rows_of) if task.rows_of else row))
+        except UnreadableError as reason:
+            skipped[str(reason)] += 1
+    return questions, skipped
+
+
+def _question(task: Task, row: Row) -> Question:
+    """Return the question of a row.
+
+    Raises:
+        UnreadableError: it lacks a column, or its answer is none of the choices.
+    """
+    choices = tuple(_choices(task, row))
+    letters = tuple(chr(ord("A") + number) for number in range(len(choices)))
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    prompt = parse_template(task.prompt).fill(partial(value_in, {**row, LETTERED: listed}))
+    _check_unicode(prompt, *choices)
+    answers = tuple(_answers(task, row))
+    if not choices:
+        return Question(prompt, answers)
+    names = {"text": choices, "letter": letters, "index": tuple(map(str, range(len(choices))))}[task.answer_as]
+    if answers[0] not in names:
+        raise UnreadableError("without an answer among the choices")
+    right, said = names.index(answers[0]), letters if task.letters else choices
+    return Question(prompt, (said[right],), said, right)
+
+
+def _choices(task: Task, row: Row) -> Iterator[str]:
+    if isinstance(task.choices, tuple):
+        for text in task.choices:
+            yield parse_template(text).fill(partial(value_in, row))
+    elif task.choices:
+        found = find_value(row, task.choices)
+        if (
+            not isinstance(found, list)
+            or len(found) < 2
+            or not all(isinstance(one, str | int | float) for one in found)
+        ):
+            raise UnreadableError(f"without two choices or more in column {task.choices}")
+        yield from map(str, found)
+
+
+def _answers(task: Task, row: Row) -> Iterator[str]:
+    if task.answer is None:
+        return
+    template = parse_template(task.answer)
+    found = find_value(row, template.only_column) if template.only_column else None
+    if isinstance(found, list) and found and all(isinstance(one, str | int | float) for one in found):
+        yield from map(str, found)
+    else:
+        yield template.fill(partial(value_in, row))
+
+
+def _check_unicode(*texts: str) -> None:
+    # JSON can escape half of a surrogate pair, which is a str in Python but no text.
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise UnreadableError("not valid Unicode") from None

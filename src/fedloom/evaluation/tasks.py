@@ -1,0 +1,150 @@
+"""Tasks: what a model can do, by the likelihood of choices or by what it writes, as the model is now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.data.asking import AskedTask
+from fedloom.data.tokens import stack_blocks
+from fedloom.errors import ModelError
+from fedloom.evaluation.choices import log_likelihoods
+from fedloom.evaluation.flowertune import BOARD_RULES, count_board
+from fedloom.evaluation.generation import Complete
+from fedloom.evaluation.measures import Measure, find_answer, is_same, mean, rouge_l, share, token_f1
+from fedloom.progress import Watch, ignore
+
+Values = dict[str, list[float]]
+"""Value of each question, by the name of a measure."""
+SHARES = {"accuracy", "accuracy_by_length", "board", "unreadable", "exact_match"}
+"""Measures whose values are 0 or 1."""
+COMPARED: Mapping[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
+    "exact": ("exact_match", is_same),
+    "f1": ("f1", token_f1),
+    "rouge": ("rouge_l", rouge_l),
+}
+"""Kind of task -> the name of its measure, and how what was written is compared with the answers that are right."""
+PROBED = 8
+"""Questions by which an adapter is seen to be there."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Answers of a model to a task, counted."""
+
+    values: Values
+    measures: Mapping[str, Measure]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model as it is now, and how it answers: by likelihoods in batches, and in words by `complete`."""
+
+    adapted: AdaptedModel
+    tokenizer: Any
+    complete: Complete
+    batch_size: int
+    watch: Watch = ignore
+    lower: Callable[[int], object] = int
+
+    def answer(self, asked: AskedTask) -> TaskResult:
+        """Return the model's answers to a task, counted.
+
+        Raises:
+            ModelError: memory runs out with a single question.
+        """
+        began = time.perf_counter()
+        values = self._choose(asked) if asked.task.kind == "choice" else self._write(asked)
+        measures = {name: (share if name in SHARES else mean)(found) for name, found in values.items()}
+        return TaskResult(values, measures, time.perf_counter() - began)
+
+    def _choose(self, asked: AskedTask) -> Values:
+        """Return which questions are right by the likeliest choice; likeliest by its sum, and by its characters."""
+        found_N = log_likelihoods(
+            self.adapted, asked.options, batch_size=self.batch_size, watch=self.watch, lower=self.lower
+        )
+        values: Values = {"accuracy": [], "accuracy_by_length": []}
+        sizes = [len(question.choices) for question in asked.questions]
+        for question, scores in zip(asked.questions, found_N.split(sizes), strict=True):
+            lengths = torch.tensor([max(1, len(choice)) for choice in question.choices])
+            values["accuracy"].append(float(int(scores.argmax()) == question.right))
+            values["accuracy_by_length"].append(float(int((scores / lengths).argmax()) == question.right))
+        if asked.task.rule:
+            values["board"], values["unreadable"] = self._ask_as_the_board(asked, asked.task.rule)
+        return values
+
+    def _ask_as_the_board(self, asked: AskedTask, rule: str) -> tuple[list[float], list[float]]:
+        right = [question.choices[question.right] for question in asked.questions]
+        gold = len(self.tokenizer(right[0], add_special_tokens=False)["input_ids"])
+        rooms = [max(1, BOARD_RULES[rule].room(len(prompt), gold)) for prompt in asked.prompts]
+        return count_board(self._complete(asked, rooms), right, rule)
+
+    def _write(self, asked: AskedTask) -> Values:
+        task = asked.task
+        said = self._complete(asked, [task.max_new_tokens] * len(asked.prompts))
+        pairs = [(one, question.answers) for one, question in zip(said, asked.questions, strict=True)]
+        if task.kind == "regex":
+            assert task.pattern is not None, "a recipe refuses it"
+            found = [(find_answer(task.pattern, one), answers) for one, answers in pairs]
+            # Without an answer to compare with, what the pattern finds is right.
+            right = [one is not None and (not answers or bool(is_same(one, answers))) for one, answers in found]
+            return {"accuracy": [*map(float, right)], "unreadable": [float(one is None) for one, _ in found]}
+        name, measure = COMPARED[task.kind]
+        return {name: [measure(one, answers) for one, answers in pairs]}
+
+    def _complete(self, asked: AskedTask, rooms: Sequence[int]) -> list[str]:
+        if asked.room is not None:
+            rooms = [min(room, asked.room - len(prompt)) for room, prompt in zip(rooms, asked.prompts, strict=True)]
+        return self.complete(asked.prompts, rooms, asked.stops)
+
+
+def average(results: Sequence[TaskResult]) -> TaskResult:
+    """Return the mean over tasks of each measure that all of them have; each task counts alike."""
+    shared = [name for name in results[0].measures if all(name in result.measures for result in results)]
+    measures = {name: mean(*(result.values[name] for result in results)) for name in shared}
+    return TaskResult({}, measures, sum(result.seconds for result in results))
+
+
+def check_applied(
+    adapted: AdaptedModel, start: Adapter, trained: Adapter, asked: AskedTask, *, batch_size: int
+) -> None:
+    """Load an adapter, and refuse to judge it where it changes no log-likelihood though its weights say it does.
+
+    `start` is what training began with.
+
+    Raises:
+        ModelError
+    """
+    prompts = [torch.tensor(prompt) for prompt in asked.prompts if len(prompt) > 1][:PROBED]
+    if not prompts:  # a single token predicts nothing that a likelihood could be of
+        adapted.load(trained)
+        return
+    counted = [torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts]
+    blocks = stack_blocks(prompts, counted, max(map(len, prompts)))
+    with adapted.as_base(start, trained):
+        before = log_likelihoods(adapted, blocks, batch_size=batch_size)
+    after = log_likelihoods(adapted, blocks, batch_size=batch_size)
+    if torch.equal(before, after) and not is_idle(start, trained):
+        raise ModelError(
+            "the adapter changes no log-likelihood, though its weights are not what they were before training: it is"
+            " not applied, or its changes are lost in the model's dtype",
+            where="adapter",
+            mend="check that it belongs to this model",
+        )
+
+
+def is_idle(start: Adapter, trained: Adapter) -> bool:
+    """Return whether an adapter's weights say that it changes nothing: those it began with, or a LoRA whose B is 0."""
+    if trained.residual is not None:
+        return False
+    named = trained.layout.split(trained.weights_P)
+    of_lora = [value for name, value in named.items() if ".lora_B." in name]
+    plain = bool(of_lora) and all(".lora_A." in name or ".lora_B." in name for name in named)
+    return torch.equal(start.weights_P, trained.weights_P) or (plain and not any(bool(b.any()) for b in of_lora))

@@ -1,0 +1,189 @@
+"""Tasks of a run: read before anything is trained, asked of the base model and of adapters, and put on record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.data.asking import AskedTask, Asking, ask, asks_in_chat, warn_of_template
+from fedloom.data.task_rows import TaskRows, load_task
+from fedloom.evaluation.generation import complete_each
+from fedloom.evaluation.tasks import Answerer, TaskResult, average, check_applied
+from fedloom.host.files import hash_json
+from fedloom.model.source import ModelSource
+from fedloom.progress import Say, Watch
+from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.task_files import load_tasks
+from fedloom.records.evaluations import add_evaluations, find_evaluation
+from fedloom.records.run import Record
+from fedloom.records.writer import now
+from fedloom.text import count
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their questions."""
+
+    tasks: tuple[TaskRows, ...]
+    averages: Mapping[str, Sequence[str]]
+    """Name of a mean -> the names of its tasks."""
+
+    def __bool__(self) -> bool:
+        return bool(self.tasks)
+
+    @property
+    def digest(self) -> str:
+        """Return a hash of all that is asked."""
+        return hash_json([{rows.task.name: rows.digest for rows in self.tasks}, dict(self.averages)])
+
+
+def gather_tasks(sources: Sequence[str | Path], places: Sequence[str] = (), say: Say | None = None) -> LoadedTasks:
+    """Read files of tasks, and the rows of each; `places` are as in `load_tasks`.
+
+    Raises:
+        RecipeError, DataError: a file or a source can't be had, or is not what it should be.
+    """
+    found = load_tasks(sources, places)
+    loaded = []
+    for task in found.tasks:
+        if say:
+            say("task", f"{task.name}: {task.source}")
+        loaded.append(load_task(task))
+    return LoadedTasks(tuple(loaded), found.averages)
+
+
+NO_TASKS = LoadedTasks((), {})
+
+
+def describe_tasks(loaded: LoadedTasks, recipe: Recipe) -> tuple[str, ...]:
+    """Return a line for each task: its questions, what was skipped, and a warning where training asked otherwise."""
+    lines = []
+    for rows in loaded.tasks:
+        skipped = sum(rows.skipped.values())
+        warning = warn_of_template(rows.task, recipe.data)
+        lines.append(
+            f"{rows.task.name}, {rows.task.kind}: {count(len(rows.questions), 'question')}"
+            + (f", {count(skipped, 'row')} skipped" if skipped else "")
+            + (f"; {warning}" if warning else "")
+        )
+    return tuple(lines)
+
+
+class Examiner:
+    """Asks a run's models its tasks, and puts the answers on record; what is there already is not asked again."""
+
+    def __init__(
+        self,
+        loaded: LoadedTasks,
+        recipe: Recipe,
+        source: ModelSource,
+        adapted: AdaptedModel,
+        folder: Path,
+        *,
+        say: Say,
+        watch: Watch,
+    ) -> None:
+        """Take the run directory, whose initial adapter is there, and its model."""
+        self._loaded, self._recipe, self._source, self.adapted, self._folder = loaded, recipe, source, adapted, folder
+        self._say = say
+        complete = complete_each(adapted, source.tokenizer, watch)
+        self._answerer = Answerer(adapted, source.tokenizer, complete, recipe.evaluation.batch_size, watch)
+
+    @cached_property
+    def _asked(self) -> list[AskedTask]:
+        longest = self._source.max_length
+        room = None if longest is None else longest - self.adapted.prompt_length
+        how = Asking(self._recipe.data, self._source.tokenizer, room, self._source.vocabulary_size)
+        return [ask(rows, how) for rows in self._loaded.tasks]
+
+    @cached_property
+    def _start(self) -> Adapter:
+        return self.adapted.open(self._folder / "adapters" / "initial")
+
+    def examine_base(self) -> list[Record]:
+        """Ask the base model, without an adapter, and return its records."""
+        known = self._find_known({})
+        if self._needed(known):
+            with self.adapted.as_base(self._start, self._start):
+                self._ask({}, known)
+        return self._in_order(known)
+
+    def examine(self, adapter: Adapter, round: int) -> list[Record]:
+        """Ask the model with the adapter of a round, and return its records.
+
+        Raises:
+            ModelError: the adapter is not applied.
+        """
+        model = {"round": round, "adapter_sha256": adapter.sha256()}
+        known = self._find_known(model)
+        if self._needed(known):
+            size = self._recipe.evaluation.batch_size
+            check_applied(self.adapted, self._start, adapter, self._asked[0], batch_size=size)
+            self._ask(model, known)
+        return self._in_order(known)
+
+    def _find_known(self, model: Record) -> dict[str, Record]:
+        """Return the records of a model that are there already, by task, of the same questions."""
+        digests = {rows.task.name: rows.digest for rows in self._loaded.tasks}
+        digests |= {name: self._digest_of(names) for name, names in self._loaded.averages.items()}
+        whose = {"round": model.get("round"), "adapter_sha256": model.get("adapter_sha256")}
+        found = {name: find_evaluation(self._folder, name, digest=one, **whose) for name, one in digests.items()}
+        return {name: record for name, record in found.items() if record is not None}
+
+    def _needed(self, known: Mapping[str, Record]) -> set[str]:
+        """Return the names of the tasks to ask: those without a record, and those of a mean without one."""
+        lacking = {rows.task.name for rows in self._loaded.tasks if rows.task.name not in known}
+        for name, names in self._loaded.averages.items():
+            if name not in known or lacking & set(names):
+                lacking |= set(names)
+        return lacking
+
+    def _ask(self, model: Record, known: dict[str, Record]) -> None:
+        """Ask the model as it is now what is lacking, and add it to what is known, and to what is on record."""
+        needed = self._needed(known)
+        results: dict[str, TaskResult] = {}
+        whose = f"round {model['round']}" if model else "the base model"
+        for asked in self._asked:
+            if (name := asked.task.name) in needed:
+                self._say("task", f"{name}, {count(len(asked.questions), 'question')}: {whose}")
+                results[name] = self._answerer.answer(asked)
+                known[name] = {**model, **self._describe(asked), **_counted(results[name])}
+                add_evaluations(self._folder, [known[name]])
+        for name, names in self._loaded.averages.items():
+            if needed.issuperset(names):
+                told = {"task": name, "kind": "average", "of_tasks": list(names), "digest": self._digest_of(names)}
+                known[name] = {**model, **told, **_counted(average([results[one] for one in names]))}
+                add_evaluations(self._folder, [known[name]])
+
+    def _in_order(self, known: Mapping[str, Record]) -> list[Record]:
+        return [known[name] for name in (*(rows.task.name for rows in self._loaded.tasks), *self._loaded.averages)]
+
+    def _digest_of(self, names: Sequence[str]) -> str:
+        return hash_json([rows.digest for rows in self._loaded.tasks if rows.task.name in names])
+
+    def _describe(self, asked: AskedTask) -> dict[str, Any]:
+        task, sizes = asked.task, [len(question.choices) for question in asked.questions]
+        told: dict[str, Any] = {
+            "task": task.name,
+            "kind": task.kind,
+            "source": task.source,
+            "revision": asked.rows.revision,
+            "digest": asked.rows.digest,
+            "questions": len(asked.questions),
+            "skipped": dict(asked.skipped),
+            "chat": asks_in_chat(task, self._recipe.data),
+        }
+        if task.kind == "choice":
+            told["chance"] = sum(1 / size for size in sizes) / len(sizes)
+        warning = warn_of_template(task, self._recipe.data)
+        return {**told, "warning": warning} if warning else told
+
+
+def _counted(result: TaskResult) -> dict[str, Any]:
+    measures = {name: measure.to_json() for name, measure in result.measures.items()}
+    return {"measures": measures, "seconds": result.seconds, "finished": now()}

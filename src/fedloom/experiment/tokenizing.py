@@ -1,0 +1,76 @@
+"""Blocks of tokens of a run: the central hold-out's and each client's, without those that are held out elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from fedloom.data.splits import Splits
+from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
+from fedloom.errors import DataError
+from fedloom.experiment.building import hold, tokenize_for
+from fedloom.model.source import ModelSource
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.plan import TOO_SHORT, UNANSWERED
+
+
+def tokenize_splits(
+    splits: Splits, source: ModelSource, recipe: Recipe
+) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
+    """Return blocks of the central hold-out and of every client, and how many training blocks are also held out.
+
+    Raises:
+        DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
+    """
+    tokenize = partial(tokenize_for, source, recipe)
+    where = f'data.source = "{recipe.data.source}"'
+    central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
+    if splits.central and not len(central):
+        raise DataError(
+            "nothing that counts is left of the central hold-out's documents"
+            if central.unanswered
+            else "each of the central hold-out's documents has fewer than two tokens",
+            where=where,
+            mend="raise data.max_length" if central.unanswered else "use longer documents",
+        )
+    held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
+    clients, shared = [], 0
+    for client, holdout in enumerate(holdouts):
+        train = tokenize(splits.clients[client].train)
+        unseen = without_blocks(train, held_out)
+        shared += len(train) - len(unseen)
+        clients.append(hold(recipe, unseen if recipe.data.duplicates == "drop" else train, holdout))
+    return central, tuple(clients), shared
+
+
+def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe) -> tuple[str, ...]:
+    """Say of each client that has nothing to train on why; it holds out what it has, and never trains.
+
+    Raises:
+        DataError: no client has anything.
+    """
+    left_out = tuple(
+        _why_idle(client, splits, tokenized) for client, blocks in enumerate(tokenized) if not len(blocks.train)
+    )
+    if len(left_out) == len(tokenized):
+        raise DataError(
+            f"no client has anything to train on: {left_out[0]}",
+            where=f'data.source = "{recipe.data.source}"',
+            mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
+            " data.max_length",
+        )
+    return left_out
+
+
+def _why_idle(client: int, splits: Splits, tokenized: Sequence[ClientBlocks]) -> str:
+    """Say what became of the documents of a client that has nothing to train on."""
+    documents, train = splits.clients[client], tokenized[client].train
+    counts = {
+        "held out": len(documents.holdout),
+        "dropped as a copy of held-out text": splits.audit.dropped[client],
+        TOO_SHORT: train.dropped,
+        UNANSWERED: train.unanswered,
+        "equal to held-out text within data.max_length": len(documents.train) - train.dropped - train.unanswered,
+    }
+    why = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    return f"client {client} of {len(tokenized)}: {why or 'no document'}"

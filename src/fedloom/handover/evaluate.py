@@ -1,0 +1,87 @@
+"""Ask a finished run's models tasks, and put the answers on record beside those that it gave itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from fedloom.errors import RunError
+from fedloom.experiment.building import load_adapted_model, open_source
+from fedloom.experiment.tasks import Examiner, describe_tasks, gather_tasks
+from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.host.files import take_lock
+from fedloom.progress import Say, Watch, ignore, say_nothing
+from fedloom.recipe.task_files import shipped_tasks
+from fedloom.records.run import Record, Run, read_run
+from fedloom.report.run_report import write_report
+
+
+def evaluate(
+    folder: str | Path,
+    tasks: Sequence[str | Path] = (),
+    *,
+    base: bool = False,
+    which: Sequence[str] = ("best",),
+    places: Sequence[str] = (),
+    say: Say = say_nothing,
+    watch: Watch = ignore,
+) -> list[Record]:
+    """Ask a run's adapters tasks, and the base model too with `base`; return the records, which join the run's.
+
+    `tasks` are files, or names of those that ship; the run's own where none are named. `which` are adapters: best,
+    last, or numbers of rounds, of which 0 is before any training. Each of `places` is TASK=SOURCE: where a task's rows
+    are read from instead.
+
+    Raises:
+        RunError: there is no such run or adapter, it is at work, or there are no tasks.
+        RecipeError, DataError, ModelError: a task or the model can't be had, or an adapter is not applied.
+    """
+    run, recipe = read_run(folder), recipe_of(Path(folder))
+    adapters = [(find_round(run, one), one) for one in which]
+    sources = tasks or recipe.evaluation.tasks
+    if not sources:
+        known = ", ".join(shipped_tasks())
+        raise RunError("the run has no tasks of its own", where="--tasks", mend=f"name a file, or one of: {known}")
+    loaded = gather_tasks(sources, places, say)
+    for line in describe_tasks(loaded, recipe):
+        say("task", line)
+    with closing(take_lock(run.folder)):
+        source = open_source(recipe)
+        adapted = load_adapted_model(recipe, source)
+        examiner = Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch)
+        records = examiner.examine_base() if base else []
+        for round, name in adapters:
+            records += examiner.examine(adapted.open(folder_of(run, round, name)), round)
+        write_report(run.folder)
+    return records
+
+
+def find_round(run: Run, which: str) -> int:
+    """Return the round of an adapter: `best`, `last`, or the number itself.
+
+    Raises:
+        RunError: the run has no such round.
+    """
+    last = run.rounds[-1]["round"] if run.rounds else None
+    known = {"best": run.best_round, "last": last, **{str(record["round"]): record["round"] for record in run.rounds}}
+    found = known.get(which)
+    if found is None:
+        mend = f"choose best, last, or a round up to {last}" if run.rounds else "wait for its first round"
+        raise RunError(f'no adapter "{which}"', where=str(run.folder), mend=mend)
+    return int(found)
+
+
+def folder_of(run: Run, round: int, which: str) -> Path:
+    """Return the folder of the adapter of a round that was asked for by a name.
+
+    Raises:
+        RunError: it was not kept.
+    """
+    kept = {0: "initial", run.best_round: "best", run.rounds[-1]["round"]: "last"}
+    try:
+        return adapter_folder(run.folder, kept.get(round, f"round-{round}"))
+    except RunError:
+        raise RunError(
+            f"the adapter of round {which} was not kept", where=str(run.folder), mend="set federation.keep_every"
+        ) from None

@@ -1,0 +1,173 @@
+"""Tasks of a run, from the command and from a recipe: on record, in the report, beside the base model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.asked import write_tasks
+from support.quick_runs import Said
+from support.tiny import make_recipe
+from typer.testing import CliRunner
+
+from fedloom import run
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.cli import app
+from fedloom.errors import ModelError, RecipeError, RunError
+from fedloom.handover.evaluate import evaluate
+from fedloom.host.files import take_lock
+from fedloom.monitoring.observer import Observer
+from fedloom.records.check import check_run
+from fedloom.records.run import Run, read_run
+from fedloom.report.run_report import write_report
+
+pytestmark = pytest.mark.xdist_group("evaluate")  # a run that all of them share
+WORDS = ("apple", "storm", "bread", "plague", "honey", "poison", "garden", "wreck", "music", "famine")
+QUIZ = [
+    {"q": f"is {word}", "c": ["good", "evil"], "a": ("good", "evil")[number % 2]} for number, word in enumerate(WORDS)
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that learnt the answers of the quiz by heart."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUIZ * 4), encoding="utf-8")
+    recipe = make_recipe(
+        # The base is random: without words of its own it learns nothing by heart.
+        adapter={
+            "rank": 8,
+            "alpha": 16,
+            "targets": "all-linear",
+            "options": {"modules_to_save": ["lm_head", "embed_tokens"]},
+        },
+        data={
+            "source": str(folder / "rows.jsonl"),
+            "prompt": "{q}",
+            "completion": " {a}",
+            "max_length": 32,
+            "clients": 2,
+            "documents_per_client": 18,
+            "client_holdout": 0.1,
+            "central_holdout": 2,
+            "duplicates": "report",
+        },
+        training={"learning_rate": 3e-3, "batch_size": 4, "epochs": 8, "proximal_mu": 0.0},
+        federation={"rounds": 4, "keep_every": 3},
+    )
+    return run(recipe, folder / "run", Observer())
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(
+        tmp_path_factory.mktemp("tasks"),
+        QUIZ,
+        {"name": "quiz"},
+        {"name": "words", "kind": "exact", "prompt": "{q}", "answer": "{a}", "max_new_tokens": 8},
+        average="both",
+    )
+
+
+def figures(records: list[dict[str, Any]], task: str, measure: str = "accuracy") -> dict[Any, float]:
+    return {one.get("round"): one["measures"][measure]["value"] for one in records if one["task"] == task}
+
+
+def test_an_adapter_trained_on_the_test_file_is_near_one(trained: Run, tasks: Path) -> None:
+    records = evaluate(trained.folder, [tasks], base=True, which=("0", "best"))
+    best = trained.best_round
+    quiz, words = figures(records, "quiz"), figures(records, "words", "exact_match")
+    assert quiz[best] >= 0.9
+    assert words[best] >= 0.9
+    assert quiz[None] == quiz[0]
+    assert quiz[None] <= 0.7
+    assert words[None] == 0
+    assert all("warning" not in record for record in records)
+    assert read_run(trained.folder).evaluations == records
+    assert [finding for finding in check_run(trained.folder) if not finding.well] == []
+
+
+def test_the_same_models_are_not_asked_twice_and_nothing_is_doubled(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    records = evaluate(trained.folder, [tasks], base=True)
+    said = Said()
+    assert evaluate(trained.folder, [tasks], base=True, say=said.show_step) == records
+    assert not any("questions: " in line for line in said.steps)
+    more = write_tasks(tmp_path, QUIZ, {"name": "more"})
+    both = evaluate(trained.folder, [tasks, more], say=said.show_step)
+    assert [record for record in both if record["task"] != "more"] == records[3:]
+    asked = [line for line in said.steps if "questions: " in line]
+    assert asked == [f"task: more, 10 questions: round {trained.best_round}"]
+    lines = [(one["task"], one.get("round")) for one in read_run(trained.folder).evaluations]
+    assert len(lines) == len(set(lines))
+
+
+def test_the_report_shows_figures_with_their_intervals_and_the_command_prints_them(trained: Run, tasks: Path) -> None:
+    told = CliRunner().invoke(app, ["evaluate", str(trained.folder), "--tasks", str(tasks), "--base"])
+    assert told.exit_code == 0, told.output
+    record = next(one for one in read_run(trained.folder).evaluations if one["task"] == "quiz" and "round" in one)
+    right = record["measures"]["accuracy"]["right"]
+    assert f"({right} of 10; " in told.output
+    assert "chance is 50.0 %" in told.output
+    page = (trained.folder / "report.md").read_text(encoding="utf-8")
+    assert "Tasks" in page
+    assert f"({right} of 10; " in page
+    write_report(trained.folder)
+    assert (trained.folder / "report.md").read_text(encoding="utf-8") == page
+
+
+def test_any_adapter_that_was_kept_can_be_asked(trained: Run, tasks: Path) -> None:
+    records = evaluate(trained.folder, [tasks], which=("3", "last"))
+    assert {record["round"] for record in records} == {3, 4}
+    with pytest.raises(RunError, match='no adapter "9"'):
+        evaluate(trained.folder, [tasks], which=("9",))
+    with pytest.raises(RunError, match=r"round 1 was not kept; set federation\.keep_every"):
+        evaluate(trained.folder, [tasks], which=("1",))
+
+
+def test_what_can_not_be_asked_is_told(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no tasks of its own; name a file, or one of: first-steps"):
+        evaluate(trained.folder)
+    with pytest.raises(RecipeError, match="no shipped file of tasks"):
+        evaluate(trained.folder, ["nothing"])
+    lock = take_lock(trained.folder)
+    try:
+        with pytest.raises(RunError, match="another run is at work in it"):
+            evaluate(trained.folder, [tasks])
+    finally:
+        lock.close()
+    with pytest.raises(RunError, match="not a run directory"):
+        evaluate(tmp_path, [tasks])
+
+
+def test_an_adapter_that_is_not_applied_ends_the_command(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = write_tasks(tmp_path, QUIZ[:4], {"name": "unapplied"})
+    monkeypatch.setattr(AdaptedModel, "load", lambda *_: None)
+    with pytest.raises(ModelError, match="not applied"):
+        evaluate(trained.folder, [tasks])
+    assert all(record["task"] != "unapplied" for record in read_run(trained.folder).evaluations)
+
+
+def test_a_run_asks_its_own_tasks_and_trains_the_same(tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks", QUIZ[:4], {"name": "quiz"})
+    rule = {"lora_rule": "ffa", "rounds": 2}
+    with_tasks = make_recipe(evaluation={"tasks": [str(tasks)], "tasks_every": 1}, federation=rule)
+    asked = run(with_tasks, tmp_path / "asked", Observer())
+    plain = run(make_recipe(federation=rule), tmp_path / "plain", Observer())
+    for one, other in zip(asked.rounds, plain.rounds, strict=True):
+        for key in ("adapter_sha256", "central_loss", "evaluate_tokens"):
+            assert one[key] == other[key]
+    assert {record.get("round") for record in asked.evaluations} == {None, 1, 2}
+    assert "quiz, choice: 4 questions" in asked.plan["tasks"]
+    assert evaluate(asked.folder) == [record for record in asked.evaluations if record.get("round") == asked.best_round]
+
+
+def test_a_run_that_goes_on_was_asked_the_same(tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks", QUIZ[:4], {"name": "quiz"})
+    recipe = make_recipe(evaluation={"tasks": [str(tasks)]}, federation={"rounds": 1})
+    finished = run(recipe, tmp_path / "run", Observer())
+    (finished.folder / "status.json").write_text('{"state": "interrupted"}')
+    write_tasks(tmp_path / "tasks", QUIZ[:3], {"name": "quiz"})
+    with pytest.raises(RunError, match="the tasks are not those that the run began with"):
+        run(recipe, finished.folder, Observer(), resume=True)
