@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -88,6 +89,7 @@ def main() -> None:
     for turn in range(wanted.turns):
         for case in cases:
             seconds, processor, found = measure(adapted, adapters, prompts, case[0], together=case[1])
+            print(f"turn {turn + 1}, {case}: {seconds:.1f} s", file=sys.stderr, flush=True)
             best[case] = min(seconds, best.get(case, seconds))
             least[case] = min(processor, least.get(case, processor))
             if not turn:

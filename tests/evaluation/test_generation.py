@@ -91,7 +91,8 @@ def test_every_family_writes_what_it_would_alone(name: str, tmp_path: Path) -> N
     together = write_with_each(adapted, TOKENIZER, [adapters[1], adapters[0]], PROMPTS, WRITING)
     assert tokens_of(together[1]) == expected
     assert way_of(adapted) == WAYS.get(name, way_of(adapted))
-    assert stacks(adapted)
+    # XLNet's layers see tokens before texts; it is not trained either, as it looks ahead.
+    assert stacks(adapted) == (name != "xlnet")
 
 
 @pytest.mark.parametrize("shape", ARCHITECTURES)
