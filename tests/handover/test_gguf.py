@@ -26,6 +26,8 @@ from fedloom.handover.export import export
 from fedloom.handover.finished_run import recipe_of
 from fedloom.model.gguf_layout import GgufLayout
 from fedloom.model.gguf_vocabulary import vocabulary_of
+from fedloom.model.gguf_writer import write_gguf
+from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run
@@ -251,18 +253,23 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused() -> None:
         vocabulary_of(tokenizer, 512)
 
 
-def test_positions_and_windows_that_can_not_be_told_are_refused(tmp_path: Path) -> None:
-    for number, (kind, changes, says) in enumerate(
-        [
-            ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "kind linear"),
-            ("mistral", {"sliding_window": 16}, "the last 16 tokens alone"),
-            ("llama", {"attention_bias": True}, "biases where llama.cpp's Llama has none"),
-        ]
-    ):
-        folder = tmp_path / str(number)
-        other = train(folder, str(write_small_model(folder / "model", kind, **changes)))
-        with pytest.raises(ModelError, match=says):
-            export(other.folder, folder / "model.gguf", merged=True)
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "the kind linear"),
+        ("mistral", {"sliding_window": 16}, "attention to the last 16 tokens alone"),
+        ("llama", {"attention_bias": True}, "biases where llama.cpp's Llama has none"),
+        ("qwen2", {"hidden_act": "gelu"}, "the activation gelu"),
+    ],
+)
+def test_what_a_file_can_not_say_of_a_model_is_refused(
+    kind: str, changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    source = open_model(str(write_small_model(tmp_path / "model", kind, **changes)))
+    base = load_model(source, dtype="float32", device=torch.device("cpu"))
+    with pytest.raises(ModelError, match=f"can't say in a GGUF file that the model has .*{says}"):
+        write_gguf(base, source, tmp_path / "model.gguf", "f32", name="odd")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 LONGER = {

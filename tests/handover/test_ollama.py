@@ -147,6 +147,7 @@ def test_a_folder_for_ollama_has_all_that_it_asks_for(talked: Run, tmp_path: Pat
         '<|im_start|>assistant\n"""\nSYSTEM """Be brief."""\n'
         'PARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n'
     )
+    assert str(talked.folder.parent).encode() not in (folder / "base.gguf").read_bytes()
     # What Ollama would ask is what the run itself asks.
     recipe = recipe_of(talked.folder)
     tokenizer = open_model(recipe.model.source).tokenizer
@@ -186,6 +187,11 @@ def test_a_prompt_is_written_around_the_question(tmp_path: Path) -> None:
     two = train(tmp_path / "two", rows, data={**asked, "prompt": "{q} {more} ", "completion": "{a}"})
     with pytest.raises(RunError, match="has the columns q, more, and Ollama asks for one text"):
         export(two.folder, tmp_path / "never", ollama=True)
+    (tmp_path / "chat").mkdir()
+    around = {**asked, "prompt": "Please: {q}", "chat_template": CHATML}
+    chat = train(tmp_path / "chat", rows, data=around)
+    with pytest.raises(RunError, match="the run writes its prompt around each question of a chat"):
+        export(chat.folder, tmp_path / "never", ollama=True)
     assert not (tmp_path / "never").exists()
 
 

@@ -84,6 +84,7 @@ def test_an_adapter_is_trained_over_packed_weights_as_over_unpacked_ones(
     assert packed.rounds[1]["adapter_sha256"] == unpacked.rounds[1]["adapter_sha256"]
     assert packed.rounds[1]["central_loss"] == pytest.approx(unpacked.rounds[1]["central_loss"], rel=1e-6)
     assert export(packed.folder, tmp_path / "adapter") == 0.0
+    assert export(packed.folder, tmp_path / "adapter.gguf") == 0.0
     with pytest.raises(RunError, match="an adapter can't be merged into packed weights"):
         export(packed.folder, tmp_path / "merged", merged=True)
 

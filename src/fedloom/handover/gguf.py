@@ -13,6 +13,7 @@ from fedloom.experiment.building import load_base
 from fedloom.handover.merging import merge, open_merged
 from fedloom.handover.proof import TOLERANCES, Subject
 from fedloom.model.gguf_writer import write_gguf
+from fedloom.records.card import public_name
 
 KIND_TOLERANCES = {"f32": 0.0, "f16": 1e-2, "q8_0": 2e-1}
 """Further distance of logits that the format of a GGUF file's weights allows: four times that of SmolLM2-135M."""
@@ -44,7 +45,8 @@ def write_pair(subject: Subject, base: Path, adapter: Path, kind: str) -> tuple[
     # Weights that a run packed on a GPU are written as they were before.
     plain = subject.recipe.model.model_copy(update={"quantization": None})
     model = load_base(subject.recipe.model_copy(update={"model": plain}), source)
-    write_gguf(model, source, base, kind, name=source.name, chat_template=subject.chat_template)
+    name = public_name(source.name, source.revision)
+    write_gguf(model, source, base, kind, name=name, chat_template=subject.chat_template)
     opened = open_gguf_adapter(adapter, open_merged(base, subject))
     return opened, TOLERANCES[subject.dtype] + KIND_TOLERANCES[kind]
 

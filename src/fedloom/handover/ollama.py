@@ -86,6 +86,8 @@ def _describe(subject: Subject) -> list[str]:
     data, tokenizer = subject.recipe.data, subject.source.tokenizer
     system = None
     if subject.chat_template is not None:
+        if data.prompt is not None and parse_template(data.prompt).only_column is None:
+            raise RunError("the run writes its prompt around each question of a chat", where="--ollama", mend=MEND)
         template, system = to_go(subject.chat_template, tokenizer, data.system)
     elif data.prompt is not None:
         template = _prompt_to_go(data.prompt)
