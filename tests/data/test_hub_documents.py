@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from support.hub_here import environment_of, open_hub
 
+pytestmark = pytest.mark.xdist_group("hub-documents")  # one reader, which all of them share
 TESTS = Path(__file__).parent.parent
 READER = """
 import json, sys

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.marks import first
 from support.quick_runs import attempt, make_recipe
 
 from fedloom.deployment.server.serving import RemoteClients
@@ -86,7 +87,7 @@ def test_two_private_runs_have_other_noise(tmp_path: Path) -> None:
     assert len(shas) == 2
 
 
-@pytest.mark.parametrize("where", ["training.stepped", "record.client", "state.renamed"])
+@pytest.mark.parametrize("where", first(["training.stepped", "record.client", "state.renamed"]))
 def test_a_run_that_goes_on_ends_where_it_would_have(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +187,7 @@ def test_clients_elsewhere_are_refused_before_anything_is_opened(tmp_path: Path)
         RemoteClients(None, 1.0).prepare(private(tmp_path), None)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_a_sweep_of_private_runs_keeps_their_secrets_apart(tmp_path: Path) -> None:
     recipe = tmp_path / "private.toml"
     recipe.write_text(recipe_to_toml(private(tmp_path)))

@@ -487,6 +487,7 @@ def test_every_key_is_described() -> None:
         "report",
         "federation.early_stop",
         "model.quantization_options",
+        "personalise",
         "privacy",
     }:
         assert f"| `{key}` |" in text
