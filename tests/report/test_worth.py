@@ -11,7 +11,7 @@ from support.made_runs import make_run
 from fedloom.records.run import Run, read_run
 from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
-from fedloom.report.worth_section import likelier, worth_of
+from fedloom.report.worth_section import Worth, likelier, worth_of
 
 
 def made(folder: Path, **files: Any) -> Run:
@@ -111,3 +111,10 @@ def test_over_seeds_there_is_a_mean_and_a_spread(tmp_path: Path) -> None:
 )
 def test_losses_in_words(nats: float, said: str) -> None:
     assert likelier(nats) == said
+
+
+def test_a_gain_is_that_of_the_better_adapter() -> None:
+    assert Worth(alone=1.7, together=1.6, personalised=1.8).gain == pytest.approx(0.1)
+    assert Worth(alone=1.7, together=1.6, personalised=1.5).gain == pytest.approx(0.2)
+    assert Worth(alone=1.7, personalised=1.5).gain == pytest.approx(0.2)
+    assert Worth(alone=1.7).gain is Worth(together=1.7).gain is None

@@ -38,9 +38,9 @@ class Worth:
 
     @property
     def gain(self) -> float | None:
-        """Nats per token by which the client is better off than alone; None where one of the two is unknown."""
-        shared = self.together if self.personalised is None else self.personalised
-        return None if self.alone is None or shared is None else self.alone - shared
+        """Nats per token by which the better of the two adapters that it may use beats its own; None: not known."""
+        shared = [loss for loss in (self.together, self.personalised) if loss is not None]
+        return None if self.alone is None or not shared else self.alone - min(shared)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def show_worth(run: Run) -> list[Block]:
 _OWN = (
     "What a client has of taking part is measured on its own documents, on those that it held out and that nobody"
     " trained on. A loss says how much the next piece of a text surprises the model: lower is better. Alone, a client"
-    " trained as long as it did in the federation; by itself afterwards, it trained on top of that."
+    " trained as long as it did in the federation; by itself afterwards, it trained on top of that. A client may use"
+    " whichever is better for it, and its gain is that one's."
 )
 _OWN_PART = (
     'Together, each client has a part of the adapter of its own (lora_rule = "fedsa"), and is measured with that beside'
