@@ -16,7 +16,7 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.data.asking import AskedTask, Asking
 from fedloom.errors import ModelError
 from fedloom.evaluation.choices import log_likelihoods
-from fedloom.evaluation.generation import complete_each
+from fedloom.evaluation.generation import complete_all
 from fedloom.evaluation.tasks import Answerer, TaskResult, check_applied, is_idle
 from fedloom.model.devices import open_device
 from fedloom.model.loading import load_model
@@ -39,7 +39,7 @@ def how() -> Asking:
 
 
 def answer(adapted: AdaptedModel, how: Asking, asked: AskedTask) -> TaskResult:
-    complete = complete_each(adapted, how.tokenizer)
+    complete = complete_all(adapted, how.tokenizer, 4)
     return Answerer(adapted, how.tokenizer, complete, batch_size=16).answer(asked)
 
 
@@ -196,7 +196,7 @@ def test_an_answer_has_the_room_that_the_model_has_left(how: Asking, tmp_path: P
     rows = [{"q": "x" * (how.longest - 20), "a": "y"}, {"q": "x", "a": "y"}]
     asked = ask_rows(tmp_path, rows, how, kind="exact", prompt="{q}", answer="{a}", max_new_tokens=50)
     adapted = make_adapted(device="cpu")
-    answerer = Answerer(adapted, how.tokenizer, complete_each(adapted, how.tokenizer), 4)
+    answerer = Answerer(adapted, how.tokenizer, complete_all(adapted, how.tokenizer, 4), 4)
     assert answerer.answer(asked).measures["exact_match"].of == 2
     rooms: list[int] = []
 

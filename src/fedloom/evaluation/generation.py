@@ -40,19 +40,6 @@ Complete = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], lis
 """A function from the tokens of prompts, the most tokens of each answer and the tokens that end one to the answers."""
 
 
-def complete_each(adapted: AdaptedModel, tokenizer: Any, watch: Watch = ignore) -> Complete:
-    """Return a function that writes one answer after another, with the likeliest tokens of the model as it is then."""
-
-    def complete(prompts: Sequence[Sequence[int]], rooms: Sequence[int], stops: Sequence[int]) -> list[str]:
-        said = []
-        for prompt, room in zip(prompts, rooms, strict=True):
-            said.append(write_on(adapted, tokenizer, prompt, room=room, stops=stops))
-            watch(Progress("evaluate", len(prompt)))
-        return said
-
-    return complete
-
-
 @dataclass(frozen=True)
 class Prompt:
     """Tokens that a model goes on from, and the most tokens that it may write."""
@@ -117,6 +104,17 @@ def write_all(
         ModelError: memory runs out with a single prompt.
     """
     return _write(adapted, tokenizer, prompts, writing, 1, watch)[0]
+
+
+def complete_all(adapted: AdaptedModel, tokenizer: Any, batch_size: int, watch: Watch = ignore) -> Complete:
+    """Return a function that writes the likeliest answers of the model as it is then, so many at once."""
+
+    def complete(prompts: Sequence[Sequence[int]], rooms: Sequence[int], stops: Sequence[int]) -> list[str]:
+        asked = [Prompt(tokens, room) for tokens, room in zip(prompts, rooms, strict=True)]
+        writing = Writing(stops, batch_size=batch_size)
+        return [answer.text for answer in write_all(adapted, tokenizer, asked, writing, watch=watch)]
+
+    return complete
 
 
 def write_with_each(

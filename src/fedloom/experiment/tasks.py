@@ -12,7 +12,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.asking import AskedTask, Asking, ask, asks_in_chat, warn_of_template
 from fedloom.data.task_rows import TaskRows, load_task
-from fedloom.evaluation.generation import complete_each
+from fedloom.evaluation.generation import complete_all
 from fedloom.evaluation.tasks import Answerer, TaskResult, average, check_applied
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
@@ -91,8 +91,9 @@ class Examiner:
         """Take the run directory, whose initial adapter is there, and its model."""
         self._loaded, self._recipe, self._source, self.adapted, self._folder = loaded, recipe, source, adapted, folder
         self._say = say
-        complete = complete_each(adapted, source.tokenizer, watch)
-        self._answerer = Answerer(adapted, source.tokenizer, complete, recipe.evaluation.batch_size, watch)
+        size = recipe.evaluation.batch_size
+        complete = complete_all(adapted, source.tokenizer, size, watch)
+        self._answerer = Answerer(adapted, source.tokenizer, complete, size, watch)
 
     @cached_property
     def _asked(self) -> list[AskedTask]:
