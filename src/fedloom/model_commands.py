@@ -179,6 +179,9 @@ def evaluate(
     source: Annotated[
         list[str] | None, typer.Option(help="TASK=SOURCE: where the rows of a task are read from instead.")
     ] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run programs that a model writes, confined: read docs/tasks-code.md.")
+    ] = False,
 ) -> None:
     """Ask a run's adapters tasks, and keep what they could do in evaluation.jsonl and in the report.
 
@@ -190,7 +193,13 @@ def evaluate(
 
     display = Terminal()
     records = evaluate(
-        run, tasks or (), base=base, which=which or ("best",), places=source or (), say=display.show_step
+        run,
+        tasks or (),
+        base=base,
+        which=which or ("best",),
+        places=source or (),
+        run_code=run_code,
+        say=display.show_step,
     )
     for line in describe_evaluations(records):
         typer.echo(show_controls(line))

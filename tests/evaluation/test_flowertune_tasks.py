@@ -1,6 +1,7 @@
 """FlowerTune's evaluation: its frames, its rules and its averages, on rows made up in the forms of its data sets."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from support.tiny import make_adapted, make_recipe
 from fedloom.data.asking import Asking, ask, warn_of_template
 from fedloom.data.task_rows import load_task
 from fedloom.evaluation.flowertune import count_board
+from fedloom.evaluation.generation import Prompt
 from fedloom.evaluation.measures import wilson
 from fedloom.evaluation.tasks import Answerer, average
 from fedloom.model.source import open_model
@@ -77,8 +79,8 @@ def test_a_suite_is_the_mean_of_its_tasks_with_what_is_no_answer_apart(places: d
     assert loaded.averages == {"flowertune-mmlu": names}
     rooms: list[int] = []
 
-    def complete(prompts: Any, wanted: Any, stops: Any) -> list[str]:
-        rooms.extend(wanted)
+    def complete(prompts: Sequence[Prompt], writing: Any) -> list[str]:
+        rooms.extend(prompt.room for prompt in prompts)
         return ["B", " b)", "?", "C"]
 
     answerer = Answerer(make_adapted(device="cpu"), how.tokenizer, complete, 4)
@@ -99,8 +101,8 @@ def test_a_sentiment_has_the_room_that_the_board_gives(places: dict[str, str], h
     tasks = {task.name: task for task in load_tasks(["flowertune-finance"], [places["tfns"]]).tasks}
     rooms: list[int] = []
 
-    def complete(prompts: Any, wanted: Any, stops: Any) -> list[str]:
-        rooms.extend(room + len(prompt) for room, prompt in zip(wanted, prompts, strict=True))
+    def complete(prompts: Sequence[Prompt], writing: Any) -> list[str]:
+        rooms.extend(prompt.room + len(prompt.tokens) for prompt in prompts)
         return ["negative"] * len(prompts)
 
     answerer = Answerer(make_adapted(device="cpu"), how.tokenizer, complete, 4)

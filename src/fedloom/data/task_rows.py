@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from fedloom.data.rows import Row, UnreadableError, find_value
 from fedloom.errors import DataError
 from fedloom.host.files import hash_json
 from fedloom.recipe.data_section import Data
-from fedloom.recipe.task_section import LETTERED, Task
+from fedloom.recipe.task_section import COMPLETION, LETTERED, Task
 from fedloom.recipe.templates import parse_template
 from fedloom.seeds import derive_seed
 from fedloom.text import list_reasons
@@ -38,6 +40,8 @@ class Question:
     """Choices as a model is to write them: their texts, or their letters."""
     right: int = 0
     """Number of the choice that is right."""
+    program: tuple[str, str] | None = None
+    """Program around what is written, where that is code."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,36 @@ def load_task(task: Task) -> TaskRows:
 
 def _as_data(task: Task) -> Data:
     """Return the part of a recipe by which the rows are read: each of their columns stands in a template."""
-    return Data(**task.told, prompt="".join(f"{{{column}}}" for column in _columns(task)))
+    told = {**task.told, "source": _in_a_package(task.source)}
+    return Data(**told, prompt="".join(f"{{{column}}}" for column in _columns(task)))
+
+
+def _in_a_package(source: str) -> str:
+    """Return the path of a file that a package brings, for `package:NAME/FILE`; any other source as it is.
+
+    Raises:
+        DataError: the package is not installed, or has no such file.
+    """
+    scheme, _, place = source.partition(":")
+    if scheme != "package":
+        return source
+    name, _, file = place.partition("/")
+    # Found, and not imported: nothing of it is carried out.
+    found = find_spec(name) if name.isidentifier() else None
+    path = Path(found.origin or "").parent / file if found else None
+    if path is None or ".." in Path(file).parts or not path.is_file():
+        raise DataError(
+            f"the package {name} is not installed, or has no such file",
+            where=f'source = "{source}"',
+            mend=f"pip install {name.replace('_', '-')}",
+        )
+    return str(path)
 
 
 def _columns(task: Task) -> list[str]:
     """Return the columns that are read, each once."""
     texts = [task.prompt, task.answer or "", *(task.choices if isinstance(task.choices, tuple) else ())]
+    texts += (task.program or "").split(COMPLETION)
     named = [column for text in texts for column in parse_template(text).columns if column != LETTERED]
     named += [task.choices] if isinstance(task.choices, str) else []
     if task.rows_of:
@@ -125,6 +153,10 @@ def _question(task: Task, row: Row) -> Question:
     prompt = parse_template(task.prompt).fill(partial(value_in, {**row, LETTERED: listed}))
     _check_unicode(prompt, *choices)
     answers = tuple(_answers(task, row))
+    if task.program:
+        before, behind = (parse_template(part).fill(partial(value_in, row)) for part in task.program.split(COMPLETION))
+        _check_unicode(before, behind)
+        return Question(prompt, answers, program=(before, behind))
     if not choices:
         return Question(prompt, answers)
     names = {"text": choices, "letter": letters, "index": tuple(map(str, range(len(choices))))}[task.answer_as]

@@ -36,8 +36,6 @@ class Sampling:
 
 
 LIKELIEST = Sampling()
-Complete = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], list[str]]
-"""A function from the tokens of prompts, the most tokens of each answer and the tokens that end one to the answers."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,10 @@ class Writing:
     sampling: Sampling = LIKELIEST
     batch_size: int = 16
     """Answers that are written at once, of all adapters together."""
+
+
+Complete = Callable[[Sequence[Prompt], Writing], list[str]]
+"""A function from prompts, and the way to write, to answers."""
 
 
 def write_on(
@@ -106,13 +108,11 @@ def write_all(
     return _write(adapted, tokenizer, prompts, writing, 1, watch)[0]
 
 
-def complete_all(adapted: AdaptedModel, tokenizer: Any, batch_size: int, watch: Watch = ignore) -> Complete:
-    """Return a function that writes the likeliest answers of the model as it is then, so many at once."""
+def complete_all(adapted: AdaptedModel, tokenizer: Any, watch: Watch = ignore) -> Complete:
+    """Return a function that writes answers as `write_all` does, with the model as it is then."""
 
-    def complete(prompts: Sequence[Sequence[int]], rooms: Sequence[int], stops: Sequence[int]) -> list[str]:
-        asked = [Prompt(tokens, room) for tokens, room in zip(prompts, rooms, strict=True)]
-        writing = Writing(stops, batch_size=batch_size)
-        return [answer.text for answer in write_all(adapted, tokenizer, asked, writing, watch=watch)]
+    def complete(prompts: Sequence[Prompt], writing: Writing) -> list[str]:
+        return [answer.text for answer in write_all(adapted, tokenizer, prompts, writing, watch=watch)]
 
     return complete
 

@@ -15,8 +15,9 @@ from fedloom.data.asking import AskedTask
 from fedloom.data.tokens import stack_blocks
 from fedloom.errors import ModelError
 from fedloom.evaluation.choices import log_likelihoods
+from fedloom.evaluation.code_runs import Limits, pass_at_k, run_programs
 from fedloom.evaluation.flowertune import BOARD_RULES, count_board
-from fedloom.evaluation.generation import Complete
+from fedloom.evaluation.generation import LIKELIEST, Complete, Prompt, Sampling, Writing
 from fedloom.evaluation.measures import Measure, find_answer, is_same, mean, rouge_l, share, token_f1
 from fedloom.progress import Watch, ignore
 
@@ -30,6 +31,10 @@ COMPARED: Mapping[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
     "rouge": ("rouge_l", rouge_l),
 }
 """Kind of task -> the name of its measure, and how what was written is compared with the answers that are right."""
+TRIES = (1, 10, 100)
+"""Numbers k of pass@k that are counted, where there are as many tries."""
+SEED = 0
+"""Seed of what is drawn."""
 PROBED = 8
 """Questions by which an adapter is seen to be there."""
 
@@ -61,8 +66,10 @@ class Answerer:
             ModelError: memory runs out with a single question.
         """
         began = time.perf_counter()
-        values = self._choose(asked) if asked.task.kind == "choice" else self._write(asked)
-        measures = {name: (share if name in SHARES else mean)(found) for name, found in values.items()}
+        ways = {"choice": self._choose, "code": self._run}
+        values = ways.get(asked.task.kind, self._write)(asked)
+        shares = SHARES if asked.task.tries > 1 else {*SHARES, "pass@1"}
+        measures = {name: (share if name in shares else mean)(found) for name, found in values.items()}
         return TaskResult(values, measures, time.perf_counter() - began)
 
     def _choose(self, asked: AskedTask) -> Values:
@@ -99,10 +106,28 @@ class Answerer:
         name, measure = COMPARED[task.kind]
         return {name: [measure(one, answers) for one, answers in pairs]}
 
-    def _complete(self, asked: AskedTask, rooms: Sequence[int]) -> list[str]:
+    def _run(self, asked: AskedTask) -> Values:
+        """Run what is written in its program, and return the share of tries, of one or of k, that pass (pass@k)."""
+        task = asked.task
+        sampling = Sampling(task.temperature, seed=SEED) if task.temperature else LIKELIEST
+        said = self._complete(asked, [task.max_new_tokens] * len(asked.prompts), sampling)
+        programs = [
+            f"{before}{said[number * task.tries + one]}{behind}"
+            for number, question in enumerate(asked.questions)
+            for before, behind in [question.program or ("", "")]
+            for one in range(task.tries)
+        ]
+        verdicts = iter(run_programs(programs, Limits(seconds=task.seconds)))
+        passed = [sum(next(verdicts) == "passed" for _ in range(task.tries)) for _ in asked.questions]
+        return {f"pass@{k}": [pass_at_k(task.tries, one, k) for one in passed] for k in TRIES if k <= task.tries}
+
+    def _complete(self, asked: AskedTask, rooms: Sequence[int], sampling: Sampling = LIKELIEST) -> list[str]:
+        """Return what is written behind each prompt, `tries` times."""
         if asked.room is not None:
             rooms = [min(room, asked.room - len(prompt)) for room, prompt in zip(rooms, asked.prompts, strict=True)]
-        return self.complete(asked.prompts, rooms, asked.stops)
+        prompts = [Prompt(tokens, room) for tokens, room in zip(asked.prompts, rooms, strict=True)]
+        writing = Writing(asked.stops, asked.task.words or (), sampling, self.batch_size)
+        return self.complete([prompt for prompt in prompts for _ in range(asked.task.tries)], writing)
 
 
 def average(results: Sequence[TaskResult]) -> TaskResult:

@@ -12,6 +12,8 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.asking import AskedTask, Asking, ask, asks_in_chat, warn_of_template
 from fedloom.data.task_rows import TaskRows, load_task
+from fedloom.errors import RecipeError
+from fedloom.evaluation.code_runs import run_program
 from fedloom.evaluation.generation import complete_all
 from fedloom.evaluation.tasks import Answerer, TaskResult, average, check_applied
 from fedloom.host.files import hash_json
@@ -42,13 +44,25 @@ class LoadedTasks:
         return hash_json([{rows.task.name: rows.digest for rows in self.tasks}, dict(self.averages)])
 
 
-def gather_tasks(sources: Sequence[str | Path], places: Sequence[str] = (), say: Say | None = None) -> LoadedTasks:
+def gather_tasks(
+    sources: Sequence[str | Path], places: Sequence[str] = (), say: Say | None = None, *, run_code: bool = False
+) -> LoadedTasks:
     """Read files of tasks, and the rows of each; `places` are as in `load_tasks`.
 
     Raises:
-        RecipeError, DataError: a file or a source can't be had, or is not what it should be.
+        RecipeError, DataError: a file or a source can't be had, or is not what it should be; or a task runs code, and
+            nobody asked for that with `run_code`.
+        RunError: this machine does not give what confines a program.
     """
     found = load_tasks(sources, places)
+    if of_code := [task.name for task in found.tasks if task.kind == "code"]:
+        if not run_code:
+            raise RecipeError(
+                "it runs programs that the model writes, and nobody has read",
+                where=f"task {of_code[0]}",
+                mend="read docs/tasks-code.md, then: fedloom evaluate RUN --tasks ... --run-code",
+            )
+        run_program("")  # before a model is asked for an hour
     loaded = []
     for task in found.tasks:
         if say:
@@ -92,7 +106,7 @@ class Examiner:
         self._loaded, self._recipe, self._source, self.adapted, self._folder = loaded, recipe, source, adapted, folder
         self._say = say
         size = recipe.evaluation.batch_size
-        complete = complete_all(adapted, source.tokenizer, size, watch)
+        complete = complete_all(adapted, source.tokenizer, watch)
         self._answerer = Answerer(adapted, source.tokenizer, complete, size, watch)
 
     @cached_property

@@ -24,6 +24,7 @@ def evaluate(
     base: bool = False,
     which: Sequence[str] = ("best",),
     places: Sequence[str] = (),
+    run_code: bool = False,
     say: Say = say_nothing,
     watch: Watch = ignore,
 ) -> list[Record]:
@@ -31,10 +32,10 @@ def evaluate(
 
     `tasks` are files, or names of those that ship; the run's own where none are named. `which` are adapters: best,
     last, or numbers of rounds, of which 0 is before any training. Each of `places` is TASK=SOURCE: where a task's rows
-    are read from instead.
+    are read from instead. With `run_code`, tasks may run programs that a model wrote.
 
     Raises:
-        RunError: there is no such run or adapter, it is at work, or there are no tasks.
+        RunError: there is no such run or adapter, it is at work, there are no tasks, or programs can't be confined.
         RecipeError, DataError, ModelError: a task or the model can't be had, or an adapter is not applied.
     """
     run, recipe = read_run(folder), recipe_of(Path(folder))
@@ -43,7 +44,7 @@ def evaluate(
     if not sources:
         known = ", ".join(shipped_tasks())
         raise RunError("the run has no tasks of its own", where="--tasks", mend=f"name a file, or one of: {known}")
-    loaded = gather_tasks(sources, places, say)
+    loaded = gather_tasks(sources, places, say, run_code=run_code)
     for line in describe_tasks(loaded, recipe):
         say("task", line)
     with closing(take_lock(run.folder)):

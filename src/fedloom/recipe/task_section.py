@@ -11,6 +11,8 @@ from fedloom.recipe.data_section import Template
 from fedloom.recipe.section import Section
 from fedloom.recipe.templates import parse_template
 
+COMPLETION = "{completion}"
+"""Place in a program where what a model wrote stands."""
 LETTERED = "lettered"
 """Name that the choices have in a prompt, a line each behind a letter."""
 RowsOf = Literal["mmlu", "pubmedqa", "medqa", "medmcqa", "careqa", "fpb", "fiqa", "tfns"]
@@ -21,6 +23,7 @@ KIND_KEYS: dict[str, tuple[str, ...]] = {
     "regex": ("max_new_tokens", "pattern"),
     "f1": ("max_new_tokens",),
     "rouge": ("max_new_tokens",),
+    "code": ("max_new_tokens", "program", "words", "tries", "temperature", "seconds"),
 }
 """Keys that each kind of task has beside those of all."""
 
@@ -42,6 +45,14 @@ def _check_pattern(text: str) -> str:
         raise ValueError(f"is no regular expression: {error}") from None
     if groups > 1:
         raise ValueError("has more than one group: the answer is the only one, or the whole match")
+    return text
+
+
+def _check_program(text: str) -> str:
+    if text.count(COMPLETION) != 1:
+        raise ValueError(f"needs {COMPLETION} once, where what was written stands")
+    for part in text.split(COMPLETION):
+        parse_template(part)
     return text
 
 
@@ -71,9 +82,9 @@ class Task(Section):
         lt=1,
         description="share of the rows that is asked: the test part of `train_test_split(SHARE, seed=42)` of datasets",
     )
-    kind: Literal["choice", "exact", "regex", "f1", "rouge"] = Field(
+    kind: Literal["choice", "exact", "regex", "f1", "rouge", "code"] = Field(
         description="the likeliest of some choices; an answer in words that is the same, that a pattern finds, that has"
-        " the same words (F1), or words in the same order (ROUGE-L)"
+        " the same words (F1), or words in the same order (ROUGE-L); a program that is run"
     )
     prompt: Template = Field(description="the question, with columns as `{question}`, as in `data.prompt`")
     system: str | None = Field(None, description="system message in a chat; that of the run if left out")
@@ -102,6 +113,15 @@ class Task(Section):
         description="a board's own way to let choices be written and to read them, counted beside the likeliest:"
         " `flowertune-letter`, `flowertune-boolean` or `flowertune-sentiment`",
     )
+    program: Annotated[str, AfterValidator(_check_program)] | None = Field(
+        None,
+        description="Python program that comes to its end where the answer is right, with columns, and `{completion}`"
+        " where what was written stands (`code`)",
+    )
+    words: Texts | None = Field(None, description="words at which what was written is cut off (`code`)")
+    tries: int = Field(1, ge=1, le=1000, description="answers to each question, for pass@k (`code`)")
+    temperature: float = Field(0.0, ge=0, le=10, description="temperature at which tries are drawn; 0 is the likeliest")
+    seconds: float = Field(3.0, gt=0, le=3600, description="time that a program has (`code`)")
     limit: int | None = Field(None, ge=1, description="questions, drawn the same for every run; all if left out")
     max_new_tokens: int = Field(64, ge=1, le=4096, description="the most tokens of an answer in words")
 
@@ -110,9 +130,14 @@ class Task(Section):
         own = {key for keys in KIND_KEYS.values() for key in keys} - {*KIND_KEYS[self.kind]}
         if spare := [key for key in Task.model_fields if key in own and key in self.model_fields_set]:
             raise ValueError(f'kind "{self.kind}" does not use {" and ".join(spare)}')
-        needed = {"choice": ("choices", "answer"), "regex": ("pattern",)}.get(self.kind, ("answer",))
+        known = {"choice": ("choices", "answer"), "regex": ("pattern",), "code": ("program",)}
+        needed = known.get(self.kind, ("answer",))
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f'kind "{self.kind}" needs {" and ".join(missing)}')
+        if self.kind == "code" and self.answer is not None:
+            raise ValueError("code is judged by its program, and has no answer to compare with")
+        if self.tries > 1 and not self.temperature:
+            raise ValueError("tries are all the same at a temperature of 0: set one, 0.8 say")
         if self.chat is False and self.system is not None:
             raise ValueError("chat = false does not use system: only a chat has such a message")
         if isinstance(self.choices, tuple) and len(self.choices) < 2:

@@ -16,6 +16,9 @@ MEASURES = {
     "exact_match": "exact match",
     "f1": "F1 of words",
     "rouge_l": "ROUGE-L",
+    "pass@1": "pass@1",
+    "pass@10": "pass@10",
+    "pass@100": "pass@100",
 }
 """Measures in their order, and as people read them."""
 
