@@ -10,6 +10,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.experiment.run import plan
 from fedloom.monitoring.display import Terminal, describe_clients
+from fedloom.progress import Progress
 from fedloom.text import format_bytes, format_seconds
 
 
@@ -41,6 +42,22 @@ def test_a_terminal_has_a_bar_with_speed_and_time_left(tmp_path: Path) -> None:
     assert "steps" in shown
     assert "tokens/s" in shown
     assert "left" in shown
+
+
+def test_steps_beyond_the_plan_are_counted_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of what a run is set against, and of clients that go on by themselves."""
+    monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, width=200))
+    planned = plan(make_recipe(federation={"rounds": 1}))
+    display.show_plan(planned)
+    steps = planned.steps_per_round
+    for _ in range(steps + 1):
+        display.watch(Progress("train", 10, 1, 1, 0))
+    last, beyond = screen.getvalue().splitlines()[-2:]
+    assert f": {steps}/{steps} steps" in last
+    assert f": {steps + 1} steps" in beyond
+    assert "left" not in beyond
 
 
 def test_text_of_others_has_no_meaning_as_markup() -> None:

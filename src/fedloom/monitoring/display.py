@@ -110,10 +110,14 @@ class Terminal(Observer):
         doing = f"round {self._round}"
         doing += f", client {progress.client}" if progress.phase == "train" else ", evaluating"
         rate = self._rate(progress)
+        # What a run is set against, and clients that go on by themselves, come on top of what was planned.
+        beyond = self._steps > self._total_steps
+        rate = rate.partition("  ")[0] if beyond else rate
         self._bar.update(self._task, completed=self._steps, description=doing, rate=rate)
         if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
             self._said = time.perf_counter()
-            self._print(f"      {doing}: {self._steps:,}/{self._total_steps:,} steps  {rate}")
+            of = "" if beyond else f"/{self._total_steps:,}"
+            self._print(f"      {doing}: {self._steps:,}{of} steps  {rate}")
 
     def show_round(self, record: RoundRecord) -> None:
         self._print(format_round(record))
