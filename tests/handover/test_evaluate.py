@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from support.asked import write_tasks
+from support.confined import need_confinement
 from support.quick_runs import Said
 from support.tiny import make_recipe
 from typer.testing import CliRunner
@@ -14,7 +15,6 @@ from fedloom import run
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.cli import app
 from fedloom.errors import ModelError, RecipeError, RunError
-from fedloom.evaluation.code_runs import run_program
 from fedloom.handover.evaluate import evaluate
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
@@ -185,10 +185,7 @@ def test_programs_run_only_where_it_was_asked_for(trained: Run, tmp_path: Path) 
     with pytest.raises(RecipeError, match="--run-code"):
         run(recipe, tmp_path / "run", Observer())
     assert not (tmp_path / "run").exists()
-    try:
-        run_program("")
-    except RunError as error:
-        pytest.skip(str(error))
+    need_confinement()
     found = CliRunner().invoke(app, ["evaluate", str(trained.folder), "--tasks", str(file), "--run-code"])
     assert found.exit_code == 0, found.output
     assert "pass@1" in found.stdout

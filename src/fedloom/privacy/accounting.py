@@ -86,6 +86,7 @@ def epsilon(rate: float, noise: float, steps: int, delta: float) -> float:
     return max(loss.epsilon(delta) for loss in compose(rate, noise, steps))
 
 
+@lru_cache(maxsize=4096)  # a plan asks for it, and so does the run
 def calibrate(rate: float, steps: int, target: float, delta: float) -> float:
     """Return the least noise multiplier, to 1 in 1,000 above it, with which `steps` steps have ε at most `target`."""
     low, high = 1e-2, 1.0
