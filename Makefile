@@ -66,4 +66,4 @@ $(VENV)/installed: pyproject.toml $(wildcard requirements/*.txt) scripts/install
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build .cache .tools .pytest_cache .mypy_cache .ruff_cache

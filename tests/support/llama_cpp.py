@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGE = ROOT / ".cache/llama-cpp/node_modules/node-llama-cpp/dist/index.js"
+PACKAGE = ROOT / ".tools/llama-cpp/node_modules/node-llama-cpp/dist/index.js"
 SCRIPT = Path(__file__).with_suffix(".mjs")
 MISSING = "" if PACKAGE.is_file() and shutil.which("node") else "no llama.cpp: bash .ci/tools installs it where npm is"
 
