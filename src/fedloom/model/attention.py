@@ -22,6 +22,8 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fedloom.model.unpadding import Row, current_row, in_a_row
+
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
 MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3")
@@ -48,7 +50,12 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
 
     `mask_BT` is 0 at padding and the number of its text at every other token, or None where no mask is needed. A model
     that was built to do without one (`MASKLESS`) keeps texts apart by these numbers; to every other they are all 1.
+    Within `without_padding` it gives what is of the real tokens alone, as one row.
     """
+    if row := current_row():
+        places_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        positions_BT = places_BT if mask_BT is None else positions_in_text(mask_BT)
+        return model(input_ids=row.take(tokens_BT), position_ids=row.take(positions_BT), use_cache=False)
     if mask_BT is not None and model.config._attn_implementation == MASKLESS:
         return model(
             input_ids=tokens_BT,
@@ -78,6 +85,18 @@ def positions_in_text(texts_BT: Tensor) -> Tensor:
     begins_BT = torch.zeros_like(texts_BT)
     begins_BT[:, 1:] = places_BT[:, 1:] * (texts_BT[:, 1:] != texts_BT[:, :-1])
     return places_BT - begins_BT.cummax(1).values
+
+
+@contextmanager
+def without_padding(real_M: Tensor | None, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> Iterator[None]:
+    """Have a model that does without masks compute the real tokens of a batch alone inside; its shape is [B, T].
+
+    `real_M` are their places in the flattened batch, or None where all is computed; `texts_BT` the numbers of the texts
+    that share a sequence. Needed in the backward pass too, where layers are computed again.
+    """
+    seen_B1TT = None if texts_BT is None or real_M is None else see_own_text(texts_BT)
+    with in_a_row(None if real_M is None else Row(real_M, shape, seen_B1TT)):
+        yield
 
 
 @contextmanager
@@ -111,19 +130,44 @@ def causal_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out, and no probabilities."""
+    """Compute attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out, and no probabilities.
+
+    Of real tokens alone, it is [1, H, M, D] in and [1, M, H, D] out.
+    """
+    row = current_row()
+    if row is not None:
+        query, key, value = (_spread_heads(row, part) for part in (query, key, value))
+        attention_mask = row.seen_B1TT
+    attended = _attend(module, query, key, value, attention_mask, dropout, scaling, **others)
+    return attended if row is None else row.gather(attended.flatten(0, 1))[None], None
+
+
+def _spread_heads(row: Row, heads_1HMD: Tensor) -> Tensor:
+    """Return queries, keys or values of a row as those of its batch, [B, H, T, D]."""
+    spread = row.spread(heads_1HMD[0].transpose(0, 1))
+    return spread.view(row.sequences, row.width, *spread.shape[1:]).transpose(1, 2)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **others: Any,
+) -> Tensor:
     # In bfloat16 on a processor the fused kernel has a slow backward pass; matmul, softmax and matmul are faster.
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         groups = getattr(module, "num_key_value_groups", 1)
         drop = partial(functional.dropout, p=dropout, training=module.training)
-        result = plain_attention(
-            query, *repeat_heads(key, value, groups), drop=drop, scale=scaling, mask=attention_mask
-        )
-        return result.transpose(1, 2).contiguous(), None
-    result, _ = sdpa_attention_forward(
+        heads = plain_attention(query, *repeat_heads(key, value, groups), drop=drop, scale=scaling, mask=attention_mask)
+        return heads.transpose(1, 2).contiguous()
+    result: Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-    )
-    return result, None
+    )[0]
+    return result
 
 
 def plain_attention(
