@@ -26,23 +26,54 @@ from fedloom.model.unpadding import Row, current_row, in_a_row
 
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
-MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3")
-"""Model types whose attention is plainly causal, as a test shows; all others keep transformers' own masks."""
+LOOKS_ELSEWHERE = (
+    *("sliding_window", "attention_window_size", "keep_window_size", "attention_chunk_size", "index_local_blocks"),
+    *("prefix_lm", "use_bidirectional_attention"),
+)
+"""Settings with which a token does not see all to its left, or sees more; some tell only at a length that is not tried
+at loading."""
+TRIED_TOKENS = 8
+"""Tokens by which a loaded model's attention is tried."""
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest share of the logits' spread that is taken for rounding, by dtype."""
+COARSE_NOISE = 0.02
+"""The same in 16 bits."""
 
 
 def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
-    """Return the name of the attention to build a model with: `MASKLESS` where no mask is needed, else `sdpa`.
+    """Return the name of the attention to build a model with: `MASKLESS` where it needs no mask, else `sdpa`.
 
-    With `masked`, a mask is needed. It is `eager`, which is slower, for models that transformers has no fused
-    attention for.
+    It may need none where each token looks at all to its left, as far as the configuration says, and transformers lets
+    others compute it; `settle_attention` tries it. With `masked`, a mask is needed. It is `eager`, which is slower, for
+    models that transformers has no fused attention for.
     """
     text = config.get_text_config()
-    # A layer with a sliding window does not look at everything to its left, so its mask is needed.
-    local = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
-    if config.model_type in MODEL_TYPES and not local and not masked:
-        return MASKLESS
+    elsewhere = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
+    elsewhere = elsewhere or any(getattr(text, name, None) for name in LOOKS_ELSEWHERE)
     built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "eager" if built is not None and not built._supports_sdpa else "sdpa"
+    built = built[0] if isinstance(built, tuple) else built
+    if built is None or not built._supports_sdpa:
+        return "sdpa" if built is None else "eager"
+    return MASKLESS if built._supports_attention_backend and not elsewhere and not masked else "sdpa"
+
+
+@torch.inference_mode()
+def settle_attention(model: PreTrainedModel) -> None:
+    """Give a loaded model transformers' own attention where without a mask it would give other logits."""
+    if model.config._attn_implementation != MASKLESS:
+        return
+    tokens_1T = torch.arange(TRIED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        ours = call_model(model, tokens_1T, None).logits.double()
+        with with_masks(model):
+            theirs = model(input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), use_cache=False).logits
+        noise = NOISE.get(theirs.dtype, COARSE_NOISE)
+        alike = bool((ours - theirs.double()).abs().mean() <= noise * theirs.double().std())
+    # Whatever its own code makes of a call that it does not know: it gets the one that it knows.
+    except Exception:
+        alike = False
+    if not alike:
+        model.set_attn_implementation("sdpa")
 
 
 def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
