@@ -137,6 +137,16 @@ def test_a_model_that_is_another_one_without_masks_gets_them_back(monkeypatch: p
         assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_model_that_counts_positions_from_its_padding_gets_its_masks(padding: int) -> None:
+    names = {"is_decoder": True, "pad_token_id": padding, "bos_token_id": 2, "eos_token_id": 3}
+    config = transformers.AutoConfig.for_model("roberta", **TINY | names)
+    assert choose_attention(config) == MASKLESS
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=MASKLESS).eval()
+    settle_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_windows_and_unknown_models_keep_their_masks() -> None:
     sliding = transformers.Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1)
     assert choose_attention(sliding) == "sdpa"

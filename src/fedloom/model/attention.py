@@ -62,7 +62,11 @@ def settle_attention(model: PreTrainedModel) -> None:
     """Give a loaded model transformers' own attention where without a mask it would give other logits."""
     if model.config._attn_implementation != MASKLESS or model.device.type == "meta":
         return
-    tokens_1T = torch.arange(TRIED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    # Not from token 0 on: where that is padding, a model that counts its positions from there would seem to count as
+    # all others do.
+    tokens_1T = (
+        7 * torch.arange(TRIED_TOKENS, device=model.device)[None] + 3
+    ) % model.config.get_text_config().vocab_size
     try:
         ours = call_model(model, tokens_1T, None).logits.double()
         with with_masks(model):
