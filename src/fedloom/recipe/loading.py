@@ -222,7 +222,8 @@ def explain_key(first: ErrorDetails, key: str, where: str, known: list[str], sho
         return RecipeError(f"unknown key `{key}`", where=where, mend=nearest(key.rpartition(".")[2], known))
     if first["type"] == "missing":
         return RecipeError(f"`{key}` is missing", where=where, mend="it has no default: set it")
-    message = first["msg"].removeprefix("Value error, ")
+    # TOML has lists, and no tuples.
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     return RecipeError(f"{key and f'`{key}`: '}{message[0].lower()}{message[1:]}{shown}", where=where)
 
 
