@@ -66,7 +66,7 @@ def test_every_file_that_ships_is_read(name: str) -> None:
             "average: choice and exact are counted each in another way: leave it out",
         ),
         (TASK + 'words = ["x"]', 'kind "choice" does not use words'),
-        ("task = [3]", "task 1: input should be a valid dictionary"),
+        ("task = [3]", "task 1: input should be a table"),
         ("[[task]", "not valid TOML"),
         (
             '[[task]]\nname="r"\nsource="x"\nkind="regex"\nprompt="{q}"\npattern="("',
