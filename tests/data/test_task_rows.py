@@ -73,6 +73,35 @@ def test_rows_that_are_no_questions_are_counted(write_jsonl: Write) -> None:
         load(Path("none.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "keys", "reason"),
+    [
+        (["x", "y"], ["x", "y"], {}, "with several answers, of which a choice has one"),
+        (["x", "x", "y"], "x", {}, "with its answer twice among the choices"),
+        (["x", "x", "y"], 1, {"answer_as": "index"}, "with its answer twice among the choices"),
+        (["x", "x"], "x", {"letters": True, "prompt": "{q}{lettered}"}, "with its answer twice among the choices"),
+        (
+            [str(n) for n in range(27)],
+            "3",
+            {"letters": True, "prompt": "{q}{lettered}"},
+            "with more choices than letters",
+        ),
+    ],
+)
+def test_a_choice_that_could_be_right_and_count_as_wrong_is_no_question(
+    choices: list[str], answer: Any, keys: Any, reason: str, write_jsonl: Write
+) -> None:
+    fair = {"q": "sky", "c": ["x", "y", "y"], "a": 0 if keys.get("answer_as") else "x"}
+    found = load(write_jsonl([{"q": "sky", "c": choices, "a": answer}, fair]), **keys)
+    assert (len(found.questions), found.skipped) == (1, {reason: 1})
+
+
+def test_letters_tell_choices_of_the_same_text_apart(write_jsonl: Write) -> None:
+    keys = {"letters": True, "prompt": "{q}{lettered}", "answer_as": "letter"}
+    (question,) = load(write_jsonl([{"q": "sky", "c": ["x", "x"], "a": "B"}]), **keys).questions
+    assert question.right == 1
+
+
 def test_a_limit_draws_the_same_questions_each_time(write_jsonl: Write) -> None:
     path = write_jsonl([{"q": f"{number}", "c": ["x", "y"], "a": "x"} for number in range(50)])
     first, again = (load(path, limit=10).questions for _ in range(2))

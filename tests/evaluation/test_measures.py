@@ -42,6 +42,18 @@ def test_each_group_counts_alike_in_a_mean_of_means() -> None:
     assert mean([1.0] * 90, [0.0] * 10).value == 0.5
 
 
+def test_values_that_are_all_the_same_have_the_interval_of_a_share() -> None:
+    """Resamples of them are all the same too: one question would have been as good as a thousand."""
+    of_share, of_mean = share([0.0] * 10), mean([0.0] * 10)
+    assert (of_mean.low, of_mean.high, of_mean.interval) == (of_share.low, of_share.high, of_share.interval)
+    one = mean([0.4])
+    assert one.low < 0.1
+    assert one.high > 0.8
+    both, more = mean([0.5] * 10, [0.5] * 10), mean([0.5] * 20)
+    assert (both.low, both.high) == pytest.approx((more.low, more.high))
+    assert mean([0.4, 0.5]).interval.startswith("bootstrap")
+
+
 def test_the_same_but_for_white_space() -> None:
     assert is_same(" yes\n", ["no", "yes"]) == 1
     assert is_same("Yes", ["yes"]) == 0

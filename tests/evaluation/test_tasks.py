@@ -17,7 +17,7 @@ from fedloom.adapters.peft_config import build_config
 from fedloom.data.asking import AskedTask, Asking
 from fedloom.errors import ModelError
 from fedloom.evaluation.choices import log_likelihoods
-from fedloom.evaluation.generation import Prompt, complete_all
+from fedloom.evaluation.generation import Prompt, Writing, complete_all
 from fedloom.evaluation.tasks import Answerer, TaskResult, check_applied, is_idle
 from fedloom.model.devices import open_device
 from fedloom.model.loading import load_model
@@ -101,6 +101,20 @@ def test_likelihoods_are_those_of_the_logits_whatever_the_batch(how: Asking, sha
                 log_p = adapted.model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
             by_hand = sum(float(log_p[at - 1, tokens[at]]) for at in range(len(prompt), len(tokens)))
             assert float(found[4 * number + place]) == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_an_answer_in_words_ends_where_a_word_is(how: Asking, tmp_path: Path) -> None:
+    """A model of plain text goes on to the last token that it may write, and would be right in nothing."""
+    adapted = make_adapted(device="cpu")
+    adapted.load(perturbed(adapted))
+    told = {"kind": "exact", "prompt": "{q}", "answer": "{a}", "max_new_tokens": 12}
+    asked = ask_rows(tmp_path, [{"q": "sky", "a": "-"}], how, **told)
+    (said,) = complete_all(adapted, how.tokenizer)([Prompt(asked.prompts[0], 12)], Writing())
+    word = next(letter for letter in said[1:] if said.index(letter) > 0 and said.partition(letter)[0].strip())
+    rows = [{"q": "sky", "a": said.partition(word)[0]}]
+    for words, right in (({}, 0), ({"words": [word]}, 1)):
+        found = answer(adapted, how, ask_rows(tmp_path, rows, how, **told, **words))
+        assert found.measures["exact_match"].right == right
 
 
 def test_letters_behind_a_question_are_computed_once_and_are_those_of_each(how: Asking, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fedloom import run
 from fedloom.errors import RunError
 from fedloom.handover.export import export
 from fedloom.handover.generate import generate
+from fedloom.handover.proof import open_subject
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
@@ -50,6 +51,34 @@ def test_what_is_not_the_same_is_not_written(finished: Run, tmp_path: Path, monk
     with pytest.raises(RunError, match="does not match the run's adapter"):
         export(finished.folder, tmp_path / "merged", merged=True)
     assert list(tmp_path.iterdir()) == []
+
+
+class WrongAt(torch.nn.Module):
+    """A model whose logits are others at the positions that are true."""
+
+    def __init__(self, model: torch.nn.Module, wrong_BT: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.wrong_BT = model, wrong_BT
+
+    def forward(self, **told: Any) -> Any:
+        said = self.model(**told)
+        said.logits = said.logits + self.wrong_BT[..., None]
+        return said
+
+
+def test_a_proof_looks_at_tokens_and_not_at_padding(tmp_path: Path) -> None:
+    """Rounding can carry the logits of padding far away: those of quickstart-chat, so that it could not be merged."""
+    lines = [json.dumps({"text": f"{number * 7919} " * (1 + number % 3)}) for number in range(40)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    recipe = make_recipe(data={"source": str(tmp_path / "short.jsonl"), "max_length": 48}, federation={"rounds": 1})
+    subject = open_subject(run(recipe, tmp_path / "run", Observer()).folder, "best", Observer())
+    real_BT = torch.arange(subject.tokens_BT.shape[1]) < subject.real_BT.sum(1, keepdim=True)
+    assert torch.equal(subject.real_BT, real_BT)
+    assert not real_BT.all()
+    assert subject.prove(WrongAt(subject.adapted.model, ~real_BT), tmp_path, 0.0) == 0.0
+    last = real_BT & ~real_BT.roll(-1, 1)
+    with pytest.raises(RunError, match="does not match the run's adapter"):
+        subject.prove(WrongAt(subject.adapted.model, last), tmp_path, 1e-3)
 
 
 def test_a_merged_model_that_can_not_be_saved_is_one_error(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_a_bad_value_names_its_key_and_its_line(write: Write, text: str, words: 
         ("adapter.alpha", "0", ("greater than 0",)),
         ("adapter.alpha", "inf", ("finite",)),
         ("adapter.rslora", "1", ("valid boolean", "not 1")),
+        ("personalise", "true", ("input should be a table, not True",)),
         ("adapter.dropout", "1.0", ("less than 1",)),
         ("adapter.dropout", "-0.1", ("greater than or equal to 0",)),
         ("adapter.targets", "3", ("not 3",)),

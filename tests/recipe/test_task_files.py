@@ -59,8 +59,14 @@ def test_every_file_that_ships_is_read(name: str) -> None:
         (f'average = "one"\n{TASK}', '"one" is the name of two'),
         ("averages = 1\n" + TASK, "unknown key `averages`; did you mean `average`?"),
         ("", "`task` is missing"),
-        ("task = 3", "`task`: input should be a valid tuple"),
-        ("task = [3]", "task 1: input should be a valid dictionary"),
+        ("task = 3", "`task`: input should be a list"),
+        (TASK.replace("[[task]]", "[task]"), "`task`: each task begins with [[task]], in two brackets"),
+        (
+            f'average = "all"\n{TASK}[[task]]\nname="r"\nsource="x"\nkind="exact"\nprompt="{{q}}"\nanswer="{{a}}"',
+            "average: choice and exact are counted each in another way: leave it out",
+        ),
+        (TASK + 'words = ["x"]', 'kind "choice" does not use words'),
+        ("task = [3]", "task 1: input should be a table"),
         ("[[task]", "not valid TOML"),
         (
             '[[task]]\nname="r"\nsource="x"\nkind="regex"\nprompt="{q}"\npattern="("',

@@ -40,8 +40,8 @@ def test_models_stand_beside_each_other_with_their_intervals(tmp_path: Path) -> 
     assert "Round 2 is the best by its loss." in text
     lines = describe_evaluations(run.evaluations)
     assert lines[0].split() == ["Task", "Measure", "base", "round", "2"]
-    assert "note      quiz: chance is 25.0 %; 3 rows skipped" in describe_evaluations(
-        [record("quiz", 1, skipped={"b": 3})]
+    assert "note      quiz: chance is 25.0 %; 3 rows skipped: 3 bad" in describe_evaluations(
+        [record("quiz", 1, skipped={"bad": 3})]
     )
     assert "Tasks" not in to_markdown(build_report(make_run(tmp_path / "none", [3.0, 2.0])))
 

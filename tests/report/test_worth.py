@@ -44,6 +44,7 @@ def test_a_row_has_what_is_on_record_of_its_client(tmp_path: Path) -> None:
     assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.6000 |" in text
     assert "| client 1 | 3.1000 | 1.3000 | 1.4000 |  | -0.1000 |" in text
     assert "Of 3 clients, 1 did better by taking part than alone." in text
+    assert "Alone, a client trained as long as it did in the federation. By itself afterwards, it trained" in text
     assert "own texts is 22.1 % more likely than with the one that it trained alone; when it has gone on by" in text
     assert "when it has gone on by itself, it is 49.2 % more likely than before." in text
     assert "own texts is 9.5 % less likely than with the one that it trained alone." in text
@@ -56,6 +57,8 @@ def test_without_baselines_there_is_no_verdict(tmp_path: Path) -> None:
     text = (run.folder / "report.md").read_text()
     assert "| client 0 | 3.0000 | 1.6000 | 1.2000 |" in text
     assert "did better" not in text
+    assert "By itself afterwards, it trained" in text
+    assert "Alone, a client" not in text, "explained, and not in the table"
     assert "Client 0: when it has gone on by itself, the right next word of its own texts is 49.2 % more likely" in text
 
 

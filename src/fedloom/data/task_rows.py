@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,8 @@ def _question(task: Task, row: Row) -> Question:
         UnreadableError: it lacks a column, or its answer is none of the choices.
     """
     choices = tuple(_choices(task, row))
+    if task.letters and len(choices) > len(ascii_uppercase):
+        raise UnreadableError("with more choices than letters")
     letters = tuple(chr(ord("A") + number) for number in range(len(choices)))
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
     prompt = parse_template(task.prompt).fill(partial(value_in, {**row, LETTERED: listed}))
@@ -160,9 +163,13 @@ def _question(task: Task, row: Row) -> Question:
     if not choices:
         return Question(prompt, answers)
     names = {"text": choices, "letter": letters, "index": tuple(map(str, range(len(choices))))}[task.answer_as]
+    if len(answers) > 1:
+        raise UnreadableError("with several answers, of which a choice has one")
     if answers[0] not in names:
         raise UnreadableError("without an answer among the choices")
     right, said = names.index(answers[0]), letters if task.letters else choices
+    if names.count(answers[0]) > 1 or said.count(said[right]) > 1:
+        raise UnreadableError("with its answer twice among the choices")
     return Question(prompt, (said[right],), said, right)
 
 

@@ -46,13 +46,21 @@ def share(values: Sequence[float]) -> Measure:
 
 
 def mean(*groups: Sequence[float]) -> Measure:
-    """Return the mean of the groups' means, with a bootstrap within each (Efron 1979): percentiles of resamples."""
-    low, high = bootstrap(*groups)
+    """Return the mean of the groups' means, with a bootstrap within each (Efron 1979): percentiles of resamples.
+
+    Resamples of values that are all the same tell nothing of others; there, the interval is Wilson's. No mean of values
+    from 0 to 1 varies more than a share does, so it is rather too wide.
+    """
     value = sum(sum(values) / len(values) for values in groups) / len(groups)
-    return Measure(value, low, high, BOOTSTRAP, sum(map(len, groups)))
+    if all(min(values) == max(values) for values in groups):
+        weight = len(groups) ** 2 / sum(1 / len(values) for values in groups)
+        (low, high), interval = wilson(value * weight, weight), WILSON
+    else:
+        (low, high), interval = bootstrap(*groups), BOOTSTRAP
+    return Measure(value, low, high, interval, sum(map(len, groups)))
 
 
-def wilson(right: int, of: int) -> tuple[float, float]:
+def wilson(right: float, of: float) -> tuple[float, float]:
     """Return the 95 % interval of a share: (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
     p, square = right / of, Z_95**2 / of
     middle, reach = p + square / 2, Z_95 * math.sqrt(p * (1 - p) / of + square / (4 * of))

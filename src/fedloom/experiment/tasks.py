@@ -24,7 +24,7 @@ from fedloom.recipe.task_files import load_tasks
 from fedloom.records.evaluations import add_evaluations, find_evaluation
 from fedloom.records.run import Record
 from fedloom.records.writer import now
-from fedloom.text import count
+from fedloom.text import count, list_reasons
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ def describe_tasks(loaded: LoadedTasks, recipe: Recipe) -> tuple[str, ...]:
     lines = []
     for rows in loaded.tasks:
         skipped = sum(rows.skipped.values())
+        reasons = list_reasons(rows.skipped)
         warning = warn_of_template(rows.task, recipe.data)
         lines.append(
             f"{rows.task.name}, {rows.task.kind}: {count(len(rows.questions), 'question')}"
-            + (f", {count(skipped, 'row')} skipped" if skipped else "")
+            + (f", {count(skipped, 'row')} skipped: {reasons}" if skipped else "")
             + (f"; {warning}" if warning else "")
         )
     return tuple(lines)

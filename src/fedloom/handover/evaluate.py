@@ -39,7 +39,9 @@ def evaluate(
         RecipeError, DataError, ModelError: a task or the model can't be had, or an adapter is not applied.
     """
     run, recipe = read_run(folder), recipe_of(Path(folder))
-    adapters = [(find_round(run, one), one) for one in which]
+    rounds = [find_round(run, one) for one in which]
+    # Before a model is asked for an hour: an adapter may not be there.
+    adapters = [(round, folder_of(run, round, one)) for round, one in zip(rounds, which, strict=True)]
     sources = tasks or recipe.evaluation.tasks
     if not sources:
         known = ", ".join(shipped_tasks())
@@ -52,8 +54,8 @@ def evaluate(
         adapted = load_adapted_model(recipe, source)
         examiner = Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch)
         records = examiner.examine_base() if base else []
-        for round, name in adapters:
-            records += examiner.examine(adapted.open(folder_of(run, round, name)), round)
+        for round, place in adapters:
+            records += examiner.examine(adapted.open(place), round)
         write_report(run.folder)
     return records
 

@@ -67,7 +67,7 @@ def open_merged(place: Path, subject: Subject) -> torch.nn.Module:
     # Transformers does not read from a GGUF file how Llama 3 lengthens its positions.
     if place.is_file() and subject.source.config.rope_parameters["rope_type"] != "default":
         location["config"] = copy.deepcopy(subject.source.config)
-    dtype, device = subject.logits_BTV.dtype, subject.adapted.device
+    dtype, device = subject.logits_MV.dtype, subject.adapted.device
     try:
         # Transformers shows a progress bar for a GGUF file that no setting turns off.
         with contextlib.redirect_stderr(io.StringIO()):

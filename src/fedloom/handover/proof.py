@@ -1,6 +1,6 @@
 """Proof of an export: the logits of the run's own model on a few held-out blocks, which the export has to give.
 
-Letters: B sequences, T tokens, V vocabulary.
+Letters: B sequences, T tokens, V vocabulary; M tokens of all sequences that are no padding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Subject:
     adapted: AdaptedModel
     adapter: Adapter
     tokens_BT: Tensor
-    logits_BTV: Tensor
+    real_BT: Tensor
+    """False at padding, whose logits mean nothing, and are far apart where weights are rounded otherwise."""
+    logits_MV: Tensor
 
     @property
     def chat_template(self) -> str | None:
@@ -58,8 +60,8 @@ class Subject:
         Raises:
             RunError: they are further away than the tolerance.
         """
-        found_BTV = logits_of(opened, self.tokens_BT)
-        distance = float((found_BTV - self.logits_BTV).norm() / self.logits_BTV.norm())
+        found_MV = logits_of(opened, self.tokens_BT, self.real_BT)
+        distance = float((found_MV - self.logits_MV).norm() / self.logits_MV.norm())
         # Not `distance >`: a distance that is no number must fail too.
         if not distance <= tolerance:
             raise RunError(
@@ -87,13 +89,16 @@ def open_subject(folder: Path, which: str, display: Observer) -> Subject:
     held_out = (prepared.central, *(client.holdout for client in prepared.clients))
     blocks = next(blocks for blocks in held_out if len(blocks))
     tokens_BT = blocks.tokens_NT[:PROOF_BLOCKS].to(adapted.device)
-    logits_BTV = logits_of(adapted.model, tokens_BT)
+    real_BT = blocks.is_real[:PROOF_BLOCKS].to(adapted.device)
+    logits_MV = logits_of(adapted.model, tokens_BT, real_BT)
     dtype = prepared.plan.dtype
-    return Subject(recipe, prepared.source, dtype, source, adapted, adapter, tokens_BT, logits_BTV)
+    return Subject(recipe, prepared.source, dtype, source, adapted, adapter, tokens_BT, real_BT, logits_MV)
 
 
 @torch.inference_mode()
-def logits_of(model: torch.nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Return the logits of tokens, [B, T, V]."""
-    logits: Tensor = model.eval()(input_ids=tokens_BT, use_cache=False).logits
-    return logits
+def logits_of(model: torch.nn.Module, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
+    """Return the logits of the tokens that are real, [M, V]."""
+    logits_BTV = model.eval()(input_ids=tokens_BT, use_cache=False).logits
+    # A soft prompt has logits of its own before those of the tokens.
+    found: Tensor = logits_BTV[:, -tokens_BT.shape[1] :][real_BT]
+    return found

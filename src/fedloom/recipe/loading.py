@@ -222,7 +222,9 @@ def explain_key(first: ErrorDetails, key: str, where: str, known: list[str], sho
         return RecipeError(f"unknown key `{key}`", where=where, mend=nearest(key.rpartition(".")[2], known))
     if first["type"] == "missing":
         return RecipeError(f"`{key}` is missing", where=where, mend="it has no default: set it")
-    message = first["msg"].removeprefix("Value error, ")
+    # TOML has lists and tables, and no tuples, dictionaries or classes.
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    message = re.sub(r"valid dictionary( or instance of \w+)?", "table", message)
     return RecipeError(f"{key and f'`{key}`: '}{message[0].lower()}{message[1:]}{shown}", where=where)
 
 

@@ -19,18 +19,26 @@ RowsOf = Literal["mmlu", "pubmedqa", "medqa", "medmcqa", "careqa", "fpb", "fiqa"
 Rule = Literal["flowertune-letter", "flowertune-boolean", "flowertune-sentiment"]
 KIND_KEYS: dict[str, tuple[str, ...]] = {
     "choice": ("choices", "letters", "answer_as", "rule"),
-    "exact": ("max_new_tokens",),
-    "regex": ("max_new_tokens", "pattern"),
-    "f1": ("max_new_tokens",),
-    "rouge": ("max_new_tokens",),
+    "exact": ("max_new_tokens", "words"),
+    "regex": ("max_new_tokens", "words", "pattern"),
+    "f1": ("max_new_tokens", "words"),
+    "rouge": ("max_new_tokens", "words"),
     "code": ("max_new_tokens", "program", "words", "tries", "temperature", "seconds"),
 }
 """Keys that each kind of task has beside those of all."""
+ALIKE = {"choice", "regex"}
+"""Kinds whose measures have a mean: both have an accuracy. Any other kind has measures of its own alone."""
 
 
 def _to_tuple(value: object) -> object:
     # TOML has lists only, and a strict frozen section wants tuples.
     return tuple(value) if isinstance(value, list) else value
+
+
+def _to_tables(value: object) -> object:
+    if isinstance(value, dict):
+        raise ValueError("each task begins with [[task]], in two brackets")
+    return _to_tuple(value)
 
 
 def _check_piece(text: str) -> str:
@@ -118,7 +126,7 @@ class Task(Section):
         description="Python program that comes to its end where the answer is right, with columns, and `{completion}`"
         " where what was written stands (`code`)",
     )
-    words: Texts | None = Field(None, description="words at which what was written is cut off (`code`)")
+    words: Texts | None = Field(None, description="words at which what was written is cut off, a line's end say")
     tries: int = Field(1, ge=1, le=1000, description="answers to each question, for pass@k (`code`)")
     temperature: float = Field(0.0, ge=0, le=10, description="temperature at which tries are drawn; 0 is the likeliest")
     seconds: float = Field(3.0, gt=0, le=3600, description="time that a program has (`code`)")
@@ -161,11 +169,14 @@ class TaskFile(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="name under which the mean over the file's tasks is shown, each with the same weight",
     )
-    task: Annotated[tuple[Task, ...], BeforeValidator(_to_tuple)] = Field(min_length=1, description="the tasks")
+    task: Annotated[tuple[Task, ...], BeforeValidator(_to_tables)] = Field(min_length=1, description="the tasks")
 
     @model_validator(mode="after")
     def _has_each_name_once(self) -> TaskFile:
         names = [task.name for task in self.task] + ([self.average] if self.average else [])
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f'"{twice[0]}" is the name of two')
+        kinds = {task.kind for task in self.task}
+        if self.average and len({*kinds} - ALIKE) + bool(kinds & ALIKE) > 1:
+            raise ValueError(f"average: {' and '.join(sorted(kinds))} are counted each in another way: leave it out")
         return self

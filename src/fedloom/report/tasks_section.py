@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedloom.records.run import Record, Run
 from fedloom.report.document import Block, Bullets, Table, Text
+from fedloom.text import count, list_reasons
 
 BASE = "base"
 MEASURES = {
@@ -153,11 +154,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
     """Return what else is to be known of tasks: chance, rows that were skipped, another template than in training."""
     notes = []
     for record in {record["task"]: record for record in records}.values():
-        skipped = sum(record.get("skipped", {}).values())
+        skipped = record.get("skipped", {})
         said = [
             *([f"chance is {100 * record['chance']:.1f} %"] if "chance" in record else []),
             *([f"the mean of {', '.join(record['of_tasks'])}"] if "of_tasks" in record else []),
-            *([f"{skipped:,} rows skipped"] if skipped else []),
+            *([f"{count(sum(skipped.values()), 'row')} skipped: {list_reasons(skipped)}"] if skipped else []),
             *([record["warning"]] if "warning" in record else []),
         ]
         notes += [f"{record['task']}: {'; '.join(said)}"] if said else []

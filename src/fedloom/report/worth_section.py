@@ -98,7 +98,7 @@ def show_worth(run: Run) -> list[Block]:
     sentences = [*_failures(run)]
     sentences += [sentence for client, worth in found.items() if (sentence := _say(client, worth, central=central))]
     return [
-        *([Text(_OWN)] if {"alone", "together", "personalised"} & {*known} else []),
+        *([Text(" ".join(said for key, said in _OWN.items() if key in known))] if {*_OWN} & {*known} else []),
         *([Text(_OWN_PART)] if run.recipe["federation"].get("lora_rule") == "fedsa" and "together" in known else []),
         *([Text(_BROUGHT[central])] if "brings" in known else []),
         *([Text(_explain_shapley(run.contributions))] if "shapley" in known else []),
@@ -108,12 +108,14 @@ def show_worth(run: Run) -> list[Block]:
     ]
 
 
-_OWN = (
-    "What a client has of taking part is measured on its own documents, on those that it held out and that nobody"
-    " trained on. A loss says how much the next piece of a text surprises the model: lower is better. Alone, a client"
-    " trained as long as it did in the federation; by itself afterwards, it trained on top of that. A client may use"
-    " whichever is better for it, and its gain is that one's."
-)
+_OWN = {
+    "together": "What a client has of taking part is measured on its own documents, on those that it held out and that"
+    " nobody trained on. A loss says how much the next piece of a text surprises the model: lower is better.",
+    "alone": "Alone, a client trained as long as it did in the federation.",
+    "personalised": "By itself afterwards, it trained on top of the federation's rounds.",
+    "gain": "Its gain is by how much the better of what it has together beats the adapter that it trained alone.",
+}
+"""Explanation of a client's own losses, by the column that it explains."""
 _OWN_PART = (
     'Together, each client has a part of the adapter of its own (lora_rule = "fedsa"), and is measured with that beside'
     " the shared part."
