@@ -40,7 +40,7 @@ def test_a_plan_says_what_is_promised(tmp_path: Path) -> None:
     for client in told["clients"].values():
         spent = epsilon(client["rate"], client["noise_multiplier"], 3 * client["steps"], 1e-3)
         assert client["epsilon"] == spent <= 8
-        assert client["rate"] == min(1, recipe.training.batch_size / client["documents"])
+        assert client["rate"] == min(1, recipe.training.batch_size / client["units"])
     given = plan(private(tmp_path, privacy={"noise_multiplier": 5.0, "delta": 1e-3})).privacy
     assert all(client["noise_multiplier"] == 5.0 for client in given["clients"].values())
     assert given["noise_over_signal"] > told["noise_over_signal"]
@@ -155,7 +155,6 @@ def test_a_damaged_secret_is_refused(tmp_path: Path) -> None:
     [
         ({"training": {"max_gradient_norm": 1.0}}, "training.max_gradient_norm"),
         ({"data": {"window": "pack"}}, "data.window"),
-        ({"data": {"window": "blocks"}}, "data.window"),
         ({"data": {"pad_in_loss": True}}, "data.pad_in_loss"),
         ({"data": {"central_holdout": 0}}, "data.central_holdout"),
         ({"baselines": ["local"]}, "baselines"),

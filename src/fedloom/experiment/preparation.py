@@ -169,10 +169,10 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
 
     observer.show_step("documents", recipe.data.source)
     found = load_documents(
-        recipe.data, recipe.seed, documents_needed(recipe.data), open_tokenizer=lambda: open_once().tokenizer
+        recipe.documents, recipe.seed, documents_needed(recipe.data), open_tokenizer=lambda: open_once().tokenizer
     )
     observer.show_step("splits", count(len(found.documents), "document"))
-    splits = split_documents(found, recipe.data, recipe.seed)
+    splits = split_documents(found, recipe.data, recipe.seed, private=recipe.privacy is not None)
     source = open_once()
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     if not len(central) and not any(len(client.holdout) for client in clients):
@@ -290,7 +290,7 @@ def make_plan(
                 recipe.training,
                 train_documents=len(documents.train),
                 holdout_documents=len(documents.holdout),
-                blocks=len(blocks.train),
+                blocks=blocks.train.num_units,
                 tokens=blocks.train.num_tokens,
                 holdout_tokens=blocks.holdout.num_tokens,
             )

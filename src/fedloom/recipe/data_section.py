@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from fedloom.recipe.section import Section
 from fedloom.recipe.templates import parse_template
@@ -130,6 +130,20 @@ class Data(Section):
     near_duplicate: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity from which two documents count as copies"
     )
+
+    # No key of its own: the section `privacy` names it, and what reads documents is told of this section alone.
+    _unit: str | None = PrivateAttr(None)
+
+    def with_unit(self, column: str | None) -> Data:
+        """Return the section with a column whose values are protected whole."""
+        told = self.model_copy()
+        told._unit = column
+        return told
+
+    @property
+    def unit(self) -> str | None:
+        """Return the column whose values are protected whole; None where there is none."""
+        return self._unit
 
     @property
     def is_plain(self) -> bool:

@@ -29,6 +29,7 @@ class ClientPlan:
     train_documents: int
     holdout_documents: int
     blocks: int
+    """Blocks to train on; in a private run, units."""
     tokens: int
     holdout_tokens: int
     steps: int
