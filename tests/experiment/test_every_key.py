@@ -295,6 +295,8 @@ CASES = [
     Case("evaluation.clients", (LEFT_OUT, 3), NOTE),
     Case("evaluation.clients", (LEFT_OUT, 1), NOTE, PRIVATE),
     Case("privacy", (LEFT_OUT, PRIVATE["privacy"]), RESULT),
+    Case("privacy.unit", ("document", "owner"), RESULT, PRIVATE),
+    Case("privacy.unit", ("document", "nobody"), REFUSAL, PRIVATE),
     Case("privacy.epsilon", (8.0, 4.0), PLAN, PRIVATE),
     Case("privacy.noise_multiplier", (1.0, 2.0), RESULT, {"privacy": {"delta": 1e-3, "noise": "seed"}}),
     Case("privacy.delta", (1e-3, 1e-4), PLAN, PRIVATE),
