@@ -249,7 +249,8 @@ CASES = [
          {"federation.rounds": 2, **SEVEN}),
     Case("federation.strategy.kind", ("fedavg", "bulyan"), NOTE),
     Case("federation.strategy.options", (LEFT_OUT, {"a": 1}), REFUSAL),
-    Case("federation.strategy.weight_by", (LEFT_OUT, "equal"), NOTE, {"data.source": "alike.jsonl"}),
+    Case("federation.strategy.weight_by", (LEFT_OUT, "equal"), NOTE,
+         {"data.source": "alike.jsonl", "data.client_holdout": 0.0}),
     *(Case("federation.strategy.weight_by", ("examples", "tokens", "equal"), RESULT,
            {"federation.strategy": {**strategy(kind), "weight_by": LEFT_OUT}, **SEVEN})
       for kind in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "multi_krum", "norm_clipped")),
