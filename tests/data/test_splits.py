@@ -207,9 +207,9 @@ def moved(sides: Sides, documents: Sequence[Document], share: float = 0.2) -> in
 def test_a_document_that_is_taken_away_moves_itself_alone(number: int, share: float) -> None:
     documents = make_documents(number)
     assert moved(strictly, documents, share) == 0
-    # A small client is spared a hold-out of none or of all, and then one more may move.
-    assert moved(hold_out, documents, share) <= (2 if number < 5 or share == 0.99 else 1)
-    if number >= 30 and 0.2 <= share < 0.99:
+    # Where chance meets its bounds at a client of few documents, one or two more may move.
+    assert moved(hold_out, documents, share) <= 2
+    if number == 100 and 0.2 <= share < 0.99:
         assert moved(hold_out, documents, share) == 0
 
 
@@ -230,10 +230,10 @@ def test_how_many_are_held_out_is_a_matter_of_chance_around_the_share(share: flo
 
 @pytest.mark.parametrize(
     ("share", "number", "least", "most"),
-    [(0.2, 0, 0, 0), (0.2, 1, 0, 0), (0.2, 2, 1, 1), (0.2, 3, 1, 2), (0.2, 4, 1, 3), (0.2, 8, 2, 7), (0.01, 20, 1, 19),
-     (0.99, 20, 2, 19), (0.0, 20, 0, 0)],
+    [(0.2, 0, 0, 0), (0.2, 1, 0, 0), (0.2, 2, 1, 1), (0.2, 4, 1, 1), (0.5, 2, 1, 1), (0.2, 8, 2, 3), (0.2, 15, 2, 4),
+     (0.2, 50, 5, 15), (0.01, 20, 1, 1), (0.99, 20, 10, 19), (0.0, 20, 0, 0)],
 )  # fmt: skip
-def test_a_small_client_has_something_on_either_side(share: float, number: int, least: int, most: int) -> None:
+def test_chance_has_bounds_at_a_client_of_few_documents(share: float, number: int, least: int, most: int) -> None:
     found = {len(hold_out(make_documents(number), share, holdout_key(seed)).holdout) for seed in range(300)}
     assert least <= min(found) <= max(found) <= most
 

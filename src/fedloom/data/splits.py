@@ -220,15 +220,17 @@ def hold_out(documents: Sequence[Document], share: float, key: bytes, *, strictl
     """Set a share of a client's documents aside, each by a keyed hash of its own text, or of its unit's name.
 
     So one document more or less moves itself alone, copies of a text are on one side as a unit is, and how many are
-    held out is a matter of chance (binomial), `strictly` even none or all. Otherwise a small client is spared that: of
-    two texts or more at least one is on each side, and two are held out where the share makes as many. Those nearest
-    to the limit change sides then.
+    held out is a matter of chance (binomial), `strictly` even none or all. Otherwise chance has bounds, which only
+    clients of few documents meet: half the number that the share makes and half as many again, two at least where it
+    makes as many, and one on each side. Those nearest to the limit change sides then.
     """
     places = [_place(document, key) for document in documents]
     limit, order = share, sorted(set(places))
-    if not strictly and share:
-        least = min(FEW_HELD_OUT, max(1, round(share * len(order))), len(order) - 1)
-        limit = min(max(share, order[least]), order[-1]) if least > 0 else 0.0
+    if order and share and not strictly:
+        wanted = max(1, round(share * len(order)))
+        most = min(wanted + wanted // 2, len(order) - 1)
+        least = min(max(wanted - wanted // 2, min(wanted, FEW_HELD_OUT)), most)
+        limit = min(max(share, order[least]), order[most])
     train, holdout = (
         tuple(document for document, place in zip(documents, places, strict=True) if (place < limit) == held)
         for held in (False, True)
