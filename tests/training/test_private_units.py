@@ -75,6 +75,7 @@ def test_a_round_is_autograds_unit_by_unit(shape: str) -> None:
     adapted = make_adapted(shape, "float64")
     switch_off_dropout(adapted)
     (job, *_) = make_jobs(noisy(adapted), optimizer="sgd", learning_rate=0.1)
+    assert any(len(rows) > 2 for rows in job.draw_batches()), "more than fit into a micro-batch"
     expected_P = by_hand(adapted, job, 0.1)
     for build in (BatchedEngine, ReferenceEngine):
         (update,) = train(build, adapted, [job])
@@ -99,7 +100,7 @@ def test_a_unit_is_drawn_as_one_and_gives_each_of_its_rows_as_often() -> None:
     ration = ration_of(blocks, batch=2, steps=steps)
     rows, together = Counter[int](), 0
     for step in range(steps):
-        drawn = ration.draw_rows(step, blocks.units_N).tolist()
+        drawn = ration.draw_rows(step, blocks.owners).tolist()
         units = [UNITS[row] for row in drawn]
         assert len(set(units)) == len(units), "no unit gives two rows"
         assert len(units) == len(ration.draw(step))
@@ -144,3 +145,14 @@ def test_all_rows_of_a_unit_move_a_step_by_no_more_than_one_norm() -> None:
     assert 0 < moved_by_one_unit(adapted, rows_as_units=False) <= 1
     # The twin that draws and bounds each row by itself.
     assert moved_by_one_unit(adapted, rows_as_units=True) > 1.5
+
+
+def test_units_of_which_nothing_is_left_are_drawn_and_bring_nothing() -> None:
+    blocks = blocks_of(UNITS)
+    ration = ration_of(blocks, batch=3)
+    more = replace(ration, terms=replace(ration.terms, units=12, batch=12))
+    assert sorted(UNITS[row] for row in more.draw_rows(0, blocks.owners)) == [0, 3, 7, 8, 9]
+    job = replace(make_job(blocks, noisy(make_adapted("tiny-llama", "float64")), optimizer="sgd"), ration=more)
+    for build in (BatchedEngine, ReferenceEngine):
+        (update,) = train(build, make_adapted("tiny-llama", "float64"), [job])
+        assert update.report.examples == 12

@@ -52,7 +52,7 @@ class TokenBlocks:
     """Number of the text that each position belongs to, from 1 in each block, and 0 at padding; None where every block
     is a text of its own."""
     units_N: Tensor | None = None
-    """Number of the unit that each block belongs to, rising; None where each block is one."""
+    """Number of the unit that each block belongs to; None where each block is one."""
     repeated: int = 0
     """Units that were left out because another one has the same blocks."""
 
@@ -71,9 +71,14 @@ class TokenBlocks:
         return (self.counted_NT & self.is_real).sum(1)
 
     @property
+    def owners(self) -> Tensor:
+        """Number of the unit that each block belongs to, [N], its own where each is one."""
+        return torch.arange(len(self)) if self.units_N is None else self.units_N
+
+    @property
     def num_units(self) -> int:
         """Return the number of units in the blocks."""
-        return len(self) if self.units_N is None else len(self.units_N.unique())
+        return len(self.owners.unique())
 
     @property
     def num_texts(self) -> int:
@@ -158,7 +163,7 @@ def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:
 
 def count_copies(blocks: TokenBlocks) -> int:
     """Return the most units that have one block in common: 1 where none has another's."""
-    found = set(zip(_unit_of_each(blocks), _real_tokens(blocks), strict=True))
+    found = set(zip(blocks.owners.tolist(), _real_tokens(blocks), strict=True))
     return max(Counter(tokens for _, tokens in found).values(), default=0)
 
 
@@ -167,7 +172,7 @@ def without_copies(blocks: TokenBlocks) -> TokenBlocks:
 
     Only whole units: of two that have a block in common, each would decide over what the other one is.
     """
-    owners, held = _unit_of_each(blocks), defaultdict[int, list[tuple[bytes, bytes]]](list)
+    owners, held = blocks.owners.tolist(), defaultdict[int, list[tuple[bytes, bytes]]](list)
     for unit, tokens, counted_T in zip(owners, _real_tokens(blocks), blocks.counted_NT, strict=True):
         held[unit].append((tokens, counted_T.numpy().tobytes()))
     first: dict[tuple[tuple[bytes, bytes], ...], int] = {}
@@ -276,11 +281,6 @@ def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> Tensor:
     while len(tokens := tokenize_all(text[:length], tokenizer)) < 2 * wanted and length < len(text):
         length *= 2
     return tokens
-
-
-def _unit_of_each(blocks: TokenBlocks) -> list[int]:
-    """Return the number of each block's unit: its own where each block is one."""
-    return list(range(len(blocks))) if blocks.units_N is None else blocks.units_N.tolist()
 
 
 def _real_tokens(blocks: TokenBlocks) -> Iterator[bytes]:

@@ -81,18 +81,16 @@ class Ration:
         """Return the units of a step (from 0): each by itself with the terms' probability; there may be none."""
         return draw_units(self.key, step, self.terms.rate, self.terms.units)
 
-    def draw_rows(self, step: int, units_N: Tensor | None) -> Tensor:
-        """Return the rows of a step: one of each drawn unit; `units_N` has each row's unit, None where it is its own.
+    def draw_rows(self, step: int, units_N: Tensor) -> Tensor:
+        """Return the rows of a step: one of each drawn unit; `units_N` has each row's unit.
 
-        Units are numbered as their numbers rise.
+        Of some of the terms' units nothing may be left to train on: they are drawn all the same, and bring no row.
         """
-        drawn = self.draw(step)
-        if units_N is None:
-            return drawn
         _, sizes_U = units_N.unique(return_counts=True)
         begins_U = sizes_U.cumsum(0) - sizes_U
         rows_N = units_N.argsort(stable=True)
-        return rows_N[(begins_U + draw_places(self.key, step, sizes_U))[drawn]]
+        drawn = self.draw(step)
+        return rows_N[(begins_U + draw_places(self.key, step, sizes_U))[drawn[drawn < len(sizes_U)]]]
 
     def noise(self, step: int, size: int) -> Tensor:
         """Return the noise of a step's sum of gradients, [P], in float64."""

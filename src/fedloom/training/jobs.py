@@ -72,7 +72,7 @@ class ClientJob(ClientTask):
         With a ration, each step draws each unit by itself, and some steps none.
         """
         if self.ration:
-            return [self.ration.draw_rows(step, self.blocks.units_N) for step in range(self.ration.terms.steps)]
+            return [self.ration.draw_rows(step, self.blocks.owners) for step in range(self.ration.terms.steps)]
         if self.training.max_steps:
             return self._walk(self.training.steps_of(len(self.blocks)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
@@ -202,7 +202,7 @@ class WorkLog:
         return ClientReport(
             round=job.round,
             client=job.client,
-            examples=job.blocks.num_units,
+            examples=job.ration.terms.units if job.ration else len(job.blocks),
             tokens=0 if job.ration else self._tokens,
             steps=steps,
             proximal_mu=self._mu,
