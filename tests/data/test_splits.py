@@ -283,6 +283,7 @@ def test_a_private_split_is_strict_and_takes_copies_out_of_hold_outs() -> None:
     )
     assert sum(plain.audit.dropped) > sum(private.audit.dropped) > 0, "of the central hold-out alone"
     assert sum(private.audit.given_up) > 0 == sum(plain.audit.given_up)
+    assert private.audit.to_json()["given_up"] == private.audit.given_up
     assert private.audit.leaks == plain.audit.leaks == 0
     for splits in (plain, private):
         held = {document.origin.removeprefix("near ") for part in splits.clients for document in part.holdout}

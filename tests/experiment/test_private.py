@@ -20,6 +20,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import epsilon
 from fedloom.privacy.noise import derive_key
 from fedloom.recipe.loading import recipe_to_toml
+from fedloom.records.plan import explain_audit
 from fedloom.records.privacy import NO_BOUND, NOT_PRIVATE, explain_privacy, list_promises
 from fedloom.records.run import read_run
 from fedloom.report.run_report import write_report
@@ -261,6 +262,15 @@ def test_all_of_an_author_are_one_unit_of_a_run(tmp_path: Path) -> None:
     assert "for all documents of one author together" in card
 
 
+def test_a_sweep_reads_the_documents_anew_for_another_unit(tmp_path: Path) -> None:
+    recipe = tmp_path / "private.toml"
+    recipe.write_text(recipe_to_toml(by_author(tmp_path, federation={"rounds": 1})))
+    sweep(str(recipe), ["privacy.unit=document,author"], tmp_path / "sweep", display=Observer())
+    told = [json.loads(path.read_text())["privacy"] for path in (tmp_path / "sweep").glob("*/plan.json")]
+    units = {one["unit"]: one["clients"]["0"]["units"] for one in told}
+    assert units["document"] > 2 * units["author"] > 0
+
+
 def test_engines_agree_on_a_run_by_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.experiment.private.derive_key", lambda secret, *facts: derive_key(secret, *facts[:2]))
     found = []
@@ -319,3 +329,15 @@ def test_copies_at_a_client_are_left_out_or_told(tmp_path: Path) -> None:
     assert "same text" not in explain_privacy(dropped)
     assert f"{dropped['repeated']} document" in explain_privacy(dropped)
     assert any(f"ε is {3 * told:.3g} and δ 1" in line for line in list_promises(kept, None))
+
+
+def test_a_plan_says_what_hold_outs_lost(tmp_path: Path) -> None:
+    recipe = private(tmp_path, data={"near_duplicate": 0.5, "client_holdout": 0.4})
+    path = Path(recipe.data.source)
+    rows = path.read_text().splitlines()
+    near = [json.dumps({"text": f"{json.loads(row)['text']} more"}) for row in rows]
+    path.write_text("\n".join([*rows, *near]) + "\n")
+    told, plain = plan(recipe), plan(recipe.model_copy(update={"privacy": None}))
+    assert f"{sum(told.audit.given_up)} taken out of hold-outs" in explain_audit(told)
+    assert sum(told.audit.given_up) > 0 == sum(plain.audit.given_up)
+    assert "hold-outs" not in explain_audit(plain)

@@ -46,7 +46,7 @@ def separate(
     Training loses what is held out. In a private run, training loses what is held out centrally alone, and of equal
     units all but one; the hold-outs lose what anybody trains on: one held-out document decides over nothing.
     """
-    private, drop = recipe.privacy is not None, recipe.data.duplicates == "drop"
+    private, drop = recipe.bounds_documents, recipe.data.duplicates == "drop"
     held_out = central.union(*([] if private else map(distinct_blocks, holdouts)))
     unseen = [without_blocks(train, held_out) for train in trains]
     shared = sum(map(len, trains)) - sum(map(len, unseen))

@@ -125,7 +125,9 @@ class Data(Section):
     )
     partition: Partition = Field(default_factory=Partition, description="the split of the documents over the clients")
     duplicates: Literal["drop", "report"] = Field(
-        "drop", description="treatment of a training document that is also held out: leave it out, or only count it"
+        "drop",
+        description="treatment of a training document that is also held out: leave it out, or only count it; with"
+        " `[privacy]` it is the client's hold-out that loses it, and of equal documents to train on all but one go",
     )
     near_duplicate: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity from which two documents count as copies"

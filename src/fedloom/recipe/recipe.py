@@ -334,6 +334,11 @@ class Recipe(Section):
     privacy: Privacy | None = Field(None, description="a bound on what leaves a client; without it there is none")
 
     @property
+    def bounds_documents(self) -> bool:
+        """Return whether each client bounds what its updates tell of a document."""
+        return self.privacy is not None
+
+    @property
     def documents(self) -> Data:
         """Return the section `data` as it is read: with the column whose values are protected whole, if one is."""
         return self.data.with_unit(self.privacy.unit_column) if self.privacy else self.data

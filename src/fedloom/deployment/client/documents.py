@@ -58,7 +58,7 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
     # A pickle is opened at its owner's word, and never at a server's.
     open_once = cache(partial(open_source, recipe, convert=False))
     documents = _split(recipe, path, policy, lambda: open_once().tokenizer)
-    private, drop = recipe.privacy is not None, recipe.data.duplicates == "drop"
+    private, drop = recipe.bounds_documents, recipe.data.duplicates == "drop"
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop, private=private)
     source = open_once()
     # The server's own look at it is no reason to believe it: each document becomes a block of that length.
@@ -89,7 +89,7 @@ def _split(recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[
         train, holdout = whole
         kept = load(holdout, policy) if holdout.stat().st_size else ()
         return ClientDocuments(load(train, policy), kept)
-    private = recipe.privacy is not None
+    private = recipe.bounds_documents
     if private and recipe.data.documents_per_client is not None:
         raise DataError(
             "of a number of documents, one that is taken away lets another one in",
