@@ -1,19 +1,25 @@
 """Hold-out first, then partitions; and the audit finds exactly the copies that were planted."""
 
 import json
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from support.tiny import make_recipe
 
 from fedloom.data.documents import Document, Documents, load_documents
+from fedloom.data.formats import Form
 from fedloom.data.splits import (
     Audit,
     ClientDocuments,
     Splits,
+    _place,
     audit_splits,
     documents_needed,
+    hold_out,
+    holdout_key,
     partition_documents,
     split_documents,
 )
@@ -163,12 +169,150 @@ def test_a_small_alpha_is_skewed_and_a_large_one_is_even() -> None:
     assert largest_share(1000) < 0.4
 
 
+Sides = Callable[[Sequence[Document], float, bytes], ClientDocuments]
+KEY = holdout_key(7)
+
+
+def strictly(documents: Sequence[Document], share: float, key: bytes) -> ClientDocuments:
+    return hold_out(documents, share, key, strictly=True)
+
+
+def by_place(documents: Sequence[Document], share: float, key: bytes) -> ClientDocuments:
+    """As it was: shuffled by the seed, and the first of them."""
+    shuffled = random.Random(key).sample(documents, len(documents))
+    cut = round(share * len(shuffled))
+    return ClientDocuments(tuple(shuffled[cut:]), tuple(shuffled[:cut]))
+
+
+def by_number(documents: Sequence[Document], share: float, key: bytes) -> ClientDocuments:
+    """A fixed number, those with the smallest hashes."""
+    ordered = sorted(documents, key=lambda document: _place(document, key))
+    cut = round(share * len(ordered))
+    return ClientDocuments(tuple(ordered[cut:]), tuple(ordered[:cut]))
+
+
+def moved(sides: Sides, documents: Sequence[Document], share: float = 0.2) -> int:
+    """The most documents that one that is taken away takes along, into training or out of it."""
+    whole = sides(documents, share, KEY)
+    most = 0
+    for place in range(len(documents)):
+        left = sides([*documents[:place], *documents[place + 1 :]], share, KEY)
+        others = {document.origin for document in whole.train} - {documents[place].origin}
+        most = max(most, len(others ^ {document.origin for document in left.train}))
+    return most
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("number", [1, 2, 4, 30, 100])
+def test_a_document_that_is_taken_away_moves_itself_alone(number: int, share: float) -> None:
+    documents = make_documents(number)
+    assert moved(strictly, documents, share) == 0
+    # Where chance meets its bounds at a client of few documents, one or two more may move.
+    assert moved(hold_out, documents, share) <= 2
+    if number == 100 and 0.2 <= share < 0.99:
+        assert moved(hold_out, documents, share) == 0
+
+
+def test_what_moves_others_is_found() -> None:
+    documents = make_documents(100)
+    assert moved(by_place, documents) > 20
+    assert moved(by_number, documents) == 1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_how_many_are_held_out_is_a_matter_of_chance_around_the_share(share: float) -> None:
+    documents = make_documents(400)
+    sizes = [len(hold_out(documents, share, holdout_key(seed)).holdout) for seed in range(40)]
+    deviation = (400 * share * (1 - share)) ** 0.5
+    assert abs(sum(sizes) / 40 - 400 * share) < 4 * deviation / 40**0.5
+    assert 0.6 < (sum((size - 400 * share) ** 2 for size in sizes) / 40) ** 0.5 / deviation < 1.4
+
+
 @pytest.mark.parametrize(
-    ("share", "documents", "expected"), [(0.25, 20, 5), (0.2, 2000, 400), (0.0, 20, 0), (0.01, 20, 1), (0.99, 20, 19)]
-)
-def test_each_client_holds_out_its_share(share: float, documents: int, expected: int) -> None:
-    splits = split(make_documents(documents), clients=1, central_holdout=0, client_holdout=share)
-    assert len(splits.clients[0].holdout) == expected
+    ("share", "number", "least", "most"),
+    [(0.2, 0, 0, 0), (0.2, 1, 0, 0), (0.2, 2, 1, 1), (0.2, 4, 1, 1), (0.5, 2, 1, 1), (0.2, 8, 2, 3), (0.2, 15, 2, 4),
+     (0.2, 50, 5, 15), (0.01, 20, 1, 1), (0.99, 20, 10, 19), (0.0, 20, 0, 0)],
+)  # fmt: skip
+def test_chance_has_bounds_at_a_client_of_few_documents(share: float, number: int, least: int, most: int) -> None:
+    found = {len(hold_out(make_documents(number), share, holdout_key(seed)).holdout) for seed in range(300)}
+    assert least <= min(found) <= max(found) <= most
+
+
+def test_copies_are_held_out_together() -> None:
+    documents = make_documents(60)
+    doubled = [*documents, *(Document(respace(document.text), f"again {document.origin}") for document in documents)]
+    parts = hold_out(doubled, 0.2, KEY)
+    for side in (parts.train, parts.holdout):
+        names = Counter(document.origin.removeprefix("again ") for document in side)
+        assert set(names.values()) == {2}
+    assert hold_out(make_documents(1) * 4, 0.5, KEY).holdout == (), "one text is trained on"
+    once = {document.origin for document in hold_out(documents, 0.2, KEY).holdout}
+    assert once == {document.origin for document in parts.holdout if "again" not in document.origin}
+
+
+def test_another_key_holds_out_others() -> None:
+    documents = make_documents(100)
+    assert hold_out(documents, 0.2, KEY) != hold_out(documents, 0.2, b"a client's own")
+
+
+@pytest.mark.parametrize("sides", [hold_out, strictly])
+def test_a_unit_is_held_out_whole_or_not_at_all(sides: Sides) -> None:
+    documents = [replace(document, unit=f"u{n % 20}") for n, document in enumerate(make_documents(100))]
+    parts = sides(documents, 0.3, KEY)
+    units = [{document.unit for document in side} for side in (parts.train, parts.holdout)]
+    assert all(units)
+    assert not units[0] & units[1]
+    # More of one unit's, or other words of it, change nothing of the others.
+    more = [*(replace(one, text="other words") if one.unit == "u3" else one for one in documents),
+            replace(documents[3], text="more words")]  # fmt: skip
+    again = sides(more, 0.3, KEY)
+    assert {document.unit for document in again.holdout} == units[1]
+
+
+def test_a_private_split_is_strict_and_takes_copies_out_of_hold_outs() -> None:
+    documents = make_documents(66, num_words=200)
+    near = [Document(reword(document.text), f"near {document.origin}") for document in documents]
+    plain, private = (
+        split_documents(
+            Documents((*documents, *near), {}, "planted", "none"),
+            make_recipe(data={"documents_per_client": None, "central_holdout": 6, "client_holdout": 0.3}).data,
+            7,
+            private=private,
+        )
+        for private in (False, True)
+    )
+    assert sum(plain.audit.dropped) > sum(private.audit.dropped) > 0, "of the central hold-out alone"
+    assert sum(private.audit.given_up) > 0 == sum(plain.audit.given_up)
+    assert private.audit.to_json()["given_up"] == private.audit.given_up
+    assert private.audit.leaks == plain.audit.leaks == 0
+    for splits in (plain, private):
+        held = {document.origin.removeprefix("near ") for part in splits.clients for document in part.holdout}
+        trained = {document.origin.removeprefix("near ") for part in splits.clients for document in part.train}
+        assert held
+        assert not held & trained
+
+
+def test_what_is_held_out_decides_over_nothing_in_a_private_run() -> None:
+    train, (held,) = make_documents(3, num_words=200), make_documents(1, name="h", num_words=200)
+    copies = tuple(Document(reword(held.text, number), f"copy {number}") for number in range(3))
+    for holdout in ((), (held,)):
+        ((left,), audited) = audit_splits(
+            (), [ClientDocuments((*train, *copies), holdout)], 0.8, drop=True, private=True
+        )
+        assert left == ClientDocuments((*train, *copies), ())
+        assert (audited.dropped, audited.given_up, audited.leaks) == ((0,), (len(holdout),), 0)
+    ((left,), audited) = audit_splits((), [ClientDocuments((*train, *copies), (held,))], 0.8, drop=False, private=True)
+    assert left == ClientDocuments((*train, *copies), (held,))
+    assert (audited.given_up, audited.leaks) == ((0,), 3)
+
+
+def test_the_same_question_is_taken_out_of_a_private_hold_out() -> None:
+    asked, other = (
+        Document(f"why? {answer}", answer, form=Form(f"why? {answer}", ((5, 9),))) for answer in ("because", "thus")
+    )
+    ((left,), audited) = audit_splits((), [ClientDocuments((asked,), (other,))], 0.8, drop=True, private=True)
+    assert left == ClientDocuments((asked,), ())
+    assert [overlap.prompt for overlap in audited.overlaps] == [0, 1, 0]
 
 
 def test_a_client_with_one_document_trains_on_it() -> None:

@@ -1,5 +1,6 @@
 """Blocks hold a document's tokens in order, and padding never counts unless it is asked to."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from support.tiny import make_recipe
 
 from fedloom.data.documents import Document
-from fedloom.data.tokens import IGNORED, TokenBlocks, check_vocabulary, take_batch, tokenize_documents
+from fedloom.data.tokens import (
+    IGNORED,
+    TokenBlocks,
+    check_vocabulary,
+    count_copies,
+    take_batch,
+    tokenize_documents,
+    without_copies,
+)
 from fedloom.errors import DataError
 from fedloom.model.source import byte_tokenizer
 
@@ -187,3 +196,62 @@ def test_a_vocabulary_that_is_too_small_is_refused() -> None:
         check_vocabulary(blocks.tokens_NT, byte_tokenizer(), largest)
     for words in ("model.source", f"token {largest} ", f"vocabulary of {largest}", "the tokenizer that belongs to it"):
         assert words in str(caught.value)
+
+
+def tokenize_units(texts: list[str], units: list[str | None], **data: object) -> TokenBlocks:
+    documents = [Document(text, "test", unit=unit) for text, unit in zip(texts, units, strict=True)]
+    return tokenize_documents(documents, byte_tokenizer(), make_recipe(data={"max_length": 4, **data}).data, units=True)
+
+
+def test_blocks_know_their_unit() -> None:
+    alone: list[str | None] = [None] * 4
+    assert tokenize(TEXTS, window="blocks").units_N is None, "not asked for"
+    assert tokenize_units(TEXTS, alone).units_N is None, "each block is a document"
+    by_document = tokenize_units(TEXTS, alone, window="blocks")
+    assert by_document.units_N is not None
+    assert by_document.units_N.tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert by_document.num_units == 4
+    by_author = tokenize_units([*TEXTS, "x"], ["ann", "bob", "ann", "bob", "eve"])
+    assert by_author.units_N is not None
+    assert by_author.units_N.tolist() == [0, 1, 0, 1]
+    assert by_author.num_units == 2, "of one whose only text gives no block, nothing is left"
+    left = by_author.take(torch.tensor([False, True, False, True]))
+    assert left.units_N is not None
+    assert (left.units_N.tolist(), left.num_units) == ([1, 1], 1)
+    assert len(by_author.tensors) == len(tokenize(TEXTS).tensors) + 1, "other units are other documents"
+
+
+def test_of_units_that_are_equal_in_every_block_one_is_kept() -> None:
+    texts = ["abcd", "efgh", "abcd", "ij", "abcd"]
+    found = without_copies(tokenize_units(texts, [None] * 5))
+    assert read(found) == ["abcd", "efgh", "ij"]
+    assert found.repeated == 2
+    assert count_copies(tokenize_units(texts, [None] * 5)) == 3
+    assert count_copies(found) == 1
+
+
+def test_units_that_have_one_text_in_common_stay_whole() -> None:
+    """To take it from the second would let what the first has decide over the second, beside the first itself."""
+    blocks = tokenize_units(["abcd", "efgh", "abcd", "ij", "abcd", "efgh"], ["ann", "ann", "bob", "bob", "eve", "eve"])
+    found = without_copies(blocks)
+    assert read(found) == ["abcd", "efgh", "abcd", "ij"]
+    assert (found.repeated, found.num_units) == (1, 2)
+    assert count_copies(blocks) == 3
+    assert count_copies(found) == 2
+    assert count_copies(tokenize_units(["abcd"] * 3, ["ann"] * 3)) == 1, "one person's own"
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_unit_that_is_taken_away_changes_what_is_left_by_itself_alone(place: int) -> None:
+    texts = ["abcd", "efgh", "abcd", "ij", "abcd", "efgh"]
+    whole = read(without_copies(tokenize_units(texts, [None] * 6)))
+    left = read(without_copies(tokenize_units(texts[:place] + texts[place + 1 :], [None] * 5)))
+    assert sorted(whole) in (sorted(left), sorted([*left, texts[place]]))
+
+
+def test_equal_tokens_of_which_other_ones_count_are_no_copies() -> None:
+    blocks = tokenize(["abcd", "abcd"])
+    counted_NT = blocks.counted_NT.clone()
+    counted_NT[1, 2] = False
+    assert len(without_copies(replace(blocks, counted_NT=counted_NT))) == 2
+    assert len(without_copies(blocks)) == 1

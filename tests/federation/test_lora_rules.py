@@ -207,6 +207,7 @@ def test_clients_of_different_ranks_train_and_send_their_own(engine: str, tmp_pa
     recipe = make_recipe(
         federation={"rounds": 2, "lora_rule": "svd", "client_ranks": [1, 2, 4]},
         adapter={"targets": ["k_proj"], "rank": 4},
+        data={"documents_per_client": 24},
         training={"engine": engine, "weight_decay": 0.1},
     )
     finished = run(recipe, tmp_path / "run", Observer())

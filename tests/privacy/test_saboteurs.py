@@ -21,18 +21,25 @@ CLAIMED = epsilon(RATE, NOISE, STEPS, DELTA)
 
 Sum = Callable[[Tensor, float, int], Tensor]
 Mean = Callable[[Tensor, Tensor, Tensor], Tensor]
+Draw = Callable[[Ration, int], Tensor]
+ROWS_N = torch.arange(CANARIES).repeat_interleave(4)
+"""Units of four rows each, as of a person with four documents."""
 
 
 def outcome(
-    seed: int, total: Sum = sum_clipped, mean: Mean = noised_mean, noise: Callable[[Ration, int], Tensor] | None = None
+    seed: int,
+    total: Sum = sum_clipped,
+    mean: Mean = noised_mean,
+    noise: Callable[[Ration, int], Tensor] | None = None,
+    draw: Draw = Ration.draw,
 ) -> tuple[Tensor, Tensor]:
-    """Who took part, and what came out at each canary's place, over all steps."""
+    """Who took part, and what came out at each canary's place, over all steps. `draw` gives the canary of each row."""
     terms = Terms(NOISE, MAX_NORM, int(RATE * CANARIES), CANARIES, STEPS, DELTA)
     ration = Ration(terms, derive_key(b"audit", str(seed)))
     member = torch.rand(CANARIES, generator=torch.Generator().manual_seed(seed)) < 0.5
     score = torch.zeros(CANARIES, dtype=torch.float64)
     for step in range(STEPS):
-        drawn = ration.draw(step)
+        drawn = draw(ration, step)
         drawn = drawn[member[drawn]]
         # A direction for each: gradients of ten times the norm that they are scaled down to.
         gradients_GP = torch.zeros(len(drawn), CANARIES, dtype=torch.float64)
@@ -94,6 +101,7 @@ TWINS = {
     "clipped as a batch": {"total": one_clip_for_all},
     "not clipped": {"total": lambda gradients_GP, max_norm, clients: gradients_GP.sum(0)[None]},
     "the norm of one factor": {"total": half_a_norm},
+    "every row of a unit": {"draw": lambda ration, step: ration.draw(step).repeat_interleave(4)},
 }
 
 
@@ -101,6 +109,12 @@ def test_the_mechanism_tells_no_more_than_it_claims() -> None:
     found = [outcome(seed) for seed in range(12)]
     assert max(told(*one) for one in found) < CLAIMED
     assert np.mean([distance(*one) for one in found]) == pytest.approx(IN_THEORY, abs=4 * 0.063 / math.sqrt(12))
+
+
+def test_a_unit_of_several_rows_tells_no_more_than_one_of_one() -> None:
+    found = [outcome(seed, draw=lambda ration, step: ROWS_N[ration.draw_rows(step, ROWS_N)]) for seed in range(6)]
+    assert max(told(*one) for one in found) < CLAIMED
+    assert np.mean([distance(*one) for one in found]) == pytest.approx(IN_THEORY, abs=4 * 0.063 / math.sqrt(6))
 
 
 @pytest.mark.parametrize("twin", TWINS)

@@ -1,6 +1,8 @@
-"""A run directory that an earlier fedloom wrote, and was killed over, goes on here to the same end.
+"""Run directories that earlier versions wrote, and were killed over after round 2.
 
-Commit 0376450 wrote `before/run` and was killed after round 2; `before/expected*` is what it made of it without a kill.
+`before/run` is of the commit that chose what a client holds out by a keyed hash, and goes on here to the same end:
+`before/expected*` is what that commit made of it without a kill. `before/first` is of commit 0376450, which chose it
+by the documents' places: it is read, and not gone on with.
 """
 
 import json
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedloom import load_recipe, read_run, run
+from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
 from fedloom.records.check import check_run
 from fedloom.report.run_report import write_report
@@ -19,14 +22,15 @@ from fedloom.report.run_report import write_report
 BEFORE = Path(__file__).parent / "before"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(BEFORE / "run", tmp_path / "run")
+@pytest.fixture(params=["run"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(BEFORE / request.param, tmp_path / "run")
     shutil.copy(BEFORE / "documents.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("folder", ["run", "first"], indirect=True)
 def test_it_is_read_reported_and_found_whole(folder: Path) -> None:
     assert [record["round"] for record in read_run(folder).rounds] == [0, 1, 2]
     assert write_report(folder).is_file()
@@ -48,3 +52,13 @@ def test_it_goes_on_to_the_same_end(folder: Path) -> None:
     # Another processor than the one that wrote it may round otherwise.
     assert all(torch.allclose(tensors[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
     assert not [finding for finding in check_run(folder) if not finding.well]
+
+
+@pytest.mark.parametrize("folder", ["first"], indirect=True)
+def test_clients_that_held_out_other_documents_do_not_go_on(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    with pytest.raises(
+        RunError, match=r"chose otherwise what a client holds out.*go on with the fedloom that began it"
+    ):
+        run(load_recipe(folder / "recipe.toml"), folder, Observer(), resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*.jsonl")} == before

@@ -7,6 +7,7 @@ Messages name its place and what is wrong, never its content.
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
@@ -65,6 +66,8 @@ class Document:
     """The text with what of it counts, where that is not all of it."""
     row: Row | None = None
     """The columns that the text was made of, where it is not a column itself."""
+    unit: str | None = None
+    """Value of the column whose values are protected whole, where one is; normalised as texts are that are compared."""
 
     @property
     def prompt(self) -> str:
@@ -178,22 +181,37 @@ def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: s
 def _to_document(row: Row, origin: str, data: Data, form: RowFormat) -> Document:
     found = form(row)
     text = found.text
-    label = None
-    if data.partition.by is not None:
-        value = row.get(data.partition.by)
-        # Files write what is missing as null, as an empty cell, or as a number that is none.
-        if value is None or value == "" or value != value:
-            raise UnreadableError(f"without a value in column {data.partition.by}")
-        label = str(value)
+    label = unit = None
+    if data.partition.by is not None and (label := _value_in(row, data.partition.by)) is None:
+        raise UnreadableError(f"without a value in column {data.partition.by}")
+    if data.unit is not None and (unit := _value_in(row, data.unit)) is None:
+        # Skipped and counted, it would be lost in silence; as a unit of its own, whose it is would not be protected.
+        raise DataError(
+            f"{origin}: without a value in column {data.unit}",
+            where="privacy.unit",
+            mend="say of each row whose it is, or take out those of nobody",
+        )
+    unit = None if unit is None else normalise(unit)
     # JSON can escape half of a surrogate pair, which is a str in Python but can't be written as UTF-8.
     try:
-        f"{text}{label}".encode()
+        f"{text}{label}{unit}".encode()
     except UnicodeEncodeError:
         raise UnreadableError("not valid Unicode") from None
     if data.is_plain and not found.ends:
-        return Document(text, origin, label)
+        return Document(text, origin, label, unit=unit)
     named = {column if column in row else column.partition(".")[0] for _, column in data.columns}
-    return Document(text, origin, label, found, {name: row[name] for name in named if name in row})
+    return Document(text, origin, label, found, {name: row[name] for name in named if name in row}, unit)
+
+
+def _value_in(row: Row, column: str) -> str | None:
+    """Return a column's value as text; None where it is missing: null, an empty cell, or a number that is none."""
+    value = row.get(column)
+    return None if value is None or value != value or not str(value).strip() else str(value)
+
+
+def normalise(text: str) -> str:
+    """Return a text in Unicode NFC and with white space folded, in which form equal ones are the same."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def open_rows(data: Data, seed: int, at_most: int | None, hidden: bool = False) -> Source:

@@ -221,11 +221,12 @@ def _read_parquet(path: Path, origin: str, data: Data) -> Rows:
 
 
 def columns_of(data: Data) -> dict[str, str]:
-    """Return the columns that are read, by keys that name them: those of the text, and that of the label if any."""
+    """Return the columns that are read, by keys that name them: the text's, and the label's and the unit's if any."""
     keys: dict[str, str] = {}
     for key, column in data.columns:
         keys[f"{key}: {column}" if key in keys else key] = column
-    return keys if data.partition.by is None else {**keys, "data.partition.by": data.partition.by}
+    others = {"data.partition.by": data.partition.by, "privacy.unit": data.unit}
+    return {**keys, **{key: column for key, column in others.items() if column is not None}}
 
 
 def check_column(data: Data, columns: Iterable[str], where: Path | str, *, mend: str) -> None:

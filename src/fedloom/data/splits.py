@@ -8,19 +8,18 @@ copies of it, exact or near, are counted and dropped from training.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import io
-import random
-import re
-import unicodedata
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from fedloom.data.documents import Document, Documents
+from fedloom.data.copies import HeldOut
+from fedloom.data.documents import Document, Documents, normalise
 from fedloom.errors import DataError
 from fedloom.seeds import derive_seed
 from fedloom.text import count
@@ -28,14 +27,10 @@ from fedloom.text import count
 if TYPE_CHECKING:
     from fedloom.recipe.data_section import Data, Partition
 
-NUM_PERMUTATIONS = 128
-"""Hash functions of a MinHash."""
-SHINGLE_WORDS = 5
-"""Words in a run of words that documents are compared by."""
-COMPARED_CHARACTERS = 200_000
-"""Characters at a document's head by which near duplicates are found; comparing 10 million would take gigabytes."""
-LONGEST_MEAN_WORD = 12
-"""Characters; where words are longer on average, they are sentences of a script without spaces."""
+FEW_HELD_OUT = 2
+"""Texts to hold out at least where a share of all is as many: of one, a loss is that document's own."""
+HOLDS_OUT = "by keyed hash"
+"""Way of choosing what a client holds out, on record in a run: one that began with another can't go on."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,8 @@ class Audit:
     """Training documents taken from each client because a copy of them is held out."""
     leaks: int
     """Training documents that stay although a copy of them is held out: 0 unless copies are only reported."""
+    given_up: tuple[int, ...] = ()
+    """Held-out documents taken from each client because somebody trains on a copy, in a private run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the audit as plan.json records it."""
@@ -94,8 +91,10 @@ def documents_needed(data: Data) -> int | None:
     return data.central_holdout + data.clients * data.documents_per_client
 
 
-def split_documents(found: Documents, data: Data, seed: int) -> Splits:
+def split_documents(found: Documents, data: Data, seed: int, *, private: bool = False) -> Splits:
     """Give each document to one place: the central hold-out, a client's training or a client's hold-out.
+
+    With `private`, none of a client's documents has a part in where another one of its goes.
 
     Raises:
         DataError: there are fewer documents than the recipe asks for, or the labels do not allow its partition.
@@ -114,10 +113,12 @@ def split_documents(found: Documents, data: Data, seed: int) -> Splits:
         )
     central, pool = documents[: data.central_holdout], documents[data.central_holdout :]
     clients = tuple(
-        hold_out(part, data.client_holdout, derive_seed(seed, "client-holdout", client=client))
-        for client, part in enumerate(partition_documents(pool, data.partition, data.clients, seed))
+        hold_out(part, data.client_holdout, holdout_key(seed), strictly=private)
+        for part in partition_documents(pool, data.partition, data.clients, seed)
     )
-    clients, audit = audit_splits(central, clients, data.near_duplicate, drop=data.duplicates == "drop")
+    clients, audit = audit_splits(
+        central, clients, data.near_duplicate, drop=data.duplicates == "drop", private=private
+    )
     return Splits(central, clients, audit)
 
 
@@ -210,17 +211,46 @@ _PARTITIONERS: dict[str, Callable[[Partition, int, int], Any]] = {
 }
 
 
-def hold_out(documents: list[Document], share: float, seed: int) -> ClientDocuments:
-    """Set a share of a client's documents aside; of two documents or more at least one, unless the share is 0."""
-    shuffled = random.Random(seed).sample(documents, len(documents))
-    count = round(len(shuffled) * share)
-    if share > 0 and len(shuffled) > 1:
-        count = min(max(count, 1), len(shuffled) - 1)
-    return ClientDocuments(train=tuple(shuffled[count:]), holdout=tuple(shuffled[:count]))
+def holdout_key(seed: int) -> bytes:
+    """Return the key by which a run's seed chooses what is held out, the same for all clients."""
+    return hashlib.sha256(f"{seed}/client-holdout".encode()).digest()
+
+
+def hold_out(documents: Sequence[Document], share: float, key: bytes, *, strictly: bool = False) -> ClientDocuments:
+    """Set a share of a client's documents aside, each by a keyed hash of its own text, or of its unit's name.
+
+    So one document more or less moves itself alone, copies of a text are on one side as a unit is, and how many are
+    held out is a matter of chance (binomial), `strictly` even none or all. Otherwise chance has bounds, which only
+    clients of few documents meet: half the number that the share makes and half as many again, two at least where it
+    makes as many, and one on each side. Those nearest to the limit change sides then.
+    """
+    places = [_place(document, key) for document in documents]
+    limit, order = share, sorted(set(places))
+    if order and share and not strictly:
+        wanted = max(1, round(share * len(order)))
+        most = min(wanted + wanted // 2, len(order) - 1)
+        least = min(max(wanted - wanted // 2, min(wanted, FEW_HELD_OUT)), most)
+        limit = min(max(share, order[least]), order[most])
+    train, holdout = (
+        tuple(document for document, place in zip(documents, places, strict=True) if (place < limit) == held)
+        for held in (False, True)
+    )
+    return ClientDocuments(train, holdout)
+
+
+def _place(document: Document, key: bytes) -> float:
+    """Return a number from [0, 1) that comes from a document's text or unit alone, and that the key alone tells."""
+    digest = hmac.digest(key, (document.unit or normalise(document.text)).encode(), "sha256")
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def audit_splits(
-    central: Sequence[Document], clients: Sequence[ClientDocuments], near_duplicate: float, *, drop: bool
+    central: Sequence[Document],
+    clients: Sequence[ClientDocuments],
+    near_duplicate: float,
+    *,
+    drop: bool,
+    private: bool = False,
 ) -> tuple[tuple[ClientDocuments, ...], Audit]:
     """Count documents that have a copy on another side; with `drop`, take copies of held-out ones out of training.
 
@@ -229,24 +259,30 @@ def audit_splits(
     decides. A document that has both counts as exact. The same prompt with another answer is a leak as well, and counts
     where there is no copy. Copies within one side (two clients that train on the same file)
     are no leak and are not looked for.
+
+    With `private`, a client's hold-out loses what is trained on, and training what is held out centrally alone: one
+    document that is held out would else decide over all its copies that are trained on.
     """
-    held_out = _HeldOut(near_duplicate)
+    held_out = HeldOut(near_duplicate)
     held_out.add("central", central)
     between_holdouts = Counter(held_out.find(document)["central"] for part in clients for document in part.holdout)
     held_out.add("holdout", (document for part in clients for document in part.holdout))
-    cleaned, dropped, leaks = [], [], 0
+    kept_parts, leaks = [], 0
     by_central, by_holdout = Counter[str](), Counter[str]()
     for part in clients:
         kept = []
         for document in part.train:
-            copies = held_out.find(document)
+            copies = held_out.find(document, remember=private)
             by_central[copies["central"]] += 1
             by_holdout[copies["holdout"]] += 1
-            if not (drop and any(copies.values())):
+            if not (drop and (copies["central"] if private else any(copies.values()))):
                 kept.append(document)
-                leaks += any(copies.values())
-        dropped.append(len(part.train) - len(kept))
-        cleaned.append(replace(part, train=tuple(kept)))
+                leaks += not drop and any(copies.values())
+        kept_parts.append(tuple(kept))
+    holdouts = [
+        tuple(document for document in part.holdout if not (drop and private and held_out.was_found(document)))
+        for part in clients
+    ]
     overlaps = tuple(
         Overlap(side, other, exact=counts["exact"], near=counts["near"], prompt=counts["prompt"])
         for side, other, counts in (
@@ -257,74 +293,9 @@ def audit_splits(
     )
     num_train = sum(len(part.train) for part in clients)
     num_holdout = sum(len(part.holdout) for part in clients)
-    audit = Audit(len(central), num_train, num_holdout, near_duplicate, overlaps, tuple(dropped), leaks)
-    return tuple(cleaned), audit
-
-
-class _HeldOut:
-    """An index of the held-out documents of both sides, to find copies among them."""
-
-    def __init__(self, near_duplicate: float) -> None:
-        from datasketch import MinHashLSH
-
-        self._near_duplicate = near_duplicate
-        self._texts: dict[str, set[str]] = {"central": set(), "holdout": set()}
-        self._prompts: dict[str, set[str]] = {"central": set(), "holdout": set()}
-        self._shingles: dict[tuple[str, int], set[int]] = {}
-        # Candidates are checked exactly, so the index may propose too many but must miss none: it looks well below the
-        # threshold (at the threshold itself it would miss one in ten), and its weights (false positives, false
-        # negatives) count a missed copy nine times.
-        self._index = MinHashLSH(threshold=0.75 * near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
-
-    def add(self, side: str, documents: Iterable[Document]) -> None:
-        """Add documents to a side, `central` or `holdout`; exact copies within it are kept once."""
-        for document in documents:
-            text = _normalise(document.text)
-            self._prompts[side].add(_normalise(document.prompt))
-            if text not in self._texts[side]:
-                self._texts[side].add(text)
-                key = (side, len(self._shingles))
-                self._shingles[key] = _shingles(text)
-                self._index.insert(key, _min_hash(self._shingles[key]))
-
-    def find(self, document: Document) -> dict[str, str]:
-        """Return the kind of copy that each side has of a document: "exact", "near", "prompt" or ""."""
-        text, prompt = _normalise(document.text), _normalise(document.prompt)
-        shingles = _shingles(text)
-        candidates = self._index.query(_min_hash(shingles))
-        near = {side for side, key in candidates if self._similarity(shingles, (side, key)) >= self._near_duplicate}
-        asked = {side for side, prompts in self._prompts.items() if prompt and prompt in prompts}
-        return {
-            side: "exact" if text in texts else "near" if side in near else "prompt" if side in asked else ""
-            for side, texts in self._texts.items()
-        }
-
-    def _similarity(self, shingles: set[int], key: tuple[str, int]) -> float:
-        """Return the Jaccard similarity: the size of the intersection over that of the union."""
-        other = self._shingles[key]
-        return len(shingles & other) / len(shingles | other)
-
-
-def _normalise(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _shingles(text: str) -> set[int]:
-    """Return hashes of every run of words, or of characters in a script without spaces between words."""
-    text = text[:COMPARED_CHARACTERS]
-    words = re.findall(r"\w+|[^\w\s]", text)
-    if len(text) > LONGEST_MEAN_WORD * len(words):
-        words = list(text)
-    starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
-    # Not hash(): Python salts it, so the candidates would differ from process to process.
-    return {zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode()) for start in starts}
-
-
-def _min_hash(shingles: set[int]) -> Any:
-    from datasketch import MinHash
-
-    # Shingles are 32-bit hashes already: hashed again by SHA-1, as is the default, they would cost more and gain
-    # nothing.
-    sketch = MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)
-    sketch.update_batch(shingles)
-    return sketch
+    dropped, given_up = (
+        tuple(len(getattr(part, side)) - len(kept) for part, kept in zip(clients, left, strict=True))
+        for side, left in (("train", kept_parts), ("holdout", holdouts))
+    )
+    audit = Audit(len(central), num_train, num_holdout, near_duplicate, overlaps, dropped, leaks, given_up)
+    return tuple(map(ClientDocuments, kept_parts, holdouts)), audit

@@ -11,7 +11,7 @@ Letters: N blocks, B sequences in a batch, T tokens in a block.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,6 +51,10 @@ class TokenBlocks:
     texts_NT: Tensor | None = None
     """Number of the text that each position belongs to, from 1 in each block, and 0 at padding; None where every block
     is a text of its own."""
+    units_N: Tensor | None = None
+    """Number of the unit that each block belongs to; None where each block is one."""
+    repeated: int = 0
+    """Units that were left out because another one has the same blocks."""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -65,6 +69,16 @@ class TokenBlocks:
     def tokens_of_each(self) -> Tensor:
         """Real tokens of each block that count, [N]."""
         return (self.counted_NT & self.is_real).sum(1)
+
+    @property
+    def owners(self) -> Tensor:
+        """Number of the unit that each block belongs to, [N], its own where each is one."""
+        return torch.arange(len(self)) if self.units_N is None else self.units_N
+
+    @property
+    def num_units(self) -> int:
+        """Return the number of units in the blocks."""
+        return len(self.owners.unique())
 
     @property
     def num_texts(self) -> int:
@@ -99,12 +113,14 @@ class TokenBlocks:
         first_NT = torch.arange(self.counted_NT.shape[1]) < counted_N[:, None]
         # What counts is told as a number where it is the first positions: so runs of plain text have it.
         counted = counted_N if torch.equal(first_NT, self.counted_NT) else self.counted_NT
-        return [self.tokens_NT, self.lengths_N, counted, *([] if self.texts_NT is None else [self.texts_NT])]
+        others = [tensor for tensor in (self.texts_NT, self.units_N) if tensor is not None]
+        return [self.tokens_NT, self.lengths_N, counted, *others]
 
     def take(self, rows: Tensor) -> TokenBlocks:
         """Return the blocks of these rows, by number or where true; what was left out stays on record."""
-        kept = {name: getattr(self, name)[rows] for name in ("tokens_NT", "lengths_N", "counted_NT")}
-        return replace(self, **kept, texts_NT=None if self.texts_NT is None else self.texts_NT[rows])
+        names = ("tokens_NT", "lengths_N", "counted_NT", "texts_NT", "units_N")
+        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor[rows] for name, tensor in held.items()})
 
 
 @dataclass(frozen=True)
@@ -146,8 +162,23 @@ def distinct_blocks(blocks: TokenBlocks) -> set[bytes]:
 
 
 def count_copies(blocks: TokenBlocks) -> int:
-    """Return the size of the largest group of equal blocks."""
-    return max(Counter(_real_tokens(blocks)).values(), default=0)
+    """Return the most units that have one block in common: 1 where none has another's."""
+    found = set(zip(blocks.owners.tolist(), _real_tokens(blocks), strict=True))
+    return max(Counter(tokens for _, tokens in found).values(), default=0)
+
+
+def without_copies(blocks: TokenBlocks) -> TokenBlocks:
+    """Return the blocks without units that are equal to an earlier one in every block, which are counted.
+
+    Only whole units: of two that have a block in common, each would decide over what the other one is.
+    """
+    owners, held = blocks.owners.tolist(), defaultdict[int, list[tuple[bytes, bytes]]](list)
+    for unit, tokens, counted_T in zip(owners, _real_tokens(blocks), blocks.counted_NT, strict=True):
+        held[unit].append((tokens, counted_T.numpy().tobytes()))
+    first: dict[tuple[tuple[bytes, bytes], ...], int] = {}
+    kept = {unit for unit, its in held.items() if first.setdefault(tuple(its), unit) == unit}
+    rows = torch.tensor([unit in kept for unit in owners], dtype=torch.bool)
+    return replace(blocks.take(rows), repeated=blocks.repeated + len(held) - len(kept))
 
 
 def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
@@ -171,8 +202,12 @@ def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     return Batch(tokens_BT, labels_BT, mask_BT, int(blocks.tokens_of_each[rows].sum()))
 
 
-def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data) -> TokenBlocks:
+def tokenize_documents(
+    documents: Iterable[Document], tokenizer: Any, data: Data, *, units: bool = False
+) -> TokenBlocks:
     """Cut documents into blocks of at most `max_length` tokens: the first of each document, or all, by the recipe.
+
+    With `units`, the blocks know their unit: their document, or all documents of its `unit`.
 
     A tokenizer needs no padding token: positions of padding are masked by their place, not recognised by their token.
     """
@@ -181,8 +216,10 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     pieces: list[Tensor] = []
     masks: list[Tensor] = []
+    owners: list[int] = []
+    named: dict[str, int] = {}
     dropped = unanswered = cut = 0
-    for document in documents:
+    for number, document in enumerate(documents):
         if document.form is not None:
             whole_T, counted_T = tokenize_form(
                 document.form, tokenizer, None if data.window == "blocks" else data.max_length
@@ -202,8 +239,11 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any, data: Data
         cut += bool(usable and counted_T[length:].any()) and document.form is not None
         pieces.extend(tokens_T for tokens_T, _ in usable)
         masks.extend(marks_T for _, marks_T in usable)
+        unit = number if document.unit is None else named.setdefault(document.unit, number)
+        owners.extend([unit] * len(usable))
     stacked = stack_blocks(pieces, masks, data.max_length, padding=pad, padding_counts=data.pad_in_loss)
-    return replace(stacked, dropped=dropped, unanswered=unanswered, cut=cut)
+    units_N = torch.tensor(owners) if units and len(set(owners)) < len(owners) else None
+    return replace(stacked, dropped=dropped, unanswered=unanswered, cut=cut, units_N=units_N)
 
 
 def stack_blocks(

@@ -99,7 +99,7 @@ def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Docume
     Raises:
         DataError: the tokenizer is not the model's.
     """
-    blocks = tokenize_documents(documents, source.tokenizer, recipe.data)
+    blocks = tokenize_documents(documents, source.tokenizer, recipe.data, units=recipe.bounds_documents)
     check_vocabulary(blocks.tokens_NT, source.tokenizer, source.vocabulary_size)
     return blocks
 

@@ -49,7 +49,7 @@ from fedloom.training.optimizers import check_optimizer
 @dataclass(frozen=True)
 class Material:
     """The base model without its weights, and the documents as it sees them: the same for all recipes that agree on
-    `model`, `data` and `seed`."""
+    `model`, `data` and `seed`, and on what is protected, if anything is."""
 
     source: ModelSource
     found: Documents
@@ -126,7 +126,7 @@ class Prepared:
 def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
     """Prepare a run whose clients are in this process.
 
-    `material` is what `gather` gave for a recipe with the same `model`, `data` and `seed`, where there is some. Without
+    `material` is what `gather` gave for a recipe that agrees in what it comes from, where there is some. Without
     `predict`, the memory of a step is predicted only where it decides something.
 
     Raises:
@@ -169,10 +169,10 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
 
     observer.show_step("documents", recipe.data.source)
     found = load_documents(
-        recipe.data, recipe.seed, documents_needed(recipe.data), open_tokenizer=lambda: open_once().tokenizer
+        recipe.documents, recipe.seed, documents_needed(recipe.data), open_tokenizer=lambda: open_once().tokenizer
     )
     observer.show_step("splits", count(len(found.documents), "document"))
-    splits = split_documents(found, recipe.data, recipe.seed)
+    splits = split_documents(found, recipe.data, recipe.seed, private=recipe.bounds_documents)
     source = open_once()
     central, clients, shared_blocks = tokenize_splits(splits, source, recipe)
     if not len(central) and not any(len(client.holdout) for client in clients):
@@ -291,7 +291,7 @@ def make_plan(
                 recipe.training,
                 train_documents=len(documents.train),
                 holdout_documents=len(documents.holdout),
-                blocks=len(blocks.train),
+                blocks=blocks.train.num_units,
                 tokens=blocks.train.num_tokens,
                 holdout_tokens=blocks.holdout.num_tokens,
             )

@@ -17,6 +17,7 @@ from fedloom.privacy.noise import SECRET_BYTES, check_cipher, derive_key
 from fedloom.privacy.ration import Ration, Terms, set_terms
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
+from fedloom.records.privacy import count_units
 from fedloom.records.state import hash_tensors
 from fedloom.training.jobs import ClientTask
 
@@ -25,31 +26,32 @@ SECRET = "secret"
 
 
 def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) -> Plan:
-    """Return the plan with what a private run promises of one document; as it is where the recipe has no bound.
+    """Return the plan with what a private run promises of one unit; as it is where the recipe has no bound.
 
     Raises:
-        RecipeError: the package with the cipher is missing, or δ is too large for so few documents.
+        RecipeError: the package with the cipher is missing, or δ is too large for so few units.
     """
     if recipe.privacy is None:
         return plan
     check_cipher()
     able = {client: held.train for client, held in enumerate(clients) if len(held.train)}
-    terms = {client: set_client_terms(recipe, len(train)) for client, train in able.items()}
+    terms = {client: set_client_terms(recipe, train.num_units) for client, train in able.items()}
     rounds = recipe.federation.rounds
     worst = max(terms.values(), key=lambda one: one.noise_over_signal(plan.trainable_parameters, rounds, 1))
     return replace(
         plan,
         privacy={
-            "unit": "document",
+            "unit": recipe.privacy.unit,
             "adjacency": "zero-out",
             "delta": recipe.privacy.delta,
             "max_norm": recipe.privacy.max_norm,
             "noise": recipe.privacy.noise,
             "copies": max(map(count_copies, able.values())),
+            "repeated": sum(train.repeated for train in able.values()),
             "noise_over_signal": worst.noise_over_signal(plan.trainable_parameters, rounds, plan.clients_per_round),
             "clients": {
                 str(client): {
-                    "documents": one.units,
+                    "units": one.units,
                     "rate": one.rate,
                     "noise_multiplier": one.noise_multiplier,
                     "steps": one.steps,
@@ -63,16 +65,16 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
 
 
 def set_client_terms(recipe: Recipe, units: int) -> Terms:
-    """Return the terms of a client with so many documents.
+    """Return the terms of a client with so many units.
 
     Raises:
-        RecipeError: δ is above one over their number, at which a whole document may be told.
+        RecipeError: δ is above one over their number, at which a whole one may be told.
     """
     assert recipe.privacy is not None, "a recipe without a bound"
     if recipe.privacy.delta > 1 / units:
         raise RecipeError(
-            f"{recipe.privacy.delta:g} is more than one over the {units:,} documents of a client: to tell one of them"
-            " whole would keep it",
+            f"{recipe.privacy.delta:g} is more than one over the {count_units(recipe.privacy.unit, units)} of a client:"
+            " to tell one whole would keep it",
             where="privacy.delta",
             mend=f"at most {1 / units:.1g}, better a hundredth of that",
         )
@@ -94,7 +96,7 @@ class Rations:
     def __init__(self, recipe: Recipe, clients: Sequence[ClientBlocks], secret: bytes) -> None:
         self._secret = secret
         self._held = {
-            client: (set_client_terms(recipe, len(held.train)), hash_tensors(held.train.tensors))
+            client: (set_client_terms(recipe, held.train.num_units), hash_tensors(held.train.tensors))
             for client, held in enumerate(clients)
             if len(held.train)
         }

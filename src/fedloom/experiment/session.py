@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
+from fedloom.data.splits import HOLDS_OUT
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score, evaluate
@@ -86,7 +87,7 @@ def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
     documents = hash_tensors(tensors_of(blocks))
     if prepared.told:
         documents = hash_text("".join([documents, *prepared.told]))
-    found = {"base model": hash_base(adapted), "documents": documents}
+    found = {"base model": hash_base(adapted), "documents": documents, "hold-outs": HOLDS_OUT}
     return {**found, "tasks": prepared.tasks.digest} if prepared.tasks else found
 
 

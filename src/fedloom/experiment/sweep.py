@@ -242,7 +242,7 @@ def run_group(
     for combination in combinations:
         recipe = combination.recipe
         try:
-            key = recipe.model, recipe.data, recipe.seed
+            key = recipe.model, recipe.data, recipe.seed, recipe.bounds_documents, recipe.documents.unit
             if key not in materials:
                 materials[key] = gather(recipe, display)
             tasks = gather_tasks(recipe.evaluation.tasks, say=display.show_step)

@@ -1,4 +1,4 @@
-"""Blocks of tokens of a run: the central hold-out's and each client's, without those that are held out elsewhere."""
+"""Blocks of tokens of a run: the central hold-out's and each client's, none of them on two sides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from fedloom.data.splits import Splits
-from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks, distinct_blocks, without_blocks, without_copies
 from fedloom.errors import DataError
 from fedloom.experiment.building import hold, tokenize_for
 from fedloom.model.source import ModelSource
@@ -33,14 +33,29 @@ def tokenize_splits(
             where=where,
             mend="raise data.max_length" if central.unanswered else "use longer documents",
         )
-    held_out = set().union(*map(distinct_blocks, [central, *holdouts]))
-    clients, shared = [], 0
-    for client, holdout in enumerate(holdouts):
-        train = tokenize(splits.clients[client].train)
-        unseen = without_blocks(train, held_out)
-        shared += len(train) - len(unseen)
-        clients.append(hold(recipe, unseen if recipe.data.duplicates == "drop" else train, holdout))
-    return central, tuple(clients), shared
+    trains = [tokenize(client.train) for client in splits.clients]
+    clients, shared = separate(recipe, distinct_blocks(central), trains, holdouts)
+    return central, clients, shared
+
+
+def separate(
+    recipe: Recipe, central: set[bytes], trains: Sequence[TokenBlocks], holdouts: Sequence[TokenBlocks]
+) -> tuple[tuple[ClientBlocks, ...], int]:
+    """Return what each client holds without blocks on both sides, and how many of those to train on there were.
+
+    Training loses what is held out. In a private run, training loses what is held out centrally alone, and of equal
+    units all but one; the hold-outs lose what anybody trains on: one held-out document decides over nothing.
+    """
+    private, drop = recipe.bounds_documents, recipe.data.duplicates == "drop"
+    held_out = central.union(*([] if private else map(distinct_blocks, holdouts)))
+    unseen = [without_blocks(train, held_out) for train in trains]
+    shared = sum(map(len, trains)) - sum(map(len, unseen))
+    if drop:
+        trains = [without_copies(train) for train in unseen] if private else unseen
+    if drop and private:
+        trained = set().union(*map(distinct_blocks, trains))
+        holdouts = [without_blocks(holdout, trained) for holdout in holdouts]
+    return tuple(hold(recipe, *pair) for pair in zip(trains, holdouts, strict=True)), shared
 
 
 def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe) -> tuple[str, ...]:

@@ -178,6 +178,13 @@ def check_same_inputs(folder: Path, began: Mapping[str, str], found: Mapping[str
     Raises:
         RunError: naming which.
     """
+    if began.get("hold-outs") != found["hold-outs"]:
+        raise RunError(
+            "the run began with a fedloom that chose otherwise what a client holds out, so its clients would train on"
+            " other documents",
+            where=str(folder),
+            mend="go on with the fedloom that began it, or begin a run of its own with another --out",
+        )
     if differing := [name for name in found if began.get(name) != found[name]]:
         raise RunError(
             f"the {' and the '.join(differing)} are not those that the run began with",

@@ -51,7 +51,7 @@ COUNTS = ("examples", "tokens", "steps")
 
 @dataclass(frozen=True)
 class ClientSize:
-    """The blocks and tokens that a client is known to have to train on."""
+    """The units (each a block, unless the recipe says otherwise) and tokens that a client has to train on."""
 
     examples: int
     tokens: int

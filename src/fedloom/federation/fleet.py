@@ -131,9 +131,9 @@ class LocalFleet:
 
     @property
     def sizes(self) -> dict[int, ClientSize]:
-        """The blocks and tokens that each client has to train on."""
+        """The units and tokens that each client has to train on."""
         held = {client: self._data[client].train for client in self.clients}
-        return {client: ClientSize(len(blocks), blocks.num_tokens) for client, blocks in held.items()}
+        return {client: ClientSize(blocks.num_units, blocks.num_tokens) for client, blocks in held.items()}
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients of these tasks with the engine; yield each result, scored, when it is there."""

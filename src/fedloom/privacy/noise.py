@@ -54,6 +54,11 @@ def draw_units(key: bytes, step: int, rate: float, units: int) -> Tensor:
     return (_uniform(key, f"units {step}", units) < rate).nonzero()[:, 0]
 
 
+def draw_places(key: bytes, step: int, sizes_U: Tensor) -> Tensor:
+    """Return a place below each size, [U], each as likely as the others: of a unit's rows, the one that it gives."""
+    return (_uniform(key, f"rows {step}", len(sizes_U)) * sizes_U).long()
+
+
 def draw_noise(key: bytes, step: int, size: int) -> Tensor:
     """Return independent standard normal numbers for a step, [P], in float64 (Box and Muller 1958)."""
     pairs = (size + 1) // 2

@@ -1,5 +1,11 @@
 """Ration of a client: how its training draws and covers documents in a round, and what that costs.
 
+What is protected is a unit: a document, or all that one person wrote. A unit of several rows gives one of them, drawn
+by chance, in each step that draws it. So its gradient is on average the mean of its rows', its step costs as much as
+any other, and what it can change is as bounded: over the chance of the row, (ε, δ) holds as it does for each row (joint
+convexity). A mean over its rows would take as many passes as the longest unit has rows; more units in a step are worth
+more under noise than more rows of one (Charles et al. 2024, arXiv 2407.07737, weigh the two).
+
 Liu et al. 2022 (arXiv 2206.07902) call it silo-specific record-level privacy: each client noises for itself, and trusts
 nobody.
 """
@@ -12,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedloom.privacy.accounting import calibrate, epsilon, recognised
-from fedloom.privacy.noise import draw_noise, draw_units
+from fedloom.privacy.noise import draw_noise, draw_places, draw_units
 
 
 @dataclass(frozen=True)
@@ -22,18 +28,18 @@ class Terms:
     noise_multiplier: float
     """Standard deviation of the noise on a sum of gradients, in units of `max_norm`."""
     max_norm: float
-    """Norm to which a document's gradient is scaled down."""
+    """Norm to which a unit's gradient is scaled down."""
     batch: int
-    """Documents that a step draws on average, by which the noised sum is divided."""
+    """Units that a step draws on average, by which the noised sum is divided."""
     units: int
-    """Documents that the client has to train on."""
+    """Units that the client has to train on."""
     steps: int
     """Steps of a round."""
     delta: float
 
     @property
     def rate(self) -> float:
-        """Return the probability with which a step draws a document."""
+        """Return the probability with which a step draws a unit."""
         return min(1.0, self.batch / self.units)
 
     def epsilon(self, rounds: int) -> float:
@@ -41,7 +47,7 @@ class Terms:
         return epsilon(self.rate, self.noise_multiplier, rounds * self.steps, self.delta)
 
     def recognised(self, rounds: int) -> float:
-        """Return the share of documents that an attack with 1 % false alarms recognises at most."""
+        """Return the share of units that an attack with 1 % false alarms recognises at most."""
         return recognised(self.rate, self.noise_multiplier, rounds * self.steps)
 
     def noise_over_signal(self, parameters: int, rounds: int, clients: int) -> float:
@@ -72,8 +78,19 @@ class Ration:
     key: bytes = field(repr=False)
 
     def draw(self, step: int) -> Tensor:
-        """Return the documents of a step (from 0): each by itself with the terms' probability; there may be none."""
+        """Return the units of a step (from 0): each by itself with the terms' probability; there may be none."""
         return draw_units(self.key, step, self.terms.rate, self.terms.units)
+
+    def draw_rows(self, step: int, units_N: Tensor) -> Tensor:
+        """Return the rows of a step: one of each drawn unit; `units_N` has each row's unit.
+
+        Of some of the terms' units nothing may be left to train on: they are drawn all the same, and bring no row.
+        """
+        _, sizes_U = units_N.unique(return_counts=True)
+        begins_U = sizes_U.cumsum(0) - sizes_U
+        rows_N = units_N.argsort(stable=True)
+        drawn = self.draw(step)
+        return rows_N[(begins_U + draw_places(self.key, step, sizes_U))[drawn[drawn < len(sizes_U)]]]
 
     def noise(self, step: int, size: int) -> Tensor:
         """Return the noise of a step's sum of gradients, [P], in float64."""

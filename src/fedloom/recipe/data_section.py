@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from fedloom.recipe.section import Section
 from fedloom.recipe.templates import parse_template
@@ -125,11 +125,27 @@ class Data(Section):
     )
     partition: Partition = Field(default_factory=Partition, description="the split of the documents over the clients")
     duplicates: Literal["drop", "report"] = Field(
-        "drop", description="treatment of a training document that is also held out: leave it out, or only count it"
+        "drop",
+        description="treatment of a training document that is also held out: leave it out, or only count it; with"
+        " `[privacy]` it is the client's hold-out that loses it, and of equal documents to train on all but one go",
     )
     near_duplicate: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity from which two documents count as copies"
     )
+
+    # No key of its own: the section `privacy` names it, and what reads documents is told of this section alone.
+    _unit: str | None = PrivateAttr(None)
+
+    def with_unit(self, column: str | None) -> Data:
+        """Return the section with a column whose values are protected whole."""
+        told = self.model_copy()
+        told._unit = column
+        return told
+
+    @property
+    def unit(self) -> str | None:
+        """Return the column whose values are protected whole; None where there is none."""
+        return self._unit
 
     @property
     def is_plain(self) -> bool:

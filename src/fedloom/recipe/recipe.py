@@ -232,10 +232,10 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
-        lambda recipe: recipe.privacy is not None and recipe.data.window != "truncate",
+        lambda recipe: recipe.privacy is not None and recipe.data.window == "pack",
         "data.window",
-        "what is protected is a document, so each has to be one block of its own",
-        'set it to "truncate"',
+        "what is protected has a gradient of its own, and texts that share a block have one together",
+        'set it to "truncate" or "blocks"',
     ),
     Clash(
         lambda recipe: recipe.privacy is not None and recipe.data.pad_in_loss,
@@ -332,6 +332,16 @@ class Recipe(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     report: Report = Field(default_factory=Report)
     privacy: Privacy | None = Field(None, description="a bound on what leaves a client; without it there is none")
+
+    @property
+    def bounds_documents(self) -> bool:
+        """Return whether each client bounds what its updates tell of a document."""
+        return self.privacy is not None
+
+    @property
+    def documents(self) -> Data:
+        """Return the section `data` as it is read: with the column whose values are protected whole, if one is."""
+        return self.data.with_unit(self.privacy.unit_column) if self.privacy else self.data
 
     @model_validator(mode="after")
     def _can_be_combined(self) -> Recipe:

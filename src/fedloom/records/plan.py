@@ -29,6 +29,7 @@ class ClientPlan:
     train_documents: int
     holdout_documents: int
     blocks: int
+    """Blocks to train on; in a private run, units."""
     tokens: int
     holdout_tokens: int
     steps: int
@@ -260,7 +261,8 @@ def explain_audit(plan: Plan) -> str:
     copies = sum(plan.audit.dropped) + plan.audit.leaks
     done = "dropped from training" if plan.duplicates == "drop" else "LEFT in training"
     blocks = f" and {count(plan.shared_blocks, 'equal block')}" if plan.shared_blocks else ""
-    return f"{found or 'each client within its own documents'}: {count(copies, 'document')}{blocks} {done}"
+    given_up = f", {sum(plan.audit.given_up):,} taken out of hold-outs" if sum(plan.audit.given_up) else ""
+    return f"{found or 'each client within its own documents'}: {count(copies, 'document')}{blocks} {done}{given_up}"
 
 
 def explain_shares(shares: Mapping[str, float], capped: Mapping[str, float]) -> str:

@@ -1,7 +1,8 @@
-"""The report's section about privacy: what is promised of one document and what is not, or that nothing is."""
+"""The report's section about privacy: what is promised of one unit and what is not, or that nothing is."""
 
 from __future__ import annotations
 
+from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import NO_BOUND, list_promises
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Table, Text
@@ -11,7 +12,7 @@ SHOWN = 20
 
 
 def show_privacy(run: Run) -> list[Block]:
-    """Show what a run promises of one document, with each client's terms."""
+    """Show what a run promises of one unit, with each client's terms."""
     privacy = run.plan.get("privacy")
     if not privacy:
         return [Text(NO_BOUND)]
@@ -20,12 +21,13 @@ def show_privacy(run: Run) -> list[Block]:
     rows = [
         [
             client,
-            f"{told['documents']:,}",
+            f"{told['units']:,}",
             f"{told['noise_multiplier']:.3g}",
             f"{told['epsilon']:.3g}",
             f"{100 * told['recognised']:.2g} %",
         ]
         for client, told in clients[:SHOWN]
     ]
-    columns = ["Client", "Documents", "Noise multiplier", "ε of the run", "Recognised at 1 % false alarms"]
+    unit = "Documents" if privacy["unit"] == DOCUMENT else f"Values of {privacy['unit']}"
+    columns = ["Client", unit, "Noise multiplier", "ε of the run", "Recognised at 1 % false alarms"]
     return [*map(Text, list_promises(privacy, spent)), Table(columns, rows)]

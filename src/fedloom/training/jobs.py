@@ -69,10 +69,10 @@ class ClientJob(ClientTask):
     def draw_batches(self) -> list[Tensor]:
         """Draw the rows of every step: each epoch visits each block once, in an order of its own.
 
-        With a ration, each step draws each block by itself, and some steps none.
+        With a ration, each step draws each unit by itself, and some steps none.
         """
         if self.ration:
-            return [self.ration.draw(step) for step in range(self.ration.terms.steps)]
+            return [self.ration.draw_rows(step, self.blocks.owners) for step in range(self.ration.terms.steps)]
         if self.training.max_steps:
             return self._walk(self.training.steps_of(len(self.blocks)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
@@ -202,7 +202,7 @@ class WorkLog:
         return ClientReport(
             round=job.round,
             client=job.client,
-            examples=len(job.blocks),
+            examples=job.ration.terms.units if job.ration else len(job.blocks),
             tokens=0 if job.ration else self._tokens,
             steps=steps,
             proximal_mu=self._mu,

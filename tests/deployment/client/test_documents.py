@@ -10,8 +10,10 @@ from support.tiny import make_recipe
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN, load_client, mend_of_server
 from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.refusals import find_refusals
 from fedloom.errors import DataError, PolicyError
 from fedloom.recipe.data_section import Data
+from fedloom.recipe.recipe import Recipe
 
 ASKED = Data(source="the client's own")
 
@@ -194,3 +196,43 @@ def test_a_folder_that_is_called_as_a_key_keeps_its_name(tmp_path: Path, monkeyp
 def test_a_single_file_has_no_files_to_choose_from(folder: Path) -> None:
     with pytest.raises(DataError, match="--files: a single file and a split are read whole"):
         load_client(ASKED, folder / "0.txt", Policy(files="*.txt"))
+
+
+def rows_of(path: Path, authors: int = 6) -> Path:
+    rows = [{"text": f"{author} text {n} " * 12, "author": f"a{author}"} for n in range(4) for author in range(authors)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def private_recipe(unit: str = "document", **data: Any) -> Recipe:
+    data = {"documents_per_client": None, "client_holdout": 0.4, "duplicates": "report", **data}
+    return make_recipe(data=data, privacy={"epsilon": 8.0, "delta": 1e-3, "unit": unit})
+
+
+def test_a_private_client_takes_no_number_of_its_documents(tmp_path: Path) -> None:
+    """A document that is taken away would let in one that was left over."""
+    path = rows_of(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"data\.documents_per_client: .*lets another one in"):
+        gather_client(private_recipe(documents_per_client=8), path)
+    assert len(gather_client(make_recipe(data={"documents_per_client": 8}), path).documents.train) < 8
+
+
+def test_a_private_clients_documents_move_alone(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "rows.jsonl")
+    rows = path.read_text().splitlines()
+    whole = {document.text for document in gather_client(private_recipe(), path).documents.train}
+    for place in range(0, len(rows), 5):
+        path.write_text("\n".join(rows[:place] + rows[place + 1 :]) + "\n")
+        left = {document.text for document in gather_client(private_recipe(), path).documents.train}
+        assert left == whole - {json.loads(rows[place])["text"]}
+
+
+def test_a_column_of_units_is_read_where_its_owner_lists_it(tmp_path: Path) -> None:
+    recipe = private_recipe(unit="author")
+    assert [refusal.key for refusal in find_refusals(Policy(), recipe)] == ["columns"]
+    assert [*find_refusals(Policy(columns=("author",)), recipe)] == []
+    found = gather_client(recipe, rows_of(tmp_path / "rows.jsonl"), Policy(columns=("author",)))
+    train, holdout = ({document.unit for document in side} for side in (found.documents.train, found.documents.holdout))
+    assert train
+    assert not train & holdout
+    assert found.blocks.train.num_units == len(train) < len(found.blocks.train)

@@ -231,10 +231,11 @@ def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: Scr
     said = capsys.readouterr().out
     for line in (
         f'asked     fed.example.org:8443: to read and count the documents for "test" (run {run[:16]})',
-        f"told      6 documents, 6 blocks, {facts['tokens']} tokens to train on; 2 documents held out",
+        f"told      {facts['train_documents']} documents, {facts['blocks']} blocks,"
+        f" {facts['tokens']} tokens to train on; {facts['holdout_documents']} documents held out",
         "asked     for the loss of an adapter on the hold-out",
         "told      the loss on the hold-out",
-        "asked     to train round 2 of 2: 1 epoch, 3 steps",
+        f"asked     to train round 2 of 2: 1 epoch, {-(-facts['blocks'] // 2)} steps",
         "told      the adapter of round 2, ",
         "refused   policy.max_epochs: its policy allows 20 epochs a round, not 99",
     ):

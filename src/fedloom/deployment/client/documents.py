@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.data.documents import Document, find_files
-from fedloom.data.splits import ClientDocuments, audit_splits, hold_out
+from fedloom.data.splits import ClientDocuments, audit_splits, hold_out, holdout_key
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, load_client, read_split
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_documents
 from fedloom.errors import DataError
-from fedloom.experiment.building import hold, open_source, tokenize_for
+from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
+from fedloom.experiment.tokenizing import separate
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
-from fedloom.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,19 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
     # A pickle is opened at its owner's word, and never at a server's.
     open_once = cache(partial(open_source, recipe, convert=False))
     documents = _split(recipe, path, policy, lambda: open_once().tokenizer)
-    drop = recipe.data.duplicates == "drop"
-    (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop)
+    private, drop = recipe.bounds_documents, recipe.data.duplicates == "drop"
+    (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop, private=private)
     source = open_once()
     # The server's own look at it is no reason to believe it: each document becomes a block of that length.
     check_length(recipe.data.max_length, source)
 
     train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
-    held_out = distinct_blocks(holdout)
-    unseen = without_blocks(train, held_out)
-    shared = len(train) - len(unseen)
-    blocks = hold(recipe, unseen if drop else train, holdout)
+    (blocks,), shared = separate(recipe, set(), [train], [holdout])
     if not len(blocks.train):
         raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
-    left = len(documents.train) - train.dropped - train.unanswered
+    left = len(documents.train) - train.dropped - train.unanswered - blocks.train.repeated
     if drop and shared:
+        held_out = distinct_blocks(holdout)
         # Of some documents nothing is left: a server could choose lengths at which all but one are the same.
         parts = (tokenize_for(source, recipe, [document]) for document in documents.train)
         left = sum(len(without_blocks(part, held_out)) > 0 for part in parts)
@@ -86,13 +84,20 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
 
 
 def _split(recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[[], Any]) -> ClientDocuments:
-    whole, load = read_split(path), partial(load_client, recipe.data, open_tokenizer=open_tokenizer)
+    whole, load = read_split(path), partial(load_client, recipe.documents, open_tokenizer=open_tokenizer)
     if whole:
         train, holdout = whole
         kept = load(holdout, policy) if holdout.stat().st_size else ()
         return ClientDocuments(load(train, policy), kept)
+    private = recipe.bounds_documents
+    if private and recipe.data.documents_per_client is not None:
+        raise DataError(
+            "of a number of documents, one that is taken away lets another one in",
+            where="data.documents_per_client",
+            mend="leave it out of a recipe with [privacy]: a client then trains on all that it has",
+        )
     found = load(path, policy, recipe.seed, recipe.data.documents_per_client)
-    return hold_out(list(found), recipe.data.client_holdout, derive_seed(recipe.seed, "client-holdout"))
+    return hold_out(found, recipe.data.client_holdout, holdout_key(recipe.seed), strictly=private)
 
 
 def stamp_documents(path: Path, policy: Policy) -> str:
@@ -130,9 +135,11 @@ def write_splits(recipe: Recipe, folder: Path, display: Observer) -> list[Path]:
     for client, documents in enumerate(material.splits.clients):
         target = folder / f"client-{client}"
         target.mkdir(parents=True)
-        for name, part in ((TRAIN, filter(is_trained_on, documents.train)), (HOLDOUT, documents.holdout)):
+        for name, part in ((TRAIN, [*filter(is_trained_on, documents.train)]), (HOLDOUT, documents.holdout)):
             # What a table has beside texts, a time in a message say, is written as a chat template is told of it.
             columns = [document.row or {recipe.data.text: document.text} for document in part]
+            if (unit := recipe.documents.unit) is not None:
+                columns = [{**row, unit: document.unit} for row, document in zip(columns, part, strict=True)]
             rows = [json.dumps(row, default=str) + "\n" for row in columns]
             (target / name).write_text("".join(rows), encoding="utf-8")
         folders.append(target)

@@ -85,7 +85,7 @@ def load_client(
         elif policy.files != NO_FILE.files:
             raise DataError("a single file and a split are read whole", where="--files", mend="leave it out")
         kept = asked.model_dump(include=set(ROWS) & asked.model_fields_set)
-        data = Data.model_validate({**kept, **told})
+        data = Data.model_validate({**kept, **told}).with_unit(asked.unit)
         found = load_documents(data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer)
         _check_columns(data, found.documents, policy)
         return found.documents

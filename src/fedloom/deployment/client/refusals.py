@@ -68,7 +68,8 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("lora_rules", f'does not allow the rule "{federation.lora_rule}"')
     if "text" in data.model_fields_set and data.text != policy.text:
         yield Refusal("text", f'does not allow the column "{data.text}" to be read for text')
-    for _, column in () if data.is_plain else data.columns:
+    read = [] if data.is_plain else [column for _, column in data.columns]
+    for column in read if recipe.documents.unit is None else [*read, recipe.documents.unit]:
         if not {column, column.partition(".")[0]} & set(policy.columns):
             yield Refusal("columns", f'does not allow the column "{column}" to be read')
     if data.own_template is not None and policy.chat_template == TOKENIZERS:
