@@ -1,4 +1,7 @@
-"""Section `privacy` of a recipe: how much what leaves a client may tell of one document. No torch here."""
+"""Section `privacy` of a recipe: how much what leaves a client may tell of one document, or adapters of one client.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,18 @@ from pydantic import Field, model_validator
 
 from fedloom.recipe.section import Section
 
+CLIENT = "client"
+"""Unit for which the server adds the noise: a whole client."""
+
 
 class Privacy(Section):
     """A bound on what everything that leaves a client tells of any one of its documents (differential privacy)."""
 
+    unit: str = Field(
+        "document",
+        description="what is protected: a `document`, by noise at each client; or in `fedloom run` a whole `client`,"
+        " by noise at the server, which is trusted then",
+    )
     epsilon: float | None = Field(
         None, gt=0, le=1000, description="ε of the whole run, at each client; its noise follows from its documents"
     )
@@ -19,9 +30,27 @@ class Privacy(Section):
         None, ge=0.1, le=1000, description="noise in units of `max_norm`, in place of `epsilon`, which then follows"
     )
     delta: float = Field(
-        ge=1e-10, lt=1, description="δ: the probability with which ε may not hold; below one over a client's documents"
+        ge=1e-10,
+        lt=1,
+        description="δ: the probability with which ε may not hold; below one over a client's documents, or over the"
+        " clients",
     )
-    max_norm: float = Field(1.0, gt=0, le=1e6, description="norm to which a document's gradient is scaled down")
+    max_norm: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="norm to which a document's gradient is scaled down, or a client's change in a round",
+    )
+    norm_quantile: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the clients' changes that the norm is led to leave as they are, from `max_norm` on"
+        ' (`unit = "client"`; arXiv 1905.03871); it stays if left out',
+    )
+    norm_rate: float | None = Field(
+        None, gt=0, le=1, description="step by which the norm is led, in natural logarithms; 0.2 if left out"
+    )
     noise: Literal["secret", "seed"] = Field(
         "secret",
         description="source of draws and noise: a secret of the run, or for tests the recipe's seed: NOT private",
@@ -31,4 +60,15 @@ class Privacy(Section):
     def _says_how_much(self) -> Privacy:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("needs either epsilon or noise_multiplier, and not both")
+        if self.unit not in ("document", CLIENT):
+            raise ValueError(f'there is no unit "{self.unit}": it is "document" or "{CLIENT}"')
+        if self.norm_quantile is not None and not self.of_clients:
+            raise ValueError(f'norm_quantile is for unit = "{CLIENT}": a document\'s norm stays')
+        if self.norm_rate is not None and self.norm_quantile is None:
+            raise ValueError("norm_rate leads the norm to norm_quantile, and there is none")
         return self
+
+    @property
+    def of_clients(self) -> bool:
+        """Return whether a whole client is protected."""
+        return self.unit == CLIENT

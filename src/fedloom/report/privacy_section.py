@@ -1,4 +1,4 @@
-"""The report's section about privacy: what is promised of one document and what is not, or that nothing is."""
+"""The report's section about privacy: what is promised of one document or client, and what is not."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ SHOWN = 20
 
 
 def show_privacy(run: Run) -> list[Block]:
-    """Show what a run promises of one document, with each client's terms."""
+    """Show what a run promises of one document, with each client's terms, or of one client."""
     privacy = run.plan.get("privacy")
     if not privacy:
         return [Text(NO_BOUND)]
     spent = run.rounds[-1].get("epsilon") if run.rounds else None
+    promises: list[Block] = [*map(Text, list_promises(privacy, spent))]
+    if "central" in privacy:
+        return promises
     clients = sorted(privacy["clients"].items(), key=lambda pair: -pair[1]["epsilon"])
     rows = [
         [
@@ -28,4 +31,4 @@ def show_privacy(run: Run) -> list[Block]:
         for client, told in clients[:SHOWN]
     ]
     columns = ["Client", "Documents", "Noise multiplier", "ε of the run", "Recognised at 1 % false alarms"]
-    return [*map(Text, list_promises(privacy, spent)), Table(columns, rows)]
+    return [*promises, Table(columns, rows)]
