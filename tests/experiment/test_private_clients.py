@@ -1,6 +1,7 @@
 """A run that protects whole clients: what is promised, what is on record, and what would break it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from fedloom.experiment.private import SECRET, Account
 from fedloom.experiment.run import plan, run
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.monitoring.observer import Observer
-from fedloom.privacy.accounting import epsilon
-from fedloom.privacy.central import CentralNoise, RoundNoise
+from fedloom.privacy.accounting import calibrate, epsilon
+from fedloom.privacy.central import CentralNoise, CentralTerms, RoundNoise
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Strategy
 from fedloom.records.privacy import NOT_PRIVATE
@@ -131,12 +132,14 @@ def test_the_norm_is_led_and_told(tmp_path: Path) -> None:
         tmp_path, data={"clients": 24}, federation={"fraction": 1.0}, privacy={"norm_quantile": 0.5, "max_norm": 10.0}
     )
     finished = run(recipe, tmp_path / "run", Observer())
-    norms = [record["next_max_norm"] for record in finished.rounds]  # type: ignore[typeddict-item]
+    norms = [record["next_max_norm"] for record in finished.rounds]
     assert norms[0] == 10.0
     assert norms[-1] < norms[1] < 10.0, "all changes were shorter"
     terms = finished.plan["privacy"]["central"]
     assert terms["change_noise"] > terms["noise_multiplier"]
-    assert "led to leave 50 % of them as they are" in (tmp_path / "run" / "report.md").read_text()
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "led to leave 50 % of them as they are" in text
+    assert f"The norm was led from 10 to {norms[-1]:.3g}." in text
 
 
 def test_two_private_runs_have_other_clients_and_other_noise(tmp_path: Path) -> None:
@@ -321,3 +324,14 @@ def test_an_account_that_goes_on_knows_what_was_spent(tmp_path: Path) -> None:
     for record in records:
         account.add(record["round"], record["clients"])
     assert account.epsilon == records[-1]["epsilon"]
+
+
+def test_the_page_has_the_noise_that_is_computed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+), (\d+) % \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for clients, share, noise, left in rows:
+        number, rate = int(clients.replace(",", "")), int(share) / 100
+        found = calibrate(rate, 20, 8.0, 1 / (10 * number))
+        terms = CentralTerms(found, 1.0, number, rate, 1 / (10 * number))
+        assert f"{found:.3g} {terms.noise_over_norm(368_640):.3g}" == f"{noise} {left}"

@@ -18,6 +18,9 @@ def show_privacy(run: Run) -> list[Block]:
     spent = run.rounds[-1].get("epsilon") if run.rounds else None
     promises: list[Block] = [*map(Text, list_promises(privacy, spent))]
     if "central" in privacy:
+        if run.rounds and "next_max_norm" in run.rounds[-1]:
+            norms = [record["next_max_norm"] for record in run.rounds]
+            promises.append(Text(f"The norm was led from {norms[0]:.3g} to {norms[-1]:.3g}."))
         return promises
     clients = sorted(privacy["clients"].items(), key=lambda pair: -pair[1]["epsilon"])
     rows = [
