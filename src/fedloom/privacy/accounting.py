@@ -161,7 +161,7 @@ def recognised(rate: float, noise: float, steps: int, false_alarms: float = FALS
     return float(max(false_alarms, min(1.0, first.min(), second.min())))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # of the last search: each may hold a hundred megabytes
 def compose(rate: float, noise: float, steps: int) -> tuple[Loss, Loss]:
     """Return the composed privacy losses of removing a unit and of adding it."""
     return _compose(rate, noise, steps, removal=True), _compose(rate, noise, steps, removal=False)
