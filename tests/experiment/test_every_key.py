@@ -101,6 +101,13 @@ CHATS = {
     "data.max_length": 128,
 }
 PRIVATE = {"privacy": {"epsilon": 8.0, "delta": 1e-3, "noise": "seed"}}
+CENTRAL = {"data.client_holdout": 0.0, "federation.strategy": {"kind": "fedavg", "weight_by": "equal"}}
+LED = {
+    **CENTRAL,
+    "federation.rounds": 2,
+    "privacy": {"unit": "client", "noise_multiplier": 0.2, "delta": 1e-3, "noise": "seed"},
+}
+"""So little noise that three clients can lead the norm."""
 ASKED = {"data.source": "chats.jsonl", "data.prompt": "{q}>", "data.completion": "{a}", "data.max_length": 64}
 
 
@@ -304,6 +311,10 @@ CASES = [
     Case("privacy.delta", (1e-3, 0.5), REFUSAL, PRIVATE),
     Case("privacy.max_norm", (1.0, 0.1), RESULT, PRIVATE),
     Case("privacy.noise", ("seed", "secret"), RESULT, PRIVATE),
+    Case("privacy.unit", ("document", "client"), RESULT, {**PRIVATE, **CENTRAL}),
+    Case("privacy.unit", ("client", "patient"), REFUSAL, {**PRIVATE, **CENTRAL}),
+    Case("privacy.norm_quantile", (LEFT_OUT, 0.5, 0.9), RESULT, LED),
+    Case("privacy.norm_rate", (LEFT_OUT, 0.5), RESULT, {**LED, "privacy": {**LED["privacy"], "norm_quantile": 0.5}}),
 ]  # fmt: skip
 
 OWN: dict[str, tuple[Any, ...]] = {

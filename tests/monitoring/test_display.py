@@ -9,7 +9,7 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.experiment.run import plan
-from fedloom.monitoring.display import Terminal, describe_clients
+from fedloom.monitoring.display import Terminal, describe_clients, format_round, round_header
 from fedloom.progress import Progress
 from fedloom.text import format_bytes, format_seconds
 
@@ -99,3 +99,14 @@ def test_what_clients_do_stands_beneath_the_bar_and_many_are_counted() -> None:
     assert "alice training, bob answered" in screen.getvalue()
     many = {f"client-{number}": "training" for number in range(40)} | {"bob": "gone"}
     assert describe_clients(many) == "40 training, 1 gone"
+
+
+def test_a_private_run_shows_what_was_spent_where_others_show_their_clients_losses() -> None:
+    record = {"round": 3, "train_seconds": 1.0, "aggregate_seconds": 0.0, "evaluate_seconds": 0.0, "bytes_up": 0,
+              "bytes_down": 0}  # fmt: skip
+    for private, told, seen in ((True, {"epsilon": 4.567}, "4.57"), (False, {"train_loss": 4.567}, "4.5670")):
+        header, row = round_header(private=private), format_round({**record, **told})
+        assert header.split()[1] == ("ε" if private else "train")
+        assert row.split()[1] == seen
+        assert header.index(header.split()[1]) + len(header.split()[1]) == row.index(seen) + len(seen)
+    assert "train" not in round_header(private=True)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.privacy import accounting
 from fedloom.privacy.accounting import (
     FALSE_ALARMS,
     ORDERS,
@@ -77,6 +78,32 @@ def test_it_rises_and_falls_as_it_must(rate: float, noise: float, steps: int, de
 def test_calibrated_noise_just_suffices(rate: float, steps: int, target: float, delta: float) -> None:
     noise = calibrate(rate, steps, target, delta)
     assert epsilon(rate, noise, steps, delta) <= target < epsilon(rate, 0.995 * noise, steps, delta)
+
+
+def test_noise_is_found_in_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan looks for the noise of every size that a client has: with 1,000 sizes, each look is five seconds."""
+    looks: list[float] = []
+
+    def look(rate: float, noise: float, steps: int, delta: float) -> float:
+        looks.append(noise)
+        return epsilon(rate, noise, steps, delta)
+
+    monkeypatch.setattr(accounting, "epsilon", look)
+    counts = []
+    for rate, steps, target, delta in SETTINGS:
+        looks.clear()
+        noise = calibrate.__wrapped__(rate, steps, target, delta)
+        counts.append(len(looks))
+        assert epsilon(rate, noise, steps, delta) <= target < epsilon(rate, noise / 1.0012, steps, delta)
+    assert max(counts) <= 9
+    assert sum(counts) <= 5.5 * len(counts)
+
+
+SETTINGS = (
+    (0.128, 160, 8.0, 1e-5), (0.5, 18, 8.0, 1e-3), (1.0, 9, 8.0, 1e-3), (0.1, 20, 8.0, 1e-4), (1.0, 1, 1000.0, 1e-3),
+    (0.5, 3, 0.01, 1e-3), (0.5, 2, 0.001, 1e-2), (0.03, 90, 0.16, 1e-7), (0.9, 400, 30.0, 1e-8), (0.01, 10, 2.0, 1e-6),
+)  # fmt: skip
+"""q, T, ε, δ: of many steps and one, little noise and much, and where δ alone is nearly enough."""
 
 
 def test_nothing_and_all() -> None:

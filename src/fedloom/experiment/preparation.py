@@ -244,7 +244,7 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
             device=setup.device,
             alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
             packed=recipe.data.window == "pack",
-            private=recipe.privacy is not None,
+            private=recipe.bounds_documents,
         )
     except Exception as error:  # of any kind, from an operation of a model that can't be traced
         # Where a GPU's memory runs out, fewer at once are tried; a processor's may take the whole machine with it.

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedloom.adapters.adapter import Layout
 from fedloom.data.tokens import ClientBlocks, count_copies
 from fedloom.errors import RecipeError, RunError
+from fedloom.experiment.central import describe_central, set_run_terms
+from fedloom.federation.aggregation import Aggregate
+from fedloom.federation.lora_rules import build_aggregate, trained_part
+from fedloom.federation.noised_sum import noised_sum
 from fedloom.host.files import hash_text, replace_file, writing
 from fedloom.privacy.accounting import epsilon
+from fedloom.privacy.central import CentralNoise
 from fedloom.privacy.noise import SECRET_BYTES, check_cipher, derive_key
 from fedloom.privacy.ration import Ration, Terms, set_terms
 from fedloom.recipe.recipe import Recipe
@@ -34,6 +41,8 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
     if recipe.privacy is None:
         return plan
     check_cipher()
+    if recipe.bounds_clients:
+        return replace(plan, privacy=describe_central(recipe, plan))
     able = {client: held.train for client, held in enumerate(clients) if len(held.train)}
     terms = {client: set_client_terms(recipe, train.num_units) for client, train in able.items()}
     rounds = recipe.federation.rounds
@@ -117,15 +126,32 @@ def open_rations(recipe: Recipe, clients: Sequence[ClientBlocks], folder: Path) 
     Raises:
         RunError: the run's secret is damaged.
     """
-    if recipe.privacy is None:
+    if not recipe.bounds_documents:
         return None
-    if recipe.privacy.noise == "seed":
-        return Rations(recipe, clients, bytes.fromhex(hash_text(f"not private: {recipe.seed}")))
-    return Rations(recipe, clients, _open_secret(folder / SECRET))
+    return Rations(recipe, clients, _open_secret(recipe, folder / SECRET))
 
 
-def _open_secret(path: Path) -> bytes:
+def open_aggregate(recipe: Recipe, clients: Sequence[ClientBlocks], layout: Layout, folder: Path) -> Aggregate:
+    """Return the recipe's strategy for a run that is kept in a folder, noised where its clients are protected.
+
+    Raises:
+        RunError: the run's secret is damaged.
+    """
+    strategy = build_aggregate(recipe.federation)
+    if not recipe.bounds_clients:
+        return strategy
+    able = [held.train for held in clients if len(held.train)]
+    documents = hash_tensors(tensor for train in able for tensor in train.tensors)
+    terms = set_run_terms(recipe, len(able))
+    central = CentralNoise(terms, _open_secret(recipe, folder / SECRET), (recipe.model_dump_json(), documents))
+    return noised_sum(strategy, central, partial(trained_part, layout, recipe.federation.lora_rule))
+
+
+def _open_secret(recipe: Recipe, path: Path) -> bytes:
     """Return a run's secret, a new one where it has none yet; its owner alone may read it."""
+    assert recipe.privacy is not None, "a recipe without a bound"
+    if recipe.privacy.noise == "seed":
+        return bytes.fromhex(hash_text(f"not private: {recipe.seed}"))
     if not path.exists():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,11 +164,28 @@ def _open_secret(path: Path) -> bytes:
     return secret
 
 
-def spent(privacy: Mapping[str, Any], cohorts: Iterable[Sequence[int]]) -> float:
-    """Return the largest ε that rounds of these clients have spent; `privacy` is what a plan says of it."""
-    taken = Counter(client for cohort in cohorts for client in cohort)
-    costs = {
-        (told["rate"], told["noise_multiplier"], taken[int(client)] * told["steps"])
-        for client, told in privacy["clients"].items()
-    }
-    return max(epsilon(*cost, privacy["delta"]) for cost in costs)
+class Account:
+    """Account of what a run's rounds have spent: each is added once, when it is complete; `privacy` is a plan's."""
+
+    def __init__(self, privacy: Mapping[str, Any]) -> None:
+        self._privacy = privacy
+        self._rounds = 0
+        self._taken = Counter[int]()
+
+    def add(self, round: int, clients: Sequence[int]) -> None:
+        """Add a round, and the clients whose updates it took."""
+        # Round 0 only evaluates.
+        self._rounds += round > 0
+        self._taken.update(clients)
+
+    @property
+    def epsilon(self) -> float:
+        """Return the largest ε that a client's documents have spent, or that a client has, where those are noised."""
+        told = self._privacy
+        if "central" in told:
+            return epsilon(told["central"]["rate"], told["central"]["noise_multiplier"], self._rounds, told["delta"])
+        costs = {
+            (one["rate"], one["noise_multiplier"], self._taken[int(client)] * one["steps"])
+            for client, one in told["clients"].items()
+        }
+        return max(epsilon(*cost, told["delta"]) for cost in costs)

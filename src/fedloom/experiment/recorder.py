@@ -10,10 +10,11 @@ from typing import Any
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError
 from fedloom.experiment.preparation import Prepared
-from fedloom.experiment.private import SECRET, spent
+from fedloom.experiment.private import SECRET, Account
 from fedloom.experiment.session import Session
 from fedloom.federation.aggregation import WEIGHTS
 from fedloom.federation.lora_error import AveragingMeter
+from fedloom.federation.noised_sum import norm_of
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_folder, writing
@@ -42,6 +43,7 @@ class Recorder:
         """SHA-256 of each file, by adapter."""
         self._meter = AveragingMeter(session.adapted.layout)
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
+        self._account = Account(plan.privacy) if plan.privacy else None
 
     def begin(self, initial: Adapter) -> None:
         """Keep the adapter that every client starts from."""
@@ -53,6 +55,9 @@ class Recorder:
         self.saved = {name: dict(files) for name, files in state.adapters.items()}
         held = {"initial", "last", *(("best",) if state.best_round == state.round else ())}
         rounds = read_run(self.writer.folder).rounds
+        if self._account:
+            for past in rounds:
+                self._account.add(past["round"], past["clients"])
         for name, files in damaged_adapters(self.writer.folder, state).items():
             if name in held:
                 say(f"adapters/{name} ({', '.join(files)}) is not what it was: written again")
@@ -68,9 +73,11 @@ class Recorder:
         """Write one round down, and keep its adapter."""
         error = self._meter.take()
         measured: Record = {"lora_error": error.whole, "lora_error_layers": error.layers} if error else {}
-        if self._plan.privacy:
-            before = [record["clients"] for record in read_run(self.writer.folder).rounds]
-            measured["epsilon"] = spent(self._plan.privacy, [*before, [report.client for report in result.reports]])
+        if self._account:
+            self._account.add(result.round, [report.client for report in result.reports])
+            measured["epsilon"] = self._account.epsilon
+        if "quantile" in self._plan.privacy.get("central", {}):
+            measured["next_max_norm"] = norm_of(run.strategy_state)
         if self.runs_together > 1:
             measured["runs_together"] = self.runs_together
         lowered = self._session.take_lowered()

@@ -157,10 +157,16 @@ def name_strategy(prepared: Prepared, recipe: Recipe, aggregate: Aggregate | Non
     """Name a strategy of the caller's own in the plan: records, reports and resume then know of it.
 
     Raises:
-        RecipeError: the recipe has a rule for LoRA's factors, which that strategy would leave out.
+        RecipeError: the recipe has a rule for LoRA's factors, which that strategy would leave out, or protects clients.
     """
     if aggregate is None:
         return prepared
+    if recipe.bounds_clients:
+        raise RecipeError(
+            "aggregate= would see each client's update, and only their noised sum may be seen",
+            where='privacy.unit = "client"',
+            mend="leave one of them out",
+        )
     if recipe.federation.lora_rule != "factors":
         raise RecipeError(
             f'aggregate= takes the place of lora_rule = "{recipe.federation.lora_rule}" too',

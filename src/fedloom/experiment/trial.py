@@ -13,12 +13,12 @@ from fedloom.errors import RunError
 from fedloom.evaluation.held_out import Score
 from fedloom.experiment.baselines import Baseline, set_up_baselines
 from fedloom.experiment.preparation import Prepared
+from fedloom.experiment.private import open_aggregate
 from fedloom.experiment.recorder import Recorder
 from fedloom.experiment.session import Session
 from fedloom.experiment.tasks import Examiner
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.fleet import Fleet
-from fedloom.federation.lora_rules import build_aggregate
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.files import clear_unfinished
 from fedloom.monitoring.observer import Observer
@@ -140,7 +140,7 @@ def set_up(
         recipe.federation,
         recipe.seed,
         fleet,
-        aggregate or build_aggregate(recipe.federation),
+        aggregate or open_aggregate(recipe, prepared.clients, session.adapted.layout, writer.folder),
         score_central,
         initial,
         on_update=recorder.add_client,

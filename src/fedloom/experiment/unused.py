@@ -141,7 +141,10 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     section, able = recipe.federation, sum(1 for client in plan.clients if client.steps)
     if able == 1:
         yield "contributions", "one client trains, and without it there is no federation"
-    if plan.clients_per_round == able:
+    if recipe.bounds_clients:
+        for key in ("max_lost_clients", "on_quorum_lost"):
+            yield f"federation.{key}", "a client without an update counts as one that changes nothing"
+    elif plan.clients_per_round == able:
         yield (
             "federation.fraction",
             f"all of {count(able, 'client')} train in a round, by rounding or by federation.min_clients",
@@ -167,7 +170,7 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
             yield "federation.max_share", "no client has a larger one"
         for key in ("round_deadline", "max_change", "max_client_blocks"):
             yield f"federation.{key}", "the clients are in this process"
-        if section.on_quorum_lost == "wait":
+        if section.on_quorum_lost == "wait" and not recipe.bounds_clients:
             yield "federation.on_quorum_lost", 'a client in this process is not asked again: "wait" is as "stop"'
 
 
@@ -184,12 +187,12 @@ def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
     able = [client for client in plan.clients if client.steps]
     if (why := _why_plain(strategy, clients)) and _weighs_alike(strategy, plan):
         yield "federation.strategy.kind", why
-    if clients == 1:
+    if clients == 1 and not recipe.bounds_clients:
         yield "federation.strategy.weight_by", "one client trains in a round"
     elif strategy.kind == "multi_krum" and strategy.setting("keep") == 1:
         yield "federation.strategy.weight_by", "with keep = 1 one update is taken as it is"
     elif strategy.weight_by == "equal":
-        if len({client.blocks for client in able}) == 1:
+        if not recipe.bounds_clients and len({client.blocks for client in able}) == 1:
             yield "federation.strategy.weight_by", "every client has as many examples"
     elif all(client.tokens * able[0].blocks == able[0].tokens * client.blocks for client in able):
         yield "federation.strategy.weight_by", "every client has as many tokens in an example"

@@ -69,10 +69,17 @@ class Admission:
     """Admits the updates of a run's rounds; `sizes` bounds what clients may say of themselves.
 
     A change of more than `max_change` medians is scaled down to that where all of a round were shown; None lets it be.
+    With `alone`, no change is compared with the others: each is scaled to a norm of its own later.
     """
 
-    def __init__(self, sizes: Mapping[int, ClientSize] = MappingProxyType({}), max_change: float | None = None) -> None:
-        self._sizes, self._max_change = sizes, max_change
+    def __init__(
+        self,
+        sizes: Mapping[int, ClientSize] = MappingProxyType({}),
+        max_change: float | None = None,
+        *,
+        alone: bool = False,
+    ) -> None:
+        self._sizes, self._max_change, self._alone = sizes, max_change, alone
         self._tasks: dict[int, ClientTask] = {}
         self._answered: set[int] = set()
         self._start_norms: dict[int, float] = {}
@@ -89,7 +96,7 @@ class Admission:
         self._remembered = self.norms
         self._tasks, self._answered, self._start_norms = {task.client: task for task in tasks}, set(), {}
         self._changes, self.foreseen, self.scaled = [], {}, {}
-        self._steps = median_low([self._steps_of(task) for task in tasks])
+        self._steps = median_low([self._steps_of(task) for task in tasks] or [1])
 
     @property
     def norms(self) -> list[float]:
@@ -178,6 +185,8 @@ class Admission:
 
     def _limit(self, task: ClientTask) -> float:
         """Return the norm above which no training made a change."""
+        if self._alone:
+            return math.inf
         weights_P = task.adapter.weights_P
         if (start := self._start_norms.get(id(weights_P))) is None:
             start = self._start_norms[id(weights_P)] = norm_of(weights_P)

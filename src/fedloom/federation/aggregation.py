@@ -43,6 +43,9 @@ class Aggregate:
     open: Callable[[State, Adapter], RoundSum]
     name: str = ""
     """Name of a strategy that no recipe names, for the run's records."""
+    draw: Callable[[Sequence[int], int, Adapter], list[int]] | None = None
+    """Draw of a round's clients, (clients, round, adapter), where each update is bounded by itself and what they add
+    up to is noised: there may be none then, and none is judged by the others."""
 
     def update(self, state: State, adapter: Adapter, updates: Iterable[ClientUpdate]) -> tuple[State, Adapter]:
         """Aggregate a round whose updates are all there; return the new state and the new adapter."""

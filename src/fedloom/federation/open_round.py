@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.errors import TrainingError
+from fedloom.errors import ShortageError, TrainingError
 from fedloom.federation.admission import Admission, check_layout
 from fedloom.federation.aggregation import WEIGHTS, RoundSum, State
 from fedloom.federation.fleet import ClientPreview
@@ -23,18 +23,25 @@ if TYPE_CHECKING:
 class OpenRound:
     """A round that is under way: it admits results as they come, and adds each update to the strategy's sum.
 
-    Reports are kept, weights are not, so memory does not grow with the number of clients.
+    Reports are kept, weights are not, so memory does not grow with the number of clients. With `alone`, each update
+    is bounded by itself and their sum is noised: any may be missing, for to stop at it would tell of its client.
     """
 
     def __init__(
         self,
+        start: Adapter,
+        round: int,
         tasks: Sequence[ClientTask],
         total: RoundSum,
         admission: Admission,
         on_update: Callable[[ClientUpdate], None],
         section: Federation,
+        *,
+        proximal_mu: float,
+        alone: bool = False,
     ) -> None:
-        self.tasks, self._total = tasks, total
+        self.proximal_mu = proximal_mu
+        self._start, self.number, self.tasks, self._total, self._alone = start, round, tasks, total, alone
         self._admission, self._on_update, self._section = admission, on_update, section
         self._weigh = WEIGHTS[section.strategy.weight_by]
         self._scales: dict[int, float] | None = None
@@ -74,19 +81,19 @@ class OpenRound:
         """Return the strategy's new state and the new adapter; None where the round is lost, and `error` says why."""
         for client, why in self.refused:
             if self._admission.misses(client):
-                lost = TrainingError(f"no other update came ({why})", round=self.tasks[0].round, client=client)
+                lost = TrainingError(f"no other update came ({why})", round=self.number, client=client)
                 self._lose(client, lost)
-        if not self.reports:
-            self.error = self.error or self._last_loss or TrainingError("no update came", round=self.tasks[0].round)
+        if not self.reports and not self._alone:
+            self.error = self.error or self._last_loss or TrainingError("no update came", round=self.number)
         if self.error:
             return None
         started = time.perf_counter()
         state, adapter = self._total.finish()
         self.aggregate_seconds += time.perf_counter() - started
-        where: dict[str, Any] = {"round": self.tasks[0].round, "stage": "aggregation"}
+        where: dict[str, Any] = {"round": self.number, "stage": "aggregation"}
         try:
             # Later it would be refused as the clients' fault, who train from it.
-            check_layout(adapter, self.tasks[0].adapter)
+            check_layout(adapter, self._start)
         except ValueError as error:
             raise TrainingError(f"the strategy's adapter does not fit: {error}", **where) from None
         # Each update was finite: later this would be taken for a client's training that diverged.
@@ -96,9 +103,14 @@ class OpenRound:
         return state, adapter
 
     @property
+    def may_be_skipped(self) -> bool:
+        """Return whether a run may go on without the round: it lost clients, and not what all of them need."""
+        return bool(self.lost) and not self._alone
+
+    @property
     def shares(self) -> dict[int, float]:
         """Each client's share of the weight, where the strategy weighs clients."""
-        return to_shares(self._weights) if self._section.strategy.weighs else {}
+        return to_shares(self._weights) if self._section.strategy.weighs and not self._alone else {}
 
     @property
     def capped(self) -> list[int]:
@@ -124,5 +136,7 @@ class OpenRound:
     def _lose(self, client: int, error: TrainingError) -> None:
         self.lost[client] = str(error)
         self._last_loss = error
-        if len(self.lost) > self._section.max_lost_clients:
+        # What is too large for the machine is so whatever is in the documents.
+        stops = isinstance(error, ShortageError) if self._alone else len(self.lost) > self._section.max_lost_clients
+        if stops:
             self.error = self.error or error

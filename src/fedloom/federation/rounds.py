@@ -107,7 +107,7 @@ class FederatedRun:
         """Bytes of all rounds so far, both ways."""
         self.began: dict[int, float] = {}
         """Each client's loss on its own hold-out in round 0."""
-        self.admission = Admission(sizes, federation.max_change)
+        self.admission = Admission(sizes, federation.max_change, alone=aggregate.draw is not None)
         self._stopped = ""
 
     @property
@@ -177,17 +177,24 @@ class FederatedRun:
         mu = proximal_mu(self._training, self.losses, section.rounds)
         tasks = self._draw_tasks(round, self._training.model_copy(update={"proximal_mu": mu}))
         return OpenRound(
+            self._adapter,
+            round,
             tasks,
             self.aggregate.open(self._state, self._adapter),
             self.admission,
             self._on_update,
             section,
+            proximal_mu=mu,
+            alone=self.aggregate.draw is not None,
         )
 
     def _draw_tasks(self, round: int, training: Training) -> list[ClientTask]:
         """Draw a round's clients, and make their tasks."""
-        section = self._federation
-        cohort = sample_clients(self._fleet.clients, section, seed=self._seed, round=round)
+        section, clients = self._federation, self._fleet.clients
+        if self.aggregate.draw:
+            cohort = self.aggregate.draw(clients, round, self._adapter)
+        else:
+            cohort = sample_clients(clients, section, seed=self._seed, round=round)
         layout = self._adapter.layout
         ranks = {client: section.client_ranks[client] if section.client_ranks else None for client in cohort}
         # Clients of one rank share one adapter: it is cut, and packed for the wire, once.
@@ -222,7 +229,7 @@ class FederatedRun:
             train_seconds = round.train_seconds - evaluate_seconds
         if aggregated := round.finish():
             self._state, self._adapter = aggregated
-        elif round.error and not (round.lost and self._federation.on_quorum_lost == "skip"):
+        elif round.error and not (round.may_be_skipped and self._federation.on_quorum_lost == "skip"):
             raise round.error
         failpoint("round.aggregated")
         payloads = {task.client: task.num_bytes for task in round.tasks}
@@ -231,7 +238,7 @@ class FederatedRun:
         self._sent += bytes_down + bytes_up
         return self._evaluate(
             evaluate_seconds,
-            round=round.tasks[0].round,
+            round=round.number,
             cohort=tuple(payloads),
             reports=tuple(sorted(round.reports, key=lambda report: report.client)),
             lost=round.lost,
@@ -239,7 +246,7 @@ class FederatedRun:
             shares=round.shares,
             capped=round.capped,
             scaled=self.admission.scaled,
-            proximal_mu=round.tasks[0].training.proximal_mu,
+            proximal_mu=round.proximal_mu,
             train_seconds=train_seconds,
             aggregate_seconds=round.aggregate_seconds,
             bytes_down=bytes_down,

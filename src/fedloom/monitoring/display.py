@@ -33,7 +33,8 @@ COLUMNS = (
     ("seconds", 8),
     ("bytes", 9),
 )
-ROUND_HEADER = "".join(f"{name:>{width}}" for name, width in COLUMNS)
+PRIVATE_COLUMNS = tuple(("ε", width) if name == "train" else (name, width) for name, width in COLUMNS)
+"""Columns of a private run: its clients' losses are nobody's business, and what was spent is everybody's."""
 CLIENTS_NAMED = 6
 """Clients on the screen at once; where there are more, they are counted."""
 PLAIN_SECONDS = 20.0
@@ -59,6 +60,7 @@ class Terminal(Observer):
         self._total_steps = 0
         self._said = time.perf_counter()
         self._round = 0
+        self._private = False
 
     def show_step(self, what: str, detail: str) -> None:
         self._print(f"{what:<10}{detail}", style="dim")
@@ -69,10 +71,11 @@ class Terminal(Observer):
             self._print(f"note      {warning}")
         self._total_steps = plan.rounds * plan.steps_per_round
         self._clock = Clock(plan.tokens)
+        self._private = bool(plan.privacy)
 
     def show_folder(self, folder: Path) -> None:
         self._print(f"{'run':<10}{folder}\n", style="dim")
-        self._print(ROUND_HEADER, style="bold")
+        self._print(round_header(private=self._private), style="bold")
         self._start_bar()
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
@@ -168,12 +171,18 @@ class _BarAndClients(Bar):
             yield Text(show_controls(self.clients), style="dim")
 
 
+def round_header(*, private: bool) -> str:
+    """Return the header of a table of rounds."""
+    return "".join(f"{name:>{width}}" for name, width in (PRIVATE_COLUMNS if private else COLUMNS))
+
+
 def format_round(record: Mapping[str, Any]) -> str:
-    """Return a round's row, to stand beneath `ROUND_HEADER`."""
+    """Return a round's row, to stand beneath `round_header`."""
+    spent = record.get("epsilon")
     seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
     cells = (
         str(record["round"]),
-        format_number(record.get("train_loss"), ".4f"),
+        format_number(record.get("train_loss"), ".4f") if spent is None else f"{spent:.3g}",
         format_number(record.get("client_loss"), ".4f"),
         format_number(record.get("central_loss"), ".4f"),
         format_number(record.get("proximal_loss"), ".2e"),

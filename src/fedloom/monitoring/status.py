@@ -20,7 +20,7 @@ from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, Lock, hash_text, is_held, replace_file
-from fedloom.monitoring.display import ROUND_HEADER, format_round
+from fedloom.monitoring.display import format_round, round_header
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Progress
 from fedloom.records.plan import Plan
@@ -180,7 +180,7 @@ def describe(run: Path) -> Iterator[str]:
         if error := read.status.get("error"):
             yield f"{'error':<10}{error}"
     if read and read.rounds:
-        yield ROUND_HEADER
+        yield round_header(private=bool(read.plan.get("privacy")))
         yield from (format_round(record) for record in read.rounds[-ROUNDS_SHOWN:])
 
 

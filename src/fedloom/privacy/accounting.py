@@ -13,9 +13,9 @@ say somewhat more than there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,10 @@ REACH = 10.0
 """Standard deviations of one step's noise that are looked at: beyond lie 1e-23."""
 CELLS = 24
 """Cells of the grid in one step's standard deviation of the loss."""
+FINE = math.log(1.001)
+"""Distance of logarithms within which a noise multiplier is found."""
+TILTS = 24
+"""Exponents that are tried in a Chernoff bound."""
 MOST_CELLS = 2**21
 """Cells of a composed loss at most; beyond, the grid is coarser."""
 ORDERS: tuple[int, ...] = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -50,12 +54,18 @@ class Loss:
     def delta(self, epsilon: Array) -> Array:
         """Return δ at each ε: Σ over losses l > ε of (1 − e^(ε − l)) p(l), and the infinite ones."""
         above = np.searchsorted(self.values, epsilon, side="right")
-        mass = np.append(np.cumsum(self.probabilities[::-1])[::-1], 0.0)
-        weighed = np.append(np.cumsum((self.probabilities * np.exp(-np.maximum(self.values, -700.0)))[::-1])[::-1], 0.0)
+        mass, weighed = self._above
         # Beyond e^700 no float holds it; to leave it out says more is told than is.
         less = np.where(epsilon < 700, np.exp(np.minimum(epsilon, 700.0)) * weighed[above], 0.0)
         found: Array = self.infinite + mass[above] - less
         return np.clip(found, 0.0, 1.0)
+
+    @cached_property
+    def _above(self) -> tuple[Array, Array]:
+        """The sums of p(l), and of e^−l p(l), over each loss and those above it; 0 after the last."""
+        weighed = self.probabilities * np.exp(-np.maximum(self.values, -700.0))
+        mass, other = (np.append(np.cumsum(each[::-1])[::-1], 0.0) for each in (self.probabilities, weighed))
+        return mass, other
 
     def epsilon(self, delta: float) -> float:
         """Return the smallest ε ≥ 0 with this δ; infinity where no ε has it."""
@@ -68,12 +78,16 @@ class Loss:
         if enough[0] == 0:
             return 0.0
         low, high = float(places[enough[0] - 1]), float(places[enough[0]])
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.delta(np.array([middle]))[0] <= delta else (middle, high)
-        return high
+        if high >= 700:
+            return high
+        # Between two points of the grid no loss lies, and δ(ε) = ∞ + Σ p − e^ε Σ e^−l p can be solved for ε.
+        place = int(np.searchsorted(self.values, low, side="right"))
+        mass, weighed = (sums[place] for sums in self._above)
+        # A hair more, so that rounding does not make it less.
+        return float(min(high, math.log((self.infinite + mass - delta) / weighed) * (1 + 1e-12) + 1e-12))
 
 
+@lru_cache(maxsize=4096)  # a round's account asks for it of every client, and most have spent what they had
 def epsilon(rate: float, noise: float, steps: int, delta: float) -> float:
     """Return ε of `steps` noised steps at δ, of units drawn with probability `rate` under noise of `noise` times C.
 
@@ -89,13 +103,45 @@ def epsilon(rate: float, noise: float, steps: int, delta: float) -> float:
 @lru_cache(maxsize=4096)  # a plan asks for it, and so does the run
 def calibrate(rate: float, steps: int, target: float, delta: float) -> float:
     """Return the least noise multiplier, to 1 in 1,000 above it, with which `steps` steps have ε at most `target`."""
-    low, high = 1e-2, 1.0
-    while epsilon(rate, high, steps, delta) > target:
-        low, high = high, 2 * high
-    while high > 1.001 * low:
+    # Nothing is carried over from other searches: a run and its plan must find the same to the bit.
+    places: dict[bool, tuple[float, float]] = {}
+    place = math.log(_guess_noise(rate, steps, target, delta))
+    while len(places) < 2 or places[True][0] - places[False][0] > FINE:
+        found = epsilon(rate, math.exp(place), steps, delta)
+        # log ε falls along log σ, nearly in a straight line, from infinity down to where δ alone is enough.
+        height = math.log(min(max(found / target, 1e-3), 1e3))
+        places[found <= target] = place, height
+        place = _next_place(places, place, height)
+    return math.exp(places[True][0])
+
+
+def _next_place(places: Mapping[bool, tuple[float, float]], place: float, height: float) -> float:
+    """Return where to look next for ε = target: of noise too little (False) and enough (True), log σ and log(ε/target).
+
+    Between the two it is on the line through them, and a part of FINE beside it, so that the next is on the other side.
+    """
+    if len(places) < 2:
+        # As if ε fell with 1/σ; it falls faster, so the steps grow until they are on the other side.
+        return place + (height + math.copysign(FINE, height) / 3 if abs(height) < 1 else math.copysign(1.0, height))
+    (low, over), (high, under) = places[False], places[True]
+    crossing = low + (high - low) * over / max(over - under, 1e-12)
+    beside = FINE / 3
+    # A crossing near an end brings that end closer alone, so the step goes to the other side of it.
+    crossing += beside if crossing - low < high - crossing else -beside
+    return min(max(crossing, low + beside), high - beside)
+
+
+def _guess_noise(rate: float, steps: int, target: float, delta: float) -> float:
+    """Return about the noise multiplier that suffices: by the Gaussian that many steps come to together (Dong, Roth, Su
+    2022, arXiv 1905.02383, section 5), μ = q √(T (e^(1/σ²) − 1)), and its δ(ε).
+    """
+    low, high = 1e-3, 1e3
+    for _ in range(30):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if epsilon(rate, middle, steps, delta) <= target else (middle, high)
-    return high
+        near, far = middle / 2 - target / middle, -middle / 2 - target / middle
+        told = _normal(near) - math.exp(min(target, 700.0)) * _normal(far)
+        low, high = (middle, high) if told <= delta else (low, middle)
+    return 1 / math.sqrt(math.log1p((low / rate) ** 2 / steps))
 
 
 def recognised(rate: float, noise: float, steps: int, false_alarms: float = FALSE_ALARMS) -> float:
@@ -115,7 +161,7 @@ def recognised(rate: float, noise: float, steps: int, false_alarms: float = FALS
     return float(max(false_alarms, min(1.0, first.min(), second.min())))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # of the last search: each may hold a hundred megabytes
 def compose(rate: float, noise: float, steps: int) -> tuple[Loss, Loss]:
     """Return the composed privacy losses of removing a unit and of adding it."""
     return _compose(rate, noise, steps, removal=True), _compose(rate, noise, steps, removal=False)
@@ -195,7 +241,7 @@ def _beyond(rate: float, place: Array, noise: float, *, removal: bool) -> float:
 def _between(places: Array) -> Array:
     """Return the standard normal's probability between neighbours of a list, whichever way it is ordered."""
     # Differences of small numbers: above 0, those of the upper tail.
-    tails = np.array([_normal(-abs(place)) for place in places])
+    tails = 0.5 * np.fromiter(map(math.erfc, (np.abs(places) / math.sqrt(2)).tolist()), np.float64, len(places))
     low, high = places[:-1], places[1:]
     same = (low > 0) == (high > 0)
     difference = np.abs(tails[1:] - tails[:-1])
@@ -215,7 +261,7 @@ def _window(first: int, probabilities: Array, cell: float, steps: int) -> tuple[
     losses, logs = losses[used], np.log(probabilities[used])
     bounds = []
     for sign in (-1.0, 1.0):
-        tilts = sign * np.exp(np.linspace(math.log(1e-3), math.log(1e4), 120))
+        tilts = sign * np.geomspace(1e-3, 1e4, TILTS)
         moments = np.array([_log_sum(logs + tilt * losses) for tilt in tilts])
         bounds.append(np.min((steps * moments + math.log(2 / CUT)) / np.abs(tilts)))
     low, high = -bounds[0] / cell, bounds[1] / cell

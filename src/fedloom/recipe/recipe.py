@@ -9,15 +9,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fedloom.errors import RecipeError
 from fedloom.hub import COMMIT
+from fedloom.recipe.client_clashes import CLIENT_CLASHES
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.section import Section
-from fedloom.recipe.sections import Adapter, Evaluation, Federation, Model, Personalise, Report
+from fedloom.recipe.sections import SERVER_OPTIMIZERS, Adapter, Evaluation, Federation, Model, Personalise, Report
 from fedloom.recipe.training_section import Training
-
-SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
-"""Strategies that step with momentum or a step size on the server, after the average."""
 
 
 class Clash(NamedTuple):
@@ -226,19 +224,19 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
-        lambda recipe: recipe.privacy is not None and recipe.training.max_gradient_norm is not None,
+        lambda recipe: recipe.bounds_documents and recipe.training.max_gradient_norm is not None,
         "training.max_gradient_norm",
         "a private run scales each document's gradient to privacy.max_norm; the batch's is no more than that",
         "leave it out",
     ),
     Clash(
-        lambda recipe: recipe.privacy is not None and recipe.data.window == "pack",
+        lambda recipe: recipe.bounds_documents and recipe.data.window == "pack",
         "data.window",
         "what is protected has a gradient of its own, and texts that share a block have one together",
         'set it to "truncate" or "blocks"',
     ),
     Clash(
-        lambda recipe: recipe.privacy is not None and recipe.data.pad_in_loss,
+        lambda recipe: recipe.bounds_documents and recipe.data.pad_in_loss,
         "data.pad_in_loss",
         "a private run takes each document's own mean, and has no padding in it",
         "leave it out",
@@ -246,7 +244,7 @@ CLASHES = (
     Clash(
         lambda recipe: recipe.privacy is not None and recipe.adapter.method == "full",
         "adapter.method",
-        "every weight of a model would have a gradient and noise for each document",
+        "every weight of a model would have noise, and it would drown what is learnt",
         'use "lora"',
     ),
     Clash(
@@ -293,11 +291,14 @@ def check_combinations(recipe: Recipe) -> None:
     """Refuse settings that can't be combined.
 
     Raises:
-        RecipeError: the recipe has one of the CLASHES.
+        RecipeError: the recipe has one of the CLASHES, or of the CLIENT_CLASHES.
     """
     for clash in CLASHES:
         if clash.clashes(recipe):
             raise RecipeError(clash.why, where=clash.where, mend=clash.mend)
+    for other in CLIENT_CLASHES if recipe.bounds_clients else ():
+        if other.clashes(recipe.federation, recipe.data):
+            raise RecipeError(f'with privacy.unit = "client", {other.why}', where=other.where, mend=other.mend)
 
 
 def _to_tuple(value: object) -> object:
@@ -335,8 +336,13 @@ class Recipe(Section):
 
     @property
     def bounds_documents(self) -> bool:
-        """Return whether each client bounds what its updates tell of a document."""
-        return self.privacy is not None
+        """Return whether each client bounds what its updates tell of a document, or of another unit."""
+        return self.privacy is not None and not self.privacy.of_clients
+
+    @property
+    def bounds_clients(self) -> bool:
+        """Return whether the server bounds what its adapters tell of a client."""
+        return self.privacy is not None and self.privacy.of_clients
 
     @property
     def documents(self) -> Data:

@@ -133,6 +133,8 @@ STRATEGY_DEFAULTS: dict[str, dict[str, float]] = {
 
 UNWEIGHTED = ("fedmedian", "trimmed_mean", "krum", "bulyan")
 """Strategies that give every client the same weight."""
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+"""Strategies that step with momentum or a step size on the server, after the average."""
 
 
 OF_A_PACKAGE = {"type": "string", "pattern": r"^[A-Za-z0-9._-]+:[A-Za-z0-9._-]+$"}

@@ -71,8 +71,7 @@ def write_card(
         " It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
-        f"{weights}- Data: {shown_data} ({revisions[1]}), {_count_documents(plan)}\n"
-        f"- Audit of the split, copies on two sides: {to_markdown_text(explain_audit(plan))}\n"
+        f"{weights}- Data: {shown_data} ({revisions[1]}){_count_documents(plan)}\n"
         f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
@@ -123,9 +122,15 @@ def _describe(adapter: Adapter) -> str:
 
 
 def _count_documents(plan: Plan) -> str:
+    """Say how many documents there were and what the audit found; nothing where that would tell of a client."""
+    if "central" in plan.privacy:
+        return ""
     trained = sum(client.train_documents for client in plan.clients)
     held_out = plan.central_documents + sum(client.holdout_documents for client in plan.clients)
-    return f"{count(trained, 'document')} to train on and {held_out:,} held out"
+    return (
+        f", {count(trained, 'document')} to train on and {held_out:,} held out\n"
+        f"- Audit of the split, copies on two sides: {to_markdown_text(explain_audit(plan))}"
+    )
 
 
 def _how_to_use(recipe: Recipe, model: str, commit: str | None) -> str:

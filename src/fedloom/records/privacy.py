@@ -1,4 +1,7 @@
-"""The words in which plans, reports and cards say what a run promises about one unit. No torch here."""
+"""The words in which plans, reports and cards say what a run promises about one unit: a document, a client.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedloom.recipe.privacy_section import DOCUMENT
+from fedloom.recipe.privacy_section import CLIENT, DOCUMENT
 from fedloom.text import count
 
 NOT_PRIVATE = "NOT PRIVATE: its noise comes from the recipe's seed, which whoever has the recipe can take off"
@@ -14,6 +17,7 @@ NO_BOUND = (
     "Nothing bounds what the clients' updates tell of their documents: whoever saw them may be able to tell which"
     " documents were there, and read parts of them ([privacy] sets a bound)."
 )
+CENTRAL = "the server is trusted, and sees every update as it is"
 WORTH, NOISE_ALONE = 0.2, 1.0
 """Noise over signal below which a private run is worth trying, and above which it learns noise: a rule of thumb."""
 
@@ -29,19 +33,26 @@ def name_worst(privacy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return client, privacy["clients"][client]
 
 
+def terms_of(privacy: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the terms that a run's promise rests on: those of the server, or of the client that they are least for."""
+    terms: Mapping[str, Any] = privacy["central"] if "central" in privacy else name_worst(privacy)[1]
+    return terms
+
+
 def explain_privacy(privacy: Mapping[str, Any]) -> str:
     """Say in a line what is promised of one unit, at the client that it is least for."""
-    _, terms = name_worst(privacy)
-    unit = privacy["unit"]
-    one = "each document" if unit == DOCUMENT else f"all documents of one {unit} together"
+    terms, unit = terms_of(privacy), privacy["unit"]
+    one = f"each {unit}" if unit in (DOCUMENT, CLIENT) else f"all documents of one {unit} together"
     told = (
         f"ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g} for {one}, over the whole run; an attack with 1 % false"
         f" alarms recognises at most {100 * terms['recognised']:.2g} % of them"
     )
     if repeated := privacy.get("repeated"):
         told += f"; {count_units(unit, repeated)} left out, each equal to another one"
-    if privacy["copies"] > 1:
+    if privacy.get("copies", 1) > 1:
         told += f"; {explain_copies(privacy)}"
+    if "central" in privacy:
+        told += f"; {CENTRAL}"
     return f"{told}; {NOT_PRIVATE}" if privacy["noise"] == "seed" else told
 
 
@@ -59,36 +70,77 @@ def explain_copies(privacy: Mapping[str, Any]) -> str:
 
 def explain_noise(privacy: Mapping[str, Any]) -> str:
     """Say in a line how that is kept, and whether there is anything left to learn."""
-    _, terms = name_worst(privacy)
     share = privacy["noise_over_signal"]
     verdict = "worth trying" if share < WORTH else "lost in noise" if share > NOISE_ALONE else "on the border"
+    how = _explain_rounds(privacy) if "central" in privacy else _explain_steps(privacy)
+    return (
+        f"{how}; noise over signal after the run {share:.2g}, {verdict}"
+        f" (below {WORTH:g} it may learn, above {NOISE_ALONE:g} it learns noise)"
+    )
+
+
+def _explain_steps(privacy: Mapping[str, Any]) -> str:
+    """Say what each step of a client does to its units' gradients."""
+    terms, unit = terms_of(privacy), privacy["unit"]
     noise = f"{terms['noise_multiplier']:.3g} times that, {terms['steps']:,} times a round"
-    unit = privacy["unit"]
     drawn, taken = ("a document", "") if unit == DOCUMENT else (f"each {unit}", "takes one of its texts by chance, ")
     return (
         f"each step draws {drawn} with probability {terms['rate']:.3g}, {taken}scales its gradient to a norm of at most"
-        f" {privacy['max_norm']:g}, and adds noise of {noise}; noise over signal after the run {share:.2g}, {verdict}"
-        f" (below {WORTH:g} it may learn, above {NOISE_ALONE:g} it learns noise)"
+        f" {privacy['max_norm']:g}, and adds noise of {noise}"
+    )
+
+
+def _explain_rounds(privacy: Mapping[str, Any]) -> str:
+    """Say what each round does to its clients' changes."""
+    terms = privacy["central"]
+    expected = terms["rate"] * terms["clients"]
+    led = f", led to leave {100 * terms['quantile']:g} % of them as they are" if "quantile" in terms else ""
+    return (
+        f"each round draws each of {terms['clients']:,} clients with probability {terms['rate']:.3g}, scales its change"
+        f" to a norm of at most {privacy['max_norm']:g}{led}, adds noise of {terms['change_noise']:.3g} times that, and"
+        f" divides by {expected:.4g}: noise {terms['noise_over_norm']:.2g} times the norm"
     )
 
 
 def list_promises(privacy: Mapping[str, Any], spent: float | None) -> list[str]:
     """Return paragraphs for a report: what is promised, how, and what is not."""
-    _, terms = name_worst(privacy)
+    terms, unit, central = terms_of(privacy), privacy["unit"], "central" in privacy
     so_far = "" if spent is None else f" The rounds of this run have spent ε = {spent:.3g}."
-    unit, copies = privacy["unit"], f" ({explain_copies(privacy)})" if privacy["copies"] > 1 else ""
-    one, others, beyond = (
-        ("any one document", "that document", "documents of one person together")
-        if unit == DOCUMENT
-        else (f"all documents of any one {unit} together", "them", f"one person's texts under two values of {unit}")
+    seen = (
+        "the adapters of all rounds" if central else "everything that left the clients (every adapter of every round)"
+    )
+    one, others = (
+        (f"any one {unit}", f"that {unit}")
+        if unit in (DOCUMENT, CLIENT)
+        else (f"all documents of any one {unit} together", "them")
     )
     return [
         *([f"This run is {NOT_PRIVATE}."] if privacy["noise"] == "seed" else []),
-        f"Whoever sees everything that left the clients (every adapter of every round) learns little about {one}:"
-        f" ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g}, against the same run with {others} left out.{so_far}"
-        f" An attack that accepts 1 % false alarms recognises at most {100 * terms['recognised']:.2g} % of them.",
+        f"Whoever sees {seen} learns little about {one}: ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g}, against"
+        f" the same run with {others} left out.{so_far} An attack that accepts 1 % false alarms recognises at most"
+        f" {100 * terms['recognised']:.2g} % of them.",
         f"How: {explain_noise(privacy)}.",
-        f"Not promised: {beyond}; copies{copies}; how many {'documents' if unit == DOCUMENT else 'of them'} a client"
-        " has; how long it took; what the base model knew before; attacks on the rounding of floating-point numbers;"
-        " that the server averaged honestly.",
+        _list_not_promised_of_clients() if central else _list_not_promised_of_units(privacy),
     ]
+
+
+def _list_not_promised_of_units(privacy: Mapping[str, Any]) -> str:
+    unit, copies = privacy["unit"], f" ({explain_copies(privacy)})" if privacy["copies"] > 1 else ""
+    beyond, those = (
+        ("documents of one person together", "documents")
+        if unit == DOCUMENT
+        else (f"one person's texts under two values of {unit}", "of them")
+    )
+    return (
+        f"Not promised: {beyond}; copies{copies}; how many {those} a client has; how long it took; what the base model"
+        " knew before; attacks on the rounding of floating-point numbers; that the server averaged honestly."
+    )
+
+
+def _list_not_promised_of_clients() -> str:
+    return (
+        "Not promised: anything against the server, which sees every update as it is; anything about this folder,"
+        " which names who took part in a round and tells their losses: give away adapters and their cards alone;"
+        " one person's documents at several clients; how many clients there are; what the base model knew before;"
+        " attacks on the rounding of floating-point numbers."
+    )

@@ -57,6 +57,7 @@ class RoundRecord(TypedDict, total=False):
     gpu_peak_bytes: dict[str, int]
     gpu_reserved_bytes: dict[str, int]
     epsilon: float
+    next_max_norm: float
     lora_error: float
     lora_error_layers: dict[str, float]
     runs_together: int

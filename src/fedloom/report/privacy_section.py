@@ -12,11 +12,17 @@ SHOWN = 20
 
 
 def show_privacy(run: Run) -> list[Block]:
-    """Show what a run promises of one unit, with each client's terms."""
+    """Show what a run promises of one unit, with each client's terms where these noise for themselves."""
     privacy = run.plan.get("privacy")
     if not privacy:
         return [Text(NO_BOUND)]
     spent = run.rounds[-1].get("epsilon") if run.rounds else None
+    promises: list[Block] = [*map(Text, list_promises(privacy, spent))]
+    if "central" in privacy:
+        if run.rounds and "next_max_norm" in run.rounds[-1]:
+            norms = [record["next_max_norm"] for record in run.rounds]
+            promises.append(Text(f"The norm was led from {norms[0]:.3g} to {norms[-1]:.3g}."))
+        return promises
     clients = sorted(privacy["clients"].items(), key=lambda pair: -pair[1]["epsilon"])
     rows = [
         [
@@ -30,4 +36,4 @@ def show_privacy(run: Run) -> list[Block]:
     ]
     unit = "Documents" if privacy["unit"] == DOCUMENT else f"Values of {privacy['unit']}"
     columns = ["Client", unit, "Noise multiplier", "ε of the run", "Recognised at 1 % false alarms"]
-    return [*map(Text, list_promises(privacy, spent)), Table(columns, rows)]
+    return [*promises, Table(columns, rows)]

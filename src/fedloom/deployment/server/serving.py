@@ -172,6 +172,12 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
+        if recipe.bounds_clients:
+            raise RecipeError(
+                "clients elsewhere would have to trust the server, which sees every update and whom it drew",
+                where='privacy.unit = "client"',
+                mend='use fedloom run, for a simulation, or unit = "document"',
+            )
         if recipe.privacy is not None:
             raise RecipeError(
                 "a private run needs clients in this process, so far: others would answer without noise",
