@@ -48,6 +48,20 @@ FilesGlob = Annotated[
 HiddenFiles = Annotated[
     bool | None, typer.Option("--hidden", help="Files and folders whose names begin with a dot are documents as well.")
 ]
+KeepFolder = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path,
+        metavar="FOLDER",
+        help="Where adapters that are this client's own are kept, and go nowhere else; beside the journal if left out.",
+    ),
+]
+TaskFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Tasks of this client's own: the server is told how many are right, and nothing else."
+    ),
+]
 WritePolicy = Annotated[
     Path | None,
     typer.Option(

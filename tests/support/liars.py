@@ -61,7 +61,15 @@ class LyingServer:
         if do == "train":
             task = ClientTask(1, 0, self.adapter, self.recipe.training, self.recipe.federation.rounds, seed=7)
             frame = replace(pack_task(task, frame), manifest={**pack_task(task, frame).manifest, "judge": False})
-        told = {**frame.manifest, "do": do, "seconds": 600.0, "recipe": merged(self.told, sections or {}), **fields}
+        more = {"tasks": {"base": True}, "keep": {"round": self.recipe.federation.rounds + 1, "client": 0}}
+        told = {
+            **frame.manifest,
+            **more.get(do, {}),
+            "do": do,
+            "seconds": 600.0,
+            "recipe": merged(self.told, sections or {}),
+            **fields,
+        }
         return replace(frame, manifest={name: value for name, value in told.items() if value is not None})
 
 
@@ -121,6 +129,11 @@ def honest_answer(name: str, asked: Frame) -> Frame:
         return facts_of(name)
     if asked.manifest["do"] == "evaluate":
         return Frame({"score": [2.0, 1, 4]})
+    if asked.manifest["do"] == "tasks":
+        rows = [["quiz", 8, int(name) + 2, None], ["say", 5, 1, 3]]
+        return Frame({"tasks": rows, "base": rows if asked.manifest["base"] else None})
+    if asked.manifest["do"] == "keep":
+        return Frame({"before": 2.0, "after": 1.0})
     start = np.frombuffer(asked.payload, dtype="<f4") + np.float32(int(name) + 1)
     report = pack_update(make_update(make_adapted().read(), int(name), round=asked.manifest["round"]), None)
     return replace(report, payload=start.tobytes())

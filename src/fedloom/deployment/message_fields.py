@@ -27,7 +27,9 @@ from fedloom.deployment.message_kinds import (
 from fedloom.deployment.message_recipe import CLIENTS, LAYER, RECIPE, ROUNDS, TRAINING
 from fedloom.progress import Phase
 
-DOCUMENTS, TOKENS = 10**12, 10**15
+DOCUMENTS, TOKENS, QUESTIONS_OF_A_TASK = 10**12, 10**15, 10**9
+TASKS, TASK_LETTERS = 100, 100
+"""Tasks of a client's own that can be told of, and the letters of their names."""
 LARGE = 1e18
 """Limit of measured numbers: beyond it is nothing that a client can have measured."""
 SECONDS = 1e9
@@ -36,6 +38,10 @@ ROWS = 2**19
 
 HASH = Pattern("SHA-256: 64 hexadecimal digits", re.compile(r"[0-9a-f]{64}"))
 CLIENT = Pattern("client's name: 1 to 63 letters, digits, `.`, `_`, `-`", NAME)
+TASK = Pattern(
+    f"task's name: up to {TASK_LETTERS} letters, digits, `.`, `_`, `-`",
+    re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{TASK_LETTERS - 1}}}", re.ASCII),
+)
 VERSION = Pattern("version, as `1.2.3`", re.compile(r"\d{1,4}(\.\d{1,4}){1,3}[a-z0-9.+]{0,40}", re.ASCII))
 
 RESIDUAL = Table(
@@ -59,6 +65,14 @@ SAME = Field(
     False,
 )
 ROUND = Field("round", Count(1, ROUNDS), "the round, from 1", policy="max_rounds")
+NUMBER = Field("client", Count(0, CLIENTS - 1), "the client's number")
+OWN = Field(
+    "own",
+    HASH,
+    'with `lora_rule = "fedsa"`, what the client told of its own part of the adapter when it last trained: with'
+    " another part it refuses; left out before its first round",
+    False,
+)
 
 
 def _ask(do: str, *fields: Field, policy: str = "") -> Record:
@@ -67,21 +81,31 @@ def _ask(do: str, *fields: Field, policy: str = "") -> Record:
 
 QUESTIONS: dict[str, Record] = {
     "meet": _ask("meet", policy="max_meets_a_day"),
-    "evaluate": _ask("evaluate", *ADAPTER, SAME, policy="tell_holdout_loss max_scores_a_day"),
+    "evaluate": _ask("evaluate", *ADAPTER, SAME, OWN, policy="tell_holdout_loss max_scores_a_day"),
     "train": _ask(
         "train",
         *ADAPTER,
         SAME,
         ROUND,
         Field("rounds", Count(1, ROUNDS), "the rounds of the run", policy="max_rounds"),
-        Field("client", Count(0, CLIENTS - 1), "the client's number"),
+        NUMBER,
+        OWN,
         Field("seed", Count(0, 2**63 - 1), "the seed of the order of documents, and of dropout"),
         Field("training", TRAINING, "this round's settings: as in the recipe, but for μ"),
         Field("judge", Flag(), "whether the hold-out's loss is told, too", policy="tell_holdout_loss max_scores_a_day"),
         policy="max_rounds_a_day",
     ),
+    "tasks": _ask(
+        "tasks",
+        *ADAPTER,
+        SAME,
+        OWN,
+        Field("base", Flag(), "whether the base model is asked, too"),
+        policy="tell_tasks max_answers_a_day",
+    ),
+    "keep": _ask("keep", *ADAPTER, SAME, OWN, ROUND, NUMBER, policy="max_rounds_a_day"),
 }
-"""Messages to a client, by what is asked. The last two come with an array of float32, the adapter."""
+"""Messages to a client, by what is asked. All but the first come with an array of float32, the adapter."""
 
 
 def _loss(name: str, meaning: str, **more: Any) -> Field:
@@ -91,7 +115,7 @@ def _loss(name: str, meaning: str, **more: Any) -> Field:
 REPORT = Record(
     (
         ROUND,
-        Field("client", Count(0, CLIENTS - 1), "the client's number"),
+        NUMBER,
         Field("examples", Count(1, DOCUMENTS), "blocks trained on"),
         Field("tokens", Count(1, TOKENS), "tokens trained on"),
         Field("steps", Count(1, TOKENS), "steps taken"),
@@ -107,6 +131,18 @@ REPORT = Record(
         _loss("holdout_loss_before", "the hold-out's loss before", required=False, policy="tell_holdout_loss"),
         _loss("holdout_loss_after", "the hold-out's loss after", required=False, policy="tell_holdout_loss"),
     )
+)
+COUNTS_OF_TASKS = Listing(
+    Row(
+        (
+            Field("task", TASK, ""),
+            Field("questions", Count(1, QUESTIONS_OF_A_TASK), ""),
+            Field("right", Count(0, QUESTIONS_OF_A_TASK), ""),
+            Field("unreadable", Either((Nothing(), Count(0, QUESTIONS_OF_A_TASK))), ""),
+        )
+    ),
+    0,
+    TASKS,
 )
 PROGRESS = Field(
     "progress",
@@ -149,6 +185,7 @@ ANSWERS: dict[str, Record] = {
             Field("shared_blocks", Count(0, DOCUMENTS), "blocks to train on that are also held out"),
             Field("dropped", Count(0, DOCUMENTS), "documents left out as near copies of held-out ones"),
             Field("leaks", Count(0, DOCUMENTS), "near copies of held-out documents that were kept"),
+            Field("tasks", Count(0, TASKS), "tasks of its own that it may be asked", policy="tell_tasks"),
             PROGRESS,
         )
     ),
@@ -158,12 +195,48 @@ ANSWERS: dict[str, Record] = {
             PROGRESS,
         )
     ),
-    "train": Record((LAYOUT, Field("report", REPORT, "the numbers of the work"), PROGRESS)),
+    "train": Record(
+        (
+            LAYOUT,
+            Field("report", REPORT, "the numbers of the work"),
+            Field(
+                "own",
+                HASH,
+                'with `lora_rule = "fedsa"`, a keyed hash of the part of the adapter that stays with the client, the'
+                " run and the round: tells that it is the same as before, no more",
+                False,
+            ),
+            PROGRESS,
+        )
+    ),
+    "tasks": Record(
+        (
+            Field(
+                "tasks",
+                Either((Nothing(), COUNTS_OF_TASKS)),
+                "the counts of each task of its own, by the adapter; null where they stay with it",
+                policy="tell_tasks",
+            ),
+            Field(
+                "base",
+                Either((Nothing(), COUNTS_OF_TASKS)),
+                "the same by the base model, where it was asked",
+                policy="tell_tasks",
+            ),
+        )
+    ),
+    "keep": Record(
+        (
+            _loss("before", "the hold-out's loss by the adapter that came", required=False, policy="tell_holdout_loss"),
+            _loss("after", "the same by the adapter that it keeps", required=False, policy="tell_holdout_loss"),
+        )
+    ),
 }
-"""Messages to the server, by what was asked. The last comes with an array of float32: the weights that may change."""
+"""Messages to the server, by what was asked. That to `train` comes with an array of float32: the weights that may
+change."""
 
 REFUSALS = {
-    "documents": "its documents can't be used",
+    "documents": "its documents, or tasks of its own, can't be used",
     "model": "it can't have, load or use the base model, or its owner's policy does not allow that",
     "policy": "its owner's policy does not allow it",
     "day": "its owner's limit for a day is reached; it may be asked again later",
@@ -172,7 +245,7 @@ REFUSALS = {
     "memory": "it has too little memory",
     "training": "its training came to no finite number",
     "late": "it gave up, because the time for an answer was over, or its clock is ahead of this machine's",
-    "journal": "it can't keep its journal or its secret",
+    "journal": "it can't keep its journal, its secret or what is its own of an adapter, or no longer has that",
     "internal": "it failed in a way that was not foreseen",
 }
 """Words by which a client refuses, and what the server makes of each. The reason stays on the client's screen."""

@@ -25,7 +25,7 @@ from fedloom.deployment.message_kinds import Count
 from fedloom.deployment.message_recipe import RECIPE
 from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.lora_rules import trained_part
+from fedloom.federation.lora_rules import shared_part, trained_part
 from fedloom.host.files import hash_text
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
@@ -78,16 +78,20 @@ def hash_layout(layout: Layout) -> str:
     return hash_text(layout.describe())
 
 
-def pack_adapter(adapter: Adapter) -> Frame:
-    """Write an adapter: the flat vector, and behind it the residual that `lora_rule = "fedex"` has beside it."""
+def pack_adapter(adapter: Adapter, shares_P: Tensor | None = None) -> Frame:
+    """Write an adapter: the flat vector, and behind it the residual that `lora_rule = "fedex"` has beside it.
+
+    Of one that clients have parts of their own of, what they share is written: where `shares_P` is true.
+    """
     pairs = adapter.residual.factors if adapter.residual else {}
-    tensors = [adapter.weights_P, *(factor for pair in pairs.values() for factor in pair)]
+    weights_P = adapter.weights_P if shares_P is None else adapter.weights_P[shares_P]
+    tensors = [weights_P, *(factor for pair in pairs.values() for factor in pair)]
     ranks = {layer: [b_OS.shape[0], a_SI.shape[0], a_SI.shape[1]] for layer, (b_OS, a_SI) in pairs.items()}
     return Frame({"layout": hash_layout(adapter.layout), "residual": ranks}, _to_bytes(tensors))
 
 
 def unpack_adapter(frame: Frame, layout: Layout, lora_rule: str) -> Adapter:
-    """Read what `pack_adapter` wrote, out of a question that was read.
+    """Read what `pack_adapter` wrote, out of a question that was read; what is each client's own of it is zero.
 
     Raises:
         MessageError: it is for another model, has a residual that its rule does not make, or is not as long as it says.
@@ -101,7 +105,11 @@ def unpack_adapter(frame: Frame, layout: Layout, lora_rule: str) -> Adapter:
     if residual and (lora_rule != "fedex" or {name: (o, i) for name, (o, _, i) in residual.items()} != layers):
         raise MessageError("the residual is for another model")
     pairs = [shape for o, rank, i in residual.values() for shape in ((o, rank), (rank, i))]  # of B and A
-    weights_P, *factors = _from_bytes(frame.payload, [(layout.size,), *pairs])
+    shares_P = shared_part(layout, lora_rule)
+    count = layout.size if shares_P is None else int(shares_P.sum())
+    weights_P, *factors = _from_bytes(frame.payload, [(count,), *pairs])
+    if shares_P is not None:
+        weights_P = torch.zeros(layout.size).masked_scatter(shares_P, weights_P)
     found = zip(factors[::2], factors[1::2], strict=True)
     return Adapter(layout, weights_P, Residual(dict(zip(residual, found, strict=True))) if factors else None)
 
@@ -125,37 +133,47 @@ def unpack_task(frame: Frame, layout: Layout, federation: Federation) -> ClientT
         rank = federation.client_ranks[client] if federation.client_ranks else None
     except (ValueError, IndexError) as error:
         raise MessageError("not a task of this recipe") from error
-    trains_P = trained_part(layout, federation.lora_rule, round, rank)
+    rule = federation.lora_rule
     return ClientTask(
-        round, client, unpack_adapter(frame, layout, federation.lora_rule), training, rounds, seed, trains_P
+        round,
+        client,
+        unpack_adapter(frame, layout, rule),
+        training,
+        rounds,
+        seed,
+        trained_part(layout, rule, round, rank),
+        shares_P=shared_part(layout, rule),
     )
 
 
-def pack_update(update: ClientUpdate, trains_P: Tensor | None) -> Frame:
-    """Write a client's report, and the weights that may have changed."""
+def pack_update(update: ClientUpdate, travels_P: Tensor | None) -> Frame:
+    """Write a client's report, and the weights that may have changed and are not its own."""
     weights_P = update.adapter.weights_P
     told = {"layout": hash_layout(update.adapter.layout), "report": asdict(update.report)}
-    return Frame(told, _to_bytes([weights_P if trains_P is None else weights_P[trains_P]]))
+    return Frame(told, _to_bytes([weights_P if travels_P is None else weights_P[travels_P]]))
 
 
 def unpack_update(frame: Frame, task: ClientTask) -> ClientUpdate:
     """Read what `pack_update` wrote, from a client that may have written anything.
 
     Raises:
-        MessageError: it refuses, answers another task, or is not as long as it must be.
+        MessageError: it refuses, answers another task, is not as long as it must be, or does not say which part of
+            the adapter it keeps, where the rule has it keep one.
     """
     told, layout = read_answer(frame, "train"), task.adapter.layout
     if told["layout"] != hash_layout(layout):
         raise MessageError("the update is for another model")
+    if (task.shares_P is not None) != ("own" in told):
+        raise MessageError("the update says nothing of a part that stays with its client, or too much")
     report = ClientReport(**told["report"])
     if (report.round, report.client) != (task.round, task.client):
         raise MessageError("the update is of another round or client")
-    count = layout.size if task.trains_P is None else int(task.trains_P.sum())
+    count = layout.size if task.travels is None else int(task.travels.sum())
     (changed,) = _from_bytes(frame.payload, [(count,)])
     weights_P = changed
-    if task.trains_P is not None:
+    if task.travels is not None:
         weights_P = task.adapter.weights_P.clone()
-        weights_P[task.trains_P] = changed
+        weights_P[task.travels] = changed
     return ClientUpdate(report, replace(task.adapter, weights_P=weights_P), {})
 
 
@@ -236,6 +254,8 @@ class ClientFacts:
     """Documents left out because the client's hold-out has nearly the same."""
     leaks: int
     """Documents kept although the client's hold-out has nearly the same."""
+    tasks: int
+    """Tasks of its own that it may be asked, and tells counts of."""
 
 
 COUNTS = tuple(one.name for one in ANSWERS["meet"].fields if isinstance(one.kind, Count))

@@ -20,7 +20,6 @@ from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.contributions import find_contributions
-from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Prepared, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
@@ -124,10 +123,7 @@ def run(
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
                 run_baselines(trial, session, watchers)
-            write_own_adapters(trial, session)
-            if recipe.personalise:
-                watchers.show_step("by itself", "each client goes on from the best adapter")
-                personalise(trial, session, recipe.personalise)
+            clients.finish(trial, session, watchers.show_step)
             if recipe.contributions:
                 find_contributions(trial, session, watchers.show_step)
             trial.ask_tasks()

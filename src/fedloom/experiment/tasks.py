@@ -15,6 +15,8 @@ from fedloom.data.task_rows import TaskRows, load_task
 from fedloom.errors import RecipeError
 from fedloom.evaluation.code_runs import run_program
 from fedloom.evaluation.generation import complete_all
+from fedloom.evaluation.measures import count_share
+from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.evaluation.tasks import Answerer, TaskResult, average, check_applied
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
@@ -202,3 +204,16 @@ class Examiner:
 def _counted(result: TaskResult) -> dict[str, Any]:
     measures = {name: measure.to_json() for name, measure in result.measures.items()}
     return {"measures": measures, "seconds": result.seconds, "finished": now()}
+
+
+def describe_own_answers(found: Mapping[int, OwnAnswers], model: Record) -> list[Record]:
+    """Return the records of counts that clients told of their own tasks: by the adapter of `model`, and by the base."""
+    records: list[Record] = []
+    for client, answers in found.items():
+        for whose, counts in ((model, answers.adapter), ({}, answers.base or ())):
+            for one in counts:
+                counted = {"accuracy": one.right} | ({} if one.unreadable is None else {"unreadable": one.unreadable})
+                measures = {name: count_share(number, one.questions).to_json() for name, number in counted.items()}
+                told = {"client": client, "task": one.task, "questions": one.questions, "measures": measures}
+                records.append({**whose, **told, "finished": now()})
+    return records

@@ -15,7 +15,7 @@ from fedloom.experiment.baselines import Baseline, set_up_baselines
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.recorder import Recorder
 from fedloom.experiment.session import Session
-from fedloom.experiment.tasks import Examiner
+from fedloom.experiment.tasks import Examiner, describe_own_answers
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.fleet import Fleet
 from fedloom.federation.lora_rules import build_aggregate
@@ -23,7 +23,7 @@ from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.files import clear_unfinished
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.evaluations import forget_evaluations
+from fedloom.records.evaluations import add_evaluations, forget_evaluations
 from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, load_state, save_state
 from fedloom.records.writer import RECORDS, RunWriter
@@ -55,18 +55,33 @@ class Trial:
         record = self.recorder.record(result, self.run)
         every = self.recipe.evaluation.tasks_every
         # Before the round is committed: a committed round has its answers on record, and no other ones.
-        if self.examiner and every and result.round and result.round % every == 0:
-            self.examiner.examine(result.adapter, result.round)
+        if every and result.round and result.round % every == 0:
+            if self.examiner:
+                self.examiner.examine(result.adapter, result.round)
+            self._ask_clients(result.adapter, result.round)
             self.recorder.forget_measured()
         return record
 
     def ask_tasks(self) -> None:
-        """Ask the base model and the best adapter the tasks, at the end."""
+        """Ask the base model and the best adapter the tasks, and those that clients hold themselves, at the end."""
+        round = read_run(self.recorder.writer.folder).best_round
+        assert round is not None, "round 0 is always evaluated"
         if self.examiner:
             self.examiner.examine_base()
-            round = read_run(self.recorder.writer.folder).best_round
-            assert round is not None, "round 0 is always evaluated"
-            self.examiner.examine(self.examiner.adapted.open(self.recorder.adapters / "best"), round)
+            self.examiner.examine(self.recorder.open("best"), round)
+        if self.fleet.own_parts:  # a client's part is that of the last round
+            self._ask_clients(self.run.adapter, self.run.completed, base=True)
+        elif self.fleet.examined:
+            self._ask_clients(self.recorder.open("best"), round, base=True)
+
+    def _ask_clients(self, adapter: Adapter, round: int, *, base: bool = False) -> None:
+        """Have clients ask an adapter the tasks that they hold themselves, and put the counts on record."""
+        # What is counted of a client's own questions, no promise of a private run covers: it is not asked for.
+        if not self.fleet.examined or self.recipe.privacy is not None:
+            return
+        found = self.fleet.ask_tasks(adapter, base=base)
+        model = {"round": round, "adapter_sha256": adapter.sha256()}
+        add_evaluations(self.recorder.writer.folder, describe_own_answers(found, model))
 
     def past_rounds(self) -> list[RoundRecord]:
         """Return the records of the rounds that are complete."""

@@ -24,8 +24,14 @@ def adapter_folder(folder: Path, which: str) -> Path:
     """Return the folder of a run's `best`, `last` or `initial` adapter.
 
     Raises:
-        RunError: the run has no such adapter.
+        RunError: the run has no such adapter, or a part of it is with the clients alone.
     """
+    if read_run(folder).plan.get("shared_alone"):
+        raise RunError(
+            "its adapters have A alone: each client has a B of its own on its own machine",
+            where=str(folder),
+            mend="use the adapters that fedloom join kept there",
+        )
     source = folder / "adapters" / which
     if not source.is_dir():
         raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")

@@ -24,6 +24,11 @@ METRICS = {
 """Key of a round's record -> the hub's type, and what to call it."""
 HERE = "PATH-OF-THIS-FOLDER"
 """Words of a card for where the adapter lies, until it lies somewhere that has a name."""
+SHARED_ALONE = (
+    "What is here is A, which all clients share; B is as it began, and changes nothing. Each client has a B of its own"
+    " on its own machine, and a whole adapter with it: the figures are those of these."
+)
+"""Words of a card for an adapter of which a part stays with clients elsewhere."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
 
@@ -76,6 +81,7 @@ def write_card(
         f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
+        SHARED_ALONE if plan.shared_alone else "",
         "\n".join(
             [
                 "| metric | value |",
@@ -91,6 +97,36 @@ def write_card(
         f"## Recipe\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n"
+
+
+def write_own_card(recipe: Recipe, revision: str, origin: str) -> str:
+    """Return the card of an adapter that a client keeps for itself: what it is made of, whose it is, and how to use it.
+
+    `revision` is the base model's, and `origin` says in a sentence or two how the adapter came about.
+    """
+    method, whole = recipe.adapter.method, recipe.adapter.method == "full"
+    on_a_hub = bool(COMMIT.fullmatch(revision))
+    model = public_name(recipe.model.source, revision)
+    head = _head(
+        recipe.name,
+        "the client's own documents",
+        {},
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        license="other",
+        license_name="see-base-model-and-data",
+        base_model=model if on_a_hub else None,
+        tags=[*([] if whole else [method]), "federated-learning", "fedloom"],
+    )
+    shown = to_markdown_text(model)
+    parts = [
+        f"# {recipe.name}: a client's own",
+        f"{_describe(recipe.adapter)} {shown} ({to_markdown_text(revision)}). {origin}",
+        "It was made on its owner's machine and was sent to nobody. It may tell of the documents that it learnt from,"
+        " and belongs to whoever they belong to: think of that before you hand it on.",
+        f"## Use\n\n{_load(shown, whole=whole, on_a_hub=on_a_hub)}",
+    ]
+    return f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str:

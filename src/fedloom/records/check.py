@@ -40,7 +40,7 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_rounds(run, newest),
         _check_clients(run),
         _check_numbers(run),
-        *([_check_tasks(run)] if run.evaluations else []),
+        *([_check_tasks(run)] if run.evaluations or run.own_evaluations else []),
         *(_check_adapter(run, name, round, newest) for name, round in _adapters(run).items()),
         *_check_own_adapters(run, newest),
         _check_remains(run),
@@ -81,7 +81,8 @@ def _check_clients(run: Run) -> Finding:
 
 
 def _check_numbers(run: Run) -> Finding:
-    of_file = {"rounds.jsonl": run.rounds, "clients.jsonl": run.clients, EVALUATIONS: run.evaluations}
+    asked = [*run.evaluations, *run.own_evaluations]
+    of_file = {"rounds.jsonl": run.rounds, "clients.jsonl": run.clients, EVALUATIONS: asked}
     for name, records in of_file.items():
         for line, record in enumerate(records, start=1):
             if not all(map(math.isfinite, _numbers(record))):
@@ -90,12 +91,13 @@ def _check_numbers(run: Run) -> Finding:
 
 
 def _check_tasks(run: Run) -> Finding:
-    seen = Counter((record["task"], record.get("round")) for record in run.evaluations)
-    twice = [task for (task, _), times in seen.items() if times > 1]
+    asked = [*run.evaluations, *run.own_evaluations]
+    seen = Counter((record["task"], record.get("round"), record.get("client")) for record in asked)
+    twice = [task for (task, _, _), times in seen.items() if times > 1]
     if twice:
         return Finding("tasks", f"{twice[0]} is on record twice for one model", f"remove {EVALUATIONS}, and ask again")
     rounds = {record["round"] for record in run.rounds}
-    lost = {round for _, round in seen if round is not None} - rounds
+    lost = {round for _, round, _ in seen if round is not None} - rounds
     if lost:
         return Finding("tasks", f"round {min(lost)} was asked and is not on record", GO_ON)
     return Finding("tasks", f"{len(seen)} answers counted, none twice")

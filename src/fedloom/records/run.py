@@ -68,13 +68,17 @@ EVALUATIONS = "evaluation.jsonl"
 
 
 class EvaluationRecord(TypedDict, total=False):
-    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's."""
+    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's.
+
+    Of a task that a client elsewhere holds itself there is its `client`, and no `digest` of what was asked.
+    """
 
     round: int
     adapter_sha256: str
+    client: int
     task: Required[str]
     kind: str
-    digest: Required[str]
+    digest: str
     questions: int
     skipped: dict[str, int]
     chance: float
@@ -107,6 +111,8 @@ class Run:
     contributions: Record
     evaluations: list[Record] = field(default_factory=list)
     """Answers of models to tasks, counted: a record for each task of each model."""
+    own_evaluations: list[Record] = field(default_factory=list)
+    """Counts that clients elsewhere told of tasks of their own: a record for each task of each client and model."""
 
     @property
     def best_round(self) -> int | None:
@@ -168,6 +174,7 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / "resolved.json").is_file():
         why = "it has no resolved.json" if folder.is_dir() else "there is no such folder"
         raise RunError(f"not a run directory: {why}", where=str(folder))
+    asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(
         folder,
         **{
@@ -184,7 +191,8 @@ def read_run(folder: str | Path) -> Run:
         },
         rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
         clients=read_lines(folder / "clients.jsonl"),
-        evaluations=_read_checked(folder / EVALUATIONS, EvaluationRecord),
+        evaluations=[record for record in asked if "client" not in record],
+        own_evaluations=[record for record in asked if "client" in record],
     )
 
 

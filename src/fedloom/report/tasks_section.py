@@ -34,6 +34,28 @@ def describe_evaluations(records: Sequence[Record]) -> list[str]:
 
 def show_tasks(run: Run) -> list[Block]:
     """Show a table of all tasks that were asked; nothing for a run without any."""
+    return [*_show_asked(run), *_show_own(run)]
+
+
+def _show_own(run: Run) -> list[Block]:
+    """Show what clients elsewhere told of tasks of their own: a row for each client, task and measure."""
+    if not run.own_evaluations:
+        return []
+    models = _list_models(run.own_evaluations)
+    told: dict[int, list[Record]] = {}
+    for record in run.own_evaluations:
+        told.setdefault(record["client"], []).append(record)
+    rows = [[f"client {client}", *row] for client in sorted(told) for row in _list_rows(told[client], models)]
+    return [
+        Text(
+            "Tasks that clients hold themselves, asked on their own machines. They tell how many answers were right,"
+            " and nobody here knows the questions: figures of two clients can't be compared."
+        ),
+        Table(["Client", "Task", "Measure", *models], rows, text_columns=3),
+    ]
+
+
+def _show_asked(run: Run) -> list[Block]:
     records = run.evaluations
     if not records:
         return []
@@ -137,16 +159,27 @@ def list_measures(record: Record) -> list[str]:
 
 def _tabulate(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Return a header, and a row for each measure of each task: a column a model."""
-    models = sorted({name_model(record): record.get("round", -1) for record in records}.items(), key=lambda one: one[1])
+    models = _list_models(records)
+    return ["Task", "Measure", *models], _list_rows(records, models)
+
+
+def _list_models(records: Sequence[Record]) -> list[str]:
+    """Return the names of the models that were asked: the base, and then rounds."""
+    places = {name_model(record): record.get("round", -1) for record in records}
+    return sorted(places, key=places.__getitem__)
+
+
+def _list_rows(records: Sequence[Record], models: Sequence[str]) -> list[list[str]]:
+    """Return a row for each measure of each task, with a figure by each of the models."""
     found = {(record["task"], name_model(record)): record for record in records}
     rows = []
     for task in dict.fromkeys(record["task"] for record in records):
-        of_task = [found.get((task, model)) for model, _ in models]
+        of_task = [found.get((task, model)) for model in models]
         measures = dict.fromkeys(name for record in of_task if record for name in list_measures(record))
         for name in measures:
             cells = [show_figure(one, name) if one and name in one["measures"] else "" for one in of_task]
             rows.append([task, MEASURES[name], *cells])
-    return ["Task", "Measure", *(model for model, _ in models)], rows
+    return rows
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.journal import COUNTED, Journal, Kind, hash_task
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
@@ -53,6 +53,11 @@ class Account:
         self.policy = policy
         self._journal, self._say, self._server = journal, say, server
         self._run: Run | None = None
+
+    @property
+    def run_id(self) -> str:
+        """Return the hash of what was told of the run's recipe."""
+        return self._running().id
 
     @property
     def is_over(self) -> bool:
@@ -128,19 +133,43 @@ class Account:
         Raises:
             DeploymentError: the journal can't be kept.
         """
-        run = self._running()
         self._say("asked", "for the loss of an adapter on the hold-out")
-        if not self.policy.tell_holdout_loss:
-            self._say("kept", "the loss on the hold-out: policy.tell_holdout_loss")
+        return self._may_tell("score", "the loss on the hold-out", "tell_holdout_loss", adapter_sha256)
+
+    def may_tell_answers(self, adapter_sha256: str) -> bool:
+        """Return whether it may be told how many of the owner's own tasks an adapter has right.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        self._say("asked", "how many of this client's own tasks an adapter has right")
+        return self._may_tell("answer", "the counts of its own tasks", "tell_tasks", adapter_sha256)
+
+    def _may_tell(self, kind: Kind, what: str, key: str, adapter_sha256: str) -> bool:
+        """Return whether something of an adapter may be told: a key of the policy allows it, and the limit of a day."""
+        run = self._running()
+        if not getattr(self.policy, key):
+            self._say("kept", f"{what}: policy.{key}")
             return False
         event = hash_text(f"{run.id} {adapter_sha256}")
         try:
-            self._note(run, event, {}, kind="score", at_most=self.policy.max_scores_a_day)
+            self._note(run, event, {}, kind=kind, at_most=getattr(self.policy, COUNTED[kind][1]))
         except PolicyError as refusal:
-            self._say("kept", f"the loss on the hold-out: {refusal}")
+            self._say("kept", f"{what}: {refusal}")
             return False
-        self._say("told", "the loss on the hold-out")
+        self._say("told", what)
         return True
+
+    def keep(self, asked: Frame, told: Mapping[str, Any]) -> None:
+        """Allow an adapter that is this client's own, which is about to be made and stays here.
+
+        Raises:
+            PolicyError: too many were made today.
+            DeploymentError: the journal can't be kept.
+        """
+        work = f": {count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}" if "epochs" in told else ""
+        self._say("asked", f"to keep an adapter of its own{work}")
+        self._note(self._running(), hash_task(asked), told, kind="own", at_most=self.policy.max_rounds_a_day)
 
     def is_asked(self, seconds: float) -> None:
         """Note that a question came, for whose answer there are so many seconds: the run goes on."""

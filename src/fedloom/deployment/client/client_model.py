@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fedloom import __version__
@@ -14,32 +14,48 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.documents import gather_client, stamp_documents
+from fedloom.deployment.client.own_adapter import DIGITS, OwnPart, Places, keep_adapter
+from fedloom.deployment.client.own_tasks import OwnTasks
 from fedloom.deployment.client.refusals import as_owner_wrote, check_model
-from fedloom.deployment.client.secret import sign_documents
+from fedloom.deployment.client.secret import keyed_hash
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import ClientFacts, pack_score, pack_update, unpack_adapter, unpack_task
-from fedloom.errors import LateError
+from fedloom.deployment.own_messages import KeptAdapter, pack_answers, pack_kept
+from fedloom.errors import LateError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.experiment.building import adapt, load_base
+from fedloom.experiment.personalising import personal_task
 from fedloom.experiment.session import hash_base, tensors_of
+from fedloom.federation.lora_rules import shared_part
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.task_section import Task
+from fedloom.records.card import write_own_card
 from fedloom.records.state import hash_tensors
+from fedloom.text import count
 from fedloom.training.engines import choose_engine, open_engine
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask, ClientUpdate
 from fedloom.training.optimizers import check_optimizer
 
 
 class ClientModel:
     """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
 
-    def __init__(self, recipe: Recipe, name: str, path: Path, account: Account, secret: bytes) -> None:
+    def __init__(
+        self, recipe: Recipe, name: str, places: Places, account: Account, secret: bytes, tasks: Sequence[Task] = ()
+    ) -> None:
+        """Load them; `tasks` are the owner's own.
+
+        Raises:
+            FedloomError: documents, model or tasks can't be had, or the policy does not allow them.
+        """
         policy = account.policy
         recipe = as_owner_wrote(policy, recipe)
-        self._stamp = partial(stamp_documents, path, policy)
+        self._stamp = partial(stamp_documents, places.data, policy)
         self._read = self._stamp()  # before they are read: what is changed meanwhile was changed
-        data = gather_client(recipe, path, policy)
-        self._blocks = data.blocks
+        data = gather_client(recipe, places.data, policy)
+        self._blocks, self._source = data.blocks, data.source
         self.recipe, self._account = recipe, account
         self.until = float("inf")
         """Time, on the monotonic clock, after which nobody waits for what is worked on."""
@@ -54,6 +70,16 @@ class ClientModel:
         self._engine = open_engine(engine, self._adapted, recipe.data, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
+        start, run = self._adapted.read(), account.run_id
+        shares_P = shared_part(self._adapted.layout, recipe.federation.lora_rule)
+        sign = partial(keyed_hash, secret, "own part", name, run)
+        self._own = None if shares_P is None else OwnPart(start, shares_P, places.parts / name, sign)
+        self._home = places.adapters / f"{name}-{recipe.name}-{run[:DIGITS]}"
+        # Nothing that was counted on a document or a question leaves a private run without noise.
+        asked = tasks if policy.tell_tasks and recipe.privacy is None else ()
+        size = recipe.evaluation.batch_size
+        how = recipe.data, data.source, self._adapted, start, size, self._note
+        self._tasks = OwnTasks(asked, *how) if asked else None
         # Of the keys that were told: a later version may have others, and the documents are the same.
         hashed, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
         blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
@@ -61,7 +87,7 @@ class ClientModel:
             name=name,
             version=__version__,
             base=hashed,
-            documents=sign_documents(secret, hashed, str(recipe.seed), read, blocks),
+            documents=keyed_hash(secret, hashed, str(recipe.seed), read, blocks),
             train_documents=len(data.documents.train),
             holdout_documents=len(data.documents.holdout),
             blocks=len(data.blocks.train),
@@ -71,6 +97,7 @@ class ClientModel:
             shared_blocks=data.shared_blocks,
             dropped=data.dropped,
             leaks=data.leaks,
+            tasks=len(self._tasks) if self._tasks else 0,
         )
 
     def is_outdated(self) -> bool:
@@ -100,15 +127,46 @@ class ClientModel:
 
     def evaluate(self, asked: Frame) -> Frame:
         """Score an adapter on this client's own hold-out."""
-        return pack_score(self._score(unpack_adapter(asked, self._adapted.layout, self.recipe.federation.lora_rule)))
+        return pack_score(self._score(self._adapter_in(asked)))
+
+    def _adapter_in(self, asked: Frame) -> Adapter:
+        """Return the adapter in a question as this client has it: with its own part, where it has one.
+
+        Raises:
+            MessageError: it is not an adapter of this recipe.
+            DeploymentError: the part that the server counts is not here.
+        """
+        return self._with_own(unpack_adapter(asked, self._adapted.layout, self.recipe.federation.lora_rule), asked)
+
+    def _with_own(self, adapter: Adapter, asked: Frame) -> Adapter:
+        return self._own.adapter_of(adapter, asked.manifest.get("own")) if self._own else adapter
 
     def read_task(self, asked: Frame) -> ClientTask:
-        """Read the task in a question.
+        """Read the task in a question, with this client's own part of the adapter, where it has one.
 
         Raises:
             MessageError: it is not a task of this recipe.
+            DeploymentError: the part that the server counts is not here.
         """
-        return unpack_task(asked, self._adapted.layout, self.recipe.federation)
+        task = unpack_task(asked, self._adapted.layout, self.recipe.federation)
+        return replace(task, adapter=self._with_own(task.adapter, asked))
+
+    def read_personal_task(self, asked: Frame) -> ClientTask | None:
+        """Read the training that this client goes on with by itself; None where it has a part of the adapter already.
+
+        Raises:
+            MessageError: the recipe asks for no adapter of a client's own, or not after such a round.
+        """
+        recipe, round, client = self.recipe, asked.manifest["round"], asked.manifest["client"]
+        if not 1 <= round <= recipe.federation.rounds + 1:
+            raise MessageError("the question is of another round than the recipe has")
+        if recipe.personalise is None:
+            if self._own is None:
+                raise MessageError("the recipe asks for no adapter of a client's own")
+            return None
+        if not 0 <= client < recipe.data.clients:
+            raise MessageError("not a client of this recipe")
+        return personal_task(recipe, self._adapter_in(asked), client, round)
 
     def describe(self, task: ClientTask) -> dict[str, Any]:
         """Describe a task for its owner's journal."""
@@ -127,10 +185,7 @@ class ClientModel:
         """Train for a round; with `judge`, score the adapter before and after it."""
         before = self._score(task.adapter) if judge else None
         say(f"round {task.round}", "training")
-        job = ClientJob(**vars(task), blocks=self._blocks.train)
-        (result,) = self._engine.train([job])
-        if isinstance(result, ClientFailure):
-            raise result.error
+        result = self._train(task)
         report = result.report
         started = time.perf_counter()
         # Both or neither: a loss before says nothing of this round without the one after it.
@@ -138,7 +193,48 @@ class ClientModel:
             report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
                              evaluate_seconds=time.perf_counter() - started)  # fmt: skip
         say(f"round {task.round}", f"{report.steps} steps, loss {report.loss_first:.4f} → {report.loss_last:.4f}")
-        return pack_update(replace(result, report=report), task.trains_P)
+        update = pack_update(replace(result, report=report), task.travels)
+        if self._own:
+            update = replace(update, manifest={**update.manifest, "own": self._own.keep(task.round, result.adapter)})
+        return update
+
+    def _train(self, task: ClientTask) -> ClientUpdate:
+        (result,) = self._engine.train([ClientJob(**vars(task), blocks=self._blocks.train)])
+        if isinstance(result, ClientFailure):
+            raise result.error
+        return result
+
+    def keep(self, asked: Frame, task: ClientTask | None) -> Frame:
+        """Keep an adapter that is this client's own, trained on by itself where there is a task; tell of losses alone.
+
+        It is here whatever is told of it.
+        """
+        adapter, losses = self._adapter_in(asked), KeptAdapter()
+        origin = "Its A is that of all clients after the last round, its B is this client's alone."
+        if task is not None:
+            before = self._score(adapter)
+            adapter = self._train(task).adapter
+            epochs = count(task.training.epochs, "epoch")
+            origin = (
+                f"From the best adapter of all clients it went on by itself, {epochs} over this client's documents."
+            )
+            after = self._score(adapter) if before else None
+            if before and after:
+                losses = KeptAdapter(before.loss, after.loss)
+        keep_adapter(self._adapted, adapter, self._home, write_own_card(self.recipe, self._source.revision, origin))
+        say("own", f"{self._home}: an adapter of this client's own, which stays here")
+        return pack_kept(losses)
+
+    def answer_tasks(self, asked: Frame) -> Frame:
+        """Ask an adapter, and the base model where that is wanted, this client's own tasks; tell of counts alone."""
+        adapter = self._adapter_in(asked)
+        if self._tasks is None:
+            say("kept", "the counts of its own tasks: it was asked for them, and tells of none")
+            return pack_answers(None)
+        if not self._account.may_tell_answers(adapter.sha256()):
+            return pack_answers(None)
+        found = self._tasks.ask(adapter)
+        return pack_answers(OwnAnswers(found, self._tasks.ask_base() if asked.manifest["base"] else None))
 
     def _score(self, adapter: Adapter) -> Score | None:
         """Score an adapter, once where it is asked for again: the one door for whatever tells of the hold-out.

@@ -31,7 +31,7 @@ WRITE_ONE = "write one: fedloom join --write-policy FILE"
 SERVERS = "server"
 """Name of whatever chat template a recipe sends."""
 
-LoraRule = Literal["factors", "ffa", "rolora", "svd", "fedex"]
+LoraRule = Literal["factors", "ffa", "rolora", "fedsa", "svd", "fedex"]
 Window = Literal["truncate", "blocks", "pack"]
 
 
@@ -95,7 +95,7 @@ class Policy(Section):
         description="what adapter.method may be; add `full` to let whole models be trained and replaced",
     )
     lora_rules: Annotated[tuple[LoraRule, ...], BeforeValidator(_to_list)] = Field(
-        ("factors", "ffa", "rolora", "svd"),
+        ("factors", "ffa", "rolora", "fedsa", "svd"),
         description="what federation.lora_rule may be; add `fedex` to let a server add any matrix to the model",
     )
     max_trained: float = Field(
@@ -125,6 +125,14 @@ class Policy(Section):
         500, ge=1, description="the most adapters in 24 hours whose loss on the hold-out is told"
     )
     tell_holdout_loss: bool = Field(True, description="whether the loss on this client's hold-out may be told")
+    max_answers_a_day: int = Field(
+        50, ge=1, description="the most adapters in 24 hours whose counts on this client's own tasks are told"
+    )
+    tell_tasks: bool = Field(
+        True,
+        description="whether it may be told how many of this client's own tasks are right; there are none but those of"
+        " `fedloom join --tasks`",
+    )
 
     @field_validator("files")
     @classmethod

@@ -14,6 +14,8 @@ WORDS: Mapping[Kind, str] = {
     "train": "round",
     "meet": "documents read",
     "score": "loss told",
+    "answer": "tasks' counts told",
+    "own": "adapter of its own",
     "end": "run ended",
     "give_up": "round given up",
 }

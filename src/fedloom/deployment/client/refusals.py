@@ -54,6 +54,8 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
     """Yield all that a policy does not allow of a recipe, or of a task of it."""
     adapter, data, federation = recipe.adapter, recipe.data, recipe.federation
     epochs, rounds = recipe.training.epochs, federation.rounds
+    if recipe.personalise:
+        epochs = max(epochs, recipe.personalise.epochs)
     if task:
         # A server could tell a mild recipe and then set harder tasks.
         epochs, rounds = max(epochs, task.training.epochs), max(rounds, task.rounds, task.round)

@@ -18,10 +18,12 @@ from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.client_model import ClientModel, check_time
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.own_adapter import Places
 from fedloom.deployment.client.own_documents import mend_of_server
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
+from fedloom.deployment.client.task_file import read_task_file
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
@@ -40,10 +42,10 @@ from fedloom.errors import (
     ModelError,
     PolicyError,
     RecipeError,
+    RunError,
     ShortageError,
     TrainingError,
 )
-from fedloom.progress import Progress
 from fedloom.text import count
 from fedloom.training.jobs import ClientTask, is_shortage
 
@@ -57,18 +59,23 @@ class Worker:
         data: Path,
         policy: Policy,
         journal: Journal,
-        open_question: Callable[[Frame], Frame] = lambda asked: asked,
+        open_question: Callable[[Frame], Frame] | None = None,
         server: str = "",
         policy_file: Path | None = None,
+        keep: Path | None = None,
+        tasks: str = "",
     ) -> None:
         """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`).
 
-        `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it.
+        `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it;
+        `keep` is a folder for adapters of the client's own, beside the journal if left out; `tasks` is a file of its
+        own.
         """
-        self._name, self._data, self._policy, self._secret = name, data, policy, secret_path(journal.path)
+        self._name, self._policy, self._secret = name, policy, secret_path(journal.path)
+        self._places, self._tasks = Places.of(data, journal.path, keep), tasks
         self._policy_file = policy_file
         self.account = Account(policy, journal, say, server)
-        self._open_question = open_question
+        self._open_question = open_question or (lambda asked: asked)
         self._told: Mapping[str, Any] | None = None
         self._model: ClientModel | None = None
         self._last: tuple[Frame, Frame] | None = None
@@ -89,16 +96,15 @@ class Worker:
             if self._last and self._last[0] == asked and not self.account.is_over:
                 return self._last[1]
             check_time(came + seconds)
-            found, progress = self._work(asked, came + seconds, seconds)
+            found = self._work(asked, came + seconds, seconds)
         # Of any kind: what is a bug here must not be one that a server can end this client with.
         except Exception as error:
             return self._refuse(error, asked)
-        found = pack_progress(found, progress)
         self._last = asked, found
         return found
 
-    def _work(self, asked: Frame, until: float, seconds: float) -> tuple[Frame, list[Progress]]:
-        """Answer a question that was read, for which there are so many seconds; return what was worked on, too.
+    def _work(self, asked: Frame, until: float, seconds: float) -> Frame:
+        """Answer a question that was read, for which there are so many seconds.
 
         Raises:
             Exception: of any kind.
@@ -115,8 +121,27 @@ class Worker:
                 found = model.evaluate(asked)
             case "train":
                 found = self._train(asked, model)
+            case "tasks":
+                found = model.answer_tasks(asked)
+            case "keep":
+                found = self._keep(asked, model)
         self.account.has_answered()
-        return found, model.take_progress()
+        # Of one's own questions, and of what stays here, nobody is told how long they are.
+        own = asked.manifest["do"] in ("tasks", "keep")
+        return found if own else pack_progress(found, model.take_progress())
+
+    def _keep(self, asked: Frame, model: ClientModel) -> Frame:
+        """Keep an adapter of one's own, which is in the journal before it is made.
+
+        Raises:
+            Exception: of any kind.
+        """
+        check_policy(self._policy, model.recipe)
+        task = model.read_personal_task(asked)
+        self.account.keep(asked, model.describe(task) if task else {"round": asked.manifest["round"]})
+        found = model.keep(asked, task)
+        check_time(model.until)
+        return found
 
     def _train(self, asked: Frame, model: ClientModel) -> Frame:
         """Train for a round that is in the journal before it begins.
@@ -176,7 +201,8 @@ class Worker:
             # The former model is let go first: two may not fit in memory.
             self._model = self._told = model = None
             started, secret = time.monotonic(), read_secret(self._secret)
-            model = ClientModel(recipe, self._name, self._data, self.account, secret)
+            tasks = read_task_file(self._tasks) if self._tasks else ()
+            model = ClientModel(recipe, self._name, self._places, self.account, secret, tasks)
             self._model, self._told = model, told
             self.opening_seconds = time.monotonic() - started
         if not model.has_counted(asked):
@@ -228,5 +254,6 @@ WORDS: dict[type[Exception], str] = {
     RecipeError: "recipe",
     TrainingError: "training",
     DeploymentError: "journal",
+    RunError: "journal",  # an adapter of its own can't be written
 }
 """Words for kinds of errors; the first kind that an error is of counts."""

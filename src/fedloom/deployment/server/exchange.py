@@ -25,7 +25,9 @@ TRIES = 3
 GONE_SECONDS = 3.0
 """Time before a node that went away is asked again, if it is listed all the same."""
 ClientPhase = Literal["loading", "connected", "refused", "training", "scoring", "answered", "lost", "late", "gone"]
-PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
+PHASES: dict[str, ClientPhase] = {
+    "train": "training", "keep": "training", "evaluate": "scoring", "tasks": "scoring"
+}  # fmt: skip
 """Phase of a client while it works, by what it was asked."""
 
 
@@ -227,8 +229,8 @@ class Exchange:
         try:
             facts = unpack_facts(answer.frame)
             self._check_facts(facts)
-            # Its numbers too: limits were reckoned from them.
-            if known and replace(known, name=facts.name, version=facts.version) != facts:
+            # Its numbers too: limits were reckoned from them. Its own tasks its owner may change meanwhile.
+            if known and replace(known, name=facts.name, version=facts.version, tasks=facts.tasks) != facts:
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:
             self._names[node] = ""
@@ -242,7 +244,9 @@ class Exchange:
         # The name of its key, if it has one, whatever it calls itself.
         self.facts[name] = replace(facts, name=name)
         self._show(name, "connected")
-        self.say("client", f"{name}: {count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}")
+        own = f", {count(facts.tasks, 'task')} of its own" if facts.tasks else ""
+        held = f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}"
+        self.say("client", f"{name}: {held}{own}")
 
     def _show(self, name: str, phase: ClientPhase) -> None:
         if self._phases.get(name) != phase:

@@ -14,6 +14,7 @@ from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.keys import Security, describe_expiry, in_use
 from fedloom.deployment.messages import ClientFacts, pack_recipe
+from fedloom.deployment.own_messages import KeptAdapter
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
 from fedloom.deployment.server.nginx import proxy
@@ -25,20 +26,23 @@ from fedloom.experiment.preparation import Prepared, check, check_cohort, choose
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
+from fedloom.experiment.trial import Trial
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
+from fedloom.host.failpoints import failpoint
 from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.training_section import Training
 from fedloom.records.plan import ClientPlan, Plan
-from fedloom.records.run import Run
+from fedloom.records.run import Run, read_run
 from fedloom.records.writer import default_folder
 from fedloom.text import format_bytes
 
@@ -93,21 +97,24 @@ def check_deployable(recipe: Recipe) -> None:
         )
     if recipe.baselines:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
-    if recipe.personalise:
+    # Each client's B is on its own machine, so nothing can be asked of a whole adapter here.
+    whole = {
+        "data.central_holdout": recipe.data.central_holdout,
+        "evaluation.tasks": recipe.evaluation.tasks,
+        "report.samples": recipe.report.samples if recipe.data.learns != "all" else 0,
+    }
+    if recipe.federation.lora_rule == "fedsa" and (asked := [key for key, value in whole.items() if value]):
         raise RecipeError(
-            "clients on other machines do not go on by themselves", where="personalise", mend="leave it out"
-        )
-    if recipe.federation.lora_rule == "fedsa":
-        raise RecipeError(
-            "clients on other machines keep no part of an adapter",
-            where="federation.lora_rule",
-            mend='use "ffa" or "rolora", which send half the bytes too',
+            'with lora_rule = "fedsa" the server has A alone, which is no adapter to judge: clients judge theirs',
+            where=asked[0],
+            mend="set it to []" if asked[0] == "evaluation.tasks" else "set it to 0",
         )
     if recipe.contributions:
         raise RecipeError(
-            "each of them is found by federations of their own, for which clients on other machines are not asked",
+            "what each client brings is found by federations without it, for which all documents have to be in one"
+            " place: clients on other machines are not asked for them",
             where="contributions",
-            mend="leave it out",
+            mend="leave it out, or use fedloom run",
         )
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
@@ -237,7 +244,11 @@ class RemoteClients:
             duplicates=recipe.data.duplicates,
             ways=name_ways(recipe, setup),
         )
-        plan = plan_shares(replace(plan, unused=find_unused(recipe, plan, setup.shape)), recipe.federation, self._names)
+        unused = find_unused(recipe, plan, setup.shape)
+        if any(fact.tasks for fact in facts):  # those of clients are asked in the rounds, too
+            unused = tuple(line for line in unused if not line.startswith("evaluation.tasks_every"))
+        plan = replace(plan, unused=unused, shared_alone=recipe.federation.lora_rule == "fedsa")
+        plan = plan_shares(plan, recipe.federation, self._names)
         told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), scored, plan, 1, told)
 
@@ -265,6 +276,31 @@ class RemoteClients:
             counted_width=recipe.data.max_length if recipe.data.pad_in_loss else None,
         )
 
+    def finish(self, trial: Trial, session: Session, say: Say) -> None:
+        """Have each client make the adapter that is its own, and stays there; what it tells of it is put on record.
+
+        With `personalise` that is trained on from the best adapter; with `lora_rule = "fedsa"` it is the last A with
+        the client's own B.
+        """
+        recipe, run, fleet = trial.recipe, trial.run, trial.fleet
+        assert isinstance(fleet, RemoteFleet), "open_fleet made it"
+        if recipe.personalise:
+            say("by itself", "each client goes on from the best adapter, and keeps what comes of it")
+            best = read_run(trial.recorder.writer.folder).best_round
+            found = fleet.keep(trial.recorder.open("best"), run.completed + 1)
+        elif recipe.federation.lora_rule == "fedsa":
+            say("by itself", "each client keeps the last adapter with its own part")
+            best, found = run.completed, fleet.keep(run.adapter, run.completed)
+        else:
+            return
+        for client, kept in found.items():
+            if isinstance(kept, MessageError):
+                say("lost", f"{self._names[client]}: {kept}")
+        told = {str(client): _describe_kept(kept) for client, kept in found.items()}
+        trial.recorder.writer.write_json("personalised.json", {"round": best, "clients": told})
+        trial.recorder.forget_measured()
+        failpoint("personalised.written")
+
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
     """Load the server's own hold-out: the first documents of its source, none where the recipe asks for none."""
@@ -273,6 +309,12 @@ def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]
     if wanted:
         found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
     return found, tokenize_for(source, recipe, found.documents)
+
+
+def _describe_kept(kept: KeptAdapter | MessageError) -> dict[str, Any]:
+    if isinstance(kept, MessageError):
+        return {"error": str(kept)}
+    return {} if kept.before is None or kept.after is None else {"global_loss": kept.before, "loss": kept.after}
 
 
 def _plan_client(facts: ClientFacts, training: Training) -> ClientPlan:

@@ -1,0 +1,241 @@
+"""Parts of adapters that stay with clients elsewhere (`lora_rule = "fedsa"`): on their disk, and nowhere else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.federation_here import run_here, split, timeless, tiny
+from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
+
+from fedloom.deployment.frames import Frame
+from fedloom.deployment.server import exchange
+from fedloom.errors import RecipeError, RunError
+from fedloom.handover.finished_run import adapter_folder
+from fedloom.host import failpoints
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.check import check_run
+from fedloom.records.run import Run
+
+FEDSA = ("data.clients=2", "data.central_holdout=0", "federation.lora_rule=fedsa", "federation.rounds=3")
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _disarm() -> Iterator[None]:
+    yield
+    failpoints.arm("")
+
+
+def link_of(recipe: Recipe, folder: Path) -> LinkHere:
+    data = split(recipe, folder / "split")
+    return LinkHere({f"client-{number}": Owner(path) for number, path in enumerate(data)}, folder / "clients")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def kept_of(folder: Path, name: str) -> Path:
+    (home,) = (folder / "clients" / name / f"{name}.journal.adapters").iterdir()
+    return home
+
+
+def rounds_of(run: Run) -> list[dict[str, Any]]:
+    """Return what is on record but for B: the server has none, and the local run has the mean of all.
+
+    Nor how often hold-outs were scored, which a client that began anew does once more.
+    """
+    left_out = ("adapter_sha256", "lora_error", "lora_error_layers", "evaluate_tokens", "evaluate_samples")
+    left_out += ("evaluate_steps",)
+    return [{key: value for key, value in record.items() if key not in left_out} for record in timeless(run.rounds)]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return tiny(*FEDSA)
+
+
+@pytest.fixture(scope="module")
+def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_here(recipe, tmp_path_factory.mktemp("local") / "run")
+
+
+def check_same(served: Run, local: Run, folder: Path) -> None:
+    """Check that A, every loss, and each client's own adapter are those of a run on one machine, to the bit."""
+    assert rounds_of(served) == rounds_of(local)
+    assert sorted(map(repr, timeless(served.clients))) == sorted(map(repr, timeless(local.clients)))
+    ours, theirs = (weights_of(run.folder / "adapters" / "last") for run in (served, local))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if ".lora_A." in name)
+    assert not any(ours[name].any() for name in ours if ".lora_B." in name)
+    for number in range(2):
+        mine = weights_of(kept_of(folder, f"client-{number}"))
+        expected = weights_of(local.folder / "clients" / str(number) / "adapter")
+        assert all(torch.equal(mine[name], expected[name]) for name in expected)
+        assert any(mine[name].any() for name in mine if ".lora_B." in name)
+
+
+def test_a_deployment_makes_what_one_machine_does_to_the_bit(recipe: Recipe, local: Run, tmp_path: Path) -> None:
+    link = link_of(recipe, tmp_path)
+    served = serve_here(recipe, link, tmp_path / "served")
+    check_same(served, local, tmp_path)
+    assert not any("lora_error" in record for record in served.rounds), "nobody has all B to measure it"
+    assert not [one for one in check_run(served.folder) if not one.well]
+    assert "| client 1 |" in (served.folder / "report.md").read_text().partition("Was it worth it?")[2]
+
+
+def test_b_travels_neither_way_and_half_the_bytes_do(recipe: Recipe, tmp_path: Path) -> None:
+    link = link_of(recipe, tmp_path)
+    served = serve_here(recipe, link, tmp_path / "served")
+    adapter = weights_of(served.folder / "adapters" / "last")
+    shared = sum(4 * value.numel() for name, value in adapter.items() if ".lora_A." in name)
+    for do in ("train", "evaluate", "keep"):
+        assert {len(frame.payload) for _, frame in asked_to(link, do)} == {shared}
+    assert {len(frame.payload) for _, frame in told_of(link, "train")} == {shared}
+    assert served.rounds[1]["bytes_up"] == 2 * shared
+    assert {len(frame.payload) for do in ("evaluate", "keep", "meet") for _, frame in told_of(link, do)} == {0}
+    # What each client has of its own is in no byte that left it, and in no file of the server's.
+    for number in range(2):
+        own = [value for name, value in weights_of(kept_of(tmp_path, f"client-{number}")).items() if ".lora_B." in name]
+        raw = [value.numpy().tobytes() for value in own if value.any()]
+        assert raw
+        sent = [frame.payload for _, frame in link.answered]
+        sent += [file.read_bytes() for file in served.folder.rglob("*") if file.is_file()]
+        assert not any(part in whole for part in raw for whole in sent)
+
+
+def test_it_survives_a_client_that_begins_anew_before_every_question(
+    recipe: Recipe, local: Run, tmp_path: Path
+) -> None:
+    link = link_of(recipe, tmp_path)
+    link.on_question = lambda name, frame: link.restart(name)
+    check_same(serve_here(recipe, link, tmp_path / "served"), local, tmp_path)
+
+
+@pytest.mark.parametrize("failpoint", ["client.trained=raise@4", "state.manifest=raise@3", "round.begins=raise@3"])
+def test_a_server_that_goes_back_finds_the_part_of_that_round(
+    failpoint: str, recipe: Recipe, local: Run, tmp_path: Path
+) -> None:
+    """Clients have trained on, and have newer parts than the round from which the server goes on."""
+    link = link_of(recipe, tmp_path)
+    failpoints.arm(failpoint)
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        serve_here(recipe, link, tmp_path / "served")
+    failpoints.arm("")
+    check_same(serve_here(recipe, link, tmp_path / "served", resume=True), local, tmp_path)
+
+
+def test_a_second_run_of_the_same_recipe_begins_anew(recipe: Recipe, local: Run, tmp_path: Path) -> None:
+    """Its parts are others, though run, rounds and documents have the same names."""
+    link = link_of(recipe, tmp_path)
+    failpoints.arm("round.begins=raise@3")
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        serve_here(recipe, link, tmp_path / "first")
+    failpoints.arm("")
+    check_same(serve_here(recipe, link, tmp_path / "second"), local, tmp_path)
+
+
+def spoil_missing(parts: Path) -> None:
+    for file in parts.iterdir():
+        file.unlink()
+
+
+def spoil_content(parts: Path) -> None:
+    for file in parts.iterdir():
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def spoil_garbage(parts: Path) -> None:
+    for file in parts.iterdir():
+        file.write_bytes(b"no tensors")
+
+
+def spoil_another_round(parts: Path) -> None:
+    """Put each part in the place of another: of this run, this client, but not of that round."""
+    files = sorted(parts.iterdir(), key=lambda one: one.stat().st_mtime_ns)
+    newest, before = files[-1].read_bytes(), files[-2].read_bytes()
+    files[-1].write_bytes(before)
+    files[-2].write_bytes(newest)
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing, spoil_content, spoil_garbage, spoil_another_round])
+def test_a_part_that_is_not_the_one_is_an_error_and_never_trained_on(
+    spoil: Any, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = link_of(recipe, tmp_path)
+
+    def before_round_3(name: str, frame: Frame) -> None:
+        if frame.manifest["do"] == "train" and frame.manifest["round"] == 3 and name == "client-1":
+            spoil(tmp_path / "clients" / name / f"{name}.journal.parts" / name)
+
+    link.on_question = before_round_3
+    allowed = recipe.model_copy(update={"federation": recipe.federation.model_copy(update={"max_lost_clients": 1})})
+    served = serve_here(allowed, link, tmp_path / "served")
+    assert [record["lost"] for record in served.rounds] == [[], [], [], [1]]
+    assert "can't keep its journal, its secret or what is its own of an adapter" in str(served.rounds[3])
+    assert "this client's own part of the adapter" in capsys.readouterr().out
+    told = (served.folder / "personalised.json").read_text()
+    assert "error" in told, "nor does it keep an adapter with a part that is not there"
+
+
+def test_another_runs_part_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
+    """A server that asks for the part of another recipe's run gets no training from it."""
+    link = link_of(recipe, tmp_path)
+    serve_here(recipe, link, tmp_path / "first")
+    stamps = [frame.manifest["own"] for name, frame in told_of(link, "train") if name == "client-0"]
+    other = recipe.model_copy(update={"name": "another"})
+
+    def ask_for_it(name: str, frame: Frame) -> None:
+        if frame.manifest["do"] == "train" and frame.manifest["round"] == 2:
+            frame.manifest["own"] = stamps[-1]  # type: ignore[index]
+
+    link.on_question = ask_for_it
+    with pytest.raises(Exception, match="what is its own of an adapter"):
+        serve_here(other, link, tmp_path / "second")
+
+
+def test_few_parts_stay_on_the_disk_and_their_owner_alone_reads_them(tmp_path: Path) -> None:
+    recipe = tiny(*FEDSA, "federation.rounds=12", "evaluation.every=12")
+    link = link_of(recipe, tmp_path)
+    serve_here(recipe, link, tmp_path / "served")
+    files = list((tmp_path / "clients" / "client-0" / "client-0.journal.parts" / "client-0").iterdir())
+    assert len(files) == 10
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_the_hash_that_is_told_of_a_part_confirms_no_guess(recipe: Recipe, tmp_path: Path) -> None:
+    """Two clients of the same documents tell different ones, and so does one client in two rounds."""
+    data = split(recipe, tmp_path / "split")[0]
+    link = LinkHere({name: Owner(data) for name in ("client-0", "client-1")}, tmp_path / "clients")
+    serve_here(recipe, link, tmp_path / "served")
+    stamps = [frame.manifest["own"] for _, frame in told_of(link, "train")]
+    assert len(set(stamps)) == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [("data.central_holdout=4", "data.central_holdout"), ("evaluation.tasks=['first-steps']", "evaluation.tasks")],
+)
+def test_what_needs_a_whole_adapter_on_the_server_is_refused_by_name(override: str, where: str, tmp_path: Path) -> None:
+    recipe = tiny(*FEDSA, override)
+    with pytest.raises(RecipeError, match="the server has A alone") as refused:
+        serve_here(recipe, LinkHere({}, tmp_path), tmp_path / "served")
+    assert refused.value.where == where
+
+
+def test_the_servers_adapters_are_not_handed_on(recipe: Recipe, tmp_path: Path) -> None:
+    served = serve_here(recipe, link_of(recipe, tmp_path), tmp_path / "served")
+    with pytest.raises(RunError, match="its adapters have A alone"):
+        adapter_folder(served.folder, "best")
+    assert "What is here is A" in (served.folder / "adapters" / "best" / "README.md").read_text()
+    card = (kept_of(tmp_path, "client-0") / "README.md").read_text()
+    assert "its B is this client's alone" in card
+    assert "was sent to nobody" in card
