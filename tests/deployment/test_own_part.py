@@ -180,7 +180,7 @@ def test_a_part_that_is_not_the_one_is_an_error_and_never_trained_on(
     allowed = recipe.model_copy(update={"federation": recipe.federation.model_copy(update={"max_lost_clients": 1})})
     served = serve_here(allowed, link, tmp_path / "served")
     assert [record["lost"] for record in served.rounds] == [[], [], [], [1]]
-    assert "can't keep its journal, its secret or what is its own of an adapter" in str(served.rounds[3])
+    assert "can't keep or find what is its own of an adapter" in str(served.rounds[3])
     assert "this client's own part of the adapter" in capsys.readouterr().out
     told = (served.folder / "personalised.json").read_text()
     assert "error" in told, "nor does it keep an adapter with a part that is not there"

@@ -165,3 +165,32 @@ def test_the_shipped_recipe_of_whole_models_comes_to_the_same_over_a_network(tmp
     ]
     assert [record["lost"] for record in served.rounds] == [[]] * 4
     assert served.plan["payload_bytes"] == 4 * served.plan["parameters"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_what_is_a_clients_own_stays_with_it_over_flower(tmp_path: Path) -> None:
+    """Its part of the adapter, the whole one that it keeps, and its tasks: by the processes that people start."""
+    quiz = write_tasks(tmp_path / "quiz", [{"q": "so", "c": ["yes", "no"], "a": "yes"}] * 3, {"name": "quiz"})
+    recipe = tiny("data.clients=2", "data.central_holdout=0", "federation.rounds=2", "federation.lora_rule=fedsa")
+    (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
+    with federation(tmp_path, secure=True) as there:
+        for client, data in enumerate(split(recipe, tmp_path / "split")):
+            own = ("--tasks", str(quiz), "--keep", str(tmp_path / "mine")) if client else ()
+            there.join(f"client-{client}", data, *own)
+        served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
+        said = there.said("client-1")
+    local = run_here(recipe, tmp_path / "local")
+    for ours, theirs in zip(served.rounds, local.rounds, strict=True):
+        assert ours["client_losses"] == theirs["client_losses"]
+    assert records_of_clients(served, 2) == records_of_clients(local, 2)
+    (beside,) = (tmp_path / "client-0" / "client-0.journal.adapters").iterdir()
+    (kept,) = (tmp_path / "mine").iterdir()
+    for number, home in enumerate((beside, kept)):
+        mine = load_file(home / "adapter_model.safetensors")
+        expected = load_file(local.folder / "clients" / str(number) / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(mine[name], expected[name]) for name in expected)
+        assert home.stat().st_mode & 0o077 == 0, "its owner's alone, whatever the umask"
+    assert [(one["client"], one["task"], one["questions"]) for one in served.own_evaluations] == [(1, "quiz", 3)] * 2
+    assert "tasks     quiz: how many answers are right goes to the server, and nothing else of them" in said
+    assert f"own       {kept}: an adapter of this client's own, which stays here" in said

@@ -245,7 +245,7 @@ REFUSALS = {
     "memory": "it has too little memory",
     "training": "its training came to no finite number",
     "late": "it gave up, because the time for an answer was over, or its clock is ahead of this machine's",
-    "journal": "it can't keep its journal, its secret or what is its own of an adapter, or no longer has that",
+    "journal": "it can't keep its journal or its secret, or it can't keep or find what is its own of an adapter",
     "internal": "it failed in a way that was not foreseen",
 }
 """Words by which a client refuses, and what the server makes of each. The reason stays on the client's screen."""

@@ -51,7 +51,7 @@ class AveragingMeter:
             self._updates.append((share, weights_P))
 
     def take(self) -> AveragingError | None:
-        """Return the error of the updates since the last call; None if there was no product of LoRA's factors, or too many."""
+        """Return the error of the updates since the last call; None if no product of LoRA came, or too many."""
         updates, count = self._updates, self._count
         self._updates, self._count = [], 0
         if not updates or count > MOST_CLIENTS:
