@@ -86,6 +86,7 @@ def preflight(
     columns: ColumnNames = None,
     files: FilesGlob = None,
     hidden: HiddenFiles = None,
+    tasks: TaskFile = None,
 ) -> None:
     """Say whether joining would work, and what the policy allows of a recipe. The server hears nothing of it.
 
@@ -94,7 +95,7 @@ def preflight(
     from fedloom.deployment.client.rehearsal import rehearse
 
     options = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
-    show_findings(rehearse(kit, data, policy, options, journal, recipe), "NO")
+    show_findings(rehearse(kit, data, policy, options, journal, recipe, tasks), "NO")
 
 
 def journal(

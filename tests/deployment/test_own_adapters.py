@@ -1,6 +1,7 @@
 """Adapters that clients elsewhere go on to by themselves (`personalise`): they stay there, losses alone are told."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,25 @@ def test_a_client_that_fails_is_named_and_the_others_have_theirs(tmp_path: Path)
     assert "could not go on by itself" in (served.folder / "report.md").read_text()
 
 
+def test_a_run_is_not_over_for_a_client_before_its_own_adapter_is_there(tmp_path: Path) -> None:
+    """A minute after the last round it took the run for over, while the server waited for slower clients."""
+    recipe = tiny(*PERSONAL)
+    link = link_of(recipe, tmp_path)
+    account = link.workers["client-0"].account
+    seen = {}
+
+    def look(name: str, frame: Frame) -> None:
+        if name == "client-0" and account.until is not None:
+            seen[frame.manifest["do"]] = account.until - time.monotonic() > 61
+
+    link.on_question = look
+    serve_here(recipe, link, tmp_path / "served")
+    assert seen["keep"]
+    assert account.until is not None
+    assert account.until - time.monotonic() <= 61
+
+
+@pytest.mark.long
 def test_a_server_that_was_killed_asks_again_and_has_the_same(tmp_path: Path) -> None:
     recipe = tiny(*PERSONAL)
     whole = serve_here(recipe, link_of(recipe, tmp_path / "a"), tmp_path / "a" / "served")

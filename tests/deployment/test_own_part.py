@@ -6,18 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from support.federation_here import run_here, split, timeless, tiny
+from support.liars import LyingClient, LyingServer
+from support.marks import first
+from support.tiny import make_adapted, make_recipe
 from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
 
+from fedloom.deployment.client.own_adapter import OwnPart
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.server import exchange
 from fedloom.errors import RecipeError, RunError
+from fedloom.federation.lora_rules import shared_part
 from fedloom.handover.finished_run import adapter_folder
 from fedloom.host import failpoints
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.check import check_run
 from fedloom.records.run import Run
+from fedloom.training.jobs import ClientFailure, ClientTask
 
 FEDSA = ("data.clients=2", "data.central_holdout=0", "federation.lora_rule=fedsa", "federation.rounds=3")
 
@@ -119,7 +125,9 @@ def test_it_survives_a_client_that_begins_anew_before_every_question(
     check_same(serve_here(recipe, link, tmp_path / "served"), local, tmp_path)
 
 
-@pytest.mark.parametrize("failpoint", ["client.trained=raise@4", "state.manifest=raise@3", "round.begins=raise@3"])
+@pytest.mark.parametrize(
+    "failpoint", first(["state.manifest=raise@3", "client.trained=raise@4", "round.begins=raise@3"], keep=1)
+)
 def test_a_server_that_goes_back_finds_the_part_of_that_round(
     failpoint: str, recipe: Recipe, local: Run, tmp_path: Path
 ) -> None:
@@ -132,6 +140,7 @@ def test_a_server_that_goes_back_finds_the_part_of_that_round(
     check_same(serve_here(recipe, link, tmp_path / "served", resume=True), local, tmp_path)
 
 
+@pytest.mark.long
 def test_a_second_run_of_the_same_recipe_begins_anew(recipe: Recipe, local: Run, tmp_path: Path) -> None:
     """Its parts are others, though run, rounds and documents have the same names."""
     link = link_of(recipe, tmp_path)
@@ -166,7 +175,17 @@ def spoil_another_round(parts: Path) -> None:
     files[-2].write_bytes(newest)
 
 
-@pytest.mark.parametrize("spoil", [spoil_missing, spoil_content, spoil_garbage, spoil_another_round])
+def spoil_another_client(parts: Path) -> None:
+    """Put another client's part of the same round there, by whoever copies folders about."""
+    other = parts.parents[2] / "client-0" / "client-0.journal.parts" / "client-0"
+    mine, theirs = (max(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns) for folder in (parts, other))
+    mine.write_bytes(theirs.read_bytes())
+
+
+SPOILS = (spoil_content, spoil_another_round, spoil_another_client, spoil_missing, spoil_garbage)
+
+
+@pytest.mark.parametrize("spoil", first(SPOILS, keep=3))
 def test_a_part_that_is_not_the_one_is_an_error_and_never_trained_on(
     spoil: Any, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +221,47 @@ def test_another_runs_part_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
         serve_here(other, link, tmp_path / "second")
 
 
+def test_a_part_is_found_by_its_name_alone_would_be_caught(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a look at what a part is, another round's is trained on, and nobody notices."""
+    monkeypatch.setattr(OwnPart, "_stamp", lambda own, part: str(part.round) * 64)
+    link = link_of(recipe, tmp_path)
+
+    def before_round_3(name: str, frame: Frame) -> None:
+        if frame.manifest["do"] == "train" and frame.manifest["round"] == 3 and name == "client-1":
+            (file,) = (tmp_path / "clients" / name / f"{name}.journal.parts" / name).glob("2222*")
+            found = load_file(file)
+            file.write_bytes(save({**found, "own": found["own"] + 1}))
+
+    link.on_question = before_round_3
+    assert [record["lost"] for record in serve_here(recipe, link, tmp_path / "served").rounds] == [[], [], [], []]
+
+
+def test_a_server_that_sends_a_b_as_well_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    """It would take the place of the client's own."""
+    link = link_of(recipe, tmp_path)
+    server = LyingServer(link.workers["client-0"].answer, recipe)
+    for do in ("train", "evaluate", "keep", "tasks"):
+        assert server.ask(server.question(do)).manifest == {"name": "client-0", "refused": "question"}
+
+
+@pytest.mark.parametrize("lie", [{"own": None}, {"own": "b" * 63}, {}])
+def test_a_client_that_does_not_say_which_part_it_keeps_has_no_update(lie: dict[str, Any]) -> None:
+    shares_P = shared_part(make_adapted().layout, "fedsa")
+
+    def answer(do: str, asked: Frame, honest: Frame) -> Frame:
+        return Frame({**honest.manifest, **lie}, asked.payload) if do == "train" else honest
+
+    fleet, _ = LyingClient(answer, clients=1).fleet(lora_rule="fedsa")
+    start = make_adapted().read()
+    task = ClientTask(1, 0, start, make_recipe().training, 2, 7, shares_P=shares_P)
+    (result,) = fleet.train([task])
+    assert isinstance(result, ClientFailure)
+    assert fleet.own_parts == {}
+
+
+@pytest.mark.long
 def test_few_parts_stay_on_the_disk_and_their_owner_alone_reads_them(tmp_path: Path) -> None:
     recipe = tiny(*FEDSA, "federation.rounds=12", "evaluation.every=12")
     link = link_of(recipe, tmp_path)
@@ -211,6 +271,7 @@ def test_few_parts_stay_on_the_disk_and_their_owner_alone_reads_them(tmp_path: P
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
+@pytest.mark.long
 def test_the_hash_that_is_told_of_a_part_confirms_no_guess(recipe: Recipe, tmp_path: Path) -> None:
     """Two clients of the same documents tell different ones, and so does one client in two rounds."""
     data = split(recipe, tmp_path / "split")[0]

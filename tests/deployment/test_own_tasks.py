@@ -13,6 +13,7 @@ from support.tiny import make_adapted, make_recipe
 from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
 
 from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.task_file import read_task_file
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.own_messages import pack_answers, unpack_answers
@@ -21,6 +22,7 @@ from fedloom.errors import DataError, MessageError
 from fedloom.evaluation.measures import wilson
 from fedloom.evaluation.task_counts import OwnAnswers, TaskCount
 from fedloom.handover.evaluate import evaluate
+from fedloom.host.machine import Finding
 from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.check import check_run
@@ -253,6 +255,17 @@ def test_what_ships_is_taken_by_its_name_where_it_can_be_counted() -> None:
         read_task_file("humaneval")
 
 
+def test_a_preflight_says_what_would_be_told(quiz: str, tmp_path: Path) -> None:
+    def found(tasks: str) -> Finding:
+        looked = rehearse(tmp_path / "a.kit", None, None, {}, None, None, tasks)
+        return next(finding for finding in looked if finding.what == "tasks")
+
+    assert found(quiz).well
+    assert found(quiz).found == "ward, say: how many answers are right goes to the server, and nothing else of them"
+    assert "no program" in found("humaneval").found
+    assert not found("humaneval").well
+
+
 def test_rows_that_are_gone_are_told_here_alone(quiz: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "quiz" / "questions.jsonl").unlink()
     recipe = make_recipe()
@@ -261,6 +274,7 @@ def test_rows_that_are_gone_are_told_here_alone(quiz: str, tmp_path: Path, capsy
     assert "task ward" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_an_owner_may_change_them_in_a_run(quiz: str, tmp_path: Path) -> None:
     """Who comes back with others is the same client; with other documents it is not."""
     recipe = recipe_of("evaluation.tasks_every=1")

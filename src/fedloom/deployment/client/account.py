@@ -36,8 +36,10 @@ class Run:
     """Silence after which it is taken to be over."""
     asked: float
     """Time of the last question, or of its answer, of the monotonic clock."""
+    keeps: bool = False
+    """True where an adapter of the client's own is to come of it behind the last round."""
     is_last: bool = False
-    """True once its last round was trained."""
+    """True once its last round was trained, or the adapter was kept that comes behind it."""
     is_over: bool = False
 
     @property
@@ -90,7 +92,8 @@ class Account:
             DeploymentError: the journal can't be kept.
         """
         # All runs of a recipe are one to a client: what else tells them apart is a server's word.
-        run = Run(recipe.name, hash_json(told), LONGEST_SECONDS, time.monotonic())
+        keeps = recipe.personalise is not None or recipe.federation.lora_rule == "fedsa"
+        run = Run(recipe.name, hash_json(told), LONGEST_SECONDS, time.monotonic(), keeps)
         by = f"{self._server}: " if self._server else ""
         self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
@@ -116,7 +119,7 @@ class Account:
             )
         policy = self.policy
         self._note(run, hash_task(asked), told, at_most=policy.max_rounds_a_day, of_run=policy.max_rounds)
-        run.is_last = task.round == task.rounds
+        run.is_last = task.round == task.rounds and not run.keeps
 
     def give_up(self, asked: Frame) -> None:
         """Note that a round which had begun was given up: it does not count.
@@ -169,7 +172,9 @@ class Account:
         """
         work = f": {count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}" if "epochs" in told else ""
         self._say("asked", f"to keep an adapter of its own{work}")
-        self._note(self._running(), hash_task(asked), told, kind="own", at_most=self.policy.max_rounds_a_day)
+        run = self._running()
+        self._note(run, hash_task(asked), told, kind="own", at_most=self.policy.max_rounds_a_day)
+        run.is_last = True
 
     def is_asked(self, seconds: float) -> None:
         """Note that a question came, for whose answer there are so many seconds: the run goes on."""

@@ -20,7 +20,7 @@ from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import Greeting, await_server
 from fedloom.deployment.client.secret import read_secret, secret_path
-from fedloom.deployment.client.task_file import check_tasks
+from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
 from fedloom.deployment.processes import (
@@ -207,7 +207,7 @@ def join(
     """
     check_there(data)
     if tasks:
-        check_tasks(tasks, policy, say)
+        say("tasks", describe_tasks(tasks, policy))
     Journal(journal).check()
     read_secret(secret_path(journal))
     check_flower()

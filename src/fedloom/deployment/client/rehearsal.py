@@ -18,6 +18,7 @@ from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
 from fedloom.deployment.client.refusals import find_refusals, mend_policy
+from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
@@ -38,11 +39,12 @@ def rehearse(
     options: Mapping[str, Any],
     journal: Path | None,
     recipe: str | None,
+    tasks: str | None = None,
 ) -> Iterator[Finding]:
     """Yield what is found of all that joining needs, each as soon as it is known.
 
-    `options` are those of the command line, as `with_options` takes them; `data` and `recipe` may be left out, and the
-    journal is the kit's where it is.
+    `options` are those of the command line, as `with_options` takes them; `data`, `recipe` and `tasks` may be left
+    out, and the journal is the kit's where it is.
     """
     found: dict[str, Any] = {}
 
@@ -65,6 +67,8 @@ def rehearse(
         yield look("journal", lambda: _read_journal(place, found.get("policy", Policy())))
     if "policy" in found and data:
         yield look("documents", lambda: _count_documents(data, found["policy"]))
+    if tasks:
+        yield look("tasks", lambda: (describe_tasks(tasks, found.get("policy", Policy())), None))
     if recipe:
         yield look("recipe", lambda: ((loaded := open_recipe(recipe)).name, loaded))
     if recipe and "recipe" in found and "policy" in found:

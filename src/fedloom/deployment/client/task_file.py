@@ -5,8 +5,6 @@ What can't be counted as right or wrong is refused, and so is what would run a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.message_fields import TASK_LETTERS, TASKS
 from fedloom.errors import DataError, RecipeError
@@ -17,15 +15,15 @@ COUNTED = ("choice", "exact", "regex")
 """Kinds of tasks whose answers are right or wrong: of others there is no count that could be told."""
 
 
-def check_tasks(file: str, policy: Policy, say: Callable[[str, str], object]) -> None:
-    """Read a file of tasks, and say what of them will be told.
+def describe_tasks(file: str, policy: Policy) -> str:
+    """Read a file of tasks, and say which there are and what of them will be told.
 
     Raises:
         DataError: it is none, or has a task that a client does not ask.
     """
     names = ", ".join(task.name for task in read_task_file(file))
     told = "how many answers are right goes to the server, and nothing else of them"
-    say("tasks", f"{names}: {told if policy.tell_tasks else 'they are not asked: policy.tell_tasks'}")
+    return f"{names}: {told if policy.tell_tasks else 'they are not asked: policy.tell_tasks'}"
 
 
 def read_task_file(file: str) -> tuple[Task, ...]:
