@@ -70,16 +70,14 @@ class ClientModel:
         self._engine = open_engine(engine, self._adapted, recipe.data, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
-        start, run = self._adapted.read(), account.run_id
-        shares_P = shared_part(self._adapted.layout, recipe.federation.lora_rule)
-        sign = partial(keyed_hash, secret, "own part", name, run)
-        self._own = None if shares_P is None else OwnPart(start, shares_P, places.parts / name, sign)
-        self._home = places.adapters / f"{name}-{recipe.name}-{run[:DIGITS]}"
         # Nothing that was counted on a document or a question leaves a private run without noise.
         asked = tasks if policy.tell_tasks and recipe.privacy is None else ()
-        size = recipe.evaluation.batch_size
-        how = recipe.data, data.source, self._adapted, start, size, self._note
+        shares_P, run = shared_part(self._adapted.layout, recipe.federation.lora_rule), account.run_id
+        sign, parts = partial(keyed_hash, secret, "own part", name, run), places.parts / name
+        self._own = None if shares_P is None else OwnPart(self._adapted.read(), shares_P, parts, sign)
+        how = recipe.data, data.source, self._adapted, recipe.evaluation.batch_size, self._note
         self._tasks = OwnTasks(asked, *how) if asked else None
+        self._home = places.adapters / f"{name}-{recipe.name}-{run[:DIGITS]}"
         # Of the keys that were told: a later version may have others, and the documents are the same.
         hashed, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
         blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
