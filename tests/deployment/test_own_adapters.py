@@ -16,6 +16,7 @@ from support.tiny import make_adapted, make_recipe
 from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
 
 from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.own_messages import KeptAdapter
 from fedloom.deployment.server import exchange
@@ -118,6 +119,8 @@ def test_without_leave_no_loss_is_told_and_the_adapter_is_made_all_the_same(tmp_
     assert dict(told_of(link, "keep"))["client-1"].manifest == {"before": None, "after": None}
     assert (kept_of(tmp_path, "client-1") / "adapter_model.safetensors").is_file()
     assert kinds(tmp_path, "client-1").count("own") == 1
+    journal = tmp_path / "clients" / "client-1" / "client-1.journal.jsonl"
+    assert "adapter of its own" in "\n".join(read_aloud(journal, Policy()))
     assert "score" not in kinds(tmp_path, "client-1")
 
 

@@ -74,14 +74,14 @@ def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_here(recipe, tmp_path_factory.mktemp("local") / "run")
 
 
-def check_same(served: Run, local: Run, folder: Path) -> None:
+def check_same(served: Run, local: Run, folder: Path, clients: int = 2) -> None:
     """Check that A, every loss, and each client's own adapter are those of a run on one machine, to the bit."""
     assert rounds_of(served) == rounds_of(local)
     assert sorted(map(repr, timeless(served.clients))) == sorted(map(repr, timeless(local.clients)))
     ours, theirs = (weights_of(run.folder / "adapters" / "last") for run in (served, local))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if ".lora_A." in name)
     assert not any(ours[name].any() for name in ours if ".lora_B." in name)
-    for number in range(2):
+    for number in range(clients):
         mine = weights_of(kept_of(folder, f"client-{number}"))
         expected = weights_of(local.folder / "clients" / str(number) / "adapter")
         assert all(torch.equal(mine[name], expected[name]) for name in expected)
@@ -95,6 +95,17 @@ def test_a_deployment_makes_what_one_machine_does_to_the_bit(recipe: Recipe, loc
     assert not any("lora_error" in record for record in served.rounds), "nobody has all B to measure it"
     assert not [one for one in check_run(served.folder) if not one.well]
     assert "| client 1 |" in (served.folder / "report.md").read_text().partition("Was it worth it?")[2]
+
+
+@pytest.mark.long
+def test_clients_that_sit_rounds_out_go_on_with_the_part_of_their_last(tmp_path: Path) -> None:
+    recipe = tiny(*FEDSA, "data.clients=3", "federation.fraction=0.5", "federation.rounds=5", "evaluation.every=2")
+    local = run_here(recipe, tmp_path / "local")
+    link = link_of(recipe, tmp_path)
+    link.on_question = lambda name, frame: link.restart(name) if frame.manifest["do"] == "train" else None
+    served = serve_here(recipe, link, tmp_path / "served")
+    assert any(len(record["clients"]) < 3 for record in served.rounds[1:])
+    check_same(served, local, tmp_path, clients=3)
 
 
 def test_b_travels_neither_way_and_half_the_bytes_do(recipe: Recipe, tmp_path: Path) -> None:

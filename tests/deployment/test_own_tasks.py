@@ -13,6 +13,7 @@ from support.tiny import make_adapted, make_recipe
 from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
 
 from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.task_file import read_task_file
 from fedloom.deployment.frames import Frame
@@ -21,6 +22,7 @@ from fedloom.deployment.server import exchange
 from fedloom.errors import DataError, MessageError
 from fedloom.evaluation.measures import wilson
 from fedloom.evaluation.task_counts import OwnAnswers, TaskCount
+from fedloom.experiment.trial import Trial
 from fedloom.handover.evaluate import evaluate
 from fedloom.host.machine import Finding
 from fedloom.recipe.privacy_section import Privacy
@@ -109,11 +111,13 @@ def test_nothing_of_a_question_leaves_but_its_count(
         assert words not in journal
     assert "questions" not in sent
     assert [json.loads(line)["kind"] for line in journal.splitlines()].count("answer") == 1
+    aloud = "\n".join(read_aloud(tmp_path / "clients" / "client-0" / "client-0.journal.jsonl", Policy()))
+    assert "tasks' counts told" in aloud
+    assert "1 of 50 answers to tasks in the past 24 hours" in aloud
     screen = capsys.readouterr().out
     assert "task      ward: 7 questions" in screen
     assert "asked     how many of this client's own tasks an adapter has right" in screen
     assert "told      the counts of its own tasks" in screen
-    assert "client_0" not in screen
     assert SECRET not in screen
 
 
@@ -173,6 +177,16 @@ def test_a_private_run_hears_of_no_tasks(
     assert server.meet()["tasks"] == 0
     assert server.ask(server.question("tasks")).manifest == {"tasks": None, "base": None}
     assert "kept      the counts of its own tasks" in capsys.readouterr().out
+
+
+def test_a_server_asks_nobody_for_tasks_in_a_private_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its clients say that they hold."""
+    fleet, _ = LyingClient(lambda do, asked, answer: answer).fleet()
+    assert fleet.examined == [0, 1]
+    private = make_recipe().model_copy(update={"privacy": Privacy(epsilon=8.0, delta=1e-5)})
+    monkeypatch.setattr(fleet, "ask_tasks", lambda *_, **__: pytest.fail("it asked"))
+    nothing: Any = None
+    Trial(private, nothing, nothing, fleet, nothing, None)._ask_clients(make_adapted().read(), 1)
 
 
 RIGHT = TaskCount("quiz", 8, 2), TaskCount("say", 5, 1, 3)
