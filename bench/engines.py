@@ -10,7 +10,7 @@ On a GPU the batched engine takes at least 500 steps, because its first ones are
 the Trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out.
 
 On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--only-full` leaves the documents of
-mixed lengths out.
+several lengths out.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ EVALUATED = 512 if GPU else 16
 """Sequences of an evaluation."""
 BATCHED_STEPS, OTHER_STEPS, SKIPPED_STEPS = 500, 60, 10
 """Steps on a GPU: of the batched engine, at least; of the others, at most; those that a Trainer's rate leaves out."""
+
+CASES: dict[str, tuple[int, int] | None] = {
+    "Without padding": None,
+    "Documents of 2 to 128 tokens": (2, 128),
+    "Documents of 50 to 512 tokens, as instructions and their answers have": (50, 512),
+}
+"""Documents that are trained on, by the lengths that they are evenly spread over."""
 
 Work = Callable[[], float | None]
 """Work that is measured; it may say itself how many seconds count."""
@@ -215,7 +222,8 @@ def predict_experiment(found: Found) -> float:
     return trained / found["train_samples_per_second"] + evaluated / found["evaluate_samples_per_second"]
 
 
-def show(title: str, best: dict[str, Found], **facts: object) -> None:
+def show(title: str, best: dict[str, Found], *, tokens: float = LENGTH, **facts: object) -> None:
+    """Print a table; `tokens` are the real ones of a sample."""
     first = next(iter(best.values()))
     print(f"\n{title}\n")
     print("| | train samples/s | tokens/s | × the first | evaluation samples/s | × the first | peak memory, training |")
@@ -225,7 +233,7 @@ def show(title: str, best: dict[str, Found], **facts: object) -> None:
         scored = f"{score:.2f} | {score / first['evaluate_samples_per_second']:.2f}" if score else " | "
         memory = f"{found['train_peak_bytes'] / 1e9:.1f} GB" if "train_peak_bytes" in found else ""
         print(
-            f"| {name} | {train:.2f} | {train * LENGTH:.0f} | {train / first['train_samples_per_second']:.2f}"
+            f"| {name} | {train:.2f} | {train * tokens:.0f} | {train / first['train_samples_per_second']:.2f}"
             f" | {scored} | {memory} |"
         )
     for name, found in best.items():
@@ -264,23 +272,23 @@ def main() -> None:
         for name, build in (("reference", ReferenceEngine), ("batched", BatchedEngine))
     }
     samples = clients * steps * BATCH
-    cases = [("Without padding", False), ("Documents of mixed lengths, half of it padding", True)]
-    for title, mixed in cases[:1] if options.only_full else cases:
-        held_out = make_blocks(EVALUATED, 99, mixed=mixed)
+    for title, lengths in list(CASES.items())[:1] if options.only_full else CASES.items():
+        held_out = make_blocks(EVALUATED, 99, lengths=lengths)
         contenders = {}
         for name, make in (theirs | ours).items():
             count = batched_steps if name.startswith("batched") else steps
-            data = [make_blocks(BATCH * count, client, mixed=mixed) for client in range(clients)]
+            data = [make_blocks(BATCH * count, client, lengths=lengths) for client in range(clients)]
             contenders[name] = make_contender(make, shape, data, held_out)
         best = compare(contenders, options.repeats)
-        if not (mixed or options.no_flower):
+        if not (lengths or options.no_flower):
             from flower import simulate_round
 
             whole, alone = simulate_round(shape, clients, steps, BATCH, LENGTH, torch.get_num_threads())
             best["Flower's simulation, its round alone"] = {"train_samples_per_second": samples / alone}
             best["Flower's simulation, with its start"] = {"train_samples_per_second": samples / whole}
-        show(title, best, shape=shape, clients=clients, mixed=mixed)
-        if not mixed:
+        tokens = sum(lengths) / 2 if lengths else LENGTH
+        show(title, best, tokens=tokens, shape=shape, clients=clients, lengths=lengths)
+        if not lengths:
             whole_run = {name: predict_experiment(found) for name, found in best.items() if len(found) > 1}
             reached = measure_products(clients * BATCH * LENGTH, 1024)
             flops = count_flops(shape) * best[f"batched, {DTYPE}"]["train_samples_per_second"]

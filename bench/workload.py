@@ -23,15 +23,17 @@ DEVICE = open_device("auto")
 DTYPE = choose_dtype("auto", DEVICE)
 
 
-def make_blocks(num_blocks: int, seed: int, length: int = LENGTH, *, mixed: bool = False) -> TokenBlocks:
-    """Return blocks of random tokens; with `mixed`, of lengths evenly spread, so that half of them is padding."""
+def make_blocks(
+    num_blocks: int, seed: int, length: int = LENGTH, *, lengths: tuple[int, int] | None = None
+) -> TokenBlocks:
+    """Return blocks of random tokens; with `lengths`, of lengths that are evenly spread from the first to the last."""
+    length = lengths[1] if lengths else length
     generator = torch.Generator().manual_seed(seed)
     tokens_NT = torch.randint(0, VOCABULARY, (num_blocks, length), generator=generator)
     lengths_N = torch.full((num_blocks,), length)
-    if mixed:
-        lengths_N = (
-            torch.linspace(2, length, num_blocks).round().long()[torch.randperm(num_blocks, generator=generator)]
-        )
+    if lengths:
+        order_N = torch.randperm(num_blocks, generator=generator)
+        lengths_N = torch.linspace(*lengths, num_blocks).round().long()[order_N]
     return TokenBlocks(tokens_NT, lengths_N, torch.arange(length) < lengths_N[:, None])
 
 

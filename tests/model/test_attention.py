@@ -6,7 +6,20 @@ import pytest
 import torch
 import transformers
 
-from fedloom.model.attention import MASKLESS, MODEL_TYPES, call_model, choose_attention, plain_attention
+from fedloom.model.attention import (
+    MASKLESS,
+    call_model,
+    causal_attention,
+    choose_attention,
+    plain_attention,
+    settle_attention,
+)
+
+MODEL_TYPES = (
+    *("gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3", "mistral", "phi3", "olmo", "olmo2", "granite", "smollm3"),
+    *("gemma", "starcoder2"),
+)
+"""Model types whose attention is plainly causal unless their settings say otherwise."""
 
 TINY = {
     "vocab_size": 99,
@@ -21,6 +34,11 @@ OTHER_NAMES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma": {"head_dim": 8},
+    "starcoder2": {"sliding_window": None},
 }
 
 
@@ -99,8 +117,41 @@ def test_where_a_mask_is_needed_attention_is_transformers_own() -> None:
     assert choose_attention(transformers.BloomConfig(), masked=True) == "eager"
 
 
+def test_a_model_that_is_another_one_without_masks_gets_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    settle_attention(model)
+    assert model.config._attn_implementation == MASKLESS
+
+    def both_ways(*told: Any, **named: Any) -> Any:
+        query, key, value = told[1:4]
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+        return causal_attention(told[0], query, key, value, seen, **named)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise TypeError
+
+    for broken in (both_ways, fail):
+        monkeypatch.setitem(transformers.AttentionInterface._global_mapping, MASKLESS, broken)
+        model.set_attn_implementation(MASKLESS)
+        settle_attention(model)
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_model_that_counts_positions_from_its_padding_gets_its_masks(padding: int) -> None:
+    names = {"is_decoder": True, "pad_token_id": padding, "bos_token_id": 2, "eos_token_id": 3}
+    config = transformers.AutoConfig.for_model("roberta", **TINY | names)
+    assert choose_attention(config) == MASKLESS
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=MASKLESS).eval()
+    settle_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_windows_and_unknown_models_keep_their_masks() -> None:
     sliding = transformers.Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1)
     assert choose_attention(sliding) == "sdpa"
     assert choose_attention(transformers.MistralConfig()) == "sdpa"
+    assert choose_attention(transformers.MistralConfig(sliding_window=None)) == MASKLESS
+    assert choose_attention(transformers.Llama4TextConfig()) == "sdpa"
+    assert choose_attention(transformers.FalconConfig()) == "sdpa"
     assert choose_attention(transformers.LlamaConfig()) == MASKLESS

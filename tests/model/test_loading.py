@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from support.tiny import write_tiny_gguf
+from support.tiny import make_recipe, write_tiny_gguf
 
 from fedloom.errors import ModelError
+from fedloom.experiment.preparation import prepare
 from fedloom.model.devices import choose_dtype
 from fedloom.model.loading import build_meta_model, check_quantization, load_model, quantized
 from fedloom.model.source import SHAPES, byte_tokenizer, open_model, unpack_gguf
+from fedloom.monitoring.observer import Observer
 from fedloom.recipe.sections import QuantizationOptions
 
 CPU = torch.device("cpu")
@@ -243,3 +245,16 @@ def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(ModelError, match="a random model has no weights to pack"):
         check_quantization("4bit", source, gpu)
     check_quantization("4bit", dataclasses.replace(source, location="somewhere"), gpu)
+
+
+@pytest.mark.parametrize(("flags", "slow"), [("avx512_bf16", False), ("fma", True)])
+def test_a_plan_says_that_a_dtype_is_computed_by_another(
+    flags: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr("fedloom.host.machine.CPU_FACTS", facts)
+    for dtype, told in (("bfloat16", slow), ("float32", False), ("auto", False)):
+        plan = prepare(make_recipe(model={"dtype": dtype}), Observer(), predict=False).plan
+        assert any("not in this device's hardware" in line for line in plan.warnings) is told
+        assert ("slow_dtype" in plan.to_json()) is told

@@ -1,5 +1,6 @@
 """How many clients fit, and what a step of theirs needs: predicted without memory, against a step that is run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from support.tiny import ARCHITECTURES, make_adapted, make_blocks, make_job, mak
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.data.tokens import TokenBlocks
 from fedloom.model.loading import build_meta_model
 from fedloom.model.source import open_model
 from fedloom.training import memory
@@ -67,6 +69,23 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
         crew.step()
     traced = trace_step(build(shape, dtype=dtype, dropout=0.1, attention=attention), training, clients, LENGTH, CPU)
     assert traced == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.86])
+def test_real_tokens_alone_take_no_more_than_a_full_batch(shape: str, share: float) -> None:
+    adapted, length = make_adapted(shape), 64
+    real = int(length * share)
+    tokens_NT = torch.arange(2 * length).view(2, length)
+    blocks = TokenBlocks(tokens_NT, torch.tensor([length, real]), torch.ones(2, length, dtype=torch.bool))
+    blocks = replace(blocks, counted_NT=blocks.is_real)
+    jobs = [make_job(blocks, adapted.read(), client=client, batch_size=2, epochs=1) for client in range(2)]
+    with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), jobs[0].adapter.weights_P]) as live:
+        crew = ClientBatch(adapted, Stack(adapted), jobs)
+        for job in jobs:
+            crew.admit(job)
+        crew.step()
+    traced = trace_step(build(shape), make_recipe(training={"batch_size": 2}).training, 2, length, CPU)
+    assert live.peak < 1.03 * traced
 
 
 def predict(shape: str = "tiny-llama", clients: int = 2, layers: int = 2, **training: Any) -> StepMemory:

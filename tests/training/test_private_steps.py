@@ -78,6 +78,34 @@ def test_a_gradient_of_each_document_is_autograds(shape: str) -> None:
         assert (found - own).norm() / own.norm() < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # the first layers' inputs are embeddings, which are frozen
+def test_the_clipped_sum_is_that_of_opacus(shape: str) -> None:
+    opacus = pytest.importorskip("opacus", reason="an oracle that is installed by hand: pip install opacus==1.6.0")
+    adapted, max_norm = make_adapted(shape, "float64"), 0.13
+    switch_off_dropout(adapted)
+    start = noisy(adapted)
+    adapted.load(start)
+    blocks = count_answers(make_blocks(6, 16))
+    job = replace(make_job(blocks, start, optimizer="sgd", learning_rate=1.0), ration=ration_of(blocks, batch=6))
+    # All drawn, in one step, with noise so small that it is none.
+    terms = replace(job.ration.terms, noise_multiplier=1e-12, max_norm=max_norm, steps=1)  # type: ignore[union-attr]
+    (ours,) = train(BatchedEngine, adapted, [replace(job, ration=Ration(terms, b"k" * 32))])
+
+    adapted.load(start)
+    batch = take_batch(blocks, torch.arange(6))
+    model = opacus.GradSampleModule(adapted.model.train(), loss_reduction="sum", strict=False)
+    logits = model(input_ids=batch.tokens_BT, use_cache=False).logits
+    targets_BT = next_token_targets(batch.labels_BT)
+    losses_BT = torch.nn.functional.cross_entropy(logits.mT, targets_BT, ignore_index=-100, reduction="none")
+    (losses_BT.sum(1) / (targets_BT != -100).sum(1)).sum().backward()
+    samples_BP = torch.cat([adapted.parameter(name).grad_sample.flatten(1) for name in start.layout.names], 1)  # type: ignore[attr-defined]
+    norms_B1 = samples_BP.norm(dim=1, keepdim=True)
+    assert (norms_B1 > max_norm).any()
+    theirs_P = (samples_BP * (max_norm / norms_B1).clamp(max=1)).sum(0) / 6
+    model.remove_hooks()
+    assert ((start.weights_P - ours.adapter.weights_P) - theirs_P).norm() / theirs_P.norm() < 1e-5
+
+
 def noisy(adapted: AdaptedModel) -> Adapter:
     """Not PEFT's zeros in B, under which A has no gradient."""
     noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from fedloom.adapters.files import load_adapter, save_adapter, save_model
 from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, Residual, make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
-from fedloom.model.attention import call_model
+from fedloom.model.attention import MASKLESS, call_model
 from fedloom.model.loss_head import LossHead
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
@@ -110,6 +111,13 @@ class AdaptedModel:
         for name, (_, value) in zip(self.layout.names, trained, strict=True):
             value.data = weights[name]
             value.grad = gradients[name]
+        plain = config is None or (
+            config.peft_type == "LORA"
+            # Of a variant, one looks at the tokens for the place from which on it is there.
+            and not any(isinstance(layer, LoraLayer) and layer.lora_variant for layer in base.modules())
+        )
+        self.unpads = plain and base.config._attn_implementation == MASKLESS and self.device.type == "cpu"
+        """True where the real tokens of a batch may be computed alone (`without_padding`)."""
         # A prompt is put before the tokens by PEFT's model, which the base model taken apart would leave out.
         self.loss_head = LossHead(base, self.logits if self.has_prompt else None)
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
+from fedloom.model.unpadding import current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
 """Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products: they are
@@ -60,8 +61,14 @@ class StackedLora(nn.Module):
         self.gradient_b_GOR: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [K·B, T, O] for `x` of [K·B, T, I], or [K·B·T, O] for [K·B·T, I], client by client."""
+        """Return [K·B, T, O] for `x` of [K·B, T, I], or [K·B·T, O] for [K·B·T, I], client by client.
+
+        Of real tokens alone, [1, M, O] for [1, M, I]: the adapter's part is computed of the whole batch all the same.
+        """
         result: Tensor = self.base(x)
+        row = current_row()
+        if row is not None:
+            x = row.spread_input(x)
         # As in PEFT: the adapter is in float32 whatever the base is in, and so are its product and the sum.
         x_KNI = x.reshape(self.lora_a_KRI.shape[0], -1, x.shape[-1]).to(self.lora_a_KRI.dtype)
         if self.training and self.dropout:
@@ -69,7 +76,8 @@ class StackedLora(nn.Module):
             x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
         delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR, self, tf32)  # type: ignore[no-untyped-call]
-        return torch.add(result, delta_KNO.view_as(result), alpha=self.scaling).to(result.dtype)
+        delta = delta_KNO if row is None else row.gather(delta_KNO.flatten(0, 1))
+        return torch.add(result, delta.view_as(result), alpha=self.scaling).to(result.dtype)
 
     # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
     @property

@@ -16,9 +16,10 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import IGNORED, Batch, TokenBlocks, take_batch
 from fedloom.errors import ModelError
 from fedloom.host.failpoints import failpoint
+from fedloom.model.attention import without_padding
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.jobs import SHORT, is_shortage
-from fedloom.training.objective import next_token_targets
+from fedloom.training.objective import find_real, next_token_targets
 
 TOKENS_ON_GPU = 16_384
 """Tokens of a batch that fill a GPU; smaller ones leave it waiting for the processor."""
@@ -139,9 +140,12 @@ def _score_batch(adapted: AdaptedModel, _: Tensor, batch: Batch) -> _BatchScore:
     with torch.inference_mode():
         counted_M, targets_M = targets_of(batch)
         told = batch.to(device)
-        loss, correct = adapted.loss_head.score(
-            told.tokens_BT, counted_M.to(device), targets_M.to(device), told.mask_BT
-        )
+        real_R = find_real(next_token_targets(batch.labels_BT)) if adapted.unpads else None
+        rows_M = counted_M if real_R is None else torch.searchsorted(real_R, counted_M)
+        with without_padding(real_R, told.tokens_BT.shape, told.mask_BT):
+            loss, correct = adapted.loss_head.score(
+                told.tokens_BT, rows_M.to(device), targets_M.to(device), told.mask_BT
+            )
         failpoint("evaluation.scored")
         return loss, correct, len(counted_M)
 

@@ -13,7 +13,7 @@ from fedloom.data.documents import Document
 from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, check_vocabulary, tokenize_documents
 from fedloom.errors import ModelError
-from fedloom.model.attention import MASKLESS, MODEL_TYPES, choose_attention
+from fedloom.model.attention import MASKLESS, choose_attention
 from fedloom.model.devices import choose_dtype, open_device
 from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import ModelSource, open_model
@@ -119,7 +119,8 @@ def _attention(recipe: Recipe, source: ModelSource) -> str:
     attention = choose_attention(source.config, masked=masked)
     if recipe.data.window == "pack" and attention != MASKLESS:
         raise ModelError(
-            f"texts can't be packed for this model ({source.config.model_type}), only for {', '.join(MODEL_TYPES)}",
+            f"texts can't be packed for this model ({source.config.model_type}): not every token of it sees all that"
+            " stands to its left",
             where="data.window",
             mend='use "truncate", or another base model',
         )

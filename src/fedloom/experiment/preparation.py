@@ -32,7 +32,7 @@ from fedloom.federation.lora_rules import check_lora_rule, shared_part
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
-from fedloom.model.devices import open_device
+from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.model.loading import check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
@@ -271,6 +271,7 @@ def make_plan(
         device=str(setup.device),
         engine=setup.engine,
         slow_attention=is_slow(material.source.config),
+        slow_dtype=not has_in_hardware(setup.dtype, setup.device),
         parameters=setup.shape.num_parameters,
         trainable_parameters=setup.shape.layout.size,
         payload_bytes=setup.payload_bytes,

@@ -15,7 +15,7 @@ from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError, RunError
 from fedloom.experiment.building import load_base
 from fedloom.handover.proof import Subject
-from fedloom.model.attention import choose_attention
+from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.model.loading import computed_in
 from fedloom.model.source import gguf_arguments
 
@@ -77,4 +77,5 @@ def open_merged(place: Path, subject: Subject) -> torch.nn.Module:
         raise ModelError(f"the exported model can't be read: {reason_of(error)}", where=str(place)) from error
     model.set_attn_implementation(choose_attention(model.config))
     opened: torch.nn.Module = model.to(device).eval()
+    settle_attention(model)
     return opened

@@ -22,25 +22,62 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fedloom.model.unpadding import Row, current_row, in_a_row
+
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
-MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "opt", "qwen2", "qwen3")
-"""Model types whose attention is plainly causal, as a test shows; all others keep transformers' own masks."""
+LOOKS_ELSEWHERE = (
+    *("sliding_window", "attention_window_size", "keep_window_size", "attention_chunk_size", "index_local_blocks"),
+    *("prefix_lm", "use_bidirectional_attention"),
+)
+"""Settings with which a token does not see all to its left, or sees more; some tell only at a length that is not tried
+at loading."""
+TRIED_TOKENS = 8
+"""Tokens by which a loaded model's attention is tried."""
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest share of the logits' spread that is taken for rounding, by dtype."""
+COARSE_NOISE = 0.02
+"""The same in 16 bits."""
 
 
 def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
-    """Return the name of the attention to build a model with: `MASKLESS` where no mask is needed, else `sdpa`.
+    """Return the name of the attention to build a model with: `MASKLESS` where it needs no mask, else `sdpa`.
 
-    With `masked`, a mask is needed. It is `eager`, which is slower, for models that transformers has no fused
-    attention for.
+    It may need none where each token looks at all to its left, as far as the configuration says, and transformers lets
+    others compute it; `settle_attention` tries it. With `masked`, a mask is needed. It is `eager`, which is slower, for
+    models that transformers has no fused attention for.
     """
     text = config.get_text_config()
-    # A layer with a sliding window does not look at everything to its left, so its mask is needed.
-    local = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
-    if config.model_type in MODEL_TYPES and not local and not masked:
-        return MASKLESS
+    elsewhere = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
+    elsewhere = elsewhere or any(getattr(text, name, None) for name in LOOKS_ELSEWHERE)
     built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "eager" if built is not None and not built._supports_sdpa else "sdpa"
+    built = built[0] if isinstance(built, tuple) else built
+    if built is None or not built._supports_sdpa:
+        return "sdpa" if built is None else "eager"
+    return MASKLESS if built._supports_attention_backend and not elsewhere and not masked else "sdpa"
+
+
+@torch.inference_mode()
+def settle_attention(model: PreTrainedModel) -> None:
+    """Give a loaded model transformers' own attention where without a mask it would give other logits."""
+    if model.config._attn_implementation != MASKLESS or model.device.type == "meta":
+        return
+    # Not from token 0 on: where that is padding, a model that counts its positions from there would seem to count as
+    # all others do.
+    tokens_1T = (
+        7 * torch.arange(TRIED_TOKENS, device=model.device)[None] + 3
+    ) % model.config.get_text_config().vocab_size
+    try:
+        ours = call_model(model, tokens_1T, None).logits.double()
+        with with_masks(model):
+            theirs = model(input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), use_cache=False).logits
+        noise = NOISE.get(theirs.dtype, COARSE_NOISE)
+        alike = bool((ours - theirs.double()).abs().mean() <= noise * theirs.double().std())
+    # Whatever its own code makes of a call that it does not know: it gets the one that it knows.
+    except Exception:
+        alike = False
+    if not alike:
+        model.set_attn_implementation("sdpa")
 
 
 def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
@@ -48,7 +85,12 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
 
     `mask_BT` is 0 at padding and the number of its text at every other token, or None where no mask is needed. A model
     that was built to do without one (`MASKLESS`) keeps texts apart by these numbers; to every other they are all 1.
+    Within `without_padding` it gives what is of the real tokens alone, as one row.
     """
+    if row := current_row():
+        places_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        positions_BT = places_BT if mask_BT is None else positions_in_text(mask_BT)
+        return model(input_ids=row.take(tokens_BT), position_ids=row.take(positions_BT), use_cache=False)
     if mask_BT is not None and model.config._attn_implementation == MASKLESS:
         return model(
             input_ids=tokens_BT,
@@ -78,6 +120,18 @@ def positions_in_text(texts_BT: Tensor) -> Tensor:
     begins_BT = torch.zeros_like(texts_BT)
     begins_BT[:, 1:] = places_BT[:, 1:] * (texts_BT[:, 1:] != texts_BT[:, :-1])
     return places_BT - begins_BT.cummax(1).values
+
+
+@contextmanager
+def without_padding(real_M: Tensor | None, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> Iterator[None]:
+    """Have a model that does without masks compute the real tokens of a batch alone inside; its shape is [B, T].
+
+    `real_M` are their places in the flattened batch, or None where all is computed; `texts_BT` the numbers of the texts
+    that share a sequence. Needed in the backward pass too, where layers are computed again.
+    """
+    seen_B1TT = None if texts_BT is None or real_M is None else see_own_text(texts_BT)
+    with in_a_row(None if real_M is None else Row(real_M, shape, seen_B1TT)):
+        yield
 
 
 @contextmanager
@@ -111,19 +165,44 @@ def causal_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out, and no probabilities."""
+    """Compute attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out, and no probabilities.
+
+    Of real tokens alone, it is [1, H, M, D] in and [1, M, H, D] out.
+    """
+    row = current_row()
+    if row is not None:
+        query, key, value = (_spread_heads(row, part) for part in (query, key, value))
+        attention_mask = row.seen_B1TT
+    attended = _attend(module, query, key, value, attention_mask, dropout, scaling, **others)
+    return attended if row is None else row.gather(attended.flatten(0, 1))[None], None
+
+
+def _spread_heads(row: Row, heads_1HMD: Tensor) -> Tensor:
+    """Return queries, keys or values of a row as those of its batch, [B, H, T, D]."""
+    spread = row.spread(heads_1HMD[0].transpose(0, 1))
+    return spread.view(row.sequences, row.width, *spread.shape[1:]).transpose(1, 2)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **others: Any,
+) -> Tensor:
     # In bfloat16 on a processor the fused kernel has a slow backward pass; matmul, softmax and matmul are faster.
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         groups = getattr(module, "num_key_value_groups", 1)
         drop = partial(functional.dropout, p=dropout, training=module.training)
-        result = plain_attention(
-            query, *repeat_heads(key, value, groups), drop=drop, scale=scaling, mask=attention_mask
-        )
-        return result.transpose(1, 2).contiguous(), None
-    result, _ = sdpa_attention_forward(
+        heads = plain_attention(query, *repeat_heads(key, value, groups), drop=drop, scale=scaling, mask=attention_mask)
+        return heads.transpose(1, 2).contiguous()
+    result: Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-    )
-    return result, None
+    )[0]
+    return result
 
 
 def plain_attention(

@@ -15,8 +15,14 @@ def choose_dtype(wanted: str, device: torch.device) -> str:
     """Return the wanted dtype; for `auto`, bfloat16 if the device computes it in hardware, else float32."""
     if wanted != "auto":
         return wanted
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if has_in_hardware("bfloat16", device) else "float32"
+
+
+def has_in_hardware(dtype: str, device: torch.device) -> bool:
+    """Return whether a device computes in a dtype itself, not by way of another."""
+    if dtype != "bfloat16":
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from fedloom.downloads import fetch_weights
 from fedloom.errors import ModelError
-from fedloom.model.attention import choose_attention
+from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.model.packed import pack_model
 from fedloom.model.source import ModelSource, loading
 from fedloom.recipe.sections import QuantizationOptions
@@ -87,7 +87,9 @@ def load_model(
     if quantization == "packed" and source.file and not pack_model(model, source.file):
         raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
     # Bitsandbytes' weights are on the device already (`device_map`); some versions refuse to move 8-bit ones.
-    return model if quantization in ("4bit", "8bit") else model.to(device)
+    placed = model if quantization in ("4bit", "8bit") else model.to(device)
+    settle_attention(placed)
+    return placed
 
 
 def _check_as_described(model: PreTrainedModel, source: ModelSource, dtype: str, attention: str) -> None:

@@ -9,7 +9,7 @@ Letters: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
+from fedloom.model.attention import call_model, without_padding
 from fedloom.model.devices import allow_differing_results
 from fedloom.progress import Say
 
@@ -110,24 +111,52 @@ def check_packing(adapted: AdaptedModel, max_length: int) -> None:
     Raises:
         ModelError
     """
-    length = min(TOKENS, max_length)
-    half = length // 2
-    if not half:
-        return
-    tokens_T, texts_T = _draw_tokens(adapted, length)[0], torch.ones(length, dtype=torch.int64, device=adapted.device)
-    texts_T[half:] = 2
-    adapted.model.eval()
-    with torch.inference_mode():
-        packed_TV = adapted.logits(tokens_T[None], texts_T[None])[0].double()
-        joined_TV = adapted.logits(tokens_T[None])[0].double()
-        apart_TV = torch.cat([adapted.logits(part[None])[0].double() for part in (tokens_T[:half], tokens_T[half:])])
-    scale = max((joined_TV - apart_TV)[half:].abs().mean(), 1e-3 * apart_TV.abs().mean())
-    if (packed_TV - apart_TV).abs().mean() > scale * noise_of(adapted):
+
+    def share_a_block(texts: Sequence[Tensor]) -> Tensor:
+        numbers = [torch.full_like(text_T, number) for number, text_T in enumerate(texts, 1)]
+        return adapted.logits(torch.cat([*texts])[None], torch.cat(numbers)[None])[0]
+
+    if not _keeps_apart(adapted, max_length, share_a_block):
         raise ModelError(
             "to this model a text is another one behind a text that shares its block",
             where="data.window",
             mend='use "truncate", or another base model',
         )
+
+
+def try_unpadding(adapted: AdaptedModel, max_length: int, say: Say) -> None:
+    """Have padding computed, and say so, where a model's real tokens alone, in one row, are other texts to it.
+
+    Takes four forward passes of at most 16 tokens.
+    """
+
+    def stand_in_a_row(texts: Sequence[Tensor]) -> Tensor:
+        width = max(map(len, texts)) + 1
+        grid_NT = torch.stack([functional.pad(text_T, (0, width - len(text_T))) for text_T in texts])
+        real_R = torch.cat([torch.arange(len(text_T)) + row * width for row, text_T in enumerate(texts)])
+        with without_padding(real_R, grid_NT.shape):
+            logits_TV: Tensor = call_model(adapted.base, grid_NT, None).logits[0]
+        return logits_TV
+
+    if adapted.unpads and not _keeps_apart(adapted, max_length, stand_in_a_row):
+        adapted.unpads = False
+        say("padding", "computed with every text: this model's texts are others without it")
+
+
+def _keeps_apart(adapted: AdaptedModel, max_length: int, compute: Callable[[Sequence[Tensor]], Tensor]) -> bool:
+    """Return whether the logits of two texts, [T, V], that a computation gives of both are those of each alone."""
+    length = min(TOKENS, max_length)
+    if length < 2:
+        return True
+    tokens_T = _draw_tokens(adapted, length)[0]
+    texts = tokens_T.split(-(-length // 2))
+    adapted.model.eval()
+    with torch.inference_mode():
+        together_TV = compute(texts).double()
+        joined_TV = adapted.logits(tokens_T[None])[0].double()
+        apart_TV = torch.cat([adapted.logits(text_T[None])[0].double() for text_T in texts])
+    scale = max((joined_TV - apart_TV)[len(texts[0]) :].abs().mean(), 1e-3 * apart_TV.abs().mean())
+    return bool((together_TV - apart_TV).abs().mean() <= scale * noise_of(adapted))
 
 
 def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:

@@ -37,7 +37,7 @@ from fedloom.training.jobs import (
     is_shortage,
     too_large,
 )
-from fedloom.training.objective import count_targets, next_token_targets
+from fedloom.training.objective import count_targets, find_real, next_token_targets
 from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
 
 READ_EVERY = 16
@@ -158,6 +158,7 @@ class ClientBatch:
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
         # Of all jobs, those that wait too: a recorded step has a mask always or never.
         self._masked = any(job.blocks.needs_mask for job in jobs)
+        self._unpads = adapted.unpads and not self._fixed_shapes
         self._readout_apart = adapted.loss_head.is_apart
         partly = any(job.trains_P is not None for job in jobs)
         self._max_norm = max_norm_of(jobs[0])
@@ -327,15 +328,17 @@ class ClientBatch:
         shares_KM = counted_KM / self._share_over(counted_KM, tokens_KBT.shape[1], totals)
         rows = self._choose_positions(counted_KM) if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
         chosen = slice(None) if rows is None else rows
+        real_R = find_real(targets_KM.view(-1, tokens_KBT.shape[2])) if self._unpads else None
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
-            rows_M=rows,
+            rows_M=rows if rows is None or real_R is None else torch.searchsorted(real_R, rows),
             targets_M=targets_KM.flatten()[chosen].clamp(min=0),
             clients_M=None if self._fixed_shapes or rows is None else rows // targets_KM.shape[1],
             shares_M=shares_KM.flatten()[chosen],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
             mask_NT=mask_KBT.flatten(0, 1) if self._masked else None,
+            real_R=real_R,
         )
 
     def _share_over(self, counted_KM: Tensor, sequences: int, totals: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedloom.model.attention import plain_attention, repeat_heads
+from fedloom.model.unpadding import current_row
 
 
 class ClientDropout(TorchFunctionMode):
@@ -68,11 +69,15 @@ class ClientDropout(TorchFunctionMode):
         if not training or p == 0:
             return x
         # States are [K·B, T, D] or, flattened, [K·B·T, D] or [K, B·T, D]; probabilities of attention [K·B, H, T, T].
+        # Of real tokens alone, [1, M, D] or [M, D], the whole batch's mask is drawn, and theirs is taken from it.
+        row = current_row()
+        whole = None if row is None or x.ndim == 4 or not row.holds(x) else row
         num_clients = len(self._generators)
         by_client = (num_clients, self._num_sequences, -1, x.shape[-1])
         if x.ndim == 4:
             by_client = (num_clients, self._num_sequences, *x.shape[1:])
-        mask = torch.full_like(x, 1 - p).reshape(by_client)  # which makes padding 1 below
+        size = x.shape if whole is None else (whole.sequences * whole.width, x.shape[-1])
+        mask = x.new_full(size, 1 - p).reshape(by_client)  # which makes padding 1 below
         for client, (generator, (sequences, tokens)) in enumerate(zip(self._generators, self._sizes, strict=True)):
             own = mask[client, :sequences]
             own = own[:, :, :tokens, :tokens] if x.ndim == 4 else own[:, :tokens]
@@ -81,7 +86,8 @@ class ClientDropout(TorchFunctionMode):
                 own.bernoulli_(1 - p, generator=generator)
             else:
                 own.copy_(torch.empty(own.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator))
-        return x * mask.div_(1 - p).view_as(x)
+        mask.div_(1 - p)
+        return x * (mask if whole is None else whole.gather(mask.view(size))).view_as(x)
 
     def _attention(
         self,

@@ -16,6 +16,7 @@ from fedloom.training.assumptions import (
     check_repeatable,
     draws_by_its_settings,
     let_results_differ_if_need_be,
+    try_unpadding,
 )
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientResult
@@ -68,6 +69,7 @@ def open_engine(name: EngineName, adapted: AdaptedModel, data: Data, watch: Watc
         let_results_differ_if_need_be(adapted, max_length, say)
     check_model(adapted, max_length)
     check_repeatable(adapted, max_length)
+    try_unpadding(adapted, max_length, say)
     if data.window == "pack":
         check_packing(adapted, max_length)
     if name == "batched":

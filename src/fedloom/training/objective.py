@@ -4,7 +4,7 @@ A client minimises F_k(w) + μ/2 ‖w − w_global‖² (FedProx, Li et al. 2020
 mean token loss of the batch. The proximal gradient μ(w − w_global) is added once a step, before clipping, over the
 trained weights.
 
-Letters: B sequences, T tokens, V vocabulary, P adapter parameters.
+Letters: B sequences, N sequences of all clients, T tokens, V vocabulary, P adapter parameters.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from fedloom.recipe.training_section import Training
 
 
+WORTH_LEAVING = 0.95
+"""Share of a batch's tokens up to which they are computed alone: to spread and gather them costs some hundredths."""
+
+
 def next_token_targets(labels_BT: Tensor) -> Tensor:
     """Return the label that each position predicts, [B, T]: its right neighbour's, and `IGNORED` at the end."""
     return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
@@ -34,6 +38,18 @@ def mean_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     logits = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
     targets_BT = next_token_targets(labels_BT)
     return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+
+
+def find_real(targets_NT: Tensor) -> Tensor | None:
+    """Return the places in the flattened tokens, [R], of all that is needed for what counts, in order.
+
+    That is each sequence up to the last token that predicts one that counts. None where leaving out the rest would save
+    less than finding it costs, or where nothing counts.
+    """
+    places_T = torch.arange(1, targets_NT.shape[1] + 1)
+    needed_N1 = ((targets_NT != IGNORED) * places_T).amax(1, keepdim=True)
+    real_R = (places_T <= needed_N1).flatten().nonzero()[:, 0]
+    return real_R if 0 < len(real_R) <= WORTH_LEAVING * targets_NT.numel() else None
 
 
 def count_targets(labels_BT: Tensor) -> int:

@@ -3,7 +3,8 @@
 So the step can be recorded as a CUDA graph and launched whole (`cuda_graph`), and it can be traced to see how much
 memory it takes (`memory`).
 
-Letters: K clients, N sequences of all clients, T tokens, M rows that count, P adapter parameters.
+Letters: K clients, N sequences of all clients, T tokens, R real tokens of all clients, M rows that count, P adapter
+parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.model.attention import without_padding
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.objective import (
@@ -39,7 +41,7 @@ class StepInputs(NamedTuple):
     tokens_NT: Tensor
     """Token ids, client by client."""
     rows_M: Tensor | None
-    """Positions in the flattened tokens whose loss counts, in order; None for every position."""
+    """Positions in the flattened tokens, or among the real ones, whose loss counts, in order; None for every one."""
     targets_M: Tensor
     """Token that each of these positions predicts."""
     clients_M: Tensor | None
@@ -55,6 +57,8 @@ class StepInputs(NamedTuple):
     """μ of each client's proximal term."""
     mask_NT: Tensor | None = None
     """Attention mask, where one is needed: `Batch.mask_BT`."""
+    real_R: Tensor | None = None
+    """Places of the tokens that are no padding in the flattened ones, in order, where these alone are computed."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
         """Return the inputs with each tensor changed."""
@@ -138,7 +142,8 @@ class StackedStep:
             self._stack.bind(self.weights_KP[: self._count], units_GP)
         checkpointed, model = self._training.gradient_checkpointing, self._stack.model
         model.train()
-        with self._stack.installed(), gradient_checkpointing(model, checkpointed, dropout.contexts):
+        alone = without_padding(inputs.real_R, inputs.tokens_NT.shape, inputs.mask_NT)
+        with self._stack.installed(), alone, gradient_checkpointing(model, checkpointed, dropout.contexts):
             with dropout:
                 loss_K = self._losses(inputs)
             # A client's weights are in its own loss alone, so the gradient of the sum is each client's own gradient.

@@ -35,7 +35,7 @@ from fedloom.federation.strategies import check_strategy
 from fedloom.host.failpoints import failpoint
 from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
-from fedloom.model.devices import open_device
+from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
@@ -222,6 +222,7 @@ class RemoteClients:
             device=str(device),
             engine=setup.engine,
             slow_attention=is_slow(source.config),
+            slow_dtype=not has_in_hardware(setup.dtype, device),
             parameters=setup.shape.num_parameters,
             trainable_parameters=setup.shape.layout.size,
             payload_bytes=setup.payload_bytes,

@@ -1,0 +1,101 @@
+"""Batches without their padding: a model computes the real tokens alone, in one row.
+
+Every layer but attention treats a token by itself, so padding there is work for nothing; what needs to know which token
+belongs to which sequence (attention, clients' adapters, their dropout) spreads the row over the batch and gathers it
+again. The same is done to BERT by Zeng et al. 2022 (arXiv 2208.08124, section 4.2).
+
+Letters: B sequences of T tokens, M real tokens of the B·T, X whatever a token has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Row:
+    """Real tokens of a batch of `shape` [B, T], in order, as one row.
+
+    `places_M` are their places in the flattened batch. `seen_B1TT` is true where a token sees another; None where each
+    sees all to its left.
+    """
+
+    def __init__(self, places_M: Tensor, shape: tuple[int, ...], seen_B1TT: Tensor | None = None) -> None:
+        self.places_M, self.seen_B1TT = places_M, seen_B1TT
+        self.sequences, self.width = shape
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def take(self, values_BT: Tensor) -> Tensor:
+        """Return the values of the real tokens, [1, M]."""
+        return values_BT.flatten()[self.places_M][None]
+
+    def holds(self, values: Tensor) -> bool:
+        """Return whether these are values of the row's tokens, [1, M, X] or [M, X], and not of the whole batch."""
+        return values.numel() == len(self.places_M) * values.shape[-1]
+
+    def spread(self, rows_MX: Tensor) -> Tensor:
+        """Return the values of the whole batch, [B·T, ...], of those of real tokens, [M, ...]; 0 at padding."""
+        grid: Tensor = _Spread.apply(rows_MX, self.places_M, self.sequences * self.width)  # type: ignore[no-untyped-call]
+        return grid
+
+    def spread_input(self, x: Tensor) -> Tensor:
+        """Return a layer's input, [1, M, X] or [M, X], as that of the whole batch, [B·T, X]."""
+        # Layers side by side get the same tensor: one copy serves them all.
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, self.spread(x.flatten(0, -2)))
+        return self._last[1]
+
+    def gather(self, grid_NX: Tensor) -> Tensor:
+        """Return the values of real tokens, [M, ...], of those of the whole batch, [B·T, ...]."""
+        rows: Tensor = _Gather.apply(grid_NX, self.places_M)  # type: ignore[no-untyped-call]
+        return rows
+
+
+_current: Row | None = None
+
+
+def current_row() -> Row | None:
+    """Return the row that stands for the batch under way; None where padding is computed."""
+    return _current
+
+
+@contextmanager
+def in_a_row(row: Row | None) -> Iterator[None]:
+    """Have models compute a row in a batch's place inside: forward, and backward where layers are computed again."""
+    global _current
+    before, _current = _current, row
+    try:
+        yield
+    finally:
+        _current = before
+
+
+# Each is the other's gradient. Autograd's own for a gather would add, in an order that a GPU does not keep: here no
+# place is taken twice.
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_MX: Tensor, places_M: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places_M)
+        return rows_MX.new_zeros(size, *rows_MX.shape[1:]).index_copy_(0, places_M, rows_MX)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NX: Tensor) -> tuple[Tensor, None, None]:
+        return grad_NX.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grid_NX: Tensor, places_M: Tensor) -> Tensor:
+        ctx.save_for_backward(places_M)
+        ctx.size = len(grid_NX)
+        return grid_NX.index_select(0, places_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None]:
+        (places_M,) = ctx.saved_tensors
+        grid_NX = grad_MX.new_zeros(ctx.size, *grad_MX.shape[1:])
+        return grid_NX.index_copy_(0, places_M, grad_MX), None
