@@ -72,7 +72,7 @@ def test_counts_reach_the_report_with_their_intervals_and_are_those_of_evaluate(
     told = {(one["task"], one.get("round")): one for one in served.own_evaluations}
     best = served.best_round
     assert set(told) == {(task, model) for task in ("ward", "say") for model in (None, 2, best)}
-    assert {one["client"] for one in served.own_evaluations} == {0}
+    assert {one["holder"] for one in served.own_evaluations} == {0}
     assert served.evaluations == []
     ours = evaluate(served.folder, [quiz], base=True)
     for one in ours:
@@ -110,7 +110,7 @@ def test_nothing_of_a_question_leaves_but_its_count(
         assert words not in sent
         assert words not in journal
     assert "questions" not in sent
-    assert [json.loads(line)["kind"] for line in journal.splitlines()].count("answer") == 1
+    assert [json.loads(line)["kind"] for line in journal.splitlines()].count("tasks") == 1
     aloud = "\n".join(read_aloud(tmp_path / "clients" / "client-0" / "client-0.journal.jsonl", Policy()))
     assert "tasks' counts told" in aloud
     assert "1 of 50 answers to tasks in the past 24 hours" in aloud
@@ -159,7 +159,7 @@ def test_a_server_can_not_ask_for_as_many_counts_as_it_likes(quiz: str, tmp_path
         told.append(server.ask(server.question("tasks", base=False)).manifest["tasks"] is not None)
     assert told == [True, True, False, True]
     journal = (tmp_path / "clients" / "client-0" / "client-0.journal.jsonl").read_text()
-    assert [json.loads(line)["kind"] for line in journal.splitlines()].count("answer") == 3
+    assert [json.loads(line)["kind"] for line in journal.splitlines()].count("tasks") == 3
 
 
 def test_a_private_run_hears_of_no_tasks(

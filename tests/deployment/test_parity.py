@@ -191,6 +191,6 @@ def test_what_is_a_clients_own_stays_with_it_over_flower(tmp_path: Path) -> None
         expected = load_file(local.folder / "clients" / str(number) / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(mine[name], expected[name]) for name in expected)
         assert home.stat().st_mode & 0o077 == 0, "its owner's alone, whatever the umask"
-    assert [(one["client"], one["task"], one["questions"]) for one in served.own_evaluations] == [(1, "quiz", 3)] * 2
+    assert [(one["holder"], one["task"], one["questions"]) for one in served.own_evaluations] == [(1, "quiz", 3)] * 2
     assert "tasks     quiz: how many answers are right goes to the server, and nothing else of them" in said
     assert f"own       {kept}: an adapter of this client's own, which stays here" in said

@@ -214,6 +214,6 @@ def describe_own_answers(found: Mapping[int, OwnAnswers], model: Record) -> list
             for one in counts:
                 counted = {"accuracy": one.right} | ({} if one.unreadable is None else {"unreadable": one.unreadable})
                 measures = {name: count_share(number, one.questions).to_json() for name, number in counted.items()}
-                told = {"client": client, "task": one.task, "questions": one.questions, "measures": measures}
+                told = {"holder": client, "task": one.task, "questions": one.questions, "measures": measures}
                 records.append({**whose, **told, "finished": now()})
     return records

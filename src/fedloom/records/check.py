@@ -92,7 +92,7 @@ def _check_numbers(run: Run) -> Finding:
 
 def _check_tasks(run: Run) -> Finding:
     asked = [*run.evaluations, *run.own_evaluations]
-    seen = Counter((record["task"], record.get("round"), record.get("client")) for record in asked)
+    seen = Counter((record["task"], record.get("round"), record.get("holder")) for record in asked)
     twice = [task for (task, _, _), times in seen.items() if times > 1]
     if twice:
         return Finding("tasks", f"{twice[0]} is on record twice for one model", f"remove {EVALUATIONS}, and ask again")

@@ -1,7 +1,7 @@
 """Answers to tasks, counted: `evaluation.jsonl` of a run directory. No torch here.
 
 A line is one task of one model: the base model, where it has no `round`, or the adapter of a round. A task that a
-client elsewhere holds itself has that client's number. What is asked again replaces its line, so nothing is there
+client elsewhere holds itself has that client as its `holder`. What is asked again replaces its line, so nothing is there
 twice; the file is written whole, so no line is ever half there.
 """
 
@@ -17,7 +17,7 @@ from fedloom.records.run import EVALUATIONS, Record, read_lines
 
 
 def add_evaluations(folder: Path, records: Sequence[Record]) -> None:
-    """Add records to a run's, in place of those of the same task, client and model."""
+    """Add records to a run's, in place of those of the same task, holder and model."""
     new = {_key(record) for record in records}
     _write(folder, lambda record: _key(record) not in new, records)
     failpoint("evaluation.written")
@@ -33,13 +33,13 @@ def find_evaluation(
     folder: Path, task: str, *, digest: str, round: int | None, adapter_sha256: str | None
 ) -> Record | None:
     """Return the record of a task that was asked of the same model, with the same questions; None for none."""
-    wanted = {"task": task, "digest": digest, "round": round, "adapter_sha256": adapter_sha256, "client": None}
+    wanted = {"task": task, "digest": digest, "round": round, "adapter_sha256": adapter_sha256}
     records = read_lines(folder / EVALUATIONS)
     return next((one for one in records if all(one.get(key) == value for key, value in wanted.items())), None)
 
 
 def _key(record: Record) -> tuple[object, ...]:
-    return record.get("task"), record.get("round"), record.get("client")
+    return record.get("task"), record.get("round"), record.get("holder")
 
 
 def _write(folder: Path, keep: Callable[[Record], bool], more: Sequence[Record] = ()) -> None:

@@ -70,12 +70,12 @@ EVALUATIONS = "evaluation.jsonl"
 class EvaluationRecord(TypedDict, total=False):
     """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's.
 
-    Of a task that a client elsewhere holds itself there is its `client`, and no `digest` of what was asked.
+    A task that a client elsewhere holds itself has that client as its `holder`, and no `digest` of what was asked.
     """
 
     round: int
     adapter_sha256: str
-    client: int
+    holder: int
     task: Required[str]
     kind: str
     digest: str
@@ -191,8 +191,8 @@ def read_run(folder: str | Path) -> Run:
         },
         rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
         clients=read_lines(folder / "clients.jsonl"),
-        evaluations=[record for record in asked if "client" not in record],
-        own_evaluations=[record for record in asked if "client" in record],
+        evaluations=[record for record in asked if "holder" not in record],
+        own_evaluations=[record for record in asked if "holder" in record],
     )
 
 

@@ -44,7 +44,7 @@ def _show_own(run: Run) -> list[Block]:
     models = _list_models(run.own_evaluations)
     told: dict[int, list[Record]] = {}
     for record in run.own_evaluations:
-        told.setdefault(record["client"], []).append(record)
+        told.setdefault(record["holder"], []).append(record)
     rows = [[f"client {client}", *row] for client in sorted(told) for row in _list_rows(told[client], models)]
     return [
         Text(

@@ -146,7 +146,7 @@ class Account:
             DeploymentError: the journal can't be kept.
         """
         self._say("asked", "how many of this client's own tasks an adapter has right")
-        return self._may_tell("answer", "the counts of its own tasks", "tell_tasks", adapter_sha256)
+        return self._may_tell("tasks", "the counts of its own tasks", "tell_tasks", adapter_sha256)
 
     def _may_tell(self, kind: Kind, what: str, key: str, adapter_sha256: str) -> bool:
         """Return whether something of an adapter may be told: a key of the policy allows it, and the limit of a day."""

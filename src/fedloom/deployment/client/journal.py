@@ -22,7 +22,7 @@ from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_pieces
 
 DAY = timedelta(days=1)
-Kind = Literal["train", "meet", "score", "answer", "own", "end", "give_up"]
+Kind = Literal["train", "meet", "score", "tasks", "own", "end", "give_up"]
 """A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; it is told how
 many of the owner's tasks are right; an adapter is kept that is this client's own; a run ended; a round that had begun
 was given up, and nothing came of it."""
@@ -30,7 +30,7 @@ COUNTED: Mapping[Kind, tuple[str, str]] = {
     "train": ("rounds", "max_rounds_a_day"),
     "meet": ("recipes", "max_meets_a_day"),
     "score": ("scores", "max_scores_a_day"),
-    "answer": ("answers to tasks", "max_answers_a_day"),
+    "tasks": ("answers to tasks", "max_answers_a_day"),
     "own": ("adapters of its own", "max_rounds_a_day"),
 }
 """Kinds that are limited: a word for several of them, and the policy's key for how many there may be in 24 hours."""

@@ -14,7 +14,7 @@ WORDS: Mapping[Kind, str] = {
     "train": "round",
     "meet": "documents read",
     "score": "loss told",
-    "answer": "tasks' counts told",
+    "tasks": "tasks' counts told",
     "own": "adapter of its own",
     "end": "run ended",
     "give_up": "round given up",
