@@ -1,8 +1,8 @@
 """Answers to tasks, counted: `evaluation.jsonl` of a run directory. No torch here.
 
 A line is one task of one model: the base model, where it has no `round`, or the adapter of a round. A task that a
-client elsewhere holds itself has that client as its `holder`. What is asked again replaces its line, so nothing is there
-twice; the file is written whole, so no line is ever half there.
+client elsewhere holds itself has that client as its `holder`. What is asked again replaces its line, so nothing is
+there twice; the file is written whole, so no line is ever half there.
 """
 
 from __future__ import annotations
