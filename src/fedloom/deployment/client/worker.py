@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedloom.deployment.client.account import Account
+from fedloom.deployment.client.answers import answer_path, find_answer, keep_answer
 from fedloom.deployment.client.client_model import ClientModel, check_time
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.journal import Journal
@@ -26,9 +27,9 @@ from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
-    pack_progress,
     pack_refusal,
     read_question,
+    unpack_facts,
     unpack_recipe,
 )
 from fedloom.errors import (
@@ -41,9 +42,9 @@ from fedloom.errors import (
     PolicyError,
     RecipeError,
     ShortageError,
+    SpentError,
     TrainingError,
 )
-from fedloom.progress import Progress
 from fedloom.text import count
 from fedloom.training.jobs import ClientTask, is_shortage
 
@@ -66,7 +67,7 @@ class Worker:
         `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it.
         """
         self._name, self._data, self._policy, self._secret = name, data, policy, secret_path(journal.path)
-        self._policy_file = policy_file
+        self._policy_file, self._answer = policy_file, answer_path(journal.path)
         self.account = Account(policy, journal, say, server)
         self._open_question = open_question
         self._told: Mapping[str, Any] | None = None
@@ -89,16 +90,15 @@ class Worker:
             if self._last and self._last[0] == asked and not self.account.is_over:
                 return self._last[1]
             check_time(came + seconds)
-            found, progress = self._work(asked, came + seconds, seconds)
+            found = self._work(asked, came + seconds, seconds)
         # Of any kind: what is a bug here must not be one that a server can end this client with.
         except Exception as error:
             return self._refuse(error, asked)
-        found = pack_progress(found, progress)
         self._last = asked, found
         return found
 
-    def _work(self, asked: Frame, until: float, seconds: float) -> tuple[Frame, list[Progress]]:
-        """Answer a question that was read, for which there are so many seconds; return what was worked on, too.
+    def _work(self, asked: Frame, until: float, seconds: float) -> Frame:
+        """Answer a question that was read, for which there are so many seconds.
 
         Raises:
             Exception: of any kind.
@@ -109,29 +109,38 @@ class Worker:
         model.take_progress()  # that of a question which was given up
         match asked.manifest["do"]:
             case "meet":
-                found = pack_facts(model.facts)
-                say("told", describe_facts(model.facts))
+                found = model.tell("meet", pack_facts(model.facts))
+                say("told", describe_facts(unpack_facts(found, private=model.is_private)))
             case "evaluate":
-                found = model.evaluate(asked)
+                found = model.tell("evaluate", model.evaluate(asked))
             case "train":
                 found = self._train(asked, model)
         self.account.has_answered()
-        return found, model.take_progress()
+        return found
 
     def _train(self, asked: Frame, model: ClientModel) -> Frame:
-        """Train for a round that is in the journal before it begins.
+        """Train for a round that is in the journal before it begins; with noise, its answer is on disk before it goes.
 
         Raises:
             Exception: of any kind.
         """
-        task = self._admit(asked, model)
+        task = self._read(asked, model)
+        if model.bound and (kept := find_answer(self._answer, asked)):
+            if not self.account.has_noted_answer(asked):
+                self.account.note_answer(asked)
+            say("told", f"the same adapter of round {task.round} as before, which costs nothing more")
+            return kept
+        attempt = self.account.train(asked, task, model.describe(task), model.bound, model.facts.documents)
         try:
-            found = model.train(task, judge=asked.manifest["judge"])
+            found = model.tell("train", model.train(asked, task, attempt))
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
-            self.account.give_up(asked)
+            self.account.give_up()
             raise
+        if model.bound:
+            keep_answer(self._answer, asked, found)
+            self.account.note_answer(asked)
         say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
         return found
 
@@ -187,15 +196,14 @@ class Worker:
             )
         return model
 
-    def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
-        """Read a task, refuse it unless its recipe and the policy allow it, and write it into the journal."""
+    def _read(self, asked: Frame, model: ClientModel) -> ClientTask:
+        """Read a task, and refuse it unless its recipe and the policy allow it."""
         recipe, task = model.recipe, model.read_task(asked)
         check_policy(self._policy, recipe, task)
         known, training = (part.model_dump(exclude={"proximal_mu", "clients_at_once"})
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not as its recipe says")
-        self.account.train(asked, task, model.describe(task))
         return task
 
 
@@ -213,6 +221,8 @@ def refusal_of(error: Exception) -> str:
     # One word for all that is refused of a base model: two would tell whether a name is a folder here.
     if isinstance(error, PolicyError) and "models" in error.keys:
         return "model"
+    if isinstance(error, PolicyError) and any(key.partition(".")[0] == "privacy" for key in error.keys):
+        return "privacy"
     if isinstance(error, PolicyError):
         return "day" if error.keys[0].endswith("_a_day") else "policy"
     if isinstance(error, ShortageError) or is_shortage(error):
@@ -227,6 +237,7 @@ WORDS: dict[type[Exception], str] = {
     ModelError: "model",
     RecipeError: "recipe",
     TrainingError: "training",
+    SpentError: "privacy",
     DeploymentError: "journal",
 }
 """Words for kinds of errors; the first kind that an error is of counts."""

@@ -151,7 +151,7 @@ class RemoteFleet:
                     raise MessageError(found)
                 facts, width = self.exchange.facts[name], self.counted_width
                 most = facts.holdout_tokens if width is None else width * facts.holdout_blocks
-                if score := unpack_score(found, most):
+                if score := unpack_score(found, most, private=self.exchange.private):
                     scores[numbers[name]] = score
             except MessageError as error:
                 self.exchange.say("unscored", f"{name}: {error}")
@@ -173,7 +173,7 @@ class RemoteFleet:
         try:
             if isinstance(found, str):
                 raise MessageError(found)
-            return unpack_update(found, task)
+            return unpack_update(found, task, private=self.exchange.private)
         except MessageError as error:
             where = {"round": task.round, "client": task.client, "stage": self.names[task.client]}
             return ClientFailure(task.client, TrainingError(str(error), **where))  # type: ignore[arg-type]
@@ -186,5 +186,5 @@ class RemoteFleet:
         self._missing.discard(name)
         # What is wrong with an answer is said where it is used.
         with suppress(MessageError):
-            for progress in unpack_progress(found, do):
+            for progress in unpack_progress(found, do, private=self.exchange.private):
                 self.watch(progress)
