@@ -265,5 +265,5 @@ def _describe(
         if not name.startswith(skip)
     ]
     head = ["field", "kind and bounds", "what it is", "the owner's keys", *more]
-    lines = (head, ["---"] * len(head), *rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:]))

@@ -11,6 +11,7 @@ from support.liars import LyingServer
 from support.marks import first
 from support.tiny import make_recipe
 
+from fedloom.deployment.client import client_model
 from fedloom.deployment.client import documents as client_documents
 from fedloom.deployment.client.documents import write_splits
 from fedloom.deployment.client.journal import Journal, open_ledger, standing
@@ -25,6 +26,7 @@ from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import calibrate, epsilon, renyi, renyi_epsilon
+from fedloom.privacy.noise import derive_key
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 
@@ -235,6 +237,7 @@ def test_each_round_is_charged_before_it_is_trained_and_shown(
     worker = client(tmp_path, owner(max_epsilon=4.5))
     server(worker).meet()
     shown = capsys.readouterr().out
+    assert f"told      20 rows, whatever they say; a noise multiplier of {noise:.3g}" in shown
     assert "ε = 0 of any one document is spent (δ = 0.001), 4.5 is left; 3 rounds of this recipe may still be" in shown
     for round in range(1, ROUNDS + 1):
         assert "report" in train(worker, round, moved=round).manifest
@@ -349,10 +352,10 @@ def test_a_damaged_answer_is_none(damage: bytes | None, tmp_path: Path) -> None:
     assert kinds(tmp_path).count("train") == 2
 
 
-PLACES = ("round.noted", "training.stepped", "answer.written", "answer.noted")
+PLACES = ("answer.written", "training.stepped", "round.noted", "answer.noted")
 
 
-@pytest.mark.parametrize("place", first(PLACES, keep=4))
+@pytest.mark.parametrize("place", first(PLACES))
 def test_what_ends_at_a_failpoint_gives_the_same_answer_when_it_is_asked_again(place: str, tmp_path: Path) -> None:
     whole = [train(client(tmp_path / "whole"), round) for round in (1, 2)]
     for round in (1, 2):
@@ -387,26 +390,37 @@ def test_late_work_is_not_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "report" in train(client(tmp_path)).manifest
 
 
-def test_noise_is_of_all_that_an_answer_depends_on(tmp_path: Path) -> None:
-    def payload(name: str, recipe: Recipe | None = None, policy: Policy | None = None, **how: Any) -> bytes:
-        worker = client(tmp_path / name, policy, how.pop("texts", TEXTS))
-        return train(worker, how.pop("round", 1), recipe, **how).payload
+def test_noise_is_of_all_that_an_answer_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[bytes] = []
 
-    # The learning rate is tiny: what is sent is the start, and the noise's sign in each weight.
+    def watched(secret: bytes, *facts: str) -> bytes:
+        keys.append(derive_key(secret, *facts))
+        return keys[-1]
+
+    monkeypatch.setattr(client_model, "derive_key", watched)
+
+    def key(name: str, recipe: Recipe | None = None, policy: Policy | None = None, **how: Any) -> bytes:
+        (tmp_path / name).mkdir(exist_ok=True)
+        if secret := how.pop("secret", None):
+            (tmp_path / name / "alice.journal.secret").write_bytes(secret)
+            (tmp_path / name / "alice.journal.secret").chmod(0o600)
+        worker = client(tmp_path / name, policy, how.pop("texts", TEXTS))
+        assert "report" in train(worker, how.pop("round", 1), recipe, **how).manifest
+        return keys[-1]
+
     found = {
-        "as it is": payload("a"),
-        "round": payload("b", round=2),
-        "adapter": payload("c", moved=1e-6),
-        "documents": payload("d", texts=[*TEXTS[:-1], "another text of a patient, of as many words as any"]),
-        "noise": payload("e", policy=owner(min_noise_multiplier=9.0)),
-        "recipe": payload("f", private(max_norm=2.0)),
+        "as it is": key("a"),
+        "round": key("b", round=2),
+        "adapter": key("c", moved=1e-6),
+        "documents": key("d", texts=[*TEXTS[:-1], "another text of a patient, of as many words as any"]),
+        "noise": key("e", policy=owner(min_noise_multiplier=9.0)),
+        "recipe": key("f", private(max_norm=2.0)),
+        "secret": key("g", secret=b"o" * 32),
     }
+    assert key("b", round=1) == found["as it is"], "and of nothing else"
+    (tmp_path / "b" / "alice.journal.answer").unlink()
+    found["an answer that is gone"] = key("b", round=1)
     assert len(set(found.values())) == len(found)
-    assert payload("again") == found["as it is"], "and of nothing else"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "alice.journal.secret").write_bytes(b"o" * 32)
-    (tmp_path / "other" / "alice.journal.secret").chmod(0o600)
-    assert payload("other") not in found.values()
 
 
 # --- A server that lies.

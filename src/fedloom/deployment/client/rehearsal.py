@@ -186,7 +186,7 @@ def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> It
         rounds, epochs = count(recipe.federation.rounds, "round"), count(recipe.training.epochs, "epoch")
         if recipe.training.max_steps:
             epochs += f", {count(recipe.training.max_steps, 'step')} at most"
-        loss = "told" if policy.tell_holdout_loss else "kept"
+        loss = "told" if policy.tell_holdout_loss and not recipe.privacy else "kept"
         yield Finding(
             "recipe", f"the policy allows it: {recipe.model.source}, {rounds} of {epochs}; hold-out loss {loss}"
         )

@@ -209,6 +209,9 @@ class Worker:
 
 def describe_facts(facts: ClientFacts) -> str:
     """Describe what was told of the documents."""
+    if facts.noise_multiplier is not None:
+        rows = count(facts.train_documents, "row")
+        return f"{rows}, whatever they say; a noise multiplier of {facts.noise_multiplier:.3g}"
     held_out = count(facts.holdout_documents, "document")
     return (
         f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')},"
