@@ -227,6 +227,14 @@ def test_a_delta_that_gives_a_document_away_is_refused(tmp_path: Path) -> None:
     assert server(client(tmp_path, texts=TEXTS[:1])).meet()["refused"] == "policy", "fewer than min_documents"
 
 
+def test_a_delta_of_the_owners_that_gives_a_document_away_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert server(client(tmp_path, Policy(privacy=PrivacyPolicy(delta=0.06)))).meet()["refused"] == "privacy"
+    assert "has δ = 0.06, more than one over the 20 documents here" in capsys.readouterr().out
+    assert "refused" not in server(client(tmp_path, Policy(privacy=PrivacyPolicy(delta=0.05)))).meet()
+
+
 # --- What is spent.
 
 
@@ -364,6 +372,8 @@ def test_what_ends_at_a_failpoint_gives_the_same_answer_when_it_is_asked_again(p
             assert train(client(tmp_path / "parts"), round).manifest["refused"] == "internal"
         finally:
             failpoints.arm("")
+        begun = json.loads((tmp_path / "parts" / "alice.journal.jsonl").read_text().splitlines()[-1])
+        assert (begun["kind"], begun["round"]) in (("train", round), ("answer", round)), "it is charged by then"
         assert train(client(tmp_path / "parts"), round).payload == whole[round - 1].payload
     assert spent(tmp_path / "parts") == spent(tmp_path / "whole")
     assert ledger(tmp_path / "parts").epsilon(1e-3) == ledger(tmp_path / "whole").epsilon(1e-3)

@@ -243,6 +243,35 @@ NEVER_MADE = {
 """Fields that say nothing in a private run as it is: nothing is dropped for a hold-out, and nothing is scored."""
 
 
+TOLD = {
+    "meet": {"name", "version", "base", "documents", "train_documents", "blocks", "noise_multiplier"},
+    "evaluate": set(),
+    "train": {
+        "layout",
+        *(f"report.{name}" for name in ("round", "client", "examples", "steps", "proximal_mu", *NOISED)),
+    },
+}
+"""Fields that a private run tells: none depends on what a document says but those that are noised, and a keyed hash."""
+PROGRESS = {"progress.phase", "progress.round", "progress.client"}
+
+
+def all_fields(kind: Kind, where: str = "") -> Iterator[str]:
+    match kind:
+        case Record(fields) | Row(fields):
+            for field in fields:
+                yield from all_fields(field.kind, f"{where}.{field.name}".lstrip("."))
+        case Listing(inner):
+            yield from all_fields(inner, where)
+        case _:
+            yield where
+
+
+@pytest.mark.parametrize("do", ANSWERS)
+def test_of_each_field_it_is_said_what_a_private_run_tells(do: str) -> None:
+    hidden = {name for one, name in HIDDEN if one == do}
+    assert {*all_fields(ANSWERS[do])} - hidden == TOLD[do] | PROGRESS
+
+
 def test_units_that_were_counted_by_what_they_say_would_be_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedloom.deployment.client.journal import Entry, Journal, hash_task, open_ledger, standing
-from fedloom.deployment.client.ledger import Bound, afford, describe_spent, judge
+from fedloom.deployment.client.ledger import Bound, afford, describe_spent, judge, judge_delta
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
@@ -109,7 +109,8 @@ class Account:
         """
         entries = standing(self._journal.read())
         left = bound.rounds - len(_trained(entries, self._running().id))
-        if refusals := [*self._judge(entries, bound, max(0, left))]:
+        refusals = [*judge_delta(self.policy.privacy, bound), *self._judge(entries, bound, max(0, left))]
+        if refusals:
             raise PolicyError(*refusals)
         self._show_spent(entries, bound)
 
@@ -138,7 +139,8 @@ class Account:
             # Another answer to the same task has other noise, and costs anew; so has one of other documents.
             attempt = self._answers(event)
             event = hash_json([event, documents, bound.cost.noise, attempt])
-            told = {**told, "privacy": {**bound.told, **bound.cost._asdict()}, "documents": documents}
+            privacy = {"units": bound.units, **bound.told, **bound.cost._asdict()}
+            told = {**told, "privacy": privacy, "documents": documents}
             limits["judge"] = partial(self._judge_round, run, bound)
         self._note(run, event, told, **limits)
         self._begun, run.is_last = event, task.round == task.rounds

@@ -61,8 +61,10 @@ class Bound:
     """Rounds that the recipe's ε is for."""
     cost: Cost
     """Cost of one round."""
+    units: int
+    """Documents among which any one is protected."""
     told: Mapping[str, Any]
-    """Words and numbers for each round's line in the journal."""
+    """Words and numbers for each round's line in the journal, beside its cost and `units`."""
 
     def cost_of(self, rounds: int) -> Cost:
         """Return the cost of so many rounds."""
@@ -117,6 +119,12 @@ def judge(owner: PrivacyPolicy | None, all_runs: Ledger, this_run: Ledger, cost:
         if most is not None and (after := ledger.plus(cost).epsilon(owner.delta)) > most:
             spent = f"{ledger.epsilon(owner.delta):.3g} is spent, and this would make it {after:.3g}"
             yield f"privacy.{key}", f"allows ε {most:g} {what} (δ = {owner.delta:g}): {spent}"
+
+
+def judge_delta(owner: PrivacyPolicy | None, bound: Bound) -> Iterator[tuple[str, str]]:
+    """Yield that a policy's δ is too large for so few documents: a whole one could be told within it."""
+    if owner and owner.delta > 1 / bound.units:
+        yield "privacy.delta", f"has δ = {owner.delta:g}, more than one over the {count(bound.units, 'document')} here"
 
 
 def afford(owner: PrivacyPolicy | None, all_runs: Ledger, this_run: Ledger, bound: Bound, most: int) -> int:

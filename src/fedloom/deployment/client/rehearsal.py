@@ -13,7 +13,7 @@ from typing import Any
 from fedloom.deployment.client.first_use import is_confirmed
 from fedloom.deployment.client.joining import Kit, read_kit
 from fedloom.deployment.client.journal import Journal, open_ledger, standing
-from fedloom.deployment.client.ledger import DELTA, Ledger, afford, describe_spent, judge
+from fedloom.deployment.client.ledger import DELTA, Ledger, afford, describe_spent, judge, judge_delta
 from fedloom.deployment.client.own_documents import check_there, load_client, mend_of_server, read_split
 from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
@@ -166,7 +166,10 @@ def weigh_recipe(
     asks = Ledger([bound.cost_of(bound.rounds)]).epsilon(delta)
     left = afford(policy.privacy, ledger, Ledger(()), bound, bound.rounds)
     told += f", asks for ε = {asks:.3g} at this δ, and may have {left} of {count(bound.rounds, 'round')}"
-    refusals = [*judge(policy.privacy, ledger, Ledger(()), bound.cost_of(bound.rounds))]
+    refusals = [
+        *judge_delta(policy.privacy, bound),
+        *judge(policy.privacy, ledger, Ledger(()), bound.cost_of(bound.rounds)),
+    ]
     yield Finding("privacy", told, mend_policy((key for key, _ in refusals), file) if refusals else "")
 
 

@@ -24,6 +24,6 @@ def bound_of(recipe: Recipe, terms: Terms) -> Bound | None:
     assert recipe.privacy, "terms of a run without a bound"
     if recipe.privacy.noise == "seed":
         return None
-    told = {"unit": UNIT, "units": terms.units, "batch": terms.batch, "max_norm": terms.max_norm, "delta": terms.delta}
+    told = {"unit": UNIT, "batch": terms.batch, "max_norm": terms.max_norm, "delta": terms.delta}
     cost = Cost(terms.rate, terms.noise_multiplier, terms.steps)
-    return Bound(recipe.federation.rounds, cost, told)
+    return Bound(recipe.federation.rounds, cost, terms.units, told)
