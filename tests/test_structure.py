@@ -67,6 +67,7 @@ TAKES_A_RECIPE = {
     "deployment.client.refusals": "the recipe is what is checked",
     "deployment.client.account": "the recipe is what is allowed",
     "deployment.client.rehearsal": "the recipe is what would be checked",
+    "deployment.client.terms": "the recipe is what terms follow from",
     "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",

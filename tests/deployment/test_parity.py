@@ -148,6 +148,28 @@ def read_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapters" / "last" / "adapter_model.safetensors")
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_private_run_over_flower_makes_the_adapter_and_the_records_of_a_local_one(tmp_path: Path) -> None:
+    """Its noise comes from the recipe's seed, which is for such a test alone."""
+    recipe = tiny(
+        "data.clients=2", "federation.rounds=2", "data.client_holdout=0.0", "data.central_holdout=20",
+        "training.epochs=2", "federation.lora_rule=ffa",
+        "privacy.epsilon=8.0", "privacy.delta=1e-3", "privacy.noise=seed",
+    )  # fmt: skip
+    (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
+    with federation(tmp_path, secure=True) as there:
+        for client, data in enumerate(split(recipe, tmp_path / "split")):
+            there.join(f"client-{client}", data)
+        served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
+        assert "NOT PRIVATE" in there.said("client-0")
+        assert "NOT PRIVATE" in there.said("serve")
+    local = run_here(recipe, tmp_path / "local")
+    check_parity(served, local, clients=2, rounds=2)
+    assert served.rounds[-1]["epsilon"] == local.rounds[-1]["epsilon"] > 0
+    assert served.plan["privacy"] == {key: told for key, told in local.plan["privacy"].items() if key != "copies"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_shipped_recipe_of_whole_models_comes_to_the_same_over_a_network(tmp_path: Path) -> None:

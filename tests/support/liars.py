@@ -5,6 +5,7 @@ What they send is honest but for what a test changes.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
@@ -14,9 +15,10 @@ import numpy as np
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import COUNTS, pack_adapter, pack_recipe, pack_task, pack_update
+from fedloom.deployment.messages import COUNTS, hide_documents, pack_adapter, pack_recipe, pack_task, pack_update
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.deployment.server.serving import check_facts
 from fedloom.experiment.building import load_adapted_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
@@ -111,22 +113,36 @@ class LyingClient:
     def reopen(self) -> None:
         raise AssertionError("the link was lost")
 
-    def fleet(self, wait_seconds: float = 5.0, **federation: Any) -> tuple[RemoteFleet, list[str]]:
+    def fleet(
+        self, wait_seconds: float = 5.0, privacy: Mapping[str, Any] | None = None, **federation: Any
+    ) -> tuple[RemoteFleet, list[str]]:
         """The server's fleet of these clients, and what is said."""
         said: list[str] = []
         count = len(self._names)
-        recipe = make_recipe(data={"clients": count}, federation={"round_deadline": 20.0, **federation})
+        bound = {"privacy": dict(privacy)} if privacy else {}
+        recipe = make_recipe(data={"clients": count}, federation={"round_deadline": 20.0, **federation}, **bound)
         exchange = Exchange(
-            self, pack_recipe(recipe), 20.0, lambda what, detail: said.append(f"{what} {detail}"), lambda phases: None
+            self,
+            pack_recipe(recipe),
+            20.0,
+            lambda what, detail: said.append(f"{what} {detail}"),
+            lambda phases: None,
+            partial(check_facts, recipe),
         )
         names = exchange.assemble(count, wait_seconds)
         return RemoteFleet(exchange, names, recipe.federation, range(count), Path(gettempdir())), said
 
 
 def honest_answer(name: str, asked: Frame) -> Frame:
-    """Answer as a client that adds its number, and one, to every weight."""
+    """Answer as a client that adds its number, and one, to every weight; in a private run it tells no more."""
+    private = "privacy" in asked.manifest["recipe"]
+    answer = _open_answer(name, asked, {"noise_multiplier": 9.0} if private else {})
+    return hide_documents(answer, asked.manifest["do"]) if private else answer
+
+
+def _open_answer(name: str, asked: Frame, facts: Mapping[str, Any]) -> Frame:
     if asked.manifest["do"] == "meet":
-        return facts_of(name)
+        return facts_of(name, **facts)
     if asked.manifest["do"] == "evaluate":
         return Frame({"score": [2.0, 1, 4]})
     if asked.manifest["do"] == "tasks":

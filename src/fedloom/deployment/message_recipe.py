@@ -28,6 +28,7 @@ from fedloom.deployment.message_kinds import (
     refused,
 )
 from fedloom.recipe.data_section import Data
+from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
 from fedloom.recipe.sections import (
@@ -246,6 +247,11 @@ FEDERATION = _told(
     },
     {"rounds": "max_rounds", "lora_rule": "lora_rules"},
 )
+PRIVACY = _told(
+    Privacy,
+    {"epsilon": None, "noise_multiplier": None, "delta": None, "max_norm": None, "noise": None},
+    dict.fromkeys(("epsilon", "noise_multiplier", "delta", "noise"), "privacy"),
+)
 RECIPE = Record(
     (
         *_told(Recipe, {"name": RECIPE_NAME, "seed": 2**63 - 1}),
@@ -261,11 +267,12 @@ RECIPE = Record(
             "the adapter of its own that each client goes on to",
             required=False,
         ),
+        Field("privacy", Record(PRIVACY), "the bound on what is told of a document", required=False),
     )
 )
 """Keys of a recipe that a server tells."""
 NEVER_TOLD = {
-    "": ("description", "baselines", "contributions", "privacy"),
+    "": ("description", "baselines", "contributions"),
     "model": ("convert",),
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (

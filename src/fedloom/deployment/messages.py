@@ -20,8 +20,8 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
-from fedloom.deployment.message_kinds import Count
+from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
+from fedloom.deployment.message_kinds import Count, hide
 from fedloom.deployment.message_recipe import RECIPE
 from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
@@ -54,8 +54,10 @@ def read_question(asked: Frame) -> tuple[Frame, float]:
     return Frame({name: value for name, value in told.items() if name != "seconds"}, asked.payload), told["seconds"]
 
 
-def read_answer(answer: Frame, do: str) -> dict[str, Any]:
+def read_answer(answer: Frame, do: str, *, private: bool = False) -> dict[str, Any]:
     """Read the manifest of an answer, from a client that may have sent anything.
+
+    In a private run, what it may not tell is refused too: then nobody has it.
 
     Raises:
         MessageError: it refuses, or a field is missing, is beyond its bounds or is unknown.
@@ -65,7 +67,13 @@ def read_answer(answer: Frame, do: str) -> dict[str, Any]:
         raise MessageError(f"{REFUSALS[word]} ({word})")
     if do != "train" and answer.payload:
         raise MessageError("numbers came with an answer that has none")
-    return ANSWERS[do].read(answer.manifest)
+    told: dict[str, Any] = (PRIVATE_ANSWERS if private else ANSWERS)[do].read(answer.manifest, "")
+    return told
+
+
+def hide_documents(answer: Frame, do: str) -> Frame:
+    """Return an answer as it leaves in a private run: what would tell of documents is the same, whatever they say."""
+    return replace(answer, manifest=hide(PRIVATE_ANSWERS[do], answer.manifest))
 
 
 def pack_refusal(name: str, word: str) -> Frame:
@@ -153,14 +161,14 @@ def pack_update(update: ClientUpdate, travels_P: Tensor | None) -> Frame:
     return Frame(told, _to_bytes([weights_P if travels_P is None else weights_P[travels_P]]))
 
 
-def unpack_update(frame: Frame, task: ClientTask) -> ClientUpdate:
+def unpack_update(frame: Frame, task: ClientTask, *, private: bool = False) -> ClientUpdate:
     """Read what `pack_update` wrote, from a client that may have written anything.
 
     Raises:
         MessageError: it refuses, answers another task, is not as long as it must be, or does not say which part of
             the adapter it keeps, where the rule has it keep one.
     """
-    told, layout = read_answer(frame, "train"), task.adapter.layout
+    told, layout = read_answer(frame, "train", private=private), task.adapter.layout
     if told["layout"] != hash_layout(layout):
         raise MessageError("the update is for another model")
     if (task.shares_P is not None) != ("own" in told):
@@ -182,13 +190,13 @@ def pack_score(score: Score | None) -> Frame:
     return Frame({"score": None if score is None else [score.loss_sum, score.correct, score.num_targets]})
 
 
-def unpack_score(answer: Frame, most_targets: int) -> Score | None:
+def unpack_score(answer: Frame, most_targets: int, *, private: bool = False) -> Score | None:
     """Read what `pack_score` wrote, from a client that has `most_targets` counted tokens held out.
 
     Raises:
         MessageError: it is not a score, or an impossible one.
     """
-    told = read_answer(answer, "evaluate")["score"]
+    told = read_answer(answer, "evaluate", private=private)["score"]
     if told is None:
         return None
     score = Score(*told)
@@ -220,13 +228,13 @@ def _spread(total: int, count: int) -> list[int]:
     return [total // count + (place < total % count) for place in range(count)]
 
 
-def unpack_progress(answer: Frame, do: str) -> list[Progress]:
+def unpack_progress(answer: Frame, do: str, *, private: bool = False) -> list[Progress]:
     """Read what `pack_progress` wrote.
 
     Raises:
         MessageError: it is not an answer to what was asked.
     """
-    return [Progress(*row) for row in read_answer(answer, do).get("progress", ())]
+    return [Progress(*row) for row in read_answer(answer, do, private=private).get("progress", ())]
 
 
 @dataclass(frozen=True)
@@ -256,6 +264,8 @@ class ClientFacts:
     """Documents kept although the client's hold-out has nearly the same."""
     tasks: int
     """Tasks of its own that it may be asked, and tells counts of."""
+    noise_multiplier: float | None = None
+    """Noise that it takes in a private run, in units of `privacy.max_norm`."""
 
 
 COUNTS = tuple(one.name for one in ANSWERS["meet"].fields if isinstance(one.kind, Count))
@@ -267,13 +277,14 @@ def pack_facts(facts: ClientFacts) -> Frame:
     return Frame(asdict(facts))
 
 
-def unpack_facts(answer: Frame) -> ClientFacts:
+def unpack_facts(answer: Frame, *, private: bool = False) -> ClientFacts:
     """Read what `pack_facts` wrote, from a client that may have written anything.
 
     Raises:
         MessageError: it refuses, or a fact is missing or is not of its kind.
     """
-    return ClientFacts(**{name: value for name, value in read_answer(answer, "meet").items() if name != "progress"})
+    told = read_answer(answer, "meet", private=private)
+    return ClientFacts(**{name: value for name, value in told.items() if name != "progress"})
 
 
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -61,13 +61,13 @@ def pack_kept(kept: KeptAdapter) -> Frame:
     return Frame(asdict(kept))
 
 
-def unpack_kept(answer: Frame) -> KeptAdapter:
+def unpack_kept(answer: Frame, *, private: bool = False) -> KeptAdapter:
     """Read what `pack_kept` wrote.
 
     Raises:
         MessageError: it refuses, or is not such an answer.
     """
-    return KeptAdapter(**read_answer(answer, "keep"))
+    return KeptAdapter(**read_answer(answer, "keep", private=private))
 
 
 def _to_rows(counts: Sequence[TaskCount]) -> list[list[Any]]:

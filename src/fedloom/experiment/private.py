@@ -35,6 +35,12 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
     check_cipher()
     able = {client: held.train for client, held in enumerate(clients) if len(held.train)}
     terms = {client: set_client_terms(recipe, len(train)) for client, train in able.items()}
+    return promise(plan, recipe, terms, copies=max(map(count_copies, able.values())))
+
+
+def promise(plan: Plan, recipe: Recipe, terms: Mapping[int, Terms], **known: Any) -> Plan:
+    """Return the plan of a private run with what its clients' terms promise, and what else is `known`."""
+    assert recipe.privacy is not None, "a recipe without a bound"
     rounds = recipe.federation.rounds
     worst = max(terms.values(), key=lambda one: one.noise_over_signal(plan.trainable_parameters, rounds, 1))
     return replace(
@@ -45,7 +51,7 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
             "delta": recipe.privacy.delta,
             "max_norm": recipe.privacy.max_norm,
             "noise": recipe.privacy.noise,
-            "copies": max(map(count_copies, able.values())),
+            **known,
             "noise_over_signal": worst.noise_over_signal(plan.trainable_parameters, rounds, plan.clients_per_round),
             "clients": {
                 str(client): {
@@ -62,8 +68,8 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
     )
 
 
-def set_client_terms(recipe: Recipe, units: int) -> Terms:
-    """Return the terms of a client with so many documents.
+def set_client_terms(recipe: Recipe, units: int, least_noise: float = 0.0) -> Terms:
+    """Return the terms of a client with so many documents, with its own least noise where the recipe has less.
 
     Raises:
         RecipeError: δ is above one over their number, at which a whole document may be told.
@@ -76,7 +82,7 @@ def set_client_terms(recipe: Recipe, units: int) -> Terms:
             where="privacy.delta",
             mend=f"at most {1 / units:.1g}, better a hundredth of that",
         )
-    return set_terms(
+    terms = set_terms(
         units=units,
         batch=recipe.training.step_size,
         steps=recipe.training.steps_of(units),
@@ -86,6 +92,21 @@ def set_client_terms(recipe: Recipe, units: int) -> Terms:
         target=recipe.privacy.epsilon,
         noise_multiplier=recipe.privacy.noise_multiplier,
     )
+    return replace(terms, noise_multiplier=max(terms.noise_multiplier, least_noise))
+
+
+def seed_secret(recipe: Recipe) -> bytes:
+    """Return what noise of the recipe's seed comes from: the same wherever it is trained, and no secret."""
+    return bytes.fromhex(hash_text(f"not private: {recipe.seed}"))
+
+
+def derive_ration(secret: bytes, terms: Terms, documents: str, task: ClientTask) -> Ration:
+    """Return the ration of a task: its noise depends on all that the answer depends on, and on the secret."""
+    facts = (
+        *(task.round, task.client, task.trial, task.rounds, task.seed),
+        *(task.adapter.sha256(), task.training.model_dump_json(), documents, asdict(terms)),
+    )
+    return Ration(terms, derive_key(secret, *map(str, facts)))
 
 
 class Rations:
@@ -100,13 +121,8 @@ class Rations:
         }
 
     def __call__(self, task: ClientTask) -> Ration:
-        """Return the ration for a task: its noise depends on all that the answer depends on, and on the secret."""
-        terms, documents = self._held[task.client]
-        facts = (
-            *(task.round, task.client, task.trial, task.rounds, task.seed),
-            *(task.adapter.sha256(), task.training.model_dump_json(), documents, asdict(terms)),
-        )
-        return Ration(terms, derive_key(self._secret, *map(str, facts)))
+        """Return the ration for a task."""
+        return derive_ration(self._secret, *self._held[task.client], task)
 
 
 def open_rations(recipe: Recipe, clients: Sequence[ClientBlocks], folder: Path) -> Rations | None:
@@ -118,7 +134,7 @@ def open_rations(recipe: Recipe, clients: Sequence[ClientBlocks], folder: Path) 
     if recipe.privacy is None:
         return None
     if recipe.privacy.noise == "seed":
-        return Rations(recipe, clients, bytes.fromhex(hash_text(f"not private: {recipe.seed}")))
+        return Rations(recipe, clients, seed_secret(recipe))
     return Rations(recipe, clients, _open_secret(folder / SECRET))
 
 

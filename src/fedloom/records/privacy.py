@@ -47,7 +47,7 @@ def list_promises(privacy: Mapping[str, Any], spent: float | None) -> list[str]:
     """Return paragraphs for a report: what is promised, how, and what is not."""
     _, terms = name_worst(privacy)
     so_far = "" if spent is None else f" The rounds of this run have spent ε = {spent:.3g}."
-    copies = privacy["copies"]
+    copies = privacy.get("copies", 1)  # of clients on other machines nobody knows
     more = f" (the largest group of equal ones at a client: {copies}, for which ε is {copies} times as large)"
     return [
         *([f"This run is {NOT_PRIVATE}."] if privacy["noise"] == "seed" else []),

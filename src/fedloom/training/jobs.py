@@ -76,7 +76,9 @@ class ClientJob(ClientTask):
         With a ration, each step draws each block by itself, and some steps none.
         """
         if self.ration:
-            return [self.ration.draw(step) for step in range(self.ration.terms.steps)]
+            drawn = map(self.ration.draw, range(self.ration.terms.steps))
+            # Of some units nothing is left to train on: they are drawn all the same, and bring nothing.
+            return [rows[rows < len(self.blocks)] for rows in drawn]
         if self.training.max_steps:
             return self._walk(self.training.steps_of(len(self.blocks)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.round, self.client))
@@ -206,7 +208,7 @@ class WorkLog:
         return ClientReport(
             round=job.round,
             client=job.client,
-            examples=len(job.blocks),
+            examples=job.ration.terms.units if job.ration else len(job.blocks),
             tokens=0 if job.ration else self._tokens,
             steps=steps,
             proximal_mu=self._mu,

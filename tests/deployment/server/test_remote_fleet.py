@@ -402,8 +402,8 @@ def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: py
     fleet.folder = tmp_path
     alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
-    def watched(frame: Frame, task: ClientTask) -> ClientUpdate:
-        update = unpack_update(frame, task)
+    def watched(frame: Frame, task: ClientTask, **more: Any) -> ClientUpdate:
+        update = unpack_update(frame, task, **more)
         alive.add(update.adapter)
         return update
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedloom.deployment.client.account import Account
+from fedloom.deployment.client.answers import answer_path, find_answer, keep_answer
 from fedloom.deployment.client.client_model import ClientModel, check_time
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.journal import Journal
@@ -28,9 +29,9 @@ from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
-    pack_progress,
     pack_refusal,
     read_question,
+    unpack_facts,
     unpack_recipe,
 )
 from fedloom.errors import (
@@ -44,6 +45,7 @@ from fedloom.errors import (
     RecipeError,
     RunError,
     ShortageError,
+    SpentError,
     TrainingError,
 )
 from fedloom.text import count
@@ -73,7 +75,7 @@ class Worker:
         """
         self._name, self._policy, self._secret = name, policy, secret_path(journal.path)
         self._places, self._tasks = Places.of(data, journal.path, keep), tasks
-        self._policy_file = policy_file
+        self._policy_file, self._answer = policy_file, answer_path(journal.path)
         self.account = Account(policy, journal, say, server)
         self._open_question = open_question or (lambda asked: asked)
         self._told: Mapping[str, Any] | None = None
@@ -115,20 +117,18 @@ class Worker:
         model.take_progress()  # that of a question which was given up
         match asked.manifest["do"]:
             case "meet":
-                found = pack_facts(model.facts)
-                say("told", describe_facts(model.facts))
+                found = model.tell("meet", pack_facts(model.facts))
+                say("told", describe_facts(unpack_facts(found, private=model.is_private)))
             case "evaluate":
-                found = model.evaluate(asked)
+                found = model.tell("evaluate", model.evaluate(asked))
             case "train":
                 found = self._train(asked, model)
             case "tasks":
-                found = model.answer_tasks(asked)
+                found = model.tell("tasks", model.answer_tasks(asked))
             case "keep":
                 found = self._keep(asked, model)
         self.account.has_answered()
-        # Of one's own questions, and of what stays here, nobody is told how long they are.
-        own = asked.manifest["do"] in ("tasks", "keep")
-        return found if own else pack_progress(found, model.take_progress())
+        return found
 
     def _keep(self, asked: Frame, model: ClientModel) -> Frame:
         """Keep an adapter of one's own, which is in the journal before it is made.
@@ -139,24 +139,33 @@ class Worker:
         check_policy(self._policy, model.recipe)
         task = model.read_personal_task(asked)
         self.account.keep(asked, model.describe(task) if task else {"round": asked.manifest["round"]})
-        found = model.keep(asked, task)
+        found = model.tell("keep", model.keep(asked, task))
         check_time(model.until)
         return found
 
     def _train(self, asked: Frame, model: ClientModel) -> Frame:
-        """Train for a round that is in the journal before it begins.
+        """Train for a round that is in the journal before it begins; with noise, its answer is on disk before it goes.
 
         Raises:
             Exception: of any kind.
         """
-        task = self._admit(asked, model)
+        task = self._read(asked, model)
+        if model.bound and (kept := find_answer(self._answer, asked)):
+            if not self.account.has_noted_answer(asked):
+                self.account.note_answer(asked)
+            say("told", f"the same adapter of round {task.round} as before, which costs nothing more")
+            return kept
+        attempt = self.account.train(asked, task, model.describe(task), model.bound, model.facts.documents)
         try:
-            found = model.train(task, judge=asked.manifest["judge"])
+            found = model.tell("train", model.train(asked, task, attempt))
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
-            self.account.give_up(asked)
+            self.account.give_up()
             raise
+        if model.bound:
+            keep_answer(self._answer, asked, found)
+            self.account.note_answer(asked)
         say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
         return found
 
@@ -213,20 +222,22 @@ class Worker:
             )
         return model
 
-    def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
-        """Read a task, refuse it unless its recipe and the policy allow it, and write it into the journal."""
+    def _read(self, asked: Frame, model: ClientModel) -> ClientTask:
+        """Read a task, and refuse it unless its recipe and the policy allow it."""
         recipe, task = model.recipe, model.read_task(asked)
         check_policy(self._policy, recipe, task)
         known, training = (part.model_dump(exclude={"proximal_mu", "clients_at_once"})
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not as its recipe says")
-        self.account.train(asked, task, model.describe(task))
         return task
 
 
 def describe_facts(facts: ClientFacts) -> str:
     """Describe what was told of the documents."""
+    if facts.noise_multiplier is not None:
+        rows = count(facts.train_documents, "row")
+        return f"{rows}, whatever they say; a noise multiplier of {facts.noise_multiplier:.3g}"
     held_out = count(facts.holdout_documents, "document")
     return (
         f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')},"
@@ -239,6 +250,8 @@ def refusal_of(error: Exception) -> str:
     # One word for all that is refused of a base model: two would tell whether a name is a folder here.
     if isinstance(error, PolicyError) and "models" in error.keys:
         return "model"
+    if isinstance(error, PolicyError) and any(key.partition(".")[0] == "privacy" for key in error.keys):
+        return "privacy"
     if isinstance(error, PolicyError):
         return "day" if error.keys[0].endswith("_a_day") else "policy"
     if isinstance(error, ShortageError) or is_shortage(error):
@@ -253,6 +266,7 @@ WORDS: dict[type[Exception], str] = {
     ModelError: "model",
     RecipeError: "recipe",
     TrainingError: "training",
+    SpentError: "privacy",
     DeploymentError: "journal",
     RunError: "journal",  # an adapter of its own can't be written
 }

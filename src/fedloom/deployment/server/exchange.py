@@ -92,6 +92,8 @@ class Exchange:
         """
         self._transport, self.say, self._show_clients = transport, say, show_clients
         self._recipe, self._seconds, self._check_facts = recipe, deadline_seconds, check_facts
+        self.private = "privacy" in recipe
+        """True where clients tell nothing of their documents but noised weights."""
         self.facts: dict[str, ClientFacts] = {}
         """Facts of every client that enrolled and was not refused."""
         self.refused: dict[str, str] = {}
@@ -227,7 +229,7 @@ class Exchange:
         name = node.name or _called(answer.frame)
         known = self.facts.get(name)
         try:
-            facts = unpack_facts(answer.frame)
+            facts = unpack_facts(answer.frame, private=self.private)
             self._check_facts(facts)
             # Its numbers too: limits were reckoned from them. Its own tasks its owner may change meanwhile.
             if known and replace(known, name=facts.name, version=facts.version, tasks=facts.tasks) != facts:

@@ -158,7 +158,8 @@ class RemoteFleet:
 
         def read(name: str, answer: Frame) -> Score | None:
             facts, width = self.exchange.facts[name], self.counted_width
-            return unpack_score(answer, facts.holdout_tokens if width is None else width * facts.holdout_blocks)
+            most = facts.holdout_tokens if width is None else width * facts.holdout_blocks
+            return unpack_score(answer, most, private=self.exchange.private)
 
         found = self._ask_each(dict.fromkeys(self.scored_clients, frame), read)
         for client, why in found.items():
@@ -193,7 +194,7 @@ class RemoteFleet:
         packed = self._pack(adapter)
         told = {**packed.manifest, "do": "keep", "round": round}
         questions = {client: replace(packed, manifest={**told, "client": client}) for client in self.clients}
-        found = self._ask_each(questions, lambda _, answer: unpack_kept(answer))
+        found = self._ask_each(questions, lambda _, answer: unpack_kept(answer, private=self.exchange.private))
         return {client: kept for client, kept in found.items() if kept is not None}
 
     def _pack(self, adapter: Adapter) -> Frame:
@@ -241,7 +242,7 @@ class RemoteFleet:
         try:
             if isinstance(found, str):
                 raise MessageError(found)
-            return unpack_update(found, task)
+            return unpack_update(found, task, private=self.exchange.private)
         except MessageError as error:
             where = {"round": task.round, "client": task.client, "stage": self.names[task.client]}
             return ClientFailure(task.client, TrainingError(str(error), **where))  # type: ignore[arg-type]
@@ -254,5 +255,5 @@ class RemoteFleet:
         self._missing.discard(name)
         # What is wrong with an answer is said where it is used.
         with suppress(MessageError):
-            for progress in unpack_progress(found, do):
+            for progress in unpack_progress(found, do, private=self.exchange.private):
                 self.watch(progress)

@@ -24,6 +24,7 @@ from fedloom.errors import DeploymentError, MessageError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.preview import describe_learning
+from fedloom.experiment.private import promise, set_client_terms
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.trial import Trial
@@ -38,6 +39,7 @@ from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
+from fedloom.privacy.ration import Terms
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.training_section import Training
@@ -49,6 +51,8 @@ from fedloom.text import format_bytes
 WAIT_SECONDS = 600.0
 LARGE_BYTES = 50e6
 """Size of an adapter from which on it is said what memory it takes on its way."""
+NOISE_ALIKE = 1e-3
+"""Share by which the noise of two machines may differ for the same recipe and documents."""
 COPIES_HERE, COPIES_THERE = 12, 9
 """Copies of an adapter that the processes of the server, and of each client, hold at most while it travels: measured
 with 100 and 500 MB and two clients."""
@@ -137,12 +141,22 @@ def with_limits(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"federation": section.model_copy(update=lacking)})
 
 
-def check_size(recipe: Recipe, facts: ClientFacts) -> None:
-    """Refuse a client that says it has more than may be, or more tokens than its blocks can hold.
+def check_facts(recipe: Recipe, facts: ClientFacts) -> None:
+    """Refuse a client that says it has more than may be, more tokens than its blocks can hold, or too little noise.
 
     Raises:
         MessageError
     """
+    if (facts.noise_multiplier is not None) != (recipe.privacy is not None):
+        raise MessageError("it says that it takes noise where the recipe has none, or none where it has")
+    if recipe.privacy and facts.blocks:
+        try:
+            terms = _terms_of(recipe, facts)
+        except RecipeError as error:
+            raise MessageError(error.what, where=error.where) from None
+        # Two machines may find the least noise that keeps an ε with another last digit.
+        if terms.noise_multiplier > (1 + NOISE_ALIKE) * (facts.noise_multiplier or 0.0):
+            raise MessageError("it takes less noise than the recipe asks for")
     most = recipe.federation.max_client_blocks
     for blocks, tokens in ((facts.blocks, facts.tokens), (facts.holdout_blocks, facts.holdout_tokens)):
         if most and blocks > most:
@@ -179,12 +193,6 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
-        if recipe.privacy is not None:
-            raise RecipeError(
-                "a private run needs clients in this process, so far: others would answer without noise",
-                where="[privacy]",
-                mend="use fedloom run, or leave it out",
-            )
         source = open_source(recipe, partial(watchers.show_step, "model"))
         weights = source.weights.record if source.weights else {}
         device = open_device(recipe.model.device)
@@ -202,7 +210,7 @@ class RemoteClients:
             recipe.federation.round_deadline,
             watchers.show_step,
             watchers.show_clients,
-            partial(check_size, recipe),
+            partial(check_facts, recipe),
         )
         watchers.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
@@ -245,6 +253,9 @@ class RemoteClients:
             duplicates=recipe.data.duplicates,
             ways=name_ways(recipe, setup),
         )
+        if recipe.privacy:
+            terms = {client: _terms_of(recipe, fact) for client, fact in enumerate(facts) if fact.blocks}
+            plan = promise(plan, recipe, terms)
         unused = find_unused(recipe, plan, setup.shape)
         if any(fact.tasks for fact in facts):  # those of clients are asked in the rounds, too
             unused = tuple(line for line in unused if not line.startswith("evaluation.tasks_every"))
@@ -316,6 +327,11 @@ def _describe_kept(kept: KeptAdapter | MessageError) -> dict[str, Any]:
     if isinstance(kept, MessageError):
         return {"error": str(kept)}
     return {} if kept.before is None or kept.after is None else {"global_loss": kept.before, "loss": kept.after}
+
+
+def _terms_of(recipe: Recipe, facts: ClientFacts) -> Terms:
+    """Return the terms of a client of a private run."""
+    return set_client_terms(recipe, facts.blocks, facts.noise_multiplier or 0.0)
 
 
 def _plan_client(facts: ClientFacts, training: Training) -> ClientPlan:
