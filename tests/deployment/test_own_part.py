@@ -303,6 +303,14 @@ def test_what_needs_a_whole_adapter_on_the_server_is_refused_by_name(override: s
     assert refused.value.where == where
 
 
+def test_a_private_run_has_another_rule(tmp_path: Path) -> None:
+    """It is judged by a central hold-out alone, for which the server lacks B."""
+    recipe = tiny("federation.lora_rule=fedsa", "privacy.epsilon=8", "privacy.delta=1e-3", "training.proximal_mu=0")
+    with pytest.raises(RecipeError, match="those of a private run tell no loss") as refused:
+        serve_here(recipe, LinkHere({}, tmp_path), tmp_path / "served")
+    assert refused.value.where == "federation.lora_rule"
+
+
 def test_the_servers_adapters_are_not_handed_on(recipe: Recipe, tmp_path: Path) -> None:
     served = serve_here(recipe, link_of(recipe, tmp_path), tmp_path / "served")
     with pytest.raises(RunError, match="its adapters have A alone"):

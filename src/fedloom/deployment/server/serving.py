@@ -101,6 +101,12 @@ def check_deployable(recipe: Recipe) -> None:
         )
     if recipe.baselines:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
+    if recipe.federation.lora_rule == "fedsa" and recipe.privacy is not None:
+        raise RecipeError(
+            'with lora_rule = "fedsa" clients alone can judge adapters, and those of a private run tell no loss',
+            where="federation.lora_rule",
+            mend='use another: "ffa" and "rolora" send half the bytes too',
+        )
     # Each client's B is on its own machine, so nothing can be asked of a whole adapter here.
     whole = {
         "data.central_holdout": recipe.data.central_holdout,
