@@ -174,7 +174,10 @@ def evaluate(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
     which: Annotated[
-        list[str] | None, typer.Option(help="Adapter: best, last or the number of a round; 0 is before any training.")
+        list[str] | None,
+        typer.Option(
+            help="Adapter: best, last or the number of a round, 0 before any training; or baselines, pooled and local."
+        ),
     ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="TASK=SOURCE: where the rows of a task are read from instead.")
@@ -182,10 +185,20 @@ def evaluate(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run programs that a model writes, confined: read docs/tasks-code.md.")
     ] = False,
+    harness: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-evaluation-harness, or a .yaml file of one.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each of the harness's tasks, from its first on.")
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=0, help="Answered questions before each of the harness's; its own number if left out."),
+    ] = None,
 ) -> None:
     """Ask a run's adapters tasks, and keep what they could do in evaluation.jsonl and in the report.
 
-    Several tasks, adapters and sources can be named, each behind an option of its own.
+    Several tasks, of the harness too, adapters and sources can be named, each behind an option of its own.
     """
     from fedloom.handover.evaluate import evaluate
     from fedloom.monitoring.display import Terminal
@@ -199,6 +212,9 @@ def evaluate(
         which=which or ("best",),
         places=source or (),
         run_code=run_code,
+        harness=harness or (),
+        limit=limit,
+        examples=examples,
         say=display.show_step,
     )
     for line in describe_evaluations(records):

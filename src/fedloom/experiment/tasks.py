@@ -21,6 +21,7 @@ from fedloom.model.source import ModelSource
 from fedloom.progress import Say, Watch
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.task_files import load_tasks
+from fedloom.records.answers import name_model
 from fedloom.records.evaluations import add_evaluations, find_evaluation
 from fedloom.records.run import Record
 from fedloom.records.writer import now
@@ -128,17 +129,17 @@ class Examiner:
                 self._ask({}, known)
         return self._in_order(known)
 
-    def examine(self, adapter: Adapter, round: int) -> list[Record]:
-        """Ask the model with the adapter of a round, and return its records.
+    def examine(self, adapter: Adapter, model: Record) -> list[Record]:
+        """Ask the model with an adapter, and return its records; `model` says whose it is, as a record does.
 
         Raises:
             ModelError: the adapter is not applied.
         """
-        model = {"round": round, "adapter_sha256": adapter.sha256()}
+        model = {**model, "adapter_sha256": adapter.sha256()}
         known = self._find_known(model)
         if self._needed(known):
             size = self._recipe.evaluation.batch_size
-            check_applied(self.adapted, self._start, adapter, self._asked[0], batch_size=size)
+            check_applied(self.adapted, self._start, adapter, self._asked[0].prompts, batch_size=size)
             self._ask(model, known)
         return self._in_order(known)
 
@@ -146,8 +147,7 @@ class Examiner:
         """Return the records of a model that are there already, by task, of the same questions."""
         digests = {rows.task.name: rows.digest for rows in self._loaded.tasks}
         digests |= {name: self._digest_of(names) for name, names in self._loaded.averages.items()}
-        whose = {"round": model.get("round"), "adapter_sha256": model.get("adapter_sha256")}
-        found = {name: find_evaluation(self._folder, name, digest=one, **whose) for name, one in digests.items()}
+        found = {name: find_evaluation(self._folder, name, digest=one, model=model) for name, one in digests.items()}
         return {name: record for name, record in found.items() if record is not None}
 
     def _needed(self, known: Mapping[str, Record]) -> set[str]:
@@ -162,7 +162,7 @@ class Examiner:
         """Ask the model as it is now what is lacking, and add it to what is known, and to what is on record."""
         needed = self._needed(known)
         results: dict[str, TaskResult] = {}
-        whose = f"round {model['round']}" if model else "the base model"
+        whose = name_model(model)
         for asked in self._asked:
             if (name := asked.task.name) in needed:
                 self._say("task", f"{name}, {count(len(asked.questions), 'question')}: {whose}")

@@ -12,6 +12,7 @@ from fedloom.adapters.adapter import Layout
 from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
+from fedloom.records.evaluations import kept_baselines, key_of
 from fedloom.records.run import EVALUATIONS, Run, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
@@ -90,12 +91,12 @@ def _check_numbers(run: Run) -> Finding:
 
 
 def _check_tasks(run: Run) -> Finding:
-    seen = Counter((record["task"], record.get("round")) for record in run.evaluations)
-    twice = [task for (task, _), times in seen.items() if times > 1]
+    seen = Counter(map(key_of, run.evaluations))
+    twice = [task for (task, *_), times in seen.items() if times > 1]
     if twice:
         return Finding("tasks", f"{twice[0]} is on record twice for one model", f"remove {EVALUATIONS}, and ask again")
     rounds = {record["round"] for record in run.rounds}
-    lost = {round for _, round in seen if round is not None} - rounds
+    lost = {record["round"] for record in run.evaluations if "round" in record} - rounds
     if lost:
         return Finding("tasks", f"round {min(lost)} was asked and is not on record", GO_ON)
     return Finding("tasks", f"{len(seen)} answers counted, none twice")
@@ -141,34 +142,35 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
 
 
 def damaged_own_adapters(run: Run, layout: Layout) -> dict[str, str]:
-    """Return the clients whose own adapters are not what they were when they were written, and what is the matter."""
+    """Return the folders of the clients' own and of the baselines' adapters that are not what was written, with why."""
+    told = {f"clients/{client}/adapter": one for client, one in run.personalised.get("clients", {}).items()}
+    of_clients = {folder: one["adapter_sha256"] for folder, one in told.items() if "adapter_sha256" in one}
     found = {}
-    for client, told in run.personalised.get("clients", {}).items():
-        if "adapter_sha256" not in told:
-            continue
+    of_baselines = {str(folder.relative_to(run.folder)): one["adapter_sha256"] for one, folder in kept_baselines(run)}
+    for folder, digest in (of_clients | of_baselines).items():
         try:
-            adapter = load_adapter(run.folder / "clients" / client / "adapter", layout, frozen=None)
+            adapter = load_adapter(run.folder / folder, layout, frozen=None)
         except FedloomError as error:
-            found[client] = str(error)
+            found[folder] = str(error)
         else:
-            if adapter.sha256() != told["adapter_sha256"]:
-                found[client] = "another adapter than the one on record"
+            if adapter.sha256() != digest:
+                found[folder] = "another adapter than the one on record"
     return found
 
 
 def _check_own_adapters(run: Run, newest: RunState | None) -> Iterator[Finding]:
-    if newest is None or not run.personalised:
+    if newest is None:
         return
     damaged = damaged_own_adapters(run, newest.adapter.layout)
-    for client, why in damaged.items():
-        yield Finding(f"clients/{client}/adapter", why, GO_ON)
-    if not damaged:
+    for folder, why in damaged.items():
+        yield Finding(folder, why, GO_ON)
+    if run.personalised and not damaged:
         yield Finding("clients' adapters", "those on record")
 
 
 def _check_remains(run: Run) -> Finding:
     """Only a run that is done must have left nothing behind."""
-    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "clients/*/.*", "state/.*", "plots/.*.tmp")
+    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "clients/*/.*", "baselines/.*", "state/.*", "plots/.*.tmp")
     left = sorted({str(path.relative_to(run.folder)) for pattern in patterns for path in run.folder.glob(pattern)})
     if left and run.status.get("state") == "done":
         return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")

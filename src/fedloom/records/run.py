@@ -68,9 +68,11 @@ EVALUATIONS = "evaluation.jsonl"
 
 
 class EvaluationRecord(TypedDict, total=False):
-    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's."""
+    """A line of `evaluation.jsonl`: a task of one model. Without a round and a baseline it is the base model's."""
 
     round: int
+    baseline: str
+    client: int
     adapter_sha256: str
     task: Required[str]
     kind: str
@@ -80,6 +82,7 @@ class EvaluationRecord(TypedDict, total=False):
     chance: float
     of_tasks: list[str]
     warning: str
+    in_training: int
     measures: Required[dict[str, dict]]  # type: ignore[type-arg]
     seconds: float
     finished: str
