@@ -17,6 +17,7 @@ import torch
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import reason_of
 from fedloom.data.documents import Documents, load_documents
+from fedloom.data.seen_questions import digest_trained
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.errors import DataError, ModelError
@@ -24,7 +25,7 @@ from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
-from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks
+from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks, find_seen
 from fedloom.experiment.tokenizing import find_idle, tokenize_splits
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
@@ -121,6 +122,8 @@ class Prepared:
     """Hashes of the documents of clients elsewhere, by client."""
     tasks: LoadedTasks = NO_TASKS
     """Tasks that the run's models are asked."""
+    trained: frozenset[bytes] | None = None
+    """Hashes of the texts that are trained on, where tasks are asked and the documents are in this process."""
 
 
 def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
@@ -146,11 +149,15 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
         plan = plan_shares(plan, recipe.federation)
     plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
-    return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
+    trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks else None
+    parts = material.central, material.clients, scored, plan, room.capacity
+    return Prepared(material.source, device, *parts, trained=trained)
 
 
 def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
     """Return what is prepared with the run's tasks, which its plan tells of."""
+    if prepared.trained is not None:
+        tasks = find_seen(tasks, prepared.trained)
     return replace(prepared, tasks=tasks, plan=replace(prepared.plan, tasks=describe_tasks(tasks, recipe)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.asking import AskedTask, Asking, ask, asks_in_chat, warn_of_template
+from fedloom.data.seen_questions import count_seen
 from fedloom.data.task_rows import TaskRows, load_task
 from fedloom.errors import RecipeError
 from fedloom.evaluation.code_runs import run_program
@@ -21,7 +22,7 @@ from fedloom.model.source import ModelSource
 from fedloom.progress import Say, Watch
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.task_files import load_tasks
-from fedloom.records.answers import name_model
+from fedloom.records.answers import explain_seen, name_model
 from fedloom.records.evaluations import add_evaluations, find_evaluation
 from fedloom.records.run import Record
 from fedloom.records.writer import now
@@ -35,6 +36,8 @@ class LoadedTasks:
     tasks: tuple[TaskRows, ...]
     averages: Mapping[str, Sequence[str]]
     """Name of a mean -> the names of its tasks."""
+    in_training: Mapping[str, int] = field(default_factory=dict)
+    """Questions of each task that are among the documents trained on; empty where nobody could look."""
 
     def __bool__(self) -> bool:
         return bool(self.tasks)
@@ -72,6 +75,11 @@ def gather_tasks(
     return LoadedTasks(tuple(loaded), found.averages)
 
 
+def find_seen(loaded: LoadedTasks, trained: frozenset[bytes]) -> LoadedTasks:
+    """Return tasks with how many of their questions are among what is trained on, by its hashes."""
+    return replace(loaded, in_training={rows.task.name: count_seen(rows, trained) for rows in loaded.tasks})
+
+
 NO_TASKS = LoadedTasks((), {})
 
 
@@ -81,8 +89,10 @@ def describe_tasks(loaded: LoadedTasks, recipe: Recipe) -> tuple[str, ...]:
     for rows in loaded.tasks:
         skipped = sum(rows.skipped.values())
         warning = warn_of_template(rows.task, recipe.data)
+        seen = loaded.in_training.get(rows.task.name)
         lines.append(
             f"{rows.task.name}, {rows.task.kind}: {count(len(rows.questions), 'question')}"
+            + (f", {explain_seen(seen)}" if seen is not None else "")
             + (f", {count(skipped, 'row')} skipped" if skipped else "")
             + (f"; {warning}" if warning else "")
         )
@@ -193,6 +203,8 @@ class Examiner:
             "skipped": dict(asked.skipped),
             "chat": asks_in_chat(task, self._recipe.data),
         }
+        if task.name in self._loaded.in_training:
+            told["in_training"] = self._loaded.in_training[task.name]
         if task.kind == "choice":
             told["chance"] = sum(1 / size for size in sizes) / len(sizes)
         warning = warn_of_template(task, self._recipe.data)

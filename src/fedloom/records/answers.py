@@ -121,14 +121,24 @@ def tabulate_alone(records: Sequence[Record]) -> tuple[list[str], list[list[str]
     return ["Alone", *(f"{task}, {name_measure(name)}" for task, name in tasks.items())], rows
 
 
+def explain_seen(number: int) -> str:
+    """Say how many questions of a task are among the documents that were trained on."""
+    return f"{number:,} of them among the documents trained on" if number else "none among the documents trained on"
+
+
 def list_notes(records: Sequence[Record]) -> list[str]:
-    """Return what else is to be known of tasks: chance, rows that were skipped, another template than in training."""
+    """Return what else is to be known of tasks: chance, questions that were trained on, rows skipped, templates."""
     notes = []
     for record in {record["task"]: record for record in records}.values():
         skipped = sum(record.get("skipped", {}).values())
         said = [
             *([f"chance is {100 * record['chance']:.1f} %"] if "chance" in record else []),
             *([f"the mean of {', '.join(record['of_tasks'])}"] if "of_tasks" in record else []),
+            *(
+                [f"{record['questions']:,} questions, {explain_seen(record['in_training'])}"]
+                if "in_training" in record
+                else []
+            ),
             *([f"{skipped:,} rows skipped"] if skipped else []),
             *([record["warning"]] if "warning" in record else []),
         ]
