@@ -16,6 +16,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.cli import app
 from fedloom.errors import ModelError, RecipeError, RunError
 from fedloom.handover.evaluate import evaluate
+from fedloom.handover.export import export
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
 from fedloom.records.check import check_run
@@ -143,6 +144,25 @@ def test_the_report_shows_figures_with_their_intervals_and_the_command_prints_th
     assert f"({right} of 10; " in page
     write_report(trained.folder)
     assert (trained.folder / "report.md").read_text(encoding="utf-8") == page
+
+
+def test_an_adapters_card_says_what_it_could_do_and_is_no_damage(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    records = evaluate(trained.folder, [tasks], base=True, which=("best", "3"))
+    assert [finding for finding in check_run(trained.folder) if not finding.well] == []
+    for name, round in (("best", trained.best_round), ("round-3", 3)):
+        right = next(one for one in records if one["task"] == "quiz" and one.get("round") == round)
+        card = (trained.folder / "adapters" / name / "README.md").read_text(encoding="utf-8")
+        assert f"| Task | Measure | base | round {round} |" in card
+        assert f"({right['measures']['accuracy']['right']} of 10; " in card
+        assert "- quiz: chance is 50.0 %; 10 questions, 10 of them among the documents trained on" in card
+        assert str(tmp_path.parent) not in card
+    card = trained.folder / "adapters" / "best" / "README.md"
+    whole = card.read_text(encoding="utf-8")
+    card.write_text(whole.replace("## Privacy", "## Secrecy"), encoding="utf-8")
+    assert [finding.what for finding in check_run(trained.folder) if not finding.well] == ["adapters/best"]
+    card.write_text(whole, encoding="utf-8")
+    export(trained.folder, tmp_path / "adapter")
+    assert "## Tasks" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 def test_any_adapter_that_was_kept_can_be_asked(trained: Run, tasks: Path) -> None:

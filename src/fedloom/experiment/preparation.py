@@ -40,6 +40,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
+from fedloom.records.run import Record
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
@@ -189,6 +190,23 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
             mend="hold out some documents, centrally or at the clients",
         )
     return Material(source, found, splits, central, clients, shared_blocks, find_idle(splits, clients, recipe))
+
+
+def digest_documents(recipe: Recipe, plan: Record, source: ModelSource, say: Say) -> frozenset[bytes] | None:
+    """Return hashes of the texts that a run trained on; None where they are not at hand, or no longer what they were.
+
+    Those of clients on other machines never are. `plan` is the run's own, as it is on record.
+    """
+    if not plan["audit"]["overlaps"]:
+        return None
+    say("documents", recipe.data.source)
+    wanted = documents_needed(recipe.data)
+    try:
+        found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
+        same = (found.revision, len(found.documents)) == (plan["data_revision"], plan["documents"])
+        return digest_trained(split_documents(found, recipe.data, recipe.seed).clients) if same else None
+    except DataError:  # gone since, or out of reach
+        return None
 
 
 def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:

@@ -24,6 +24,7 @@ from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, writing
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.card import write_tasks
 from fedloom.records.evaluations import BASELINES, baseline_folder, forget_evaluations, kept_baselines
 from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, load_state, save_state
@@ -62,7 +63,7 @@ class Trial:
         return record
 
     def ask_tasks(self) -> None:
-        """Ask the base model, the best adapter and those of the baselines the tasks, at the end."""
+        """Ask the base model, the best adapter and those of the baselines the tasks, at the end; cards tell of them."""
         if self.examiner:
             self.examiner.examine_base()
             run = read_run(self.recorder.writer.folder)
@@ -70,6 +71,8 @@ class Trial:
             models = [({"round": run.best_round}, self.recorder.adapters / "best"), *kept_baselines(run)]
             for model, folder in models:
                 self.examiner.examine(self.examiner.adapted.open(folder), model)
+        # Of an adapter that was written again, too, and that was asked by `fedloom evaluate`.
+        write_tasks(self.recorder.writer.folder)
 
     def past_rounds(self) -> list[RoundRecord]:
         """Return the records of the rounds that are complete."""

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from fedloom.data.documents import load_documents
-from fedloom.data.seen_questions import digest_trained
-from fedloom.data.splits import documents_needed, split_documents
-from fedloom.errors import DataError, RunError
+from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.experiment.harness_tasks import HarnessExaminer, HarnessTasks
+from fedloom.experiment.preparation import digest_documents
 from fedloom.experiment.tasks import Examiner, describe_tasks, find_seen, gather_tasks
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.host.files import take_lock
-from fedloom.model.source import ModelSource
 from fedloom.progress import Say, Watch, ignore, say_nothing
-from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.task_files import shipped_tasks
+from fedloom.records.card import write_tasks
 from fedloom.records.evaluations import kept_baselines
 from fedloom.records.run import Record, Run, read_run
 from fedloom.report.run_report import write_report
@@ -62,7 +59,7 @@ def evaluate(
     of_harness = HarnessTasks(harness, limit=limit, examples=examples) if harness else None
     with closing(take_lock(run.folder)):
         source = open_source(recipe)
-        trained = digest_documents(run, recipe, source, say) if loaded else None
+        trained = digest_documents(recipe, run.plan, source, say) if loaded else None
         loaded = loaded if trained is None else find_seen(loaded, trained)
         for line in describe_tasks(loaded, recipe):
             say("task", line)
@@ -76,25 +73,9 @@ def evaluate(
         for model, where in models:
             adapter = adapted.open(where)
             records += [record for one in examiners for record in one.examine(adapter, model)]
+        write_tasks(run.folder)
         write_report(run.folder)
     return records
-
-
-def digest_documents(run: Run, recipe: Recipe, source: ModelSource, say: Say) -> frozenset[bytes] | None:
-    """Return hashes of the texts that a run trained on; None where they are not at hand, or no longer what they were.
-
-    Those of clients on other machines never are.
-    """
-    if not run.plan["audit"]["overlaps"]:
-        return None
-    say("documents", recipe.data.source)
-    try:
-        wanted = documents_needed(recipe.data)
-        found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
-        same = found.revision == run.plan["data_revision"] and len(found.documents) == run.plan["documents"]
-        return digest_trained(split_documents(found, recipe.data, recipe.seed).clients) if same else None
-    except DataError:  # gone since, or out of reach
-        return None
 
 
 def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:

@@ -121,6 +121,19 @@ def tabulate_alone(records: Sequence[Record]) -> tuple[list[str], list[list[str]
     return ["Alone", *(f"{task}, {name_measure(name)}" for task, name in tasks.items())], rows
 
 
+def explain_figures(records: Sequence[Record]) -> str:
+    """Say what the figures of records are."""
+    said = [
+        "Each figure with its 95 % interval, in which it would lie with other questions of the same kind: Wilson's for"
+        " shares, a bootstrap for means."
+    ]
+    if any(record.get("kind") == HARNESS for record in records):
+        said.append("Figures of lm-evaluation-harness stand as it gives them, ± 1.96 of its standard errors.")
+    if any(map(is_alone, records)):
+        said.append("Of the clients alone the mean is shown, from the lowest to the highest of them.")
+    return " ".join(said)
+
+
 def explain_seen(number: int) -> str:
     """Say how many questions of a task are among the documents that were trained on."""
     return f"{number:,} of them among the documents trained on" if number else "none among the documents trained on"

@@ -13,7 +13,7 @@ from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
 from fedloom.records.evaluations import kept_baselines, key_of
-from fedloom.records.run import EVALUATIONS, Run, read_run
+from fedloom.records.run import EVALUATIONS, Run, list_adapters, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
@@ -42,7 +42,7 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_clients(run),
         _check_numbers(run),
         *([_check_tasks(run)] if run.evaluations else []),
-        *(_check_adapter(run, name, round, newest) for name, round in _adapters(run).items()),
+        *(_check_adapter(run, name, round, newest) for name, round in list_adapters(run).items()),
         *_check_own_adapters(run, newest),
         _check_remains(run),
     ]
@@ -108,20 +108,6 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
     elif isinstance(value, int | float):
         yield value
-
-
-def _adapters(run: Run) -> dict[str, int]:
-    """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
-    if not run.rounds:
-        return {}
-    kept = {path.name: path.name.removeprefix("round-") for path in sorted(run.folder.glob("adapters/round-*"))}
-    rounds = {name: int(number) for name, number in kept.items() if number.isdecimal()}
-    return {
-        "initial": 0,
-        "last": run.rounds[-1]["round"],
-        "best": run.best_round or 0,
-        **{name: round for name, round in rounds.items() if round < len(run.rounds)},
-    }
 
 
 def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> Finding:

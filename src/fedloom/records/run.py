@@ -118,6 +118,20 @@ class Run:
         return best["round"] if best else None
 
 
+def list_adapters(run: Run) -> dict[str, int]:
+    """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
+    if not run.rounds:
+        return {}
+    kept = {path.name: path.name.removeprefix("round-") for path in sorted(run.folder.glob("adapters/round-*"))}
+    rounds = {name: int(number) for name, number in kept.items() if number.isdecimal()}
+    return {
+        "initial": 0,
+        "last": run.rounds[-1]["round"],
+        "best": run.best_round or 0,
+        **{name: round for name, round in rounds.items() if round < len(run.rounds)},
+    }
+
+
 def judged_loss(record: Record) -> float:
     """Return the loss that the best adapter is chosen by: central, or the clients' where there is none.
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fedloom.records.answers import (
     ALONE,
     BASE,
-    HARNESS,
     POOLED,
+    explain_figures,
     is_alone,
     list_measures,
     list_notes,
@@ -23,13 +23,6 @@ from fedloom.records.answers import (
 )
 from fedloom.records.run import Record, Run
 from fedloom.report.document import Block, Bullets, Table, Text
-
-OF_THE_HARNESS = (
-    " Figures of lm-evaluation-harness stand as it gives them, with 1.96 of its standard errors on both sides."
-)
-OF_CLIENTS_ALONE = (
-    " Of the clients alone the mean is shown, from the lowest to the highest of them; below, each has its own."
-)
 
 
 def describe_evaluations(records: Sequence[Record]) -> list[str]:
@@ -46,14 +39,11 @@ def show_tasks(run: Run) -> list[Block]:
     if not records:
         return []
     alone = any(map(is_alone, records))
-    more = OF_THE_HARNESS if any(record.get("kind") == HARNESS for record in records) else ""
-    more += OF_CLIENTS_ALONE if alone else ""
-    more += f" Round {run.best_round} is the best by its loss." if run.best_round is not None else ""
+    best = f" Round {run.best_round} is the best by its loss." if run.best_round is not None else ""
     return [
         Text(
-            "Each figure with its 95 % interval, in which it would lie with other questions of the same kind: Wilson's"
-            " for shares, a bootstrap for means. A model is better where the intervals lie apart; where they do not,"
-            f" these questions can't tell.{more}"
+            f"{explain_figures(records)} A model is better where the intervals lie apart; where they do not, these"
+            f" questions can't tell.{best}"
         ),
         Table(*tabulate(records), text_columns=2),
         *([Table(*tabulate_alone(records))] if alone else []),
