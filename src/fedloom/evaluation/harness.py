@@ -11,14 +11,16 @@ import copy
 import io
 import logging
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -134,17 +136,19 @@ def run_harness(
     """
     manager = manager or open_manager(tasks)
     with _quiet():
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
         # The harness sets its template, and a token for padding where there is none.
         tokenizer = copy.deepcopy(tokenizer)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        with _as_it_was(), with_masks(adapted.base), torch.inference_mode(), _explained(tasks):
+        # It would ask git about whatever folder this is.
+        without_git = patch.object(evaluator, "get_git_commit_hash", lambda: None)
+        with _as_it_was(), with_masks(adapted.base), torch.inference_mode(), _explained(tasks), without_git:
             adapted.model.eval()
             model = HFLM(adapted.outer, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-            found = simple_evaluate(
+            found = evaluator.simple_evaluate(
                 model, tasks=list(tasks), task_manager=manager, num_fewshot=examples, limit=limit,
                 apply_chat_template=as_chat, system_instruction=system, bootstrap_iters=RESAMPLED,
                 random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
@@ -224,12 +228,16 @@ def _as_it_was() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Have the harness say nothing but errors: it quotes what a task asks, and warns about what it imports."""
+    """Have the harness say nothing but errors: it quotes what a task asks, and warns about what it imports.
+
+    Its progress stays on a terminal.
+    """
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+        with redirect_stdout(io.StringIO()), bars, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
