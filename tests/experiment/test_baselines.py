@@ -95,11 +95,12 @@ def test_tasks_are_asked_of_the_best_adapter_of_each(tmp_path: Path) -> None:
 def test_each_client_alone_is_asked_and_a_damaged_adapter_is_found(tmp_path: Path) -> None:
     rows = [{"q": f"word{number} is", "c": ["good", "evil"], "a": "good"} for number in range(4)]
     tasks = write_tasks(tmp_path / "tasks", rows, {"name": "quiz"})
-    recipe = make_recipe(baselines=["local"], evaluation={"tasks": [str(tasks)]}, federation={"rounds": 1})
+    recipe = make_recipe(baselines=["round0", "local"], evaluation={"tasks": [str(tasks)]}, federation={"rounds": 1})
     finished = run(recipe, tmp_path / "run", Observer())
+    assert [one["round"] for one in finished.evaluations if "round" in one] == [1, 0]
     assert [one["client"] for one in finished.evaluations if "client" in one] == [0, 1, 2]
     page = (finished.folder / "report.md").read_text()
-    assert "| Task | Measure | base | round 1 | clients alone, on average |" in page
+    assert "| Task | Measure | base | round 0 | round 1 | clients alone, on average |" in page
     assert "| Alone | quiz, accuracy |" in page
     assert "| client 2 |" in page.partition("| Alone | quiz, accuracy |")[2]
     file = finished.folder / "baselines" / "client-1" / "adapter_model.safetensors"

@@ -68,7 +68,9 @@ class Trial:
             self.examiner.examine_base()
             run = read_run(self.recorder.writer.folder)
             assert run.best_round is not None, "round 0 is always evaluated"
-            models = [({"round": run.best_round}, self.recorder.adapters / "best"), *kept_baselines(run)]
+            rounds = {run.best_round: "best", **({0: "initial"} if "round0" in self.recipe.baselines else {})}
+            models = [({"round": round}, self.recorder.adapters / name) for round, name in rounds.items()]
+            models += kept_baselines(run)
             for model, folder in models:
                 self.examiner.examine(self.examiner.adapted.open(folder), model)
         # Of an adapter that was written again, too, and that was asked by `fedloom evaluate`.
