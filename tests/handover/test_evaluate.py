@@ -112,6 +112,13 @@ def test_where_the_documents_are_no_longer_there_nothing_is_said_of_them(tmp_pat
     asked = [{"q": f"a text of {word}", "c": ["and more", "or less"], "a": "and more"} for word in WORDS]
     tasks = write_tasks(tmp_path / "tasks", asked, {"name": "quiz"})
     assert evaluate(finished.folder, [tasks])[0]["in_training"] > 0
+    again = write_tasks(tmp_path / "tasks", asked, {"name": "again"}, file="again.toml")
+    plan = json.loads((finished.folder / "plan.json").read_text())
+    # As a run's with clients on other machines, between which nobody could look.
+    elsewhere = {**plan, "audit": {**plan["audit"], "overlaps": []}}
+    (finished.folder / "plan.json").write_text(json.dumps(elsewhere))
+    assert "in_training" not in evaluate(finished.folder, [again])[0]
+    (finished.folder / "plan.json").write_text(json.dumps(plan))
     rows.write_text(rows.read_text() + json.dumps({"text": "one more"}) + "\n")
     assert "in_training" not in evaluate(finished.folder, [tasks], which=("0",))[0]
     rows.unlink()
