@@ -73,7 +73,10 @@ def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path
     local = run_here(recipe, tmp_path / "local")
     check_parity(served, local, clients=2, rounds=3)
     assert {record.get("round") for record in served.evaluations} == {None, 2, served.best_round}
-    assert timeless(served.evaluations) == timeless(local.evaluations)
+    # Whether a question is among documents that are elsewhere, nobody can tell.
+    known = [{key: value for key, value in one.items() if key != "in_training"} for one in local.evaluations]
+    assert known != local.evaluations
+    assert timeless(served.evaluations) == timeless(known)
     assert all(record["steps"] == 3 for record in served.clients)
     assert (there.out / "adapters" / "round-2" / "adapter_model.safetensors").is_file()
 

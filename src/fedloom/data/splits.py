@@ -279,8 +279,8 @@ class _HeldOut:
     def add(self, side: str, documents: Iterable[Document]) -> None:
         """Add documents to a side, `central` or `holdout`; exact copies within it are kept once."""
         for document in documents:
-            text = _normalise(document.text)
-            self._prompts[side].add(_normalise(document.prompt))
+            text = normalise(document.text)
+            self._prompts[side].add(normalise(document.prompt))
             if text not in self._texts[side]:
                 self._texts[side].add(text)
                 key = (side, len(self._shingles))
@@ -289,7 +289,7 @@ class _HeldOut:
 
     def find(self, document: Document) -> dict[str, str]:
         """Return the kind of copy that each side has of a document: "exact", "near", "prompt" or ""."""
-        text, prompt = _normalise(document.text), _normalise(document.prompt)
+        text, prompt = normalise(document.text), normalise(document.prompt)
         shingles = _shingles(text)
         candidates = self._index.query(_min_hash(shingles))
         near = {side for side, key in candidates if self._similarity(shingles, (side, key)) >= self._near_duplicate}
@@ -305,7 +305,8 @@ class _HeldOut:
         return len(shingles & other) / len(shingles | other)
 
 
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
+    """Return a text in Unicode NFC with white space folded: what two exact copies have alike."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 

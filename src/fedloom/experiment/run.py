@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.errors import RecipeError, RunError
-from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.contributions import find_contributions
@@ -25,7 +24,14 @@ from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
-from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, find_state, train_baselines
+from fedloom.experiment.trial import (
+    Trial,
+    baselines_of,
+    begin_or_restore,
+    find_state,
+    train_baselines,
+    write_baselines,
+)
 from fedloom.experiment.watchers import open_watchers
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.rounds import run_rounds
@@ -262,6 +268,4 @@ def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
     train_baselines(baselines, session)
-    record = describe(baselines, trial.run, trial.recipe.baselines)
-    trial.recorder.writer.write_json("baselines.json", record)
-    failpoint("baselines.written")
+    write_baselines(trial, session, baselines)

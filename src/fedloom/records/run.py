@@ -68,12 +68,14 @@ EVALUATIONS = "evaluation.jsonl"
 
 
 class EvaluationRecord(TypedDict, total=False):
-    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's.
+    """A line of `evaluation.jsonl`: a task of one model. Without a round and a baseline it is the base model's.
 
     A task that a client elsewhere holds itself has that client as its `holder`, and no `digest` of what was asked.
     """
 
     round: int
+    baseline: str
+    client: int
     adapter_sha256: str
     holder: int
     task: Required[str]
@@ -84,6 +86,7 @@ class EvaluationRecord(TypedDict, total=False):
     chance: float
     of_tasks: list[str]
     warning: str
+    in_training: int
     measures: Required[dict[str, dict]]  # type: ignore[type-arg]
     seconds: float
     finished: str
@@ -119,6 +122,20 @@ class Run:
         """The round whose adapter is `adapters/best`: of equal losses, the last."""
         best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
+
+
+def list_adapters(run: Run) -> dict[str, int]:
+    """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
+    if not run.rounds:
+        return {}
+    kept = {path.name: path.name.removeprefix("round-") for path in sorted(run.folder.glob("adapters/round-*"))}
+    rounds = {name: int(number) for name, number in kept.items() if number.isdecimal()}
+    return {
+        "initial": 0,
+        "last": run.rounds[-1]["round"],
+        "best": run.best_round or 0,
+        **{name: round for name, round in rounds.items() if round < len(run.rounds)},
+    }
 
 
 def judged_loss(record: Record) -> float:

@@ -63,7 +63,7 @@ class OwnTasks:
         """
         digest = adapter.sha256()
         if digest not in self._counts:
-            check_applied(self._adapted, self._start, adapter, self._asked[0], batch_size=self._size)
+            check_applied(self._adapted, self._start, adapter, self._asked[0].prompts, batch_size=self._size)
             self._counts[digest] = self._answer("the adapter")
         return self._counts[digest]
 
