@@ -379,6 +379,31 @@ def test_what_ends_at_a_failpoint_gives_the_same_answer_when_it_is_asked_again(p
     assert ledger(tmp_path / "parts").epsilon(1e-3) == ledger(tmp_path / "whole").epsilon(1e-3)
 
 
+def test_an_answer_that_was_kept_when_it_ended_is_known_once_it_has_left(tmp_path: Path) -> None:
+    """Else its task would have the same noise again, once another answer has taken its place."""
+    failpoints.arm("answer.written=raise")
+    try:
+        train(client(tmp_path), 1)
+    finally:
+        failpoints.arm("")
+    given = train(client(tmp_path), 1)
+    train(client(tmp_path), 2)
+    assert train(client(tmp_path), 1).payload != given.payload
+    assert kinds(tmp_path).count("train") == 3
+
+
+def test_a_round_that_ended_and_is_trained_with_other_noise_is_charged_as_both(tmp_path: Path) -> None:
+    failpoints.arm("training.stepped=raise")
+    try:
+        train(client(tmp_path, owner(min_noise_multiplier=9.0)))
+    finally:
+        failpoints.arm("")
+    assert "report" in train(client(tmp_path)).manifest
+    costs = [entry.cost for entry in Journal(tmp_path / "alice.journal.jsonl").read() if entry.cost]
+    assert len(costs) == 2
+    assert spent(tmp_path) == Ledger(costs).epsilon(1e-3) > Ledger(costs[1:]).epsilon(1e-3)
+
+
 def test_an_answer_that_can_not_be_kept_does_not_leave(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     worker = client(tmp_path)
     (tmp_path / "alice.journal.answer").mkdir()

@@ -126,6 +126,16 @@ def test_two_clients_that_differ_in_one_document_tell_the_same_but_for_noised_we
         assert [answer.payload for _, answer in ours] != [answer.payload for _, answer in theirs], "it is trained on"
 
 
+def test_what_is_held_out_does_not_decide_what_is_trained_on(tmp_path: Path) -> None:
+    """A held-out document that becomes a copy of another one would take that one away."""
+    recipe = make_recipe(data={"max_length": 128, "documents_per_client": None}, privacy=PRIVATE)
+    ours, theirs = (
+        documents.gather_client(recipe, client(tmp_path / str(number), files)._data).blocks.train.tokens_NT
+        for number, files in enumerate(CASES["held out, a copy"])
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_weights_are_numbers_where_a_document_has_none(tmp_path: Path) -> None:
     for do, answer in converse(client(tmp_path, CASES["no number"][1])):
         if do == "train":
