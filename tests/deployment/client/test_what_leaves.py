@@ -130,7 +130,7 @@ def test_what_is_held_out_does_not_decide_what_is_trained_on(tmp_path: Path) -> 
     """A held-out document that becomes a copy of another one would take that one away."""
     recipe = make_recipe(data={"max_length": 128, "documents_per_client": None}, privacy=PRIVATE)
     ours, theirs = (
-        documents.gather_client(recipe, client(tmp_path / str(number), files)._data).blocks.train.tokens_NT
+        documents.gather_client(recipe, client(tmp_path / str(number), files)._places.data).blocks.train.tokens_NT
         for number, files in enumerate(CASES["held out, a copy"])
     )
     assert torch.equal(ours, theirs)
