@@ -40,6 +40,7 @@ DEPLOYMENT = (
     ("keys", "flower", "docker", "health", "message_recipe"),
     ("message_fields",),
     ("messages",),
+    ("own_messages",),
     ("server", "client"),
 )
 """The same inside `deployment`: what both sides share, and then each side."""
@@ -54,7 +55,7 @@ LIGHT_ROOMS = (
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
     *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.refusals"),
-    *("deployment.client.journal", "deployment.client.account"),
+    *("deployment.client.journal", "deployment.client.account", "deployment.client.task_file"),
     *("deployment.client.reading", "deployment.client.rehearsal", "deployment.client.own_documents"),
 )
 """What answers at once: rooms, and modules of other rooms, that import no torch."""
@@ -66,6 +67,7 @@ TAKES_A_RECIPE = {
     "deployment.client.refusals": "the recipe is what is checked",
     "deployment.client.account": "the recipe is what is allowed",
     "deployment.client.rehearsal": "the recipe is what would be checked",
+    "deployment.client.terms": "the recipe is what terms follow from",
     "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",

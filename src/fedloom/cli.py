@@ -128,6 +128,8 @@ def join(
     columns: owner.ColumnNames = None,
     files: owner.FilesGlob = None,
     hidden: owner.HiddenFiles = None,
+    tasks: owner.TaskFile = None,
+    keep: owner.KeepFolder = None,
     write_policy: owner.WritePolicy = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
@@ -145,7 +147,7 @@ def join(
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
         read, rules = read_kit(kit), with_options(load_policy(policy), **own)
         confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
-        join(read, data, rules, journal or read.journal, say, policy_file=policy)
+        join(read, data, rules, journal or read.journal, say, policy_file=policy, keep=keep, tasks=tasks)
 
 
 app.command()(owner.preflight)

@@ -48,6 +48,20 @@ FilesGlob = Annotated[
 HiddenFiles = Annotated[
     bool | None, typer.Option("--hidden", help="Files and folders whose names begin with a dot are documents as well.")
 ]
+KeepFolder = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path,
+        metavar="FOLDER",
+        help="Where adapters that are this client's own are kept, and go nowhere else; beside the journal if left out.",
+    ),
+]
+TaskFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Tasks of this client's own: the server is told how many are right, and nothing else."
+    ),
+]
 WritePolicy = Annotated[
     Path | None,
     typer.Option(
@@ -72,6 +86,7 @@ def preflight(
     columns: ColumnNames = None,
     files: FilesGlob = None,
     hidden: HiddenFiles = None,
+    tasks: TaskFile = None,
 ) -> None:
     """Say whether joining would work, and what the policy allows of a recipe. The server hears nothing of it.
 
@@ -80,7 +95,7 @@ def preflight(
     from fedloom.deployment.client.rehearsal import rehearse
 
     options = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
-    show_findings(rehearse(kit, data, policy, options, journal, recipe), "NO")
+    show_findings(rehearse(kit, data, policy, options, journal, recipe, tasks), "NO")
 
 
 def journal(

@@ -7,6 +7,7 @@ FedloomError
 ├── ModelError       a base model or an adapter that can't be found, loaded or used
 ├── RunError         a run directory that exists already, is missing or can't be read
 ├── DeploymentError  a server or a client that can't start, or can't reach the other
+│   └── SpentError   a question about documents of which all that its recipe bounds was told
 ├── MessageError     a message between server and client that is damaged or was not asked for
 │   └── LateError    work for a message whose time is up
 └── TrainingError    a loss or weights that are not finite numbers; names round, client, step or stage
@@ -60,6 +61,10 @@ class RunError(FedloomError):
 
 class DeploymentError(FedloomError):
     """A server or a client that can't start, or can't reach the other."""
+
+
+class SpentError(DeploymentError):
+    """A question about documents of which all that its recipe bounds was told."""
 
 
 class MessageError(FedloomError):

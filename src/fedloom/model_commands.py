@@ -12,6 +12,9 @@ import typer
 from fedloom.host.files import path
 from fedloom.text import show_controls
 
+Client = Annotated[
+    int | None, typer.Option(min=0, help="The own adapter of the client of this number, in the place of the best.")
+]
 RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A run directory.")]
 
 
@@ -78,6 +81,7 @@ def export(
         Path | None, typer.Option(parser=path, help="In the place of --to: a folder that Ollama makes a model of.")
     ] = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="Print what to type to serve the folder with vLLM.")] = False,
+    client: Client = None,
 ) -> None:
     """Copy a run's best adapter, or merge it into its base model, and prove that it is the same.
 
@@ -95,8 +99,9 @@ def export(
     from fedloom.monitoring.display import Terminal
 
     # Before anything is written: it may be refused.
-    command = serve_command(run, target, merged=merged) if vllm else ""
-    distance = export(run, target, merged=merged, kind=kind, ollama=ollama is not None, display=Terminal())
+    which = "best" if client is None else client
+    command = serve_command(run, target, merged=merged, which=which) if vllm else ""
+    distance = export(run, target, merged=merged, kind=kind, ollama=ollama is not None, which=which, display=Terminal())
     typer.echo(f"{show_controls(str(target))}: its logits lie {distance:.1e} from the run's, relative to their norm")
     if ollama:
         command = shlex.join(["ollama", "create", target.name, "-f", str(target / "Modelfile")])
@@ -140,13 +145,15 @@ def generate(
     temperature: Temperature = 0,
     top_p: TopP = 1,
     seed: SampleSeed = 0,
+    client: Client = None,
 ) -> None:
     """Let a run's best adapter answer a prompt, written as the run's documents are."""
     from fedloom.evaluation.generation import Sampling
     from fedloom.handover.generate import generate
 
     how = Sampling(temperature, top_p, seed)
-    generate(run, prompt, base=base, max_new_tokens=tokens, plain=plain, sampling=how)
+    which = "best" if client is None else client
+    generate(run, prompt, base=base, max_new_tokens=tokens, which=which, plain=plain, sampling=how)
 
 
 def chat(
@@ -157,13 +164,15 @@ def chat(
     temperature: Temperature = 0,
     top_p: TopP = 1,
     seed: SampleSeed = 0,
+    client: Client = None,
 ) -> None:
     """Talk with a run's best adapter: a line of input is a question, and the input's end ends it."""
     from fedloom.evaluation.generation import Sampling
     from fedloom.handover.generate import chat
 
     how = Sampling(temperature, top_p, seed)
-    chat(run, read_lines(), base=base, system=system, max_new_tokens=tokens, sampling=how)
+    which = "best" if client is None else client
+    chat(run, read_lines(), base=base, which=which, system=system, max_new_tokens=tokens, sampling=how)
 
 
 def evaluate(
@@ -174,7 +183,10 @@ def evaluate(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
     which: Annotated[
-        list[str] | None, typer.Option(help="Adapter: best, last or the number of a round; 0 is before any training.")
+        list[str] | None,
+        typer.Option(
+            help="Adapter: best, last or the number of a round, 0 before any training; or baselines, pooled and local."
+        ),
     ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="TASK=SOURCE: where the rows of a task are read from instead.")
@@ -182,10 +194,20 @@ def evaluate(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run programs that a model writes, confined: read docs/tasks-code.md.")
     ] = False,
+    harness: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-evaluation-harness, or a .yaml file of one.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each of the harness's tasks, from its first on.")
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=0, help="Answered questions before each of the harness's; its own number if left out."),
+    ] = None,
 ) -> None:
     """Ask a run's adapters tasks, and keep what they could do in evaluation.jsonl and in the report.
 
-    Several tasks, adapters and sources can be named, each behind an option of its own.
+    Several tasks, of the harness too, adapters and sources can be named, each behind an option of its own.
     """
     from fedloom.handover.evaluate import evaluate
     from fedloom.monitoring.display import Terminal
@@ -199,6 +221,9 @@ def evaluate(
         which=which or ("best",),
         places=source or (),
         run_code=run_code,
+        harness=harness or (),
+        limit=limit,
+        examples=examples,
         say=display.show_step,
     )
     for line in describe_evaluations(records):

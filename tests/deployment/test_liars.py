@@ -22,7 +22,7 @@ from fedloom.deployment.client import worker as workers
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.client.secret import read_secret, secret_path, sign_documents
+from fedloom.deployment.client.secret import keyed_hash, read_secret, secret_path
 from fedloom.deployment.client.worker import Worker, refusal_of
 from fedloom.deployment.client.worker_process import serve, take_in
 from fedloom.deployment.frames import Frame
@@ -83,7 +83,7 @@ def test_a_hash_of_documents_confirms_no_guess_not_even_the_right_one(documents:
     )
     for secret in (b"", b"\0" * 32, b"alice", base.encode()):
         for parts in ((guess,), (base, "7", read, guess), (base, guess)):
-            assert told["documents"] != sign_documents(secret, *parts)
+            assert told["documents"] != keyed_hash(secret, *parts)
 
 
 def test_two_clients_with_the_same_documents_tell_different_values_and_each_the_same_again(documents: Path) -> None:

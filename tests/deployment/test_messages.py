@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support.liars import LyingServer, facts_of, honest_answer
@@ -14,7 +14,7 @@ from support.tiny import make_recipe
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS
+from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS, QUESTIONS, REFUSAL, REFUSALS
 from fedloom.deployment.message_kinds import (
     Count,
     Either,
@@ -22,13 +22,14 @@ from fedloom.deployment.message_kinds import (
     Flag,
     Kind,
     Listing,
-    Nothing,
+    Only,
     Pattern,
     Real,
     Record,
     Row,
     Table,
     Word,
+    hide,
 )
 from fedloom.deployment.message_recipe import NEVER_TOLD, RECIPE, Option
 from fedloom.deployment.messages import (
@@ -57,12 +58,21 @@ def answer(do: str) -> dict[str, Any]:
     report = told.get("report")
     if report:
         told["report"] = {**report, "holdout_loss_before": 1.0, "holdout_loss_after": 1.0, "evaluate_seconds": 1.0}
-    return {**told, "progress": [["train", 1, 1, 1, 0]]}
+    # Of tasks of its own, and of an adapter that it keeps, nobody is told how long the work was.
+    return told if do in ("tasks", "keep") else {**told, "progress": [["train", 1, 1, 1, 0]]}
 
 
 READ = {
     **{f"ask {do}": (QUESTIONS[do], question(do), lambda told: read_question(Frame(told))) for do in QUESTIONS},
     **{f"answer {do}": (ANSWERS[do], answer(do), lambda told, do=do: read_answer(Frame(told), do)) for do in ANSWERS},
+    **{
+        f"private {do}": (
+            PRIVATE_ANSWERS[do],
+            hide(PRIVATE_ANSWERS[do], answer(do)),
+            lambda told, do=do: read_answer(Frame(told), do, private=True),
+        )
+        for do in ANSWERS
+    },
 }
 """Every message by its name: its fields, an honest one, and the function by which the other side reads it."""
 NO_NUMBERS = (None, True, False, "1", [1], {}, math.nan, math.inf, -math.inf)
@@ -81,8 +91,8 @@ def within(kind: Kind) -> Iterator[Any]:
             yield from (True, False)
         case Word(words):
             yield from words
-        case Nothing():
-            yield None
+        case Only(value):
+            yield value
         case Pattern():
             yield next(text for text in TEXTS if kind.form.fullmatch(text))
         case Listing(inner, least, most):
@@ -119,8 +129,8 @@ def beyond(kind: Kind) -> Iterator[Any]:
             yield from (None, 0, 1, "true", [], {})
         case Word(words):
             yield from (*NO_TEXTS, words[0].upper() + "x", [words[0]])
-        case Nothing():
-            yield from (0, False, "", [])
+        case Only(value):
+            yield from (False, "", [], 1, *([0] if value is None else [None, 0 if isinstance(value, float) else 0.0]))
         case Pattern():
             # Templates have lines, and may be long.
             yield from (bad for bad in (*NO_TEXTS, "x" * 60_000) if not takes(kind, bad))
@@ -190,7 +200,7 @@ def walk() -> Iterator[tuple[str, str, Field]]:
     for message, (record, _, _) in READ.items():
         for name, field in record.walk():
             # The recipe is one in all questions, the progress one in all answers: each is walked over once.
-            if message in ("ask meet", "answer meet") or not name.startswith(("recipe.", "progress")):
+            if message in ("ask meet", "answer meet", "private meet") or not name.startswith(("recipe.", "progress")):
                 yield message, name, field
 
 
@@ -296,20 +306,22 @@ def test_the_table_has_every_field_of_what_is_made_of_it_and_every_key_of_the_re
         section, *below = name.split(".")
         if below:
             told.setdefault(section, []).append(below[0])
-    for section in ("", "model", "adapter", "data", "training", "federation", "evaluation", "report"):
-        kind = Recipe.model_fields[section].annotation if section else Recipe
-        assert isinstance(kind, type)
-        assert issubclass(kind, Section)
-        known = {name for name in kind.model_fields if section or not name_of_section(name)}
+    sections = ("model", "adapter", "data", "training", "federation", "evaluation", "report", "privacy", "personalise")
+    for section in ("", *sections):
+        kind = section_of(section) if section else Recipe
+        assert kind
+        known = {name for name in kind.model_fields if section or name in NEVER_TOLD[""] or not section_of(name)}
         assert {*told.get(section, ()), *NEVER_TOLD.get(section, ())} == known, (
             "tell it (message_recipe), or say that it is not"
         )
         assert set(told.get(section, ())).isdisjoint(NEVER_TOLD.get(section, ()))
 
 
-def name_of_section(name: str) -> bool:
+def section_of(name: str) -> type[Section] | None:
+    """The section of a name, also where a recipe may leave it out; None for another key."""
     kind = Recipe.model_fields[name].annotation
-    return isinstance(kind, type) and issubclass(kind, Section)
+    found = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section)]
+    return found[0] if found else None
 
 
 def test_every_key_of_the_owners_is_one_of_the_policy() -> None:

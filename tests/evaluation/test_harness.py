@@ -128,19 +128,27 @@ def test_its_numbers_are_the_harness_own_for_the_model_exported(
     adapter = adapted.read()
     adapted.save(adapter, tmp_path / "adapter")
     tasks = [choices, likelihood, answers]
-    found = run_harness(adapted, tokenizer, tasks, batch_size=4)
+    answered = run_harness(adapted, tokenizer, tasks, batch_size=4)
+    found = answered.scores
     expected = by_itself(base, tmp_path / "adapter", tasks)
     asked = [("our_answers", "exact_match"), ("our_choices", "acc"), ("our_choices", "acc_norm")]
     assert sorted((score.task, score.metric) for score in found) == [*asked, ("our_words", "perplexity")]
     for score in found:
         assert score.value == pytest.approx(expected[score.task][f"{score.metric},{score.filter}"], rel=1e-5)
         assert (score.documents, score.version) == (len(QUESTIONS), "3.0")
+        assert score.higher_is_better is (score.metric != "perplexity")
+    assert len(answered.prompts) == harness.PROBES
+    assert set(answered.prompts) <= set(QUESTIONS)
+    digests = {score.task: score.digest for score in found}
+    assert len(set(digests.values())) == 3
     values = {score.metric: score.value for score in found}
     assert values["exact_match"] == 1.0
     assert 0 < values["acc"] < 1
 
     with adapted.as_base(adapter, adapter):
-        alone = {score.metric: score.value for score in run_harness(adapted, tokenizer, tasks)}
+        base_alone = run_harness(adapted, tokenizer, tasks).scores
+    assert {score.task: score.digest for score in base_alone} == digests
+    alone = {score.metric: score.value for score in base_alone}
     assert abs(alone["perplexity"] / values["perplexity"] - 1) > 1e-3
     assert alone["exact_match"] < 1
 
@@ -151,7 +159,7 @@ def test_what_fills_prompts_up_is_masked(
 ) -> None:
     """Without masks, answers in a batch are others than alone."""
     monkeypatch.setattr(harness, "with_masks", lambda model: nullcontext())
-    (score,) = run_harness(adapted, tokenizer, [answers], batch_size=4)
+    (score,) = run_harness(adapted, tokenizer, [answers], batch_size=4).scores
     assert score.value < 1
 
 
@@ -165,18 +173,18 @@ def test_everything_is_afterwards_as_it_was(adapted: AdaptedModel, tokenizer: An
     expected = random.random(), torch.rand(1)
     random.seed(5)
     torch.manual_seed(5)
-    first = run_harness(adapted, tokenizer, [likelihood], limit=4)
+    first = run_harness(adapted, tokenizer, [likelihood], limit=4).scores
     assert (random.random(), torch.rand(1)) == expected
     assert (tokenizer.pad_token, tokenizer.chat_template) == (None, None)
     assert adapted.base.config._attn_implementation == MASKLESS
     assert torch.equal(adapted.weights_P, before)
     # The layers still see the flat weights, and can be trained.
     adapted.load(Adapter(adapted.layout, before * 0))
-    assert run_harness(adapted, tokenizer, [likelihood], limit=4) != first
+    assert run_harness(adapted, tokenizer, [likelihood], limit=4).scores != first
     adapted.load(Adapter(adapted.layout, before))
     adapted.logits(torch.tensor([[1, 2, 3]])).square().mean().backward()
     assert adapted.gradient_P.any()
-    assert run_harness(adapted, tokenizer, [likelihood], limit=4) == first
+    assert run_harness(adapted, tokenizer, [likelihood], limit=4).scores == first
     assert first[0].documents == 4
 
 
@@ -187,7 +195,10 @@ def test_questions_are_written_by_a_chat_template(adapted: AdaptedModel, tokeniz
         run_harness(adapted, tokenizer, [likelihood], chat_template=text, as_chat=text is not None)
         for text in (None, template, template + "{% if add_generation_prompt %}a:{% endif %}")
     )
-    assert len({plain[0].value, own[0].value, other[0].value}) == 3
+    assert len({one.scores[0].value for one in (plain, own, other)}) == 3
+    assert len({one.scores[0].digest for one in (plain, own, other)}) == 3
+    led = run_harness(adapted, tokenizer, [likelihood], chat_template=template, as_chat=True, system="be brief")
+    assert set(led.prompts) <= {f"s:be briefu:{text}" for text in QUESTIONS}
 
 
 @needs_harness
@@ -198,6 +209,10 @@ def test_what_it_can_not_run_is_refused(adapted: AdaptedModel, tokenizer: Any, t
     (tmp_path / "gone.jsonl").unlink()
     with pytest.raises(DataError, match=r"the documents of .*gone.yaml can't be read \(FileNotFoundError\)"):
         run_harness(adapted, tokenizer, [gone])
+    spoiled = tmp_path / "spoiled.yaml"
+    spoiled.write_text("task: [x")
+    with pytest.raises(DataError, match=r"spoiled\.yaml is no task that .* can read \(ParserError\)"):
+        run_harness(adapted, tokenizer, [str(spoiled)])
     runs = write_task(
         tmp_path, "runs_code", [{"q": "x", "answer": "y"}], output_type="generate_until", doc_to_target="{{answer}}",
         unsafe_code=True, generation_kwargs={"until": ["\n"], "max_gen_toks": 2},
@@ -224,6 +239,10 @@ def test_without_the_harness_an_error_says_what_to_install(
 
 def test_a_groups_documents_are_those_of_its_tasks() -> None:
     """As the harness tells of a group: a mean over tasks, and no number of documents of its own."""
+
+    def asked(word: str) -> dict[str, str]:
+        return {f"{part}_hash": f"{word} as {part}" for part in harness.HASHED}
+
     found = {
         "results": {
             "group": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "group"},
@@ -233,9 +252,16 @@ def test_a_groups_documents_are_those_of_its_tasks() -> None:
         "n-samples": {"one": {"effective": 3}, "two": {"effective": 5}},
         "group_subtasks": {"group": ["one", "two"]},
         "versions": {"group": 1, "one": 2, "two": 2},
+        "higher_is_better": {"group": {"acc": True}},
+        "samples": {"one": [asked("a"), asked("b")], "two": [asked("c")]},
     }
+
+    def digest_of(task: str) -> str:
+        return harness._digest(found, task)
+
+    assert len(set(map(digest_of, ("group", "one", "two")))) == 3
     assert harness._scores(found) == [
-        HarnessScore("group", "acc", "none", 0.5, 0.1, 8, "1"),
-        HarnessScore("one", "acc", "none", 0.25, None, 3, "2"),
-        HarnessScore("two", "acc", "none", 0.75, 0.2, 5, "2"),
+        HarnessScore("group", "acc", "none", 0.5, 0.1, 8, "1", True, digest_of("group")),
+        HarnessScore("one", "acc", "none", 0.25, None, 3, "2", None, digest_of("one")),
+        HarnessScore("two", "acc", "none", 0.75, 0.2, 5, "2", None, digest_of("two")),
     ]

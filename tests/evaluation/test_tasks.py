@@ -146,7 +146,7 @@ def test_an_adapter_whose_b_is_zero_is_the_base_to_the_bit(how: Asking, tmp_path
         said = answer(adapted, how, asked).values
     assert torch.equal(log_likelihoods(adapted, asked.options, batch_size=8), base)
     assert answer(adapted, how, asked).values == said
-    check_applied(adapted, start, idle, asked, batch_size=8)
+    check_applied(adapted, start, idle, asked.prompts, batch_size=8)
 
 
 def test_an_adapter_that_is_not_applied_is_an_error(
@@ -156,12 +156,12 @@ def test_an_adapter_that_is_not_applied_is_an_error(
     start, trained = adapted.read(), perturbed(adapted)
     asked = ask_rows(tmp_path, quiz(4), how)
     assert not is_idle(start, trained)
-    check_applied(adapted, start, trained, asked, batch_size=8)
+    check_applied(adapted, start, trained, asked.prompts, batch_size=8)
     assert torch.equal(adapted.read().weights_P, trained.weights_P)
     adapted.load(start)
     monkeypatch.setattr(AdaptedModel, "load", lambda *_: None)
     with pytest.raises(ModelError, match="not applied"):
-        check_applied(adapted, start, trained, asked, batch_size=8)
+        check_applied(adapted, start, trained, asked.prompts, batch_size=8)
 
 
 def test_the_base_leaves_what_is_frozen_frozen(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Did federation help: what a run is set against, with the same tokens, on the same hold-out."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.asked import write_tasks
 from support.made_runs import make_run
 from support.tiny import make_recipe
 
 from fedloom import run
+from fedloom.handover.evaluate import evaluate
 from fedloom.monitoring.observer import Observer
+from fedloom.records.check import check_run
 from fedloom.report.baselines_section import did_it_help
 from fedloom.report.run_report import write_report
 
@@ -59,6 +63,55 @@ def test_without_a_central_hold_out_they_are_judged_on_the_clients(tmp_path: Pat
     finished = run(make_recipe(baselines=["local"], data={"central_holdout": 0}), tmp_path / "run", Observer())
     told = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert told["local"]["1"]["losses"][0] == pytest.approx(finished.rounds[0]["client_loss"], rel=1e-9)
+
+
+def test_tasks_are_asked_of_the_best_adapter_of_each(tmp_path: Path) -> None:
+    """Of a single client whose federation is all that it is alone, to the bit."""
+    rows = [{"q": f"word{number} is", "c": ["good", "evil", "neither"], "a": "good"} for number in range(12)]
+    tasks = write_tasks(tmp_path / "tasks", rows, {"name": "quiz"})
+    recipe = make_recipe(
+        baselines=["local", "pooled"],
+        data={"clients": 1},
+        training={"proximal_mu": 0.0, "engine": "reference"},
+        evaluation={"tasks": [str(tasks)]},
+    )
+    finished = run(recipe, tmp_path / "run", Observer())
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    best = finished.rounds[finished.best_round or 0]["adapter_sha256"]
+    assert told["pooled"]["adapter_sha256"] == told["local"]["0"]["adapter_sha256"] == best
+    names = ("adapters/best", "baselines/pooled", "baselines/client-0")
+    weights = [(finished.folder / name / "adapter_model.safetensors").read_bytes() for name in names]
+    assert weights[0] == weights[1] == weights[2]
+    asked = {(one.get("round"), one.get("baseline"), one.get("client")): one for one in finished.evaluations}
+    assert asked.keys() == {
+        (None, None, None), (finished.best_round, None, None), (None, "pooled", None), (None, "local", 0),
+    }  # fmt: skip
+    _, ours, pooled, alone = asked.values()
+    assert ours["measures"] == pooled["measures"] == alone["measures"]
+    assert ours["adapter_sha256"] == alone["adapter_sha256"] != asked[None, None, None].get("adapter_sha256")
+    assert evaluate(finished.folder, [tasks], which=("local", "pooled")) == [alone, pooled]
+
+
+def test_each_client_alone_is_asked_and_a_damaged_adapter_is_found(tmp_path: Path) -> None:
+    rows = [{"q": f"word{number} is", "c": ["good", "evil"], "a": "good"} for number in range(4)]
+    tasks = write_tasks(tmp_path / "tasks", rows, {"name": "quiz"})
+    recipe = make_recipe(baselines=["round0", "local"], evaluation={"tasks": [str(tasks)]}, federation={"rounds": 1})
+    finished = run(recipe, tmp_path / "run", Observer())
+    assert [one["round"] for one in finished.evaluations if "round" in one] == [1, 0]
+    assert [one["client"] for one in finished.evaluations if "client" in one] == [0, 1, 2]
+    page = (finished.folder / "report.md").read_text()
+    assert "| Task | Measure | base | round 0 | round 1 | clients alone, on average |" in page
+    assert "| Alone | quiz, accuracy |" in page
+    assert "| client 2 |" in page.partition("| Alone | quiz, accuracy |")[2]
+    file = finished.folder / "baselines" / "client-1" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\0\0\0\1")
+    assert [one.what for one in check_run(finished.folder) if not one.well] == ["baselines/client-1"]
+    run(recipe, finished.folder, Observer(), resume=True)
+    assert file.read_bytes() == whole
+    shutil.rmtree(file.parent)
+    assert not [one for one in check_run(finished.folder) if not one.well]
+    assert [one["client"] for one in evaluate(finished.folder, which=("local",))] == [0, 2]
 
 
 def tell(losses: list[float], tokens: int = 10) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from support.tiny import make_blocks, make_recipe
 
 from fedloom import run
 from fedloom.data.tokens import ClientBlocks
-from fedloom.deployment.server.serving import check_deployable
-from fedloom.errors import RecipeError
 from fedloom.experiment.building import load_base
 from fedloom.experiment.sweep import sweep
 from fedloom.model.source import open_model
@@ -152,11 +150,6 @@ def test_each_arm_of_a_sweep_has_its_own(tmp_path: Path) -> None:
     swept, alone = told_by(folder / "seed=7")["clients"], told_by(tmp_path / "alone")["clients"]
     assert all(swept[client]["loss"] == pytest.approx(alone[client]["loss"], rel=1e-9) for client in alone)
     assert told_by(folder / "seed=8")["clients"]["0"]["loss"] != pytest.approx(alone["0"]["loss"], rel=1e-6)
-
-
-def test_a_deployment_refuses_it_by_name() -> None:
-    with pytest.raises(RecipeError, match="personalise"):
-        check_deployable(make_recipe(personalise={"epochs": 1}))
 
 
 def test_a_key_that_it_has_not_is_refused() -> None:

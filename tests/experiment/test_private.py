@@ -9,7 +9,6 @@ import pytest
 from support.marks import first
 from support.quick_runs import attempt, make_recipe
 
-from fedloom.deployment.server.serving import RemoteClients
 from fedloom.errors import DataError, FedloomError, RecipeError, RunError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.preparation import gather, prepare
@@ -180,11 +179,6 @@ def test_what_would_break_the_promise_is_refused(changes: dict[str, Any], key: s
 def test_a_delta_that_gives_a_document_away_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"privacy\.delta: 0\.5 is more than one over the \d+ documents"):
         plan(private(tmp_path, privacy={"epsilon": 1.0, "delta": 0.5}))
-
-
-def test_clients_elsewhere_are_refused_before_anything_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="others would answer without noise"):
-        RemoteClients(None, 1.0).prepare(private(tmp_path), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.long

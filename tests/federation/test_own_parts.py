@@ -20,9 +20,6 @@ from fedloom import run
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.lora import lora_pairs
 from fedloom.data.tokens import ClientBlocks
-from fedloom.deployment.messages import pack_recipe, unpack_recipe
-from fedloom.deployment.server.serving import check_deployable
-from fedloom.errors import MessageError, RecipeError
 from fedloom.evaluation.held_out import evaluate
 from fedloom.experiment.building import load_base
 from fedloom.experiment.run import plan
@@ -214,16 +211,3 @@ def test_each_clients_adapter_is_written_and_is_what_was_judged(tmp_path: Path) 
     (tmp_path / "run/clients/1/adapter/adapter_model.safetensors").write_bytes(b"nothing")
     assert [one.what for one in check_run(tmp_path / "run") if not one.well] == ["clients/1/adapter"]
     assert len({finished.rounds[-1]["client_losses"][str(client)] for client in range(3)}) == 3
-
-
-def test_a_deployment_refuses_it_by_name() -> None:
-    with pytest.raises(RecipeError, match="clients on other machines keep no part of an adapter"):
-        check_deployable(make_recipe(federation=FEDSA))
-
-
-def test_a_client_elsewhere_refuses_a_server_that_asks_for_it() -> None:
-    """It would send its B as if that were shared."""
-    told = pack_recipe(make_recipe(federation={"lora_rule": "ffa"}))
-    told["federation"]["lora_rule"] = "fedsa"
-    with pytest.raises(MessageError, match="lora_rule"):
-        unpack_recipe(told)

@@ -16,6 +16,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.cli import app
 from fedloom.errors import ModelError, RecipeError, RunError
 from fedloom.handover.evaluate import evaluate
+from fedloom.handover.export import export
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
 from fedloom.records.check import check_run
@@ -89,6 +90,42 @@ def test_an_adapter_trained_on_the_test_file_is_near_one(trained: Run, tasks: Pa
     assert [finding for finding in check_run(trained.folder) if not finding.well] == []
 
 
+def test_questions_that_were_trained_on_are_counted(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    records = evaluate(trained.folder, [tasks])
+    assert [record.get("in_training") for record in records] == [10, 10, None]
+    others = [{**row, "q": f"{row['q']} now"} for row in QUIZ[:6]]
+    framed = {"name": "framed", "prompt": "Question: {q}\nAnswer:"}
+    some = write_tasks(tmp_path, [*QUIZ[:4], *others], {"name": "some"}, framed)
+    said = Said()
+    records = evaluate(trained.folder, [some], say=said.show_step)
+    assert [record["in_training"] for record in records] == [4, 4]
+    line = "some, choice: 10 questions, 4 of them among the documents trained on"
+    assert f"task: {line}" in said.steps
+    page = (trained.folder / "report.md").read_text(encoding="utf-8")
+    assert "some: chance is 50.0 %; 10 questions, 4 of them among the documents trained on" in page
+
+
+def test_where_the_documents_are_no_longer_there_nothing_is_said_of_them(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"a text of {word} and more"}) + "\n" for word in WORDS * 4))
+    recipe = make_recipe(data={"source": str(rows), "duplicates": "report"}, federation={"rounds": 1})
+    finished = run(recipe, tmp_path / "run", Observer())
+    asked = [{"q": f"a text of {word}", "c": ["and more", "or less"], "a": "and more"} for word in WORDS]
+    tasks = write_tasks(tmp_path / "tasks", asked, {"name": "quiz"})
+    assert evaluate(finished.folder, [tasks])[0]["in_training"] > 0
+    again = write_tasks(tmp_path / "tasks", asked, {"name": "again"}, file="again.toml")
+    plan = json.loads((finished.folder / "plan.json").read_text())
+    # As a run's with clients on other machines, between which nobody could look.
+    elsewhere = {**plan, "audit": {**plan["audit"], "overlaps": []}}
+    (finished.folder / "plan.json").write_text(json.dumps(elsewhere))
+    assert "in_training" not in evaluate(finished.folder, [again])[0]
+    (finished.folder / "plan.json").write_text(json.dumps(plan))
+    rows.write_text(rows.read_text() + json.dumps({"text": "one more"}) + "\n")
+    assert "in_training" not in evaluate(finished.folder, [tasks], which=("0",))[0]
+    rows.unlink()
+    assert "in_training" not in evaluate(finished.folder, [tasks], which=("last", "0"))[1]
+
+
 def test_the_same_models_are_not_asked_twice_and_nothing_is_doubled(trained: Run, tasks: Path, tmp_path: Path) -> None:
     records = evaluate(trained.folder, [tasks], base=True)
     said = Said()
@@ -115,6 +152,25 @@ def test_the_report_shows_figures_with_their_intervals_and_the_command_prints_th
     assert f"({right} of 10; " in page
     write_report(trained.folder)
     assert (trained.folder / "report.md").read_text(encoding="utf-8") == page
+
+
+def test_an_adapters_card_says_what_it_could_do_and_is_no_damage(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    records = evaluate(trained.folder, [tasks], base=True, which=("best", "3"))
+    assert [finding for finding in check_run(trained.folder) if not finding.well] == []
+    for name, round in (("best", trained.best_round), ("round-3", 3)):
+        right = next(one for one in records if one["task"] == "quiz" and one.get("round") == round)
+        card = (trained.folder / "adapters" / name / "README.md").read_text(encoding="utf-8")
+        assert f"| Task | Measure | base | round {round} |" in card
+        assert f"({right['measures']['accuracy']['right']} of 10; " in card
+        assert "- quiz: chance is 50.0 %; 10 questions, 10 of them among the documents trained on" in card
+        assert str(tmp_path.parent) not in card
+    card = trained.folder / "adapters" / "best" / "README.md"
+    whole = card.read_text(encoding="utf-8")
+    card.write_text(whole.replace("## Privacy", "## Secrecy"), encoding="utf-8")
+    assert [finding.what for finding in check_run(trained.folder) if not finding.well] == ["adapters/best"]
+    card.write_text(whole, encoding="utf-8")
+    export(trained.folder, tmp_path / "adapter")
+    assert "## Tasks" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 def test_any_adapter_that_was_kept_can_be_asked(trained: Run, tasks: Path) -> None:
@@ -175,7 +231,7 @@ def test_a_run_asks_its_own_tasks_and_trains_the_same(tmp_path: Path) -> None:
         for key in ("adapter_sha256", "central_loss", "evaluate_tokens"):
             assert one[key] == other[key]
     assert {record.get("round") for record in asked.evaluations} == {None, 1, 2}
-    assert "quiz, choice: 4 questions" in asked.plan["tasks"]
+    assert "quiz, choice: 4 questions, none among the documents trained on" in asked.plan["tasks"]
     assert evaluate(asked.folder) == [record for record in asked.evaluations if record.get("round") == asked.best_round]
 
 

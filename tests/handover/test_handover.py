@@ -10,8 +10,10 @@ from peft import PeftModel
 from support.marks import first
 from support.tiny import make_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from fedloom import run
+from fedloom.cli import app
 from fedloom.errors import RunError
 from fedloom.handover.export import export
 from fedloom.handover.generate import generate
@@ -20,6 +22,7 @@ from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run
+from fedloom.text import show_controls
 
 CPU = torch.device("cpu")
 
@@ -95,6 +98,41 @@ def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> No
     with pytest.raises(RunError, match="the target exists"):
         export(finished.folder, tmp_path / "kept")
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [{"personalise": {"epochs": 2}}, {"federation": {"rounds": 1, "lora_rule": "fedsa"}}])
+def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_path: Path) -> None:
+    told = {"federation": {"rounds": 1}, "training": {"learning_rate": 0.1}, **more}
+    finished = run(make_recipe(**told), tmp_path / "run", Observer())
+
+    def type_in(*words: str) -> str:
+        found = CliRunner().invoke(app, [words[0], str(finished.folder), *words[1:]])
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    said = type_in("export", "--client", "1", "--to", str(tmp_path / "adapter"))
+    assert "its logits lie 0.0e+00 from the run's" in said
+    weights = "adapter_model.safetensors"
+    own, best = finished.folder / "clients" / "1" / "adapter" / weights, finished.folder / "adapters" / "best" / weights
+    assert (tmp_path / "adapter" / weights).read_bytes() == own.read_bytes() != best.read_bytes()
+    assert "client 1" in (tmp_path / "adapter" / "README.md").read_text()
+    said = type_in("export", "--client", "1", "--to", str(tmp_path / "merged"), "--merged", "--vllm")
+    assert f"vllm serve {tmp_path / 'merged'}" in said
+
+    asked = ("generate", "import os", "--tokens", "24")
+    said = type_in(*asked, "--client", "1")
+    pieces: list[str] = []
+    generate(tmp_path / "run", "import os", max_new_tokens=24, which=1, say=pieces.append)
+    assert said.rstrip("\n") == show_controls("".join(pieces)).rstrip("\n")
+    assert said != type_in(*asked)
+    with pytest.raises(RunError, match=r"client 9 has no adapter of its own; personalise = \{ epochs = 1 \}, or"):
+        export(finished.folder, tmp_path / "none", which=9)
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_own_adapters_there_is_none_of_a_client(finished: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="client 0 has no adapter of its own"):
+        export(finished.folder, tmp_path / "adapter", which=0)
 
 
 def test_text_comes_piece_by_piece_from_both(finished: Run) -> None:

@@ -11,18 +11,19 @@ from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom.cli import app
+from fedloom.evaluation.measures import share
 from fedloom.experiment.run import plan
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.card import HERE, write_card
+from fedloom.records.card import HERE, describe_tasks, put_tasks, without_tasks, write_card
 
 COMMIT = "a" * 40
 
 
-def card_of(recipe: Recipe, *, on_a_hub: bool = False, **more: Any) -> str:
+def card_of(recipe: Recipe, *, on_a_hub: bool = False) -> str:
     planned = plan(recipe)
     if on_a_hub:
         planned = replace(planned, model="owner/model", model_revision=COMMIT)
-    return write_card(recipe, planned, {"round": 1, "central_loss": 1.5}, **more)
+    return write_card(recipe, planned, {"round": 1, "central_loss": 1.5})
 
 
 def uses(card: str) -> dict[str, list[str]]:
@@ -85,7 +86,29 @@ def test_a_trained_prompt_is_for_peft_alone() -> None:
     assert uses(card_of(make_recipe(adapter=prompt), on_a_hub=True)).keys() == {"PEFT"}
 
 
-def test_tasks_and_privacy_have_their_place_where_there_are_some() -> None:
-    card = card_of(make_recipe(), sections={"Tasks": "| task | base | adapter |", "Privacy": "None."})
-    assert card.index("\n## Tasks\n\n| task |") < card.index("\n## Privacy\n\nNone.\n") < card.index("\n## Use\n")
-    assert "## Tasks" not in card_of(make_recipe())
+def test_tasks_have_their_place_and_are_replaced_and_taken_out_to_the_letter() -> None:
+    # A recipe may say what looks like the card's own headings.
+    card = card_of(make_recipe(description="a\n\n## Privacy\n\n## Tasks\n\n## Use\nb"))
+    told = put_tasks(card, "| task | base | adapter |")
+    assert told.index("\n\n## Tasks\n\n| task |") < told.index("\n\n## Privacy\n\n") < told.index("\n## Use\n")
+    assert put_tasks(told, "others") == put_tasks(card, "others") != told
+    assert without_tasks(told) == put_tasks(told, "") == card == without_tasks(card)
+    earlier = card[: card.index("## Privacy")] + card[card.index("## Use") :]
+    assert without_tasks(put_tasks(earlier, "words")) == earlier
+
+
+def test_of_tasks_a_card_has_those_of_its_own_round_beside_the_base_and_the_baselines() -> None:
+    def record(task: str, right: int, **model: Any) -> dict[str, Any]:
+        measures = {"accuracy": share([1.0] * right + [0.0] * (10 - right)).to_json()}
+        told = {"kind": "choice", "digest": "d", "questions": 10, "in_training": 3}
+        return {**model, **told, "task": task, "measures": measures}
+
+    records = [record("quiz", 2), record("quiz", 5, round=1), record("quiz", 7, round=2), record("more", 1, round=2)]
+    records += [record("quiz", 4, baseline="local", client=client) for client in (0, 1)]
+    lines = describe_tasks(records, 1).splitlines()
+    assert lines[2:4] == ["| Task | Measure | base | round 1 | clients alone, on average |", "|" + " --- |" * 5]
+    cells = "20.0 % (2 of 10; 5.7 to 51.0) | 50.0 % (5 of 10; 23.7 to 76.3) | 40.0 % (40.0 to 40.0) |"
+    assert lines[4] == f"| quiz | accuracy | {cells}"
+    assert lines[-1] == "- quiz: 10 questions, 3 of them among the documents trained on"
+    assert "| more | accuracy |" in describe_tasks(records, 2)
+    assert describe_tasks(records, 0) == ""

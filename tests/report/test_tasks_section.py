@@ -80,15 +80,56 @@ def test_a_difference_is_told_only_where_the_intervals_lie_apart(tmp_path: Path)
     assert tell_tasks(asked(tmp_path / "alone", record("up", 9, 2))) is None
 
 
+def of_baseline(task: str, right: int, client: int | None = None, **more: Any) -> dict[str, Any]:
+    model = {"baseline": "pooled"} if client is None else {"baseline": "local", "client": client}
+    return {**record(task, right, **more), **model, "adapter_sha256": f"of {client}"}
+
+
+def test_baselines_stand_beside_the_federation_and_each_client_has_a_row(tmp_path: Path) -> None:
+    records = [record("quiz", 2), record("quiz", 7, 2), of_baseline("quiz", 8)]
+    records += [of_baseline("quiz", right, client) for client, right in enumerate((3, 5, 4))]
+    run = asked(tmp_path / "run", *records, name="one")
+    text = to_markdown(build_report(run))
+    assert "| Task | Measure | base | round 2 | all documents together | clients alone, on average |" in text
+    assert "| 70.0 % (7 of 10; 39.7 to 89.2) | 80.0 % (8 of 10; 49.0 to 94.3) | 40.0 % (30.0 to 50.0) |" in text
+    assert "| client 1 | 50.0 % (5 of 10; 23.7 to 76.3) |" in text
+    assert any(line.startswith("client 2  40.0 % (4 of 10;") for line in describe_evaluations(records))
+    other = asked(tmp_path / "other", record("quiz", 4, 1), name="other")
+    beside = "base 20.0 %; all documents together 80.0 %; clients alone, on average 40.0 % (30.0 to 50.0)"
+    assert f"round 2; {beside} |" in to_markdown(build_comparison([run, other]))
+    assert next(one.found for one in check_run(run.folder) if one.what == "tasks") == "6 answers counted, none twice"
+
+
+def of_harness(value: float, round: int | None = None, *, error: float | None = 0.01, lower: bool = False) -> Any:
+    measure = {"value": value, "of": 10, "higher_is_better": not lower}
+    measure |= {} if error is None else {"low": value - error, "high": value + error}
+    return {**record("lm-eval/quiz", 0, round), "kind": "harness", "measures": {"perplexity": measure}}
+
+
+def test_a_figure_of_the_harness_is_no_share_and_may_be_better_if_lower(tmp_path: Path) -> None:
+    run = asked(tmp_path / "run", of_harness(31.5, lower=True), of_harness(20.25, 2, lower=True))
+    text = to_markdown(build_report(run))
+    assert "| lm-eval/quiz | perplexity | 31.5000 (31.4900 to 31.5100) | 20.2500 (20.2400 to 20.2600) |" in text
+    assert "better than the base model, beyond chance: lm-eval/quiz (31.5000 to 20.2500, perplexity)." in str(
+        tell_tasks(run)
+    )
+    higher = asked(tmp_path / "higher", of_harness(31.5), of_harness(20.25, 2))
+    assert "worse than the base model" in str(tell_tasks(higher))
+    unknown = asked(tmp_path / "unknown", of_harness(31.5, error=None), of_harness(20.25, 2, error=None))
+    assert tell_tasks(unknown) is None
+    assert "| lm-eval/quiz | perplexity | 31.5000 | 20.2500 |" in to_markdown(build_report(unknown))
+
+
 def test_a_line_is_replaced_and_those_of_lost_rounds_are_forgotten(tmp_path: Path) -> None:
     run = asked(tmp_path / "run", record("quiz", 2), record("quiz", 5, 1), record("quiz", 7, 2))
     add_evaluations(run.folder, [record("quiz", 8, 2)])
     counts = [one["measures"]["accuracy"]["right"] for one in read_run(run.folder).evaluations]
     assert counts == [2, 5, 8]
-    known = {"digest": "d", "round": 2, "adapter_sha256": "of round 2"}
-    assert find_evaluation(run.folder, "quiz", **known) is not None
-    for key, value in (("digest", "e"), ("round", 1), ("adapter_sha256", "another")):
-        assert find_evaluation(run.folder, "quiz", **{**known, key: value}) is None
+    model = {"round": 2, "adapter_sha256": "of round 2"}
+    assert find_evaluation(run.folder, "quiz", digest="d", model=model) is not None
+    assert find_evaluation(run.folder, "quiz", digest="e", model=model) is None
+    for key, value in (("round", 1), ("adapter_sha256", "another"), ("baseline", "pooled")):
+        assert find_evaluation(run.folder, "quiz", digest="d", model={**model, key: value}) is None
     forget_evaluations(run.folder, after=1)
     assert [one.get("round") for one in read_run(run.folder).evaluations] == [None, 1]
     forget_evaluations(run.folder, after=None)

@@ -78,7 +78,7 @@ def result_of(folder: Path) -> dict[str, Any]:
             lines[name].sort(key=lambda record: (record["round"], record["client"]))
     adapters = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for pattern in ("adapters/*/*.safetensors", "clients/*/adapter/*.safetensors")
+        for pattern in ("adapters/*/*.safetensors", "clients/*/adapter/*.safetensors", "baselines/*/*.safetensors")
         for path in sorted(folder.glob(pattern))
     }
     files = {name: folder / f"{name}.json" for name in ("baselines", "personalised", "contributions")}

@@ -5,6 +5,7 @@ What they send is honest but for what a test changes.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
@@ -14,9 +15,10 @@ import numpy as np
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import COUNTS, pack_adapter, pack_recipe, pack_task, pack_update
+from fedloom.deployment.messages import COUNTS, hide_documents, pack_adapter, pack_recipe, pack_task, pack_update
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
+from fedloom.deployment.server.serving import check_facts
 from fedloom.experiment.building import load_adapted_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
@@ -61,7 +63,15 @@ class LyingServer:
         if do == "train":
             task = ClientTask(1, 0, self.adapter, self.recipe.training, self.recipe.federation.rounds, seed=7)
             frame = replace(pack_task(task, frame), manifest={**pack_task(task, frame).manifest, "judge": False})
-        told = {**frame.manifest, "do": do, "seconds": 600.0, "recipe": merged(self.told, sections or {}), **fields}
+        more = {"tasks": {"base": True}, "keep": {"round": self.recipe.federation.rounds + 1, "client": 0}}
+        told = {
+            **frame.manifest,
+            **more.get(do, {}),
+            "do": do,
+            "seconds": 600.0,
+            "recipe": merged(self.told, sections or {}),
+            **fields,
+        }
         return replace(frame, manifest={name: value for name, value in told.items() if value is not None})
 
 
@@ -103,24 +113,43 @@ class LyingClient:
     def reopen(self) -> None:
         raise AssertionError("the link was lost")
 
-    def fleet(self, wait_seconds: float = 5.0, **federation: Any) -> tuple[RemoteFleet, list[str]]:
+    def fleet(
+        self, wait_seconds: float = 5.0, privacy: Mapping[str, Any] | None = None, **federation: Any
+    ) -> tuple[RemoteFleet, list[str]]:
         """The server's fleet of these clients, and what is said."""
         said: list[str] = []
         count = len(self._names)
-        recipe = make_recipe(data={"clients": count}, federation={"round_deadline": 20.0, **federation})
+        bound = {"privacy": dict(privacy)} if privacy else {}
+        recipe = make_recipe(data={"clients": count}, federation={"round_deadline": 20.0, **federation}, **bound)
         exchange = Exchange(
-            self, pack_recipe(recipe), 20.0, lambda what, detail: said.append(f"{what} {detail}"), lambda phases: None
+            self,
+            pack_recipe(recipe),
+            20.0,
+            lambda what, detail: said.append(f"{what} {detail}"),
+            lambda phases: None,
+            partial(check_facts, recipe),
         )
         names = exchange.assemble(count, wait_seconds)
         return RemoteFleet(exchange, names, recipe.federation, range(count), Path(gettempdir())), said
 
 
 def honest_answer(name: str, asked: Frame) -> Frame:
-    """Answer as a client that adds its number, and one, to every weight."""
+    """Answer as a client that adds its number, and one, to every weight; in a private run it tells no more."""
+    private = "privacy" in asked.manifest["recipe"]
+    answer = _open_answer(name, asked, {"noise_multiplier": 9.0} if private else {})
+    return hide_documents(answer, asked.manifest["do"]) if private else answer
+
+
+def _open_answer(name: str, asked: Frame, facts: Mapping[str, Any]) -> Frame:
     if asked.manifest["do"] == "meet":
-        return facts_of(name)
+        return facts_of(name, **facts)
     if asked.manifest["do"] == "evaluate":
         return Frame({"score": [2.0, 1, 4]})
+    if asked.manifest["do"] == "tasks":
+        rows = [["quiz", 8, int(name) + 2, None], ["say", 5, 1, 3]]
+        return Frame({"tasks": rows, "base": rows if asked.manifest["base"] else None})
+    if asked.manifest["do"] == "keep":
+        return Frame({"before": 2.0, "after": 1.0})
     start = np.frombuffer(asked.payload, dtype="<f4") + np.float32(int(name) + 1)
     report = pack_update(make_update(make_adapted().read(), int(name), round=asked.manifest["round"]), None)
     return replace(report, payload=start.tobytes())

@@ -51,6 +51,8 @@ class TaskRows:
 
     task: Task
     questions: tuple[Question, ...]
+    columns: tuple[tuple[str, ...], ...]
+    """Columns that each question's prompt is made of, as they stand in its row."""
     skipped: Mapping[str, int]
     """Number of rows that gave no question, by reason."""
     revision: str
@@ -71,13 +73,14 @@ def load_task(task: Task) -> TaskRows:
     where = f"task {task.name}"
     try:
         source = open_rows(_as_data(task), derive_seed(0, "tasks"), None)
-        questions, skipped = _read(task, list(source.open_rows))
+        found, skipped = _read(task, list(source.open_rows))
     except DataError as error:
         raise DataError(str(error), where=where) from error
-    if not questions:
+    if not found:
         why = list_reasons(skipped) or "nothing there"
         raise DataError(f"no row is a question ({why})", where=where, mend="check its source and its templates")
-    return TaskRows(task, tuple(questions), dict(skipped), source.revision)
+    questions, columns = zip(*found, strict=True)
+    return TaskRows(task, questions, columns, dict(skipped), source.revision)
 
 
 def _as_data(task: Task) -> Data:
@@ -120,15 +123,15 @@ def _columns(task: Task) -> list[str]:
     return list(dict.fromkeys([*named, *task.only]))
 
 
-def _read(task: Task, rows: list[Any]) -> tuple[list[Question], Counter[str]]:
-    """Return the questions that rows give, and how many rows give none, by reason."""
+def _read(task: Task, rows: list[Any]) -> tuple[list[tuple[Question, tuple[str, ...]]], Counter[str]]:
+    """Return the questions that rows give, with the columns of each, and how many rows give none, by reason."""
     if task.test_share:
         drawn = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
         rows = [rows[place] for place in drawn[: math.ceil(task.test_share * len(rows))]]
     if task.limit:
         # Files are often in the order of their labels.
         random.Random(derive_seed(0, "tasks")).shuffle(rows)
-    questions: list[Question] = []
+    questions: list[tuple[Question, tuple[str, ...]]] = []
     skipped: Counter[str] = Counter()
     for _, open_row in rows:
         if len(questions) == task.limit:
@@ -136,7 +139,8 @@ def _read(task: Task, rows: list[Any]) -> tuple[list[Question], Counter[str]]:
         try:
             row = open_row()
             if all(str(find_value(row, column)) in values for column, values in task.only.items()):
-                questions.append(_question(task, read_known(row, task.rows_of) if task.rows_of else row))
+                row = read_known(row, task.rows_of) if task.rows_of else row
+                questions.append((_question(task, row), _columns_of_prompt(task, row)))
         except UnreadableError as reason:
             skipped[str(reason)] += 1
     return questions, skipped
@@ -171,6 +175,11 @@ def _question(task: Task, row: Row) -> Question:
     if names.count(answers[0]) > 1 or said.count(said[right]) > 1:
         raise UnreadableError("with its answer twice among the choices")
     return Question(prompt, (said[right],), said, right)
+
+
+def _columns_of_prompt(task: Task, row: Row) -> tuple[str, ...]:
+    found = [find_value(row, column) for column in parse_template(task.prompt).columns if column != LETTERED]
+    return tuple(value for value in found if isinstance(value, str) and value.strip())
 
 
 def _choices(task: Task, row: Row) -> Iterator[str]:

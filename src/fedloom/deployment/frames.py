@@ -35,10 +35,25 @@ def send_frame(connection: socket.socket, frame: Frame) -> None:
     Raises:
         OSError: the other side is gone, or takes longer than the connection's timeout.
     """
-    manifest = json.dumps(frame.manifest).encode()
-    connection.sendall(HEAD.pack(len(manifest), len(frame.payload)) + manifest)
+    connection.sendall(pack_head(frame))
     if frame.payload:
         connection.sendall(frame.payload)
+
+
+def pack_head(frame: Frame) -> bytes:
+    """Return all of a frame that comes before its numbers."""
+    manifest = json.dumps(frame.manifest).encode()
+    return HEAD.pack(len(manifest), len(frame.payload)) + manifest
+
+
+def unpack_frame(data: bytes) -> Frame | None:
+    """Return the frame that is written in a file, or None where it is not whole."""
+    if len(data) < HEAD.size:
+        return None
+    manifest_bytes, payload_bytes = HEAD.unpack_from(data)
+    start = HEAD.size + manifest_bytes
+    manifest = read_manifest(data[HEAD.size : start])
+    return None if manifest is None or len(data) != start + payload_bytes else Frame(manifest, data[start:])
 
 
 def receive_frame(connection: socket.socket) -> Frame:

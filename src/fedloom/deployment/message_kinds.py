@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedloom.errors import MessageError
@@ -183,15 +183,18 @@ class Either:
 
 
 @dataclass(frozen=True)
-class Nothing:
-    """Field that is known to be empty."""
+class Only:
+    """One value, whatever there is to tell."""
 
-    def read(self, told: Any, where: str) -> None:
-        if told is not None:
+    value: float | None
+
+    def read(self, told: Any, where: str) -> float | None:
+        if type(told) is not type(self.value) or told != self.value:
             raise refused(where, self)
+        return self.value
 
     def __str__(self) -> str:
-        return "null"
+        return "null" if self.value is None else f"{self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,8 @@ class Field:
     required: bool = True
     policy: str = ""
     """Keys of the policy by which a client's owner limits or forbids it, with spaces between."""
+    private: Only | None = None
+    """Value that stands in its place in a private run, where it would tell of documents."""
 
 
 @dataclass(frozen=True)
@@ -246,3 +251,34 @@ class Record:
 
     def __str__(self) -> str:
         return "table"
+
+
+def as_private(kind: Kind) -> Kind:
+    """Return a kind as it is in a run whose recipe has `[privacy]`: what would tell of documents is one value."""
+    match kind:
+        case Record(fields):
+            return Record(tuple(map(_private_field, fields)))
+        case Row(fields):
+            return Row(tuple(map(_private_field, fields)))
+        case Listing(inner, least, most):
+            return Listing(as_private(inner), least, most)
+    return kind
+
+
+def _private_field(field: Field) -> Field:
+    return replace(field, kind=field.private or as_private(field.kind))
+
+
+def hide(kind: Kind, told: Any) -> Any:
+    """Return what was told with the one value in the place of every field that may have no other."""
+    match kind:
+        case Only(value):
+            return value
+        case Record(fields):
+            kinds = {field.name: field.kind for field in fields}
+            return {name: hide(kinds[name], value) for name, value in told.items()}
+        case Row(fields):
+            return [hide(field.kind, value) for field, value in zip(fields, told, strict=True)]
+        case Listing(inner):
+            return [hide(inner, one) for one in told]
+    return told

@@ -28,9 +28,18 @@ from fedloom.deployment.message_kinds import (
     refused,
 )
 from fedloom.recipe.data_section import Data
+from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
-from fedloom.recipe.sections import FEDERATED_METHODS, Adapter, Evaluation, Federation, Model, QuantizationOptions
+from fedloom.recipe.sections import (
+    FEDERATED_METHODS,
+    Adapter,
+    Evaluation,
+    Federation,
+    Model,
+    Personalise,
+    QuantizationOptions,
+)
 from fedloom.recipe.training_section import OPTIMIZER_DEFAULTS, Optimizer, Training
 
 ROUNDS, CLIENTS = 100_000, 100_000
@@ -233,10 +242,15 @@ FEDERATION = _told(
     Federation,
     {
         "rounds": ROUNDS,
-        "lora_rule": Word(("factors", "ffa", "rolora", "svd", "fedex")),
+        "lora_rule": None,
         "client_ranks": Listing(Count(1, 4096), 1, CLIENTS),
     },
     {"rounds": "max_rounds", "lora_rule": "lora_rules"},
+)
+PRIVACY = _told(
+    Privacy,
+    {"epsilon": None, "noise_multiplier": None, "delta": None, "max_norm": None, "noise": None},
+    dict.fromkeys(("epsilon", "noise_multiplier", "delta", "noise"), "privacy"),
 )
 RECIPE = Record(
     (
@@ -247,11 +261,18 @@ RECIPE = Record(
         Field("training", TRAINING, "the work of a round", required=False),
         Field("federation", Record(FEDERATION), "the rounds", required=False),
         Field("evaluation", Record(_told(Evaluation, {"batch_size": 4096})), "the scoring", required=False),
+        Field(
+            "personalise",
+            Record(_told(Personalise, {"epochs": 1000}, {"epochs": "max_epochs"})),
+            "the adapter of its own that each client goes on to",
+            required=False,
+        ),
+        Field("privacy", Record(PRIVACY), "the bound on what is told of a document", required=False),
     )
 )
 """Keys of a recipe that a server tells."""
 NEVER_TOLD = {
-    "": ("description", "baselines", "personalise", "contributions", "privacy"),
+    "": ("description", "baselines", "contributions"),
     "model": ("convert",),
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (

@@ -20,12 +20,12 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.message_fields import ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
-from fedloom.deployment.message_kinds import Count
+from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
+from fedloom.deployment.message_kinds import Count, hide
 from fedloom.deployment.message_recipe import RECIPE
 from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.lora_rules import trained_part
+from fedloom.federation.lora_rules import shared_part, trained_part
 from fedloom.host.files import hash_text
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
@@ -54,8 +54,10 @@ def read_question(asked: Frame) -> tuple[Frame, float]:
     return Frame({name: value for name, value in told.items() if name != "seconds"}, asked.payload), told["seconds"]
 
 
-def read_answer(answer: Frame, do: str) -> dict[str, Any]:
+def read_answer(answer: Frame, do: str, *, private: bool = False) -> dict[str, Any]:
     """Read the manifest of an answer, from a client that may have sent anything.
+
+    In a private run, what it may not tell is refused too: then nobody has it.
 
     Raises:
         MessageError: it refuses, or a field is missing, is beyond its bounds or is unknown.
@@ -65,7 +67,13 @@ def read_answer(answer: Frame, do: str) -> dict[str, Any]:
         raise MessageError(f"{REFUSALS[word]} ({word})")
     if do != "train" and answer.payload:
         raise MessageError("numbers came with an answer that has none")
-    return ANSWERS[do].read(answer.manifest)
+    told: dict[str, Any] = (PRIVATE_ANSWERS if private else ANSWERS)[do].read(answer.manifest, "")
+    return told
+
+
+def hide_documents(answer: Frame, do: str) -> Frame:
+    """Return an answer as it leaves in a private run: what would tell of documents is the same, whatever they say."""
+    return replace(answer, manifest=hide(PRIVATE_ANSWERS[do], answer.manifest))
 
 
 def pack_refusal(name: str, word: str) -> Frame:
@@ -78,16 +86,20 @@ def hash_layout(layout: Layout) -> str:
     return hash_text(layout.describe())
 
 
-def pack_adapter(adapter: Adapter) -> Frame:
-    """Write an adapter: the flat vector, and behind it the residual that `lora_rule = "fedex"` has beside it."""
+def pack_adapter(adapter: Adapter, shares_P: Tensor | None = None) -> Frame:
+    """Write an adapter: the flat vector, and behind it the residual that `lora_rule = "fedex"` has beside it.
+
+    Of one that clients have parts of their own of, what they share is written: where `shares_P` is true.
+    """
     pairs = adapter.residual.factors if adapter.residual else {}
-    tensors = [adapter.weights_P, *(factor for pair in pairs.values() for factor in pair)]
+    weights_P = adapter.weights_P if shares_P is None else adapter.weights_P[shares_P]
+    tensors = [weights_P, *(factor for pair in pairs.values() for factor in pair)]
     ranks = {layer: [b_OS.shape[0], a_SI.shape[0], a_SI.shape[1]] for layer, (b_OS, a_SI) in pairs.items()}
     return Frame({"layout": hash_layout(adapter.layout), "residual": ranks}, _to_bytes(tensors))
 
 
 def unpack_adapter(frame: Frame, layout: Layout, lora_rule: str) -> Adapter:
-    """Read what `pack_adapter` wrote, out of a question that was read.
+    """Read what `pack_adapter` wrote, out of a question that was read; what is each client's own of it is zero.
 
     Raises:
         MessageError: it is for another model, has a residual that its rule does not make, or is not as long as it says.
@@ -101,7 +113,11 @@ def unpack_adapter(frame: Frame, layout: Layout, lora_rule: str) -> Adapter:
     if residual and (lora_rule != "fedex" or {name: (o, i) for name, (o, _, i) in residual.items()} != layers):
         raise MessageError("the residual is for another model")
     pairs = [shape for o, rank, i in residual.values() for shape in ((o, rank), (rank, i))]  # of B and A
-    weights_P, *factors = _from_bytes(frame.payload, [(layout.size,), *pairs])
+    shares_P = shared_part(layout, lora_rule)
+    count = layout.size if shares_P is None else int(shares_P.sum())
+    weights_P, *factors = _from_bytes(frame.payload, [(count,), *pairs])
+    if shares_P is not None:
+        weights_P = torch.zeros(layout.size).masked_scatter(shares_P, weights_P)
     found = zip(factors[::2], factors[1::2], strict=True)
     return Adapter(layout, weights_P, Residual(dict(zip(residual, found, strict=True))) if factors else None)
 
@@ -125,37 +141,47 @@ def unpack_task(frame: Frame, layout: Layout, federation: Federation) -> ClientT
         rank = federation.client_ranks[client] if federation.client_ranks else None
     except (ValueError, IndexError) as error:
         raise MessageError("not a task of this recipe") from error
-    trains_P = trained_part(layout, federation.lora_rule, round, rank)
+    rule = federation.lora_rule
     return ClientTask(
-        round, client, unpack_adapter(frame, layout, federation.lora_rule), training, rounds, seed, trains_P
+        round,
+        client,
+        unpack_adapter(frame, layout, rule),
+        training,
+        rounds,
+        seed,
+        trained_part(layout, rule, round, rank),
+        shares_P=shared_part(layout, rule),
     )
 
 
-def pack_update(update: ClientUpdate, trains_P: Tensor | None) -> Frame:
-    """Write a client's report, and the weights that may have changed."""
+def pack_update(update: ClientUpdate, travels_P: Tensor | None) -> Frame:
+    """Write a client's report, and the weights that may have changed and are not its own."""
     weights_P = update.adapter.weights_P
     told = {"layout": hash_layout(update.adapter.layout), "report": asdict(update.report)}
-    return Frame(told, _to_bytes([weights_P if trains_P is None else weights_P[trains_P]]))
+    return Frame(told, _to_bytes([weights_P if travels_P is None else weights_P[travels_P]]))
 
 
-def unpack_update(frame: Frame, task: ClientTask) -> ClientUpdate:
+def unpack_update(frame: Frame, task: ClientTask, *, private: bool = False) -> ClientUpdate:
     """Read what `pack_update` wrote, from a client that may have written anything.
 
     Raises:
-        MessageError: it refuses, answers another task, or is not as long as it must be.
+        MessageError: it refuses, answers another task, is not as long as it must be, or does not say which part of
+            the adapter it keeps, where the rule has it keep one.
     """
-    told, layout = read_answer(frame, "train"), task.adapter.layout
+    told, layout = read_answer(frame, "train", private=private), task.adapter.layout
     if told["layout"] != hash_layout(layout):
         raise MessageError("the update is for another model")
+    if (task.shares_P is not None) != ("own" in told):
+        raise MessageError("the update says nothing of a part that stays with its client, or too much")
     report = ClientReport(**told["report"])
     if (report.round, report.client) != (task.round, task.client):
         raise MessageError("the update is of another round or client")
-    count = layout.size if task.trains_P is None else int(task.trains_P.sum())
+    count = layout.size if task.travels is None else int(task.travels.sum())
     (changed,) = _from_bytes(frame.payload, [(count,)])
     weights_P = changed
-    if task.trains_P is not None:
+    if task.travels is not None:
         weights_P = task.adapter.weights_P.clone()
-        weights_P[task.trains_P] = changed
+        weights_P[task.travels] = changed
     return ClientUpdate(report, replace(task.adapter, weights_P=weights_P), {})
 
 
@@ -164,13 +190,13 @@ def pack_score(score: Score | None) -> Frame:
     return Frame({"score": None if score is None else [score.loss_sum, score.correct, score.num_targets]})
 
 
-def unpack_score(answer: Frame, most_targets: int) -> Score | None:
+def unpack_score(answer: Frame, most_targets: int, *, private: bool = False) -> Score | None:
     """Read what `pack_score` wrote, from a client that has `most_targets` counted tokens held out.
 
     Raises:
         MessageError: it is not a score, or an impossible one.
     """
-    told = read_answer(answer, "evaluate")["score"]
+    told = read_answer(answer, "evaluate", private=private)["score"]
     if told is None:
         return None
     score = Score(*told)
@@ -202,13 +228,13 @@ def _spread(total: int, count: int) -> list[int]:
     return [total // count + (place < total % count) for place in range(count)]
 
 
-def unpack_progress(answer: Frame, do: str) -> list[Progress]:
+def unpack_progress(answer: Frame, do: str, *, private: bool = False) -> list[Progress]:
     """Read what `pack_progress` wrote.
 
     Raises:
         MessageError: it is not an answer to what was asked.
     """
-    return [Progress(*row) for row in read_answer(answer, do).get("progress", ())]
+    return [Progress(*row) for row in read_answer(answer, do, private=private).get("progress", ())]
 
 
 @dataclass(frozen=True)
@@ -236,6 +262,10 @@ class ClientFacts:
     """Documents left out because the client's hold-out has nearly the same."""
     leaks: int
     """Documents kept although the client's hold-out has nearly the same."""
+    tasks: int
+    """Tasks of its own that it may be asked, and tells counts of."""
+    noise_multiplier: float | None = None
+    """Noise that it takes in a private run, in units of `privacy.max_norm`."""
 
 
 COUNTS = tuple(one.name for one in ANSWERS["meet"].fields if isinstance(one.kind, Count))
@@ -247,13 +277,14 @@ def pack_facts(facts: ClientFacts) -> Frame:
     return Frame(asdict(facts))
 
 
-def unpack_facts(answer: Frame) -> ClientFacts:
+def unpack_facts(answer: Frame, *, private: bool = False) -> ClientFacts:
     """Read what `pack_facts` wrote, from a client that may have written anything.
 
     Raises:
         MessageError: it refuses, or a fact is missing or is not of its kind.
     """
-    return ClientFacts(**{name: value for name, value in read_answer(answer, "meet").items() if name != "progress"})
+    told = read_answer(answer, "meet", private=private)
+    return ClientFacts(**{name: value for name, value in told.items() if name != "progress"})
 
 
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:

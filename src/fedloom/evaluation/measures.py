@@ -40,7 +40,11 @@ class Measure:
 
 def share(values: Sequence[float]) -> Measure:
     """Return the share of values that are 1, where all are 0 or 1, with Wilson's interval (1927)."""
-    right, of = int(sum(values)), len(values)
+    return count_share(int(sum(values)), len(values))
+
+
+def count_share(right: int, of: int) -> Measure:
+    """Return the share of so many questions that so many are, with Wilson's interval (1927)."""
     low, high = wilson(right, of)
     return Measure(right / of, low, high, WILSON, of, right)
 

@@ -138,16 +138,16 @@ def average(results: Sequence[TaskResult]) -> TaskResult:
 
 
 def check_applied(
-    adapted: AdaptedModel, start: Adapter, trained: Adapter, asked: AskedTask, *, batch_size: int
+    adapted: AdaptedModel, start: Adapter, trained: Adapter, asked: Sequence[Sequence[int]], *, batch_size: int
 ) -> None:
     """Load an adapter, and refuse to judge it where it changes no log-likelihood though its weights say it does.
 
-    `start` is what training began with.
+    `start` is what training began with, and `asked` the tokens of questions, of which a few are tried.
 
     Raises:
         ModelError
     """
-    prompts = [torch.tensor(prompt) for prompt in asked.prompts if len(prompt) > 1][:PROBED]
+    prompts = [torch.tensor(prompt) for prompt in asked if len(prompt) > 1][:PROBED]
     if not prompts:  # a single token predicts nothing that a likelihood could be of
         adapted.load(trained)
         return

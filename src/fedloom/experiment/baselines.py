@@ -45,6 +45,8 @@ class Baseline:
     """Scores an adapter on what the client itself holds out, where it does."""
     own_loss: float | None = None
     """Loss of the best adapter there."""
+    best: Adapter | None = None
+    """Adapter with the lowest loss so far: of equal ones, the last."""
     error: str | None = None
 
     def note(self, result: RoundResult | TrainingError) -> None:
@@ -53,8 +55,9 @@ class Baseline:
             self.error = str(result)
         else:
             assert result.judged_loss is not None, "a baseline is evaluated after every round"
-            if self.score_own and all(result.judged_loss <= loss for loss in self.losses):
-                self.own_loss = self.score_own(result.adapter).loss
+            if all(result.judged_loss <= loss for loss in self.losses):
+                self.best = result.adapter
+                self.own_loss = self.score_own(result.adapter).loss if self.score_own else None
             self.losses.append(result.judged_loss)
             self.tokens += sum(report.tokens for report in result.reports)
 
@@ -111,7 +114,7 @@ def _score_on(score: EvaluateBlocks, blocks: TokenBlocks, adapter: Adapter) -> S
 
 
 def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[str]) -> dict[str, Any]:
-    """Return what `baselines.json` holds of each baseline: losses by round, tokens, or why it failed.
+    """Return what `baselines.json` holds of each baseline: losses by round, tokens, its adapter, or why it failed.
 
     A client alone has `own_loss` too: that of its best adapter on its own hold-out.
     """
@@ -120,7 +123,9 @@ def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[
         told: dict[str, Any] = {"losses": baseline.losses, "tokens": baseline.tokens}
         if baseline.own_loss is not None and math.isfinite(baseline.own_loss):
             told["own_loss"] = baseline.own_loss
-        return told if baseline.error is None else {**told, "error": baseline.error}
+        if baseline.error is not None:
+            return {**told, "error": baseline.error}
+        return told if baseline.best is None else {**told, "adapter_sha256": baseline.best.sha256()}
 
     record: dict[str, Any] = {"round0": {"losses": run.losses[:1], "tokens": 0}} if "round0" in wanted else {}
     for baseline in baselines:

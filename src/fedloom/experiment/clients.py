@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Prepared, prepare
 from fedloom.experiment.private import open_rations
 from fedloom.experiment.session import Session
+from fedloom.experiment.trial import Trial
 from fedloom.experiment.watchers import Watchers
 from fedloom.federation.fleet import Fleet, LocalFleet
 from fedloom.federation.lora_rules import open_own_parts
+from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
 
 
@@ -36,6 +39,10 @@ class Clients(Protocol):
         """
         ...
 
+    def finish(self, trial: Trial, session: Session, say: Say) -> None:
+        """Have clients make the adapters that are their own, where the recipe has some, when the rounds are over."""
+        ...
+
 
 class LocalClients:
     """Clients of this process: each holds its split of the recipe's documents."""
@@ -51,6 +58,13 @@ class LocalClients:
     def open_fleet(self, recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> LocalFleet:
         """Return a fleet that trains in this process."""
         return local_fleet(recipe, prepared, session, folder)
+
+    def finish(self, trial: Trial, session: Session, say: Say) -> None:
+        """Make the clients' own adapters, and keep them in the run directory."""
+        write_own_adapters(trial, session)
+        if trial.recipe.personalise:
+            say("by itself", "each client goes on from the best adapter")
+            personalise(trial, session, trial.recipe.personalise)
 
 
 def local_fleet(recipe: Recipe, prepared: Prepared, session: Session, folder: Path) -> LocalFleet:

@@ -17,6 +17,7 @@ from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import adapter_of_rank, open_own_parts, trained_part
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, writing
+from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Personalise
 from fedloom.records.card import write_card
 from fedloom.records.run import read_run
@@ -38,7 +39,7 @@ def personalise(trial: Trial, session: Session, section: Personalise) -> None:
     run = read_run(folder)
     card = write_card(trial.recipe, trial.prepared.plan, run.rounds[run.best_round or 0])
     found: dict[int, dict[str, Any]] = {}
-    for result in fleet.train(_tasks(trial, section, best)):
+    for result in fleet.train(_tasks(trial, best)):
         client = result.client
         if isinstance(result, ClientFailure):
             found[client] = {"error": str(result.error)}
@@ -86,12 +87,21 @@ def _save(session: Session, folder: Path, client: int, adapter: Adapter, card: s
         session.adapted.save(adapter, home / "adapter", card)
 
 
-def _tasks(trial: Trial, section: Personalise, best: Adapter) -> list[ClientTask]:
-    """Return each client's task: one more round than the run had, over as many epochs as its section says."""
-    recipe, round = trial.recipe, trial.run.completed + 1
+def _tasks(trial: Trial, best: Adapter) -> list[ClientTask]:
+    """Return the task of each client that has something to train on: one more round than the run had."""
+    able = [client for client, held in enumerate(trial.prepared.clients) if len(held.train)]
+    return [personal_task(trial.recipe, best, client, trial.run.completed + 1) for client in able]
+
+
+def personal_task(recipe: Recipe, best: Adapter, client: int, round: int) -> ClientTask:
+    """Return what a client goes on with by itself, wherever it is, over as many epochs as `personalise` says.
+
+    `round` is one more than the run had.
+    """
+    assert recipe.personalise is not None, "a recipe without it asks for none"
     training = recipe.training.model_copy(
         update={
-            "epochs": section.epochs,
+            "epochs": recipe.personalise.epochs,
             "max_steps": None,
             "schedule_scope": "round",
             "proximal_mu": 0.0,
@@ -99,23 +109,17 @@ def _tasks(trial: Trial, section: Personalise, best: Adapter) -> list[ClientTask
         }
     )
     ranks = recipe.federation.client_ranks
-    tasks = []
-    for client, held in enumerate(trial.prepared.clients):
-        rank = ranks[client] if ranks else None
-        if len(held.train):
-            tasks.append(
-                ClientTask(
-                    round=round,
-                    client=client,
-                    adapter=adapter_of_rank(best, rank),
-                    training=training,
-                    rounds=round,
-                    seed=recipe.seed,
-                    # Both factors, also where the federation's rule trains one after the other.
-                    trains_P=trained_part(best.layout, "factors", round, rank),
-                )
-            )
-    return tasks
+    rank = ranks[client] if ranks else None
+    return ClientTask(
+        round=round,
+        client=client,
+        adapter=adapter_of_rank(best, rank),
+        training=training,
+        rounds=round,
+        seed=recipe.seed,
+        # Both factors, also where the federation's rule trains one after the other.
+        trains_P=trained_part(best.layout, "factors", round, rank),
+    )
 
 
 def _explain(client: int, section: Personalise) -> str:

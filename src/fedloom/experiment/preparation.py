@@ -17,6 +17,7 @@ import torch
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import reason_of
 from fedloom.data.documents import Documents, load_documents
+from fedloom.data.seen_questions import digest_trained
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.errors import DataError, ModelError
@@ -24,7 +25,7 @@ from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
-from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks
+from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks, find_seen
 from fedloom.experiment.tokenizing import find_idle, tokenize_splits
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
@@ -39,6 +40,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
+from fedloom.records.run import Record
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
@@ -121,6 +123,8 @@ class Prepared:
     """Hashes of the documents of clients elsewhere, by client."""
     tasks: LoadedTasks = NO_TASKS
     """Tasks that the run's models are asked."""
+    trained: frozenset[bytes] | None = None
+    """Hashes of the texts that are trained on, where tasks are asked and the documents are in this process."""
 
 
 def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
@@ -146,11 +150,15 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
         plan = plan_shares(plan, recipe.federation)
     plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
-    return Prepared(material.source, device, material.central, material.clients, scored, plan, room.capacity)
+    trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks else None
+    parts = material.central, material.clients, scored, plan, room.capacity
+    return Prepared(material.source, device, *parts, trained=trained)
 
 
 def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
     """Return what is prepared with the run's tasks, which its plan tells of."""
+    if prepared.trained is not None:
+        tasks = find_seen(tasks, prepared.trained)
     return replace(prepared, tasks=tasks, plan=replace(prepared.plan, tasks=describe_tasks(tasks, recipe)))
 
 
@@ -182,6 +190,23 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
             mend="hold out some documents, centrally or at the clients",
         )
     return Material(source, found, splits, central, clients, shared_blocks, find_idle(splits, clients, recipe))
+
+
+def digest_documents(recipe: Recipe, plan: Record, source: ModelSource, say: Say) -> frozenset[bytes] | None:
+    """Return hashes of the texts that a run trained on; None where they are not at hand, or no longer what they were.
+
+    Those of clients on other machines never are. `plan` is the run's own, as it is on record.
+    """
+    if not plan["audit"]["overlaps"]:
+        return None
+    say("documents", recipe.data.source)
+    wanted = documents_needed(recipe.data)
+    try:
+        found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
+        same = (found.revision, len(found.documents)) == (plan["data_revision"], plan["documents"])
+        return digest_trained(split_documents(found, recipe.data, recipe.seed).clients) if same else None
+    except DataError:  # gone since, or out of reach
+        return None
 
 
 def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:

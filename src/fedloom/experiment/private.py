@@ -45,6 +45,13 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
         return replace(plan, privacy=describe_central(recipe, plan))
     able = {client: held.train for client, held in enumerate(clients) if len(held.train)}
     terms = {client: set_client_terms(recipe, train.num_units) for client, train in able.items()}
+    copies, repeated = max(map(count_copies, able.values())), sum(train.repeated for train in able.values())
+    return promise(plan, recipe, terms, copies=copies, repeated=repeated)
+
+
+def promise(plan: Plan, recipe: Recipe, terms: Mapping[int, Terms], **known: Any) -> Plan:
+    """Return the plan of a private run with what its clients' terms promise, and what else is `known`."""
+    assert recipe.privacy is not None, "a recipe without a bound"
     rounds = recipe.federation.rounds
     worst = max(terms.values(), key=lambda one: one.noise_over_signal(plan.trainable_parameters, rounds, 1))
     return replace(
@@ -55,8 +62,7 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
             "delta": recipe.privacy.delta,
             "max_norm": recipe.privacy.max_norm,
             "noise": recipe.privacy.noise,
-            "copies": max(map(count_copies, able.values())),
-            "repeated": sum(train.repeated for train in able.values()),
+            **known,
             "noise_over_signal": worst.noise_over_signal(plan.trainable_parameters, rounds, plan.clients_per_round),
             "clients": {
                 str(client): {
@@ -73,8 +79,8 @@ def plan_privacy(plan: Plan, recipe: Recipe, clients: Sequence[ClientBlocks]) ->
     )
 
 
-def set_client_terms(recipe: Recipe, units: int) -> Terms:
-    """Return the terms of a client with so many units.
+def set_client_terms(recipe: Recipe, units: int, least_noise: float = 0.0) -> Terms:
+    """Return the terms of a client with so many units, with its own least noise where the recipe has less.
 
     Raises:
         RecipeError: δ is above one over their number, at which a whole one may be told.
@@ -87,7 +93,7 @@ def set_client_terms(recipe: Recipe, units: int) -> Terms:
             where="privacy.delta",
             mend=f"at most {1 / units:.1g}, better a hundredth of that",
         )
-    return set_terms(
+    terms = set_terms(
         units=units,
         batch=recipe.training.step_size,
         steps=recipe.training.steps_of(units),
@@ -97,6 +103,21 @@ def set_client_terms(recipe: Recipe, units: int) -> Terms:
         target=recipe.privacy.epsilon,
         noise_multiplier=recipe.privacy.noise_multiplier,
     )
+    return replace(terms, noise_multiplier=max(terms.noise_multiplier, least_noise))
+
+
+def seed_secret(recipe: Recipe) -> bytes:
+    """Return what noise of the recipe's seed comes from: the same wherever it is trained, and no secret."""
+    return bytes.fromhex(hash_text(f"not private: {recipe.seed}"))
+
+
+def derive_ration(secret: bytes, terms: Terms, documents: str, task: ClientTask) -> Ration:
+    """Return the ration of a task: its noise depends on all that the answer depends on, and on the secret."""
+    facts = (
+        *(task.round, task.client, task.trial, task.rounds, task.seed),
+        *(task.adapter.sha256(), task.training.model_dump_json(), documents, asdict(terms)),
+    )
+    return Ration(terms, derive_key(secret, *map(str, facts)))
 
 
 class Rations:
@@ -111,13 +132,8 @@ class Rations:
         }
 
     def __call__(self, task: ClientTask) -> Ration:
-        """Return the ration for a task: its noise depends on all that the answer depends on, and on the secret."""
-        terms, documents = self._held[task.client]
-        facts = (
-            *(task.round, task.client, task.trial, task.rounds, task.seed),
-            *(task.adapter.sha256(), task.training.model_dump_json(), documents, asdict(terms)),
-        )
-        return Ration(terms, derive_key(self._secret, *map(str, facts)))
+        """Return the ration for a task."""
+        return derive_ration(self._secret, *self._held[task.client], task)
 
 
 def open_rations(recipe: Recipe, clients: Sequence[ClientBlocks], folder: Path) -> Rations | None:
@@ -151,7 +167,7 @@ def _open_secret(recipe: Recipe, path: Path) -> bytes:
     """Return a run's secret, a new one where it has none yet; its owner alone may read it."""
     assert recipe.privacy is not None, "a recipe without a bound"
     if recipe.privacy.noise == "seed":
-        return bytes.fromhex(hash_text(f"not private: {recipe.seed}"))
+        return seed_secret(recipe)
     if not path.exists():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

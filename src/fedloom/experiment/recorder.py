@@ -45,6 +45,10 @@ class Recorder:
         self._weigh = WEIGHTS[recipe.federation.strategy.weight_by]
         self._account = Account(plan.privacy) if plan.privacy else None
 
+    def open(self, name: str) -> Adapter:
+        """Read an adapter of the run: `initial`, `best` or `last`."""
+        return self._session.adapted.open(self.adapters / name)
+
     def begin(self, initial: Adapter) -> None:
         """Keep the adapter that every client starts from."""
         self._save(initial, "initial", write_card(self._recipe, self._plan, None))

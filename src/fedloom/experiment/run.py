@@ -16,17 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.errors import RecipeError, RunError
-from fedloom.experiment.baselines import describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.contributions import find_contributions
-from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Prepared, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
-from fedloom.experiment.trial import Trial, baselines_of, begin_or_restore, find_state, train_baselines
+from fedloom.experiment.trial import (
+    Trial,
+    baselines_of,
+    begin_or_restore,
+    find_state,
+    train_baselines,
+    write_baselines,
+)
 from fedloom.experiment.watchers import open_watchers
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.rounds import run_rounds
@@ -124,10 +129,7 @@ def run(
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
                 run_baselines(trial, session, watchers)
-            write_own_adapters(trial, session)
-            if recipe.personalise:
-                watchers.show_step("by itself", "each client goes on from the best adapter")
-                personalise(trial, session, recipe.personalise)
+            clients.finish(trial, session, watchers.show_step)
             if recipe.contributions:
                 find_contributions(trial, session, watchers.show_step)
             trial.ask_tasks()
@@ -272,6 +274,4 @@ def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
     train_baselines(baselines, session)
-    record = describe(baselines, trial.run, trial.recipe.baselines)
-    trial.recorder.writer.write_json("baselines.json", record)
-    failpoint("baselines.written")
+    write_baselines(trial, session, baselines)

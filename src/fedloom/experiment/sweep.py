@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
-from fedloom.experiment.baselines import Baseline, describe
+from fedloom.experiment.baselines import Baseline
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.contributions import find_contributions
@@ -31,7 +31,7 @@ from fedloom.experiment.recognition import open_recipe
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
-from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines
+from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines, write_baselines
 from fedloom.federation.rounds import RoundResult
 from fedloom.host.files import take_lock, write_json
 from fedloom.monitoring.display import Terminal
@@ -328,8 +328,8 @@ class OpenTrial:
 
     def finish(self) -> None:
         """Do what follows the rounds, and close the run directory: the run and those of its baselines are complete."""
-        if wanted := self.trial.recipe.baselines:
-            self._writer.write_json("baselines.json", describe(self.baselines, self.trial.run, wanted))
+        if self.trial.recipe.baselines:
+            write_baselines(self.trial, self._session, self.baselines)
         write_own_adapters(self.trial, self._session)
         if section := self.trial.recipe.personalise:
             personalise(self.trial, self._session, section)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,20 @@ from typing import Any
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.asking import AskedTask, Asking, ask, asks_in_chat, warn_of_template
+from fedloom.data.seen_questions import count_seen
 from fedloom.data.task_rows import TaskRows, load_task
 from fedloom.errors import RecipeError
 from fedloom.evaluation.code_runs import run_program
 from fedloom.evaluation.generation import complete_all
+from fedloom.evaluation.measures import count_share
+from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.evaluation.tasks import Answerer, TaskResult, average, check_applied
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
 from fedloom.progress import Say, Watch
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.task_files import load_tasks
+from fedloom.records.answers import explain_seen, name_model
 from fedloom.records.evaluations import add_evaluations, find_evaluation
 from fedloom.records.run import Record
 from fedloom.records.writer import now
@@ -34,6 +38,8 @@ class LoadedTasks:
     tasks: tuple[TaskRows, ...]
     averages: Mapping[str, Sequence[str]]
     """Name of a mean -> the names of its tasks."""
+    in_training: Mapping[str, int] = field(default_factory=dict)
+    """Questions of each task that are among the documents trained on; empty where nobody could look."""
 
     def __bool__(self) -> bool:
         return bool(self.tasks)
@@ -71,6 +77,11 @@ def gather_tasks(
     return LoadedTasks(tuple(loaded), found.averages)
 
 
+def find_seen(loaded: LoadedTasks, trained: frozenset[bytes]) -> LoadedTasks:
+    """Return tasks with how many of their questions are among what is trained on, by its hashes."""
+    return replace(loaded, in_training={rows.task.name: count_seen(rows, trained) for rows in loaded.tasks})
+
+
 NO_TASKS = LoadedTasks((), {})
 
 
@@ -81,8 +92,10 @@ def describe_tasks(loaded: LoadedTasks, recipe: Recipe) -> tuple[str, ...]:
         skipped = sum(rows.skipped.values())
         reasons = list_reasons(rows.skipped)
         warning = warn_of_template(rows.task, recipe.data)
+        seen = loaded.in_training.get(rows.task.name)
         lines.append(
             f"{rows.task.name}, {rows.task.kind}: {count(len(rows.questions), 'question')}"
+            + (f", {explain_seen(seen)}" if seen is not None else "")
             + (f", {count(skipped, 'row')} skipped: {reasons}" if skipped else "")
             + (f"; {warning}" if warning else "")
         )
@@ -129,17 +142,17 @@ class Examiner:
                 self._ask({}, known)
         return self._in_order(known)
 
-    def examine(self, adapter: Adapter, round: int) -> list[Record]:
-        """Ask the model with the adapter of a round, and return its records.
+    def examine(self, adapter: Adapter, model: Record) -> list[Record]:
+        """Ask the model with an adapter, and return its records; `model` says whose it is, as a record does.
 
         Raises:
             ModelError: the adapter is not applied.
         """
-        model = {"round": round, "adapter_sha256": adapter.sha256()}
+        model = {**model, "adapter_sha256": adapter.sha256()}
         known = self._find_known(model)
         if self._needed(known):
             size = self._recipe.evaluation.batch_size
-            check_applied(self.adapted, self._start, adapter, self._asked[0], batch_size=size)
+            check_applied(self.adapted, self._start, adapter, self._asked[0].prompts, batch_size=size)
             self._ask(model, known)
         return self._in_order(known)
 
@@ -147,8 +160,7 @@ class Examiner:
         """Return the records of a model that are there already, by task, of the same questions."""
         digests = {rows.task.name: rows.digest for rows in self._loaded.tasks}
         digests |= {name: self._digest_of(names) for name, names in self._loaded.averages.items()}
-        whose = {"round": model.get("round"), "adapter_sha256": model.get("adapter_sha256")}
-        found = {name: find_evaluation(self._folder, name, digest=one, **whose) for name, one in digests.items()}
+        found = {name: find_evaluation(self._folder, name, digest=one, model=model) for name, one in digests.items()}
         return {name: record for name, record in found.items() if record is not None}
 
     def _needed(self, known: Mapping[str, Record]) -> set[str]:
@@ -163,7 +175,7 @@ class Examiner:
         """Ask the model as it is now what is lacking, and add it to what is known, and to what is on record."""
         needed = self._needed(known)
         results: dict[str, TaskResult] = {}
-        whose = f"round {model['round']}" if model else "the base model"
+        whose = name_model(model)
         for asked in self._asked:
             if (name := asked.task.name) in needed:
                 self._say("task", f"{name}, {count(len(asked.questions), 'question')}: {whose}")
@@ -194,6 +206,8 @@ class Examiner:
             "skipped": dict(asked.skipped),
             "chat": asks_in_chat(task, self._recipe.data),
         }
+        if task.name in self._loaded.in_training:
+            told["in_training"] = self._loaded.in_training[task.name]
         if task.kind == "choice":
             told["chance"] = sum(1 / size for size in sizes) / len(sizes)
         warning = warn_of_template(task, self._recipe.data)
@@ -203,3 +217,16 @@ class Examiner:
 def _counted(result: TaskResult) -> dict[str, Any]:
     measures = {name: measure.to_json() for name, measure in result.measures.items()}
     return {"measures": measures, "seconds": result.seconds, "finished": now()}
+
+
+def describe_own_answers(found: Mapping[int, OwnAnswers], model: Record) -> list[Record]:
+    """Return the records of counts that clients told of their own tasks: by the adapter of `model`, and by the base."""
+    records: list[Record] = []
+    for client, answers in found.items():
+        for whose, counts in ((model, answers.adapter), ({}, answers.base or ())):
+            for one in counts:
+                counted = {"accuracy": one.right} | ({} if one.unreadable is None else {"unreadable": one.unreadable})
+                measures = {name: count_share(number, one.questions).to_json() for name, number in counted.items()}
+                told = {"holder": client, "task": one.task, "questions": one.questions, "measures": measures}
+                records.append({**whose, **told, "finished": now()})
+    return records

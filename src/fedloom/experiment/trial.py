@@ -11,19 +11,27 @@ from typing import cast
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import RunError
 from fedloom.evaluation.held_out import Score
-from fedloom.experiment.baselines import Baseline, set_up_baselines
+from fedloom.experiment.baselines import Baseline, describe, set_up_baselines
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.private import open_aggregate
 from fedloom.experiment.recorder import Recorder
 from fedloom.experiment.session import Session
-from fedloom.experiment.tasks import Examiner
+from fedloom.experiment.tasks import Examiner, describe_own_answers
 from fedloom.federation.aggregation import Aggregate
 from fedloom.federation.fleet import Fleet
 from fedloom.federation.rounds import FederatedRun, RoundResult
-from fedloom.host.files import clear_unfinished
+from fedloom.host.failpoints import failpoint
+from fedloom.host.files import clear_unfinished, writing
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.evaluations import forget_evaluations
+from fedloom.records.card import write_tasks
+from fedloom.records.evaluations import (
+    BASELINES,
+    add_evaluations,
+    baseline_folder,
+    forget_evaluations,
+    kept_baselines,
+)
 from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, load_state, save_state
 from fedloom.records.writer import RECORDS, RunWriter
@@ -55,18 +63,42 @@ class Trial:
         record = self.recorder.record(result, self.run)
         every = self.recipe.evaluation.tasks_every
         # Before the round is committed: a committed round has its answers on record, and no other ones.
-        if self.examiner and every and result.round and result.round % every == 0:
-            self.examiner.examine(result.adapter, result.round)
+        if every and result.round and result.round % every == 0:
+            if self.examiner:
+                self.examiner.examine(result.adapter, {"round": result.round})
+            self._ask_clients(result.adapter, result.round)
             self.recorder.forget_measured()
         return record
 
     def ask_tasks(self) -> None:
-        """Ask the base model and the best adapter the tasks, at the end."""
+        """Ask the base model, the best adapter and those of the baselines the tasks, at the end; cards tell of them.
+
+        And ask clients those that they hold themselves.
+        """
+        run = read_run(self.recorder.writer.folder)
+        assert run.best_round is not None, "round 0 is always evaluated"
         if self.examiner:
             self.examiner.examine_base()
-            round = read_run(self.recorder.writer.folder).best_round
-            assert round is not None, "round 0 is always evaluated"
-            self.examiner.examine(self.examiner.adapted.open(self.recorder.adapters / "best"), round)
+            rounds = {run.best_round: "best", **({0: "initial"} if "round0" in self.recipe.baselines else {})}
+            models = [({"round": round}, self.recorder.adapters / name) for round, name in rounds.items()]
+            models += kept_baselines(run)
+            for model, folder in models:
+                self.examiner.examine(self.examiner.adapted.open(folder), model)
+        # Of an adapter that was written again, too, and that was asked by `fedloom evaluate`.
+        write_tasks(self.recorder.writer.folder)
+        if self.fleet.own_parts:  # a client's part is that of the last round
+            self._ask_clients(self.run.adapter, self.run.completed, base=True)
+        elif self.fleet.examined:
+            self._ask_clients(self.recorder.open("best"), run.best_round, base=True)
+
+    def _ask_clients(self, adapter: Adapter, round: int, *, base: bool = False) -> None:
+        """Have clients ask an adapter the tasks that they hold themselves, and put the counts on record."""
+        # What is counted of a client's own questions, no promise of a private run covers: it is not asked for.
+        if not self.fleet.examined or self.recipe.privacy is not None:
+            return
+        found = self.fleet.ask_tasks(adapter, base=base)
+        model = {"round": round, "adapter_sha256": adapter.sha256()}
+        add_evaluations(self.recorder.writer.folder, describe_own_answers(found, model))
 
     def past_rounds(self) -> list[RoundRecord]:
         """Return the records of the rounds that are complete."""
@@ -254,3 +286,17 @@ def train_baselines(baselines: Sequence[Baseline], session: Session) -> None:
     """Train baselines, all of them in one pass where the engine can; they are numbered as they stand here."""
     for number, result in session.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
         baselines[number].note(result)
+
+
+def write_baselines(trial: Trial, session: Session, baselines: Sequence[Baseline]) -> None:
+    """Put a run's baselines on record, and keep the best adapter of each: tasks are asked of it."""
+    folder = trial.recorder.writer.folder
+    clear_unfinished(folder / BASELINES)
+    for baseline in baselines:
+        if baseline.best and not baseline.error:
+            home = folder / baseline_folder(baseline.client)
+            with writing(home):
+                session.adapted.save(baseline.best, home)
+    record = describe(baselines, trial.run, trial.recipe.baselines)
+    trial.recorder.writer.write_json("baselines.json", record)
+    failpoint("baselines.written")

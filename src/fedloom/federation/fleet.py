@@ -12,6 +12,7 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.evaluation.held_out import Score
+from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.federation.admission import ClientSize
 from fedloom.federation.own_parts import OwnParts
 from fedloom.privacy.ration import Ration
@@ -69,6 +70,15 @@ class Fleet(Protocol):
         """Each client's own part of the adapter, where it has one, as far as it is the server's to keep."""
         ...
 
+    @property
+    def examined(self) -> Sequence[int]:
+        """Ids of the clients that hold tasks of their own, and tell how many are right."""
+        ...
+
+    def ask_tasks(self, adapter: Adapter, *, base: bool) -> dict[int, OwnAnswers]:
+        """Have those clients ask an adapter their own tasks, and the base model too; who does not tell is left out."""
+        ...
+
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
         """Have each client carry out its task; yield what comes of it as they finish.
 
@@ -124,6 +134,15 @@ class LocalFleet:
     def own_parts(self) -> dict[int, Tensor]:
         """Each client's own part of the adapter; empty where all of it is shared."""
         return self._own.parts if self._own else {}
+
+    @property
+    def examined(self) -> Sequence[int]:
+        """Nobody: clients of this process have no owner who would hold tasks."""
+        return ()
+
+    def ask_tasks(self, adapter: Adapter, *, base: bool) -> dict[int, OwnAnswers]:
+        """Ask nobody."""
+        return {}
 
     def adapter_of(self, client: int, adapter: Adapter) -> Adapter:
         """Return the adapter as a client has it: with its own part, where it has one."""

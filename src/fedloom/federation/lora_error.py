@@ -51,7 +51,7 @@ class AveragingMeter:
             self._updates.append((share, weights_P))
 
     def take(self) -> AveragingError | None:
-        """Return the error of the updates since the last call; None if there were none with LoRA, or too many."""
+        """Return the error of the updates since the last call; None if no product of LoRA came, or too many."""
         updates, count = self._updates, self._count
         self._updates, self._count = [], 0
         if not updates or count > MOST_CLIENTS:
@@ -64,6 +64,9 @@ class AveragingMeter:
             a_KRI, b_KOR = stack_factors(tensors, a_name, b_name)
             squares[layer] = covariance_and_mean(a_KRI, b_KOR, share_K)
         errors, means = (sum(values) for values in zip(*squares.values(), strict=True))
+        # Every B is zero where clients elsewhere keep theirs: there is no product to measure.
+        if not means:
+            return None
         return AveragingError(
             whole=_ratio(errors, means), layers={layer: _ratio(*found) for layer, found in squares.items()}
         )

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model, open_source
-from fedloom.experiment.tasks import Examiner, describe_tasks, gather_tasks
+from fedloom.experiment.harness_tasks import HarnessExaminer, HarnessTasks
+from fedloom.experiment.preparation import digest_documents
+from fedloom.experiment.tasks import Examiner, describe_tasks, find_seen, gather_tasks
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.host.files import take_lock
 from fedloom.progress import Say, Watch, ignore, say_nothing
 from fedloom.recipe.task_files import shipped_tasks
+from fedloom.records.card import write_tasks
+from fedloom.records.evaluations import kept_baselines
 from fedloom.records.run import Record, Run, read_run
 from fedloom.report.run_report import write_report
 
@@ -25,39 +29,69 @@ def evaluate(
     which: Sequence[str] = ("best",),
     places: Sequence[str] = (),
     run_code: bool = False,
+    harness: Sequence[str] = (),
+    limit: int | None = None,
+    examples: int | None = None,
     say: Say = say_nothing,
     watch: Watch = ignore,
 ) -> list[Record]:
     """Ask a run's adapters tasks, and the base model too with `base`; return the records, which join the run's.
 
-    `tasks` are files, or names of those that ship; the run's own where none are named. `which` are adapters: best,
-    last, or numbers of rounds, of which 0 is before any training. Each of `places` is TASK=SOURCE: where a task's rows
-    are read from instead. With `run_code`, tasks may run programs that a model wrote.
+    `tasks` are files, or names of those that ship; the run's own where none are named, here or of the `harness`.
+    `which` are adapters: best, last, numbers of rounds, of which 0 is before any training, or baselines, pooled and
+    local. Each of `places` is TASK=SOURCE: where a task's rows are read from instead. With `run_code`, tasks may run
+    programs that a model wrote. `harness` are tasks of lm-evaluation-harness, by name or by their .yaml files: the
+    first `limit` questions of each, with so many answered `examples` before each.
 
     Raises:
         RunError: there is no such run or adapter, it is at work, there are no tasks, or programs can't be confined.
         RecipeError, DataError, ModelError: a task or the model can't be had, or an adapter is not applied.
     """
     run, recipe = read_run(folder), recipe_of(Path(folder))
-    rounds = [find_round(run, one) for one in which]
-    # Before a model is asked for an hour: an adapter may not be there.
-    adapters = [(round, folder_of(run, round, one)) for round, one in zip(rounds, which, strict=True)]
-    sources = tasks or recipe.evaluation.tasks
-    if not sources:
+    models = [model for one in which for model in find_models(run, one)]
+    if not harness and (limit is not None or examples is not None):
+        raise RunError("they are of the harness's tasks alone", where="--limit, --examples", mend="leave them out")
+    sources = tasks or (() if harness else recipe.evaluation.tasks)
+    if not sources and not harness:
         known = ", ".join(shipped_tasks())
         raise RunError("the run has no tasks of its own", where="--tasks", mend=f"name a file, or one of: {known}")
     loaded = gather_tasks(sources, places, say, run_code=run_code)
-    for line in describe_tasks(loaded, recipe):
-        say("task", line)
+    of_harness = HarnessTasks(harness, limit=limit, examples=examples) if harness else None
     with closing(take_lock(run.folder)):
         source = open_source(recipe)
+        trained = digest_documents(recipe, run.plan, source, say) if loaded else None
+        loaded = loaded if trained is None else find_seen(loaded, trained)
+        for line in describe_tasks(loaded, recipe):
+            say("task", line)
         adapted = load_adapted_model(recipe, source)
-        examiner = Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch)
-        records = examiner.examine_base() if base else []
-        for round, place in adapters:
-            records += examiner.examine(adapted.open(place), round)
+        examiners: list[Examiner | HarnessExaminer] = []
+        if loaded:
+            examiners.append(Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch))
+        if of_harness:
+            examiners.append(HarnessExaminer(of_harness, recipe, source, adapted, run.folder, say=say))
+        records = [record for one in examiners for record in one.examine_base()] if base else []
+        for model, where in models:
+            adapter = adapted.open(where)
+            records += [record for one in examiners for record in one.examine(adapter, model)]
+        write_tasks(run.folder)
         write_report(run.folder)
     return records
+
+
+def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:
+    """Return the models that a name stands for, as records name them, each with the folder of its adapter.
+
+    Raises:
+        RunError: the run has no such adapter, or did not keep it.
+    """
+    if which in ("pooled", "local"):
+        found = [(model, folder) for model, folder in kept_baselines(run) if model["baseline"] == which]
+        if not found:
+            mend = f'a run whose recipe has baselines = ["{which}"] keeps it'
+            raise RunError(f'no adapter "{which}"', where=str(run.folder), mend=mend)
+        return found
+    round = find_round(run, which)
+    return [({"round": round}, folder_of(run, round, which))]
 
 
 def find_round(run: Run, which: str) -> int:

@@ -29,7 +29,7 @@ def export(
     merged: bool = False,
     kind: str | None = None,
     ollama: bool = False,
-    which: str = "best",
+    which: str | int = "best",
     display: Observer | None = None,
 ) -> float:
     """Copy a run's adapter, or write the base model with it merged in, and prove the export by its logits.

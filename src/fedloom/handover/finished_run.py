@@ -20,12 +20,26 @@ def recipe_of(folder: Path) -> Recipe:
     return pin(load_recipe(run.folder / "recipe.toml"), run.plan)
 
 
-def adapter_folder(folder: Path, which: str) -> Path:
-    """Return the folder of a run's `best`, `last` or `initial` adapter.
+def adapter_folder(folder: Path, which: str | int) -> Path:
+    """Return the folder of a run's `best`, `last` or `initial` adapter; by a client's number, of that client's own.
 
     Raises:
-        RunError: the run has no such adapter.
+        RunError: the run has no such adapter, or a part of it is with the clients alone.
     """
+    if isinstance(which, int):
+        source = folder / "clients" / str(which) / "adapter"
+        # What is not on record may be of an earlier try.
+        told = read_run(folder).personalised.get("clients", {}).get(str(which), {})
+        if "adapter_sha256" not in told or not source.is_dir():
+            own = 'personalise = { epochs = 1 }, or federation.lora_rule = "fedsa", gives each client one'
+            raise RunError(f"client {which} has no adapter of its own", where=str(folder), mend=own)
+        return source
+    if read_run(folder).plan.get("shared_alone"):
+        raise RunError(
+            "its adapters have A alone: each client has a B of its own on its own machine",
+            where=str(folder),
+            mend="use the adapters that fedloom join kept there",
+        )
     source = folder / "adapters" / which
     if not source.is_dir():
         raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")

@@ -24,7 +24,9 @@ FORGOTTEN = "— more than the model takes was said: what came first is forgotte
 class Speaker:
     """A run's model, ready to answer as it was trained to: in the format of the run's documents, unless `plain`."""
 
-    def __init__(self, folder: str | Path, *, which: str = "best", plain: bool = False, base: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, which: str | int = "best", plain: bool = False, base: bool = False
+    ) -> None:
         """Load the base model and the adapter; with `base`, so that the base model can be asked as well.
 
         Raises:
@@ -107,7 +109,7 @@ def generate(
     *,
     base: bool = False,
     max_new_tokens: int = 80,
-    which: str = "best",
+    which: str | int = "best",
     plain: bool = False,
     sampling: Sampling = LIKELIEST,
     say: Callable[[str], object] | None = None,
@@ -137,7 +139,7 @@ def chat(
     *,
     base: bool = False,
     max_new_tokens: int = 400,
-    which: str = "best",
+    which: str | int = "best",
     system: str | None = None,
     sampling: Sampling = LIKELIEST,
     say: Callable[[str], object] | None = None,

@@ -72,7 +72,7 @@ class Subject:
         return distance
 
 
-def open_subject(folder: Path, which: str, display: Observer) -> Subject:
+def open_subject(folder: Path, which: str | int, display: Observer) -> Subject:
     """Load a run's model with one of its adapters.
 
     Raises:

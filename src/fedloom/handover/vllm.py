@@ -42,7 +42,7 @@ def read_rank(config: dict[str, Any]) -> int:
     return rank
 
 
-def serve_command(run: Path, to: Path, *, merged: bool = False, which: str = "best") -> str:
+def serve_command(run: Path, to: Path, *, merged: bool = False, which: str | int = "best") -> str:
     """Return what to type to serve an export of a run: the adapter over its base model, or a whole model.
 
     Raises:

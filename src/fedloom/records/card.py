@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fedloom.host.files import write_text
 from fedloom.hub import COMMIT
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
+from fedloom.records.answers import explain_figures, list_notes, tabulate
 from fedloom.records.plan import Plan, explain_audit, explain_weights
 from fedloom.records.privacy import NO_BOUND, explain_privacy
+from fedloom.records.run import Record, list_adapters, read_run
 from fedloom.text import count, to_markdown_code, to_markdown_text
 
 METRICS = {
@@ -22,8 +26,18 @@ METRICS = {
     "client_loss": ("loss", "Loss on the clients' own hold-outs (nats per token)"),
 }
 """Key of a round's record -> the hub's type, and what to call it."""
+CARD = "README.md"
+TASKS = "## Tasks\n"
+"""Heading of what tasks found."""
+BEHIND = re.compile(r"^## (?:Privacy|Use|Recipe)$", re.MULTILINE)
+"""Heading that comes behind it; cards of earlier versions lack some."""
 HERE = "PATH-OF-THIS-FOLDER"
 """Words of a card for where the adapter lies, until it lies somewhere that has a name."""
+SHARED_ALONE = (
+    "What is here is A, which all clients share; B is as it began, and changes nothing. Each client has a B of its own"
+    " on its own machine, and a whole adapter with it: the figures are those of these."
+)
+"""Words of a card for an adapter of which a part stays with clients elsewhere."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
 
@@ -32,11 +46,10 @@ def write_card(
     recipe: Recipe,
     plan: Plan,
     record: Mapping[str, Any] | None,
-    sections: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return the card of the adapter of a round; `record` is None for one that has not been evaluated yet.
 
-    `sections` are further parts by their titles, as Markdown: what tasks have to say, where there are some.
+    What tasks have to say comes later, with `write_tasks`.
     """
     known = {key: record[key] for key in METRICS if record and key in record}
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.
@@ -75,6 +88,7 @@ def write_card(
         f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
+        SHARED_ALONE if plan.shared_alone else "",
         "\n".join(
             [
                 "| metric | value |",
@@ -85,11 +99,90 @@ def write_card(
         if known
         else "",
         f"## Privacy\n\n{explain_privacy(plan.privacy) if plan.privacy else NO_BOUND}",
-        *(f"## {title}\n\n{text}" for title, text in sections.items()),
         _how_to_use(recipe, model, plan.model_revision if on_a_hub else None),
         f"## Recipe\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n"
+
+
+def write_tasks(folder: Path) -> None:
+    """Put what a run's adapters could do into their cards, in place of what tasks found before.
+
+    Raises:
+        RunError: a card can't be written.
+    """
+    run = read_run(folder)
+    for name, round in list_adapters(run).items():
+        path = folder / "adapters" / name / CARD
+        if path.is_file():
+            card = path.read_text(encoding="utf-8")
+            if (told := put_tasks(card, describe_tasks(run.evaluations, round))) != card:
+                write_text(path, told)
+
+
+def describe_tasks(records: Sequence[Record], round: int) -> str:
+    """Return as Markdown what the adapter of a round could do, beside the base model and baselines.
+
+    It is an empty text where that adapter was not asked.
+    """
+    tasks = {record["task"] for record in records if record.get("round") == round}
+    told = [record for record in records if record["task"] in tasks and record.get("round", round) == round]
+    if not tasks:
+        return ""
+    header, rows = tabulate(told)
+    head, *body = (f"| {' | '.join(map(to_markdown_text, line))} |" for line in (header, *rows))
+    table = "\n".join([head, f"|{' --- |' * len(header)}", *body])
+    notes = "\n".join(f"- {to_markdown_text(note)}" for note in list_notes(told))
+    return "\n\n".join(part for part in (explain_figures(told), table, notes) if part)
+
+
+def put_tasks(card: str, text: str) -> str:
+    """Return a card with what tasks found, in place of what they found before; nothing where the text is empty."""
+    plain = without_tasks(card)
+    behind = BEHIND.search(plain)
+    if not behind or not text:
+        return plain
+    return f"{plain[: behind.start()]}{TASKS}\n{text}\n\n{plain[behind.start() :]}"
+
+
+def without_tasks(card: str) -> str:
+    """Return a card as it was written with its adapter."""
+    behind = BEHIND.search(card)
+    if not behind:
+        return card
+    # Behind a blank line, and before all that others wrote as they liked.
+    before, mark, _ = card[: behind.start()].partition(f"\n{TASKS}")
+    return f"{before}\n{card[behind.start() :]}" if mark else card
+
+
+def write_own_card(recipe: Recipe, revision: str, origin: str) -> str:
+    """Return the card of an adapter that a client keeps for itself: what it is made of, whose it is, and how to use it.
+
+    `revision` is the base model's, and `origin` says in a sentence or two how the adapter came about.
+    """
+    method, whole = recipe.adapter.method, recipe.adapter.method == "full"
+    on_a_hub = bool(COMMIT.fullmatch(revision))
+    model = public_name(recipe.model.source, revision)
+    head = _head(
+        recipe.name,
+        "the client's own documents",
+        {},
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        license="other",
+        license_name="see-base-model-and-data",
+        base_model=model if on_a_hub else None,
+        tags=[*([] if whole else [method]), "federated-learning", "fedloom"],
+    )
+    shown = to_markdown_text(model)
+    parts = [
+        f"# {recipe.name}: a client's own",
+        f"{_describe(recipe.adapter)} {shown} ({to_markdown_text(revision)}). {origin}",
+        "It was made on its owner's machine and was sent to nobody. It may tell of the documents that it learnt from,"
+        " and belongs to whoever they belong to: think of that before you hand it on.",
+        f"## Use\n\n{_load(shown, whole=whole, on_a_hub=on_a_hub)}",
+    ]
+    return f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str:

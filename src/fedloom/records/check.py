@@ -12,7 +12,8 @@ from fedloom.adapters.adapter import Layout
 from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
-from fedloom.records.run import EVALUATIONS, Run, read_run
+from fedloom.records.evaluations import kept_baselines, key_of
+from fedloom.records.run import EVALUATIONS, Run, list_adapters, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
@@ -40,8 +41,8 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_rounds(run, newest),
         _check_clients(run),
         _check_numbers(run),
-        *([_check_tasks(run)] if run.evaluations else []),
-        *(_check_adapter(run, name, round, newest) for name, round in _adapters(run).items()),
+        *([_check_tasks(run)] if run.evaluations or run.own_evaluations else []),
+        *(_check_adapter(run, name, round, newest) for name, round in list_adapters(run).items()),
         *_check_own_adapters(run, newest),
         _check_remains(run),
     ]
@@ -81,7 +82,8 @@ def _check_clients(run: Run) -> Finding:
 
 
 def _check_numbers(run: Run) -> Finding:
-    of_file = {"rounds.jsonl": run.rounds, "clients.jsonl": run.clients, EVALUATIONS: run.evaluations}
+    asked = [*run.evaluations, *run.own_evaluations]
+    of_file = {"rounds.jsonl": run.rounds, "clients.jsonl": run.clients, EVALUATIONS: asked}
     for name, records in of_file.items():
         for line, record in enumerate(records, start=1):
             if not all(map(math.isfinite, _numbers(record))):
@@ -90,12 +92,13 @@ def _check_numbers(run: Run) -> Finding:
 
 
 def _check_tasks(run: Run) -> Finding:
-    seen = Counter((record["task"], record.get("round")) for record in run.evaluations)
-    twice = [task for (task, _), times in seen.items() if times > 1]
+    asked = [*run.evaluations, *run.own_evaluations]
+    seen = Counter(map(key_of, asked))
+    twice = [task for (task, *_), times in seen.items() if times > 1]
     if twice:
         return Finding("tasks", f"{twice[0]} is on record twice for one model", f"remove {EVALUATIONS}, and ask again")
     rounds = {record["round"] for record in run.rounds}
-    lost = {round for _, round in seen if round is not None} - rounds
+    lost = {record["round"] for record in asked if "round" in record} - rounds
     if lost:
         return Finding("tasks", f"round {min(lost)} was asked and is not on record", GO_ON)
     return Finding("tasks", f"{len(seen)} answers counted, none twice")
@@ -107,20 +110,6 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
     elif isinstance(value, int | float):
         yield value
-
-
-def _adapters(run: Run) -> dict[str, int]:
-    """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
-    if not run.rounds:
-        return {}
-    kept = {path.name: path.name.removeprefix("round-") for path in sorted(run.folder.glob("adapters/round-*"))}
-    rounds = {name: int(number) for name, number in kept.items() if number.isdecimal()}
-    return {
-        "initial": 0,
-        "last": run.rounds[-1]["round"],
-        "best": run.best_round or 0,
-        **{name: round for name, round in rounds.items() if round < len(run.rounds)},
-    }
 
 
 def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> Finding:
@@ -141,34 +130,35 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
 
 
 def damaged_own_adapters(run: Run, layout: Layout) -> dict[str, str]:
-    """Return the clients whose own adapters are not what they were when they were written, and what is the matter."""
+    """Return the folders of the clients' own and of the baselines' adapters that are not what was written, with why."""
+    told = {f"clients/{client}/adapter": one for client, one in run.personalised.get("clients", {}).items()}
+    of_clients = {folder: one["adapter_sha256"] for folder, one in told.items() if "adapter_sha256" in one}
     found = {}
-    for client, told in run.personalised.get("clients", {}).items():
-        if "adapter_sha256" not in told:
-            continue
+    of_baselines = {str(folder.relative_to(run.folder)): one["adapter_sha256"] for one, folder in kept_baselines(run)}
+    for folder, digest in (of_clients | of_baselines).items():
         try:
-            adapter = load_adapter(run.folder / "clients" / client / "adapter", layout, frozen=None)
+            adapter = load_adapter(run.folder / folder, layout, frozen=None)
         except FedloomError as error:
-            found[client] = str(error)
+            found[folder] = str(error)
         else:
-            if adapter.sha256() != told["adapter_sha256"]:
-                found[client] = "another adapter than the one on record"
+            if adapter.sha256() != digest:
+                found[folder] = "another adapter than the one on record"
     return found
 
 
 def _check_own_adapters(run: Run, newest: RunState | None) -> Iterator[Finding]:
-    if newest is None or not run.personalised:
+    if newest is None:
         return
     damaged = damaged_own_adapters(run, newest.adapter.layout)
-    for client, why in damaged.items():
-        yield Finding(f"clients/{client}/adapter", why, GO_ON)
-    if not damaged:
+    for folder, why in damaged.items():
+        yield Finding(folder, why, GO_ON)
+    if run.personalised and not damaged:
         yield Finding("clients' adapters", "those on record")
 
 
 def _check_remains(run: Run) -> Finding:
     """Only a run that is done must have left nothing behind."""
-    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "clients/*/.*", "state/.*", "plots/.*.tmp")
+    patterns: tuple[str, ...] = (".*.tmp", "adapters/.*", "clients/*/.*", "baselines/.*", "state/.*", "plots/.*.tmp")
     left = sorted({str(path.relative_to(run.folder)) for pattern in patterns for path in run.folder.glob(pattern)})
     if left and run.status.get("state") == "done":
         return Finding("remains", f"left behind: {', '.join(left[:3])}", "remove them")

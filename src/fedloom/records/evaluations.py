@@ -1,6 +1,7 @@
 """Answers to tasks, counted: `evaluation.jsonl` of a run directory. No torch here.
 
-A line is one task of one model: the base model, where it has no `round`, or the adapter of a round. What is asked again
+A line is one task of one model: the adapter of a `round`, that of a `baseline` (pooled, or local of a `client`), or
+else the base model. A task that a client elsewhere holds itself has that client as its `holder`. What is asked again
 replaces its line, so nothing is there twice; the file is written whole, so no line is ever half there.
 """
 
@@ -12,13 +13,35 @@ from pathlib import Path
 
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import write_text
-from fedloom.records.run import EVALUATIONS, Record, read_lines
+from fedloom.records.run import EVALUATIONS, Record, Run, read_lines
+
+MODEL = ("round", "baseline", "client")
+"""Keys that say which model a record is of."""
+BASELINES = "baselines"
+"""Folder of the baselines' adapters in a run directory."""
+
+
+def baseline_folder(client: int | None) -> str:
+    """Return where a baseline's adapter lies in a run directory: that of a client alone, or of all documents."""
+    return f"{BASELINES}/{'pooled' if client is None else f'client-{client}'}"
+
+
+def kept_baselines(run: Run) -> list[tuple[Record, Path]]:
+    """Return the baselines whose adapters are there, as records name such a model, each with its folder."""
+    told: list[tuple[Record, Record]] = [({"baseline": "pooled"}, run.baselines.get("pooled", {}))]
+    told += [({"baseline": "local", "client": int(name)}, one) for name, one in run.baselines.get("local", {}).items()]
+    # Whoever has no use for an adapter may have removed it.
+    return [
+        ({**model, "adapter_sha256": one["adapter_sha256"]}, folder)
+        for model, one in told
+        if "adapter_sha256" in one and (folder := run.folder / baseline_folder(model.get("client"))).is_dir()
+    ]
 
 
 def add_evaluations(folder: Path, records: Sequence[Record]) -> None:
-    """Add records to a run's, in place of those of the same task and model."""
-    new = {_key(record) for record in records}
-    _write(folder, lambda record: _key(record) not in new, records)
+    """Add records to a run's, in place of those of the same task, holder and model."""
+    new = {key_of(record) for record in records}
+    _write(folder, lambda record: key_of(record) not in new, records)
     failpoint("evaluation.written")
 
 
@@ -28,17 +51,17 @@ def forget_evaluations(folder: Path, after: int | None) -> None:
         _write(folder, lambda record: after is not None and record.get("round", 0) <= after)
 
 
-def find_evaluation(
-    folder: Path, task: str, *, digest: str, round: int | None, adapter_sha256: str | None
-) -> Record | None:
+def find_evaluation(folder: Path, task: str, *, digest: str, model: Record) -> Record | None:
     """Return the record of a task that was asked of the same model, with the same questions; None for none."""
-    wanted = {"task": task, "digest": digest, "round": round, "adapter_sha256": adapter_sha256}
+    told = {**model, "task": task, "digest": digest}
+    wanted = {key: told.get(key) for key in ("task", "digest", "adapter_sha256", *MODEL)}
     records = read_lines(folder / EVALUATIONS)
     return next((one for one in records if all(one.get(key) == value for key, value in wanted.items())), None)
 
 
-def _key(record: Record) -> tuple[object, ...]:
-    return record.get("task"), record.get("round")
+def key_of(record: Record) -> tuple[object, ...]:
+    """Return what no two records have alike: their task, whoever holds it, and their model."""
+    return record.get("task"), record.get("holder"), *(record.get(key) for key in MODEL)
 
 
 def _write(folder: Path, keep: Callable[[Record], bool], more: Sequence[Record] = ()) -> None:

@@ -125,7 +125,7 @@ def list_promises(privacy: Mapping[str, Any], spent: float | None) -> list[str]:
 
 
 def _list_not_promised_of_units(privacy: Mapping[str, Any]) -> str:
-    unit, copies = privacy["unit"], f" ({explain_copies(privacy)})" if privacy["copies"] > 1 else ""
+    unit, copies = privacy["unit"], f" ({explain_copies(privacy)})" if privacy.get("copies", 1) > 1 else ""
     beyond, those = (
         ("documents of one person together", "documents")
         if unit == DOCUMENT

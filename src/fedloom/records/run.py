@@ -69,18 +69,25 @@ EVALUATIONS = "evaluation.jsonl"
 
 
 class EvaluationRecord(TypedDict, total=False):
-    """A line of `evaluation.jsonl`: a task of one model. Without a round it is the base model's."""
+    """A line of `evaluation.jsonl`: a task of one model. Without a round and a baseline it is the base model's.
+
+    A task that a client elsewhere holds itself has that client as its `holder`, and no `digest` of what was asked.
+    """
 
     round: int
+    baseline: str
+    client: int
     adapter_sha256: str
+    holder: int
     task: Required[str]
     kind: str
-    digest: Required[str]
+    digest: str
     questions: int
     skipped: dict[str, int]
     chance: float
     of_tasks: list[str]
     warning: str
+    in_training: int
     measures: Required[dict[str, dict]]  # type: ignore[type-arg]
     seconds: float
     finished: str
@@ -108,12 +115,28 @@ class Run:
     contributions: Record
     evaluations: list[Record] = field(default_factory=list)
     """Answers of models to tasks, counted: a record for each task of each model."""
+    own_evaluations: list[Record] = field(default_factory=list)
+    """Counts that clients elsewhere told of tasks of their own: a record for each task of each client and model."""
 
     @property
     def best_round(self) -> int | None:
         """The round whose adapter is `adapters/best`: of equal losses, the last."""
         best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
+
+
+def list_adapters(run: Run) -> dict[str, int]:
+    """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
+    if not run.rounds:
+        return {}
+    kept = {path.name: path.name.removeprefix("round-") for path in sorted(run.folder.glob("adapters/round-*"))}
+    rounds = {name: int(number) for name, number in kept.items() if number.isdecimal()}
+    return {
+        "initial": 0,
+        "last": run.rounds[-1]["round"],
+        "best": run.best_round or 0,
+        **{name: round for name, round in rounds.items() if round < len(run.rounds)},
+    }
 
 
 def judged_loss(record: Record) -> float:
@@ -169,6 +192,7 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / "resolved.json").is_file():
         why = "it has no resolved.json" if folder.is_dir() else "there is no such folder"
         raise RunError(f"not a run directory: {why}", where=str(folder))
+    asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(
         folder,
         **{
@@ -185,7 +209,8 @@ def read_run(folder: str | Path) -> Run:
         },
         rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
         clients=read_lines(folder / "clients.jsonl"),
-        evaluations=_read_checked(folder / EVALUATIONS, EvaluationRecord),
+        evaluations=[record for record in asked if "holder" not in record],
+        own_evaluations=[record for record in asked if "holder" in record],
     )
 
 

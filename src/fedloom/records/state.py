@@ -7,6 +7,7 @@ The two newest are kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from fedloom.host.files import (
     replace_folder,
     writing,
 )
+from fedloom.records.card import CARD, without_tasks
 from fedloom.records.run import judged_loss, read_run
 from fedloom.training.jobs import OptimizerState
 
@@ -187,10 +189,16 @@ def check_records(run: Path, state: RunState) -> None:
 
 
 def damaged_adapters(run: Path, state: RunState) -> dict[str, list[str]]:
-    """`initial`, `best` and `last`, where they are not what they were when the state was written, with their files."""
+    """`initial`, `best` and `last`, where they are not what they were when the state was written, with their files.
+
+    What tasks added to a card later is no damage.
+    """
     found = {}
     for name, files in state.adapters.items():
         now = hash_folder(run / "adapters" / name)
+        if CARD in now:
+            card = (run / "adapters" / name / CARD).read_bytes().decode(errors="surrogateescape")
+            now[CARD] = hashlib.sha256(without_tasks(card).encode(errors="surrogateescape")).hexdigest()
         if now != files:
             found[name] = sorted(file for file in {**files, **now} if now.get(file) != files.get(file))
     return found

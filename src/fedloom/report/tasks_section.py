@@ -4,49 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedloom.records.answers import (
+    ALONE,
+    BASE,
+    POOLED,
+    explain_figures,
+    is_alone,
+    list_measures,
+    list_notes,
+    name_measure,
+    name_model,
+    show_alone,
+    show_figure,
+    show_number,
+    show_value,
+    tabulate,
+    tabulate_alone,
+)
 from fedloom.records.run import Record, Run
 from fedloom.report.document import Block, Bullets, Table, Text
-from fedloom.text import count, list_reasons
-
-BASE = "base"
-MEASURES = {
-    "accuracy": "accuracy",
-    "accuracy_by_length": "accuracy by length",
-    "board": "as the board counts",
-    "unreadable": "no answer at all",
-    "exact_match": "exact match",
-    "f1": "F1 of words",
-    "rouge_l": "ROUGE-L",
-    "pass@1": "pass@1",
-    "pass@10": "pass@10",
-    "pass@100": "pass@100",
-}
-"""Measures in their order, and as people read them."""
 
 
 def describe_evaluations(records: Sequence[Record]) -> list[str]:
     """Return records as lines of a table for a terminal, a line for each measure, with warnings behind them."""
-    header, rows = _tabulate(records)
-    cells = [header, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [*lines, *(f"note      {line}" for line in _notes(records))]
+    lines = _align(*tabulate(records))
+    if any(map(is_alone, records)):
+        lines += _align(*tabulate_alone(records))
+    return [*lines, *(f"note      {line}" for line in list_notes(records))]
 
 
 def show_tasks(run: Run) -> list[Block]:
     """Show a table of all tasks that were asked; nothing for a run without any."""
+    return [*_show_asked(run), *_show_own(run)]
+
+
+def _show_own(run: Run) -> list[Block]:
+    """Show what clients elsewhere told of tasks of their own: a row for each client, task and measure."""
+    if not run.own_evaluations:
+        return []
+    head, _ = tabulate(run.own_evaluations)
+    rows = []
+    for holder in sorted({record["holder"] for record in run.own_evaluations}):
+        own, found = tabulate([record for record in run.own_evaluations if record["holder"] == holder])
+        cells = [dict(zip(own, row, strict=True)) for row in found]
+        rows += [[f"client {holder}", *(named.get(title, "") for title in head)] for named in cells]
+    return [
+        Text(
+            "Tasks that clients hold themselves, asked on their own machines. They tell how many answers were right,"
+            " and nobody here knows the questions: figures of two clients can't be compared."
+        ),
+        Table(["Client", *head], rows, text_columns=3),
+    ]
+
+
+def _show_asked(run: Run) -> list[Block]:
     records = run.evaluations
     if not records:
         return []
+    alone = any(map(is_alone, records))
     best = f" Round {run.best_round} is the best by its loss." if run.best_round is not None else ""
     return [
         Text(
-            "Each figure with its 95 % interval, in which it would lie with other questions of the same kind: Wilson's"
-            " for shares, a bootstrap for means. A model is better where the intervals lie apart; where they do not,"
-            f" these questions can't tell.{best}"
+            f"{explain_figures(records)} A model is better where the intervals lie apart; where they do not, these"
+            f" questions can't tell.{best}"
         ),
-        Table(*_tabulate(records), text_columns=2),
-        *([Bullets(notes)] if (notes := _notes(records)) else []),
+        Table(*tabulate(records), text_columns=2),
+        *([Table(*tabulate_alone(records))] if alone else []),
+        *([Bullets(notes)] if (notes := list_notes(records)) else []),
     ]
 
 
@@ -57,16 +81,20 @@ def tell_tasks(run: Run) -> str | None:
     """
     found: dict[str, list[str]] = {}
     for task, record in _best_asked(run).items():
-        base = _find(run, task, None)
+        base = _find(run, task, BASE)
         shared = [name for name in list_measures(record) if base and name in base["measures"]]
         if not base or not shared or base["digest"] != record["digest"]:
             continue
         name = shared[0]
         ours, theirs = record["measures"][name], base["measures"][name]
-        told = "better" if ours["low"] > theirs["high"] else "worse" if ours["high"] < theirs["low"] else "unsure"
-        found.setdefault(told, []).append(
-            f"{task} ({100 * theirs['value']:.1f} to {100 * ours['value']:.1f} %, {MEASURES[name]})"
-        )
+        if "low" not in ours or "low" not in theirs:
+            continue
+        above, below = ours["low"] > theirs["high"], ours["high"] < theirs["low"]
+        if not ours.get("higher_is_better", True):
+            above, below = below, above
+        told = "better" if above else "worse" if below else "unsure"
+        values = f"{show_number(base, theirs['value'])} to {show_value(record, ours['value'])}"
+        found.setdefault(told, []).append(f"{task} ({values}, {name_measure(name)})")
     words = {
         "better": "On these tasks the adapter is better than the base model, beyond chance: ",
         "worse": "On these it is worse than the base model, beyond chance: ",
@@ -76,25 +104,28 @@ def tell_tasks(run: Run) -> str | None:
 
 
 def compare_tasks(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    """Set what runs can do side by side: each run's best adapter that was asked, and its base; nothing without any."""
+    """Set what runs can do side by side: each run's best adapter that was asked, its base and its baselines.
+
+    Nothing is shown where no run was asked.
+    """
     asked = [_best_asked(run) for run in runs]
     tasks = dict.fromkeys(task for records in asked for task in records)
     rows, notes = [], []
     for task in tasks:
         of_task = [records.get(task) for records in asked]
-        bases = [_find(run, task, None) for run in runs]
+        bases = [_find(run, task, BASE) for run in runs]
         for name in dict.fromkeys(name for record in of_task if record for name in list_measures(record)):
             cells = [
-                _show_beside(record, base, name) if record and name in record["measures"] else ""
-                for record, base in zip(of_task, bases, strict=True)
+                _show_beside(run, record, name) if record and name in record["measures"] else ""
+                for run, record in zip(runs, of_task, strict=True)
             ]
-            rows.append([task, MEASURES[name], *cells])
+            rows.append([task, name_measure(name), *cells])
         if len({record["digest"] for record in [*of_task, *bases] if record}) > 1:
             notes.append(f"{task}: not all runs were asked the same questions, so its figures can't be compared")
     if not rows:
         return []
     return [
-        Text("Each run's best adapter that was asked, with 95 % intervals, and its base model."),
+        Text("Each run's best adapter that was asked, with 95 % intervals, its base model and its baselines."),
         Table(["Task", "Measure", *names], rows, text_columns=2 + len(names)),
         *([Bullets(notes)] if notes else []),
     ]
@@ -107,66 +138,24 @@ def _best_asked(run: Run) -> dict[str, Record]:
     return {record["task"]: record for round in order for record in run.evaluations if record.get("round", -1) == round}
 
 
-def _find(run: Run, task: str, round: int | None) -> Record | None:
-    return next((one for one in run.evaluations if one["task"] == task and one.get("round") == round), None)
+def _find(run: Run, task: str, model: str) -> Record | None:
+    return next((one for one in run.evaluations if one["task"] == task and name_model(one) == model), None)
 
 
-def _show_beside(record: Record, base: Record | None, name: str) -> str:
-    shown = f"{show_figure(record, name)}, {name_model(record)}"
-    if not base or name not in base["measures"]:
-        return shown
-    return f"{shown}; {BASE} {100 * base['measures'][name]['value']:.1f} %"
+def _show_beside(run: Run, record: Record, name: str) -> str:
+    """Return a figure of a run's adapter, and what else the run knows of that task, in one cell."""
+    shown = [f"{show_figure(record, name)}, {name_model(record)}"]
+    for model in (BASE, POOLED):
+        if (other := _find(run, record["task"], model)) and name in other["measures"]:
+            shown.append(f"{model} {show_value(other, other['measures'][name]['value'])}")
+    alone = [one for one in run.evaluations if one["task"] == record["task"] and is_alone(one)]
+    if mean := show_alone(alone, name):
+        shown.append(f"{ALONE} {mean}")
+    return "; ".join(shown)
 
 
-def show_figure(record: Record, name: str) -> str:
-    """Return a measure of a record with its interval: `41.7 % (10 of 24; 24.5 to 61.2)`."""
-    measure = record["measures"][name]
-    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
-    counted = f"{measure['right']:,} of {measure['of']:,}; " if "right" in measure else ""
-    return f"{value:.1f} % ({counted}{low:.1f} to {high:.1f})"
-
-
-def name_model(record: Record) -> str:
-    """Return the name of the model that a record is of: the base, or the adapter of a round."""
-    return f"round {record['round']}" if "round" in record else BASE
-
-
-def list_measures(record: Record) -> list[str]:
-    """Return the names of a record's measures, in their order."""
-    return [name for name in MEASURES if name in record["measures"]]
-
-
-def _tabulate(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Return a header, and a row for each measure of each task: a column a model."""
-    models = sorted({name_model(record): record.get("round", -1) for record in records}.items(), key=lambda one: one[1])
-    found = {(record["task"], name_model(record)): record for record in records}
-    rows = []
-    for task in dict.fromkeys(record["task"] for record in records):
-        of_task = [found.get((task, model)) for model, _ in models]
-        measures = dict.fromkeys(name for record in of_task if record for name in list_measures(record))
-        for name in measures:
-            cells = [show_figure(one, name) if one and name in one["measures"] else "" for one in of_task]
-            rows.append([task, MEASURES[name], *cells])
-    return ["Task", "Measure", *(model for model, _ in models)], rows
-
-
-def _notes(records: Sequence[Record]) -> list[str]:
-    """Return what else is to be known of tasks: chance, rows that were skipped, another template than in training."""
-    notes = []
-    for record in {record["task"]: record for record in records}.values():
-        skipped = record.get("skipped", {})
-        said = [
-            *([f"chance is {100 * record['chance']:.1f} %"] if "chance" in record else []),
-            *([f"the mean of {', '.join(record['of_tasks'])}"] if "of_tasks" in record else []),
-            *([f"{count(sum(skipped.values()), 'row')} skipped: {list_reasons(skipped)}"] if skipped else []),
-            *([record["warning"]] if "warning" in record else []),
-        ]
-        notes += [f"{record['task']}: {'; '.join(said)}"] if said else []
-    digests: dict[str, set[str]] = {}
-    for record in records:
-        digests.setdefault(record["task"], set()).add(record["digest"])
-    return notes + [
-        f"{task}: not all models were asked the same questions; ask them again"
-        for task, found in digests.items()
-        if len(found) > 1
-    ]
+def _align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as lines of a terminal."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

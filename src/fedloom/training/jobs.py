@@ -48,11 +48,15 @@ class ClientTask:
     """True where the weights are shared, and false where each client has its own; None: all of them are shared."""
 
     @property
+    def travels(self) -> Tensor | None:
+        """Return where weights may have changed and are no client's own: those of the answer; None is everywhere."""
+        return self.trains_P if self.shares_P is None else self.shares_P
+
+    @property
     def num_bytes(self) -> int:
         """The payload of the answer: the weights that may have changed and are no client's own."""
         weights_P = self.adapter.weights_P
-        travels_P = self.trains_P if self.shares_P is None else self.shares_P
-        count = weights_P.numel() if travels_P is None else int(travels_P.sum())
+        count = weights_P.numel() if self.travels is None else int(self.travels.sum())
         return count * weights_P.element_size()
 
 

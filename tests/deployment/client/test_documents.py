@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def texts(path: Path, policy: Policy | None = None, **asked: Any) -> list[str]:
-    return [found.text for found in load_client(Data(source="x", **asked), path, policy or Policy())]
+    return [found.text for found in load_client(Data(source="x", **asked), path, policy or Policy()).documents]
 
 
 @pytest.mark.parametrize(

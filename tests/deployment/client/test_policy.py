@@ -1,5 +1,6 @@
 """Policy of a client: what its owner allows, what is refused, and what holds without a file."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from support.tiny import make_recipe
 
 from fedloom.deployment.client.policy import (
     Policy,
+    PrivacyPolicy,
     describe_policy,
     load_policy,
     policy_to_toml,
@@ -241,12 +243,18 @@ def test_a_policy_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -
 def test_a_written_policy_has_every_key_and_says_what_holds_without_it(tmp_path: Path) -> None:
     write_policy(tmp_path / "policy.toml")
     told = tomllib.loads((tmp_path / "policy.toml").read_text())
-    assert set(told) == set(Policy.model_fields) - {"models"}
+    assert set(told) == set(Policy.model_fields) - {"models", "privacy"}
     assert "# models = " in describe_policy()
     assert load_policy(tmp_path / "policy.toml") == Policy()
-    for key, field in Policy.model_fields.items():
+    for key, field in (*Policy.model_fields.items(), *PrivacyPolicy.model_fields.items()):
         head = str(field.description).split(" ", 3)[2]
         assert head in describe_policy(), key
+    table, *keys = re.findall(r"(?m)^# (\[privacy\]|[a-z_]+ = .*)$", describe_policy().partition('"OWNER/NAME"]')[2])
+    assert (table, len(keys)) == ("[privacy]", len(PrivacyPolicy.model_fields))
+    for line in (table, *keys):
+        written = (tmp_path / "policy.toml").read_text()
+        (tmp_path / "policy.toml").write_text(written.replace(f"\n# {line}\n", f"\n{line}\n"))
+        assert load_policy(tmp_path / "policy.toml").privacy is not None
     (tmp_path / "policy.toml").write_text("max_epochs = 3\n")
     with pytest.raises(RecipeError, match="it is there already"):
         write_policy(tmp_path / "policy.toml")

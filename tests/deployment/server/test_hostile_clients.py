@@ -36,7 +36,7 @@ from fedloom.deployment.messages import pack_recipe
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
-from fedloom.deployment.server.serving import check_size, with_limits
+from fedloom.deployment.server.serving import check_facts, with_limits
 from fedloom.deployment.server.superlink import read_answer
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import STRATEGIES
@@ -221,7 +221,7 @@ def run_with(
         deadline,
         lambda what, detail: said.append(f"{what} {detail}"),
         lambda phases: None,
-        partial(check_size, recipe),
+        partial(check_facts, recipe),
     )
     names = exchange.assemble(clients, 5.0)
     fleet = RemoteFleet(exchange, names, recipe.federation, range(clients), Path(gettempdir()))

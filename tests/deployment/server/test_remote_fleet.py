@@ -166,7 +166,8 @@ def test_who_refused_a_run_is_named_with_the_mend_that_fits(clients: int, waits:
         exchange.assemble(clients, 0.5)
     assert phases == {"0": "refused", "1": "refused"}, "and so says fedloom status"
     said = str(ended.value)
-    assert "0 refused: its owner's policy does not allow it (policy); 1 refused: its documents can't be used" in said
+    refused = "1 refused: its documents, or tasks of its own, can't be used"
+    assert f"0 refused: its owner's policy does not allow it (policy); {refused}" in said
     assert "change the recipe, or have the owners of those mend it, whose own terminals say why, and join anew" in said
     assert ("--wait SECONDS" in said) == waits
 
@@ -401,8 +402,8 @@ def test_answers_wait_on_the_disk_for_their_turn(tmp_path: Path, monkeypatch: py
     fleet.folder = tmp_path
     alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
-    def watched(frame: Frame, task: ClientTask) -> ClientUpdate:
-        update = unpack_update(frame, task)
+    def watched(frame: Frame, task: ClientTask, **more: Any) -> ClientUpdate:
+        update = unpack_update(frame, task, **more)
         alive.add(update.adapter)
         return update
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fedloom.deployment.client.journal import Journal, hash_task
+from fedloom.deployment.client.journal import COUNTED, Entry, Journal, Kind, hash_task, open_ledger, standing
+from fedloom.deployment.client.ledger import Bound, afford, describe_spent, judge, judge_delta
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
-from fedloom.errors import DeploymentError, PolicyError
+from fedloom.errors import DeploymentError, PolicyError, SpentError
+from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_json, hash_text
 from fedloom.text import count, format_seconds
 
@@ -36,8 +39,10 @@ class Run:
     """Silence after which it is taken to be over."""
     asked: float
     """Time of the last question, or of its answer, of the monotonic clock."""
+    keeps: bool = False
+    """True where an adapter of the client's own is to come of it behind the last round."""
     is_last: bool = False
-    """True once its last round was trained."""
+    """True once its last round was trained, or the adapter was kept that comes behind it."""
     is_over: bool = False
 
     @property
@@ -51,8 +56,15 @@ class Account:
 
     def __init__(self, policy: Policy, journal: Journal, say: Callable[[str, str], object], server: str = "") -> None:
         self.policy = policy
+        self._begun = ""
+        """Event of the round that was begun last."""
         self._journal, self._say, self._server = journal, say, server
         self._run: Run | None = None
+
+    @property
+    def run_id(self) -> str:
+        """Return the hash of what was told of the run's recipe."""
+        return self._running().id
 
     @property
     def is_over(self) -> bool:
@@ -85,7 +97,8 @@ class Account:
             DeploymentError: the journal can't be kept.
         """
         # All runs of a recipe are one to a client: what else tells them apart is a server's word.
-        run = Run(recipe.name, hash_json(told), LONGEST_SECONDS, time.monotonic())
+        keeps = recipe.personalise is not None or recipe.federation.lora_rule == "fedsa"
+        run = Run(recipe.name, hash_json(told), LONGEST_SECONDS, time.monotonic(), keeps)
         by = f"{self._server}: " if self._server else ""
         self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
@@ -95,11 +108,30 @@ class Account:
             self._end(self._run, "another recipe came")
         self._run = run
 
-    def train(self, asked: Frame, task: ClientTask, told: Mapping[str, Any]) -> None:
-        """Allow a round, which is about to be trained.
+    def agree(self, bound: Bound) -> None:
+        """Allow what the rounds of a recipe that are left would tell, before anything is loaded; show its owner.
 
         Raises:
-            PolicyError: too many were trained, of this recipe or today.
+            PolicyError: that is more than the policy lets be told.
+            DeploymentError: the journal can't be read.
+        """
+        entries = standing(self._journal.read())
+        left = bound.rounds - len(_trained(entries, self._running().id))
+        refusals = [*judge_delta(self.policy.privacy, bound), *self._judge(entries, bound, max(0, left))]
+        if refusals:
+            raise PolicyError(*refusals)
+        self._show_spent(entries, bound)
+
+    def train(
+        self, asked: Frame, task: ClientTask, told: Mapping[str, Any], bound: Bound | None = None, documents: str = ""
+    ) -> int:
+        """Allow a round, which is about to be trained; return how many answers to it were given, and are gone.
+
+        `documents` is their keyed hash.
+
+        Raises:
+            PolicyError: too many were trained, of this recipe or today, or it would tell more than may be told.
+            SpentError: all rounds that the recipe's ε is for were trained.
             DeploymentError: the journal can't be kept.
         """
         run = self._running()
@@ -109,18 +141,66 @@ class Account:
             self._say(
                 "outdated", "the documents were changed since they were read: this run goes on with what was read"
             )
-        policy = self.policy
-        self._note(run, hash_task(asked), told, at_most=policy.max_rounds_a_day, of_run=policy.max_rounds)
-        run.is_last = task.round == task.rounds
+        limits: dict[str, Any] = {"at_most": self.policy.max_rounds_a_day, "of_run": self.policy.max_rounds}
+        attempt, event = 0, hash_task(asked)
+        if bound:
+            # Another answer to the same task has other noise, and costs anew; so has one of other documents.
+            attempt = self._answers(event)
+            event = hash_json([event, documents, bound.cost.noise, attempt])
+            privacy = {"units": bound.units, **bound.told, **bound.cost._asdict()}
+            told = {**told, "privacy": privacy, "documents": documents}
+            limits["judge"] = partial(self._judge_round, run, bound)
+        self._note(run, event, told, **limits)
+        self._begun, run.is_last = event, task.round == task.rounds and not run.keeps
+        if bound:
+            self._show_spent(standing(self._journal.read()), bound)
+            failpoint("round.noted")
+        return attempt
 
-    def give_up(self, asked: Frame) -> None:
-        """Note that a round which had begun was given up: it does not count.
+    def give_up(self) -> None:
+        """Note that the round which was begun last was given up: it does not count.
 
         Raises:
             DeploymentError: the journal can't be kept.
         """
         self._running().is_last = False
-        self._journal.give_up(hash_task(asked))
+        self._journal.give_up(self._begun)
+
+    def note_answer(self, asked: Frame) -> None:
+        """Note that the answer to a round is on disk: from now on it may leave.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        self._note(self._running(), hash_task(asked), {"round": asked.manifest["round"]}, kind="answer")
+        failpoint("answer.noted")
+
+    def has_noted_answer(self, asked: Frame) -> bool:
+        """Return whether the journal knows of an answer to a round."""
+        return self._answers(hash_task(asked)) > 0
+
+    def _answers(self, task: str) -> int:
+        return sum(entry.kind == "answer" and entry.event == task for entry in self._journal.read())
+
+    def _judge_round(self, run: Run, bound: Bound, entries: list[Entry]) -> Iterator[tuple[str, str]]:
+        if len(_trained(entries, run.id)) >= bound.rounds:
+            raise SpentError(
+                f"{count(bound.rounds, 'round')} of this recipe were trained, and its ε is for no more",
+                where="[privacy]",
+                mend="the server's owner begins a run of another seed or name, which is added up in this journal",
+            )
+        yield from self._judge(entries, bound, 1)
+
+    def _judge(self, entries: list[Entry], bound: Bound, rounds: int) -> Iterator[tuple[str, str]]:
+        ledgers = open_ledger(entries), open_ledger(entries, self._running().id)
+        yield from judge(self.policy.privacy, *ledgers, bound.cost_of(rounds))
+
+    def _show_spent(self, entries: list[Entry], bound: Bound) -> None:
+        run, owner = self._running(), self.policy.privacy
+        ledgers = open_ledger(entries), open_ledger(entries, run.id)
+        left = afford(owner, *ledgers, bound, max(0, bound.rounds - len(_trained(entries, run.id))))
+        more = f"{count(left, 'round')} of this recipe may still be trained"
+        self._say("privacy", f"{describe_spent(owner, ledgers[0])}; {more}")
 
     def may_tell_loss(self, adapter_sha256: str) -> bool:
         """Return whether the loss of an adapter on the hold-out may be told: all that tells one asks here.
@@ -128,19 +208,45 @@ class Account:
         Raises:
             DeploymentError: the journal can't be kept.
         """
-        run = self._running()
         self._say("asked", "for the loss of an adapter on the hold-out")
-        if not self.policy.tell_holdout_loss:
-            self._say("kept", "the loss on the hold-out: policy.tell_holdout_loss")
+        return self._may_tell("score", "the loss on the hold-out", "tell_holdout_loss", adapter_sha256)
+
+    def may_tell_answers(self, adapter_sha256: str) -> bool:
+        """Return whether it may be told how many of the owner's own tasks an adapter has right.
+
+        Raises:
+            DeploymentError: the journal can't be kept.
+        """
+        self._say("asked", "how many of this client's own tasks an adapter has right")
+        return self._may_tell("tasks", "the counts of its own tasks", "tell_tasks", adapter_sha256)
+
+    def _may_tell(self, kind: Kind, what: str, key: str, adapter_sha256: str) -> bool:
+        """Return whether something of an adapter may be told: a key of the policy allows it, and the limit of a day."""
+        run = self._running()
+        if not getattr(self.policy, key):
+            self._say("kept", f"{what}: policy.{key}")
             return False
         event = hash_text(f"{run.id} {adapter_sha256}")
         try:
-            self._note(run, event, {}, kind="score", at_most=self.policy.max_scores_a_day)
+            self._note(run, event, {}, kind=kind, at_most=getattr(self.policy, COUNTED[kind][1]))
         except PolicyError as refusal:
-            self._say("kept", f"the loss on the hold-out: {refusal}")
+            self._say("kept", f"{what}: {refusal}")
             return False
-        self._say("told", "the loss on the hold-out")
+        self._say("told", what)
         return True
+
+    def keep(self, asked: Frame, told: Mapping[str, Any]) -> None:
+        """Allow an adapter that is this client's own, which is about to be made and stays here.
+
+        Raises:
+            PolicyError: too many were made today.
+            DeploymentError: the journal can't be kept.
+        """
+        work = f": {count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}" if "epochs" in told else ""
+        self._say("asked", f"to keep an adapter of its own{work}")
+        run = self._running()
+        self._note(run, hash_task(asked), told, kind="own", at_most=self.policy.max_rounds_a_day)
+        run.is_last = True
 
     def is_asked(self, seconds: float) -> None:
         """Note that a question came, for whose answer there are so many seconds: the run goes on."""
@@ -181,3 +287,8 @@ class Account:
     def _note(self, run: Run, event: str, told: Mapping[str, Any], **limits: Any) -> None:
         """Write down what is about to be done in a run."""
         self._journal.note(event, {"server": self._server, "recipe": run.recipe, "run": run.id, **told}, **limits)
+
+
+def _trained(entries: list[Entry], run: str) -> set[str]:
+    """Return the events of a run's rounds."""
+    return {entry.event for entry in entries if entry.kind == "train" and entry.told.get("run") == run}

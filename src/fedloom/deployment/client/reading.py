@@ -6,7 +6,17 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.deployment.client.journal import COUNTED, Entry, Journal, Kind, begun_within_a_day, next_free, standing
+from fedloom.deployment.client.journal import (
+    COUNTED,
+    Entry,
+    Journal,
+    Kind,
+    begun_within_a_day,
+    next_free,
+    open_ledger,
+    standing,
+)
+from fedloom.deployment.client.ledger import describe_spent
 from fedloom.deployment.client.policy import Policy
 from fedloom.errors import DeploymentError
 
@@ -14,8 +24,11 @@ WORDS: Mapping[Kind, str] = {
     "train": "round",
     "meet": "documents read",
     "score": "loss told",
+    "tasks": "tasks' counts told",
+    "own": "adapter of its own",
     "end": "run ended",
     "give_up": "round given up",
+    "answer": "answer written",
 }
 HEAD = ("when (UTC)", "what", "server", "recipe", "run", "round", "epochs", "tokens")
 ON_THE_RIGHT = {"round", "epochs", "tokens"}
@@ -43,9 +56,16 @@ def read_aloud(path: Path, policy: Policy) -> Iterator[str]:
     entries = standing(entries)
     yield ""
     yield from describe_limits(entries, policy)
+    if keeps_ledger(entries, policy):
+        yield describe_spent(policy.privacy, open_ledger(entries))
     for run in sorted({str(entry.told["run"]) for entry in entries if entry.kind == "train" and "run" in entry.told}):
         trained = {entry.event for entry in entries if entry.kind == "train" and entry.told.get("run") == run}
         yield f"{len(trained):,} of {policy.max_rounds:,} rounds of run {run}"
+
+
+def keeps_ledger(entries: list[Entry], policy: Policy) -> bool:
+    """Return whether what was told of any one document has a bound, or was to have one."""
+    return policy.privacy is not None or any("privacy" in entry.told for entry in entries)
 
 
 def describe_limits(entries: list[Entry], policy: Policy) -> Iterator[str]:

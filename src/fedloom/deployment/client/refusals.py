@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedloom.deployment.client.policy import SERVERS, Policy
+from fedloom.deployment.client.policy import SERVERS, Policy, PrivacyPolicy
 from fedloom.errors import PolicyError
 from fedloom.hub import COMMIT, MODEL_ID
 from fedloom.recipe.data_section import TOKENIZERS
 
 if TYPE_CHECKING:
+    from fedloom.recipe.privacy_section import Privacy
     from fedloom.recipe.recipe import Recipe
     from fedloom.training.jobs import ClientTask
 
@@ -53,7 +54,10 @@ def _refuse(refusals: Iterable[Refusal]) -> None:
 def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None) -> Iterator[Refusal]:
     """Yield all that a policy does not allow of a recipe, or of a task of it."""
     adapter, data, federation = recipe.adapter, recipe.data, recipe.federation
+    yield from _refuse_telling(policy.privacy, recipe.privacy)
     epochs, rounds = recipe.training.epochs, federation.rounds
+    if recipe.personalise:
+        epochs = max(epochs, recipe.personalise.epochs)
     if task:
         # A server could tell a mild recipe and then set harder tasks.
         epochs, rounds = max(epochs, task.training.epochs), max(rounds, task.rounds, task.round)
@@ -91,6 +95,19 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
         yield Refusal("max_epochs", f"allows {policy.max_epochs} epochs a round, not {epochs}")
     if rounds > policy.max_rounds:
         yield Refusal("max_rounds", f"allows {policy.max_rounds} rounds, not {rounds}")
+
+
+def _refuse_telling(owner: PrivacyPolicy | None, recipe: Privacy | None) -> Iterator[Refusal]:
+    """Yield why a recipe bounds too little of what it has a client tell; how much, the ledger says."""
+    if owner is None:
+        return
+    if recipe is None:
+        yield Refusal("privacy", "allows no recipe without [privacy], which bounds what is told of a document")
+        return
+    if recipe.noise == "seed":
+        yield Refusal("privacy", "allows no noise of a recipe's seed, which whoever has the recipe can take off")
+    if owner.unit != recipe.unit:
+        yield Refusal("privacy.unit", f'wants all rows of one "{owner.unit}" protected together, not each document')
 
 
 def _named(options: Mapping[str, Any], refused: tuple[str, ...]) -> list[str]:
@@ -141,15 +158,17 @@ def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": data})
 
 
-def check_documents(policy: Policy, *, documents: int, tokens: int, held_out: int) -> None:
+def check_documents(policy: Policy, *, documents: int, tokens: int | None = None, held_out: int = 0) -> None:
     """Refuse to work with fewer documents or tokens than the owner wants to hide each among.
+
+    In a private run documents alone are counted, by their rows: noise hides what they say, and a refusal would tell it.
 
     Raises:
         PolicyError: naming the keys of the policy.
     """
     limits = (
         ("min_documents", "documents to train on", policy.min_documents, documents),
-        ("min_tokens", "tokens to train on", policy.min_tokens, tokens),
+        ("min_tokens", "tokens to train on", policy.min_tokens, policy.min_tokens if tokens is None else tokens),
         ("min_holdout_documents", "documents held out", policy.min_holdout_documents if held_out else 0, held_out),
     )
     _refuse(Refusal(key, _too_few(what, least, found)) for key, what, least, found in limits if found < least)

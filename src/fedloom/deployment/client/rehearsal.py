@@ -12,19 +12,22 @@ from typing import Any
 
 from fedloom.deployment.client.first_use import is_confirmed
 from fedloom.deployment.client.joining import Kit, read_kit
-from fedloom.deployment.client.journal import Journal, standing
+from fedloom.deployment.client.journal import Journal, open_ledger, standing
+from fedloom.deployment.client.ledger import DELTA, Ledger, afford, describe_spent, judge, judge_delta
 from fedloom.deployment.client.own_documents import check_there, load_client, mend_of_server, read_split
 from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
 from fedloom.deployment.client.refusals import find_refusals, mend_policy
+from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
-from fedloom.errors import DataError, DeploymentError, FedloomError
+from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
 from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe, pin
+from fedloom.records.privacy import NOT_PRIVATE
 from fedloom.text import count
 
 COMMIT_OF_THE_SERVER = "0" * 40
@@ -38,11 +41,12 @@ def rehearse(
     options: Mapping[str, Any],
     journal: Path | None,
     recipe: str | None,
+    tasks: str | None = None,
 ) -> Iterator[Finding]:
     """Yield what is found of all that joining needs, each as soon as it is known.
 
-    `options` are those of the command line, as `with_options` takes them; `data` and `recipe` may be left out, and the
-    journal is the kit's where it is.
+    `options` are those of the command line, as `with_options` takes them; `data`, `recipe` and `tasks` may be left
+    out, and the journal is the kit's where it is.
     """
     found: dict[str, Any] = {}
 
@@ -65,10 +69,13 @@ def rehearse(
         yield look("journal", lambda: _read_journal(place, found.get("policy", Policy())))
     if "policy" in found and data:
         yield look("documents", lambda: _count_documents(data, found["policy"]))
+    if tasks:
+        yield look("tasks", lambda: (describe_tasks(tasks, found.get("policy", Policy())), None))
     if recipe:
         yield look("recipe", lambda: ((loaded := open_recipe(recipe)).name, loaded))
     if recipe and "recipe" in found and "policy" in found:
         yield from judge_recipe(found["policy"], found["recipe"], policy)
+        yield from weigh_recipe(found["policy"], found["recipe"], place or None, found.get("documents"), policy)
 
 
 def _find_flower() -> tuple[str, None]:
@@ -117,21 +124,57 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
     return f"{path}: {'; '.join(counts)}", None
 
 
-def _count_documents(path: Path, policy: Policy) -> tuple[str, None]:
+def _count_documents(path: Path, policy: Policy) -> tuple[str, int | None]:
+    """Return what is there, and how many rows, where that does not depend on a recipe."""
     check_there(path)
     split = read_split(path)
     if keys := recognise_rows(Data(source=str(split[0] if split else path))):
         columns = [name for name in ("messages", "prompt", "completion") if name in keys]
         named = " and ".join(f"data.{name} = '{keys[name]}'" for name in columns)
         return f"rows that a recipe with {named} reads: they are counted when its run begins", None
-    found = len(load_client(Data(source=str(path)), split[0] if split else path, policy))
+    rows = load_client(Data(source=str(path)), split[0] if split else path, policy)
+    found = len(rows.documents)
     if found < policy.min_documents:
         raise DataError(
             f"{count(found, 'document')}: policy.min_documents wants {policy.min_documents} to train on",
             where=f"--data {path}",
             mend="bring more of them",
         )
-    return f"{count(found, 'document')} can be read{' to train on' if split else ''}", None
+    told = f"{count(found, 'document')} can be read{' to train on' if split else ''}"
+    return told, found + sum(rows.skipped.values())
+
+
+def weigh_recipe(
+    policy: Policy, recipe: Recipe, journal: Path | None, rows: int | None, file: Path | None
+) -> Iterator[Finding]:
+    """Yield what a private recipe would tell of any one document, with so many rows, and whether that is allowed."""
+    if not recipe.privacy:
+        return
+    if rows is None:
+        yield Finding("privacy", "what it would tell of any one document follows from their number: give --data")
+        return
+    # What calibrates noise imports torch, which takes seconds.
+    from fedloom.deployment.client.terms import bound_of, take_terms
+
+    try:
+        terms = take_terms(recipe, policy.privacy, min(rows, recipe.data.documents_per_client or rows))
+    except RecipeError as error:
+        yield Finding("privacy", f"{error.where}: {error.what}", f"{error.mend}; its owner can change it")
+        return
+    ledger = open_ledger(standing(Journal(journal).read()) if journal else ())
+    told = f"{describe_spent(policy.privacy, ledger)}; this recipe has a noise of {terms.noise_multiplier:.3g}"
+    if not (bound := bound_of(recipe, terms)):
+        yield Finding("privacy", f"{told}, and is {NOT_PRIVATE}")
+        return
+    delta = policy.privacy.delta if policy.privacy else DELTA
+    asks = Ledger([bound.cost_of(bound.rounds)]).epsilon(delta)
+    left = afford(policy.privacy, ledger, Ledger(()), bound, bound.rounds)
+    told += f", asks for ε = {asks:.3g} at this δ, and may have {left} of {count(bound.rounds, 'round')}"
+    refusals = [
+        *judge_delta(policy.privacy, bound),
+        *judge(policy.privacy, ledger, Ledger(()), bound.cost_of(bound.rounds)),
+    ]
+    yield Finding("privacy", told, mend_policy((key for key, _ in refusals), file) if refusals else "")
 
 
 def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> Iterator[Finding]:
@@ -150,7 +193,7 @@ def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> It
         rounds, epochs = count(recipe.federation.rounds, "round"), count(recipe.training.epochs, "epoch")
         if recipe.training.max_steps:
             epochs += f", {count(recipe.training.max_steps, 'step')} at most"
-        loss = "told" if policy.tell_holdout_loss else "kept"
+        loss = "told" if policy.tell_holdout_loss and not recipe.privacy else "kept"
         yield Finding(
             "recipe", f"the policy allows it: {recipe.model.source}, {rounds} of {epochs}; hold-out loss {loss}"
         )

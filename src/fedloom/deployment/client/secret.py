@@ -1,6 +1,6 @@
-"""Secret of a client, by which it hashes its documents: nobody else can compute the hash of a text that they guess.
+"""Secret of a client, by which it hashes what is its own: nobody else can compute the hash of a text that they guess.
 
-A server has to know that a client's documents are the same as before, and no more than that.
+A server has to know that a client's documents, or its part of an adapter, are the same as before, and no more.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def read_secret(path: Path) -> bytes:
     return secret
 
 
-def sign_documents(secret: bytes, *parts: str) -> str:
-    """Return the HMAC-SHA256 of a client's documents, 64 hexadecimal digits.
+def keyed_hash(secret: bytes, *parts: str) -> str:
+    """Return the HMAC-SHA256 of what is a client's own, 64 hexadecimal digits.
 
-    `parts` are hashes of the documents and of all that decides which of them are read and how: one recipe's value says
-    nothing of another's.
+    `parts` are hashes of its documents, or of its part of an adapter, and of all that they belong to: one recipe's
+    value says nothing of another's.
     """
     return hmac.new(secret, "\n".join(parts).encode(), sha256).hexdigest()

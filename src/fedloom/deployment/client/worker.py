@@ -15,20 +15,23 @@ from typing import Any
 import torch
 
 from fedloom.deployment.client.account import Account
+from fedloom.deployment.client.answers import answer_path, find_answer, keep_answer
 from fedloom.deployment.client.client_model import ClientModel, check_time
 from fedloom.deployment.client.display import say
 from fedloom.deployment.client.journal import Journal
+from fedloom.deployment.client.own_adapter import Places
 from fedloom.deployment.client.own_documents import mend_of_server
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
+from fedloom.deployment.client.task_file import read_task_file
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
-    pack_progress,
     pack_refusal,
     read_question,
+    unpack_facts,
     unpack_recipe,
 )
 from fedloom.errors import (
@@ -40,10 +43,11 @@ from fedloom.errors import (
     ModelError,
     PolicyError,
     RecipeError,
+    RunError,
     ShortageError,
+    SpentError,
     TrainingError,
 )
-from fedloom.progress import Progress
 from fedloom.text import count
 from fedloom.training.jobs import ClientTask, is_shortage
 
@@ -57,18 +61,23 @@ class Worker:
         data: Path,
         policy: Policy,
         journal: Journal,
-        open_question: Callable[[Frame], Frame] = lambda asked: asked,
+        open_question: Callable[[Frame], Frame] | None = None,
         server: str = "",
         policy_file: Path | None = None,
+        keep: Path | None = None,
+        tasks: str = "",
     ) -> None:
         """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`).
 
-        `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it.
+        `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it;
+        `keep` is a folder for adapters of the client's own, beside the journal if left out; `tasks` is a file of its
+        own.
         """
-        self._name, self._data, self._policy, self._secret = name, data, policy, secret_path(journal.path)
-        self._policy_file = policy_file
+        self._name, self._policy, self._secret = name, policy, secret_path(journal.path)
+        self._places, self._tasks = Places.of(data, journal.path, keep), tasks
+        self._policy_file, self._answer = policy_file, answer_path(journal.path)
         self.account = Account(policy, journal, say, server)
-        self._open_question = open_question
+        self._open_question = open_question or (lambda asked: asked)
         self._told: Mapping[str, Any] | None = None
         self._model: ClientModel | None = None
         self._last: tuple[Frame, Frame] | None = None
@@ -89,16 +98,15 @@ class Worker:
             if self._last and self._last[0] == asked and not self.account.is_over:
                 return self._last[1]
             check_time(came + seconds)
-            found, progress = self._work(asked, came + seconds, seconds)
+            found = self._work(asked, came + seconds, seconds)
         # Of any kind: what is a bug here must not be one that a server can end this client with.
         except Exception as error:
             return self._refuse(error, asked)
-        found = pack_progress(found, progress)
         self._last = asked, found
         return found
 
-    def _work(self, asked: Frame, until: float, seconds: float) -> tuple[Frame, list[Progress]]:
-        """Answer a question that was read, for which there are so many seconds; return what was worked on, too.
+    def _work(self, asked: Frame, until: float, seconds: float) -> Frame:
+        """Answer a question that was read, for which there are so many seconds.
 
         Raises:
             Exception: of any kind.
@@ -109,29 +117,55 @@ class Worker:
         model.take_progress()  # that of a question which was given up
         match asked.manifest["do"]:
             case "meet":
-                found = pack_facts(model.facts)
-                say("told", describe_facts(model.facts))
+                found = model.tell("meet", pack_facts(model.facts))
+                say("told", describe_facts(unpack_facts(found, private=model.is_private)))
             case "evaluate":
-                found = model.evaluate(asked)
+                found = model.tell("evaluate", model.evaluate(asked))
             case "train":
                 found = self._train(asked, model)
+            case "tasks":
+                found = model.tell("tasks", model.answer_tasks(asked))
+            case "keep":
+                found = self._keep(asked, model)
         self.account.has_answered()
-        return found, model.take_progress()
+        return found
 
-    def _train(self, asked: Frame, model: ClientModel) -> Frame:
-        """Train for a round that is in the journal before it begins.
+    def _keep(self, asked: Frame, model: ClientModel) -> Frame:
+        """Keep an adapter of one's own, which is in the journal before it is made.
 
         Raises:
             Exception: of any kind.
         """
-        task = self._admit(asked, model)
+        check_policy(self._policy, model.recipe)
+        task = model.read_personal_task(asked)
+        self.account.keep(asked, model.describe(task) if task else {"round": asked.manifest["round"]})
+        found = model.tell("keep", model.keep(asked, task))
+        check_time(model.until)
+        return found
+
+    def _train(self, asked: Frame, model: ClientModel) -> Frame:
+        """Train for a round that is in the journal before it begins; with noise, its answer is on disk before it goes.
+
+        Raises:
+            Exception: of any kind.
+        """
+        task = self._read(asked, model)
+        if model.bound and (kept := find_answer(self._answer, asked)):
+            if not self.account.has_noted_answer(asked):
+                self.account.note_answer(asked)
+            say("told", f"the same adapter of round {task.round} as before, which costs nothing more")
+            return kept
+        attempt = self.account.train(asked, task, model.describe(task), model.bound, model.facts.documents)
         try:
-            found = model.train(task, judge=asked.manifest["judge"])
+            found = model.tell("train", model.train(asked, task, attempt))
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
-            self.account.give_up(asked)
+            self.account.give_up()
             raise
+        if model.bound:
+            keep_answer(self._answer, asked, found)
+            self.account.note_answer(asked)
         say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
         return found
 
@@ -176,7 +210,8 @@ class Worker:
             # The former model is let go first: two may not fit in memory.
             self._model = self._told = model = None
             started, secret = time.monotonic(), read_secret(self._secret)
-            model = ClientModel(recipe, self._name, self._data, self.account, secret)
+            tasks = read_task_file(self._tasks) if self._tasks else ()
+            model = ClientModel(recipe, self._name, self._places, self.account, secret, tasks)
             self._model, self._told = model, told
             self.opening_seconds = time.monotonic() - started
         if not model.has_counted(asked):
@@ -187,20 +222,22 @@ class Worker:
             )
         return model
 
-    def _admit(self, asked: Frame, model: ClientModel) -> ClientTask:
-        """Read a task, refuse it unless its recipe and the policy allow it, and write it into the journal."""
+    def _read(self, asked: Frame, model: ClientModel) -> ClientTask:
+        """Read a task, and refuse it unless its recipe and the policy allow it."""
         recipe, task = model.recipe, model.read_task(asked)
         check_policy(self._policy, recipe, task)
         known, training = (part.model_dump(exclude={"proximal_mu", "clients_at_once"})
                            for part in (recipe.training, task.training))  # fmt: skip
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not as its recipe says")
-        self.account.train(asked, task, model.describe(task))
         return task
 
 
 def describe_facts(facts: ClientFacts) -> str:
     """Describe what was told of the documents."""
+    if facts.noise_multiplier is not None:
+        rows = count(facts.train_documents, "row")
+        return f"{rows}, whatever they say; a noise multiplier of {facts.noise_multiplier:.3g}"
     held_out = count(facts.holdout_documents, "document")
     return (
         f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')},"
@@ -213,6 +250,8 @@ def refusal_of(error: Exception) -> str:
     # One word for all that is refused of a base model: two would tell whether a name is a folder here.
     if isinstance(error, PolicyError) and "models" in error.keys:
         return "model"
+    if isinstance(error, PolicyError) and any(key.partition(".")[0] == "privacy" for key in error.keys):
+        return "privacy"
     if isinstance(error, PolicyError):
         return "day" if error.keys[0].endswith("_a_day") else "policy"
     if isinstance(error, ShortageError) or is_shortage(error):
@@ -227,6 +266,8 @@ WORDS: dict[type[Exception], str] = {
     ModelError: "model",
     RecipeError: "recipe",
     TrainingError: "training",
+    SpentError: "privacy",
     DeploymentError: "journal",
+    RunError: "journal",  # an adapter of its own can't be written
 }
 """Words for kinds of errors; the first kind that an error is of counts."""

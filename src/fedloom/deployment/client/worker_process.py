@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from fedloom.deployment.client.worker import Worker
     from fedloom.deployment.signing import Verifier
 
-OPTIONS = ("socket", "name", "data", "policy", "policy_file", "journal", "signer", "server", "listener")
+OPTIONS = (
+    *("socket", "name", "data", "policy", "policy_file", "journal", "signer", "server", "listener", "keep", "tasks"),
+)
 LOOK_SECONDS = 15.0
 """Time between two looks for the end of a run, while nothing is asked."""
 MOST_WAITING = 8
@@ -126,11 +128,16 @@ def open_worker(chosen: argparse.Namespace) -> tuple[Worker, Verifier | None]:
     from fedloom.deployment.signing import Verifier
 
     verifier = Verifier(chosen.signer, chosen.name) if chosen.signer else None
-    checks: dict[str, Callable[[Frame], Frame]] = {"open_question": verifier.open} if verifier else {}
-    journal = Journal(Path(chosen.journal))
-    file = Path(chosen.policy_file) if chosen.policy_file else None
     worker = Worker(
-        chosen.name, Path(chosen.data), _policy(chosen), journal, server=chosen.server, policy_file=file, **checks
+        chosen.name,
+        Path(chosen.data),
+        _policy(chosen),
+        Journal(Path(chosen.journal)),
+        verifier.open if verifier else None,
+        chosen.server,
+        policy_file=Path(chosen.policy_file) if chosen.policy_file else None,
+        keep=Path(chosen.keep) if chosen.keep else None,
+        tasks=chosen.tasks,
     )
     return worker, verifier
 

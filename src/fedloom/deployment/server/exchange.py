@@ -25,7 +25,9 @@ TRIES = 3
 GONE_SECONDS = 3.0
 """Time before a node that went away is asked again, if it is listed all the same."""
 ClientPhase = Literal["loading", "connected", "refused", "training", "scoring", "answered", "lost", "late", "gone"]
-PHASES: dict[str, ClientPhase] = {"train": "training", "evaluate": "scoring"}
+PHASES: dict[str, ClientPhase] = {
+    "train": "training", "keep": "training", "evaluate": "scoring", "tasks": "scoring"
+}  # fmt: skip
 """Phase of a client while it works, by what it was asked."""
 
 
@@ -90,6 +92,8 @@ class Exchange:
         """
         self._transport, self.say, self._show_clients = transport, say, show_clients
         self._recipe, self._seconds, self._check_facts = recipe, deadline_seconds, check_facts
+        self.private = "privacy" in recipe
+        """True where clients tell nothing of their documents but noised weights."""
         self.facts: dict[str, ClientFacts] = {}
         """Facts of every client that enrolled and was not refused."""
         self.refused: dict[str, str] = {}
@@ -225,10 +229,10 @@ class Exchange:
         name = node.name or _called(answer.frame)
         known = self.facts.get(name)
         try:
-            facts = unpack_facts(answer.frame)
+            facts = unpack_facts(answer.frame, private=self.private)
             self._check_facts(facts)
-            # Its numbers too: limits were reckoned from them.
-            if known and replace(known, name=facts.name, version=facts.version) != facts:
+            # Its numbers too: limits were reckoned from them. Its own tasks its owner may change meanwhile.
+            if known and replace(known, name=facts.name, version=facts.version, tasks=facts.tasks) != facts:
                 raise MessageError("it came back with another base model or other documents")
         except MessageError as error:
             self._names[node] = ""
@@ -242,7 +246,9 @@ class Exchange:
         # The name of its key, if it has one, whatever it calls itself.
         self.facts[name] = replace(facts, name=name)
         self._show(name, "connected")
-        self.say("client", f"{name}: {count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}")
+        own = f", {count(facts.tasks, 'task')} of its own" if facts.tasks else ""
+        held = f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}"
+        self.say("client", f"{name}: {held}{own}")
 
     def _show(self, name: str, phase: ClientPhase) -> None:
         if self._phases.get(name) != phase:

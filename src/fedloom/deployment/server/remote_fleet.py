@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_task, unpack_progress, unpack_score, unpack_update
+from fedloom.deployment.own_messages import KeptAdapter, ask_tasks, unpack_answers, unpack_kept
 from fedloom.deployment.server.exchange import Exchange
 from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation.held_out import Score
+from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.federation.admission import ClientSize
 from fedloom.federation.fleet import ClientPreview
+from fedloom.federation.lora_rules import shared_part
 from fedloom.host.files import writing
 from fedloom.progress import Watch, ignore
 from fedloom.recipe.sections import Federation
@@ -30,6 +34,7 @@ from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, Optim
 
 DEADLINES = 10
 """Deadlines that a round waits for its quorum, with `on_quorum_lost = "wait"`."""
+Found = TypeVar("Found")
 
 
 class AnswerSpool:
@@ -87,7 +92,7 @@ class RemoteFleet:
         self.optimizer_states: dict[int, OptimizerState] = {}
         """States of optimizers between rounds: always empty, for clients keep their own."""
         self.own_parts: dict[int, Tensor] = {}
-        """Parts of adapters that clients keep: always empty, for there are none here."""
+        """Keyed hashes of the parts of adapters that clients keep, as bytes: the parts themselves are not here."""
         self.scores: dict[int, Score] = {}
         self._missing: set[str] = set()
 
@@ -100,7 +105,7 @@ class RemoteFleet:
     def restore(
         self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
     ) -> None:
-        self.scores = scores
+        self.scores, self.own_parts = scores, dict(own_parts)
 
     def forget_scores(self) -> None:
         """Forget the scores: clients are not asked to judge a round whose beginning nobody did."""
@@ -136,35 +141,99 @@ class RemoteFleet:
             # Sums of floats depend on their order: in that of the tasks they are those of a run on one machine.
             for task in tasks:
                 name = self.names[task.client]
-                yield lost[name] if name in lost else self._read(task, spool.take(name))
+                if name in lost:
+                    yield lost[name]
+                    continue
+                found = spool.take(name)
+                # As in one process: it keeps what it trained, whether that counts in the round or not.
+                if task.shares_P is not None:
+                    stamp = bytes.fromhex(found.manifest["own"])
+                    self.own_parts[task.client] = torch.frombuffer(bytearray(stamp), dtype=torch.uint8)
+                yield self._read(task, found)
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         """Have the scored clients score an adapter; one that fails to is left out."""
-        packed = pack_adapter(adapter)
+        packed = self._pack(adapter)
         frame = replace(packed, manifest={**packed.manifest, "do": "evaluate"})
-        numbers = {self.names[client]: client for client in self.scored_clients}
-        scores = {}
-        for name, found in self.exchange.ask(dict.fromkeys(numbers, frame), self._missing):
-            self._note(name, found, "evaluate")
-            try:
-                if isinstance(found, str):
-                    raise MessageError(found)
-                facts, width = self.exchange.facts[name], self.counted_width
-                most = facts.holdout_tokens if width is None else width * facts.holdout_blocks
-                if score := unpack_score(found, most):
-                    scores[numbers[name]] = score
-            except MessageError as error:
-                self.exchange.say("unscored", f"{name}: {error}")
-        self.scores = dict(sorted(scores.items()))
+
+        def read(name: str, answer: Frame) -> Score | None:
+            facts, width = self.exchange.facts[name], self.counted_width
+            most = facts.holdout_tokens if width is None else width * facts.holdout_blocks
+            return unpack_score(answer, most, private=self.exchange.private)
+
+        found = self._ask_each(dict.fromkeys(self.scored_clients, frame), read)
+        for client, why in found.items():
+            if isinstance(why, MessageError):
+                self.exchange.say("unscored", f"{self.names[client]}: {why}")
+        self.scores = {client: score for client, score in found.items() if isinstance(score, Score)}
         return self.scores
+
+    @property
+    def examined(self) -> Sequence[int]:
+        """Ids of the clients whose owners hold tasks of their own."""
+        return [client for client, name in enumerate(self.names) if self.exchange.facts[name].tasks]
+
+    def ask_tasks(self, adapter: Adapter, *, base: bool) -> dict[int, OwnAnswers]:
+        """Have those clients ask an adapter their own tasks; who does not tell, or fails to, is said and left out."""
+        frame = ask_tasks(self._pack(adapter), base=base)
+
+        def read(name: str, answer: Frame) -> OwnAnswers | None:
+            return unpack_answers(answer, self.exchange.facts[name].tasks, base=base)
+
+        found = self._ask_each(dict.fromkeys(self.examined, frame), read)
+        for client, answers in found.items():
+            if not isinstance(answers, OwnAnswers):
+                self.exchange.say("unasked", f"{self.names[client]}: {answers or 'its owner keeps the counts'}")
+        return {client: answers for client, answers in found.items() if isinstance(answers, OwnAnswers)}
+
+    def keep(self, adapter: Adapter, round: int) -> dict[int, KeptAdapter | MessageError]:
+        """Have every client keep an adapter of its own, made from this one; return what it tells, or why there is none.
+
+        `round` is that of the training which it goes on with, one more than the run had.
+        """
+        packed = self._pack(adapter)
+        told = {**packed.manifest, "do": "keep", "round": round}
+        questions = {client: replace(packed, manifest={**told, "client": client}) for client in self.clients}
+        found = self._ask_each(questions, lambda _, answer: unpack_kept(answer, private=self.exchange.private))
+        return {client: kept for client, kept in found.items() if kept is not None}
+
+    def _pack(self, adapter: Adapter) -> Frame:
+        """Pack an adapter: what clients share of it."""
+        return pack_adapter(adapter, shared_part(adapter.layout, self.federation.lora_rule))
+
+    def _with_own(self, client: int, frame: Frame) -> Frame:
+        """Return a question that says which part of the adapter the client goes on with, where it has one of its own.
+
+        Before its first round it has what everybody has.
+        """
+        if (stamp := self.own_parts.get(client)) is None:
+            return frame
+        return replace(frame, manifest={**frame.manifest, "own": bytes(stamp.tolist()).hex()})
+
+    def _ask_each(
+        self, questions: Mapping[int, Frame], read: Callable[[str, Frame], Found]
+    ) -> dict[int, Found | MessageError]:
+        """Ask clients, by their numbers, and return what is read of each answer, or why there is none."""
+        numbers = {self.names[client]: client for client in questions}
+        asked = {self.names[client]: self._with_own(client, frame) for client, frame in questions.items()}
+        found: dict[int, Found | MessageError] = {}
+        for name, answer in self.exchange.ask(asked, self._missing):
+            self._note(name, answer, asked[name].manifest["do"])
+            try:
+                if isinstance(answer, str):
+                    raise MessageError(answer)
+                found[numbers[name]] = read(name, answer)
+            except MessageError as error:
+                found[numbers[name]] = error
+        return dict(sorted(found.items()))
 
     def _questions(self, tasks: Mapping[str, ClientTask]) -> dict[str, Frame]:
         """Pack tasks, by their clients' names. Those that start from one adapter share its bytes."""
         starts = {id(task.adapter): task.adapter for task in tasks.values()}
-        packed = {number: pack_adapter(adapter) for number, adapter in starts.items()}
+        packed = {number: self._pack(adapter) for number, adapter in starts.items()}
         questions = {}
         for name, task in tasks.items():
-            frame = pack_task(task, packed[id(task.adapter)])
+            frame = self._with_own(task.client, pack_task(task, packed[id(task.adapter)]))
             judge = task.client in self.scores
             questions[name] = replace(frame, manifest={**frame.manifest, "do": "train", "judge": judge})
         return questions
@@ -173,7 +242,7 @@ class RemoteFleet:
         try:
             if isinstance(found, str):
                 raise MessageError(found)
-            return unpack_update(found, task)
+            return unpack_update(found, task, private=self.exchange.private)
         except MessageError as error:
             where = {"round": task.round, "client": task.client, "stage": self.names[task.client]}
             return ClientFailure(task.client, TrainingError(str(error), **where))  # type: ignore[arg-type]
@@ -186,5 +255,5 @@ class RemoteFleet:
         self._missing.discard(name)
         # What is wrong with an answer is said where it is used.
         with suppress(MessageError):
-            for progress in unpack_progress(found, do):
+            for progress in unpack_progress(found, do, private=self.exchange.private):
                 self.watch(progress)

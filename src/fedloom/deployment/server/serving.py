@@ -14,6 +14,7 @@ from fedloom.data.splits import Audit
 from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.keys import Security, describe_expiry, in_use
 from fedloom.deployment.messages import ClientFacts, pack_recipe
+from fedloom.deployment.own_messages import KeptAdapter
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
 from fedloom.deployment.server.nginx import proxy
@@ -23,28 +24,35 @@ from fedloom.errors import DeploymentError, MessageError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.preview import describe_learning
+from fedloom.experiment.private import promise, set_client_terms
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
+from fedloom.experiment.trial import Trial
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
+from fedloom.host.failpoints import failpoint
 from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
+from fedloom.privacy.ration import Terms
+from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.training_section import Training
 from fedloom.records.plan import ClientPlan, Plan
-from fedloom.records.run import Run
+from fedloom.records.run import Run, read_run
 from fedloom.records.writer import default_folder
 from fedloom.text import format_bytes
 
 WAIT_SECONDS = 600.0
 LARGE_BYTES = 50e6
 """Size of an adapter from which on it is said what memory it takes on its way."""
+NOISE_ALIKE = 1e-3
+"""Share by which the noise of two machines may differ for the same recipe and documents."""
 COPIES_HERE, COPIES_THERE = 12, 9
 """Copies of an adapter that the processes of the server, and of each client, hold at most while it travels: measured
 with 100 and 500 MB and two clients."""
@@ -91,23 +99,44 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError(
             "clients on other machines keep no optimizer state", where="training.optimizer_state", mend='use "reset"'
         )
+    if recipe.bounds_clients:
+        raise RecipeError(
+            "clients elsewhere would have to trust the server, which sees every update and whom it drew",
+            where='privacy.unit = "client"',
+            mend='use fedloom run, for a simulation, or unit = "document"',
+        )
+    if recipe.documents.unit is not None:
+        raise RecipeError(
+            "clients on other machines protect single documents, and not all of a column's value together",
+            where="privacy.unit",
+            mend='use "document", or fedloom run',
+        )
     if recipe.baselines:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
-    if recipe.personalise:
+    if recipe.federation.lora_rule == "fedsa" and recipe.privacy is not None:
         raise RecipeError(
-            "clients on other machines do not go on by themselves", where="personalise", mend="leave it out"
-        )
-    if recipe.federation.lora_rule == "fedsa":
-        raise RecipeError(
-            "clients on other machines keep no part of an adapter",
+            'with lora_rule = "fedsa" clients alone can judge adapters, and those of a private run tell no loss',
             where="federation.lora_rule",
-            mend='use "ffa" or "rolora", which send half the bytes too',
+            mend='use another: "ffa" and "rolora" send half the bytes too',
+        )
+    # Each client's B is on its own machine, so nothing can be asked of a whole adapter here.
+    whole = {
+        "data.central_holdout": recipe.data.central_holdout,
+        "evaluation.tasks": recipe.evaluation.tasks,
+        "report.samples": recipe.report.samples if recipe.data.learns != "all" else 0,
+    }
+    if recipe.federation.lora_rule == "fedsa" and (asked := [key for key, value in whole.items() if value]):
+        raise RecipeError(
+            'with lora_rule = "fedsa" the server has A alone, which is no adapter to judge: clients judge theirs',
+            where=asked[0],
+            mend="set it to []" if asked[0] == "evaluation.tasks" else "set it to 0",
         )
     if recipe.contributions:
         raise RecipeError(
-            "each of them is found by federations of their own, for which clients on other machines are not asked",
+            "what each client brings is found by federations without it, for which all documents have to be in one"
+            " place: clients on other machines are not asked for them",
             where="contributions",
-            mend="leave it out",
+            mend="leave it out, or use fedloom run",
         )
     if recipe.model.dtype == "float64":
         raise RecipeError("what travels is float32", where="model.dtype", mend='use "float32"')
@@ -130,12 +159,22 @@ def with_limits(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"federation": section.model_copy(update=lacking)})
 
 
-def check_size(recipe: Recipe, facts: ClientFacts) -> None:
-    """Refuse a client that says it has more than may be, or more tokens than its blocks can hold.
+def check_facts(recipe: Recipe, facts: ClientFacts) -> None:
+    """Refuse a client that says it has more than may be, more tokens than its blocks can hold, or too little noise.
 
     Raises:
         MessageError
     """
+    if (facts.noise_multiplier is not None) != (recipe.privacy is not None):
+        raise MessageError("it says that it takes noise where the recipe has none, or none where it has")
+    if recipe.privacy and facts.blocks:
+        try:
+            terms = _terms_of(recipe, facts)
+        except RecipeError as error:
+            raise MessageError(error.what, where=error.where) from None
+        # Two machines may find the least noise that keeps an ε with another last digit.
+        if terms.noise_multiplier > (1 + NOISE_ALIKE) * (facts.noise_multiplier or 0.0):
+            raise MessageError("it takes less noise than the recipe asks for")
     most = recipe.federation.max_client_blocks
     for blocks, tokens in ((facts.blocks, facts.tokens), (facts.holdout_blocks, facts.holdout_tokens)):
         if most and blocks > most:
@@ -172,18 +211,6 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
-        if recipe.bounds_clients:
-            raise RecipeError(
-                "clients elsewhere would have to trust the server, which sees every update and whom it drew",
-                where='privacy.unit = "client"',
-                mend='use fedloom run, for a simulation, or unit = "document"',
-            )
-        if recipe.privacy is not None:
-            raise RecipeError(
-                "a private run needs clients in this process, so far: others would answer without noise",
-                where="[privacy]",
-                mend="use fedloom run, or leave it out",
-            )
         source = open_source(recipe, partial(watchers.show_step, "model"))
         weights = source.weights.record if source.weights else {}
         device = open_device(recipe.model.device)
@@ -201,7 +228,7 @@ class RemoteClients:
             recipe.federation.round_deadline,
             watchers.show_step,
             watchers.show_clients,
-            partial(check_size, recipe),
+            partial(check_facts, recipe),
         )
         watchers.show_step("waiting", f"for {recipe.data.clients} clients")
         self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
@@ -244,7 +271,14 @@ class RemoteClients:
             duplicates=recipe.data.duplicates,
             ways=name_ways(recipe, setup),
         )
-        plan = plan_shares(replace(plan, unused=find_unused(recipe, plan, setup.shape)), recipe.federation, self._names)
+        if recipe.privacy:
+            terms = {client: _terms_of(recipe, fact) for client, fact in enumerate(facts) if fact.blocks}
+            plan = promise(plan, recipe, terms)
+        unused = find_unused(recipe, plan, setup.shape)
+        if any(fact.tasks for fact in facts):  # those of clients are asked in the rounds, too
+            unused = tuple(line for line in unused if not line.startswith("evaluation.tasks_every"))
+        plan = replace(plan, unused=unused, shared_alone=recipe.federation.lora_rule == "fedsa")
+        plan = plan_shares(plan, recipe.federation, self._names)
         told = tuple(fact.documents for fact in facts)
         return Prepared(source, device, central, (), scored, plan, 1, told)
 
@@ -272,6 +306,31 @@ class RemoteClients:
             counted_width=recipe.data.max_length if recipe.data.pad_in_loss else None,
         )
 
+    def finish(self, trial: Trial, session: Session, say: Say) -> None:
+        """Have each client make the adapter that is its own, and stays there; what it tells of it is put on record.
+
+        With `personalise` that is trained on from the best adapter; with `lora_rule = "fedsa"` it is the last A with
+        the client's own B.
+        """
+        recipe, run, fleet = trial.recipe, trial.run, trial.fleet
+        assert isinstance(fleet, RemoteFleet), "open_fleet made it"
+        if recipe.personalise:
+            say("by itself", "each client goes on from the best adapter, and keeps what comes of it")
+            best = read_run(trial.recorder.writer.folder).best_round
+            found = fleet.keep(trial.recorder.open("best"), run.completed + 1)
+        elif recipe.federation.lora_rule == "fedsa":
+            say("by itself", "each client keeps the last adapter with its own part")
+            best, found = run.completed, fleet.keep(run.adapter, run.completed)
+        else:
+            return
+        for client, kept in found.items():
+            if isinstance(kept, MessageError):
+                say("lost", f"{self._names[client]}: {kept}")
+        told = {str(client): _describe_kept(kept) for client, kept in found.items()}
+        trial.recorder.writer.write_json("personalised.json", {"round": best, "clients": told})
+        trial.recorder.forget_measured()
+        failpoint("personalised.written")
+
 
 def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
     """Load the server's own hold-out: the first documents of its source, none where the recipe asks for none."""
@@ -280,6 +339,17 @@ def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]
     if wanted:
         found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
     return found, tokenize_for(source, recipe, found.documents)
+
+
+def _describe_kept(kept: KeptAdapter | MessageError) -> dict[str, Any]:
+    if isinstance(kept, MessageError):
+        return {"error": str(kept)}
+    return {} if kept.before is None or kept.after is None else {"global_loss": kept.before, "loss": kept.after}
+
+
+def _terms_of(recipe: Recipe, facts: ClientFacts) -> Terms:
+    """Return the terms of a client of a private run."""
+    return set_client_terms(recipe, facts.blocks, facts.noise_multiplier or 0.0)
 
 
 def _plan_client(facts: ClientFacts, training: Training) -> ClientPlan:
