@@ -1,0 +1,55 @@
+"""Membership: whether whoever sees a client's updates can tell its documents from others of the same owner.
+
+Two scores. The alignment of a document is the cosine between its own gradient and what the updates did ("Effective
+passive membership inference", ICLR 2023 submission QsCSLPP55Ku; FedMIA, arXiv 2402.06289). The other is its loss before
+training minus that after it (the adapter that came in is the one reference model of LiRA, arXiv 2112.03570).
+
+Letters: N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.audit.attack import Attack, Sent, interval
+from fedloom.audit.statistics import FALSE_ALARMS, Array, judge_membership, measure_auc, measure_recognised
+from fedloom.data.tokens import TokenBlocks
+from fedloom.privacy.ration import Terms
+from fedloom.progress import Watch, ignore
+from fedloom.training.document_gradients import alignments
+
+ALIGNMENT, LOSS = "alignment", "loss"
+
+
+def score_alignment(
+    adapted: AdaptedModel, sent: Sequence[Sent], blocks: TokenBlocks, *, watch: Watch = ignore
+) -> tuple[Array, Array]:
+    """Return each block's alignment with the updates, summed over them, and its mean loss before the first."""
+    found = [alignments(adapted, start, change_P, blocks, watch=watch) for start, change_P in sent]
+    return sum((cosines_N.numpy() for cosines_N, _ in found), np.zeros(len(blocks))), found[0][1].numpy()
+
+
+def judge_scores(name: str, inside: Array, outside: Array, terms: Terms | None, rounds: int) -> Attack:
+    """Return what scores tell of membership, and the most that any could tell under a client's terms."""
+    apart = measure_auc(inside, outside)
+    recognised, alarms = measure_recognised(inside, outside)
+    bound = {}
+    if terms:
+        # Of a few others, the false alarms that are there may show in none.
+        least = max(FALSE_ALARMS, 1 / len(outside))
+        bound = {"auc": terms.most_apart(rounds), "recognised": terms.recognised(rounds, least)}
+    return Attack(
+        name,
+        judge_membership(apart, recognised, len(outside)),
+        {
+            **interval("auc", apart),
+            **interval("recognised", recognised),
+            "false_alarms": alarms,
+            "members": len(inside),
+            "others": len(outside),
+        },
+        bound,
+    )
