@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from support.marks import first
 from support.random_texts import random_blocks
 from support.tiny import make_adapted, make_job, make_recipe, updates_of
 from torch import Tensor
@@ -60,7 +61,7 @@ def private(units: int, noise: float, seed: int) -> Ration:
     return Ration(terms, derive_key(b"secret", str(seed)))
 
 
-@pytest.mark.parametrize("noise", [0.02, 1.5])
+@pytest.mark.parametrize("noise", first([1.5, 0.02]))
 def test_noise_is_what_the_bound_says(noise: float) -> None:
     """A noise that is too little changes nothing, and one that is enough brings the attack near a coin."""
     adapted, members = make_adapted(device="cpu", rank=8, alpha=16), random_blocks(MEMBERS)
@@ -145,9 +146,10 @@ def test_roundings_own_directions_are_not_in_a_span() -> None:
     assert len(span_of(layer, start, rounded_P)) == 1
 
 
+@pytest.mark.long  # 60 epochs
 def test_secrets_that_were_learnt_are_remembered_and_others_are_not() -> None:
     data = make_recipe(data={"max_length": 64}).data
-    adapted = make_adapted(device="cpu", rank=16, alpha=32, targets="all-linear")
+    adapted = make_adapted(device="cpu", rank=32, alpha=64, targets="all-linear")
     tokenizer = open_model("random:tiny-llama").tokenizer
 
     def tokenize(documents: Sequence[Document]) -> TokenBlocks:
@@ -159,7 +161,7 @@ def test_secrets_that_were_learnt_are_remembered_and_others_are_not() -> None:
     assert len(canaries.blocks) == len(COPIES) + REFERENCES
     assert canaries.blocks.counted_NT.sum(1).tolist() == [8] * len(canaries.blocks), "the digits alone count"
     before = adapted.read()
-    sent = train(adapted, tokenize(canaries.planted), epochs=25, batch_size=8)
+    sent = train(adapted, tokenize(canaries.planted), epochs=60, batch_size=20, learning_rate=3e-3)
     after = type(before)(before.layout, before.weights_P + sent.change_P)
     found = seek_canaries(adapted, canaries, before, after, None, 1)
     assert found.word == YES
@@ -168,6 +170,13 @@ def test_secrets_that_were_learnt_are_remembered_and_others_are_not() -> None:
     assert other is not None
     assert seek_canaries(adapted, other, before, after, None, 1).word != YES
     assert make_canaries(b"key", tokenize, max_length=20) is None
+
+
+def test_secrets_whose_losses_fell_more_than_the_others_are_remembered() -> None:
+    gains = np.random.default_rng(0).normal(size=len(COPIES) + REFERENCES)
+    gains[: len(COPIES)][np.array(COPIES) > 1] += 5
+    found = judge_canaries(gains, None, 1)
+    assert (found.word, found.found["remembered"], found.found["remembered_of_once"]) == (YES, 4, 0)
 
 
 def test_secrets_that_were_never_planted_are_hardly_ever_called_remembered() -> None:

@@ -1,6 +1,7 @@
 """Documents that have nothing in common: each is random tokens, so each pulls a model its own way."""
 
 import random
+import string
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ def random_blocks(num_blocks: int, length: int = 24, seed: int = 0, vocabulary: 
 
 
 def random_texts(number: int, length: int = 40, seed: int = 0) -> list[str]:
-    """Texts of random letters and digits."""
+    """Texts of a few letters and digits, each of its own few."""
     drawn = random.Random(seed)
-    return ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=length))
-            for _ in range(number)]  # fmt: skip
+    alphabets = (drawn.sample(string.ascii_letters + string.digits, 6) for _ in range(number))
+    return ["".join(drawn.choices(alphabet, k=length)) for alphabet in alphabets]
 
 
 def write_texts(folder: Path, texts: list[str]) -> Path:

@@ -102,12 +102,12 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
 
 
 def kept_adapters(run: Run) -> list[tuple[int, Path]]:
-    """Return the rounds whose adapters a run kept, 0 first, and their folders."""
-    folders = {path.name: path for path in (run.folder / "adapters").glob("*") if path.is_dir()}
-    last = run.rounds[-1]["round"] if run.rounds else None
-    named = {"initial": 0, "best": run.best_round, "last": last}
-    rounds = {named.get(name, int(name[6:]) if name[6:].isdigit() else None): path for name, path in folders.items()}
-    return sorted((round, path) for round, path in rounds.items() if round is not None) if 0 in rounds else []
+    """Return the rounds whose adapters a run kept, in order, and their folders; nothing where the first is gone."""
+    named = {"initial": 0, "best": run.best_round, "last": run.rounds[-1]["round"] if run.rounds else None}
+    named |= {f"round-{record['round']}": record["round"] for record in run.rounds}
+    there = {name: run.folder / "adapters" / name for name in named if (run.folder / "adapters" / name).is_dir()}
+    kept = sorted({round: there[name] for name, round in named.items() if round is not None and name in there}.items())
+    return kept if kept and kept[0][0] == 0 else []
 
 
 def changes_between(adapted: AdaptedModel, kept: list[tuple[int, Path]]) -> list[Sent]:

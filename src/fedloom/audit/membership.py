@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.audit.attack import Attack, Sent, interval
@@ -27,9 +27,14 @@ ALIGNMENT, LOSS = "alignment", "loss"
 def score_alignment(
     adapted: AdaptedModel, sent: Sequence[Sent], blocks: TokenBlocks, *, watch: Watch = ignore
 ) -> tuple[Array, Array]:
-    """Return each block's alignment with the updates, summed over them, and its mean loss before the first."""
-    found = [alignments(adapted, start, change_P, blocks, watch=watch) for start, change_P in sent]
-    return sum((cosines_N.numpy() for cosines_N, _ in found), np.zeros(len(blocks))), found[0][1].numpy()
+    """Return each block's alignment with all updates together, and its mean loss before the first.
+
+    Gradients are those at the start: a pass over the blocks, however many rounds there were. Those at the start of each
+    round, against its own update, told members apart no better (docs/log.md).
+    """
+    change_P = torch.stack([one.change_P for one in sent]).sum(0)
+    cosines_N, losses_N = alignments(adapted, sent[0].start, change_P, blocks, watch=watch)
+    return cosines_N.numpy(), losses_N.numpy()
 
 
 def judge_scores(name: str, inside: Array, outside: Array, terms: Terms | None, rounds: int) -> Attack:

@@ -187,7 +187,7 @@ def build_page(record: Record) -> Document:
         else "What the adapters that a run has kept tell of its clients' documents."
     )
     sections = [
-        Section("In short", [Text(give_verdict(record).capitalize() + ".", note=True), _overview(record)]),
+        Section("In short", [Text(_sentence(give_verdict(record)), note=True), _overview(record)]),
         *(Section(WORDS[name].question, _explain(record, name)) for name in WORDS if _of(record, name)),
         Section("Bound", _explain_bound(record)),
         Section(
@@ -236,7 +236,7 @@ def _explain_bound(record: Record) -> list[Block]:
     privacy = record.get("privacy")
     if not privacy:
         return [Text("None: the recipe has no [privacy], so what another attack finds is not bounded by anything.")]
-    blocks: list[Block] = [Text(f"{_tell_bound(privacy).capitalize()}.")]
+    blocks: list[Block] = [Text(_sentence(_tell_bound(privacy)))]
     rows = []
     for name in WORDS:
         for who, attack in _of(record, name):
@@ -300,6 +300,10 @@ def _how(record: Record) -> list[Block]:
 
 def _interval(found: Record, name: str) -> str:
     return f"{found[name]:.2f} ({found[f'{name}_low']:.2f}–{found[f'{name}_high']:.2f})"
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _probability(value: float) -> str:
