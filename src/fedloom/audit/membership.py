@@ -15,7 +15,7 @@ import torch
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.audit.attack import Attack, Sent, interval
-from fedloom.audit.statistics import FALSE_ALARMS, Array, judge_membership, measure_auc, measure_recognised
+from fedloom.audit.statistics import Array, judge_membership, measure_auc, measure_recognised
 from fedloom.data.tokens import TokenBlocks
 from fedloom.privacy.ration import Terms
 from fedloom.progress import Watch, ignore
@@ -43,8 +43,8 @@ def judge_scores(name: str, inside: Array, outside: Array, terms: Terms | None, 
     recognised, alarms = measure_recognised(inside, outside)
     bound = {}
     if terms:
-        # Of a few others, the false alarms that are there may show in none.
-        least = max(FALSE_ALARMS, 1 / len(outside))
+        # The bar is a place among the others: one more of their kind is above it with this probability, on average.
+        least = (alarms * len(outside) + 1) / (len(outside) + 1)
         bound = {"auc": terms.most_apart(rounds), "recognised": terms.recognised(rounds, least)}
     return Attack(
         name,

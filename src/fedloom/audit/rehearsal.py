@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from fedloom.audit.leaked_tokens import read_tokens
 from fedloom.audit.record import describe, describe_terms
 from fedloom.audit.rounds import adapter_after, train_alone
 from fedloom.data.documents import Document
+from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import as_owner_wrote
@@ -32,6 +33,7 @@ from fedloom.experiment.building import hold, load_adapted_model, tokenize_for
 from fedloom.experiment.preparation import check
 from fedloom.experiment.private import Rations, set_client_terms
 from fedloom.model.devices import open_device
+from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.noise import SECRET_BYTES, check_cipher
 from fedloom.recipe.recipe import Recipe
@@ -40,6 +42,15 @@ from fedloom.training.engines import open_engine
 
 FEWEST = 8
 """Documents without which there is nothing to halve."""
+
+
+class Halves(NamedTuple):
+    """An owner's documents in two halves, and as blocks."""
+
+    source: ModelSource
+    documents: tuple[list[Document], list[Document]]
+    members: TokenBlocks
+    others: TokenBlocks
 
 
 def rehearse(
@@ -55,58 +66,66 @@ def rehearse(
         TrainingError: training failed.
     """
     started, key = time.perf_counter(), key or os.urandom(SECRET_BYTES)
+    say, watch, rounds = observer.show_step, observer.watch, recipe.federation.rounds
     recipe = as_owner_wrote(policy, recipe)
+    say("documents", "read as fedloom join would")
+    source, documents, members, others = gather_halves(recipe, path, policy, key)
+    terms = None
     if recipe.privacy:
         check_cipher()
-    say = observer.show_step
-    say("documents", "read as fedloom join would")
+        terms = set_client_terms(recipe, len(members))
+    setup = check(recipe, source, open_device(recipe.model.device))
+
+    say("weights", source.name)
+    adapted = load_adapted_model(recipe, source)
+    engine = open_engine(setup.engine, adapted, recipe.data, watch, say)
+    initial, tokenize = adapted.read(), partial(tokenize_for, source, recipe)
+    canaries = make_canaries(key, tokenize, max_length=recipe.data.max_length)
+    trained_on = [documents[0], [*documents[0], *canaries.planted]] if canaries else [documents[0]]
+    nothing = others.take(torch.zeros(0, dtype=torch.int64))
+    clients = [hold(recipe, tokenize(own), nothing) for own in trained_on]
+    told = {"members": len(documents[0]), "others": len(documents[1])}
+    say("rehearsal", f"{count(rounds, 'round')} on {count(told['members'], 'member')}, without {told['others']} others")
+    rations = Rations(recipe, clients, key) if recipe.privacy else None
+    sent = train_alone(clients, initial, engine.train, recipe.training, recipe.federation, recipe.seed, rations)
+
+    say("attacks", "on what a server would have been sent")
+    aligned, lost, repeated = attack_client(adapted, sent[0], members, others, terms, rounds, watch=watch)
+    remembered = no_canaries("data.max_length is too short for a made-up secret")
+    if canaries:
+        after = adapter_after(sent[1])
+        theirs = set_client_terms(recipe, len(clients[1].train)) if recipe.privacy else None
+        remembered = seek_canaries(adapted, canaries, initial, after, theirs, rounds, watch=watch)
+    return describe(
+        "rehearsal",
+        recipe.name,
+        {"you": [aligned, lost, remembered, read_tokens(adapted, sent[0], members), repeated]},
+        model=source.name,
+        method=recipe.adapter.method,
+        rounds=rounds,
+        engine=setup.engine,
+        **told,
+        privacy=describe_terms(terms, recipe.privacy.noise, rounds) if terms and recipe.privacy else None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def gather_halves(recipe: Recipe, path: Path, policy: Policy, key: bytes) -> Halves:
+    """Read an owner's documents as `fedloom join` would, those held out too, and halve them by a key.
+
+    Raises:
+        DataError: they can't be read, or are too few.
+    """
     held = gather_client(recipe, path, policy)
-    source = held.source
-    tokenize = partial(tokenize_for, source, recipe)
-    halves = halve([*held.documents.train, *held.documents.holdout], key)
-    members, others = (tokenize(half) for half in halves)
+    documents = halve([*held.documents.train, *held.documents.holdout], key)
+    members, others = (tokenize_for(held.source, recipe, half) for half in documents)
     if min(len(members), len(others)) < FEWEST // 2:
         raise DataError(
             f"{count(len(members) + len(others), 'document')}, of which half is left out: at least {FEWEST} are needed",
             where=f"--data {path}",
             mend="bring more of them, or raise data.documents_per_client",
         )
-    setup = check(recipe, source, open_device(recipe.model.device))
-    terms = set_client_terms(recipe, len(members)) if recipe.privacy else None
-
-    say("weights", source.name)
-    adapted = load_adapted_model(recipe, source)
-    engine = open_engine(setup.engine, adapted, recipe.data, observer.watch, say)
-    initial = adapted.read()
-    canaries = make_canaries(key, tokenize, max_length=recipe.data.max_length)
-    trained_on = [halves[0], [*halves[0], *canaries.planted]] if canaries else [halves[0]]
-    nothing = others.take(torch.zeros(0, dtype=torch.int64))
-    clients = [hold(recipe, tokenize(documents), nothing) for documents in trained_on]
-    rounds = recipe.federation.rounds
-    say("rehearsal", f"{count(rounds, 'round')} on {count(len(halves[0]), 'member')}, without {len(halves[1])} others")
-    rations = Rations(recipe, clients, key) if recipe.privacy else None
-    sent = train_alone(clients, initial, engine.train, recipe.training, recipe.federation, recipe.seed, rations)
-    say("attacks", "on what a server would have been sent")
-    aligned, lost, repeated = attack_client(adapted, sent[0], members, others, terms, rounds, watch=observer.watch)
-    remembered = no_canaries("data.max_length is too short for a made-up secret")
-    if canaries:
-        after = adapter_after(sent[1])
-        theirs = set_client_terms(recipe, len(clients[1].train)) if recipe.privacy else None
-        remembered = seek_canaries(adapted, canaries, initial, after, theirs, rounds, watch=observer.watch)
-    read = read_tokens(adapted, sent[0], members)
-    return describe(
-        "rehearsal",
-        recipe.name,
-        {"you": [aligned, lost, remembered, read, repeated]},
-        model=source.name,
-        method=recipe.adapter.method,
-        rounds=rounds,
-        engine=setup.engine,
-        members=len(halves[0]),
-        others=len(halves[1]),
-        privacy=describe_terms(terms, recipe.privacy.noise, rounds) if terms and recipe.privacy else None,
-        seconds=time.perf_counter() - started,
-    )
+    return Halves(held.source, documents, members, others)
 
 
 def halve(documents: Sequence[Document], key: bytes) -> tuple[list[Document], list[Document]]:

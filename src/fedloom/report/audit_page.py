@@ -84,6 +84,8 @@ FEW = "There are too few documents here to say: it was looked for, and what was 
 NOBODY_CAN_TELL = {
     "rehearsal": (
         "what the other clients' documents would add: here the owner trains alone",
+        "what all of the documents would give: half was trained on, so each counts for more, and the noise of a bound"
+        " was chosen for so many",
         "what a server learns that sends other adapters than its recipe makes",
         "what attacks do that are not among these five",
         "anything of single documents that are unlike all others: figures are of the documents together",
