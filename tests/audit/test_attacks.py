@@ -25,6 +25,7 @@ from fedloom.data.tokens import TokenBlocks, join_blocks, tokenize_documents
 from fedloom.model.source import open_model
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
+from fedloom.report.audit_page import give_verdict
 from fedloom.training.batched import BatchedEngine
 
 MEMBERS, OTHERS = 30, 60
@@ -77,6 +78,25 @@ def test_noise_is_what_the_bound_says(noise: float) -> None:
     else:
         assert 0.6 < aligned.bound["auc"] < 0.75
         assert np.mean(aucs) <= aligned.bound["auc"] + 0.05
+
+
+class Silent(Ration):
+    """A broken twin that says how much noise there is, and adds none."""
+
+    def noise(self, step: int, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64)
+
+
+def test_noise_that_is_told_of_and_not_added_is_seen() -> None:
+    adapted, members = make_adapted(device="cpu", rank=8, alpha=16), random_blocks(MEMBERS)
+    right = private(MEMBERS, 1.5, 0)
+    found = []
+    for ration in (right, Silent(right.terms, right.key)):
+        sent = train(adapted, members, ration, optimizer="sgd", learning_rate=1.0)
+        attacks = members_told(adapted, sent, members, ration.terms)
+        found.append(give_verdict({"clients": {"you": [a.to_json() for a in attacks]}, "privacy": {"noise": "secret"}}))
+    assert "more was found than the bound allows" not in found[0]
+    assert "more was found than the bound allows" in found[1]
 
 
 def tokens_of(blocks: TokenBlocks) -> int:

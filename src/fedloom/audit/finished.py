@@ -25,6 +25,7 @@ from fedloom.experiment.private import set_client_terms
 from fedloom.experiment.session import identify
 from fedloom.handover.finished_run import recipe_of
 from fedloom.monitoring.observer import Observer
+from fedloom.records.card import public_name
 from fedloom.records.run import Run, read_run
 from fedloom.records.state import load_state
 
@@ -92,7 +93,7 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
         "run",
         recipe.name,
         clients,
-        model=prepared.source.name,
+        model=public_name(prepared.source.name, prepared.source.revision),
         method=recipe.adapter.method,
         rounds=rounds,
         adapters=[round for round, _ in kept],

@@ -37,6 +37,7 @@ from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.noise import SECRET_BYTES, check_cipher
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.card import public_name
 from fedloom.text import count
 from fedloom.training.engines import open_engine
 
@@ -100,7 +101,7 @@ def rehearse(
         "rehearsal",
         recipe.name,
         {"you": [aligned, lost, remembered, read_tokens(adapted, sent[0], members), repeated]},
-        model=source.name,
+        model=public_name(source.name, source.revision),
         method=recipe.adapter.method,
         rounds=rounds,
         engine=setup.engine,

@@ -81,6 +81,10 @@ WORDS: Mapping[str, Words] = {
 }
 """Words for each attack, in the order in which they are told."""
 FEW = "There are too few documents here to say: it was looked for, and what was found may be chance either way."
+READING = (
+    "Members are the documents trained on; others are of the same owner, or held out. AUC is the probability that a"
+    " member scores above another: 0.5 is a coin, 1 is certain. In brackets stands what it may be by chance (95 %)."
+)
 NOBODY_CAN_TELL = {
     "rehearsal": (
         "what the other clients' documents would add: here the owner trains alone",
@@ -167,6 +171,10 @@ def give_verdict(record: Record) -> str:
         if private and private["noise"] != "seed"
         else "ask for [privacy], or trust the server and whoever gets the model"
     )
+    if any(_exceeds(attack) for attack in _attacks(record)):
+        return (
+            "more was found than the bound allows: documents have copies, or the noise has a fault; do not rely on it"
+        )
     if {"alignment", "loss"} & set(asked):
         return f"whoever sees the updates can tell which documents are in: {how}"
     if asked:
@@ -189,7 +197,7 @@ def build_page(record: Record) -> Document:
         else "What the adapters that a run has kept tell of its clients' documents."
     )
     sections = [
-        Section("In short", [Text(_sentence(give_verdict(record)), note=True), _overview(record)]),
+        Section("In short", [Text(_sentence(give_verdict(record)), note=True), _overview(record), Text(READING)]),
         *(Section(WORDS[name].question, _explain(record, name)) for name in WORDS if _of(record, name)),
         Section("Bound", _explain_bound(record)),
         Section(
@@ -210,6 +218,12 @@ def _attacks(record: Record) -> list[Record]:
 
 def _of(record: Record, name: str) -> list[tuple[str, Record]]:
     return [(who, one) for who, attacks in record["clients"].items() for one in attacks if one["name"] == name]
+
+
+def _exceeds(attack: Record) -> bool:
+    """Return whether an attack found more than its bound, beyond chance."""
+    most = attack.get("bound", {}).get("auc")
+    return most is not None and attack["found"]["auc_low"] > most
 
 
 def _overview(record: Record) -> Table:
@@ -292,10 +306,11 @@ def _how(record: Record) -> list[Block]:
     return [
         Table(["", ""], facts, text_columns=2),
         Text(
-            "Yes, where the whole 95 % interval says so (AUC above 0.6, or more than 5 % of the members recognised with"
-            " at most 1 % of false alarms, which 100 others at least have to show); no, where it says the opposite; and"
-            " too few documents to say otherwise. AUC is the probability that a document trained on scores above one"
-            " that was not: 0.5 is a coin, 1 is certain. Intervals: Hanley and McNeil 1982, Clopper and Pearson 1934."
+            "Yes, where the whole 95 % interval says so: an AUC above 0.6, or more than 5 % of the members above all"
+            " but 1 % of at least 100 others; codes that come first by less than 1 % of chance; a word read for"
+            " certain, or words ranked better than by a random guess by 0.1; a document that is repeated where others"
+            " are not. No, where it says the opposite (for codes an AUC below 0.75, for repeated documents fewer than"
+            " 5 %). Otherwise too few documents to say. Intervals: Hanley and McNeil 1982, Clopper and Pearson 1934."
         ),
     ]
 
