@@ -57,6 +57,15 @@ def test_nobody_is_told_apart_by_an_update_of_others_documents() -> None:
     assert YES not in {attack.word for attack in members_told(adapted, sent, members)}
 
 
+def test_an_update_that_is_no_number_tells_nothing() -> None:
+    adapted, members = make_adapted(device="cpu"), random_blocks(12)
+    lost = Sent(adapted.read(), torch.full((adapted.layout.size,), torch.nan))
+    attacks = members_told(adapted, lost, members)
+    assert YES not in {attack.word for attack in attacks}
+    assert attacks[0].found["auc"] == 0.5
+    assert all(value == value for attack in attacks for value in attack.found.values())
+
+
 def private(units: int, noise: float, seed: int) -> Ration:
     terms = Terms(noise, 0.5, units, units, 1, 1e-3)
     return Ration(terms, derive_key(b"secret", str(seed)))

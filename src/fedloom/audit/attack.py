@@ -95,4 +95,5 @@ def read_blocks(
 
     for _ in in_batches(adapted, blocks, read, AT_ONCE, watch=watch):
         pass
-    return Reading(sums, means, matched)
+    # What is no number is the same for all, and so tells of none.
+    return Reading(np.nan_to_num(sums, nan=0.0), np.nan_to_num(means, nan=0.0), matched)

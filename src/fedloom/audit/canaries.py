@@ -17,7 +17,7 @@ import torch
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
-from fedloom.audit.attack import Attack, Figure, not_tried, read_blocks
+from fedloom.audit.attack import Attack, Figure, interval, not_tried, read_blocks
 from fedloom.audit.statistics import NO, TOO_FEW, YES, Array, chance_of, measure_auc
 from fedloom.data.documents import Document
 from fedloom.data.tokens import TokenBlocks
@@ -106,9 +106,7 @@ def judge_canaries(gains: Array, terms: Terms | None, rounds: int) -> Attack:
         "exposures": [round(float(one), 2) for one in exposures],
         "fitted": [round(one, 2) for one in fitted],
         "chance": chance,
-        "auc": apart.value,
-        "auc_low": apart.low,
-        "auc_high": apart.high,
+        **interval("auc", apart),
         "extracted": sum(one >= DIGITS * math.log2(10) for one in fitted),
     }
     bound = {}
