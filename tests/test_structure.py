@@ -62,6 +62,7 @@ LIGHT = (
 
 TAKES_A_RECIPE = {
     "records.card": "the card prints it",
+    "audit.finished": "it wires a finished run once more",
     "audit.rehearsal": "it wires a client's part of a run",
     "handover.proof": "it builds the run's model again",
     "deployment.messages": "the recipe is what travels",

@@ -80,6 +80,13 @@ def test_the_best_and_the_last_adapter_are_one_where_they_are_the_same(finished:
     assert [round for round, _ in kept] == [0, 1, 2, 3]
 
 
+def test_the_clients_with_the_most_documents_are_looked_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.audit.finished.MOST_CLIENTS", 1)
+    record = audit_run(finished, Observer())
+    assert list(record["clients"]) == ["0", "all together"]
+    assert record["clients_left_out"] == 1
+
+
 def test_without_adapters_of_rounds_the_best_and_the_last_are_what_is_kept(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     for folder in (tmp_path / "run" / "adapters").glob("round-*"):

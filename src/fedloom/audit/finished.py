@@ -7,30 +7,35 @@ a server has seen each client's change apart, and knows at least as much. What i
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.audit.attack import Sent
+from fedloom.audit.attack import Attack, Sent
 from fedloom.audit.canaries import no_canaries
 from fedloom.audit.client import attack_client
 from fedloom.audit.leaked_tokens import read_tokens
 from fedloom.audit.record import describe, describe_terms
-from fedloom.data.tokens import join_blocks
+from fedloom.data.tokens import TokenBlocks, join_blocks
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model, tokenize_for
-from fedloom.experiment.preparation import gather, prepare
+from fedloom.experiment.preparation import Material, gather, prepare
 from fedloom.experiment.private import set_client_terms
 from fedloom.experiment.session import identify
 from fedloom.handover.finished_run import recipe_of
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import public_name
 from fedloom.records.run import Run, read_run
 from fedloom.records.state import load_state
 
 FEWEST = 4
 """Documents of a client, and as many that it has not trained on, without which nothing is compared."""
+
+MOST_CLIENTS = 12
+"""Clients that are looked at, those with the most documents."""
 
 
 def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
@@ -41,9 +46,7 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
         DataError, ModelError: the documents or the model can't be had.
     """
     started, run = time.perf_counter(), read_run(folder)
-    kept = kept_adapters(run)
-    recipe = recipe_of(run.folder)
-    state = load_state(run.folder)
+    kept, recipe, state = kept_adapters(run), recipe_of(run.folder), load_state(run.folder)
     if len(kept) < 2 or state is None:
         raise RunError(
             "it kept no adapter that was trained, with the state that says on what",
@@ -52,8 +55,9 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
         )
     material = gather(recipe, observer)
     prepared = prepare(recipe, observer, material, predict=False)
-    observer.show_step("weights", prepared.source.name)
-    adapted = load_adapted_model(recipe, prepared.source, prepared.plan)
+    source = prepared.source
+    observer.show_step("weights", source.name)
+    adapted = load_adapted_model(recipe, source, prepared.plan)
     here = identify(prepared, adapted)
     if differing := [name for name in ("documents", "base model") if state.identity.get(name) != here[name]]:
         raise RunError(
@@ -62,44 +66,56 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
             mend="bring them back; where clients were elsewhere, each owner audits the recipe: fedloom audit RECIPE"
             " --data PATH",
         )
-    sent = list(changes_between(adapted, kept))
-    observer.show_step("attacks", f"on the adapters of rounds {', '.join(str(round) for round, _ in kept)}")
-    rounds, clients, privacy = kept[-1][0], {}, {}
-    for client, held in enumerate(material.clients):
-        train = held.train
-        if recipe.data.window == "pack":  # each text by itself again
-            train = tokenize_for(prepared.source, recipe, material.splits.clients[client].train)
-        others = join_blocks([held.holdout, material.central])
-        if min(len(train), len(others)) < FEWEST:
-            continue
-        observer.show_step("client", str(client))
-        terms = set_client_terms(recipe, len(train)) if recipe.privacy else None
-        clients[str(client)] = [*attack_client(adapted, sent, train, others, terms, rounds, watch=observer.watch)]
-        if terms and recipe.privacy:
-            privacy[str(client)] = describe_terms(terms, recipe.privacy.noise, rounds)
-    if not clients:
+    chosen = choose_clients(recipe, material)
+    if not chosen:
         raise RunError(
             f"no client has {FEWEST} documents to train on, beside {FEWEST} that are held out",
             where=str(run.folder),
             mend="audit a run with more documents",
         )
-    everybody = join_blocks([held.train for held in material.clients])
-    clients["all together"] = [
+    sent, rounds = list(changes_between(adapted, kept)), kept[-1][0]
+    observer.show_step("attacks", f"on the adapters of rounds {', '.join(str(round) for round, _ in kept)}")
+    found: dict[str, Sequence[Attack]] = {}
+    promised = []
+    for client, (members, others) in chosen.items():
+        observer.show_step("client", str(client))
+        terms = set_client_terms(recipe, len(members)) if recipe.privacy else None
+        found[str(client)] = attack_client(adapted, sent, members, others, terms, rounds, watch=observer.watch)
+        if terms and recipe.privacy:
+            promised.append(describe_terms(terms, recipe.privacy.noise, rounds))
+    found["all together"] = [
         no_canaries("none were planted: a run's documents are nobody's to add to; a rehearsal does it"),
-        read_tokens(adapted, sent, everybody),
+        read_tokens(adapted, sent, join_blocks([held.train for held in material.clients])),
     ]
-    worst = max(privacy.values(), key=lambda told: told["epsilon"], default=None)
     return describe(
         "run",
         recipe.name,
-        clients,
-        model=public_name(prepared.source.name, prepared.source.revision),
+        found,
+        model=public_name(source.name, source.revision),
         method=recipe.adapter.method,
         rounds=rounds,
         adapters=[round for round, _ in kept],
-        privacy=worst,
+        clients_left_out=len(material.clients) - len(chosen),
+        privacy=max(promised, key=lambda told: told["epsilon"], default=None),
         seconds=time.perf_counter() - started,
     )
+
+
+def choose_clients(recipe: Recipe, material: Material) -> dict[int, tuple[TokenBlocks, TokenBlocks]]:
+    """Return the clients that are looked at, in order, each with what it trained on and what is held out of it."""
+    held = {
+        client: (_texts_of(recipe, material, client), join_blocks([blocks.holdout, material.central]))
+        for client, blocks in enumerate(material.clients)
+    }
+    able = [client for client, parts in held.items() if min(map(len, parts)) >= FEWEST]
+    return {client: held[client] for client in sorted(sorted(able, key=lambda one: -len(held[one][0]))[:MOST_CLIENTS])}
+
+
+def _texts_of(recipe: Recipe, material: Material, client: int) -> TokenBlocks:
+    """Return what a client trained on, each text by itself also where it was packed."""
+    if recipe.data.window != "pack":
+        return material.clients[client].train
+    return tokenize_for(material.source, recipe, material.splits.clients[client].train)
 
 
 def kept_adapters(run: Run) -> list[tuple[int, Path]]:

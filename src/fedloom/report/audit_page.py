@@ -299,6 +299,7 @@ def _how(record: Record) -> list[Block]:
         *([["documents trained on", str(record["members"])]] if "members" in record else []),
         *([["documents left out", str(record["others"])]] if "others" in record else []),
         *([["adapters kept, of rounds", ", ".join(map(str, record["adapters"]))]] if "adapters" in record else []),
+        *([["clients not looked at", str(record["clients_left_out"])]] if "clients_left_out" in record else []),
         ["took", format_seconds(record["seconds"])],
         ["fedloom", record["fedloom"]],
         ["finished", record["finished"]],
