@@ -15,7 +15,7 @@ from fedloom.data.tokens import TokenBlocks, join_blocks
 from fedloom.privacy.ration import Terms
 from fedloom.progress import Watch, ignore
 
-MOST = 100
+MOST = 300
 """Blocks of members, and as many of others, that are scored: more make the answer surer and the wait longer."""
 
 
