@@ -76,13 +76,13 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
     sent, rounds = list(changes_between(adapted, kept)), kept[-1][0]
     observer.show_step("attacks", f"on the adapters of rounds {', '.join(str(round) for round, _ in kept)}")
     found: dict[str, Sequence[Attack]] = {}
-    promised = []
+    bound, promised = recipe.privacy, []
     for client, (members, others) in chosen.items():
         observer.show_step("client", str(client))
-        terms = set_client_terms(recipe, len(members)) if recipe.privacy else None
+        terms = set_client_terms(recipe, len(members)) if bound else None
         found[str(client)] = attack_client(adapted, sent, members, others, terms, rounds, watch=observer.watch)
-        if terms and recipe.privacy:
-            promised.append(describe_terms(terms, recipe.privacy.noise, rounds))
+        if terms and bound:
+            promised.append(describe_terms(terms, bound.noise, rounds))
     found["all together"] = [
         no_canaries("none were planted: a run's documents are nobody's to add to; a rehearsal does it"),
         read_tokens(adapted, sent, join_blocks([held.train for held in material.clients])),

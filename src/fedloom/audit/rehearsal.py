@@ -69,10 +69,11 @@ def rehearse(
     started, key = time.perf_counter(), key or os.urandom(SECRET_BYTES)
     say, watch, rounds = observer.show_step, observer.watch, recipe.federation.rounds
     recipe = as_owner_wrote(policy, recipe)
+    bound = recipe.privacy
     say("documents", "read as fedloom join would")
     source, documents, members, others = gather_halves(recipe, path, policy, key)
     terms = None
-    if recipe.privacy:
+    if bound:
         check_cipher()
         terms = set_client_terms(recipe, len(members))
     setup = check(recipe, source, open_device(recipe.model.device))
@@ -87,7 +88,7 @@ def rehearse(
     clients = [hold(recipe, tokenize(own), nothing) for own in trained_on]
     told = {"members": len(documents[0]), "others": len(documents[1])}
     say("rehearsal", f"{count(rounds, 'round')} on {count(told['members'], 'member')}, without {told['others']} others")
-    rations = Rations(recipe, clients, key) if recipe.privacy else None
+    rations = Rations(recipe, clients, key) if bound else None
     sent = train_alone(clients, initial, engine.train, recipe.training, recipe.federation, recipe.seed, rations)
 
     say("attacks", "on what a server would have been sent")
@@ -95,7 +96,7 @@ def rehearse(
     remembered = no_canaries("data.max_length is too short for a made-up secret")
     if canaries:
         after = adapter_after(sent[1])
-        theirs = set_client_terms(recipe, len(clients[1].train)) if recipe.privacy else None
+        theirs = set_client_terms(recipe, len(clients[1].train)) if bound else None
         remembered = seek_canaries(adapted, canaries, initial, after, theirs, rounds, watch=watch)
     return describe(
         "rehearsal",
@@ -106,7 +107,7 @@ def rehearse(
         rounds=rounds,
         engine=setup.engine,
         **told,
-        privacy=describe_terms(terms, recipe.privacy.noise, rounds) if terms and recipe.privacy else None,
+        privacy=describe_terms(terms, bound.noise, rounds) if terms and bound else None,
         seconds=time.perf_counter() - started,
     )
 
