@@ -28,6 +28,7 @@ LAYERS = (
     ("experiment",),
     ("handover",),
     ("deployment",),
+    ("audit",),
     ("model_commands", "client_commands", "provision_commands"),
     ("cli",),
     ("__main__",),
@@ -62,6 +63,8 @@ LIGHT = (
 
 TAKES_A_RECIPE = {
     "records.card": "the card prints it",
+    "audit.finished": "it wires a finished run once more",
+    "audit.rehearsal": "it wires a client's part of a run",
     "handover.proof": "it builds the run's model again",
     "deployment.messages": "the recipe is what travels",
     "deployment.client.refusals": "the recipe is what is checked",

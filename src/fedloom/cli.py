@@ -152,6 +152,7 @@ def join(
 
 app.command()(owner.preflight)
 app.command()(owner.journal)
+app.command()(owner.audit)
 
 
 @app.command()

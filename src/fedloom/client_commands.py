@@ -114,6 +114,35 @@ def journal(
         typer.echo(show_controls(line))
 
 
+def audit(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, as for run; or a run directory of this machine.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, as for run.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(parser=path, help="This client's documents: a file or a folder.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="Where audit.html goes; audits/NAME-TIME, or the run itself, if left out."),
+    ] = None,
+    policy: PolicyFile = None,
+    text: TextColumn = None,
+    columns: ColumnNames = None,
+    files: FilesGlob = None,
+    hidden: HiddenFiles = None,
+) -> None:
+    """Attack what a client of a recipe would send, or what a run has kept, and say what it tells of the documents.
+
+    Of a recipe, a rehearsal: half of the documents are trained on, and no server is asked. It takes minutes.
+    """
+    from fedloom.audit.command import audit_to
+
+    own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
+    for line in audit_to(to, recipe, overrides or (), data, policy, own):
+        typer.echo(show_controls(line))
+
+
 def show_findings(findings: Iterable[Finding], word: str) -> None:
     """Print a line for each finding, and how to mend what is not well, which ends with exit code 1."""
     well = True

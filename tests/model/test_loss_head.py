@@ -50,9 +50,12 @@ def test_score_counts_the_likeliest(shape: str) -> None:
         targets_M = model(input_ids=tokens_BT).logits.flatten(0, 1)[rows_M].argmax(-1)
         targets_M[:4] += 1
         loss, correct = adapted.loss_head.score(tokens_BT, rows_M, targets_M % 260)
-        expected = whole(model, tokens_BT, rows_M, targets_M % 260).sum()
-    torch.testing.assert_close(loss, expected)
+        expected_M = whole(model, tokens_BT, rows_M, targets_M % 260)
+        losses_M, likeliest_M = adapted.loss_head.read_rows(tokens_BT, rows_M, targets_M % 260)
+    torch.testing.assert_close(loss, expected_M.sum())
+    torch.testing.assert_close(losses_M, expected_M)
     assert int(correct) == len(rows_M) - 4
+    assert likeliest_M.tolist() == [False] * 4 + [True] * (len(rows_M) - 4)
 
 
 class Capped(torch.nn.Module):

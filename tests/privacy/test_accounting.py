@@ -16,6 +16,7 @@ from fedloom.privacy.accounting import (
     calibrate,
     compose,
     epsilon,
+    most_apart,
     recognised,
     renyi,
     renyi_epsilon,
@@ -55,6 +56,18 @@ def test_where_all_take_part_it_is_the_analytic_gaussian(noise: float, steps: in
     found = epsilon(1.0, noise, steps, 1e-5)
     # What the grid adds, and no less than the truth.
     assert gaussian_delta(noise, steps, found) <= 1e-5 <= gaussian_delta(noise, steps, 0.999 * found)
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0, 3.0, 10.0])
+def test_where_all_take_part_the_most_that_is_told_apart_is_the_exact_gaussians(noise: float) -> None:
+    exact = NORMAL.cdf(1 / (noise * math.sqrt(2)))
+    assert exact <= most_apart(1.0, noise, 1) <= exact + 0.005
+
+
+def test_more_noise_and_fewer_steps_tell_less_apart() -> None:
+    told = [most_apart(0.2, noise, steps) for noise, steps in ((8.0, 10), (2.0, 10), (2.0, 60), (0.5, 60))]
+    assert told == sorted(told)
+    assert 0.5 < told[0] < told[-1] <= 1
 
 
 @given(

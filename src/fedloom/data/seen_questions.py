@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fedloom.data.splits import ClientDocuments, normalise
+from fedloom.data.documents import normalise
+from fedloom.data.splits import ClientDocuments
 from fedloom.data.task_rows import TaskRows
 
 DIGEST_BYTES = 8

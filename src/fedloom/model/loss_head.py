@@ -89,6 +89,18 @@ class LossHead:
         chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
         return torch.cat([functional.cross_entropy(logits, targets, reduction="none") for logits, targets in chunks])
 
+    def read_rows(
+        self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of each counted row, [M], and whether its target was the likeliest token, bool [M]."""
+        chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
+        found = [
+            (functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)
+            for logits, targets in chunks
+        ]
+        losses, likeliest = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(likeliest)
+
     def _chunks(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -161,6 +161,15 @@ def recognised(rate: float, noise: float, steps: int, false_alarms: float = FALS
     return float(max(false_alarms, min(1.0, first.min(), second.min())))
 
 
+def most_apart(rate: float, noise: float, steps: int) -> float:
+    """Return the largest AUC with which any attack tells units that took part from others.
+
+    It is the area under the largest power at each share of false alarms; between two of them, that of the larger.
+    """
+    alarms = np.linspace(0, 1, 201)[1:]
+    return float(np.mean([recognised(rate, noise, steps, float(share)) for share in alarms]))
+
+
 @lru_cache(maxsize=8)  # of the last search: each may hold a hundred megabytes
 def compose(rate: float, noise: float, steps: int) -> tuple[Loss, Loss]:
     """Return the composed privacy losses of removing a unit and of adding it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedloom.privacy.accounting import calibrate, epsilon, recognised
+from fedloom.privacy.accounting import FALSE_ALARMS, calibrate, epsilon, most_apart, recognised
 from fedloom.privacy.noise import draw_noise, draw_places, draw_units
 
 
@@ -46,9 +46,13 @@ class Terms:
         """Return ε of so many rounds."""
         return epsilon(self.rate, self.noise_multiplier, rounds * self.steps, self.delta)
 
-    def recognised(self, rounds: int) -> float:
-        """Return the share of units that an attack with 1 % false alarms recognises at most."""
-        return recognised(self.rate, self.noise_multiplier, rounds * self.steps)
+    def recognised(self, rounds: int, false_alarms: float = FALSE_ALARMS) -> float:
+        """Return the share of units that an attack with so many false alarms recognises at most; 1 % of them."""
+        return recognised(self.rate, self.noise_multiplier, rounds * self.steps, false_alarms)
+
+    def most_apart(self, rounds: int) -> float:
+        """Return the largest AUC with which an attack tells units that took part from others."""
+        return most_apart(self.rate, self.noise_multiplier, rounds * self.steps)
 
     def noise_over_signal(self, parameters: int, rounds: int, clients: int) -> float:
         """Return how large the noise left in the mean of all clients is beside what they can move together.

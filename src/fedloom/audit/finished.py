@@ -1,0 +1,133 @@
+"""Audit of a finished run of this machine: what its kept adapters tell of each client's documents.
+
+A run keeps the adapters of some rounds, and no client's own update. So this is the view of whoever has those adapters;
+a server has seen each client's change apart, and knows at least as much. What is told, one can't take back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.audit.attack import Attack, Sent
+from fedloom.audit.canaries import no_canaries
+from fedloom.audit.client import attack_client
+from fedloom.audit.leaked_tokens import read_tokens
+from fedloom.audit.record import describe, describe_terms
+from fedloom.data.tokens import TokenBlocks, join_blocks
+from fedloom.errors import RunError
+from fedloom.experiment.building import load_adapted_model, tokenize_for
+from fedloom.experiment.preparation import Material, gather, prepare
+from fedloom.experiment.private import set_client_terms
+from fedloom.experiment.session import identify
+from fedloom.handover.finished_run import recipe_of
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.card import public_name
+from fedloom.records.run import Run, read_run
+from fedloom.records.state import load_state
+
+FEWEST = 4
+"""Documents of a client, and as many that it has not trained on, without which nothing is compared."""
+
+MOST_CLIENTS = 12
+"""Clients that are looked at, those with the most documents."""
+
+
+def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
+    """Attack what a finished run kept, client by client, and return the record.
+
+    Raises:
+        RunError: there is no such run, it kept no adapters, or the documents are not here.
+        DataError, ModelError: the documents or the model can't be had.
+    """
+    started, run = time.perf_counter(), read_run(folder)
+    kept, recipe, state = kept_adapters(run), recipe_of(run.folder), load_state(run.folder)
+    if len(kept) < 2 or state is None:
+        raise RunError(
+            "it kept no adapter that was trained, with the state that says on what",
+            where=str(run.folder),
+            mend="audit a run that has adapters/initial, adapters/last and state",
+        )
+    material = gather(recipe, observer)
+    prepared = prepare(recipe, observer, material, predict=False)
+    source = prepared.source
+    observer.show_step("weights", source.name)
+    adapted = load_adapted_model(recipe, source, prepared.plan)
+    here = identify(prepared, adapted)
+    if differing := [name for name in ("documents", "base model") if state.identity.get(name) != here[name]]:
+        raise RunError(
+            f"the {' and the '.join(differing)} of this run are not those that its recipe finds on this machine",
+            where=str(run.folder),
+            mend="bring them back; where clients were elsewhere, each owner audits the recipe: fedloom audit RECIPE"
+            " --data PATH",
+        )
+    chosen = choose_clients(recipe, material)
+    if not chosen:
+        raise RunError(
+            f"no client has {FEWEST} documents to train on, beside {FEWEST} that are held out",
+            where=str(run.folder),
+            mend="audit a run with more documents",
+        )
+    sent, rounds = list(changes_between(adapted, kept)), kept[-1][0]
+    observer.show_step("attacks", f"on the adapters of rounds {', '.join(str(round) for round, _ in kept)}")
+    found: dict[str, Sequence[Attack]] = {}
+    bound, promised = (recipe.privacy if recipe.bounds_documents else None), []
+    for client, (members, others) in chosen.items():
+        observer.show_step("client", str(client))
+        terms = set_client_terms(recipe, members.num_units) if bound else None
+        found[str(client)] = attack_client(adapted, sent, members, others, terms, rounds, watch=observer.watch)
+        if terms and bound:
+            promised.append(describe_terms(terms, bound.noise, rounds))
+    found["all together"] = [
+        no_canaries("none were planted: a run's documents are nobody's to add to; a rehearsal does it"),
+        read_tokens(adapted, sent, join_blocks([held.train for held in material.clients])),
+    ]
+    return describe(
+        "run",
+        recipe.name,
+        found,
+        model=public_name(source.name, source.revision),
+        method=recipe.adapter.method,
+        rounds=rounds,
+        adapters=[round for round, _ in kept],
+        clients_left_out=len(material.clients) - len(chosen),
+        privacy=max(promised, key=lambda told: told["epsilon"], default=None),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def choose_clients(recipe: Recipe, material: Material) -> dict[int, tuple[TokenBlocks, TokenBlocks]]:
+    """Return the clients that are looked at, in order, each with what it trained on and what is held out of it."""
+    held = {
+        client: (_texts_of(recipe, material, client), join_blocks([blocks.holdout, material.central]))
+        for client, blocks in enumerate(material.clients)
+    }
+    able = [client for client, parts in held.items() if min(map(len, parts)) >= FEWEST]
+    return {client: held[client] for client in sorted(sorted(able, key=lambda one: -len(held[one][0]))[:MOST_CLIENTS])}
+
+
+def _texts_of(recipe: Recipe, material: Material, client: int) -> TokenBlocks:
+    """Return what a client trained on, each text by itself also where it was packed."""
+    if recipe.data.window != "pack":
+        return material.clients[client].train
+    return tokenize_for(material.source, recipe, material.splits.clients[client].train)
+
+
+def kept_adapters(run: Run) -> list[tuple[int, Path]]:
+    """Return the rounds whose adapters a run kept, in order, and their folders; nothing where the first is gone."""
+    named = {"initial": 0, "best": run.best_round, "last": run.rounds[-1]["round"] if run.rounds else None}
+    named |= {f"round-{record['round']}": record["round"] for record in run.rounds}
+    there = {name: run.folder / "adapters" / name for name in named if (run.folder / "adapters" / name).is_dir()}
+    kept = sorted({round: there[name] for name, round in named.items() if round is not None and name in there}.items())
+    return kept if kept and kept[0][0] == 0 else []
+
+
+def changes_between(adapted: AdaptedModel, kept: list[tuple[int, Path]]) -> list[Sent]:
+    """Return each kept adapter with the change up to the next one."""
+    opened = [adapted.open(folder) for _, folder in kept]
+    return [Sent(before, after.weights_P - before.weights_P) for before, after in pairwise(opened)]

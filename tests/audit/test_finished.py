@@ -1,0 +1,121 @@
+"""`fedloom audit RUN`: what a finished run's kept adapters tell, client by client, and what can't be known from it."""
+
+import html
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.random_texts import random_texts, write_texts
+from support.tiny import make_recipe
+
+from fedloom.audit.command import audit_to
+from fedloom.audit.finished import audit_run, kept_adapters
+from fedloom.audit.statistics import NOT_TRIED, YES
+from fedloom.errors import RunError
+from fedloom.experiment.run import run
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.run import read_run
+from fedloom.report.audit_page import NOBODY_CAN_TELL
+
+
+def recipe_on(folder: Path, **sections: Any) -> Recipe:
+    """A recipe of two clients with 20 documents each to train on, on random texts that all learn by heart."""
+    return make_recipe(
+        **{
+            "adapter": {"rank": 8, "alpha": 16, "targets": "all-linear"},
+            "data": {
+                "source": str(folder), "max_length": 44, "clients": 2, "documents_per_client": 24,
+                "client_holdout": 0.17, "central_holdout": 20,
+            },
+            "training": {"batch_size": 4, "learning_rate": 3e-3, "epochs": 2},
+            "federation": {"rounds": 3, "keep_every": 1},
+            **sections,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    texts = write_texts(folder / "texts", random_texts(80))
+    run(recipe_on(texts), folder / "run", Observer())
+    return folder / "run"
+
+
+def test_each_clients_documents_are_told_from_others_by_what_is_kept(finished: Path) -> None:
+    lines = list(audit_to(None, str(finished), (), None, None, {}, Observer()))
+    record = json.loads((finished / "audit.json").read_text())
+    assert record["adapters"] == [0, 1, 2, 3]
+    assert set(record["clients"]) == {"0", "1", "all together"}
+    for client in "01":
+        attacks = {attack["name"]: attack for attack in record["clients"][client]}
+        assert attacks["alignment"]["word"] == YES
+        assert attacks["alignment"]["found"]["members"] == 20
+        assert attacks["alignment"]["found"]["others"] == 24
+    canaries, _ = record["clients"]["all together"]
+    assert (canaries["name"], canaries["word"]) == ("canaries", NOT_TRIED)
+    assert sum(line.startswith("told apart    client ") for line in lines) == 2
+    page = html.unescape((finished / "audit.html").read_text())
+    assert NOBODY_CAN_TELL["run"][0].partition(",")[0] in page
+    for text in random_texts(80):
+        assert text[:12] not in page + json.dumps(record) + "\n".join(lines)
+
+
+@pytest.mark.long  # a rehearsal with one repeats it
+def test_a_run_with_a_bound_has_it_beside_the_attacks(finished: Path, tmp_path: Path) -> None:
+    recipe = recipe_on(finished.parent / "texts", privacy={"epsilon": 1.0, "delta": 1e-3})
+    run(recipe, tmp_path / "run", Observer())
+    record = audit_run(tmp_path / "run", Observer())
+    assert record["privacy"]["epsilon"] <= 1
+    for client in "01":
+        assert all(attack["bound"]["auc"] < 0.8 for attack in record["clients"][client][:2])
+        assert all(attack["word"] != YES for attack in record["clients"][client])
+
+
+def test_the_best_and_the_last_adapter_are_one_where_they_are_the_same(finished: Path) -> None:
+    kept = kept_adapters(read_run(finished))
+    assert [round for round, _ in kept] == [0, 1, 2, 3]
+
+
+def test_the_clients_with_the_most_documents_are_looked_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.audit.finished.MOST_CLIENTS", 1)
+    record = audit_run(finished, Observer())
+    assert list(record["clients"]) == ["0", "all together"]
+    assert record["clients_left_out"] == 1
+
+
+def test_without_adapters_of_rounds_the_best_and_the_last_are_what_is_kept(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for folder in (tmp_path / "run" / "adapters").glob("round-*"):
+        shutil.rmtree(folder)
+    run = read_run(tmp_path / "run")
+    assert [round for round, _ in kept_adapters(run)] == sorted({0, run.best_round, 3})
+
+
+def test_a_run_whose_adapters_are_gone_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for folder in (tmp_path / "run" / "adapters").iterdir():
+        if folder.name != "initial":
+            shutil.rmtree(folder)
+    with pytest.raises(RunError, match="kept no adapter that was trained"):
+        audit_run(tmp_path / "run", Observer())
+    shutil.rmtree(tmp_path / "run" / "adapters")
+    with pytest.raises(RunError, match="kept no adapter that was trained"):
+        audit_run(tmp_path / "run", Observer())
+
+
+def test_a_run_on_other_documents_is_refused(finished: Path, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts", random_texts(80))
+    run(recipe_on(texts, federation={"rounds": 1}), tmp_path / "run", Observer())
+    (texts / "0003.txt").write_text("another text, of about the same length", encoding="utf-8")
+    with pytest.raises(RunError, match=r"documents of this run are not those .* each owner audits the recipe"):
+        audit_run(tmp_path / "run", Observer())
+
+
+def test_a_run_with_too_few_documents_is_refused(tmp_path: Path) -> None:
+    run(make_recipe(data={"documents_per_client": 3}, federation={"rounds": 1}), tmp_path / "run", Observer())
+    with pytest.raises(RunError, match="no client has 4 documents"):
+        audit_run(tmp_path / "run", Observer())
