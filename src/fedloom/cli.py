@@ -246,14 +246,32 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(parser=path, metavar="RUN RUN [RUN]...", help="Two run directories or more.")
+        list[Path],
+        typer.Argument(
+            parser=path, metavar="RUN RUN [RUN]...", help="Two run directories or more, or a sweep's folder."
+        ),
     ],
     out: Annotated[Path, typer.Option(parser=path, help="Where comparison.html goes.")] = Path("comparison"),
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECTION.KEY", help="Make arms of the runs by this key; may be given again."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="VALUE", help="The arm that the others are set against; the first if left out."),
+    ] = None,
 ) -> None:
     """Set runs side by side: what differs, in what was asked for and in what came of it."""
     from fedloom.report.comparison import write_comparison
 
-    typer.echo(show_controls(str(write_comparison(runs, out))))
+    if against is not None and not by:
+        raise typer.BadParameter("--against names an arm: say with --by what makes them.")
+
+    def say(line: str) -> None:
+        typer.echo(show_controls(line))
+
+    page = write_comparison(runs, out, by=by or (), against=against, say=say)
+    typer.echo(show_controls(f"\n{page}"))
 
 
 app.command()(preview)

@@ -38,13 +38,11 @@ from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import RoundRecord, Run, judged_loss, read_run
+from fedloom.records.run import SWEEP, RoundRecord, Run, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
 from fedloom.training.engines import choose_engine
-
-MANIFEST = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
         RunError: it is not, or can't be made.
     """
     manifest = {combination.name: combination.recipe.model_dump(mode="json") for combination in combinations}
-    path = folder / MANIFEST
+    path = folder / SWEEP
     if len(manifest) < len(combinations):
         raise RecipeError("two combinations have the same name", mend="name each key once")
     if path.is_file():

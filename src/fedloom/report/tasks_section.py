@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedloom.records.run import Record, Run
-from fedloom.report.document import Block, Bullets, Table, Text
+from fedloom.report.document import Block, Bullets, Table, Text, to_lines
 
 BASE = "base"
 MEASURES = {
@@ -26,9 +26,7 @@ MEASURES = {
 def describe_evaluations(records: Sequence[Record]) -> list[str]:
     """Return records as lines of a table for a terminal, a line for each measure, with warnings behind them."""
     header, rows = _tabulate(records)
-    cells = [header, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = to_lines(Table(header, rows, text_columns=len(header)))
     return [*lines, *(f"note      {line}" for line in _notes(records))]
 
 
