@@ -72,7 +72,7 @@ def run(
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     with told_when_terminated(), shown_at_work(out, "fedloom run"):
         with quick_imports():
             from fedloom.experiment.run import run
@@ -107,7 +107,7 @@ def serve(
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
@@ -137,9 +137,6 @@ def join(
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
-
-    def say(what: str, detail: str) -> None:
-        typer.echo(show_controls(f"{what:<10}{detail}"))
 
     with told_when_terminated():
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
@@ -194,7 +191,7 @@ def split(
     """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
     from fedloom.experiment.recognition import open_recipe
 
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.client.documents import write_splits
     from fedloom.monitoring.display import Terminal
 
@@ -207,7 +204,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show what a run would load and need, and the audit of its splits; train nothing."""
     from fedloom.experiment.recognition import open_recipe
 
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.experiment.run import plan
     from fedloom.monitoring.display import Terminal
 
@@ -267,10 +264,7 @@ def compare(
     if against is not None and not by:
         raise typer.BadParameter("--against names an arm: say with --by what makes them.")
 
-    def say(line: str) -> None:
-        typer.echo(show_controls(line))
-
-    page = write_comparison(runs, out, by=by or (), against=against, say=say)
+    page = write_comparison(runs, out, by=by or (), against=against, say=lambda line: typer.echo(show_controls(line)))
     typer.echo(show_controls(f"\n{page}"))
 
 
@@ -325,6 +319,11 @@ def fsck(run: RunFolder) -> None:
     from fedloom.records.check import check_run
 
     owner.show_findings(check_run(run), "BAD")
+
+
+def say(what: str, detail: str) -> None:
+    """Print what is done, a word, and what there is to say of it."""
+    typer.echo(show_controls(f"{what:<10}{detail}"))
 
 
 @contextmanager

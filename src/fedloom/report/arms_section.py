@@ -174,7 +174,8 @@ def _say(name: str, reference: str, found: Difference) -> str:
     pairs, mean = count(found.pairs, "pair"), f"{found.mean:+.4f} nats a token"
     if found.p is None:
         return f"{name} against {reference}: {mean} in a single pair, which says nothing of chance."
-    p = f"p = {found.p:.3g} (paired t)" + (f", {found.flipped_p:.3g} (sign flips)" if found.flipped_p else "")
+    p = "p " + ("< 0.001" if found.p < 0.001 else f"= {found.p:.2g}") + " (paired t)"
+    p += f", {found.flipped_p:.2g} (sign flips)" if found.flipped_p else ""
     interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f}, {pairs}, {p}"
     if found.is_seen:
         return f"{name} against {reference}: {'lower' if found.mean < 0 else 'higher'}, by {mean} ({interval})."

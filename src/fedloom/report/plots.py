@@ -26,6 +26,8 @@ INK = "#010203"
 """Placeholder for the page's own colour, replaced when the plot is written; nothing else may have this colour."""
 LONGEST_NAME = 60
 """Characters of a name in the legend."""
+WIDEST_TICKS = 80
+"""Characters of all names below an axis that stand beside one another; where there are more, they slope."""
 MOST_NAMES = 6
 """Names in a legend: more would leave no room for the plot."""
 
@@ -139,6 +141,8 @@ def _draw_lines(plot: Plot, axes: Any) -> None:
         )  # fmt: skip
     if plot.ticks:
         axes.set_xticks(range(len(plot.ticks)), [_label(name) for name in plot.ticks])
+        if sum(map(len, plot.ticks)) > WIDEST_TICKS:
+            axes.tick_params(axis="x", labelrotation=20)
     elif not plot.log_x and all(float(x).is_integer() for line in plot.lines for x in line.x):
         axes.xaxis.get_major_locator().set_params(integer=True)
 
