@@ -216,8 +216,12 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
 def sweep(
     recipe: RecipeName,
     axes: Annotated[
-        list[str], typer.Argument(metavar="SECTION.KEY=VALUE,VALUE...", help="Settings, each with what it is to be.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE,VALUE]...",
+            help="Settings, each with what it is to be, beside those of the recipe's [sweep] table.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(parser=path, help="The folder; runs/NAME-sweep-TIME if left out.")] = None,
     draw: Annotated[
         int | None, typer.Option("--random", min=1, help="Only so many of the combinations, drawn at random.")
@@ -226,7 +230,7 @@ def sweep(
     """Run every combination of some settings, in as few passes as can be, and compare them."""
     from fedloom.experiment.sweep import sweep
 
-    sweep(recipe, axes, out, num_random=draw)
+    sweep(recipe, axes or (), out, num_random=draw)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import re
-import tomllib
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -37,6 +37,9 @@ from fedloom.host.files import take_lock, write_json
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
+from fedloom.progress import Say
+from fedloom.recipe.axes import collect_axes, combine
+from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import SWEEP, RoundRecord, Run, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
@@ -56,13 +59,15 @@ class Combination:
 
 def sweep(
     source: str | Path,
-    axes: Sequence[str],
+    axes: Sequence[str] = (),
     out: str | Path | None = None,
     display: Observer | None = None,
     *,
     num_random: int | None = None,
 ) -> Path:
     """Run every combination of `section.key=value,value,...`, or `num_random` of them drawn; return the folder.
+
+    Axes stand in the recipe's `[sweep]` table, too; one that is given here takes its place.
 
     Each is a run directory of its own in it, and `comparison.html` sets them side by side. With a folder of an earlier
     sweep of the same combinations, those that are done stay, and the others go on after their last rounds.
@@ -72,7 +77,7 @@ def sweep(
         RunError: the folder is something else, or some of the runs failed: the others are done.
     """
     display = display or Terminal()
-    combinations = list(expand(source, axes, num_random))
+    combinations = list(expand(source, axes, num_random, display.show_step))
     folder = Path(out).expanduser() if out else default_folder(f"{combinations[0].recipe.name}-sweep")
     open_sweep(folder, combinations)
     lock = take_lock(folder)
@@ -108,66 +113,33 @@ def sweep(
     return folder
 
 
-def expand(source: str | Path, axes: Sequence[str], num_random: int | None = None) -> Iterator[Combination]:
-    """Yield the combinations, each with its recipe.
+def expand(
+    source: str | Path, typed: Sequence[str], num_random: int | None = None, say: Say | None = None
+) -> Iterator[Combination]:
+    """Yield the combinations, each with its recipe: of the axes in its `[sweep]` table, and of those that were typed.
+
+    `say` is told what choices leave out of the recipe, once for all combinations.
 
     Raises:
         RecipeError: an axis that can't be read, or a recipe that can't be.
     """
-    choices = [[(key, value) for value in values] for key, values in map(read_axis, axes)]
-    keys = [values[0][0] for values in choices]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise RecipeError(f"{twice} is named twice", where="fedloom sweep", mend=f"write {twice}=VALUE,VALUE once")
-    if not choices:
-        raise RecipeError("nothing to sweep over", where="fedloom sweep", mend="name some: training.proximal_mu=0,0.1")
-    settings = list(itertools.product(*choices))
+    axes = collect_axes(source, typed)
+    settings = list(itertools.product(*([(axis, value) for value in axis.choices] for axis in axes)))
     if num_random is not None:
         drawn = random.Random(0).sample(range(len(settings)), min(num_random, len(settings)))
         settings = [settings[number] for number in sorted(drawn)]
+    said: Counter[tuple[str, str]] = Counter()
+    found = []
     for chosen in settings:
-        overrides = tuple(f"{key}={value}" for key, value in chosen)
-        short = "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen)
+        overrides = combine(chosen)
+        short = "_".join(f"{axis.key.rsplit('.', 1)[-1]}={value}" for axis, value in chosen)
         name = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
-        yield Combination(name, overrides, open_recipe(source, overrides))
-
-
-def read_axis(axis: str) -> tuple[str, list[str]]:
-    """Read `section.key=value,value` as the key and its values, each as it stands in TOML.
-
-    Raises:
-        RecipeError: there is no key, or a value twice.
-    """
-    key, equals, text = axis.partition("=")
-    if not equals or not key.strip() or not text.strip():
-        raise RecipeError(f"{axis!r} is nothing to sweep over", mend="write section.key=value,value")
-    values = list(_split(text))
-    if len({repr(_value_of(value)) for value in values}) < len(values):
-        raise RecipeError(f"{axis!r} has a value twice", mend="leave one out")
-    return key.strip(), values
-
-
-def _value_of(text: str) -> object:
-    """Return what a value is in a recipe: a word that is no TOML stands for itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _split(text: str) -> Iterator[str]:
-    """Yield the parts between commas; a comma inside brackets or quotes is part of a value."""
-    part = ""
-    for piece in text.split(","):
-        part = f"{part},{piece}" if part else piece
-        try:
-            tomllib.loads(f"value = {part}")
-        except tomllib.TOMLDecodeError:
-            if any(mark in part for mark in "[{\"'"):
-                continue  # a value that is not complete yet
-        yield part.strip()
-        part = ""
-    if part:
-        yield part.strip()
+        recipe = open_recipe(source, overrides, lambda what, detail: said.update([(what, detail)]))
+        found.append(Combination(name, overrides, recipe))
+    for (what, detail), number in said.items():
+        if say and what != SWEEP_TABLE:
+            say(what, detail if number == len(found) else f"{number} of {len(found)} runs: {detail}")
+    yield from found
 
 
 def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:

@@ -71,7 +71,7 @@ CHOICES = (
     Choice("training.optimizer", Optimizer, "kind", lambda kind: {**OPTIMIZER_DEFAULTS}.get(kind)),  # type: ignore[call-overload]
     Choice("data.partition", Partition, "kind", PARTITION_KEYS.get),
 )
-"""Every key that is such a choice, in the order in which they give way: a rule that a method left out leaves nothing."""
+"""Every key that is such a choice. A method is settled before the rule that it may leave out, with the rule's keys."""
 OF_NO_CHOICE = {"federation", "federation.strategy.weight_by"}
 """Sections and keys that are the same whatever was chosen."""
 

@@ -26,6 +26,8 @@ from fedloom.recipe.data_section import TOKENIZERS, Data
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import nearest
 
+SWEEP_TABLE = "sweep"
+"""Table of a recipe with the axes of its sweep: no part of any one run."""
 SCHEME = re.compile(r"[a-z]+:")
 """Beginning of a source that is no path: `random:tiny-opt`, say."""
 
@@ -41,13 +43,15 @@ def load_recipe(
     A relative path is found beside the recipe's file, one of an override in the working folder; both become absolute.
     `complete` returns keys of `data` that its section has not, before it is looked at what can be combined. Where an
     override chooses another method, strategy or the like, keys that the recipe has for its own are left out, and `say`
-    is told; with nobody to tell, they are refused.
+    is told; with nobody to tell, they are refused. A `[sweep]` table is left to `fedloom sweep`.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
     """
     text, where = find_recipe(source)
     values = read_toml(text, where)
+    if values.pop(SWEEP_TABLE, None) is not None and say is not None:
+        say(SWEEP_TABLE, f"the axes in [{SWEEP_TABLE}] are for `fedloom sweep`: one run has none")
     chosen = [choice.chosen(values) for choice in CHOICES]
     beside = Path(where).expanduser().parent
     make_absolute(values, beside)
