@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from fedloom.experiment.baselines import Baseline, describe
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.contributions import find_contributions
+from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
 from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
 from fedloom.experiment.recognition import open_recipe
@@ -46,6 +47,7 @@ from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
 from fedloom.training.engines import choose_engine
+from fedloom.training.memory import StepMemory
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,17 @@ def sweep(
     left = [combination for combination in combinations if combination.name not in done]
     display.show_step("sweep", f"{len(combinations)} runs, {len(done)} of them done, in {folder}")
     errors: dict[str, str] = {}
-    materials: dict[Hashable, Material] = {}
     try:
-        for group in group_by(left, same_model):
+        ready = prepare_all(left, display, errors)
+        models = group_by([combination for combination in left if combination.name in ready], same_model)
+        passes = [[[one.name for one in together] for together in group_by(group, same_pass)] for group in models]
+        cost = count_cost(folder, passes, ready)
+        for line in describe_cost(cost) if left else ():
+            display.show_step("cost", line)
+        display.show_sweep(cost.tokens)
+        for group in models:
             try:
-                errors |= run_group(folder, group, materials, display)
+                errors |= run_group(folder, group, ready, display)
             except FedloomError as error:  # what they share: the base model, say
                 undone = [combination.name for combination in group if not read_done(folder / combination.name)]
                 errors |= dict.fromkeys(undone, str(error))
@@ -203,11 +211,14 @@ def group_by(combinations: Sequence[Combination], key: Callable[[Recipe], Hashab
     return list(groups.values())
 
 
-def run_group(
-    folder: Path, combinations: Sequence[Combination], materials: dict[Hashable, Material], display: Observer
-) -> dict[str, str]:
-    """Run combinations over one base model; return what went wrong, by name."""
-    errors: dict[str, str] = {}
+def prepare_all(combinations: Sequence[Combination], display: Observer, errors: dict[str, str]) -> dict[str, Prepared]:
+    """Prepare combinations, by name; `errors` is told which could not be, and why.
+
+    Those that agree on the model, the data and the seed share their documents, and those whose steps are alike the
+    prediction of what memory one takes.
+    """
+    materials: dict[Hashable, Material] = {}
+    predicted: dict[Hashable, StepMemory] = {}
     ready: dict[str, Prepared] = {}
     for combination in combinations:
         recipe = combination.recipe
@@ -216,12 +227,18 @@ def run_group(
             if key not in materials:
                 materials[key] = gather(recipe, display)
             tasks = gather_tasks(recipe.evaluation.tasks, say=display.show_step)
-            ready[combination.name] = with_tasks(prepare(recipe, display, materials[key]), tasks, recipe)
+            prepared = prepare(recipe, display, materials[key], predicted=predicted)
+            ready[combination.name] = with_tasks(prepared, tasks, recipe)
         except FedloomError as error:
             errors[combination.name] = str(error)
-    able = [combination for combination in combinations if combination.name in ready]
-    if not able:
-        return errors
+    return ready
+
+
+def run_group(
+    folder: Path, able: Sequence[Combination], ready: Mapping[str, Prepared], display: Observer
+) -> dict[str, str]:
+    """Run combinations over one base model; return what went wrong, by name."""
+    errors: dict[str, str] = {}
     first, prepared = able[0], ready[able[0].name]
     with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
         display.show_step("weights", prepared.source.name)
@@ -234,7 +251,7 @@ def run_group(
         for together in group_by(able, same_pass):
             names = [combination.name for combination in together]
             display.show_pass(names, [ready[name].plan for name in names])
-            at_once = min(ready[name].capacity for name in names)
+            at_once = clients_at_once([ready[name] for name in names])
             with ExitStack() as all_open:
                 trials: list[OpenTrial] = []
                 for combination in together:
