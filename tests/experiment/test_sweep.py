@@ -313,3 +313,21 @@ def test_a_recipes_own_axes_are_swept_and_its_choices_bring_their_keys(tmp_path:
         '2 of 4 runs: adapter.method = "ia3" has no use for adapter.rank = 2, adapter.alpha = 4.0: left out'
     ]
     assert not any("learning_rate" in line for line in said)
+
+
+def test_a_sweep_over_seeds_ends_with_its_arms(recipe_file: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Observer):
+        def show_step(self, what: str, detail: str) -> None:
+            said.extend([detail] if what == "arms" else [])
+
+    axes = ["seed=1,2", "training.proximal_mu=0.0,9.0", "federation.rounds=1"]
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Heard())
+    assert [line.split()[0] for line in said[:3]] == ["Arm", "proximal_mu=0.0", "proximal_mu=9.0"]
+    assert any(line.startswith("proximal_mu=9.0 against proximal_mu=0.0: ") for line in said)
+    assert "## 1. Arms" in (folder / "comparison.md").read_text()
+    said.clear()
+    alone = sweep(recipe_file, ["training.proximal_mu=0.0,9.0", "federation.rounds=1"], tmp_path / "alone", Heard())
+    assert not said
+    assert "Arms" not in (alone / "comparison.md").read_text()

@@ -78,6 +78,7 @@ def test_what_else_differs_is_said_and_pairs_are_alike_in_it(arm: Callable[..., 
     grouped = group_runs(runs, [MU])
     assert (list(grouped.beside), list(grouped.within)) == (["training.epochs"], ["training.learning_rate"])
     assert "6 pairs" in compare_arms(grouped, unfairness)[0]
+    assert "Arms differ in this, too: training.epochs." in summarize(runs, grouped)
     text = to_markdown(build_comparison(runs, grouped))
     assert "Arms differ in this, too: training.epochs." in text
     assert "Within an arm these differ beside the seed: training.learning_rate." in text

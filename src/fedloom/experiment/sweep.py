@@ -39,10 +39,10 @@ from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.progress import Say
-from fedloom.recipe.axes import collect_axes, combine
+from fedloom.recipe.axes import Axis, collect_axes, combine
 from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import SWEEP, RoundRecord, Run, judged_loss, read_run
+from fedloom.records.run import SWEEP, RoundRecord, Run, flatten, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
@@ -71,7 +71,8 @@ def sweep(
 
     Axes stand in the recipe's `[sweep]` table, too; one that is given here takes its place.
 
-    Each is a run directory of its own in it, and `comparison.html` sets them side by side. With a folder of an earlier
+    Each is a run directory of its own in it, and `comparison.html` sets them side by side, as arms where there are
+    several seeds. With a folder of an earlier
     sweep of the same combinations, those that are done stay, and the others go on after their last rounds.
 
     Raises:
@@ -109,7 +110,9 @@ def sweep(
         lock.close()
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     if len(finished) > 1:
-        write_comparison([run.folder for run in finished], folder)
+        by = keys_of_arms(collect_axes(source, axes), finished)
+        say = partial(display.show_step, "arms") if by else None
+        write_comparison([run.folder for run in finished], folder, by=by, say=say)
     display.show_sweep_end(rank(finished), folder)
     if errors:
         name, why = next(iter(errors.items()))
@@ -148,6 +151,16 @@ def expand(
         if say and what != SWEEP_TABLE:
             say(what, detail if number == len(found) else f"{number} of {len(found)} runs: {detail}")
     yield from found
+
+
+def keys_of_arms(axes: Sequence[Axis], runs: Sequence[Run]) -> list[str]:
+    """Return the axes beside the seed in which runs over several seeds differ; none where there is one seed alone."""
+    flat = [flatten(run.recipe) for run in runs]
+
+    def differ(key: str) -> bool:
+        return all(key in recipe for recipe in flat) and len({json.dumps(recipe[key]) for recipe in flat}) > 1
+
+    return [axis.key for axis in axes if axis.key != "seed" and differ(axis.key)] if differ("seed") else []
 
 
 def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:

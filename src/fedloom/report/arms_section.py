@@ -200,8 +200,8 @@ def _limits(pairs: int, comparisons: int) -> Iterator[str]:
         )
 
 
-def show_arms(grouped: Arms, warn: Warn) -> list[Block]:
-    """Show arms as a table, what differs between them in words, and their figures."""
+def note_arms(grouped: Arms) -> list[str]:
+    """Say what a reader of the tables has to know: what else differs between arms or within one, and where runs end."""
     notes = []
     if grouped.beside:
         notes.append(f"Arms differ in this, too: {', '.join(grouped.beside)}.")
@@ -210,9 +210,14 @@ def show_arms(grouped: Arms, warn: Warn) -> list[Block]:
     ends = {figures.judged_series(run)[1][-1] for arm in grouped.arms for run in arm.runs.values()}
     if len(ends) > 1:
         notes.append(f"The last losses are of different rounds: {min(ends)} to {max(ends)}.")
+    return notes
+
+
+def show_arms(grouped: Arms, warn: Warn) -> list[Block]:
+    """Show arms as a table, what differs between them in words, and their figures."""
     return [
         Text("Mean and standard deviation over the runs of an arm; differences are those of pairs, seed by seed."),
-        *(Text(note, note=True) for note in notes),
+        *(Text(note, note=True) for note in note_arms(grouped)),
         tabulate_arms(grouped),
         Bullets(compare_arms(grouped, warn)),
         *draw_arms(grouped.arms),

@@ -17,6 +17,7 @@ from fedloom.report.arms_section import (
     compare_arms,
     group_runs,
     last_loss,
+    note_arms,
     show_arms,
     spread_by_round,
     tabulate_arms,
@@ -77,7 +78,7 @@ def runs_in(folder: Path) -> list[Path]:
 def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
     """Return the short of a comparison as lines: a row for each run, or for each arm, and what differs."""
     if arms:
-        return [*to_lines(tabulate_arms(arms)), "", *compare_arms(arms, unfairness)]
+        return [*to_lines(tabulate_arms(arms)), "", *note_arms(arms), *compare_arms(arms, unfairness)]
     names = _names(runs)
     rows = [
         [
