@@ -15,7 +15,8 @@ from fedloom.records.run import Record
 def digest_documents(recipe: Recipe, plan: Record, source: ModelSource, say: Say) -> frozenset[bytes] | None:
     """Return hashes of the texts that a run trained on; None where they are not at hand, or no longer what they were.
 
-    Those of clients on other machines never are, and of a private run it is not told. `plan` is the run's own, as it is on record.
+    Those of clients on other machines never are, and of a private run it is not told. `plan` is the run's own, as it is
+    on record.
     """
     if not plan["audit"]["overlaps"] or recipe.privacy:
         return None
