@@ -201,12 +201,27 @@ def test_a_card_is_what_a_hub_reads(finished: Run) -> None:
 
 
 def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
-    path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl")
-    finished = run(make_recipe(data={"source": str(path)}, federation={"rounds": 1}), tmp_path / "run", Observer())
-    text = (finished.folder / "adapters" / "best" / "README.md").read_text()
-    assert str(tmp_path) not in text
-    assert "local: patients.jsonl" in text
-    assert "AutoPeftModelForCausalLM" not in text, "there is no hub model to load"
+    home = tmp_path / "ward 7: surgery"  # a colon makes no scheme of a path
+    home.mkdir()
+    path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl").rename(
+        home / "patients.jsonl"
+    )
+    (home / "questions.jsonl").write_text('{"q": "what is said?", "a": "some words"}\n')
+    tasks = home / "mine.toml"
+    tasks.write_text(
+        '[[task]]\nname = "mine"\nsource = "questions.jsonl"\nkind = "exact"\nprompt = "{q}"\nanswer = "{a}"\n'
+    )
+    recipe = make_recipe(
+        data={"source": str(path)}, federation={"rounds": 1}, evaluation={"tasks": [str(tasks)], "batch_size": 4}
+    )
+    finished = run(recipe, tmp_path / "run", Observer())
+    for name in ("initial", "best"):
+        text = (finished.folder / "adapters" / name / "README.md").read_text()
+        assert str(tmp_path) not in text
+        assert "surgery" not in text
+        assert "local: patients.jsonl" in text
+        assert 'tasks = ["local: mine.toml"]' in text
+        assert "AutoPeftModelForCausalLM" not in text, "there is no hub model to load"
 
 
 def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) -> None:
