@@ -10,7 +10,8 @@ from support.asked import CHOICE, ask_rows
 from support.tiny import make_recipe
 
 from fedloom.data.asking import Asking, warn_of_template
-from fedloom.data.known_rows import KNOWN
+from fedloom.data.known_rows import KNOWN, read_known
+from fedloom.data.rows import UnreadableError
 from fedloom.data.task_rows import TaskRows, load_task
 from fedloom.errors import DataError
 from fedloom.model.source import open_model
@@ -250,6 +251,30 @@ def test_known_forms_of_rows_are_read(form: str, tmp_path: Path) -> None:
     assert (question.prompt, list(question.choices)) == (asked, choices)
     assert question.right == ("ABCD".index(answer) if by_letter else choices.index(answer))
     assert found.skipped == {f"not in the form of {form}": 1}
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    *(("mmlu", {"answer": value}) for value in (float("inf"), float("nan"), 0.7, -1, 4, None, [1])),
+    *(("fpb", {"label": value}) for value in (-1, 3, float("inf"), 1.5, "positive")),
+    *(("tfns", {"label": value}) for value in (-1, -3, float("-inf"))),
+    *(("fiqa", {"sentiment_score": value}) for value in (float("nan"), float("inf"), "good")),
+    *((form, {column: value}) for form, column in (("fpb", "sentence"), ("tfns", "text")) for value in (None, ["x"])),
+    ("medmcqa", {"cop": -1}),
+    ("careqa", {"cop": 0}),
+    ("medqa", {"options": [{"key": "A", "value": "y"}, {"key": "B", "value": "y"}]}),
+]
+
+
+@pytest.mark.parametrize(("form", "wrong"), WRONG)
+def test_a_row_without_a_right_answer_is_no_question_and_no_guess(form: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UnreadableError):
+        read_known({**ROWS[form][0], **wrong}, form)
+
+
+def test_the_options_of_a_question_may_come_in_any_order() -> None:
+    options = [{"key": "B", "value": "y"}, {"key": "A", "value": "x"}]
+    found = read_known({"question": "Say.", "options": options, "answer": "y"}, "medqa")
+    assert (found["choices"], found["answer"]) == (["y", "x"], "A")
 
 
 def test_known_forms_are_those_that_a_task_can_name() -> None:
