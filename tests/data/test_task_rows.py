@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,40 @@ def test_a_question_longer_than_the_model_is_left_out_and_counted(tmp_path: Path
     assert len(asked.questions) == 1
     assert asked.skipped == {"longer than the model takes": 1}
     with pytest.raises(DataError, match="no question can be asked"):
+        ask_rows(tmp_path, rows[1:], how)
+
+
+def test_a_row_of_megabytes_is_left_out_before_it_is_tokenised(tmp_path: Path) -> None:
+    how = asking()
+    small = {"q": "sky", "c": ["red", "blue"], "a": "red"}
+    huge = "word " * 1_000_000
+    rows = [small, {**small, "q": huge}, {**small, "c": ["red", huge]}]
+    seen: list[int] = []
+    whole = how.tokenizer
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def __call__(self, text: str, **more: Any) -> Any:
+            seen.append(len(text))
+            return whole(text, **more)
+
+    asked = ask_rows(tmp_path, rows, replace(how, tokenizer=Watched()))
+    assert asked.skipped == {"longer than the model takes": 2}
+    assert max(seen) < 10_000
+    written = {"kind": "rouge", "prompt": "{q}", "answer": "{a}"}
+    asked = ask_rows(tmp_path, [small, {**small, "a": huge}], how, **written)
+    assert asked.skipped == {"longer than the model takes": 1}, "it would be compared, word by word"
+
+
+def test_a_question_that_the_chat_template_refuses_is_left_out_and_the_others_are_asked(tmp_path: Path) -> None:
+    refuses = "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    how = asking(messages="messages", chat_template=refuses)
+    rows = [{"q": text, "c": ["red", "blue"], "a": "red"} for text in ("sky", "a bad one")]
+    asked = ask_rows(tmp_path, rows, how)
+    assert asked.skipped == {"refused by the chat template (roles, or their order)": 1}
+    with pytest.raises(DataError, match=r"no question can be asked \(1 refused by the chat template"):
         ask_rows(tmp_path, rows[1:], how)
 
 
