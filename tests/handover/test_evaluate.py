@@ -1,6 +1,8 @@
 """Tasks of a run, from the command and from a recipe: on record, in the report, beside the base model."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,23 @@ def test_a_run_that_goes_on_was_asked_the_same(tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks", QUIZ[:3], {"name": "quiz"})
     with pytest.raises(RunError, match="the tasks are not those that the run began with"):
         run(recipe, finished.folder, Observer(), resume=True)
+
+
+def test_on_a_full_disk_it_says_how_to_ask_again(
+    trained: Run, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(trained.folder, tmp_path / "run")
+    (copied / "evaluation.jsonl").unlink(missing_ok=True)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedloom.host.files.replace_file", full)
+        with pytest.raises(RunError, match=r"No space left on device\); make room for it, and ask again: ") as found:
+            evaluate(copied, [tasks])
+    assert "--resume" not in str(found.value)
+    assert evaluate(copied, [tasks])
 
 
 def test_programs_run_only_where_it_was_asked_for(trained: Run, tmp_path: Path) -> None:

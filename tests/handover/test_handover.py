@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.full_disk import no_file_above
 from support.marks import first
 from support.tiny import make_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,6 +92,12 @@ def test_a_merged_model_that_can_not_be_saved_is_one_error(tmp_path: Path) -> No
     with pytest.raises(RunError, match=r"--merged: the merged model can't be saved: .*; leave it out"):
         export(twice.folder, tmp_path / "merged", merged=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_merged_model_on_a_full_disk_says_so(finished: Run, tmp_path: Path) -> None:
+    with no_file_above(50_000), pytest.raises(RunError, match=r"can't be written \(File too large\); make room for it"):
+        export(finished.folder, tmp_path / "merged", merged=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from fedloom.errors import RunError
@@ -12,13 +12,15 @@ from fedloom.experiment.harness_tasks import HarnessExaminer, HarnessTasks
 from fedloom.experiment.preparation import digest_documents
 from fedloom.experiment.tasks import Examiner, describe_tasks, find_seen, gather_tasks
 from fedloom.handover.finished_run import adapter_folder, recipe_of
-from fedloom.host.files import take_lock
+from fedloom.host.files import GO_ON, take_lock
 from fedloom.progress import Say, Watch, ignore, say_nothing
 from fedloom.recipe.task_files import shipped_tasks
 from fedloom.records.card import write_tasks
 from fedloom.records.evaluations import kept_baselines
 from fedloom.records.run import Record, Run, read_run
 from fedloom.report.run_report import write_report
+
+AGAIN = "ask again: what was answered is on record, and not asked twice"
 
 
 def evaluate(
@@ -57,7 +59,7 @@ def evaluate(
         raise RunError("the run has no tasks of its own", where="--tasks", mend=f"name a file, or one of: {known}")
     loaded = gather_tasks(sources, places, say, run_code=run_code)
     of_harness = HarnessTasks(harness, limit=limit, examples=examples) if harness else None
-    with closing(take_lock(run.folder)):
+    with _said_of_asking(), closing(take_lock(run.folder)):
         source = open_source(recipe)
         trained = digest_documents(recipe, run.plan, source, say) if loaded else None
         loaded = loaded if trained is None else find_seen(loaded, trained)
@@ -76,6 +78,17 @@ def evaluate(
         write_tasks(run.folder)
         write_report(run.folder)
     return records
+
+
+@contextmanager
+def _said_of_asking() -> Iterator[None]:
+    """Say of what can't be written how to go on with asking: the run itself is over."""
+    try:
+        yield
+    except RunError as error:
+        if GO_ON not in error.mend:
+            raise
+        raise RunError(error.what, where=error.where, mend=error.mend.replace(GO_ON, AGAIN)) from error
 
 
 def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:

@@ -47,7 +47,7 @@ def export(
     display = display or Observer()
     to = Path(to)
     check_target(to)
-    if kind and not (ollama or (to.suffix == GGUF and merged)):
+    if kind and not (ollama or (is_gguf(to) and merged)):
         raise RunError("only a merged .gguf file has a choice of formats", where="--as", mend="leave it out")
     if kind and kind not in KINDS:
         raise RunError(f'no format "{kind}"', where="--as", mend=f"known: {', '.join(KINDS)}")
@@ -55,6 +55,11 @@ def export(
     if ollama:
         return export_for_ollama(subject, to, merged=merged, kind=kind, display=display)
     return write_export(subject, to, merged=merged, kind=kind, display=display)
+
+
+def is_gguf(to: Path) -> bool:
+    """Return whether a target is a file for llama.cpp: by its ending, in capitals too."""
+    return to.suffix.lower() == GGUF
 
 
 def check_target(to: Path) -> None:
@@ -76,11 +81,11 @@ def write_export(
 ) -> float:
     """Write an export of an opened run as `export` does."""
     # Written and proven beside the target, and renamed only then: what is at the target is always proven.
-    place = new_file(to) if to.suffix == GGUF else replace_folder(to, existing="refuse")
+    place = new_file(to) if is_gguf(to) else replace_folder(to, existing="refuse")
     with writing(to, "name another with --to"), place as written:
         display.show_step("writing", str(to))
         whole = merged or subject.adapted.is_whole
-        if to.suffix == GGUF:
+        if is_gguf(to):
             opened, tolerance = write_file(subject, written, kind or DEFAULT_KIND, whole=whole)
         else:
             opened, tolerance = _write_folder(subject, written, merged=merged)
