@@ -1,12 +1,14 @@
 """What is done with an adapter afterwards: it stays the same."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from support.asked import write_tasks
 from support.full_disk import no_file_above
 from support.marks import first
 from support.tiny import make_recipe
@@ -16,13 +18,14 @@ from typer.testing import CliRunner
 from fedloom import run
 from fedloom.cli import app
 from fedloom.errors import RunError
+from fedloom.handover.evaluate import evaluate
 from fedloom.handover.export import export
 from fedloom.handover.generate import generate
 from fedloom.handover.proof import open_subject
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
-from fedloom.records.run import Run
+from fedloom.records.run import Run, read_run
 from fedloom.text import show_controls
 
 CPU = torch.device("cpu")
@@ -135,6 +138,26 @@ def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_p
     with pytest.raises(RunError, match=r"client 9 has no adapter of its own; personalise = \{ epochs = 1 \}, or"):
         export(finished.folder, tmp_path / "none", which=9)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("which", ["best", 0])
+def test_an_adapter_that_is_not_the_one_on_record_is_handed_to_nobody(which: str | int, tmp_path: Path) -> None:
+    """Those of two clients lie in each other's folders, say, or a copy was cut short and put together again."""
+    recipe = make_recipe(federation={"rounds": 1}, personalise={"epochs": 1}, training={"epochs": 8})
+    folder = run(recipe, tmp_path / "run", Observer()).folder
+    for name in ("adapters/best", "adapters/last") if which == "best" else ("clients/0/adapter",):
+        shutil.copy(folder / "clients" / "1" / "adapter" / "adapter_model.safetensors", folder / name)
+    says = r"another adapter than the one on record: it was changed or damaged; go on with fedloom run --resume"
+    with pytest.raises(RunError, match=says):
+        export(folder, tmp_path / "out", which=which)
+    with pytest.raises(RunError, match=says):
+        generate(folder, "a text", which=which)
+    if which == "best":
+        tasks = write_tasks(tmp_path / "asked", [{"q": "sky", "c": ["red", "blue"], "a": "red"}], {"name": "mine"})
+        with pytest.raises(RunError, match=says):
+            evaluate(folder, [tasks])
+        assert not read_run(folder).evaluations
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_own_adapters_there_is_none_of_a_client(finished: Run, tmp_path: Path) -> None:

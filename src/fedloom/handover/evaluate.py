@@ -11,7 +11,7 @@ from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.experiment.harness_tasks import HarnessExaminer, HarnessTasks
 from fedloom.experiment.preparation import digest_documents
 from fedloom.experiment.tasks import Examiner, describe_tasks, find_seen, gather_tasks
-from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.handover.finished_run import adapter_folder, open_recorded, recipe_of
 from fedloom.host.files import GO_ON, take_lock
 from fedloom.progress import Say, Watch, ignore, say_nothing
 from fedloom.recipe.task_files import shipped_tasks
@@ -46,7 +46,8 @@ def evaluate(
     first `limit` questions of each, with so many answered `examples` before each.
 
     Raises:
-        RunError: there is no such run or adapter, it is at work, there are no tasks, or programs can't be confined.
+        RunError: there is no such run or adapter, or not the one on record; it is at work, there are no tasks, or
+            programs can't be confined.
         RecipeError, DataError, ModelError: a task or the model can't be had, or an adapter is not applied.
     """
     run, recipe = read_run(folder), recipe_of(Path(folder))
@@ -73,7 +74,7 @@ def evaluate(
             examiners.append(HarnessExaminer(of_harness, recipe, source, adapted, run.folder, say=say))
         records = [record for one in examiners for record in one.examine_base()] if base else []
         for model, where in models:
-            adapter = adapted.open(where)
+            adapter = open_recorded(adapted, where, model["adapter_sha256"])
             records += [record for one in examiners for record in one.examine(adapter, model)]
         write_tasks(run.folder)
         write_report(run.folder)
@@ -104,7 +105,8 @@ def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:
             raise RunError(f'no adapter "{which}"', where=str(run.folder), mend=mend)
         return found
     round = find_round(run, which)
-    return [({"round": round}, folder_of(run, round, which))]
+    model = {"round": round, "adapter_sha256": run.rounds[round]["adapter_sha256"]}
+    return [(model, folder_of(run, round, which))]
 
 
 def find_round(run: Run, which: str) -> int:
