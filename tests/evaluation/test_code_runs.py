@@ -69,6 +69,11 @@ def test_a_program_passes_where_it_comes_to_its_end(confined: bool, own_folder: 
     assert not list(own_folder.iterdir()), "folders are gone"
 
 
+def test_a_program_of_megabytes_is_one_too() -> None:
+    """Tests may bring their data; it is no sign of a machine that can't confine."""
+    assert run_program(f"data = '{'x' * (3 << 20)}'\nassert len(data) == 3 << 20", SHORT) == "passed"
+
+
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -124,7 +124,9 @@ def enter_namespaces() -> None:
 
 def build_root(root: str, python: str, program: str, folder_bytes: int) -> None:
     """Make a folder the root: system and Python read-only, and one folder in memory."""
-    mount("a root", "none", root, "tmpfs", NO_SUID, "mode=755,size=1m")
+    written = program.encode(errors="replace")
+    # With room for the program, which may have a whole file of tests behind it.
+    mount("a root", "none", root, "tmpfs", NO_SUID, f"mode=755,size={(1 << 20) + 2 * len(written)}")
     home = os.path.realpath(os.path.join(os.path.dirname(python), os.pardir))
     for path in (*SYSTEM, *DEVICES, home):
         place = Path(root + path)
@@ -137,7 +139,7 @@ def build_root(root: str, python: str, program: str, folder_bytes: int) -> None:
         place.mkdir() if os.path.isdir(path) else place.touch()
         mount(path, path, str(place), flags=BIND | RECURSIVE)
         make_read_only(str(place), whole=True)
-    Path(f"{root}{OURS}").write_text(program, encoding="utf-8", errors="replace")
+    Path(f"{root}{OURS}").write_bytes(written)
     Path(root + FOLDER).mkdir()
     mount(
         "a folder",
