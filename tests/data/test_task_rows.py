@@ -182,6 +182,12 @@ def test_a_question_longer_than_the_model_is_left_out_and_counted(tmp_path: Path
         ask_rows(tmp_path, rows[1:], how)
 
 
+def test_an_answer_that_nobody_can_write_is_no_question(write_jsonl: Write) -> None:
+    rows = [{"q": "ok", "a": "y"}, {"q": "half a character", "a": "\ud800"}, {"q": "in a list", "a": ["y", "\ud800"]}]
+    found = load(write_jsonl(rows), kind="exact", prompt="{q}", answer="{a}")
+    assert found.skipped == {"not valid Unicode": 2}
+
+
 def test_a_row_of_megabytes_is_left_out_before_it_is_tokenised(tmp_path: Path) -> None:
     how = asking()
     small = {"q": "sky", "c": ["red", "blue"], "a": "red"}

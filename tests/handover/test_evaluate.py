@@ -213,6 +213,15 @@ def test_what_can_not_be_asked_is_told(trained: Run, tasks: Path, tmp_path: Path
         evaluate(tmp_path, [tasks])
 
 
+def test_an_adapter_of_which_clients_have_a_part_says_so(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(trained.folder, tmp_path / "run")
+    plan = json.loads((copied / "plan.json").read_text())
+    (copied / "plan.json").write_text(json.dumps({**plan, "shared_alone": True}))
+    for which in ("best", "last", "0"):
+        with pytest.raises(RunError, match="its adapters have A alone: each client has a B of its own"):
+            evaluate(copied, [tasks], which=[which])
+
+
 def test_an_adapter_that_is_not_applied_ends_the_command(
     trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

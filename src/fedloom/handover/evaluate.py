@@ -128,12 +128,12 @@ def folder_of(run: Run, round: int, which: str) -> Path:
     """Return the folder of the adapter of a round that was asked for by a name.
 
     Raises:
-        RunError: it was not kept.
+        RunError: it was not kept, or a part of it is with the clients alone.
     """
     kept = {0: "initial", run.best_round: "best", run.rounds[-1]["round"]: "last"}
-    try:
-        return adapter_folder(run.folder, kept.get(round, f"round-{round}"))
-    except RunError:
+    name = kept.get(round, f"round-{round}")
+    if round not in kept and not (run.folder / "adapters" / name).is_dir():
         raise RunError(
             f"the adapter of round {which} was not kept", where=str(run.folder), mend="set federation.keep_every"
-        ) from None
+        )
+    return adapter_folder(run.folder, name)
