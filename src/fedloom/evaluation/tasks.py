@@ -82,8 +82,10 @@ class Answerer:
         sizes = [len(question.choices) for question in asked.questions]
         for question, scores in zip(asked.questions, found_N.split(sizes), strict=True):
             lengths = torch.tensor([max(1, len(choice)) for choice in question.choices])
-            values["accuracy"].append(float(int(scores.argmax()) == question.right))
-            values["accuracy_by_length"].append(float(int((scores / lengths).argmax()) == question.right))
+            # The largest of numbers of which one is none is that one, and so it would be right by chance.
+            told = not bool(scores.isnan().any())
+            values["accuracy"].append(float(told and int(scores.argmax()) == question.right))
+            values["accuracy_by_length"].append(float(told and int((scores / lengths).argmax()) == question.right))
         if asked.task.rule:
             values["board"], values["unreadable"] = self._ask_as_the_board(asked, asked.task.rule)
         return values
