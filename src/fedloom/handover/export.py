@@ -93,6 +93,11 @@ def write_export(
         return subject.prove(opened, to, tolerance)
 
 
+def _others(folder: str, names: list[str]) -> list[str]:
+    """Return what in an adapter's folder is none of the run's: links, and hidden files that editors and systems left."""
+    return [name for name in names if name.startswith(".") or Path(folder, name).is_symlink()]
+
+
 def _write_folder(subject: Subject, written: Path, *, merged: bool) -> tuple[torch.nn.Module, float]:
     """Write a folder that PEFT or transformers opens, and open it; return it with how far its logits may be."""
     adapted = subject.adapted
@@ -103,7 +108,7 @@ def _write_folder(subject: Subject, written: Path, *, merged: bool) -> tuple[tor
             save_merged(merge(subject), written)
         subject.source.tokenizer.save_pretrained(written)
     else:
-        shutil.copytree(subject.folder, written, dirs_exist_ok=True)
+        shutil.copytree(subject.folder, written, dirs_exist_ok=True, ignore=_others)
     if subject.chat_template is not None:
         (written / TEMPLATE_FILE).write_text(subject.chat_template, encoding="utf-8")
     if merged or adapted.is_whole:
