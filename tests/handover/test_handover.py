@@ -156,6 +156,9 @@ def test_an_adapter_that_is_not_the_one_on_record_is_handed_to_nobody(which: str
         tasks = write_tasks(tmp_path / "asked", [{"q": "sky", "c": ["red", "blue"], "a": "red"}], {"name": "mine"})
         with pytest.raises(RunError, match=says):
             evaluate(folder, [tasks])
+        shutil.copytree(folder / "clients" / "1" / "adapter", folder / "adapters" / "initial", dirs_exist_ok=True)
+        with pytest.raises(RunError, match=f"initial: {says}"):
+            evaluate(folder, [tasks], which=[], base=True)
         assert not read_run(folder).evaluations
     assert not (tmp_path / "out").exists()
 

@@ -67,6 +67,8 @@ def evaluate(
         for line in describe_tasks(loaded, recipe):
             say("task", line)
         adapted = load_adapted_model(recipe, source)
+        # What training began with: of a whole model it is the base, and others are told apart from it.
+        open_recorded(adapted, run.folder / "adapters" / "initial", run.rounds[0]["adapter_sha256"])
         examiners: list[Examiner | HarnessExaminer] = []
         if loaded:
             examiners.append(Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch))

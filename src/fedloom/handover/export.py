@@ -94,7 +94,7 @@ def write_export(
 
 
 def _others(folder: str, names: list[str]) -> list[str]:
-    """Return what in an adapter's folder is none of the run's: links, and hidden files that editors and systems left."""
+    """Return what in an adapter's folder is none of the run's: links, and hidden files that an editor left."""
     return [name for name in names if name.startswith(".") or Path(folder, name).is_symlink()]
 
 
