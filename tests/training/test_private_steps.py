@@ -213,3 +213,22 @@ def test_the_mean_is_over_the_expected_number_in_float64() -> None:
     found = noised_mean(sums, noise, torch.tensor([2, 4]))
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.tensor([[0.5] * 3, [0.25] * 3]))
+
+
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
+@pytest.mark.parametrize("case", ["longer", "left out"])
+def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: Any, case: str) -> None:
+    """Dropout that is drawn for a whole batch falls otherwise for all of it where one document is longer."""
+    adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
+    start, blocks = noisy(adapted), count_answers(make_blocks(6, 20))
+    lengths_N = blocks.lengths_N.clone()
+    lengths_N[2] = blocks.lengths_N[2] // 2
+    counted_NT = blocks.counted_NT & (torch.arange(20) < lengths_N[:, None])
+    shorter = replace(blocks, lengths_N=lengths_N, counted_NT=counted_NT)
+    other = shorter if case == "longer" else blocks.take(torch.tensor([0, 1, 3, 4, 5]))
+    # All drawn, in one step, with noise so small that it is none.
+    ration = Ration(Terms(1e-12, 0.01, 6, 6, 1, 1e-3), b"k" * 32)
+    job = make_job(blocks, start, optimizer="sgd", learning_rate=1.0, batch_size=6)
+    ours, theirs = (train(build, adapted, [replace(job, blocks=held, ration=ration)])[0] for held in (blocks, other))
+    moved = 6 * (ours.adapter.weights_P - theirs.adapter.weights_P).norm()
+    assert 0 < moved <= 0.01 * (2 if case == "longer" else 1)
