@@ -193,6 +193,13 @@ def test_a_gradient_that_is_no_number_counts_as_nothing(value: float) -> None:
     assert torch.equal(sum_clipped(gradients_GP, 1.0, 2), expected)
 
 
+@pytest.mark.parametrize("norm", [1.25e39, 4e38, 3e36, 1e33])
+def test_a_gradient_that_is_too_large_to_be_scaled_is_never_longer_than_the_norm(norm: float) -> None:
+    """A server can send weights that make it so large that the factor has no digits left, and was rounded up."""
+    gradients_GP = torch.full((1, 1000), norm / 1000**0.5)
+    assert sum_clipped(gradients_GP, 1e-6, 1).double().norm() <= 1e-6
+
+
 def test_a_document_that_explodes_ends_nothing() -> None:
     adapted = make_adapted("tiny-llama", "float64")
     jobs = make_jobs(noisy(adapted), sizes=(7,), **SGD)
