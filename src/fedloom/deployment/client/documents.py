@@ -112,7 +112,7 @@ def _split(
     recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[[], Any]
 ) -> tuple[ClientDocuments, int]:
     """Return the documents of both sides, and the places that there are to train on."""
-    private, most = recipe.bounds_documents, recipe.data.documents_per_client
+    private = recipe.bounds_documents
     load = partial(load_client, recipe.documents, open_tokenizer=open_tokenizer, private=private)
     whole = read_split(path)
     if whole:
@@ -121,16 +121,25 @@ def _split(
         found = load(train, policy)
         _show_unread(found, private)
         return ClientDocuments(found.documents, kept), _count_rows(found)
-    if private and most is not None:
+    most, key = recipe.data.documents_per_client, holdout_key(recipe.seed)
+    found = load(path, policy, recipe.seed, most)
+    _show_unread(found, private)
+    split = hold_out(found.documents, recipe.data.client_holdout, key, strictly=private)
+    return split, min(_count_rows(found), most or MOST_ROWS)
+
+
+def check_takes_all(recipe: Recipe, path: Path) -> None:
+    """Refuse to take part in a private run with some of the documents at a path: whose are taken hangs on the others.
+
+    Raises:
+        DataError
+    """
+    if recipe.privacy and recipe.data.documents_per_client is not None and not read_split(path):
         raise DataError(
             "of a number of documents, one that is taken away lets another one in",
             where="data.documents_per_client",
             mend="leave it out of a recipe with [privacy]: a client then trains on all that it has",
         )
-    found = load(path, policy, recipe.seed, most)
-    _show_unread(found, private)
-    split = hold_out(found.documents, recipe.data.client_holdout, holdout_key(recipe.seed), strictly=private)
-    return split, min(_count_rows(found), most or MOST_ROWS)
 
 
 def _show_unread(found: Documents, private: bool) -> None:
