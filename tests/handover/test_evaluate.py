@@ -192,7 +192,8 @@ def test_rows_that_are_skipped_are_told_with_the_reason(trained: Run, tmp_path: 
     assert told.exit_code == 0, told.output
     assert "1 row skipped: 1 without two choices or more in column c" in told.output
     reasons = "2 rows skipped: 1 longer than the model takes, 1 without two choices or more in column c"
-    assert f"skips: chance is 50.0 %; {reasons}" in told.output
+    assert "skips: chance is 50.0 %; " in told.output
+    assert reasons in told.output
     assert reasons in (trained.folder / "report.md").read_text(encoding="utf-8")
 
 

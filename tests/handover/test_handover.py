@@ -100,7 +100,9 @@ def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> No
     assert (tmp_path / "kept").read_text() == "mine"
 
 
-@pytest.mark.parametrize("more", [{"personalise": {"epochs": 2}}, {"federation": {"rounds": 1, "lora_rule": "fedsa"}}])
+@pytest.mark.parametrize(
+    "more", first([{"personalise": {"epochs": 2}}, {"federation": {"rounds": 1, "lora_rule": "fedsa"}}])
+)
 def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_path: Path) -> None:
     told = {"federation": {"rounds": 1}, "training": {"learning_rate": 0.1}, **more}
     finished = run(make_recipe(**told), tmp_path / "run", Observer())

@@ -9,8 +9,8 @@ from pathlib import Path
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.experiment.harness_tasks import HarnessExaminer, HarnessTasks
-from fedloom.experiment.preparation import digest_documents
 from fedloom.experiment.tasks import Examiner, describe_tasks, find_seen, gather_tasks
+from fedloom.experiment.trained_texts import digest_documents
 from fedloom.handover.finished_run import adapter_folder, recipe_of
 from fedloom.host.files import take_lock
 from fedloom.progress import Say, Watch, ignore, say_nothing

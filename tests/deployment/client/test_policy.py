@@ -111,7 +111,7 @@ def test_a_step_has_the_rows_of_all_its_micro_batches(training: dict[str, Any]) 
 
 def test_the_safe_defaults_allow_the_shipped_recipes_but_whole_models() -> None:
     recipes = {name: load_recipe(name) for name in shipped_recipes()}
-    # Whole clients are protected in a simulation alone: no server asks for that.
+    # What protects whole clients is for a simulation of many.
     found = {name: refused(Policy(), recipe) for name, recipe in recipes.items() if not recipe.bounds_clients}
     # A server names the commit of a hub's model, which the recipe does not; the column is the client's owner's to name.
     of_a_hub = {name for name in found if name.startswith("opt350m")}
