@@ -193,6 +193,13 @@ def test_a_gradient_that_is_no_number_counts_as_nothing(value: float) -> None:
     assert torch.equal(sum_clipped(gradients_GP, 1.0, 2), expected)
 
 
+@pytest.mark.parametrize("norm", [1.25e39, 4e38, 3e36, 1e33])
+def test_a_gradient_that_is_too_large_to_be_scaled_is_never_longer_than_the_norm(norm: float) -> None:
+    """A server can send weights that make it so large that the factor has no digits left, and was rounded up."""
+    gradients_GP = torch.full((1, 1000), norm / 1000**0.5)
+    assert sum_clipped(gradients_GP, 1e-6, 1).double().norm() <= 1e-6
+
+
 def test_a_document_that_explodes_ends_nothing() -> None:
     adapted = make_adapted("tiny-llama", "float64")
     jobs = make_jobs(noisy(adapted), sizes=(7,), **SGD)
@@ -213,3 +220,22 @@ def test_the_mean_is_over_the_expected_number_in_float64() -> None:
     found = noised_mean(sums, noise, torch.tensor([2, 4]))
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.tensor([[0.5] * 3, [0.25] * 3]))
+
+
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
+@pytest.mark.parametrize("case", ["longer", "left out"])
+def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: Any, case: str) -> None:
+    """Dropout that is drawn for a whole batch falls otherwise for all of it where one document is longer."""
+    adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
+    start, blocks = noisy(adapted), count_answers(make_blocks(6, 20))
+    lengths_N = blocks.lengths_N.clone()
+    lengths_N[2] = blocks.lengths_N[2] // 2
+    counted_NT = blocks.counted_NT & (torch.arange(20) < lengths_N[:, None])
+    shorter = replace(blocks, lengths_N=lengths_N, counted_NT=counted_NT)
+    other = shorter if case == "longer" else blocks.take(torch.tensor([0, 1, 3, 4, 5]))
+    # All drawn, in one step, with noise so small that it is none.
+    ration = Ration(Terms(1e-12, 0.01, 6, 6, 1, 1e-3), b"k" * 32)
+    job = make_job(blocks, start, optimizer="sgd", learning_rate=1.0, batch_size=6)
+    ours, theirs = (train(build, adapted, [replace(job, blocks=held, ration=ration)])[0] for held in (blocks, other))
+    moved = 6 * (ours.adapter.weights_P - theirs.adapter.weights_P).norm()
+    assert 0 < moved <= 0.01 * (2 if case == "longer" else 1)

@@ -104,11 +104,12 @@ def load_documents(
     *,
     hidden: bool = False,
     open_tokenizer: Callable[[], Any] | None = None,
+    or_none: bool = False,
 ) -> Documents:
     """Load up to `at_most` usable documents, in an order drawn from the seed; without a seed, in their files' order.
 
     With `hidden`, files of a folder whose names begin with a dot are read as well. `open_tokenizer` is asked where
-    there are conversations, for the chat template and its tokens.
+    there are conversations, for the chat template and its tokens. With `or_none`, there may be no usable one.
 
     Raises:
         DataError: the source can't be found or reached, lacks a column, or has no usable document; or more rows are bad
@@ -147,7 +148,7 @@ def load_documents(
     others = () if data.is_plain else tuple(sorted(columns - used))
     about = source.revision, total, source.files_left_out, source.has_columns, others
     found = Documents(tuple(documents), dict(skipped), data.source, *about)
-    if not documents:
+    if not documents and not or_none:
         raise DataError(
             f"no usable document ({found.explain_skipped() or 'nothing there'})",
             where=f'data.source = "{data.source}"',

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedloom.privacy.accounting import FALSE_ALARMS, calibrate, epsilon, most_apart, recognised
-from fedloom.privacy.noise import draw_noise, draw_places, draw_units
+from fedloom.privacy.noise import derive_key, draw_noise, draw_places, draw_units
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class Ration:
         rows_N = units_N.argsort(stable=True)
         drawn = self.draw(step)
         return rows_N[(begins_U + draw_places(self.key, step, sizes_U))[drawn[drawn < len(sizes_U)]]]
+
+    def dropout_seed(self, step: int, tokens_T: Tensor) -> int:
+        """Return the seed of a document's dropout in a step: of its own tokens, [T], and of nothing beside it.
+
+        Masks that others had a part in would make one document change all gradients, and the noise covers one.
+        """
+        told = tokens_T.numpy().tobytes().hex()
+        return int.from_bytes(derive_key(self.key, f"dropout {step}", told)[:8], "big")
 
     def noise(self, step: int, size: int) -> Tensor:
         """Return the noise of a step's sum of gradients, [P], in float64."""

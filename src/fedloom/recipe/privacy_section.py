@@ -39,7 +39,10 @@ class Privacy(Section):
         " clients",
     )
     max_norm: float = Field(
-        1.0, gt=0, le=1e6, description="norm to which a unit's gradient is scaled down, or a client's change in a round"
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="norm to which a unit's gradient is scaled down, or a client's change in a round",
     )
     norm_quantile: float | None = Field(
         None,

@@ -25,7 +25,7 @@ from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.client_slots import NOTHING, ClientSlot, count_tokens, pad_together
+from fedloom.training.client_slots import NOTHING, ClientSlot, count_tokens, own_tokens, pad_together
 from fedloom.training.cuda_graph import NotRecordableError, StepGraph
 from fedloom.training.jobs import (
     SHORT,
@@ -201,9 +201,10 @@ class ClientBatch:
         taken = [slot.take_batches() for slot in slots]
         totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
         # A client that has fewer micro-batches than another waits while that has its last ones.
-        parts = [self._inputs(batches, totals) for batches in [*zip_longest(*taken)] or [(NOTHING,) * len(slots)]]
+        rounds = [*zip_longest(*taken)] or [(NOTHING,) * len(slots)]
+        parts = [self._inputs(batches, totals) for batches in rounds]
         if len(parts) > 1 or self._max_norm is not None:
-            facts_3K = self._accumulate(parts)
+            facts_3K = self._accumulate(parts, rounds)
         else:
             ((inputs, sizes),) = parts
             try:
@@ -264,14 +265,33 @@ class ClientBatch:
         # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
         return collected.each(lambda value: value.to(self._device, non_blocking=True)), sizes
 
-    def _accumulate(self, parts: Sequence[tuple[StepInputs, Sequence[tuple[int, int]]]]) -> Tensor:
-        """Take a step of more than one micro-batch, which is launched by itself."""
+    def _accumulate(
+        self,
+        parts: Sequence[tuple[StepInputs, Sequence[tuple[int, int]]]],
+        rounds: Sequence[Sequence[Batch | None]],
+    ) -> Tensor:
+        """Take a step of more than one micro-batch, or of documents apart, which is launched by itself."""
         if len(self._sizes) != len(self.slots):
             self._step.use_slots(len(self.slots))
         self._sizes = parts[0][1]
-        generators = self._generators[: len(self.slots)]
-        told = ((inputs, ClientDropout(generators, sizes)) for inputs, sizes in parts)
+        told = ((inputs, self._drop(batches, sizes)) for (inputs, sizes), batches in zip(parts, rounds, strict=True))
         return self._step.accumulate(told, self._draw_noise())
+
+    def _drop(self, batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> ClientDropout:
+        """Return the dropout of a micro-batch: of each client, or with rations of each of its documents by itself."""
+        if self._max_norm is None:
+            return ClientDropout(self._generators[: len(self.slots)], sizes)
+        most = max(sequences for sequences, _ in sizes)
+        found: list[tuple[torch.Generator, tuple[int, int]]] = []
+        for slot, batch in zip(self.slots, batches, strict=True):
+            own = [] if batch is None else own_tokens(batch)
+            seeds = [slot.job.ration.dropout_seed(slot.step, tokens_T) for tokens_T in own if slot.job.ration]
+            found += [
+                (torch.Generator(self._device).manual_seed(seed), (1, len(tokens_T)))
+                for seed, tokens_T in zip(seeds, own, strict=True)
+            ]
+            found += [(self._generators[0], (0, 0))] * (most - len(own))
+        return ClientDropout(*zip(*found, strict=True))
 
     def _draw_noise(self) -> Noise | None:
         """Return the noise of each client's step, where they have rations."""

@@ -2,7 +2,7 @@
 
 Within `ClientDropout`, every call of torch's dropout, and attention with dropout, draws each client's mask from that
 client's generator, in the shape that the client's own batch has. So a client's masks do not depend on how many
-clients there are, nor on how wide their batches are.
+clients there are, nor on how wide their batches are. In a private step each document stands for a client.
 
 Letters: K clients, B sequences of a client, T tokens, D features, H heads.
 """

@@ -68,6 +68,13 @@ def count_tokens(batches: Sequence[Batch]) -> int:
     return sum(batch.num_tokens for batch in batches)
 
 
+def own_tokens(batch: Batch) -> list[Tensor]:
+    """Return each sequence's tokens, [T], up to the last that counts: as it is in a batch without others."""
+    places_T = torch.arange(1, batch.labels_BT.shape[1] + 1)
+    widths = ((batch.labels_BT != IGNORED) * places_T).amax(1).tolist()
+    return [tokens_T[:width] for tokens_T, width in zip(batch.tokens_BT, widths, strict=True)]
+
+
 def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing.
 

@@ -91,10 +91,11 @@ def sum_clipped(gradients_GP: Tensor, max_norm: float, clients: int) -> Tensor:
     """Return each client's sum, [K, P], of its documents' gradients, each scaled to a norm of at most `max_norm`.
 
     The G rows are K clients' documents, equally many of each. A gradient that is not finite counts as 0, in place: it
-    would be its document's sign otherwise (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
+    would be its document's sign otherwise (Abadi et al. 2016, arXiv 1607.00133, algorithm 1). So does one that is too
+    large to be scaled: its factor would be a number of few digits, up to twice as large as it may be.
     """
     norm_G = torch.linalg.vector_norm(gradients_GP, dim=1, dtype=torch.float64)
-    lost_G = ~torch.isfinite(norm_G)
+    lost_G = ~(norm_G * torch.finfo(gradients_GP.dtype).tiny < max_norm / 2)
     gradients_GP.masked_fill_(lost_G[:, None], 0.0)
     # A millionth less, so that rounding makes none longer than it may be.
     factor_G = ((1 - 1e-6) * max_norm / norm_G.masked_fill(lost_G, 1.0).clamp(min=1e-12)).clamp(max=1.0)

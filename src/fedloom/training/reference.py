@@ -132,6 +132,7 @@ def _private_gradient(
     loss, num_tokens = 0.0, 0
     for row in rows:
         part = take_batch(job.blocks, row[None])
+        torch.manual_seed(ration.dropout_seed(step, part.tokens_BT[0]))
         gradient_P.zero_()
         loss += _add_gradient(adapted, part, 1.0) / len(rows)
         if trains_P is not None:

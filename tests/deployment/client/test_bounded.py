@@ -18,6 +18,7 @@ from fedloom.deployment.client.journal import Journal, open_ledger, standing
 from fedloom.deployment.client.ledger import Cost, Ledger, judge
 from fedloom.deployment.client.policy import Policy, PrivacyPolicy, load_policy, policy_to_toml, with_options
 from fedloom.deployment.client.reading import read_aloud
+from fedloom.deployment.client.refusals import find_refusals
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.worker import Worker
 from fedloom.deployment.frames import Frame
@@ -106,7 +107,7 @@ def test_what_was_told_without_noise_is_told_for_good(tmp_path: Path) -> None:
     assert "report" in asking.train()
     assert asking.evaluate()["score"]
     assert spent(tmp_path) == float("inf")
-    assert ledger(tmp_path).unbounded == 2
+    assert ledger(tmp_path).unbounded == 3
     for policy, word in ((owner(max_epsilon=8.0), "privacy"), (owner(), None)):
         assert server(client(tmp_path, policy)).meet().get("refused") == word
 
@@ -180,6 +181,15 @@ def test_what_bounds_too_little_is_refused_before_anything_is_read(
     assert why in capsys.readouterr().out
 
 
+def test_a_chat_template_of_the_servers_is_refused_in_a_private_run_alone(tmp_path: Path) -> None:
+    """It can fail, or take its time, at a document that it chooses: the noise covers neither."""
+    data = {"messages": "messages", "chat_template": "{{ messages }}", "documents_per_client": None}
+    sent = private().model_copy(update={"data": make_recipe(data=data).data})
+    own, servers = Policy(chat_template="{{ mine }}"), Policy(chat_template="server")
+    assert [refusal.key for refusal in find_refusals(servers, sent)] == ["chat_template"]
+    assert [*find_refusals(own, sent)] == [*find_refusals(servers, make_recipe(data=data))] == []
+
+
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
@@ -236,6 +246,21 @@ def test_a_delta_of_the_owners_that_gives_a_document_away_is_refused(
 
 
 # --- What is spent.
+
+
+def test_counts_that_were_told_without_a_bound_are_told_for_good(tmp_path: Path) -> None:
+    """The tokens of all documents, told before and after one of them is added, are that one's own length."""
+    worker = client(tmp_path)
+    assert server(worker).meet()["tokens"] == 0
+    assert spent(tmp_path) == 0
+    assert server(worker, PLAIN).meet()["tokens"] > 0
+    assert spent(tmp_path) == float("inf")
+    assert server(client(tmp_path, owner(max_epsilon=9.0))).meet()["refused"] == "privacy"
+
+
+def test_a_refused_recipe_without_a_bound_tells_nothing(tmp_path: Path) -> None:
+    assert server(client(tmp_path, owner()), PLAIN).meet()["refused"] == "privacy"
+    assert spent(tmp_path) == 0
 
 
 def test_each_round_is_charged_before_it_is_trained_and_shown(

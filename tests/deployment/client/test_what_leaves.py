@@ -126,6 +126,33 @@ def test_two_clients_that_differ_in_one_document_tell_the_same_but_for_noised_we
         assert [answer.payload for _, answer in ours] != [answer.payload for _, answer in theirs], "it is trained on"
 
 
+BAD = {"not JSON": "{", "no object": "[]", "another column": '{"other": "words"}', "no text": '{"text": {"a": 1}}'}
+"""Rows that can't be read."""
+
+
+@pytest.mark.parametrize(
+    "limits", [{"on_bad_row": "error"}, {"max_bad_fraction": 0.0}], ids=lambda one: next(iter(one))
+)
+@pytest.mark.parametrize("row", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("side", [TRAIN, HOLDOUT])
+def test_a_row_that_can_not_be_read_refuses_nothing_whatever_the_server_says(
+    side: str, row: str, limits: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that chooses what a bad row is, and how many may be, would learn of each what it is like."""
+    recipe = make_recipe(data={"max_length": 128, "documents_per_client": None, **limits}, privacy=PRIVATE)
+    found = []
+    for number, rows in enumerate(([], [row], [row] * 40)):
+        worker = client(tmp_path / str(number), SPLIT)
+        file = tmp_path / str(number) / "data" / side
+        whole = file.read_text().splitlines()
+        file.write_text("\n".join([*rows, *whole[len(rows) :]][: len(whole)]) + "\n")
+        found.append(told("meet", worker.answer(LyingServer(worker.answer, recipe).question("meet"))))
+    assert found[0] == found[1] == found[2]
+    assert "refused" not in found[0]
+    shown = capsys.readouterr().out
+    assert ("1 of 8 rows give no document" in shown) == (side == TRAIN)
+
+
 def test_what_is_held_out_does_not_decide_what_is_trained_on(tmp_path: Path) -> None:
     """A held-out document that becomes a copy of another one would take that one away."""
     recipe = make_recipe(data={"max_length": 128, "documents_per_client": None}, privacy=PRIVATE)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fedloom.deployment.client.journal import COUNTED, Entry, Journal, Kind, hash_task, open_ledger, standing
+from fedloom.deployment.client.journal import COUNTED, HIDES, Entry, Journal, Kind, hash_task, open_ledger, standing
 from fedloom.deployment.client.ledger import Bound, afford, describe_spent, judge, judge_delta
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
@@ -103,7 +103,8 @@ class Account:
         self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
         where = {"model": recipe.model.source, "rounds": recipe.federation.rounds}
-        self._note(run, run.id, where, kind="meet", at_most=self.policy.max_meets_a_day)
+        hides = {HIDES: True} if recipe.privacy else {}
+        self._note(run, run.id, {**where, **hides}, kind="meet", at_most=self.policy.max_meets_a_day)
         if self._run and self._run.id != run.id:
             self._end(self._run, "another recipe came")
         self._run = run

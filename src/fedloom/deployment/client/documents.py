@@ -19,6 +19,7 @@ from typing import Any
 from fedloom.data.documents import Document, Documents, find_files
 from fedloom.data.splits import ClientDocuments, audit_splits, hold_out, holdout_key
 from fedloom.data.tokens import ClientBlocks, distinct_blocks, tokenize_documents, without_blocks
+from fedloom.deployment.client.display import say
 from fedloom.deployment.client.own_documents import HOLDOUT, NO_FILE, TRAIN, load_client, read_split
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_documents
@@ -31,6 +32,7 @@ from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.recipe.recipe import Recipe
+from fedloom.text import count, list_reasons
 
 MOST_ROWS = 10**12
 """Rows beyond those of any client."""
@@ -110,15 +112,19 @@ def _split(
     recipe: Recipe, path: Path, policy: Policy, open_tokenizer: Callable[[], Any]
 ) -> tuple[ClientDocuments, int]:
     """Return the documents of both sides, and the places that there are to train on."""
-    whole, load = read_split(path), partial(load_client, recipe.documents, open_tokenizer=open_tokenizer)
+    private = recipe.bounds_documents
+    load = partial(load_client, recipe.documents, open_tokenizer=open_tokenizer, private=private)
+    whole = read_split(path)
     if whole:
         train, holdout = whole
         kept = load(holdout, policy).documents if holdout.stat().st_size else ()
         found = load(train, policy)
+        _show_unread(found, private)
         return ClientDocuments(found.documents, kept), _count_rows(found)
     most, key = recipe.data.documents_per_client, holdout_key(recipe.seed)
     found = load(path, policy, recipe.seed, most)
-    split = hold_out(found.documents, recipe.data.client_holdout, key, strictly=recipe.bounds_documents)
+    _show_unread(found, private)
+    split = hold_out(found.documents, recipe.data.client_holdout, key, strictly=private)
     return split, min(_count_rows(found), most or MOST_ROWS)
 
 
@@ -134,6 +140,13 @@ def check_takes_all(recipe: Recipe, path: Path) -> None:
             where="data.documents_per_client",
             mend="leave it out of a recipe with [privacy]: a client then trains on all that it has",
         )
+
+
+def _show_unread(found: Documents, private: bool) -> None:
+    """Show the owner the rows that give no document, where they refuse nothing."""
+    if private and found.skipped:
+        rows = f"{sum(found.skipped.values()):,} of {count(_count_rows(found), 'row')}"
+        say("unread", f"{rows} give no document ({list_reasons(found.skipped)}): nothing is learnt from them")
 
 
 def _count_rows(found: Documents) -> int:

@@ -27,8 +27,10 @@ Kind = Literal["train", "meet", "score", "tasks", "own", "end", "give_up", "answ
 """A round is trained; the documents are read for a recipe; an adapter's loss on the hold-out is told; it is told how
 many of the owner's tasks are right; an adapter is kept that is this client's own; a run ended; a round that had begun
 was given up, and nothing came of it; the answer to a round with noise is on disk and may leave."""
-TELLING: tuple[Kind, ...] = ("train", "score")
-"""Kinds that tell something of single documents."""
+TELLING: tuple[Kind, ...] = ("train", "score", "meet")
+"""Kinds that tell something of single documents: of two counts of all tokens, one added document's own."""
+HIDES = "hides"
+"""Field of a recipe's line that is true where no count is told but that of the rows: those of a private run."""
 COUNTED: Mapping[Kind, tuple[str, str]] = {
     "train": ("rounds", "max_rounds_a_day"),
     "meet": ("recipes", "max_meets_a_day"),
@@ -147,7 +149,8 @@ class Journal:
                 if kind not in get_args(Kind):
                     raise ValueError("unknown kind")
                 when = datetime.fromisoformat(told["when"]).astimezone(UTC)
-                cost = read_cost(told) if kind in TELLING else None
+                hides = kind == "meet" and told.get(HIDES) is True
+                cost = read_cost(told) if kind in TELLING and not hides else None
                 found.append(Entry(when, kind, str(told["task"]), told, cost))
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise DeploymentError(

@@ -82,7 +82,7 @@ class Ledger:
 
     @property
     def unbounded(self) -> int:
-        """Number of rounds, and of losses, that were told without noise."""
+        """Number of rounds, of losses, and of recipes with counts of the documents, that were told without noise."""
         return self._steps[UNBOUNDED[:2]]
 
     @property

@@ -64,10 +64,12 @@ def load_client(
     at_most: int | None = None,
     *,
     open_tokenizer: Callable[[], Any] | None = None,
+    private: bool = False,
 ) -> Documents:
     """Load the documents at a path: `asked` says how rows are judged, and the policy which files and column are read.
 
-    `open_tokenizer` is asked where they are conversations.
+    `open_tokenizer` is asked where they are conversations. With `private`, rows that can't be read refuse nothing,
+    however many they are: by templates and limits of its choice, a server would learn of each what it is like.
 
     Raises:
         DataError: they can't be read, or a link leads out of the folder.
@@ -85,8 +87,11 @@ def load_client(
         elif policy.files != NO_FILE.files:
             raise DataError("a single file and a split are read whole", where="--files", mend="leave it out")
         kept = asked.model_dump(include=set(ROWS) & asked.model_fields_set)
+        kept |= {"on_bad_row": "skip", "max_bad_fraction": 1.0} if private else {}
         data = Data.model_validate({**kept, **told}).with_unit(asked.unit)
-        found = load_documents(data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer)
+        found = load_documents(
+            data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer, or_none=private
+        )
         _check_columns(data, found.documents, policy)
         return found
     except DataError as error:

@@ -87,7 +87,8 @@ class Policy(Section):
         TOKENIZERS,
         min_length=1,
         description="the chat template of conversations: `tokenizer` for the model's own alone, the template itself in"
-        " Jinja, or `server` for whatever a recipe sends, which is a program that can choose documents by their words",
+        " Jinja, or `server` for whatever a recipe without `[privacy]` sends, which is a program that can choose"
+        " documents by their words",
     )
     files: str = Field("**/*", min_length=1, description="the files of a folder that are documents: a glob inside it")
     hidden: bool = Field(

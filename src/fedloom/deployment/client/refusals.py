@@ -78,6 +78,9 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
             yield Refusal("columns", f'does not allow the column "{column}" to be read')
     if data.own_template is not None and policy.chat_template == TOKENIZERS:
         yield Refusal("chat_template", "allows no chat template but the tokenizer's own")
+    # It can hang, or ask for what none may have, at a document of its choice: the run would be refused, or be slow.
+    if data.own_template is not None and policy.chat_template == SERVERS and recipe.bounds_documents:
+        yield Refusal("chat_template", "allows a server's chat template, but none in a run with [privacy]")
     if not policy.min_length <= data.max_length <= policy.max_length:
         key, bound = ("min_length", "at least") if data.max_length < policy.min_length else ("max_length", "at most")
         yield Refusal(key, f"allows a max_length of {bound} {getattr(policy, key)}, not {data.max_length}")
