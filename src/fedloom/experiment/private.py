@@ -26,6 +26,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
 from fedloom.records.privacy import count_units
 from fedloom.records.state import hash_tensors
+from fedloom.text import round_down
 from fedloom.training.jobs import ClientTask
 
 SECRET = "secret"
@@ -91,7 +92,7 @@ def set_client_terms(recipe: Recipe, units: int, least_noise: float = 0.0) -> Te
             f"{recipe.privacy.delta:g} is more than one over the {count_units(recipe.privacy.unit, units)} of a client:"
             " to tell one whole would keep it",
             where="privacy.delta",
-            mend=f"at most {1 / units:.1g}, better a hundredth of that",
+            mend=f"at most {round_down(1 / units)}, better a hundredth of that",
         )
     terms = set_terms(
         units=units,

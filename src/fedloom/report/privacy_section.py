@@ -6,6 +6,7 @@ from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import NO_BOUND, list_promises
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Table, Text
+from fedloom.text import format_share
 
 SHOWN = 20
 """Clients whose terms are shown, those with the largest ε."""
@@ -30,7 +31,7 @@ def show_privacy(run: Run) -> list[Block]:
             f"{told['units']:,}",
             f"{told['noise_multiplier']:.3g}",
             f"{told['epsilon']:.3g}",
-            f"{100 * told['recognised']:.2g} %",
+            format_share(told["recognised"]),
         ]
         for client, told in clients[:SHOWN]
     ]
