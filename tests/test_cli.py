@@ -337,3 +337,11 @@ def test_every_path_of_the_command_line_knows_home() -> None:
     paths = [found for found in parameters(get_command(app)) if found.name in names]
     assert len(paths) > 20
     assert [found.name for found in paths if getattr(found.type, "func", None) is not path] == []
+
+
+def test_a_choice_that_leaves_keys_out_says_so_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["run", "tiny", "adapter.method=ia3", "federation.rounds=1", "--out=x"])
+    assert done.exit_code == 0
+    assert done.output.startswith('choice    adapter.method = "ia3" has no use for adapter.rank = 4, adapter.alpha = 8')
+    assert "rank" not in (tmp_path / "x" / "recipe.toml").read_text()

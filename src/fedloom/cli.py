@@ -72,7 +72,7 @@ def run(
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="run")
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     with told_when_terminated(), shown_at_work(out, "fedloom run"):
         with quick_imports():
             from fedloom.experiment.run import run
@@ -107,7 +107,7 @@ def serve(
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
@@ -139,9 +139,6 @@ def join(
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
-
-    def say(what: str, detail: str) -> None:
-        typer.echo(show_controls(f"{what:<10}{detail}"))
 
     with told_when_terminated():
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
@@ -197,7 +194,7 @@ def split(
     """Write what each client of a run holds as folders that join --data takes: to try a deployment out."""
     from fedloom.experiment.recognition import open_recipe
 
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.client.documents import write_splits
     from fedloom.monitoring.display import Terminal
 
@@ -210,7 +207,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show what a run would load and need, and the audit of its splits; train nothing."""
     from fedloom.experiment.recognition import open_recipe
 
-    loaded = open_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.experiment.run import plan
     from fedloom.monitoring.display import Terminal
 
@@ -222,8 +219,12 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
 def sweep(
     recipe: RecipeName,
     axes: Annotated[
-        list[str], typer.Argument(metavar="SECTION.KEY=VALUE,VALUE...", help="Settings, each with what it is to be.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE,VALUE]...",
+            help="Settings, each with what it is to be, beside those of the recipe's [sweep] table.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(parser=path, help="The folder; runs/NAME-sweep-TIME if left out.")] = None,
     draw: Annotated[
         int | None, typer.Option("--random", min=1, help="Only so many of the combinations, drawn at random.")
@@ -232,7 +233,7 @@ def sweep(
     """Run every combination of some settings, in as few passes as can be, and compare them."""
     from fedloom.experiment.sweep import sweep
 
-    sweep(recipe, axes, out, num_random=draw)
+    sweep(recipe, axes or (), out, num_random=draw)
 
 
 @app.command()
@@ -249,14 +250,29 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(parser=path, metavar="RUN RUN [RUN]...", help="Two run directories or more.")
+        list[Path],
+        typer.Argument(
+            parser=path, metavar="RUN RUN [RUN]...", help="Two run directories or more, or a sweep's folder."
+        ),
     ],
     out: Annotated[Path, typer.Option(parser=path, help="Where comparison.html goes.")] = Path("comparison"),
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECTION.KEY", help="Make arms of the runs by this key; may be given again."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="VALUE", help="The arm that the others are set against; the first if left out."),
+    ] = None,
 ) -> None:
     """Set runs side by side: what differs, in what was asked for and in what came of it."""
     from fedloom.report.comparison import write_comparison
 
-    typer.echo(show_controls(str(write_comparison(runs, out))))
+    if against is not None and not by:
+        raise typer.BadParameter("--against names an arm: say with --by what makes them.")
+
+    page = write_comparison(runs, out, by=by or (), against=against, say=lambda line: typer.echo(show_controls(line)))
+    typer.echo(show_controls(f"\n{page}"))
 
 
 app.command()(preview)
@@ -310,6 +326,11 @@ def fsck(run: RunFolder) -> None:
     from fedloom.records.check import check_run
 
     owner.show_findings(check_run(run), "BAD")
+
+
+def say(what: str, detail: str) -> None:
+    """Print what is done, a word, and what there is to say of it."""
+    typer.echo(show_controls(f"{what:<10}{detail}"))
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def preview(
     from fedloom.experiment.recognition import open_recipe
     from fedloom.monitoring.display import Terminal
 
-    loaded, display = open_recipe(recipe, overrides or ()), Terminal()
+    display = Terminal()
+    loaded = open_recipe(recipe, overrides or (), display.show_step)
     if client >= loaded.data.clients:
         raise DataError(f"there are {loaded.data.clients} clients", where="--client", mend="their numbers begin at 0")
     material = gather(loaded, display)

@@ -51,11 +51,13 @@ def test_each_clients_documents_are_told_from_others_by_what_is_kept(finished: P
     record = json.loads((finished / "audit.json").read_text())
     assert record["adapters"] == [0, 1, 2, 3]
     assert set(record["clients"]) == {"0", "1", "all together"}
+    recorded = dict(zip("01", read_run(finished).plan["clients"], strict=True))
     for client in "01":
         attacks = {attack["name"]: attack for attack in record["clients"][client]}
         assert attacks["alignment"]["word"] == YES
-        assert attacks["alignment"]["found"]["members"] == 20
-        assert attacks["alignment"]["found"]["others"] == 24
+        held = recorded[client]
+        assert attacks["alignment"]["found"]["members"] == held["train_documents"]
+        assert attacks["alignment"]["found"]["others"] == held["holdout_documents"] + 20
     canaries, _ = record["clients"]["all together"]
     assert (canaries["name"], canaries["word"]) == ("canaries", NOT_TRIED)
     assert sum(line.startswith("told apart    client ") for line in lines) == 2
@@ -84,7 +86,8 @@ def test_the_best_and_the_last_adapter_are_one_where_they_are_the_same(finished:
 def test_the_clients_with_the_most_documents_are_looked_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.audit.finished.MOST_CLIENTS", 1)
     record = audit_run(finished, Observer())
-    assert list(record["clients"]) == ["0", "all together"]
+    most = max((0, 1), key=lambda client: read_run(finished).plan["clients"][client]["train_documents"])
+    assert list(record["clients"]) == [str(most), "all together"]
     assert record["clients_left_out"] == 1
 
 

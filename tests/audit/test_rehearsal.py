@@ -158,7 +158,7 @@ def test_whatever_a_recipe_trains_is_attacked(sections: dict[str, Any], tmp_path
 
 def test_too_few_documents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"at least 8 are needed.*documents_per_client"):
-        rehearsed(tmp_path, 7)
+        rehearsed(tmp_path, 7, data={"max_length": 44, "documents_per_client": 7, "client_holdout": 0.0})
 
 
 def test_a_bound_that_so_few_documents_can_t_have_is_refused(tmp_path: Path) -> None:

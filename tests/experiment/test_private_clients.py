@@ -10,7 +10,7 @@ from support import killed_runs
 from support.marks import first
 from support.quick_runs import attempt, make_recipe, result_of
 
-from fedloom.deployment.server.serving import RemoteClients
+from fedloom.deployment.server.serving import check_deployable
 from fedloom.errors import FedloomError, RecipeError, TrainingError
 from fedloom.experiment import recorder
 from fedloom.experiment.private import SECRET, Account
@@ -71,7 +71,7 @@ def test_a_card_tells_nothing_of_how_much_a_client_has(tmp_path: Path) -> None:
     """A card goes with its adapter, and the number of all documents is one client's, less those of the others."""
     run(private(tmp_path), tmp_path / "run", Observer())
     card = (tmp_path / "run" / "adapters" / "best" / "README.md").read_text()
-    assert "for each client over the whole run" in card
+    assert "for each client, over the whole run" in card
     assert "to train on" not in card
     assert "copies on two sides" not in card
     run(make_recipe(tmp_path), tmp_path / "plain", Observer())
@@ -234,7 +234,6 @@ def test_factors_that_are_not_trained_get_no_noise(rule: str, tmp_path: Path) ->
         ({"baselines": ["pooled"]}, "baselines"),
         ({"contributions": True}, "contributions"),
         ({"personalise": {"epochs": 1}}, "personalise"),
-        ({"privacy": {"unit": "patient"}}, "unit"),
         ({"privacy": {"unit": "document", "norm_quantile": 0.5}}, "norm_quantile"),
         ({"privacy": {"norm_rate": 0.5}}, "norm_rate"),
         ({"privacy": {"norm_quantile": 1.0}}, "norm_quantile"),
@@ -273,7 +272,7 @@ def test_a_norm_can_not_be_led_by_a_handful(tmp_path: Path) -> None:
 
 def test_deployments_and_strategies_of_ones_own_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match='unit = "client": clients elsewhere would have to trust the server'):
-        RemoteClients(None, 1.0).prepare(private(tmp_path), None)  # type: ignore[arg-type]
+        check_deployable(private(tmp_path))
     with pytest.raises(RecipeError, match="would see each client's update"):
         run(private(tmp_path), tmp_path / "run", Observer(), aggregate=STRATEGIES["fedavg"](Strategy()))
     assert not (tmp_path / "run").exists()

@@ -13,10 +13,11 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.session import Session
-from fedloom.experiment.sweep import expand, group_by, read_axis, same_model, same_pass, sweep
+from fedloom.experiment.sweep import expand, group_by, same_model, same_pass, sweep
 from fedloom.host import failpoints
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.axes import read_axis
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
@@ -218,7 +219,7 @@ def test_a_draw_is_some_of_the_combinations_and_the_same_ones_again(recipe_file:
     ],
 )
 def test_values_are_told_apart(axis: str, values: list[str]) -> None:
-    assert read_axis(axis)[1] == values
+    assert list(read_axis(axis).choices) == values
 
 
 @pytest.mark.parametrize(
@@ -297,3 +298,36 @@ def test_every_arm_is_asked_its_tasks_and_trains_the_same(recipe_file: Path, tmp
         assert {record.get("round") for record in one.evaluations} == {None, 1, 2}
         assert [record["adapter_sha256"] for record in one.rounds] == [r["adapter_sha256"] for r in alone.rounds]
     assert "| even | accuracy |" in (asked / "comparison.md").read_text()
+
+
+def test_a_recipes_own_axes_are_swept_and_its_choices_bring_their_keys(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    axes = "[sweep]\nseed = [1, 2]\n[sweep.adapter.method]\nlora = {}\nia3 = {training.learning_rate = 0.02}\n"
+    path.write_text(recipe_to_toml(make_recipe()) + axes)
+    said: list[str] = []
+    found = {trial.name: trial.recipe for trial in expand(path, [], say=lambda what, detail: said.append(detail))}
+    assert list(found) == ["seed=1_method=lora", "seed=1_method=ia3", "seed=2_method=lora", "seed=2_method=ia3"]
+    assert found["seed=1_method=ia3"].training.learning_rate == 0.02
+    assert found["seed=1_method=lora"].training.learning_rate != 0.02
+    assert [line for line in said if "left out" in line] == [
+        '2 of 4 runs: adapter.method = "ia3" has no use for adapter.rank = 2, adapter.alpha = 4.0: left out'
+    ]
+    assert not any("learning_rate" in line for line in said)
+
+
+def test_a_sweep_over_seeds_ends_with_its_arms(recipe_file: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Observer):
+        def show_step(self, what: str, detail: str) -> None:
+            said.extend([detail] if what == "arms" else [])
+
+    axes = ["seed=1,2", "training.proximal_mu=0.0,9.0", "federation.rounds=1"]
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Heard())
+    assert [line.split()[0] for line in said[:3]] == ["Arm", "proximal_mu=0.0", "proximal_mu=9.0"]
+    assert any(line.startswith("proximal_mu=9.0 against proximal_mu=0.0: ") for line in said)
+    assert "## 1. Arms" in (folder / "comparison.md").read_text()
+    said.clear()
+    alone = sweep(recipe_file, ["training.proximal_mu=0.0,9.0", "federation.rounds=1"], tmp_path / "alone", Heard())
+    assert not said
+    assert "Arms" not in (alone / "comparison.md").read_text()

@@ -92,7 +92,7 @@ def test_an_adapter_trained_on_the_test_file_is_near_one(trained: Run, tasks: Pa
 
 def test_questions_that_were_trained_on_are_counted(trained: Run, tasks: Path, tmp_path: Path) -> None:
     records = evaluate(trained.folder, [tasks])
-    assert [record.get("in_training") for record in records] == [10, 10, None]
+    assert [record.get("in_training") for record in records] == [9, 9, None]
     others = [{**row, "q": f"{row['q']} now"} for row in QUIZ[:6]]
     framed = {"name": "framed", "prompt": "Question: {q}\nAnswer:"}
     some = write_tasks(tmp_path, [*QUIZ[:4], *others], {"name": "some"}, framed)
@@ -162,7 +162,7 @@ def test_an_adapters_card_says_what_it_could_do_and_is_no_damage(trained: Run, t
         card = (trained.folder / "adapters" / name / "README.md").read_text(encoding="utf-8")
         assert f"| Task | Measure | base | round {round} |" in card
         assert f"({right['measures']['accuracy']['right']} of 10; " in card
-        assert "- quiz: chance is 50.0 %; 10 questions, 10 of them among the documents trained on" in card
+        assert "- quiz: chance is 50.0 %; 10 questions, 9 of them among the documents trained on" in card
         assert str(tmp_path.parent) not in card
     card = trained.folder / "adapters" / "best" / "README.md"
     whole = card.read_text(encoding="utf-8")
@@ -190,7 +190,7 @@ def test_rows_that_are_skipped_are_told_with_the_reason(trained: Run, tmp_path: 
         app, ["evaluate", str(trained.folder), "--tasks", str(write_tasks(tmp_path, rows, {"name": "skips"}))]
     )
     assert told.exit_code == 0, told.output
-    assert "11 questions, 1 row skipped: 1 without two choices or more in column c" in told.output
+    assert "1 row skipped: 1 without two choices or more in column c" in told.output
     reasons = "2 rows skipped: 1 longer than the model takes, 1 without two choices or more in column c"
     assert f"skips: chance is 50.0 %; {reasons}" in told.output
     assert reasons in (trained.folder / "report.md").read_text(encoding="utf-8")

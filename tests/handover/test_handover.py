@@ -124,7 +124,14 @@ def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_p
     pieces: list[str] = []
     generate(tmp_path / "run", "import os", max_new_tokens=24, which=1, say=pieces.append)
     assert said.rstrip("\n") == show_controls("".join(pieces)).rstrip("\n")
-    assert said != type_in(*asked)
+    answers = [
+        [
+            type_in("generate", prompt, "--tokens", "8", *more)
+            for prompt in ("import os", "def f(", "#", "x = [", "a b c")
+        ]
+        for more in ((), ("--client", "1"))
+    ]
+    assert answers[0] != answers[1]
     with pytest.raises(RunError, match=r"client 9 has no adapter of its own; personalise = \{ epochs = 1 \}, or"):
         export(finished.folder, tmp_path / "none", which=9)
     assert not (tmp_path / "none").exists()

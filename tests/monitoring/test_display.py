@@ -10,7 +10,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.experiment.run import plan
 from fedloom.monitoring.display import Terminal, describe_clients, format_round, round_header
-from fedloom.progress import Progress
+from fedloom.progress import Clock, Progress
 from fedloom.text import format_bytes, format_seconds
 
 
@@ -58,6 +58,23 @@ def test_steps_beyond_the_plan_are_counted_without_an_end(monkeypatch: pytest.Mo
     assert f": {steps}/{steps} steps" in last
     assert f": {steps + 1} steps" in beyond
     assert "left" not in beyond
+
+
+def test_a_sweep_has_the_time_left_of_all_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
+    clock = iter(range(1000))
+    monkeypatch.setattr("fedloom.monitoring.display.Clock", lambda total: Clock(total, now=lambda: float(next(clock))))
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, width=200))
+    planned = plan(make_recipe(federation={"rounds": 1}))
+    display.show_sweep({phase: 3 * tokens for phase, tokens in planned.tokens.items()})
+    display.show_pass(["one"], [planned])
+    display.watch(Progress("evaluate", planned.tokens["evaluate"], 1, 0))
+    display.watch(Progress("train", planned.tokens["train"], 1, 1, 0))
+    assert "0:00 left, 0:08 of the sweep" in screen.getvalue(), "two more of each, at two ticks of the clock"
+    for _ in range(planned.steps_per_round):
+        display.watch(Progress("train", planned.tokens["train"], 1, 1, 0))
+    assert "of the sweep" not in screen.getvalue().splitlines()[-1], "baselines were not counted"
 
 
 def test_text_of_others_has_no_meaning_as_markup() -> None:

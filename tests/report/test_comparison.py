@@ -6,7 +6,14 @@ import pytest
 from support.made_runs import make_run
 
 from fedloom.errors import RunError
-from fedloom.report.comparison import build_comparison, conclude, recipe_differences, unfairness, write_comparison
+from fedloom.report.comparison import (
+    build_comparison,
+    conclude,
+    recipe_differences,
+    runs_in,
+    unfairness,
+    write_comparison,
+)
 from fedloom.report.document import Table, to_markdown
 
 pytestmark = pytest.mark.draws
@@ -128,3 +135,11 @@ def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / seed / "run", [3.0, 2.5], name="same") for seed in ("a", "b")]
     assert build_comparison(runs).title == "Comparison: run (1), run (2)"
+
+
+def test_a_sweeps_folder_stands_for_its_finished_runs(tmp_path: Path) -> None:
+    for name, state in (("b", "done"), ("a", "done"), ("c", "failed")):
+        make_run(tmp_path / "sweep" / name, [3.0, 2.5], state=state)
+    (tmp_path / "sweep" / "sweep.json").write_text('{"b": {}, "a": {}, "c": {}, "d": {}}')
+    assert runs_in(tmp_path / "sweep") == [tmp_path / "sweep" / "b", tmp_path / "sweep" / "a"]
+    assert write_comparison([tmp_path / "sweep"], tmp_path / "out").is_file()

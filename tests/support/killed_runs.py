@@ -22,6 +22,7 @@ import torch
 from fedloom.errors import FedloomError
 from fedloom.experiment import preparation, trial
 from fedloom.experiment.run import run
+from fedloom.experiment.sweep import sweep
 from fedloom.host import failpoints
 from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer
@@ -87,6 +88,15 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:
     """In the child: the run, until it is done or something happens to it; the exit code says which."""
+    _end(lambda: run(recipe, folder, Observer(), resume=True), folder, failpoint, twin)
+
+
+def _sweep(source: Path, axes: list[str], folder: Path, failpoint: str) -> None:
+    """In the child: the sweep, likewise."""
+    _end(lambda: sweep(source, axes, folder, Observer()), folder, failpoint, "none")
+
+
+def _end(work: Callable[[], object], folder: Path, failpoint: str, twin: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     failpoints.arm(failpoint)
     # What takes most of the time and remembers nothing: plots, and the prediction of what memory a step needs.
@@ -95,7 +105,7 @@ def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:
     TWINS[twin]()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
-            run(recipe, folder, Observer(), resume=True)
+            work()
         except Terminated:
             os._exit(143)
         except KeyboardInterrupt:
@@ -111,12 +121,24 @@ def _carry_out(recipe: Recipe, folder: Path, failpoint: str, twin: str) -> None:
 
 def start(recipe: Recipe, folder: Path, failpoint: str = "", twin: str = "none") -> Any:
     """A process that carries the recipe out, or goes on with it; `failpoint` and `twin` are what goes wrong in it."""
+    return _fork(_carry_out, recipe, folder, failpoint, twin)
+
+
+def sweep_out(source: Path, axes: list[str], folder: Path, failpoint: str = "") -> int:
+    """Sweep in a process of its own, or go on with that, to its end; the exit code, negative for a signal."""
+    process = _fork(_sweep, source, axes, folder, failpoint)
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return int(process.exitcode)
+
+
+def _fork(work: Callable[..., None], *told: object) -> Any:
     # The fork server of Python 3.11 finds what it is to import by the environment alone.
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
     context = get_context("forkserver")
     context.set_forkserver_preload(["support.killed_runs"])
-    process = context.Process(target=_carry_out, args=(recipe, folder, failpoint, twin))
+    process = context.Process(target=work, args=told)
     process.start()
     return process
 

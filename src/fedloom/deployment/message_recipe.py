@@ -281,5 +281,7 @@ NEVER_TOLD = {
     ),
     "evaluation": ("clients", "every", "tasks", "tasks_every"),
     "report": ("samples",),
+    # Clients elsewhere protect single documents.
+    "privacy": ("unit", "norm_quantile", "norm_rate"),
 }
 """Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""

@@ -7,7 +7,7 @@ recipe -> documents -> splits -> token blocks, and what the model will be -> pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from random import Random
@@ -125,13 +125,23 @@ class Prepared:
     """Tasks that the run's models are asked."""
     trained: frozenset[bytes] | None = None
     """Hashes of the texts that are trained on, where tasks are asked and the documents are in this process."""
+    memory: StepMemory | None = None
+    """Bytes that a step takes; None where that was not predicted."""
 
 
-def prepare(recipe: Recipe, observer: Observer, material: Material | None = None, *, predict: bool = True) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    observer: Observer,
+    material: Material | None = None,
+    *,
+    predict: bool = True,
+    predicted: MutableMapping[Hashable, StepMemory] | None = None,
+) -> Prepared:
     """Prepare a run whose clients are in this process.
 
     `material` is what `gather` gave for a recipe that agrees in what it comes from, where there is some. Without
-    `predict`, the memory of a step is predicted only where it decides something.
+    `predict`, the memory of a step is predicted only where it decides something. `predicted` keeps predictions for
+    recipes whose steps are alike.
 
     Raises:
         FedloomError: what the person who asked can mend.
@@ -142,7 +152,10 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
-    room_for = partial(measure, recipe, material.source, setup, predict=predict, say=observer.show_step)
+    known = {} if predicted is None else predicted
+    room_for = partial(
+        measure, recipe, material.source, setup, predict=predict, predicted=known, say=observer.show_step
+    )
     room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
@@ -152,7 +165,7 @@ def prepare(recipe: Recipe, observer: Observer, material: Material | None = None
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks else None
     parts = material.central, material.clients, scored, plan, room.capacity
-    return Prepared(material.source, device, *parts, trained=trained)
+    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory)
 
 
 def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
@@ -243,11 +256,21 @@ def check_cohort(recipe: Recipe, able: int) -> int:
     return per_round
 
 
-def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *, predict: bool, say: Say) -> Room:
+def measure(
+    recipe: Recipe,
+    source: ModelSource,
+    setup: Setup,
+    per_round: int,
+    *,
+    predict: bool,
+    predicted: MutableMapping[Hashable, StepMemory],
+    say: Say,
+) -> Room:
     """Find how many clients may train in one pass.
 
-    A step's memory is predicted by tracing it, which takes seconds. Without `predict`, that is left out where the
-    recipe says how many clients train at once, or where the free memory leaves no doubt.
+    A step's memory is predicted by tracing it, which takes seconds, unless that was `predicted` before. Without
+    `predict`, that is left out where the recipe says how many clients train at once, or where the free memory leaves no
+    doubt.
     """
     if setup.engine != "batched":
         return Room(1)
@@ -259,8 +282,9 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
             return Room(given)
         if leaves_no_doubt(setup.shape, recipe.training, clients=wanted, length=length, device=setup.device, free=free):
             return Room(per_round, ample=True)
+    key = _step_of(recipe), wanted
     try:
-        memory = predict_step(
+        memory = predicted[key] = predicted.get(key) or predict_step(
             partial(build_shape, recipe, source, setup.dtype),
             source.num_layers,
             recipe.training,
@@ -278,6 +302,26 @@ def measure(recipe: Recipe, source: ModelSource, setup: Setup, per_round: int, *
         return Room(at_once)
     fit = memory.clients_that_fit(free)
     return Room(given or min(fit, memory.clients_worthwhile(setup.device)), fit, memory)
+
+
+OF_NO_STEPS_MEMORY = {
+    *("learning_rate", "learning_rate_end", "schedule", "schedule_scope", "warmup", "weight_decay"),
+    *("epochs", "max_steps", "proximal_schedule"),
+}
+"""Keys of `training` that change no tensor's size in a step."""
+
+
+def _step_of(recipe: Recipe) -> Hashable:
+    """Return a key: recipes for which it is equal need the same memory for a step."""
+    training = recipe.training.model_copy(update={"proximal_mu": float(recipe.training.proximal_mu > 0)})
+    rule, data = recipe.federation.lora_rule, recipe.data
+    return (
+        recipe.model,
+        recipe.adapter.model_dump_json(),
+        rule if rule in ("ffa", "fedex") else "plain",
+        training.model_dump_json(exclude=OF_NO_STEPS_MEMORY),
+        (data.max_length, data.window, data.pad_in_loss, recipe.privacy is not None),
+    )
 
 
 def make_plan(

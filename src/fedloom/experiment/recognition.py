@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.data.rows import CHATS, UnreadableError, format_of, read_rows
 from fedloom.errors import DataError
+from fedloom.progress import Say
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe
 
@@ -38,13 +39,15 @@ KINDS: tuple[tuple[dict[str, str], Callable[[Any], bool]], ...] = (
 shapes of `messages`, of ShareGPT and of TRL."""
 
 
-def open_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def open_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = (), say: Say | None = None) -> Recipe:
     """Read a recipe as `load_recipe` does; where it names no columns, its file's first row says which ones are read.
+
+    `say` is told what a choice leaves out of the recipe; with nobody to tell, that is refused.
 
     Raises:
         RecipeError: as `load_recipe`.
     """
-    return load_recipe(source, overrides, recognise_rows)
+    return load_recipe(source, overrides, recognise_rows, say)
 
 
 def recognise_rows(data: Data) -> dict[str, str]:

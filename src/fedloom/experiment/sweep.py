@@ -12,8 +12,8 @@ import json
 import math
 import random
 import re
-import tomllib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from fedloom.experiment.baselines import Baseline
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.contributions import find_contributions
+from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
 from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
 from fedloom.experiment.recognition import open_recipe
@@ -37,14 +38,16 @@ from fedloom.host.files import take_lock, write_json
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
+from fedloom.progress import Say
+from fedloom.recipe.axes import Axis, collect_axes, combine
+from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import RoundRecord, Run, judged_loss, read_run
+from fedloom.records.run import SWEEP, RoundRecord, Run, flatten, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.batched import OF_ALL_CLIENTS
 from fedloom.training.engines import choose_engine
-
-MANIFEST = "sweep.json"
+from fedloom.training.memory import StepMemory
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Combination:
 
 def sweep(
     source: str | Path,
-    axes: Sequence[str],
+    axes: Sequence[str] = (),
     out: str | Path | None = None,
     display: Observer | None = None,
     *,
@@ -66,7 +69,10 @@ def sweep(
 ) -> Path:
     """Run every combination of `section.key=value,value,...`, or `num_random` of them drawn; return the folder.
 
-    Each is a run directory of its own in it, and `comparison.html` sets them side by side. With a folder of an earlier
+    Axes stand in the recipe's `[sweep]` table, too; one that is given here takes its place.
+
+    Each is a run directory of its own in it, and `comparison.html` sets them side by side, as arms where there are
+    several seeds. With a folder of an earlier
     sweep of the same combinations, those that are done stay, and the others go on after their last rounds.
 
     Raises:
@@ -74,7 +80,7 @@ def sweep(
         RunError: the folder is something else, or some of the runs failed: the others are done.
     """
     display = display or Terminal()
-    combinations = list(expand(source, axes, num_random))
+    combinations = list(expand(source, axes, num_random, display.show_step))
     folder = Path(out).expanduser() if out else default_folder(f"{combinations[0].recipe.name}-sweep")
     open_sweep(folder, combinations)
     lock = take_lock(folder)
@@ -82,11 +88,17 @@ def sweep(
     left = [combination for combination in combinations if combination.name not in done]
     display.show_step("sweep", f"{len(combinations)} runs, {len(done)} of them done, in {folder}")
     errors: dict[str, str] = {}
-    materials: dict[Hashable, Material] = {}
     try:
-        for group in group_by(left, same_model):
+        ready = prepare_all(left, display, errors)
+        models = group_by([combination for combination in left if combination.name in ready], same_model)
+        passes = [[[one.name for one in together] for together in group_by(group, same_pass)] for group in models]
+        cost = count_cost(folder, passes, ready)
+        for line in describe_cost(cost) if left else ():
+            display.show_step("cost", line)
+        display.show_sweep(cost.tokens)
+        for group in models:
             try:
-                errors |= run_group(folder, group, materials, display)
+                errors |= run_group(folder, group, ready, display)
             except FedloomError as error:  # what they share: the base model, say
                 undone = [combination.name for combination in group if not read_done(folder / combination.name)]
                 errors |= dict.fromkeys(undone, str(error))
@@ -98,7 +110,9 @@ def sweep(
         lock.close()
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     if len(finished) > 1:
-        write_comparison([run.folder for run in finished], folder)
+        by = keys_of_arms(collect_axes(source, axes), finished)
+        say = partial(display.show_step, "arms") if by else None
+        write_comparison([run.folder for run in finished], folder, by=by, say=say)
     display.show_sweep_end(rank(finished), folder)
     if errors:
         name, why = next(iter(errors.items()))
@@ -110,66 +124,43 @@ def sweep(
     return folder
 
 
-def expand(source: str | Path, axes: Sequence[str], num_random: int | None = None) -> Iterator[Combination]:
-    """Yield the combinations, each with its recipe.
+def expand(
+    source: str | Path, typed: Sequence[str], num_random: int | None = None, say: Say | None = None
+) -> Iterator[Combination]:
+    """Yield the combinations, each with its recipe: of the axes in its `[sweep]` table, and of those that were typed.
+
+    `say` is told what choices leave out of the recipe, once for all combinations.
 
     Raises:
         RecipeError: an axis that can't be read, or a recipe that can't be.
     """
-    choices = [[(key, value) for value in values] for key, values in map(read_axis, axes)]
-    keys = [values[0][0] for values in choices]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise RecipeError(f"{twice} is named twice", where="fedloom sweep", mend=f"write {twice}=VALUE,VALUE once")
-    if not choices:
-        raise RecipeError("nothing to sweep over", where="fedloom sweep", mend="name some: training.proximal_mu=0,0.1")
-    settings = list(itertools.product(*choices))
+    axes = collect_axes(source, typed)
+    settings = list(itertools.product(*([(axis, value) for value in axis.choices] for axis in axes)))
     if num_random is not None:
         drawn = random.Random(0).sample(range(len(settings)), min(num_random, len(settings)))
         settings = [settings[number] for number in sorted(drawn)]
+    said: Counter[tuple[str, str]] = Counter()
+    found = []
     for chosen in settings:
-        overrides = tuple(f"{key}={value}" for key, value in chosen)
-        short = "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen)
+        overrides = combine(chosen)
+        short = "_".join(f"{axis.key.rsplit('.', 1)[-1]}={value}" for axis, value in chosen)
         name = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
-        yield Combination(name, overrides, open_recipe(source, overrides))
+        recipe = open_recipe(source, overrides, lambda what, detail: said.update([(what, detail)]))
+        found.append(Combination(name, overrides, recipe))
+    for (what, detail), number in said.items():
+        if say and what != SWEEP_TABLE:
+            say(what, detail if number == len(found) else f"{number} of {len(found)} runs: {detail}")
+    yield from found
 
 
-def read_axis(axis: str) -> tuple[str, list[str]]:
-    """Read `section.key=value,value` as the key and its values, each as it stands in TOML.
+def keys_of_arms(axes: Sequence[Axis], runs: Sequence[Run]) -> list[str]:
+    """Return the axes beside the seed in which runs over several seeds differ; none where there is one seed alone."""
+    flat = [flatten(run.recipe) for run in runs]
 
-    Raises:
-        RecipeError: there is no key, or a value twice.
-    """
-    key, equals, text = axis.partition("=")
-    if not equals or not key.strip() or not text.strip():
-        raise RecipeError(f"{axis!r} is nothing to sweep over", mend="write section.key=value,value")
-    values = list(_split(text))
-    if len({repr(_value_of(value)) for value in values}) < len(values):
-        raise RecipeError(f"{axis!r} has a value twice", mend="leave one out")
-    return key.strip(), values
+    def differ(key: str) -> bool:
+        return all(key in recipe for recipe in flat) and len({json.dumps(recipe[key]) for recipe in flat}) > 1
 
-
-def _value_of(text: str) -> object:
-    """Return what a value is in a recipe: a word that is no TOML stands for itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _split(text: str) -> Iterator[str]:
-    """Yield the parts between commas; a comma inside brackets or quotes is part of a value."""
-    part = ""
-    for piece in text.split(","):
-        part = f"{part},{piece}" if part else piece
-        try:
-            tomllib.loads(f"value = {part}")
-        except tomllib.TOMLDecodeError:
-            if any(mark in part for mark in "[{\"'"):
-                continue  # a value that is not complete yet
-        yield part.strip()
-        part = ""
-    if part:
-        yield part.strip()
+    return [axis.key for axis in axes if axis.key != "seed" and differ(axis.key)] if differ("seed") else []
 
 
 def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
@@ -179,7 +170,7 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
         RunError: it is not, or can't be made.
     """
     manifest = {combination.name: combination.recipe.model_dump(mode="json") for combination in combinations}
-    path = folder / MANIFEST
+    path = folder / SWEEP
     if len(manifest) < len(combinations):
         raise RecipeError("two combinations have the same name", mend="name each key once")
     if path.is_file():
@@ -233,11 +224,14 @@ def group_by(combinations: Sequence[Combination], key: Callable[[Recipe], Hashab
     return list(groups.values())
 
 
-def run_group(
-    folder: Path, combinations: Sequence[Combination], materials: dict[Hashable, Material], display: Observer
-) -> dict[str, str]:
-    """Run combinations over one base model; return what went wrong, by name."""
-    errors: dict[str, str] = {}
+def prepare_all(combinations: Sequence[Combination], display: Observer, errors: dict[str, str]) -> dict[str, Prepared]:
+    """Prepare combinations, by name; `errors` is told which could not be, and why.
+
+    Those that agree on the model, the data and the seed share their documents, and those whose steps are alike the
+    prediction of what memory one takes.
+    """
+    materials: dict[Hashable, Material] = {}
+    predicted: dict[Hashable, StepMemory] = {}
     ready: dict[str, Prepared] = {}
     for combination in combinations:
         recipe = combination.recipe
@@ -246,12 +240,18 @@ def run_group(
             if key not in materials:
                 materials[key] = gather(recipe, display)
             tasks = gather_tasks(recipe.evaluation.tasks, say=display.show_step)
-            ready[combination.name] = with_tasks(prepare(recipe, display, materials[key]), tasks, recipe)
+            prepared = prepare(recipe, display, materials[key], predicted=predicted)
+            ready[combination.name] = with_tasks(prepared, tasks, recipe)
         except FedloomError as error:
             errors[combination.name] = str(error)
-    able = [combination for combination in combinations if combination.name in ready]
-    if not able:
-        return errors
+    return ready
+
+
+def run_group(
+    folder: Path, able: Sequence[Combination], ready: Mapping[str, Prepared], display: Observer
+) -> dict[str, str]:
+    """Run combinations over one base model; return what went wrong, by name."""
+    errors: dict[str, str] = {}
     first, prepared = able[0], ready[able[0].name]
     with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
         display.show_step("weights", prepared.source.name)
@@ -264,7 +264,7 @@ def run_group(
         for together in group_by(able, same_pass):
             names = [combination.name for combination in together]
             display.show_pass(names, [ready[name].plan for name in names])
-            at_once = min(ready[name].capacity for name in names)
+            at_once = clients_at_once([ready[name] for name in names])
             with ExitStack() as all_open:
                 trials: list[OpenTrial] = []
                 for combination in together:

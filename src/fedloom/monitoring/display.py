@@ -56,6 +56,7 @@ class Terminal(Observer):
         )
         self._task = self._bar.add_task("", total=None, rate="", visible=False)
         self._clock = Clock({})
+        self._sweep: Clock | None = None
         self._steps = 0
         self._total_steps = 0
         self._said = time.perf_counter()
@@ -77,6 +78,9 @@ class Terminal(Observer):
         self._print(f"{'run':<10}{folder}\n", style="dim")
         self._print(round_header(private=self._private), style="bold")
         self._start_bar()
+
+    def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
+        self._sweep = Clock(dict(tokens))
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         self._steps = 0
@@ -101,6 +105,8 @@ class Terminal(Observer):
 
     def _start_bar(self) -> None:
         self._clock.start()
+        if self._sweep:
+            self._sweep.start()
         if self.console.is_terminal:
             self._bar.update(self._task, total=self._total_steps, visible=True)
             self._bar.start()
@@ -112,10 +118,11 @@ class Terminal(Observer):
             self._round = progress.round or self._round
         doing = f"round {self._round}"
         doing += f", client {progress.client}" if progress.phase == "train" else ", evaluating"
-        rate = self._rate(progress)
         # What a run is set against, and clients that go on by themselves, come on top of what was planned.
         beyond = self._steps > self._total_steps
-        rate = rate.partition("  ")[0] if beyond else rate
+        if self._sweep and not beyond:
+            self._sweep.tick(progress)
+        rate = self._rate(progress).partition("  ")[0] if beyond else self._rate(progress)
         self._bar.update(self._task, completed=self._steps, description=doing, rate=rate)
         if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
             self._said = time.perf_counter()
@@ -154,7 +161,9 @@ class Terminal(Observer):
     def _rate(self, progress: Progress) -> str:
         speed, left = self._clock.tokens_per_second(progress.phase), self._clock.seconds_left()
         said = f"{speed:,.0f} tokens/s" if speed else ""
-        return said + (f"  {format_seconds(left)} left" if left is not None else "")
+        said += f"  {format_seconds(left)} left" if left is not None else ""
+        whole = self._sweep.seconds_left() if self._sweep else None
+        return said + (f", {format_seconds(whole)} of the sweep" if left is not None and whole is not None else "")
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(show_controls(text), style=style, soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedloom.progress import Progress
+from fedloom.progress import Phase, Progress
 
 if TYPE_CHECKING:
     from fedloom.records.plan import Plan
@@ -50,6 +50,9 @@ class Observer:
 
     def show_end(self, run: Run, report: Path) -> None:
         """Hear that the run is done."""
+
+    def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
+        """Hear that a sweep begins, and how many tokens its rounds have in each phase."""
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         """Hear which runs of a sweep train together now."""
@@ -102,6 +105,10 @@ class Observers(Observer):
     def show_end(self, run: Run, report: Path) -> None:
         for observer in self._observers:
             observer.show_end(run, report)
+
+    def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
+        for observer in self._observers:
+            observer.show_sweep(tokens)
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         for observer in self._observers:

@@ -20,10 +20,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedloom.errors import RecipeError
+from fedloom.progress import Say
+from fedloom.recipe.choices import CHOICES, settle
 from fedloom.recipe.data_section import TOKENIZERS, Data
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import nearest
 
+SWEEP_TABLE = "sweep"
+"""Table of a recipe with the axes of its sweep: no part of any one run."""
 SCHEME = re.compile(r"[a-z]+:")
 """Beginning of a source that is no path: `random:tiny-opt`, say."""
 
@@ -32,20 +36,29 @@ def load_recipe(
     source: str | Path,
     overrides: list[str] | tuple[str, ...] = (),
     complete: Callable[[Data], Mapping[str, str]] | None = None,
+    say: Say | None = None,
 ) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, with `section.key=value` overrides on top.
 
     A relative path is found beside the recipe's file, one of an override in the working folder; both become absolute.
-    `complete` returns keys of `data` that its section has not, before it is looked at what can be combined.
+    `complete` returns keys of `data` that its section has not, before it is looked at what can be combined. Where an
+    override chooses another method, strategy or the like, keys that the recipe has for its own are left out, and `say`
+    is told; with nobody to tell, they are refused. A `[sweep]` table is left to `fedloom sweep`.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key, or a bad value.
     """
     text, where = find_recipe(source)
     values = read_toml(text, where)
+    if values.pop(SWEEP_TABLE, None) is not None and say is not None:
+        say(SWEEP_TABLE, f"the axes in [{SWEEP_TABLE}] are for `fedloom sweep`: one run has none")
+    chosen = [choice.chosen(values) for choice in CHOICES]
     beside = Path(where).expanduser().parent
     make_absolute(values, beside)
     overridden = [_apply_override(values, override) for override in overrides]
+    if say is not None:
+        for sentence in settle(values, chosen, overridden):
+            say("choice", sentence)
     make_absolute(values, Path.cwd())
     read_chat_template(values, Path.cwd() if "data.chat_template" in overridden else beside)
     if complete is not None:

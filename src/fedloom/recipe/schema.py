@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
 
 SCHEMA_FILE = "recipe.schema.json"
@@ -21,6 +22,7 @@ def recipe_schema() -> dict[str, Any]:
     """Return the schema of a recipe, draft 2020-12, its sections in the order in which they stand in a recipe."""
     schema = Recipe.model_json_schema(schema_generator=_TomlSchema)
     sections = schema.pop("$defs")
+    schema["properties"][SWEEP_TABLE] = {"type": "object", "description": "axes of `fedloom sweep`: lists of values"}
     return {"$schema": _TomlSchema.schema_dialect, "title": "fedloom recipe", **_inline(schema, sections)}
 
 

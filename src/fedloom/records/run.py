@@ -93,6 +93,8 @@ class EvaluationRecord(TypedDict, total=False):
     finished: str
 
 
+SWEEP = "sweep.json"
+"""File of a sweep's folder: the recipe of each of its runs, by the name of the run's folder."""
 MEND = "see what else is: fedloom fsck RUN"
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records.run import Run, flatten, overfitting_onset, read_run
+from fedloom.records.run import SWEEP, Run, flatten, overfitting_onset, read_json, read_run
 from fedloom.report import figures
-from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text
+from fedloom.report.arms_section import (
+    NOT_SETTINGS,
+    Arms,
+    compare_arms,
+    group_runs,
+    last_loss,
+    note_arms,
+    show_arms,
+    spread_by_round,
+    tabulate_arms,
+)
+from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text, to_lines
 from fedloom.report.observations import the_weight
 from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
@@ -20,28 +31,72 @@ from fedloom.report.tasks_section import compare_tasks
 from fedloom.report.worth_section import show_worth_over_seeds
 from fedloom.text import format_bytes, format_seconds
 
-NOT_SETTINGS = {"name", "description"}
-"""Keys of a recipe that have no effect on a run."""
 NOTICEABLE = 0.1
 """Share by which two figures must differ before a sentence says so."""
 
 
-def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
+def write_comparison(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    by: Sequence[str] = (),
+    against: str | None = None,
+    say: Callable[[str], object] | None = None,
+) -> Path:
     """Compare runs in `OUT/comparison.md` and `OUT/comparison.html`; return the page's path.
 
+    `by` names keys of the recipe that make arms of them, each set against the arm `against`, or the first. A sweep's
+    folder stands for its finished runs. `say` is told the short of it, line by line.
+
     Raises:
-        RunError: a folder is no run directory, there are fewer than two, or one has no finished round.
+        RunError: a folder is no run directory, there are fewer than two, or one has no finished round; or there are
+            no such arms.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(run) for folder in folders for run in runs_in(Path(folder))]
     if len(runs) < 2:
         raise RunError("a comparison needs two runs or more", where="fedloom compare", mend="add another run directory")
     for run in runs:
         if not figures.judged_series(run)[1]:
             raise RunError("no round is finished yet", where=str(run.folder), mend="wait for the first evaluation")
-    return write_document(build_comparison(runs), Path(out), "comparison")
+    arms = group_runs(runs, by, against) if by else None
+    page = write_document(build_comparison(runs, arms), Path(out), "comparison")
+    if say:
+        for line in summarize(runs, arms):
+            say(line)
+    return page
 
 
-def build_comparison(runs: Sequence[Run]) -> Document:
+def runs_in(folder: Path) -> list[Path]:
+    """Return the finished runs of a sweep, in its order; of any other folder, the folder itself."""
+    folder = folder.expanduser()
+    if not (folder / SWEEP).is_file():
+        return [folder]
+    runs = [folder / name for name in read_json(folder / SWEEP)]
+    return [run for run in runs if read_json(run / "status.json").get("state") == "done"]
+
+
+def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
+    """Return the short of a comparison as lines: a row for each run, or for each arm, and what differs."""
+    if arms:
+        return [*to_lines(tabulate_arms(arms)), "", *note_arms(arms), *compare_arms(arms, unfairness)]
+    names = _names(runs)
+    rows = [
+        [
+            name,
+            f"{figures.completed(run)} of {run.recipe['federation']['rounds']}",
+            f"{min(losses):.4f} in {rounds[losses.index(min(losses))]}",
+            f"{last_loss(run):.4f}",
+            format_bytes(run.plan["payload_bytes"]),
+            f"{figures.total_seconds(run):,.1f} s",
+        ]
+        for name, run in zip(names, runs, strict=True)
+        for _, rounds, losses in [figures.judged_series(run)]
+    ]
+    header = ["Run", "Rounds", "Best loss", "Last loss", "An update", "All rounds"]
+    return [*to_lines(Table(header, rows)), "", *unfairness(runs, names), *conclude(runs, names)]
+
+
+def build_comparison(runs: Sequence[Run], arms: Arms | None = None) -> Document:
     """Build a comparison of two runs or more, each with at least one round."""
     names = _names(runs)
     groups = _group_by_seeds(runs, names)
@@ -50,6 +105,7 @@ def build_comparison(runs: Sequence[Run]) -> Document:
         subtitle=f"{len(runs)} runs",
         state=", ".join(sorted({STATES.get(run.status.get("state", ""), "unknown") for run in runs})),
         sections=[
+            *([Section("Arms", show_arms(arms, unfairness))] if arms else []),
             Section("What differs", _differences(runs, names)),
             Section("Loss", _losses(runs, names, groups)),
             *([Section("Was it worth it?", blocks)] if (blocks := show_worth_over_seeds(groups)) else []),
@@ -80,7 +136,9 @@ def unfairness(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
         odd = [names[number] for number, value in enumerate(values) if value != values[0]]
         if odd:
             found.append(f"{', '.join(odd)}: other {name} than {names[0]}. Their losses can't be compared.")
-    starts = [figures.judged_series(run)[2][0] for run in runs]
+    # Some methods begin elsewhere than at the base model: with a prompt that was drawn, say.
+    alike = [run for run in runs if run.recipe["adapter"]["method"] == runs[0].recipe["adapter"]["method"]]
+    starts = [figures.judged_series(run)[2][0] for run in alike]
     # Before any training the same tokens give the same loss, but for the rounding of another machine or batch size.
     if not found and max(starts) - min(starts) > 1e-3 * max(starts):
         found.append("The runs begin with different losses: they are not scored on the same tokens.")
@@ -213,9 +271,7 @@ def _over_seeds(groups: Mapping[str, Sequence[Run]]) -> list[Block]:
     """Show runs that differ only in their seed as one: their mean and its spread; nothing if there are none."""
     rows, lines = [], []
     for title, members in groups.items():
-        by_round = [dict(zip(*figures.judged_series(run)[1:], strict=True)) for run in members]
-        rounds = sorted(set.intersection(*map(set, by_round)))
-        spreads = [figures.spread([of[round] for of in by_round]) for round in rounds]
+        rounds, spreads = spread_by_round(members)
         means, deviations = [s.mean for s in spreads], [s.deviation for s in spreads]
         lines.append(
             Line(

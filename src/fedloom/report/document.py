@@ -127,6 +127,20 @@ def _block_to_markdown(block: Block) -> str:
     return "\n".join("| " + " | ".join(to_markdown_text(str(cell)) for cell in row) + " |" for row in rows)
 
 
+def to_lines(table: Table) -> list[str]:
+    """Write a table for a terminal, a line for each row, with columns as wide as their longest cell."""
+    cells = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.header))]
+    left = table.text_columns
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
 def without_columns(cells: Sequence[str], columns: set[int]) -> list[str]:
     """Return a row without the columns of these numbers, counted from 0."""
     return [cell for column, cell in enumerate(cells) if column not in columns]

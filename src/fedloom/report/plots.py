@@ -26,6 +26,8 @@ INK = "#010203"
 """Placeholder for the page's own colour, replaced when the plot is written; nothing else may have this colour."""
 LONGEST_NAME = 60
 """Characters of a name in the legend."""
+WIDEST_TICKS = 80
+"""Characters of all names below an axis that stand beside one another; where there are more, they slope."""
 MOST_NAMES = 6
 """Names in a legend: more would leave no room for the plot."""
 
@@ -43,6 +45,8 @@ class Line:
     """Lower edge of a band around the curve, one value for each point; no band if empty."""
     high: Sequence[float] = ()
     """Upper edge of that band."""
+    joined: bool = True
+    """False for points without a line between them; their bands are bars."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Plot:
-    """Curves, over rounds or anything else, or stacked bars over rounds."""
+    """Curves or points, over rounds or anything else, or stacked bars over rounds."""
 
     lines: Sequence[Line] = ()
     _: KW_ONLY
@@ -72,6 +76,10 @@ class Plot:
     y_label: str
     marks: Sequence[Mark] = ()
     bars: Bars | None = None
+    ticks: Sequence[str] = ()
+    """Names of x = 0, 1, 2, ..., where x is no number."""
+    log_x: bool = False
+    """True for an x over several powers of ten."""
 
 
 def draw(plot: Plot) -> str:
@@ -112,13 +120,18 @@ def _mark(plot: Plot, svg: str) -> str:
 
 def _draw_lines(plot: Plot, axes: Any) -> None:
     strong = [line for line in plot.lines if not line.faint]
+    if plot.log_x:
+        axes.set_xscale("log")
     for line in plot.lines:
         number = strong.index(line) if not line.faint else plot.lines.index(line)
         color, dash = PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)]
         style: dict[str, Any] = {"color": color, "linestyle": dash, "label": _label(line.name)}
         style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2, "marker": "o", "markersize": 4}
+        style |= {} if line.joined else {"linestyle": "none", "marker": "o", "markersize": 4 if line.faint else 7}
         axes.plot(line.x, line.y, **style)
-        if line.low:
+        if line.low and not line.joined:
+            axes.vlines(line.x, line.low, line.high, color=color, linewidth=2.2)
+        elif line.low:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
     for mark in plot.marks:
         axes.axvline(mark.x, color=INK, linewidth=1, linestyle=":")
@@ -126,7 +139,11 @@ def _draw_lines(plot: Plot, axes: Any) -> None:
             mark.name, (mark.x, 1), xycoords=("data", "axes fraction"), xytext=(3, -11), textcoords="offset points",
             color=INK, fontsize=9,
         )  # fmt: skip
-    if all(float(x).is_integer() for line in plot.lines for x in line.x):
+    if plot.ticks:
+        axes.set_xticks(range(len(plot.ticks)), [_label(name) for name in plot.ticks])
+        if sum(map(len, plot.ticks)) > WIDEST_TICKS:
+            axes.tick_params(axis="x", labelrotation=20)
+    elif not plot.log_x and all(float(x).is_integer() for line in plot.lines for x in line.x):
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 

@@ -22,14 +22,13 @@ from fedloom.records.answers import (
     tabulate_alone,
 )
 from fedloom.records.run import Record, Run
-from fedloom.report.document import Block, Bullets, Table, Text
+from fedloom.report.document import Block, Bullets, Table, Text, to_lines
 
 
 def describe_evaluations(records: Sequence[Record]) -> list[str]:
     """Return records as lines of a table for a terminal, a line for each measure, with warnings behind them."""
-    lines = _align(*tabulate(records))
-    if any(map(is_alone, records)):
-        lines += _align(*tabulate_alone(records))
+    tables = [tabulate(records), *([tabulate_alone(records)] if any(map(is_alone, records)) else [])]
+    lines = [line for header, rows in tables for line in to_lines(Table(header, rows, text_columns=len(header)))]
     return [*lines, *(f"note      {line}" for line in list_notes(records))]
 
 
@@ -152,10 +151,3 @@ def _show_beside(run: Run, record: Record, name: str) -> str:
     if mean := show_alone(alone, name):
         shown.append(f"{ALONE} {mean}")
     return "; ".join(shown)
-
-
-def _align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as lines of a terminal."""
-    cells = [header, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

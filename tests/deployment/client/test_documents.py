@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from support.tiny import make_recipe
 
-from fedloom.deployment.client.documents import gather_client
+from fedloom.deployment.client.documents import check_takes_all, gather_client
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN, load_client, mend_of_server
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import find_refusals
-from fedloom.errors import DataError, PolicyError
+from fedloom.errors import DataError, PolicyError, RecipeError
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe
 
@@ -213,7 +213,8 @@ def test_a_private_client_takes_no_number_of_its_documents(tmp_path: Path) -> No
     """A document that is taken away would let in one that was left over."""
     path = rows_of(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match=r"data\.documents_per_client: .*lets another one in"):
-        gather_client(private_recipe(documents_per_client=8), path)
+        check_takes_all(private_recipe(documents_per_client=8), path)
+    check_takes_all(private_recipe(), path)
     assert len(gather_client(make_recipe(data={"documents_per_client": 8}), path).documents.train) < 8
 
 
@@ -227,12 +228,10 @@ def test_a_private_clients_documents_move_alone(tmp_path: Path) -> None:
         assert left == whole - {json.loads(rows[place])["text"]}
 
 
-def test_a_column_of_units_is_read_where_its_owner_lists_it(tmp_path: Path) -> None:
+def test_a_column_of_units_is_its_owners_to_list_and_not_protected_yet(tmp_path: Path) -> None:
     recipe = private_recipe(unit="author")
     assert [refusal.key for refusal in find_refusals(Policy(), recipe)] == ["columns"]
     assert [*find_refusals(Policy(columns=("author",)), recipe)] == []
-    found = gather_client(recipe, rows_of(tmp_path / "rows.jsonl"), Policy(columns=("author",)))
-    train, holdout = ({document.unit for document in side} for side in (found.documents.train, found.documents.holdout))
-    assert train
-    assert not train & holdout
-    assert found.blocks.train.num_units == len(train) < len(found.blocks.train)
+    # A place that says nothing counts as a document; whose it is, nobody knows.
+    with pytest.raises(RecipeError, match="a client protects single documents"):
+        gather_client(recipe, rows_of(tmp_path / "rows.jsonl"), Policy(columns=("author",)))

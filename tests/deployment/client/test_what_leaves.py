@@ -247,11 +247,11 @@ def test_a_field_that_was_told_again_would_be_found(
 
 
 NEVER_MADE = {
-    ("meet", "dropped"),
+    *(("meet", name) for name in ("dropped", "leaks", "shared_blocks")),
     *(("meet", "tasks"), ("tasks", "tasks"), ("tasks", "base"), ("keep", "before"), ("keep", "after")),
     *((do, f"progress.{what}") for do in ("meet", "evaluate") for what in ("tokens", "samples")),
 }
-"""Fields that say nothing in a private run as it is: nothing is dropped for a hold-out, nothing is scored,
+"""Fields that say nothing in a private run as it is: what is held out decides over nothing, nothing is scored,
 and neither tasks of a client's own nor an adapter that it goes on to are asked for."""
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from fedloom.deployment import processes
 from fedloom.deployment.client.joining import Kit, join
+from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.flower.bundle import PROJECT, RELAY, check_app, write_app
 from fedloom.errors import DeploymentError
 
@@ -66,4 +67,4 @@ def test_bytes_that_are_no_app_are_refused() -> None:
 def test_without_flower_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(DeploymentError, match=r"pip install 'flwr>="):
-        join(Kit("a", "127.0.0.1:1"), tmp_path, None, tmp_path / "a.journal.jsonl", lambda what, detail: None)
+        join(Kit("a", "127.0.0.1:1"), tmp_path, Policy(), tmp_path / "a.journal.jsonl", lambda what, detail: None)

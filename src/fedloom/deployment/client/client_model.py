@@ -13,7 +13,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.display import say
-from fedloom.deployment.client.documents import gather_client, stamp_documents
+from fedloom.deployment.client.documents import check_takes_all, gather_client, stamp_documents
 from fedloom.deployment.client.journal import hash_task
 from fedloom.deployment.client.ledger import Bound
 from fedloom.deployment.client.own_adapter import DIGITS, OwnPart, Places, keep_adapter
@@ -74,6 +74,7 @@ class ClientModel:
         """Terms of a private run."""
         self.bound: Bound | None = None
         """Bound on what its rounds tell; None also where everybody can take its noise off."""
+        check_takes_all(recipe, places.data)
         data = gather_client(recipe, places.data, policy, self._agree)
         self._blocks, self._source = data.blocks, data.source
         self.until = float("inf")

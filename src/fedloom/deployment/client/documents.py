@@ -116,16 +116,24 @@ def _split(
         kept = load(holdout, policy).documents if holdout.stat().st_size else ()
         found = load(train, policy)
         return ClientDocuments(found.documents, kept), _count_rows(found)
-    private, most = recipe.bounds_documents, recipe.data.documents_per_client
-    if private and most is not None:
+    most, key = recipe.data.documents_per_client, holdout_key(recipe.seed)
+    found = load(path, policy, recipe.seed, most)
+    split = hold_out(found.documents, recipe.data.client_holdout, key, strictly=recipe.bounds_documents)
+    return split, min(_count_rows(found), most or MOST_ROWS)
+
+
+def check_takes_all(recipe: Recipe, path: Path) -> None:
+    """Refuse to take part in a private run with some of the documents at a path: whose are taken hangs on the others.
+
+    Raises:
+        DataError
+    """
+    if recipe.privacy and recipe.data.documents_per_client is not None and not read_split(path):
         raise DataError(
             "of a number of documents, one that is taken away lets another one in",
             where="data.documents_per_client",
             mend="leave it out of a recipe with [privacy]: a client then trains on all that it has",
         )
-    found = load(path, policy, recipe.seed, most)
-    split = hold_out(found.documents, recipe.data.client_holdout, holdout_key(recipe.seed), strictly=private)
-    return split, min(_count_rows(found), most or MOST_ROWS)
 
 
 def _count_rows(found: Documents) -> int:

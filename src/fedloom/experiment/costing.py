@@ -1,0 +1,103 @@
+"""The cost of a sweep, told before it starts: runs, passes, steps, memory, and a rough time where a rate is known.
+
+Rounds that are on record cost nothing more, and say how fast the others will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from fedloom.errors import RunError
+from fedloom.experiment.preparation import Prepared
+from fedloom.progress import Phase
+from fedloom.records.run import Record, read_run
+from fedloom.text import count, format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work that is left of a sweep. Baselines, and what else follows the rounds, come on top."""
+
+    runs: int
+    passes: int
+    models: int
+    steps: int
+    tokens: dict[Phase, int]
+    """Tokens of the rounds that are left, by phase."""
+    peak_bytes: int | None
+    """Bytes of the largest pass, by prediction; None where none was predicted."""
+    seconds: float | None
+    """Seconds at the rate of the rounds on record; None where there is none."""
+
+
+def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: Mapping[str, Prepared]) -> Cost:
+    """Count what is left of a sweep in its folder: its runs by name, in the passes of each model."""
+    steps, tokens = 0, dict.fromkeys(get_args(Phase), 0)
+    passes = [together for model in models for together in model]
+    for name in (name for together in passes for name in together):
+        plan = ready[name].plan
+        trained = sum(record["round"] > 0 for record in _rounds(folder / name))
+        left = max(0.0, 1 - trained / plan.rounds)
+        steps += round(left * plan.rounds * plan.steps_per_round)
+        for phase, number in plan.tokens.items():
+            tokens[phase] += round(left * number)
+    peaks = [peak for together in passes if (peak := _peak([ready[name] for name in together])) is not None]
+    return Cost(
+        runs=sum(map(len, passes)),
+        passes=len(passes),
+        models=len(models),
+        steps=steps,
+        tokens=tokens,
+        peak_bytes=max(peaks, default=None),
+        seconds=_seconds(folder, tokens),
+    )
+
+
+def clients_at_once(together: Sequence[Prepared]) -> int:
+    """Return how many clients of a pass train at once: as many as there is room for beside every one of its runs."""
+    return min(prepared.capacity for prepared in together)
+
+
+def _peak(together: Sequence[Prepared]) -> int | None:
+    at_once = min(clients_at_once(together), sum(prepared.plan.clients_per_round for prepared in together))
+    return max((one.memory.peak_bytes(at_once) for one in together if one.memory), default=None)
+
+
+def _rounds(folder: Path) -> list[Record]:
+    with suppress(RunError):  # it has not begun; what is damaged is told when it goes on
+        return read_run(folder).rounds
+    return []
+
+
+def _seconds(folder: Path, tokens: Mapping[Phase, int]) -> float | None:
+    """Return the seconds for so many tokens at the rate of all rounds in the sweep's folder; None without any."""
+    records = [record for path in sorted(folder.glob("*/rounds.jsonl")) for record in _rounds(path.parent)]
+    total = 0.0
+    for phase, number in tokens.items():
+        done = sum(record.get(f"{phase}_tokens", 0) for record in records)
+        took = sum(record[f"{phase}_seconds"] for record in records)
+        if number and not (done and took):
+            return None
+        total += number * took / done if number else 0.0
+    return total
+
+
+def describe_cost(cost: Cost) -> list[str]:
+    """Return the cost in sentences, one a line."""
+    work = f"{count(cost.runs, 'run')} in {cost.passes:,} pass{'' if cost.passes == 1 else 'es'}"
+    tokens = f"{cost.tokens['train']:,} tokens to train on, {cost.tokens['evaluate']:,} to score"
+    peak = "not predicted" if cost.peak_bytes is None else f"{format_bytes(cost.peak_bytes)} predicted at most"
+    time = (
+        "not known before the first steps"
+        if cost.seconds is None
+        else f"about {format_seconds(cost.seconds)}, at the rate of the rounds on record"
+    )
+    return [
+        f"{work}, the base model loaded {count(cost.models, 'time')}",
+        f"{count(cost.steps, 'step')}, {tokens}",
+        f"memory: {peak}; time: {time}",
+    ]
