@@ -122,12 +122,14 @@ def derive_ration(secret: bytes, terms: Terms, documents: str, task: ClientTask)
 
 
 class Rations:
-    """Rations of the clients in this process, each for one task of its client."""
+    """Rations of the clients in this process, each for one task of its client, with an owner's least noise."""
 
-    def __init__(self, recipe: Recipe, clients: Sequence[ClientBlocks], secret: bytes) -> None:
+    def __init__(
+        self, recipe: Recipe, clients: Sequence[ClientBlocks], secret: bytes, least_noise: float = 0.0
+    ) -> None:
         self._secret = secret
         self._held = {
-            client: (set_client_terms(recipe, held.train.num_units), hash_tensors(held.train.tensors))
+            client: (set_client_terms(recipe, held.train.num_units, least_noise), hash_tensors(held.train.tensors))
             for client, held in enumerate(clients)
             if len(held.train)
         }
