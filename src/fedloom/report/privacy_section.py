@@ -24,10 +24,11 @@ def show_privacy(run: Run) -> list[Block]:
             norms = [record["next_max_norm"] for record in run.rounds]
             promises.append(Text(f"The norm was led from {norms[0]:.3g} to {norms[-1]:.3g}."))
         return promises
+    elsewhere = run.plan.get("elsewhere", ())
     clients = sorted(privacy["clients"].items(), key=lambda pair: -pair[1]["epsilon"])
     rows = [
         [
-            client,
+            f"{client} ({elsewhere[int(client)]})" if elsewhere else client,
             f"{told['units']:,}",
             f"{told['noise_multiplier']:.3g}",
             f"{told['epsilon']:.3g}",
