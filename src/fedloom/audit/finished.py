@@ -81,7 +81,9 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
     for client, (members, others) in chosen.items():
         observer.show_step("client", str(client))
         terms = set_client_terms(recipe, members.num_units) if bound else None
-        found[str(client)] = attack_client(adapted, sent, members, others, terms, rounds, watch=observer.watch)
+        found[str(client)] = attack_client(
+            adapted, sent, members, others, terms, rounds, clients=len(chosen), watch=observer.watch
+        )
         if terms and bound:
             promised.append(describe_terms(terms, bound.noise, rounds))
     found["all together"] = [

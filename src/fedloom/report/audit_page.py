@@ -83,7 +83,8 @@ WORDS: Mapping[str, Words] = {
 FEW = "There are too few documents here to say: it was looked for, and what was found may be chance either way."
 READING = (
     "Members are the documents trained on; others are of the same owner, or held out. AUC is the probability that a"
-    " member scores above another: 0.5 is a coin, 1 is certain. In brackets stands what it may be by chance (95 %)."
+    " member scores above another: 0.5 is a coin, 1 is certain. In brackets stands what it may be by chance (95 %, of"
+    " all clients together)."
 )
 NOBODY_CAN_TELL = {
     "rehearsal": (
