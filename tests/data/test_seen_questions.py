@@ -54,3 +54,10 @@ def test_a_question_is_found_as_it_is_asked_or_by_its_columns(
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     row = {**ROW, "q": "What is ripe in May? held out"}
     assert count_seen(rows_of(tmp_path, row), learnt("something else")) == 0
+
+
+def test_a_row_may_be_nested_more_deeply_than_functions(tmp_path: Path) -> None:
+    nested: Any = "What is ripe in May?"
+    for _ in range(5000):
+        nested = [nested]
+    assert count_seen(rows_of(tmp_path, ROW), learnt("other", row={"messages": nested})) == 1

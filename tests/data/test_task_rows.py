@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from support.asked import CHOICE, ask_rows
 from support.tiny import make_recipe
 
 from fedloom.data.asking import Asking, warn_of_template
-from fedloom.data.known_rows import KNOWN
+from fedloom.data.known_rows import KNOWN, read_known
+from fedloom.data.rows import UnreadableError
 from fedloom.data.task_rows import TaskRows, load_task
 from fedloom.errors import DataError
 from fedloom.model.source import open_model
@@ -180,6 +182,46 @@ def test_a_question_longer_than_the_model_is_left_out_and_counted(tmp_path: Path
         ask_rows(tmp_path, rows[1:], how)
 
 
+def test_an_answer_that_nobody_can_write_is_no_question(write_jsonl: Write) -> None:
+    rows = [{"q": "ok", "a": "y"}, {"q": "half a character", "a": "\ud800"}, {"q": "in a list", "a": ["y", "\ud800"]}]
+    found = load(write_jsonl(rows), kind="exact", prompt="{q}", answer="{a}")
+    assert found.skipped == {"not valid Unicode": 2}
+
+
+def test_a_row_of_megabytes_is_left_out_before_it_is_tokenised(tmp_path: Path) -> None:
+    how = asking()
+    small = {"q": "sky", "c": ["red", "blue"], "a": "red"}
+    huge = "word " * 1_000_000
+    rows = [small, {**small, "q": huge}, {**small, "c": ["red", huge]}]
+    seen: list[int] = []
+    whole = how.tokenizer
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def __call__(self, text: str, **more: Any) -> Any:
+            seen.append(len(text))
+            return whole(text, **more)
+
+    asked = ask_rows(tmp_path, rows, replace(how, tokenizer=Watched()))
+    assert asked.skipped == {"longer than the model takes": 2}
+    assert max(seen) < 10_000
+    written = {"kind": "rouge", "prompt": "{q}", "answer": "{a}"}
+    asked = ask_rows(tmp_path, [small, {**small, "a": huge}], how, **written)
+    assert asked.skipped == {"longer than the model takes": 1}, "it would be compared, word by word"
+
+
+def test_a_question_that_the_chat_template_refuses_is_left_out_and_the_others_are_asked(tmp_path: Path) -> None:
+    refuses = "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    how = asking(messages="messages", chat_template=refuses)
+    rows = [{"q": text, "c": ["red", "blue"], "a": "red"} for text in ("sky", "a bad one")]
+    asked = ask_rows(tmp_path, rows, how)
+    assert asked.skipped == {"refused by the chat template (roles, or their order)": 1}
+    with pytest.raises(DataError, match=r"no question can be asked \(1 refused by the chat template"):
+        ask_rows(tmp_path, rows[1:], how)
+
+
 ROWS: dict[str, tuple[dict[str, Any], str, list[str], str]] = {
     "mmlu": (
         {"question": "Why", "subject": "logic", "choices": ["p", "q", "r", "s"], "answer": 2},
@@ -250,6 +292,30 @@ def test_known_forms_of_rows_are_read(form: str, tmp_path: Path) -> None:
     assert (question.prompt, list(question.choices)) == (asked, choices)
     assert question.right == ("ABCD".index(answer) if by_letter else choices.index(answer))
     assert found.skipped == {f"not in the form of {form}": 1}
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    *(("mmlu", {"answer": value}) for value in (float("inf"), float("nan"), 0.7, -1, 4, None, [1])),
+    *(("fpb", {"label": value}) for value in (-1, 3, float("inf"), 1.5, "positive")),
+    *(("tfns", {"label": value}) for value in (-1, -3, float("-inf"))),
+    *(("fiqa", {"sentiment_score": value}) for value in (float("nan"), float("inf"), "good")),
+    *((form, {column: value}) for form, column in (("fpb", "sentence"), ("tfns", "text")) for value in (None, ["x"])),
+    ("medmcqa", {"cop": -1}),
+    ("careqa", {"cop": 0}),
+    ("medqa", {"options": [{"key": "A", "value": "y"}, {"key": "B", "value": "y"}]}),
+]
+
+
+@pytest.mark.parametrize(("form", "wrong"), WRONG)
+def test_a_row_without_a_right_answer_is_no_question_and_no_guess(form: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UnreadableError):
+        read_known({**ROWS[form][0], **wrong}, form)
+
+
+def test_the_options_of_a_question_may_come_in_any_order() -> None:
+    options = [{"key": "B", "value": "y"}, {"key": "A", "value": "x"}]
+    found = read_known({"question": "Say.", "options": options, "answer": "y"}, "medqa")
+    assert (found["choices"], found["answer"]) == (["y", "x"], "A")
 
 
 def test_known_forms_are_those_that_a_task_can_name() -> None:

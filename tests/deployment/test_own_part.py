@@ -128,6 +128,7 @@ def test_b_travels_neither_way_and_half_the_bytes_do(recipe: Recipe, tmp_path: P
         assert not any(part in whole for part in raw for whole in sent)
 
 
+@pytest.mark.long  # a model is loaded for each question
 def test_it_survives_a_client_that_begins_anew_before_every_question(
     recipe: Recipe, local: Run, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import socket
@@ -66,6 +67,11 @@ def test_a_program_passes_where_it_comes_to_its_end(confined: bool, own_folder: 
     found = run_programs(list(outcomes), Limits(seconds=2.0), confined=confined, at_once=4)
     assert dict(zip(outcomes, found, strict=True)) == outcomes
     assert not list(own_folder.iterdir()), "folders are gone"
+
+
+def test_a_program_of_megabytes_is_one_too() -> None:
+    """Tests may bring their data; it is no sign of a machine that can't confine."""
+    assert run_program(f"data = '{'x' * (3 << 20)}'\nassert len(data) == 3 << 20", SHORT) == "passed"
 
 
 @pytest.fixture
@@ -228,6 +234,81 @@ assert sum(map(os.path.getsize, os.listdir())) <= 4 << 20
         assert run_program(many, small) == "passed"
 
 
+AROUND = {
+    "shared memory, attached and left again": """
+libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for number in range(8):
+    segment = libc.shmget(0, 100 << 20, 0o1600)
+    if segment < 0:
+        break
+    place = libc.shmat(segment, None, 0)
+    ctypes.memset(place, 1, 100 << 20)
+    libc.shmdt(place)
+assert number < 3
+""",
+    "messages": "assert libc.msgget(0, 0o1600) == -1",
+    "files without a name": """
+try:
+    os.memfd_create("x")
+except OSError:
+    pass
+else:
+    raise AssertionError
+""",
+    "empty folders without end": """
+try:
+    for number in range(20_000):
+        os.mkdir(str(number))
+except OSError:
+    pass
+assert number < 15_000
+""",
+    "a namespace of its own, and another folder there": "assert libc.unshare(0x10000000 | 0x20000) == -1",
+    "such a namespace for another process": "assert libc.syscall(CLONE, 0x10000000 | 17, 0, 0, 0, 0) == -1",
+    "the user's keys": "assert libc.syscall(KEYCTL, 0, -3, 1) == -1",
+    "sockets to the machine that this one runs on": """
+import socket
+try:
+    socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+except OSError:
+    pass
+else:
+    raise AssertionError
+""",
+}
+"""Ways around the limits and the namespaces, of which the filter leaves none."""
+
+
+def around(way: str) -> str:
+    column = {"x86_64": 0, "aarch64": 1}[platform.machine()]
+    numbers = f"CLONE, KEYCTL = {(56, 220)[column]}, {(250, 219)[column]}"
+    return f"import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n{numbers}\n{AROUND[way]}"
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_no_system_call_leads_around_what_holds_a_program(way: str) -> None:
+    assert run_program(around(way), Limits(seconds=5.0, memory_bytes=256 << 20, folder_bytes=4 << 20)) == "passed"
+
+
+def test_what_programs_need_is_left_to_them() -> None:
+    program = """
+import asyncio, ctypes, socket, subprocess, sys, threading
+from concurrent.futures import ProcessPoolExecutor
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+    socket.socket(family, socket.SOCK_STREAM).close()
+assert socket.if_nameindex()
+done = []
+thread = threading.Thread(target=done.append, args=(1,))
+thread.start()
+thread.join()
+async def other():
+    return 2
+assert asyncio.run(other()) == 2 and done
+assert subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True).stdout == b"3\\n"
+"""
+    assert run_program(program, SHORT) == "passed"
+
+
 def test_no_process_is_left_behind() -> None:
     """Not even one that has left its group, and not one whose program has long passed."""
     mark = f"fedloom-left-behind-{random.random()}"
@@ -336,6 +417,8 @@ TWINS = {
     "network": (" | NETWORK", "", "import socket; assert [name for _, name in socket.if_nameindex()] == ['lo']"),
     "rights": ("            become_nobody()\n", "            pass\n", "import os; assert os.getuid()"),
     "limits": ('        set_limits(told["limits"])\n', "", "import resource; assert resource.getrlimit(7)[1] == 64"),
+    "filter": ("            filter_calls()\n", "", "import ctypes; assert ctypes.CDLL(None).msgget(0, 0o1600) == -1"),
+    "files": (",nr_inodes={FILES}", "", "import os; assert os.statvfs('/tmp').f_files <= 10_000"),
     "processes": (" | PROCESSES", "", "import os; assert os.getppid() == 1"),
 }
 """What is left out of the confinement, and a program that sees it."""

@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from fedloom.evaluation.measures import bootstrap, find_answer, is_same, mean, rouge_l, share, token_f1, wilson
+from fedloom.errors import DataError
+from fedloom.evaluation import measures
+from fedloom.evaluation.measures import bootstrap, find_answers, is_same, mean, rouge_l, share, token_f1, wilson
 
 
 @pytest.mark.parametrize(
@@ -80,4 +82,18 @@ def test_rouge_l_is_lins() -> None:
     [(r"-?\d+", "it is 42, or 7", "42"), (r"is (\w+)", "it is so", "so"), (r"\d", "none", None), (r"(x)?y", "y", "")],
 )
 def test_a_pattern_finds_its_group_or_the_whole_match(pattern: str, said: str, found: str | None) -> None:
-    assert find_answer(pattern, said) == found
+    assert find_answers(pattern, [said], where="task") == [found]
+
+
+def test_a_pattern_is_looked_for_in_whatever_was_written() -> None:
+    said = ["a\ud800b", "a\nb", "", "aéb"]
+    assert find_answers("a(.)b", said, where="task") == ["\ud800", None, None, "é"]
+
+
+def test_a_pattern_that_comes_to_no_end_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "SEARCH_SECONDS", 1.0)
+    with pytest.raises(
+        DataError, match=r"^task mine: its pattern came to no end on 1 answer within 1 seconds"
+    ) as found:
+        find_answers("(a+)+$", ["a" * 60 + "secret"], where="task mine")
+    assert "secret" not in str(found.value)

@@ -173,6 +173,15 @@ def test_the_base_leaves_what_is_frozen_frozen(tmp_path: Path) -> None:
     assert [(name, value.requires_grad) for name, value in adapted.model.named_parameters()] == before
 
 
+def test_a_model_that_gives_no_numbers_has_nothing_right(how: Asking, tmp_path: Path) -> None:
+    adapted = make_adapted(device="cpu")
+    for weights in adapted.base.parameters():
+        weights.data.fill_(float("nan"))
+    asked = ask_rows(tmp_path, [{"q": f"question {number}", "c": ["x", "y"], "a": "x"} for number in range(4)], how)
+    found = Answerer(adapted, how.tokenizer, complete_all(adapted, how.tokenizer), 4).answer(asked)
+    assert [found.measures[name].value for name in ("accuracy", "accuracy_by_length")] == [0.0, 0.0]
+
+
 WRITTEN = {
     "exact": ({"answer": "{a}"}, "exact_match"),
     "regex": ({"answer": "{a}", "pattern": r"[a-d]+"}, "accuracy"),

@@ -1,6 +1,8 @@
 """Tasks of a run, from the command and from a recipe: on record, in the report, beside the base model."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +194,8 @@ def test_rows_that_are_skipped_are_told_with_the_reason(trained: Run, tmp_path: 
     assert told.exit_code == 0, told.output
     assert "1 row skipped: 1 without two choices or more in column c" in told.output
     reasons = "2 rows skipped: 1 longer than the model takes, 1 without two choices or more in column c"
-    assert f"skips: chance is 50.0 %; {reasons}" in told.output
+    assert "skips: chance is 50.0 %; " in told.output
+    assert reasons in told.output
     assert reasons in (trained.folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -209,6 +212,15 @@ def test_what_can_not_be_asked_is_told(trained: Run, tasks: Path, tmp_path: Path
         lock.close()
     with pytest.raises(RunError, match="not a run directory"):
         evaluate(tmp_path, [tasks])
+
+
+def test_an_adapter_of_which_clients_have_a_part_says_so(trained: Run, tasks: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(trained.folder, tmp_path / "run")
+    plan = json.loads((copied / "plan.json").read_text())
+    (copied / "plan.json").write_text(json.dumps({**plan, "shared_alone": True}))
+    for which in ("best", "last", "0"):
+        with pytest.raises(RunError, match="its adapters have A alone: each client has a B of its own"):
+            evaluate(copied, [tasks], which=[which])
 
 
 def test_an_adapter_that_is_not_applied_ends_the_command(
@@ -243,6 +255,23 @@ def test_a_run_that_goes_on_was_asked_the_same(tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks", QUIZ[:3], {"name": "quiz"})
     with pytest.raises(RunError, match="the tasks are not those that the run began with"):
         run(recipe, finished.folder, Observer(), resume=True)
+
+
+def test_on_a_full_disk_it_says_how_to_ask_again(
+    trained: Run, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(trained.folder, tmp_path / "run")
+    (copied / "evaluation.jsonl").unlink(missing_ok=True)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedloom.host.files.replace_file", full)
+        with pytest.raises(RunError, match=r"No space left on device\); make room for it, and ask again: ") as found:
+            evaluate(copied, [tasks])
+    assert "--resume" not in str(found.value)
+    assert evaluate(copied, [tasks])
 
 
 def test_programs_run_only_where_it_was_asked_for(trained: Run, tmp_path: Path) -> None:

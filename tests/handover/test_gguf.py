@@ -101,6 +101,9 @@ def test_an_adapter_is_read_back_as_the_change_of_every_layer(finished: Run, tmp
     assert (keys["general.architecture"], keys["adapter.lora.alpha"]) == ("llama", 6.0)
     check_changes(tmp_path / "adapter.gguf", finished, (4, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.gguf"]
+    assert export(finished.folder, tmp_path / "IN-CAPITALS.GGUF") == 0.0
+    assert keys_of(tmp_path / "IN-CAPITALS.GGUF") == keys
+    assert export(finished.folder, tmp_path / "WHOLE.GGUF", merged=True, kind="f32") < 1e-4
 
 
 def test_rows_in_another_order_are_never_written(

@@ -1,12 +1,15 @@
 """What is done with an adapter afterwards: it stays the same."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from support.asked import write_tasks
+from support.full_disk import no_file_above
 from support.marks import first
 from support.tiny import make_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,13 +18,14 @@ from typer.testing import CliRunner
 from fedloom import run
 from fedloom.cli import app
 from fedloom.errors import RunError
+from fedloom.handover.evaluate import evaluate
 from fedloom.handover.export import export
 from fedloom.handover.generate import generate
 from fedloom.handover.proof import open_subject
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
-from fedloom.records.run import Run
+from fedloom.records.run import Run, read_run
 from fedloom.text import show_controls
 
 CPU = torch.device("cpu")
@@ -93,6 +97,12 @@ def test_a_merged_model_that_can_not_be_saved_is_one_error(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_a_merged_model_on_a_full_disk_says_so(finished: Run, tmp_path: Path) -> None:
+    with no_file_above(50_000), pytest.raises(RunError, match=r"can't be written \(File too large\); make room for it"):
+        export(finished.folder, tmp_path / "merged", merged=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(RunError, match="the target exists"):
@@ -100,7 +110,9 @@ def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> No
     assert (tmp_path / "kept").read_text() == "mine"
 
 
-@pytest.mark.parametrize("more", [{"personalise": {"epochs": 2}}, {"federation": {"rounds": 1, "lora_rule": "fedsa"}}])
+@pytest.mark.parametrize(
+    "more", first([{"personalise": {"epochs": 2}}, {"federation": {"rounds": 1, "lora_rule": "fedsa"}}])
+)
 def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_path: Path) -> None:
     told = {"federation": {"rounds": 1}, "training": {"learning_rate": 0.1}, **more}
     finished = run(make_recipe(**told), tmp_path / "run", Observer())
@@ -135,6 +147,29 @@ def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_p
     with pytest.raises(RunError, match=r"client 9 has no adapter of its own; personalise = \{ epochs = 1 \}, or"):
         export(finished.folder, tmp_path / "none", which=9)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("which", ["best", 0])
+def test_an_adapter_that_is_not_the_one_on_record_is_handed_to_nobody(which: str | int, tmp_path: Path) -> None:
+    """Those of two clients lie in each other's folders, say, or a copy was cut short and put together again."""
+    recipe = make_recipe(federation={"rounds": 1}, personalise={"epochs": 1}, training={"epochs": 8})
+    folder = run(recipe, tmp_path / "run", Observer()).folder
+    for name in ("adapters/best", "adapters/last") if which == "best" else ("clients/0/adapter",):
+        shutil.copy(folder / "clients" / "1" / "adapter" / "adapter_model.safetensors", folder / name)
+    says = r"another adapter than the one on record: it was changed or damaged; go on with fedloom run --resume"
+    with pytest.raises(RunError, match=says):
+        export(folder, tmp_path / "out", which=which)
+    with pytest.raises(RunError, match=says):
+        generate(folder, "a text", which=which)
+    if which == "best":
+        tasks = write_tasks(tmp_path / "asked", [{"q": "sky", "c": ["red", "blue"], "a": "red"}], {"name": "mine"})
+        with pytest.raises(RunError, match=says):
+            evaluate(folder, [tasks])
+        shutil.copytree(folder / "clients" / "1" / "adapter", folder / "adapters" / "initial", dirs_exist_ok=True)
+        with pytest.raises(RunError, match=f"initial: {says}"):
+            evaluate(folder, [tasks], which=[], base=True)
+        assert not read_run(folder).evaluations
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_own_adapters_there_is_none_of_a_client(finished: Run, tmp_path: Path) -> None:
@@ -208,12 +243,27 @@ def test_a_card_is_what_a_hub_reads(finished: Run) -> None:
 
 
 def test_a_card_tells_no_paths(tmp_path: Path, write_jsonl: Any) -> None:
-    path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl")
-    finished = run(make_recipe(data={"source": str(path)}, federation={"rounds": 1}), tmp_path / "run", Observer())
-    text = (finished.folder / "adapters" / "best" / "README.md").read_text()
-    assert str(tmp_path) not in text
-    assert "local: patients.jsonl" in text
-    assert "AutoPeftModelForCausalLM" not in text, "there is no hub model to load"
+    home = tmp_path / "ward 7: surgery"  # a colon makes no scheme of a path
+    home.mkdir()
+    path = write_jsonl([f"document {i}: some words and more" for i in range(40)], "patients.jsonl").rename(
+        home / "patients.jsonl"
+    )
+    (home / "questions.jsonl").write_text('{"q": "what is said?", "a": "some words"}\n')
+    tasks = home / "mine.toml"
+    tasks.write_text(
+        '[[task]]\nname = "mine"\nsource = "questions.jsonl"\nkind = "exact"\nprompt = "{q}"\nanswer = "{a}"\n'
+    )
+    recipe = make_recipe(
+        data={"source": str(path)}, federation={"rounds": 1}, evaluation={"tasks": [str(tasks)], "batch_size": 4}
+    )
+    finished = run(recipe, tmp_path / "run", Observer())
+    for name in ("initial", "best"):
+        text = (finished.folder / "adapters" / name / "README.md").read_text()
+        assert str(tmp_path) not in text
+        assert "surgery" not in text
+        assert "local: patients.jsonl" in text
+        assert 'tasks = ["local: mine.toml"]' in text
+        assert "AutoPeftModelForCausalLM" not in text, "there is no hub model to load"
 
 
 def test_what_a_run_used_is_what_is_opened_again(finished: Run, tmp_path: Path) -> None:

@@ -87,6 +87,19 @@ def test_nothing_of_this_machine_and_of_the_documents_goes_there(finished: Run, 
     assert json.loads(uploaded(hub)["adapter_config.json"])["base_model_name_or_path"] == "local: secret-model"
 
 
+def test_what_others_left_in_the_adapters_folder_stays_here(finished: Run, hub: Hub) -> None:
+    best = finished.folder / "adapters" / "best"
+    left, link = best / ".README.md.swp", best / "documents"
+    left.write_text("a text number that somebody looked at")
+    link.symlink_to(finished.folder.parent / "patients.jsonl")
+    try:
+        push(finished.folder, NAME)
+    finally:
+        left.unlink()
+        link.unlink()
+    assert uploaded(hub).keys() == FILES
+
+
 def test_the_report_goes_only_where_it_is_asked_for(finished: Run, hub: Hub) -> None:
     push(finished.folder, NAME, with_report=True)
     assert uploaded(hub).keys() == FILES | {"report.html"}

@@ -19,12 +19,17 @@ from fedloom.data.rows import UnreadableError
 from fedloom.data.task_rows import Question, TaskRows
 from fedloom.data.tokens import TokenBlocks, check_vocabulary, stack_blocks
 from fedloom.errors import DataError
+from fedloom.text import list_reasons
 
 if TYPE_CHECKING:
     from fedloom.recipe.data_section import Data
     from fedloom.recipe.task_section import Task
 
 TOO_LONG = "longer than the model takes"
+LONGEST_TOKEN = 100
+"""Characters that a token has at most, on average over a text."""
+LARGEST = 100_000
+"""Tokens of a question or an answer, of a model that says of no end."""
 COLUMN = re.compile(r"\{[^{}]*\}")
 
 
@@ -74,12 +79,14 @@ def ask(rows: TaskRows, how: Asking) -> AskedTask:
     data = how.data.model_copy(update={"prompt": None, "system": task.system or how.data.system})
     with closing(Prompting(data, how.tokenizer, chats=asks_in_chat(task, how.data))) as prompting:
         for question in rows.questions:
-            text = prompting.render([{"role": "user", "content": question.prompt}])
-            tokens = prompting.tokens(text)
             try:
-                options = list(_options(text, question, how, whole=prompting.is_chat))
+                _check_length(question, how)
+                text = prompting.write_turns([{"role": "user", "content": question.prompt}])
+                tokens = prompting.tokens(text)
+                # Before its choices, of which each would be tokenised with the whole question.
                 if not tokens or (how.longest is not None and len(tokens) >= how.longest):
                     raise UnreadableError(TOO_LONG if tokens else "empty")
+                options = list(_options(text, question, how, whole=prompting.is_chat))
             except UnreadableError as reason:
                 skipped[str(reason)] += 1
                 continue
@@ -88,11 +95,26 @@ def ask(rows: TaskRows, how: Asking) -> AskedTask:
             pieces += [piece_T for piece_T, _ in options]
             masks += [mask_T for _, mask_T in options]
     if not questions:
-        raise DataError(f"no question can be asked: {TOO_LONG}", where=f"task {task.name}", mend="use shorter ones")
+        raise DataError(
+            f"no question can be asked ({list_reasons(skipped)})",
+            where=f"task {task.name}",
+            mend="use shorter ones, or ask them otherwise",
+        )
     blocks = stack_blocks(pieces, masks, max(map(len, pieces), default=1))
     for used in (blocks.tokens_NT, torch.tensor([token for prompt in prompts for token in prompt])):
         check_vocabulary(used, how.tokenizer, how.vocabulary_size)
     return AskedTask(rows, tuple(questions), tuple(prompts), blocks, tuple(prompting.stops), dict(skipped), how.longest)
+
+
+def _check_length(question: Question, how: Asking) -> None:
+    """Refuse what no model could take, before it is tokenised: a row of some megabytes takes minutes.
+
+    Raises:
+        UnreadableError
+    """
+    room = LONGEST_TOKEN * (how.longest or LARGEST)
+    if any(len(text) > room for text in (question.prompt, *question.choices, *question.answers)):
+        raise UnreadableError(TOO_LONG)
 
 
 def asks_in_chat(task: Task, data: Data) -> bool:

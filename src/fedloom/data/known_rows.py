@@ -5,7 +5,8 @@ They are read as FlowerTune's evaluation reads them (Flower, benchmarks/flowertu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedloom.data.rows import Row, UnreadableError
@@ -20,11 +21,21 @@ class Known(NamedTuple):
     read: Callable[[Row], dict[str, Any]]
 
 
+def _pick(row: Row, column: str, choices: Sequence[Any], first: int = 0) -> int:
+    """Return the place among choices that a column names by a whole number, or by its digits.
+
+    Raises:
+        UnreadableError: it names none: 0.7 is not 0, and -1 is not the last.
+    """
+    number = int(row[column]) - first
+    if not (0 <= number < len(choices) and float(row[column]) == number + first):
+        raise UnreadableError("without an answer among the choices")
+    return number
+
+
 def _numbered(row: Row, column: str, choices: list[Any], first: int = 0) -> dict[str, Any]:
     """Return a question whose answer is a number, which becomes a letter."""
-    number = int(row[column]) - first
-    if not 0 <= number < len(choices):
-        raise UnreadableError("without an answer among the choices")
+    number = _pick(row, column, choices, first)
     return {"question": _as_question(row["question"]), "choices": choices, "answer": chr(ord("A") + number)}
 
 
@@ -43,10 +54,11 @@ def _pubmedqa(row: Row) -> dict[str, Any]:
 
 def _medqa(row: Row) -> dict[str, Any]:
     texts = [option["value"] for option in row["options"]]
-    if row["answer"] not in texts:
+    if texts.count(row["answer"]) != 1:
         raise UnreadableError("without an answer among the choices")
-    key = row["options"][texts.index(row["answer"])]["key"]
-    return {"question": _as_question(row["question"]), "choices": texts, "answer": key}
+    # By its place, in which it is shown, and not by its key: options may come in any order.
+    letter = chr(ord("A") + texts.index(row["answer"]))
+    return {"question": _as_question(row["question"]), "choices": texts, "answer": letter}
 
 
 def _medmcqa(row: Row) -> dict[str, Any]:
@@ -58,22 +70,27 @@ def _careqa(row: Row) -> dict[str, Any]:
 
 
 def _sentiment(text: str, answer: str, of_what: str = "news") -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise TypeError("a text is asked about")
     asked = f"What is the sentiment of this {of_what}? Please choose an answer from {{negative/neutral/positive}}."
     return {"question": f"Instruction: {asked}\nInput: {text}\n", "choices": list(SENTIMENTS), "answer": answer}
 
 
 def _fpb(row: Row) -> dict[str, Any]:
-    return _sentiment(row["sentence"], SENTIMENTS[int(row["label"])])
+    return _sentiment(row["sentence"], SENTIMENTS[_pick(row, "label", SENTIMENTS)])
 
 
 def _fiqa(row: Row) -> dict[str, Any]:
     score = float(row["sentiment_score"])
+    if not math.isfinite(score):
+        raise UnreadableError("without an answer among the choices")
     answer = "negative" if score < -0.1 else "neutral" if score < 0.1 else "positive"
     return _sentiment(row["sentence"], answer, "tweet" if row["format"] == "post" else "news")
 
 
 def _tfns(row: Row) -> dict[str, Any]:
-    return _sentiment(row["text"], ("negative", "positive", "neutral")[int(row["label"])], "tweet")
+    answers = ("negative", "positive", "neutral")
+    return _sentiment(row["text"], answers[_pick(row, "label", answers)], "tweet")
 
 
 KNOWN: Mapping[str, Known] = {
@@ -97,5 +114,5 @@ def read_known(row: Row, form: str) -> Row:
     """
     try:
         return {**row, **KNOWN[form].read(row)}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
         raise UnreadableError(f"not in the form of {form}") from None

@@ -54,6 +54,18 @@ class Prompting:
         Raises:
             DataError: as `write`.
         """
+        try:
+            return self.write_turns(messages)
+        except RenderError as error:
+            raise DataError(f"a conversation {error}", where="data.chat_template", mend="ask otherwise") from None
+
+    def write_turns(self, messages: Sequence[Message]) -> str:
+        """Return that text, where one of many that the template does not take may be left out.
+
+        Raises:
+            RenderError: the template does not take these messages.
+            DataError: they lack a column, or the template comes to no end.
+        """
         if self._renderer is None:
             return self._fill(messages[-1]["content"])
         # A recipe with a prompt asks by it in a chat as well.
@@ -62,10 +74,7 @@ class Prompting:
         ]
         if self._data.system is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": self._data.system}, *messages]
-        try:
-            (text,), _ = self._renderer.render(messages, [(len(messages), True)])
-        except RenderError as error:
-            raise DataError(f"a conversation {error}", where="data.chat_template", mend="ask otherwise") from None
+        (text,), _ = self._renderer.render(messages, [(len(messages), True)])
         return text
 
     def _fill(self, asked: str) -> str:

@@ -47,12 +47,17 @@ def _answered(prompt: str, answers: Iterable[str]) -> Iterator[str]:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """Yield every text inside a row: those of a conversation's messages too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(part)
+    """Yield every text inside a row, in no order: those of a conversation's messages too."""
+    # Not by calling itself: a row may be nested more deeply than functions may.
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                yield text
+            case dict() as parts:
+                left += parts.values()
+            case list() as parts:
+                left += parts
 
 
 def _digest(text: str) -> bytes:

@@ -158,8 +158,8 @@ def _question(task: Task, row: Row) -> Question:
     letters = tuple(chr(ord("A") + number) for number in range(len(choices)))
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
     prompt = parse_template(task.prompt).fill(partial(value_in, {**row, LETTERED: listed}))
-    _check_unicode(prompt, *choices)
     answers = tuple(_answers(task, row))
+    _check_unicode(prompt, *choices, *answers)
     if task.program:
         before, behind = (parse_template(part).fill(partial(value_in, row)) for part in task.program.split(COMPLETION))
         _check_unicode(before, behind)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedloom.errors import DataError
+from fedloom.text import count
+
 Z_95 = 1.959963984540054
 """Standard deviations that 95 % of a normal distribution lie within, on both sides."""
 RESAMPLES = 1000
+SEARCH = Path(__file__).with_name("pattern_search.py")
+SEARCH_SECONDS, SECONDS_A_TEXT = 30.0, 0.1
+"""Time that a pattern has, and more for each text that it is looked for in."""
 WILSON = "Wilson, 95 %"
 BOOTSTRAP = f"bootstrap of {RESAMPLES:,} resamples with seed 0, 95 %"
 
@@ -88,10 +98,31 @@ def is_same(said: str, answers: Sequence[str]) -> float:
     return float(said.strip() in [answer.strip() for answer in answers])
 
 
-def find_answer(pattern: str, said: str) -> str | None:
-    """Return what a pattern finds first: its group, or the whole match; None where it finds nothing."""
-    found = re.search(pattern, said)
-    return found and (found[1] or "" if found.re.groups else found[0])
+def find_answers(pattern: str, said: Sequence[str], *, where: str) -> list[str | None]:
+    """Return what a pattern finds first in each text: its group, or the whole match; None where it finds nothing.
+
+    It looks in a process of its own, which is ended after a while: a pattern may go through more ways to match than
+    anybody can wait for, and nothing else stops it.
+
+    Raises:
+        DataError: it came to no end; `where` says whose pattern it is.
+    """
+    seconds = SEARCH_SECONDS + len(said) * SECONDS_A_TEXT
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(SEARCH)],
+            input=json.dumps({"pattern": pattern, "said": list(said)}).encode(),
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds, check=True,
+        )  # fmt: skip
+    # Its own words would quote what was written.
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        raise DataError(
+            f"its pattern came to no end on {count(len(said), 'answer')} within {seconds:.0f} seconds",
+            where=where,
+            mend="give it one way to match: no repetition inside of a repetition, as in (a+)+",
+        ) from None
+    found: list[str | None] = json.loads(done.stdout)
+    return found
 
 
 def token_f1(said: str, answers: Sequence[str]) -> float:

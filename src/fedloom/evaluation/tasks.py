@@ -18,7 +18,7 @@ from fedloom.evaluation.choices import log_likelihoods
 from fedloom.evaluation.code_runs import Limits, pass_at_k, run_programs
 from fedloom.evaluation.flowertune import BOARD_RULES, count_board
 from fedloom.evaluation.generation import LIKELIEST, Complete, Prompt, Sampling, Writing
-from fedloom.evaluation.measures import Measure, find_answer, is_same, mean, rouge_l, share, token_f1
+from fedloom.evaluation.measures import Measure, find_answers, is_same, mean, rouge_l, share, token_f1
 from fedloom.progress import Watch, ignore
 
 Values = dict[str, list[float]]
@@ -64,6 +64,7 @@ class Answerer:
 
         Raises:
             ModelError: memory runs out with a single question.
+            DataError: the task's pattern comes to no end.
         """
         began = time.perf_counter()
         ways = {"choice": self._choose, "code": self._run}
@@ -81,8 +82,10 @@ class Answerer:
         sizes = [len(question.choices) for question in asked.questions]
         for question, scores in zip(asked.questions, found_N.split(sizes), strict=True):
             lengths = torch.tensor([max(1, len(choice)) for choice in question.choices])
-            values["accuracy"].append(float(int(scores.argmax()) == question.right))
-            values["accuracy_by_length"].append(float(int((scores / lengths).argmax()) == question.right))
+            # The largest of numbers of which one is none is that one, and so it would be right by chance.
+            told = not bool(scores.isnan().any())
+            values["accuracy"].append(float(told and int(scores.argmax()) == question.right))
+            values["accuracy_by_length"].append(float(told and int((scores / lengths).argmax()) == question.right))
         if asked.task.rule:
             values["board"], values["unreadable"] = self._ask_as_the_board(asked, asked.task.rule)
         return values
@@ -96,15 +99,15 @@ class Answerer:
     def _write(self, asked: AskedTask) -> Values:
         task = asked.task
         said = self._complete(asked, [task.max_new_tokens] * len(asked.prompts))
-        pairs = [(one, question.answers) for one, question in zip(said, asked.questions, strict=True)]
+        right_ones = [question.answers for question in asked.questions]
         if task.kind == "regex":
             assert task.pattern is not None, "a recipe refuses it"
-            found = [(find_answer(task.pattern, one), answers) for one, answers in pairs]
+            found = [*zip(find_answers(task.pattern, said, where=f"task {task.name}"), right_ones, strict=True)]
             # Without an answer to compare with, what the pattern finds is right.
             right = [one is not None and (not answers or bool(is_same(one, answers))) for one, answers in found]
             return {"accuracy": [*map(float, right)], "unreadable": [float(one is None) for one, _ in found]}
         name, measure = COMPARED[task.kind]
-        return {name: [measure(one, answers) for one, answers in pairs]}
+        return {name: [measure(one, answers) for one, answers in zip(said, right_ones, strict=True)]}
 
     def _run(self, asked: AskedTask) -> Values:
         """Run what is written in its program, and return the share of tries, of one or of k, that pass (pass@k)."""

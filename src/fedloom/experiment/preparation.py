@@ -40,7 +40,6 @@ from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
-from fedloom.records.run import Record
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
@@ -152,10 +151,8 @@ def prepare(
     setup = check(recipe, material.source, device)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
-    known = {} if predicted is None else predicted
-    room_for = partial(
-        measure, recipe, material.source, setup, predict=predict, predicted=known, say=observer.show_step
-    )
+    kept = {} if predicted is None else predicted
+    room_for = partial(measure, recipe, material.source, setup, predict=predict, predicted=kept, say=observer.show_step)
     room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
@@ -163,7 +160,8 @@ def prepare(
         plan = plan_shares(plan, recipe.federation)
     plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
-    trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks else None
+    # Which questions were trained on tells of documents: of a private run it is not said.
+    trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks and not recipe.privacy else None
     parts = material.central, material.clients, scored, plan, room.capacity
     return Prepared(material.source, device, *parts, trained=trained, memory=room.memory)
 
@@ -203,23 +201,6 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
             mend="hold out some documents, centrally or at the clients",
         )
     return Material(source, found, splits, central, clients, shared_blocks, find_idle(splits, clients, recipe))
-
-
-def digest_documents(recipe: Recipe, plan: Record, source: ModelSource, say: Say) -> frozenset[bytes] | None:
-    """Return hashes of the texts that a run trained on; None where they are not at hand, or no longer what they were.
-
-    Those of clients on other machines never are. `plan` is the run's own, as it is on record.
-    """
-    if not plan["audit"]["overlaps"]:
-        return None
-    say("documents", recipe.data.source)
-    wanted = documents_needed(recipe.data)
-    try:
-        found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
-        same = (found.revision, len(found.documents)) == (plan["data_revision"], plan["documents"])
-        return digest_trained(split_documents(found, recipe.data, recipe.seed).clients) if same else None
-    except DataError:  # gone since, or out of reach
-        return None
 
 
 def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.experiment.harness_tasks import HarnessExaminer, HarnessTasks
-from fedloom.experiment.preparation import digest_documents
 from fedloom.experiment.tasks import Examiner, describe_tasks, find_seen, gather_tasks
-from fedloom.handover.finished_run import adapter_folder, recipe_of
-from fedloom.host.files import take_lock
+from fedloom.experiment.trained_texts import digest_documents
+from fedloom.handover.finished_run import adapter_folder, open_recorded, recipe_of
+from fedloom.host.files import GO_ON, take_lock
 from fedloom.progress import Say, Watch, ignore, say_nothing
 from fedloom.recipe.task_files import shipped_tasks
 from fedloom.records.card import write_tasks
 from fedloom.records.evaluations import kept_baselines
 from fedloom.records.run import Record, Run, read_run
 from fedloom.report.run_report import write_report
+
+AGAIN = "ask again: what was answered is on record, and not asked twice"
 
 
 def evaluate(
@@ -44,7 +46,8 @@ def evaluate(
     first `limit` questions of each, with so many answered `examples` before each.
 
     Raises:
-        RunError: there is no such run or adapter, it is at work, there are no tasks, or programs can't be confined.
+        RunError: there is no such run or adapter, or not the one on record; it is at work, there are no tasks, or
+            programs can't be confined.
         RecipeError, DataError, ModelError: a task or the model can't be had, or an adapter is not applied.
     """
     run, recipe = read_run(folder), recipe_of(Path(folder))
@@ -57,13 +60,15 @@ def evaluate(
         raise RunError("the run has no tasks of its own", where="--tasks", mend=f"name a file, or one of: {known}")
     loaded = gather_tasks(sources, places, say, run_code=run_code)
     of_harness = HarnessTasks(harness, limit=limit, examples=examples) if harness else None
-    with closing(take_lock(run.folder)):
+    with _said_of_asking(), closing(take_lock(run.folder)):
         source = open_source(recipe)
         trained = digest_documents(recipe, run.plan, source, say) if loaded else None
         loaded = loaded if trained is None else find_seen(loaded, trained)
         for line in describe_tasks(loaded, recipe):
             say("task", line)
         adapted = load_adapted_model(recipe, source)
+        # What training began with: of a whole model it is the base, and others are told apart from it.
+        open_recorded(adapted, run.folder / "adapters" / "initial", run.rounds[0]["adapter_sha256"])
         examiners: list[Examiner | HarnessExaminer] = []
         if loaded:
             examiners.append(Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch))
@@ -71,11 +76,22 @@ def evaluate(
             examiners.append(HarnessExaminer(of_harness, recipe, source, adapted, run.folder, say=say))
         records = [record for one in examiners for record in one.examine_base()] if base else []
         for model, where in models:
-            adapter = adapted.open(where)
+            adapter = open_recorded(adapted, where, model["adapter_sha256"])
             records += [record for one in examiners for record in one.examine(adapter, model)]
         write_tasks(run.folder)
         write_report(run.folder)
     return records
+
+
+@contextmanager
+def _said_of_asking() -> Iterator[None]:
+    """Say of what can't be written how to go on with asking: the run itself is over."""
+    try:
+        yield
+    except RunError as error:
+        if GO_ON not in error.mend:
+            raise
+        raise RunError(error.what, where=error.where, mend=error.mend.replace(GO_ON, AGAIN)) from error
 
 
 def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:
@@ -91,7 +107,8 @@ def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:
             raise RunError(f'no adapter "{which}"', where=str(run.folder), mend=mend)
         return found
     round = find_round(run, which)
-    return [({"round": round}, folder_of(run, round, which))]
+    model = {"round": round, "adapter_sha256": run.rounds[round]["adapter_sha256"]}
+    return [(model, folder_of(run, round, which))]
 
 
 def find_round(run: Run, which: str) -> int:
@@ -113,12 +130,12 @@ def folder_of(run: Run, round: int, which: str) -> Path:
     """Return the folder of the adapter of a round that was asked for by a name.
 
     Raises:
-        RunError: it was not kept.
+        RunError: it was not kept, or a part of it is with the clients alone.
     """
     kept = {0: "initial", run.best_round: "best", run.rounds[-1]["round"]: "last"}
-    try:
-        return adapter_folder(run.folder, kept.get(round, f"round-{round}"))
-    except RunError:
+    name = kept.get(round, f"round-{round}")
+    if round not in kept and not (run.folder / "adapters" / name).is_dir():
         raise RunError(
             f"the adapter of round {which} was not kept", where=str(run.folder), mend="set federation.keep_every"
-        ) from None
+        )
+    return adapter_folder(run.folder, name)

@@ -47,7 +47,7 @@ def export(
     display = display or Observer()
     to = Path(to)
     check_target(to)
-    if kind and not (ollama or (to.suffix == GGUF and merged)):
+    if kind and not (ollama or (is_gguf(to) and merged)):
         raise RunError("only a merged .gguf file has a choice of formats", where="--as", mend="leave it out")
     if kind and kind not in KINDS:
         raise RunError(f'no format "{kind}"', where="--as", mend=f"known: {', '.join(KINDS)}")
@@ -55,6 +55,11 @@ def export(
     if ollama:
         return export_for_ollama(subject, to, merged=merged, kind=kind, display=display)
     return write_export(subject, to, merged=merged, kind=kind, display=display)
+
+
+def is_gguf(to: Path) -> bool:
+    """Return whether a target is a file for llama.cpp: by its ending, in capitals too."""
+    return to.suffix.lower() == GGUF
 
 
 def check_target(to: Path) -> None:
@@ -76,16 +81,21 @@ def write_export(
 ) -> float:
     """Write an export of an opened run as `export` does."""
     # Written and proven beside the target, and renamed only then: what is at the target is always proven.
-    place = new_file(to) if to.suffix == GGUF else replace_folder(to, existing="refuse")
+    place = new_file(to) if is_gguf(to) else replace_folder(to, existing="refuse")
     with writing(to, "name another with --to"), place as written:
         display.show_step("writing", str(to))
         whole = merged or subject.adapted.is_whole
-        if to.suffix == GGUF:
+        if is_gguf(to):
             opened, tolerance = write_file(subject, written, kind or DEFAULT_KIND, whole=whole)
         else:
             opened, tolerance = _write_folder(subject, written, merged=merged)
         display.show_step("proof", f"logits of {len(subject.tokens_BT)} hold-out blocks")
         return subject.prove(opened, to, tolerance)
+
+
+def _others(folder: str, names: list[str]) -> list[str]:
+    """Return what in an adapter's folder is none of the run's: links, and hidden files that an editor left."""
+    return [name for name in names if name.startswith(".") or Path(folder, name).is_symlink()]
 
 
 def _write_folder(subject: Subject, written: Path, *, merged: bool) -> tuple[torch.nn.Module, float]:
@@ -98,7 +108,7 @@ def _write_folder(subject: Subject, written: Path, *, merged: bool) -> tuple[tor
             save_merged(merge(subject), written)
         subject.source.tokenizer.save_pretrained(written)
     else:
-        shutil.copytree(subject.folder, written, dirs_exist_ok=True)
+        shutil.copytree(subject.folder, written, dirs_exist_ok=True, ignore=_others)
     if subject.chat_template is not None:
         (written / TEMPLATE_FILE).write_text(subject.chat_template, encoding="utf-8")
     if merged or adapted.is_whole:

@@ -1,13 +1,15 @@
-"""Recipe of a finished run, and the folders of its adapters."""
+"""Recipe of a finished run, the folders of its adapters, and what is in them: those on record, and no other."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
 from fedloom.errors import RunError
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe, pin
-from fedloom.records.run import read_run
+from fedloom.records.run import list_adapters, read_run
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -44,3 +46,35 @@ def adapter_folder(folder: Path, which: str | int) -> Path:
     if not source.is_dir():
         raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")
     return source
+
+
+def open_adapter(adapted: AdaptedModel, folder: Path, which: str | int) -> Adapter:
+    """Read one of a run's adapters, as `adapter_folder` finds it.
+
+    Raises:
+        RunError: as `adapter_folder`, or it is not the one on record.
+        ModelError: it can't be read.
+    """
+    place, run = adapter_folder(folder, which), read_run(folder)
+    if isinstance(which, int):
+        record = run.personalised["clients"][str(which)]
+    else:
+        record = run.rounds[list_adapters(run)[which]]
+    return open_recorded(adapted, place, record["adapter_sha256"])
+
+
+def open_recorded(adapted: AdaptedModel, place: Path, digest: str) -> Adapter:
+    """Read the adapter in a folder, whose hash a record tells.
+
+    Raises:
+        RunError: it is another one, so no figure of the run's is its.
+        ModelError: it can't be read.
+    """
+    adapter = adapted.open(place)
+    if adapter.sha256() != digest:
+        raise RunError(
+            "another adapter than the one on record: it was changed or damaged",
+            where=str(place),
+            mend="go on with fedloom run --resume, which writes it again; or wait, where the run is at work",
+        )
+    return adapter

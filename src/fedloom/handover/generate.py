@@ -14,7 +14,7 @@ from fedloom.data.tokens import check_vocabulary
 from fedloom.errors import RunError
 from fedloom.evaluation.generation import LIKELIEST, Sampling, write_on
 from fedloom.experiment.building import load_adapted_model, open_source
-from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.handover.finished_run import adapter_folder, open_adapter, recipe_of
 from fedloom.text import show_controls
 
 BASE, TRAINED = "--- base model ---\n", "--- with the adapter ---\n"
@@ -30,14 +30,14 @@ class Speaker:
         """Load the base model and the adapter; with `base`, so that the base model can be asked as well.
 
         Raises:
-            RunError: there is no such run or adapter.
+            RunError: there is no such run or adapter, or it is not the one on record.
         """
         recipe = recipe_of(Path(folder))
-        source = adapter_folder(Path(folder), which)
+        adapter_folder(Path(folder), which)  # before the base model is loaded
         self._opened = open_source(recipe)
         self._adapted = load_adapted_model(recipe, self._opened)
         self._start = self._adapted.read() if base else None
-        self._trained = self._adapted.open(source)
+        self._trained = open_adapter(self._adapted, Path(folder), which)
         self._adapted.load(self._trained)
         data = recipe.data.model_copy(update={"prompt": None}) if plain else recipe.data
         self.prompting = Prompting(data, self._opened.tokenizer, chats=data.is_chat and not plain)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedloom.adapters.peft_config import reason_of
@@ -49,7 +50,8 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
     """
     try:
         model.save_pretrained(folder)
-    except OSError:
+    # A disk that takes no more, in the words of either.
+    except (OSError, SafetensorError):
         raise
     except Exception as error:  # transformers and safetensors refuse with errors of several kinds
         raise RunError(

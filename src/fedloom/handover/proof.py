@@ -17,7 +17,7 @@ from fedloom.data.formats import own_chat_template
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.preparation import prepare
-from fedloom.handover.finished_run import adapter_folder, recipe_of
+from fedloom.handover.finished_run import adapter_folder, open_adapter, recipe_of
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -76,7 +76,7 @@ def open_subject(folder: Path, which: str | int, display: Observer) -> Subject:
     """Load a run's model with one of its adapters.
 
     Raises:
-        RunError: there is no such run or adapter.
+        RunError: there is no such run or adapter, or it is not the one on record.
         ModelError: the base model can't be read.
     """
     recipe = recipe_of(folder)
@@ -84,7 +84,7 @@ def open_subject(folder: Path, which: str | int, display: Observer) -> Subject:
     prepared = prepare(recipe, display, predict=False)
     display.show_step("weights", prepared.source.name)
     adapted = load_adapted_model(recipe, prepared.source)
-    adapter = adapted.open(source)
+    adapter = open_adapter(adapted, folder, which)
     adapted.load(adapter)
     held_out = (prepared.central, *(client.holdout for client in prepared.clients))
     blocks = next(blocks for blocks in held_out if len(blocks))

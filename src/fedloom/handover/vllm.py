@@ -49,7 +49,7 @@ def serve_command(run: Path, to: Path, *, merged: bool = False, which: str | int
         RunError: there is no such run or adapter, or vLLM can't serve it.
     """
     recipe, config = recipe_of(run), adapter_folder(run, which) / "adapter_config.json"
-    if to.suffix == ".gguf":
+    if to.suffix.lower() == ".gguf":
         raise RunError("vLLM serves folders", where="--to", mend="leave .gguf out")
     if merged or not config.is_file():
         return shlex.join(["vllm", "serve", str(to)])

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedloom.host.files import write_text
 from fedloom.hub import COMMIT
-from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.loading import SCHEME, recipe_to_toml
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
@@ -60,6 +60,11 @@ def write_card(
         update={
             "model": recipe.model.model_copy(update={"source": model}),
             "data": recipe.data.model_copy(update={"source": data}),
+            "evaluation": recipe.evaluation.model_copy(
+                update={
+                    "tasks": tuple(public_name(file, "") if "/" in file else file for file in recipe.evaluation.tasks)
+                }
+            ),
         }
     )
     head = _head(
@@ -271,6 +276,6 @@ def _serve(recipe: Recipe, model: str, commit: str | None) -> str:
 
 def public_name(source: str, revision: str) -> str:
     """Return a source without the folders that it lies in on this machine."""
-    if COMMIT.fullmatch(revision) or ":" in source:
+    if COMMIT.fullmatch(revision) or SCHEME.match(source):
         return source
     return f"local: {source.rstrip('/').rsplit('/', 1)[-1]}"
