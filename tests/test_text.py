@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from fedloom.errors import DataError, FedloomError
 from fedloom.report.plots import Line, Plot, draw
-from fedloom.text import hide_secrets, show_controls, to_markdown_code, to_markdown_text
+from fedloom.text import (
+    format_share,
+    hide_secrets,
+    round_down,
+    sentence,
+    show_controls,
+    to_markdown_code,
+    to_markdown_text,
+)
 
 TEXTS = st.text(alphabet=st.one_of(st.characters(), st.sampled_from("\x1b\x07\r\n\u202e\u2028`|<&[*$_\\")), max_size=60)
 some_hundred = settings(max_examples=200, deadline=None, derandomize=True)
@@ -78,3 +86,19 @@ def test_a_name_stays_a_name_in_a_plot(name: str) -> None:
     texts = [element.text or "" for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert any(text.lstrip("\u200b") == show_controls(name) for text in texts)
     assert "<script>" not in svg
+
+
+def test_a_symbol_stays_what_it_is_at_the_head_of_a_sentence() -> None:
+    """Ε is another letter than ε, and nobody's privacy loss."""
+    assert sentence("ε = 4 of each document") == "ε = 4 of each document."
+    assert sentence("it reads a layer") == "It reads a layer."
+
+
+@pytest.mark.parametrize(("share", "shown"), [(1.0, "100 %"), (0.9999, "100 %"), (0.342, "34 %"), (0.00123, "0.12 %")])
+def test_a_share_is_never_a_power_of_ten(share: float, shown: str) -> None:
+    assert format_share(share) == shown
+
+
+@pytest.mark.parametrize("units", [*range(1, 200), 1000, 12345])
+def test_a_limit_that_is_told_can_be_typed(units: int) -> None:
+    assert 0.5 / units < float(round_down(1 / units)) <= 1 / units

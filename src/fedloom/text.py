@@ -7,6 +7,7 @@ escaped by its template, YAML and JSON by their writers.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 
@@ -23,6 +24,22 @@ _SECRETS = re.compile(
 def count(number: int, noun: str) -> str:
     """Format a number with its noun: `1 document`, `2,000 documents`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def sentence(words: str) -> str:
+    """Return words as a sentence: a capital first and a full stop; a Greek letter is a symbol, and stays as it is."""
+    return f"{words[:1].upper() if words[:1].isascii() else words[:1]}{words[1:]}."
+
+
+def format_share(share: float) -> str:
+    """Format a share as `12 %` or `0.34 %`: two digits, and never 100 written as a power of ten."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
+def round_down(number: float) -> str:
+    """Format a positive number to one digit, never above it: for a limit that may be typed as it is read."""
+    unit = 10.0 ** math.floor(math.log10(number))
+    return f"{math.floor(number / unit) * unit:.1g}"
 
 
 def format_bytes(size: float) -> str:

@@ -12,13 +12,14 @@ from support.tiny import make_recipe
 
 from fedloom.audit.command import audit_to
 from fedloom.audit.finished import audit_run, kept_adapters
-from fedloom.audit.statistics import NOT_TRIED, YES
+from fedloom.audit.statistics import NO, NOT_TRIED, TOO_FEW, YES
 from fedloom.errors import RunError
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import read_run
-from fedloom.report.audit_page import NOBODY_CAN_TELL
+from fedloom.report.audit_page import NOBODY_CAN_TELL, build_page, give_verdict
+from fedloom.report.document import to_html
 
 
 def recipe_on(folder: Path, **sections: Any) -> Recipe:
@@ -122,3 +123,53 @@ def test_a_run_with_too_few_documents_is_refused(tmp_path: Path) -> None:
     run(make_recipe(data={"documents_per_client": 3}, federation={"rounds": 1}), tmp_path / "run", Observer())
     with pytest.raises(RunError, match="no client has 4 documents"):
         audit_run(tmp_path / "run", Observer())
+
+
+def clients_protected(noise: str, word: str) -> dict[str, Any]:
+    """An audit's record of a run that protects whole clients, whose one attack says a word."""
+    found = {
+        "auc": 0.9, "auc_low": 0.8, "auc_high": 1.0, "recognised": 0.5, "false_alarms": 0.0, "members": 4, "others": 4,
+    }  # fmt: skip
+    return {
+        "kind": "run", "recipe": "clients", "model": "random", "method": "lora", "rounds": 2, "seconds": 1.0,
+        "fedloom": "0", "finished": "now", "privacy": None,
+        "of_clients": {"epsilon": 8.0, "delta": 1e-4, "noise": noise},
+        "clients": {"0": [{"name": "alignment", "word": word, "found": found, "bound": {}}]},
+    }  # fmt: skip
+
+
+def test_a_run_that_protects_whole_clients_is_not_told_to_have_no_privacy_section() -> None:
+    page = to_html(build_page(clients_protected("secret", YES)), {})
+    assert "the recipe has no [privacy]" not in page
+    assert "ε = 8, δ = 0.0001 for each client as a whole" in page
+    assert "a smaller privacy.epsilon makes that less" in give_verdict(clients_protected("secret", YES))
+    assert "ask for [privacy]" in give_verdict(clients_protected("seed", YES))
+    assert "NOT PRIVATE" in to_html(build_page(clients_protected("seed", YES)), {})
+
+
+def test_too_few_documents_are_not_called_nothing_found() -> None:
+    """With a bound, too: who reads "nothing" thinks of an attack that could have found something."""
+    few = {**clients_protected("secret", TOO_FEW), "privacy": {"noise": "secret"}}
+    assert give_verdict(few) == (
+        "too few documents to say that nothing is told; what no attack can exceed is the bound"
+    )
+    assert give_verdict({**few, "clients": clients_protected("secret", NO)["clients"]}).startswith(
+        "these attacks found"
+    )
+
+
+def test_what_was_promised_of_clients_is_on_the_record_of_a_runs_audit(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts", random_texts(80))
+    recipe = recipe_on(
+        texts,
+        data={
+            "source": str(texts), "max_length": 44, "clients": 2, "documents_per_client": 24, "client_holdout": 0.0,
+            "central_holdout": 20,
+        },
+        federation={"rounds": 2, "keep_every": 1, "strategy": {"weight_by": "equal"}},
+        privacy={"unit": "client", "epsilon": 8.0, "delta": 0.1},
+    )  # fmt: skip
+    run(recipe, tmp_path / "run", Observer())
+    told = audit_run(tmp_path / "run", Observer())["of_clients"]
+    assert (told["delta"], told["noise"]) == (0.1, "secret")
+    assert told["epsilon"] == pytest.approx(read_run(tmp_path / "run").rounds[-1]["epsilon"])

@@ -103,6 +103,17 @@ def test_with_a_bound_it_stands_beside_each_attack(tmp_path: Path) -> None:
 
 
 @pytest.mark.long  # a second rehearsal
+def test_an_owner_who_wants_more_noise_audits_with_it(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "texts", random_texts(16))
+    recipe = make_recipe(data={"max_length": 44, "documents_per_client": None}, privacy=PRIVATE)
+    told = {}
+    for least in (0.1, 50.0):
+        policy = Policy.model_validate({"privacy": {"min_noise_multiplier": least}})
+        told[least] = rehearse(recipe, folder, policy, Observer(), KEY)["privacy"]
+    assert told[0.1]["noise_multiplier"] < 50.0 == told[50.0]["noise_multiplier"]
+    assert told[50.0]["epsilon"] < told[0.1]["epsilon"]
+
+
 def test_noise_of_the_seed_is_never_called_private(tmp_path: Path) -> None:
     record = rehearsed(tmp_path, privacy={**PRIVATE, "noise": "seed"})
     assert NOT_PRIVATE in html.unescape(to_html(build_page(record), {}))
@@ -157,7 +168,7 @@ def test_whatever_a_recipe_trains_is_attacked(sections: dict[str, Any], tmp_path
 
 
 def test_too_few_documents_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"at least 8 are needed.*documents_per_client"):
+    with pytest.raises(DataError, match=r"at least 8 that differ are needed.*documents_per_client"):
         rehearsed(tmp_path, 7, data={"max_length": 44, "documents_per_client": 7, "client_holdout": 0.0})
 
 

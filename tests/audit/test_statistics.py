@@ -89,3 +89,22 @@ def test_the_chance_of_an_auc_is_that_of_drawing_it() -> None:
     found = [chance_of(drawn.normal(size=8), drawn.normal(size=100)) for _ in range(2000)]
     assert np.mean(np.array(found) < 0.05) == pytest.approx(0.05, abs=0.015)
     assert chance_of(np.arange(4.0) + 200, np.arange(100.0)) < 0.001
+
+
+def test_of_a_dozen_clients_none_is_told_apart_by_chance() -> None:
+    """Each at 95 % by itself, one in seven such audits called a leak where there was none."""
+    generator = np.random.default_rng(0)
+
+    def leaks(clients: int) -> bool:
+        outside = generator.normal(size=100)
+        scores = [generator.normal(size=4) for _ in range(12)]
+        return any(
+            judge_membership(
+                measure_auc(inside, outside, clients), measure_recognised(inside, outside, clients)[0], len(outside)
+            )
+            == YES
+            for inside in scores
+        )
+
+    assert sum(leaks(12) for _ in range(300)) <= 0.05 * 300
+    assert sum(leaks(1) for _ in range(300)) > 0.05 * 300

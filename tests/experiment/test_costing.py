@@ -77,6 +77,7 @@ def test_the_cost_is_told_first_and_is_what_the_runs_come_to(recipe_file: Path, 
     assert (again.lines, again.passes) == ([], 0), "nothing is left"
 
 
+@pytest.mark.long
 def test_rounds_on_record_cost_nothing_more_and_give_a_rate(recipe_file: Path, tmp_path: Path) -> None:
     axes = ["seed=1,2"]
     first, again = Told(tmp_path / "sweep"), Told(tmp_path / "sweep")
@@ -113,6 +114,7 @@ def test_the_memory_of_a_pass_is_that_of_all_clients_that_train_at_once(
     assert one.memory.peak_bytes(at_once) > (one.plan.peak_bytes or 0)
 
 
+@pytest.mark.long
 def test_arms_whose_steps_are_alike_share_their_prediction_and_each_has_its_own(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

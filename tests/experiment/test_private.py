@@ -1,20 +1,27 @@
 """A private run on one machine: what is promised is in the plan and on record, and going on spends nothing twice."""
 
+import io
 import json
+import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from support import tiny
 from support.marks import first
 from support.quick_runs import attempt, make_recipe
 
 from fedloom.errors import DataError, FedloomError, RecipeError, RunError
 from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.central import set_run_terms
 from fedloom.experiment.preparation import gather, prepare
-from fedloom.experiment.private import SECRET, Rations, open_rations
+from fedloom.experiment.private import SECRET, Rations, open_rations, set_client_terms
 from fedloom.experiment.run import plan, run
 from fedloom.experiment.sweep import sweep
+from fedloom.monitoring.display import render_plan
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import epsilon
 from fedloom.privacy.noise import derive_key
@@ -22,6 +29,7 @@ from fedloom.recipe.loading import recipe_to_toml
 from fedloom.records.plan import explain_audit
 from fedloom.records.privacy import NO_BOUND, NOT_PRIVATE, explain_privacy, list_promises
 from fedloom.records.run import read_run
+from fedloom.report import figures
 from fedloom.report.run_report import write_report
 from fedloom.training.jobs import ClientTask
 
@@ -335,3 +343,46 @@ def test_a_plan_says_what_hold_outs_lost(tmp_path: Path) -> None:
     assert f"{sum(told.audit.given_up)} taken out of hold-outs" in explain_audit(told)
     assert sum(told.audit.given_up) > 0 == sum(plain.audit.given_up)
     assert "hold-outs" not in explain_audit(plain)
+
+
+@pytest.mark.parametrize("units", [7, 15, 17])
+def test_the_delta_that_an_error_proposes_is_taken(units: int) -> None:
+    """To one digit, one over 15 is 0.07, and that was refused once more."""
+    for too_large, told in (
+        (tiny.make_recipe(privacy={"epsilon": 1.0, "delta": 0.9}), set_client_terms),
+        (
+            tiny.make_recipe(
+                privacy={"epsilon": 1.0, "delta": 0.9, "unit": "client"},
+                data={"client_holdout": 0.0},
+                federation={"strategy": {"weight_by": "equal"}},
+            ),
+            set_run_terms,
+        ),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            told(too_large, units)
+        proposed = float(refused.value.mend.split()[2].rstrip(","))
+        told(set_key(too_large, proposed), units)
+
+
+def set_key(recipe: Any, delta: float) -> Any:
+    """The recipe with another δ."""
+    return recipe.model_copy(update={"privacy": recipe.privacy.model_copy(update={"delta": delta})})
+
+
+def test_tokens_that_no_client_told_are_not_shown_as_none(tmp_path: Path) -> None:
+    planned, screen = plan(private(tmp_path)), io.StringIO()
+    untold = replace(planned, clients=[replace(client, tokens=0) for client in planned.clients])
+    for each in (planned, untold):
+        Console(file=screen, width=200).print(render_plan(each))
+    first, second = [line for line in screen.getvalue().splitlines() if line.startswith("work")]
+    assert re.search(r"and [\d,]+ tokens", first)
+    assert "token" not in second
+    finished = run(private(tmp_path), tmp_path / "run", Observer())
+    assert "tokens/s" not in figures.throughput(untold_tokens(finished.folder), "training")
+
+
+def untold_tokens(folder: Path) -> Any:
+    """A run whose clients told no tokens, as those on other machines do."""
+    found = read_run(folder)
+    return replace(found, clients=[{**record, "tokens": 0} for record in found.clients])

@@ -252,6 +252,28 @@ def test_text_of_recipes_can_not_break_the_page(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
 
 
+def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
+    """`fedloom run` of a served recipe would train on what the central hold-out is taken from."""
+    terms = {"units": 9, "rate": 0.5, "noise_multiplier": 1.0, "steps": 2, "epsilon": 2.0, "recognised": 0.1}
+    privacy = {
+        "unit": "document", "delta": 1e-3, "max_norm": 1.0, "noise": "secret", "noise_over_signal": 0.1,
+        "clients": {"0": terms, "1": terms},
+    }  # fmt: skip
+    here, there = (
+        html.unescape(
+            write_report(make_run(tmp_path / name, [3.0, 2.5], plan={"privacy": privacy, **more}).folder).read_text()
+        )
+        for name, more in (("here", {}), ("there", {"elsewhere": ["alice", "bob"]}))
+    )
+    assert "All clients were on this machine" in here
+    assert "All clients were on this machine" not in there
+    assert "fedloom run " in here
+    assert "fedloom run " not in there
+    assert "fedloom serve " in there
+    assert "1 (bob)" in there
+    assert "(bob)" not in here
+
+
 def test_a_report_while_it_runs(tmp_path: Path) -> None:
     seen = []
 

@@ -27,16 +27,17 @@ def attack_client(
     terms: Terms | None,
     rounds: int,
     *,
+    clients: int = 1,
     watch: Watch = ignore,
 ) -> tuple[Attack, Attack, Attack]:
-    """Return what alignment, losses and the model's own writing tell of a client's documents."""
+    """Return what alignment, losses and the model's own writing tell of the documents of one of so many clients."""
     members, others = (blocks.take(torch.arange(min(MOST, len(blocks)))) for blocks in (members, others))
     both, after = join_blocks([members, others]), adapter_after(sent)
     aligned, before = score_alignment(adapted, sent, both, watch=watch)
     gained = before - read_blocks(adapted, after, both, watch=watch).means
     scores = {ALIGNMENT: aligned, LOSS: gained}
     first, second = (
-        judge_scores(name, values[: len(members)], values[len(members) :], terms, rounds)
+        judge_scores(name, values[: len(members)], values[len(members) :], terms, rounds, clients)
         for name, values in scores.items()
     )
     return first, second, repeat_verbatim(adapted, sent[0].start, after, members, others, watch=watch)

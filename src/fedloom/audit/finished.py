@@ -7,7 +7,7 @@ a server has seen each client's change apart, and knows at least as much. What i
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedloom.audit.record import describe, describe_terms
 from fedloom.data.tokens import TokenBlocks, join_blocks
 from fedloom.errors import RunError
 from fedloom.experiment.building import load_adapted_model, tokenize_for
+from fedloom.experiment.central import set_run_terms
 from fedloom.experiment.preparation import Material, gather, prepare
 from fedloom.experiment.private import set_client_terms
 from fedloom.experiment.session import identify
@@ -80,7 +81,9 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
     for client, (members, others) in chosen.items():
         observer.show_step("client", str(client))
         terms = set_client_terms(recipe, members.num_units) if bound else None
-        found[str(client)] = attack_client(adapted, sent, members, others, terms, rounds, watch=observer.watch)
+        found[str(client)] = attack_client(
+            adapted, sent, members, others, terms, rounds, clients=len(chosen), watch=observer.watch
+        )
         if terms and bound:
             promised.append(describe_terms(terms, bound.noise, rounds))
     found["all together"] = [
@@ -97,8 +100,17 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
         adapters=[round for round, _ in kept],
         clients_left_out=len(material.clients) - len(chosen),
         privacy=max(promised, key=lambda told: told["epsilon"], default=None),
+        of_clients=_describe_central(recipe, run.plan, rounds),
         seconds=time.perf_counter() - started,
     )
+
+
+def _describe_central(recipe: Recipe, plan: Mapping[str, Any], rounds: int) -> dict[str, Any] | None:
+    """Return what was promised of whole clients over the rounds that are looked at; None where nothing was."""
+    if not recipe.bounds_clients:
+        return None
+    terms, told = set_run_terms(recipe, plan["privacy"]["central"]["clients"]), plan["privacy"]
+    return {"epsilon": terms.epsilon(rounds), "delta": told["delta"], "noise": told["noise"]}
 
 
 def choose_clients(recipe: Recipe, material: Material) -> dict[int, tuple[TokenBlocks, TokenBlocks]]:

@@ -37,10 +37,12 @@ def score_alignment(
     return cosines_N.numpy(), losses_N.numpy()
 
 
-def judge_scores(name: str, inside: Array, outside: Array, terms: Terms | None, rounds: int) -> Attack:
+def judge_scores(
+    name: str, inside: Array, outside: Array, terms: Terms | None, rounds: int, clients: int = 1
+) -> Attack:
     """Return what scores tell of membership, and the most that any could tell under a client's terms."""
-    apart = measure_auc(inside, outside)
-    recognised, alarms = measure_recognised(inside, outside)
+    apart = measure_auc(inside, outside, clients)
+    recognised, alarms = measure_recognised(inside, outside, clients)
     bound = {}
     if terms:
         # The bar is a place among the others: one more of their kind is above it with this probability, on average.

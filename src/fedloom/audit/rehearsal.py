@@ -28,10 +28,11 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import as_owner_wrote
+from fedloom.deployment.client.terms import least_noise, take_terms
 from fedloom.errors import DataError
 from fedloom.experiment.building import hold, load_adapted_model, tokenize_for
 from fedloom.experiment.preparation import check
-from fedloom.experiment.private import Rations, set_client_terms
+from fedloom.experiment.private import Rations
 from fedloom.model.devices import open_device
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
@@ -75,7 +76,7 @@ def rehearse(
     terms = None
     if bound:
         check_cipher()
-        terms = set_client_terms(recipe, members.num_units)
+        terms = take_terms(recipe, policy.privacy, members.num_units)
     setup = check(recipe, source, open_device(recipe.model.device))
 
     say("weights", source.name)
@@ -88,7 +89,7 @@ def rehearse(
     clients = [hold(recipe, tokenize(own), nothing) for own in trained_on]
     told = {"members": len(documents[0]), "others": len(documents[1])}
     say("rehearsal", f"{count(rounds, 'round')} on {count(told['members'], 'member')}, without {told['others']} others")
-    rations = Rations(recipe, clients, key) if bound else None
+    rations = Rations(recipe, clients, key, least_noise(policy.privacy)) if bound else None
     sent = train_alone(clients, initial, engine.train, recipe.training, recipe.federation, recipe.seed, rations)
 
     say("attacks", "on what a server would have been sent")
@@ -96,7 +97,7 @@ def rehearse(
     remembered = no_canaries("data.max_length is too short for a made-up secret")
     if canaries:
         after = adapter_after(sent[1])
-        theirs = set_client_terms(recipe, clients[1].train.num_units) if bound else None
+        theirs = take_terms(recipe, policy.privacy, clients[1].train.num_units) if bound else None
         remembered = seek_canaries(adapted, canaries, initial, after, theirs, rounds, watch=watch)
     return describe(
         "rehearsal",
@@ -123,7 +124,8 @@ def gather_halves(recipe: Recipe, path: Path, policy: Policy, key: bytes) -> Hal
     members, others = (tokenize_for(held.source, recipe, half) for half in documents)
     if min(len(members), len(others)) < FEWEST // 2:
         raise DataError(
-            f"{count(len(members) + len(others), 'document')}, of which half is left out: at least {FEWEST} are needed",
+            f"{count(len(members) + len(others), 'document')}, of which half is left out, copies of a text on one side:"
+            f" at least {FEWEST} that differ are needed",
             where=f"--data {path}",
             mend="bring more of them, or raise data.documents_per_client",
         )

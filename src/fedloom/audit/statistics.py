@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ NO: Word = "no"
 TOO_FEW: Word = "too few documents to say"
 NOT_TRIED: Word = "not tried"
 
-SURE = 1.959963984540054
-"""Standard deviations to each side of a 95 % interval."""
+UNSURE = 0.05
+"""Probability with which any of the intervals of one kind, of all clients together, is beside what it estimates."""
 TOLD_APART = 0.6
 """AUC above which two groups are told apart."""
 RECOGNISED = 0.05
@@ -48,38 +49,42 @@ def auc(inside: Sequence[float] | Array, outside: Sequence[float] | Array) -> fl
     return float((below + up_to).sum() / (2 * len(ours) * len(others)))
 
 
-def measure_auc(inside: Sequence[float] | Array, outside: Sequence[float] | Array) -> Interval:
+def measure_auc(inside: Sequence[float] | Array, outside: Sequence[float] | Array, clients: int = 1) -> Interval:
     """Return the AUC with its interval, by Hanley and McNeil (1982), equation 2.
 
     Their error of an AUC of 1 is 0, however few there are: it is taken at half a pair less than all, and is never below
-    that of scores which tell nothing as long as the AUC could be theirs.
+    that of scores which tell nothing as long as the AUC could be theirs. Of several clients, each has so wide a one
+    that all of theirs hold together (Bonferroni): else one of a dozen is told apart by chance.
     """
+    sure = NormalDist().inv_cdf(1 - UNSURE / 2 / clients)
     found, n, m = auc(inside, outside), len(inside), len(outside)
     at = min(max(found, 0.5 / (n * m)), 1 - 0.5 / (n * m))
     first, second = at / (2 - at), 2 * at**2 / (1 + at)
     variance = (at * (1 - at) + (n - 1) * (first - at**2) + (m - 1) * (second - at**2)) / (n * m)
     chance = math.sqrt((n + m + 1) / (12 * n * m))
-    error = SURE * math.sqrt(variance)
-    if abs(found - 0.5) < SURE * chance:
-        error = max(error, SURE * chance)
+    error = sure * math.sqrt(variance)
+    if abs(found - 0.5) < sure * chance:
+        error = max(error, sure * chance)
     return Interval(found, max(0.0, found - error), min(1.0, found + error))
 
 
-def measure_share(some: int, of: int) -> Interval:
+def measure_share(some: int, of: int, clients: int = 1) -> Interval:
     """Return a share with its exact interval (Clopper and Pearson 1934)."""
-    low = 0.0 if some == 0 else _solve(some, of, 0.025)
-    high = 1.0 if some == of else _solve(some + 1, of, 0.975)
+    low = 0.0 if some == 0 else _solve(some, of, UNSURE / 2 / clients)
+    high = 1.0 if some == of else _solve(some + 1, of, 1 - UNSURE / 2 / clients)
     return Interval(some / of, low, high)
 
 
-def measure_recognised(inside: Sequence[float] | Array, outside: Sequence[float] | Array) -> tuple[Interval, float]:
+def measure_recognised(
+    inside: Sequence[float] | Array, outside: Sequence[float] | Array, clients: int = 1
+) -> tuple[Interval, float]:
     """Return the share of those inside that score above all but 1 % of those outside, and that share of false alarms.
 
     With fewer than 100 outside, above all of them: how rare false alarms are is then not known to be 1 %.
     """
     alarms = math.floor(FALSE_ALARMS * len(outside))
     bar = np.sort(np.asarray(outside, dtype=np.float64))[::-1][alarms]
-    return measure_share(int((np.asarray(inside) > bar).sum()), len(inside)), alarms / len(outside)
+    return measure_share(int((np.asarray(inside) > bar).sum()), len(inside), clients), alarms / len(outside)
 
 
 def judge_membership(apart: Interval, recognised: Interval, outside: int) -> Word:

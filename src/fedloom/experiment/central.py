@@ -9,6 +9,7 @@ from fedloom.privacy.accounting import calibrate
 from fedloom.privacy.central import NORM_RATE, CentralTerms
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
+from fedloom.text import round_down
 
 
 def set_run_terms(recipe: Recipe, clients: int) -> CentralTerms:
@@ -23,7 +24,7 @@ def set_run_terms(recipe: Recipe, clients: int) -> CentralTerms:
         raise RecipeError(
             f"{section.delta:g} is no less than one over the {clients:,} clients: to tell all of one would keep it",
             where="privacy.delta",
-            mend=f"below {1 / clients:.1g}, better a tenth of that",
+            mend=f"at most {round_down(0.99 / clients)}, better a tenth of that",
         )
     rate, rounds, noise_multiplier = recipe.federation.fraction, recipe.federation.rounds, section.noise_multiplier
     if noise_multiplier is None:

@@ -26,6 +26,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
 from fedloom.records.privacy import count_units
 from fedloom.records.state import hash_tensors
+from fedloom.text import round_down
 from fedloom.training.jobs import ClientTask
 
 SECRET = "secret"
@@ -91,7 +92,7 @@ def set_client_terms(recipe: Recipe, units: int, least_noise: float = 0.0) -> Te
             f"{recipe.privacy.delta:g} is more than one over the {count_units(recipe.privacy.unit, units)} of a client:"
             " to tell one whole would keep it",
             where="privacy.delta",
-            mend=f"at most {1 / units:.1g}, better a hundredth of that",
+            mend=f"at most {round_down(1 / units)}, better a hundredth of that",
         )
     terms = set_terms(
         units=units,
@@ -121,12 +122,14 @@ def derive_ration(secret: bytes, terms: Terms, documents: str, task: ClientTask)
 
 
 class Rations:
-    """Rations of the clients in this process, each for one task of its client."""
+    """Rations of the clients in this process, each for one task of its client, with an owner's least noise."""
 
-    def __init__(self, recipe: Recipe, clients: Sequence[ClientBlocks], secret: bytes) -> None:
+    def __init__(
+        self, recipe: Recipe, clients: Sequence[ClientBlocks], secret: bytes, least_noise: float = 0.0
+    ) -> None:
         self._secret = secret
         self._held = {
-            client: (set_client_terms(recipe, held.train.num_units), hash_tensors(held.train.tensors))
+            client: (set_client_terms(recipe, held.train.num_units, least_noise), hash_tensors(held.train.tensors))
             for client, held in enumerate(clients)
             if len(held.train)
         }

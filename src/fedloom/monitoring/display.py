@@ -228,7 +228,8 @@ def render_plan(plan: Plan) -> Table:
         "central": f"{count(plan.central_documents, 'document')} held out",
         "audit": explain_audit(plan),
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
-        f" and {count(plan.train_tokens_per_round, 'token')}"
+        # Clients of a private run tell no tokens.
+        + (f" and {count(plan.train_tokens_per_round, 'token')}" if plan.train_tokens_per_round else "")
         + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),
         **({"tasks": "\n".join(plan.tasks)} if plan.tasks else {}),
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),

@@ -132,6 +132,8 @@ class Plan:
     """Clients of theirs that train in one pass."""
     tasks: tuple[str, ...] = ()
     """Account of each task that models are asked."""
+    elsewhere: tuple[str, ...] = ()
+    """Names of clients on other machines, by their numbers; none where all are in this process."""
     shared_alone: bool = False
     """True where the run's adapters are what clients share of theirs, and the rest stays with clients elsewhere."""
     capped: Mapping[str, float] = field(default_factory=dict)
@@ -249,7 +251,7 @@ class Plan:
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "slow_dtype", "shares", "capped", "whole_steps"),
             *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy", "tasks"),
-            "shared_alone",
+            *("elsewhere", "shared_alone"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

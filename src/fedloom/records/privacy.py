@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedloom.recipe.privacy_section import CLIENT, DOCUMENT
-from fedloom.text import count
+from fedloom.text import count, format_share
 
 NOT_PRIVATE = "NOT PRIVATE: its noise comes from the recipe's seed, which whoever has the recipe can take off"
 NO_BOUND = (
@@ -45,7 +45,7 @@ def explain_privacy(privacy: Mapping[str, Any]) -> str:
     one = f"each {unit}" if unit in (DOCUMENT, CLIENT) else f"all documents of one {unit} together"
     told = (
         f"ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g} for {one}, over the whole run; an attack with 1 % false"
-        f" alarms recognises at most {100 * terms['recognised']:.2g} % of them"
+        f" alarms recognises at most {format_share(terms['recognised'])} of them"
     )
     if repeated := privacy.get("repeated"):
         told += f"; {count_units(unit, repeated)} left out, each equal to another one"
@@ -118,7 +118,7 @@ def list_promises(privacy: Mapping[str, Any], spent: float | None) -> list[str]:
         *([f"This run is {NOT_PRIVATE}."] if privacy["noise"] == "seed" else []),
         f"Whoever sees {seen} learns little about {one}: ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g}, against"
         f" the same run with {others} left out.{so_far} An attack that accepts 1 % false alarms recognises at most"
-        f" {100 * terms['recognised']:.2g} % of them.",
+        f" {format_share(terms['recognised'])} of them.",
         f"How: {explain_noise(privacy)}.",
         _list_not_promised_of_clients() if central else _list_not_promised_of_units(privacy),
     ]

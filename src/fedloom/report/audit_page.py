@@ -13,7 +13,7 @@ from fedloom.host.files import write_json, write_text, writing
 from fedloom.records.privacy import NOT_PRIVATE
 from fedloom.records.run import Record
 from fedloom.report.document import Block, Bullets, Document, Section, Table, Text, to_html
-from fedloom.text import count, format_seconds
+from fedloom.text import count, format_seconds, format_share, sentence
 
 YES, NO, NOT_TRIED = "yes", "no", "not tried"
 
@@ -83,7 +83,8 @@ WORDS: Mapping[str, Words] = {
 FEW = "There are too few documents here to say: it was looked for, and what was found may be chance either way."
 READING = (
     "Members are the documents trained on; others are of the same owner, or held out. AUC is the probability that a"
-    " member scores above another: 0.5 is a coin, 1 is certain. In brackets stands what it may be by chance (95 %)."
+    " member scores above another: 0.5 is a coin, 1 is certain. In brackets stands what it may be by chance (95 %, of"
+    " all clients together)."
 )
 NOBODY_CAN_TELL = {
     "rehearsal": (
@@ -127,6 +128,8 @@ def describe_audit(record: Record) -> list[str]:
             lines.append(f"{WORDS[attack['name']].line:<14}{who}{attack['word']}: {tell(attack)}")
     if record.get("privacy"):
         lines.append(f"{'bound':<14}{_tell_bound(record['privacy'])}")
+    if record.get("of_clients"):
+        lines.append(f"{'bound':<14}{_tell_bound_of_clients(record['of_clients'])}")
     return [*lines, f"{'verdict':<14}{give_verdict(record)}"]
 
 
@@ -137,14 +140,16 @@ def tell(attack: Record) -> str:
         return str(attack["why"])
     if attack["name"] in ("alignment", "loss"):
         some = round(found["recognised"] * found["members"])
-        above = "every other" if not found["false_alarms"] else f"all but {100 * found['false_alarms']:.2g} % of others"
+        above = (
+            "every other" if not found["false_alarms"] else f"all but {format_share(found['false_alarms'])} of others"
+        )
         most = f"; at most {bound['auc']:.2f} for any attack" if bound else ""
         return (
             f"AUC {_interval(found, 'auc')}{most}; {some} of {found['members']} members above {above}"
             f" ({found['others']})"
         )
     if attack["name"] == "canaries":
-        most = f"; of those put in once, at most {100 * bound['remembered_of_once']:.2g} %" if bound else ""
+        most = f"; of those put in once, at most {format_share(bound['remembered_of_once'])}" if bound else ""
         return (
             f"{found['remembered']} of {found['planted']} made-up codes before all {found['references']} others"
             f" (chance {_probability(found['chance'])}, exposure up to {max(found['exposures']):.1f} bits);"
@@ -165,10 +170,10 @@ def give_verdict(record: Record) -> str:
     """Return what to do about what was found."""
     words = {name: {attack["word"] for attack in _attacks(record) if attack["name"] == name} for name in WORDS}
     asked = [name for name in WORDS if YES in words[name]]
-    private = record.get("privacy")
+    private, of_clients = _is_bounded(record.get("privacy")), _is_bounded(record.get("of_clients"))
     how = (
         "a smaller privacy.epsilon makes that less"
-        if private and private["noise"] != "seed"
+        if private or of_clients
         else "ask for [privacy], or trust the server and whoever gets the model"
     )
     if any(_exceeds(attack) for attack in _attacks(record)):
@@ -179,11 +184,13 @@ def give_verdict(record: Record) -> str:
         return f"whoever sees the updates can tell which documents are in: {how}"
     if asked:
         return f"the updates tell something of the documents ({', '.join(WORDS[name].line for name in asked)}): {how}"
-    if private and private["noise"] != "seed":
-        return "these attacks found nothing; what no attack can exceed is the bound"
-    if all(found <= {NO, NOT_TRIED} for found in words.values()):
-        return "these attacks found nothing; nothing bounds what others find ([privacy] does)"
-    return "too few documents to say that nothing is told, and nothing bounds it ([privacy] does)"
+    nothing = all(found <= {NO, NOT_TRIED} for found in words.values())
+    found_nothing = "these attacks found nothing" if nothing else "too few documents to say that nothing is told"
+    if private:
+        return f"{found_nothing}; what no attack can exceed is the bound"
+    if of_clients:
+        return f"{found_nothing}; what is bounded is what a client's documents together do to the adapters"
+    return f"{found_nothing}, and nothing bounds what others find ([privacy] does)"
 
 
 def build_page(record: Record) -> Document:
@@ -197,7 +204,7 @@ def build_page(record: Record) -> Document:
         else "What the adapters that a run has kept tell of its clients' documents."
     )
     sections = [
-        Section("In short", [Text(_sentence(give_verdict(record)), note=True), _overview(record), Text(READING)]),
+        Section("In short", [Text(sentence(give_verdict(record)), note=True), _overview(record), Text(READING)]),
         *(Section(WORDS[name].question, _explain(record, name)) for name in WORDS if _of(record, name)),
         Section("Bound", _explain_bound(record)),
         Section(
@@ -242,17 +249,24 @@ def _explain(record: Record, name: str) -> list[Block]:
     blocks: list[Block] = [Text(f"What was tried: {words.tried}")]
     for who, attack in attacks:
         client = f"Client {who}: " if who.isdigit() else ""
-        blocks.append(Text(f"{client}Found: {attack['word']}. {tell(attack)}."))
+        blocks.append(Text(f"{client}Found: {attack['word']}. {sentence(tell(attack))}"))
     if found != {NOT_TRIED}:
         blocks += [Text(f"What it means: {meaning}"), Text(f"What it does not mean: {words.not_meant}")]
     return blocks
 
 
+def _is_bounded(privacy: Record | None) -> bool:
+    """Return whether there is a bound, and its noise is not one that everybody can take off."""
+    return privacy is not None and privacy["noise"] != "seed"
+
+
 def _explain_bound(record: Record) -> list[Block]:
-    privacy = record.get("privacy")
+    privacy, of_clients = record.get("privacy"), record.get("of_clients")
+    if of_clients:
+        return [Text(sentence(_tell_bound_of_clients(of_clients)))]
     if not privacy:
         return [Text("None: the recipe has no [privacy], so what another attack finds is not bounded by anything.")]
-    blocks: list[Block] = [Text(_sentence(_tell_bound(privacy)))]
+    blocks: list[Block] = [Text(sentence(_tell_bound(privacy)))]
     rows = []
     for name in WORDS:
         for who, attack in _of(record, name):
@@ -290,6 +304,16 @@ def _tell_bound(privacy: Record) -> str:
     )
 
 
+def _tell_bound_of_clients(privacy: Record) -> str:
+    if privacy["noise"] == "seed":
+        return NOT_PRIVATE
+    return (
+        f"ε = {privacy['epsilon']:.3g}, δ = {privacy['delta']:g} for each client as a whole, against whoever sees the"
+        " adapters; against the server, which sees each update as it is, nothing is bounded, and neither is it reckoned"
+        " here what follows for a single document"
+    )
+
+
 def _how(record: Record) -> list[Block]:
     facts = [
         ["recipe", record["recipe"]],
@@ -318,10 +342,6 @@ def _how(record: Record) -> list[Block]:
 
 def _interval(found: Record, name: str) -> str:
     return f"{found[name]:.2f} ({found[f'{name}_low']:.2f}–{found[f'{name}_high']:.2f})"
-
-
-def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}."
 
 
 def _probability(value: float) -> str:

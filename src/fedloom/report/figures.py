@@ -111,7 +111,9 @@ def throughput(run: Run, phase: str) -> dict[str, Spread]:
             work = [record.get(f"evaluate_{what}", 0) for what in ("samples", "steps", "tokens")]
         if seconds > 0 and any(work):
             for name, amount in zip(rates, work, strict=True):
-                rates[name].append(amount / seconds)
+                # What no client told, as its tokens in a private run, is unknown and not 0.
+                if amount:
+                    rates[name].append(amount / seconds)
     return {name: spread(values) for name, values in rates.items() if values}
 
 

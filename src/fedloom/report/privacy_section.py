@@ -6,6 +6,7 @@ from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import NO_BOUND, list_promises
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Table, Text
+from fedloom.text import format_share
 
 SHOWN = 20
 """Clients whose terms are shown, those with the largest ε."""
@@ -23,14 +24,15 @@ def show_privacy(run: Run) -> list[Block]:
             norms = [record["next_max_norm"] for record in run.rounds]
             promises.append(Text(f"The norm was led from {norms[0]:.3g} to {norms[-1]:.3g}."))
         return promises
+    elsewhere = run.plan.get("elsewhere", ())
     clients = sorted(privacy["clients"].items(), key=lambda pair: -pair[1]["epsilon"])
     rows = [
         [
-            client,
+            f"{client} ({elsewhere[int(client)]})" if elsewhere else client,
             f"{told['units']:,}",
             f"{told['noise_multiplier']:.3g}",
             f"{told['epsilon']:.3g}",
-            f"{100 * told['recognised']:.2g} %",
+            format_share(told["recognised"]),
         ]
         for client, told in clients[:SHOWN]
     ]

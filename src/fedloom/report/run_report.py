@@ -27,7 +27,6 @@ from fedloom.report.document import (
     Text,
     to_html,
     to_markdown,
-    without_columns,
 )
 from fedloom.report.observations import observe
 from fedloom.report.plots import Bars, Line, Mark, Plot, draw, drawn_before
@@ -277,22 +276,23 @@ def _communication(run: Run) -> list[Block]:
             format_bytes(record["bytes_down"]),
             format_bytes(record["bytes_up"]),
             format_bytes(record["bytes_up"] / len(record["clients"])) if record["clients"] else "",
-            format_bytes(record["wire_bytes"]) if "wire_bytes" in record else "",
             format_bytes(2 * whole * len(record["clients"])),
         ]
         for record in rounds
     ]
-    wire = any("wire_bytes" in record for record in rounds)
-    header = ["Round", "Down", "Up", "Up, a client", "On the wire", "The full model, both ways"]
-    drop = set() if wire else {4}
+    header = ["Round", "Down", "Up", "Up, a client", "The full model, both ways"]
     moved = figures.bytes_moved(run)
-    local = "" if wire else " All clients were on this machine: this is what a network would have carried."
+    local = (
+        " These are the adapters alone: what carries them adds its own."
+        if run.plan.get("elsewhere")
+        else " All clients were on this machine: this is what a network would have carried."
+    )
     return [
         Text(
             f"An adapter has {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
             f" {format_bytes(whole)}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"
         ),
-        Table(without_columns(header, drop), [without_columns(row, drop) for row in rows]),
+        Table(header, rows),
     ]
 
 
@@ -319,7 +319,8 @@ def _repeat(run: Run) -> list[Block]:
     text = asked.read_text(encoding="utf-8") if asked.is_file() else ""
     return [
         Text(f"Seed {run.recipe['seed']}; {name_versions(run.environment)}. The recipe is in this run's folder:"),
-        Code(f"fedloom run {shlex.quote(str(asked))} --out runs/again"),
+        # Without its clients, `run` would train on whatever the central hold-out is taken from.
+        Code(f"fedloom {'serve' if run.plan.get('elsewhere') else 'run'} {shlex.quote(str(asked))} --out runs/again"),
         Text("The recipe as it was given:"),
         Code(text),
         Text("The recipe with every default:"),

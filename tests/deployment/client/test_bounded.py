@@ -349,6 +349,34 @@ def test_a_rehearsal_says_what_a_recipe_would_spend(tmp_path: Path) -> None:
         assert ("may have 1 of 3 rounds" in finding.found) == (not well), finding.found
 
 
+def test_a_rehearsal_says_that_join_takes_no_number_of_documents(tmp_path: Path) -> None:
+    """Its owner would be told that all is well, and be refused once the server asks."""
+    client(tmp_path)
+    told = private()
+    recipe = told.model_copy(update={"data": told.data.model_copy(update={"documents_per_client": 8})})
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
+    found = rehearse(
+        tmp_path / "no.kit", tmp_path / "rows.jsonl", None, {}, tmp_path / "a.jsonl", str(tmp_path / "recipe.toml")
+    )
+    (finding,) = [one for one in found if one.what == "privacy"]
+    assert not finding.well
+    assert finding.found.startswith("data.documents_per_client: ")
+
+
+def test_a_rehearsal_says_that_join_would_not_take_the_secret(tmp_path: Path) -> None:
+    """Where there is none yet, none is made: a rehearsal leaves nothing behind."""
+    secret = tmp_path / "a.secret"
+    for state, told in ((None, "0 of"), (b"s" * 32, "0 of"), (b"short", "not a secret"), (b"t" * 32, "by others")):
+        if state:
+            secret.write_bytes(state)
+            secret.chmod(0o644 if told == "by others" else 0o600)
+        found = rehearse(tmp_path / "no.kit", None, None, {}, tmp_path / "a.jsonl", None)
+        (finding,) = [one for one in found if one.what == "journal"]
+        assert told in finding.found
+        assert finding.well == (told == "0 of")
+        assert secret.exists() == bool(state)
+
+
 # --- One task, one answer.
 
 

@@ -22,6 +22,7 @@ from fedloom.recipe.loading import explain_key, line_of, read_toml
 from fedloom.recipe.methods import METHODS, check_method
 from fedloom.recipe.section import Section
 from fedloom.recipe.sections import Names
+from fedloom.text import sentence
 
 ENTRY = re.compile(r"(?P<name>.+?)(@(?P<commit>[0-9a-f]{40}))?(@sha256:(?P<weights>[0-9a-f]{64}))?")
 """Form of an entry of `models`: a name, and whatever its owner pins of it."""
@@ -59,7 +60,8 @@ class PrivacyPolicy(Section):
     unit: str = Field(
         "document",
         min_length=1,
-        description="what has to be protected as one: `document`, or a column, all rows of one value together",
+        description="what has to be protected as one: `document`, or a column, all rows of one value together, which no"
+        " client on another machine does yet: every recipe is refused then",
     )
     max_epsilon: float | None = Field(
         None, gt=0, le=1000, description="the largest ε of all rounds in the journal together; none if left out"
@@ -270,7 +272,7 @@ def describe_policy() -> str:
     keys = sorted(Policy.model_fields.items(), key=lambda pair: pair[0] == "privacy")
     for key, field in (*keys, *PrivacyPolicy.model_fields.items()):
         assert field.description, f"{key} says nothing"
-        told = f"{field.description[0].upper()}{field.description[1:]}."
+        told = sentence(field.description)
         # Keys without a value have no word in TOML, and those of a table count only where the table does.
         value = UNSET[key] if key in UNSET else f"{key} = {_toml(field.default)}"
         lines += ["", *textwrap.wrap(told, 118, initial_indent="# ", subsequent_indent="# "), value]

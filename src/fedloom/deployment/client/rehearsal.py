@@ -19,6 +19,7 @@ from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
 from fedloom.deployment.client.refusals import find_refusals, mend_policy
+from fedloom.deployment.client.secret import check_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
@@ -75,7 +76,7 @@ def rehearse(
         yield look("recipe", lambda: ((loaded := open_recipe(recipe)).name, loaded))
     if recipe and "recipe" in found and "policy" in found:
         yield from judge_recipe(found["policy"], found["recipe"], policy)
-        yield from weigh_recipe(found["policy"], found["recipe"], place or None, found.get("documents"), policy)
+        yield from weigh_recipe(found["policy"], found["recipe"], place or None, data, found.get("documents"), policy)
 
 
 def _find_flower() -> tuple[str, None]:
@@ -120,6 +121,8 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
     # Looked at and not written to: a rehearsal leaves nothing behind.
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DeploymentError("can't be written", where=str(path), mend="choose a place for it: --journal FILE")
+    if (secret := secret_path(path)).exists():
+        check_secret(secret)
     counts = (line.partition(";")[0] for line in describe_limits(standing(Journal(path).read()), policy))
     return f"{path}: {'; '.join(counts)}", None
 
@@ -145,7 +148,7 @@ def _count_documents(path: Path, policy: Policy) -> tuple[str, int | None]:
 
 
 def weigh_recipe(
-    policy: Policy, recipe: Recipe, journal: Path | None, rows: int | None, file: Path | None
+    policy: Policy, recipe: Recipe, journal: Path | None, data: Path | None, rows: int | None, file: Path | None
 ) -> Iterator[Finding]:
     """Yield what a private recipe would tell of any one document, with so many rows, and whether that is allowed."""
     if not recipe.privacy:
@@ -154,11 +157,14 @@ def weigh_recipe(
         yield Finding("privacy", "what it would tell of any one document follows from their number: give --data")
         return
     # What calibrates noise imports torch, which takes seconds.
+    from fedloom.deployment.client.documents import check_takes_all
     from fedloom.deployment.client.terms import bound_of, take_terms
 
     try:
+        if data:
+            check_takes_all(recipe, data)
         terms = take_terms(recipe, policy.privacy, min(rows, recipe.data.documents_per_client or rows))
-    except RecipeError as error:
+    except (DataError, RecipeError) as error:
         yield Finding("privacy", f"{error.where}: {error.what}", f"{error.mend}; its owner can change it")
         return
     ledger = open_ledger(standing(Journal(journal).read()) if journal else ())

@@ -31,13 +31,21 @@ def read_secret(path: Path) -> bytes:
     try:
         with suppress(FileExistsError):
             write_private(path, secrets.token_bytes(SECRET_BYTES))
+    except OSError as error:
+        raise _not_kept(path, error) from None
+    return check_secret(path)
+
+
+def check_secret(path: Path) -> bytes:
+    """Return the secret in a file that is there.
+
+    Raises:
+        DeploymentError: it can't be read, others can read it, or it is none.
+    """
+    try:
         rights, secret = path.stat().st_mode, path.read_bytes()
     except OSError as error:
-        raise DeploymentError(
-            f"the secret can't be kept ({error.strerror})",
-            where=path.name,
-            mend="choose a place for it and the journal with fedloom join --journal FILE",
-        ) from None
+        raise _not_kept(path, error) from None
     if rights & 0o077:
         raise DeploymentError("the secret can be read by others", where=path.name, mend=f"chmod 600 {path.name}")
     if len(secret) != SECRET_BYTES:
@@ -45,6 +53,14 @@ def read_secret(path: Path) -> bytes:
             "not a secret", where=path.name, mend="remove the file: the server will take this for another client"
         )
     return secret
+
+
+def _not_kept(path: Path, error: OSError) -> DeploymentError:
+    return DeploymentError(
+        f"the secret can't be kept ({error.strerror})",
+        where=path.name,
+        mend="choose a place for it and the journal with fedloom join --journal FILE",
+    )
 
 
 def keyed_hash(secret: bytes, *parts: str) -> str:

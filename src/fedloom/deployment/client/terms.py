@@ -15,7 +15,12 @@ def take_terms(recipe: Recipe, owner: PrivacyPolicy | None, places: int) -> Term
     Raises:
         RecipeError: δ is above one over their number.
     """
-    return set_client_terms(recipe, places, (owner and owner.min_noise_multiplier) or 0.0)
+    return set_client_terms(recipe, places, least_noise(owner))
+
+
+def least_noise(owner: PrivacyPolicy | None) -> float:
+    """Return the least noise multiplier that an owner wants; 0 where none is written."""
+    return (owner and owner.min_noise_multiplier) or 0.0
 
 
 def bound_of(recipe: Recipe, terms: Terms) -> Bound | None:

@@ -253,6 +253,7 @@ class RemoteClients:
             trainable_parameters=setup.shape.layout.size,
             payload_bytes=setup.payload_bytes,
             data=f"{', '.join(self._names)}: each its own",
+            elsewhere=tuple(self._names),
             data_revision="unknown",
             documents=len(found.documents) + sum(fact.train_documents + fact.holdout_documents for fact in facts),
             skipped=dict(found.skipped),
