@@ -91,6 +91,7 @@ def test_the_chance_of_an_auc_is_that_of_drawing_it() -> None:
     assert chance_of(np.arange(4.0) + 200, np.arange(100.0)) < 0.001
 
 
+@pytest.mark.long
 def test_of_a_dozen_clients_none_is_told_apart_by_chance() -> None:
     """Each at 95 % by itself, one in seven such audits called a leak where there was none."""
     generator = np.random.default_rng(0)

@@ -259,6 +259,7 @@ def test_what_runs_a_clients_messages_asks_nobody_who_took_the_port(tmp_path: Pa
                 taken.accept()
 
 
+@pytest.mark.long
 @LINUX
 def test_a_supernode_gives_messages_out_in_its_private_folder_and_on_no_port(tmp_path: Path) -> None:
     with private_folder() as folder:

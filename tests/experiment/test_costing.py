@@ -58,6 +58,7 @@ class Told(Observer):
         self.passes += 1
 
 
+@pytest.mark.long
 def test_the_cost_is_told_first_and_is_what_the_runs_come_to(recipe_file: Path, tmp_path: Path) -> None:
     told = Told(tmp_path / "sweep")
     folder = sweep(recipe_file, ["training.proximal_mu=0,0.5", "adapter.rank=2,4"], tmp_path / "sweep", told)

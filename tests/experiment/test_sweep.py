@@ -315,6 +315,7 @@ def test_a_recipes_own_axes_are_swept_and_its_choices_bring_their_keys(tmp_path:
     assert not any("learning_rate" in line for line in said)
 
 
+@pytest.mark.long
 def test_a_sweep_over_seeds_ends_with_its_arms(recipe_file: Path, tmp_path: Path) -> None:
     said: list[str] = []
 

@@ -153,7 +153,7 @@ def test_other_scales_and_rules_give_the_change_of_every_layer(name: str, tmp_pa
             ({"rslora": True, "options": {"rank_pattern": {"q_proj": 2}}}, "ranks and scales that differ"),
             ({"method": "ia3", "rank": None, "alpha": None, "targets": None}, "can't hold the method ia3"),
         ],
-        keep=4,
+        keep=2,
     ),
 )
 def test_what_llama_cpp_can_not_hold_is_refused_by_name(adapter: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -207,6 +207,7 @@ def test_other_kinds_of_models_are_written_as_they_are(kind: str, tmp_path: Path
     assert tensors_of(tmp_path / "merged.gguf")["blk.0.attn_v.weight"].shape == layer.shape
 
 
+@pytest.mark.long
 def test_a_merged_file_is_a_base_model_for_the_next_run(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_a_base_model_that_came_as_a_file_is_that_file(
     assert (tmp_path / "folder" / "base.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
 
 
+@pytest.mark.long
 def test_a_prompt_is_written_around_the_question(tmp_path: Path) -> None:
     rows = [{"q": f"number {n}", "more": "", "a": "ok."} for n in range(40)]
     asked = {"prompt": "# {{{{x}}}}\nQ {q}[[ and {more}]]\nA ", "completion": "{a}"}

@@ -316,6 +316,7 @@ def test_with_leave_the_pickle_is_read_once_to_the_same_weights(
     assert not hub.downloads(".bin")
 
 
+@pytest.mark.long
 def test_shards_are_converted_to_one_file(hub: Hub, files: dict[str, bytes], original: OPTForCausalLM) -> None:
     state = list(original.state_dict().items())
     shards = {"pytorch_model-00001-of-00002.bin": dict(state[:9]), "pytorch_model-00002-of-00002.bin": dict(state[9:])}

@@ -204,6 +204,7 @@ def test_a_certificate_that_ends_soon_is_said(tmp_path: Path, monkeypatch: pytes
         assert "ONLY 19 DAYS LEFT" in greet_server(there, ca(other)).words
 
 
+@pytest.mark.long
 def test_a_server_that_is_not_there_yet_is_waited_for(security: Security) -> None:
     port, said = free_port(), []
     with pytest.raises(AbsentError, match="connection refused"):

@@ -112,7 +112,7 @@ def told(do: str, answer: Frame) -> str:
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])
-@pytest.mark.parametrize("case", first(["empty", "no number", *(CASES.keys() - {"empty", "no number"})], keep=2))
+@pytest.mark.parametrize("case", first(sorted(CASES, key=lambda case: case not in ("empty", "no number")), keep=2))
 def test_two_clients_that_differ_in_one_document_tell_the_same_but_for_noised_weights(
     case: str, engine: str, tmp_path: Path
 ) -> None:

@@ -285,6 +285,7 @@ def without_the_largest(objects: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in objects.items() if name != largest}
 
 
+@pytest.mark.long
 def test_an_answer_that_never_comes_whole_costs_no_other(without_it: str) -> None:
     """Flower alone waits for the rest of it, hours, before it looks at the next."""
     results, said = run_with(spoil=without_the_largest, deadline=3.0)
