@@ -241,6 +241,7 @@ run_client_tasks(os.pipe()[0])
 """What a SuperNode forks, by itself."""
 
 
+@pytest.mark.long
 def test_what_runs_a_clients_messages_asks_nobody_who_took_the_port(tmp_path: Path) -> None:
     """A neighbour listens where the SuperNode is said to be; the question goes to the socket in the private folder."""
     with (

@@ -132,6 +132,7 @@ def test_planted_use_and_planted_noise_stand_at_the_two_ends(tmp_path: Path) -> 
     assert "Client 3: without it, the right next word of the texts held out for all is" in text
 
 
+@pytest.mark.long
 def test_what_it_costs_is_in_the_plan(tmp_path: Path) -> None:
     recipe = recipe_of(training={"epochs": 2})
     planned = plan(recipe)

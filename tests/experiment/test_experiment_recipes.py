@@ -142,6 +142,7 @@ def test_the_command_converts_once_for_all_runs_after_it(hub: Hub, tmp_path: Pat
     assert "check the name and the network" in nothing[1]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_and_is_handed_on_at_the_commits_that_it_began_with(
     hub: Hub, original: OPTForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

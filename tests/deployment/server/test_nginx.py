@@ -149,6 +149,7 @@ def test_it_listens_as_long_as_it_is_wanted(name: str, tmp_path: Path) -> None:
     assert "emerg" not in (tmp_path / "nginx.log").read_text()
 
 
+@pytest.mark.long
 @with_nginx
 def test_a_port_that_something_else_has_is_said(tmp_path: Path) -> None:
     security = make(tmp_path / "server")
