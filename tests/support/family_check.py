@@ -39,6 +39,8 @@ LOSS_TOLERANCE = 2e-6
 """Largest difference of two losses, relative to them: in float64 too, many models compute norms in float32."""
 WEIGHTS_TOLERANCE = 5e-5
 """Largest distance of two adapters, relative to how far training moved them."""
+COARSER = {"lfm3": 6}
+"""Times that much, by family: its gated convolutions multiply what they get, and rounding with it, in both engines."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,9 @@ def assert_same_adapter(
 
     moved, off = distance(expected, start), distance(found, expected)
     assert moved > 0.01, f"{what}: the adapter hardly moved ({moved})"
-    assert off <= WEIGHTS_TOLERANCE * moved, f"{what}: the adapter is {off / moved:.1e} off, of its way"
+    assert off <= WEIGHTS_TOLERANCE * COARSER.get(what.partition(",")[0], 1) * moved, (
+        f"{what}: the adapter is {off / moved:.1e} off, of its way"
+    )
 
 
 def make_tiny_recipe(name: str, base: Path) -> Recipe:
