@@ -29,7 +29,7 @@ from fedloom.handover.finished_run import recipe_of
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import public_name
-from fedloom.records.run import Run, read_run
+from fedloom.records.run import Run, list_adapters, read_run
 from fedloom.records.state import load_state
 
 FEWEST = 4
@@ -132,10 +132,8 @@ def _texts_of(recipe: Recipe, material: Material, client: int) -> TokenBlocks:
 
 def kept_adapters(run: Run) -> list[tuple[int, Path]]:
     """Return the rounds whose adapters a run kept, in order, and their folders; nothing where the first is gone."""
-    named = {"initial": 0, "best": run.best_round, "last": run.rounds[-1]["round"] if run.rounds else None}
-    named |= {f"round-{record['round']}": record["round"] for record in run.rounds}
-    there = {name: run.folder / "adapters" / name for name in named if (run.folder / "adapters" / name).is_dir()}
-    kept = sorted({round: there[name] for name, round in named.items() if round is not None and name in there}.items())
+    named = {run.folder / "adapters" / name: round for name, round in list_adapters(run).items()}
+    kept = sorted({round: folder for folder, round in named.items() if folder.is_dir()}.items())
     return kept if kept and kept[0][0] == 0 else []
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 import os
 import time
-import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from fedloom.audit.client import attack_client
 from fedloom.audit.leaked_tokens import read_tokens
 from fedloom.audit.record import describe, describe_terms
 from fedloom.audit.rounds import adapter_after, train_alone
-from fedloom.data.documents import Document
+from fedloom.data.documents import Document, normalise
 from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.policy import Policy
@@ -136,8 +135,7 @@ def halve(documents: Sequence[Document], key: bytes) -> tuple[list[Document], li
     """Return two halves of documents, in an order that the key draws; copies of a text fall on one side."""
     groups: dict[bytes, list[Document]] = {}
     for document in documents:
-        text = " ".join(unicodedata.normalize("NFC", document.text).split())
-        groups.setdefault(hmac.digest(key, text.encode(), "sha256"), []).append(document)
+        groups.setdefault(hmac.digest(key, normalise(document.text).encode(), "sha256"), []).append(document)
     members: list[Document] = []
     others: list[Document] = []
     for digest in sorted(groups):

@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.privacy.accounting import FALSE_ALARMS
+
 Array = NDArray[np.float64]
 Word = Literal["yes", "no", "too few documents to say", "not tried"]
 YES: Word = "yes"
@@ -24,8 +26,6 @@ TOLD_APART = 0.6
 """AUC above which two groups are told apart."""
 RECOGNISED = 0.05
 """Share of members that are recognised with few false alarms, above which that counts."""
-FALSE_ALARMS = 0.01
-"""Share of false alarms that counts as few."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,6 @@ from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import count, list_reasons
 
-MOST_ROWS = 10**12
-"""Rows beyond those of any client."""
-
 
 @dataclass(frozen=True)
 class ClientData:
@@ -125,7 +122,8 @@ def _split(
     found = load(path, policy, recipe.seed, most)
     _show_unread(found, private)
     split = hold_out(found.documents, recipe.data.client_holdout, key, strictly=private)
-    return split, min(_count_rows(found), most or MOST_ROWS)
+    rows = _count_rows(found)
+    return split, rows if most is None else min(rows, most)
 
 
 def check_takes_all(recipe: Recipe, path: Path) -> None:
