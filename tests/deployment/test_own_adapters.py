@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.federation_here import run_here, split, tiny
+from support.federation_here import run_here, tiny
 from support.liars import LyingClient, LyingServer
 from support.tiny import make_adapted, make_recipe
-from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
+from support.workers_here import Owner, asked_to, link_of, serve_here, told_of
 
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.reading import read_aloud
@@ -24,7 +24,6 @@ from fedloom.errors import MessageError
 from fedloom.experiment.building import load_base
 from fedloom.host import failpoints
 from fedloom.model.source import open_model
-from fedloom.recipe.recipe import Recipe
 from fedloom.records.check import check_run
 
 PERSONAL = ("data.clients=2", "federation.rounds=2", "personalise.epochs=2")
@@ -40,13 +39,6 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def _disarm() -> Iterator[None]:
     yield
     failpoints.arm("")
-
-
-def link_of(recipe: Recipe, folder: Path, policies: dict[int, Policy] | None = None, **owner: Any) -> LinkHere:
-    data = split(recipe, folder / "split")
-    rules = policies or {}
-    owners = {f"client-{n}": Owner(path, rules.get(n, Policy()), **owner) for n, path in enumerate(data)}
-    return LinkHere(owners, folder / "clients")
 
 
 def kept_of(folder: Path, name: str) -> Path:

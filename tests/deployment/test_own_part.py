@@ -11,7 +11,7 @@ from support.federation_here import run_here, split, timeless, tiny
 from support.liars import LyingClient, LyingServer
 from support.marks import first
 from support.tiny import make_adapted, make_recipe
-from support.workers_here import LinkHere, Owner, asked_to, serve_here, told_of
+from support.workers_here import LinkHere, Owner, asked_to, link_of, serve_here, told_of
 
 from fedloom.deployment.client.own_adapter import OwnPart
 from fedloom.deployment.frames import Frame
@@ -38,11 +38,6 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def _disarm() -> Iterator[None]:
     yield
     failpoints.arm("")
-
-
-def link_of(recipe: Recipe, folder: Path) -> LinkHere:
-    data = split(recipe, folder / "split")
-    return LinkHere({f"client-{number}": Owner(path) for number, path in enumerate(data)}, folder / "clients")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run
+from support.federation_here import split
 
 
 @dataclass
@@ -72,6 +73,15 @@ class LinkHere:
 
     def reopen(self) -> None:
         raise AssertionError("the link was lost")
+
+
+def link_of(recipe: Recipe, folder: Path, policies: Mapping[int, Policy] | None = None, **owner: Any) -> LinkHere:
+    """Return a link to clients that hold a recipe's documents; `policies` are by number, `owner` is of them all."""
+    owners = {}
+    for number, data in enumerate(split(recipe, folder / "split")):
+        told = {**owner, "policy": policies[number]} if policies and number in policies else owner
+        owners[f"client-{number}"] = Owner(data, **told)
+    return LinkHere(owners, folder / "clients")
 
 
 def serve_here(recipe: Recipe, link: LinkHere, out: Path, observer: Observer | None = None, **how: Any) -> Run:
