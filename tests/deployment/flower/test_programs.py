@@ -142,17 +142,24 @@ def is_app_of(session: int, comm: Path) -> bool:
 
 
 ENDS = """
-import sys, threading, time
+import os, sys, threading, time
 from flwr.supernode import cli
 from fedloom.deployment.flower import programs
 from fedloom.deployment.flower.pulls import SLOWER_TIMES
 from fedloom.deployment.processes import AND
 
+done, finish = os.pipe()
+
 def lose_its_loop():
     threading.Thread(target=time.sleep, args=(600,)).start()  # as its API's does, which keeps the process
     print(sys.argv, flush=True)
+    os.read(done, 1)  # its child ends with it, and may not have begun
 
-programs.run_client_tasks = lambda news: print(sys.argv, flush=True)
+def tell_arguments(news):
+    print(sys.argv, flush=True)
+    os.write(finish, b".")
+
+programs.run_client_tasks = tell_arguments
 cli.flower_supernode = lose_its_loop
 sys.argv = ["programs", "--superlink", "there", AND, "--insecure"]
 programs.run_supernode()
