@@ -85,7 +85,7 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
             adapted, sent, members, others, terms, rounds, clients=len(chosen), watch=observer.watch
         )
         if terms and bound:
-            promised.append(describe_terms(terms, bound.noise, rounds))
+            promised.append(describe_terms(terms, bound, rounds))
     found["all together"] = [
         no_canaries("none were planted: a run's documents are nobody's to add to; a rehearsal does it"),
         read_tokens(adapted, sent, join_blocks([held.train for held in material.clients])),
