@@ -1,6 +1,7 @@
 """What leaves a client of a private run: the same bytes, whatever one document says, but for the noised weights."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from fedloom.deployment.message_kinds import Field, Kind, Listing, Record, Row, 
 from fedloom.deployment.messages import read_answer
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.model.source import open_model
-from fedloom.training.jobs import ClientReport, WorkLog
+from fedloom.training.jobs import ClientReport, ClientUpdate, WorkLog
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 POISON = "§"
@@ -220,6 +221,44 @@ def test_a_row_that_can_not_be_read_refuses_nothing_whatever_the_server_says(
     assert "refused" not in found[0]
     shown = capsys.readouterr().out
     assert ("1 of 8 rows give no document" in shown) == (side == TRAIN)
+
+
+@pytest.mark.parametrize("engine", ["reference", "batched"])
+def test_the_owner_sees_losses_that_no_frame_has(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses: list[list[tuple[str, ...]]] = []
+    answers: list[list[str]] = []
+    for number, files in enumerate(CASES["longer"]):
+        answers.append([told(*answer) for answer in converse(client(tmp_path / str(number), files), engine)])
+        shown = capsys.readouterr().out
+        losses.append(
+            re.findall(r"steps, loss (\d\.\d{4}) → (\d\.\d{4}), (\d\.\d{4}) on average; told to nobody", shown)
+        )
+        journal = (tmp_path / str(number) / "alice.journal.jsonl").read_text()
+        assert len(losses[-1]) == 2, "one line a round"
+        assert not [loss for line in losses[-1] for loss in line if loss in journal + "".join(answers[-1])]
+    assert losses[0] != losses[1]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("field", ["proximal_mu", "loss"])
+def test_a_loss_that_was_told_in_any_field_would_be_found(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = client_model.pack_update
+
+    def pack_openly(update: ClientUpdate, travels: Any) -> Frame:
+        packed = pack(update, travels)
+        report = {**packed.manifest["report"], field: update.own_losses[0]}
+        return replace(packed, manifest={**packed.manifest, "report": report})
+
+    monkeypatch.setattr(client_model, "pack_update", pack_openly)
+    ours, theirs = ([*converse(client(tmp_path / str(number), files))] for number, files in enumerate(CASES["longer"]))
+    if field == "loss":  # no such field leaves at all
+        assert {answer.manifest.get("refused") for do, answer in ours if do == "train"} == {"internal"}
+    else:
+        assert [told(*answer) for answer in ours] != [told(*answer) for answer in theirs]
 
 
 def test_what_is_held_out_does_not_decide_what_is_trained_on(tmp_path: Path) -> None:

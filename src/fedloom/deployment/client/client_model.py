@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from fedloom import __version__
@@ -264,6 +265,8 @@ class ClientModel:
             report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
                              evaluate_seconds=time.perf_counter() - started)  # fmt: skip
         losses = "" if report.loss_first is None else f", loss {report.loss_first:.4f} → {report.loss_last:.4f}"
+        if own := result.own_losses:
+            losses = f", loss {own[0]:.4f} → {own[-1]:.4f}, {fmean(own):.4f} on average; told to nobody"
         say(f"round {task.round}", f"{report.steps} steps{losses}")
         update = pack_update(replace(result, report=report), task.travels)
         if self._own:
