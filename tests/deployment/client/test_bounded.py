@@ -10,9 +10,11 @@ import torch
 from support.liars import LyingServer
 from support.marks import first
 from support.tiny import make_recipe
+from support.workers_here import link_of, serve_here
 
 from fedloom.deployment.client import client_model
 from fedloom.deployment.client import documents as client_documents
+from fedloom.deployment.client.account import find_run, hash_alike
 from fedloom.deployment.client.documents import write_splits
 from fedloom.deployment.client.journal import Journal, open_ledger, standing
 from fedloom.deployment.client.ledger import Cost, Ledger, judge
@@ -22,9 +24,11 @@ from fedloom.deployment.client.refusals import find_refusals
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.worker import Worker
 from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import pack_recipe
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
+from fedloom.host.files import hash_json
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import calibrate, epsilon, renyi, renyi_epsilon
 from fedloom.privacy.noise import derive_key
@@ -487,6 +491,57 @@ def test_a_rehearsal_counts_authors_and_not_their_rows(tmp_path: Path) -> None:
         rows.write('{"text": "of nobody"}\n')
     finding = privacy_of(tmp_path, private(unit="author"), by_author)
     assert finding.found.startswith("privacy.unit: rows.jsonl:21: without a value in column author")
+
+
+def test_a_rehearsal_counts_the_rounds_of_the_recipe_that_were_trained(tmp_path: Path) -> None:
+    """Else its owner is told of a refusal that does not come, or of rounds that are over."""
+    recipe, policy = private(), "[privacy]\nmax_epsilon = 4.1\ndelta = 1e-3\n"
+    for round in range(1, ROUNDS + 1):
+        train(client(tmp_path, owner(max_epsilon=4.1)), round)
+        finding, left = privacy_of(tmp_path, recipe, policy), ROUNDS - round
+        were = "was" if round == 1 else "were"
+        assert f"and may have {left} of 3 rounds, of which {round} {were} trained before" in finding.found
+        assert finding.well == (left > 0)
+        asked = ledger(tmp_path).epsilon(1e-3)
+        assert f"ε = {asked:.3g} of any one document is spent" in finding.found
+    assert finding.mend.startswith("the server's owner begins a run of another seed or name")
+    other = privacy_of(tmp_path, private(seed=8), policy)
+    assert not other.well
+    assert "asks for ε = 4 at this δ, and may have 0 of 3 rounds" in other.found
+
+
+def test_a_run_by_a_column_is_served_and_a_rehearsal_knows_it_again(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        data={"clients": 2, "documents_per_client": 24, "client_holdout": 0.0}, privacy={"epsilon": 8.0, "delta": 1e-3,
+        "unit": "package"},
+    )  # fmt: skip
+    bound = PrivacyPolicy(unit="package", delta=1e-3)
+    link = link_of(recipe, tmp_path, policy=Policy(min_documents=2, privacy=bound))
+    told = serve_here(recipe, link, tmp_path / "run").plan["privacy"]
+    assert told["unit"] == "package"
+    data, name = link.owners["client-0"].data, "client-0"
+    rows = [json.loads(row) for row in (data / "train.jsonl").read_text().splitlines()]
+    assert told["clients"]["0"]["units"] == len({row["package"] for row in rows}) < len(rows)
+    assert "Values of package" in (tmp_path / "run" / "report.md").read_text()
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
+    (tmp_path / "policy.toml").write_text('min_documents = 2\n[privacy]\nunit = "package"\ndelta = 1e-3\n')
+    journal = tmp_path / "clients" / name / f"{name}.journal.jsonl"
+    asked = tmp_path / "policy.toml", {}, journal, str(tmp_path / "recipe.toml")
+    (finding,) = [one for one in rehearse(tmp_path / "no.kit", data, *asked) if one.what == "privacy"]
+    assert "may have 0 of 2 rounds, of which 2 were trained before" in finding.found
+
+
+def test_a_rehearsal_knows_a_recipe_whose_commit_the_server_named(tmp_path: Path) -> None:
+    told = pack_recipe(private())
+    pinned = {**told, "model": {**told["model"], "revision": "c" * 40}}
+    other = {**told, "seed": 8}
+    path = tmp_path / "alice.journal.jsonl"
+    path.write_text(line("meet", "m", hides=True, alike=hash_alike(pinned)).replace('"run": "r"', '"run": "pinned"'))
+    entries = Journal(path).read()
+    assert find_run(entries, told) == find_run(entries, {**told}) == "pinned"
+    assert find_run(entries, other) == hash_json(other)
+    assert find_run(entries, {**told, "model": {**told["model"], "revision": "d" * 40}}) != "pinned", "it says which"
+    assert find_run(entries, pinned) == hash_json(pinned)
 
 
 def test_a_rehearsal_says_that_join_takes_no_number_of_documents(tmp_path: Path) -> None:

@@ -67,6 +67,21 @@ def open_budget(entries: list[Entry], bound: Bound, run: str) -> Budget:
     return Budget(bound, *ledgers, max(0, bound.rounds - len(rounds_of(entries, run))))
 
 
+def hash_alike(told: Mapping[str, Any]) -> str:
+    """Return the hash of what is told of a recipe but the commits of its model, which a server finds out."""
+    model = {key: value for key, value in told["model"].items() if key not in ("revision", "weights_revision")}
+    return hash_json({**told, "model": model})
+
+
+def find_run(entries: list[Entry], told: Mapping[str, Any]) -> str:
+    """Return by which hash a recipe is one that a journal knows: the last like it, where it leaves a commit open."""
+    run, alike = hash_json(told), hash_alike(told)
+    known = [
+        str(entry.told.get("run")) for entry in entries if entry.kind == "meet" and entry.told.get("alike") == alike
+    ]
+    return known[-1] if known and "revision" not in told["model"] else run
+
+
 @dataclass
 class Run:
     """Run of a recipe as a client sees it."""
@@ -141,7 +156,7 @@ class Account:
         by = f"{self._server}: " if self._server else ""
         self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
-        where = {"model": recipe.model.source, "rounds": recipe.federation.rounds}
+        where = {"model": recipe.model.source, "rounds": recipe.federation.rounds, "alike": hash_alike(told)}
         hides = {HIDES: True, "unit": recipe.privacy.unit} if recipe.privacy else {}
         self._note(run, run.id, {**where, **hides}, kind="meet", at_most=self.policy.max_meets_a_day)
         if self._run and self._run.id != run.id:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.client.account import open_budget
+from fedloom.deployment.client.account import ANOTHER_RUN, find_run, open_budget
 from fedloom.deployment.client.first_use import is_confirmed
 from fedloom.deployment.client.joining import Kit, read_kit
 from fedloom.deployment.client.journal import Journal, describe_ledger, measure_of, standing
@@ -23,7 +23,7 @@ from fedloom.deployment.client.refusals import find_refusals, mend_policy
 from fedloom.deployment.client.secret import check_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
-from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
+from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, RecipeError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
 from fedloom.hub import COMMIT
@@ -157,6 +157,7 @@ def weigh_recipe(
     # What calibrates noise imports torch, which takes seconds.
     from fedloom.deployment.client.documents import check_takes_all
     from fedloom.deployment.client.terms import bound_of, take_terms
+    from fedloom.deployment.messages import pack_recipe
 
     owner, unit = policy.privacy, recipe.privacy.unit
     if data and recipe.documents.unit is not None:
@@ -183,10 +184,19 @@ def weigh_recipe(
     if not bound:
         yield Finding("privacy", f"{told}, and is {NOT_PRIVATE}")
         return
-    budget = open_budget(entries, bound, "")
+    try:
+        budget = open_budget(entries, bound, find_run(entries, pack_recipe(recipe)))
+    except MessageError as error:
+        yield Finding("privacy", f"{error.where}: {error.what}", "its owner can change it: clients take no other")
+        return
     asks = Ledger([bound.cost_of(budget.rounds)]).epsilon(measure_of(owner, entries, bound.charge).delta)
     may = f"{budget.afford(owner)} of {count(bound.rounds, 'round')}"
+    if trained := bound.rounds - budget.rounds:
+        may += f", of which {trained} {'was' if trained == 1 else 'were'} trained before"
     told += f", asks for ε = {asks:.3g} at this δ, and may have {may}"
+    if not budget.rounds:
+        yield Finding("privacy", told, ANOTHER_RUN)
+        return
     refusals = [*judge_delta(owner, bound), *budget.judge(owner, budget.rounds)]
     yield Finding("privacy", told, mend_policy((key for key, _ in refusals), file) if refusals else "")
 
