@@ -136,6 +136,7 @@ def test_all_of_an_author_fall_on_one_side() -> None:
         assert not sides[0] & sides[1]
 
 
+@pytest.mark.long  # two rehearsals
 def test_a_recipe_that_protects_authors_is_audited_by_authors(tmp_path: Path) -> None:
     rows = [json.dumps({"text": text, "author": f"a{n % 12}"}) for n, text in enumerate(random_texts(36))]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")

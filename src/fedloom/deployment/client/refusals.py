@@ -113,8 +113,8 @@ def _refuse_telling(owner: PrivacyPolicy | None, recipe: Privacy | None) -> Iter
         return
     if recipe.noise == "seed":
         yield Refusal("privacy", "allows no noise of a recipe's seed, which whoever has the recipe can take off")
-    # A column is no stronger bound on a document: an author with one document less gives another one in its place, and
-    # how many values a column has, which is told, is for who wrote the documents to say.
+    # A column is no stronger bound on a document: an author with one document less gives another one in its place. And
+    # how many values a column has is told: which one that is, no server chooses.
     if owner.unit != recipe.unit:
         wants, has = map(_describe_unit, (owner.unit, recipe.unit))
         yield Refusal("privacy.unit", f"wants {wants} protected, and this recipe protects {has}")
