@@ -493,6 +493,20 @@ def test_a_rehearsal_counts_authors_and_not_their_rows(tmp_path: Path) -> None:
     assert finding.found.startswith("privacy.unit: rows.jsonl:21: without a value in column author")
 
 
+def test_a_rehearsal_says_when_units_are_counted(tmp_path: Path) -> None:
+    """Conversations are read by the model's tokenizer, which a rehearsal does not fetch."""
+    client_of_authors(tmp_path, Policy())
+    data = {"messages": "messages", "chat_template": "tokenizer", "documents_per_client": None}
+    chats = private(unit="author").model_copy(update={"data": make_recipe(data=data).data})
+    by_author = '[privacy]\nunit = "author"\ndelta = 1e-3\n'
+    assert privacy_of(tmp_path, chats, by_author).found == (
+        "what it would tell of all documents of any one author together follows from the number of values of"
+        ' "author": they are counted when its run begins'
+    )
+    (tmp_path / "rows.jsonl").unlink()
+    assert privacy_of(tmp_path, private(unit="author"), by_author).found.startswith("--data")
+
+
 def test_a_rehearsal_counts_the_rounds_of_the_recipe_that_were_trained(tmp_path: Path) -> None:
     """Else its owner is told of a refusal that does not come, or of rounds that are over."""
     recipe, policy = private(), "[privacy]\nmax_epsilon = 4.1\ndelta = 1e-3\n"

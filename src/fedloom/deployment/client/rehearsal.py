@@ -167,8 +167,9 @@ def weigh_recipe(
             yield Finding("privacy", f"{error.where}: {error.what}", error.mend or mend_policy(("columns",), file))
             return
     if rows is None:
+        then = "they are counted when its run begins" if data else "give --data"
         why = f"follows from the number of {name_units(unit)}"
-        yield Finding("privacy", f"what it would tell of {name_unit(unit)} {why}: give --data")
+        yield Finding("privacy", f"what it would tell of {name_unit(unit)} {why}: {then}")
         return
     try:
         if data:
