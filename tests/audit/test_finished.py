@@ -111,6 +111,15 @@ def test_a_run_whose_adapters_are_gone_is_refused(finished: Path, tmp_path: Path
         audit_run(tmp_path / "run", Observer())
 
 
+@pytest.mark.parametrize("round", range(4))
+def test_an_adapter_that_was_changed_is_not_audited_as_the_runs(round: int, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    place = dict(kept_adapters(read_run(tmp_path / "run")))[round]
+    shutil.copy(finished / "adapters" / f"round-{2 if round == 1 else 1}" / "adapter_model.safetensors", place)
+    with pytest.raises(RunError, match=rf"{place.name}: another adapter than the one on record"):
+        audit_run(tmp_path / "run", Observer())
+
+
 def test_a_run_on_other_documents_is_refused(finished: Path, tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts", random_texts(80))
     run(recipe_on(texts, federation={"rounds": 1}), tmp_path / "run", Observer())

@@ -128,6 +128,32 @@ def test_the_same_key_gives_the_same_audit_and_another_key_other_halves(tmp_path
     assert halve(documents, KEY) != halve(documents, b"other")
 
 
+def test_all_of_an_author_fall_on_one_side() -> None:
+    documents = [Document(text, "", unit=f"a{n % 7}") for n, text in enumerate(random_texts(20))]
+    for key in (b"a", b"b", b"c", b"d"):
+        sides = [{document.unit for document in half} for half in halve(documents, key)]
+        assert all(sides)
+        assert not sides[0] & sides[1]
+
+
+@pytest.mark.long  # two rehearsals
+def test_a_recipe_that_protects_authors_is_audited_by_authors(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": text, "author": f"a{n % 12}"}) for n, text in enumerate(random_texts(36))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    recipe = make_recipe(data={"max_length": 44, "documents_per_client": None}, privacy={**PRIVATE, "unit": "author"})
+    record = rehearse(recipe, tmp_path / "rows.jsonl", Policy(), Observer(), KEY)
+    assert record["privacy"]["unit"] == "author"
+    assert (record["members"], record["others"]) == (18, 18)
+    found = attacks_of(record)["alignment"]["found"]
+    assert (found["members"], found["others"]) == (6, 6), "one text of each: what one wrote hangs together"
+    page = html.unescape(to_html(build_page(record), {}))
+    assert "for all documents of one author together" in page
+    assert "Of one author" in page
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({**json.loads(row), "author": "ann"}) for row in rows))
+    with pytest.raises(DataError, match='1 value of "author", of which half is left out'):
+        rehearse(recipe, tmp_path / "rows.jsonl", Policy(min_documents=1), Observer(), KEY)
+
+
 def test_copies_of_a_document_fall_on_one_side() -> None:
     documents = [Document(text, "") for text in [*random_texts(10), *["one  text"] * 5, "one text"]]
     for key in (b"a", b"b", b"c", b"d"):

@@ -230,6 +230,18 @@ def test_of_units_that_are_equal_in_every_block_one_is_kept() -> None:
     assert count_copies(found) == 1
 
 
+def test_the_order_of_a_units_texts_counts_for_nothing() -> None:
+    """Where rows are shuffled, it hangs on how many of them others have."""
+    blocks = tokenize_units(["abcd", "efgh", "ij", "efgh", "abcd"], ["ann", "ann", "bob", "eve", "eve"])
+    found = without_copies(blocks)
+    assert (found.repeated, found.num_units) == (1, 2)
+
+
+def test_the_first_block_of_each_unit_is_found() -> None:
+    assert tokenize_units(["abcd", "efgh", "ij"], ["ann", "bob", "ann"]).firsts.tolist() == [0, 1]
+    assert tokenize_units(["abcd", "efgh"], [None, None]).firsts.tolist() == [0, 1]
+
+
 def test_units_that_have_one_text_in_common_stay_whole() -> None:
     """To take it from the second would let what the first has decide over the second, beside the first itself."""
     blocks = tokenize_units(["abcd", "efgh", "abcd", "ij", "abcd", "efgh"], ["ann", "ann", "bob", "bob", "eve", "eve"])

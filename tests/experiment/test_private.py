@@ -303,6 +303,14 @@ def test_a_unit_of_no_column_is_refused(tmp_path: Path) -> None:
         plan(by_author(tmp_path, privacy={**PRIVATE, "unit": "writer"}, data={"source": str(table)}))
 
 
+@pytest.mark.parametrize(
+    ("column", "data"), [("text", {}), ("question", {"prompt": "{question}", "completion": "{answer}"})]
+)
+def test_a_column_that_texts_are_made_of_is_no_unit(column: str, data: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="how many units a client has, which is told, would say how many of them"):
+        by_author(tmp_path, privacy={**PRIVATE, "unit": column}, data=data)
+
+
 def test_a_document_of_several_blocks_is_one_unit(tmp_path: Path) -> None:
     recipe = private(tmp_path, data={"window": "blocks"})
     clients = prepare(recipe, Observer()).clients

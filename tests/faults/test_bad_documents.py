@@ -413,7 +413,7 @@ def test_the_command_line_refuses_bad_rows_in_one_line(
 def test_a_loader_without_checks_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin that these tests must not let through: it takes whatever a row holds for its text."""
 
-    def take(row: Any, origin: str, data: Any, form: Any) -> Document:
+    def take(row: Any, origin: str, data: Any, form: Any, unit: Any) -> Document:
         return Document(str(row.get(data.text)), origin)
 
     monkeypatch.setattr(loader, "_to_document", take)

@@ -103,7 +103,7 @@ def test_a_loader_that_quotes_would_be_caught(
 ) -> None:
     """The twin that these tests must not let through: it says which text it could not use."""
 
-    def quote(row: loader.Row, origin: str, data: object, form: object) -> loader.Document:
+    def quote(row: loader.Row, origin: str, data: object, form: object, unit: object) -> loader.Document:
         raise loader.UnreadableError(f"unusable: {row['text']}")
 
     monkeypatch.setattr(loader, "_to_document", quote)

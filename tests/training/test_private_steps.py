@@ -125,6 +125,10 @@ def test_engines_agree_on_a_private_round(shape: str, optimizer: str, mu: float)
     for update in found:
         report = update.report
         assert (report.loss_first, report.loss_last, report.loss_mean, report.tokens) == (None, None, None, 0)
+    theirs = train(ReferenceEngine, adapted, jobs)
+    for job, update, their in zip(jobs, found, theirs, strict=True):
+        assert len(update.own_losses) == sum(len(rows) > 0 for rows in job.draw_batches()), "of steps without any, none"
+        assert update.own_losses == pytest.approx(their.own_losses, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.audit.attack import Attack, Sent, read_blocks
 from fedloom.audit.membership import ALIGNMENT, LOSS, judge_scores, score_alignment
@@ -16,7 +14,10 @@ from fedloom.privacy.ration import Terms
 from fedloom.progress import Watch, ignore
 
 MOST = 300
-"""Blocks of members, and as many of others, that are scored: more make the answer surer and the wait longer."""
+"""Blocks of members, and as many of others, that are scored: more make the answer surer and the wait longer.
+
+One of each unit, since intervals are those of scores that have nothing to do with each other.
+"""
 
 
 def attack_client(
@@ -31,7 +32,7 @@ def attack_client(
     watch: Watch = ignore,
 ) -> tuple[Attack, Attack, Attack]:
     """Return what alignment, losses and the model's own writing tell of the documents of one of so many clients."""
-    members, others = (blocks.take(torch.arange(min(MOST, len(blocks)))) for blocks in (members, others))
+    members, others = (blocks.take(blocks.firsts[:MOST]) for blocks in (members, others))
     both, after = join_blocks([members, others]), adapter_after(sent)
     aligned, before = score_alignment(adapted, sent, both, watch=watch)
     gained = before - read_blocks(adapted, after, both, watch=watch).means

@@ -25,7 +25,7 @@ from fedloom.experiment.central import set_run_terms
 from fedloom.experiment.preparation import Material, gather, prepare
 from fedloom.experiment.private import set_client_terms
 from fedloom.experiment.session import identify
-from fedloom.handover.finished_run import recipe_of
+from fedloom.handover.finished_run import open_recorded, recipe_of
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import public_name
@@ -43,7 +43,7 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
     """Attack what a finished run kept, client by client, and return the record.
 
     Raises:
-        RunError: there is no such run, it kept no adapters, or the documents are not here.
+        RunError: there is no such run, it kept no adapters, one of them was changed, or the documents are not here.
         DataError, ModelError: the documents or the model can't be had.
     """
     started, run = time.perf_counter(), read_run(folder)
@@ -74,7 +74,7 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
             where=str(run.folder),
             mend="audit a run with more documents",
         )
-    sent, rounds = list(changes_between(adapted, kept)), kept[-1][0]
+    sent, rounds = list(changes_between(adapted, run, kept)), kept[-1][0]
     observer.show_step("attacks", f"on the adapters of rounds {', '.join(str(round) for round, _ in kept)}")
     found: dict[str, Sequence[Attack]] = {}
     bound, promised = (recipe.privacy if recipe.bounds_documents else None), []
@@ -85,7 +85,7 @@ def audit_run(folder: Path, observer: Observer) -> dict[str, Any]:
             adapted, sent, members, others, terms, rounds, clients=len(chosen), watch=observer.watch
         )
         if terms and bound:
-            promised.append(describe_terms(terms, bound.noise, rounds))
+            promised.append(describe_terms(terms, bound, rounds))
     found["all together"] = [
         no_canaries("none were planted: a run's documents are nobody's to add to; a rehearsal does it"),
         read_tokens(adapted, sent, join_blocks([held.train for held in material.clients])),
@@ -137,7 +137,12 @@ def kept_adapters(run: Run) -> list[tuple[int, Path]]:
     return kept if kept and kept[0][0] == 0 else []
 
 
-def changes_between(adapted: AdaptedModel, kept: list[tuple[int, Path]]) -> list[Sent]:
-    """Return each kept adapter with the change up to the next one."""
-    opened = [adapted.open(folder) for _, folder in kept]
+def changes_between(adapted: AdaptedModel, run: Run, kept: list[tuple[int, Path]]) -> list[Sent]:
+    """Return each adapter that a run kept with the change up to the next one.
+
+    Raises:
+        RunError: one is another than the run has on record: what it tells is not the run's.
+        ModelError: one can't be read.
+    """
+    opened = [open_recorded(adapted, folder, run.rounds[round]["adapter_sha256"]) for round, folder in kept]
     return [Sent(before, after.weights_P - before.weights_P) for before, after in pairwise(opened)]

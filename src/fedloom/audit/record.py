@@ -9,6 +9,7 @@ from typing import Any
 from fedloom import __version__
 from fedloom.audit.attack import Attack
 from fedloom.privacy.ration import Terms
+from fedloom.recipe.privacy_section import Privacy
 
 
 def describe(kind: str, recipe: str, clients: Mapping[str, Sequence[Attack]], **facts: Any) -> dict[str, Any]:
@@ -23,14 +24,15 @@ def describe(kind: str, recipe: str, clients: Mapping[str, Sequence[Attack]], **
     }
 
 
-def describe_terms(terms: Terms, noise: str, rounds: int) -> dict[str, Any]:
+def describe_terms(terms: Terms, bound: Privacy, rounds: int) -> dict[str, Any]:
     """Return what a client's terms promise over all rounds."""
     return {
+        "unit": bound.unit,
         "epsilon": terms.epsilon(rounds),
         "delta": terms.delta,
         "noise_multiplier": terms.noise_multiplier,
         "rate": terms.rate,
         "steps": rounds * terms.steps,
         "max_norm": terms.max_norm,
-        "noise": noise,
+        "noise": bound.noise,
     }

@@ -36,8 +36,10 @@ from fedloom.model.devices import open_device
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.noise import SECRET_BYTES, check_cipher
+from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import public_name
+from fedloom.records.privacy import count_units
 from fedloom.text import count
 from fedloom.training.engines import open_engine
 
@@ -107,7 +109,7 @@ def rehearse(
         rounds=rounds,
         engine=setup.engine,
         **told,
-        privacy=describe_terms(terms, bound.noise, rounds) if terms and bound else None,
+        privacy=describe_terms(terms, bound, rounds) if terms and bound else None,
         seconds=time.perf_counter() - started,
     )
 
@@ -121,10 +123,11 @@ def gather_halves(recipe: Recipe, path: Path, policy: Policy, key: bytes) -> Hal
     held = gather_client(recipe, path, policy)
     documents = halve([*held.documents.train, *held.documents.holdout], key)
     members, others = (tokenize_for(held.source, recipe, half) for half in documents)
-    if min(len(members), len(others)) < FEWEST // 2:
+    if min(members.num_units, others.num_units) < FEWEST // 2:
+        there = count_units(recipe.privacy.unit if recipe.privacy else DOCUMENT, members.num_units + others.num_units)
         raise DataError(
-            f"{count(len(members) + len(others), 'document')}, of which half is left out, copies of a text on one side:"
-            f" at least {FEWEST} that differ are needed",
+            f"{there}, of which half is left out, copies of a text on one side: at least {FEWEST} that differ are"
+            " needed",
             where=f"--data {path}",
             mend="bring more of them, or raise data.documents_per_client",
         )
@@ -132,10 +135,11 @@ def gather_halves(recipe: Recipe, path: Path, policy: Policy, key: bytes) -> Hal
 
 
 def halve(documents: Sequence[Document], key: bytes) -> tuple[list[Document], list[Document]]:
-    """Return two halves of documents, in an order that the key draws; copies of a text fall on one side."""
+    """Return two halves of documents, in an order that the key draws; a unit, or copies of a text, fall on one side."""
     groups: dict[bytes, list[Document]] = {}
     for document in documents:
-        groups.setdefault(hmac.digest(key, normalise(document.text).encode(), "sha256"), []).append(document)
+        name = document.unit or normalise(document.text)
+        groups.setdefault(hmac.digest(key, name.encode(), "sha256"), []).append(document)
     members: list[Document] = []
     others: list[Document] = []
     for digest in sorted(groups):

@@ -91,6 +91,11 @@ class Documents:
     """False where every file is text as it stands, so that `data.text` names nothing."""
     other_columns: tuple[str, ...] = ()
     """Columns of the rows that no template uses, in the order of their names."""
+    units: frozenset[str] = frozenset()
+    """Values of the column whose values are protected whole, those of rows that give no document among them."""
+    nobodys: str = ""
+    """Place of the first row that could not be opened, and why, where there is such a column: whose it is, it does not
+    say."""
 
     def explain_skipped(self) -> str:
         """Describe the skipped rows as `skipped 3: 2 empty, 1 not UTF-8 text`; return an empty text for none."""
@@ -127,15 +132,23 @@ def load_documents(
     skipped: Counter[str] = Counter()
     first_bad = ""
     columns: set[str] = set()
+    units: set[str] = set()
+    nobodys = ""
     with closing(RowFormat(data, open_tokenizer)) as form:
         for origin, open_row in rows:
             if at_most is not None and len(documents) == at_most:
                 break
+            whose = None
             try:
                 row = open_row()
                 columns.update(row)
-                documents.append(_to_document(row, origin, data, form))
+                # Before its text is looked at: whose a row is hangs on nothing else that it says.
+                if (whose := _unit_of(row, origin, data)) is not None:
+                    units.add(whose)
+                documents.append(_to_document(row, origin, data, form, whose))
             except UnreadableError as reason:
+                if data.unit is not None and whose is None:
+                    nobodys = nobodys or f"{origin}: {reason}"
                 skipped[str(reason)] += 1
                 if str(reason) != EMPTY:
                     first_bad = first_bad or f"{origin}: {reason}"
@@ -146,7 +159,7 @@ def load_documents(
         total = len(documents) + skipped.total()
     used = {name for column in columns_of(data).values() for name in (column, column.partition(".")[0])}
     others = () if data.is_plain else tuple(sorted(columns - used))
-    about = source.revision, total, source.files_left_out, source.has_columns, others
+    about = source.revision, total, source.files_left_out, source.has_columns, others, frozenset(units), nobodys
     found = Documents(tuple(documents), dict(skipped), data.source, *about)
     if not documents and not or_none:
         raise DataError(
@@ -179,25 +192,44 @@ def _check_bad_rows(data: Data, usable: int, skipped: Counter[str], first_bad: s
         )
 
 
-def _to_document(row: Row, origin: str, data: Data, form: RowFormat) -> Document:
-    found = form(row)
-    text = found.text
-    label = unit = None
-    if data.partition.by is not None and (label := _value_in(row, data.partition.by)) is None:
-        raise UnreadableError(f"without a value in column {data.partition.by}")
-    if data.unit is not None and (unit := _value_in(row, data.unit)) is None:
+def _unit_of(row: Row, origin: str, data: Data) -> str | None:
+    """Return whose a row is, normalised; None where no column says it of any.
+
+    Raises:
+        DataError: the column says nothing of this one.
+        UnreadableError: it says nothing that can be written.
+    """
+    if data.unit is None:
+        return None
+    if (unit := _value_in(row, data.unit)) is None:
         # Skipped and counted, it would be lost in silence; as a unit of its own, whose it is would not be protected.
         raise DataError(
             f"{origin}: without a value in column {data.unit}",
             where="privacy.unit",
             mend="say of each row whose it is, or take out those of nobody",
         )
-    unit = None if unit is None else normalise(unit)
-    # JSON can escape half of a surrogate pair, which is a str in Python but can't be written as UTF-8.
+    _check_encoding(unit)
+    return normalise(unit)
+
+
+def _check_encoding(text: str) -> None:
+    """Refuse a text that can't be written as UTF-8: JSON can escape half of a surrogate pair, a str in Python.
+
+    Raises:
+        UnreadableError
+    """
     try:
-        f"{text}{label}{unit}".encode()
+        text.encode()
     except UnicodeEncodeError:
         raise UnreadableError("not valid Unicode") from None
+
+
+def _to_document(row: Row, origin: str, data: Data, form: RowFormat, unit: str | None) -> Document:
+    found = form(row)
+    text, label = found.text, None
+    if data.partition.by is not None and (label := _value_in(row, data.partition.by)) is None:
+        raise UnreadableError(f"without a value in column {data.partition.by}")
+    _check_encoding(f"{text}{label}")
     if data.is_plain and not found.ends:
         return Document(text, origin, label, unit=unit)
     named = {column if column in row else column.partition(".")[0] for _, column in data.columns}

@@ -81,6 +81,14 @@ class TokenBlocks:
         return len(self.owners.unique())
 
     @property
+    def firsts(self) -> Tensor:
+        """Return the row of each unit's first block, in order, [U]."""
+        first: dict[int, int] = {}
+        for row, unit in enumerate(self.owners.tolist()):
+            first.setdefault(unit, row)
+        return torch.tensor([*first.values()], dtype=torch.int64)
+
+    @property
     def num_texts(self) -> int:
         """Return the number of texts in the blocks."""
         return len(self) if self.texts_NT is None else int(self.texts_NT.amax(1).sum())
@@ -113,7 +121,9 @@ class TokenBlocks:
         first_NT = torch.arange(self.counted_NT.shape[1]) < counted_N[:, None]
         # What counts is told as a number where it is the first positions: so runs of plain text have it.
         counted = counted_N if torch.equal(first_NT, self.counted_NT) else self.counted_NT
-        others = [tensor for tensor in (self.texts_NT, self.units_N) if tensor is not None]
+        # Units by their order: their numbers hang on documents that were left out, which a client elsewhere never had.
+        units_N = None if self.units_N is None else self.units_N.unique(return_inverse=True)[1]
+        others = [tensor for tensor in (self.texts_NT, units_N) if tensor is not None]
         return [self.tokens_NT, self.lengths_N, counted, *others]
 
     def take(self, rows: Tensor) -> TokenBlocks:
@@ -170,13 +180,14 @@ def count_copies(blocks: TokenBlocks) -> int:
 def without_copies(blocks: TokenBlocks) -> TokenBlocks:
     """Return the blocks without units that are equal to an earlier one in every block, which are counted.
 
-    Only whole units: of two that have a block in common, each would decide over what the other one is.
+    Only whole units: of two that have a block in common, each would decide over what the other one is. The order of a
+    unit's blocks counts for nothing: it hangs on how many documents others have, where those are shuffled.
     """
     owners, held = blocks.owners.tolist(), defaultdict[int, list[tuple[bytes, bytes]]](list)
     for unit, tokens, counted_T in zip(owners, _real_tokens(blocks), blocks.counted_NT, strict=True):
         held[unit].append((tokens, counted_T.numpy().tobytes()))
     first: dict[tuple[tuple[bytes, bytes], ...], int] = {}
-    kept = {unit for unit, its in held.items() if first.setdefault(tuple(its), unit) == unit}
+    kept = {unit for unit, its in held.items() if first.setdefault(tuple(sorted(its)), unit) == unit}
     rows = torch.tensor([unit in kept for unit in owners], dtype=torch.bool)
     return replace(blocks.take(rows), repeated=blocks.repeated + len(held) - len(kept))
 

@@ -187,7 +187,8 @@ ANSWERS: dict[str, Record] = {
             Field(
                 "train_documents",
                 Count(0, DOCUMENTS),
-                "documents to train on; in a private run, and so their blocks, the rows there are, whatever they say",
+                "documents to train on; in a private run, and so their blocks, the rows there are, or values of its"
+                " column, whatever they say",
                 policy="min_documents",
             ),
             Field(

@@ -28,7 +28,7 @@ from fedloom.deployment.message_kinds import (
     refused,
 )
 from fedloom.recipe.data_section import Data
-from fedloom.recipe.privacy_section import Privacy
+from fedloom.recipe.privacy_section import CLIENT, Privacy
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
 from fedloom.recipe.sections import (
@@ -46,6 +46,11 @@ ROUNDS, CLIENTS = 100_000, 100_000
 LAYER = Pattern("layer's name: up to 300 letters, digits, `.`, `_`, `-`", re.compile(r"[\w.-]{1,300}", re.ASCII))
 PLAIN = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,200}")
 COLUMN = Pattern("column's name: up to 200 characters, none of them a control", PLAIN)
+# A whole client is protected by noise of the server's, which its clients would have to believe in.
+UNIT = Pattern(
+    "`document`, or a column's name: up to 200 characters, none of them a control, but not `client`",
+    re.compile(rf"(?!{CLIENT}$){PLAIN.pattern}"),
+)
 SOURCE = Pattern("`random:SHAPE`, or a name that the owner's policy lists, up to 200 characters", PLAIN)
 REVISION = Pattern(
     "revision: up to 200 letters, digits, `.`, `_`, `-`, `/`, without `..`",
@@ -249,8 +254,8 @@ FEDERATION = _told(
 )
 PRIVACY = _told(
     Privacy,
-    {"epsilon": None, "noise_multiplier": None, "delta": None, "max_norm": None, "noise": None},
-    dict.fromkeys(("epsilon", "noise_multiplier", "delta", "noise"), "privacy"),
+    {"unit": UNIT, "epsilon": None, "noise_multiplier": None, "delta": None, "max_norm": None, "noise": None},
+    dict.fromkeys(("unit", "epsilon", "noise_multiplier", "delta", "noise"), "privacy"),
 )
 RECIPE = Record(
     (
@@ -281,7 +286,6 @@ NEVER_TOLD = {
     ),
     "evaluation": ("clients", "every", "tasks", "tasks_every"),
     "report": ("samples",),
-    # Clients elsewhere protect single documents.
-    "privacy": ("unit", "norm_quantile", "norm_rate"),
+    "privacy": ("norm_quantile", "norm_rate"),
 }
 """Keys of a recipe by their section that are the server's own, or the client's: sent all the same, they are refused."""

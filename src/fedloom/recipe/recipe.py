@@ -260,6 +260,12 @@ CLASHES = (
         "leave them out",
     ),
     Clash(
+        lambda recipe: recipe.documents.unit in [column for _, column in recipe.data.columns],
+        "privacy.unit",
+        "texts are made of that column: how many units a client has, which is told, would say how many of them differ",
+        "name a column that says whose a row is, whatever it says",
+    ),
+    Clash(
         lambda recipe: recipe.privacy is not None and recipe.federation.strategy.weight_by == "tokens",
         "federation.strategy.weight_by",
         "how many tokens a client has tells of its documents",

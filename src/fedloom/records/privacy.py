@@ -27,6 +27,21 @@ def count_units(unit: str, number: int) -> str:
     return count(number, DOCUMENT) if unit == DOCUMENT else f'{count(number, "value")} of "{unit}"'
 
 
+def name_units(unit: str) -> str:
+    """Name units: `documents`, or `values of "author"`."""
+    return "documents" if unit == DOCUMENT else f'values of "{unit}"'
+
+
+def name_unit(unit: str) -> str:
+    """Name any one unit: `any one document`, or `all documents of any one author together`."""
+    return f"any one {unit}" if unit in (DOCUMENT, CLIENT) else f"all documents of any one {unit} together"
+
+
+def each_unit(unit: str) -> str:
+    """Name each unit by itself: `each document`, or `all documents of one author together`."""
+    return f"each {unit}" if unit in (DOCUMENT, CLIENT) else f"all documents of one {unit} together"
+
+
 def name_worst(privacy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return the client whose units have the largest ε, and its terms."""
     client: str = max(privacy["clients"], key=lambda number: privacy["clients"][number]["epsilon"])
@@ -42,10 +57,9 @@ def terms_of(privacy: Mapping[str, Any]) -> Mapping[str, Any]:
 def explain_privacy(privacy: Mapping[str, Any]) -> str:
     """Say in a line what is promised of one unit, at the client that it is least for."""
     terms, unit = terms_of(privacy), privacy["unit"]
-    one = f"each {unit}" if unit in (DOCUMENT, CLIENT) else f"all documents of one {unit} together"
     told = (
-        f"ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g} for {one}, over the whole run; an attack with 1 % false"
-        f" alarms recognises at most {format_share(terms['recognised'])} of them"
+        f"ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g} for {each_unit(unit)}, over the whole run; an attack"
+        f" with 1 % false alarms recognises at most {format_share(terms['recognised'])} of them"
     )
     if repeated := privacy.get("repeated"):
         told += f"; {count_units(unit, repeated)} left out, each equal to another one"
@@ -109,16 +123,12 @@ def list_promises(privacy: Mapping[str, Any], spent: float | None) -> list[str]:
     seen = (
         "the adapters of all rounds" if central else "everything that left the clients (every adapter of every round)"
     )
-    one, others = (
-        (f"any one {unit}", f"that {unit}")
-        if unit in (DOCUMENT, CLIENT)
-        else (f"all documents of any one {unit} together", "them")
-    )
+    others = f"that {unit}" if unit in (DOCUMENT, CLIENT) else "them"
     return [
         *([f"This run is {NOT_PRIVATE}."] if privacy["noise"] == "seed" else []),
-        f"Whoever sees {seen} learns little about {one}: ε = {terms['epsilon']:.3g}, δ = {privacy['delta']:g}, against"
-        f" the same run with {others} left out.{so_far} An attack that accepts 1 % false alarms recognises at most"
-        f" {format_share(terms['recognised'])} of them.",
+        f"Whoever sees {seen} learns little about {name_unit(unit)}: ε = {terms['epsilon']:.3g}, δ ="
+        f" {privacy['delta']:g}, against the same run with {others} left out.{so_far} An attack that accepts 1 % false"
+        f" alarms recognises at most {format_share(terms['recognised'])} of them.",
         f"How: {explain_noise(privacy)}.",
         _list_not_promised_of_clients() if central else _list_not_promised_of_units(privacy),
     ]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedloom.host.files import write_json, write_text, writing
-from fedloom.records.privacy import NOT_PRIVATE
+from fedloom.recipe.privacy_section import DOCUMENT
+from fedloom.records.privacy import NOT_PRIVATE, each_unit
 from fedloom.records.run import Record
 from fedloom.report.document import Block, Bullets, Document, Section, Table, Text, to_html
 from fedloom.text import count, format_seconds, format_share, sentence
@@ -275,7 +276,7 @@ def _explain_bound(record: Record) -> list[Block]:
                 of = max(1, found["copies"].count(1)) if key == "remembered_of_once" else 1
                 client = f", client {who}" if who.isdigit() else ""
                 rows.append([f"{WORDS[name].line}{client}: {BOUNDED[key]}", f"{found[key] / of:.3f}", f"{most:.3f}"])
-    blocks.append(Table(["Of one document", "Found", "At most, by any attack"], rows))
+    blocks.append(Table([f"Of one {privacy.get('unit', DOCUMENT)}", "Found", "At most, by any attack"], rows))
     blocks.append(
         Text(
             "What was found is measured on a few documents and may lie above the bound by chance, within the intervals"
@@ -299,7 +300,8 @@ def _tell_bound(privacy: Record) -> str:
     if privacy["noise"] == "seed":
         return NOT_PRIVATE
     return (
-        f"ε = {privacy['epsilon']:.3g}, δ = {privacy['delta']:g} for each document over {privacy['steps']:,} steps;"
+        f"ε = {privacy['epsilon']:.3g}, δ = {privacy['delta']:g} for {each_unit(privacy.get('unit', DOCUMENT))} over"
+        f" {privacy['steps']:,} steps;"
         f" noise of {privacy['noise_multiplier']:.3g} times a gradient's largest norm"
     )
 

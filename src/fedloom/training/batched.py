@@ -251,7 +251,8 @@ class ClientBatch:
             return ClientFailure(job.client, error, job.trial)
         state = step.optimizer.read(place) if job.training.optimizer_state == "keep" else {}
         # A copy: the slot's next client writes over it.
-        return ClientUpdate(report, replace(job.adapter, weights_P=weights_P.to("cpu", copy=True)), state, job.trial)
+        adapter = replace(job.adapter, weights_P=weights_P.to("cpu", copy=True))
+        return ClientUpdate(report, adapter, state, job.trial, own_losses=slot.log.own_losses)
 
     def _inputs(
         self, batches: Sequence[Batch | None], totals: Sequence[int]
@@ -327,6 +328,9 @@ class ClientBatch:
         unread, self._unread = self._unread, []
         for stepped, facts_3K in unread:
             for (slot, taken), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
+                # With a ration each document has a gradient of its own, and what comes is the sum of their losses.
+                if slot.job.ration and taken:
+                    loss /= sum(len(part.tokens_BT) for part in taken)
                 if slot.error is None:
                     try:
                         slot.log.add_step(loss, drift, gradient_norm, count_tokens(taken))

@@ -148,6 +148,8 @@ class ClientUpdate:
     trial: int = 0
     weight_scale: float = 1.0
     """Factor on the client's weight in a mean, below 1 where `federation.max_share` caps it."""
+    own_losses: tuple[float, ...] = ()
+    """Losses of the steps in which a client with a ration drew anything: for its owner's eyes alone, in no message."""
 
     @property
     def client(self) -> int:
@@ -175,6 +177,7 @@ class WorkLog:
         self._mu = job.training.proximal_mu
         self._started = time.perf_counter()
         self._losses: list[float] = []
+        self._own_losses: list[float] = []
         self._proximal_losses: list[float] = []
         self._ratios: list[float] = []
         self._tokens = 0
@@ -187,11 +190,18 @@ class WorkLog:
         """
         self._losses.append(loss)
         # With a ration, that a step failed would tell of the document that made it: what is no number counts as 0.
-        if not self.job.ration:
+        if self.job.ration:
+            self._own_losses += [loss] if num_tokens else []
+        else:
             check_finite("the loss", loss, round=self.job.round, client=self.job.client, step=len(self._losses))
         self._proximal_losses.append(proximal_loss(drift, self._mu))
         self._ratios.append(self._mu * drift / gradient_norm if gradient_norm else 0.0)
         self._tokens += num_tokens
+
+    @property
+    def own_losses(self) -> tuple[float, ...]:
+        """Return the losses that are told to nobody, of steps that drew anything; nothing without a ration."""
+        return tuple(self._own_losses)
 
     def finish(self, drift: float) -> ClientReport:
         """Return the report, with the ‖w − w_global‖ that is left after the last step.

@@ -105,7 +105,7 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     report = log.finish(drift=(weights_P - global_P).norm().item())
     state = read_state(optimizer, training) if training.optimizer_state == "keep" else {}
     update = replace(job.adapter, weights_P=adapted.lend().weights_P)
-    return ClientUpdate(report, update, state, job.trial)
+    return ClientUpdate(report, update, state, job.trial, own_losses=log.own_losses)
 
 
 def _gradient(adapted: AdaptedModel, job: ClientJob, rows: Tensor) -> tuple[float, int]:

@@ -10,9 +10,11 @@ import torch
 from support.liars import LyingServer
 from support.marks import first
 from support.tiny import make_recipe
+from support.workers_here import link_of, serve_here
 
 from fedloom.deployment.client import client_model
 from fedloom.deployment.client import documents as client_documents
+from fedloom.deployment.client.account import find_run, hash_alike
 from fedloom.deployment.client.documents import write_splits
 from fedloom.deployment.client.journal import Journal, open_ledger, standing
 from fedloom.deployment.client.ledger import Cost, Ledger, judge
@@ -22,9 +24,11 @@ from fedloom.deployment.client.refusals import find_refusals
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.worker import Worker
 from fedloom.deployment.frames import Frame
+from fedloom.deployment.messages import pack_recipe
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
+from fedloom.host.files import hash_json
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import calibrate, epsilon, renyi, renyi_epsilon
 from fedloom.privacy.noise import derive_key
@@ -79,6 +83,12 @@ def ledger(folder: Path) -> Ledger:
     return open_ledger(standing(Journal(folder / "alice.journal.jsonl").read()))
 
 
+def costs_of(folder: Path) -> list[Cost]:
+    """Costs of the rounds, in order."""
+    entries = Journal(folder / "alice.journal.jsonl").read()
+    return [entry.charge.cost for entry in entries if entry.charge and entry.kind == "train"]
+
+
 def spent(folder: Path) -> float:
     return ledger(folder).epsilon(1e-3)
 
@@ -112,6 +122,49 @@ def test_what_was_told_without_noise_is_told_for_good(tmp_path: Path) -> None:
         assert server(client(tmp_path, policy)).meet().get("refused") == word
 
 
+def line(kind: str, task: str, **told: Any) -> str:
+    return json.dumps({"when": "2026-11-26T00:00:00+00:00", "kind": kind, "task": task, "run": "r", **told}) + "\n"
+
+
+def round_of(task: str, unit: str = "document", delta: float = 1e-3) -> str:
+    """A line of a journal for a round with a bound."""
+    return line("train", task, privacy={"rate": 0.1, "noise": 2.0, "steps": 10, "unit": unit, "delta": delta})
+
+
+def test_what_protects_another_unit_is_no_bound(tmp_path: Path) -> None:
+    """Of an author with many documents, a bound for each of them says little; and how many rows there are is told."""
+    path = tmp_path / "alice.journal.jsonl"
+    path.write_text(line("meet", "m", hides=True, unit="author") + round_of("a", "author") + round_of("b", "author"))
+    entries = standing(Journal(path).read())
+    once = Cost(0.1, 2.0, 10)
+    assert open_ledger(entries, "author").epsilon(1e-3) == Ledger([once, once]).epsilon(1e-3)
+    assert open_ledger(entries).unbounded == 3
+    by_author = Policy(privacy=PrivacyPolicy(unit="author", delta=1e-3, max_epsilon=9.0))
+    assert "of all documents of any one author together is spent (δ = 0.001)" in "\n".join(read_aloud(path, by_author))
+    assert "ε = ∞ of any one document: 3 answers of this journal had no noise for it" in "\n".join(
+        read_aloud(path, owner(max_epsilon=9.0))
+    )
+    # A recipe's question alone tells how many units it has.
+    path.write_text(line("meet", "m", hides=True))
+    assert open_ledger(Journal(path).read(), "author").unbounded == 1
+    assert open_ledger(Journal(path).read()).epsilon(1e-3) == 0
+
+
+def test_without_a_policy_a_ledger_is_told_at_the_delta_of_the_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "alice.journal.jsonl"
+    path.write_text(round_of("a"))
+    one, both = Ledger([Cost(0.1, 2.0, 10)]), Ledger([Cost(0.1, 2.0, 20)])
+    assert f"ε = {one.epsilon(1e-3):.3g} of any one document is spent (δ = 0.001), without a limit" in "\n".join(
+        read_aloud(path, Policy())
+    )
+    path.write_text(round_of("a") + round_of("b", delta=1e-5))
+    told = "\n".join(read_aloud(path, Policy()))
+    assert f"ε = {both.epsilon(1e-5):.3g} of any one document is spent" in told
+    assert "(δ = 1e-05, the smallest of 2 that recipes had)" in told
+    strict = Policy(privacy=PrivacyPolicy(delta=1e-4))
+    assert "(δ = 0.0001), without a limit" in "\n".join(read_aloud(path, strict)), "the owner's own is always theirs"
+
+
 def test_a_damaged_cost_ends_it_with_the_lines_number(tmp_path: Path) -> None:
     good = {"when": "2026-11-26T00:00:00+00:00", "kind": "train", "task": "a"}
     for told in (
@@ -121,6 +174,9 @@ def test_a_damaged_cost_ends_it_with_the_lines_number(tmp_path: Path) -> None:
         {"rate": 0.1, "steps": 3},
         {"rate": 0.1, "noise": "1", "steps": 3},
         {"rate": 0.1, "noise": 1.0, "steps": 1e400},
+        {"rate": 0.1, "noise": 1.0, "steps": 3, "delta": 0},
+        {"rate": 0.1, "noise": 1.0, "steps": 3, "delta": float("nan")},
+        {"rate": 0.1, "noise": 1.0, "steps": 3, "delta": "1e-5"},
         [],
         None,
     ):
@@ -170,7 +226,17 @@ PLAIN = make_recipe(data={"documents_per_client": None})
     [
         ({}, PLAIN, "allows no recipe without [privacy]"),
         ({}, private(noise="seed"), "allows no noise of a recipe's seed"),
-        ({"unit": "patient"}, private(), 'wants all rows of one "patient" protected together'),
+        (
+            {"unit": "patient"},
+            private(),
+            'wants all rows of one "patient" together protected, and this recipe protects',
+        ),
+        (
+            {},
+            private(unit="author"),
+            'wants each document protected, and this recipe protects all rows of one "author"',
+        ),
+        ({"unit": "patient"}, private(unit="author"), 'this recipe protects all rows of one "author" together'),
     ],
 )
 def test_what_bounds_too_little_is_refused_before_anything_is_read(
@@ -245,6 +311,57 @@ def test_a_delta_of_the_owners_that_gives_a_document_away_is_refused(
     assert "refused" not in server(client(tmp_path, Policy(privacy=PrivacyPolicy(delta=0.05)))).meet()
 
 
+# --- All that one author wrote as a unit.
+
+AUTHORS = 10
+BY_AUTHOR = {"delta": 1e-3, "unit": "author"}
+
+
+def client_of_authors(folder: Path, policy: Policy) -> Worker:
+    """Start a client whose 20 rows are those of ten authors."""
+    worker = client(folder, policy)
+    rows = [{"text": text, "author": f"a{n % AUTHORS}"} for n, text in enumerate(TEXTS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return worker
+
+
+def test_an_owner_of_authors_sees_what_is_told_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, policy = private(unit="author"), Policy(privacy=PrivacyPolicy(**BY_AUTHOR, max_epsilon=4.5))
+    worker = client_of_authors(tmp_path, policy)
+    facts = server(worker, recipe).meet()
+    assert facts["train_documents"] == facts["blocks"] == AUTHORS
+    rate, steps = 3 / AUTHORS, -(-AUTHORS // 3)
+    noise = calibrate(rate, ROUNDS * steps, 4.0, 1e-3)
+    assert f'10 values of "author", whatever they say; a noise multiplier of {noise:.3g}' in capsys.readouterr().out
+    told = train(worker, 1, recipe).manifest["report"]
+    assert (told["examples"], told["steps"]) == (AUTHORS, steps)
+    assert costs_of(tmp_path) == [Cost(rate, noise, steps)]
+    so_far = f"ε = {epsilon(rate, noise, steps, 1e-3):.3g} of all documents of any one author together is spent"
+    assert so_far in capsys.readouterr().out
+    assert so_far in "\n".join(read_aloud(tmp_path / "alice.journal.jsonl", policy))
+    (round,) = [json.loads(line) for line in (tmp_path / "alice.journal.jsonl").read_text().splitlines()][1:2]
+    assert (round["privacy"]["unit"], round["privacy"]["units"]) == ("author", AUTHORS)
+
+
+def test_what_was_told_of_documents_counts_against_a_bound_of_authors(tmp_path: Path) -> None:
+    train(client_of_authors(tmp_path, owner(max_epsilon=9.0)), 1)
+    for most, word in ((9.0, "privacy"), (None, None)):
+        policy = Policy(privacy=PrivacyPolicy(**BY_AUTHOR, max_epsilon=most))
+        assert server(client_of_authors(tmp_path, policy), private(unit="author")).meet().get("refused") == word
+
+
+def test_a_delta_that_gives_an_author_away_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = Policy(privacy=PrivacyPolicy(unit="author", delta=0.11))
+    assert server(client_of_authors(tmp_path, policy), private(unit="author")).meet()["refused"] == "privacy"
+    assert 'has δ = 0.11, more than one over the 10 values of "author" here' in capsys.readouterr().out
+
+
+def test_a_server_can_not_ask_for_noise_that_is_its_own_to_add(tmp_path: Path) -> None:
+    asking = server(client(tmp_path))
+    told = {**asking.told["privacy"], "unit": "client"}
+    assert asking.meet({"privacy": told})["refused"] == "question"
+
+
 # --- What is spent.
 
 
@@ -316,7 +433,7 @@ def test_a_round_that_would_go_beyond_is_refused_though_its_run_was_begun(tmp_pa
     policy = owner(max_epsilon=4.5)
     worker = client(tmp_path, policy)
     assert "report" in train(worker, 1).manifest
-    cost = next(entry.cost for entry in Journal(tmp_path / "alice.journal.jsonl").read() if entry.cost)
+    (cost,) = costs_of(tmp_path)
     told = {"recipe": "another", "run": "x", "privacy": cost._replace(steps=28)._asdict()}
     Journal(tmp_path / "alice.journal.jsonl").note("another", told)
     assert train(worker, 2).manifest["refused"] == "privacy"
@@ -347,6 +464,98 @@ def test_a_rehearsal_says_what_a_recipe_would_spend(tmp_path: Path) -> None:
         assert finding.well == well, finding
         assert "asks for ε = " in finding.found
         assert ("may have 1 of 3 rounds" in finding.found) == (not well), finding.found
+
+
+def privacy_of(folder: Path, recipe: Recipe, policy: str = "") -> Any:
+    """Return what a rehearsal finds of a recipe's privacy, with a client's rows and journal."""
+    (folder / "recipe.toml").write_text(recipe_to_toml(recipe))
+    (folder / "policy.toml").write_text(policy)
+    journal = folder / "alice.journal.jsonl"
+    asked = folder / "policy.toml", {}, journal, str(folder / "recipe.toml")
+    found = rehearse(folder / "no.kit", folder / "rows.jsonl", *asked)
+    (finding,) = [one for one in found if one.what == "privacy"]
+    return finding
+
+
+def test_a_rehearsal_counts_authors_and_not_their_rows(tmp_path: Path) -> None:
+    client_of_authors(tmp_path, Policy())
+    by_author = '[privacy]\nunit = "author"\ndelta = 1e-3\n'
+    finding = privacy_of(tmp_path, private(unit="author"), by_author)
+    assert finding.well, finding
+    noise = calibrate(3 / AUTHORS, ROUNDS * 4, 4.0, 1e-3)
+    assert "of all documents of any one author together is spent (δ = 0.001), without a limit" in finding.found
+    assert (
+        f"this recipe has a noise of {noise:.3g}, asks for ε = 4 at this δ, and may have 3 of 3 rounds" in finding.found
+    )
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write('{"text": "of nobody"}\n')
+    finding = privacy_of(tmp_path, private(unit="author"), by_author)
+    assert finding.found.startswith("privacy.unit: rows.jsonl:21: without a value in column author")
+
+
+def test_a_rehearsal_says_when_units_are_counted(tmp_path: Path) -> None:
+    """Conversations are read by the model's tokenizer, which a rehearsal does not fetch."""
+    client_of_authors(tmp_path, Policy())
+    data = {"messages": "messages", "chat_template": "tokenizer", "documents_per_client": None}
+    chats = private(unit="author").model_copy(update={"data": make_recipe(data=data).data})
+    by_author = '[privacy]\nunit = "author"\ndelta = 1e-3\n'
+    assert privacy_of(tmp_path, chats, by_author).found == (
+        "what it would tell of all documents of any one author together follows from the number of values of"
+        ' "author": they are counted when its run begins'
+    )
+    (tmp_path / "rows.jsonl").unlink()
+    assert privacy_of(tmp_path, private(unit="author"), by_author).found.startswith("--data")
+
+
+def test_a_rehearsal_counts_the_rounds_of_the_recipe_that_were_trained(tmp_path: Path) -> None:
+    """Else its owner is told of a refusal that does not come, or of rounds that are over."""
+    recipe, policy = private(), "[privacy]\nmax_epsilon = 4.1\ndelta = 1e-3\n"
+    for round in range(1, ROUNDS + 1):
+        train(client(tmp_path, owner(max_epsilon=4.1)), round)
+        finding, left = privacy_of(tmp_path, recipe, policy), ROUNDS - round
+        were = "was" if round == 1 else "were"
+        assert f"and may have {left} of 3 rounds, of which {round} {were} trained before" in finding.found
+        assert finding.well == (left > 0)
+        asked = ledger(tmp_path).epsilon(1e-3)
+        assert f"ε = {asked:.3g} of any one document is spent" in finding.found
+    assert finding.mend.startswith("the server's owner begins a run of another seed or name")
+    other = privacy_of(tmp_path, private(seed=8), policy)
+    assert not other.well
+    assert "asks for ε = 4 at this δ, and may have 0 of 3 rounds" in other.found
+
+
+def test_a_run_by_a_column_is_served_and_a_rehearsal_knows_it_again(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        data={"clients": 2, "documents_per_client": 24, "client_holdout": 0.0}, privacy={"epsilon": 8.0, "delta": 1e-3,
+        "unit": "package"},
+    )  # fmt: skip
+    bound = PrivacyPolicy(unit="package", delta=1e-3)
+    link = link_of(recipe, tmp_path, policy=Policy(min_documents=2, privacy=bound))
+    told = serve_here(recipe, link, tmp_path / "run").plan["privacy"]
+    assert told["unit"] == "package"
+    data, name = link.owners["client-0"].data, "client-0"
+    rows = [json.loads(row) for row in (data / "train.jsonl").read_text().splitlines()]
+    assert told["clients"]["0"]["units"] == len({row["package"] for row in rows}) < len(rows)
+    assert "Values of package" in (tmp_path / "run" / "report.md").read_text()
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
+    (tmp_path / "policy.toml").write_text('min_documents = 2\n[privacy]\nunit = "package"\ndelta = 1e-3\n')
+    journal = tmp_path / "clients" / name / f"{name}.journal.jsonl"
+    asked = tmp_path / "policy.toml", {}, journal, str(tmp_path / "recipe.toml")
+    (finding,) = [one for one in rehearse(tmp_path / "no.kit", data, *asked) if one.what == "privacy"]
+    assert "may have 0 of 2 rounds, of which 2 were trained before" in finding.found
+
+
+def test_a_rehearsal_knows_a_recipe_whose_commit_the_server_named(tmp_path: Path) -> None:
+    told = pack_recipe(private())
+    pinned = {**told, "model": {**told["model"], "revision": "c" * 40}}
+    other = {**told, "seed": 8}
+    path = tmp_path / "alice.journal.jsonl"
+    path.write_text(line("meet", "m", hides=True, alike=hash_alike(pinned)).replace('"run": "r"', '"run": "pinned"'))
+    entries = Journal(path).read()
+    assert find_run(entries, told) == find_run(entries, {**told}) == "pinned"
+    assert find_run(entries, other) == hash_json(other)
+    assert find_run(entries, {**told, "model": {**told["model"], "revision": "d" * 40}}) != "pinned", "it says which"
+    assert find_run(entries, pinned) == hash_json(pinned)
 
 
 def test_a_rehearsal_says_that_join_takes_no_number_of_documents(tmp_path: Path) -> None:
@@ -452,7 +661,7 @@ def test_a_round_that_ended_and_is_trained_with_other_noise_is_charged_as_both(t
     finally:
         failpoints.arm("")
     assert "report" in train(client(tmp_path)).manifest
-    costs = [entry.cost for entry in Journal(tmp_path / "alice.journal.jsonl").read() if entry.cost]
+    costs = costs_of(tmp_path)
     assert len(costs) == 2
     assert spent(tmp_path) == Ledger(costs).epsilon(1e-3) > Ledger(costs[1:]).epsilon(1e-3)
 
@@ -525,7 +734,7 @@ def test_a_round_that_is_asked_twice_with_another_adapter_has_other_noise_and_bo
 
 
 def ledger_of_rounds(folder: Path, rounds: int) -> tuple[float, float, int]:
-    cost = next(entry.cost for entry in Journal(folder / "alice.journal.jsonl").read() if entry.cost)
+    cost = costs_of(folder)[0]
     return cost.rate, cost.noise, rounds * cost.steps
 
 
@@ -583,17 +792,19 @@ def test_a_thousand_questions_for_a_score_are_told_nothing_and_leave_nothing(tmp
 # --- The same as on one machine.
 
 
+@pytest.mark.parametrize("unit", ["document", "package"])
 def test_noise_of_the_seed_makes_the_update_of_a_local_run_and_is_said_to_be_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = private(rounds=1, noise="seed").model_copy(
+    recipe = private(rounds=1, noise="seed", unit=unit).model_copy(
         update={"data": make_recipe(data={"clients": 1, "documents_per_client": 12, "client_holdout": 0.0}).data}
     )
     # A run says so to its clients, whether they are here or there; and noise is of all that a task says.
     at_once = recipe.training.model_copy(update={"clients_at_once": 1})
     recipe = recipe.model_copy(update={"training": at_once})
     (split,) = write_splits(recipe, tmp_path / "split", Observer())
-    worker = Worker("alice", split, Policy(), Journal(tmp_path / "alice.journal.jsonl"))
+    policy = Policy(columns=("package",), min_documents=2)
+    worker = Worker("alice", split, policy, Journal(tmp_path / "alice.journal.jsonl"))
     asking = server(worker, recipe)
     answer = asking.ask(asking.question("train", round=1, seed=recipe.seed))
     local = run(recipe, tmp_path / "local", Observer())

@@ -9,7 +9,7 @@ from support.tiny import make_recipe
 
 from fedloom.deployment.client.documents import check_takes_all, gather_client
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN, load_client, mend_of_server
-from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.policy import Policy, PrivacyPolicy
 from fedloom.deployment.client.refusals import find_refusals
 from fedloom.errors import DataError, PolicyError, RecipeError
 from fedloom.recipe.data_section import Data
@@ -228,10 +228,61 @@ def test_a_private_clients_documents_move_alone(tmp_path: Path) -> None:
         assert left == whole - {json.loads(rows[place])["text"]}
 
 
-def test_a_column_of_units_is_its_owners_to_list_and_not_protected_yet(tmp_path: Path) -> None:
+def test_a_column_of_units_is_its_owners_to_name() -> None:
     recipe = private_recipe(unit="author")
     assert [refusal.key for refusal in find_refusals(Policy(), recipe)] == ["columns"]
     assert [*find_refusals(Policy(columns=("author",)), recipe)] == []
-    # A place that says nothing counts as a document; whose it is, nobody knows.
-    with pytest.raises(RecipeError, match="a client protects single documents"):
-        gather_client(recipe, rows_of(tmp_path / "rows.jsonl"), Policy(columns=("author",)))
+    # Who bounds what is told takes the column that they name, and no other: how many values it has is told.
+    for unit, keys in (("author", []), ("document", ["privacy.unit"]), ("ward", ["privacy.unit"])):
+        policy = Policy(columns=("author",), privacy=PrivacyPolicy(unit=unit))
+        assert [refusal.key for refusal in find_refusals(policy, recipe)] == keys
+    by_author = Policy(privacy=PrivacyPolicy(unit="author"))
+    assert [refusal.key for refusal in find_refusals(by_author, private_recipe())] == ["privacy.unit"]
+
+
+def test_whole_authors_are_trained_on_or_held_out(tmp_path: Path) -> None:
+    counted: list[int] = []
+    found = gather_client(private_recipe(unit="author"), rows_of(tmp_path / "rows.jsonl"), agree=counted.append)
+    train, holdout = ({document.unit for document in side} for side in (found.documents.train, found.documents.holdout))
+    assert train
+    assert holdout
+    assert not train & holdout
+    assert found.places == counted[0] == len(train | holdout) == 6, "authors, and not their 24 rows"
+    assert found.blocks.train.num_units == len(train) < len(found.blocks.train)
+
+
+def test_too_few_authors_are_too_few_however_much_they_wrote(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match='wants at least 5 values of "author" to train on, not 4'):
+        gather_client(private_recipe(unit="author"), rows_of(tmp_path / "rows.jsonl", authors=4))
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ('{"text": "words", "author": " "}', r"rows\.jsonl:25: without a value in column author"),
+        ('{"text": ""}', r"rows\.jsonl:25: without a value in column author"),
+        ('{"text": "wor', r"rows\.jsonl:25: not valid JSON: whose it is can't be known"),
+        ('{"text": "words", "author": "\\ud800"}', r"rows\.jsonl:25: not valid Unicode: whose it is can't be known"),
+    ],
+)
+def test_a_row_of_nobody_is_named_before_anything_is_counted(row: str, why: str, tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "rows.jsonl")
+    path.write_text(path.read_text() + row + "\n")
+    with pytest.raises(DataError, match=why):
+        gather_client(private_recipe(unit="author"), path, agree=pytest.fail)
+
+
+def test_a_row_without_a_text_that_says_whose_it_is_keeps_its_place(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "rows.jsonl")
+    path.write_text(path.read_text() + '{"text": {"a": 1}, "author": "ann"}\n{"author": "bob"}\n')
+    assert gather_client(private_recipe(unit="author"), path).places == 8
+
+
+def test_a_client_does_not_protect_itself_as_a_whole(tmp_path: Path) -> None:
+    told = make_recipe(
+        data={"documents_per_client": None, "client_holdout": 0.0},
+        federation={"strategy": {"weight_by": "equal"}},
+        privacy={"epsilon": 8.0, "delta": 1e-3, "unit": "client"},
+    )
+    with pytest.raises(RecipeError, match="noise that protects whole clients is a server's"):
+        gather_client(told, rows_of(tmp_path / "rows.jsonl"))

@@ -1,6 +1,7 @@
 """What leaves a client of a private run: the same bytes, whatever one document says, but for the noised weights."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from support.liars import LyingServer
 from support.marks import first
 from support.tiny import make_recipe
 
+from fedloom.data.documents import Documents
 from fedloom.deployment.client import client_model, documents
 from fedloom.deployment.client.client_model import ClientModel
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN
-from fedloom.deployment.client.policy import Policy
+from fedloom.deployment.client.policy import Policy, PrivacyPolicy
 from fedloom.deployment.client.worker import Worker
 from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS
@@ -24,20 +26,36 @@ from fedloom.deployment.message_kinds import Field, Kind, Listing, Record, Row, 
 from fedloom.deployment.messages import read_answer
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.model.source import open_model
-from fedloom.training.jobs import ClientReport, WorkLog
+from fedloom.training.jobs import ClientReport, ClientUpdate, WorkLog
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 POISON = "§"
 """Text whose tokens have an embedding that is no number."""
 TEXTS = [f"{n} is a text of a patient: " + f"word{n} " * (n + 9) for n in range(8)]
 HELD = [f"{n} is held out: " + f"other{n} " * (n + 9) for n in range(3)]
-Files = dict[str, list[str]]
+Written = str | tuple[str, Any]
+"""Text, or whose it is and the text."""
+Files = dict[str, list[Written]]
 SPLIT: Files = {TRAIN: TEXTS, HOLDOUT: HELD}
 WHOLE: Files = {"rows.jsonl": [*TEXTS, *HELD]}
 
 
+OF_AUTHORS: list[Written] = [(f"author{n % 7}", text) for n, text in enumerate([*TEXTS, *HELD])]
+"""Rows of seven authors, of whom four have two and the others one."""
+BY_AUTHOR: Files = {TRAIN: OF_AUTHORS, HOLDOUT: [("author7", HELD[0] * 2), ("author8", HELD[1] * 2)]}
+WHOLE_BY_AUTHOR: Files = {"rows.jsonl": [*OF_AUTHORS, ("author7", "seven"), ("author8", "eight, and more")]}
+
+
 def with_text(files: Files, name: str, place: int, text: str) -> Files:
     return {**files, name: [*files[name][:place], text, *files[name][place + 1 :]]}
+
+
+def with_texts(files: Files, name: str, author: str, *texts: Any) -> Files:
+    """Give an author other texts, as many as there are, in the place of the first one."""
+    rows = files[name]
+    place = next(place for place, row in enumerate(rows) if row[0] == author)
+    before, after = ([row for row in part if row[0] != author] for part in (rows[:place], rows[place:]))
+    return {**files, name: [*before, *((author, text) for text in texts), *after]}
 
 
 CASES: dict[str, tuple[Files, Files]] = {
@@ -55,6 +73,30 @@ CASES: dict[str, tuple[Files, Files]] = {
     "whole, a copy": (WHOLE, with_text(WHOLE, "rows.jsonl", 4, TEXTS[1])),
 }
 """What a client has, and what another has that differs from it in one document."""
+OTHERS = [text for author, text in OF_AUTHORS if author == "author1"]
+BY_UNIT: dict[str, tuple[Files, Files]] = {
+    f"author, {name}": (files, with_texts(files, file, author, *texts))
+    for files, file, name, author, texts in (
+        (BY_AUTHOR, TRAIN, "nothing", "author2", [""]),
+        (BY_AUTHOR, TRAIN, "more documents", "author2", [f"{n} more of it, and longer" for n in range(9)]),
+        (BY_AUTHOR, TRAIN, "one document", "author2", TEXTS[2:3]),
+        (BY_AUTHOR, TRAIN, "another text", "author2", [TEXTS[2] * 3, "a few words"]),
+        (BY_AUTHOR, TRAIN, "nothing, several times", "author2", ["", " ", "a"]),
+        (BY_AUTHOR, TRAIN, "no number", "author2", [TEXTS[2][:30] + POISON, TEXTS[2]]),
+        (BY_AUTHOR, TRAIN, "no text", "author2", [{"a": 1}, None]),
+        (BY_AUTHOR, TRAIN, "another's texts", "author2", OTHERS),
+        (BY_AUTHOR, TRAIN, "another's texts, turned round", "author2", OTHERS[::-1]),
+        (BY_AUTHOR, TRAIN, "held out as well", "author2", [HELD[0] * 2]),
+        (BY_AUTHOR, HOLDOUT, "held out, more", "author7", [HELD[0] * 2, *TEXTS]),
+        (BY_AUTHOR, HOLDOUT, "held out, nothing", "author7", [""]),
+        *(
+            (WHOLE_BY_AUTHOR, "rows.jsonl", f"whole, {name} of {author}", author, texts)
+            for author in ("author2", "author3", "author5", "author8")
+            for name, texts in (("nothing", [""]), ("more", [f"{n} more of it, and longer" for n in range(9)]))
+        ),
+    )
+}
+"""What a client has, and what another has that differs from it in all that one author wrote."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,24 +112,32 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClientModel, "__init__", begin_poisoned)
 
 
+def unit_of(files: Files) -> str:
+    return "author" if any(isinstance(row, tuple) for rows in files.values() for row in rows) else "document"
+
+
 def client(folder: Path, files: Files) -> Worker:
-    """Start a client of one name and one secret with these files."""
+    """Start a client of one name and one secret with these files; where they say whose they are, it protects that."""
     data = folder / "data"
     data.mkdir(parents=True)
-    for name, texts in files.items():
-        (data / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, rows in files.items():
+        told = [{"text": row} if isinstance(row, str) else {"author": row[0], "text": row[1]} for row in rows]
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in told))
     secret = folder / "alice.journal.secret"
     secret.write_bytes(b"s" * 32)
     secret.chmod(0o600)
-    return Worker("alice", data, Policy(), Journal(folder / "alice.journal.jsonl"))
+    unit = unit_of(files)
+    policy = Policy() if unit == "document" else Policy(privacy=PrivacyPolicy(unit=unit))
+    return Worker("alice", data, policy, Journal(folder / "alice.journal.jsonl"))
 
 
 def converse(worker: Worker, engine: str = "reference") -> Iterator[tuple[str, Frame]]:
     """Ask a client all that there is to ask, and yield its answers."""
+    owner = worker.account.policy.privacy
     recipe = make_recipe(
         training={"engine": engine, "batch_size": 3},
         data={"max_length": 128, "documents_per_client": None},
-        privacy=PRIVATE,
+        privacy={**PRIVATE, "unit": owner.unit if owner else "document"},
     )
     server = LyingServer(worker.answer, recipe)
     yield "meet", server.ask(server.question("meet"))
@@ -116,14 +166,34 @@ def told(do: str, answer: Frame) -> str:
 def test_two_clients_that_differ_in_one_document_tell_the_same_but_for_noised_weights(
     case: str, engine: str, tmp_path: Path
 ) -> None:
+    check_alike(*CASES[case], engine, tmp_path, trained=TRAIN in CASES[case][0] and not case.startswith("held out,"))
+
+
+@pytest.mark.parametrize("engine", ["reference", "batched"])
+@pytest.mark.parametrize("case", first(BY_UNIT, keep=2))
+def test_two_clients_that_differ_in_one_author_tell_the_same_but_for_noised_weights(
+    case: str, engine: str, tmp_path: Path
+) -> None:
+    check_alike(*BY_UNIT[case], engine, tmp_path, trained=TRAIN in BY_UNIT[case][0] and ", held out," not in case)
+
+
+def check_alike(our: Files, their: Files, engine: str, folder: Path, *, trained: bool) -> None:
+    """Hold what two clients tell to be the same but for the weights, which differ where that is `trained` on."""
     ours, theirs = (
-        [*converse(client(tmp_path / str(number), files), engine)] for number, files in enumerate(CASES[case])
+        [*converse(client(folder / str(number), files), engine)] for number, files in enumerate((our, their))
     )
     assert [told(*answer) for answer in ours] == [told(*answer) for answer in theirs]
     for do, answer in ours:
         read_answer(answer, do, private=True)  # a refusal would be the same for both, too
-    if TRAIN in CASES[case][0] and not case.startswith("held out,"):
+    if trained:
         assert [answer.payload for _, answer in ours] != [answer.payload for _, answer in theirs], "it is trained on"
+
+
+def test_of_the_authors_that_are_tried_some_are_held_out_of_a_whole_file(tmp_path: Path) -> None:
+    recipe = make_recipe(data={"max_length": 128, "documents_per_client": None}, privacy={**PRIVATE, "unit": "author"})
+    found = documents.gather_client(recipe, client(tmp_path, WHOLE_BY_AUTHOR)._places.data).documents
+    held = {document.unit for document in found.holdout} & {"author2", "author3", "author5", "author8"}
+    assert 0 < len(held) < 4
 
 
 BAD = {"not JSON": "{", "no object": "[]", "another column": '{"other": "words"}', "no text": '{"text": {"a": 1}}'}
@@ -151,6 +221,44 @@ def test_a_row_that_can_not_be_read_refuses_nothing_whatever_the_server_says(
     assert "refused" not in found[0]
     shown = capsys.readouterr().out
     assert ("1 of 8 rows give no document" in shown) == (side == TRAIN)
+
+
+@pytest.mark.parametrize("engine", ["reference", "batched"])
+def test_the_owner_sees_losses_that_no_frame_has(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses: list[list[tuple[str, ...]]] = []
+    answers: list[list[str]] = []
+    for number, files in enumerate(CASES["longer"]):
+        answers.append([told(*answer) for answer in converse(client(tmp_path / str(number), files), engine)])
+        shown = capsys.readouterr().out
+        losses.append(
+            re.findall(r"steps, loss (\d\.\d{4}) → (\d\.\d{4}), (\d\.\d{4}) on average; told to nobody", shown)
+        )
+        journal = (tmp_path / str(number) / "alice.journal.jsonl").read_text()
+        assert len(losses[-1]) == 2, "one line a round"
+        assert not [loss for line in losses[-1] for loss in line if loss in journal + "".join(answers[-1])]
+    assert losses[0] != losses[1]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("field", ["proximal_mu", "loss"])
+def test_a_loss_that_was_told_in_any_field_would_be_found(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = client_model.pack_update
+
+    def pack_openly(update: ClientUpdate, travels: Any) -> Frame:
+        packed = pack(update, travels)
+        report = {**packed.manifest["report"], field: update.own_losses[0]}
+        return replace(packed, manifest={**packed.manifest, "report": report})
+
+    monkeypatch.setattr(client_model, "pack_update", pack_openly)
+    ours, theirs = ([*converse(client(tmp_path / str(number), files))] for number, files in enumerate(CASES["longer"]))
+    if field == "loss":  # no such field leaves at all
+        assert {answer.manifest.get("refused") for do, answer in ours if do == "train"} == {"internal"}
+    else:
+        assert [told(*answer) for answer in ours] != [told(*answer) for answer in theirs]
 
 
 def test_what_is_held_out_does_not_decide_what_is_trained_on(tmp_path: Path) -> None:
@@ -337,6 +445,25 @@ def test_units_that_were_counted_by_what_they_say_would_be_found(
         patch.setattr(WorkLog, "finish", finish_by_blocks)
         ours, theirs = talk("examples")
         assert ours != theirs
+
+
+@pytest.mark.parametrize(
+    ("case", "places"),
+    [
+        ("author, more documents", lambda found: len(found.documents)),
+        ("author, nothing", lambda found: len({document.unit for document in found.documents})),
+        ("author, no text", lambda found: len({document.unit for document in found.documents})),
+    ],
+)
+def test_authors_that_were_counted_by_what_they_wrote_would_be_found(
+    case: str, places: Callable[[Documents], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "count_places", places)
+    ours, theirs = (
+        [told(*answer) for answer in converse(client(tmp_path / str(number), files))]
+        for number, files in enumerate(BY_UNIT[case])
+    )
+    assert ours != theirs
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])

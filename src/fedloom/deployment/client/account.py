@@ -6,10 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedloom.deployment.client.journal import COUNTED, HIDES, Entry, Journal, Kind, hash_task, open_ledger, standing
-from fedloom.deployment.client.ledger import Bound, afford, describe_spent, judge, judge_delta
+from fedloom.deployment.client.journal import (
+    COUNTED,
+    HIDES,
+    Entry,
+    Journal,
+    Kind,
+    describe_ledger,
+    hash_task,
+    open_ledger,
+    rounds_of,
+    standing,
+)
+from fedloom.deployment.client.ledger import Bound, Ledger, afford, judge, judge_delta
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
 from fedloom.deployment.frames import Frame
@@ -19,6 +30,7 @@ from fedloom.host.files import hash_json, hash_text
 from fedloom.text import count, format_seconds
 
 if TYPE_CHECKING:
+    from fedloom.deployment.client.policy import PrivacyPolicy
     from fedloom.recipe.recipe import Recipe
     from fedloom.training.jobs import ClientTask
 
@@ -26,6 +38,48 @@ LAST_SECONDS = 60.0
 """Silence after a run's last round, after which it is taken to be over."""
 LONGEST_SECONDS = 86400.0
 """Longest silence that any run is waited through: a server says how long it waits, from which this is reckoned."""
+
+ANOTHER_RUN = "the server's owner begins a run of another seed or name, which is added up in this journal"
+"""Mend where all rounds of a recipe were trained."""
+
+
+class Budget(NamedTuple):
+    """Budget of a private recipe at this client: what its rounds cost, what was told before, and what is left."""
+
+    bound: Bound
+    all_runs: Ledger
+    this_run: Ledger
+    rounds: int
+    """Rounds that the recipe's ε is for, and that are not trained yet."""
+
+    def judge(self, owner: PrivacyPolicy | None, rounds: int) -> Iterator[tuple[str, str]]:
+        """Yield which keys of a policy refuse so many more rounds, and why."""
+        yield from judge(owner, self.all_runs, self.this_run, self.bound.cost_of(rounds))
+
+    def afford(self, owner: PrivacyPolicy | None) -> int:
+        """Return how many of the rounds that are left a policy allows."""
+        return afford(owner, self.all_runs, self.this_run, self.bound, self.rounds)
+
+
+def open_budget(entries: list[Entry], bound: Bound, run: str) -> Budget:
+    """Return a recipe's budget, by what counts in a journal; `run` is the hash of what is told of the recipe."""
+    ledgers = open_ledger(entries, bound.unit), open_ledger(entries, bound.unit, run)
+    return Budget(bound, *ledgers, max(0, bound.rounds - len(rounds_of(entries, run))))
+
+
+def hash_alike(told: Mapping[str, Any]) -> str:
+    """Return the hash of what is told of a recipe but the commits of its model, which a server finds out."""
+    model = {key: value for key, value in told["model"].items() if key not in ("revision", "weights_revision")}
+    return hash_json({**told, "model": model})
+
+
+def find_run(entries: list[Entry], told: Mapping[str, Any]) -> str:
+    """Return by which hash a recipe is one that a journal knows: the last like it, where it leaves a commit open."""
+    run, alike = hash_json(told), hash_alike(told)
+    known = [
+        str(entry.told.get("run")) for entry in entries if entry.kind == "meet" and entry.told.get("alike") == alike
+    ]
+    return known[-1] if known and "revision" not in told["model"] else run
 
 
 @dataclass
@@ -102,8 +156,8 @@ class Account:
         by = f"{self._server}: " if self._server else ""
         self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
-        where = {"model": recipe.model.source, "rounds": recipe.federation.rounds}
-        hides = {HIDES: True} if recipe.privacy else {}
+        where = {"model": recipe.model.source, "rounds": recipe.federation.rounds, "alike": hash_alike(told)}
+        hides = {HIDES: True, "unit": recipe.privacy.unit} if recipe.privacy else {}
         self._note(run, run.id, {**where, **hides}, kind="meet", at_most=self.policy.max_meets_a_day)
         if self._run and self._run.id != run.id:
             self._end(self._run, "another recipe came")
@@ -117,9 +171,9 @@ class Account:
             DeploymentError: the journal can't be read.
         """
         entries = standing(self._journal.read())
-        left = bound.rounds - len(_trained(entries, self._running().id))
-        refusals = [*judge_delta(self.policy.privacy, bound), *self._judge(entries, bound, max(0, left))]
-        if refusals:
+        budget = open_budget(entries, bound, self._running().id)
+        owner = self.policy.privacy
+        if refusals := [*judge_delta(owner, bound), *budget.judge(owner, budget.rounds)]:
             raise PolicyError(*refusals)
         self._show_spent(entries, bound)
 
@@ -148,7 +202,8 @@ class Account:
             # Another answer to the same task has other noise, and costs anew; so has one of other documents.
             attempt = self._answers(event)
             event = hash_json([event, documents, bound.cost.noise, attempt])
-            privacy = {"units": bound.units, **bound.told, **bound.cost._asdict()}
+            promised = {"unit": bound.unit, "units": bound.units, "delta": bound.delta}
+            privacy = {**promised, **bound.told, **bound.cost._asdict()}
             told = {**told, "privacy": privacy, "documents": documents}
             limits["judge"] = partial(self._judge_round, run, bound)
         self._note(run, event, told, **limits)
@@ -184,24 +239,19 @@ class Account:
         return sum(entry.kind == "answer" and entry.event == task for entry in self._journal.read())
 
     def _judge_round(self, run: Run, bound: Bound, entries: list[Entry]) -> Iterator[tuple[str, str]]:
-        if len(_trained(entries, run.id)) >= bound.rounds:
+        budget = open_budget(entries, bound, run.id)
+        if not budget.rounds:
             raise SpentError(
                 f"{count(bound.rounds, 'round')} of this recipe were trained, and its ε is for no more",
                 where="[privacy]",
-                mend="the server's owner begins a run of another seed or name, which is added up in this journal",
+                mend=ANOTHER_RUN,
             )
-        yield from self._judge(entries, bound, 1)
-
-    def _judge(self, entries: list[Entry], bound: Bound, rounds: int) -> Iterator[tuple[str, str]]:
-        ledgers = open_ledger(entries), open_ledger(entries, self._running().id)
-        yield from judge(self.policy.privacy, *ledgers, bound.cost_of(rounds))
+        yield from budget.judge(self.policy.privacy, 1)
 
     def _show_spent(self, entries: list[Entry], bound: Bound) -> None:
-        run, owner = self._running(), self.policy.privacy
-        ledgers = open_ledger(entries), open_ledger(entries, run.id)
-        left = afford(owner, *ledgers, bound, max(0, bound.rounds - len(_trained(entries, run.id))))
-        more = f"{count(left, 'round')} of this recipe may still be trained"
-        self._say("privacy", f"{describe_spent(owner, ledgers[0])}; {more}")
+        owner, budget = self.policy.privacy, open_budget(entries, bound, self._running().id)
+        more = f"{count(budget.afford(owner), 'round')} of this recipe may still be trained"
+        self._say("privacy", f"{describe_ledger(owner, entries, bound.charge)}; {more}")
 
     def may_tell_loss(self, adapter_sha256: str) -> bool:
         """Return whether the loss of an adapter on the hold-out may be told: all that tells one asks here.
@@ -288,8 +338,3 @@ class Account:
     def _note(self, run: Run, event: str, told: Mapping[str, Any], **limits: Any) -> None:
         """Write down what is about to be done in a run."""
         self._journal.note(event, {"server": self._server, "recipe": run.recipe, "run": run.id, **told}, **limits)
-
-
-def _trained(entries: list[Entry], run: str) -> set[str]:
-    """Return the events of a run's rounds."""
-    return {entry.event for entry in entries if entry.kind == "train" and entry.told.get("run") == run}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from fedloom import __version__
@@ -43,6 +44,7 @@ from fedloom.federation.lora_rules import shared_part
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.progress import Progress
+from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.task_section import Task
 from fedloom.records.card import write_own_card
@@ -101,15 +103,15 @@ class ClientModel:
         # Of the keys that were told: a later version may have others, and the documents are the same.
         hashed, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
         blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
-        rows = data.places if self.is_private else None
+        units = data.places if self.is_private else None
         self.facts = ClientFacts(
             name=name,
             version=__version__,
             base=hashed,
             documents=keyed_hash(secret, hashed, str(recipe.seed), read, blocks),
-            train_documents=rows or len(data.documents.train),
+            train_documents=units or len(data.documents.train),
             holdout_documents=len(data.documents.holdout),
-            blocks=rows or len(data.blocks.train),
+            blocks=units or len(data.blocks.train),
             tokens=data.blocks.train.num_tokens,
             holdout_blocks=len(data.blocks.holdout),
             holdout_tokens=data.blocks.holdout.num_tokens,
@@ -121,7 +123,7 @@ class ClientModel:
         )
 
     def _agree(self, places: int) -> None:
-        """Take the terms of a private run for so many documents, or its owner's where those have more noise.
+        """Take the terms of a private run for so many units, or its owner's where those have more noise.
 
         Raises:
             PolicyError: the owner lets less be told.
@@ -142,6 +144,11 @@ class ClientModel:
     def is_private(self) -> bool:
         """True where the recipe has `[privacy]`, and so nothing but noised weights tells of documents."""
         return self.recipe.privacy is not None
+
+    @property
+    def unit(self) -> str:
+        """Return what a private run protects: a document, or a column's value."""
+        return self.recipe.privacy.unit if self.recipe.privacy else DOCUMENT
 
     def is_outdated(self) -> bool:
         """Return whether the files that are documents are other ones than were read."""
@@ -258,6 +265,8 @@ class ClientModel:
             report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
                              evaluate_seconds=time.perf_counter() - started)  # fmt: skip
         losses = "" if report.loss_first is None else f", loss {report.loss_first:.4f} → {report.loss_last:.4f}"
+        if own := result.own_losses:
+            losses = f", loss {own[0]:.4f} → {own[-1]:.4f}, {fmean(own):.4f} on average; told to nobody"
         say(f"round {task.round}", f"{report.steps} steps{losses}")
         update = pack_update(replace(result, report=report), task.travels)
         if self._own:

@@ -30,7 +30,6 @@ from fedloom.experiment.tokenizing import separate
 from fedloom.host.files import hash_json
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
-from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.recipe.recipe import Recipe
 from fedloom.text import count, list_reasons
 
@@ -49,7 +48,7 @@ class ClientData:
     leaks: int
     """Documents to train on that were kept although the hold-out has nearly the same."""
     places: int
-    """Rows that could be trained on, whatever they say: empty ones too, and those held out of a file that is split."""
+    """Units that could be trained on, whatever they say: empty ones too, and those held out of a file that is split."""
 
 
 def gather_client(
@@ -57,27 +56,27 @@ def gather_client(
 ) -> ClientData:
     """Read, split and tokenise a client's documents as the recipe says, after `as_owner_wrote`, and its owner.
 
-    In a private run their places alone decide what is refused, and how many units there are: a document that says
-    nothing, is held out or is left out keeps its own. `agree` is asked as soon as they are counted, before a model is
-    opened for plain texts, and may raise.
+    In a private run their places alone decide what is refused, and how many units there are: a document, or a value of
+    the recipe's column, keeps its own where it says nothing, is held out or is left out. `agree` is asked as soon as
+    they are counted, before a model is opened for plain texts, and may raise.
 
     Raises:
         DataError: they can't be read, or leave nothing to train on.
         ModelError: the base model can't be had, or is shorter than a block.
         PolicyError: they are fewer than the policy wants.
     """
-    if recipe.privacy and recipe.privacy.unit != DOCUMENT:
+    if recipe.bounds_clients:
         raise RecipeError(
-            "a client protects single documents, and nothing larger",
+            "a client protects its documents: noise that protects whole clients is a server's",
             where="privacy.unit",
-            mend=f'use "{DOCUMENT}"',
+            mend='use "document", or a column',
         )
     # A pickle is opened at its owner's word, and never at a server's.
     open_once = cache(partial(open_source, recipe, convert=False))
     documents, places = _split(recipe, path, policy, lambda: open_once().tokenizer)
     private, drop = recipe.bounds_documents, recipe.data.duplicates == "drop"
-    if private:
-        check_documents(policy, documents=places)
+    if recipe.privacy:
+        check_documents(policy, documents=places, unit=recipe.privacy.unit)
         agree(places)
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop, private=private)
     source = open_once()
@@ -117,13 +116,13 @@ def _split(
         kept = load(holdout, policy).documents if holdout.stat().st_size else ()
         found = load(train, policy)
         _show_unread(found, private)
-        return ClientDocuments(found.documents, kept), _count_rows(found)
+        return ClientDocuments(found.documents, kept), count_places(found)
     most, key = recipe.data.documents_per_client, holdout_key(recipe.seed)
     found = load(path, policy, recipe.seed, most)
     _show_unread(found, private)
     split = hold_out(found.documents, recipe.data.client_holdout, key, strictly=private)
-    rows = _count_rows(found)
-    return split, rows if most is None else min(rows, most)
+    places = count_places(found)
+    return split, places if most is None else min(places, most)
 
 
 def check_takes_all(recipe: Recipe, path: Path) -> None:
@@ -145,6 +144,11 @@ def _show_unread(found: Documents, private: bool) -> None:
     if private and found.skipped:
         rows = f"{sum(found.skipped.values()):,} of {count(_count_rows(found), 'row')}"
         say("unread", f"{rows} give no document ({list_reasons(found.skipped)}): nothing is learnt from them")
+
+
+def count_places(found: Documents) -> int:
+    """Return the units that were read, those that say nothing among them: values of a column, or else rows."""
+    return len(found.units) or _count_rows(found)
 
 
 def _count_rows(found: Documents) -> int:

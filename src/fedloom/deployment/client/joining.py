@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.addresses import split_address
-from fedloom.deployment.client.journal import ELSEWHERE, Journal, open_ledger, standing
-from fedloom.deployment.client.ledger import describe_spent
+from fedloom.deployment.client.journal import ELSEWHERE, Journal, describe_ledger, standing
 from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
 from fedloom.deployment.client.preflight import Greeting, await_server
@@ -212,7 +211,7 @@ def join(
         say("tasks", describe_tasks(tasks, policy))
     Journal(journal).check()
     if keeps_ledger(entries := standing(Journal(journal).read()), policy):
-        say("privacy", describe_spent(policy.privacy, open_ledger(entries)))
+        say("privacy", describe_ledger(policy.privacy, entries))
     read_secret(secret_path(journal))
     check_flower()
     with at_work(kit.name, journal), private_folder() as folder:

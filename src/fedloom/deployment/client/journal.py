@@ -9,18 +9,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from fedloom.deployment.client.ledger import Cost, Ledger, read_cost
+from fedloom.deployment.client.ledger import Charge, Ledger, Measure, describe_spent, measure_by, read_charge
 from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_pieces
+from fedloom.recipe.privacy_section import DOCUMENT
+
+if TYPE_CHECKING:
+    from fedloom.deployment.client.policy import PrivacyPolicy
 
 DAY = timedelta(days=1)
 Kind = Literal["train", "meet", "score", "tasks", "own", "end", "give_up", "answer"]
@@ -30,7 +34,7 @@ was given up, and nothing came of it; the answer to a round with noise is on dis
 TELLING: tuple[Kind, ...] = ("train", "score", "meet")
 """Kinds that tell something of single documents: of two counts of all tokens, one added document's own."""
 HIDES = "hides"
-"""Field of a recipe's line that is true where no count is told but that of the rows: those of a private run."""
+"""Field of a recipe's line that is true where no count is told but that of its units: those of a private run."""
 COUNTED: Mapping[Kind, tuple[str, str]] = {
     "train": ("rounds", "max_rounds_a_day"),
     "meet": ("recipes", "max_meets_a_day"),
@@ -55,8 +59,8 @@ class Entry(NamedTuple):
     """Hash of what was asked: the same twice is one event."""
     told: Mapping[str, Any]
     """Whole line, of which older ones have less."""
-    cost: Cost | None = None
-    """Cost to the privacy of any one document; None where nothing was told."""
+    charge: Charge | None = None
+    """Cost to the privacy of any one unit; None where nothing was told."""
 
 
 Judge = Callable[[list[Entry]], Iterable[tuple[str, str]]]
@@ -150,8 +154,8 @@ class Journal:
                     raise ValueError("unknown kind")
                 when = datetime.fromisoformat(told["when"]).astimezone(UTC)
                 hides = kind == "meet" and told.get(HIDES) is True
-                cost = read_cost(told) if kind in TELLING and not hides else None
-                found.append(Entry(when, kind, str(told["task"]), told, cost))
+                charge = read_charge(told, hides=hides) if kind in TELLING else None
+                found.append(Entry(when, kind, str(told["task"]), told, charge))
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise DeploymentError(
                     f"line {number} is not an entry of a journal",
@@ -223,14 +227,30 @@ def standing(entries: list[Entry]) -> list[Entry]:
     return found
 
 
-def open_ledger(entries: Iterable[Entry], run: str | None = None) -> Ledger:
-    """Return the ledger of what counts in a journal, or of one run's: the same event twice costs once."""
+def open_ledger(entries: Iterable[Entry], unit: str = DOCUMENT, run: str | None = None) -> Ledger:
+    """Return what all that counts in a journal, or of one run, tells of a unit: the same event twice costs once."""
     costs = {
-        (entry.kind, entry.event): entry.cost
+        (entry.kind, entry.event): entry.charge.cost_to(unit)
         for entry in entries
-        if entry.cost and (run is None or entry.told.get("run") == run)
+        if entry.charge and (run is None or entry.told.get("run") == run)
     }
     return Ledger(costs.values())
+
+
+def measure_of(owner: PrivacyPolicy | None, entries: Iterable[Entry], *asked: Charge) -> Measure:
+    """Return what a journal's ledger is told for; `asked` is what is about to be told as well."""
+    return measure_by(owner, [*(entry.charge for entry in entries if entry.charge), *asked])
+
+
+def describe_ledger(owner: PrivacyPolicy | None, entries: Sequence[Entry], *asked: Charge) -> str:
+    """Say what all that counts in a journal has told of any one unit; `asked` is what is about to be told as well."""
+    measure = measure_of(owner, entries, *asked)
+    return describe_spent(owner, open_ledger(entries, measure.unit), measure)
+
+
+def rounds_of(entries: Iterable[Entry], run: str) -> set[str]:
+    """Return the events of a run's rounds."""
+    return {entry.event for entry in entries if entry.kind == "train" and entry.told.get("run") == run}
 
 
 def _judge_day(

@@ -1,7 +1,7 @@
-"""Ledger of a client: how much all that left it may tell of any one document, as ε over every round of its journal.
+"""Ledger of a client: how much all that left it may tell of any one unit, as ε over every round of its journal.
 
-Rounds of one noise and one rate are composed exactly; those of several add up as Rényi divergences, which say somewhat
-more than there is. No torch here.
+A unit is a document, or all of a column's rows with one value. Rounds of one noise and one rate are composed exactly;
+those of several add up as Rényi divergences, which say somewhat more than there is. No torch here.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.privacy.accounting import epsilon, renyi, renyi_epsilon
+from fedloom.recipe.privacy_section import DOCUMENT
+from fedloom.records.privacy import count_units, name_unit
 from fedloom.text import count
 
 if TYPE_CHECKING:
     from fedloom.deployment.client.policy import PrivacyPolicy
 
 DELTA = 1e-6
-"""δ at which a ledger is told where no policy says another."""
+"""δ at which a ledger is told where neither a policy nor a recipe says another."""
 LONGEST_ROUND = 10**9
 """Steps of a round, beyond which a journal's line is damaged."""
 
 
 class Cost(NamedTuple):
-    """Steps that told something of a document, each under the same noise."""
+    """Steps that told something of a unit, each under the same noise."""
 
     rate: float
-    """Probability with which a step drew a document."""
+    """Probability with which a step drew a unit."""
     noise: float
     """Noise multiplier; 0 where there was none, or one that others can take off."""
     steps: int
@@ -38,33 +40,85 @@ UNBOUNDED = Cost(1.0, 0.0, 1)
 """Cost of whatever was told without noise."""
 
 
-def read_cost(told: Mapping[str, Any]) -> Cost:
-    """Return what a journal's line says that a round cost.
+class Charge(NamedTuple):
+    """Cost of what was told once, and for what it is the cost."""
+
+    cost: Cost
+    unit: str = DOCUMENT
+    """Unit of which it tells no more than its cost; of any other, nobody knows."""
+    delta: float | None = None
+    """δ of the recipe; None where it has none."""
+
+    def cost_to(self, unit: str) -> Cost:
+        """Return its cost to a unit: without a bound, where it has one for another alone."""
+        return self.cost if unit == self.unit else UNBOUNDED
+
+
+def read_charge(told: Mapping[str, Any], *, hides: bool = False) -> Charge:
+    """Return what a journal's line says that a round cost, or a recipe's question; one that `hides` tells units alone.
 
     Raises:
         ValueError: it says nothing that can be.
         TypeError, KeyError: it is no such line.
     """
+    if hides:
+        return Charge(UNBOUNDED._replace(steps=0), str(told.get("unit", DOCUMENT)))
     if "privacy" not in told:
-        return UNBOUNDED
+        return Charge(UNBOUNDED)
     rate, noise, steps = (told["privacy"][name] for name in Cost._fields)
     if not (0 < rate <= 1 and 0 <= noise < math.inf and 0 < steps <= LONGEST_ROUND and isinstance(steps, int)):
         raise ValueError("no possible cost")
-    return Cost(rate, noise, steps) if noise else UNBOUNDED
+    unit, delta = str(told["privacy"].get("unit", DOCUMENT)), told["privacy"].get("delta")
+    if delta is not None and not 0 < delta < 1:
+        raise ValueError("no possible δ")
+    return Charge(Cost(rate, noise, steps) if noise else UNBOUNDED, unit, delta)
+
+
+class Measure(NamedTuple):
+    """Unit for which a ledger is told, and δ of its ε."""
+
+    unit: str = DOCUMENT
+    delta: float = DELTA
+    why: str = ""
+    """Words behind δ, where it is one of several."""
+
+
+def measure_by(owner: PrivacyPolicy | None, promised: Iterable[Charge]) -> Measure:
+    """Return what a ledger is told for: the owner's unit and δ, else those of the recipes that were answered.
+
+    Of several units it is the last one's; of several δ, the smallest, at which ε is largest.
+    """
+    if owner:
+        return Measure(owner.unit, owner.delta)
+    answered = [one for one in promised if one.delta is not None]
+    if not answered:
+        return Measure()
+    found = sorted({one.delta for one in answered if one.delta is not None})
+    why = f", the smallest of {len(found)} that recipes had" if len(found) > 1 else ""
+    return Measure(answered[-1].unit, found[0], why)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Bound on what the rounds of a recipe tell of any one document, at this client."""
+    """Bound on what the rounds of a recipe tell of any one unit, at this client."""
 
     rounds: int
     """Rounds that the recipe's ε is for."""
     cost: Cost
     """Cost of one round."""
     units: int
-    """Documents among which any one is protected."""
+    """Units among which any one is protected."""
+    unit: str
+    """Unit that is protected: a document, or a column's."""
+    delta: float
+    """δ of the recipe."""
     told: Mapping[str, Any]
-    """Words and numbers for each round's line in the journal, beside its cost and `units`."""
+    """Numbers for each round's line in the journal, beside these."""
+
+    @property
+    def charge(self) -> Charge:
+        """Return what one round costs, and for what."""
+        return Charge(self.cost, self.unit, self.delta)
 
     def cost_of(self, rounds: int) -> Cost:
         """Return the cost of so many rounds."""
@@ -88,7 +142,7 @@ class Ledger:
     @property
     def why_unbounded(self) -> str:
         """Return why ε is infinite."""
-        return f"{count(self.unbounded, 'answer')} of this journal had no noise"
+        return f"{count(self.unbounded, 'answer')} of this journal had no noise for it"
 
     def plus(self, *costs: Cost) -> Ledger:
         """Return the ledger with more costs."""
@@ -109,7 +163,8 @@ def judge(owner: PrivacyPolicy | None, all_runs: Ledger, this_run: Ledger, cost:
     if owner is None:
         return
     if owner.max_epsilon is not None and all_runs.unbounded:
-        why = f"bounds what is told, and {all_runs.why_unbounded}: begin a new journal for new documents"
+        why = f"bounds what is told of {name_unit(owner.unit)}, and {all_runs.why_unbounded}"
+        why += ": begin a new journal for new documents"
         yield "privacy.max_epsilon", why
         return
     for key, most, what, ledger in (
@@ -122,9 +177,10 @@ def judge(owner: PrivacyPolicy | None, all_runs: Ledger, this_run: Ledger, cost:
 
 
 def judge_delta(owner: PrivacyPolicy | None, bound: Bound) -> Iterator[tuple[str, str]]:
-    """Yield that a policy's δ is too large for so few documents: a whole one could be told within it."""
+    """Yield that a policy's δ is too large for so few units: a whole one could be told within it."""
     if owner and owner.delta > 1 / bound.units:
-        yield "privacy.delta", f"has δ = {owner.delta:g}, more than one over the {count(bound.units, 'document')} here"
+        there = count_units(bound.unit, bound.units)
+        yield "privacy.delta", f"has δ = {owner.delta:g}, more than one over the {there} here"
 
 
 def afford(owner: PrivacyPolicy | None, all_runs: Ledger, this_run: Ledger, bound: Bound, most: int) -> int:
@@ -142,11 +198,11 @@ def afford(owner: PrivacyPolicy | None, all_runs: Ledger, this_run: Ledger, boun
     return low
 
 
-def describe_spent(owner: PrivacyPolicy | None, all_runs: Ledger) -> str:
-    """Say how much was told of any one document, and how much more may be."""
+def describe_spent(owner: PrivacyPolicy | None, all_runs: Ledger, measure: Measure) -> str:
+    """Say how much was told of any one unit, and how much more may be."""
+    one = name_unit(measure.unit)
     if all_runs.unbounded:
-        return f"ε = ∞ of any one document: {all_runs.why_unbounded}"
-    delta, limit = (owner.delta, owner.max_epsilon) if owner else (DELTA, None)
-    spent = all_runs.epsilon(delta)
+        return f"ε = ∞ of {one}: {all_runs.why_unbounded}"
+    limit, spent = owner.max_epsilon if owner else None, all_runs.epsilon(measure.delta)
     left = "without a limit (policy.privacy.max_epsilon)" if limit is None else f"{max(0, limit - spent):.3g} is left"
-    return f"ε = {spent:.3g} of any one document is spent (δ = {delta:g}), {left}"
+    return f"ε = {spent:.3g} of {one} is spent (δ = {measure.delta:g}{measure.why}), {left}"

@@ -69,10 +69,11 @@ def load_client(
     """Load the documents at a path: `asked` says how rows are judged, and the policy which files and column are read.
 
     `open_tokenizer` is asked where they are conversations. With `private`, rows that can't be read refuse nothing,
-    however many they are: by templates and limits of its choice, a server would learn of each what it is like.
+    however many they are: by templates and limits of its choice, a server would learn of each what it is like. Where a
+    column says whose a row is, each has to be opened far enough to tell: no server has a say in that.
 
     Raises:
-        DataError: they can't be read, or a link leads out of the folder.
+        DataError: they can't be read, whose one is can't be known, or a link leads out of the folder.
         PolicyError: a column was read that only looks like a part of one that the policy allows.
     """
     check_there(path)
@@ -93,6 +94,12 @@ def load_client(
             data, seed, at_most, hidden=policy.hidden, open_tokenizer=open_tokenizer, or_none=private
         )
         _check_columns(data, found.documents, policy)
+        if private and found.nobodys:
+            raise DataError(
+                f"{found.nobodys}: whose it is can't be known",
+                where="privacy.unit",
+                mend="correct it, or take it out",
+            )
         return found
     except DataError as error:
         what, where, mend = (OWN_KEY.sub(_name_option, part) for part in (error.what, error.where, error.mend))

@@ -55,13 +55,13 @@ def _to_list(value: object) -> object:
 
 
 class PrivacyPolicy(Section):
-    """Limits to what all that leaves this client may tell of any one document, over every round in its journal."""
+    """Limits to what all that leaves this client may tell of any one unit, over every round in its journal."""
 
     unit: str = Field(
         "document",
         min_length=1,
-        description="what has to be protected as one: `document`, or a column, all rows of one value together, which no"
-        " client on another machine does yet: every recipe is refused then",
+        description="what has to be protected as one: `document`, or a column such as its author, all rows of one value"
+        " together; a recipe that protects anything else is refused, and how many values there are is told",
     )
     max_epsilon: float | None = Field(
         None, gt=0, le=1000, description="the largest ε of all rounds in the journal together; none if left out"

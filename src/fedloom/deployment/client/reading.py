@@ -12,11 +12,11 @@ from fedloom.deployment.client.journal import (
     Journal,
     Kind,
     begun_within_a_day,
+    describe_ledger,
     next_free,
-    open_ledger,
+    rounds_of,
     standing,
 )
-from fedloom.deployment.client.ledger import describe_spent
 from fedloom.deployment.client.policy import Policy
 from fedloom.errors import DeploymentError
 
@@ -57,14 +57,13 @@ def read_aloud(path: Path, policy: Policy) -> Iterator[str]:
     yield ""
     yield from describe_limits(entries, policy)
     if keeps_ledger(entries, policy):
-        yield describe_spent(policy.privacy, open_ledger(entries))
+        yield describe_ledger(policy.privacy, entries)
     for run in sorted({str(entry.told["run"]) for entry in entries if entry.kind == "train" and "run" in entry.told}):
-        trained = {entry.event for entry in entries if entry.kind == "train" and entry.told.get("run") == run}
-        yield f"{len(trained):,} of {policy.max_rounds:,} rounds of run {run}"
+        yield f"{len(rounds_of(entries, run)):,} of {policy.max_rounds:,} rounds of run {run}"
 
 
 def keeps_ledger(entries: list[Entry], policy: Policy) -> bool:
-    """Return whether what was told of any one document has a bound, or was to have one."""
+    """Return whether what was told of any one unit has a bound, or was to have one."""
     return policy.privacy is not None or any("privacy" in entry.told for entry in entries)
 
 

@@ -14,6 +14,8 @@ from fedloom.deployment.client.policy import SERVERS, Policy, PrivacyPolicy
 from fedloom.errors import PolicyError
 from fedloom.hub import COMMIT, MODEL_ID
 from fedloom.recipe.data_section import TOKENIZERS
+from fedloom.recipe.privacy_section import CLIENT, DOCUMENT
+from fedloom.records.privacy import name_units
 
 if TYPE_CHECKING:
     from fedloom.recipe.privacy_section import Privacy
@@ -73,7 +75,9 @@ def find_refusals(policy: Policy, recipe: Recipe, task: ClientTask | None = None
     if "text" in data.model_fields_set and data.text != policy.text:
         yield Refusal("text", f'does not allow the column "{data.text}" to be read for text')
     read = [] if data.is_plain else [column for _, column in data.columns]
-    for column in read if recipe.documents.unit is None else [*read, recipe.documents.unit]:
+    # An owner who bounds what is told names the column of their units there, and no other is taken.
+    unit = None if policy.privacy else recipe.documents.unit
+    for column in read if unit is None else [*read, unit]:
         if not {column, column.partition(".")[0]} & set(policy.columns):
             yield Refusal("columns", f'does not allow the column "{column}" to be read')
     if data.own_template is not None and policy.chat_template == TOKENIZERS:
@@ -109,8 +113,15 @@ def _refuse_telling(owner: PrivacyPolicy | None, recipe: Privacy | None) -> Iter
         return
     if recipe.noise == "seed":
         yield Refusal("privacy", "allows no noise of a recipe's seed, which whoever has the recipe can take off")
+    # A column is no stronger bound on a document: an author with one document less gives another one in its place. And
+    # how many values a column has is told: which one that is, no server chooses.
     if owner.unit != recipe.unit:
-        yield Refusal("privacy.unit", f'wants all rows of one "{owner.unit}" protected together, not each document')
+        wants, has = map(_describe_unit, (owner.unit, recipe.unit))
+        yield Refusal("privacy.unit", f"wants {wants} protected, and this recipe protects {has}")
+
+
+def _describe_unit(unit: str) -> str:
+    return {DOCUMENT: "each document", CLIENT: "each client"}.get(unit, f'all rows of one "{unit}" together')
 
 
 def _named(options: Mapping[str, Any], refused: tuple[str, ...]) -> list[str]:
@@ -161,16 +172,18 @@ def as_owner_wrote(policy: Policy, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": data})
 
 
-def check_documents(policy: Policy, *, documents: int, tokens: int | None = None, held_out: int = 0) -> None:
+def check_documents(
+    policy: Policy, *, documents: int, tokens: int | None = None, held_out: int = 0, unit: str = DOCUMENT
+) -> None:
     """Refuse to work with fewer documents or tokens than the owner wants to hide each among.
 
-    In a private run documents alone are counted, by their rows: noise hides what they say, and a refusal would tell it.
+    In a private run units alone are counted, by their places: noise hides what they say, and a refusal would tell it.
 
     Raises:
         PolicyError: naming the keys of the policy.
     """
     limits = (
-        ("min_documents", "documents to train on", policy.min_documents, documents),
+        ("min_documents", f"{name_units(unit)} to train on", policy.min_documents, documents),
         ("min_tokens", "tokens to train on", policy.min_tokens, policy.min_tokens if tokens is None else tokens),
         ("min_holdout_documents", "documents held out", policy.min_holdout_documents if held_out else 0, held_out),
     )

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedloom.deployment.client.account import ANOTHER_RUN, find_run, open_budget
 from fedloom.deployment.client.first_use import is_confirmed
 from fedloom.deployment.client.joining import Kit, read_kit
-from fedloom.deployment.client.journal import Journal, open_ledger, standing
-from fedloom.deployment.client.ledger import DELTA, Ledger, afford, describe_spent, judge, judge_delta
+from fedloom.deployment.client.journal import Journal, describe_ledger, measure_of, standing
+from fedloom.deployment.client.ledger import Ledger, judge_delta
 from fedloom.deployment.client.own_documents import check_there, load_client, mend_of_server, read_split
 from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
@@ -22,13 +23,13 @@ from fedloom.deployment.client.refusals import find_refusals, mend_policy
 from fedloom.deployment.client.secret import check_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
-from fedloom.errors import DataError, DeploymentError, FedloomError, RecipeError
+from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, RecipeError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
 from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.recipe import Recipe, pin
-from fedloom.records.privacy import NOT_PRIVATE
+from fedloom.records.privacy import NOT_PRIVATE, name_unit, name_units
 from fedloom.text import count
 
 COMMIT_OF_THE_SERVER = "0" * 40
@@ -150,37 +151,68 @@ def _count_documents(path: Path, policy: Policy) -> tuple[str, int | None]:
 def weigh_recipe(
     policy: Policy, recipe: Recipe, journal: Path | None, data: Path | None, rows: int | None, file: Path | None
 ) -> Iterator[Finding]:
-    """Yield what a private recipe would tell of any one document, with so many rows, and whether that is allowed."""
+    """Yield what a private recipe would tell of any one unit, with so many rows, and whether that is allowed."""
     if not recipe.privacy:
-        return
-    if rows is None:
-        yield Finding("privacy", "what it would tell of any one document follows from their number: give --data")
         return
     # What calibrates noise imports torch, which takes seconds.
     from fedloom.deployment.client.documents import check_takes_all
     from fedloom.deployment.client.terms import bound_of, take_terms
+    from fedloom.deployment.messages import pack_recipe
 
+    owner, unit = policy.privacy, recipe.privacy.unit
+    if data and recipe.documents.unit is not None:
+        try:
+            rows = _count_values(recipe, data, policy)
+        except FedloomError as error:
+            yield Finding("privacy", f"{error.where}: {error.what}", error.mend or mend_policy(("columns",), file))
+            return
+    if rows is None:
+        then = "they are counted when its run begins" if data else "give --data"
+        why = f"follows from the number of {name_units(unit)}"
+        yield Finding("privacy", f"what it would tell of {name_unit(unit)} {why}: {then}")
+        return
     try:
         if data:
             check_takes_all(recipe, data)
-        terms = take_terms(recipe, policy.privacy, min(rows, recipe.data.documents_per_client or rows))
+        terms = take_terms(recipe, owner, min(rows, recipe.data.documents_per_client or rows))
     except (DataError, RecipeError) as error:
         yield Finding("privacy", f"{error.where}: {error.what}", f"{error.mend}; its owner can change it")
         return
-    ledger = open_ledger(standing(Journal(journal).read()) if journal else ())
-    told = f"{describe_spent(policy.privacy, ledger)}; this recipe has a noise of {terms.noise_multiplier:.3g}"
-    if not (bound := bound_of(recipe, terms)):
+    entries = standing(Journal(journal).read()) if journal else []
+    bound = bound_of(recipe, terms)
+    told = describe_ledger(owner, entries, *([bound.charge] if bound else []))
+    told += f"; this recipe has a noise of {terms.noise_multiplier:.3g}"
+    if not bound:
         yield Finding("privacy", f"{told}, and is {NOT_PRIVATE}")
         return
-    delta = policy.privacy.delta if policy.privacy else DELTA
-    asks = Ledger([bound.cost_of(bound.rounds)]).epsilon(delta)
-    left = afford(policy.privacy, ledger, Ledger(()), bound, bound.rounds)
-    told += f", asks for ε = {asks:.3g} at this δ, and may have {left} of {count(bound.rounds, 'round')}"
-    refusals = [
-        *judge_delta(policy.privacy, bound),
-        *judge(policy.privacy, ledger, Ledger(()), bound.cost_of(bound.rounds)),
-    ]
+    try:
+        budget = open_budget(entries, bound, find_run(entries, pack_recipe(recipe)))
+    except MessageError as error:
+        yield Finding("privacy", f"{error.where}: {error.what}", "its owner can change it: clients take no other")
+        return
+    asks = Ledger([bound.cost_of(budget.rounds)]).epsilon(measure_of(owner, entries, bound.charge).delta)
+    may = f"{budget.afford(owner)} of {count(bound.rounds, 'round')}"
+    if trained := bound.rounds - budget.rounds:
+        may += f", of which {trained} {'was' if trained == 1 else 'were'} trained before"
+    told += f", asks for ε = {asks:.3g} at this δ, and may have {may}"
+    if not budget.rounds:
+        yield Finding("privacy", told, ANOTHER_RUN)
+        return
+    refusals = [*judge_delta(owner, bound), *budget.judge(owner, budget.rounds)]
     yield Finding("privacy", told, mend_policy((key for key, _ in refusals), file) if refusals else "")
+
+
+def _count_values(recipe: Recipe, path: Path, policy: Policy) -> int | None:
+    """Return how many units there are of a recipe's column; None where a model's tokenizer is needed to read rows.
+
+    Raises:
+        DataError: they can't be read, or a row does not say whose it is.
+        PolicyError: a column is read that only looks like a part of one that the policy allows.
+    """
+    if recipe.data.is_chat:
+        return None
+    split = read_split(path)
+    return len(load_client(recipe.documents, split[0] if split else path, policy, private=True).units)
 
 
 def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Terms on which a client takes part in a private run, and what its rounds then tell of any one document."""
+"""Terms on which a client takes part in a private run, and what its rounds then tell of any one unit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedloom.recipe.recipe import Recipe
 
 
 def take_terms(recipe: Recipe, owner: PrivacyPolicy | None, places: int) -> Terms:
-    """Return the recipe's terms for so many documents, with more noise where their owner wants it.
+    """Return the recipe's terms for so many units, with more noise where their owner wants it.
 
     Raises:
         RecipeError: δ is above one over their number.
@@ -28,6 +28,6 @@ def bound_of(recipe: Recipe, terms: Terms) -> Bound | None:
     assert recipe.privacy, "terms of a run without a bound"
     if recipe.privacy.noise == "seed":
         return None
-    told = {"unit": recipe.privacy.unit, "batch": terms.batch, "max_norm": terms.max_norm, "delta": terms.delta}
+    told = {"batch": terms.batch, "max_norm": terms.max_norm}
     cost = Cost(terms.rate, terms.noise_multiplier, terms.steps)
-    return Bound(recipe.federation.rounds, cost, terms.units, told)
+    return Bound(recipe.federation.rounds, cost, terms.units, recipe.privacy.unit, terms.delta, told)

@@ -48,6 +48,8 @@ from fedloom.errors import (
     SpentError,
     TrainingError,
 )
+from fedloom.recipe.privacy_section import DOCUMENT
+from fedloom.records.privacy import count_units
 from fedloom.text import count
 from fedloom.training.jobs import ClientTask, is_shortage
 
@@ -118,7 +120,7 @@ class Worker:
         match asked.manifest["do"]:
             case "meet":
                 found = model.tell("meet", pack_facts(model.facts))
-                say("told", describe_facts(unpack_facts(found, private=model.is_private)))
+                say("told", describe_facts(unpack_facts(found, private=model.is_private), model.unit))
             case "evaluate":
                 found = model.tell("evaluate", model.evaluate(asked))
             case "train":
@@ -233,11 +235,12 @@ class Worker:
         return task
 
 
-def describe_facts(facts: ClientFacts) -> str:
-    """Describe what was told of the documents."""
+def describe_facts(facts: ClientFacts, unit: str) -> str:
+    """Describe what was told of the documents, which are protected by units where there is noise."""
     if facts.noise_multiplier is not None:
-        rows = count(facts.train_documents, "row")
-        return f"{rows}, whatever they say; a noise multiplier of {facts.noise_multiplier:.3g}"
+        places = facts.train_documents
+        told = count(places, "row") if unit == DOCUMENT else count_units(unit, places)
+        return f"{told}, whatever they say; a noise multiplier of {facts.noise_multiplier:.3g}"
     held_out = count(facts.holdout_documents, "document")
     return (
         f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')},"

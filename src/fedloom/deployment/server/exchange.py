@@ -248,6 +248,8 @@ class Exchange:
         self._show(name, "connected")
         own = f", {count(facts.tasks, 'task')} of its own" if facts.tasks else ""
         held = f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}"
+        if facts.noise_multiplier is not None:  # a document each, or all of one value of a column
+            held = f"{count(facts.blocks, 'unit')}, a noise multiplier of {facts.noise_multiplier:.3g}"
         self.say("client", f"{name}: {held}{own}")
 
     def _show(self, name: str, phase: ClientPhase) -> None:

@@ -103,13 +103,7 @@ def check_deployable(recipe: Recipe) -> None:
         raise RecipeError(
             "clients elsewhere would have to trust the server, which sees every update and whom it drew",
             where='privacy.unit = "client"',
-            mend='use fedloom run, for a simulation, or unit = "document"',
-        )
-    if recipe.documents.unit is not None:
-        raise RecipeError(
-            "clients on other machines protect single documents, and not all of a column's value together",
-            where="privacy.unit",
-            mend='use "document", or fedloom run',
+            mend='use fedloom run, for a simulation, or unit = "document" or a column',
         )
     if recipe.baselines:
         raise RecipeError("baselines need all documents in one place", where="baselines", mend="leave it out")
