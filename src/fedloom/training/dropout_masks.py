@@ -2,7 +2,7 @@
 
 The numbers are SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): number i of
 a seed is a mix of seed + (i + 1) γ, so any of them can be had by itself, and each can be the seed of others. Philox
-4x32-10 is what others count by; without instructions of its own it takes four times as long here (docs/log.md).
+4x32-10 is what others count by; in operations of torch it takes five times as long (docs/log.md).
 
 A mask is the same on every device, in whatever batch and at whatever padding, and it is computed again where it is
 needed again: in the backward pass, and where a layer is.
