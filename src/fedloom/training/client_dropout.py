@@ -79,19 +79,17 @@ class ClientDropout(TorchFunctionMode):
         row = current_row()
         if row is not None and x.ndim != 4 and row.holds(x):
             return self._place(row.width, row.places_M)
-        rows = x[:, 0, :, 0].numel() if x.ndim == 4 else x.numel() // x.shape[-1]
-        sequences = len(x) if x.ndim == 4 else len(self._keys_N)
-        if sequences == len(self._keys_N) and rows % sequences == 0:
-            return self._place(rows // sequences)
+        rows = x.numel() // (x.shape[1] * x.shape[3]) if x.ndim == 4 else x.numel() // x.shape[-1]
+        if rows % len(self._keys_N) == 0 and (x.ndim != 4 or len(x) == len(self._keys_N)):
+            return self._place(rows // len(self._keys_N))
         if not self._alone:
             raise ModelError(
                 f"the model has dropout on values of shape {list(x.shape)}, which are no sequences'",
                 where="training.engine",
                 mend='use "reference"',
             )
-        return split(self._keys_N[0], torch.arange(rows, device=x.device)).view(
-            -1, x.shape[-2] if x.ndim == 4 else rows
-        )
+        places = split(self._keys_N[0], torch.arange(rows, device=x.device))
+        return places.view(-1, x.shape[2] if x.ndim == 4 else rows)
 
     def _place(self, width: int, chosen_M: Tensor | None = None) -> Tensor:
         """Return the keys of the tokens of sequences of a width, all or the chosen ones; each is made once."""

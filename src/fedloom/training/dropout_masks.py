@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,13 +41,13 @@ def sequence_keys(seeds: Sequence[int], steps: Sequence[int], firsts: Sequence[i
 
 def split(keys: Tensor, numbers: Tensor) -> Tensor:
     """Return a key for each number of each key, all int64 and broadcast: the number's value in the key's stream."""
-    words = keys + (numbers + 1) * _signed(GAMMA)
+    words = torch.add(keys, numbers + 1, alpha=_signed(GAMMA))
     return _mix(words, torch.empty_like(words))
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A mask of dropout, of values [N, H, T, D] with H = `heads`, or [R, D] with one: nothing of it is in memory.
+    """A mask of dropout, of values [N, H, T, D] with H = `heads`, or [R, D] with one; it holds keys, no decisions.
 
     `places` has the key of each token in its sequence, [N, T] or [R]. A head counts as a call of its own.
     """
@@ -62,15 +63,20 @@ class Mask:
         """Return the factor of values that stay, which keeps the mean."""
         return 65536 / (65536 - self.dropped)
 
+    @cached_property
+    def _keys(self) -> Tensor:
+        """Each row's key, [R], which stays for the gradient: 8 bytes where a mask has as many as features, or more."""
+        calls = torch.arange(self.call, self.call + self.heads, device=self.places.device)
+        return split(self.places.view(-1, 1, self.places.shape[-1]), calls[:, None]).flatten()
+
     def compute(self, values: Tensor) -> Tensor:
         """Return the values, of which some are 0 and the others scaled, by operations that every device has."""
         out = torch.empty_like(values, memory_format=torch.contiguous_format)
         features = values.shape[-1]
         values_RD, out_RD = values.reshape(-1, features), out.view(-1, features)
-        calls = self.call + torch.arange(self.heads, device=values.device)
-        keys_R = split(self.places.view(-1, 1, self.places.shape[-1]), calls[:, None]).flatten()
+        keys_R = self._keys
         words_W = torch.arange(1, -(-features // PIECES) + 1, device=values.device) * _signed(GAMMA)
-        at_once = max(1, WORDS_AT_ONCE[values.device.type] // len(words_W))
+        at_once = max(1, WORDS_AT_ONCE.get(values.device.type, WORDS_AT_ONCE["cpu"]) // len(words_W))
         rooms = [keys_R.new_empty(min(at_once, len(keys_R)), len(words_W)) for _ in range(2)]
         for first in range(0, len(keys_R), at_once):
             part = slice(first, first + at_once)

@@ -21,7 +21,7 @@ Kernel = Callable[[Tensor, Mask], Tensor]
 
 
 class Dropped(torch.autograd.Function):
-    """Values under a mask, whose gradient is under the same one, which is computed again: nothing of it is kept."""
+    """Values under a mask, whose gradient is under the same one, which is computed again and not kept."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, mask: Mask) -> Tensor:
