@@ -52,6 +52,7 @@ bench: install
 	$(BIN)/python bench/engines.py --shape opt-350m --steps 2 --more-clients 1 8 32
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/processor.py
 	$(BIN)/python bench/clients.py
 	$(BIN)/python bench/generation.py
 	$(BIN)/python bench/deployment.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -50,6 +51,11 @@ def build_adapted(
         base = load_model(source, dtype=dtype, device=DEVICE)
     else:
         base = build_meta_model(source, dtype=dtype, layers=layers)
+    return adapt(base, dropout, own_dropout)
+
+
+def adapt(base: PreTrainedModel, dropout: float, own_dropout: bool) -> AdaptedModel:
+    """Put LoRA of rank 16 with this dropout on queries and values; without `own_dropout`, the model's own is off."""
     for module in () if own_dropout else base.modules():
         for name in ("dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):

@@ -23,6 +23,8 @@ from fedloom.experiment.preparation import prepare
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.seeds import derive_seed
+from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.dropout_masks import sequence_keys
 
 
 def federate(recipe: Recipe) -> Adapter:
@@ -62,16 +64,18 @@ def train_client(
     weights_P.data.copy_(global_P)
     optimizer = torch.optim.AdamW([weights_P], lr=settings.learning_rate, weight_decay=settings.weight_decay)
     order = torch.Generator().manual_seed(derive_seed(recipe.seed, "order", round, client))
-    torch.manual_seed(derive_seed(recipe.seed, "dropout", round, client))
+    dropout_seed, step = derive_seed(recipe.seed, "dropout", round, client), 0
     model.model.train()
     for _ in range(settings.epochs):
         for rows in torch.randperm(len(blocks), generator=order).split(settings.batch_size):
             model.gradient_P.zero_()
-            loss_sum, tokens = token_loss(model, blocks, rows)
+            with ClientDropout(sequence_keys([dropout_seed], [step], [0], len(rows))[0], alone=True):
+                loss_sum, tokens = token_loss(model, blocks, rows)
             (loss_sum / tokens).backward()  # the gradient of F
             # All that FedProx adds to FedAvg: the gradient of μ/2 ‖w − w_global‖², a pull back to where all began.
             model.gradient_P.add_(weights_P.detach() - global_P, alpha=settings.proximal_mu)
             optimizer.step()
+            step += 1
     return weights_P.detach().clone()
 
 

@@ -21,8 +21,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 class CantRecord:
     """Stands for a step that can't be recorded."""
 
-    def __init__(self, step: Any, generators: Any, device: torch.device) -> None:
-        self._step, self._generators, self._steps = step, generators, 0
+    def __init__(self, step: Any, device: torch.device) -> None:
+        self._step, self._steps = step, 0
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         self._steps += 1
@@ -62,10 +62,37 @@ def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytes
     assert told == [("graph", "none, each step is launched by itself: it asks the GPU")], "said once, tried once"
 
 
+class Replayed:
+    """Stands for a recording: reads its inputs where they were when it was made, and asks no generator."""
+
+    def __init__(self, step: Any, device: torch.device) -> None:
+        self._step, self._held = step, None
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        self._held = self._held or inputs.each(torch.clone)
+        for held, given in zip(self._held, inputs, strict=True):
+            if held is not None and given is not None:
+                held.copy_(given)
+        before = torch.random.get_rng_state()
+        facts_3K: Tensor = self._step(self._held)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return facts_3K
+
+
+def test_a_recording_has_the_masks_of_steps_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted("tiny-gpt2", dtype="float64", dropout=0.3)
+    jobs = make_jobs(adapted)
+    record_on_a_processor(monkeypatch, Replayed)
+    launching = BatchedEngine(adapted)
+    launching._records = False
+    expected = list(updates_of(launching.train(jobs)))
+    assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
+
+
 def test_memory_that_runs_out_while_recording_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(CantRecord):
         def __call__(self, inputs: StepInputs) -> Tensor:
-            if self._steps == WARM_UP and len(self._generators) > 1:
+            if self._steps == WARM_UP and len(inputs.rates_K) > 1:
                 raise RuntimeError("CUDA error: out of memory")
             if self._steps == WARM_UP:
                 self._steps = 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import count_answers, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
+from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -15,8 +16,9 @@ from fedloom.data.tokens import TokenBlocks, take_batch
 from fedloom.federation.lora_rules import trained_part
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
-from fedloom.training.batched import BatchedEngine
+from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.jobs import ClientJob, ClientUpdate
 from fedloom.training.objective import mean_token_loss, next_token_targets, noised_mean, sum_clipped
 from fedloom.training.reference import ReferenceEngine
@@ -70,7 +72,7 @@ def test_a_gradient_of_each_document_is_autograds(shape: str) -> None:
     units_GP = torch.zeros(6, adapted.layout.size, dtype=torch.float64)
     stack.bind(weights_KP, units_GP)
     targets_BT = next_token_targets(batch.labels_BT)
-    with stack.installed(), ClientDropout([torch.Generator()] * 2, [(3, batch.tokens_BT.shape[1])] * 2):
+    with stack.installed(), ClientDropout(torch.arange(6)):
         rows_M = (targets_BT != -100).flatten().nonzero()[:, 0]
         losses_M = adapted.loss_head.losses(batch.tokens_BT, rows_M, targets_BT.flatten()[rows_M])
         (losses_M / (targets_BT != -100).sum(1)[rows_M // targets_BT.shape[1]]).sum().backward()
@@ -158,6 +160,12 @@ def test_what_is_not_trained_has_no_part_in_a_norm_and_no_noise(rule: str) -> No
             assert torch.equal(update.adapter.weights_P[~trains_P], start.weights_P[~trains_P])
 
 
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_with_dropout_too_both_engines_agree(shape: str, changes: dict[str, Any]) -> None:
+    adapted = make_adapted(shape, "float64", dropout=0.4)
+    assert_agree(adapted, make_jobs(noisy(adapted), **SGD, **changes))
+
+
 def test_a_client_is_the_same_alone_and_beside_others_with_dropout() -> None:
     adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
     jobs = make_jobs(noisy(adapted), **SGD)
@@ -226,10 +234,8 @@ def test_the_mean_is_over_the_expected_number_in_float64() -> None:
     assert torch.equal(found, torch.tensor([[0.5] * 3, [0.25] * 3]))
 
 
-@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
-@pytest.mark.parametrize("case", ["longer", "left out"])
-def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: Any, case: str) -> None:
-    """Dropout that is drawn for a whole batch falls otherwise for all of it where one document is longer."""
+def moved_by_one_document(build: Any, case: str) -> float:
+    """Return how far a step without noise moves, in norms, where one document is longer, or left out."""
     adapted = make_adapted("tiny-gpt2", "float64", dropout=0.4)
     start, blocks = noisy(adapted), count_answers(make_blocks(6, 20))
     lengths_N = blocks.lengths_N.clone()
@@ -241,5 +247,19 @@ def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: 
     ration = Ration(Terms(1e-12, 0.01, 6, 6, 1, 1e-3), b"k" * 32)
     job = make_job(blocks, start, optimizer="sgd", learning_rate=1.0, batch_size=6)
     ours, theirs = (train(build, adapted, [replace(job, blocks=held, ration=ration)])[0] for held in (blocks, other))
-    moved = 6 * (ours.adapter.weights_P - theirs.adapter.weights_P).norm()
-    assert 0 < moved <= 0.01 * (2 if case == "longer" else 1)
+    return float(6 * (ours.adapter.weights_P - theirs.adapter.weights_P).norm() / 0.01)
+
+
+@pytest.mark.parametrize("build", [BatchedEngine, ReferenceEngine])
+@pytest.mark.parametrize("case", ["longer", "left out"])
+def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: Any, case: str) -> None:
+    """Dropout that is drawn for a whole batch falls otherwise for all of it where one document is longer."""
+    assert 0 < moved_by_one_document(build, case) <= (2 if case == "longer" else 1)
+
+
+def test_masks_by_a_documents_place_in_the_batch_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_place(self: ClientBatch, batches: Any, sequences: int, number: int) -> Tensor:
+        return sequence_keys([1], [0], [0], sequences)
+
+    monkeypatch.setattr(ClientBatch, "_dropout_keys", by_place)
+    assert moved_by_one_document(BatchedEngine, "left out") > 1.5

@@ -72,7 +72,7 @@ class StackedLora(nn.Module):
         # As in PEFT: the adapter is in float32 whatever the base is in, and so are its product and the sum.
         x_KNI = x.reshape(self.lora_a_KRI.shape[0], -1, x.shape[-1]).to(self.lora_a_KRI.dtype)
         if self.training and self.dropout:
-            # `ClientDropout` takes over this call, so that each client's mask comes from its own generator.
+            # `ClientDropout` takes over this call, so that each client's mask is its own.
             x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
         delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR, self, tf32)  # type: ignore[no-untyped-call]

@@ -102,7 +102,7 @@ class Ration:
         Masks that others had a part in would make one document change all gradients, and the noise covers one.
         """
         told = tokens_T.numpy().tobytes().hex()
-        return int.from_bytes(derive_key(self.key, f"dropout {step}", told)[:8], "big")
+        return int.from_bytes(derive_key(self.key, f"dropout {step}", told)[:8], "big") >> 1  # as `derive_seed` has it
 
     def noise(self, step: int, size: int) -> Tensor:
         """Return the noise of a step's sum of gradients, [P], in float64."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -24,9 +23,10 @@ from fedloom.data.tokens import IGNORED, Batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
-from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.client_slots import NOTHING, ClientSlot, count_tokens, own_tokens, pad_together
 from fedloom.training.cuda_graph import NotRecordableError, StepGraph
+from fedloom.training.dropout_masks import sequence_keys
+from fedloom.training.dropping import why_no_kernel
 from fedloom.training.jobs import (
     SHORT,
     ClientFailure,
@@ -68,6 +68,8 @@ class BatchedEngine:
         """Clients that train at once since memory ran out; None where it never did."""
         self._records = True
         """False once a step of this model could not be recorded."""
+        self._told = False
+        """True once it was said that the GPU has no kernel for dropout."""
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         """Carry out every job, as many at once as there is room for; yield each result when it is there."""
@@ -92,6 +94,9 @@ class BatchedEngine:
                     if batch.not_recordable and self._records:
                         self._records = False
                         self._say("graph", f"none, each step is launched by itself: {batch.not_recordable}")
+                    if (reason := why_no_kernel(self._adapted.device)) and not self._told:
+                        self._told = True
+                        self._say("dropout", f"each mask takes many kernels in place of one: {reason}")
                     for slot, taken in stepped:
                         job, samples = slot.job, sum(len(part.tokens_BT) for part in taken)
                         self._watch(Progress("train", count_tokens(taken), samples, job.round, job.client))
@@ -165,7 +170,7 @@ class ClientBatch:
         self._step = StackedStep(
             adapted, stack, training, num_slots, self._device, partly=partly, max_norm=self._max_norm
         )
-        self._generators = [torch.Generator(self._device) for _ in range(num_slots)]
+        self._num_slots = num_slots
         whole = not training.gradient_checkpointing and training.gradient_accumulation == 1 and self._max_norm is None
         self._records = records and self._device.type == "cuda" and training.cuda_graph and whole
         self.not_recordable = ""
@@ -178,13 +183,12 @@ class ClientBatch:
 
     @property
     def has_room(self) -> bool:
-        return len(self.slots) < len(self._generators)
+        return len(self.slots) < self._num_slots
 
     def admit(self, job: ClientJob) -> None:
         """Give a waiting client a slot, with the weights that it starts from and its own optimizer state."""
         place, step = len(self.slots), self._step
         slot = ClientSlot(WorkLog(job), job.draw_batches())
-        self._generators[place].manual_seed(job.dropout_seed)
         step.start_KP[place] = job.adapter.weights_P.to(self._device)
         step.weights_KP[place] = step.start_KP[place]
         if step.trains_KP is not None:
@@ -202,9 +206,9 @@ class ClientBatch:
         totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
         # A client that has fewer micro-batches than another waits while that has its last ones.
         rounds = [*zip_longest(*taken)] or [(NOTHING,) * len(slots)]
-        parts = [self._inputs(batches, totals) for batches in rounds]
+        parts = [self._inputs(batches, totals, number) for number, batches in enumerate(rounds)]
         if len(parts) > 1 or self._max_norm is not None:
-            facts_3K = self._accumulate(parts, rounds)
+            facts_3K = self._accumulate(parts)
         else:
             ((inputs, sizes),) = parts
             try:
@@ -234,7 +238,6 @@ class ClientBatch:
             result = self._result(place)
             last = len(self.slots) - 1
             self._step.move(last, place)
-            self._generators[place].set_state(self._generators[last].get_state())
             self.slots[place] = self.slots[last]
             self.slots.pop()
             yield result
@@ -255,44 +258,35 @@ class ClientBatch:
         return ClientUpdate(report, adapter, state, job.trial, own_losses=slot.log.own_losses)
 
     def _inputs(
-        self, batches: Sequence[Batch | None], totals: Sequence[int]
+        self, batches: Sequence[Batch | None], totals: Sequence[int], number: int
     ) -> tuple[StepInputs, Sequence[tuple[int, int]]]:
-        """Return all clients' batches on the device, and their sizes, with which padding begins."""
+        """Return all clients' batches on the device, the step's with this number (from 0), and their padded sizes."""
         sizes = []
         for slot, batch in zip(self.slots, batches, strict=True):
             sequences, width = (0, 0) if batch is None else batch.tokens_BT.shape
             sizes.append(slot.largest_batch if batch is not None and self._fixed_shapes else (sequences, width))
-        collected = self._collect(batches, totals, sizes)
+        collected = self._collect(batches, totals, sizes, number)
         # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
         return collected.each(lambda value: value.to(self._device, non_blocking=True)), sizes
 
-    def _accumulate(
-        self,
-        parts: Sequence[tuple[StepInputs, Sequence[tuple[int, int]]]],
-        rounds: Sequence[Sequence[Batch | None]],
-    ) -> Tensor:
+    def _accumulate(self, parts: Sequence[tuple[StepInputs, Sequence[tuple[int, int]]]]) -> Tensor:
         """Take a step of more than one micro-batch, or of documents apart, which is launched by itself."""
         if len(self._sizes) != len(self.slots):
             self._step.use_slots(len(self.slots))
         self._sizes = parts[0][1]
-        told = ((inputs, self._drop(batches, sizes)) for (inputs, sizes), batches in zip(parts, rounds, strict=True))
-        return self._step.accumulate(told, self._draw_noise())
+        return self._step.accumulate((inputs for inputs, _ in parts), self._draw_noise())
 
-    def _drop(self, batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> ClientDropout:
-        """Return the dropout of a micro-batch: of each client, or with rations of each of its documents by itself."""
+    def _dropout_keys(self, batches: Sequence[Batch | None], sequences: int, number: int) -> Tensor:
+        """Return the key of each sequence's dropout, [K, B]: of its place in the step, or with rations of its text."""
         if self._max_norm is None:
-            return ClientDropout(self._generators[: len(self.slots)], sizes)
-        most = max(sequences for sequences, _ in sizes)
-        found: list[tuple[torch.Generator, tuple[int, int]]] = []
-        for slot, batch in zip(self.slots, batches, strict=True):
-            own = [] if batch is None else own_tokens(batch)
-            seeds = [slot.job.ration.dropout_seed(slot.step, tokens_T) for tokens_T in own if slot.job.ration]
-            found += [
-                (torch.Generator(self._device).manual_seed(seed), (1, len(tokens_T)))
-                for seed, tokens_T in zip(seeds, own, strict=True)
-            ]
-            found += [(self._generators[0], (0, 0))] * (most - len(own))
-        return ClientDropout(*zip(*found, strict=True))
+            jobs, steps = [slot.job for slot in self.slots], [slot.step for slot in self.slots]
+            firsts = [number * job.training.batch_size for job in jobs]
+            return sequence_keys([job.dropout_seed for job in jobs], steps, firsts, sequences)
+        keys_KB = torch.zeros(len(batches), sequences, dtype=torch.int64)
+        for keys_B, slot, batch in zip(keys_KB, self.slots, batches, strict=True):
+            for place, tokens_T in enumerate([] if batch is None else own_tokens(batch)):
+                keys_B[place] = slot.job.ration.dropout_seed(slot.step, tokens_T) if slot.job.ration else 0
+        return keys_KB
 
     def _draw_noise(self) -> Noise | None:
         """Return the noise of each client's step, where they have rations."""
@@ -306,16 +300,14 @@ class ClientBatch:
 
     def _prepare(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
         """Return the step for batches of these sizes: on a GPU recorded and launched whole while its shape stays."""
-        count = len(sizes)
-        dropout = ClientDropout(self._generators[:count], sizes)
-        if len(self._sizes) != count:
-            self._step.use_slots(count)
+        if len(self._sizes) != len(sizes):
+            self._step.use_slots(len(sizes))
         if not self._records:
             self._sizes = sizes
-            return partial(self._step, dropout=dropout)
+            return self._step
         if self._launch is None or self._sizes != sizes or self._positions != len(inputs.targets_M):
             self._positions = len(inputs.targets_M)
-            self._launch = StepGraph(partial(self._step, dropout=dropout), self._generators[:count], self._device)
+            self._launch = StepGraph(self._step, self._device)
             self._sizes = sizes
         return self._launch
 
@@ -338,9 +330,9 @@ class ClientBatch:
                         slot.error = error
 
     def _collect(
-        self, batches: Sequence[Batch | None], totals: Sequence[int], sizes: Sequence[tuple[int, int]]
+        self, batches: Sequence[Batch | None], totals: Sequence[int], sizes: Sequence[tuple[int, int]], number: int
     ) -> StepInputs:
-        """Return all clients' batches as one step's inputs, still in the memory of the processor.
+        """Return all clients' batches as the inputs of a step, or of one of its parts, in the processor's memory.
 
         `totals` are the tokens that count in each client's whole step.
         """
@@ -355,6 +347,7 @@ class ClientBatch:
         real_R = find_real(targets_KM.view(-1, tokens_KBT.shape[2])) if self._unpads else None
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
+            keys_N=self._dropout_keys(batches, tokens_KBT.shape[1], number).flatten(),
             rows_M=rows if rows is None or real_R is None else torch.searchsorted(real_R, rows),
             targets_M=targets_KM.flatten()[chosen].clamp(min=0),
             clients_M=None if self._fixed_shapes or rows is None else rows // targets_KM.shape[1],

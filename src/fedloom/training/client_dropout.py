@@ -1,15 +1,16 @@
 """Dropout of the adapters and the base model that is each client's own, whichever clients train beside it.
 
-Within `ClientDropout`, every call of torch's dropout, and attention with dropout, draws each client's mask from that
-client's generator, in the shape that the client's own batch has. So a client's masks do not depend on how many
-clients there are, nor on how wide their batches are. In a private step each document stands for a client.
+Within `ClientDropout`, every call of torch's dropout, and attention with dropout, takes each sequence's mask from the
+key of that sequence, the number of the call, and the place in the sequence. So a mask does not depend on how many
+clients there are, how wide their batches are, what of them is computed, and by which engine. In a private step a
+document's key is made of the document alone.
 
-Letters: K clients, B sequences of a client, T tokens, D features, H heads.
+Letters: N sequences of all clients, T tokens, M real tokens, D features, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,39 +20,36 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fedloom.errors import ModelError
 from fedloom.model.attention import plain_attention, repeat_heads
 from fedloom.model.unpadding import current_row
+from fedloom.training.dropout_masks import Mask, split
+from fedloom.training.dropping import Dropped
 
 
 class ClientDropout(TorchFunctionMode):
-    """Dropout in one forward pass over [K·B, T] tokens.
+    """Dropout in one forward pass over sequences of these keys, [N].
 
-    `sizes` has each client's own (sequences, tokens), at most (B, T). Beyond them lies padding, which is not dropped.
+    Values are [N, T, D] or [N, H, T, T], or of real tokens alone [M, D], with whatever dimensions between or before
+    them. Where all sequences are one client's, as `alone` says, they may be anything at all.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, keys_N: Tensor, *, alone: bool = False) -> None:
         super().__init__()
-        self._generators = generators
-        self._sizes = sizes
-        self._num_sequences = max(sequences for sequences, _ in sizes)
+        self._keys_N, self._alone = keys_N, alone
+        self._calls = 0
+        self._places: dict[tuple[int, bool], Tensor] = {}
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a checkpointed layer's two passes: the second drops what the first dropped."""
-        # Only the second is entered outside this mode, in the backward pass, and with generators that have moved on.
-        return nullcontext(), self._again([generator.get_state() for generator in self._generators])
+        # Only the second is entered outside this mode, in the backward pass, when all calls are counted.
+        return nullcontext(), self._again(self._calls)
 
     @contextmanager
-    def _again(self, states: Sequence[Tensor]) -> Iterator[None]:
-        now = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
-        try:
-            with ClientDropout(self._generators, self._sizes):
-                yield
-        # Torch leaves the layer by an exception once it has recomputed what it needs.
-        finally:
-            for generator, state in zip(self._generators, now, strict=True):
-                generator.set_state(state)
+    def _again(self, calls: int) -> Iterator[None]:
+        self._calls = calls
+        with self:
+            yield
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -68,26 +66,39 @@ class ClientDropout(TorchFunctionMode):
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return x
-        # States are [K·B, T, D] or, flattened, [K·B·T, D] or [K, B·T, D]; probabilities of attention [K·B, H, T, T].
-        # Of real tokens alone, [1, M, D] or [M, D], the whole batch's mask is drawn, and theirs is taken from it.
+        if p == 1:
+            return x * 0
+        heads = x.shape[1] if x.ndim == 4 else 1
+        mask = Mask(self._find_places(x), self._calls, heads, dropped=min(round(p * 65536), 65535))
+        self._calls += heads
+        dropped: Tensor = Dropped.apply(x, mask)  # type: ignore[no-untyped-call]
+        return dropped
+
+    def _find_places(self, x: Tensor) -> Tensor:
+        """Return the key of each token that values are of, [N, T], or [M] where they are of real tokens alone."""
         row = current_row()
-        whole = None if row is None or x.ndim == 4 or not row.holds(x) else row
-        num_clients = len(self._generators)
-        by_client = (num_clients, self._num_sequences, -1, x.shape[-1])
-        if x.ndim == 4:
-            by_client = (num_clients, self._num_sequences, *x.shape[1:])
-        size = x.shape if whole is None else (whole.sequences * whole.width, x.shape[-1])
-        mask = x.new_full(size, 1 - p).reshape(by_client)  # which makes padding 1 below
-        for client, (generator, (sequences, tokens)) in enumerate(zip(self._generators, self._sizes, strict=True)):
-            own = mask[client, :sequences]
-            own = own[:, :, :tokens, :tokens] if x.ndim == 4 else own[:, :tokens]
-            # Drawn in the shape of the client's own batch: a wider neighbour would change how the numbers fall.
-            if own.is_contiguous():
-                own.bernoulli_(1 - p, generator=generator)
-            else:
-                own.copy_(torch.empty(own.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator))
-        mask.div_(1 - p)
-        return x * (mask if whole is None else whole.gather(mask.view(size))).view_as(x)
+        if row is not None and x.ndim != 4 and row.holds(x):
+            return self._place(row.width, row.places_M)
+        rows = x.numel() // (x.shape[1] * x.shape[3]) if x.ndim == 4 else x.numel() // x.shape[-1]
+        if rows % len(self._keys_N) == 0 and (x.ndim != 4 or len(x) == len(self._keys_N)):
+            return self._place(rows // len(self._keys_N))
+        if not self._alone:
+            raise ModelError(
+                f"the model has dropout on values of shape {list(x.shape)}, which are no sequences'",
+                where="training.engine",
+                mend='use "reference"',
+            )
+        places = split(self._keys_N[0], torch.arange(rows, device=x.device))
+        return places.view(-1, x.shape[2] if x.ndim == 4 else rows)
+
+    def _place(self, width: int, chosen_M: Tensor | None = None) -> Tensor:
+        """Return the keys of the tokens of sequences of a width, all or the chosen ones; each is made once."""
+        found = self._places.get((width, chosen_M is None))
+        if found is None:
+            places_NT = split(self._keys_N[:, None], torch.arange(width, device=self._keys_N.device))
+            found = places_NT if chosen_M is None else places_NT.flatten()[chosen_M]
+            self._places[width, chosen_M is None] = found
+        return found
 
     def _attention(
         self,

@@ -1,13 +1,13 @@
 """A step as one CUDA graph: at two short sequences a client, launching its 2,500 kernels takes longer than they run.
 
 `torch.cuda.graph` records the kernels of a step once and launches them all with one call. It needs shapes and buffers
-that stay the same, nothing fetched from the GPU in between, and every generator registered (PyTorch documentation,
-"CUDA Graphs").
+that stay the same, and nothing fetched from the GPU in between (PyTorch documentation, "CUDA Graphs"). Dropout asks no
+generator, which a recording would have to know: the keys of its masks are inputs of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,7 +21,7 @@ WARM_UP = 3
 
 
 class NotRecordableError(Exception):
-    """Reason why a step can't be a graph. Nothing of the step was done, and no generator has moved."""
+    """Reason why a step can't be a graph. Nothing of the step was done."""
 
 
 @cache
@@ -37,11 +37,8 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
 class StepGraph:
     """Steps of one shape on a GPU: the first few are run as they are, the rest as a graph."""
 
-    def __init__(
-        self, step: Callable[[StepInputs], Tensor], generators: Sequence[torch.Generator], device: torch.device
-    ) -> None:
+    def __init__(self, step: Callable[[StepInputs], Tensor], device: torch.device) -> None:
         self._step = step
-        self._generators = generators
         self._device = device
         self._stream = recording_stream(device)
         self._steps = 0
@@ -80,20 +77,16 @@ class StepGraph:
 
     def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # The device's own takes part in each recording, whether it is asked for numbers or not.
-        bound = [*self._generators, torch.cuda.default_generators[torch.cuda.current_device()]]
-        states = [generator.get_state() for generator in bound]
-        # A recording refuses a generator that is not registered; a registered one moves on with every replay.
-        for generator in self._generators:
-            graph.register_generator_state(generator)
+        # The device's own generator takes part in each recording, whether it is asked for numbers or not.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = generator.get_state()
         self._held = inputs.each(torch.clone)
         try:
             # A recording computes nothing: the replay that follows is the step.
             with torch.cuda.graph(graph, stream=self._stream):
                 self._facts_3K = self._step(self._held)
         except RuntimeError as error:
-            for generator, state in zip(bound, states, strict=True):
-                _take_back(generator, state)
+            _take_back(generator, state)
             first = _first_of(error)
             if is_shortage(first) or is_shortage(error):
                 raise

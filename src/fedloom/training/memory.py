@@ -26,7 +26,6 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.host.machine import free_memory
 from fedloom.model.loss_head import rows_at_a_time
-from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
 
 if TYPE_CHECKING:
@@ -172,6 +171,7 @@ def trace_step(
             fixed = device.type == "cuda"  # there every position is computed, and none is looked up
             inputs = StepInputs(
                 tokens_NT=positions.view(-1, length),
+                keys_N=positions[: clients * training.batch_size],
                 rows_M=None if fixed else positions,
                 targets_M=positions,
                 clients_M=None if fixed else positions,
@@ -180,13 +180,9 @@ def trace_step(
                 mus_K=torch.zeros(clients, dtype=torch.float64, device=device),
                 mask_NT=positions.view(-1, length) if packed else None,
             )
-            generators = [torch.Generator(device)] * clients
             noise = torch.zeros_like(slots.weights_KP, dtype=torch.float64)
             batches_K = torch.ones(clients, dtype=torch.int64, device=device)
-            slots.accumulate(
-                [(inputs, ClientDropout(generators, [(training.batch_size, length)] * clients))],
-                Noise(noise, batches_K) if private else None,
-            )
+            slots.accumulate([inputs], Noise(noise, batches_K) if private else None)
     return int(live.peak)
 
 

@@ -17,6 +17,8 @@ from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.privacy.ration import Ration
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
+from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (
     SHORT,
@@ -77,15 +79,15 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     load_state(optimizer, training, job.optimizer_state)
     batches = job.draw_batches()
     devices = [adapted.device] if adapted.device.type == "cuda" else []
-    checkpointing = gradient_checkpointing(adapted.base, training.gradient_checkpointing)
-    with torch.random.fork_rng(devices), checkpointing:
+    with torch.random.fork_rng(devices):
+        # Of what methods and models draw beside dropout.
         torch.manual_seed(job.dropout_seed)
         adapted.model.train()
         for step, rows in enumerate(batches):
             if job.ration:
                 loss, num_tokens = _private_gradient(adapted, job, job.ration, step, rows, trains_P)
             else:
-                loss, num_tokens = _gradient(adapted, job, rows)
+                loss, num_tokens = _gradient(adapted, job, step, rows)
 
             with torch.no_grad():
                 if trains_P is not None:
@@ -108,15 +110,16 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     return ClientUpdate(report, update, state, job.trial, own_losses=log.own_losses)
 
 
-def _gradient(adapted: AdaptedModel, job: ClientJob, rows: Tensor) -> tuple[float, int]:
+def _gradient(adapted: AdaptedModel, job: ClientJob, step: int, rows: Tensor) -> tuple[float, int]:
     """Put the gradient of a step's mean token loss in the model; return the loss, and the step's tokens."""
     parts = [take_batch(job.blocks, part) for part in rows.split(job.training.batch_size)]
+    keys = sequence_keys([job.dropout_seed], [step], [0], len(rows))[0].split(job.training.batch_size)
     counted = [count_targets(part.labels_BT) for part in parts]
     adapted.gradient_P.zero_()
     loss = 0.0
-    for part, count in zip(parts, counted, strict=True):
+    for part, keys_B, count in zip(parts, keys, counted, strict=True):
         # Every token counts alike: a mean of means would favour those of short micro-batches.
-        loss += _add_gradient(adapted, part, count / sum(counted))
+        loss += _add_gradient(adapted, job, part, keys_B, count / sum(counted))
     return loss, sum(part.num_tokens for part in parts)
 
 
@@ -132,9 +135,10 @@ def _private_gradient(
     loss, num_tokens = 0.0, 0
     for row in rows:
         part = take_batch(job.blocks, row[None])
-        torch.manual_seed(ration.dropout_seed(step, part.tokens_BT[0]))
+        seed = ration.dropout_seed(step, part.tokens_BT[0])
+        torch.manual_seed(seed)
         gradient_P.zero_()
-        loss += _add_gradient(adapted, part, 1.0) / len(rows)
+        loss += _add_gradient(adapted, job, part, torch.tensor([seed]), 1.0) / len(rows)
         if trains_P is not None:
             gradient_P.mul_(trains_P)
         sum_P += sum_clipped(gradient_P[None], ration.terms.max_norm, 1)[0]
@@ -145,9 +149,11 @@ def _private_gradient(
     return loss, num_tokens
 
 
-def _add_gradient(adapted: AdaptedModel, part: Batch, share: float) -> float:
-    """Add the gradient of a share of a batch's mean token loss; return that share."""
-    batch = part.to(adapted.device)
-    loss = share * mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
-    loss.backward()
+def _add_gradient(adapted: AdaptedModel, job: ClientJob, part: Batch, keys_B: Tensor, share: float) -> float:
+    """Add the gradient of a share of a batch's mean token loss; return that share. `keys_B` are of its dropout."""
+    batch, dropout = part.to(adapted.device), ClientDropout(keys_B.to(adapted.device), alone=True)
+    with gradient_checkpointing(adapted.base, job.training.gradient_checkpointing, dropout.contexts):
+        with dropout:
+            loss = share * mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
+        loss.backward()
     return loss.item()

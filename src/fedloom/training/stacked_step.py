@@ -40,6 +40,8 @@ class StepInputs(NamedTuple):
 
     tokens_NT: Tensor
     """Token ids, client by client."""
+    keys_N: Tensor
+    """Key of each sequence's dropout. A recorded step reads it like all that changes, so its masks change too."""
     rows_M: Tensor | None
     """Positions in the flattened tokens, or among the real ones, whose loss counts, in order; None for every one."""
     targets_M: Tensor
@@ -113,14 +115,14 @@ class StackedStep:
             rows[target] = rows[source]
         self.optimizer.move(source, target)
 
-    def __call__(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
+    def __call__(self, inputs: StepInputs) -> Tensor:
         """Take one step, and return facts from before it, [3, K]: losses, ‖w − w_global‖, norms of the loss gradients.
 
         The facts stay on the device: reading them waits for the GPU, and the caller says when.
         """
-        return self.accumulate([(inputs, dropout)])
+        return self.accumulate([inputs])
 
-    def accumulate(self, parts: Iterable[tuple[StepInputs, ClientDropout]], noise: Noise | None = None) -> Tensor:
+    def accumulate(self, parts: Iterable[StepInputs], noise: Noise | None = None) -> Tensor:
         """Take one step on the gradients of one or more micro-batches together, and return its facts as above.
 
         The shares of a client's positions are of all its micro-batches together; with `noise`, of their own sequence.
@@ -128,20 +130,21 @@ class StackedStep:
         # In place: the layers add their gradients to views of this buffer.
         self._gradient_KP[: self._count].zero_()
         losses_K = []
-        for inputs, dropout in parts:
-            losses_K.append(self._add_gradients(inputs, dropout))
+        for inputs in parts:
+            losses_K.append(self._add_gradients(inputs))
         if noise is not None:
             gradient_KP = self._gradient_KP[: self._count]
             gradient_KP.copy_(noised_mean(gradient_KP, *noise))
         return self._move_weights(reduce(add, losses_K), inputs)
 
-    def _add_gradients(self, inputs: StepInputs, dropout: ClientDropout) -> Tensor:
+    def _add_gradients(self, inputs: StepInputs) -> Tensor:
         """Add each client's gradient on its sequences to the buffer; return its share of the step's loss, [K]."""
         if self._max_norm is not None:
             units_GP = self._gradient_KP.new_zeros(len(inputs.tokens_NT), self._gradient_KP.shape[1])
             self._stack.bind(self.weights_KP[: self._count], units_GP)
         checkpointed, model = self._training.gradient_checkpointing, self._stack.model
         model.train()
+        dropout = ClientDropout(inputs.keys_N)
         alone = without_padding(inputs.real_R, inputs.tokens_NT.shape, inputs.mask_NT)
         with self._stack.installed(), alone, gradient_checkpointing(model, checkpointed, dropout.contexts):
             with dropout:
