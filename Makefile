@@ -54,6 +54,7 @@ bench: install
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/processor.py
 	$(BIN)/python bench/clients.py
+	$(BIN)/python bench/evaluation.py
 	$(BIN)/python bench/generation.py
 	$(BIN)/python bench/deployment.py
 

@@ -9,14 +9,13 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from support.marks import first
-from support.tiny import PEFT_NEEDS, make_blocks, make_recipe, run_of
+from support.tiny import PEFT_NEEDS, make_blocks, make_recipe, make_scorer, run_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import ModelError, RecipeError
-from fedloom.evaluation.held_out import evaluate
 from fedloom.experiment.building import adapt, build_shape, load_adapted_model, load_base
 from fedloom.experiment.run import plan
 from fedloom.federation.aggregation import STRATEGIES
@@ -69,12 +68,9 @@ def federate(recipe: Recipe, adapted: AdaptedModel) -> Adapter:
     clients = [ClientBlocks(make_blocks(4, seed=seed), make_blocks(2, seed=seed + 7)) for seed in (1, 2)]
     engine = ReferenceEngine(adapted).train
 
-    def score(adapter: Adapter, blocks: Any) -> Any:
-        return evaluate(adapted, adapter, blocks, batch_size=4)
-
     strategy = STRATEGIES["fedavg"](recipe.federation.strategy)
     start = adapted.read()
-    fleet = LocalFleet(clients, engine, score)
+    fleet = LocalFleet(clients, engine, make_scorer(adapted))
     one_round = recipe.model_copy(update={"federation": Federation(rounds=1)})
     *_, last = run_rounds(run_of(one_round, fleet, strategy, lambda adapter: None, start), fleet)
     assert last.reports[0].loss_last > 0

@@ -72,21 +72,23 @@ def test_scores_add_up() -> None:
     assert (Score(2.0, 1, 4) + Score(4.0, 2, 4)).loss == 0.75
 
 
-@pytest.mark.parametrize(("failing", "sizes"), [([0], [4]), ([0, 1, 2], [4, 2, 1]), ([2], [1]), ([0, 4], [4, 2])])
+@pytest.mark.parametrize(
+    ("failing", "tokens"), [([0], [64]), ([0, 1, 2], [64, 32, 16]), ([1], [56]), ([0, 4], [64, 30])]
+)
 def test_memory_that_runs_out_halves_the_batches_and_changes_nothing(
-    failing: list[int], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    failing: list[int], tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted, blocks = make_adapted(dtype="float64"), make_blocks(19)
     whole = evaluate(adapted, adapted.read(), blocks, batch_size=8)
-    passed, lowered, watched, score = [], [], [], adapted.loss_head.score
+    passed, lowered, watched, read = [], [], [], adapted.loss_head.read_rows
 
     def run_short(*asked: Any) -> tuple[Tensor, Tensor]:
         passed.append(len(asked[0]))
         if len(passed) - 1 in failing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return score(*asked)
+        return read(*asked)
 
-    monkeypatch.setattr(adapted.loss_head, "score", run_short)
+    monkeypatch.setattr(adapted.loss_head, "read_rows", run_short)
     found = evaluate(
         adapted,
         adapted.read(),
@@ -95,7 +97,7 @@ def test_memory_that_runs_out_halves_the_batches_and_changes_nothing(
         watch=lambda step: watched.append(step.samples),
         lower=lowered.append,
     )
-    assert lowered == sizes
+    assert lowered == tokens
     assert found.loss == pytest.approx(whole.loss, rel=1e-12)
     assert (found.correct, found.num_targets) == (whole.correct, whole.num_targets)
     assert sum(watched) == 19, "progress counts each block once"
@@ -107,14 +109,14 @@ def test_memory_for_not_even_one_block_is_an_error_that_says_what_to_lower(monke
     def run_short(*asked: Any) -> tuple[Tensor, Tensor]:
         raise MemoryError
 
-    monkeypatch.setattr(adapted.loss_head, "score", run_short)
+    monkeypatch.setattr(adapted.loss_head, "read_rows", run_short)
     with pytest.raises(ModelError, match=r"not enough memory to score a single block; lower data\.max_length"):
         evaluate(adapted, adapted.read(), make_blocks(), batch_size=4)
 
 
 def test_another_error_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted()
-    monkeypatch.setattr(adapted.loss_head, "score", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(adapted.loss_head, "read_rows", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         evaluate(adapted, adapted.read(), make_blocks(), batch_size=4)
 
@@ -128,8 +130,8 @@ def test_a_run_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:
     finally:
         failpoints.arm("")
     assert [step for step in said.steps if step.startswith("memory")] == [
-        "memory: not enough: evaluation takes 1 block at once from now on"
-    ], "the last batch of the central hold-out has 2 blocks; said once"
+        "memory: not enough: evaluation takes 32 tokens at once from now on"
+    ], "the last batch of the central hold-out has 2 blocks of 32; said once"
     for mine, its in zip(found.rounds, whole.rounds, strict=True):
         assert mine["central_loss"] == pytest.approx(its["central_loss"], rel=1e-6)
         assert mine["evaluate_tokens"] == its["evaluate_tokens"]

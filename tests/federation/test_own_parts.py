@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from support.marks import first
 from support.planted import run_planted
 from support.quick_runs import attempt, result_of
 from support.quick_runs import make_recipe as make_quick
-from support.tiny import make_adapted, make_blocks, make_recipe, make_update, run_of
+from support.tiny import make_adapted, make_blocks, make_recipe, make_scorer, make_update, run_of
 
 from fedloom import run
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.lora import lora_pairs
 from fedloom.data.tokens import ClientBlocks
-from fedloom.evaluation.held_out import evaluate
 from fedloom.experiment.building import load_base
 from fedloom.experiment.run import plan
 from fedloom.federation.aggregation import Aggregate
@@ -58,7 +56,7 @@ class Watched:
                 self.updates[update.report.round, update.client] = update
                 yield update
 
-        fleet = LocalFleet(HELD, train, partial(evaluate, adapted, batch_size=4), own=OwnParts(self.initial, shared_P))
+        fleet = LocalFleet(HELD, train, make_scorer(adapted), own=OwnParts(self.initial, shared_P))
         aggregate = build_aggregate(recipe.federation)
         self.results: list[RoundResult] = [
             *run_rounds(

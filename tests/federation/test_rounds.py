@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import make_adapted, make_blocks, make_job, make_recipe, make_update, run_of
+from support.tiny import make_adapted, make_blocks, make_job, make_recipe, make_scorer, make_update, run_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -43,11 +43,7 @@ def federate(
     engine = ReferenceEngine(adapted).train
     score = partial(evaluate, adapted, batch_size=4)
     held_out = holdout or make_blocks(0)
-    fleet = LocalFleet(
-        [ClientBlocks(blocks, held_out) for blocks in data],
-        engine,
-        score,
-    )
+    fleet = LocalFleet([ClientBlocks(blocks, held_out) for blocks in data], engine, make_scorer(adapted))
     central = make_blocks(6, seed=99)
     aggregate = LORA_RULES[recipe.federation.lora_rule](recipe.federation)
     return list(run_rounds(run_of(recipe, fleet, aggregate, lambda a: score(a, central), start), fleet))

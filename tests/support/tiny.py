@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.peft_config import build_config
 from fedloom.data.tokens import TokenBlocks
+from fedloom.evaluation.held_out import Asked, Score, evaluate, evaluate_together
+from fedloom.federation.fleet import Scorer
 from fedloom.federation.rounds import FederatedRun
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
@@ -138,6 +140,17 @@ def make_update(
         loss_last=1.0, loss_mean=1.0, proximal_loss=0.0, proximal_ratio=0.0, drift=0.0, seconds=0.0,
     )  # fmt: skip
     return ClientUpdate(report, adapter, {}, trial)
+
+
+def make_scorer(adapted: AdaptedModel, at_once: int = 1) -> Scorer:
+    """Whoever scores adapters in batches of 4 blocks: one after another, or up to so many in one pass."""
+
+    def score(asked: Sequence[Asked]) -> list[Score]:
+        if at_once > 1:
+            return evaluate_together(adapted, asked, batch_size=4, at_once=at_once)
+        return [evaluate(adapted, *one, batch_size=4) for one in asked]
+
+    return Scorer(score, at_once)
 
 
 def run_of(recipe: Recipe, *arguments: Any, **named: Any) -> FederatedRun:

@@ -13,6 +13,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.tokens import TokenBlocks
+from fedloom.evaluation.held_out import evaluate, evaluate_together
 from fedloom.model.loading import build_meta_model
 from fedloom.model.source import open_model
 from fedloom.training import memory
@@ -20,12 +21,15 @@ from fedloom.training.batched import ClientBatch
 from fedloom.training.memory import (
     CERTAIN_TIMES,
     HELD_BY_ALLOCATOR,
+    ROWS_HELD,
+    SHARE_OF_FREE,
     LiveBytes,
     StepMemory,
     count_roughly,
     free_bytes,
     leaves_no_doubt,
     predict_step,
+    trace_scoring,
     trace_step,
 )
 
@@ -114,17 +118,70 @@ def test_a_step_that_is_certain_to_fit_does(
     shape: str, adapter: dict[str, Any], clients: int, batch_size: int, length: int
 ) -> None:
     training = make_recipe(training={"batch_size": batch_size}).training
-    count = count_roughly(build(shape, **adapter), training, clients, length)
+    count = count_roughly(build(shape, **adapter), training, clients, length, 0, CPU)
     traced = trace_step(build(shape, **adapter), training, clients, length, CPU)
     assert count is not None
     assert count * CERTAIN_TIMES >= HELD_BY_ALLOCATOR["cpu"] * traced
 
 
+@pytest.mark.parametrize("adapter", [{}, {"rank": 4096, "targets": "all-linear"}], ids=["small", "wide"])
+@pytest.mark.parametrize(("tokens", "length"), [(2, 2), (6400, 16), (1024, 256)])
+def test_an_evaluation_that_is_certain_to_fit_does(
+    shape: str, adapter: dict[str, Any], tokens: int, length: int
+) -> None:
+    # A step of one token beside it.
+    training = make_recipe(training={"batch_size": 1}).training
+    count = count_roughly(build(shape, **adapter), training, 1, 1, tokens, CPU)
+    traced = trace_scoring(build(shape, **adapter), tokens, length, CPU)
+    assert count is not None
+    assert count * CERTAIN_TIMES >= HELD_BY_ALLOCATOR["cpu"] * traced
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("settings", "adapters"), first([({}, 1), ({}, 4), ({"targets": ["lm_head"]}, 4)], keep=2))
+def test_the_trace_of_scoring_is_what_an_evaluation_has_alive(
+    shape: str, dtype: str, settings: dict[str, Any], adapters: int
+) -> None:
+    adapted, sequences = make_adapted(shape, dtype, **settings), 16
+    tokens_NT = torch.arange(8 * LENGTH).view(8, LENGTH) % 250
+    blocks = TokenBlocks(tokens_NT, torch.full((8,), LENGTH), torch.ones(8, LENGTH, dtype=torch.bool))
+    start = adapted.read()
+    asked = [(replace(start, weights_P=start.weights_P + number), blocks) for number in range(adapters)]
+    weights = [adapter.weights_P for adapter, _ in asked]
+    with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), *weights]) as live:
+        if adapters > 1:
+            evaluate_together(adapted, asked, batch_size=sequences, at_once=8)
+        else:
+            evaluate(adapted, start, blocks, batch_size=sequences)
+    tokens = LENGTH * (8 if adapters == 1 else sequences)
+    traced = trace_scoring(build(shape, dtype=dtype, **settings), tokens, LENGTH, CPU)
+    pass_bytes = adapters * start.weights_P.nbytes if adapters > 1 else 0
+    assert live.peak == pytest.approx(traced + pass_bytes, rel=0.1)
+
+
+def test_what_an_evaluation_needs_is_in_the_prediction(shape: str) -> None:
+    plain = predict(shape)
+    section = make_recipe(training={"batch_size": 2}).training
+
+    def with_scoring(tokens: int) -> StepMemory:
+        return predict_step(
+            lambda count: build(shape, count), 2, section, clients=2, length=LENGTH, device=CPU, scored_tokens=tokens
+        )
+
+    small, large = with_scoring(LENGTH), with_scoring(1000 * LENGTH)
+    assert small.peak_bytes(2) == plain.peak_bytes(2), "it takes less than a step"
+    assert large.peak_bytes(2) > 10 * plain.peak_bytes(2)
+    assert large.peak_bytes(3) - large.peak_bytes(2) == large.held_bytes == ROWS_HELD * 4 * build(shape).layout.size
+    free = round((large.peak_bytes(2) + large.held_bytes / 2) / SHARE_OF_FREE)
+    assert large.clients_that_fit(free) == 2 < plain.clients_that_fit(free)
+
+
 def test_a_doubt_is_left_where_little_is_free_or_the_shape_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted, training = build("tiny-llama"), make_recipe().training
-    told: dict[str, Any] = {"clients": 2, "length": LENGTH, "device": CPU}
+    told: dict[str, Any] = {"clients": 2, "length": LENGTH, "scored_tokens": 256, "device": CPU}
     assert leaves_no_doubt(adapted, training, **told, free=2**33)
     assert not leaves_no_doubt(adapted, training, **told, free=2**20)
+    assert not leaves_no_doubt(adapted, training, **{**told, "scored_tokens": 2**21}, free=2**33)
     monkeypatch.setattr(adapted.base.config, "get_text_config", object)
     assert not leaves_no_doubt(adapted, training, **told, free=2**33)
 

@@ -14,7 +14,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.audit.statistics import NOT_TRIED, Array, Interval, Word
 from fedloom.data.tokens import Batch, TokenBlocks
-from fedloom.evaluation.held_out import in_batches, targets_of
+from fedloom.evaluation.batches import in_batches, targets_of
 from fedloom.progress import Watch, ignore
 
 AT_ONCE = 8

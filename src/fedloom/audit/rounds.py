@@ -13,8 +13,8 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter
 from fedloom.audit.attack import Sent
 from fedloom.data.tokens import ClientBlocks
-from fedloom.evaluation.held_out import Score
-from fedloom.federation.fleet import LocalFleet
+from fedloom.evaluation.held_out import Asked, Score
+from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.lora_rules import open_own_parts, shared_part, trained_part
 from fedloom.federation.schedule import proximal_mu
 from fedloom.privacy.ration import Ration
@@ -45,7 +45,7 @@ def train_alone(
     layout, rule, rounds = initial.layout, federation.lora_rule, federation.rounds
     shares_P = shared_part(layout, rule)
     own = open_own_parts(layout, rule, lambda: initial)
-    fleet = LocalFleet(clients, train_clients, _score_nothing, (), own, rations)
+    fleet = LocalFleet(clients, train_clients, Scorer(_score_nothing), (), own, rations)
     starts, sent = [initial] * len(clients), [list[Sent]() for _ in clients]
     for round in range(1, rounds + 1):
         mu = proximal_mu(training, [None] * round, rounds)
@@ -83,5 +83,5 @@ def _shared(change_P: Tensor, shares_P: Tensor | None) -> Tensor:
     return change_P if shares_P is None else change_P * shares_P
 
 
-def _score_nothing(*_: object) -> Score:
+def _score_nothing(asked: Sequence[Asked]) -> list[Score]:
     raise AssertionError("no client is scored")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import Batch, TokenBlocks
-from fedloom.evaluation.held_out import in_batches, targets_of
+from fedloom.evaluation.batches import in_batches, targets_of
 from fedloom.progress import Watch, ignore
 
 

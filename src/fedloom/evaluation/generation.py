@@ -17,8 +17,8 @@ from transformers import TextStreamer
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.evaluation.batches import halve
 from fedloom.evaluation.decoding import Batch, Choose, Ending, decode, stacks, way_of
-from fedloom.evaluation.held_out import halve
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.seeds import derive_seed
 from fedloom.training.jobs import SHORT, is_shortage

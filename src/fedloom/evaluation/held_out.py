@@ -1,31 +1,36 @@
-"""Loss, perplexity and next-token accuracy of an adapter on held-out blocks."""
+"""Loss, perplexity and next-token accuracy of adapters on held-out blocks: one alone, or many in one pass.
+
+Letters: L adapters of a batch, B blocks, T tokens, M positions that count, P adapter parameters.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
-from fedloom.data.tokens import IGNORED, Batch, TokenBlocks, take_batch
-from fedloom.errors import ModelError
+from fedloom.adapters.stacked_lora import Stack
+from fedloom.data.tokens import Batch, TokenBlocks
+from fedloom.evaluation.batches import in_lanes, targets_of, tokens_at_once
 from fedloom.host.failpoints import failpoint
 from fedloom.model.attention import without_padding
-from fedloom.progress import Progress, Watch, ignore
-from fedloom.training.jobs import SHORT, is_shortage
+from fedloom.progress import Watch, ignore
+from fedloom.training.client_slots import WIDTHS, pad_together
 from fedloom.training.objective import find_real, next_token_targets
 
-TOKENS_ON_GPU = 16_384
-"""Tokens of a batch that fill a GPU; smaller ones leave it waiting for the processor."""
-Found = TypeVar("Found")
-_BatchScore = tuple[Tensor, Tensor, int]
-"""Loss and right answers of a batch, still on its device, and how many targets it has."""
+Asked = tuple[Adapter, TokenBlocks]
+"""An adapter, and the blocks that it is to be scored on."""
+WEIGHTS_BYTES = 2**29
+"""Memory that the weights of adapters may take which are scored in one pass."""
+HavingLanes = Callable[[Sequence[int]], AbstractContextManager[None]]
+"""A context in which the model has the adapters of these lanes, in their order."""
 
 
 @dataclass(frozen=True)
@@ -58,106 +63,146 @@ class Score:
         return self.correct / self.num_targets
 
 
+NOTHING = Score(0.0, 0, 0)
+
+
+def adapters_at_once(weights: int) -> int:
+    """Return how many adapters of so many weights may be scored in one pass: the same for a run that goes on."""
+    return max(1, WEIGHTS_BYTES // (4 * weights))
+
+
 def evaluate(
     adapted: AdaptedModel,
     adapter: Adapter,
     blocks: TokenBlocks,
     *,
     batch_size: int,
+    most_tokens: int | None = None,
     watch: Watch = ignore,
     lower: Callable[[int], object] = int,
 ) -> Score:
     """Score an adapter on every block, in the model's dtype, without gradients or dropout; the model keeps the adapter.
 
-    Neither the order of the blocks nor the batch size changes the sums beyond rounding; a GPU gets larger batches than
-    `batch_size`, as many as fill it. Where memory runs out in a batch, it and those after it are halved; `lower` is
-    told the new size.
+    Neither the order of the blocks nor the size of batches changes the sums beyond rounding. A batch has as many tokens
+    as `batch_size` blocks of full width, and on a GPU as many as fill it, but at most `most_tokens`. Where memory runs
+    out in a batch, it and those after it are halved; `lower` is told their tokens.
 
     Raises:
         ModelError: memory runs out with a single block.
     """
     adapted.load(adapter)
-    score = partial(_score_batch, adapted)
-    found = [one for _, one in in_batches(adapted, blocks, score, batch_size, watch=watch, lower=lower)]
-    # Reading numbers waits for a GPU: once, at the end.
-    read = (Score(float(loss), int(correct), num_targets) for loss, correct, num_targets in found)
-    return sum(read, Score(0.0, 0, 0))
+    (score,) = _score_lanes(adapted, [blocks], lambda _: nullcontext(), batch_size, most_tokens, 1, watch, lower)
+    return score
 
 
-def in_batches(
+def evaluate_together(
     adapted: AdaptedModel,
-    blocks: TokenBlocks,
-    score: Callable[[Tensor, Batch], Found],
-    batch_size: int,
+    asked: Sequence[Asked],
     *,
+    batch_size: int,
+    at_once: int,
+    most_tokens: int | None = None,
     watch: Watch = ignore,
     lower: Callable[[int], object] = int,
-) -> Iterator[tuple[Tensor, Found]]:
-    """Yield the numbers of a batch's blocks, and what `score` finds of them by both, until all blocks are scored.
+) -> list[Score]:
+    """Score plain LoRA's adapters, each on blocks of its own, up to `at_once` in one pass over the base model.
 
-    The model is as it is now, without dropout. A GPU gets batches that fill it. Where memory runs out in a batch, it
-    and those after it are halved; `lower` is told the new size.
+    All of them share a batch's tokens, of which there are as many as in `evaluate`, so that it takes no more memory
+    than one adapter alone, but for their weights. The scores are those of `evaluate` up to rounding. The model keeps
+    its adapter, but for the residual.
 
     Raises:
         ModelError: memory runs out with a single block.
     """
-    adapted.model.eval()
-    start, size = 0, batch_size
-    if adapted.device.type == "cuda":
-        size = max(size, TOKENS_ON_GPU // max(1, blocks.tokens_NT.shape[1]))
-    # Blocks of similar lengths go together, so that little padding is computed. Stable, so that the sums are the same
-    # in every run.
-    by_length = torch.argsort(blocks.widths, stable=True)
-    while start < len(by_length):
-        rows = by_length[start : start + size]
-        batch = take_batch(blocks, rows)
-        try:
-            found = [score(rows, batch)]
-        except SHORT as error:
-            if not is_shortage(error):
-                raise
-            found = []
-        # Not in the handler above: the error that it holds keeps the memory of what was under way.
-        if not found:
-            size = halve(len(batch.tokens_BT), adapted.device, "score a single block", mend="lower data.max_length")
-            lower(size)
-            continue
-        yield rows, found[0]
-        start += size
-        watch(Progress("evaluate", batch.num_tokens, len(batch.tokens_BT)))
+    alike: dict[int, list[int]] = defaultdict(list)
+    for number, (adapter, _) in enumerate(asked):
+        alike[id(adapter.residual)].append(number)
+    found: dict[int, Score] = {}
+    # A residual belongs to the model, which has one at a time.
+    for numbers in alike.values():
+        adapters = [asked[number][0] for number in numbers]
+        adapted.load_residual(adapters[0])
+        lanes = [asked[number][1] for number in numbers]
+        having = _Stacked(adapted, adapters).having
+        scores = _score_lanes(adapted, lanes, having, batch_size, most_tokens, at_once, watch, lower)
+        found |= zip(numbers, scores, strict=True)
+    return [found[number] for number in range(len(asked))]
 
 
-def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the rows of a batch that count, [M] of its B·T, and their targets, [M]: on the processor."""
-    # A GPU would have to be waited for.
-    targets_M = next_token_targets(batch.labels_BT).flatten()
-    counted_M = (targets_M != IGNORED).nonzero()[:, 0]
-    return counted_M, targets_M[counted_M]
+class _Stacked:
+    """Adapters of which a model can have several at once."""
+
+    def __init__(self, adapted: AdaptedModel, adapters: Sequence[Adapter]) -> None:
+        self._adapted, self._adapters = adapted, adapters
+        self._stack = Stack(adapted)
+        # Its layers are not in the model when that is told to leave out dropout.
+        with self._stack.installed():
+            self._stack.model.eval()
+        self._bound: Sequence[int] = ()
+
+    @contextmanager
+    def having(self, lanes: Sequence[int]) -> Iterator[None]:
+        # Batch after batch has the same lanes, until one of them ends.
+        if lanes != self._bound:
+            self._stack.let_go()
+            self._bound = ()
+            weights_LP = torch.stack([self._adapters[lane].weights_P for lane in lanes])
+            self._stack.bind(weights_LP.to(self._adapted.weights_P))
+            self._bound = lanes
+        with self._stack.installed():
+            yield
 
 
-def _score_batch(adapted: AdaptedModel, _: Tensor, batch: Batch) -> _BatchScore:
-    device = adapted.device
-    with torch.inference_mode():
-        counted_M, targets_M = targets_of(batch)
-        told = batch.to(device)
-        real_R = find_real(next_token_targets(batch.labels_BT)) if adapted.unpads else None
-        rows_M = counted_M if real_R is None else torch.searchsorted(real_R, counted_M)
-        with without_padding(real_R, told.tokens_BT.shape, told.mask_BT):
-            loss, correct = adapted.loss_head.score(
-                told.tokens_BT, rows_M.to(device), targets_M.to(device), told.mask_BT
-            )
+def _score_lanes(
+    adapted: AdaptedModel,
+    lanes: Sequence[TokenBlocks],
+    having: HavingLanes,
+    batch_size: int,
+    most_tokens: int | None,
+    at_once: int,
+    watch: Watch,
+    lower: Callable[[int], object],
+) -> list[Score]:
+    """Score each lane's blocks with its adapter."""
+    width = max(blocks.tokens_NT.shape[1] for blocks in lanes)
+    most = tokens_at_once(batch_size, width, adapted.device)
+    most = most if most_tokens is None else min(most, most_tokens)
+
+    def score(taken: Mapping[int, Tensor], batches: Sequence[Batch]) -> tuple[Tensor, list[int]]:
+        with torch.inference_mode(), having([*taken]):
+            found = _score_batch(adapted, batches, width)
         failpoint("evaluation.scored")
-        return loss, correct, len(counted_M)
+        return found
+
+    parts = list(in_lanes(adapted, lanes, score, most, at_once=at_once, watch=watch, lower=lower))
+    scores = [NOTHING] * len(lanes)
+    if not parts:
+        return scores
+    # Reading numbers waits for a GPU: once, at the end.
+    sums = iter(torch.cat([sums_L2 for _, (sums_L2, _) in parts]).tolist())
+    for taken, (_, counts) in parts:
+        for lane, num_targets in zip(taken, counts, strict=True):
+            loss, correct = next(sums)
+            scores[lane] += Score(loss, int(correct), num_targets)
+    return scores
 
 
-def halve(size: int, device: torch.device, what: str, *, mend: str) -> int:
-    """Return half the size of a batch that there was no memory for, and give back what it held.
-
-    Raises:
-        ModelError: it was a single one; `what` says what there was no memory to do.
-    """
+def _score_batch(adapted: AdaptedModel, batches: Sequence[Batch], widest: int) -> tuple[Tensor, list[int]]:
+    """Return each lane's loss and right answers, [L, 2] in float64 and still on the device, and its targets' number."""
+    device = adapted.device
+    width = max(batch.tokens_BT.shape[1] for batch in batches)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if size == 1:
-        raise ModelError(f"there is not enough memory to {what}", where="evaluation", mend=mend)
-    return size // 2
+        # Some kernels are chosen anew for every width, which takes longer than a batch.
+        width = min(-(-width // WIDTHS) * WIDTHS, widest)
+    tokens_LBT, labels_LBT, mask_LBT = pad_together(batches, [(len(batch.tokens_BT), width) for batch in batches])
+    masked = any(batch.mask_BT is not None for batch in batches)
+    batch = Batch(tokens_LBT.flatten(0, 1), labels_LBT.flatten(0, 1), mask_LBT.flatten(0, 1) if masked else None, 0)
+    counted_M, targets_M = targets_of(batch)
+    counts = torch.bincount(counted_M // labels_LBT[0].numel(), minlength=len(batches)).tolist()
+    real_R = find_real(next_token_targets(batch.labels_BT)) if adapted.unpads else None
+    rows_M = counted_M if real_R is None else torch.searchsorted(real_R, counted_M)
+    told = batch.to(device)
+    with without_padding(real_R, told.tokens_BT.shape, told.mask_BT):
+        read = adapted.loss_head.read_rows(told.tokens_BT, rows_M.to(device), targets_M.to(device), told.mask_BT)
+    facts_M2 = torch.stack([values_M.double() for values_M in read], dim=1)
+    return torch.stack([part.sum(0) for part in facts_M2.split(counts)]), counts

@@ -19,7 +19,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, join_blocks
 from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
-from fedloom.federation.fleet import EvaluateBlocks, LocalFleet
+from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.lora_rules import build_aggregate
 from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.federation.schedule import cohort_size
@@ -68,7 +68,7 @@ def set_up_baselines(
     central: TokenBlocks,
     initial: Adapter,
     train_clients: TrainClients,
-    score: EvaluateBlocks,
+    scorer: Scorer,
     *,
     rounds: int,
     scored_clients: Sequence[int],
@@ -85,7 +85,7 @@ def set_up_baselines(
     held_out = [central] if len(central) else [clients[client].holdout for client in scored_clients]
 
     def judge(adapter: Adapter) -> Score:
-        return reduce(add, (score(adapter, blocks) for blocks in held_out))
+        return reduce(add, scorer.score([(adapter, blocks) for blocks in held_out]))
 
     data: dict[int | None, TokenBlocks] = {}
     if "pooled" in recipe.baselines:
@@ -95,7 +95,7 @@ def set_up_baselines(
     found: list[Baseline] = []
     for trial, (client, blocks) in enumerate(data.items(), start=first_trial):
         held = [ClientBlocks(blocks, blocks.take(torch.zeros(0, dtype=torch.int64)))]
-        fleet = LocalFleet(held, train_clients, score, scored_clients=())
+        fleet = LocalFleet(held, train_clients, scorer, scored_clients=())
         aggregate = build_aggregate(federation)
         told = training
         if client is None and training.max_steps:
@@ -104,13 +104,14 @@ def set_up_baselines(
         run = FederatedRun(told, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
         baseline = Baseline(client, run, fleet)
         if client is not None and len(own := clients[client].holdout):
-            baseline.score_own = partial(_score_on, score, own)
+            baseline.score_own = partial(_score_on, scorer, own)
         found.append(baseline)
     return found
 
 
-def _score_on(score: EvaluateBlocks, blocks: TokenBlocks, adapter: Adapter) -> Score:
-    return score(adapter, blocks)
+def _score_on(scorer: Scorer, blocks: TokenBlocks, adapter: Adapter) -> Score:
+    (found,) = scorer.score([(adapter, blocks)])
+    return found
 
 
 def describe(baselines: Sequence[Baseline], run: FederatedRun, wanted: Sequence[str]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def local_fleet(recipe: Recipe, prepared: Prepared, session: Session, folder: Pa
 
     `folder` is the run directory.
     """
-    score = session.scorer(recipe.evaluation.batch_size)
+    scorer = session.scorer(recipe.evaluation.batch_size)
     rations = open_rations(recipe, prepared.clients, folder)
     own = open_own_parts(session.adapted.layout, recipe.federation.lora_rule, session.adapted.read)
-    return LocalFleet(prepared.clients, session.train_clients, score, prepared.scored_clients, own, rations)
+    return LocalFleet(prepared.clients, session.train_clients, scorer, prepared.scored_clients, own, rations)

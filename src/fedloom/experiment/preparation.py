@@ -11,6 +11,7 @@ from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from random import Random
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from fedloom.data.seen_questions import digest_trained
 from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.errors import DataError, ModelError
+from fedloom.evaluation.batches import tokens_at_once
 from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source
 from fedloom.experiment.preview import describe_learning
@@ -257,32 +259,31 @@ def measure(
         return Room(1)
     given = recipe.training.clients_at_once
     wanted = min(per_round, given or per_round)
-    length, free = recipe.data.max_length, free_bytes(setup.device)
-    if not predict:
-        if given:
-            return Room(given)
-        if leaves_no_doubt(setup.shape, recipe.training, clients=wanted, length=length, device=setup.device, free=free):
-            return Room(per_round, ample=True)
-    key = _step_of(recipe), wanted
+    device, length, free = setup.device, recipe.data.max_length, free_bytes(setup.device)
+    scored = tokens_at_once(recipe.evaluation.batch_size, length, device)
+    size: dict[str, Any] = {"clients": wanted, "length": length, "scored_tokens": scored, "device": device}
+    if given and not predict:
+        return Room(given)
+    if not predict and leaves_no_doubt(setup.shape, recipe.training, **size, free=free):
+        return Room(per_round, ample=True)
     try:
+        key = _step_of(recipe), wanted
         memory = predicted[key] = predicted.get(key) or predict_step(
             partial(build_shape, recipe, source, setup.dtype),
             source.num_layers,
             recipe.training,
-            clients=wanted,
-            length=length,
-            device=setup.device,
+            **size,
             alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
             packed=recipe.data.window == "pack",
             private=recipe.bounds_documents,
         )
     except Exception as error:  # of any kind, from an operation of a model that can't be traced
         # Where a GPU's memory runs out, fewer at once are tried; a processor's may take the whole machine with it.
-        at_once = given or (wanted if setup.device.type == "cuda" else 1)
+        at_once = given or (wanted if device.type == "cuda" else 1)
         say("memory", f"a step's can't be predicted, {at_once} at once ({type(error).__name__}: {reason_of(error)})")
         return Room(at_once)
     fit = memory.clients_that_fit(free)
-    return Room(given or min(fit, memory.clients_worthwhile(setup.device)), fit, memory)
+    return Room(given or min(fit, memory.clients_worthwhile(device)), fit, memory)
 
 
 OF_NO_STEPS_MEMORY = {
@@ -301,7 +302,7 @@ def _step_of(recipe: Recipe) -> Hashable:
         recipe.adapter.model_dump_json(),
         rule if rule in ("ffa", "fedex") else "plain",
         training.model_dump_json(exclude=OF_NO_STEPS_MEMORY),
-        (data.max_length, data.window, data.pad_in_loss, recipe.privacy is not None),
+        (data.max_length, data.window, data.pad_in_loss, recipe.privacy is not None, recipe.evaluation.batch_size),
     )
 
 

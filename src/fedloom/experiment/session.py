@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.adapter import Adapter
 from fedloom.data.splits import HOLDS_OUT
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
-from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.evaluation.held_out import Asked, Score, adapters_at_once, evaluate, evaluate_together
 from fedloom.experiment.preparation import Prepared
-from fedloom.federation.fleet import EvaluateBlocks, LocalFleet
+from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
 from fedloom.host.files import hash_text
 from fedloom.monitoring.observer import Observer
@@ -48,7 +47,7 @@ class Session:
         self._engine = open_engine(engine, adapted, data, observer.watch, observer.show_step)
         self._lowered_to: int | None = None
         self.say = observer.show_step
-        self._scored_at_once: int | None = None
+        self._most_tokens: int | None = None
 
     def take_lowered(self) -> dict[str, int]:
         """Return how many clients train at once since memory ran out, where it did since the last look."""
@@ -66,19 +65,22 @@ class Session:
         for group in [runs] if self._batched else [[run] for run in runs]:
             yield from run_together(group, self.train_clients)
 
-    def score(self, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int) -> Score:
-        """Score an adapter on held-out blocks; the time and memory are evaluation's."""
-        size = min(batch_size, self._scored_at_once or batch_size)
+    def score(self, asked: Sequence[Asked], *, batch_size: int, at_once: int = 1) -> list[Score]:
+        """Score adapters, each on held-out blocks of its own; the time and memory are evaluation's."""
+        how: dict[str, Any] = {"batch_size": batch_size, "watch": self.watch, "lower": self._score_fewer}
         with self.telemetry.phase("evaluation"):
-            return evaluate(self.adapted, adapter, blocks, batch_size=size, watch=self.watch, lower=self._score_fewer)
+            if at_once > 1 and len(asked) > 1:
+                return evaluate_together(self.adapted, asked, at_once=at_once, most_tokens=self._most_tokens, **how)
+            return [evaluate(self.adapted, *one, most_tokens=self._most_tokens, **how) for one in asked]
 
-    def _score_fewer(self, size: int) -> None:
-        self._scored_at_once = size
-        self.say("memory", f"not enough: evaluation takes {count(size, 'block')} at once from now on")
+    def _score_fewer(self, tokens: int) -> None:
+        self._most_tokens = tokens
+        self.say("memory", f"not enough: evaluation takes {count(tokens, 'token')} at once from now on")
 
-    def scorer(self, batch_size: int) -> EvaluateBlocks:
-        """Return `score` for batches of a size."""
-        return partial(self.score, batch_size=batch_size)
+    def scorer(self, batch_size: int) -> Scorer:
+        """Return `score` for batches of a size: of many adapters in one pass where the engine trains clients so."""
+        at_once = adapters_at_once(self.adapted.layout.size) if self._batched else 1
+        return Scorer(partial(self.score, batch_size=batch_size, at_once=at_once), at_once)
 
 
 def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:

@@ -161,10 +161,12 @@ def set_up(
     """
     training = recipe.training.model_copy(update={"clients_at_once": clients_at_once})
     recipe = recipe.model_copy(update={"training": training})
-    score = session.scorer(recipe.evaluation.batch_size)
 
     def score_central(adapter: Adapter) -> Score | None:
-        return score(adapter, prepared.central) if len(prepared.central) else None
+        if not len(prepared.central):
+            return None
+        (found,) = session.score([(adapter, prepared.central)], batch_size=recipe.evaluation.batch_size)
+        return found
 
     recorder = Recorder(recipe, prepared.plan, session, writer)
     run = FederatedRun(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.data.tokens import ClientBlocks, TokenBlocks
-from fedloom.evaluation.held_out import Score
+from fedloom.data.tokens import ClientBlocks
+from fedloom.evaluation.held_out import Asked, Score
 from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.federation.admission import ClientSize
 from fedloom.federation.own_parts import OwnParts
@@ -26,8 +27,17 @@ from fedloom.training.jobs import (
     TrainClients,
 )
 
-EvaluateBlocks = Callable[[Adapter, TokenBlocks], Score]
-"""A function that scores an adapter on held-out blocks."""
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Whoever scores adapters, each on blocks of its own."""
+
+    score: Callable[[Sequence[Asked]], Sequence[Score]]
+    """A function that scores each adapter on the blocks beside it."""
+    at_once: int = 1
+    """Most adapters that are scored in one pass."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class LocalFleet:
         self,
         data: Sequence[ClientBlocks],
         train_clients: TrainClients,
-        evaluate_blocks: EvaluateBlocks,
+        scorer: Scorer,
         scored_clients: Sequence[int] | None = None,
         own: OwnParts | None = None,
         rations: Callable[[ClientTask], Ration] | None = None,
@@ -123,7 +133,7 @@ class LocalFleet:
         self.clients: Sequence[int] = [client for client, held in enumerate(data) if len(held.train)]
         self._data = data
         self._train_clients = train_clients
-        self._evaluate_blocks = evaluate_blocks
+        self._scorer = scorer
         self._scored_clients = range(len(data)) if scored_clients is None else scored_clients
         self._own = own
         self.optimizer_states: dict[int, OptimizerState] = {}
@@ -155,9 +165,15 @@ class LocalFleet:
         return {client: ClientSize(blocks.num_units, blocks.num_tokens) for client, blocks in held.items()}
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        """Train the clients of these tasks with the engine; yield each result, scored, when it is there."""
-        for result in self._train_clients(self.jobs(tasks)):
-            yield self.finish(result)
+        """Train the clients of these tasks with the engine; yield each result, scored, when it is there.
+
+        Where they can be scored in one pass, as many wait for each other as train at once.
+        """
+        at_once = 1
+        if tasks and self.scores:
+            at_once = min(self._scorer.at_once, tasks[0].training.clients_at_once or len(tasks))
+        for together in _in_groups(self._train_clients(self.jobs(tasks)), at_once):
+            yield from self.finish(together)
 
     def jobs(self, tasks: Sequence[ClientTask]) -> list[ClientJob]:
         """Return each client's task with the data that the client holds for it."""
@@ -171,28 +187,40 @@ class LocalFleet:
             ration=self._rations and self._rations(task),
         )
 
-    def finish(self, update: ClientResult) -> ClientResult:
-        """Keep what the client keeps, and score its own adapter on its hold-out, beside the global one's score."""
-        client = update.client
-        if isinstance(update, ClientFailure):
+    def finish(self, results: Sequence[ClientResult]) -> list[ClientResult]:
+        """Keep what clients keep, and score each one's own adapter on its hold-out, beside the global one's score."""
+        for result in results:
+            self._keep(result)
+        able = [one for one in results if isinstance(one, ClientUpdate) and one.client in self.scores]
+        if not able:
+            return list(results)
+        started = time.perf_counter()
+        after = self._scorer.score([(update.adapter, self._data[update.client].holdout) for update in able])
+        seconds = (time.perf_counter() - started) / len(able)
+        scored = {
+            id(update): replace(
+                update,
+                report=replace(
+                    update.report,
+                    holdout_loss_before=self.scores[update.client].loss,
+                    holdout_loss_after=score.loss,
+                    evaluate_seconds=seconds,
+                ),
+            )
+            for update, score in zip(able, after, strict=True)
+        }
+        return [scored.get(id(result), result) for result in results]
+
+    def _keep(self, result: ClientResult) -> None:
+        client = result.client
+        if isinstance(result, ClientFailure):
             # It may be what failed, and would fail again.
             self.optimizer_states.pop(client, None)
-            return update
+            return
         if self._own:
-            self._own.keep(client, update.adapter)
-        if update.optimizer_state:
-            self.optimizer_states[client] = update.optimizer_state
-        if client not in self.scores:
-            return update
-        started = time.perf_counter()
-        after = self._evaluate_blocks(update.adapter, self._data[client].holdout)
-        report = replace(
-            update.report,
-            holdout_loss_before=self.scores[client].loss,
-            holdout_loss_after=after.loss,
-            evaluate_seconds=time.perf_counter() - started,
-        )
-        return replace(update, report=report)
+            self._own.keep(client, result.adapter)
+        if result.optimizer_state:
+            self.optimizer_states[client] = result.optimizer_state
 
     def forget_scores(self) -> None:
         """Forget the scores: a client whose adapter was not scored before training is not scored after it."""
@@ -208,9 +236,16 @@ class LocalFleet:
 
     def evaluate(self, adapter: Adapter) -> dict[int, Score]:
         """Score an adapter on the scored clients' hold-outs."""
-        self.scores = {
-            client: self._evaluate_blocks(self.adapter_of(client, adapter), self._data[client].holdout)
-            for client in self._scored_clients
-            if len(self._data[client].holdout)
-        }
+        able = [client for client in self._scored_clients if len(self._data[client].holdout)]
+        # Not all at once: where clients have parts of their own, each one's adapter takes memory of its own.
+        asked = ((self.adapter_of(client, adapter), self._data[client].holdout) for client in able)
+        found = (score for group in _in_groups(asked, self._scorer.at_once) for score in self._scorer.score(group))
+        self.scores = dict(zip(able, found, strict=True))
         return self.scores
+
+
+def _in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield items in groups of so many, each when all of its own are there."""
+    left = iter(items)
+    while group := list(islice(left, size)):
+        yield group

@@ -356,7 +356,7 @@ def run_together(
             arrived[result.trial].append(result)
         train_seconds = time.perf_counter() - started
         for run, fleet in going:
-            results = map(fleet.finish, arrived.pop(run.trial))
+            results = fleet.finish(arrived.pop(run.trial))
             yield attempt(run, partial(_close_with, run, rounds[run.trial], results, train_seconds))
 
 

@@ -68,22 +68,6 @@ class LossHead:
         )  # type: ignore[no-untyped-call]
         return losses_M
 
-    def score(
-        self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum of the counted rows' losses, and how many of their targets were the likeliest token.
-
-        Both are tensors on the model's device, so that nothing waits for a GPU. Gradients are not supported.
-        """
-        losses, correct = zip(
-            *(
-                (functional.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum())
-                for logits, targets in self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
-            ),
-            strict=True,
-        )
-        return torch.stack(losses).sum(), torch.stack(correct).sum()
-
     def score_rows(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Return the loss of each counted row, [M]: `losses` without what gradients need."""
         chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
@@ -92,7 +76,10 @@ class LossHead:
     def read_rows(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of each counted row, [M], and whether its target was the likeliest token, bool [M]."""
+        """Return the loss of each counted row, [M], and whether its target was the likeliest token, bool [M].
+
+        Both are on the model's device, so that nothing waits for a GPU. Gradients are not supported.
+        """
         chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
         found = [
             (functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)

@@ -284,7 +284,12 @@ def _to_tasks(value: object) -> object:
 class Evaluation(Section):
     """The measurement of held-out loss, and the tasks that models are asked."""
 
-    batch_size: int = Field(8, ge=1, description="sequences in a forward pass; changes the result by rounding only")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="sequences in a forward pass, of full length: as many tokens of shorter ones; changes the result by"
+        " rounding only",
+    )
     clients: int | None = Field(
         None, ge=1, description="clients whose own hold-outs are scored, the same in every round; all if left out"
     )

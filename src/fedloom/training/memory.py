@@ -13,7 +13,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,15 +50,23 @@ class StepMemory:
     base_bytes: int
     fixed_bytes: int
     client_bytes: int
+    scoring_bytes: int = 0
+    """Bytes of an evaluation, which may be made while clients are under way."""
+    held_bytes: int = 0
+    """Bytes that each of these clients holds meanwhile; 0 where no evaluation was asked about."""
 
     def peak_bytes(self, clients: int) -> int:
-        """Return the bytes at the peak with so many clients at once."""
-        return self.base_bytes + self.fixed_bytes + clients * self.client_bytes
+        """Return the bytes at the peak with so many clients at once, whether they take a step or are scored."""
+        step, scoring = self.fixed_bytes + clients * self.client_bytes, self.scoring_bytes + clients * self.held_bytes
+        return self.base_bytes + max(step, scoring)
 
     def clients_that_fit(self, free_bytes: int) -> int:
         """Return how many clients fit in free memory beside the base model: at least one, which may be too many."""
-        left = SHARE_OF_FREE * free_bytes - self.base_bytes - self.fixed_bytes
-        return max(1, int(left // self.client_bytes))
+        left = SHARE_OF_FREE * free_bytes - self.base_bytes
+        fit = (left - self.fixed_bytes) // self.client_bytes
+        if self.held_bytes:
+            fit = min(fit, (left - self.scoring_bytes) // self.held_bytes)
+        return max(1, int(fit))
 
     def clients_worthwhile(self, device: torch.device) -> int:
         """Return the number of clients beyond which more at once would only be slower; on a GPU there is none."""
@@ -73,11 +81,14 @@ def predict_step(
     clients: int,
     length: int,
     device: torch.device,
+    scored_tokens: int = 0,
     alike: bool = True,
     packed: bool = False,
     private: bool = False,
 ) -> StepMemory:
     """Predict what a step of `training.batch_size` sequences of `length` tokens a client needs, with `clients` or more.
+
+    And what it takes to score the clients' adapters in batches of `scored_tokens`, where they are.
 
     `build` makes the adapted model on the meta device with a number of layers; the one asked about has `layers`. Where
     they are not `alike`, because some are adapted and others not, all of them are traced. With `packed`, texts share
@@ -100,7 +111,22 @@ def predict_step(
     at_few, one_more = (round(HELD_BY_ALLOCATOR[device.type] * peak(clients)) for clients in (few, few + 1))
     client_bytes = one_more - at_few
     fixed_bytes = at_few - few * client_bytes + HELD_BESIDE[device.type]
-    return StepMemory(_base_bytes(whole), fixed_bytes, client_bytes)
+    step = StepMemory(_base_bytes(whole), fixed_bytes, client_bytes)
+    if not scored_tokens:
+        return step
+    # Nothing of a layer is kept for the next one, so that two are as good as all.
+    scored = build(min(2, layers) if alike else layers)
+    scoring_bytes = round(HELD_BY_ALLOCATOR[device.type] * trace_scoring(scored, scored_tokens, length, device))
+    if device.type == "cuda":
+        # What a recorded step takes stays taken while the recording is there.
+        return replace(step, scoring_bytes=fixed_bytes + scoring_bytes, held_bytes=client_bytes)
+    held_bytes = ROWS_HELD * whole.weights_P.numel() * whole.weights_P.element_size()
+    return replace(step, scoring_bytes=scoring_bytes, held_bytes=held_bytes)
+
+
+ROWS_HELD = 7
+"""Times its adapter's weights that a client has in memory while clients are scored: as they are, began and are to
+change, two moments of its optimizer, the update that waits, and the place in the pass."""
 
 
 CERTAIN_TIMES = 4
@@ -108,10 +134,17 @@ CERTAIN_TIMES = 4
 
 
 def leaves_no_doubt(
-    adapted: AdaptedModel, training: Training, *, clients: int, length: int, device: torch.device, free: int
+    adapted: AdaptedModel,
+    training: Training,
+    *,
+    clients: int,
+    length: int,
+    scored_tokens: int,
+    device: torch.device,
+    free: int,
 ) -> bool:
-    """Return whether so many clients train at once in memory that is free, without tracing a step."""
-    count = count_roughly(adapted, training, clients, length)
+    """Return whether so many clients train at once, and are scored, in memory that is free, without tracing a step."""
+    count = count_roughly(adapted, training, clients, length, scored_tokens, device)
     if count is None:
         return False
     needed = CERTAIN_TIMES * count
@@ -120,12 +153,14 @@ def leaves_no_doubt(
     return _base_bytes(adapted) + needed <= SHARE_OF_FREE * free
 
 
-def count_roughly(adapted: AdaptedModel, training: Training, clients: int, length: int) -> int | None:
-    """Return a rough count of a step's bytes beside the base model; None where a configuration does not say its shape.
+def count_roughly(
+    adapted: AdaptedModel, training: Training, clients: int, length: int, scored_tokens: int, device: torch.device
+) -> int | None:
+    """Return a rough count of the bytes of a step, or of scoring where that takes more, beside the base model.
 
-    Activations have 4 bytes each: 34 H + 5 A T of a token in a layer with H features and A heads (Korthikanti et al.
-    2022, arXiv 2205.05198, section 4), with the width of the MLP where it is wider than 4 H, and four copies of the
-    logits.
+    None where a configuration does not say its shape. Activations have 4 bytes each: 34 H + 5 A T of a token in a layer
+    with H features and A heads (Korthikanti et al. 2022, arXiv 2205.05198, section 4), with the width of the MLP where
+    it is wider than 4 H, and four copies of the logits. Scoring keeps nothing of a layer for the next one.
     """
     config = adapted.base.config.get_text_config()
     names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -134,13 +169,15 @@ def count_roughly(adapted: AdaptedModel, training: Training, clients: int, lengt
         return None
     features, heads, layers, vocabulary = shape
     wide = max(4 * features, getattr(config, "intermediate_size", None) or 0)
-    tokens = clients * training.batch_size * length
+    layer = 26 * features + 2 * wide + 5 * heads * length
     # Inputs and outputs of the adapted layers' factors: with a rank above the features, they are the most.
     factors = 2 * sum(sum(shape) for shape in adapted.layout.shapes)
-    activations = 4 * tokens * (layers * (26 * features + 2 * wide + 5 * heads * length) + 4 * vocabulary + factors)
+    step = clients * training.batch_size * length * (layers * layer + 4 * vocabulary + factors)
+    rows = min(scored_tokens, rows_at_a_time(vocabulary, device)) if adapted.loss_head.is_apart else scored_tokens
+    scoring = scored_tokens * (layer + factors) + rows * 4 * vocabulary
     # Weights, gradient, start, mask and two moments of each client's adapter, in float32, and some in float64.
     adapters = 40 * clients * adapted.layout.size
-    return int(activations + adapters)
+    return int(4 * max(step, scoring) + adapters)
 
 
 def _base_bytes(adapted: AdaptedModel) -> int:
@@ -183,6 +220,24 @@ def trace_step(
             noise = torch.zeros_like(slots.weights_KP, dtype=torch.float64)
             batches_K = torch.ones(clients, dtype=torch.int64, device=device)
             slots.accumulate([inputs], Noise(noise, batches_K) if private else None)
+    return int(live.peak)
+
+
+def trace_scoring(adapted: AdaptedModel, tokens: int, length: int, device: torch.device) -> int:
+    """Return the most bytes that the scoring of so many tokens has alive beside the base model and clients' adapters.
+
+    `adapted`, on the meta device, is used up.
+    """
+    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        adapted.model.to_empty(device=device)
+        stack, weights_1P = Stack(adapted), torch.zeros(1, adapted.layout.size, device=device)
+        stack.bind(weights_1P)
+        with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), weights_1P]) as live:
+            places = torch.arange(max(1, tokens // length) * length, device=device)
+            with stack.installed():
+                stack.model.eval()
+                adapted.loss_head.read_rows(places.view(-1, length), places, places)
     return int(live.peak)
 
 

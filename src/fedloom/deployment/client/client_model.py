@@ -334,7 +334,7 @@ class ClientModel:
             self._blocks.holdout,
             batch_size=self.recipe.evaluation.batch_size,
             watch=self._note,
-            lower=lambda size: say("memory", f"not enough: evaluation takes {size} blocks at once"),
+            lower=lambda tokens: say("memory", f"not enough: evaluation takes {count(tokens, 'token')} at once"),
         )
 
 
