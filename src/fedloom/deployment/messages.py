@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
 from fedloom.deployment.message_kinds import Count, hide
 from fedloom.deployment.message_recipe import RECIPE
@@ -27,6 +26,7 @@ from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import shared_part, trained_part
 from fedloom.host.files import hash_text
+from fedloom.host.frames import Frame
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation

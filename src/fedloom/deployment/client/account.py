@@ -12,10 +12,10 @@ from fedloom.deployment.client.journal import COUNTED, HIDES, Entry, Journal, Ki
 from fedloom.deployment.client.ledger import Bound, afford, describe_spent, judge, judge_delta
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
-from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError, SpentError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_json, hash_text
+from fedloom.host.frames import Frame
 from fedloom.text import count, format_seconds
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from fedloom.deployment.client.ledger import Cost, Ledger, read_cost
-from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_pieces
+from fedloom.host.frames import Frame
 
 DAY = timedelta(days=1)
 Kind = Literal["train", "meet", "score", "tasks", "own", "end", "give_up", "answer"]
