@@ -34,7 +34,7 @@ from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
-from fedloom.model.loading import check_quantization
+from fedloom.model.loading import check_length, check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
@@ -43,7 +43,7 @@ from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
-from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
+from fedloom.training.memory import StepMemory, check_room, free_bytes, leaves_no_doubt, predict_step
 from fedloom.training.optimizers import check_optimizer
 
 
@@ -209,7 +209,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
     Raises:
         RecipeError, ModelError
     """
-    check_quantization(recipe.model.quantization, source, device)
+    check_quantization(recipe.model.quantization, source)
     check_optimizer(recipe.training, device)
     dtype = dtype_of(recipe, device)
     choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
@@ -217,6 +217,9 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
     engine = choose_engine(recipe.adapter, recipe.training, recipe.model, shape)
     check_length(recipe.data.max_length, source, shape.prompt_length)
     check_lora_rule(shape.layout, recipe.federation)
+    # The blocks of a .gguf file are unpacked beside the GPU.
+    if device.type == "cuda" and recipe.model.quantization != "packed":
+        check_room(build_shape(recipe, source, dtype, packed=True), device)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
@@ -266,7 +269,7 @@ def measure(
     key = _step_of(recipe), wanted
     try:
         memory = predicted[key] = predicted.get(key) or predict_step(
-            partial(build_shape, recipe, source, setup.dtype),
+            partial(build_shape, recipe, source, setup.dtype, packed=True),
             source.num_layers,
             recipe.training,
             clients=wanted,
@@ -373,21 +376,6 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }
     return tuple(way for way, taken in ways.items() if taken)
-
-
-def check_length(max_length: int, source: ModelSource, prompt: int = 0) -> None:
-    """Refuse blocks that, with the tokens of the adapter's prompt before them, are longer than the model.
-
-    Raises:
-        ModelError
-    """
-    if source.max_length is not None and max_length + prompt > source.max_length:
-        raise ModelError(
-            f"{max_length} tokens{f' after a prompt of {prompt}' if prompt else ''} are more than the model's"
-            f" {source.max_length}",
-            where="data.max_length",
-            mend=f"at most {source.max_length - prompt}",
-        )
 
 
 def choose_scored_clients(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:

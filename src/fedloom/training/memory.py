@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.errors import ModelError
 from fedloom.host.machine import free_memory
 from fedloom.model.loss_head import rows_at_a_time
+from fedloom.text import format_bytes
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
 
@@ -224,3 +226,19 @@ def free_bytes(device: torch.device) -> int:
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
         return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
     return free_memory()
+
+
+def check_room(adapted: AdaptedModel, device: torch.device) -> None:
+    """Refuse a base model that is larger than the memory of its GPU, before its weights are loaded.
+
+    Raises:
+        ModelError
+    """
+    needed, free = _base_bytes(adapted), free_bytes(device)
+    if needed > free:
+        raise ModelError(
+            f"its weights take {format_bytes(needed)}, and {device} has {format_bytes(free)} free: a model is never"
+            " spread over several GPUs",
+            where="model.source",
+            mend='model.quantization = "4bit" takes the least, or use a smaller model or a larger GPU',
+        )
