@@ -33,7 +33,7 @@ from fedloom.federation.lora_rules import check_lora_rule, shared_part
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
-from fedloom.model.devices import has_in_hardware, open_device
+from fedloom.model.devices import choose_devices, has_in_hardware, open_device
 from fedloom.model.loading import check_length, check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
@@ -43,7 +43,7 @@ from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
-from fedloom.training.memory import StepMemory, check_room, free_bytes, leaves_no_doubt, predict_step
+from fedloom.training.memory import StepMemory, check_room, free_on_each, leaves_no_doubt, predict_step, share_of_each
 from fedloom.training.optimizers import check_optimizer
 
 
@@ -83,6 +83,8 @@ class Setup:
     shape: AdaptedModel
     """The adapted model without values."""
     lora_rule: str
+    devices: Sequence[torch.device] = ()
+    """Devices among which the clients are dealt out; none where one process trains them all."""
 
     @property
     def payload_bytes(self) -> int:
@@ -126,6 +128,8 @@ class Prepared:
     """Hashes of the texts that are trained on, where tasks are asked and the documents are in this process."""
     memory: StepMemory | None = None
     """Bytes that a step takes; None where that was not predicted."""
+    devices: Sequence[torch.device] = ()
+    """Devices among which the clients are dealt out; none where this process trains them all."""
 
 
 def prepare(
@@ -148,7 +152,7 @@ def prepare(
     device = open_device(recipe.model.device)
     check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, observer)
-    setup = check(recipe, material.source, device)
+    setup = replace(check(recipe, material.source, device), devices=choose_devices(recipe.training.devices, device))
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
     kept = {} if predicted is None else predicted
@@ -163,7 +167,7 @@ def prepare(
     # Which questions were trained on tells of documents: of a private run it is not said.
     trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks and not recipe.privacy else None
     parts = material.central, material.clients, scored, plan, room.capacity
-    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory)
+    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory, devices=setup.devices)
 
 
 def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
@@ -250,7 +254,7 @@ def measure(
     predicted: MutableMapping[Hashable, StepMemory],
     say: Say,
 ) -> Room:
-    """Find how many clients may train in one pass.
+    """Find how many clients may train in one pass, on each device where there are several.
 
     A step's memory is predicted by tracing it, which takes seconds, unless that was `predicted` before. Without
     `predict`, that is left out where the recipe says how many clients train at once, or where the free memory leaves no
@@ -259,13 +263,14 @@ def measure(
     if setup.engine != "batched":
         return Room(1)
     given = recipe.training.clients_at_once
-    wanted = min(per_round, given or per_round)
-    length, free = recipe.data.max_length, free_bytes(setup.device)
+    most = share_of_each(per_round, setup.devices)
+    wanted = min(most, given or most)
+    length, free = recipe.data.max_length, free_on_each(setup.devices or [setup.device])
     if not predict:
         if given:
             return Room(given)
         if leaves_no_doubt(setup.shape, recipe.training, clients=wanted, length=length, device=setup.device, free=free):
-            return Room(per_round, ample=True)
+            return Room(most, ample=True)
     key = _step_of(recipe), wanted
     try:
         memory = predicted[key] = predicted.get(key) or predict_step(
@@ -290,7 +295,7 @@ def measure(
 
 OF_NO_STEPS_MEMORY = {
     *("learning_rate", "learning_rate_end", "schedule", "schedule_scope", "warmup", "weight_decay"),
-    *("epochs", "max_steps", "proximal_schedule"),
+    *("epochs", "max_steps", "proximal_schedule", "devices"),
 }
 """Keys of `training` that change no tensor's size in a step."""
 
@@ -312,7 +317,7 @@ def make_plan(
     recipe: Recipe, material: Material, setup: Setup, room: Room, per_round: int, scored_clients: Sequence[int]
 ) -> Plan:
     """Put together what is known of a run in this process."""
-    at_once = min(per_round, room.capacity)
+    at_once = min(share_of_each(per_round, setup.devices), room.capacity)
     return Plan.of(
         recipe.name,
         recipe.training,
@@ -373,6 +378,7 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     ways = {
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
+        f"a process with the model for each of {', '.join(map(str, setup.devices))}": bool(setup.devices),
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }
     return tuple(way for way, taken in ways.items() if taken)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -242,3 +243,13 @@ def check_room(adapted: AdaptedModel, device: torch.device) -> None:
             where="model.source",
             mend='model.quantization = "4bit" takes the least, or use a smaller model or a larger GPU',
         )
+
+
+def free_on_each(devices: Sequence[torch.device]) -> int:
+    """Return the free memory of the device that has the least; one that is named several times is shared."""
+    return min(free_bytes(device) // number for device, number in Counter(devices).items())
+
+
+def share_of_each(clients: int, devices: Sequence[torch.device]) -> int:
+    """Return how many clients at most each of several devices has; without any, one process has them all."""
+    return -(-clients // max(1, len(devices)))
