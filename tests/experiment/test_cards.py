@@ -21,11 +21,13 @@ from support.tiny import make_adapted, make_blocks, make_job, make_update, updat
 
 from fedloom.adapters.lora import Residual
 from fedloom.data.packing import pack_blocks
+from fedloom.deployment.messages import pack_adapter, pack_task
 from fedloom.errors import ModelError, ShortageError, TrainingError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.cards import deal, open_session
 from fedloom.experiment.job_frames import pack_jobs, pack_result, unpack_jobs, unpack_result
 from fedloom.experiment.preparation import prepare
+from fedloom.experiment.private import derive_ration
 from fedloom.experiment.run import plan, run
 from fedloom.experiment.sweep import same_model, sweep
 from fedloom.host.frames import Frame
@@ -264,6 +266,22 @@ def test_a_result_arrives_as_it_was_sent() -> None:
         failed = unpack_result(pack_result(ClientFailure(3, error, 1)), job.adapter)
         assert isinstance(failed, ClientFailure)
         assert (type(failed.error), str(failed.error), failed.trial) == (kind, str(error), 1)
+
+
+def test_noise_does_not_depend_on_the_devices_that_train() -> None:
+    job = make_full_job()
+    assert job.ration is not None
+    on_others = replace(job, training=job.training.model_copy(update={"devices": ("cpu", "cpu")}))
+    one, other = (derive_ration(b"secret", job.ration.terms, "documents", each) for each in (job, on_others))
+    assert one == other
+
+
+def test_devices_are_the_servers_own_and_no_client_is_told() -> None:
+    job = make_full_job()
+    training = job.training.model_copy(update={"devices": ("cpu", "cpu"), "epochs": 3})
+    told = pack_task(replace(job, training=training), pack_adapter(replace(job.adapter, residual=None))).manifest
+    assert "devices" not in told["training"]
+    assert told["training"]["epochs"] == 3
 
 
 def test_the_longest_jobs_are_dealt_first_and_each_to_who_has_the_least() -> None:
