@@ -23,10 +23,10 @@ from statistics import median
 from tempfile import gettempdir
 
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.frames import CREDENTIALS, Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.keys import Security, approve, init, request
 from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
 from fedloom.deployment.signing import Verifier
+from fedloom.host.frames import CREDENTIALS, Frame, accept, listen, receive_frame, send_frame
 
 WEIGHTS = 1_572_864
 """Of an adapter: LoRA r 16 on q_proj and v_proj of opt-350m, 6.3 MB."""

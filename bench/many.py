@@ -31,8 +31,8 @@ from deployment import FACTS, WEIGHTS_OF_TINY, echo, peak_bytes, provision, sett
 
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.flower.programs import BACKOFF_SECONDS, END_WITH_PARENT, LOADED, QUIET_SECONDS, run_supernode
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import Child, free_port, private_folder, take_arguments
+from fedloom.host.frames import Frame
 
 LOOK_SECONDS = 20.0
 """Time between two looks at the memory of all processes: a look takes a core a second or more."""

@@ -36,7 +36,7 @@ LAYERS = (
 """Rooms, and the modules at the root, from the ground up. One imports from those below it, and from no neighbour."""
 
 DEPLOYMENT = (
-    ("frames", "processes", "status", "message_kinds", "addresses", "certificates", "fingerprints"),
+    ("processes", "status", "message_kinds", "addresses", "certificates", "fingerprints"),
     ("signing",),
     ("keys", "flower", "docker", "health", "message_recipe"),
     ("message_fields",),

@@ -169,7 +169,7 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
         (in_bfloat16(make("full")), "model.dtype: .* would be trained in bfloat16.*1e-5"),
         (in_bfloat16(make("ln_tuning")), "layernorm.* would be trained in bfloat16"),
         (in_bfloat16(make("with a head")), "lm_head.* would be trained in bfloat16"),
-        (make_recipe(model={"quantization": "4bit"}), "4bit weights need a GPU"),
+        (make_recipe(model={"quantization": "4bit"}), "no weights to pack as 4bit|4bit weights need bitsandbytes"),
         (make_recipe(model={"quantization": "packed"}), "only a .gguf file has packed weights"),
     ],
 )  # fmt: skip

@@ -12,10 +12,10 @@ pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedl
 
 from support.import_file import import_file
 
-from fedloom.deployment.frames import Frame, ask
 from fedloom.deployment.messages import unpack_facts
 from fedloom.deployment.processes import Child, hand_over, private_folder
 from fedloom.deployment.signing import Signer, make_signing_key
+from fedloom.host.frames import Frame, ask
 
 BENCH = Path(__file__).parents[2] / "bench" / "deployment.py"
 

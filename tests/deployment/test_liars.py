@@ -25,7 +25,6 @@ from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.secret import keyed_hash, read_secret, secret_path
 from fedloom.deployment.client.worker import Worker, refusal_of
 from fedloom.deployment.client.worker_process import serve, take_in
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import REFUSALS
 from fedloom.deployment.messages import unpack_recipe
 from fedloom.deployment.server import exchange
@@ -34,6 +33,7 @@ from fedloom.errors import DeploymentError
 from fedloom.experiment.session import tensors_of
 from fedloom.federation.fleet import ClientPreview
 from fedloom.host import failpoints
+from fedloom.host.frames import Frame
 from fedloom.progress import Progress
 from fedloom.records.state import hash_tensors
 from fedloom.training.jobs import ClientFailure, ClientTask

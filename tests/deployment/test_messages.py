@@ -13,7 +13,6 @@ from support.tiny import make_recipe
 
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS, QUESTIONS, REFUSAL, REFUSALS
 from fedloom.deployment.message_kinds import (
     Count,
@@ -42,6 +41,7 @@ from fedloom.deployment.messages import (
 )
 from fedloom.deployment.server.serving import check_deployable
 from fedloom.errors import MessageError, PolicyError, RecipeError
+from fedloom.host.frames import Frame
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
 from fedloom.training.jobs import ClientReport

@@ -25,7 +25,6 @@ from fedloom.cli import main
 from fedloom.deployment import keys
 from fedloom.deployment.client import worker_process
 from fedloom.deployment.client.joining import read_kit
-from fedloom.deployment.frames import Frame, accept, ask, listen
 from fedloom.deployment.processes import (
     AND,
     RUNTIME_SOCKET,
@@ -38,6 +37,7 @@ from fedloom.deployment.processes import (
     write_secret,
 )
 from fedloom.errors import DeploymentError
+from fedloom.host.frames import Frame, accept, ask, listen
 
 NOBODY = 65534
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")

@@ -17,12 +17,12 @@ from support.workers_here import Owner, asked_to, link_of, serve_here, told_of
 
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.reading import read_aloud
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.own_messages import KeptAdapter
 from fedloom.deployment.server import exchange
 from fedloom.errors import MessageError
 from fedloom.experiment.building import load_base
 from fedloom.host import failpoints
+from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.records.check import check_run
 

@@ -14,12 +14,12 @@ from support.tiny import make_adapted, make_recipe
 from support.workers_here import LinkHere, Owner, asked_to, link_of, serve_here, told_of
 
 from fedloom.deployment.client.own_adapter import OwnPart
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.server import exchange
 from fedloom.errors import RecipeError, RunError
 from fedloom.federation.lora_rules import shared_part
 from fedloom.handover.finished_run import adapter_folder
 from fedloom.host import failpoints
+from fedloom.host.frames import Frame
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.check import check_run
 from fedloom.records.run import Run

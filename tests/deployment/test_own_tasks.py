@@ -16,7 +16,6 @@ from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.task_file import read_task_file
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.own_messages import pack_answers, unpack_answers
 from fedloom.deployment.server import exchange
 from fedloom.errors import DataError, MessageError
@@ -24,6 +23,7 @@ from fedloom.evaluation.measures import wilson
 from fedloom.evaluation.task_counts import OwnAnswers, TaskCount
 from fedloom.experiment.trial import Trial
 from fedloom.handover.evaluate import evaluate
+from fedloom.host.frames import Frame
 from fedloom.host.machine import Finding
 from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.recipe import Recipe

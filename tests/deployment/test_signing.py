@@ -15,11 +15,11 @@ from fedloom.deployment import signing
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import ask_within, pack_adapter, pack_recipe, pack_task
 from fedloom.deployment.signing import Signer, Verifier, make_signing_key
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.experiment.building import load_adapted_model
+from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.training.jobs import ClientTask
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import COUNTS, hide_documents, pack_adapter, pack_recipe, pack_task, pack_update
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.serving import check_facts
 from fedloom.experiment.building import load_adapted_model
+from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientTask

@@ -8,11 +8,11 @@ from typing import Any, cast
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.server.exchange import Answer, Node
 from fedloom.deployment.server.serving import RemoteClients, check_deployable, with_limits
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.experiment.run import run
+from fedloom.host.frames import Frame
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import Run

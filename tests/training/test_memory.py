@@ -13,7 +13,9 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.tokens import TokenBlocks
+from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate, evaluate_together
+from fedloom.experiment.preparation import check
 from fedloom.model.loading import build_meta_model
 from fedloom.model.source import open_model
 from fedloom.training import memory
@@ -216,3 +218,15 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pyte
     assert free_bytes(CPU) > 2**20
     (tmp_path / "memory.max").write_text("3000000\n")
     assert free_bytes(CPU) == 2_000_000
+
+
+def test_a_model_that_is_larger_than_its_gpu_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, gpu = make_recipe(), torch.device("cuda:1")
+    source = open_model(recipe.model.source)
+    free = sum(p.numel() * p.element_size() for p in make_adapted().model.parameters())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert check(recipe, source, gpu).engine == "batched"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free - 1)
+    with pytest.raises(ModelError, match=r"model.source: its weights take .*, and cuda:1 has .*; model.quantization"):
+        check(recipe, source, gpu)
+    assert check(recipe, source, CPU).engine == "batched", "a processor's memory is no such limit"

@@ -28,10 +28,15 @@ ROUND_MORE = (torch.bfloat16, torch.float16)
 nearly half of a step in float32 (docs/benchmarks.md)."""
 
 
+OVER_BITS = ("Linear4bit", "Linear8bitLt")
+"""PEFT's plain LoRA over weights that bitsandbytes packs, by name: without that package there are no such classes."""
+
+
 def find_unstackable(adapted: AdaptedModel) -> str | None:
     """Return an adapted layer, with its kind, that `StackedLora` can't stand for; None where there is none."""
     for path, layer in adapted.base.named_modules():
-        if isinstance(layer, LoraLayer) and not isinstance(layer, Linear):
+        plain = isinstance(layer, Linear) or type(layer).__name__ in OVER_BITS
+        if isinstance(layer, LoraLayer) and not plain:
             return f"{path}, a {type(layer.get_base_layer()).__name__}"
     return None
 

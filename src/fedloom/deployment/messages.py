@@ -19,14 +19,14 @@ from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS, QUESTIONS, REFUSAL, REFUSALS, SECONDS
 from fedloom.deployment.message_kinds import Count, hide
-from fedloom.deployment.message_recipe import RECIPE
+from fedloom.deployment.message_recipe import RECIPE, TRAINING
 from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import shared_part, trained_part
 from fedloom.host.files import hash_text
+from fedloom.host.frames import Frame
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation
@@ -125,7 +125,7 @@ def unpack_adapter(frame: Frame, layout: Layout, lora_rule: str) -> Adapter:
 def pack_task(task: ClientTask, adapter: Frame) -> Frame:
     """Write a client's task; `adapter` is the packed one that it starts from."""
     told = {"round": task.round, "client": task.client, "rounds": task.rounds, "seed": task.seed}
-    training = task.training.model_dump(mode="json", exclude_none=True)
+    training = TRAINING.pick(task.training.model_dump(mode="json", exclude_none=True))
     return Frame({**adapter.manifest, **told, "training": training}, adapter.payload)
 
 

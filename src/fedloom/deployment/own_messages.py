@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import read_answer
 from fedloom.errors import MessageError
 from fedloom.evaluation.task_counts import OwnAnswers, TaskCount
+from fedloom.host.frames import Frame
 
 
 @dataclass(frozen=True)

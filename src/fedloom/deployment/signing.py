@@ -19,9 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fedloom.deployment.frames import Frame, read_manifest
 from fedloom.errors import DeploymentError, LateError, MessageError
 from fedloom.host.files import hash_pieces, hash_text, write_private
+from fedloom.host.frames import Frame, read_manifest
 
 PURPOSE = b"fedloom question 1\n"
 """Words before all that is signed: what this key signed for another purpose is no question."""

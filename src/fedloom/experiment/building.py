@@ -16,6 +16,7 @@ from fedloom.errors import ModelError
 from fedloom.model.attention import MASKLESS, choose_attention
 from fedloom.model.devices import choose_dtype, open_device
 from fedloom.model.loading import build_meta_model, load_model
+from fedloom.model.packed_shape import BITS, pack_shape
 from fedloom.model.source import ModelSource, open_model
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
@@ -37,9 +38,16 @@ def open_source(recipe: Recipe, say: Callable[[str], object] = str, *, convert: 
     )
 
 
-def build_shape(recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None) -> AdaptedModel:
-    """Return the adapted model without its values, and where PEFT can do with it without memory for them."""
+def build_shape(
+    recipe: Recipe, source: ModelSource, dtype: str, layers: int | None = None, *, packed: bool = False
+) -> AdaptedModel:
+    """Return the adapted model without its values, and where PEFT can do with it without memory for them.
+
+    With `packed`, layers that bitsandbytes packs have the size that they take in memory, and not their own.
+    """
     base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe, source))
+    if packed and recipe.model.quantization in BITS:
+        pack_shape(base, recipe.model.quantization, recipe.model.quantization_options)
     if METHODS[recipe.adapter.method].needs_values:
         base = base.to_empty(device="cpu")
         for value in base.state_dict().values():

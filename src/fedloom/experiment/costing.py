@@ -16,6 +16,7 @@ from fedloom.experiment.preparation import Prepared
 from fedloom.progress import Phase
 from fedloom.records.run import Record, read_run
 from fedloom.text import count, format_bytes, format_seconds
+from fedloom.training.memory import share_of_each
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def clients_at_once(together: Sequence[Prepared]) -> int:
 
 
 def _peak(together: Sequence[Prepared]) -> int | None:
-    at_once = min(clients_at_once(together), sum(prepared.plan.clients_per_round for prepared in together))
+    clients = sum(prepared.plan.clients_per_round for prepared in together)
+    at_once = min(clients_at_once(together), share_of_each(clients, together[0].devices))
     return max((one.memory.peak_bytes(at_once) for one in together if one.memory), default=None)
 
 

@@ -35,8 +35,8 @@ from fedloom.federation.lora_rules import check_lora_rule, shared_part
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
-from fedloom.model.devices import has_in_hardware, open_device
-from fedloom.model.loading import check_quantization
+from fedloom.model.devices import choose_devices, has_in_hardware, open_device
+from fedloom.model.loading import check_length, check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
@@ -45,7 +45,7 @@ from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
-from fedloom.training.memory import StepMemory, free_bytes, leaves_no_doubt, predict_step
+from fedloom.training.memory import StepMemory, check_room, free_on_each, leaves_no_doubt, predict_step, share_of_each
 from fedloom.training.optimizers import check_optimizer
 
 
@@ -85,6 +85,8 @@ class Setup:
     shape: AdaptedModel
     """The adapted model without values."""
     lora_rule: str
+    devices: Sequence[torch.device] = ()
+    """Devices among which the clients are dealt out; none where one process trains them all."""
 
     @property
     def payload_bytes(self) -> int:
@@ -128,6 +130,8 @@ class Prepared:
     """Hashes of the texts that are trained on, where tasks are asked and the documents are in this process."""
     memory: StepMemory | None = None
     """Bytes that a step takes; None where that was not predicted."""
+    devices: Sequence[torch.device] = ()
+    """Devices among which the clients are dealt out; none where this process trains them all."""
 
 
 def prepare(
@@ -150,7 +154,7 @@ def prepare(
     device = open_device(recipe.model.device)
     check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, observer)
-    setup = check(recipe, material.source, device)
+    setup = replace(check(recipe, material.source, device), devices=choose_devices(recipe.training.devices, device))
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
     kept = {} if predicted is None else predicted
@@ -165,7 +169,7 @@ def prepare(
     # Which questions were trained on tells of documents: of a private run it is not said.
     trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks and not recipe.privacy else None
     parts = material.central, material.clients, scored, plan, room.capacity
-    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory)
+    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory, devices=setup.devices)
 
 
 def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
@@ -211,7 +215,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
     Raises:
         RecipeError, ModelError
     """
-    check_quantization(recipe.model.quantization, source, device)
+    check_quantization(recipe.model.quantization, source)
     check_optimizer(recipe.training, device)
     dtype = dtype_of(recipe, device)
     choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
@@ -219,6 +223,9 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
     engine = choose_engine(recipe.adapter, recipe.training, recipe.model, shape)
     check_length(recipe.data.max_length, source, shape.prompt_length)
     check_lora_rule(shape.layout, recipe.federation)
+    # The blocks of a .gguf file are unpacked beside the GPU.
+    if device.type == "cuda" and recipe.model.quantization != "packed":
+        check_room(build_shape(recipe, source, dtype, packed=True), device)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
             "the model can't checkpoint its layers", where="training.gradient_checkpointing", mend="leave it out"
@@ -249,7 +256,7 @@ def measure(
     predicted: MutableMapping[Hashable, StepMemory],
     say: Say,
 ) -> Room:
-    """Find how many clients may train in one pass.
+    """Find how many clients may train in one pass, on each device where there are several.
 
     A step's memory is predicted by tracing it, which takes seconds, unless that was `predicted` before. Without
     `predict`, that is left out where the recipe says how many clients train at once, or where the free memory leaves no
@@ -258,18 +265,19 @@ def measure(
     if setup.engine != "batched":
         return Room(1)
     given = recipe.training.clients_at_once
-    wanted = min(per_round, given or per_round)
-    device, length, free = setup.device, recipe.data.max_length, free_bytes(setup.device)
+    most = share_of_each(per_round, setup.devices)
+    wanted = min(most, given or most)
+    device, length, free = setup.device, recipe.data.max_length, free_on_each(setup.devices or [setup.device])
     scored = tokens_at_once(recipe.evaluation.batch_size, length, device)
     size: dict[str, Any] = {"clients": wanted, "length": length, "scored_tokens": scored, "device": device}
     if given and not predict:
         return Room(given)
     if not predict and leaves_no_doubt(setup.shape, recipe.training, **size, free=free):
-        return Room(per_round, ample=True)
+        return Room(most, ample=True)
     try:
         key = _step_of(recipe), wanted
         memory = predicted[key] = predicted.get(key) or predict_step(
-            partial(build_shape, recipe, source, setup.dtype),
+            partial(build_shape, recipe, source, setup.dtype, packed=True),
             source.num_layers,
             recipe.training,
             **size,
@@ -288,7 +296,7 @@ def measure(
 
 OF_NO_STEPS_MEMORY = {
     *("learning_rate", "learning_rate_end", "schedule", "schedule_scope", "warmup", "weight_decay"),
-    *("epochs", "max_steps", "proximal_schedule"),
+    *("epochs", "max_steps", "proximal_schedule", "devices"),
 }
 """Keys of `training` that change no tensor's size in a step."""
 
@@ -310,7 +318,7 @@ def make_plan(
     recipe: Recipe, material: Material, setup: Setup, room: Room, per_round: int, scored_clients: Sequence[int]
 ) -> Plan:
     """Put together what is known of a run in this process."""
-    at_once = min(per_round, room.capacity)
+    at_once = min(share_of_each(per_round, setup.devices), room.capacity)
     return Plan.of(
         recipe.name,
         recipe.training,
@@ -371,24 +379,10 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     ways = {
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
+        f"a process with the model for each of {', '.join(map(str, setup.devices))}": bool(setup.devices),
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }
     return tuple(way for way, taken in ways.items() if taken)
-
-
-def check_length(max_length: int, source: ModelSource, prompt: int = 0) -> None:
-    """Refuse blocks that, with the tokens of the adapter's prompt before them, are longer than the model.
-
-    Raises:
-        ModelError
-    """
-    if source.max_length is not None and max_length + prompt > source.max_length:
-        raise ModelError(
-            f"{max_length} tokens{f' after a prompt of {prompt}' if prompt else ''} are more than the model's"
-            f" {source.max_length}",
-            where="data.max_length",
-            mend=f"at most {source.max_length - prompt}",
-        )
 
 
 def choose_scored_clients(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:

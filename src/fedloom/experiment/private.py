@@ -116,7 +116,8 @@ def derive_ration(secret: bytes, terms: Terms, documents: str, task: ClientTask)
     """Return the ration of a task: its noise depends on all that the answer depends on, and on the secret."""
     facts = (
         *(task.round, task.client, task.trial, task.rounds, task.seed),
-        *(task.adapter.sha256(), task.training.model_dump_json(), documents, asdict(terms)),
+        # Which devices of a machine train changes nothing, and a run never goes on with others.
+        *(task.adapter.sha256(), task.training.model_dump_json(exclude={"devices"}), documents, asdict(terms)),
     )
     return Ration(terms, derive_key(secret, *map(str, facts)))
 
@@ -162,7 +163,8 @@ def open_aggregate(recipe: Recipe, clients: Sequence[ClientBlocks], layout: Layo
     able = [held.train for held in clients if len(held.train)]
     documents = hash_tensors(tensor for train in able for tensor in train.tensors)
     terms = set_run_terms(recipe, len(able))
-    central = CentralNoise(terms, _open_secret(recipe, folder / SECRET), (recipe.model_dump_json(), documents))
+    told = recipe.model_dump_json(exclude={"training": {"devices"}}), documents
+    central = CentralNoise(terms, _open_secret(recipe, folder / SECRET), told)
     return noised_sum(strategy, central, partial(trained_part, layout, recipe.federation.lora_rule))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.cards import open_session
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.preparation import Prepared, prepare, with_tasks
@@ -102,7 +103,7 @@ def run(
         watchers.show_step("weights", prepared.source.name)
         say = partial(watchers.show_step, "weights")
         adapted = load_adapted_model(recipe, prepared.source, prepared.plan, say=say)
-        session = Session(adapted, prepared.plan.engine, recipe.data, watchers.telemetry, watchers)
+        session = stack.enter_context(open_session(recipe, prepared, adapted, watchers.telemetry, watchers))
         identity = identify(prepared, adapted)
         failpoint("run.loaded")
         watchers.check()

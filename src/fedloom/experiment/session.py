@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -21,30 +21,25 @@ from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.records.state import hash_tensors
 from fedloom.text import count
-from fedloom.training.engines import EngineName, open_engine
+from fedloom.training.engines import Engine
 from fedloom.training.jobs import ClientJob, ClientResult
-
-if TYPE_CHECKING:
-    from fedloom.recipe.data_section import Data
 
 
 class Session:
     """A loaded model, an engine and what measures them: all that runs share which train on the same base model.
 
-    Whatever is neither training nor evaluation here is aggregation and its records.
-
-    Raises:
-        ModelError: the model is not what its engine takes for granted.
+    Whatever is neither training nor evaluation here is aggregation and its records. `batched` says whether the engine
+    takes all clients of several runs at once.
     """
 
     def __init__(
-        self, adapted: AdaptedModel, engine: EngineName, data: Data, telemetry: Telemetry, observer: Observer
+        self, adapted: AdaptedModel, engine: Engine, telemetry: Telemetry, observer: Observer, *, batched: bool
     ) -> None:
         self.adapted = adapted
         self.telemetry = telemetry
         self.watch = observer.watch
-        self._batched = engine == "batched"
-        self._engine = open_engine(engine, adapted, data, observer.watch, observer.show_step)
+        self._batched = batched
+        self._engine = engine
         self._lowered_to: int | None = None
         self.say = observer.show_step
         self._most_tokens: int | None = None

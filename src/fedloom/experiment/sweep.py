@@ -23,6 +23,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline
 from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.cards import open_session
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
@@ -199,14 +200,15 @@ def read_done(folder: Path) -> Run | None:
 
 
 def same_model(recipe: Recipe) -> Hashable:
-    """Return a key: recipes for which it is equal can share an adapted model."""
+    """Return a key: recipes for which it is equal can share an adapted model, and the processes that have it."""
     rule = recipe.federation.lora_rule
     layers = rule if rule in ("ffa", "fedex") else "plain"
     engine = choose_engine(recipe.adapter, recipe.training, recipe.model)
     # What is frozen comes from the seed with "ffa", and other methods than plain LoRA have more than one vector.
     seed = None if engine == "batched" and rule != "ffa" else recipe.seed
     # Where padding counts, attention is built to take masks.
-    return recipe.model, recipe.adapter.model_dump_json(), layers, engine, seed, recipe.data.pad_in_loss
+    on = recipe.training.devices
+    return recipe.model, recipe.adapter.model_dump_json(), layers, engine, seed, recipe.data.pad_in_loss, on
 
 
 def same_pass(recipe: Recipe) -> Hashable:
@@ -258,7 +260,7 @@ def run_group(
         say = partial(display.show_step, "weights")
         adapted = load_adapted_model(first.recipe, prepared.source, prepared.plan, say=say)
         watching = Observers(display, telemetry)
-        session = Session(adapted, prepared.plan.engine, first.recipe.data, telemetry, watching)
+        session = stack.enter_context(open_session(first.recipe, prepared, adapted, telemetry, watching))
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))
         for together in group_by(able, same_pass):

@@ -124,7 +124,8 @@ def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     if not training.proximal_mu and training.proximal_schedule != "adaptive":
         yield "training.proximal_schedule", "training.proximal_mu is 0 throughout"
     if not here:
-        yield "training.clients_at_once", "each client trains on a machine of its own"
+        for key in ("clients_at_once", "devices"):
+            yield f"training.{key}", "each client trains on a machine of its own"
         return
     if plan.engine == "reference":
         yield "training.clients_at_once", "the engine reference trains one client after another"

@@ -1,1 +1,1 @@
-"""This machine: files, locks, signals, and facts about it."""
+"""This machine: files, locks, signals, frames between its processes, and facts about it."""

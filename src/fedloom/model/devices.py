@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -25,8 +26,8 @@ def has_in_hardware(dtype: str, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else computes_bfloat16()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """Return the wanted device; for `auto`, a GPU if there is one, else the processor.
+def choose_device(wanted: str, where: str = "model.device") -> torch.device:
+    """Return the wanted device; for `auto`, a GPU if there is one, else the processor. `where` is the key that says so.
 
     Raises:
         ModelError: the wanted GPU is not there.
@@ -37,10 +38,31 @@ def choose_device(wanted: str) -> torch.device:
     # With its number: torch takes no GPU without one where it is asked about its memory, say.
     device = torch.device("cuda:0" if wanted == "cuda" else wanted)
     if device.type == "cuda" and device.index >= available:
-        raise ModelError(
-            f"no device {wanted}: torch sees {available} GPUs", where="model.device", mend='use "auto" or "cpu"'
-        )
+        mend = 'use "auto" or "cpu"' if where == "model.device" else "name those that are there"
+        raise ModelError(f"no device {wanted}: torch sees {available} GPUs", where=where, mend=mend)
     return device
+
+
+def choose_devices(wanted: Sequence[str] | None, own: torch.device) -> tuple[torch.device, ...]:
+    """Return the devices among which clients are dealt out; `own` is that of the run itself. None if left out.
+
+    Raises:
+        ModelError: one is not there, or is of another kind than `own`, and so would give other results.
+    """
+    where = "training.devices"
+    if wanted is None:
+        return ()
+    names = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if wanted == "all" else wanted
+    if not names:
+        raise ModelError("torch sees no GPU", where=where, mend="leave it out")
+    devices = tuple(choose_device(name, where) for name in names)
+    if others := [str(device) for device in devices if device.type != own.type]:
+        raise ModelError(
+            f"{others[0]} is of another kind than {own}, which the run itself is on",
+            where=where,
+            mend="name devices of one kind there and in model.device",
+        )
+    return devices
 
 
 def open_device(wanted: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from fedloom.downloads import fetch_weights
 from fedloom.errors import ModelError
 from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.model.packed import pack_model
+from fedloom.model.packed_shape import BITS
 from fedloom.model.source import ModelSource, loading
 from fedloom.recipe.sections import QuantizationOptions
 from fedloom.seeds import derive_seed
@@ -78,7 +80,7 @@ def load_model(
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError("an adapter lies beside the weights, and transformers put it on the model")
             check_files(model, found, source.weights.told if source.weights else "its files", say)
-        if quantization not in ("4bit", "8bit"):  # whose packed weights have other shapes
+        if quantization not in BITS:  # whose packed weights have other shapes
             _check_as_described(model, source, dtype, attention)
     # PEFT writes this name into an adapter as its base; transformers would leave the folder of an unpacked file.
     model.name_or_path = source.name
@@ -87,7 +89,7 @@ def load_model(
     if quantization == "packed" and source.file and not pack_model(model, source.file):
         raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
     # Bitsandbytes' weights are on the device already (`device_map`); some versions refuse to move 8-bit ones.
-    placed = model if quantization in ("4bit", "8bit") else model.to(device)
+    placed = _keep_trainable(model) if quantization in BITS else model.to(device)
     settle_attention(placed)
     return placed
 
@@ -179,9 +181,10 @@ def quantized(
     """Return the arguments with which transformers packs the weights while it loads them; none if it shall not.
 
     Unless the options say otherwise, 4 bits are QLoRA's NF4 with packed scales (Dettmers et al. 2023, arXiv
-    2305.14314, section 3); 8 bits are LLM.int8 (arXiv 2208.07339).
+    2305.14314, section 3); 8 bits are LLM.int8's (arXiv 2208.07339) without outliers apart. Which features are
+    outliers would be decided over a whole batch: a token would see later ones, and a client another's.
     """
-    if quantization not in ("4bit", "8bit"):
+    if quantization not in BITS:
         return {}
     options = options or QuantizationOptions()
     four_bits = {
@@ -191,28 +194,57 @@ def quantized(
     }
     known: dict[str, dict[str, Any]] = {
         "4bit": {"load_in_4bit": True, **four_bits},
-        "8bit": {"load_in_8bit": True},
+        "8bit": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
     }
     return {"quantization_config": transformers.BitsAndBytesConfig(**known[quantization]), "device_map": {"": device}}
 
 
-def check_quantization(quantization: str | None, source: ModelSource, device: torch.device) -> None:
+def _keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose layers bitsandbytes has packed, which it leaves as they can be trained through."""
+    for layer in model.modules():
+        # On processors with bfloat16, a layer that is evaluated is packed anew for a product that has no gradient, for
+        # good: what lies below it would no longer learn.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    # It tells of a cast before each single product of 8 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return model
+
+
+def check_quantization(quantization: str | None, source: ModelSource) -> None:
     """Refuse a quantization that this model, this machine or its packages can't give.
 
     Raises:
-        ModelError: it needs a GPU, a package, a .gguf file, or weights that are not random.
+        ModelError: it needs a package, a .gguf file, or weights that are not random.
     """
     where = "model.quantization"
     if quantization == "packed":
         if source.file is None:
             raise ModelError("only a .gguf file has packed weights", where=where, mend="name one in model.source")
         return
-    if quantization and device.type != "cuda":
-        raise ModelError(f"{quantization} weights need a GPU", where=where, mend="leave it out, or set model.device")
     if quantization and find_spec("bitsandbytes") is None:
-        raise ModelError("bitsandbytes is not installed", where=where, mend="pip install 'bitsandbytes>=0.46'")
+        raise ModelError(
+            f"{quantization} weights need bitsandbytes, which is not installed",
+            where=where,
+            mend="pip install 'bitsandbytes>=0.46', or leave it out",
+        )
     if quantization and not source.location:
-        raise ModelError("a random model has no weights to pack", where=where, mend="leave it out")
+        raise ModelError(f"a random model has no weights to pack as {quantization}", where=where, mend="leave it out")
+
+
+def check_length(max_length: int, source: ModelSource, prompt: int = 0) -> None:
+    """Refuse blocks that, with the tokens of the adapter's prompt before them, are longer than the model.
+
+    Raises:
+        ModelError
+    """
+    if source.max_length is not None and max_length + prompt > source.max_length:
+        raise ModelError(
+            f"{max_length} tokens{f' after a prompt of {prompt}' if prompt else ''} are more than the model's"
+            f" {source.max_length}",
+            where="data.max_length",
+            mend=f"at most {source.max_length - prompt}",
+        )
 
 
 def build_meta_model(

@@ -69,8 +69,8 @@ class Model(Section):
     )
     quantization: Literal["4bit", "8bit", "packed"] | None = Field(
         None,
-        description="packing of the frozen weights: `4bit` (NF4) or `8bit` by bitsandbytes on a GPU, or `packed` as in"
-        " a `.gguf` file; none if left out",
+        description="packing of the frozen weights: `4bit` (NF4) or `8bit` by bitsandbytes, or `packed` as in a `.gguf`"
+        " file; none if left out",
     )
     quantization_options: QuantizationOptions | None = Field(
         None, description="how `4bit` packs and computes; with their defaults if left out"

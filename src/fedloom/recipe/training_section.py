@@ -59,6 +59,14 @@ class Optimizer(Section):
         return OPTIMIZER_DEFAULTS[self.kind][key] if given is None else given
 
 
+def _to_devices(value: object) -> object:
+    # TOML has lists only, and a strict frozen section wants tuples.
+    return tuple(value) if isinstance(value, list) else value
+
+
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+
+
 def _form_of(value: object) -> str:
     return "a table" if isinstance(value, dict | Optimizer) else "a name"
 
@@ -79,6 +87,13 @@ class Training(Section):
         True,
         description="a step recorded on a GPU and launched whole; not with `gradient_checkpointing` or"
         " `gradient_accumulation`",
+    )
+    devices: (
+        Annotated[tuple[DeviceName, ...], Field(min_length=1), BeforeValidator(_to_devices)] | Literal["all"] | None
+    ) = Field(
+        None,
+        description='devices of this machine among which clients are dealt out, as `["cuda:0", "cuda:1"]`, or `"all"`'
+        " GPUs: a process with the model for each; the one of `model.device` alone if left out",
     )
     epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
     max_steps: int | None = Field(

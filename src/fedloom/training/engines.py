@@ -93,7 +93,6 @@ def choose_engine(
         *(["adapter.dora"] if adapter.dora else []),
         *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
         *(['optimizer "adamw_8bit"'] if training.optimizer_table.kind == "adamw_8bit" else []),
-        *(["model.quantization"] if model.quantization in ("4bit", "8bit") else []),
     ]
     if adapted is not None and not lacks and (layer := find_unstackable(adapted)):
         lacks = [f"adapter on {layer}"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.errors import ModelError
 from fedloom.host.machine import free_memory
 from fedloom.model.loss_head import rows_at_a_time
+from fedloom.text import format_bytes
 from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
 
 if TYPE_CHECKING:
@@ -275,3 +278,29 @@ def free_bytes(device: torch.device) -> int:
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
         return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
     return free_memory()
+
+
+def check_room(adapted: AdaptedModel, device: torch.device) -> None:
+    """Refuse a base model that is larger than the memory of its GPU, before its weights are loaded.
+
+    Raises:
+        ModelError
+    """
+    needed, free = _base_bytes(adapted), free_bytes(device)
+    if needed > free:
+        raise ModelError(
+            f"its weights take {format_bytes(needed)}, and {device} has {format_bytes(free)} free: a model is never"
+            " spread over several GPUs",
+            where="model.source",
+            mend='model.quantization = "4bit" takes the least, or use a smaller model or a larger GPU',
+        )
+
+
+def free_on_each(devices: Sequence[torch.device]) -> int:
+    """Return the free memory of the device that has the least; one that is named several times is shared."""
+    return min(free_bytes(device) // number for device, number in Counter(devices).items())
+
+
+def share_of_each(clients: int, devices: Sequence[torch.device]) -> int:
+    """Return how many clients at most each of several devices has; without any, one process has them all."""
+    return -(-clients // max(1, len(devices)))

@@ -23,12 +23,12 @@ from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.client.refusals import find_refusals
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.worker import Worker
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_recipe
 from fedloom.errors import DeploymentError, RecipeError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.host.files import hash_json
+from fedloom.host.frames import Frame
 from fedloom.monitoring.observer import Observer
 from fedloom.privacy.accounting import calibrate, epsilon, renyi, renyi_epsilon
 from fedloom.privacy.noise import derive_key

@@ -15,8 +15,8 @@ from fedloom.deployment.client.joining import Kit, join
 from fedloom.deployment.client.journal import Journal, hash_task, standing
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.secret import read_secret
-from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, RecipeError
+from fedloom.host.frames import Frame
 
 UNKNOWN = '{"when": "2026-11-26T00:00:00+00:00", "task": "a", "kind": "another"}'
 TOLD = {"recipe": "r", "round": 1}

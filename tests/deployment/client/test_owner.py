@@ -14,9 +14,9 @@ from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_recipe, pack_task
 from fedloom.experiment.building import load_adapted_model
+from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientTask

@@ -20,11 +20,11 @@ from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN
 from fedloom.deployment.client.policy import Policy, PrivacyPolicy
 from fedloom.deployment.client.worker import Worker
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import ANSWERS, PRIVATE_ANSWERS
 from fedloom.deployment.message_kinds import Field, Kind, Listing, Record, Row, as_private, hide
 from fedloom.deployment.messages import read_answer
 from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.training.jobs import ClientReport, ClientUpdate, WorkLog
 

@@ -14,12 +14,12 @@ from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_documents import HOLDOUT, TRAIN
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.worker import Worker
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_recipe, pack_task, unpack_facts
 from fedloom.errors import DataError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.preparation import prepare
 from fedloom.host import failpoints
+from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
 from fedloom.training.jobs import ClientTask

@@ -21,10 +21,10 @@ from support.tiny import make_recipe
 from fedloom.deployment.client.account import LAST_SECONDS, Run
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.client.worker_process import IDLE_SECONDS, idle_seconds, leave, take_left
-from fedloom.deployment.frames import Frame, ask
 from fedloom.deployment.messages import pack_recipe, unpack_facts
 from fedloom.deployment.processes import Child, hand_over, private_folder
 from fedloom.deployment.signing import Signer, make_signing_key
+from fedloom.host.frames import Frame, ask
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="it looks at /proc")
 

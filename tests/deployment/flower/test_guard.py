@@ -30,9 +30,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.deployment.flower import apps, guard
 from fedloom.deployment.flower.guard import ANSWERS_KEPT, Guard, bound_answers, most_objects, write_limit
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import CONTROL_SECRET, KEYS_ARE_IN
 from fedloom.deployment.status import KEYS_HEADER, MOST_BODY_BYTES, SIGNATURE_PATH, STAMP_HEADER, STATUS_PATH
+from fedloom.host.frames import Frame
 
 PULL = "/v1/fleet/pull-messages"
 

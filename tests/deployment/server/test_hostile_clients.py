@@ -31,7 +31,6 @@ from support.marks import first
 from support.tiny import make_adapted, make_recipe, run_of
 
 from fedloom.deployment.flower import apps
-from fedloom.deployment.frames import MOST_MANIFEST_BYTES, Frame
 from fedloom.deployment.messages import pack_recipe
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
@@ -42,6 +41,7 @@ from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import STRATEGIES
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import RoundResult, run_rounds
+from fedloom.host.frames import MOST_MANIFEST_BYTES, Frame
 
 HOSTILE = 2
 """Client that is hostile, of 0, 1 and 2."""

@@ -7,12 +7,12 @@ import pytest
 from support.liars import Lie, LyingClient, facts_of
 from support.tiny import make_adapted, make_recipe
 
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import hide_documents, unpack_facts
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.serving import check_facts
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.federation.fleet import ClientPreview
+from fedloom.host.frames import Frame
 from fedloom.training.jobs import ClientFailure, ClientTask
 
 BOUND = {"epsilon": 8.0, "delta": 1e-3}

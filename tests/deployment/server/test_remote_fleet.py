@@ -13,7 +13,6 @@ from support.liars import facts_of
 from support.tiny import make_adapted, make_recipe, make_update
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     pack_adapter,
     pack_recipe,
@@ -30,6 +29,7 @@ from fedloom.deployment.server.exchange import Answer, Exchange, Node
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError, MessageError, RunError
 from fedloom.federation.fleet import ClientPreview
+from fedloom.host.frames import Frame
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, ClientUpdate

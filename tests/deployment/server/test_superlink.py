@@ -11,9 +11,9 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from support.federation_here import DOORS, Served
 
 from fedloom.deployment import keys
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.processes import private_folder
 from fedloom.deployment.server.superlink import SuperLink
+from fedloom.host.frames import Frame
 
 
 @pytest.mark.timeout(900)

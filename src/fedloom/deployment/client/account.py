@@ -23,10 +23,10 @@ from fedloom.deployment.client.journal import (
 from fedloom.deployment.client.ledger import Bound, Ledger, afford, judge, judge_delta
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy
-from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError, SpentError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import hash_json, hash_text
+from fedloom.host.frames import Frame
 from fedloom.text import count, format_seconds
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedloom.deployment.client.journal import ELSEWHERE, hash_task
-from fedloom.deployment.frames import Frame, pack_head, unpack_frame
 from fedloom.errors import DeploymentError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import flush, hash_pieces, replace_file
+from fedloom.host.frames import Frame, pack_head, unpack_frame
 
 
 def answer_path(journal: Path) -> Path:

@@ -22,7 +22,6 @@ from fedloom.deployment.client.own_tasks import OwnTasks
 from fedloom.deployment.client.refusals import as_owner_wrote, check_model
 from fedloom.deployment.client.secret import keyed_hash
 from fedloom.deployment.client.terms import bound_of, take_terms
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
     hide_documents,
@@ -41,6 +40,7 @@ from fedloom.experiment.personalising import personal_task
 from fedloom.experiment.private import derive_ration, seed_secret, set_client_terms
 from fedloom.experiment.session import hash_base, tensors_of
 from fedloom.federation.lora_rules import shared_part
+from fedloom.host.frames import Frame
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.progress import Progress

@@ -25,9 +25,10 @@ from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_documents
 from fedloom.errors import DataError, RecipeError
 from fedloom.experiment.building import open_source, tokenize_for
-from fedloom.experiment.preparation import check_length, gather
+from fedloom.experiment.preparation import gather
 from fedloom.experiment.tokenizing import separate
 from fedloom.host.files import hash_json
+from fedloom.model.loading import check_length
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from fedloom.deployment.client.ledger import Charge, Ledger, Measure, describe_spent, measure_by, read_charge
-from fedloom.deployment.frames import Frame
 from fedloom.errors import DeploymentError, PolicyError
 from fedloom.host.files import hash_pieces
+from fedloom.host.frames import Frame
 from fedloom.recipe.privacy_section import DOCUMENT
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.client.task_file import read_task_file
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import (
     ClientFacts,
     pack_facts,
@@ -48,6 +47,7 @@ from fedloom.errors import (
     SpentError,
     TrainingError,
 )
+from fedloom.host.frames import Frame
 from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import count_units
 from fedloom.text import count

@@ -21,8 +21,8 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.deployment.client.display import say
-from fedloom.deployment.frames import Frame, accept, listen, receive_frame, send_frame
 from fedloom.deployment.processes import hand_over, take_arguments
+from fedloom.host.frames import Frame, accept, listen, receive_frame, send_frame
 from fedloom.host.imports import quick_imports
 
 if TYPE_CHECKING:

@@ -33,9 +33,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedloom.deployment.flower.guard import most_objects, write_limit
-from fedloom.deployment.frames import MOST_MANIFEST_BYTES, SERVE_SOCKET, Frame, ask, receive_frame, send_frame
-from fedloom.deployment.processes import SOCKETS, WORKER_SOCKET
+from fedloom.deployment.processes import SERVE_SOCKET, SOCKETS, WORKER_SOCKET
 from fedloom.errors import MessageError
+from fedloom.host.frames import MOST_MANIFEST_BYTES, Frame, ask, receive_frame, send_frame
 
 WORKER_PATIENCE_SECONDS = 120.0
 """Time for which a client waits for its worker: one that died is being started again."""

@@ -28,9 +28,9 @@ from fedloom.deployment.flower.bundle import check_app
 from fedloom.deployment.flower.guard import SECRET_HEADER, Guard, bound_answers
 from fedloom.deployment.flower.pulls import Looks, slower
 from fedloom.deployment.flower.registry import run_nodes
-from fedloom.deployment.frames import listen
 from fedloom.deployment.processes import AND, CONTROL_SECRET, RUNTIME_SOCKET, SOCKETS, take_arguments
 from fedloom.errors import DeploymentError
+from fedloom.host.frames import listen
 
 POLL_SECONDS = 0.5
 """Time between two looks of a SuperNode for messages; while it waits for its own app it looks six times as often.

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.message_fields import CLIENT
 from fedloom.deployment.messages import ClientFacts, ask_within, unpack_facts
 from fedloom.errors import DeploymentError, MessageError
+from fedloom.host.frames import Frame
 from fedloom.text import count, format_seconds
 
 POLL_SECONDS = 0.2

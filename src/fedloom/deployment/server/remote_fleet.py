@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.deployment.frames import Frame
 from fedloom.deployment.messages import pack_adapter, pack_task, unpack_progress, unpack_score, unpack_update
 from fedloom.deployment.own_messages import KeptAdapter, ask_tasks, unpack_answers, unpack_kept
 from fedloom.deployment.server.exchange import Exchange
@@ -28,6 +27,7 @@ from fedloom.federation.admission import ClientSize
 from fedloom.federation.fleet import ClientPreview
 from fedloom.federation.lora_rules import shared_part
 from fedloom.host.files import writing
+from fedloom.host.frames import Frame
 from fedloom.progress import Watch, ignore
 from fedloom.recipe.sections import Federation
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState

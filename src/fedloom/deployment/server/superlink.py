@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.flower.bundle import write_app
-from fedloom.deployment.frames import SERVE_SOCKET, Frame, accept, listen, read_manifest, receive_frame, send_frame
 from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import (
     CONTROL_SECRET,
     KEYS_ARE_IN,
+    SERVE_SOCKET,
     Child,
     flower_child,
     flower_command,
@@ -31,6 +31,7 @@ from fedloom.deployment.processes import (
 from fedloom.deployment.server.exchange import Answer, Node
 from fedloom.deployment.signing import Signer
 from fedloom.errors import DeploymentError
+from fedloom.host.frames import Frame, accept, listen, read_manifest, receive_frame, send_frame
 
 FREE_SECONDS = 20.0
 """Time within which a SuperLink whose server was killed ends and frees its port."""

@@ -15,8 +15,6 @@ from typing import Any
 HEAD = struct.Struct(">QQ")
 CREDENTIALS = struct.Struct("3i")
 """Process, user and group at the other end of a Unix socket, as Linux tells them."""
-SERVE_SOCKET = "FEDLOOM_SERVE_SOCKET"
-"""Environment variable that tells the server app where `fedloom serve` listens. Others who submit the app lack it."""
 MOST_MANIFEST_BYTES = 2**24
 MOST_PAYLOAD_BYTES = 2**36
 

@@ -1,0 +1,95 @@
+"""Process that trains on a further device of this machine: it has the base model, and is told jobs.
+
+`cards` starts it, never a person. It ends when whoever started it does: its socket is closed then.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import astuple
+from typing import Any
+
+import torch
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.errors import FedloomError
+from fedloom.experiment.building import load_adapted_model, open_source
+from fedloom.experiment.job_frames import pack_result, unpack_jobs
+from fedloom.experiment.session import hash_base
+from fedloom.host.frames import Frame, receive_frame, send_frame
+from fedloom.progress import Progress
+from fedloom.recipe.recipe import Recipe
+from fedloom.training.engines import Engine, open_engine
+
+
+class NotWantedError(Exception):
+    """Work that nobody waits for any more: something else was said meanwhile."""
+
+
+class Line:
+    """End of the socket to the run that this process trains for."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def tell(self, do: str, **facts: Any) -> None:
+        """Send a few words."""
+        send_frame(self._connection, Frame({"do": do, **facts}))
+
+    def watch(self, progress: Progress) -> None:
+        """Tell of a step; give up where something else is said.
+
+        Raises:
+            NotWantedError
+        """
+        self.tell("progress", row=astuple(progress))
+        if select.select([self._connection], [], [], 0)[0]:
+            raise NotWantedError
+
+    def say(self, what: str, detail: str) -> None:
+        """Tell people something."""
+        self.tell("say", what=what, detail=detail)
+
+    def serve(self) -> None:
+        """Load the model of a recipe, and carry out jobs until the other end is closed.
+
+        Raises:
+            OSError: it is.
+        """
+        told = receive_frame(self._connection).manifest
+        try:
+            adapted, engine = self._open(told)
+        except FedloomError as error:
+            self.tell("failed", why=str(error))
+            return
+        while True:
+            asked = receive_frame(self._connection)
+            if asked.manifest["do"] == "train":
+                with suppress(NotWantedError):
+                    for result in engine.train(unpack_jobs(asked, adapted.layout)):
+                        send_frame(self._connection, pack_result(result))
+                self.tell("done", lowered_to=engine.lowered_to)
+
+    def _open(self, told: Mapping[str, Any]) -> tuple[AdaptedModel, Engine]:
+        torch.set_num_threads(told["threads"])
+        recipe = Recipe.model_validate(told["recipe"])
+        adapted = load_adapted_model(recipe, open_source(recipe))
+        # Before the engine tries the model: bitsandbytes changes how it keeps its weights when they are first used.
+        base = hash_base(adapted)
+        engine = open_engine(told["engine"], adapted, recipe.data, self.watch, self.say)
+        self.tell("ready", base=base)
+        return adapted, engine
+
+
+def main() -> None:
+    """Serve at the socket whose descriptor is the argument."""
+    with socket.socket(fileno=int(sys.argv[1])) as connection, suppress(OSError):
+        Line(connection).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Several devices of one machine: a process a device, each with the base model, and jobs dealt out among them.
+
+The run's own process is that of its own device. It trains its share, takes in what the others find as they find it,
+and gives all results in the order of the jobs, so nothing depends on who was quicker.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.errors import ModelError, RunError
+from fedloom.experiment.job_frames import pack_jobs, unpack_result
+from fedloom.experiment.preparation import Prepared
+from fedloom.experiment.session import Session, hash_base
+from fedloom.host.frames import Frame, receive_frame, send_frame
+from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.telemetry import Telemetry
+from fedloom.progress import Progress, Say, Watch
+from fedloom.recipe.recipe import Recipe, pin
+from fedloom.training.engines import Engine, open_engine
+from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate
+
+GRACE_SECONDS = 10.0
+"""Time that a process has to end by itself."""
+Key = tuple[int, int]
+"""Trial and client of a job, by which its result is known."""
+
+
+class Card:
+    """Process that trains on one device; a child of this one."""
+
+    def __init__(self, device: torch.device, recipe: Recipe, engine: str) -> None:
+        self.device, self.is_busy = device, False
+        self.lowered_to: int | None = None
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            number = theirs.fileno()
+            # A session of its own: Ctrl-C in a terminal reaches the run alone, which ends the others.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fedloom.experiment.card_process", str(number)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[number],
+                start_new_session=True,
+            )
+        told = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        self._send(Frame({"recipe": told, "engine": engine, "threads": torch.get_num_threads()}))
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, by which `select` waits for it."""
+        return self._connection.fileno()
+
+    @property
+    def pid(self) -> int:
+        """Return the number of the process."""
+        return self._process.pid
+
+    def check(self, base: str, say: Say) -> None:
+        """Wait until its model is loaded; `say` is told what it says of it.
+
+        Raises:
+            ModelError: it can't be, or is another one than `base`.
+            RunError: the process ended.
+        """
+        while (told := self.receive().manifest)["do"] == "say":
+            say(told["what"], f"{self.device}: {told['detail']}")
+        if told["do"] == "failed":
+            raise ModelError(f"{self.device} can't train: {told['why']}", where="training.devices")
+        if told["base"] != base:
+            raise ModelError(
+                f"{self.device} loaded another base model", where="model.source", mend="leave its files as they are"
+            )
+
+    def ask(self, jobs: Sequence[ClientJob]) -> None:
+        """Have it carry out jobs."""
+        self._send(pack_jobs(jobs))
+        self.is_busy = True
+
+    def receive(self) -> Frame:
+        """Wait for what it says next.
+
+        Raises:
+            RunError: the process ended.
+        """
+        try:
+            return receive_frame(self._connection)
+        except OSError:
+            raise self._ended() from None
+
+    def stop(self) -> None:
+        """Have it give up what it works on, and wait until it has; one that ended says so when it is asked again."""
+        with suppress(RunError):
+            if self.is_busy:
+                self._send(Frame({"do": "stop"}))
+            while self.is_busy:
+                self.is_busy = self.receive().manifest["do"] != "done"
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.terminate()
+        try:
+            self._process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, frame: Frame) -> None:
+        try:
+            send_frame(self._connection, frame)
+        except OSError:
+            raise self._ended() from None
+
+    def _ended(self) -> RunError:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_SECONDS)
+        number = self._process.returncode
+        how = f"was killed (signal {-number})" if number is not None and number < 0 else f"ended (status {number})"
+        return RunError(
+            f"the process that trains on {self.device} {how}",
+            where="training.devices",
+            mend="go on with --resume, with fewer clients at once if memory ran out",
+        )
+
+
+class DealtEngine:
+    """Engine that deals jobs out to processes on further devices, and to one in this process where there is one."""
+
+    def __init__(
+        self, cards: Sequence[Card], open_local: Callable[[Watch], Engine] | None, watch: Watch, say: Say
+    ) -> None:
+        self._cards, self._tell, self._say = cards, watch, say
+        self._local = open_local(self._watch) if open_local else None
+        self._found: dict[Key, ClientResult] = {}
+        self._starts: dict[Key, ClientJob] = {}
+
+    @property
+    def lowered_to(self) -> int | None:
+        """Clients that train at once on the device that has the least, since memory ran out there."""
+        known = [card.lowered_to for card in self._cards] + [self._local.lowered_to if self._local else None]
+        return min(filter(None, known), default=None)
+
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
+        """Carry out every job; yield the results in the order of the jobs.
+
+        Raises:
+            RunError: a process ended.
+        """
+        self._found, self._starts = {}, {(job.trial, job.client): job for job in jobs}
+        assert len(self._starts) == len(jobs), "two jobs of one client"
+        shares = deal(jobs, len(self._cards) + (self._local is not None))
+        waiting = deque(self._starts)
+        own = self._local.train(shares.pop(0)) if self._local else iter(())
+        try:
+            for card, share in zip(self._cards, shares, strict=True):
+                if share:
+                    card.ask(share)
+            while waiting:
+                if waiting[0] in self._found:
+                    yield self._found.pop(waiting.popleft())
+                # Here this process trains; meanwhile `_watch` takes in what others find.
+                elif result := next(own, None):
+                    key = result.trial, result.client
+                    if key == waiting[0]:
+                        waiting.popleft()
+                        yield result
+                    else:
+                        self._found[key] = hold(result)
+                else:
+                    self._take_in(wait=True)
+        finally:
+            for card in self._cards:
+                card.stop()
+
+    def _watch(self, progress: Progress) -> None:
+        """Tell of a step of this process, and of what came of the others since."""
+        self._tell(progress)
+        self._take_in(wait=False)
+
+    def _take_in(self, *, wait: bool) -> None:
+        """Take in what the busy processes say, all of it that is there; with `wait`, something at least."""
+        busy = [card for card in self._cards if card.is_busy]
+        assert busy or not wait, "results that nobody works on"
+        while ready := select.select(busy, [], [], None if wait else 0)[0]:
+            for card in ready:
+                self._hear(card, card.receive())
+            busy, wait = [card for card in busy if card.is_busy], False
+
+    def _hear(self, card: Card, said: Frame) -> None:
+        told: dict[str, Any] = dict(said.manifest)
+        match told["do"]:
+            case "progress":
+                self._tell(Progress(*told["row"]))
+            case "say":
+                self._say(told["what"], f"{card.device}: {told['detail']}")
+            case "result":
+                key = told["trial"], told["client"]
+                self._found[key] = unpack_result(said, self._starts[key].adapter)
+            case "done":
+                card.is_busy, card.lowered_to = False, told["lowered_to"]
+
+
+def deal(jobs: Sequence[ClientJob], processes: int) -> list[list[ClientJob]]:
+    """Deal jobs out: the longest first, each to who has the least to do; each share is in the order of the jobs.
+
+    It depends on the jobs alone: a run that goes on deals as it did before.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
+    for place in sorted(range(len(jobs)), key=lambda place: -count_work(jobs[place])):
+        least = loads.index(min(loads))
+        shares[least].append(place)
+        loads[least] += count_work(jobs[place])
+    return [[jobs[place] for place in sorted(share)] for share in shares]
+
+
+def count_work(job: ClientJob) -> float:
+    """Return about how many tokens a job trains on."""
+    blocks, training = job.blocks, job.training
+    steps = job.ration.terms.steps if job.ration else training.steps_of(len(blocks))
+    return steps * training.step_size * float(blocks.lengths_N.double().mean())
+
+
+def hold(result: ClientResult) -> ClientResult:
+    """Return a result that stays valid while others are asked for: a whole model's weights are lent."""
+    if not isinstance(result, ClientUpdate):
+        return result
+    return replace(result, adapter=replace(result.adapter, weights_P=result.adapter.weights_P.clone()))
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, telemetry: Telemetry, observer: Observer
+) -> Iterator[Session]:
+    """Open a session over a loaded model, and a process on each further device that the recipe trains on.
+
+    Raises:
+        ModelError: the model is not what its engine takes for granted, or can't be loaded there.
+        RunError: a process ended.
+    """
+    name, say = prepared.plan.engine, observer.show_step
+
+    def open_local(watch: Watch) -> Engine:
+        return open_engine(name, adapted, recipe.data, watch, say)
+
+    others = [*prepared.devices]
+    trains_here = not others or prepared.device in others
+    if trains_here and others:
+        others.remove(prepared.device)
+    with ExitStack() as stack:
+        engine: Engine
+        if not others:
+            engine = open_local(observer.watch)
+        else:
+            say("devices", f"a process each on {', '.join(map(str, others))}")
+            told = pin(recipe, prepared.plan.to_json())
+            cards = [open_card(told, device, prepared.plan.dtype, name, stack) for device in others]
+            base = hash_base(adapted)
+            engine = DealtEngine(cards, open_local if trains_here else None, observer.watch, say)
+            for card in cards:
+                card.check(base, say)
+        yield Session(adapted, engine, telemetry, observer, batched=name == "batched")
+
+
+def open_card(recipe: Recipe, device: torch.device, dtype: str, engine: str, stack: ExitStack) -> Card:
+    """Start the process of a device, which ends with the stack."""
+    model = recipe.model.model_copy(update={"device": str(device), "dtype": dtype})
+    training = recipe.training.model_copy(update={"devices": None})
+    card = Card(device, recipe.model_copy(update={"model": model, "training": training}), engine)
+    stack.callback(card.close)
+    return card

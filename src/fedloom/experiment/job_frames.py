@@ -1,0 +1,135 @@
+"""Jobs and their results as frames, between a run's process and those that train on further devices.
+
+A manifest of words and numbers, and the tensors as safetensors: what comes out is what went in, to the bit. Both ends
+are this program on this machine.
+
+Letters: P adapter parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import safetensors.numpy
+import safetensors.torch
+from torch import Tensor
+
+from fedloom.adapters.adapter import Adapter, Layout
+from fedloom.adapters.lora import Residual
+from fedloom.data.tokens import TokenBlocks
+from fedloom.errors import ShortageError, TrainingError
+from fedloom.host.frames import Frame
+from fedloom.privacy.ration import Ration, Terms
+from fedloom.recipe.training_section import Training
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate
+
+Named = dict[str, Tensor]
+Fields = dict[str, Any]
+NUMBERS = ("round", "client", "rounds", "seed", "trial")
+"""Fields of a job that are whole numbers."""
+
+
+def pack_jobs(jobs: Sequence[ClientJob]) -> Frame:
+    """Write jobs. Those that start from one adapter do so on the other side too: its residual is loaded once."""
+    adapters = {id(job.adapter): job.adapter for job in jobs}
+    places = {number: place for place, number in enumerate(adapters)}
+    tensors: Named = {}
+    for place, adapter in enumerate(adapters.values()):
+        tensors |= _under(f"adapter {place}", _tensors_of(adapter))
+    told = []
+    for place, job in enumerate(jobs):
+        numbers = {name: getattr(job, name) for name in NUMBERS}
+        training = job.training.model_dump(mode="json", exclude_unset=True)
+        ration = job.ration and {"terms": asdict(job.ration.terms), "key": job.ration.key.hex()}
+        counts = {name: value for name, value in vars_of(job.blocks).items() if not isinstance(value, Tensor)}
+        told.append({**numbers, "training": training, "ration": ration, "blocks": counts,
+                     "adapter": places[id(job.adapter)]})  # fmt: skip
+        held = {name: value for name, value in vars_of(job.blocks).items() if isinstance(value, Tensor)}
+        masks = {name: value for name in ("trains_P", "shares_P") if (value := getattr(job, name)) is not None}
+        tensors |= _under(f"blocks {place}", held) | _under(f"masks {place}", masks)
+        tensors |= _under(f"state {place}", job.optimizer_state or {})
+    return Frame({"do": "train", "jobs": told}, _to_bytes(tensors))
+
+
+def unpack_jobs(frame: Frame, layout: Layout) -> list[ClientJob]:
+    """Read what `pack_jobs` wrote, for a model whose adapter has this layout."""
+    tensors = safetensors.torch.load(frame.payload)
+    adapters: dict[int, Adapter] = {}
+    jobs = []
+    for place, told in enumerate(frame.manifest["jobs"]):
+        start, ration = told["adapter"], told["ration"]
+        blocks: Fields = {**told["blocks"], **_below(f"blocks {place}", tensors)}
+        given: Fields = {**{name: told[name] for name in NUMBERS}, **_below(f"masks {place}", tensors)}
+        if start not in adapters:
+            adapters[start] = _to_adapter(_below(f"adapter {start}", tensors), layout)
+        job = ClientJob(
+            **given,
+            adapter=adapters[start],
+            training=Training.model_validate(told["training"]),
+            blocks=TokenBlocks(**blocks),
+            optimizer_state=_below(f"state {place}", tensors) or None,
+            ration=ration and Ration(Terms(**ration["terms"]), bytes.fromhex(ration["key"])),
+        )
+        jobs.append(job)
+    return jobs
+
+
+def pack_result(result: ClientResult) -> Frame:
+    """Write what came of a job."""
+    told = {"do": "result", "client": result.client, "trial": result.trial}
+    if isinstance(result, ClientFailure):
+        error = result.error
+        facts = {name: getattr(error, name) for name in ("what", "round", "client", "step", "stage", "mend")}
+        return Frame({**told, "error": facts, "short": isinstance(error, ShortageError)})
+    tensors = {"weights_P": result.adapter.weights_P, **_under("state", result.optimizer_state)}
+    return Frame({**told, "report": asdict(result.report)}, _to_bytes(tensors))
+
+
+def unpack_result(frame: Frame, start: Adapter) -> ClientResult:
+    """Read what `pack_result` wrote, of the job that began with this adapter."""
+    told = frame.manifest
+    if "error" in told:
+        kind = ShortageError if told["short"] else TrainingError
+        return ClientFailure(told["client"], kind(told["error"].pop("what"), **told["error"]), told["trial"])
+    tensors = safetensors.torch.load(frame.payload)
+    adapter = Adapter(start.layout, tensors["weights_P"], start.residual)
+    return ClientUpdate(ClientReport(**told["report"]), adapter, _below("state", tensors), told["trial"])
+
+
+def vars_of(blocks: TokenBlocks) -> dict[str, Any]:
+    """Return what blocks consist of; what was worked out of them since is not."""
+    found = {one.name: getattr(blocks, one.name) for one in fields(blocks)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tensors_of(adapter: Adapter) -> Named:
+    pairs = adapter.residual.factors if adapter.residual else {}
+    factors = {
+        f"{side} {layer}": factor for layer, pair in pairs.items() for side, factor in zip("ba", pair, strict=True)
+    }
+    return {"weights_P": adapter.weights_P, **factors}
+
+
+def _to_adapter(tensors: Named, layout: Layout) -> Adapter:
+    layers = [name.removeprefix("b ") for name in tensors if name.startswith("b ")]
+    factors = {layer: (tensors[f"b {layer}"], tensors[f"a {layer}"]) for layer in layers}
+    return Adapter(layout, tensors["weights_P"], Residual(factors) if factors else None)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Named:
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Named:
+    start = f"{prefix}/"
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _to_bytes(tensors: Named) -> bytes:
+    # Torch's own function refuses tensors that share memory, and views of one vector do.
+    data: bytes = safetensors.numpy.save(
+        {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
+    )
+    return data
