@@ -37,9 +37,10 @@ LAYERS = (
 
 DEPLOYMENT = (
     ("frames", "processes", "status", "message_kinds", "addresses", "certificates", "fingerprints"),
-    ("signing",),
+    ("signing", "approvals"),
+    ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields",),
+    ("message_fields", "client_list"),
     ("messages",),
     ("own_messages",),
     ("server", "client"),

@@ -89,6 +89,8 @@ services:
       - ./fedloom-server/server.key:/fedloom/fedloom-server/server.key:ro
       - ./fedloom-server/signing.key:/fedloom/fedloom-server/signing.key:ro
       - ./fedloom-server/clients:/fedloom/fedloom-server/clients:ro
+      # When each client was last there, which provision list shows.
+      - ./fedloom-server/seen:/fedloom/fedloom-server/seen
       - ./recipe.toml:/fedloom/recipe.toml:ro
       - ./data:/fedloom/data:ro
       - ./runs:/fedloom/runs
