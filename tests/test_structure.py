@@ -40,7 +40,7 @@ DEPLOYMENT = (
     ("signing", "approvals"),
     ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields", "client_list"),
+    ("message_fields", "client_list", "backup"),
     ("messages",),
     ("own_messages",),
     ("server", "client"),

@@ -152,6 +152,33 @@ def provision_revoke(
     typer.echo(f"{name} is revoked")
 
 
+@provision.command("backup")
+def provision_backup(
+    to: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="The file to write; it holds the keys.")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="The server's folder.")] = Path("fedloom-server"),
+) -> None:
+    """Server: write its keys and its list of clients into one file, which nobody else may read."""
+    from fedloom.deployment.backup import back_up
+    from fedloom.text import count
+
+    clients = count(back_up(folder, to), "client")
+    typer.echo(show_controls(f"{to}: the keys of {folder}, with {clients}; whoever has this file can be this server"))
+
+
+@provision.command("restore")
+def provision_restore(
+    file: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="What provision backup wrote.")],
+    to: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="The server's folder; it must not be there.")],
+) -> None:
+    """Server: make its folder of a backup, on this machine or another; clients' kits stay as they are."""
+    from fedloom.deployment.backup import restore
+    from fedloom.deployment.client_list import list_server, write_lines
+
+    restore(file, to)
+    for line in write_lines(list_server(to)):
+        typer.echo(show_controls(line))
+
+
 @provision.command("compose")
 def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
     """Either side: write a Dockerfile and Compose files that run the server or a client."""
