@@ -40,7 +40,7 @@ DEPLOYMENT = (
     ("signing", "approvals"),
     ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields", "client_list", "backup"),
+    ("message_fields", "client_list", "backup", "systemd"),
     ("messages",),
     ("own_messages",),
     ("server", "client"),

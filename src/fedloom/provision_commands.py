@@ -185,3 +185,11 @@ def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The fo
     from fedloom.deployment.docker import write_compose
 
     typer.echo("\n".join(map(str, write_compose(to))))
+
+
+@provision.command("systemd")
+def provision_systemd(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
+    """Either side: write units of systemd that run the server or a client, as a user of their own."""
+    from fedloom.deployment.systemd import write_units
+
+    typer.echo(show_controls("\n".join(map(str, write_units(to)))))
