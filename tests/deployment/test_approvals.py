@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
 from fedloom.cli import app
-from fedloom.deployment import keys
+from fedloom.deployment import client_keys, keys
 from fedloom.deployment.approvals import (
     Approval,
     list_approvals,
@@ -278,6 +278,16 @@ def test_a_next_key_that_its_client_did_not_name_is_refused(
         keys.approve(server, asked[0], tmp_path)
     assert list_approvals(server) == before
     assert not list_revoked(server)
+
+
+def test_without_a_look_at_the_signature_a_forged_one_would_pass(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusals above are those of that look."""
+    asked = rotate(approve(server, tmp_path))
+    asked.write_text(json.dumps({**json.loads(asked.read_text()), "signature": "00"}))
+    monkeypatch.setattr(client_keys, "_is_named_by", lambda asked, old: True)
+    assert keys.approve(server, asked, tmp_path).replaced
 
 
 def test_a_key_that_is_taken_no_longer_names_no_next_one(server: Path, tmp_path: Path) -> None:

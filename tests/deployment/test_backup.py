@@ -1,6 +1,7 @@
 """Backup of a server's folder: what comes back is that server, and what is no backup leaves nothing behind."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,18 @@ def test_what_no_server_wrote_is_refused_and_nothing_of_it_is_left(saved: Path, 
             refused(saved, tmp_path, why)
         except BaseException as error:
             raise AssertionError(f"number {number}: {why}") from error
+
+
+def test_without_a_look_at_the_names_a_backup_would_write_elsewhere(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusals above are those of that look."""
+    told = {key: json.loads(saved.read_text())[key] for key in ("files", "seen")}
+    told["files"]["../evil"] = "x"
+    saved.write_text(json.dumps({"fedloom_backup": 1, "sha256": hash_json(told), **told}))
+    monkeypatch.setattr(backup, "KEY_FILE", re.compile(".*"))
+    restore(saved, tmp_path / "new")
+    assert (tmp_path / "evil").exists()
 
 
 def test_both_are_commands(server: Path, tmp_path: Path) -> None:
