@@ -129,9 +129,10 @@ def test_a_key_whose_approval_ends_is_let_go_of_and_taken_again_when_it_is_renew
     link, said = scripted
     server = tmp_path / "server"
     keys.approve(server, keys.request("alice", tmp_path), tmp_path)
+    assert names_of(link) == ["alice"]
     keys.approve(server, keys.request("bob", tmp_path), tmp_path, days=20)
     assert names_of(link) == ["alice", "bob"]
-    assert last_seen(server, "alice")
+    assert last_seen(server, "bob")
     assert len(said) == 1
     assert re.fullmatch(
         r"keys bob's key is taken until \S+: ONLY 19 DAYS LEFT \(fedloom provision renew bob\)", said[0]

@@ -78,7 +78,9 @@ class SuperLink:
         """Keys that this SuperLink took, by the clients' names; also of clients that were revoked since."""
         self._warned: set[str] = set()
         """Warnings of approvals that were given."""
-        self._noted = float("-inf")
+        self._noted: set[str] = set()
+        """Names of the clients that were there at the last look."""
+        self._noted_at = float("-inf")
         write_app(folder / "app")
         (folder / "flower").mkdir()
         trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
@@ -158,11 +160,17 @@ class SuperLink:
         if revoked := [node.id for node in nodes if node.name not in self._registered]:
             self._change_nodes({}, revoked)
         known = [node for node in nodes if node.name in self._registered]
-        if time.monotonic() - self._noted > NOTE_SECONDS:
-            self._noted = time.monotonic()
-            with suppress(OSError):  # a disk that is full ends a run where something is lost by it
-                note_seen(self._security.folder, {node.name for node in known})
+        self._note({node.name for node in known})
         return known
+
+    def _note(self, names: set[str]) -> None:
+        """Note who is there: who came at once, and all of them from time to time."""
+        now = time.monotonic()
+        if self._security and (names - self._noted or now - self._noted_at > NOTE_SECONDS):
+            self._noted_at = now
+            with suppress(OSError):  # a disk that is full ends a run where something is lost by it
+                note_seen(self._security.folder, names)
+        self._noted = names
 
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
         if self._signer:
