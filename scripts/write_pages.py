@@ -89,7 +89,8 @@ def usage(option: Any) -> str:
 
 def default(option: Any) -> str:
     """Return what an option is where it is left out, if it is anything."""
-    return "" if option.default in (None, False) or option.is_flag else f" Left out: `{option.default}`."
+    no_value = option.default in (None, False) or getattr(option, "is_flag", False)  # an argument is never a flag
+    return "" if no_value else f" Left out: `{option.default}`."
 
 
 def escape(text: str) -> str:

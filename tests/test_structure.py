@@ -37,9 +37,10 @@ LAYERS = (
 
 DEPLOYMENT = (
     ("processes", "status", "message_kinds", "addresses", "certificates", "fingerprints"),
-    ("signing",),
+    ("signing", "approvals"),
+    ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields",),
+    ("message_fields", "client_list", "backup", "systemd"),
     ("messages",),
     ("own_messages",),
     ("server", "client"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedloom.errors import DeploymentError
 from fedloom.host.files import path
+from fedloom.text import show_controls
 
 provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
+MOST_DAYS = 3650
+"""Days of the server's certificate authority, beyond which no kit leads anywhere."""
+KitFolder = Annotated[Path, typer.Option("--to", parser=path, help="Where the kit goes.")]
 ServerFolder = Annotated[Path, typer.Option("--folder", parser=path, help="The server's folder.")]
 
 
@@ -26,12 +32,44 @@ def provision_init(
 
 
 @provision.command("renew")
-def provision_renew(folder: ServerFolder = Path("fedloom-server")) -> None:
-    """Server: make it another certificate by the same authority; clients' kits stay as they are."""
-    from fedloom.deployment.keys import describe_expiry, renew
+def provision_renew(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A client, whose key it is then; else the server's.")
+    ] = None,
+    days: Annotated[
+        int, typer.Option(min=1, max=MOST_DAYS, help="Days from now for which a client's key is taken.")
+    ] = 365,
+    to: KitFolder = Path(),
+    folder: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Server: make it another certificate by the same authority; or, for a client, take its key for longer."""
+    from fedloom.deployment.keys import describe_expiry, renew, renew_client
 
+    if name is not None:
+        made = renew_client(folder, name, to, days)
+        typer.echo(f"{name}'s key is taken until {made.expires:%Y-%m-%d}")
+        typer.echo(
+            f"{name} goes on with the kit that it has, which names the earlier end, or with this one: {made.kit}"
+        )
+        return
     typer.echo(f"{folder}: {describe_expiry(renew(folder).expires())}")
     typer.echo("a serve that runs keeps the old one until it is started anew (serve --resume)")
+
+
+@provision.command("list")
+def provision_list(
+    folder: Annotated[Path, typer.Argument(parser=path, help="The server's folder.")] = Path("fedloom-server"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Server: show whose keys it takes and took: fingerprint, since when, when it was last seen, until when.
+
+    Exit code 0, whether approvals have ended or not.
+    """
+    from fedloom.deployment.client_list import list_server, write_lines
+
+    told = list_server(folder)
+    for line in [json.dumps(told, indent=2)] if as_json else write_lines(told):
+        typer.echo(show_controls(line))
 
 
 @provision.command("request")
@@ -40,27 +78,66 @@ def provision_request(
     folder: Annotated[Path, typer.Option(parser=path, help="Where its key is kept.")] = Path(),
 ) -> None:
     """Client: make a key, which stays here, and the file that goes to the server's owner."""
+    from fedloom.deployment.client_keys import read_request
     from fedloom.deployment.fingerprints import identify_client
-    from fedloom.deployment.keys import read_request, request
+    from fedloom.deployment.keys import request
 
-    file = request(name, folder)
+    asked = read_request(file := request(name, folder))
     typer.echo(f"send {file} to the server's owner; keep {folder / name}.key to yourself")
-    typer.echo(f"when it is approved, its owner reads this fingerprint to you:\n{identify_client(*read_request(file))}")
+    typer.echo(
+        f"when it is approved, its owner reads this fingerprint to you:\n{identify_client(asked.name, asked.key)}"
+    )
+
+
+@provision.command("rotate")
+def provision_rotate(
+    kit: Annotated[Path, typer.Argument(parser=path, metavar="KIT", help="The kit that it joins with now.")],
+) -> None:
+    """Client: make its next key, and a request that the one it has signs; that one is used until the next kit comes."""
+    from fedloom.deployment.client.joining import read_kit
+    from fedloom.deployment.client_keys import read_request
+    from fedloom.deployment.fingerprints import identify_client
+    from fedloom.deployment.keys import rotate
+
+    read = read_kit(kit)
+    if read.key is None:
+        raise DeploymentError("a kit without a certificate has no key", where=str(kit), mend="name one that has")
+    asked = read_request(file := rotate(read.name, read.key))
+    typer.echo(f"send {file} to the server's owner; join as before until the new kit comes, and with that from then on")
+    typer.echo(f"the next key has this fingerprint:\n{identify_client(asked.name, asked.key)}")
 
 
 @provision.command("approve")
 def provision_approve(
     request: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="What a client sent.")],
-    to: Annotated[Path, typer.Option(parser=path, help="Where the kit goes.")] = Path(),
+    to: KitFolder = Path(),
+    days: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_DAYS,
+            help="Days from now for which the key is taken. If left out: a year, or for a client that is on the list as"
+            " long as stands there.",
+        ),
+    ] = None,
     folder: ServerFolder = Path("fedloom-server"),
 ) -> None:
     """Server: take a client's key, and write the kit to send back."""
     from fedloom.deployment.keys import approve
 
-    kit, name, client, server = approve(folder, request, to)
-    typer.echo(f"{name}'s key has this fingerprint; read it to {name}'s owner, whose own must be the same:\n{client}")
-    typer.echo(f"send {kit} back; this server has this fingerprint; read it to {name}'s owner, too:\n{server}")
-    typer.echo(f"if {name}'s owner has another: fedloom provision revoke {name}")
+    made = approve(folder, request, to, days)
+    name, until = made.name, f"taken until {made.expires:%Y-%m-%d}"
+    if made.replaced:
+        typer.echo(f"{name}'s next key, which the one before has signed, is {until}; it has this fingerprint:")
+        typer.echo(f"{made.client}\nthe one before is taken no longer; send {made.kit} back")
+        return
+    typer.echo(
+        f"{name}'s key is {until} and has this fingerprint; read it to {name}'s owner, whose own must be the same:"
+    )
+    typer.echo(
+        f"{made.client}\nsend {made.kit} back; this server has this fingerprint; read it to {name}'s owner, too:"
+    )
+    typer.echo(f"{made.server}\nif {name}'s owner has another: fedloom provision revoke {name}")
 
 
 @provision.command("revoke")
@@ -75,9 +152,44 @@ def provision_revoke(
     typer.echo(f"{name} is revoked")
 
 
+@provision.command("backup")
+def provision_backup(
+    to: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="The file to write; it holds the keys.")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="The server's folder.")] = Path("fedloom-server"),
+) -> None:
+    """Server: write its keys and its list of clients into one file, which nobody else may read."""
+    from fedloom.deployment.backup import back_up
+    from fedloom.text import count
+
+    clients = count(back_up(folder, to), "client")
+    typer.echo(show_controls(f"{to}: the keys of {folder}, with {clients}; whoever has this file can be this server"))
+
+
+@provision.command("restore")
+def provision_restore(
+    file: Annotated[Path, typer.Argument(parser=path, metavar="FILE", help="What provision backup wrote.")],
+    to: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="The server's folder; it must not be there.")],
+) -> None:
+    """Server: make its folder of a backup, on this machine or another; clients' kits stay as they are."""
+    from fedloom.deployment.backup import restore
+    from fedloom.deployment.client_list import list_server, write_lines
+
+    restore(file, to)
+    for line in write_lines(list_server(to)):
+        typer.echo(show_controls(line))
+
+
 @provision.command("compose")
 def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
     """Either side: write a Dockerfile and Compose files that run the server or a client."""
     from fedloom.deployment.docker import write_compose
 
     typer.echo("\n".join(map(str, write_compose(to))))
+
+
+@provision.command("systemd")
+def provision_systemd(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
+    """Either side: write units of systemd that run the server or a client, as a user of their own."""
+    from fedloom.deployment.systemd import write_units
+
+    typer.echo(show_controls("\n".join(map(str, write_units(to)))))

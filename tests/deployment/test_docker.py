@@ -20,7 +20,10 @@ from fedloom.errors import DeploymentError
 SIDES = ("server", "client")
 NAMED = {"FEDLOOM_BASE": f"python@sha256:{'0' * 64}", "FEDLOOM_SUMS": "1" * 64, "FEDLOOM_FINGERPRINT": "3f2a 91bc"}
 """What has to be named, since nothing can be made up for it."""
-WRITABLE = {"server": {"/fedloom/runs", "/models"}, "client": {"/fedloom/journal", "/models"}}
+WRITABLE = {
+    "server": {"/fedloom/runs", "/fedloom/fedloom-server/seen", "/models"},
+    "client": {"/fedloom/journal", "/models"},
+}
 
 
 def service(folder: Path, side: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_a_clients_key_stays_where_it_was_made(tmp_path: Path) -> None:
     sent = request("alice", tmp_path / "alice")
     secret = (tmp_path / "alice" / "alice.key").read_text()
     assert stat.S_IMODE((tmp_path / "alice" / "alice.key").stat().st_mode) == 0o600
-    kit, name, _, read_aloud = approve(security.folder, sent, tmp_path / "alice")
+    kit, name, _, read_aloud, *_ = approve(security.folder, sent, tmp_path / "alice")
     assert set(json.loads(sent.read_text())) == {"fedloom", "name", "key"}
     for file in (sent, kit, *(tmp_path / "server").rglob("*.pub")):
         assert "PRIVATE KEY" not in file.read_text()
@@ -136,7 +136,7 @@ def test_a_kits_authority_is_one_certificate_and_that_is_what_is_trusted(tmp_pat
     """Fingerprints are told aloud: a second one would be trusted unseen."""
     security = init(tmp_path / "server", "localhost", 8443)
     other = init(tmp_path / "other", "localhost", 8443)
-    kit, _, _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit, _, _, read_aloud, *_ = approve(security.folder, request("alice", tmp_path), tmp_path)
     sent, ca = kit.read_text(), security.ca.read_text()
     for wrong in (ca + other.ca.read_text(), ca.replace("MII", "MIX"), ca[:200], "none", other.key.read_text()):
         kit.write_text(sent.replace(ca, wrong))
@@ -250,7 +250,7 @@ def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, monkeypa
     monkeypatch.setattr(keys, "SERVER_DAYS", 20)
     security = init(tmp_path / "server", "fed.example.org", 8443)
     before = security.certificate.read_bytes()
-    kit, _, _, read_aloud = approve(security.folder, request("alice", tmp_path), tmp_path)
+    kit, _, _, read_aloud, *_ = approve(security.folder, request("alice", tmp_path), tmp_path)
     monkeypatch.setattr(keys, "SERVER_DAYS", 365)
     assert "DAYS LEFT" not in keys.describe_expiry(keys.renew(tmp_path / "server").expires())
     assert identify_server(security.ca.read_text(), read_kit(kit).signer) == read_aloud

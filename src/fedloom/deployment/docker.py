@@ -6,6 +6,7 @@ client's journal, can be written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedloom import __version__
@@ -89,6 +90,8 @@ services:
       - ./fedloom-server/server.key:/fedloom/fedloom-server/server.key:ro
       - ./fedloom-server/signing.key:/fedloom/fedloom-server/signing.key:ro
       - ./fedloom-server/clients:/fedloom/fedloom-server/clients:ro
+      # When each client was last there, which provision list shows.
+      - ./fedloom-server/seen:/fedloom/fedloom-server/seen
       - ./recipe.toml:/fedloom/recipe.toml:ro
       - ./data:/fedloom/data:ro
       - ./runs:/fedloom/runs
@@ -151,14 +154,23 @@ def write_compose(folder: Path) -> list[Path]:
     Raises:
         DeploymentError: one of the files is there already, or the folder can't be written.
     """
-    paths = [folder / name for name in FILES]
+    return write_files(folder, {name: text.format(version=__version__) for name, text in FILES.items()})
+
+
+def write_files(folder: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Write texts into files of these names, none of which is there, and return where they are.
+
+    Raises:
+        DeploymentError: one of the files is there already, or the folder can't be written.
+    """
+    paths = [folder / name for name in texts]
     for path in paths:
         if path.exists():
             raise DeploymentError("the file exists", where=str(path), mend="name another folder with --to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, text in zip(paths, FILES.values(), strict=True):
-            path.write_text(text.format(version=__version__), encoding="utf-8")
+        for path, text in zip(paths, texts.values(), strict=True):
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DeploymentError(f"can't be written ({error.strerror})", where=str(folder)) from None
     return paths

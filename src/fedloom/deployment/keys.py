@@ -6,19 +6,38 @@ a kit with the server's address and certificate authority. Whoever holds a regis
 
 from __future__ import annotations
 
-import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.deployment.addresses import join_address, read_host
+from fedloom.deployment.approvals import (
+    CLIENT_DAYS,
+    CLIENTS,
+    SEEN,
+    Approval,
+    format_time,
+    list_approvals,
+    revoked_file,
+    warn_of,
+    write_approval,
+)
 from fedloom.deployment.certificates import certificate_pem, certify, private_pem, read_certificate
-from fedloom.deployment.fingerprints import identify_client, identify_server
+from fedloom.deployment.client_keys import (
+    Request,
+    ask_with,
+    check_name,
+    check_named,
+    check_private,
+    make_key,
+    read_request,
+    request_json,
+)
+from fedloom.deployment.fingerprints import identify_server
 from fedloom.deployment.processes import check_flower
 from fedloom.deployment.signing import make_signing_key
 from fedloom.errors import DeploymentError
@@ -27,11 +46,10 @@ from fedloom.host.files import Lock, read_holder, replace_file, replace_folder, 
 if TYPE_CHECKING:
     from cryptography import x509
 
-MOST_LETTERS = 2**16
-"""Letters of a request that are read."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 AGAIN = "run it again"
-CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 365, 30
+CA_DAYS, SERVER_DAYS = 3650, 365
+NEXT = ".next"
+"""End of the name of a client's next key, which takes the place of its key once a kit names it."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine in every server's certificate."""
 LOCAL = LOOPBACK[:2]
@@ -71,8 +89,8 @@ class Security:
         return self.host in LOCAL
 
     def clients(self) -> Mapping[str, Path]:
-        """List the public keys of the clients that were approved and not revoked, by name."""
-        return {path.stem: path for path in sorted((self.folder / "clients").glob("*.pub"))}
+        """List the approvals that were not revoked, by the clients' names; some may have expired."""
+        return {path.stem: path for path in sorted((self.folder / CLIENTS).glob("*.pub"))}
 
     def expires(self) -> datetime:
         """Return when the server's certificate expires."""
@@ -97,7 +115,8 @@ def init(folder: Path, host: str, port: int) -> Security:
     server = _certify_server(host, server_key, (ca, ca_key))
     with writing(folder, AGAIN), replace_folder(folder, existing="refuse") as made:
         made.chmod(0o700)
-        (made / "clients").mkdir()
+        for name in (CLIENTS, SEEN):
+            (made / name).mkdir()
         for name, key in (("ca", ca_key), ("server", server_key)):
             write_private(made / f"{name}.key", private_pem(key))
         for name, certificate in (("ca", ca), ("server", server)):
@@ -139,7 +158,7 @@ def renew(folder: Path) -> Security:
     Raises:
         DeploymentError: no server is set up there, or its keys can't be read.
     """
-    security = _read_server(folder)
+    security = read_server(folder)
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
@@ -160,7 +179,7 @@ def open_server(folder: Path) -> Security:
     Raises:
         DeploymentError: it is not there, its certificate has expired, or others can read its keys.
     """
-    security = _read_server(folder)
+    security = read_server(folder)
     for key in folder.glob("*.key"):
         check_private(key)
     if (expires := security.expires()) < datetime.now(UTC):
@@ -172,7 +191,12 @@ def open_server(folder: Path) -> Security:
     return security
 
 
-def _read_server(folder: Path) -> Security:
+def read_server(folder: Path) -> Security:
+    """Read what `init` made, whether it can still serve or not.
+
+    Raises:
+        DeploymentError: it is not there.
+    """
     check_flower()
     try:
         told = tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))
@@ -187,8 +211,7 @@ def _read_server(folder: Path) -> Security:
 
 def describe_expiry(expires: datetime) -> str:
     """Say when a certificate expires, with a warning from 30 days ahead."""
-    left = (expires - datetime.now(UTC)).days
-    warning = f": ONLY {left} DAYS LEFT (fedloom provision renew, on the server)" if left < WARN_DAYS else ""
+    warning = warn_of(expires, "fedloom provision renew, on the server")
     return f"the certificate is valid until {expires:%Y-%m-%d}{warning}"
 
 
@@ -199,25 +222,45 @@ def request(name: str, folder: Path) -> Path:
         DeploymentError: the name can't be one, or has a key here already.
     """
     check_flower()
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     check_name(name)
     key_file = folder / f"{name}.key"
     if key_file.exists():
         raise DeploymentError("there is a key of that name", where=str(key_file), mend="use it, or another name")
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path = folder / f"{name}.request"
+    private, public = make_key()
     with writing(folder, AGAIN):
         folder.mkdir(parents=True, exist_ok=True)
-    # The key last: one without its request could be neither used nor made again.
-    _write_public(path, (json.dumps({"fedloom": 1, "name": name, "key": public.decode()}) + "\n").encode())
-    with writing(key_file, AGAIN):
-        write_private(key_file, private)
+    return _write_key(key_file, private, folder, Request(name, public))
+
+
+def rotate(name: str, key: Path) -> Path:
+    """Make this client's next key, and the request that it take the place of the one that it has, signed by that one.
+
+    Raises:
+        DeploymentError: there is a next one already, which its kit does not name.
+    """
+    current, coming = key.with_name(f"{name}.key"), key.with_name(f"{name}.key{NEXT}")
+    if key.name == coming.name:  # the kit names it, so the one before is of no use any more
+        with writing(current, AGAIN):
+            key.replace(current)
+    elif coming.exists():
+        raise DeploymentError(
+            "there is a next key already, which waits for its approval",
+            where=str(coming),
+            mend=f"send {name}.request, and join with the kit that comes back; to begin anew, remove this file",
+        )
+    private, public = make_key()
+    return _write_key(coming, private, current.parent, ask_with(current, name, public))
+
+
+def _write_key(file: Path, private: bytes, folder: Path, asked: Request) -> Path:
+    """Write a client's key and its request, and return where that is.
+
+    The key last: one without its request could be neither used nor made again.
+    """
+    path = folder / f"{asked.name}.request"
+    _write_public(path, request_json(asked))
+    with writing(file, AGAIN):
+        write_private(file, private)
     return path
 
 
@@ -229,97 +272,71 @@ class Approved(NamedTuple):
     client: str
     """Fingerprint of the key that was approved."""
     server: str
+    expires: datetime
+    replaced: bool
+    """True where the client's key before has signed for this one, and is taken no longer."""
 
 
-def read_request(file: Path) -> tuple[str, str]:
-    """Return the name and the public key in what a client sent.
-
-    Raises:
-        DeploymentError: the file is not a request.
-    """
-    try:
-        with file.open(encoding="utf-8") as sent:
-            told = json.loads(sent.read(MOST_LETTERS))  # whose end is missing where it is longer
-        name, public = str(told["name"]), _read_public_key(str(told["key"]))
-    except OSError as error:
-        raise DeploymentError(
-            f"can't read the request: {error.strerror}", where=str(file), mend="name the file that a client sent"
-        ) from None
-    except DeploymentError as error:
-        raise DeploymentError(error.what, where=str(file), mend=error.mend) from None
-    except Exception as error:  # of a dozen kinds, from a file that may be anything
-        raise DeploymentError(
-            "not a fedloom request", where=str(file), mend="have its client send what fedloom provision request wrote"
-        ) from error
-    check_name(name)
-    return name, public
-
-
-def approve(folder: Path, file: Path, to: Path) -> Approved:
+def approve(folder: Path, file: Path, to: Path, days: int | None = None) -> Approved:
     """Take a client's key onto the list, and write its kit.
 
+    Without a number of days a key is taken for a year, and one that is on the list already, or takes the place of such
+    a one, until the end that stands there: a signature prolongs nothing.
+
     Raises:
-        DeploymentError: the file is not a request, or another client has that name or key.
+        DeploymentError: the file is not a request, another client has that name or key, or the key that signed for it
+            is taken no longer.
     """
     security = open_server(folder)
-    name, public = read_request(file)
-    known = folder / "clients" / f"{name}.pub"
-    if known.exists() and known.read_text(encoding="utf-8").strip() != public:
-        raise DeploymentError(
-            f"{name} has another key already",
-            where=str(known),
-            mend=f"revoke it first: fedloom provision revoke {name}",
-        )
-    for other, path in security.clients().items():
-        if other != name and path.read_text(encoding="utf-8").strip() == public:
+    asked = read_request(file)
+    known = list_approvals(folder)
+    before = known.get(asked.name)
+    replaced = before if before and before.key != asked.key else None
+    if replaced or (asked.signature and not before):
+        check_named(asked, replaced, file)
+    for other in known.values():
+        if other.name != asked.name and other.key == asked.key:
             raise DeploymentError(
-                f"{other} has that key already",
-                where=str(path),
-                mend=f"have {name}'s owner make another (fedloom provision request), or revoke it: "
-                f"fedloom provision revoke {other}",
+                f"{other.name} has that key already",
+                where=str(security.clients()[other.name]),
+                mend=f"have {asked.name}'s owner make another (fedloom provision request), or revoke it: "
+                f"fedloom provision revoke {other.name}",
             )
-    _write_public(known, (public + "\n").encode())
+    if replaced:
+        # The name is never without a key on the list: a server that runs would let go of its client.
+        with writing(folder, AGAIN):
+            replace_file(revoked_file(folder, asked.name), security.clients()[asked.name].read_bytes(), rights=0o644)
+    since = before.since if before and not replaced else None
+    expires = before.expires if before and before.state == "approved" and days is None else None
+    return _enlist(security, Approval(asked.name, asked.key, since, expires), to, days, replaced=bool(replaced))
+
+
+def renew_client(folder: Path, name: str, to: Path, days: int) -> Approved:
+    """Take a client's key for so many days from now, and write its kit.
+
+    Raises:
+        DeploymentError: nobody of that name is on the list.
+    """
+    security = open_server(folder)
+    _find_client(security, name)
+    approval = list_approvals(folder)[name]
+    return _enlist(security, replace(approval, expires=None), to, days, replaced=False)
+
+
+def _enlist(security: Security, approval: Approval, to: Path, days: int | None, *, replaced: bool) -> Approved:
+    """Write an approval and its kit; where it has no beginning or end yet, from now on for so many days."""
+    now, name = datetime.now(UTC), approval.name
+    expires = approval.expires or now + timedelta(days=days or CLIENT_DAYS)
+    approval = replace(approval, since=approval.since or now, expires=expires)
+    with writing(security.folder, AGAIN):
+        write_approval(security.folder, approval)
     ca, signer = security.ca.read_text(encoding="utf-8"), make_signing_key(security.signing_key)
     kit = to / f"{name}.kit"
     address = join_address(security.host, security.port)
-    told = f'name = "{name}"\nserver = "{address}"\nsigner = "{signer}"\nca = """\n{ca}"""\n'
+    told = f'name = "{name}"\nserver = "{address}"\nsigner = "{signer}"\nkey = "{approval.fingerprint}"\n'
+    told += f'expires = {format_time(expires)}\nca = """\n{ca}"""\n'
     _write_public(kit, told.encode())
-    return Approved(kit, name, identify_client(name, public), identify_server(ca, signer))
-
-
-def _read_public_key(text: str) -> str:
-    """Read a key of the kind that `request` makes and Flower takes, without the comment that it may have.
-
-    Raises:
-        DeploymentError: it is of another kind.
-    """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = serialization.load_ssh_public_key(text.strip().encode())
-    if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)):
-        raise DeploymentError("its key is not ECDSA on P-384", mend="have its owner run fedloom provision request anew")
-    public = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return public.decode()
-
-
-def public_key_of(file: Path) -> str:
-    """Return the public key, as OpenSSH has it, of a private key that `request` made.
-
-    Raises:
-        DeploymentError: the file is none.
-    """
-    from cryptography.hazmat.primitives import serialization
-
-    try:
-        key = serialization.load_ssh_private_key(file.read_bytes(), None).public_key()
-    except Exception as error:  # of a dozen kinds, as in a request
-        raise DeploymentError(
-            "not a key of fedloom provision request",
-            where=str(file),
-            mend="bring it back from a copy, or make another under a new name, and have that approved",
-        ) from error
-    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    return Approved(kit, name, approval.fingerprint, identify_server(ca, signer), expires, replaced)
 
 
 def revoke(folder: Path, name: str) -> None:
@@ -329,11 +346,18 @@ def revoke(folder: Path, name: str) -> None:
         DeploymentError: nobody of that name is on it.
     """
     security = open_server(folder)
+    known = _find_client(security, name)
+    with writing(folder, AGAIN):
+        known.replace(revoked_file(folder, name))
+
+
+def _find_client(security: Security, name: str) -> Path:
     known = security.clients()
     if name not in known:
-        raise DeploymentError(f'no client is named "{name}"', where=str(folder), mend=f"known: {', '.join(known)}")
-    (folder / "revoked").mkdir(exist_ok=True)
-    known[name].replace(folder / "revoked" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.pub")
+        raise DeploymentError(
+            f'no client is named "{name}"', where=str(security.folder), mend=f"known: {', '.join(known) or 'none'}"
+        )
+    return known[name]
 
 
 def read_authority(pem: str, where: str) -> str:
@@ -352,32 +376,6 @@ def read_authority(pem: str, where: str) -> str:
             "not exactly one certificate", where=where, mend="ask the server's owner for the kit again"
         ) from None
     return certificate_pem(certificate).decode()
-
-
-def check_private(key: Path) -> None:
-    """Refuse a private key that others on this machine can read or change, as ssh does.
-
-    Raises:
-        DeploymentError
-    """
-    if key.stat().st_mode & 0o077:
-        raise DeploymentError(
-            "others on this machine can read the private key",
-            where=str(key),
-            mend=f"chmod 600 '{key}'; if somebody else may have read it, make another",
-        )
-
-
-def check_name(name: str, where: str = "") -> None:
-    """Refuse what can't be a client's name: it becomes part of paths.
-
-    Raises:
-        DeploymentError
-    """
-    if not NAME.fullmatch(name):
-        raise DeploymentError(
-            f"not a name for a client: {name[:80]!r}", where=where, mend="use letters, digits, . _ and -"
-        )
 
 
 def _certify_server(host: str, key: Any, issuer: tuple[x509.Certificate, Any]) -> x509.Certificate:

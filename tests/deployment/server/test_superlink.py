@@ -1,7 +1,10 @@
 """SuperLink of a server: another user of its machine operates nothing there; and its clients' keys."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from support.federation_here import DOORS, Served
 
 from fedloom.deployment import keys
+from fedloom.deployment.approvals import last_seen, read_approval, write_approval
+from fedloom.deployment.client.joining import read_kit
+from fedloom.deployment.client_keys import public_key_of
 from fedloom.deployment.processes import private_folder
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.host.frames import Frame
@@ -30,6 +36,7 @@ class ScriptedSuperLink(SuperLink):
     def __init__(self, folder: Path, security: keys.Security, said: list[str]) -> None:
         super().__init__(folder, security.port, security, lambda what, detail: said.append(f"{what} {detail}"))
         self.begun = 0
+        self.let_go: list[str] = []
         self.given: dict[str, str] = {}
 
     def open(self) -> None:
@@ -39,7 +46,9 @@ class ScriptedSuperLink(SuperLink):
         self._register()
 
     def _change_nodes(self, asked: Mapping[str, str], let_go: Sequence[str]) -> Mapping[str, str]:
-        assert not let_go
+        if let_go:
+            self.let_go += let_go
+            return {}
         refused = {name: "Public key already in use." for name in asked if asked[name] in self.given or name == "eve"}
         self.given |= {key: name for name, key in asked.items() if name not in refused}
         return refused
@@ -79,7 +88,7 @@ def test_a_name_that_has_another_key_is_not_open_to_the_old_one(
     link.reopen()
     assert link.begun == 2
     assert names_of(link) == ["alice"]
-    assert [*link.given] == [(server / "clients" / "alice.pub").read_text().strip()]
+    assert [*link.given] == [read_approval(server / "clients" / "alice.pub").key]
 
 
 def test_a_key_that_was_revoked_can_be_approved_again(
@@ -112,3 +121,62 @@ def test_a_key_that_flower_does_not_take_does_not_end_the_run(
     keys.revoke(tmp_path / "server", "eve")
     assert names_of(link) == ["alice"]
     assert link.begun == 1
+
+
+def test_a_key_whose_approval_ends_is_let_go_of_and_taken_again_when_it_is_renewed(
+    scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
+) -> None:
+    link, said = scripted
+    server = tmp_path / "server"
+    keys.approve(server, keys.request("alice", tmp_path), tmp_path)
+    assert names_of(link) == ["alice"]
+    keys.approve(server, keys.request("bob", tmp_path), tmp_path, days=20)
+    assert names_of(link) == ["alice", "bob"]
+    assert last_seen(server, "bob")
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"keys bob's key is taken until \S+: ONLY 19 DAYS LEFT \(fedloom provision renew bob\)", said[0]
+    )
+
+    ended = replace(read_approval(server / "clients" / "bob.pub"), expires=datetime.now(UTC) - timedelta(seconds=1))
+    write_approval(server, ended)
+    link.let_go.clear()
+    assert names_of(link) == names_of(link) == ["alice"]
+    assert link.let_go == ["bob", "bob"], "whoever is there with it, at each look"
+    assert len(said) == 2, "once"
+    assert re.fullmatch(
+        r"expired bob's key is taken no longer: its approval ended on \S+ \(fedloom provision renew bob\)", said[1]
+    )
+    keys.renew_client(server, "bob", tmp_path, 365)
+    with pytest.raises(OSError, match="keys changed"):
+        link.nodes()
+    link.reopen()
+    assert names_of(link) == ["alice", "bob"]
+
+
+def test_a_key_that_took_the_place_of_another_is_the_only_one_that_is_taken(
+    scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
+) -> None:
+    link, _ = scripted
+    server = tmp_path / "server"
+    kit = keys.approve(server, keys.request("alice", tmp_path), tmp_path).kit
+    assert names_of(link) == ["alice"]
+    key = read_kit(kit).key
+    assert key
+    keys.approve(server, keys.rotate("alice", key), tmp_path)
+    with pytest.raises(OSError, match="keys changed"):
+        link.nodes()
+    link.reopen()
+    assert [*link.given] == [public_key_of(tmp_path / "alice.key.next")]
+    assert names_of(link) == ["alice"]
+
+
+def test_an_approval_that_can_not_be_read_is_refused_and_ends_no_run(
+    scripted: tuple[ScriptedSuperLink, list[str]], tmp_path: Path
+) -> None:
+    link, said = scripted
+    keys.approve(tmp_path / "server", keys.request("alice", tmp_path), tmp_path)
+    (tmp_path / "server" / "clients" / "eve.pub").write_text("ecdsa AAAA expires=never\n")
+    assert names_of(link) == names_of(link) == ["alice"]
+    assert len(said) == 1, "once"
+    assert "eve.pub: not an approval" in said[0]

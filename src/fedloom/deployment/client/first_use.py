@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.deployment.client.joining import Kit
+from fedloom.deployment.client_keys import public_key_of
 from fedloom.deployment.fingerprints import identify_client, read_fingerprint
-from fedloom.deployment.keys import public_key_of
 from fedloom.errors import DeploymentError
 from fedloom.host.files import write_private
 
@@ -36,7 +36,7 @@ def confirm_server(
                 mend="leave it out, or ask the server's owner for a kit with a certificate (fedloom provision approve)",
             )
         return
-    server, file = kit.fingerprint, _file_of(kit.key)
+    server, file = kit.fingerprint, _file_of(kit, kit.key)
     if told is not None and read_fingerprint(told) != server:
         raise _exchanged(kit)
     if not is_confirmed(kit, kit.key):
@@ -59,7 +59,7 @@ def is_confirmed(kit: Kit, key: Path) -> bool:
     Raises:
         DeploymentError: another server was confirmed for it.
     """
-    file, server = _file_of(key), kit.fingerprint
+    file, server = _file_of(kit, key), kit.fingerprint
     known = _read(file)
     if known is not None and known != server:
         raise DeploymentError(
@@ -70,8 +70,8 @@ def is_confirmed(kit: Kit, key: Path) -> bool:
     return known is not None
 
 
-def _file_of(key: Path) -> Path:
-    return key.with_suffix(".known")
+def _file_of(kit: Kit, key: Path) -> Path:
+    return key.with_name(f"{kit.name}.known")
 
 
 def _read(file: Path) -> str | None:

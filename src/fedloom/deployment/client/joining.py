@@ -11,10 +11,12 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from fedloom.deployment.addresses import split_address
+from fedloom.deployment.approvals import warn_of
 from fedloom.deployment.client.journal import ELSEWHERE, Journal, describe_ledger, standing
 from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
@@ -22,8 +24,9 @@ from fedloom.deployment.client.preflight import Greeting, await_server
 from fedloom.deployment.client.reading import keeps_ledger
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
-from fedloom.deployment.fingerprints import identify_server
-from fedloom.deployment.keys import LOCAL, check_name, check_private, read_authority
+from fedloom.deployment.client_keys import check_name, check_private, public_key_of
+from fedloom.deployment.fingerprints import identify_client, identify_server
+from fedloom.deployment.keys import LOCAL, NEXT, read_authority
 from fedloom.deployment.processes import (
     AND,
     SOCKETS,
@@ -79,11 +82,23 @@ class Kit:
     """Public key that the server's questions are signed with, in hexadecimal digits."""
     folder: Path = Path()
     """Folder of the kit's file."""
+    approved: str = ""
+    """Fingerprint of the key that was approved; empty in a kit from before one was told."""
+    expires: datetime | None = None
+    """End of the approval, as it was when the kit was written; None in a kit from before approvals had one."""
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the server that this kit leads to."""
         return identify_server(self.ca, self.signer)
+
+    @property
+    def end(self) -> str:
+        """Words on the end of the approval; the server may have renewed it since, and has the last word."""
+        if self.expires is None:
+            return "approved without an end: the kit is from before approvals had one"
+        ask = "have the server's owner renew it: fedloom provision renew"
+        return f"approved until {self.expires:%Y-%m-%d}{warn_of(self.expires, ask)}"
 
     @property
     def journal(self) -> Path:
@@ -108,6 +123,8 @@ def open_kit(path: Path) -> Kit:
             str(told.get("ca", "")),
             signer=str(told.get("signer", "")),
             folder=path.parent,
+            approved=str(told.get("key", "")),
+            expires=_read_time(told.get("expires"), path),
         )
     except OSError as error:
         raise DeploymentError(
@@ -120,6 +137,14 @@ def open_kit(path: Path) -> Kit:
         raise DeploymentError(f"not a fedloom kit: {why}", where=str(path), mend=AGAIN) from None
     check_name(kit.name, where=str(path))
     return kit
+
+
+def _read_time(told: object, path: Path) -> datetime | None:
+    if told is None:
+        return None
+    if isinstance(told, datetime) and told.tzinfo:
+        return told
+    raise DeploymentError("not a time in UTC", where=f"{path}: expires", mend=AGAIN)
 
 
 def read_kit(path: Path) -> Kit:
@@ -153,10 +178,19 @@ def read_kit(path: Path) -> Kit:
         return kit
     kit = replace(kit, ca=read_authority(kit.ca, where=f"{path}: ca"))
     keys = [folder / f"{kit.name}.key" for folder in folders]
-    for key in keys:
-        if key.is_file():
-            check_private(key)
+    if kit.approved:  # which may be the next one
+        keys += [key.with_name(f"{key.name}{NEXT}") for key in keys]
+    found = [key for key in keys if key.is_file()]
+    for key in found:
+        check_private(key)
+        if not kit.approved or identify_client(kit.name, public_key_of(key)) == kit.approved:
             return replace(kit, key=key.resolve())
+    if found:
+        raise DeploymentError(
+            f"the kit is for another key of {kit.name}'s than lies here",
+            where=str(path),
+            mend=f"join with the newest kit; {AGAIN}, or have the request beside the key approved",
+        )
     raise DeploymentError(
         f"{kit.name}'s key is not there", where=str(keys[0]), mend="put the kit where fedloom provision request was run"
     )
@@ -228,6 +262,7 @@ def join(
             ca = folder / "ca.crt"
             ca.write_text(kit.ca, encoding="utf-8")
             say("server", f"fingerprint {kit.fingerprint}: what its owner reads aloud")
+            say("key", kit.end)
             node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
         else:
             node += ["--insecure"]
@@ -289,9 +324,9 @@ class RefusedKey:
         # A server that has not looked at its clients' keys all that time is slow: it has not refused.
         if now - self._first >= REFUSED_SECONDS and greeting.keys_seconds < now - self._first:
             raise DeploymentError(
-                f"the server refuses {self._name}'s key: it was not approved there, it is revoked, or another fedloom "
-                "join uses it",
-                mend="ask the server's owner, and look for another fedloom join with this kit",
+                f"the server refuses {self._name}'s key: it was not approved there, it is revoked, its approval has "
+                "ended, another key took its place, or another fedloom join uses it",
+                mend="ask the server's owner; look for a newer kit, and for another fedloom join with this one",
             )
         return True
 

@@ -89,7 +89,7 @@ def _read_kit(path: Path) -> tuple[str, Kit]:
     kit = read_kit(path)
     if not kit.ca:
         return f"{kit.name}, {kit.server}, without certificates", kit
-    return f"{kit.name}, {kit.server}, key {kit.key}", kit
+    return f"{kit.name}, {kit.server}, key {kit.key}, {kit.end}", kit
 
 
 def _find_confirmed(kit: Kit) -> tuple[str, None]:

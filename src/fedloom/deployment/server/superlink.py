@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedloom.deployment.approvals import note_seen, read_approval
 from fedloom.deployment.flower.bundle import write_app
 from fedloom.deployment.keys import Security
 from fedloom.deployment.processes import (
@@ -39,6 +40,8 @@ START_SECONDS = 120.0
 """Time within which the SuperLink, its app and what they need must come up."""
 ANSWER_SECONDS = 60.0
 """Time within which the app answers what it is asked here."""
+NOTE_SECONDS = 60.0
+"""Time between two notes of who is there."""
 RESTARTS = 5
 """Restarts of a SuperLink that ends, in a row without an answer in between, before it is given up."""
 
@@ -74,6 +77,11 @@ class SuperLink:
         """Keys of the clients that were approved at the last look, by the clients' names."""
         self._taken: dict[str, str] = {}
         """Keys that this SuperLink took, by the clients' names; also of clients that were revoked since."""
+        self._warned: set[str] = set()
+        """Warnings of approvals that were given."""
+        self._noted: set[str] = set()
+        """Names of the clients that were there at the last look."""
+        self._noted_at = float("-inf")
         write_app(folder / "app")
         (folder / "flower").mkdir()
         trust = f'root-certificates = "{security.ca}"' if security else "insecure = true"
@@ -152,7 +160,18 @@ class SuperLink:
         # Revoked since they connected: Flower itself lets them stay.
         if revoked := [node.id for node in nodes if node.name not in self._registered]:
             self._change_nodes({}, revoked)
-        return [node for node in nodes if node.name in self._registered]
+        known = [node for node in nodes if node.name in self._registered]
+        self._note({node.name for node in known})
+        return known
+
+    def _note(self, names: set[str]) -> None:
+        """Note who is there: who came at once, and all of them from time to time."""
+        now = time.monotonic()
+        if self._security and (names - self._noted or now - self._noted_at > NOTE_SECONDS):
+            self._noted_at = now
+            with suppress(OSError):  # a disk that is full ends a run where something is lost by it
+                note_seen(self._security.folder, names)
+        self._noted = names
 
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
         if self._signer:
@@ -210,7 +229,8 @@ class SuperLink:
         listed = {}
         for name, file in files.items():
             with suppress(FileNotFoundError):  # revoked just now
-                listed[name] = file.read_text(encoding="utf-8").strip()
+                if key := self._look_at(file):
+                    listed[name] = key
         new = [name for name, key in listed.items() if self._registered.get(name) != key]
         self._registered = listed
         # Flower may still take the old key of a name, and never takes a key again that it let go. A new SuperLink does.
@@ -228,6 +248,24 @@ class SuperLink:
                 self._taken[name] = listed[name]
         self._keys_are_in.touch()
         os.utime(self._keys_are_in, (looked, looked))
+
+    def _look_at(self, file: Path) -> str:
+        """Return the key of an approval, or nothing where it has ended or can't be read; warn of each once.
+
+        Raises:
+            FileNotFoundError: it was revoked just now.
+        """
+        try:
+            approval = read_approval(file)
+            what, words, key = "keys", approval.describe_end(), approval.key
+            if approval.state == "expired":
+                what, key = "expired", ""
+        except DeploymentError as error:
+            what, words, key = "refused", str(error), ""
+        if words and words not in self._warned:
+            self._warned.add(words)
+            self._say(what, words)
+        return key
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
