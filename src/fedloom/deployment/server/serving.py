@@ -67,6 +67,7 @@ def serve(
     port: int = 0,
     security: Security | None = None,
     wait_seconds: float = WAIT_SECONDS,
+    observers: Sequence[Observer] = (),
 ) -> Run:
     """Carry out a recipe with clients on other machines, and leave the same run directory as `run`.
 
@@ -86,7 +87,8 @@ def serve(
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder, display.show_step))
         link = stack.enter_context(closing(SuperLink(folder, port, security, display.show_step)))
-        return run(recipe, out, display, resume=resume, clients=RemoteClients(link, wait_seconds))
+        clients = RemoteClients(link, wait_seconds)
+        return run(recipe, out, display, resume=resume, clients=clients, observers=observers)
 
 
 def check_deployable(recipe: Recipe) -> None:

@@ -1,0 +1,78 @@
+"""Options of the commands that carry out a run: who watches it beside the terminal, and where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.deployment.addresses import split_address
+from fedloom.errors import RunError
+from fedloom.host.files import path
+from fedloom.monitoring.observer import Observer
+from fedloom.progress import Say
+
+PageAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--page",
+        metavar="ADDRESS",
+        help="Show the run on a live page: a port of this machine alone, or HOST:PORT; the address to open is printed.",
+    ),
+]
+
+
+@contextmanager
+def observed(command: str, out: Path | None, say: Say, *, page: str | None = None) -> Iterator[Sequence[Observer]]:
+    """Open who watches a run beside the terminal, and yield them; they are closed with the block.
+
+    Raises:
+        DeploymentError: an address is none.
+    """
+    from fedloom.monitoring.board import Board
+    from fedloom.monitoring.page import Page
+    from fedloom.monitoring.status import status_file
+
+    at = read_address("--page", page)
+    with ExitStack() as stack:
+        # `fedloom status` knows of a run before what it needs is imported, which takes seconds.
+        if out:
+            stack.enter_context(status_file(out, command))
+        board = Board(command, out)
+        observers: list[Observer] = [board]
+        if at:
+            observers.append(Page(board, at, say))
+        for observer in observers:
+            stack.callback(observer.close)
+        yield observers
+
+
+def read_address(option: str, text: str | None) -> tuple[str, int] | None:
+    """Read an address to listen at: HOST:PORT, or a port alone, which is one of this machine's alone.
+
+    Raises:
+        DeploymentError: it is neither.
+    """
+    if text is None:
+        return None
+    whole = f"127.0.0.1:{text}" if text.isdecimal() else text
+    return split_address(whole, where=option, mend="name one as 127.0.0.1:8080, or a port alone")
+
+
+def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
+    """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
+    from fedloom.recipe.loading import shipped_recipes
+
+    folder = path(recipe)
+    if resume and (folder / "recipe.toml").is_file():
+        return out or folder, str(folder / "recipe.toml")
+    if resume and out is None:
+        how = f"fedloom {command} --resume RUN, or RECIPE --out RUN"
+        if folder.suffix == ".toml" or recipe in shipped_recipes():
+            raise typer.BadParameter(f"--resume needs a run directory: {how}.")
+        what = "no run is in it: it has no recipe.toml" if folder.is_dir() else "there is no such run"
+        raise RunError(what, where=str(folder.absolute()), mend=f"name a run directory that is there: {how}")
+    return out, recipe
