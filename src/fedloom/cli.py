@@ -69,13 +69,16 @@ def run(
         bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
     ] = False,
     page: seen.PageAddress = None,
+    metrics: seen.MetricsAddress = None,
+    metrics_names: seen.MetricsNames = False,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = seen.find_resumed(recipe, out, resume=resume, command="run")
     loaded = open_recipe(recipe, overrides or (), say)
-    with told_when_terminated(), seen.observed("fedloom run", out, say, page=page) as observers:
+    watching = seen.observed("fedloom run", out, say, page=page, metrics=metrics, metrics_names=metrics_names)
+    with told_when_terminated(), watching as observers:
         with quick_imports():
             from fedloom.experiment.run import run
 
@@ -102,6 +105,8 @@ def serve(
         bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
     ] = False,
     page: seen.PageAddress = None,
+    metrics: seen.MetricsAddress = None,
+    metrics_names: seen.MetricsNames = False,
 ) -> None:
     """Carry out a recipe with clients on other machines."""
     from fedloom.deployment.processes import hide_arguments
@@ -114,7 +119,8 @@ def serve(
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
-    with told_when_terminated(), seen.observed("fedloom serve", out, say, page=page) as observers:
+    watching = seen.observed("fedloom serve", out, say, page=page, metrics=metrics, metrics_names=metrics_names)
+    with told_when_terminated(), watching as observers:
         from fedloom.deployment.server.serving import serve
 
         serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait, observers=observers)

@@ -23,28 +23,50 @@ PageAddress = Annotated[
         help="Show the run on a live page: a port of this machine alone, or HOST:PORT; the address to open is printed.",
     ),
 ]
+MetricsAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="ADDRESS",
+        help="Answer Prometheus at /metrics, and /health: a port of this machine alone, or HOST:PORT.",
+    ),
+]
+MetricsNames = Annotated[bool, typer.Option("--metrics-names", help="Name clients in the metrics.")]
 
 
 @contextmanager
-def observed(command: str, out: Path | None, say: Say, *, page: str | None = None) -> Iterator[Sequence[Observer]]:
+def observed(
+    command: str,
+    out: Path | None,
+    say: Say,
+    *,
+    page: str | None = None,
+    metrics: str | None = None,
+    metrics_names: bool = False,
+) -> Iterator[Sequence[Observer]]:
     """Open who watches a run beside the terminal, and yield them; they are closed with the block.
 
     Raises:
         DeploymentError: an address is none.
     """
     from fedloom.monitoring.board import Board
+    from fedloom.monitoring.metrics import Metrics
     from fedloom.monitoring.page import Page
     from fedloom.monitoring.status import status_file
 
-    at = read_address("--page", page)
+    page_at, metrics_at = read_address("--page", page), read_address("--metrics", metrics)
+    if metrics_names and not metrics_at:
+        raise typer.BadParameter("--metrics-names names clients in --metrics ADDRESS, which is missing.")
     with ExitStack() as stack:
         # `fedloom status` knows of a run before what it needs is imported, which takes seconds.
         if out:
             stack.enter_context(status_file(out, command))
         board = Board(command, out)
         observers: list[Observer] = [board]
-        if at:
-            observers.append(Page(board, at, say))
+        if page_at:
+            observers.append(Page(board, page_at, say))
+        if metrics_at:
+            observers.append(Metrics(board, metrics_at, say, names=metrics_names))
         for observer in observers:
             stack.callback(observer.close)
         yield observers

@@ -95,6 +95,12 @@ class Board(StatusFile):
     def show_end(self, run: Run, report: Path) -> None:
         self.state = "done"
 
+    @property
+    def spent(self) -> float | None:
+        """Privacy spent so far, as ε; None where nothing is known of it."""
+        told = [record["epsilon"] for _, record in sorted(self.rounds.items()) if "epsilon" in record]
+        return told[-1] if told else None
+
     def document(self) -> dict[str, Any]:
         """Return what a page shows, for JSON: bounded, and each text without control characters."""
         work, plan, rounds = self.work, self.plan, sorted(self.rounds.items())
@@ -120,7 +126,7 @@ class Board(StatusFile):
             "losses": {name: _thin(records, key) for name, key in SERIES.items()},
             "troubles": [trouble._replace(why=_shown(trouble.why))._asdict() for trouble in reversed([*self.troubles])],
             "privacy": _shown(explain_privacy(plan.privacy)) if plan and plan.privacy else "",
-            "spent": next((record["epsilon"] for record in reversed(records) if "epsilon" in record), None),
+            "spent": self.spent,
             "plan": {name: _shown(value) for name, value in describe_plan(plan).items()} if plan else {},
         }
 
