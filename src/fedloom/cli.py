@@ -71,14 +71,16 @@ def run(
     page: seen.PageAddress = None,
     metrics: seen.MetricsAddress = None,
     metrics_names: seen.MetricsNames = False,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = seen.find_resumed(recipe, out, resume=resume, command="run")
     loaded = open_recipe(recipe, overrides or (), say)
-    watching = seen.observed("fedloom run", out, say, page=page, metrics=metrics, metrics_names=metrics_names)
-    with told_when_terminated(), watching as observers:
+    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format)
+    with told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
         with quick_imports():
             from fedloom.experiment.run import run
 
@@ -107,6 +109,8 @@ def serve(
     page: seen.PageAddress = None,
     metrics: seen.MetricsAddress = None,
     metrics_names: seen.MetricsNames = False,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
 ) -> None:
     """Carry out a recipe with clients on other machines."""
     from fedloom.deployment.processes import hide_arguments
@@ -119,8 +123,8 @@ def serve(
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
-    watching = seen.observed("fedloom serve", out, say, page=page, metrics=metrics, metrics_names=metrics_names)
-    with told_when_terminated(), watching as observers:
+    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format)
+    with told_when_terminated(), seen.observed("fedloom serve", out, say, asked) as observers:
         from fedloom.deployment.server.serving import serve
 
         serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait, observers=observers)
@@ -140,6 +144,8 @@ def join(
     tasks: owner.TaskFile = None,
     keep: owner.KeepFolder = None,
     write_policy: owner.WritePolicy = None,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.client.first_use import confirm_server
@@ -149,11 +155,13 @@ def join(
 
     hide_arguments()
 
-    with told_when_terminated():
+    asked = seen.Asked(log_file=log_file, log_format=log_format)
+    with told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
         read, rules = read_kit(kit), with_options(load_policy(policy), **own)
         confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
-        join(read, data, rules, journal or read.journal, say, policy_file=policy, keep=keep, tasks=tasks)
+        tell = seen.saying_to(observers, say)
+        join(read, data, rules, journal or read.journal, tell, policy_file=policy, keep=keep, tasks=tasks)
 
 
 app.command()(owner.preflight)
@@ -238,11 +246,16 @@ def sweep(
     draw: Annotated[
         int | None, typer.Option("--random", min=1, help="Only so many of the combinations, drawn at random.")
     ] = None,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
 ) -> None:
     """Run every combination of some settings, in as few passes as can be, and compare them."""
-    from fedloom.experiment.sweep import sweep
+    with seen.observed("fedloom sweep", None, say, seen.Asked(log_file=log_file, log_format=log_format)) as observers:
+        from fedloom.experiment.sweep import sweep
+        from fedloom.monitoring.display import Terminal
+        from fedloom.monitoring.observer import Observers
 
-    sweep(recipe, axes or (), out, num_random=draw)
+        sweep(recipe, axes or (), out, Observers(Terminal(), *observers), num_random=draw)
 
 
 @app.command()

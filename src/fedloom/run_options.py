@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
 from fedloom.deployment.addresses import split_address
-from fedloom.errors import RunError
+from fedloom.errors import FedloomError, RunError
 from fedloom.host.files import path
+from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 
@@ -32,44 +33,84 @@ MetricsAddress = Annotated[
     ),
 ]
 MetricsNames = Annotated[bool, typer.Option("--metrics-names", help="Name clients in the metrics.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path, metavar="FILE", help="Write what is said there too, with time and level; rotated by size."
+    ),
+]
+LogFormat = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option(help="Lines of the log: text, or an object of JSON each; on standard error without --log-file."),
+]
+
+
+class Asked(NamedTuple):
+    """Options of who watches, as they were given."""
+
+    page: str | None = None
+    metrics: str | None = None
+    metrics_names: bool = False
+    log_file: Path | None = None
+    log_format: Literal["text", "json"] | None = None
 
 
 @contextmanager
-def observed(
-    command: str,
-    out: Path | None,
-    say: Say,
-    *,
-    page: str | None = None,
-    metrics: str | None = None,
-    metrics_names: bool = False,
-) -> Iterator[Sequence[Observer]]:
+def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator[Sequence[Observer]]:
     """Open who watches a run beside the terminal, and yield them; they are closed with the block.
 
     Raises:
         DeploymentError: an address is none.
+        RunError: the log can't be written.
     """
     from fedloom.monitoring.board import Board
+    from fedloom.monitoring.log import Log
     from fedloom.monitoring.metrics import Metrics
     from fedloom.monitoring.page import Page
     from fedloom.monitoring.status import status_file
 
-    page_at, metrics_at = read_address("--page", page), read_address("--metrics", metrics)
-    if metrics_names and not metrics_at:
+    page_at, metrics_at = read_address("--page", asked.page), read_address("--metrics", asked.metrics)
+    if asked.metrics_names and not metrics_at:
         raise typer.BadParameter("--metrics-names names clients in --metrics ADDRESS, which is missing.")
     with ExitStack() as stack:
         # `fedloom status` knows of a run before what it needs is imported, which takes seconds.
         if out:
             stack.enter_context(status_file(out, command))
         board = Board(command, out)
-        observers: list[Observer] = [board]
+        told: list[Board | Log] = [board]
+        if asked.log_file or asked.log_format:
+            told.append(Log(asked.log_file, asked.log_format or "text", say))
+        observers: list[Observer] = [*told]
         if page_at:
             observers.append(Page(board, page_at, say))
         if metrics_at:
-            observers.append(Metrics(board, metrics_at, say, names=metrics_names))
+            observers.append(Metrics(board, metrics_at, say, names=asked.metrics_names))
         for observer in observers:
             stack.callback(observer.close)
-        yield observers
+        try:
+            yield observers
+        except BaseException as error:
+            for one in told:
+                one.show_failure(*_describe_end(error))
+            raise
+
+
+def _describe_end(error: BaseException) -> tuple[Literal["failed", "interrupted"], str]:
+    """Return how a run ended that an error ended, and why, as the run's status has it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+    return "failed", str(error) if isinstance(error, FedloomError) else f"bug: {type(error).__name__}"
+
+
+def saying_to(observers: Sequence[Observer], say: Say) -> Say:
+    """Return a function that says what is done, and has observers hear it too."""
+
+    def tell(what: str, detail: str) -> None:
+        say(what, detail)
+        for observer in observers:
+            observer.show_step(what, detail)
+
+    return tell
 
 
 def read_address(option: str, text: str | None) -> tuple[str, int] | None:

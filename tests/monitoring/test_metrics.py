@@ -14,7 +14,7 @@ from fedloom import run
 from fedloom.monitoring.board import Board
 from fedloom.monitoring.metrics import Metric, Metrics, measure, to_text
 from fedloom.monitoring.observer import Observer
-from fedloom.run_options import observed
+from fedloom.run_options import Asked, observed
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'
@@ -125,6 +125,6 @@ def test_they_are_answered_at_an_address_and_health_beside_them() -> None:
 def test_names_without_metrics_are_refused() -> None:
     with (
         pytest.raises(typer.BadParameter, match="which is missing"),
-        observed("fedloom run", None, lambda *told: None, metrics_names=True),
+        observed("fedloom run", None, lambda *told: None, Asked(metrics_names=True)),
     ):
         pass

@@ -16,7 +16,7 @@ from fedloom.errors import DeploymentError
 from fedloom.monitoring.board import Board
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.page import DOCUMENT, Page, is_loopback
-from fedloom.run_options import observed, read_address
+from fedloom.run_options import Asked, observed, read_address
 
 TEMPLATE = Path(fedloom.__file__).parent / "monitoring" / "page.html.j2"
 REPORT = Path(fedloom.__file__).parent / "report" / "page.html.j2"
@@ -127,7 +127,7 @@ def test_a_run_shows_itself_while_it_works_and_its_page_ends_with_it(tmp_path: P
             with asked(port_of(page), "GET", DOCUMENT, {"Authorization": f"Bearer {page.token}"}) as answer:
                 shown.append(json.loads(answer.read()))
 
-    with observed("fedloom run", tmp_path / "run", lambda *told: None, page=free_port()) as observers:
+    with observed("fedloom run", tmp_path / "run", lambda *told: None, Asked(free_port())) as observers:
         run(make_recipe(), tmp_path / "run", Observer(), observers=[*observers, Visitor()])
     assert [told["state"] for told in shown] == ["working"] * 3
     assert [len(told["rows"]) for told in shown] == [1, 2, 3]  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_a_page_that_can_not_be_had_ends_no_run(tmp_path: Path) -> None:
     said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with observed("fedloom run", None, lambda what, why: said.append(f"{what} {why}"), page=port) as observers:
+        with observed("fedloom run", None, lambda what, why: said.append(f"{what} {why}"), Asked(port)) as observers:
             assert run(make_recipe(), tmp_path / "run", Observer(), observers=observers).status["state"] == "done"
     assert said == [f"page can't listen at 127.0.0.1 port {port} (Address already in use); the run goes on"]
 

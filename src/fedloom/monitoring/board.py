@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +94,13 @@ class Board(StatusFile):
 
     def show_end(self, run: Run, report: Path) -> None:
         self.state = "done"
+
+    def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
+        self.state, self.folder = "done", folder
+
+    def show_failure(self, state: Literal["failed", "interrupted"], why: str) -> None:
+        """Hear that the run ended before its end, and why."""
+        self.state, self.error = state, why
 
     @property
     def spent(self) -> float | None:

@@ -38,7 +38,7 @@ from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.monitoring.display import Terminal
-from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.observer import Observer, Observers
 from fedloom.privacy.ration import Terms
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
@@ -77,7 +77,7 @@ def serve(
     check_flower()
     check_deployable(recipe)
     recipe = with_limits(recipe)
-    display = display or Terminal()
+    display = Observers(display or Terminal(), *observers)
     port, out = port or free_port(), out or default_folder(recipe.name)
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
@@ -87,8 +87,7 @@ def serve(
             port = security.port if security.is_local else port
             stack.enter_context(proxy(security, port, folder, display.show_step))
         link = stack.enter_context(closing(SuperLink(folder, port, security, display.show_step)))
-        clients = RemoteClients(link, wait_seconds)
-        return run(recipe, out, display, resume=resume, clients=clients, observers=observers)
+        return run(recipe, out, display, resume=resume, clients=RemoteClients(link, wait_seconds))
 
 
 def check_deployable(recipe: Recipe) -> None:
