@@ -73,13 +73,14 @@ def run(
     metrics_names: seen.MetricsNames = False,
     log_file: seen.LogFile = None,
     log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = seen.find_resumed(recipe, out, resume=resume, command="run")
     loaded = open_recipe(recipe, overrides or (), say)
-    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format)
+    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
     with told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
         with quick_imports():
             from fedloom.experiment.run import run
@@ -111,6 +112,7 @@ def serve(
     metrics_names: seen.MetricsNames = False,
     log_file: seen.LogFile = None,
     log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Carry out a recipe with clients on other machines."""
     from fedloom.deployment.processes import hide_arguments
@@ -123,7 +125,7 @@ def serve(
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
-    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format)
+    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
     with told_when_terminated(), seen.observed("fedloom serve", out, say, asked) as observers:
         from fedloom.deployment.server.serving import serve
 
@@ -146,6 +148,7 @@ def join(
     write_policy: owner.WritePolicy = None,
     log_file: seen.LogFile = None,
     log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.client.first_use import confirm_server
@@ -155,7 +158,7 @@ def join(
 
     hide_arguments()
 
-    asked = seen.Asked(log_file=log_file, log_format=log_format)
+    asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
     with told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
         read, rules = read_kit(kit), with_options(load_policy(policy), **own)
@@ -248,9 +251,11 @@ def sweep(
     ] = None,
     log_file: seen.LogFile = None,
     log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Run every combination of some settings, in as few passes as can be, and compare them."""
-    with seen.observed("fedloom sweep", None, say, seen.Asked(log_file=log_file, log_format=log_format)) as observers:
+    asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
+    with seen.observed("fedloom sweep", None, say, asked) as observers:
         from fedloom.experiment.sweep import sweep
         from fedloom.monitoring.display import Terminal
         from fedloom.monitoring.observer import Observers

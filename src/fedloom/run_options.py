@@ -43,6 +43,14 @@ LogFormat = Annotated[
     Literal["text", "json"] | None,
     typer.Option(help="Lines of the log: text, or an object of JSON each; on standard error without --log-file."),
 ]
+NotifyCommand = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        metavar="COMMAND",
+        help="Run a command when it ends, fails or waits for clients: FEDLOOM_STATE, FEDLOOM_RUN and others say what.",
+    ),
+]
 
 
 class Asked(NamedTuple):
@@ -53,6 +61,7 @@ class Asked(NamedTuple):
     metrics_names: bool = False
     log_file: Path | None = None
     log_format: Literal["text", "json"] | None = None
+    notify: str | None = None
 
 
 @contextmanager
@@ -61,11 +70,12 @@ def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator
 
     Raises:
         DeploymentError: an address is none.
-        RunError: the log can't be written.
+        RunError: the log can't be written, or the command to notify is none.
     """
     from fedloom.monitoring.board import Board
     from fedloom.monitoring.log import Log
     from fedloom.monitoring.metrics import Metrics
+    from fedloom.monitoring.notice import Notice
     from fedloom.monitoring.page import Page
     from fedloom.monitoring.status import status_file
 
@@ -77,9 +87,11 @@ def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator
         if out:
             stack.enter_context(status_file(out, command))
         board = Board(command, out)
-        told: list[Board | Log] = [board]
+        told: list[Board | Log | Notice] = [board]
         if asked.log_file or asked.log_format:
             told.append(Log(asked.log_file, asked.log_format or "text", say))
+        if asked.notify is not None:
+            told.append(Notice(asked.notify, board, say))
         observers: list[Observer] = [*told]
         if page_at:
             observers.append(Page(board, page_at, say))

@@ -120,8 +120,9 @@ class _RotatedFile(RotatingFileHandler):
         error = sys.exc_info()[1]
         # What lies in its buffer would fail again with each line; the next line opens the file anew.
         with suppress(OSError):
-            self.stream.close()
-        self.stream = None  # type: ignore[assignment]
+            if self.stream:
+                self.stream.close()
+        self.stream = None
         say, self._say = self._say, None
         if say:
             why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
