@@ -29,7 +29,7 @@ LAYERS = (
     ("handover",),
     ("deployment",),
     ("audit",),
-    ("model_commands", "client_commands", "provision_commands"),
+    ("model_commands", "client_commands", "provision_commands", "run_options"),
     ("cli",),
     ("__main__",),
 )
@@ -52,7 +52,7 @@ BARE = ("model", "adapters", "training", "evaluation")
 
 LIGHT_ROOMS = (
     *("text", "errors", "seeds", "hub", "downloads", "progress", "host", "recipe"),
-    *("monitoring", "report", "model_commands", "client_commands", "provision_commands", "cli"),
+    *("monitoring", "report", "model_commands", "client_commands", "provision_commands", "run_options", "cli"),
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ import typer
 
 from fedloom import __version__
 from fedloom import client_commands as owner
-from fedloom.errors import FedloomError, RunError
+from fedloom import run_options as seen
+from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
@@ -67,17 +68,24 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
     ] = False,
+    page: seen.PageAddress = None,
+    metrics: seen.MetricsAddress = None,
+    metrics_names: seen.MetricsNames = False,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Carry out a recipe and leave a run directory with a report."""
     from fedloom.experiment.recognition import open_recipe
 
-    out, recipe = find_resumed(recipe, out, resume=resume, command="run")
+    out, recipe = seen.find_resumed(recipe, out, resume=resume, command="run")
     loaded = open_recipe(recipe, overrides or (), say)
-    with told_when_terminated(), shown_at_work(out, "fedloom run"):
+    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
+    with told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
         with quick_imports():
             from fedloom.experiment.run import run
 
-        run(loaded, out, resume=resume, log_to=log, watch=watch)
+        run(loaded, out, resume=resume, log_to=log, watch=watch, observers=observers)
 
 
 app.add_typer(provision, name="provision")
@@ -99,6 +107,12 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
     ] = False,
+    page: seen.PageAddress = None,
+    metrics: seen.MetricsAddress = None,
+    metrics_names: seen.MetricsNames = False,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Carry out a recipe with clients on other machines."""
     from fedloom.deployment.processes import hide_arguments
@@ -106,15 +120,16 @@ def serve(
     hide_arguments()
     from fedloom.experiment.recognition import open_recipe
 
-    out, recipe = find_resumed(recipe, out, resume=resume, command="serve")
+    out, recipe = seen.find_resumed(recipe, out, resume=resume, command="serve")
     loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
-    with told_when_terminated(), shown_at_work(out, "fedloom serve"):
+    asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
+    with told_when_terminated(), seen.observed("fedloom serve", out, say, asked) as observers:
         from fedloom.deployment.server.serving import serve
 
-        serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait)
+        serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait, observers=observers)
 
 
 @app.command()
@@ -131,6 +146,9 @@ def join(
     tasks: owner.TaskFile = None,
     keep: owner.KeepFolder = None,
     write_policy: owner.WritePolicy = None,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Take part in a federation with documents that stay on this machine."""
     from fedloom.deployment.client.first_use import confirm_server
@@ -140,11 +158,13 @@ def join(
 
     hide_arguments()
 
-    with told_when_terminated():
+    asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
+    with told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
         read, rules = read_kit(kit), with_options(load_policy(policy), **own)
         confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
-        join(read, data, rules, journal or read.journal, say, policy_file=policy, keep=keep, tasks=tasks)
+        tell = seen.saying_to(observers, say)
+        join(read, data, rules, journal or read.journal, tell, policy_file=policy, keep=keep, tasks=tasks)
 
 
 app.command()(owner.preflight)
@@ -229,11 +249,18 @@ def sweep(
     draw: Annotated[
         int | None, typer.Option("--random", min=1, help="Only so many of the combinations, drawn at random.")
     ] = None,
+    log_file: seen.LogFile = None,
+    log_format: seen.LogFormat = None,
+    notify: seen.NotifyCommand = None,
 ) -> None:
     """Run every combination of some settings, in as few passes as can be, and compare them."""
-    from fedloom.experiment.sweep import sweep
+    asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
+    with seen.observed("fedloom sweep", None, say, asked) as observers:
+        from fedloom.experiment.sweep import sweep
+        from fedloom.monitoring.display import Terminal
+        from fedloom.monitoring.observer import Observers
 
-    sweep(recipe, axes or (), out, num_random=draw)
+        sweep(recipe, axes or (), out, Observers(Terminal(), *observers), num_random=draw)
 
 
 @app.command()
@@ -340,31 +367,6 @@ def told_when_terminated() -> Iterator[None]:
         yield
     except Terminated:
         raise typer.Exit(TERMINATED) from None
-
-
-@contextmanager
-def shown_at_work(out: Path | None, command: str) -> Iterator[None]:
-    """`fedloom status` knows of a run before what it needs is imported, which takes seconds."""
-    from fedloom.monitoring.status import status_file
-
-    with status_file(out, command) if out else nullcontext():
-        yield
-
-
-def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
-    """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
-    from fedloom.recipe.loading import shipped_recipes
-
-    folder = path(recipe)
-    if resume and (folder / "recipe.toml").is_file():
-        return out or folder, str(folder / "recipe.toml")
-    if resume and out is None:
-        how = f"fedloom {command} --resume RUN, or RECIPE --out RUN"
-        if folder.suffix == ".toml" or recipe in shipped_recipes():
-            raise typer.BadParameter(f"--resume needs a run directory: {how}.")
-        what = "no run is in it: it has no recipe.toml" if folder.is_dir() else "there is no such run"
-        raise RunError(what, where=str(folder.absolute()), mend=f"name a run directory that is there: {how}")
-    return out, recipe
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
 from cryptography import x509
-from fedloom.deployment.frames import Frame
 from support.federation_here import federation, split, tiny
 
 from fedloom.cli import app
@@ -26,6 +25,7 @@ from fedloom.deployment.client_list import list_server
 from fedloom.deployment.signing import Signer, Verifier
 from fedloom.errors import DeploymentError, RunError
 from fedloom.host.files import hash_json
+from fedloom.host.frames import Frame
 from fedloom.recipe.loading import recipe_to_toml
 
 

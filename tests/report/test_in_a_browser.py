@@ -2,23 +2,18 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browsers import BROWSER, QUIET
 from support.made_runs import make_run
 from support.marks import first
 
 from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0"),
-)
 PROBE = """<script>
 const wide = [...document.querySelectorAll('main > *, section > *')].filter(
   e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1);

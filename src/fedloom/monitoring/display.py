@@ -131,10 +131,8 @@ class Terminal(Observer):
 
     def show_round(self, record: RoundRecord) -> None:
         self._print(format_round(record))
-        for why in (*record.get("lost_because", {}).values(), *record.get("refused", ())):
-            self._print(f"lost      {why}")
-        for client, times in record.get("scaled", {}).items():
-            self._print(f"scaled    client {client}: its change was {times:,.0f} times the middle one")
+        for what, why in explain_losses(record):
+            self._print(f"{what:<10}{why}")
 
     def show_clients(self, phases: Mapping[str, str]) -> None:
         self._bar.clients = describe_clients(phases)
@@ -187,9 +185,14 @@ def round_header(*, private: bool) -> str:
 
 def format_round(record: Mapping[str, Any]) -> str:
     """Return a round's row, to stand beneath `round_header`."""
+    return "".join(f"{cell:>{width}}" for cell, (_, width) in zip(round_cells(record), COLUMNS, strict=True))
+
+
+def round_cells(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what stands in a round's row, by `COLUMNS`."""
     spent = record.get("epsilon")
     seconds = record["train_seconds"] + record["aggregate_seconds"] + record["evaluate_seconds"]
-    cells = (
+    return (
         str(record["round"]),
         format_number(record.get("train_loss"), ".4f") if spent is None else f"{spent:.3g}",
         format_number(record.get("client_loss"), ".4f"),
@@ -199,7 +202,14 @@ def format_round(record: Mapping[str, Any]) -> str:
         f"{seconds:.1f}",
         format_bytes(record["bytes_up"] + record["bytes_down"]),
     )
-    return "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+
+
+def explain_losses(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield what did not count in a round, or not in full, as a word and why."""
+    for why in (*record.get("lost_because", {}).values(), *record.get("refused", ())):
+        yield "lost", why
+    for client, times in record.get("scaled", {}).items():
+        yield "scaled", f"client {client}: its change was {times:,.0f} times the middle one"
 
 
 def describe_clients(phases: Mapping[str, str]) -> str:
@@ -211,6 +221,16 @@ def describe_clients(phases: Mapping[str, str]) -> str:
 
 def render_plan(plan: Plan) -> Table:
     """Return the plan as a table of two columns."""
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in describe_plan(plan).items():
+        table.add_row(name, Text(show_controls(value)))
+    return table
+
+
+def describe_plan(plan: Plan) -> dict[str, str]:
+    """Return what there is to say of a plan, by a word for each."""
     clients = plan.clients
     documents = _range([client.train_documents for client in clients])
     holdouts = _range([client.holdout_documents for client in clients])
@@ -254,12 +274,7 @@ def render_plan(plan: Plan) -> Table:
         rows["skipped"] = list_reasons(plan.skipped)
     if plan.files_left_out:
         rows["files left out"] = list_reasons(plan.files_left_out)
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, value in rows.items():
-        table.add_row(name, Text(show_controls(value)))
-    return table
+    return rows
 
 
 def _explain_arms(plan: Plan) -> str:

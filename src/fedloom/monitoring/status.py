@@ -59,6 +59,11 @@ class StatusFile(Observer):
         self._told = 0.0
         self._tell()
 
+    @property
+    def work(self) -> Work:
+        """Work as it was told last."""
+        return self._work
+
     def show_step(self, what: str, detail: str) -> None:
         self._tell(doing=f"{what}: {detail}")
 

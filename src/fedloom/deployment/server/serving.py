@@ -38,7 +38,7 @@ from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.monitoring.display import Terminal
-from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.observer import Observer, Observers
 from fedloom.privacy.ration import Terms
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
@@ -67,6 +67,7 @@ def serve(
     port: int = 0,
     security: Security | None = None,
     wait_seconds: float = WAIT_SECONDS,
+    observers: Sequence[Observer] = (),
 ) -> Run:
     """Carry out a recipe with clients on other machines, and leave the same run directory as `run`.
 
@@ -76,7 +77,7 @@ def serve(
     check_flower()
     check_deployable(recipe)
     recipe = with_limits(recipe)
-    display = display or Terminal()
+    display = Observers(display or Terminal(), *observers)
     port, out = port or free_port(), out or default_folder(recipe.name)
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())

@@ -1,0 +1,153 @@
+"""Options of the commands that carry out a run: who watches it beside the terminal, and where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import typer
+
+from fedloom.deployment.addresses import split_address
+from fedloom.errors import FedloomError, RunError
+from fedloom.host.files import path
+from fedloom.host.signals import Terminated
+from fedloom.monitoring.observer import Observer
+from fedloom.progress import Say
+
+PageAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--page",
+        metavar="ADDRESS",
+        help="Show the run on a live page: a port of this machine alone, or HOST:PORT; the address to open is printed.",
+    ),
+]
+MetricsAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="ADDRESS",
+        help="Answer Prometheus at /metrics, and /health: a port of this machine alone, or HOST:PORT.",
+    ),
+]
+MetricsNames = Annotated[bool, typer.Option("--metrics-names", help="Name clients in the metrics.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path, metavar="FILE", help="Write what is said there too, with time and level; rotated by size."
+    ),
+]
+LogFormat = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option(help="Lines of the log: text, or an object of JSON each; on standard error without --log-file."),
+]
+NotifyCommand = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        metavar="COMMAND",
+        help="Run a command when it ends, fails or waits for clients: FEDLOOM_STATE, FEDLOOM_RUN and others say what.",
+    ),
+]
+
+
+class Asked(NamedTuple):
+    """Options of who watches, as they were given."""
+
+    page: str | None = None
+    metrics: str | None = None
+    metrics_names: bool = False
+    log_file: Path | None = None
+    log_format: Literal["text", "json"] | None = None
+    notify: str | None = None
+
+
+@contextmanager
+def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator[Sequence[Observer]]:
+    """Open who watches a run beside the terminal, and yield them; they are closed with the block.
+
+    Raises:
+        DeploymentError: an address is none.
+        RunError: the log can't be written, or the command to notify is none.
+    """
+    from fedloom.monitoring.board import Board
+    from fedloom.monitoring.log import Log
+    from fedloom.monitoring.metrics import Metrics
+    from fedloom.monitoring.notice import Notice
+    from fedloom.monitoring.page import Page
+    from fedloom.monitoring.status import status_file
+
+    page_at, metrics_at = read_address("--page", asked.page), read_address("--metrics", asked.metrics)
+    if asked.metrics_names and not metrics_at:
+        raise typer.BadParameter("--metrics-names names clients in --metrics ADDRESS, which is missing.")
+    with ExitStack() as stack:
+        # `fedloom status` knows of a run before what it needs is imported, which takes seconds.
+        if out:
+            stack.enter_context(status_file(out, command))
+        board = Board(command, out)
+        told: list[Board | Log | Notice] = [board]
+        if asked.log_file or asked.log_format:
+            told.append(Log(asked.log_file, asked.log_format or "text", say))
+        if asked.notify is not None:
+            told.append(Notice(asked.notify, board, say))
+        observers: list[Observer] = [*told]
+        if page_at:
+            observers.append(Page(board, page_at, say))
+        if metrics_at:
+            observers.append(Metrics(board, metrics_at, say, names=asked.metrics_names))
+        for observer in observers:
+            stack.callback(observer.close)
+        try:
+            yield observers
+        except BaseException as error:
+            for one in told:
+                one.show_failure(*_describe_end(error))
+            raise
+
+
+def _describe_end(error: BaseException) -> tuple[Literal["failed", "interrupted"], str]:
+    """Return how a run ended that an error ended, and why, as the run's status has it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+    return "failed", str(error) if isinstance(error, FedloomError) else f"bug: {type(error).__name__}"
+
+
+def saying_to(observers: Sequence[Observer], say: Say) -> Say:
+    """Return a function that says what is done, and has observers hear it too."""
+
+    def tell(what: str, detail: str) -> None:
+        say(what, detail)
+        for observer in observers:
+            observer.show_step(what, detail)
+
+    return tell
+
+
+def read_address(option: str, text: str | None) -> tuple[str, int] | None:
+    """Read an address to listen at: HOST:PORT, or a port alone, which is one of this machine's alone.
+
+    Raises:
+        DeploymentError: it is neither.
+    """
+    if text is None:
+        return None
+    whole = f"127.0.0.1:{text}" if text.isdecimal() else text
+    return split_address(whole, where=option, mend="name one as 127.0.0.1:8080, or a port alone")
+
+
+def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
+    """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
+    from fedloom.recipe.loading import shipped_recipes
+
+    folder = path(recipe)
+    if resume and (folder / "recipe.toml").is_file():
+        return out or folder, str(folder / "recipe.toml")
+    if resume and out is None:
+        how = f"fedloom {command} --resume RUN, or RECIPE --out RUN"
+        if folder.suffix == ".toml" or recipe in shipped_recipes():
+            raise typer.BadParameter(f"--resume needs a run directory: {how}.")
+        what = "no run is in it: it has no recipe.toml" if folder.is_dir() else "there is no such run"
+        raise RunError(what, where=str(folder.absolute()), mend=f"name a run directory that is there: {how}")
+    return out, recipe
