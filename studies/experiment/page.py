@@ -122,13 +122,15 @@ class Shown:
             return "–"
         return self.mean(runs, lambda run: run.rounds[round][key], 4)
 
-    def compare(self, name: str, runs: Sequence[Run], by: Sequence[str], against: str | None = None) -> str:
-        """Write a table of arms, what is between them in words, and their plots."""
+    def compare(
+        self, name: str, runs: Sequence[Run], by: Sequence[str], against: str, plots: Sequence[str] = ()
+    ) -> str:
+        """Write a table of arms, what is between them in words, and of their plots those that are named."""
         arms = group_runs(runs, by, against)
-        words = Bullets([*note_arms(arms), *compare_arms(arms, unfairness)])
-        drawn = [figure for figure in draw_arms(arms.arms) if figure.name in ("arms-loss", "arms-drift")]
-        plots = [self.plot(replace(figure, name=f"{name}-{figure.name.removeprefix('arms-')}")) for figure in drawn]
-        return "\n\n".join([block_to_markdown(tabulate_arms(arms)), block_to_markdown(words), *plots])
+        words = Bullets([*note_arms(arms), *compare_arms(arms, unfairness, limits=False)])
+        drawn = [figure for figure in draw_arms(arms.arms) if figure.name.removeprefix("arms-") in plots]
+        shown = [self.plot(replace(figure, name=f"{name}-{figure.name.removeprefix('arms-')}")) for figure in drawn]
+        return "\n\n".join([block_to_markdown(tabulate_arms(arms)), block_to_markdown(words), *shown])
 
     def curves(self, name: str, caption: str, arms: dict[str, Sequence[Run]]) -> str:
         """Draw the central loss of arms by round, with one standard deviation, against its value before training."""
@@ -144,11 +146,6 @@ class Shown:
         name = f"{self.tier.name}-{figure.name}"
         self._plots[name] = figure
         return f"![{figure.caption}](images/study/{name}.svg)"
-
-    def share_of_evaluation(self) -> float:
-        """Return the share of all rounds' seconds that went into evaluation."""
-        phases = [figures.phase_shares(run) for run in self.tier.mixed()]
-        return figures.spread([phase["evaluation"] for phase in phases]).mean
 
     def learnt_text_in(self, round: int, share: float) -> float:
         """Return how far a central loss would be off if this share of its rows were rows that clients train on.

@@ -1,13 +1,14 @@
-"""Compact records of the study's runs: a line of JSON for each, from which the page is written, and nothing else.
+"""Compact records of the study's runs, from which the page is written, and from nothing else.
 
-A line has the run's recipe, what its plan and its machine were, and each number of its rounds as a column.
+A file is a sweep: a line of JSON with what all its runs share, and a line for each run with the rest: its recipe, what
+its plan and its machine were, and each number of its rounds as a column.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedloom.report.comparison import runs_in
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
 COLUMNS = (
-    "train_loss", "client_loss", "central_loss", "client_losses", "proximal_mu", "proximal_loss", "drift", "lora_error",
+    "train_loss", "client_loss", "central_loss", "proximal_mu", "proximal_loss", "drift", "lora_error",
     "train_seconds", "aggregate_seconds", "evaluate_seconds", "train_tokens", "evaluate_tokens", "bytes_up",
     "bytes_down", "runs_together",
 )  # fmt: skip
@@ -30,15 +31,54 @@ PLAN = (
 )  # fmt: skip
 SIZES = ("parameters", "trainable_parameters", "payload_bytes", "peak_bytes", "clients_at_once", "dtype", "engine")
 """What is kept of a plan of the experiment over OPT-350M itself, which is planned and not run."""
-DIGITS = 7
-"""Digits of a kept number: losses to a ten-millionth."""
+DIGITS = 6
+"""Digits of a kept number: losses to a hundred-thousandth."""
 
 
 def keep(sweep: Path, path: Path) -> None:
-    """Write a line for each finished run of a sweep's folder into a file, whole or not at all."""
-    lines = [json.dumps(compact(read_run(folder), sweep.parent)) for folder in runs_in(sweep)]
+    """Write what is kept of each finished run of a sweep's folder into a file, whole or not at all."""
+    write_kept([compact(read_run(folder), sweep.parent) for folder in runs_in(sweep)], path)
+
+
+def write_kept(kept: Sequence[Record], path: Path) -> None:
+    """Write records of runs, with what they share in the first line."""
+    shared = find_shared(kept)
+    lines = [json.dumps(part) for part in (shared, *(without(record, shared) for record in kept))]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def find_shared(records: Sequence[Record]) -> Record:
+    """Return what all records have alike, in nested tables too."""
+    first, *others = records
+    found: Record = {}
+    for key, value in first.items():
+        values = [other.get(key) for other in others]
+        if all(isinstance(one, dict) for one in (value, *values)):
+            if inner := find_shared([value, *values]):
+                found[key] = inner
+        elif all(one == value for one in values):
+            found[key] = value
+    return found
+
+
+def without(record: Record, shared: Record) -> Record:
+    """Return a record without what it shares; `merge` puts it back."""
+    found: Record = {}
+    for key, value in record.items():
+        if key not in shared:
+            found[key] = value
+        elif isinstance(value, dict) and (inner := without(value, shared[key])):
+            found[key] = inner
+    return found
+
+
+def merge(shared: Record, record: Record) -> Record:
+    """Return a record with what it shares."""
+    found = dict(shared)
+    for key, value in record.items():
+        found[key] = merge(shared[key], value) if key in shared else value
+    return found
 
 
 def compact(run: Run, folder: Path) -> Record:
@@ -97,8 +137,9 @@ def _settings(run: Run) -> Record:
 
 
 def _read(path: Path) -> Iterator[Run]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        kept = json.loads(line)
+    shared, *lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        kept = merge(json.loads(shared), json.loads(line))
         columns = kept["rounds"]
         number = max(map(len, columns.values()))
         rounds = [

@@ -27,19 +27,23 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
     The first sweep has the experiment itself in it, which all others are set against.
     """
     alone = {"seed": SEEDS[tier]}
+
+    def times(factor: float) -> float:
+        return float(f"{factor * rate:.6g}")  # as a person would write it
+
     whole: dict[str, Axes] = {
         "proximal": {"data.partition.kind": MIXED, "training.proximal_mu": [0.0, 0.01, 0.1, 1.0, 10.0]},
         "documents": {"data.documents_per_client": [documents // 2]},
-        "full-model": {"adapter.method": {"full": {}}, "training.learning_rate": [0.1 * rate, rate]},
+        "full-model": {"adapter.method": {"full": {}}, "training.learning_rate": [times(0.1), rate]},
         "as-run": {"data.pad_in_loss": {"true": AS_RUN}},
-        "rates": {"training.learning_rate": [0.3 * rate, 3 * rate], "training.proximal_mu": [0.0, 0.1, 1.0]},
+        "rates": {"training.learning_rate": [times(0.3), times(3)], "training.proximal_mu": [0.0, 0.1, 1.0]},
         "ranks": {"adapter.rank": {"4": {"adapter.alpha": 8}, "64": {"adapter.alpha": 128}}},
         "clients": {
             "data.clients": {str(number): {"data.documents_per_client": 3 * documents // number} for number in (10, 30)}
         },
         "methods": {
             "adapter.method": {"ia3": {}, "vera": {}, "prompt_tuning": {}},
-            "training.learning_rate": [10 * rate],
+            "training.learning_rate": [times(10)],
         },
         "dora": {"adapter.dora": [True]},
         "momentum": {"federation.strategy.kind": {"fedavgm": {}}},
