@@ -42,7 +42,7 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
             "data.clients": {str(number): {"data.documents_per_client": 3 * documents // number} for number in (10, 30)}
         },
         "methods": {
-            "adapter.method": {"ia3": {}, "vera": {}, "prompt_tuning": {}},
+            "adapter.method": {"ia3": {}, "vera": {}, "prompt_tuning": {"adapter.options.num_virtual_tokens": 16}},
             "training.learning_rate": [times(10)],
         },
         "dora": {"adapter.dora": [True]},
