@@ -5,7 +5,7 @@
 
 A tier is a recipe, `TIER.toml`, and the sweeps in `sweeps.py`. Runs lie in the cache; of each, a line is kept in
 `records/TIER/SWEEP.jsonl`, and the page is written from these lines alone. What was stopped goes on with the same
-words.
+words; a sweep that is on record is not run again, until its file there is removed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ def run_tier(tier: str) -> None:
     folder, recipes = prepare(tier), recipes_of(tier)
     plan_opt(folder / ("all" if tier == "full" else "unread"))
     for number, (name, text) in enumerate(recipes.items(), start=1):
+        kept = RECORDS / tier / f"{name}.jsonl"
+        if kept.is_file():
+            continue
         print(f"\n{tier}: sweep {number} of {len(recipes)}, {name}\n", flush=True)
         source = folder / f"{name}.toml"  # beside the documents and the model that it names
         write_text(source, text)
-        keep(sweep(source, out=folder / name), RECORDS / tier / f"{name}.jsonl")
+        keep(sweep(source, out=folder / name), kept)
 
 
 def plan_opt(documents: Path) -> None:
