@@ -7,6 +7,7 @@
 # make docs          the pages as a site, into build/site; a link that leads nowhere fails it
 # make soak          faults and deployments at length: a thousand kills at random instants, processes killed and resumed
 # make bench         the engines against HF Trainer + PEFT and Flower's simulation, memory, start-up, what Flower costs: an hour
+# make study         the published experiment, replayed: what is not done yet of it, and docs/study.md; over an hour
 # make dist          the commit's wheel and sdist, what they are to be installed with, an SBOM, and the hashes of it all
 # All need only Python 3.11 or later; what else is needed is installed into .venv on first use.
 
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
 
-.PHONY: run check test test-all check-models pages docs soak bench dist install clean
+.PHONY: run check test test-all check-models pages docs soak bench study study-page dist install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
@@ -57,6 +58,13 @@ bench: install
 	$(BIN)/python bench/evaluation.py
 	$(BIN)/python bench/generation.py
 	$(BIN)/python bench/deployment.py
+
+# TIER=small and TIER=full are larger models: hours, and a GPU.
+study: install
+	$(BIN)/python studies/experiment/study.py $(TIER)
+
+study-page: install
+	$(BIN)/python studies/experiment/study.py page
 
 dist: install
 	scripts/dist $(BIN)/python dist

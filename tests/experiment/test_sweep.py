@@ -20,6 +20,7 @@ from fedloom.recipe.axes import read_axis
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
+from fedloom.report import figures
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_each_arm_of_one_pass_is_its_own_run(recipe_file: Path, tmp_path: Path) 
     assert [row[1] for row in display.ranked] == sorted(row[1] for row in display.ranked)
     assert {record["runs_together"] for record in read_run(folder / trials[0].name).rounds} == {8}
     page = (folder / "comparison.html").read_text()
-    assert "Trained together with other runs, whose time is in theirs" in page
+    assert figures.SHARED_PASS in page
     assert "mean and standard deviation over seeds" in page
 
 

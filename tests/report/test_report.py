@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from fedloom import run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run, overfitting_onset, read_run
+from fedloom.report import figures
+from fedloom.report.document import to_markdown
 from fedloom.report.figures import reach, roughness
 from fedloom.report.plots import Plot, draw
 from fedloom.report.run_report import build_report, load_reference, write_report
@@ -131,6 +134,20 @@ def test_evaluation_counts_what_it_scored(finished: Run) -> None:
     holdout = sum(client["holdout_tokens"] for client in plan["clients"])
     assert finished.rounds[0]["evaluate_tokens"] == plan["central_tokens"] + holdout
     assert finished.rounds[1]["evaluate_tokens"] == plan["central_tokens"] + 2 * holdout
+
+
+def test_a_run_has_its_part_of_the_time_of_a_pass(finished: Run) -> None:
+    """Ten runs' training is in the seconds of each: beside it, a run's own evaluation would look like nothing."""
+    rounds = [{**r, "train_seconds": 10.0, "aggregate_seconds": 0.0, "evaluate_seconds": 1.0} for r in finished.rounds]
+    alone = replace(finished, rounds=rounds)
+    shared = replace(finished, rounds=[{**record, "runs_together": 10} for record in rounds])
+    assert figures.phase_shares(alone)["evaluation"] == pytest.approx(1 / 11)
+    assert figures.phase_shares(shared)["evaluation"] == pytest.approx(1 / 2)
+    assert figures.total_seconds(shared) == pytest.approx(2 * len(rounds))
+    rates = [figures.throughput(run, "training")["tokens/s"].mean for run in (alone, shared)]
+    assert rates[1] == pytest.approx(10 * rates[0])
+    assert figures.SHARED_PASS in to_markdown(build_report(shared))
+    assert figures.SHARED_PASS not in to_markdown(build_report(alone))
 
 
 def test_memory_is_on_record_by_phase(finished: Run) -> None:

@@ -148,8 +148,11 @@ def _spread(values: Sequence[float]) -> str:
     return "" if not found else f"{found.mean:.4f}" + (f" ± {found.deviation:.4f}" if len(values) > 1 else "")
 
 
-def compare_arms(grouped: Arms, warn: Warn) -> list[str]:
-    """Say of each arm, in a sentence, whether its last loss differs from the reference's, by how much, how surely."""
+def compare_arms(grouped: Arms, warn: Warn, *, limits: bool = True) -> list[str]:
+    """Say of each arm, in a sentence, whether its last loss differs from the reference's, by how much, how surely.
+
+    With `limits`, it is said too what so few pairs, and so many comparisons, can't show.
+    """
     reference = grouped.arms[grouped.reference]
     said, most = [], 0
     for arm in grouped.arms:
@@ -166,7 +169,7 @@ def compare_arms(grouped: Arms, warn: Warn) -> list[str]:
             most = max(most, found.pairs)
         else:
             said.append(f"{arm.name}: not compared with {reference.name}. They have no seed in common.")
-    return [*said, *_limits(most, len(grouped.arms) - 1)]
+    return [*said, *(_limits(most, len(grouped.arms) - 1) if limits else ())]
 
 
 def _say(name: str, reference: str, found: Difference) -> str:

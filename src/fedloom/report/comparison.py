@@ -352,9 +352,9 @@ def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     if not any(figures.peak_memory(run, "gpu") for run in runs):
         del columns["Peak GPU memory"]
     rows = [[name, *values] for name, values in columns.items()]
-    shared = [name for name, run in zip(names, runs, strict=True) if any("runs_together" in r for r in run.rounds)]
+    shared = [name for name, run in zip(names, runs, strict=True) if figures.shares_a_pass(run)]
     # One pass has one clock, so the seconds of runs that shared it can't be told apart.
-    notes = [f"Trained together with other runs, whose time is in theirs: {', '.join(shared)}."] if shared else []
+    notes = [f"{', '.join(shared)}: {figures.SHARED_PASS}"] if shared else []
     return [Table(["", *names], rows), Bullets([*_machines(runs, names), *notes])]
 
 

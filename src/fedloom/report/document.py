@@ -88,7 +88,7 @@ def to_markdown(document: Document) -> str:
     parts = [f"# {to_markdown_text(document.title)}", to_markdown_text(document.subtitle)]
     for number, section in enumerate(document.sections, start=1):
         parts.append(f"## {number}. {to_markdown_text(section.title)}")
-        parts += [_block_to_markdown(block) for block in section.blocks]
+        parts += [block_to_markdown(block) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,7 +112,8 @@ def _finalize(value: object) -> object:
     return show_controls(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
 
 
-def _block_to_markdown(block: Block) -> str:
+def block_to_markdown(block: Block) -> str:
+    """Write one block as GitHub's Markdown; a figure as a link to its file."""
     if isinstance(block, Text):
         text = to_markdown_text(block.text)
         return f"> **Note:** {text}" if block.note else text

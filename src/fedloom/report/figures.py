@@ -16,6 +16,8 @@ from fedloom.records.run import Record, Run, judged_loss
 
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
 """Phases of a round, with the key of their seconds in its record."""
+SHARED_PASS = "Trained in one pass with other runs: of its time each has an equal part."
+"""Words on a run whose clock is not its own."""
 OUTLIER_SPREADS, OUTLIER_SHARE = 5.0, 1.15
 """Thresholds of an unusually long round: median absolute deviations above the median, and times the median."""
 
@@ -64,9 +66,20 @@ def trained_rounds(run: Run) -> list[Record]:
     return [record for record in run.rounds if record["round"] > 0]
 
 
+def phase_seconds(record: Record, phase: str) -> float:
+    """Return the seconds of a phase of a round; of training in one pass with other runs, an equal part."""
+    together = record.get("runs_together", 1) if phase == "training" else 1
+    return float(record[PHASES[phase]]) / together
+
+
+def shares_a_pass(run: Run) -> bool:
+    """Return whether a run was trained in one pass with others, of whose time it has an equal part."""
+    return any("runs_together" in record for record in run.rounds)
+
+
 def round_seconds(record: Record) -> float:
     """Return the seconds of a round: training, aggregation and evaluation."""
-    return sum(float(record[key]) for key in PHASES.values())
+    return sum(phase_seconds(record, phase) for phase in PHASES)
 
 
 def total_seconds(run: Run) -> float:
@@ -85,7 +98,7 @@ def elapsed_seconds(run: Run) -> float | None:
 def phase_shares(run: Run) -> dict[str, float]:
     """Return each phase's share of the seconds of all rounds, from 0 to 1."""
     total = total_seconds(run)
-    return {phase: sum(r[key] for r in run.rounds) / total if total else 0.0 for phase, key in PHASES.items()}
+    return {phase: sum(phase_seconds(r, phase) for r in run.rounds) / total if total else 0.0 for phase in PHASES}
 
 
 def client_work(run: Run, round: int) -> tuple[int, int, int]:
@@ -104,7 +117,7 @@ def throughput(run: Run, phase: str) -> dict[str, Spread]:
     """Return samples, steps and tokens a second of a phase, over the rounds in which it had work."""
     rates: dict[str, list[float]] = {"samples/s": [], "steps/s": [], "tokens/s": []}
     for record in run.rounds:
-        seconds = record[PHASES[phase]]
+        seconds = phase_seconds(record, phase)
         if phase == "training":
             work: Sequence[float] = client_work(run, record["round"])
         else:
@@ -128,8 +141,8 @@ def outliers(run: Run) -> list[tuple[int, str, float, float]]:
     Fewer than five rounds have no outliers, and neither has a difference of a tenth of a second.
     """
     found = []
-    for phase, key in PHASES.items():
-        values = [(record["round"], record[key]) for record in trained_rounds(run)]
+    for phase in PHASES:
+        values = [(record["round"], phase_seconds(record, phase)) for record in trained_rounds(run)]
         if len(values) < 5:
             continue
         median = statistics.median(seconds for _, seconds in values)

@@ -193,8 +193,9 @@ def _runtime(run: Run) -> list[Block]:
     if not run.rounds:
         return [Text("No round is complete yet.")]
     shares, rows = figures.phase_shares(run), []
-    for phase, key in figures.PHASES.items():
-        seconds = [record[key] for record in (figures.trained_rounds(run) if phase != "evaluation" else run.rounds)]
+    for phase in figures.PHASES:
+        records = figures.trained_rounds(run) if phase != "evaluation" else run.rounds
+        seconds = [figures.phase_seconds(record, phase) for record in records]
         if not seconds:
             continue
         rates = figures.throughput(run, phase) if phase != "aggregation" else {}
@@ -210,11 +211,12 @@ def _runtime(run: Run) -> list[Block]:
             ]
         )
     rounds = [record["round"] for record in run.rounds]
-    bars = Bars(rounds, {phase: [r[key] for r in run.rounds] for phase, key in figures.PHASES.items()})
+    bars = Bars(rounds, {phase: [figures.phase_seconds(r, phase) for r in run.rounds] for phase in figures.PHASES})
     elapsed, total = figures.elapsed_seconds(run), figures.total_seconds(run)
     rest = f", {elapsed:,.0f} s from start to end" if elapsed is not None else ""
     blocks: list[Block] = [
         Text(f"Average and standard deviation over rounds. {total:,.1f} s in rounds{rest}."),
+        *([Text(figures.SHARED_PASS)] if figures.shares_a_pass(run) else []),
         Table(["Phase", "Seconds a round", "Samples/s", "Steps/s", "Tokens/s", "Share of rounds"], rows),
         Figure("time", "Seconds of each round, by phase.", Plot(bars=bars, x_label="round", y_label="time (s)")),
     ]

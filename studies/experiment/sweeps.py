@@ -1,0 +1,55 @@
+"""The runs of the study: each tier's sweeps, as the `[sweep]` table that goes behind the tier's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Axes = Mapping[str, Any]
+"""Values by key, or by key a table of values that bring keys of their own, as in `[sweep]`."""
+
+SEEDS = {"nano": [1, 2, 3], "small": [1], "full": [1, 2, 3]}
+MIXED: Axes = {"iid": {}, "natural": {"data.partition.by": "package"}}
+AS_RUN: Axes = {
+    "training.proximal_mu": 0.0,
+    "training.optimizer_state": "keep",
+    "training.schedule": "linear",
+    "training.schedule_scope": "round",
+    "training.max_gradient_norm": 1.0,
+    "data.duplicates": "report",
+}
+"""What the published program did beside counting padding, as far as it differs from its document."""
+
+
+def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
+    """Return the axes of each of a tier's sweeps, for clients with so many documents each and this learning rate.
+
+    The first sweep has the experiment itself in it, which all others are set against.
+    """
+    alone = {"seed": SEEDS[tier]}
+
+    def times(factor: float) -> float:
+        return float(f"{factor * rate:.6g}")  # as a person would write it
+
+    whole: dict[str, Axes] = {
+        "proximal": {"data.partition.kind": MIXED, "training.proximal_mu": [0.0, 0.01, 0.1, 1.0, 10.0]},
+        "documents": {"data.documents_per_client": [documents // 2]},
+        "full-model": {"adapter.method": {"full": {}}, "training.learning_rate": [times(0.1), rate]},
+        "as-run": {"data.pad_in_loss": {"true": AS_RUN}},
+        "rates": {"training.learning_rate": [times(0.3), times(3)], "training.proximal_mu": [0.0, 0.1, 1.0]},
+        "ranks": {"adapter.rank": {"4": {"adapter.alpha": 8}, "64": {"adapter.alpha": 128}}},
+        "clients": {
+            "data.clients": {str(number): {"data.documents_per_client": 3 * documents // number} for number in (10, 30)}
+        },
+        "methods": {
+            "adapter.method": {"ia3": {}, "vera": {}, "prompt_tuning": {"adapter.options.num_virtual_tokens": 16}},
+            "training.learning_rate": [times(10)],
+        },
+        "dora": {"adapter.dora": [True]},
+        "momentum": {"federation.strategy.kind": {"fedavgm": {}}},
+        "rules": {"federation.lora_rule": ["ffa", "rolora", "svd", "fedex"]},
+    }
+    if tier == "small":  # as far as hours go: the adapter against all weights, mixed files against whole packages
+        small = {"proximal": {"data.partition.kind": MIXED}, "full-model": {"adapter.method": {"full": {}}}}
+        return {name: {**axes, **alone} for name, axes in small.items()}
+    return {name: {**axes, **alone} for name, axes in whole.items()}

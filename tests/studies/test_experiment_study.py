@@ -1,0 +1,94 @@
+"""The study of the published experiment: its runs are those that it names, its verdicts follow from its records."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.import_file import import_file
+from support.marks import first
+
+from fedloom.experiment.sweep import expand
+from fedloom.records.run import Run, read_run
+
+STUDY = Path(__file__).parent.parent.parent / "studies" / "experiment"
+sys.path.insert(0, str(STUDY))  # its files import one another
+claims, page, records, study, sweeps = (
+    import_file(STUDY / f"{name}.py") for name in ("claims", "page", "records", "study", "sweeps")
+)
+
+
+def made_run(seed: int, losses: list[float]) -> Run:
+    rounds = [{"round": number, "central_loss": loss} for number, loss in enumerate(losses)]
+    return Run(Path("x"), {"seed": seed}, {}, {}, {}, rounds, [], {}, {}, {})
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    assert page.write_page(check=True) == 0
+
+
+def test_a_page_that_says_something_else_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "render", lambda plots: "another")
+    assert page.write_page(check=True) == 1
+
+
+@pytest.mark.parametrize("tier", first(["nano", "small", "full"]))
+def test_every_sweep_is_one_that_fedloom_can_run(tier: str, tmp_path: Path) -> None:
+    for folder in ("untrained", "base", "read", "unread", "all"):
+        (tmp_path / folder).mkdir()
+    names: set[tuple[Any, ...]] = set()
+    for name, text in study.recipes_of(tier).items():
+        path = tmp_path / f"{name}.toml"
+        path.write_text(text, encoding="utf-8")
+        for combination in expand(path, ()):
+            assert combination.recipe.seed in sweeps.SEEDS[tier]
+            settings = json.dumps(combination.recipe.model_dump(mode="json"), sort_keys=True)
+            assert settings not in names, f"{name}: {combination.name} stands in two sweeps"
+            names.add(settings)
+    assert len(names) > 1
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([-0.1, -0.11, -0.09], "confirmed"),
+        ([0.1, 0.11, 0.09], "refuted"),
+        ([0.001, -0.001, 0.0005], "refuted"),
+        ([0.1, -0.1, 0.05], "undecided"),
+        ([-0.1], "undecided"),
+    ],
+)
+def test_a_verdict_follows_from_the_differences(differences: list[float], verdict: str) -> None:
+    ours = [made_run(seed, [3.0, 2.0 + difference]) for seed, difference in enumerate(differences)]
+    theirs = [made_run(seed, [3.0, 2.0]) for seed in range(len(differences))]
+    assert claims.judge(claims.pair(ours, theirs, claims.loss_after(-1))) == verdict
+
+
+def test_runs_of_other_seeds_are_no_pairs() -> None:
+    with pytest.raises(ValueError, match=r"seeds \[1\] and \[2\] make no pairs"):
+        claims.pair([made_run(1, [1.0])], [made_run(2, [1.0])], claims.loss_after(-1))
+
+
+def test_overfitting_is_undecided_where_seeds_disagree() -> None:
+    falls, rises = made_run(1, [3.0, 2.0, 1.0]), made_run(2, [3.0, 1.0, 1.1, 1.2])
+    assert claims.judge_onsets([falls, falls], overfits=False) == "confirmed"
+    assert claims.judge_onsets([rises, rises], overfits=False) == "refuted"
+    assert claims.judge_onsets([rises, rises], overfits=True) == "confirmed"
+    assert claims.judge_onsets([falls, rises], overfits=True) == "undecided"
+
+
+def test_what_is_kept_of_a_run_gives_the_same_figures(finished: Path, tmp_path: Path) -> None:
+    sweep = finished.parent
+    records.keep(sweep, tmp_path / "nano" / "proximal.jsonl")
+    (kept, *others) = records.Tier("nano", tmp_path).runs
+    run = read_run(finished)
+    assert not others
+    assert claims.drift(kept) == pytest.approx(claims.drift(run), rel=1e-6)
+    assert claims.best_loss(kept) == pytest.approx(claims.best_loss(run), rel=1e-6)
+    assert kept.recipe["training"]["proximal_mu"] == run.recipe["training"]["proximal_mu"]
+    assert kept.plan["training_documents"] == sum(client.train_documents for client in run.plan["clients"])
+    text = (tmp_path / "nano" / "proximal.jsonl").read_text(encoding="utf-8")
+    assert str(sweep.parent) not in text
+    assert math.isfinite(claims.all_seconds([kept]))
