@@ -266,7 +266,7 @@ def test_both_are_commands(server: Path, tmp_path: Path) -> None:
     assert "alice" in shown
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_server_that_was_restored_elsewhere_serves_the_same_clients(tmp_path: Path) -> None:
     recipe = tiny("data.clients=2", "federation.rounds=1")
