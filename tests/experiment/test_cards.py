@@ -114,7 +114,7 @@ def test_a_process_that_is_killed_ends_the_run_in_one_line_and_it_goes_on(tmp_pa
     assert result_of(tmp_path / "broken") == result_of(tmp_path / "whole")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_clients_of_a_device_train_in_one_pass_whose_company_moves_results_by_rounding(tmp_path: Path) -> None:
     model, training = {"dtype": "float64"}, {"engine": "batched", "clients_at_once": 2}
     recipe = make_recipe(tmp_path, model=model, data={"clients": 4}, training=training)
@@ -124,7 +124,7 @@ def test_clients_of_a_device_train_in_one_pass_whose_company_moves_results_by_ro
     assert losses[0] == pytest.approx(losses[1], rel=1e-7)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_goes_on_deals_as_before(tmp_path: Path) -> None:
     recipe = on_two(make_recipe(tmp_path, data={"clients": 4}, training={"engine": "batched"}))
     assert attempt(recipe, tmp_path / "whole") == ""
@@ -181,7 +181,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", EVERYTHING.values(), ids=EVERYTHING)
 def test_whatever_a_run_trains_is_trained_on_two_as_on_one(changes: dict[str, Any], tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, **changes)
@@ -191,7 +191,7 @@ def test_whatever_a_run_trains_is_trained_on_two_as_on_one(changes: dict[str, An
     assert not processes()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_sweep_deals_the_clients_of_its_runs_out(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     for name, one in {"one": recipe, "two": on_two(recipe)}.items():
