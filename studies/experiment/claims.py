@@ -252,12 +252,12 @@ def evaluation_share(run: Run) -> float:
 
 
 def say_machines(runs: Sequence[Run]) -> str:
-    """Say on what machine, with which versions and at which commit runs were made, each once."""
-    found = {
-        f"{run.environment['processor']}, {run.environment['cores']} cores"
-        f"{''.join(f', {gpu}' for gpu in run.environment['gpus'])}, Python {run.environment['python']},"
-        f" torch {run.environment['versions']['torch']}, transformers {run.environment['versions']['transformers']},"
-        f" peft {run.environment['versions']['peft']}, commit {run.environment['commit']}"
-        for run in runs
-    }
-    return "; ".join(sorted(found))
+    """Say on what machine, with which versions and at which commits runs were made, each machine once."""
+    commits: dict[str, dict[str, None]] = {}
+    for run in runs:
+        there, versions = run.environment, run.environment["versions"]
+        processors = ", ".join([f"{there['processor']}, {there['cores']} cores", *there["gpus"]])
+        packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
+        machine = f"{processors}, Python {there['python']}, {packages}"
+        commits.setdefault(machine, {})[there["commit"]] = None
+    return "; ".join(f"{machine}, commit {' and '.join(of)}" for machine, of in commits.items())
