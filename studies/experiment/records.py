@@ -93,7 +93,6 @@ def compact(run: Run, folder: Path) -> Record:
         "environment": run.environment,
         "commit": describe_commit(),
         "status": run.status,
-        "training_documents": sum(c["examples"] for c in run.clients if c["round"] == 1),
         "ram_peak_bytes": max(peaks, default=None),
         "rounds": {key: values for key, values in columns.items() if any(value is not None for value in values)},
     }
@@ -148,7 +147,7 @@ def _read(path: Path) -> Iterator[Run]:
         ]
         yield Run(
             path.parent / kept["name"], kept["recipe"], {**kept["environment"], "commit": kept["commit"]},
-            {**kept["plan"], **{key: kept[key] for key in ("training_documents", "ram_peak_bytes")}},
+            {**kept["plan"], "ram_peak_bytes": kept["ram_peak_bytes"]},
             kept["status"], rounds, [], {}, {}, {},
         )  # fmt: skip
 

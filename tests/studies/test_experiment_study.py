@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from support.import_file import import_file
 from support.marks import first
+from support.tiny import make_recipe
 
-from fedloom.experiment.sweep import expand
+from fedloom.experiment.sweep import expand, sweep
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.loading import recipe_to_toml
 from fedloom.records.run import Run, read_run
 
 STUDY = Path(__file__).parent.parent.parent / "studies" / "experiment"
@@ -18,6 +21,14 @@ sys.path.insert(0, str(STUDY))  # its files import one another
 claims, page, records, study, sweeps = (
     import_file(STUDY / f"{name}.py") for name in ("claims", "page", "records", "study", "sweeps")
 )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a sweep, which is its only one."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.toml").write_text(recipe_to_toml(make_recipe()), encoding="utf-8")
+    return next(sweep(folder / "tiny.toml", ["seed=1"], folder / "alone", Observer()).glob("seed=*"))
 
 
 def made_run(seed: int, losses: list[float]) -> Run:
@@ -80,15 +91,14 @@ def test_overfitting_is_undecided_where_seeds_disagree() -> None:
 
 
 def test_what_is_kept_of_a_run_gives_the_same_figures(finished: Path, tmp_path: Path) -> None:
-    sweep = finished.parent
-    records.keep(sweep, tmp_path / "nano" / "proximal.jsonl")
+    records.keep(finished.parent, tmp_path / "nano" / "proximal.jsonl")
     (kept, *others) = records.Tier("nano", tmp_path).runs
     run = read_run(finished)
     assert not others
     assert claims.drift(kept) == pytest.approx(claims.drift(run), rel=1e-6)
     assert claims.best_loss(kept) == pytest.approx(claims.best_loss(run), rel=1e-6)
     assert kept.recipe["training"]["proximal_mu"] == run.recipe["training"]["proximal_mu"]
-    assert kept.plan["training_documents"] == sum(client.train_documents for client in run.plan["clients"])
+    assert kept.plan["payload_bytes"] == run.plan["payload_bytes"]
     text = (tmp_path / "nano" / "proximal.jsonl").read_text(encoding="utf-8")
-    assert str(sweep.parent) not in text
+    assert str(finished.parent.parent) not in text
     assert math.isfinite(claims.all_seconds([kept]))
