@@ -17,7 +17,6 @@ import torch
 from support.liars import Lie, LyingClient, LyingServer, merged
 from support.tiny import make_adapted, make_recipe
 
-from fedloom.deployment import frames
 from fedloom.deployment.client import worker as workers
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.journal import Journal
@@ -32,7 +31,7 @@ from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError
 from fedloom.experiment.session import tensors_of
 from fedloom.federation.fleet import ClientPreview
-from fedloom.host import failpoints
+from fedloom.host import failpoints, frames
 from fedloom.host.frames import Frame
 from fedloom.progress import Progress
 from fedloom.records.state import hash_tensors

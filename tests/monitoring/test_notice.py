@@ -94,6 +94,7 @@ def test_facts_have_neither_control_characters_nor_secrets() -> None:
     assert facts["FEDLOOM_WHY"] == "no\\x00such \\x1b[2Jhost https://…@hub.example"
 
 
+@pytest.mark.long
 def test_a_command_that_fails_or_takes_too_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notice, "SECONDS", 0.5)
     said: list[str] = []

@@ -110,6 +110,7 @@ def test_who_sends_byte_by_byte_is_cut_off_and_who_comes_meanwhile_is_answered(
             one.close()
 
 
+@pytest.mark.long
 def test_there_are_no_more_threads_than_places(server: Web) -> None:
     before = threading.active_count()
     many = [socket.create_connection(("127.0.0.1", port_of(server)), timeout=20) for _ in range(4 * MOST_CONNECTIONS)]

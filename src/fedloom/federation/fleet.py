@@ -172,8 +172,13 @@ class LocalFleet:
         at_once = 1
         if tasks and self.scores:
             at_once = min(self._scorer.at_once, tasks[0].training.clients_at_once or len(tasks))
-        for together in _in_groups(self._train_clients(self.jobs(tasks)), at_once):
-            yield from self.finish(together)
+        waiting: list[ClientResult] = []
+        for result in self._train_clients(self.jobs(tasks)):
+            waiting.append(result)
+            if len(waiting) == at_once:
+                yield from self.finish(waiting)
+                waiting = []
+        yield from self.finish(waiting)
 
     def jobs(self, tasks: Sequence[ClientTask]) -> list[ClientJob]:
         """Return each client's task with the data that the client holds for it."""

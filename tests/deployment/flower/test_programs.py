@@ -134,9 +134,11 @@ def test_a_message_gets_a_process_that_imports_nothing() -> None:
             process.wait()
 
 
-def is_app_of(session: int, comm: Path) -> bool:
+def is_app_of(parent: int, comm: Path) -> bool:
+    """Whether a process is a task of this one; what a task starts itself has its name until it is another program."""
     try:
-        return comm.read_text() == "fedloom-task\n" and os.getsid(int(comm.parent.name)) == session
+        stat = (comm.parent / "stat").read_text().rpartition(")")[2].split()
+        return comm.read_text() == "fedloom-task\n" and int(stat[1]) == parent
     except OSError:  # it has just ended
         return False
 
@@ -152,14 +154,17 @@ done, finish = os.pipe()
 
 def lose_its_loop():
     threading.Thread(target=time.sleep, args=(600,)).start()  # as its API's does, which keeps the process
-    print(sys.argv, flush=True)
+    tell_arguments()
     os.read(done, 1)  # its child ends with it, and may not have begun
 
-def tell_arguments(news):
-    print(sys.argv, flush=True)
+def tell_arguments():
+    os.write(1, f"{sys.argv}{os.linesep}".encode())  # in one piece: the other writes at the same time
+
+def run_client_tasks(news):
+    tell_arguments()
     os.write(finish, b".")
 
-programs.run_client_tasks = tell_arguments
+programs.run_client_tasks = run_client_tasks
 cli.flower_supernode = lose_its_loop
 sys.argv = ["programs", "--superlink", "there", AND, "--insecure"]
 programs.run_supernode()
