@@ -86,6 +86,7 @@ def on_two(recipe: Recipe, **training: object) -> Recipe:
     )
 
 
+@pytest.mark.long
 def test_two_processes_give_what_one_gives_to_the_bit(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     one, two = Watched(), Watched()

@@ -153,6 +153,7 @@ def test_what_it_costs_is_in_the_plan(tmp_path: Path) -> None:
     assert planned.tokens["evaluate"] == without.tokens["evaluate"] + 6 * 3 * planned.central_tokens
 
 
+@pytest.mark.long
 def test_stopped_between_two_passes_it_goes_on_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ class Breaks(Observer):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_asks_about_the_rounds_that_it_has(tmp_path: Path) -> None:
     recipe = make_recipe(federation={"rounds": 4})
     with pytest.raises(KeyboardInterrupt):

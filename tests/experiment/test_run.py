@@ -265,6 +265,7 @@ def test_a_small_twin_learns_in_seconds(name: str, engine: str, tmp_path: Path) 
     assert ("lora_error" in finished.rounds[1]) == ("dora" in name)
 
 
+@pytest.mark.long
 def test_a_frozen_a_halves_what_travels(tmp_path: Path) -> None:
     both = plan(make_recipe())
     ffa = make_recipe(federation={"rounds": 1, "lora_rule": "ffa"})
@@ -286,6 +287,7 @@ def test_clients_at_once_is_what_was_asked_for() -> None:
     assert (alone.clients_at_once, alone.peak_bytes, alone.clients_that_fit) == (1, None, None)
 
 
+@pytest.mark.long
 def test_layers_named_by_their_path_can_be_planned() -> None:
     recipe = make_recipe(model={"source": "random:smollm2-135m"}, adapter={"targets": ["layers.29.self_attn.q_proj"]})
     found = plan(recipe)

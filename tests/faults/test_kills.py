@@ -79,6 +79,7 @@ def test_killed_at_a_failpoint_it_goes_on_to_the_same_result(name: str, time: in
     assert_sound(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
     for name in ("state.manifest", "run.loaded", "record.client", "adapter.between", "state.renamed", "client.trained"):
@@ -140,6 +141,7 @@ def test_a_signal_ends_it_after_the_step_and_it_goes_on(number: int, code: int, 
     assert result_of(tmp_path / "run") == result
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_it_at_once(whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
     process = start(recipe, tmp_path / "run", "round.begins=sleep:30")

@@ -99,6 +99,7 @@ def predict(shape: str = "tiny-llama", clients: int = 2, layers: int = 2, **trai
     return predict_step(lambda count: build(shape, count), layers, section, clients=clients, length=LENGTH, device=CPU)
 
 
+@pytest.mark.long
 def test_deep_models_are_told_from_short_ones(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "HELD_BY_ALLOCATOR", {"cpu": 1.0})
     traced = trace_step(build(shape, 6), make_recipe().training, 2, LENGTH, CPU)
@@ -161,6 +162,7 @@ def test_the_trace_of_scoring_is_what_an_evaluation_has_alive(
     assert live.peak == pytest.approx(traced + pass_bytes, rel=0.1)
 
 
+@pytest.mark.long
 def test_what_an_evaluation_needs_is_in_the_prediction(shape: str) -> None:
     plain = predict(shape)
     section = make_recipe(training={"batch_size": 2}).training

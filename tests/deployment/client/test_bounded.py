@@ -687,6 +687,7 @@ def test_late_work_is_not_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "report" in train(client(tmp_path)).manifest
 
 
+@pytest.mark.long
 def test_noise_is_of_all_that_an_answer_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[bytes] = []
 

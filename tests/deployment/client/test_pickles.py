@@ -28,6 +28,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_server_gives_no_leave_to_open_a_pickle(model: Path, tmp_path: Path) -> None:
     documents = tmp_path / "documents"
     documents.mkdir()
