@@ -232,6 +232,7 @@ class Counting(Observer):
         return [value for value in gc.get_objects() if type(value) is Adapter]
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_global_model_alone(tmp_path: Path) -> None:
     counting = Counting()
     run(make_recipe(adapter=FULL, federation={"rounds": 3}), tmp_path / "run", counting)

@@ -120,6 +120,7 @@ def test_an_adapter_that_was_changed_is_not_audited_as_the_runs(round: int, fini
         audit_run(tmp_path / "run", Observer())
 
 
+@pytest.mark.long
 def test_a_run_on_other_documents_is_refused(finished: Path, tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts", random_texts(80))
     run(recipe_on(texts, federation={"rounds": 1}), tmp_path / "run", Observer())

@@ -371,6 +371,7 @@ def listening(worker: Worker, folder: Path) -> Iterator[str]:
         yield path
 
 
+@pytest.mark.long
 def test_a_client_that_was_late_once_does_not_do_the_rounds_that_nobody_waits_for(documents: Path) -> None:
     """Three rounds are asked while the first is under way, and all are given up by who asked."""
     worker = client(documents)

@@ -53,7 +53,7 @@ def test_the_whole_of_tiny_over_flower_and_tls_makes_the_adapter_of_a_local_run(
     check_parity(served, run_here(recipe, tmp_path / "local"), clients=3, rounds=3)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path) -> None:
     """Where a client walks on through its rows, and at which rate, the round alone says; tasks are the server's own."""
@@ -115,7 +115,7 @@ def test_conversations_are_learnt_over_flower_as_on_one_machine(
     check_parity(served, run_here(recipe, tmp_path / "local"), clients=2, rounds=2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_batched_engine_makes_the_same_over_flower_within_rounding(
     tmp_path: Path, write_jsonl: Callable[..., Path]

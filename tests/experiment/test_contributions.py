@@ -111,6 +111,7 @@ def noise(num_blocks: int, seed: int) -> TokenBlocks:
     return TokenBlocks(drawn, blocks.lengths_N, blocks.counted_NT)
 
 
+@pytest.mark.long
 def test_planted_use_and_planted_noise_stand_at_the_two_ends(tmp_path: Path) -> None:
     """Client 3 holds what the hold-out is of, client 1 noise, and two others a little of each."""
     some = [ClientBlocks(make_blocks(4, 16, seed=client), NOBODYS) for client in (10, 11)]

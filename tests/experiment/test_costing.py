@@ -104,6 +104,7 @@ def test_the_time_is_that_of_the_tokens_at_the_rate_on_record(
     assert count_cost(tmp_path / "elsewhere", [[list(found)]], found).seconds is None
 
 
+@pytest.mark.long
 def test_the_memory_of_a_pass_is_that_of_all_clients_that_train_at_once(
     ready: Callable[..., dict[str, Prepared]], tmp_path: Path
 ) -> None:

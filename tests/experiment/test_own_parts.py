@@ -97,6 +97,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "calm", raising=False)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("package")
 def test_a_strategy_of_an_installed_package_is_named_in_the_recipe(tmp_path: Path) -> None:
     def final(name: str, **strategy: object) -> str:

@@ -280,6 +280,7 @@ def test_a_frozen_a_halves_what_travels(tmp_path: Path) -> None:
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in a_names)
 
 
+@pytest.mark.long
 def test_clients_at_once_is_what_was_asked_for() -> None:
     assert plan(make_recipe()).clients_at_once == 3
     assert plan(make_recipe(training={"clients_at_once": 2})).clients_at_once == 2

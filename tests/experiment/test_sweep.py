@@ -255,6 +255,7 @@ def test_what_would_be_one_run_under_two_names_is_refused(axes: list[str], says:
         list(expand(recipe_file, axes))
 
 
+@pytest.mark.long
 def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path) -> None:
     sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
     with pytest.raises(RunError, match="a sweep over something else"):

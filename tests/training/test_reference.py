@@ -94,6 +94,7 @@ def test_rounds_with_kept_state_and_a_schedule_over_the_run_equal_plain_training
     assert relative_difference(adapter, expected, start) < 1e-9
 
 
+@pytest.mark.long
 def test_a_large_mu_returns_the_global_weights() -> None:
     adapted, blocks = make_adapted(), make_blocks()
     start = adapted.read()

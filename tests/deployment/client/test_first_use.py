@@ -145,6 +145,7 @@ def test_a_kit_without_a_certificate_has_nothing_to_confirm(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_join_waits_at_a_terminal_and_ends_without_one(kit: Kit, tmp_path: Path) -> None:
     """Nothing of the client's is started, and the server is not asked, before somebody has typed yes."""
     command = [sys.executable, "-m", "fedloom", "join", str(tmp_path / "alice.kit"), "--data", str(tmp_path)]

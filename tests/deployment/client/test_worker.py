@@ -167,6 +167,7 @@ def test_what_can_not_be_written_down_is_not_trained(tmp_path: Path, capsys: pyt
     assert "alice.journal.jsonl: the journal can't be written (Is a directory)" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_local_runs_split_is_what_its_clients_hold(tmp_path: Path) -> None:
     recipe = make_recipe(data={"documents_per_client": 12})  # so that chance leaves five to train on
     clients = prepare(recipe, Observer()).clients

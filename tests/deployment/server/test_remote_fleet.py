@@ -252,6 +252,7 @@ def test_a_lost_link_is_made_anew_and_the_questions_asked_again() -> None:
     assert "server lost the connection to Flower's SuperLink; connecting again" in said
 
 
+@pytest.mark.long
 def test_a_round_waits_for_its_quorum_if_the_recipe_says_so() -> None:
     tried = iter([None, None])
     fleet, _, said = open_fleet(
