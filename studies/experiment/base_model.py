@@ -33,18 +33,19 @@ def gather_documents(folder: Path, packages: Sequence[str], *, tests: bool = Fal
         return
     with replace_folder(folder) as new:
         for package in packages:
-            for path in list_files(package, tests=tests):
-                copy = new / package / path.relative_to(root_of(package))
+            root = root_of(package)
+            for path in list_files(root, tests=tests):
+                copy = new / package / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
 
 
-def list_files(package: str, *, tests: bool) -> Iterator[Path]:
-    """Yield the Python files of an installed package that are not too small, in the order of their paths.
+def list_files(root: Path, *, tests: bool) -> Iterator[Path]:
+    """Yield the Python files of a package's folder that are not too small, in the order of their paths.
 
     Its tests are left out unless they are wanted: many say nearly the same.
     """
-    for path in sorted(root_of(package).rglob("*.py")):
+    for path in sorted(root.rglob("*.py")):
         if path.stat().st_size >= LEAST_BYTES and (tests or not {"tests", "testing", "_tests"} & set(path.parts)):
             yield path
 
