@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from fedloom.monitoring.board import SERIES, Board, State
-from fedloom.monitoring.observer import Observer
-from fedloom.monitoring.web import Answer, Web
+from fedloom.monitoring.web import Answer, Answering, Web
 from fedloom.progress import Say
 from fedloom.text import show_controls
 
@@ -35,21 +34,13 @@ class Metric(NamedTuple):
     samples: Sequence[Sample]
 
 
-class Metrics(Observer):
+class Metrics(Answering):
     """Metrics and health of a board, at an address, until it is closed."""
 
     def __init__(self, board: Board, address: tuple[str, int], say: Say, *, names: bool = False) -> None:
         """Answer at a host and port; with `names`, clients are told apart by theirs."""
         self._board, self._names = board, names
         self._web = Web("metrics", address, self._respond, say)
-
-    @property
-    def port(self) -> int | None:
-        """Port that they are at; None where they are not."""
-        return self._web.port
-
-    def close(self) -> None:
-        self._web.close()
 
     def _respond(self, path: str, headers: Mapping[str, str]) -> Answer | None:
         if path == PATH:

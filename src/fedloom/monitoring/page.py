@@ -18,8 +18,7 @@ from ipaddress import ip_address
 import jinja2
 
 from fedloom.monitoring.board import Board
-from fedloom.monitoring.observer import Observer
-from fedloom.monitoring.web import Answer, Web
+from fedloom.monitoring.web import Answer, Answering, Web
 from fedloom.progress import Say
 
 DOCUMENT = "/run.json"
@@ -31,7 +30,7 @@ POLICY = (
 """Content-Security-Policy of the page: its own script and style, and its own server."""
 
 
-class Page(Observer):
+class Page(Answering):
     """A page that shows a board until it is closed."""
 
     def __init__(self, board: Board, address: tuple[str, int], say: Say, token: str | None = None) -> None:
@@ -43,14 +42,6 @@ class Page(Observer):
             say("page", f"http://{host}:{self.port}/#{self.token}")
             if not is_loopback(address[0]):
                 say("note", "the page is open to the network, without TLS: who is on the way can read its token")
-
-    @property
-    def port(self) -> int | None:
-        """Port that it is shown at; None where it is not."""
-        return self._web.port
-
-    def close(self) -> None:
-        self._web.close()
 
     def _respond(self, path: str, headers: Mapping[str, str]) -> Answer | None:
         if path == "/":

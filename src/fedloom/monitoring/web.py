@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 
 MOST_CONNECTIONS = 16
@@ -87,6 +88,20 @@ class Web:
             server.shutdown()
             server.server_close()
             self._thread.join()
+
+
+class Answering(Observer):
+    """Observer with a server of its own, by which it answers whoever looks until it is closed."""
+
+    _web: Web
+
+    @property
+    def port(self) -> int | None:
+        """Port that it answers at; None where it does not."""
+        return self._web.port
+
+    def close(self) -> None:
+        self._web.close()
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
