@@ -12,6 +12,7 @@ import claims
 import jinja2
 from claims import Measure
 from records import Tier, read_plans
+from sweeps import SEEDS
 
 from fedloom.records.run import Run
 from fedloom.report import figures
@@ -64,13 +65,14 @@ def render(plots: dict[str, Figure]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"bytes": format_bytes, "duration": format_seconds}
-    tiers = {name: Tier(name) for name in ("nano", "small", "full")}
+    tiers = {name: Tier(name) for name in SEEDS}
     plans = read_plans()
     lora, half, full = (line["central_loss"] for line in load_reference("experiment")["trajectories"])
     return environment.get_template("page.md.j2").render(
         tiers=tiers,
         nano=tiers["nano"],
         small=tiers["small"],
+        card=tiers["card"],
         shown={name: Shown(tier, plots) for name, tier in tiers.items()},
         plans=plans,
         judged=claims.judge_claims(tiers["nano"], plans),

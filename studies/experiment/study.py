@@ -1,6 +1,6 @@
 """The published experiment, replayed: run what is not done yet of a tier, and write docs/study.md from the records.
 
-    python studies/experiment/study.py [nano | small | full]
+    python studies/experiment/study.py [nano | small | card | full]
     python studies/experiment/study.py page [--check]
 
 A tier is a recipe, `TIER.toml`, and the sweeps in `sweeps.py`. Runs lie in the cache; of each, a line is kept in

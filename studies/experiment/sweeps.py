@@ -8,7 +8,7 @@ from typing import Any
 Axes = Mapping[str, Any]
 """Values by key, or by key a table of values that bring keys of their own, as in `[sweep]`."""
 
-SEEDS = {"nano": [1, 2, 3], "small": [1], "full": [1, 2, 3]}
+SEEDS = {"nano": [1, 2, 3], "small": [1], "card": [1, 2, 3], "full": [1, 2, 3]}
 MIXED: Axes = {"iid": {}, "natural": {"data.partition.by": "package"}}
 AS_RUN: Axes = {
     "training.proximal_mu": 0.0,
@@ -26,7 +26,7 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
 
     The first sweep has the experiment itself in it, which all others are set against.
     """
-    alone = {"seed": SEEDS[tier]}
+    seeds = {"seed": SEEDS[tier]}
 
     def times(factor: float) -> float:
         return float(f"{factor * rate:.6g}")  # as a person would write it
@@ -50,6 +50,13 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
         "rules": {"federation.lora_rule": ["ffa", "rolora", "svd", "fedex"]},
     }
     if tier == "small":  # as far as hours go: the adapter against all weights, mixed files against whole packages
-        small = {"proximal": {"data.partition.kind": MIXED}, "full-model": {"adapter.method": {"full": {}}}}
-        return {name: {**axes, **alone} for name, axes in small.items()}
-    return {name: {**axes, **alone} for name, axes in whole.items()}
+        few: dict[str, Axes] = {"proximal": {"data.partition.kind": MIXED}, "full-model": whole["full-model"]}
+        return {name: {**axes, **seeds} for name, axes in few.items()}
+    if tier == "card":  # what one pass of many adapters gives; all weights are trained launch by launch, so not here
+        few = {
+            "proximal": {"data.partition.kind": MIXED, "training.proximal_mu": [0.0, 0.1, 10.0]},
+            "documents": whole["documents"],
+            "rates": {"training.learning_rate": [times(5)], "training.proximal_mu": [0.0, 0.1]},
+        }
+        return {name: {**axes, **seeds} for name, axes in few.items()}
+    return {name: {**axes, **seeds} for name, axes in whole.items()}

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fedloom.adapters.lora import A_SUFFIX, Residual
 from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import Batch, ClientBlocks, TokenBlocks
 from fedloom.errors import ModelError, TrainingError
-from fedloom.evaluation.batches import in_lanes
+from fedloom.evaluation.batches import in_lanes, width_for
 from fedloom.evaluation.held_out import Asked, Score, adapters_at_once, evaluate, evaluate_together
 from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.own_parts import OwnParts
@@ -159,6 +160,20 @@ def test_a_batch_has_no_more_tokens_than_may_be_and_every_block_is_in_one(most: 
         assert widths == sorted(widths, reverse=True), "the widest first"
 
 
+def test_what_a_gpu_is_given_to_fill_up_its_widths_is_counted() -> None:
+    # Texts of a few tokens beside one long one: each would take 32 tokens' memory, of which two or three were counted.
+    lane = make_blocks(400, 100, seed=1)
+    lane = replace(lane, lengths_N=torch.where(torch.arange(400) == 7, lane.lengths_N, lane.lengths_N.clamp(max=3)))
+    on_gpu = SimpleNamespace(model=make_adapted().model, device=torch.device("cuda"))
+    sizes: list[tuple[int, int]] = []
+    for _ in in_lanes(
+        cast(AdaptedModel, on_gpu), [lane], lambda _, batches: sizes.append(batches[0].tokens_BT.shape), 960
+    ):
+        pass
+    assert sum(rows for rows, _ in sizes) == 400
+    assert max(rows * width_for(width, 100, on_gpu.device) for rows, width in sizes) <= 960
+
+
 def test_one_pass_is_fewer_batches_of_the_same_tokens() -> None:
     adapted, counted = make_adapted(), []
     asked = draw_asked(adapted)
@@ -186,7 +201,7 @@ def test_memory_that_runs_out_halves_the_batches_and_changes_nothing(
         return read(*given)
 
     monkeypatch.setattr(adapted.loss_head, "read_rows", run_short)
-    found = evaluate_together(adapted, asked, batch_size=10, at_once=8, lower=lowered.append)
+    found = evaluate_together(adapted, asked, batch_size=10, at_once=8, most_tokens=240, lower=lowered.append)
     assert agree(found, expected)
     assert len(lowered) == len(failing)
     assert all(after <= passed[number] / 2 for number, after in zip(failing, lowered, strict=True))

@@ -45,7 +45,7 @@ def test_a_page_that_says_something_else_would_be_caught(monkeypatch: pytest.Mon
     assert page.write_page(check=True) == 1
 
 
-@pytest.mark.parametrize("tier", first(["nano", "small", "full"]))
+@pytest.mark.parametrize("tier", first(["nano", "small", "card", "full"]))
 def test_every_sweep_is_one_that_fedloom_can_run(tier: str, tmp_path: Path) -> None:
     for folder in ("untrained", "base", "read", "unread", "all"):
         (tmp_path / folder).mkdir()

@@ -18,6 +18,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import IGNORED, Batch, TokenBlocks, take_batch
 from fedloom.errors import ModelError
 from fedloom.progress import Progress, Watch, ignore
+from fedloom.training.client_slots import WIDTHS
 from fedloom.training.jobs import SHORT, is_shortage
 from fedloom.training.objective import next_token_targets
 
@@ -29,6 +30,20 @@ Found = TypeVar("Found")
 def tokens_at_once(batch_size: int, width: int, device: torch.device) -> int:
     """Return the most tokens of a batch: of `batch_size` blocks of full width, and on a GPU as many as fill it."""
     return max(batch_size * width, TOKENS_ON_GPU if device.type == "cuda" else 0)
+
+
+def widest_of(lanes: Sequence[TokenBlocks]) -> int:
+    """Return the width of the widest lane."""
+    return max(blocks.tokens_NT.shape[1] for blocks in lanes)
+
+
+def width_for(width: int, widest: int, device: torch.device) -> int:
+    """Return the width of a batch whose blocks are at most so wide, where no block of all is wider than `widest`.
+
+    A GPU's is a multiple of `WIDTHS` where it can be: some kernels are chosen anew for every width, which takes longer
+    than a batch.
+    """
+    return min(-(-width // WIDTHS) * WIDTHS, widest) if device.type == "cuda" else width
 
 
 def in_batches(
@@ -80,7 +95,7 @@ def in_lanes(
     # runs out, it does so at once. Stable, so that the sums are the same in every run.
     left = [torch.argsort(blocks.widths, stable=True, descending=True) for blocks in lanes]
     while waiting := [lane for lane, rows in enumerate(left) if len(rows)]:
-        taken = _take(lanes, left, waiting[:at_once], most_tokens)
+        taken = _take(lanes, left, waiting[:at_once], most_tokens, adapted.device)
         batches = [take_batch(lanes[lane], rows) for lane, rows in taken.items()]
         num_blocks = sum(map(len, taken.values()))
         try:
@@ -93,6 +108,7 @@ def in_lanes(
         if not found:
             fewer = halve(num_blocks, adapted.device, "score a single block", mend="lower data.max_length")
             size, width = (max(sizes) for sizes in zip(*(batch.tokens_BT.shape for batch in batches), strict=True))
+            width = width_for(width, widest_of(lanes), adapted.device)
             most_tokens = len(batches) * size * width * fewer // num_blocks
             lower(most_tokens)
             continue
@@ -103,12 +119,12 @@ def in_lanes(
 
 
 def _take(
-    lanes: Sequence[TokenBlocks], left: Sequence[Tensor], waiting: Sequence[int], most_tokens: int
+    lanes: Sequence[TokenBlocks], left: Sequence[Tensor], waiting: Sequence[int], most_tokens: int, device: torch.device
 ) -> dict[int, Tensor]:
     """Return the next rows of as many lanes as there is room for, equally many of each: of one lane, one at least."""
-    chosen, width = 0, 1
+    chosen, width, widest = 0, 1, widest_of(lanes)
     for lane in waiting:
-        wider = max(width, int(lanes[lane].widths[left[lane][0]]))
+        wider = max(width, width_for(int(lanes[lane].widths[left[lane][0]]), widest, device))
         if chosen and (chosen + 1) * wider > most_tokens:
             break
         chosen, width = chosen + 1, wider

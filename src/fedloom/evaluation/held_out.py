@@ -18,11 +18,11 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.tokens import Batch, TokenBlocks
-from fedloom.evaluation.batches import in_lanes, targets_of, tokens_at_once
+from fedloom.evaluation.batches import in_lanes, targets_of, tokens_at_once, widest_of, width_for
 from fedloom.host.failpoints import failpoint
 from fedloom.model.attention import without_padding
 from fedloom.progress import Watch, ignore
-from fedloom.training.client_slots import WIDTHS, pad_together
+from fedloom.training.client_slots import pad_together
 from fedloom.training.objective import find_real, next_token_targets
 
 Asked = tuple[Adapter, TokenBlocks]
@@ -164,7 +164,7 @@ def _score_lanes(
     lower: Callable[[int], object],
 ) -> list[Score]:
     """Score each lane's blocks with its adapter."""
-    width = max(blocks.tokens_NT.shape[1] for blocks in lanes)
+    width = widest_of(lanes)
     most = tokens_at_once(batch_size, width, adapted.device)
     most = most if most_tokens is None else min(most, most_tokens)
 
@@ -190,10 +190,7 @@ def _score_lanes(
 def _score_batch(adapted: AdaptedModel, batches: Sequence[Batch], widest: int) -> tuple[Tensor, list[int]]:
     """Return each lane's loss and right answers, [L, 2] in float64 and still on the device, and its targets' number."""
     device = adapted.device
-    width = max(batch.tokens_BT.shape[1] for batch in batches)
-    if device.type == "cuda":
-        # Some kernels are chosen anew for every width, which takes longer than a batch.
-        width = min(-(-width // WIDTHS) * WIDTHS, widest)
+    width = width_for(max(batch.tokens_BT.shape[1] for batch in batches), widest, device)
     tokens_LBT, labels_LBT, mask_LBT = pad_together(batches, [(len(batch.tokens_BT), width) for batch in batches])
     masked = any(batch.mask_BT is not None for batch in batches)
     batch = Batch(tokens_LBT.flatten(0, 1), labels_LBT.flatten(0, 1), mask_LBT.flatten(0, 1) if masked else None, 0)
