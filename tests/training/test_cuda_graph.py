@@ -1,5 +1,6 @@
 """Recorded steps: what happens where one can't be recorded, shown on a processor; recordings themselves on a GPU."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from support.tiny import make_adapted, make_blocks, make_job, updates_of
 from torch import Tensor
 
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.training import batched
+from fedloom.training import batched, client_slots
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, recording_stream
-from fedloom.training.jobs import ClientJob, is_shortage
+from fedloom.training.jobs import ClientJob, ClientResult, is_shortage
+from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stacked_step import StepInputs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -87,6 +89,65 @@ def test_a_recording_has_the_masks_of_steps_that_are_launched(monkeypatch: pytes
     launching._records = False
     expected = list(updates_of(launching.train(jobs)))
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
+
+
+def make_uneven_jobs(adapted: Any) -> list[ClientJob]:
+    """Jobs of 2, 6, 3, 5 and 4 steps an epoch, the widest texts where there are fewest."""
+    start, sizes = adapted.read(), {0: (4, 60), 1: (12, 24), 2: (6, 24), 3: (9, 24), 4: (8, 24)}
+    return [
+        make_job(make_blocks(size, width, seed=client), start, client=client, epochs=2, batch_size=2)
+        for client, (size, width) in sizes.items()
+    ]
+
+
+@pytest.mark.parametrize(("steps_that_cost_as_much", "recordings"), [(1000, 1), (0, 5)])
+def test_clients_that_finish_leave_their_places_in_a_recording_empty(
+    steps_that_cost_as_much: int, recordings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = make_adapted(dtype="float64", dropout=0.3)
+    jobs = make_uneven_jobs(adapted)
+    expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
+    made: list[Replayed] = []
+    record_on_a_processor(monkeypatch, lambda *given: made.append(Replayed(*given)) or made[-1])
+    monkeypatch.setattr(client_slots, "RECORDING", steps_that_cost_as_much)
+    assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
+    assert len(made) == recordings
+
+
+def test_who_takes_an_empty_place_is_what_he_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted(dtype="float64", dropout=0.3)
+    jobs = [
+        replace(job, training=job.training.model_copy(update={"clients_at_once": 3}))
+        for job in make_uneven_jobs(adapted)
+    ]
+    expected = list(updates_of(ReferenceEngine(adapted).train(jobs)))
+    record_on_a_processor(monkeypatch, Replayed)
+    assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
+
+
+def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What has become no number could reach others through whatever a model does over its whole batch.
+    adapted = make_adapted(dtype="float64")
+    jobs = make_uneven_jobs(adapted)[::-1]  # the first to finish has the last place
+    seen: list[bool] = []
+
+    class Looks(Replayed):
+        def __call__(self, inputs: StepInputs) -> Tensor:
+            seen.append(bool(self._step.weights_KP.isfinite().all()))
+            return super().__call__(inputs)
+
+    whole = ClientBatch._result
+
+    def spoil(self: ClientBatch, place: int) -> ClientResult:
+        result = whole(self, place)
+        self._step.weights_KP[place] = torch.nan
+        return result
+
+    record_on_a_processor(monkeypatch, Looks)
+    monkeypatch.setattr(ClientBatch, "_result", spoil)
+    results = list(BatchedEngine(adapted).train(jobs))
+    assert len(results) == len(jobs)
+    assert all(seen)
 
 
 def test_memory_that_runs_out_while_recording_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:

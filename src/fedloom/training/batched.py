@@ -23,7 +23,7 @@ from fedloom.data.tokens import IGNORED, Batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
-from fedloom.training.client_slots import NOTHING, ClientSlot, count_tokens, own_tokens, pad_together
+from fedloom.training.client_slots import NOTHING, ClientSlot, Room, count_tokens, own_tokens, pad_together, room_for
 from fedloom.training.cuda_graph import NotRecordableError, StepGraph
 from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.dropping import why_no_kernel
@@ -144,8 +144,9 @@ def max_norm_of(job: ClientJob) -> float | None:
 class ClientBatch:
     """The clients that train at once: slot k of every buffer is the k-th client's.
 
-    With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to its client's largest, and as many
-    positions have logits as count in it at most; without, to the largest of the step.
+    With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to the largest of all steps to come, and as
+    many positions have logits as count in one at most; without, to the largest of the step. A graph is kept while its
+    shape has room for the clients that are left: the places of those that have finished stand empty.
     """
 
     def __init__(
@@ -176,8 +177,8 @@ class ClientBatch:
         self.not_recordable = ""
         """Reason why this model's steps can't be recorded, once that was found."""
         self._launch: StepGraph | None = None
-        self._sizes: Sequence[tuple[int, int]] = ()
-        self._positions = 0
+        self._room: Room | None = None
+        self._in_use = 0
         self._unread: list[tuple[list[tuple[ClientSlot, list[Batch]]], Tensor]] = []
         self.slots: list[ClientSlot] = []
 
@@ -202,6 +203,8 @@ class ClientBatch:
         One whose loss is no longer a number has failed, and is finished. On a GPU, up to `READ_EVERY` steps later.
         """
         slots = self.slots
+        if self._fixed_shapes:
+            self._make_room()
         taken = [slot.take_batches() for slot in slots]
         totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
         # A client that has fewer micro-batches than another waits while that has its last ones.
@@ -210,12 +213,12 @@ class ClientBatch:
         if len(parts) > 1 or self._max_norm is not None:
             facts_3K = self._accumulate(parts)
         else:
-            ((inputs, sizes),) = parts
+            (inputs,) = parts
             try:
-                facts_3K = self._prepare(inputs, sizes)(inputs)
+                facts_3K = self._prepare(inputs)(inputs)
             except NotRecordableError as error:
                 self._stop_recording(error)
-                facts_3K = self._prepare(inputs, sizes)(inputs)
+                facts_3K = self._prepare(inputs)(inputs)
         failpoint("training.stepped")
 
         stepped = list(zip(slots, taken, strict=True))
@@ -240,6 +243,7 @@ class ClientBatch:
             self._step.move(last, place)
             self.slots[place] = self.slots[last]
             self.slots.pop()
+            self._step.vacate(last)
             yield result
 
     def _result(self, place: int) -> ClientResult:
@@ -257,31 +261,44 @@ class ClientBatch:
         adapter = replace(job.adapter, weights_P=weights_P.to("cpu", copy=True))
         return ClientUpdate(report, adapter, state, job.trial, own_losses=slot.log.own_losses)
 
-    def _inputs(
-        self, batches: Sequence[Batch | None], totals: Sequence[int], number: int
-    ) -> tuple[StepInputs, Sequence[tuple[int, int]]]:
-        """Return all clients' batches on the device, the step's with this number (from 0), and their padded sizes."""
-        sizes = []
-        for slot, batch in zip(self.slots, batches, strict=True):
-            sequences, width = (0, 0) if batch is None else batch.tokens_BT.shape
-            sizes.append(slot.largest_batch if batch is not None and self._fixed_shapes else (sequences, width))
+    def _make_room(self) -> None:
+        """Choose the shape of the step that comes: the one that is recorded, while it will do."""
+        if self._room and self._records and self._room.holds(self.slots):
+            return
+        room = room_for(self.slots)
+        if room != self._room:
+            self._room, self._launch = room, None
+
+    def _inputs(self, batches: Sequence[Batch | None], totals: Sequence[int], number: int) -> StepInputs:
+        """Return all clients' batches on the device, the step's with this number (from 0)."""
+        if self._room:
+            nobody = self._room.clients - len(batches)
+            sizes = [(self._room.sequences, self._room.tokens)] * self._room.clients
+            batches, totals = [*batches, *[None] * nobody], [*totals, *[1] * nobody]
+        else:
+            shapes = [(0, 0) if batch is None else batch.tokens_BT.shape for batch in batches]
+            sizes = [(sequences, tokens) for sequences, tokens in shapes]
         collected = self._collect(batches, totals, sizes, number)
         # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
-        return collected.each(lambda value: value.to(self._device, non_blocking=True)), sizes
+        return collected.each(lambda value: value.to(self._device, non_blocking=True))
 
-    def _accumulate(self, parts: Sequence[tuple[StepInputs, Sequence[tuple[int, int]]]]) -> Tensor:
+    def _accumulate(self, parts: Sequence[StepInputs]) -> Tensor:
         """Take a step of more than one micro-batch, or of documents apart, which is launched by itself."""
-        if len(self._sizes) != len(self.slots):
-            self._step.use_slots(len(self.slots))
-        self._sizes = parts[0][1]
-        return self._step.accumulate((inputs for inputs, _ in parts), self._draw_noise())
+        self._use_slots(len(self.slots))
+        return self._step.accumulate(parts, self._draw_noise())
+
+    def _use_slots(self, count: int) -> None:
+        if self._in_use != count:
+            self._step.use_slots(count)
+        self._in_use = count
 
     def _dropout_keys(self, batches: Sequence[Batch | None], sequences: int, number: int) -> Tensor:
         """Return the key of each sequence's dropout, [K, B]: of its place in the step, or with rations of its text."""
         if self._max_norm is None:
             jobs, steps = [slot.job for slot in self.slots], [slot.step for slot in self.slots]
             firsts = [number * job.training.batch_size for job in jobs]
-            return sequence_keys([job.dropout_seed for job in jobs], steps, firsts, sequences)
+            own_KB = sequence_keys([job.dropout_seed for job in jobs], steps, firsts, sequences)
+            return torch.cat([own_KB, own_KB.new_zeros(len(batches) - len(jobs), sequences)])
         keys_KB = torch.zeros(len(batches), sequences, dtype=torch.int64)
         for keys_B, slot, batch in zip(keys_KB, self.slots, batches, strict=True):
             for place, tokens_T in enumerate([] if batch is None else own_tokens(batch)):
@@ -298,17 +315,13 @@ class ClientBatch:
         batches_K = torch.tensor([ration.terms.batch for ration, _ in rations])
         return Noise(noise_KP.to(self._device), batches_K.to(self._device))
 
-    def _prepare(self, inputs: StepInputs, sizes: Sequence[tuple[int, int]]) -> Callable[[StepInputs], Tensor]:
-        """Return the step for batches of these sizes: on a GPU recorded and launched whole while its shape stays."""
-        if len(self._sizes) != len(sizes):
-            self._step.use_slots(len(sizes))
+    def _prepare(self, inputs: StepInputs) -> Callable[[StepInputs], Tensor]:
+        """Return the step for these inputs: on a GPU recorded and launched whole while its shape stays."""
+        self._use_slots(len(inputs.rates_K))
         if not self._records:
-            self._sizes = sizes
             return self._step
-        if self._launch is None or self._sizes != sizes or self._positions != len(inputs.targets_M):
-            self._positions = len(inputs.targets_M)
+        if self._launch is None:
             self._launch = StepGraph(self._step, self._device)
-            self._sizes = sizes
         return self._launch
 
     def _stop_recording(self, error: NotRecordableError) -> None:
@@ -319,7 +332,7 @@ class ClientBatch:
         """Write down the steps since the last look."""
         unread, self._unread = self._unread, []
         for stepped, facts_3K in unread:
-            for (slot, taken), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=True):
+            for (slot, taken), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=False):
                 # With a ration each document has a gradient of its own, and what comes is the sum of their losses.
                 if slot.job.ration and taken:
                     loss /= sum(len(part.tokens_BT) for part in taken)
@@ -336,13 +349,15 @@ class ClientBatch:
 
         `totals` are the tokens that count in each client's whole step.
         """
-        rates = [slot.job.rate(slot.step, len(slot.batches)) for slot in self.slots]
-        mus = [slot.job.training.proximal_mu for slot in self.slots]
+        nobody = [0.0] * (len(batches) - len(self.slots))
+        rates = [*(slot.job.rate(slot.step, len(slot.batches)) for slot in self.slots), *nobody]
+        mus = [*(slot.job.training.proximal_mu for slot in self.slots), *nobody]
         tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
         shares_KM = counted_KM / self._share_over(counted_KM, tokens_KBT.shape[1], totals)
-        rows = self._choose_positions(counted_KM) if self._fixed_shapes else counted_KM.flatten().nonzero()[:, 0]
+        room = self._room
+        rows = self._choose_positions(counted_KM, room.targets) if room else counted_KM.flatten().nonzero()[:, 0]
         chosen = slice(None) if rows is None else rows
         real_R = find_real(targets_KM.view(-1, tokens_KBT.shape[2])) if self._unpads else None
         return StepInputs(
@@ -350,7 +365,7 @@ class ClientBatch:
             keys_N=self._dropout_keys(batches, tokens_KBT.shape[1], number).flatten(),
             rows_M=rows if rows is None or real_R is None else torch.searchsorted(real_R, rows),
             targets_M=targets_KM.flatten()[chosen].clamp(min=0),
-            clients_M=None if self._fixed_shapes or rows is None else rows // targets_KM.shape[1],
+            clients_M=None if room or rows is None else rows // targets_KM.shape[1],
             shares_M=shares_KM.flatten()[chosen],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
@@ -369,9 +384,8 @@ class ClientBatch:
         own_KBT = of_each_KB1.expand(-1, -1, counted_KM.shape[1] // sequences)
         return own_KBT.flatten(1).to(self._step.weights_KP.dtype)
 
-    def _choose_positions(self, counted_KM: Tensor) -> Tensor | None:
-        """Return equally many positions of each client, all that count among them; None where those are all."""
-        room = max(slot.most_targets for slot in self.slots)
+    def _choose_positions(self, counted_KM: Tensor, room: int) -> Tensor | None:
+        """Return so many positions of each client, all that count among them; None where those are all."""
         if room >= counted_KM.shape[1] or not self._readout_apart:
             return None
         chosen_KR = counted_KM.long().sort(dim=1, descending=True, stable=True).indices[:, :room]

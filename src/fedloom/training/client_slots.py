@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,38 @@ WIDTHS = 32
 """Widths of batches with fixed shapes are multiples of it: clients of similar texts then share a recording."""
 NOTHING = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), IGNORED), None, 0)
 """Batch of a step in which nobody drew a document: noise alone moves the weights."""
+
+
+RECORDING = 40
+"""Steps that take as long as recording one: 48 to 85 were measured on an H100, fewer where a launch is fast."""
+
+
+class Room(NamedTuple):
+    """Shape of a step: what is recorded as a CUDA graph is for one alone, and a client that needs less is padded."""
+
+    clients: int
+    sequences: int
+    """Sequences of each client."""
+    tokens: int
+    """Tokens of each sequence."""
+    targets: int
+    """Tokens of each client whose loss counts, at most."""
+
+    def holds(self, slots: Sequence[ClientSlot]) -> bool:
+        """Return whether these clients have room, and would not be faster with a recording of their own.
+
+        Steps with places that stand empty take longer; so it depends on how many are left.
+        """
+        needed = room_for(slots)
+        if any(here < there for here, there in zip(self, needed, strict=True)):
+            return False
+        left = max(len(slot.batches) - slot.step for slot in slots)
+        return left * (1 - needed.positions / self.positions) < RECORDING
+
+    @property
+    def positions(self) -> int:
+        """Return the number of all clients' tokens, padding too."""
+        return self.clients * self.sequences * self.tokens
 
 
 @dataclass
@@ -61,6 +94,12 @@ class ClientSlot:
         """Return the batch of the next step, or its micro-batches."""
         rows = self.batches[self.step].split(self.job.training.batch_size)
         return [take_batch(self.job.blocks, part) for part in rows if len(part)]
+
+
+def room_for(slots: Sequence[ClientSlot]) -> Room:
+    """Return the room that these clients need for every step of theirs."""
+    sequences, tokens = (max(sizes) for sizes in zip(*(slot.largest_batch for slot in slots), strict=True))
+    return Room(len(slots), sequences, tokens, max(slot.most_targets for slot in slots))
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:

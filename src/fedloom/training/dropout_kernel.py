@@ -1,7 +1,7 @@
 """Dropout by counter as one kernel of a GPU: `Mask.compute` line by line, in Triton, which comes with torch for CUDA.
 
-To the bit what `Mask.compute` gives, interpreted in tests and run on an H100 with Triton 3.6. `dropping` tries it on each
-GPU before it is used, since no other was seen.
+To the bit what `Mask.compute` gives, interpreted in tests and run on an H100 with Triton 3.6. `dropping` tries it on
+each GPU before it is used, since no other was seen.
 """
 
 from __future__ import annotations

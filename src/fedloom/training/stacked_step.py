@@ -115,6 +115,10 @@ class StackedStep:
             rows[target] = rows[source]
         self.optimizer.move(source, target)
 
+    def vacate(self, place: int) -> None:
+        """Leave a slot to nobody: what it steps from then on is finite, and moves nothing."""
+        self.weights_KP[place] = self.start_KP[place]
+
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Take one step, and return facts from before it, [3, K]: losses, ‖w − w_global‖, norms of the loss gradients.
 
