@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
 from fedloom.cli import app
-from fedloom.deployment import client_keys, keys
+from fedloom.deployment import approvals, client_keys, keys
 from fedloom.deployment.approvals import (
     Approval,
+    changing,
     list_approvals,
     list_revoked,
     note_seen,
@@ -114,15 +116,70 @@ def test_a_server_whose_certificate_has_expired_is_listed_all_the_same(
 ) -> None:
     monkeypatch.setattr(keys, "SERVER_DAYS", 0)
     keys.renew(server)
-    assert "fedloom provision renew, on the server" in provision("list", server)
+    assert ": THAT IS OVER (fedloom provision renew, on the server)" in provision("list", server)
 
 
-@pytest.mark.parametrize("damage", ["key since=yesterday", "key AAAA expires=2027-13-01T00:00:00Z", "\xff"])
-def test_an_approval_that_can_not_be_read_is_named(damage: str, server: Path, tmp_path: Path) -> None:
+PORTS = ["inf", "[1]", "-5", "65536", "true", "0x" + "f" * 9999, "[" * 9999]
+
+
+@pytest.mark.parametrize("port", PORTS, ids=range(len(PORTS)))
+def test_a_folder_whose_port_is_none_is_no_servers(port: str, server: Path) -> None:
+    (server / "server.toml").write_text(f'host = "localhost"\nport = {port}\n')
+    with pytest.raises(DeploymentError, match="no server is set up in it"):
+        keys.read_server(server)
+
+
+DAMAGES: list[Callable[[str], str]] = [
+    lambda key: f"{key} since=yesterday",
+    lambda key: f"{key} expires=2027-13-01T00:00:00Z",
+    lambda key: f"{key} \xff",
+    lambda key: "",
+    lambda key: "hello",
+    lambda key: key[:-5],
+    lambda key: f"ssh-ed25519 {key.split()[1]}",
+    lambda key: key + " " * 2**16,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_approval_that_can_not_be_read_is_named(damage: Callable[[str], str], server: Path, tmp_path: Path) -> None:
     approve(server, tmp_path)
-    (server / "clients" / "alice.pub").write_text(f"ecdsa {damage}", encoding="latin-1")
+    key = list_approvals(server)["alice"].key
+    (server / "clients" / "alice.pub").write_text(damage(key), encoding="latin-1")
     with pytest.raises(DeploymentError, match=r"alice\.pub: not an approval .*; bring it back from a backup"):
         list_approvals(server)
+
+
+def test_a_file_that_is_named_as_no_client_can_be_is_no_approval(server: Path, tmp_path: Path) -> None:
+    approve(server, tmp_path)
+    shutil.copy(server / "clients" / "alice.pub", server / "clients" / "alice (1).pub")
+    with pytest.raises(DeploymentError, match=r"alice \(1\)\.pub: not an approval"):
+        list_approvals(server)
+
+
+def test_a_renewal_brings_no_key_back_that_was_revoked_meanwhile(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approve(server, tmp_path)
+    revoking = threading.Thread(target=keys.revoke, args=(server, "alice"))
+
+    def list_slowly(folder: Path) -> dict[str, Approval]:
+        found = list_approvals(folder)
+        revoking.start()
+        revoking.join(0.5)
+        return found
+
+    monkeypatch.setattr(keys, "list_approvals", list_slowly)
+    keys.renew_client(server, "alice", tmp_path, 5)
+    revoking.join()
+    assert not list_approvals(server)
+    assert [approval.name for approval in list_revoked(server)] == ["alice"]
+
+
+def test_a_change_of_the_list_does_not_wait_for_ever(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approvals, "CHANGE_SECONDS", 0.1)
+    with changing(server), pytest.raises(DeploymentError, match="another fedloom provision is changing the list"):
+        keys.revoke(server, "alice")
 
 
 # An end
