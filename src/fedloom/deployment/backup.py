@@ -124,7 +124,7 @@ def read_backup(file: Path) -> dict[str, Any]:
                 raise ValueError(name)
             text.encode()
         moments = {name: datetime.fromisoformat(moment).astimezone(UTC) for name, moment in seen.items()}
-        if strange := [name for name in moments if not NAME.fullmatch(name)]:
+        if strange := [name for name in moments if f"{CLIENTS}/{name}.pub" not in files]:
             raise ValueError(strange[0])
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise DeploymentError("it holds what no server's folder does", where=str(file), mend=OTHER) from error
