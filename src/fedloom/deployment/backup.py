@@ -16,7 +16,6 @@ from typing import Any
 from fedloom.deployment.addresses import read_host
 from fedloom.deployment.approvals import (
     CLIENTS,
-    MOST_LETTERS,
     NAME,
     REVOKED,
     SEEN,
@@ -25,6 +24,7 @@ from fedloom.deployment.approvals import (
     list_approvals,
     list_revoked,
 )
+from fedloom.deployment.approvals import MOST_LETTERS as MOST_FILE_LETTERS
 from fedloom.deployment.certificates import read_certificate
 from fedloom.deployment.client_keys import check_private
 from fedloom.deployment.keys import Security, read_server
@@ -120,7 +120,7 @@ def read_backup(file: Path) -> dict[str, Any]:
         raise DeploymentError("damaged, or of another version of fedloom", where=str(file), mend=OTHER)
     try:
         for name, text in files.items():
-            if not (name in (*SECRET, *PUBLIC) or KEY_FILE.fullmatch(name)) or len(text) > MOST_LETTERS:
+            if not (name in (*SECRET, *PUBLIC) or KEY_FILE.fullmatch(name)) or len(text) > MOST_FILE_LETTERS:
                 raise ValueError(name)
             text.encode()
         moments = {name: datetime.fromisoformat(moment).astimezone(UTC) for name, moment in seen.items()}

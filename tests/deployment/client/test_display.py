@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from fedloom.deployment.client.display import MARK, MARKED, hearing, say
+from fedloom.deployment.client.display import say
+from fedloom.deployment.client.hearing import HEARD, hearing
 from fedloom.deployment.processes import Child
 
 LINES = """\
@@ -18,9 +19,7 @@ TOLD = [("by itself", r"an adapter \x1b[2J\x1e of ε = 1"), ("told", "the last")
 
 
 def run_child(output: int) -> None:
-    child = Child(
-        [sys.executable, "-c", LINES], None, os.environ | {MARKED: MARK, "PYTHONIOENCODING": "utf-8"}, None, output
-    )
+    child = Child([sys.executable, "-c", LINES], None, {**os.environ, **HEARD}, None, output)
     while not child.ended:
         pass
     child.end()
