@@ -31,6 +31,7 @@ from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.client_keys import public_key_of, read_request
 from fedloom.deployment.fingerprints import identify_client
 from fedloom.errors import DeploymentError
+from fedloom.host import failpoints
 
 
 @pytest.fixture
@@ -370,6 +371,38 @@ def test_a_key_that_is_taken_no_longer_names_no_next_one(server: Path, tmp_path:
     second.write_bytes(played)
     with pytest.raises(DeploymentError, match="not signed by the key that alice has here"):
         keys.approve(server, second, tmp_path)
+
+
+def is_killed(number: int, do: Callable[[], object]) -> bool:
+    """Do something in another process, which is killed at a write, and return whether it came to that one."""
+    child = os.fork()
+    if child == 0:
+        failpoints.arm(f"file.write=kill@{number}")
+        do()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_is_killed_at_a_write_is_done_by_doing_it_again(number: int, server: Path, tmp_path: Path) -> None:
+    kit = approve(server, tmp_path)
+    first = list_approvals(server)["alice"].key
+    assert is_killed(number, lambda: rotate(kit)) == (number <= 2)
+    assert read_kit(kit).key == tmp_path / "alice.key", "she joins as before"
+    asked = rotate(kit) if number <= 2 else tmp_path / "alice.request"
+    coming = read_request(asked).key
+    assert is_killed(number, lambda: keys.approve(server, asked, tmp_path)) == (number <= 3)
+    assert list_approvals(server)["alice"].key in (first, coming), "the name is never without a key"
+    keys.approve(server, asked, tmp_path)
+    assert read_kit(kit).key == tmp_path / "alice.key.next"
+    assert is_killed(number, lambda: keys.renew_client(server, "alice", tmp_path, 5)) == (number <= 3)
+    keys.renew_client(server, "alice", tmp_path, 5)
+    assert list_approvals(server)["alice"].key == coming
+    assert {approval.key for approval in list_revoked(server)} == {first}
+    assert is_killed(number, lambda: keys.revoke(server, "alice")) == (number == 1)
+    if number == 1:
+        keys.revoke(server, "alice")
+    assert not list_approvals(server)
 
 
 def test_a_kit_of_another_key_is_refused(server: Path, tmp_path: Path) -> None:
