@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
 from fedloom.cli import app
-from fedloom.deployment import client_keys, keys
+from fedloom.deployment import approvals, client_keys, keys
 from fedloom.deployment.approvals import (
     Approval,
+    changing,
     list_approvals,
     list_revoked,
     note_seen,
@@ -29,6 +31,7 @@ from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.client_keys import public_key_of, read_request
 from fedloom.deployment.fingerprints import identify_client
 from fedloom.errors import DeploymentError
+from fedloom.host import failpoints
 
 
 @pytest.fixture
@@ -114,15 +117,70 @@ def test_a_server_whose_certificate_has_expired_is_listed_all_the_same(
 ) -> None:
     monkeypatch.setattr(keys, "SERVER_DAYS", 0)
     keys.renew(server)
-    assert "fedloom provision renew, on the server" in provision("list", server)
+    assert ": THAT IS OVER (fedloom provision renew, on the server)" in provision("list", server)
 
 
-@pytest.mark.parametrize("damage", ["key since=yesterday", "key AAAA expires=2027-13-01T00:00:00Z", "\xff"])
-def test_an_approval_that_can_not_be_read_is_named(damage: str, server: Path, tmp_path: Path) -> None:
+PORTS = ["inf", "[1]", "-5", "65536", "true", "0x" + "f" * 9999, "[" * 9999]
+
+
+@pytest.mark.parametrize("port", PORTS, ids=range(len(PORTS)))
+def test_a_folder_whose_port_is_none_is_no_servers(port: str, server: Path) -> None:
+    (server / "server.toml").write_text(f'host = "localhost"\nport = {port}\n')
+    with pytest.raises(DeploymentError, match="no server is set up in it"):
+        keys.read_server(server)
+
+
+DAMAGES: list[Callable[[str], str]] = [
+    lambda key: f"{key} since=yesterday",
+    lambda key: f"{key} expires=2027-13-01T00:00:00Z",
+    lambda key: f"{key} \xff",
+    lambda key: "",
+    lambda key: "hello",
+    lambda key: key[:-5],
+    lambda key: f"ssh-ed25519 {key.split()[1]}",
+    lambda key: key + " " * 2**16,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_approval_that_can_not_be_read_is_named(damage: Callable[[str], str], server: Path, tmp_path: Path) -> None:
     approve(server, tmp_path)
-    (server / "clients" / "alice.pub").write_text(f"ecdsa {damage}", encoding="latin-1")
+    key = list_approvals(server)["alice"].key
+    (server / "clients" / "alice.pub").write_text(damage(key), encoding="latin-1")
     with pytest.raises(DeploymentError, match=r"alice\.pub: not an approval .*; bring it back from a backup"):
         list_approvals(server)
+
+
+def test_a_file_that_is_named_as_no_client_can_be_is_no_approval(server: Path, tmp_path: Path) -> None:
+    approve(server, tmp_path)
+    shutil.copy(server / "clients" / "alice.pub", server / "clients" / "alice (1).pub")
+    with pytest.raises(DeploymentError, match=r"alice \(1\)\.pub: not an approval"):
+        list_approvals(server)
+
+
+def test_a_renewal_brings_no_key_back_that_was_revoked_meanwhile(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approve(server, tmp_path)
+    revoking = threading.Thread(target=keys.revoke, args=(server, "alice"))
+
+    def list_slowly(folder: Path) -> dict[str, Approval]:
+        found = list_approvals(folder)
+        revoking.start()
+        revoking.join(0.5)
+        return found
+
+    monkeypatch.setattr(keys, "list_approvals", list_slowly)
+    keys.renew_client(server, "alice", tmp_path, 5)
+    revoking.join()
+    assert not list_approvals(server)
+    assert [approval.name for approval in list_revoked(server)] == ["alice"]
+
+
+def test_a_change_of_the_list_does_not_wait_for_ever(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approvals, "CHANGE_SECONDS", 0.1)
+    with changing(server), pytest.raises(DeploymentError, match="another fedloom provision is changing the list"):
+        keys.revoke(server, "alice")
 
 
 # An end
@@ -313,6 +371,38 @@ def test_a_key_that_is_taken_no_longer_names_no_next_one(server: Path, tmp_path:
     second.write_bytes(played)
     with pytest.raises(DeploymentError, match="not signed by the key that alice has here"):
         keys.approve(server, second, tmp_path)
+
+
+def is_killed(number: int, do: Callable[[], object]) -> bool:
+    """Do something in another process, which is killed at a write, and return whether it came to that one."""
+    child = os.fork()
+    if child == 0:
+        failpoints.arm(f"file.write=kill@{number}")
+        do()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_is_killed_at_a_write_is_done_by_doing_it_again(number: int, server: Path, tmp_path: Path) -> None:
+    kit = approve(server, tmp_path)
+    first = list_approvals(server)["alice"].key
+    assert is_killed(number, lambda: rotate(kit)) == (number <= 2)
+    assert read_kit(kit).key == tmp_path / "alice.key", "she joins as before"
+    asked = rotate(kit) if number <= 2 else tmp_path / "alice.request"
+    coming = read_request(asked).key
+    assert is_killed(number, lambda: keys.approve(server, asked, tmp_path)) == (number <= 3)
+    assert list_approvals(server)["alice"].key in (first, coming), "the name is never without a key"
+    keys.approve(server, asked, tmp_path)
+    assert read_kit(kit).key == tmp_path / "alice.key.next"
+    assert is_killed(number, lambda: keys.renew_client(server, "alice", tmp_path, 5)) == (number <= 3)
+    keys.renew_client(server, "alice", tmp_path, 5)
+    assert list_approvals(server)["alice"].key == coming
+    assert {approval.key for approval in list_revoked(server)} == {first}
+    assert is_killed(number, lambda: keys.revoke(server, "alice")) == (number == 1)
+    if number == 1:
+        keys.revoke(server, "alice")
+    assert not list_approvals(server)
 
 
 def test_a_kit_of_another_key_is_refused(server: Path, tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ WRONG: list[tuple[Change, str]] = [
     (of_another("server.key"), NOT_ONE),
     (of_another("server.crt", "server.key"), NOT_ONE),
     (seen("../alice", "2026-01-01T00:00:00Z"), STRANGE),
+    (seen("nobody", "2026-01-01T00:00:00Z"), STRANGE),
     (seen("alice", "yesterday"), STRANGE),
+    (put("server.toml", 'host = "localhost"\nport = inf\n'), "no server is set up in it"),
     (seen("alice", 5), STRANGE),
 ]
 
@@ -250,6 +252,14 @@ def test_without_a_look_at_the_names_a_backup_would_write_elsewhere(
     monkeypatch.setattr(backup, "KEY_FILE", re.compile(".*"))
     restore(saved, tmp_path / "new")
     assert (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("name", ["alice (1).pub", ".alice.pub"])
+def test_what_could_not_be_restored_is_not_backed_up(name: str, server: Path, tmp_path: Path) -> None:
+    shutil.copy(server / "clients" / "alice.pub", server / "clients" / name)
+    with pytest.raises(DeploymentError, match="not an approval"):
+        back_up(server, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_both_are_commands(server: Path, tmp_path: Path) -> None:

@@ -244,8 +244,10 @@ def test_a_policy_is_kept_and_its_reason_told_to_its_owner(tmp_path: Path) -> No
         server = there.serve(write(asked, tmp_path), "--out", str(there.out), "--wait", "45")
         folders = split(asked, tmp_path / "split")
         there.join("client-0", folders[0])
-        there.join("client-1", folders[1], "--policy", str(policy))
+        log = tmp_path / "client-1.said"
+        there.join("client-1", folders[1], "--policy", str(policy), "--log-file", str(log))
         assert server.wait(150) == 2
+        assert "WARNING refused   policy.max_epochs: its policy allows 2 epochs a round" in log.read_text()
         assert "its policy allows 2 epochs a round, not 3" in there.said("client-1")
         assert "its owner's policy does not allow it (policy)" in there.said("serve")
     assert not there.out.exists()

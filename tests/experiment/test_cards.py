@@ -319,6 +319,7 @@ def test_a_plan_says_where_clients_train_and_how_many_fit_there(
     [
         ("all", "training.devices: torch sees no GPU; leave it out"),
         (["cpu", "cuda:1"], "training.devices: no device cuda:1: torch sees 0 GPUs"),
+        (["cuda:99999999999999"], "training.devices: no device cuda:99999999999999: torch sees 0 GPUs"),
     ],
 )
 def test_devices_that_are_not_there_are_refused(devices: str | list[str], says: str, tmp_path: Path) -> None:
@@ -331,3 +332,15 @@ def test_devices_of_two_kinds_are_refused() -> None:
     assert choose_devices(["cpu"], CPU) == (CPU,)
     with pytest.raises(ModelError, match="cpu is of another kind than cuda:0, which the run itself is on"):
         choose_devices(["cpu"], torch.device("cuda:0"))
+
+
+def test_a_number_that_torch_takes_for_another_ones_is_that_of_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert torch.device("cuda:256") == torch.device("cuda:0"), "why it is asked before"
+    for number in ("2", "128", "255", "256", "9" * 5000):
+        with pytest.raises(ModelError, match=r"^training\.devices: no device cuda:\d+: torch sees 2 GPUs"):
+            choose_devices([f"cuda:{number}"], torch.device("cuda:0"))
+    assert choose_devices(["cuda", "cuda:1"], torch.device("cuda:0")) == (
+        torch.device("cuda:0"),
+        torch.device("cuda:1"),
+    )

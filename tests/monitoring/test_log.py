@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from contextlib import redirect_stderr
@@ -48,6 +49,7 @@ def test_json_has_a_line_for_each_and_the_numbers_of_rounds(tmp_path: Path) -> N
     log.show_clients({"alice": "answered", "bob": "late"})
     log.show_round(make_record(3, lost=[1], lost_because={"1": "round 3, client 1: late"}))
     log.show_failure("failed", "round 4: no quorum")
+    log.show_step("expired", "bob's key is taken no longer")
     log.close()
     told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [(line["level"], line["what"]) for line in told] == [
@@ -58,6 +60,7 @@ def test_json_has_a_line_for_each_and_the_numbers_of_rounds(tmp_path: Path) -> N
         ("info", "round"),
         ("warning", "lost"),
         ("error", "failed"),
+        ("warning", "expired"),
     ]
     assert "\x1b" not in told[0]["text"]
     assert "secret" not in told[0]["text"]
@@ -75,6 +78,21 @@ def test_a_file_is_put_aside_by_its_size(tmp_path: Path, monkeypatch: pytest.Mon
     assert [file.name for file in files] == ["log", *(f"log.{number}" for number in range(1, logs.FILES_KEPT + 1))]
     assert all(file.stat().st_size <= 2000 for file in files)
     assert "number 499" in files[0].read_text() + files[1].read_text()
+
+
+def test_a_file_is_its_owners_alone_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 100)
+    before = os.umask(0)
+    try:
+        log = Log(tmp_path / "log", "text", say_nothing)
+        for _ in range(3):
+            log.show_step("client", "alice: connected")
+        log.close()
+    finally:
+        os.umask(before)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 1
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
 def test_a_disk_that_is_full_is_said_once_and_ends_nothing() -> None:

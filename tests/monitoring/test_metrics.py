@@ -122,6 +122,30 @@ def test_they_are_answered_at_an_address_and_health_beside_them() -> None:
         metrics.close()
 
 
+def test_a_name_that_leads_to_this_machine_is_no_name_of_it() -> None:
+    metrics = Metrics(make_board(), ("127.0.0.1", 0), lambda *told: None)
+    named = (
+        "localhost",
+        "LOCALHOST:9",
+        "127.0.0.1:9108",
+        "[::1]:9108",
+        "",
+        "evil.example",
+        "127.0.0.1.evil.example:80",
+    )
+    try:
+        assert metrics.port is not None
+        answers = []
+        for host in named:
+            for path in ("/metrics", "/health"):
+                with asked(metrics.port, "GET", path, {"Host": host}) as answer:
+                    answers.append(answer.status)
+                    assert answer.status == 200 or b"loss" not in answer.read()
+        assert answers == [200] * 10 + [421] * 4
+    finally:
+        metrics.close()
+
+
 def test_names_without_metrics_are_refused() -> None:
     with (
         pytest.raises(typer.BadParameter, match="which is missing"),

@@ -12,7 +12,7 @@ from fedloom import run
 from fedloom.errors import DeploymentError, RunError
 from fedloom.monitoring import notice
 from fedloom.monitoring.board import Board
-from fedloom.monitoring.notice import Notice, facts_of
+from fedloom.monitoring.notice import MOST_LETTERS, Notice, facts_of
 from fedloom.monitoring.observer import Observer
 from fedloom.run_options import Asked, observed
 
@@ -87,6 +87,29 @@ def test_waiting_is_told_once_until_a_round_is_complete(tmp_path: Path) -> None:
     one.show_step("waiting", "for bob: the round has too few updates without them")
     one.close()
     assert len(told(tmp_path)) == 2
+
+
+def test_a_client_that_waits_again_after_it_took_part_is_told_of_again(tmp_path: Path) -> None:
+    one = Notice(command(tmp_path), Board("fedloom join"), say_nothing)
+    one.show_step("waiting", "for server: connection refused")
+    one.show_step("waiting", "for server: it reads its clients' keys")
+    for _ in range(3):  # recipes that are refused come as often as a server likes
+        one.show_step("asked", "to read and count the documents")
+        one.show_step("waiting", "for another run")
+    one.close()
+    assert len(told(tmp_path)) == 1
+    one.show_step("told", "14 documents")
+    one.show_step("waiting", "for another run")
+    one.close()
+    assert len(told(tmp_path)) == 2
+
+
+def test_a_long_reason_keeps_no_command_from_being_run(tmp_path: Path) -> None:
+    one = Notice(command(tmp_path), Board("fedloom serve"), say_nothing)
+    one.show_failure("failed", "ε" * 200_000)
+    one.close()
+    (facts,) = told(tmp_path)
+    assert facts["FEDLOOM_WHY"] == "ε" * MOST_LETTERS + "…"
 
 
 def test_facts_have_neither_control_characters_nor_secrets() -> None:

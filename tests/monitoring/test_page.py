@@ -15,7 +15,8 @@ from fedloom import run
 from fedloom.errors import DeploymentError
 from fedloom.monitoring.board import Board
 from fedloom.monitoring.observer import Observer
-from fedloom.monitoring.page import DOCUMENT, Page, is_loopback
+from fedloom.monitoring.page import DOCUMENT, Page
+from fedloom.monitoring.web import is_loopback
 from fedloom.run_options import Asked, observed, read_address
 
 TEMPLATE = Path(fedloom.__file__).parent / "monitoring" / "page.html.j2"
@@ -56,6 +57,8 @@ def test_with_its_token_the_run_is_told_and_without_it_nothing(page: Page) -> No
         told = json.loads(answer.read())
     assert told["losses"]["central"] == [[0, 5.0], [1, 4.75], [2, 4.5]]
     assert [client["name"] for client in told["clients"]] == ["alice", "bob"]
+    with asked(port_of(page), "GET", DOCUMENT, {"authorization": f"Bearer {page.token}"}) as answer:
+        assert answer.status == 200, "as a proxy writes it that speaks HTTP/2"
     wrong = ("", page.token, "Bearer ", f"Bearer {page.token}x", f"Bearer {page.token[:-1]}", "Bearer é", "Basic x")
     for headers in ({}, *({"Authorization": given} for given in wrong)):
         for path in (DOCUMENT, f"{DOCUMENT}?token={page.token}", "/else"):

@@ -7,24 +7,33 @@ OpenSSH has a comment, its dates. One without dates is from before approvals had
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedloom.deployment.fingerprints import identify_client
 from fedloom.errors import DeploymentError
-from fedloom.host.files import replace_file
+from fedloom.host.files import Lock, flush, replace_file, writing
 
 CLIENTS, REVOKED, SEEN = "clients", "revoked", "seen"
 """Folders of a server's: keys that it takes, keys that it took, and a file by each client's name."""
 CLIENT_DAYS = 365
 """Days for which a client's key is taken, unless somebody says otherwise."""
+CHANGE_SECONDS = 20.0
+"""Time for which a change of the list waits for another one, which takes a moment."""
 WARN_DAYS = 30
 """Days before an end from which on it is warned of."""
 STAMP = "%Y%m%d-%H%M%S"
 """Time, UTC, in the name of a key that is taken no longer."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""Name of a client."""
+KEY = re.compile(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==")
+"""Public key of the one kind that is taken, as OpenSSH has it: whole, for one that was cut would have no end either."""
+MOST_LETTERS = 2**16
+"""Letters of a file with a client's key that are read."""
 REVOKED_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 
 
@@ -65,7 +74,9 @@ class Approval:
 def warn_of(end: datetime, mend: str) -> str:
     """Return a warning to stand behind the date of an end; nothing while more than 30 days are left."""
     left = (end - datetime.now(UTC)).days
-    return f": ONLY {left} DAYS LEFT ({mend})" if left < WARN_DAYS else ""
+    if left < 0:
+        return f": THAT IS OVER ({mend})"
+    return f": ONLY {left} {'DAY' if left == 1 else 'DAYS'} LEFT ({mend})" if left < WARN_DAYS else ""
 
 
 def read_approval(file: Path) -> Approval:
@@ -77,12 +88,16 @@ def read_approval(file: Path) -> Approval:
     """
     name, revoked = file.stem, None
     try:
-        words = file.read_text(encoding="utf-8").split()
+        with file.open(encoding="utf-8") as opened:
+            words = (text := opened.read(MOST_LETTERS + 1)).split()
         if file.parent.name == REVOKED and (found := REVOKED_NAME.fullmatch(name)):
             name, revoked = found[1], datetime.strptime(found[2], STAMP).replace(tzinfo=UTC)
         # Other words are a comment of somebody's own.
         told = dict(word.split("=", 1) for word in words[2:] if word.startswith(("since=", "expires=")))
         dates = {key: datetime.fromisoformat(value).astimezone(UTC) for key, value in told.items()}
+        key = " ".join(words[:2])
+        if not (NAME.fullmatch(name) and KEY.fullmatch(key)) or len(text) > MOST_LETTERS:
+            raise ValueError(name)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, OverflowError) as error:
@@ -91,7 +106,7 @@ def read_approval(file: Path) -> Approval:
             where=str(file),
             mend="bring it back from a backup, or remove it and approve the client's request again",
         ) from error
-    return Approval(name, " ".join(words[:2]), dates.get("since"), dates.get("expires"), revoked)
+    return Approval(name, key, dates.get("since"), dates.get("expires"), revoked)
 
 
 def write_approval(folder: Path, approval: Approval) -> None:
@@ -104,6 +119,36 @@ def write_approval(folder: Path, approval: Approval) -> None:
     words = [approval.key, *(f"{key}={format_time(date)}" for key, date in dates.items() if date)]
     # Others may read it, and nobody else change it.
     replace_file(folder / CLIENTS / f"{approval.name}.pub", (" ".join(words) + "\n").encode(), rights=0o644)
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Be the only one that changes a server's list of clients, until the block ends, and have it on the disk then.
+
+    Of two commands that read it and write it again, the later one would undo what the earlier one did: a renewal would
+    bring back a key that was revoked meanwhile.
+
+    Raises:
+        DeploymentError: another one is at it, for longer than any takes.
+        RunError: it can't be written.
+    """
+    until = time.monotonic() + CHANGE_SECONDS
+    with ExitStack() as stack, writing(folder, "run it again"):
+        while True:
+            try:
+                stack.enter_context(Lock(folder / "server.toml", rights=None))
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise DeploymentError(
+                        "another fedloom provision is changing the list of clients",
+                        where=str(folder),
+                        mend="wait for its end, or end it",
+                    ) from None
+                time.sleep(0.02)
+        yield
+        for part in filter(Path.is_dir, (folder / CLIENTS, folder / REVOKED)):
+            flush(part)
 
 
 def format_time(moment: datetime) -> str:

@@ -14,12 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.addresses import read_host
-from fedloom.deployment.approvals import CLIENTS, REVOKED, SEEN, format_time, last_seen, list_approvals, list_revoked
+from fedloom.deployment.approvals import (
+    CLIENTS,
+    NAME,
+    REVOKED,
+    SEEN,
+    format_time,
+    last_seen,
+    list_approvals,
+    list_revoked,
+)
+from fedloom.deployment.approvals import MOST_LETTERS as MOST_FILE_LETTERS
 from fedloom.deployment.certificates import read_certificate
-from fedloom.deployment.client_keys import NAME, check_private
+from fedloom.deployment.client_keys import check_private
 from fedloom.deployment.keys import Security, read_server
 from fedloom.errors import DeploymentError
-from fedloom.host.files import hash_json, new_file, replace_folder, write_private, writing
+from fedloom.host.files import flush, hash_json, new_file, replace_folder, write_private, writing
 
 FORMAT = 1
 SECRET, PUBLIC = ("ca.key", "server.key", "signing.key"), ("ca.crt", "server.crt", "server.toml")
@@ -28,7 +38,6 @@ MAY_LACK = "signing.key"
 KEY_FILE = re.compile(rf"(?:{CLIENTS}|{REVOKED})/{NAME.pattern}(?:-\d{{8}}-\d{{6}})?\.pub")
 MOST_BYTES = 64 * 2**20
 """Largest backup that is read: 100,000 clients' keys have 40 MB."""
-MOST_FILE_LETTERS = 2**16
 AGAIN = "run it again"
 OTHER = "name a file that fedloom provision backup wrote"
 
@@ -55,6 +64,7 @@ def back_up(folder: Path, to: Path) -> int:
     text = json.dumps({"fedloom_backup": FORMAT, "sha256": hash_json(told), **told}, indent=1)
     with writing(to, AGAIN), new_file(to) as made:
         write_private(made, text.encode())
+    flush(to.parent)
     return len(security.clients())
 
 
@@ -114,7 +124,7 @@ def read_backup(file: Path) -> dict[str, Any]:
                 raise ValueError(name)
             text.encode()
         moments = {name: datetime.fromisoformat(moment).astimezone(UTC) for name, moment in seen.items()}
-        if strange := [name for name in moments if not NAME.fullmatch(name)]:
+        if strange := [name for name in moments if f"{CLIENTS}/{name}.pub" not in files]:
             raise ValueError(strange[0])
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise DeploymentError("it holds what no server's folder does", where=str(file), mend=OTHER) from error

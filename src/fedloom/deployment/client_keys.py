@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedloom.deployment.approvals import Approval
+from fedloom.deployment.approvals import MOST_LETTERS, NAME, Approval
 from fedloom.errors import DeploymentError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
-MOST_LETTERS = 2**16
-"""Letters of a request that are read."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 PURPOSE = b"fedloom next key 1\n"
 """Words before what a key signs to name the next one: Flower has it sign other things."""
 

@@ -172,5 +172,6 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> list[Path]:
         for path, text in zip(paths, texts.values(), strict=True):
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DeploymentError(f"can't be written ({error.strerror})", where=str(folder)) from None
+        mend = "name another folder with --to"
+        raise DeploymentError(f"can't be written ({error.strerror})", where=str(folder), mend=mend) from None
     return paths

@@ -20,6 +20,7 @@ from fedloom.deployment.approvals import (
     CLIENTS,
     SEEN,
     Approval,
+    changing,
     format_time,
     list_approvals,
     revoked_file,
@@ -200,9 +201,11 @@ def read_server(folder: Path) -> Security:
     check_flower()
     try:
         told = tomllib.loads((folder / "server.toml").read_text(encoding="utf-8"))
-        security = Security(folder.resolve(), str(told["host"]), int(told["port"]))
+        security = Security(folder.resolve(), str(told["host"]), told["port"])
+        if type(security.port) is not int or not 0 < security.port < 2**16:
+            raise ValueError("port")
         security.expires()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise DeploymentError(
             "no server is set up in it", where=str(folder), mend="make one: fedloom provision init --host HOST"
         ) from error
@@ -225,7 +228,11 @@ def request(name: str, folder: Path) -> Path:
     check_name(name)
     key_file = folder / f"{name}.key"
     if key_file.exists():
-        raise DeploymentError("there is a key of that name", where=str(key_file), mend="use it, or another name")
+        raise DeploymentError(
+            "there is a key of that name",
+            where=str(key_file),
+            mend="use it, or another name; to begin anew, move it away",
+        )
     private, public = make_key()
     with writing(folder, AGAIN):
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,26 +296,27 @@ def approve(folder: Path, file: Path, to: Path, days: int | None = None) -> Appr
     """
     security = open_server(folder)
     asked = read_request(file)
-    known = list_approvals(folder)
-    before = known.get(asked.name)
-    replaced = before if before and before.key != asked.key else None
-    if replaced or (asked.signature and not before):
-        check_named(asked, replaced, file)
-    for other in known.values():
-        if other.name != asked.name and other.key == asked.key:
-            raise DeploymentError(
-                f"{other.name} has that key already",
-                where=str(security.clients()[other.name]),
-                mend=f"have {asked.name}'s owner make another (fedloom provision request), or revoke it: "
-                f"fedloom provision revoke {other.name}",
-            )
-    if replaced:
-        # The name is never without a key on the list: a server that runs would let go of its client.
-        with writing(folder, AGAIN):
-            replace_file(revoked_file(folder, asked.name), security.clients()[asked.name].read_bytes(), rights=0o644)
-    since = before.since if before and not replaced else None
-    expires = before.expires if before and before.state == "approved" and days is None else None
-    return _enlist(security, Approval(asked.name, asked.key, since, expires), to, days, replaced=bool(replaced))
+    with changing(folder):
+        known = list_approvals(folder)
+        before = known.get(asked.name)
+        replaced = before if before and before.key != asked.key else None
+        if replaced or (asked.signature and not before):
+            check_named(asked, replaced, file)
+        for other in known.values():
+            if other.name != asked.name and other.key == asked.key:
+                raise DeploymentError(
+                    f"{other.name} has that key already",
+                    where=str(security.clients()[other.name]),
+                    mend=f"have {asked.name}'s owner make another (fedloom provision request), or revoke it: "
+                    f"fedloom provision revoke {other.name}",
+                )
+        if replaced:
+            # The name is never without a key on the list: a server that runs would let go of its client.
+            taken = security.clients()[asked.name].read_bytes()
+            replace_file(revoked_file(folder, asked.name), taken, rights=0o644)
+        since = before.since if before and not replaced else None
+        expires = before.expires if before and before.state == "approved" and days is None else None
+        return _enlist(security, Approval(asked.name, asked.key, since, expires), to, days, replaced=bool(replaced))
 
 
 def renew_client(folder: Path, name: str, to: Path, days: int) -> Approved:
@@ -318,9 +326,10 @@ def renew_client(folder: Path, name: str, to: Path, days: int) -> Approved:
         DeploymentError: nobody of that name is on the list.
     """
     security = open_server(folder)
-    _find_client(security, name)
-    approval = list_approvals(folder)[name]
-    return _enlist(security, replace(approval, expires=None), to, days, replaced=False)
+    with changing(folder):
+        _find_client(security, name)
+        approval = list_approvals(folder)[name]
+        return _enlist(security, replace(approval, expires=None), to, days, replaced=False)
 
 
 def _enlist(security: Security, approval: Approval, to: Path, days: int | None, *, replaced: bool) -> Approved:
@@ -346,9 +355,8 @@ def revoke(folder: Path, name: str) -> None:
         DeploymentError: nobody of that name is on it.
     """
     security = open_server(folder)
-    known = _find_client(security, name)
-    with writing(folder, AGAIN):
-        known.replace(revoked_file(folder, name))
+    with changing(folder):
+        _find_client(security, name).replace(revoked_file(folder, name))
 
 
 def _find_client(security: Security, name: str) -> Path:

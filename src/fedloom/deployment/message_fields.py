@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, get_args
 
-from fedloom.deployment.client_keys import NAME
+from fedloom.deployment.approvals import NAME
 from fedloom.deployment.message_kinds import (
     Count,
     Either,

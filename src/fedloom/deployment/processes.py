@@ -61,12 +61,18 @@ last changed."""
 
 
 class Child:
-    """Process with all that it starts, whose output goes to a file."""
+    """Process with all that it starts, whose output goes to a file, or to a descriptor, `output`."""
 
     def __init__(
-        self, command: Sequence[str], log: Path | None, environment: Mapping[str, str], folder: Path | None = None
+        self,
+        command: Sequence[str],
+        log: Path | None,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        output: int | None = None,
     ) -> None:
         self._command, self.log, self._environment, self._folder = list(command), log, dict(environment), folder
+        self._output = output
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -75,12 +81,12 @@ class Child:
         self.end()
         # A session of its own, so that `end` reaches all that it starts, and Ctrl-C in a terminal reaches none of it.
         leash = [sys.executable, "-c", LEASH] if sys.platform == "linux" else []
-        with open(self.log, "ab") if self.log else nullcontext() as output:
+        with open(self.log, "ab") if self.log else nullcontext() as file:
             self._process = subprocess.Popen(
                 [*leash, *self._command],
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
+                stdout=file or self._output,
+                stderr=subprocess.STDOUT if file else None,
                 env=self._environment,
                 cwd=self._folder,
                 start_new_session=True,

@@ -35,12 +35,13 @@ def choose_device(wanted: str, where: str = "model.device") -> torch.device:
     available = torch.cuda.device_count()
     if wanted == "auto":
         wanted = "cuda" if available else "cpu"
-    # With its number: torch takes no GPU without one where it is asked about its memory, say.
-    device = torch.device("cuda:0" if wanted == "cuda" else wanted)
-    if device.type == "cuda" and device.index >= available:
+    kind, _, number = wanted.partition(":")
+    # Before torch sees the number: it takes 256 for 0, as one of 8 bits.
+    if kind == "cuda" and (len(number) > 3 or int(number or 0) >= available):
         mend = 'use "auto" or "cpu"' if where == "model.device" else "name those that are there"
-        raise ModelError(f"no device {wanted}: torch sees {available} GPUs", where=where, mend=mend)
-    return device
+        raise ModelError(f"no device {wanted[:20]}: torch sees {available} GPUs", where=where, mend=mend)
+    # With its number: torch takes no GPU without one where it is asked about its memory, say.
+    return torch.device(kind, int(number or 0)) if kind == "cuda" else torch.device(wanted)
 
 
 def choose_devices(wanted: Sequence[str] | None, own: torch.device) -> tuple[torch.device, ...]:

@@ -23,7 +23,7 @@ from fedloom.text import show_controls
 State = Literal["starting", "working", "waiting", "done", "failed", "interrupted"]
 SERIES = {"central": "central_loss", "clients": "client_loss", "train": "train_loss"}
 """Losses by the names of their columns, each with its key in a round's record."""
-TROUBLES = ("refused", "gone", "unscored", "unasked")
+TROUBLES = ("refused", "expired", "gone", "unscored", "unasked")
 """Words of steps that say what went wrong with a client. What is lost of a round stands in its record."""
 MISSED = ("late", "gone", "lost")
 """Phases of a client that gives no update."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Literal
@@ -28,7 +31,7 @@ from fedloom.text import hide_secrets, show_controls
 Format = Literal["text", "json"]
 MOST_BYTES, FILES_KEPT = 10_000_000, 5
 """Size from which on a log file is put aside as FILE.1, and how many of those are kept."""
-WARNED = {*TROUBLES, *MISSED, "retry", "scaled", "note"}
+WARNED = {*TROUBLES, *MISSED, "keys", "restart", "retry", "scaled", "note"}
 """Words of lines that are warnings."""
 
 
@@ -115,6 +118,11 @@ class _RotatedFile(RotatingFileHandler):
     def __init__(self, file: Path, say: Say) -> None:
         self._say: Say | None = say
         super().__init__(file, maxBytes=MOST_BYTES, backupCount=FILES_KEPT, encoding="utf-8", errors="replace")
+
+    def _open(self) -> TextIOWrapper:
+        """Open the file for its owner alone, whatever the umask: it names clients, and has an owner's own losses."""
+        opener = partial(os.open, mode=0o600)
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the library's name)
         error = sys.exc_info()[1]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, NamedTuple, get_args
 
 from fedloom.monitoring.board import SERIES, Board, State
-from fedloom.monitoring.web import Answer, Answering, Web
+from fedloom.monitoring.web import Answer, Answering, Web, is_loopback, is_named_here
 from fedloom.progress import Say
 from fedloom.text import show_controls
 
@@ -40,9 +41,12 @@ class Metrics(Answering):
     def __init__(self, board: Board, address: tuple[str, int], say: Say, *, names: bool = False) -> None:
         """Answer at a host and port; with `names`, clients are told apart by theirs."""
         self._board, self._names = board, names
+        self._is_local = is_loopback(address[0])
         self._web = Web("metrics", address, self._respond, say)
 
     def _respond(self, path: str, headers: Mapping[str, str]) -> Answer | None:
+        if self._is_local and not is_named_here(headers.get("host", "")):
+            return Answer("ask by localhost or an address\n", status=HTTPStatus.MISDIRECTED_REQUEST)
         if path == PATH:
             return Answer(to_text(measure(self._board, names=self._names)), KIND)
         if path == HEALTH:

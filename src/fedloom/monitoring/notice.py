@@ -25,6 +25,10 @@ from fedloom.text import hide_secrets, show_controls
 
 SECONDS = 30.0
 """Time that the command may take."""
+MOST_LETTERS = 10_000
+"""Longest fact: what starts a program takes no more than 128 KiB of one."""
+GOES_ON = ("joining", "told")
+"""Words of a client's steps after which it waits no more. A server's next complete round says so of it."""
 
 
 class Notice(Observer):
@@ -53,6 +57,8 @@ class Notice(Observer):
         if what == "waiting" and not self._waiting:
             self._waiting = True
             self._tell("waiting", detail)
+        elif what in GOES_ON:
+            self._waiting = False
 
     def show_round(self, record: RoundRecord) -> None:
         self._waiting = False
@@ -123,4 +129,8 @@ def facts_of(board: Board, state: str, why: str = "") -> dict[str, str]:
         "EPSILON": board.spent,
         **losses,
     }
-    return {f"FEDLOOM_{key}": show_controls(str(value)) for key, value in facts.items() if value is not None}
+    return {f"FEDLOOM_{key}": _cut(show_controls(str(value))) for key, value in facts.items() if value is not None}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from functools import cache
 from http import HTTPStatus
 from importlib import resources
-from ipaddress import ip_address
 
 import jinja2
 
 from fedloom.monitoring.board import Board
-from fedloom.monitoring.web import Answer, Answering, Web
+from fedloom.monitoring.web import Answer, Answering, Web, is_loopback
 from fedloom.progress import Say
 
 DOCUMENT = "/run.json"
@@ -49,20 +48,12 @@ class Page(Answering):
             shown = _template().render(nonce=nonce, document=DOCUMENT, seconds=POLL_SECONDS)
             return Answer(shown, "text/html; charset=utf-8", headers={"Content-Security-Policy": POLICY.format(nonce)})
         # Compared as bytes: of texts, only those of ASCII can be.
-        given, asked = headers.get("Authorization", ""), f"Bearer {self.token}"
+        given, asked = headers.get("authorization", ""), f"Bearer {self.token}"
         if not hmac.compare_digest(given.encode(errors="replace"), asked.encode()):
             return Answer("a token is needed\n", status=HTTPStatus.UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer"})
         if path == DOCUMENT:
             return Answer(json.dumps(self._board.document()), "application/json")
         return None
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can connect to an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @cache

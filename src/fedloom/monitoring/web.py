@@ -6,6 +6,7 @@ It works in a thread of its own that ends with the run. Whatever fails in it is 
 from __future__ import annotations
 
 import io
+import re
 import socket
 import socketserver
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -47,7 +49,8 @@ class Answer(NamedTuple):
 
 
 Respond = Callable[[str, Mapping[str, str]], Answer | None]
-"""A function from a path and a request's headers to an answer, or None where there is no such path."""
+"""A function from a path and a request's headers, by their names in small letters, to an answer, or None where there is
+no such path."""
 
 
 class Web:
@@ -102,6 +105,27 @@ class Answering(Observer):
 
     def close(self) -> None:
         self._web.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can connect to an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_named_here(host: str) -> bool:
+    """Return whether a request's Host header names localhost or an address, as it does unless a name leads here.
+
+    A page of somebody's, open in a browser of this machine, can have a name of theirs lead to the loopback, and then
+    read what is answered there (DNS rebinding).
+    """
+    name = re.sub(r":\d+$", "", host)
+    try:
+        return bool(ip_address(name.strip("[]")))
+    except ValueError:
+        return name.lower() in ("", "localhost")
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -170,7 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        found = self.server.respond(path, dict(self.headers.items()))
+        # A proxy that speaks HTTP/2 writes names in small letters.
+        found = self.server.respond(path, {name.lower(): value for name, value in self.headers.items()})
         self._send(found or Answer("there is nothing here\n", status=HTTPStatus.NOT_FOUND))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

@@ -586,6 +586,14 @@ def test_a_rehearsal_says_that_join_would_not_take_the_secret(tmp_path: Path) ->
         assert secret.exists() == bool(state)
 
 
+def test_a_rehearsal_leaves_a_policy_that_is_wrong_to_its_own_owner(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("[privacy]\nunit = 5\n")
+    found = rehearse(tmp_path / "no.kit", None, tmp_path / "policy.toml", {}, tmp_path / "a.jsonl", None)
+    (finding,) = [one for one in found if one.what == "policy"]
+    assert "policy.toml:2: `privacy.unit`" in finding.found
+    assert finding.mend == "change it there"
+
+
 # --- One task, one answer.
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedloom.deployment.addresses import split_address
 from fedloom.deployment.approvals import warn_of
+from fedloom.deployment.client.hearing import HEARD, hearing
 from fedloom.deployment.client.journal import ELSEWHERE, Journal, describe_ledger, standing
 from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
@@ -248,7 +249,7 @@ def join(
         say("privacy", describe_ledger(policy.privacy, entries))
     read_secret(secret_path(journal))
     check_flower()
-    with at_work(kit.name, journal), private_folder() as folder:
+    with at_work(kit.name, journal), private_folder() as folder, hearing(say) as output:
         log, secret = folder / "supernode.log", write_secret(folder)
         # As it is now, with what the command line says of the documents.
         rules = folder / "policy.toml"
@@ -274,7 +275,7 @@ def join(
                     say("server", words)
                 command = [sys.executable, "-m", "fedloom.deployment.client.worker_process"]
                 told = hand_over([f"--{key}={options[key]}" for key in options])
-                children["worker"] = Child(command, None, {**os.environ, **told})
+                children["worker"] = Child(command, None, {**os.environ, **told, **HEARD}, output=output)
                 environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
                 work = tasks_words(UNUSED_ADDRESS, secret, None)
                 children["SuperNode"] = flower_child("supernode", [*node, AND, *work], log, environment)

@@ -57,8 +57,11 @@ def rehearse(
             words, found[what] = do()
         except FedloomError as error:
             where = error.where and f"{error.where}: "
-            mends = filter(None, (error.mend, mend_of_server(error)))
-            return Finding(what, f"{where}{error.what}", "; ".join(mends) or "ask the server's owner")
+            # A policy has keys of the same names as a recipe, and is its owner's to mend.
+            is_own = what == "policy"
+            mends = filter(None, (error.mend, "" if is_own else mend_of_server(error)))
+            otherwise = "change it there" if is_own else "ask the server's owner"
+            return Finding(what, f"{where}{error.what}", "; ".join(mends) or otherwise)
         return Finding(what, words)
 
     yield look("Flower", _find_flower)
