@@ -52,8 +52,11 @@ class LinkHere:
     def watch(self, check: Callable[[], object]) -> None:
         """Take what the run would be interrupted by."""
 
+    is_open = False
+
     def open(self) -> None:
         """Be there."""
+        self.is_open = True
 
     def nodes(self) -> Sequence[Node]:
         return [Node(name, name, "1") for name in self.workers]
