@@ -65,7 +65,7 @@ class Entry(Section):
     why: str = Field("", max_length=5000)
     """Reason why it failed or was stopped."""
     stop: Literal["", "round", "now"] = ""
-    """Whether it is to end, and when: after the round that is under way, or at once."""
+    """Wish that it end: after the round that is under way, or at once; empty where nobody has it."""
     round: int | None = None
     """Last complete round, of one that has ended; None where none was begun."""
     rounds: int | None = None

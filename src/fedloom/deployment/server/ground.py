@@ -27,7 +27,7 @@ with 100 and 500 MB and two clients."""
 
 
 class Ground(NamedTuple):
-    """What a run needs that the server has itself."""
+    """Parts of a run that the server has itself."""
 
     source: ModelSource
     device: torch.device
