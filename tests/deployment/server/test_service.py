@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedloom.deployment.server.exchange import Node
 from fedloom.deployment.server.service import Service, submit
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, RecipeError
+from fedloom.host.signals import Interruption, Terminated
 from fedloom.monitoring.board import Board
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.recipe.recipe import Recipe
@@ -375,3 +377,18 @@ def test_two_services_in_one_folder_are_refused(server: Path) -> None:
         done = CliRunner().invoke(app, ["serve", "--insecure"])
         assert "another fedloom serve works with it (process" in str(done.exception)
         assert str(done.exception).endswith(f"end that one: fedloom stop {server}")
+
+
+def test_a_signal_that_comes_as_a_run_ends_is_heard_by_the_service() -> None:
+    """A run checks no more then, and the service would have stayed."""
+    with Interruption(lambda words: None) as of_service:
+        with Interruption(lambda words: None):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Terminated):
+            of_service.check()
+    with Interruption(lambda words: None) as of_service:
+        with suppress(KeyboardInterrupt), Interruption(lambda words: None) as of_run:
+            signal.raise_signal(signal.SIGINT)
+            of_run.check()
+            pytest.fail("it was not heard")
+        of_service.check()
