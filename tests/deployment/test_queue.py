@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -18,10 +20,11 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloo
 from fedloom.cli import app
 from fedloom.deployment import queue as module
 from fedloom.deployment.keys import in_use
-from fedloom.deployment.queue import QUEUE, Entry, Queue, list_runs, read_entry, write_lines
+from fedloom.deployment.queue import QUEUE, SUBMIT, Entry, Queue, list_runs, read_entry, write_lines
 from fedloom.errors import DeploymentError, RunError
 from fedloom.host import failpoints
 from fedloom.host.files import replace_file
+from fedloom.monitoring.status import status_file
 
 RECIPE = {"name": "first", "model": {"source": "random:tiny"}}
 
@@ -76,14 +79,14 @@ def test_each_run_has_a_directory_of_its_own_beside_the_servers_folder(server: P
     assert queue.add("mine", RECIPE, tmp_path / "mine", resume=True).number == 22
 
 
-SUBMIT = (
+SUBMITS = (
     "import sys; from pathlib import Path; from fedloom.deployment.queue import Queue\n"
     "for number in range(int(sys.argv[3])): Queue(Path(sys.argv[1])).add(f'{sys.argv[2]}-{number}', {'name': 'x'})"
 )
 
 
 def test_of_many_who_submit_at_once_none_is_lost(server: Path) -> None:
-    several = [subprocess.Popen([sys.executable, "-c", SUBMIT, str(server), who, "4"]) for who in "abc"]
+    several = [subprocess.Popen([sys.executable, "-c", SUBMITS, str(server), who, "4"]) for who in "abc"]
     assert [process.wait(120) for process in several] == [0, 0, 0]
     entries, errors = Queue(server).read()
     assert not errors
@@ -385,3 +388,45 @@ def test_what_is_said_of_a_run_is_what_its_file_has(server: Path) -> None:
     assert read_entry(server / QUEUE / "000001.json") == entry
     assert isinstance(entry, Entry)
     assert (server / QUEUE / "000001.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("words", "wish", "when"), [([], "round", " after the round that is under way"), (["--now"], "now", "")]
+)
+def test_the_command_waits_until_the_service_has_ended_the_run(
+    words: list[str], wish: str, when: str, server: Path, tmp_path: Path
+) -> None:
+    queue = Queue(server)
+    entry = queue.add("a", RECIPE, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    heard: list[str] = []
+
+    def serve() -> None:
+        with in_use(server, server):
+            queue.take()
+            started.set()
+            while not (asked := queue.asked_to_stop(entry.number)):
+                time.sleep(0.01)
+            heard.append(asked)
+            queue.end(entry, "stopped", "fedloom stop")
+
+    started = threading.Event()
+    service = threading.Thread(target=serve, daemon=True)
+    service.start()
+    assert started.wait(60)
+    done = CliRunner().invoke(app, ["stop", str(tmp_path / "a"), "--server", str(server), *words])
+    service.join(60)
+    assert (done.exit_code, heard) == (0, [wish])
+    assert done.output.splitlines() == [
+        f"stopping  run 1 ends{when}",
+        f"stopped; go on with: fedloom submit --resume {tmp_path / 'a'}",
+    ]
+
+
+def test_a_service_is_not_ended_for_one_of_its_runs(server: Path, tmp_path: Path) -> None:
+    """Its process would be signalled, where the queue that the run is in is not named."""
+    with status_file(tmp_path / "a", SUBMIT):
+        done = CliRunner().invoke(app, ["stop", str(tmp_path / "a"), "--server", str(server)])
+    assert str(done.exception) == (
+        f"{tmp_path / 'a'}: it is the run of a server that stays; name that server's folder: --server FOLDER"
+    )

@@ -162,6 +162,7 @@ class Service:
             finished = self._run(entry, turn)
         except Stopped:
             state, why = "stopped", STOPPED
+            self._say("stopped", f"run {entry.number}: {why}")
             self._observers.show_failure("interrupted", why)
         except KeyboardInterrupt:
             self._say("stopped", f"run {entry.number} goes on when the service is started again")
