@@ -29,7 +29,8 @@ LAYERS = (
     ("handover",),
     ("deployment",),
     ("audit",),
-    ("model_commands", "client_commands", "provision_commands", "run_options"),
+    ("run_options",),
+    ("model_commands", "client_commands", "provision_commands", "service_commands"),
     ("cli",),
     ("__main__",),
 )
@@ -40,8 +41,8 @@ DEPLOYMENT = (
     ("signing", "approvals"),
     ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields", "client_list", "backup", "systemd"),
-    ("messages",),
+    ("message_fields", "client_list", "queue", "systemd"),
+    ("messages", "backup"),
     ("own_messages",),
     ("server", "client"),
 )
@@ -52,11 +53,13 @@ BARE = ("model", "adapters", "training", "evaluation")
 
 LIGHT_ROOMS = (
     *("text", "errors", "seeds", "hub", "downloads", "progress", "host", "recipe"),
-    *("monitoring", "report", "model_commands", "client_commands", "provision_commands", "run_options", "cli"),
+    *("monitoring", "report", "run_options", "cli"),
+    *("model_commands", "client_commands", "provision_commands", "service_commands"),
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
-    *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.refusals"),
+    *("deployment.docker", "deployment.health", "deployment.queue"),
+    *("deployment.client.policy", "deployment.client.refusals"),
     *("deployment.client.journal", "deployment.client.account", "deployment.client.task_file"),
     *("deployment.client.reading", "deployment.client.rehearsal", "deployment.client.own_documents"),
 )
@@ -75,6 +78,8 @@ TAKES_A_RECIPE = {
     "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",
+    "deployment.server.ground": "it wires the server's part of a run",
+    "deployment.server.service": "the recipe is what is submitted",
 }
 """Modules beside `experiment` and `recipe` that take a whole recipe, and why: others take their own section."""
 

@@ -22,8 +22,10 @@ from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
-from fedloom.model_commands import RunFolder, chat, convert, evaluate, export, generate, preview, push
+from fedloom.model_commands import chat, convert, evaluate, export, generate, preview, push
 from fedloom.provision_commands import provision
+from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder
+from fedloom.service_commands import runs, stop, submit
 from fedloom.text import show_controls
 
 app = typer.Typer(
@@ -37,11 +39,6 @@ app = typer.Typer(
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """Error that typer raises for a command that it can't make sense of; it keeps the class itself private."""
 INTERRUPTED, TERMINATED = 130, 143
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, typed as in TOML.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -65,9 +62,7 @@ def run(
     watch: Annotated[
         bool, typer.Option("--watch", help="Write the report after every round, not only at the end.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
-    ] = False,
+    resume: ResumeRun = False,
     page: seen.PageAddress = None,
     metrics: seen.MetricsAddress = None,
     metrics_names: seen.MetricsNames = False,
@@ -93,14 +88,15 @@ app.add_typer(provision, name="provision")
 
 @app.command()
 def serve(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe, for one run; if left out, the server stays for many."),
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(parser=path, help="The run directory; runs/NAME-TIME if left out.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
-    ] = False,
+    resume: ResumeRun = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
     wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
     server: Annotated[Path, typer.Option(parser=path, help="What provision init made.")] = Path("fedloom-server"),
@@ -114,19 +110,32 @@ def serve(
     log_format: seen.LogFormat = None,
     notify: seen.NotifyCommand = None,
 ) -> None:
-    """Carry out a recipe with clients on other machines."""
+    """Carry out a recipe with clients on other machines; without one, stay for those of `fedloom submit`.
+
+    A server that stays takes the runs of its queue one after another, until Ctrl-C, SIGTERM or `fedloom stop FOLDER`
+    ends it; started again, it goes on with the run that was at work.
+    """
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
-    from fedloom.experiment.recognition import open_recipe
+    loaded = None
+    if recipe is not None:
+        from fedloom.experiment.recognition import open_recipe
 
-    out, recipe = seen.find_resumed(recipe, out, resume=resume, command="serve")
-    loaded = open_recipe(recipe, overrides or (), say)
+        out, recipe = seen.find_resumed(recipe, out, resume=resume, command="serve")
+        loaded = open_recipe(recipe, overrides or (), say)
+    elif out or resume:
+        raise typer.BadParameter("--out and --resume are of one run, whose RECIPE is missing.")
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
     asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
-    with told_when_terminated(), seen.observed("fedloom serve", out, say, asked) as observers:
+    watched = out if loaded else server
+    with told_when_terminated(), seen.observed("fedloom serve", watched, say, asked) as observers:
+        if loaded is None:
+            from fedloom.deployment.server.service import serve_queue
+
+            serve_queue(server, port=port, security=security, wait_seconds=wait, observers=observers)
         from fedloom.deployment.server.serving import serve
 
         serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait, observers=observers)
@@ -186,23 +195,9 @@ def status(run: RunFolder) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def stop(
-    run: RunFolder,
-    now: Annotated[bool, typer.Option("--now", help="At once, not after the step that is under way.")] = False,
-) -> None:
-    """End a run that is at work on this machine, as Ctrl-C does: it can go on later.
-
-    Exit code 0 when it has ended, 1 where nobody is at work in it on this machine, 2 where there is no such run.
-    """
-    from fedloom.monitoring.status import stop
-
-    work = stop(run, at_once=now, say=typer.echo)
-    if work is None:
-        typer.echo(show_controls(f"{run}: nobody is at work in it on this machine"))
-        raise typer.Exit(1)
-    how = f"go on with: {work.command} --resume {run}" if run.is_dir() else "nothing was begun: start it as before"
-    typer.echo(show_controls(f"stopped; {how}"))
+app.command()(submit)
+app.command()(runs)
+app.command()(stop)
 
 
 @app.command()

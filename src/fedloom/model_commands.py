@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from fedloom.host.files import path
+from fedloom.run_options import RunFolder
 from fedloom.text import show_controls
 
 Client = Annotated[
     int | None, typer.Option(min=0, help="The own adapter of the client of this number, in the place of the best.")
 ]
-RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A run directory.")]
 
 
 def convert(

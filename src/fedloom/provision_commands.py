@@ -157,7 +157,7 @@ def provision_backup(
     to: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="The file to write; it holds the keys.")],
     folder: Annotated[Path, typer.Argument(parser=path, help="The server's folder.")] = Path("fedloom-server"),
 ) -> None:
-    """Server: write its keys and its list of clients into one file, which nobody else may read."""
+    """Server: write its keys, its list of clients and its queue into one file, which nobody else may read."""
     from fedloom.deployment.backup import back_up
     from fedloom.text import count
 

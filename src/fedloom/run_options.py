@@ -1,4 +1,4 @@
-"""Options of the commands that carry out a run: who watches it beside the terminal, and where it goes on."""
+"""Options of the commands that carry out a run: its recipe, who watches it beside the terminal, where it goes on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 
 from fedloom.deployment.addresses import split_address
-from fedloom.errors import FedloomError, RunError
+from fedloom.errors import RunError
 from fedloom.host.files import path
-from fedloom.host.signals import Terminated
-from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.observer import Observer, Observers, describe_end
 from fedloom.progress import Say
 
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, typed as in TOML.")
+]
+ResumeRun = Annotated[
+    bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
+]
+RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A run directory.")]
 PageAddress = Annotated[
     str | None,
     typer.Option(
@@ -87,12 +94,11 @@ def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator
         if out:
             stack.enter_context(status_file(out, command))
         board = Board(command, out)
-        told: list[Board | Log | Notice] = [board]
+        observers: list[Observer] = [board]
         if asked.log_file or asked.log_format:
-            told.append(Log(asked.log_file, asked.log_format or "text", say))
+            observers.append(Log(asked.log_file, asked.log_format or "text", say))
         if asked.notify is not None:
-            told.append(Notice(asked.notify, board, say))
-        observers: list[Observer] = [*told]
+            observers.append(Notice(asked.notify, board, say))
         if page_at:
             observers.append(Page(board, page_at, say))
         if metrics_at:
@@ -102,16 +108,8 @@ def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator
         try:
             yield observers
         except BaseException as error:
-            for one in told:
-                one.show_failure(*_describe_end(error))
+            Observers(*observers).show_failure(*describe_end(error))
             raise
-
-
-def _describe_end(error: BaseException) -> tuple[Literal["failed", "interrupted"], str]:
-    """Return how a run ended that an error ended, and why, as the run's status has it."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
-    return "failed", str(error) if isinstance(error, FedloomError) else f"bug: {type(error).__name__}"
 
 
 def saying_to(observers: Sequence[Observer], say: Say) -> Say:

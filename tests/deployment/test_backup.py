@@ -22,6 +22,7 @@ from fedloom.deployment.approvals import note_seen
 from fedloom.deployment.backup import back_up, read_backup, restore
 from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.client_list import list_server
+from fedloom.deployment.queue import Queue
 from fedloom.deployment.signing import Signer, Verifier
 from fedloom.errors import DeploymentError, RunError
 from fedloom.host.files import hash_json
@@ -36,6 +37,14 @@ def server(tmp_path: Path) -> Path:
         keys.approve(folder, keys.request(name, tmp_path), tmp_path)
     keys.revoke(folder, "carol")
     note_seen(folder, ["alice"])
+    queue = Queue(folder)
+    for name in ("first", "second", "third"):
+        queue.add(name, {"name": name}, tmp_path / "runs" / name)
+    taken = queue.take()
+    assert taken
+    queue.end(taken, "done")
+    queue.take()
+    (folder / "queue" / "lock").unlink()
     return folder
 
 
@@ -61,6 +70,11 @@ def test_what_comes_back_is_the_same_server_to_its_clients(server: Path, saved: 
     restored = restore(saved, tmp_path / "elsewhere" / "server")
     assert contents(restored.folder) == before
     assert list_server(restored.folder) == listed, "who was seen when, too"
+    states = [(entry.name, entry.state) for entry in Queue(restored.folder).read()[0]]
+    assert states == [("first", "done"), ("second", "running"), ("third", "waiting")]
+    going_on = Queue(restored.folder).take()
+    assert going_on
+    assert (going_on.name, going_on.resume) == ("second", True)
     assert restored.folder.stat().st_mode & 0o777 == 0o700
     keys.open_server(restored.folder)
     certificate = x509.load_pem_x509_certificate(restored.certificate.read_bytes())
@@ -88,6 +102,7 @@ def test_a_folder_from_before_is_backed_up_too(server: Path, tmp_path: Path) -> 
     (server / "signing.key").unlink()
     shutil.rmtree(server / "seen")
     shutil.rmtree(server / "revoked")
+    shutil.rmtree(server / "queue")
     back_up(server, tmp_path / "saved")
     assert list_server(restore(tmp_path / "saved", tmp_path / "new").folder)["fingerprint"] is None
 
@@ -113,6 +128,14 @@ def test_a_folder_that_is_no_server_is_not_backed_up(server: Path, tmp_path: Pat
         back_up(server, tmp_path / "saved")
     (server / "server.key").unlink()
     with pytest.raises(DeploymentError, match="do not belong together"):
+        back_up(server, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_queue_that_is_damaged_is_mended_before_it_is_backed_up(server: Path, tmp_path: Path) -> None:
+    """What comes of it could not be restored."""
+    (server / "queue" / "000009.json").write_text("{")
+    with pytest.raises(DeploymentError, match=r"000009.json: not a run of a queue: .*; remove it, and submit the run"):
         back_up(server, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -203,6 +226,12 @@ WRONG: list[tuple[Change, str]] = [
     (put("clients/a/b.pub"), STRANGE),
     (put("clients"), STRANGE),
     (put("nginx.conf"), STRANGE),
+    (put("queue/000004.json"), STRANGE),
+    (put("queue/000004.json", "[" * 99999), STRANGE),
+    (put("queue/000004.json", '{"name": "x", "recipe": {}, "out": "relative", "submitted": ""}'), STRANGE),
+    (put("queue/4.json"), STRANGE),
+    (put("queue/../000004.json"), STRANGE),
+    (put("queue/lock"), STRANGE),
     (put("clients/a\0.pub"), STRANGE),
     (put("clients/alice.pub", 5), STRANGE),
     (put("clients/alice.pub", ["x"]), STRANGE),

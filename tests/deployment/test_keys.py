@@ -287,7 +287,7 @@ def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
     security = init(tmp_path / "server", "fed.example.org", 8443)
     recipe = load_recipe("tiny")
     first = tmp_path / "first"
-    with keys.in_use(security, first):
+    with keys.in_use(security.folder, first):
         who = rf"process {os.getpid()} on \S+"
         with pytest.raises(
             DeploymentError,
@@ -295,7 +295,7 @@ def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
         ):
             serve(recipe, tmp_path / "run", Observer(), security=security)
         assert not (tmp_path / "server" / "nginx.conf").exists()
-    with keys.in_use(security, tmp_path / "run"):
+    with keys.in_use(security.folder, tmp_path / "run"):
         pass
 
 

@@ -56,6 +56,16 @@ def test_a_service_can_do_no_more_than_it_must(name: str, tmp_path: Path) -> Non
     assert 'u fedloom - "fedloom" /var/lib/fedloom' in (tmp_path / "fedloom.conf").read_text().splitlines()
 
 
+def test_the_server_stays_and_is_told_by_its_signal_to_end(tmp_path: Path) -> None:
+    """Runs are submitted to it; none stands in its unit."""
+    write_units(tmp_path)
+    service = read_unit(tmp_path / "fedloom-serve.service")["Service"]
+    (line,) = service["ExecStart"]
+    assert line.split()[3:] == ["serve", "--server", "fedloom-server", "$FEDLOOM_OPTIONS"]
+    assert "Environment" not in [key for key in service if "FEDLOOM_RECIPE" in "".join(service[key])]
+    assert service["SuccessExitStatus"] == ["143"]
+
+
 def test_the_server_does_not_see_the_authoritys_key_and_no_unit_holds_a_secret(tmp_path: Path) -> None:
     write_units(tmp_path)
     hidden = read_unit(tmp_path / "fedloom-serve.service")["Service"]["InaccessiblePaths"]

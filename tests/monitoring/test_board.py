@@ -82,3 +82,29 @@ def test_what_is_shown_is_bounded_and_has_no_control_characters() -> None:
     assert len(text) < 300_000
     assert "\\u001b" not in text
     assert "\\u202e" not in text.replace("\\\\u202e", "")
+
+
+def test_the_next_run_of_a_service_begins_with_nothing_of_the_one_before() -> None:
+    board = make_board(3)
+    board.show_clients({"alice": "late"})
+    board.show_failure("failed", "no quorum")
+    refused = board.refusals["turned away"]
+    board.show_next(Path("runs/second"))
+    shown = board.document()
+    assert (shown["state"], shown["round"], shown["rounds"], shown["seconds_left"]) == ("starting", None, None, None)
+    assert (shown["rows"], shown["clients"], shown["troubles"], shown["plan"]) == ([], [], [], {})
+    assert (board.folder, board.error) == (Path("runs/second"), "")
+    assert board.refusals["turned away"] == refused == 1, "of the process"
+    board.show_next(None)
+    assert (board.state, board.folder, board.work.doing) == ("idle", Path("runs/first"), "waiting for a run")
+
+
+def test_a_queue_is_bounded_and_its_words_are_text() -> None:
+    board = Board("fedloom serve")
+    assert board.document()["queue"] == []
+    told = {"state": "waiting", "round": None, "rounds": None, "run": "/runs/x", "why": HOSTILE * 99}
+    board.show_queue([{"number": number, "name": HOSTILE, **told} for number in range(200)])
+    queue = board.document()["queue"]
+    assert [run["number"] for run in queue] == [*range(199, 149, -1)], "the last first"
+    assert "\x1b" not in json.dumps(queue, ensure_ascii=False)
+    assert len(queue[0]["why"]) < 2500

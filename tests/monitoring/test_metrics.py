@@ -152,3 +152,14 @@ def test_names_without_metrics_are_refused() -> None:
         observed("fedloom run", None, lambda *told: None, Asked(metrics_names=True)),
     ):
         pass
+
+
+def test_the_runs_of_a_queue_are_counted_by_state() -> None:
+    board = Board("fedloom serve")
+    assert "fedloom_queue" not in to_text(measure(board))
+    board.show_queue([{"state": state} for state in ("done", "done", "failed", "running", "waiting")])
+    board.show_next(None)
+    found = read(to_text(measure(board)))
+    counts = {"done": 2, "failed": 1, "running": 1, "waiting": 1}
+    assert {state: found[f'fedloom_queue{{state="{state}"}}'] for state in counts} == counts
+    assert found['fedloom_state{state="idle"}'] == 1

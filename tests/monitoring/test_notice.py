@@ -13,7 +13,7 @@ from fedloom.errors import DeploymentError, RunError
 from fedloom.monitoring import notice
 from fedloom.monitoring.board import Board
 from fedloom.monitoring.notice import MOST_LETTERS, Notice, facts_of
-from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.observer import Observer, Observers
 from fedloom.run_options import Asked, observed
 
 WRITER = (
@@ -110,6 +110,25 @@ def test_a_long_reason_keeps_no_command_from_being_run(tmp_path: Path) -> None:
     one.close()
     (facts,) = told(tmp_path)
     assert facts["FEDLOOM_WHY"] == "ε" * MOST_LETTERS + "…"
+
+
+def test_each_run_of_a_service_is_told_of_by_itself(tmp_path: Path) -> None:
+    board = make_board()
+    one = Notice(command(tmp_path), board, say_nothing)
+    watching = Observers(board, one)
+    for name in ("first", "second"):
+        watching.show_next(tmp_path / name)
+        watching.show_step("waiting", "for 2 clients")
+        watching.show_failure("failed", "1 of 2 clients came")
+        one.close()
+    watching.show_next(None)
+    watching.show_failure("interrupted", "SIGTERM")
+    one.close()
+    ended = [facts for facts in told(tmp_path) if facts["FEDLOOM_STATE"] != "waiting"]
+    assert len(told(tmp_path)) == 5, "waiting is told of each"
+    runs = [str(tmp_path / "first"), str(tmp_path / "second"), str(Path("runs/first").absolute())]
+    assert [facts["FEDLOOM_RUN"] for facts in ended] == runs, "of none, the folder that it was opened with"
+    assert not [facts for facts in ended if "FEDLOOM_ROUND" in facts], "rounds of the run before"
 
 
 def test_facts_have_neither_control_characters_nor_secrets() -> None:

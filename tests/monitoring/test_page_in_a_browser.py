@@ -28,6 +28,8 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     board = make_board(12, names=NAMES)
     board.show_clients({"alice": "answered", HOSTILE: "training", "b" * 120: "late"})
     board.show_round(make_record(12, epsilon=1.25, lost=[2], lost_because={"2": f"round 12, client 2: {HOSTILE}"}))
+    told = {"number": 7, "state": "failed", "round": 2, "rounds": 9, "run": "/runs/" + "c" * 150, "why": HOSTILE}
+    board.show_queue([{"name": HOSTILE, **told}])
     page = Page(board, ("127.0.0.1", 0), lambda *told: None)
     respond = page._web._server.respond  # type: ignore[union-attr]
 
@@ -67,6 +69,7 @@ def test_it_shows_the_run_as_text_and_nothing_sticks_out(page: Page, tmp_path: P
         "mallory",
         "random:",
         "fedloom serve, since",
+        "failed, round 2 of 9, /runs/ccc",
     ):
         assert words in seen
     assert body.count("<polyline") == 2

@@ -44,18 +44,24 @@ class LinkHere:
         self.answered: list[tuple[str, Frame]] = []
         self.on_question: Callable[[str, Frame], object] = lambda name, frame: None
         self._answers: dict[str, Frame] = {}
+        self._check: Callable[[], object] = bool
 
     def restart(self, name: str) -> None:
         """Let a client's process end, and another begin in its folder."""
         self.workers[name] = self.owners[name].start(name, self._folder)
 
     def watch(self, check: Callable[[], object]) -> None:
-        """Take what the run would be interrupted by."""
+        """Take what the run is interrupted by, at each look."""
+        self._check = check
+
+    is_open = False
 
     def open(self) -> None:
         """Be there."""
+        self.is_open = True
 
     def nodes(self) -> Sequence[Node]:
+        self._check()
         return [Node(name, name, "1") for name in self.workers]
 
     def send(self, node: Node, frame: Frame, seconds: float) -> str:
@@ -68,6 +74,7 @@ class LinkHere:
         return message
 
     def pull(self, messages: Collection[str]) -> Answer | None:
+        self._check()
         found = next((message for message in messages if message in self._answers), None)
         return Answer(found, self._answers.pop(found), "") if found else None
 

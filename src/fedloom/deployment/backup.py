@@ -1,4 +1,4 @@
-"""Backup of a server's folder: one file with its keys, and the folder made of it again. No torch here.
+"""Backup of a server's folder: one file with its keys and its queue, and the folder made of it again. No torch here.
 
 The file is JSON of names and texts, and not an archive, so it can hold no paths, links or owners. On its way back each
 name must be one that a server's folder has, and all together a server that could serve.
@@ -28,6 +28,9 @@ from fedloom.deployment.approvals import MOST_LETTERS as MOST_FILE_LETTERS
 from fedloom.deployment.certificates import read_certificate
 from fedloom.deployment.client_keys import check_private
 from fedloom.deployment.keys import Security, read_server
+from fedloom.deployment.queue import MOST_BYTES as MOST_RUN_BYTES
+from fedloom.deployment.queue import NAME as RUN_NAME
+from fedloom.deployment.queue import QUEUE, Queue, parse_entry
 from fedloom.errors import DeploymentError
 from fedloom.host.files import flush, hash_json, new_file, replace_folder, write_private, writing
 
@@ -35,6 +38,7 @@ FORMAT = 1
 SECRET, PUBLIC = ("ca.key", "server.key", "signing.key"), ("ca.crt", "server.crt", "server.toml")
 MAY_LACK = "signing.key"
 """File that a folder from before questions were signed has not."""
+RUN_FILE = re.compile(rf"{QUEUE}/{RUN_NAME.pattern}", re.ASCII)
 KEY_FILE = re.compile(rf"(?:{CLIENTS}|{REVOKED})/{NAME.pattern}(?:-\d{{8}}-\d{{6}})?\.pub")
 MOST_BYTES = 64 * 2**20
 """Largest backup that is read: 100,000 clients' keys have 40 MB."""
@@ -53,6 +57,7 @@ def back_up(folder: Path, to: Path) -> int:
     check_whole(security)
     names = [name for name in (*SECRET, *PUBLIC) if name != MAY_LACK or (folder / name).exists()]
     names += [f"{part}/{file.name}" for part in (CLIENTS, REVOKED) for file in sorted((folder / part).glob("*.pub"))]
+    names += [f"{QUEUE}/{path.name}" for path in Queue(folder).paths().values()]
     try:
         files = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     except (OSError, ValueError) as error:
@@ -80,11 +85,11 @@ def restore(file: Path, folder: Path) -> Security:
         raise DeploymentError("the folder exists", where=str(folder), mend="name another with --to")
     with writing(folder, AGAIN), replace_folder(folder, existing="refuse", durable=True) as made:
         made.chmod(0o700)
-        for part in (CLIENTS, REVOKED, SEEN):
+        for part in (CLIENTS, REVOKED, SEEN, QUEUE):
             (made / part).mkdir()
         for name, text in told["files"].items():
             write_private(made / name, text.encode())
-            if name not in SECRET:
+            if name in PUBLIC or KEY_FILE.fullmatch(name):
                 (made / name).chmod(0o644)
         for name, moment in told["seen"].items():
             (made / SEEN / name).touch(0o600)
@@ -120,19 +125,24 @@ def read_backup(file: Path) -> dict[str, Any]:
         raise DeploymentError("damaged, or of another version of fedloom", where=str(file), mend=OTHER)
     try:
         for name, text in files.items():
-            if not (name in (*SECRET, *PUBLIC) or KEY_FILE.fullmatch(name)) or len(text) > MOST_FILE_LETTERS:
+            is_run = RUN_FILE.fullmatch(name)
+            if not (name in (*SECRET, *PUBLIC) or KEY_FILE.fullmatch(name) or is_run):
                 raise ValueError(name)
-            text.encode()
+            if len(text) > (MOST_RUN_BYTES if is_run else MOST_FILE_LETTERS):
+                raise ValueError(name)
+            content = text.encode()
+            if is_run:
+                parse_entry(content, Path(name))
         moments = {name: datetime.fromisoformat(moment).astimezone(UTC) for name, moment in seen.items()}
         if strange := [name for name in moments if f"{CLIENTS}/{name}.pub" not in files]:
             raise ValueError(strange[0])
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, DeploymentError) as error:
         raise DeploymentError("it holds what no server's folder does", where=str(file), mend=OTHER) from error
     return {"files": files, "seen": moments}
 
 
 def check_whole(security: Security) -> None:
-    """Refuse a folder whose keys and certificates are not those of one server, or that has an approval it can't read.
+    """Refuse a folder whose keys and certificates are not one server's, or in which an approval or a run is damaged.
 
     Raises:
         DeploymentError
@@ -148,6 +158,8 @@ def check_whole(security: Security) -> None:
         ) from error
     list_approvals(security.folder)
     list_revoked(security.folder)
+    for damaged in Queue(security.folder).read()[1]:
+        raise damaged
 
 
 def _check_keys(security: Security) -> None:

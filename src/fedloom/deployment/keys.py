@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 AGAIN = "run it again"
 CA_DAYS, SERVER_DAYS = 3650, 365
+SERVE_LOCK = "serve.lock"
+"""File of a server's folder that the server which works with it holds locked."""
 NEXT = ".next"
 """End of the name of a client's next key, which takes the place of its key once a kit names it."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -128,26 +130,28 @@ def init(folder: Path, host: str, port: int) -> Security:
 
 
 @contextmanager
-def in_use(security: Security, run: Path) -> Iterator[None]:
-    """Be the only server that works with these keys, on a run, until the block ends: nginx's files lie beside them.
+def in_use(folder: Path, work: Path) -> Iterator[None]:
+    """Be the only server that works with a folder until the block ends: nginx's files lie beside its keys.
+
+    `work` is what `fedloom stop` ends it by: its run, or this folder where it is a service.
 
     Raises:
         DeploymentError: another one is, or the folder can't be written.
     """
-    path = security.folder / "serve.lock"
+    path = folder / SERVE_LOCK
     try:
         lock = Lock(path, 0o600)
-        lock.sign(str(run.absolute()))
+        lock.sign(str(work.absolute()))
     except BlockingIOError:
         holder = read_holder(path)
         raise DeploymentError(
             f"another fedloom serve works with it ({holder.who})",
-            where=str(security.folder),
+            where=str(folder),
             mend=f"end that one: fedloom stop {holder.work}",
         ) from None
     except OSError as error:
         raise DeploymentError(
-            f"can't be written ({error.strerror})", where=str(security.folder), mend="see that it may be written"
+            f"can't be written ({error.strerror})", where=str(folder), mend="see that it may be written"
         ) from None
     with lock:
         yield

@@ -68,17 +68,16 @@ WantedBy=multi-user.target
 SERVE = (
     """\
 # Written by fedloom provision systemd. In /var/lib/fedloom, all of the user fedloom's: fedloom-server/ (of provision
-# init) and recipe.toml. The run goes to runs/first; /etc/fedloom/serve.env may name another recipe and run:
-#   FEDLOOM_RECIPE=second.toml
-#   FEDLOOM_OUT=runs/second
+# init). It stays, and takes the runs that this user submits there (fedloom submit RECIPE), which go to runs/. Options
+# may stand in /etc/fedloom/serve.env:
+#   FEDLOOM_OPTIONS=--page 8080 --log-file serve.log
 [Unit]
 Description=fedloom's server
 """
     + UNIT
     + """\
-Environment=FEDLOOM_RECIPE=recipe.toml FEDLOOM_OUT=runs/first
 EnvironmentFile=-/etc/fedloom/serve.env
-ExecStart=PYTHON -m fedloom serve ${FEDLOOM_RECIPE} --out ${FEDLOOM_OUT} --resume
+ExecStart=PYTHON -m fedloom serve --server fedloom-server $FEDLOOM_OPTIONS
 # The proxy's connections.
 LimitNOFILE=32768
 # It certifies servers, and is needed for provision renew alone.

@@ -209,8 +209,8 @@ def gather(recipe: Recipe, observer: Observer) -> Material:
     return Material(source, found, splits, central, clients, shared_blocks, find_idle(splits, clients, recipe))
 
 
-def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
-    """Refuse what does not fit together: model, adapter, engine, lengths.
+def check(recipe: Recipe, source: ModelSource, device: torch.device, *, room: bool = True) -> Setup:
+    """Refuse what does not fit together: model, adapter, engine, lengths; without `room`, whatever memory is free.
 
     Raises:
         RecipeError, ModelError
@@ -224,7 +224,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device) -> Setup:
     check_length(recipe.data.max_length, source, shape.prompt_length)
     check_lora_rule(shape.layout, recipe.federation)
     # The blocks of a .gguf file are unpacked beside the GPU.
-    if device.type == "cuda" and recipe.model.quantization != "packed":
+    if room and device.type == "cuda" and recipe.model.quantization != "packed":
         check_room(build_shape(recipe, source, dtype, packed=True), device)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 NAMES = (
     "file.write",
+    "file.written",
     "run.opened",
     "run.prepared",
     "run.loaded",

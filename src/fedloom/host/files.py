@@ -71,8 +71,10 @@ def _reason(error: OSError | SafetensorError) -> str:
     return found[1] if found else type(error).__name__
 
 
-def replace_file(path: Path, content: bytes, rights: int = 0o666) -> None:
+def replace_file(path: Path, content: bytes, rights: int = 0o666, *, durable: bool = False) -> None:
     """Write a file whole or not at all; of the rights to it, the umask takes away.
+
+    A `durable` one is on the disk before it gets its name, and its name before this ends.
 
     Raises:
         OSError: it can't be written; what was there before is still there.
@@ -81,7 +83,12 @@ def replace_file(path: Path, content: bytes, rights: int = 0o666) -> None:
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, rights)) as file:
             file.write(content)
+        if durable:
+            flush(temporary)
+        failpoint("file.written")
         temporary.replace(path)
+        if durable:
+            flush(path.parent)
     except OSError:
         with suppress(OSError):  # half a file takes room that there is none of
             temporary.unlink(missing_ok=True)

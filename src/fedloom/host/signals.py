@@ -17,11 +17,15 @@ class Terminated(KeyboardInterrupt):
 
 
 class Interruption(AbstractContextManager["Interruption"]):
-    """Inside it, a signal waits for the next `check`; outside the main thread, where none arrives, it does nothing."""
+    """Inside it, a signal waits for the next `check`; outside the main thread, where none arrives, it does nothing.
+
+    One that came after the last check of a block within another is the outer one's to hear.
+    """
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
         self._asked: int | None = None
+        self._is_heard = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -34,6 +38,9 @@ class Interruption(AbstractContextManager["Interruption"]):
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        outer = getattr(self._before.get(self._asked or 0), "__self__", None)
+        if self._asked is not None and not self._is_heard and isinstance(outer, Interruption):
+            outer._come(self._asked, None)
 
     def check(self) -> None:
         """End here, if that was asked for.
@@ -42,10 +49,12 @@ class Interruption(AbstractContextManager["Interruption"]):
             KeyboardInterrupt, Terminated
         """
         if self._asked is not None:
+            self._is_heard = True
             _raise(self._asked)
 
     def _come(self, number: int, frame: FrameType | None) -> None:
         if self._asked is not None:
+            self._is_heard = True
             _raise(number)
         self._asked = number
         self._say("ends after this step; once more, and it ends at once")

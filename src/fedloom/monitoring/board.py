@@ -20,7 +20,8 @@ from fedloom.records.run import RoundRecord, Run
 from fedloom.records.writer import now
 from fedloom.text import show_controls
 
-State = Literal["starting", "working", "waiting", "done", "failed", "interrupted"]
+State = Literal["starting", "idle", "working", "waiting", "done", "failed", "interrupted"]
+"""States of a run; `idle` is a service's that has none."""
 SERIES = {"central": "central_loss", "clients": "client_loss", "train": "train_loss"}
 """Losses by the names of their columns, each with its key in a round's record."""
 TROUBLES = ("refused", "expired", "gone", "unscored", "unasked")
@@ -28,7 +29,7 @@ TROUBLES = ("refused", "expired", "gone", "unscored", "unasked")
 MISSED = ("late", "gone", "lost")
 """Phases of a client that gives no update."""
 NOT_ADMITTED, TURNED_AWAY = "not admitted", "turned away"
-MOST_CLIENTS, MOST_TROUBLES, MOST_POINTS, MOST_ROWS, MOST_LETTERS = 200, 50, 500, 12, 500
+MOST_CLIENTS, MOST_TROUBLES, MOST_POINTS, MOST_ROWS, MOST_LETTERS, MOST_RUNS = 200, 50, 500, 12, 500, 50
 """Bounds of what is handed out, however long a run is and however many clients it has."""
 
 
@@ -45,15 +46,22 @@ class Board(StatusFile):
 
     def __init__(self, command: str, folder: Path | None = None) -> None:
         super().__init__(command, None)
-        self.state: State = "starting"
+        self.refusals: Counter[str] = Counter()
+        """Updates that did not count and clients that were turned away, by reason, since this process began."""
+        self.queue: Sequence[Mapping[str, Any]] = ()
+        """Runs of a service's queue."""
+        self._home = folder
+        self._begin("starting", folder)
+
+    def _begin(self, state: State, folder: Path | None) -> None:
+        """Forget the run of before."""
+        self.state: State = state
         self.folder = folder
         self.error = ""
         """Words of what ended the run, where it failed."""
         self.plan: Plan | None = None
         self.rounds: dict[int, RoundRecord] = {}
         self.troubles: deque[Trouble] = deque(maxlen=MOST_TROUBLES)
-        self.refusals: Counter[str] = Counter()
-        """Updates that did not count and clients that were turned away, by reason, since this process began."""
         self._missed: dict[str, str] = {}
 
     def show_step(self, what: str, detail: str) -> None:
@@ -99,8 +107,14 @@ class Board(StatusFile):
         self.state, self.folder = "done", folder
 
     def show_failure(self, state: Literal["failed", "interrupted"], why: str) -> None:
-        """Hear that the run ended before its end, and why."""
         self.state, self.error = state, why
+
+    def show_next(self, folder: Path | None) -> None:
+        super().show_next(folder)
+        self._begin("starting" if folder else "idle", folder or self._home)
+
+    def show_queue(self, runs: Sequence[Mapping[str, Any]]) -> None:
+        self.queue = runs
 
     @property
     def spent(self) -> float | None:
@@ -135,6 +149,10 @@ class Board(StatusFile):
             "privacy": _shown(explain_privacy(plan.privacy)) if plan and plan.privacy else "",
             "spent": self.spent,
             "plan": {name: _shown(value) for name, value in describe_plan(plan).items()} if plan else {},
+            "queue": [
+                {key: _shown(value) if isinstance(value, str) else value for key, value in run.items()}
+                for run in self.queue[-MOST_RUNS:][::-1]
+            ],
         }
 
 

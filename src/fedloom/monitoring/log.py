@@ -99,8 +99,10 @@ class Log(Observer):
     def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
         self.show_step("done", str(folder))
 
-    def show_failure(self, state: str, why: str) -> None:
-        """Hear that the run ended before its end: `failed` or `interrupted`, and why."""
+    def show_next(self, folder: Path | None) -> None:
+        self._phases = {}
+
+    def show_failure(self, state: Literal["failed", "interrupted"], why: str) -> None:
         self._write(logging.ERROR if state == "failed" else logging.WARNING, state, why)
 
     def close(self) -> None:

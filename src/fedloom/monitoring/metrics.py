@@ -58,6 +58,7 @@ def measure(board: Board, *, names: bool = False) -> Iterator[Metric]:
     """Yield the metrics of a run. Counters are those of the whole run, rounds of before it was stopped included."""
     work, records = board.work, [record for _, record in sorted(board.rounds.items())]
     yield Metric("fedloom_state", "1 for the state of the run.", _one_of(board.state, get_args(State)))
+    yield Metric("fedloom_queue", "Runs of a service's queue by state.", _by("state", _states_of(board)))
     trained = [record for record in records if record["round"]]
     yield Metric("fedloom_rounds_total", "Complete rounds.", [({}, len(trained))])
     yield Metric("fedloom_rounds_planned", "Rounds that the run will have.", _known(work.rounds))
@@ -79,6 +80,10 @@ def measure(board: Board, *, names: bool = False) -> Iterator[Metric]:
     losses = {name: values[-1] for name, key in SERIES.items() if (values := _values(records, key))}
     yield Metric("fedloom_loss", "Last loss, in nats a token.", _by("of", losses))
     yield Metric("fedloom_epsilon", "Privacy spent so far.", _known(board.spent))
+
+
+def _states_of(board: Board) -> Counter[str]:
+    return Counter(run["state"] for run in board.queue)
 
 
 def to_text(metrics: Iterable[Metric]) -> str:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from fedloom.errors import RunError
 from fedloom.monitoring.board import SERIES, Board
@@ -69,8 +70,10 @@ class Notice(Observer):
     def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:
         self._tell("done", "")
 
-    def show_failure(self, state: str, why: str) -> None:
-        """Hear that the run ended before its end: `failed` or `interrupted`, and why."""
+    def show_next(self, folder: Path | None) -> None:
+        self._waiting = False
+
+    def show_failure(self, state: Literal["failed", "interrupted"], why: str) -> None:
         self._tell(state, why)
 
     def close(self) -> None:

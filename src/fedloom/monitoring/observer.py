@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from fedloom.errors import FedloomError
+from fedloom.host.signals import Terminated
 from fedloom.progress import Phase, Progress
 
 if TYPE_CHECKING:
@@ -50,6 +52,15 @@ class Observer:
 
     def show_end(self, run: Run, report: Path) -> None:
         """Hear that the run is done."""
+
+    def show_failure(self, state: Literal["failed", "interrupted"], why: str) -> None:
+        """Hear that the run ended before its end, and why."""
+
+    def show_next(self, folder: Path | None) -> None:
+        """Hear that a service begins with a run, in which run directory, or that it has none to begin with."""
+
+    def show_queue(self, runs: Sequence[Mapping[str, Any]]) -> None:
+        """Hear of the runs that a service has had, has and will have: a record of each, by number."""
 
     def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
         """Hear that a sweep begins, and how many tokens its rounds have in each phase."""
@@ -106,6 +117,18 @@ class Observers(Observer):
         for observer in self._observers:
             observer.show_end(run, report)
 
+    def show_failure(self, state: Literal["failed", "interrupted"], why: str) -> None:
+        for observer in self._observers:
+            observer.show_failure(state, why)
+
+    def show_next(self, folder: Path | None) -> None:
+        for observer in self._observers:
+            observer.show_next(folder)
+
+    def show_queue(self, runs: Sequence[Mapping[str, Any]]) -> None:
+        for observer in self._observers:
+            observer.show_queue(runs)
+
     def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
         for observer in self._observers:
             observer.show_sweep(tokens)
@@ -126,3 +149,10 @@ class Observers(Observer):
         with ExitStack() as stack:  # each is closed, the last first, whatever another raises
             for observer in self._observers:
                 stack.callback(observer.close)
+
+
+def describe_end(error: BaseException) -> tuple[Literal["failed", "interrupted"], str]:
+    """Return how a run ended that an error ended, and why, as the run's status has it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+    return "failed", str(error) if isinstance(error, FedloomError) else f"bug: {type(error).__name__}"

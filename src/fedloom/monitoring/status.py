@@ -74,6 +74,11 @@ class StatusFile(Observer):
     def show_folder(self, folder: Path) -> None:
         self._clock.start()
 
+    def show_next(self, folder: Path | None) -> None:
+        self._clock = Clock({})
+        doing = "starting" if folder else "waiting for a run"
+        self._tell(doing=doing, round=None, rounds=None, seconds_left=None, clients={})
+
     def show_clients(self, phases: Mapping[str, str]) -> None:
         known, at = self._work.clients, time.time()
         same = {name for name, phase in phases.items() if name in known and known[name][0] == phase}

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
-from fedloom.deployment.server.serving import describe_room
+from fedloom.deployment.server.ground import describe_room
 
 
 @pytest.mark.parametrize(

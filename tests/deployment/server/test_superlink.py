@@ -18,7 +18,9 @@ from fedloom.deployment.approvals import last_seen, read_approval, write_approva
 from fedloom.deployment.client.joining import read_kit
 from fedloom.deployment.client_keys import public_key_of
 from fedloom.deployment.processes import private_folder
+from fedloom.deployment.server import superlink
 from fedloom.deployment.server.superlink import SuperLink
+from fedloom.errors import DeploymentError
 from fedloom.host.frames import Frame
 
 
@@ -180,3 +182,18 @@ def test_an_approval_that_can_not_be_read_is_refused_and_ends_no_run(
     assert names_of(link) == names_of(link) == ["alice"]
     assert len(said) == 1, "once"
     assert "eve.pub: not an approval" in said[0]
+
+
+def test_a_superlink_that_had_worked_for_long_has_all_its_restarts_again(
+    scripted: tuple[ScriptedSuperLink, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service waits for weeks without an answer in between: it was given up for the sixth time in all."""
+    link, _ = scripted
+    monkeypatch.setattr(superlink, "SETTLED_SECONDS", 0.0)
+    for _ in range(superlink.RESTARTS + 2):
+        link.reopen()
+    monkeypatch.setattr(superlink, "SETTLED_SECONDS", 1e12)
+    for _ in range(superlink.RESTARTS - 1):
+        link.reopen()
+    with pytest.raises(DeploymentError, match="the SuperLink ended 5 times in a row"):
+        link.reopen()

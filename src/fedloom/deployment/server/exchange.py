@@ -103,16 +103,22 @@ class Exchange:
         """Names by node; empty for a node that was refused."""
         self._meeting: dict[str, Node] = {}
         self._present: dict[str, Node] = {}
+        self._places: frozenset[str] | None = None
+        """Names of the clients that the run has; None while any may come."""
+        self._late: set[str] = set()
         self._looked = float("-inf")
 
-    def assemble(self, clients: int, seconds: float) -> list[str]:
+    def assemble(self, clients: int, seconds: float, known: Collection[str] = ()) -> list[str]:
         """Wait until so many clients are connected at once, and return their names, sorted.
+
+        A run that goes on has its clients: with `known`, others are not asked who they are.
 
         Raises:
             DeploymentError: they did not come in time.
         """
         until = time.monotonic() + seconds
-        while len(there := sorted(self.facts.keys() & self._present.keys())) < clients:
+        self._places = frozenset(known) if known else None
+        while len(there := sorted(self._places_of(self.facts.keys() & self._present.keys()))) < clients:
             try:
                 self._attend()
                 self._look({})
@@ -127,7 +133,11 @@ class Exchange:
                     mend=_mend_missing(clients - len(there) - len(self.refused), bool(self.refused)),
                 )
             time.sleep(POLL_SECONDS)
+        self._places = frozenset(there[:clients])
         return there[:clients]
+
+    def _places_of(self, names: Collection[str]) -> Collection[str]:
+        return names if self._places is None else [name for name in names if name in self._places]
 
     def ask(self, questions: Mapping[str, Frame], missing: Collection[str] = ()) -> Iterator[tuple[str, Frame | str]]:
         """Yield each client's answer as it comes, or the reason why there is none.
@@ -202,6 +212,12 @@ class Exchange:
         # Flower lists a node that was killed for a minute more: of two with one name, the later is the client.
         nodes = sorted(self._transport.nodes(), key=lambda node: node.session)
         for node in nodes:
+            # Its documents would be read, and count as asked for, for nothing.
+            if node.name and not self._places_of([node.name]):
+                if node.name not in self._late:
+                    self._late.add(node.name)
+                    self.say("later", f"{node.name} has no place in this run, whose clients are there: in the next one")
+                continue
             if node not in self._names and node not in self._meeting.values():
                 question = ask_within(Frame({"do": "meet", "recipe": self._recipe}), self._seconds)
                 self._meeting[self._transport.send(node, question, self._seconds)] = node

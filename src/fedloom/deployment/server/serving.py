@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.documents import Documents, load_documents
 from fedloom.data.splits import Audit
-from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.keys import Security, describe_expiry, in_use
 from fedloom.deployment.messages import ClientFacts, pack_recipe
 from fedloom.deployment.own_messages import KeptAdapter
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
+from fedloom.deployment.server.ground import describe_room, lay_ground
 from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, MessageError, RecipeError
-from fedloom.experiment.building import open_source, tokenize_for
-from fedloom.experiment.preparation import Prepared, check, check_cohort, choose_scored_clients, name_ways
+from fedloom.experiment.preparation import Prepared, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import promise, set_client_terms
 from fedloom.experiment.run import run
@@ -32,11 +30,10 @@ from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.schedule import cohort_size, count_evaluated
-from fedloom.federation.strategies import check_strategy
 from fedloom.host.failpoints import failpoint
 from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
-from fedloom.model.devices import has_in_hardware, open_device
+from fedloom.model.devices import has_in_hardware
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.privacy.ration import Terms
@@ -44,18 +41,12 @@ from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.training_section import Training
 from fedloom.records.plan import ClientPlan, Plan
-from fedloom.records.run import Run, read_run
+from fedloom.records.run import Run, has_plan, read_run
 from fedloom.records.writer import default_folder
-from fedloom.text import format_bytes
 
 WAIT_SECONDS = 600.0
-LARGE_BYTES = 50e6
-"""Size of an adapter from which on it is said what memory it takes on its way."""
 NOISE_ALIKE = 1e-3
 """Share by which the noise of two machines may differ for the same recipe and documents."""
-COPIES_HERE, COPIES_THERE = 12, 9
-"""Copies of an adapter that the processes of the server, and of each client, hold at most while it travels: measured
-with 100 and 500 MB and two clients."""
 
 
 def serve(
@@ -78,16 +69,38 @@ def serve(
     check_deployable(recipe)
     recipe = with_limits(recipe)
     display = Observers(display or Terminal(), *observers)
-    port, out = port or free_port(), out or default_folder(recipe.name)
+    out = out or default_folder(recipe.name)
     with ExitStack() as stack:
-        folder = stack.enter_context(private_folder())
         if security:
-            stack.enter_context(in_use(security, out))
-            display.show_step("server", describe_expiry(security.expires()))
+            stack.enter_context(in_use(security.folder, out))
+        link = stack.enter_context(link_to_clients(port, security, display.show_step))
+        clients = RemoteClients(link, wait_seconds, clients_of(out) if resume else ())
+        return run(recipe, out, display, resume=resume, clients=clients)
+
+
+@contextmanager
+def link_to_clients(port: int, security: Security | None, say: Callable[[str, str], object]) -> Iterator[SuperLink]:
+    """Yield a SuperLink that is not open yet, behind nginx where clients come from other machines.
+
+    Raises:
+        DeploymentError: nginx is not installed, or does not start.
+    """
+    with ExitStack() as stack:
+        folder, port = stack.enter_context(private_folder()), port or free_port()
+        if security:
+            say("server", describe_expiry(security.expires()))
             port = security.port if security.is_local else port
-            stack.enter_context(proxy(security, port, folder, display.show_step))
-        link = stack.enter_context(closing(SuperLink(folder, port, security, display.show_step)))
-        return run(recipe, out, display, resume=resume, clients=RemoteClients(link, wait_seconds))
+            stack.enter_context(proxy(security, port, folder, say))
+        yield stack.enter_context(closing(SuperLink(folder, port, security, say)))
+
+
+def clients_of(folder: Path) -> Sequence[str]:
+    """Return the names of a run's clients, in their order; none of one that has not begun.
+
+    Raises:
+        RunError: the run directory is damaged.
+    """
+    return read_run(folder).plan.get("elsewhere", ()) if has_plan(folder) else ()
 
 
 def check_deployable(recipe: Recipe) -> None:
@@ -178,25 +191,22 @@ def check_facts(recipe: Recipe, facts: ClientFacts) -> None:
             raise MessageError(f"it says it has {tokens:,} tokens in {blocks:,} blocks of {recipe.data.max_length}")
 
 
-def describe_room(payload_bytes: int, free_bytes: int) -> str:
-    """Return what memory a large adapter takes while it travels, and whether this machine has it; nothing of others."""
-    if payload_bytes < LARGE_BYTES:
-        return ""
-    here, there = (format_bytes(copies * payload_bytes) for copies in (COPIES_HERE, COPIES_THERE))
-    lacks = "; it is likely to fail here" if COPIES_HERE * payload_bytes > free_bytes else ""
-    return (
-        f"an adapter of {format_bytes(payload_bytes)} takes up to {here} here while it travels, of"
-        f" {format_bytes(free_bytes)} that are free{lacks}; up to {there} on each client, beside its model"
-    )
-
-
 class RemoteClients:
-    """Clients on other machines. The link to them is opened when the run is prepared."""
+    """Clients on other machines. The link to them is opened when the run is prepared, if it is not open yet.
 
-    command = "fedloom serve"
+    `known` are the names of those that the run has, if it goes on. `check` is called at every wait, and may end it.
+    """
 
-    def __init__(self, link: SuperLink, wait_seconds: float) -> None:
-        self._link, self._wait_seconds = link, wait_seconds
+    def __init__(
+        self,
+        link: SuperLink,
+        wait_seconds: float,
+        known: Sequence[str] = (),
+        check: Callable[[], object] = bool,
+        command: str = "fedloom serve",
+    ) -> None:
+        self._link, self._wait_seconds, self._known, self._check = link, wait_seconds, known, check
+        self.command = command
         self._names: list[str] = []
         self._exchange: Exchange | None = None
 
@@ -206,17 +216,19 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
-        source = open_source(recipe, partial(watchers.show_step, "model"))
+        source, device, found, central, setup = lay_ground(recipe, watchers.show_step)
         weights = source.weights.record if source.weights else {}
-        device = open_device(recipe.model.device)
-        check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
-        found, central = gather_central(recipe, source)
-        setup = check(recipe, source, device)
         if words := describe_room(setup.payload_bytes, free_memory()):
             watchers.show_step("memory", words)
-        watchers.show_step("server", "starting Flower's SuperLink")
-        self._link.watch(watchers.check)
-        self._link.open()
+
+        def check() -> None:
+            watchers.check()
+            self._check()
+
+        self._link.watch(check)
+        if not self._link.is_open:
+            watchers.show_step("server", "starting Flower's SuperLink")
+            self._link.open()
         self._exchange = Exchange(
             self._link,
             pack_recipe(pin(recipe, {"model_revision": source.revision, "model_weights": weights})),
@@ -226,7 +238,7 @@ class RemoteClients:
             partial(check_facts, recipe),
         )
         watchers.show_step("waiting", f"for {recipe.data.clients} clients")
-        self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds)
+        self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds, self._known)
         facts = [self._exchange.facts[name] for name in self._names]
         scored = choose_scored_clients([fact.holdout_blocks for fact in facts], recipe)
         if not len(central) and not scored:
@@ -326,15 +338,6 @@ class RemoteClients:
         trial.recorder.writer.write_json("personalised.json", {"round": best, "clients": told})
         trial.recorder.forget_measured()
         failpoint("personalised.written")
-
-
-def gather_central(recipe: Recipe, source: Any) -> tuple[Documents, TokenBlocks]:
-    """Load the server's own hold-out: the first documents of its source, none where the recipe asks for none."""
-    wanted = recipe.data.central_holdout
-    found = Documents((), {}, "none", "unknown")
-    if wanted:
-        found = load_documents(recipe.data, recipe.seed, wanted, open_tokenizer=lambda: source.tokenizer)
-    return found, tokenize_for(source, recipe, found.documents)
 
 
 def _describe_kept(kept: KeptAdapter | MessageError) -> dict[str, Any]:

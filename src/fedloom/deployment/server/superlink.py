@@ -44,6 +44,8 @@ NOTE_SECONDS = 60.0
 """Time between two notes of who is there."""
 RESTARTS = 5
 """Restarts of a SuperLink that ends, in a row without an answer in between, before it is given up."""
+SETTLED_SECONDS = 600.0
+"""Time after which a SuperLink that ends had worked, whether it brought answers or not: a service waits for weeks."""
 
 
 class SuperLink:
@@ -59,7 +61,7 @@ class SuperLink:
         self._folder, self._port, self._security = folder, port, security
         self._signer = Signer(security.signing_key) if security else None
         self._say = say
-        self._check: Callable[[], None] = lambda: None
+        self._check: Callable[[], object] = lambda: None
         self._log, self._tasks_log = folder / "superlink.log", folder / "tasks.log"
         self._socket = folder / "serve.sock"
         self._keys_are_in = folder / "keys-are-in"
@@ -73,6 +75,7 @@ class SuperLink:
         self._tasks: Child | None = None
         self._secret = write_secret(folder)
         self._restarts = 0
+        self._opened_at = 0.0
         self._registered: dict[str, str] = {}
         """Keys of the clients that were approved at the last look, by the clients' names."""
         self._taken: dict[str, str] = {}
@@ -91,9 +94,14 @@ class SuperLink:
         self._listener = listen(str(self._socket))
         self._listener.settimeout(0.2)
 
-    def watch(self, check: Callable[[], None]) -> None:
+    def watch(self, check: Callable[[], object]) -> None:
         """Call `check` at every wait: it raises where the run is to end."""
         self._check = check
+
+    @property
+    def is_open(self) -> bool:
+        """True once it was opened: whoever uses it next finds it so."""
+        return self._child is not None
 
     def open(self) -> None:
         """Start it, register the clients' keys and submit the app.
@@ -143,6 +151,7 @@ class SuperLink:
                 self._wait(until, f"its app does not start ({tail(self._tasks_log)})")
                 continue
             self._app.settimeout(ANSWER_SECONDS)
+            self._opened_at = time.monotonic()
             return
 
     def close(self) -> None:
@@ -192,6 +201,8 @@ class SuperLink:
         Raises:
             DeploymentError: it ended too often, or does not come up.
         """
+        if time.monotonic() - self._opened_at > SETTLED_SECONDS:
+            self._restarts = 0
         self._restarts += 1
         if self._restarts > RESTARTS:
             raise DeploymentError(f"the SuperLink ended {RESTARTS} times in a row: {tail(self._log)}")

@@ -1,0 +1,115 @@
+"""Commands of the command line for a server that stays: `submit`, `runs` and `stop`. Heavy imports only inside."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedloom.errors import RunError
+from fedloom.host.files import path
+from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, find_resumed
+from fedloom.text import show_controls
+
+if TYPE_CHECKING:
+    from fedloom.deployment.queue import Entry, Queue
+
+ServerFolder = Annotated[Path, typer.Option("--server", parser=path, help="The folder of the server that stays.")]
+LOOK_SECONDS = 0.2
+
+
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="The run directory; runs/NAME-TIME beside the server's folder if left out."),
+    ] = None,
+    resume: ResumeRun = False,
+    server: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """Put a run into the queue of a server that stays (`fedloom serve` without a recipe), and leave.
+
+    The recipe is checked as `serve` checks it, and kept as it is now.
+    """
+    from fedloom.experiment.recognition import open_recipe
+
+    out, recipe = find_resumed(recipe, out, resume=resume, command="submit")
+    loaded = open_recipe(recipe, overrides or (), _say)
+    from fedloom.deployment.queue import Queue
+    from fedloom.deployment.server.service import submit
+
+    entry = submit(loaded, server, out, resume=resume, say=_say)
+    _say("queued", f"run {entry.number}: {entry.out}")
+    if not Queue(server).is_served:
+        _say("note", f"nobody works with {server} now: it begins once fedloom serve is started")
+
+
+def runs(
+    server: ServerFolder = Path("fedloom-server"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """List the runs of a server that stays: what waits, what is at work, in which round, and what has ended, and how.
+
+    Exit code 0, whatever became of them.
+    """
+    from fedloom.deployment.queue import list_runs, write_lines
+
+    told = list_runs(server)
+    for line in [json.dumps(told, indent=2)] if as_json else write_lines(told):
+        typer.echo(show_controls(line))
+
+
+def stop(
+    run: RunFolder,
+    now: Annotated[
+        bool, typer.Option("--now", help="At once, not after the step, or a service's round, that is under way.")
+    ] = False,
+    server: ServerFolder = Path("fedloom-server"),
+) -> None:
+    """End a run that is at work on this machine, as Ctrl-C does, or that waits in a queue: it can go on later.
+
+    The server that stays goes on with its next run; it is ended itself where RUN is its folder. Exit code 0 when it has
+    ended, 1 where nobody is at work in it on this machine, 2 where there is no such run.
+    """
+    from fedloom.deployment.queue import QUEUE, SUBMIT, Queue
+    from fedloom.monitoring.status import find_work, stop
+
+    queue = Queue(server)
+    if (entry := queue.find(run)) and entry.is_unfinished:
+        _stop_in(queue, entry, now)
+        return
+    if (work := find_work(run)) and work.command == SUBMIT:
+        raise RunError(
+            "it is the run of a server that stays", where=str(run), mend="name that server's folder: --server FOLDER"
+        )
+    work = stop(run, at_once=now, say=typer.echo)
+    if work is None:
+        typer.echo(show_controls(f"{run}: nobody is at work in it on this machine"))
+        raise typer.Exit(1)
+    how = "start it again with: fedloom serve" if (run / QUEUE).is_dir() else _go_on(work.command, run)
+    typer.echo(show_controls(f"stopped; {how}"))
+
+
+def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
+    """Have a run of a queue end, and wait for that."""
+    from fedloom.deployment.queue import SUBMIT
+
+    entry = queue.stop(entry, at_once=now)
+    if entry.is_unfinished:
+        _say("stopping", f"run {entry.number} ends{'' if now else ' after the round that is under way'}")
+    while (entry := queue.stop(entry, at_once=now)).is_unfinished:
+        time.sleep(LOOK_SECONDS)
+    how = _go_on(SUBMIT, entry.folder) if entry.state == "stopped" else "it had ended before"
+    typer.echo(show_controls(f"{entry.state}; {how}"))
+
+
+def _go_on(command: str, run: Path) -> str:
+    return f"go on with: {command} --resume {run}" if run.is_dir() else "nothing was begun: start it as before"
+
+
+def _say(what: str, detail: str) -> None:
+    typer.echo(show_controls(f"{what:<10}{detail}"))
