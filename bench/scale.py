@@ -18,17 +18,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from client import cpu_seconds, family, proportional_bytes
+from client import family, proportional_bytes
 
 from fedloom.deployment.processes import Child, private_folder
 
 NAMES = {b"\0superlink": "SuperLink", b"server-tasks": "server app", b"nginx": "nginx", b"\0serve\0": "serve"}
 """Names of a server's processes, by a word of their command lines."""
-PARTS = ("SuperLink", "serve", "server app", "nginx")
+PARTS = ("SuperLink", "serve", "server app", "nginx", "clients")
 LOOK_SECONDS = 0.1
 
 
@@ -45,15 +46,15 @@ class Look:
 class Server:
     """`fedloom serve` with all that it starts, and the clients' account of what they asked it."""
 
-    def __init__(self, child: Child, asked: Path) -> None:
-        self._child, self._asked = child, asked
+    def __init__(self, child: Child, clients: int, asked: Path) -> None:
+        self._child, self._clients, self._asked = child, clients, asked
         self._ended: Counter[str] = Counter()
         self._last: dict[tuple[int, str], float] = {}
 
     def look(self) -> Look:
         now: dict[tuple[int, str], float] = {}
         memory: Counter[str] = Counter()
-        for process, name in family(self._child.pid, NAMES).items():
+        for process, name in [*family(self._child.pid, NAMES).items(), (self._clients, "clients")]:
             with suppress(OSError):
                 now[process, name] = own_seconds(process)
                 memory[name] += proportional_bytes(process)
@@ -116,7 +117,7 @@ def measure(clients: int, name: str, rounds: int, runs: int, rest_seconds: float
                 out = folder / f"run-{number}"
                 words = [sys.executable, "-m", "fedloom", "serve", str(folder / "recipe.toml"), "--server", str(server)]
                 child = Child([*words, "--out", str(out)], folder / f"serve-{number}.log", {**os.environ})
-                watched, log = Server(child, folder / ASKED), folder / f"serve-{number}.log"
+                watched, log = Server(child, there.pid, folder / ASKED), folder / f"serve-{number}.log"
                 try:
                     if not number:
                         wait(child, log, lambda log=log: log.read_text().count("\nclient ") >= clients - 1)
@@ -143,8 +144,8 @@ def watch_run(child: Child, log: Path, watched: Server, out: Path, rounds: int) 
     return {
         "until_round_0_seconds": looks[0].at - begun,
         "all_rounds": between(looks[0], looks[-1]),
-        "round_seconds": [after.at - before.at for before, after in zip(looks, looks[1:], strict=False)],
-        "round_cpu": [between(before, after)["cpu"] for before, after in zip(looks, looks[1:], strict=False)],
+        "round_seconds": [after.at - before.at for before, after in pairwise(looks)],
+        "round_cpu": [between(before, after)["cpu"] for before, after in pairwise(looks)],
         "memory": [look.memory for look in looks],
         "bytes": {key: told[-1][key] for key in ("bytes_up", "bytes_down")},
         "lost": sum(len(record["lost"]) for record in told),
@@ -161,12 +162,13 @@ def show(found: Mapping[str, Any]) -> None:
     """Print the rows of one number of clients."""
     runs, rest = found["runs"], found["rest"]
     seconds = [one for run in runs for one in run["round_seconds"]]
-    rounds = len(seconds)
+    rounds, clients = len(seconds), found["clients"]
+    at_rest = sum(rest["requests"].values()) / rest["seconds"] / (clients - 1)
+    in_rounds = sum(sum(run["all_rounds"]["requests"].values()) for run in runs) / rounds / clients
     rows = {
         "a round, median and worst, s": f"{median(seconds):.2f}, {max(seconds):.2f}",
         "rounds a minute": f"{60 * rounds / sum(seconds):.1f}",
-        "requests a client: a second at rest, a round": f"{sum(rest['requests'].values()) / rest['seconds'] / found['clients']:.2f}, "
-        f"{mean(sum(run['all_rounds']['requests'].values()) for run in runs) * len(runs) / rounds / found['clients']:.1f}",
+        "requests a client: a second at rest, a round": f"{at_rest:.2f}, {in_rounds:.1f}",
         "until round 0, s": ", ".join(f"{run['until_round_0_seconds']:.0f}" for run in runs),
         "lost": sum(run["lost"] for run in runs),
     }
@@ -177,7 +179,7 @@ def show(found: Mapping[str, Any]) -> None:
             f"{100 * rest['cpu'][part] / rest['seconds']:.1f} %; {cpu:.3f}; "
             f"{rest['memory'].get(part, 0) / 1e6:.0f}, {first:.0f}, {last:.0f}"
         )
-    print(f"\n| {found['clients']} clients, `{found['recipe']}` | |\n|---|---|")
+    print(f"\n| {clients} clients, `{found['recipe']}` | |\n|---|---|")
     for what, value in rows.items():
         print(f"| {what} | {value} |", flush=True)
 

@@ -2,9 +2,9 @@
 
     python bench/scripted.py FOLDER
 
-FOLDER has the clients' kits and `clients.json`, the facts that each tells. The looks for messages are fedloom's own, and
-so is what is read of a question; Flower's are the requests, their signatures and the heartbeats. The client behind the
-last kit comes once a file `all` lies there. What was asked of the server is written to `asked.json` every second.
+FOLDER has the clients' kits and `clients.json`, the facts that each tells. The looks for messages are fedloom's own,
+and so is what is read of a question; Flower's are the requests, their signatures and the heartbeats. The client behind
+the last kit comes once a file `all` lies there. What was asked of the server is written to `asked.json` every second.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Client(threading.Thread):
     def _stay(self) -> None:
         told = self._kit.server, False, self._kit.ca.encode(), self._keys
         with fleet_http_connection.http_request_response(*told) as connection:
-            node, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
+            _, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
             known: set[int] = set()
             while True:
                 if (received := receive()) is None:
