@@ -4,7 +4,8 @@
 
 `fedloom serve` with nginx, Flower's SuperLink and the recipe; the clients are those of `scripted.py`, in one process,
 and hold no model. All but one come first, for the time at rest; then the last, and the runs, one after another. Seconds
-are the processor's: others use the machine too. Memory is PSS. One JSON line a number of clients follows the table.
+are the processor's: others use the machine too. Memory is PSS. One JSON line a number of clients follows the table, and
+each run's end writes one to the standard error.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ def measure(clients: int, name: str, rounds: int, runs: int, rest_seconds: float
                         found["rest"] = {**between(before, now := watched.look()), "memory": now.memory}
                         (folder / ALL).touch()
                     found["runs"].append(watch_run(child, log, watched, out, rounds))
+                    # What takes long may be cut off.
+                    print(json.dumps({**found, "of": runs}), file=sys.stderr, flush=True)
                 finally:
                     child.end()
         finally:
