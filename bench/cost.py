@@ -94,6 +94,7 @@ ADAPTER_BYTES = 7168
 """Adapter of the recipe `tiny`."""
 MEASURED: dict[int, dict[str, float]] = {
     10: {
+        "seconds": 14.1,
         "requests": 219,
         "superlink_seconds": 2.87,
         "rest_cores": 0.042,
@@ -101,15 +102,33 @@ MEASURED: dict[int, dict[str, float]] = {
         "up_bytes": 301e3,
         "down_bytes": 225e3,
     },
+    30: {
+        "seconds": 42.9,
+        "requests": 758,
+        "superlink_seconds": 9.71,
+        "rest_cores": 0.066,
+        "superlink_bytes": 122e6,
+        "up_bytes": 990e3,
+        "down_bytes": 689e3,
+    },
     100: {"superlink_bytes": 140e6},
 }
 """What `scale.py` measured by the number of clients, with `tiny`."""
 
 
 def errors(clients: int) -> dict[str, float]:
-    """Return by which part of what was measured with so many clients the model is off."""
-    said = reckon(clients, ADAPTER_BYTES)
-    return {name: getattr(said, name) / value - 1 for name, value in MEASURED[clients].items()}
+    """Return by which part of what was measured with so many clients the model is off.
+
+    Clients that wait for others look and send heartbeats as at rest, for as long as a round took.
+    """
+    said, told = vars(reckon(clients, ADAPTER_BYTES)), {**MEASURED[clients]}
+    seconds = told.pop("seconds", 0.0)
+    looks = seconds * said["rest_requests"]
+    said["requests"] += looks
+    said["superlink_seconds"] += seconds * said["rest_cores"]
+    said["up_bytes"] += looks * Constants.request_up_bytes
+    said["down_bytes"] += looks * Constants.request_down_bytes
+    return {name: said[name] / value - 1 for name, value in told.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
