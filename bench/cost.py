@@ -111,7 +111,15 @@ MEASURED: dict[int, dict[str, float]] = {
         "up_bytes": 990e3,
         "down_bytes": 689e3,
     },
-    100: {"superlink_bytes": 140e6},
+    100: {
+        "seconds": 101.1,
+        "requests": 3353,
+        "superlink_seconds": 35.5,
+        "rest_cores": 0.146,
+        "superlink_bytes": 135e6,
+        "up_bytes": 4028e3,
+        "down_bytes": 2411e3,
+    },
 }
 """What `scale.py` measured by the number of clients, with `tiny`."""
 
