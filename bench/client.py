@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -38,8 +38,8 @@ SMALL_MB = 50.0
 """Memory of a worker that holds no model, at most."""
 
 
-def family(process: int) -> dict[int, str]:
-    """Name a process and all that it started, by their numbers."""
+def family(process: int, known: Mapping[bytes, str] = NAMES) -> dict[int, str]:
+    """Name a process and all that it started, by their numbers: by the first word that is `known`."""
     found, names = [process], {}
     while found:
         one = found.pop()
@@ -49,7 +49,7 @@ def family(process: int) -> dict[int, str]:
                 found += [int(word) for word in thread.read_text().split()]
         except OSError:  # it has just ended
             continue
-        names[one] = next((name for word, name in NAMES.items() if word in told), "other")
+        names[one] = next((name for word, name in known.items() if word in told), "other")
     return names
 
 

@@ -99,7 +99,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     monkeypatch.setattr(fleet_handlers, "push_messages", fleet_handlers.push_messages)
     monkeypatch.setattr(fleet_handlers, "push_object", fleet_handlers.push_object)
     monkeypatch.setattr(fleet_handlers, "pull_messages", fleet_handlers.pull_messages)
-    monkeypatch.setattr(InMemoryLinkState, "delete_messages", InMemoryLinkState.delete_messages)
+    for changed in ("delete_messages", "store_message_ins", "get_message_ins", "activate_node", "delete_node"):
+        monkeypatch.setattr(InMemoryLinkState, changed, getattr(InMemoryLinkState, changed))
     bound_answers()
     made = Here(tmp_path / "keys-are-in")
     made.keys_are_in.touch()

@@ -6,12 +6,18 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
+import asyncio
 import inspect
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import httpx
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from fedloom.deployment.flower import pulls
 from fedloom.deployment.flower.pulls import (
     LOOK_HEADER,
     MOST_REST_SECONDS,
@@ -19,11 +25,17 @@ from fedloom.deployment.flower.pulls import (
     SLOWER_TIMES,
     Look,
     Looks,
+    questions_of,
     read_look,
     slower,
 )
 
 from .test_guard import Asked, asked, here  # noqa: F401  (fixtures)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 0.05)
 
 
 class Node:
@@ -113,6 +125,135 @@ def test_a_slow_look_is_followed_by_a_long_rest() -> None:
     assert slower(0.5, 0.01) == 0.5
     assert slower(0.5, 1.0) == SLOWER_TIMES
     assert slower(0.5, 30.0) == MOST_REST_SECONDS
+
+
+class Waiting:
+    """Look that waits at the SuperLink, in a thread."""
+
+    def __init__(self, asked: Asked, look: Callable[[], list[str]]) -> None:  # noqa: F811
+        self.found: list[str] | None = None
+        self._look, self._thread = look, threading.Thread(target=self._run)
+        questions = questions_of(asked.here.state)
+        before = questions._waiting.get(asked.node.node_id)
+        self._thread.start()
+        until = time.monotonic() + 20
+        while questions._waiting.get(asked.node.node_id) in (before, None) and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        self.found = self._look()
+
+    def end(self) -> list[str] | None:
+        self._thread.join(20)
+        return self.found
+
+
+def client_of(asked: Asked) -> Asked:  # noqa: F811
+    """A second connection of the same client: httpx's own has the headers of one look at a time."""
+    fleet = FleetHttpClient("http://testserver", interceptors=asked.fleet._interceptors)
+    fleet._client = httpx.Client(transport=asked.fleet._client._transport, base_url="http://testserver")
+    return SimpleNamespace(fleet=fleet, node=asked.node)  # type: ignore[return-value]
+
+
+def test_a_look_waits_until_there_is_a_message(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 60.0)
+    node = Node(asked)
+    waiting = Waiting(asked, node.look)
+    assert waiting.found is None
+    question = asked.ask(40_000).metadata.message_id
+    assert waiting.end() == [question]
+    second = asked.ask(40_000).metadata.message_id
+    assert node.look() == [second], "it was there before the look"
+
+
+def test_a_look_for_which_nothing_comes_is_answered_and_leaves_nothing(asked: Asked) -> None:  # noqa: F811
+    node = Node(asked)
+    assert node.look() == []
+    assert not questions_of(asked.here.state)._waiting
+    # It is no sign of a slow server.
+    assert node._looks._waited >= 0.04
+    assert node._looks.rest_seconds(0.5) < 4
+
+
+def test_after_a_lost_answer_a_look_does_not_wait(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    node, question = Node(asked), asked.ask(40_000).metadata.message_id
+    node.look_in_vain()
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+    assert node.look() == [question]
+
+
+def test_a_client_of_an_earlier_version_does_not_wait(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+    asked.fleet._client.headers[LOOK_HEADER] = "1f 1 0"
+    assert not asked.fleet.PullMessages(PullMessagesRequest(node=asked.node)).messages_list
+
+
+def test_what_a_process_that_ended_waits_for_goes_to_the_one_that_came_after(
+    asked: Asked,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its connection may look open for long. Whatever it were given would be lost."""
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+    ended, state = Waiting(asked, Node(asked).look), asked.here.state
+    state.deactivate_node(asked.node.node_id)
+    new = client_of(asked)
+    new.fleet.ActivateNode(ActivateNodeRequest(public_key=asked.here.alice.public, heartbeat_interval=60))
+    question = asked.ask(40_000).metadata.message_id
+    assert ended.end() == []
+    assert Node(new).look() == [question]
+
+
+def test_of_two_looks_of_a_node_the_later_waits(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+    first = Waiting(asked, Node(asked).look)
+    second = Waiting(asked, Node(client_of(asked)).look)
+    assert first.end() == []
+    question = asked.ask(40_000).metadata.message_id
+    assert second.end() == [question]
+
+
+def test_a_node_that_hangs_up_while_it_waits_is_given_nothing(asked: Asked) -> None:  # noqa: F811
+    questions = questions_of(asked.here.state)
+
+    async def hang_up() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    assert asyncio.run(questions.wait(asked.here.state, asked.node.node_id, hang_up)) is None
+    assert not questions._waiting
+    question = asked.ask(40_000).metadata.message_id
+    assert Node(asked).look() == [question]
+
+
+def test_a_client_that_is_revoked_while_it_waits_is_told_at_once(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+
+    node = Node(asked)
+    waiting = Waiting(asked, node.look)
+    asked.here.state.delete_node("", asked.node.node_id)
+    assert waiting.end() == []
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        node.look()
+
+
+def test_a_look_sees_the_messages_of_its_node_alone(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Flower walks those of all: with n clients that look, n² a round."""
+    looked_at, check = [], asked.here.state._check_stored_messages
+    for _ in range(5):
+        asked.ask(4)
+    others = questions_of(asked.here.state)._of_node.pop(asked.node.node_id)
+    questions_of(asked.here.state)._of_node[7] = others
+    assert Node(asked).look() == []  # sweeps, as the first
+    question = asked.ask(4).metadata.message_id
+    monkeypatch.setattr(asked.here.state, "_check_stored_messages", lambda ids: (looked_at.extend(ids), check(ids)))
+    assert Node(asked).look() == [question]
+    assert looked_at == [question]
+
+
+def test_messages_that_are_gone_are_forgotten(asked: Asked) -> None:  # noqa: F811
+    question = asked.ask(40_000).metadata.message_id
+    asked.here.state.delete_messages({question})
+    assert not questions_of(asked.here.state)._of_node[asked.node.node_id]
+    assert Node(asked).look() == []
 
 
 def test_flower_is_what_was_changed() -> None:

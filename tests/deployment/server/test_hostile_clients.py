@@ -185,6 +185,13 @@ KINDS: dict[str, Hostility] = {
     "a thousand lists": text(lambda told: '{"layout": ' + "[" * 990 + "]" * 990 + "}"),
     "a number with ten thousand digits": text(lambda told: f'{{"report": {"9" * 10_000}}}'),
     "words that are longer as a text": text(lambda told: told[:-1] + ', "x": "' + "\\u0001" * 2_450_000 + '"}'),
+    "numbers that are words": lambda answer, round: [
+        RecordDict({"told": apps.to_record(answer)["told"], "numbers": ConfigRecord({"all": "1.0"})})
+    ],
+    "numbers that are cut off": lambda answer, round: [
+        RecordDict({"told": apps.to_record(answer)["told"], "numbers": ConfigRecord({"all": answer.payload[:-2]})})
+    ],
+    "no numbers": lambda answer, round: [RecordDict({"told": apps.to_record(answer)["told"]})],
     "no records": records(RecordDict()),
     "many arrays": records(
         RecordDict({"numbers": ArrayRecord({str(n): Array(np.zeros(1, dtype="<f4")) for n in range(50)})})

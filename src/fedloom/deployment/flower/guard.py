@@ -20,7 +20,17 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-from fedloom.deployment.flower.pulls import LOOK, LOOK_HEADER, PULL_PATH, Given, read_look
+from fedloom.deployment.flower.pulls import (
+    LOOK,
+    LOOK_HEADER,
+    PULL_PATH,
+    WAIT_HEADER,
+    WAITED_HEADER,
+    Given,
+    keep_by_node,
+    questions_of,
+    read_look,
+)
 from fedloom.deployment.processes import CONTROL_SECRET, KEYS_ARE_IN
 from fedloom.deployment.status import KEYS_HEADER, MOST_BODY_BYTES, SIGNATURE_PATH, STAMP_HEADER, STATUS_PATH
 
@@ -78,7 +88,16 @@ class Guard:
         if body is None:
             return None  # the sender went away
         if path == PULL_PATH:
-            LOOK.set(read_look(headers.get(LOOK_HEADER.encode(), b"")))
+            LOOK.set(look := read_look(headers.get(LOOK_HEADER.encode(), b"")))
+            # After an answer that was lost there may be something to be given again.
+            if look and look.answered == look.number - 1 and WAIT_HEADER.encode() in headers:
+                node = _find_node(scope["app"], headers)
+                if node is not None:
+                    state = scope["app"].state.linkstate_factory.state()
+                    waited = await questions_of(state).wait(state, node, receive)
+                    if waited is None:
+                        return await _answer(send, 200)
+                    send = _telling(send, WAITED_HEADER, f"{waited:.3f}")
         first = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
@@ -142,6 +161,17 @@ async def _read(receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
+def _telling(send: Send, header: str, value: str) -> Send:
+    """Return what sends an answer with one more header."""
+
+    async def send_more(told: Any) -> None:
+        if told["type"] == "http.response.start":
+            told = {**told, "headers": [*told.get("headers", ()), (header.encode(), value.encode())]}
+        await send(told)
+
+    return send_more
+
+
 async def _answer(send: Send, status: int) -> None:
     """Answer without a body, and tell the time: a client whose clock is off would be refused without a word."""
     headers = [(STAMP_HEADER.encode(), f"{time.time():.3f}".encode())]
@@ -183,6 +213,7 @@ def bound_answers() -> None:
         delete(self, message_ins_ids)
 
     InMemoryLinkState.delete_messages = delete_with_objects  # type: ignore[method-assign]
+    keep_by_node(InMemoryLinkState)
 
 
 @dataclass

@@ -44,6 +44,8 @@ QUIET_SECONDS, IDLE_SECONDS = 30.0, 0.5
 second, and answers to them, are three quarters of the processor time of a client at rest."""
 UNTOLD_SECONDS = 5.0
 """Time between two looks for tasks on a client at rest, whose SuperNode tells of each message: nothing waits for it."""
+END_SECONDS = 1
+"""Time for which a SuperLink that is to end goes on with what it is asked."""
 END_WITH_PARENT, BE_NAMED = 1, 15
 """Numbers of Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
 TASK_NAME, TASKS_NAME = b"fedloom-task", b"client-tasks"
@@ -71,6 +73,9 @@ def run_superlink() -> None:
     RoutineAccessFilter.filter = lambda self, record: False  # type: ignore[method-assign]
     # Flower calls this with its app before it serves it; in Flower as it comes it does nothing.
     extensions.configure_app = lambda app: app.add_middleware(Guard)
+    # Looks that wait for messages would keep it from ending.
+    program: Any = import_module("flwr.superlink.cli.flower_superlink")
+    program.uvicorn = SimpleNamespace(run=partial(program.uvicorn.run, timeout_graceful_shutdown=END_SECONDS))
     flower_superlink()
 
 

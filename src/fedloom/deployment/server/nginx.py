@@ -25,7 +25,7 @@ CONNECTIONS = 16384
 """Connections that nginx keeps open at once, where this process may open as many files."""
 CLIENTS_AT_AN_ADDRESS = 64
 """Clients that may be behind one address. Each has four requests under way at most (two parts of an adapter, a look for
-messages, a heartbeat), and asks twice a second while it waits."""
+messages, a heartbeat)."""
 NGINX = """\
 # Written by fedloom serve. Paths are relative to this folder.
 daemon off;
