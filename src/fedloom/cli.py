@@ -134,26 +134,28 @@ def serve(
 
 @app.command()
 def join(
-    kit: owner.KitFile,
-    data: Annotated[Path, typer.Option(parser=path, help="This client's documents: a file or a folder.")],
-    policy: owner.PolicyFile = None,
-    journal: owner.JournalFile = None,
+    kits: owner.KitFiles,
+    data: owner.Documents,
+    policy: owner.PolicyFiles = None,
+    journal: owner.JournalFiles = None,
     fingerprint: owner.ServerFingerprint = None,
     text: owner.TextColumn = None,
     columns: owner.ColumnNames = None,
     files: owner.FilesGlob = None,
     hidden: owner.HiddenFiles = None,
-    tasks: owner.TaskFile = None,
-    keep: owner.KeepFolder = None,
+    tasks: owner.TaskFiles = None,
+    keep: owner.KeepFolders = None,
     write_policy: owner.WritePolicy = None,
     log_file: seen.LogFile = None,
     log_format: seen.LogFormat = None,
     notify: seen.NotifyCommand = None,
 ) -> None:
-    """Take part in a federation with documents that stay on this machine."""
+    """Take part in a federation with documents that stay on this machine, as one client or several.
+
+    With several kits, of one server, the clients have one base model, and train together: --data once for each.
+    """
     from fedloom.deployment.client.first_use import confirm_server
-    from fedloom.deployment.client.joining import join, read_kit
-    from fedloom.deployment.client.policy import load_policy, with_options
+    from fedloom.deployment.client.joining import join
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
@@ -161,10 +163,10 @@ def join(
     asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
     with told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
-        read, rules = read_kit(kit), with_options(load_policy(policy), **own)
-        confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
-        tell = seen.saying_to(observers, say)
-        join(read, data, rules, journal or read.journal, tell, policy_file=policy, keep=keep, tasks=tasks)
+        members = owner.read_members(kits, data, policy, journal, keep, tasks, own)
+        for member in members:
+            confirm_server(member.kit, fingerprint, input if sys.stdin.isatty() else None, say)
+        join(members, seen.saying_to(observers, say))
 
 
 app.command()(owner.preflight)

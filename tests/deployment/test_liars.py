@@ -367,7 +367,7 @@ def listening(worker: Worker, folder: Path) -> Iterator[str]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        threading.Thread(target=serve, args=(take_in(listener), worker), daemon=True).start()
+        threading.Thread(target=serve, args=(take_in([listener]), [worker]), daemon=True).start()
         yield path
 
 

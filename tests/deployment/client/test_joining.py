@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from fedloom.cli import main
-from fedloom.deployment.client import joining
-from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, at_work, watch
+from fedloom.deployment.client import joining, watching
+from fedloom.deployment.client.joining import at_work
 from fedloom.deployment.client.preflight import Greeting
+from fedloom.deployment.client.watching import REFUSED_SECONDS, RESTARTS, RefusedKey, watch
 from fedloom.deployment.processes import Child
 from fedloom.errors import DeploymentError
 
@@ -49,7 +50,7 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     made = Node(tmp_path / "supernode.log")
-    monkeypatch.setattr(joining, "time", made)
+    monkeypatch.setattr(watching, "time", made)
     return made
 
 
@@ -173,22 +174,24 @@ class Refusing:
 def watch_here(children: dict[str, Any], *, refused: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run `watch` without rests until it is ended, and return what it says."""
     said: list[str] = []
-    monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
+    monkeypatch.setattr(watching, "rest", lambda seconds, check: None)
+    refused_keys: Any = {"SuperNode": Refusing(refused)}
     with pytest.raises(KeyboardInterrupt):
-        watch(children, Refusing(refused), lambda what, detail: said.append(detail), lambda: None)
+        watch(children, refused_keys, lambda what, detail: said.append(detail), lambda: None)
     return said
 
 
 def test_the_worker_and_the_supernode_have_restarts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
     children = {"worker": Ending(RESTARTS - 1), "SuperNode": Ending(RESTARTS)}
     watch_here(children, refused=False, monkeypatch=monkeypatch)
+    only: Any = {"worker": Ending(RESTARTS + 1)}
     with pytest.raises(DeploymentError, match=f"the worker ended {RESTARTS} times$"):
-        watch({"worker": Ending(RESTARTS + 1)}, Refusing(False), lambda *_: None, lambda: None)
+        watch(only, {}, lambda *_: None, lambda: None)
 
 
 def test_being_refused_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
     assert watch_here({"SuperNode": Ending(3 * RESTARTS)}, refused=True, monkeypatch=monkeypatch) == []
 
 

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from fedloom.text import show_controls
+
+_WHOSE: ContextVar[str] = ContextVar("whose", default="")
 
 
 def say(what: str, detail: str) -> None:
-    """Print a line for whoever watches `fedloom join`."""
-    print(show_controls(f"{what:<10}{detail}"), flush=True)
+    """Print a line for whoever watches `fedloom join`, with the client's name where there are several."""
+    whose = _WHOSE.get()
+    print(show_controls(f"{what:<10}{whose and f'{whose}: '}{detail}"), flush=True)
+
+
+@contextmanager
+def speaking_of(name: str) -> Iterator[None]:
+    """Have the lines that are said in the block bear a client's name; an empty one is none."""
+    before = _WHOSE.set(name)
+    try:
+        yield
+    finally:
+        _WHOSE.reset(before)
