@@ -74,6 +74,7 @@ TAKES_A_RECIPE = {
     "deployment.client.terms": "the recipe is what terms follow from",
     "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
+    "deployment.client.shared_base": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",
 }
 """Modules beside `experiment` and `recipe` that take a whole recipe, and why: others take their own section."""

@@ -10,7 +10,7 @@ import typer
 
 from fedloom.host.files import path
 from fedloom.host.machine import Finding
-from fedloom.text import show_controls
+from fedloom.text import count, show_controls
 
 if TYPE_CHECKING:
     from fedloom.deployment.client.joining import Member
@@ -136,14 +136,14 @@ def read_members(
     from fedloom.deployment.client.joining import Member, check_together, read_kit
     from fedloom.deployment.client.policy import load_policy, with_options
 
-    count, members = len(kits), []
+    num_kits, members = len(kits), []
     for kit, documents, policy, journal, keep, file in zip(
         kits,
-        _pair("--data", data, count),
-        _pair("--policy", policies, count, for_all=True),
-        _pair("--journal", journals, count),
-        _pair("--keep", folders, count, for_all=True),
-        _pair("--tasks", tasks, count, for_all=True),
+        _pair("--data", data, num_kits),
+        _pair("--policy", policies, num_kits, for_all=True),
+        _pair("--journal", journals, num_kits),
+        _pair("--keep", folders, num_kits, for_all=True),
+        _pair("--tasks", tasks, num_kits, for_all=True),
         strict=True,
     ):
         read, rules = read_kit(kit), with_options(load_policy(policy), **own)
@@ -159,7 +159,8 @@ def _pair(option: str, given: Sequence[Given] | None, kits: int, *, for_all: boo
         return [given[0] if given else None] * kits
     if len(given) != kits:
         often = "once for all, or once for each, in their order" if for_all else "once for each, in their order"
-        raise typer.BadParameter(f"{kits} kits and {len(given)} times {option}: name it {often}.")
+        told = f"{count(kits, 'kit')}, and {option} {count(len(given), 'time')}"
+        raise typer.BadParameter(f"{told}: name it {often}.")
     return [*given]
 
 

@@ -293,15 +293,15 @@ class Slow:
 
     def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = 0
-        note = workers.ClientModel._note
+        count = workers.ClientModel.count
 
         def counted(model: Any, progress: Progress) -> None:
             self.steps += 1
             if self.steps == steps:
                 model.until = time.monotonic() - 1
-            note(model, progress)
+            count(model, progress)
 
-        monkeypatch.setattr(workers.ClientModel, "_note", counted)
+        monkeypatch.setattr(workers.ClientModel, "count", counted)
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])

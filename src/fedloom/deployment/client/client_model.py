@@ -173,7 +173,7 @@ class ClientModel:
         taken, self._progress = self._progress, []
         return taken
 
-    def _count(self, progress: Progress) -> None:
+    def count(self, progress: Progress) -> None:
         """Count a step or a batch that is done."""
         self._progress.append(progress)
 
@@ -183,7 +183,7 @@ class ClientModel:
         Raises:
             LateError
         """
-        self._count(progress)
+        self.count(progress)
         check_time(self.until)
 
     def evaluate(self, asked: Frame) -> Frame:
@@ -286,7 +286,7 @@ class ClientModel:
 
     def _train(self, task: ClientTask, ration: Ration | None = None) -> Training[ClientUpdate]:
         job = ClientJob(**vars(task), blocks=self._blocks.train, ration=ration)
-        result = yield Wanted(self._base, job, self.until, self._count)
+        result = yield Wanted(self._base, job, self)
         if isinstance(result, ClientFailure):
             raise result.error
         return result

@@ -9,7 +9,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -118,16 +118,23 @@ class Bases:
         gc.collect()  # two models may not fit in memory, and parts of one hold each other
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Waiting(Protocol):
+    """Client that waits for a training."""
+
+    until: float
+    """Time, on the monotonic clock, after which nobody waits for its answer."""
+
+    def count(self, progress: Progress) -> None:
+        """Count a step that is done."""
+        ...
+
+
+class Wanted(NamedTuple):
     """Training that a client's answer needs."""
 
     base: SharedBase
     job: ClientJob
-    until: float
-    """Time, on the monotonic clock, after which nobody waits for it."""
-    count: Watch
-    """Function that counts its steps."""
+    client: Waiting
 
 
 def train_together(wanted: Sequence[Wanted]) -> Iterator[tuple[int, ClientResult | Exception]]:
@@ -146,9 +153,9 @@ def _train_pass(asked: Mapping[int, tuple[int, Wanted]]) -> Iterator[tuple[int, 
 
     def count(progress: Progress) -> None:
         assert progress.client is not None, "a step of training is a client's"
-        asked[progress.client][1].count(progress)
+        asked[progress.client][1].client.count(progress)
         # For one that is late the others don't stop: its answer is given up when it is there.
-        check_time(max(one.until for _, one in left.values()))
+        check_time(max(one.client.until for _, one in left.values()))
 
     try:
         for result in base.train(jobs, count):
@@ -160,13 +167,13 @@ def _train_pass(asked: Mapping[int, tuple[int, Wanted]]) -> Iterator[tuple[int, 
 
 
 def share_out(wanted: Sequence[Wanted]) -> list[list[int]]:
-    """Return the places of the trainings of each pass.
+    """Return the places of the trainings of each pass, by their clients' numbers: who came first makes no difference.
 
     In a private run each client has a pass of its own: beside another's documents the rounding of its answer would be
     theirs too, which no noise of theirs covers.
     """
     passes: list[list[int]] = []
-    for place, one in enumerate(wanted):
+    for place, one in sorted(enumerate(wanted), key=lambda pair: pair[1].job.client):
         fits = (others for others in passes if all(_fit(one, wanted[other]) for other in others))
         if others := next(fits, None):
             others.append(place)
