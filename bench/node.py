@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from client import cpu_seconds, family, proportional_bytes
 
@@ -59,19 +58,19 @@ def measure(
                 f"join-{node[0]}",
                 "join",
                 *(str(kits[one]) for one in node),
-                *sum((own[one] for one in node), []),
+                *(word for one in node for word in own[one]),
                 *confirmed,
             )
             for node in nodes
         ]
-        began, worst, spent = time.monotonic(), 0.0, {}
+        began, worst, spent = time.monotonic(), 0.0, 0.0
         while not server.ended:
-            found = 0.0
+            found = now = 0.0
             for process in [one for join in joins for one in family(join.pid)]:
                 with suppress(OSError):
                     found += proportional_bytes(process) / 1e6
-                    spent[process] = cpu_seconds(process)
-            worst = max(worst, found)
+                    now += cpu_seconds(process)  # with that of those which have ended, and were its own
+            worst, spent = max(worst, found), max(spent, now)
             time.sleep(LOOK_SECONDS)
         seconds = time.monotonic() - began
         finished = read_run(folder / "run")
@@ -79,7 +78,7 @@ def measure(
             "clients": clients,
             "joins": len(nodes),
             "worst_MB": round(worst),
-            "cpu_seconds": round(sum(spent.values()), 1),
+            "cpu_seconds": round(spent, 1),
             "train_seconds": [round(record["train_seconds"], 2) for record in finished.rounds[1:]],
             "seconds": round(seconds, 1),
             "load": round(os.getloadavg()[0], 1),
@@ -93,9 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("changes", nargs="*", default=[])
     chosen = parser.parse_args(arguments)
-    print(
-        "| clients | `join`s | MB of all at most | s of a core | s of training a round | load |\n|---|---|---|---|---|---|"
-    )
+    print("| clients | `join`s | MB of all at most | s of a core | s of training a round | load |")
+    print("|---|---|---|---|---|---|")
     lines = []
     for clients in chosen.clients:
         for together in (True, False)[: 1 if clients == 1 else 2]:
