@@ -22,7 +22,7 @@ from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
-from fedloom.model_commands import RunFolder, chat, convert, evaluate, export, generate, preview, push
+from fedloom.model_commands import RunFolder, chat, convert, evaluate, export, generate, node, preview, push
 from fedloom.provision_commands import provision
 from fedloom.text import show_controls
 
@@ -68,6 +68,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
     ] = False,
+    node: seen.Nodes = None,
     page: seen.PageAddress = None,
     metrics: seen.MetricsAddress = None,
     metrics_names: seen.MetricsNames = False,
@@ -83,9 +84,11 @@ def run(
     asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
     with told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
         with quick_imports():
+            from fedloom.experiment.clients import LocalClients
             from fedloom.experiment.run import run
 
-        run(loaded, out, resume=resume, log_to=log, watch=watch, observers=observers)
+        clients = LocalClients(node or ())
+        run(loaded, out, resume=resume, log_to=log, watch=watch, clients=clients, observers=observers)
 
 
 app.add_typer(provision, name="provision")
@@ -305,6 +308,7 @@ def compare(
 
 
 app.command()(preview)
+app.command()(node)
 app.command()(convert)
 app.command()(export)
 app.command()(push)
