@@ -116,12 +116,14 @@ def speak(frame: Frame, *words: str) -> tuple[Frame, str]:
     return answer, done.stderr.decode()
 
 
+@pytest.mark.long
 def test_what_is_printed_on_a_node_is_no_part_of_what_it_says() -> None:
     answer, printed = speak(Frame({"version": "7"}), "--print")
     assert answer.manifest == {"do": "failed", "why": "7"}
     assert "a library prints" in printed
 
 
+@pytest.mark.long
 def test_a_node_with_another_version_is_refused() -> None:
     answer, _ = speak(Frame({"version": "0.0.0", "recipe": {}, "engine": "reference", "threads": 0}))
     assert answer.manifest == {"do": "failed", "why": f"it has fedloom {__version__}, and the run has 0.0.0"}

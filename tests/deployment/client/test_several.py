@@ -123,7 +123,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 # --- Each answers what it answers alone.
 
 
-@pytest.mark.parametrize("do", ["meet", "evaluate", "train"])
+@pytest.mark.parametrize(
+    "do", [pytest.param("meet", marks=pytest.mark.long), pytest.param("evaluate", marks=pytest.mark.long), "train"]
+)
 def test_with_reference_each_answer_has_the_bits_that_it_has_alone(do: str, tmp_path: Path) -> None:
     recipe = recipe_of("reference")
     expected = alone(tmp_path / "alone", recipe, do)
@@ -335,6 +337,28 @@ def test_clients_that_are_asked_within_the_window_train_in_one_pass_and_a_lone_o
         assert "report" in alone().manifest
         assert 0.3 <= time.monotonic() - began < 30
         assert passes.made[1:] == [[0]]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        recipe_of("reference"),
+        recipe_of(data={"client_holdout": 0.0}, privacy={"delta": 1e-3, "noise_multiplier": 1.0}),
+    ],
+    ids=["reference", "private"],
+)
+def test_who_trains_alone_in_any_case_waits_for_nobody(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "GATHER_SECONDS", 1000.0)
+    workers = node_of(tmp_path)
+    with closing(Process(workers)) as process:
+        for number in range(3):
+            process.ask(number, asked_of(recipe, "meet", number))
+            process.answer()
+        one = process.ask(1, asked_of(recipe, "train", 1))
+        assert process.answer() is None
+        assert "report" in one().manifest
 
 
 def test_a_second_question_to_a_client_waits_until_the_first_is_answered(tmp_path: Path) -> None:

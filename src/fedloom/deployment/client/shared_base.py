@@ -136,6 +136,15 @@ class Wanted(NamedTuple):
     job: ClientJob
     client: Waiting
 
+    @property
+    def may_share(self) -> bool:
+        """Return whether it can be in one pass with another.
+
+        In a private run it can't: beside another's documents the rounding of an answer would be theirs too, which no
+        noise of theirs covers.
+        """
+        return self.base.takes_several and self.job.ration is None
+
 
 def train_together(wanted: Sequence[Wanted]) -> Iterator[tuple[int, ClientResult | Exception]]:
     """Yield what comes of each training, by its place, when it is there: a result, or the error that ended its pass.
@@ -167,11 +176,7 @@ def _train_pass(asked: Mapping[int, tuple[int, Wanted]]) -> Iterator[tuple[int, 
 
 
 def share_out(wanted: Sequence[Wanted]) -> list[list[int]]:
-    """Return the places of the trainings of each pass, by their clients' numbers: who came first makes no difference.
-
-    In a private run each client has a pass of its own: beside another's documents the rounding of its answer would be
-    theirs too, which no noise of theirs covers.
-    """
+    """Return the places of the trainings of each pass, in the order of their clients' numbers, whoever came first."""
     passes: list[list[int]] = []
     for place, one in sorted(enumerate(wanted), key=lambda pair: pair[1].job.client):
         fits = (others for others in passes if all(_fit(one, wanted[other]) for other in others))
@@ -184,7 +189,7 @@ def share_out(wanted: Sequence[Wanted]) -> list[list[int]]:
 
 def _fit(one: Wanted, other: Wanted) -> bool:
     """Return whether two clients can train in one pass; by their numbers, results are told apart."""
-    if one.base is not other.base or not one.base.takes_several or one.job.ration or other.job.ration:
+    if one.base is not other.base or not one.may_share or not other.may_share:
         return False
     return one.job.client != other.job.client and can_share_a_step(one.job, other.job)
 

@@ -98,7 +98,8 @@ def answer(first: Arrived, waiting: Queue[Arrived], workers: Sequence[Worker]) -
                 reply(one.connection, begun.answer)
             else:
                 under_way[one.client] = begun, one.connection
-        if not under_way or len(under_way) >= sum(worker.may_train for worker in workers):
+        shares = any(begun.wanted and begun.wanted.may_share for begun, _ in under_way.values())
+        if not shares or len(under_way) >= sum(worker.may_train for worker in workers):
             break
         try:
             one = waiting.get(timeout=max(until - time.monotonic(), 0.0))
