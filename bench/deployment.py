@@ -105,7 +105,7 @@ def join_with_echo(kit: Path) -> None:
     def say(what: str, detail: str) -> None:
         print(f"{what:<10}{detail}", flush=True)
 
-    joining.join(joining.read_kit(kit), kit, Policy(), kit.with_suffix(".journal.jsonl"), say)
+    joining.join([joining.Member(joining.read_kit(kit), kit, Policy(), kit.with_suffix(".journal.jsonl"))], say)
 
 
 def provision(folder: Path, host: str = "localhost", names: Sequence[str] = NAMES) -> tuple[Security, list[Path]]:

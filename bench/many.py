@@ -146,7 +146,7 @@ def join_one(kit: Path, data: Path, *, with_echo: bool) -> None:
     def say(what: str, detail: str) -> None:
         print(f"{what:<10}{detail}", flush=True)
 
-    joining.join(joining.read_kit(kit), data, Policy(), kit.with_suffix(".journal.jsonl"), say)
+    joining.join([joining.Member(joining.read_kit(kit), data, Policy(), kit.with_suffix(".journal.jsonl"))], say)
 
 
 class Clients:

@@ -77,6 +77,7 @@ TAKES_A_RECIPE = {
     "deployment.client.terms": "the recipe is what terms follow from",
     "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
+    "deployment.client.shared_base": "it wires a client's part of a run",
     "deployment.server.serving": "it wires the server's part of a run",
     "deployment.server.ground": "it wires the server's part of a run",
     "deployment.server.service": "the recipe is what is submitted",

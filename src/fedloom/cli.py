@@ -22,7 +22,7 @@ from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.host.signals import Terminated
-from fedloom.model_commands import chat, convert, evaluate, export, generate, preview, push
+from fedloom.model_commands import chat, convert, evaluate, export, generate, node, preview, push
 from fedloom.provision_commands import provision
 from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder
 from fedloom.service_commands import runs, stop, submit
@@ -63,6 +63,7 @@ def run(
         bool, typer.Option("--watch", help="Write the report after every round, not only at the end.")
     ] = False,
     resume: ResumeRun = False,
+    node: seen.Nodes = None,
     page: seen.PageAddress = None,
     metrics: seen.MetricsAddress = None,
     metrics_names: seen.MetricsNames = False,
@@ -78,9 +79,11 @@ def run(
     asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
     with told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
         with quick_imports():
+            from fedloom.experiment.clients import LocalClients
             from fedloom.experiment.run import run
 
-        run(loaded, out, resume=resume, log_to=log, watch=watch, observers=observers)
+        clients = LocalClients(node or ())
+        run(loaded, out, resume=resume, log_to=log, watch=watch, clients=clients, observers=observers)
 
 
 app.add_typer(provision, name="provision")
@@ -143,26 +146,28 @@ def serve(
 
 @app.command()
 def join(
-    kit: owner.KitFile,
-    data: Annotated[Path, typer.Option(parser=path, help="This client's documents: a file or a folder.")],
-    policy: owner.PolicyFile = None,
-    journal: owner.JournalFile = None,
+    kits: owner.KitFiles,
+    data: owner.Documents,
+    policy: owner.PolicyFiles = None,
+    journal: owner.JournalFiles = None,
     fingerprint: owner.ServerFingerprint = None,
     text: owner.TextColumn = None,
     columns: owner.ColumnNames = None,
     files: owner.FilesGlob = None,
     hidden: owner.HiddenFiles = None,
-    tasks: owner.TaskFile = None,
-    keep: owner.KeepFolder = None,
+    tasks: owner.TaskFiles = None,
+    keep: owner.KeepFolders = None,
     write_policy: owner.WritePolicy = None,
     log_file: seen.LogFile = None,
     log_format: seen.LogFormat = None,
     notify: seen.NotifyCommand = None,
 ) -> None:
-    """Take part in a federation with documents that stay on this machine."""
+    """Take part in a federation with documents that stay on this machine, as one client or several.
+
+    With several kits, of one server, the clients have one base model, and train together: --data once for each.
+    """
     from fedloom.deployment.client.first_use import confirm_server
-    from fedloom.deployment.client.joining import join, read_kit
-    from fedloom.deployment.client.policy import load_policy, with_options
+    from fedloom.deployment.client.joining import join
     from fedloom.deployment.processes import hide_arguments
 
     hide_arguments()
@@ -170,10 +175,10 @@ def join(
     asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
     with told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
-        read, rules = read_kit(kit), with_options(load_policy(policy), **own)
-        confirm_server(read, fingerprint, input if sys.stdin.isatty() else None, say)
-        tell = seen.saying_to(observers, say)
-        join(read, data, rules, journal or read.journal, tell, policy_file=policy, keep=keep, tasks=tasks)
+        members = owner.read_members(kits, data, policy, journal, keep, tasks, own)
+        for member in members:
+            confirm_server(member.kit, fingerprint, input if sys.stdin.isatty() else None, say)
+        join(members, seen.saying_to(observers, say))
 
 
 app.command()(owner.preflight)
@@ -298,6 +303,7 @@ def compare(
 
 
 app.command()(preview)
+app.command()(node)
 app.command()(convert)
 app.command()(export)
 app.command()(push)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fedloom.host.files import path
 from fedloom.host.machine import Finding
-from fedloom.text import show_controls
+from fedloom.text import count, show_controls
+
+if TYPE_CHECKING:
+    from fedloom.deployment.client.joining import Member
+
+Given = TypeVar("Given")
 
 
 def write_policy_and_leave(file: Path | None) -> None:
@@ -24,6 +29,34 @@ def write_policy_and_leave(file: Path | None) -> None:
 
 
 KitFile = Annotated[Path, typer.Argument(parser=path, metavar="KIT", help="The file that the server's owner sent.")]
+KitFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        parser=path,
+        metavar="KIT...",
+        help="The files that the server's owner sent: one for each client, which then have one base model.",
+    ),
+]
+Documents = Annotated[
+    list[Path],
+    typer.Option("--data", parser=path, help="A client's documents: a file or a folder; once for each kit, in order."),
+]
+PolicyFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--policy",
+        parser=path,
+        help="What the server may ask for; safe defaults if left out. Once for all kits, or once for each.",
+    ),
+]
+JournalFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--journal",
+        parser=path,
+        help="Where all that is asked is written down; beside the kit if left out. Once for each kit.",
+    ),
+]
 PolicyFile = Annotated[
     Path | None, typer.Option(parser=path, help="What the server may ask for; safe defaults if left out.")
 ]
@@ -48,18 +81,29 @@ FilesGlob = Annotated[
 HiddenFiles = Annotated[
     bool | None, typer.Option("--hidden", help="Files and folders whose names begin with a dot are documents as well.")
 ]
-KeepFolder = Annotated[
-    Path | None,
+KeepFolders = Annotated[
+    list[Path] | None,
     typer.Option(
+        "--keep",
         parser=path,
         metavar="FOLDER",
-        help="Where adapters that are this client's own are kept, and go nowhere else; beside the journal if left out.",
+        help="Where adapters that are this client's own are kept, and go nowhere else; beside the journal if left out."
+        " Once for all kits, or once for each.",
     ),
 ]
 TaskFile = Annotated[
     str | None,
     typer.Option(
         metavar="FILE", help="Tasks of this client's own: the server is told how many are right, and nothing else."
+    ),
+]
+TaskFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="FILE",
+        help="Tasks of this client's own: the server is told how many are right, and nothing else. Once for all kits,"
+        " or once for each.",
     ),
 ]
 WritePolicy = Annotated[
@@ -72,6 +116,52 @@ WritePolicy = Annotated[
         help="Write a policy file with every key and its default, and leave.",
     ),
 ]
+
+
+def read_members(
+    kits: Sequence[Path],
+    data: Sequence[Path],
+    policies: Sequence[Path] | None,
+    journals: Sequence[Path] | None,
+    folders: Sequence[Path] | None,
+    tasks: Sequence[str] | None,
+    own: Mapping[str, Any],
+) -> list[Member]:
+    """Read each client's kit and policy, and pair them with what the options say of it; `own` is said of all.
+
+    Raises:
+        FedloomError: one of them can't be read, or they can't be at work together.
+        typer.BadParameter: an option was given for more kits or fewer than there are.
+    """
+    from fedloom.deployment.client.joining import Member, check_together, read_kit
+    from fedloom.deployment.client.policy import load_policy, with_options
+
+    num_kits, members = len(kits), []
+    for kit, documents, policy, journal, keep, file in zip(
+        kits,
+        _pair("--data", data, num_kits),
+        _pair("--policy", policies, num_kits, for_all=True),
+        _pair("--journal", journals, num_kits),
+        _pair("--keep", folders, num_kits, for_all=True),
+        _pair("--tasks", tasks, num_kits, for_all=True),
+        strict=True,
+    ):
+        read, rules = read_kit(kit), with_options(load_policy(policy), **own)
+        assert documents, "a required option"
+        members.append(Member(read, documents, rules, journal or read.journal, policy, keep, file))
+    check_together(members)
+    return members
+
+
+def _pair(option: str, given: Sequence[Given] | None, kits: int, *, for_all: bool = False) -> list[Given | None]:
+    """Return what an option says of each kit, in their order; with `for_all`, once is for all of them."""
+    if not given or (for_all and len(given) == 1):
+        return [given[0] if given else None] * kits
+    if len(given) != kits:
+        often = "once for all, or once for each, in their order" if for_all else "once for each, in their order"
+        told = f"{count(kits, 'kit')}, and {option} {count(len(given), 'time')}"
+        raise typer.BadParameter(f"{told}: name it {often}.")
+    return [*given]
 
 
 def preflight(

@@ -231,6 +231,13 @@ def evaluate(
         typer.echo(show_controls(line))
 
 
+def node() -> None:
+    """Train for a run of another machine, which speaks through standard input: `fedloom run --node` starts it."""
+    from fedloom.experiment.card_process import serve_streams
+
+    serve_streams()
+
+
 def read_lines() -> Iterator[str]:
     """Yield what is typed, line by line, without empty lines; a terminal is shown where to type."""
     while True:

@@ -40,6 +40,14 @@ MetricsAddress = Annotated[
     ),
 ]
 MetricsNames = Annotated[bool, typer.Option("--metrics-names", help="Name clients in the metrics.")]
+Nodes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--node",
+        metavar="HOST[/DEVICE]",
+        help="Have a machine that ssh reaches train some of the clients; once for each.",
+    ),
+]
 LogFile = Annotated[
     Path | None,
     typer.Option(

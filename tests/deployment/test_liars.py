@@ -293,15 +293,15 @@ class Slow:
 
     def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = 0
-        note = workers.ClientModel._note
+        count = workers.ClientModel.count
 
         def counted(model: Any, progress: Progress) -> None:
             self.steps += 1
             if self.steps == steps:
                 model.until = time.monotonic() - 1
-            note(model, progress)
+            count(model, progress)
 
-        monkeypatch.setattr(workers.ClientModel, "_note", counted)
+        monkeypatch.setattr(workers.ClientModel, "count", counted)
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])
@@ -367,7 +367,7 @@ def listening(worker: Worker, folder: Path) -> Iterator[str]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        threading.Thread(target=serve, args=(take_in(listener), worker), daemon=True).start()
+        threading.Thread(target=serve, args=(take_in([listener]), [worker]), daemon=True).start()
         yield path
 
 

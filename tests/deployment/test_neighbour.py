@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -166,11 +167,15 @@ def test_a_private_folder_is_closed_to_another_user_and_its_sockets_too() -> Non
 class Telling:
     """Worker that tells something private to whoever asks."""
 
-    is_spent = False
-    account = SimpleNamespace(look=lambda: None, goes_on=False)
-    opening_seconds, holds_former = 0.0, False
+    is_spent = may_train = holds_former = False
+    account = SimpleNamespace(goes_on=False)
+    opening_seconds, whose = 0.0, ""
 
-    def answer(self, asked: Frame, came: float) -> Frame:
+    def look(self) -> None:
+        pass
+
+    def begin(self, asked: Frame, came: float) -> Iterator[Any]:
+        yield from ()
         return Frame({"told": "private"})
 
 
@@ -192,8 +197,8 @@ def test_a_worker_whose_socket_is_open_by_mistake_answers_its_owner_alone(
         listener = listen(path)
         folder.chmod(0o777)
         os.chmod(path, 0o777)
-        waiting = worker_process.take_in(listener)
-        threading.Thread(target=worker_process.serve, args=(waiting, Telling()), daemon=True).start()
+        waiting = worker_process.take_in([listener])
+        threading.Thread(target=worker_process.serve, args=(waiting, [Telling()]), daemon=True).start()
 
         def question() -> object:
             return ask(path, Frame({"do": "meet"}), patience_seconds=0, answer_seconds=30).manifest["told"]

@@ -45,7 +45,7 @@ ARGUMENTS = "FEDLOOM_ARGUMENTS"
 """Environment variable with a program's arguments. A command line is read by everyone on a machine (`ps`), an
 environment by its owner alone."""
 AND = "--and"
-"""Word between a SuperNode's arguments and those of what carries out its messages."""
+"""Word between a SuperNode's arguments and those of what carries out its messages, and between a worker's clients."""
 SERVE_SOCKET = "FEDLOOM_SERVE_SOCKET"
 """Environment variable that tells the server app where `fedloom serve` listens. Others who submit the app lack it."""
 SOCKETS = "FEDLOOM_SOCKETS"
@@ -187,7 +187,7 @@ def private_folder() -> Iterator[Path]:
     _sweep()
     # Paths of Unix sockets are short, so it is not in the run directory.
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, ExitStack() as stack:
-        if len(os.fsencode(Path(name) / RUNTIME_SOCKET)) > MOST_PATH_BYTES:
+        if len(os.fsencode(Path(name) / "999" / RUNTIME_SOCKET)) > MOST_PATH_BYTES:  # a client's own folder
             raise DeploymentError(
                 "the path of the folder for temporary files is too long for sockets",
                 where=tempfile.gettempdir(),

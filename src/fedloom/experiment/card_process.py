@@ -1,13 +1,16 @@
-"""Process that trains on a further device of this machine: it has the base model, and is told jobs.
+"""Process that trains on a further device, of this machine or of a node: it has the base model, and is told jobs.
 
-`cards` starts it, never a person. It ends when whoever started it does: its socket is closed then.
+`cards` starts it, never a person. It ends when whoever started it does: its socket is closed then. On a node, standard
+input and output stand for the socket, as ssh brings them.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import astuple
@@ -15,8 +18,9 @@ from typing import Any
 
 import torch
 
+from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, RunError
 from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.experiment.job_frames import pack_result, unpack_jobs
 from fedloom.experiment.session import hash_base
@@ -24,6 +28,8 @@ from fedloom.host.frames import Frame, receive_frame, send_frame
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.engines import Engine, open_engine
+
+CHUNK_BYTES = 2**20
 
 
 class NotWantedError(Exception):
@@ -75,7 +81,10 @@ class Line:
                 self.tell("done", lowered_to=engine.lowered_to)
 
     def _open(self, told: Mapping[str, Any]) -> tuple[AdaptedModel, Engine]:
-        torch.set_num_threads(told["threads"])
+        if told["version"] != __version__:
+            raise RunError(f"it has fedloom {__version__}, and the run has {told['version']}")
+        if told["threads"]:
+            torch.set_num_threads(told["threads"])
         recipe = Recipe.model_validate(told["recipe"])
         adapted = load_adapted_model(recipe, open_source(recipe))
         # Before the engine tries the model: bitsandbytes changes how it keeps its weights when they are first used.
@@ -83,6 +92,37 @@ class Line:
         engine = open_engine(told["engine"], adapted, recipe.data, self.watch, self.say)
         self.tell("ready", base=base)
         return adapted, engine
+
+
+def serve_streams() -> None:
+    """Serve at standard input and output. What anything prints meanwhile goes to standard error."""
+    source, sink = os.dup(0), os.dup(1)
+    os.dup2(2, 1)
+    connection, ours = socket.socketpair()
+
+    def bring() -> None:
+        with suppress(OSError):
+            while read := os.read(source, CHUNK_BYTES):
+                ours.sendall(read)
+        with suppress(OSError):
+            ours.shutdown(socket.SHUT_WR)
+
+    def take() -> None:
+        with suppress(OSError):
+            while read := ours.recv(CHUNK_BYTES):
+                written = 0
+                while written < len(read):
+                    written += os.write(sink, read[written:])
+        # Nobody reads any more: the next word that is sent says so.
+        with suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=bring, daemon=True).start()
+    taking = threading.Thread(target=take, daemon=True)
+    taking.start()
+    with connection, suppress(OSError):
+        Line(connection).serve()
+    taking.join()
 
 
 def main() -> None:

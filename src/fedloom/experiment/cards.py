@@ -1,4 +1,4 @@
-"""Several devices of one machine: a process a device, each with the base model, and jobs dealt out among them.
+"""Several devices, of this machine or of others: a process a device, each with the base model, and jobs dealt out.
 
 The run's own process is that of its own device. It trains its share, takes in what the others find as they find it,
 and gives all results in the order of the jobs, so nothing depends on who was quicker.
@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
 from fedloom.experiment.job_frames import pack_jobs, unpack_result
+from fedloom.experiment.places import Place
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session, hash_base
 from fedloom.host.frames import Frame, receive_frame, send_frame
@@ -31,6 +33,10 @@ from fedloom.recipe.recipe import Recipe, pin
 from fedloom.training.engines import Engine, open_engine
 from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate
 
+SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "--")
+"""Command that reaches a node: asks for no password, takes no host that is not known, notices one that went."""
+NODE = ("fedloom", "node")
+"""Command that trains on a node, which its shell must find."""
 GRACE_SECONDS = 10.0
 """Time that a process has to end by itself."""
 Key = tuple[int, int]
@@ -38,23 +44,31 @@ Key = tuple[int, int]
 
 
 class Card:
-    """Process that trains on one device; a child of this one."""
+    """Process that trains on one device; a child of this one, or of a node's."""
 
-    def __init__(self, device: torch.device, recipe: Recipe, engine: str) -> None:
-        self.device, self.is_busy = device, False
+    def __init__(self, place: Place) -> None:
+        self.place, self.is_busy = place, False
         self.lowered_to: int | None = None
         self._connection, theirs = socket.socketpair()
+        number = theirs.fileno()
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [number]}
+        command = [sys.executable, "-m", "fedloom.experiment.card_process", str(number)]
+        if place.host:
+            how, command = {"stdin": theirs, "stdout": theirs}, [*SSH, place.host, *NODE]
         with theirs:
-            number = theirs.fileno()
             # A session of its own: Ctrl-C in a terminal reaches the run alone, which ends the others.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedloom.experiment.card_process", str(number)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[number],
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(command, start_new_session=True, **how)
+
+    def begin(self, recipe: Recipe, engine: str) -> None:
+        """Have it load the model of a recipe.
+
+        Raises:
+            RunError: the process ended.
+        """
         told = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        self._send(Frame({"recipe": told, "engine": engine, "threads": torch.get_num_threads()}))
+        # A node has as many threads as it is set up for.
+        threads = 0 if self.place.host else torch.get_num_threads()
+        self._send(Frame({"version": __version__, "recipe": told, "engine": engine, "threads": threads}))
 
     def fileno(self) -> int:
         """Return the socket's descriptor, by which `select` waits for it."""
@@ -73,12 +87,12 @@ class Card:
             RunError: the process ended.
         """
         while (told := self.receive().manifest)["do"] == "say":
-            say(told["what"], f"{self.device}: {told['detail']}")
+            say(told["what"], f"{self.place}: {told['detail']}")
         if told["do"] == "failed":
-            raise ModelError(f"{self.device} can't train: {told['why']}", where="training.devices")
+            raise ModelError(f"{self.place} can't train: {told['why']}", where=self.place.where)
         if told["base"] != base:
             raise ModelError(
-                f"{self.device} loaded another base model", where="model.source", mend="leave its files as they are"
+                f"{self.place} loaded another base model", where="model.source", mend="have the same files everywhere"
             )
 
     def ask(self, jobs: Sequence[ClientJob]) -> None:
@@ -126,11 +140,10 @@ class Card:
             self._process.wait(GRACE_SECONDS)
         number = self._process.returncode
         how = f"was killed (signal {-number})" if number is not None and number < 0 else f"ended (status {number})"
-        return RunError(
-            f"the process that trains on {self.device} {how}",
-            where="training.devices",
-            mend="go on with --resume, with fewer clients at once if memory ran out",
-        )
+        mend = "go on with --resume, with fewer clients at once if memory ran out"
+        if self.place.host:
+            mend = f"see that `{' '.join([*SSH, self.place.host])} fedloom --version` answers; {mend}"
+        return RunError(f"the process that trains on {self.place} {how}", where=self.place.where, mend=mend)
 
 
 class DealtEngine:
@@ -202,7 +215,7 @@ class DealtEngine:
             case "progress":
                 self._tell(Progress(*told["row"]))
             case "say":
-                self._say(told["what"], f"{card.device}: {told['detail']}")
+                self._say(told["what"], f"{card.place}: {told['detail']}")
             case "result":
                 key = told["trial"], told["client"]
                 self._found[key] = unpack_result(said, self._starts[key].adapter)
@@ -253,10 +266,10 @@ def open_session(
     def open_local(watch: Watch) -> Engine:
         return open_engine(name, adapted, recipe.data, watch, say)
 
-    others = [*prepared.devices]
-    trains_here = not others or prepared.device in others
+    others, own = [*prepared.places], Place(str(prepared.device))
+    trains_here = not others or own in others
     if trains_here and others:
-        others.remove(prepared.device)
+        others.remove(own)
     with ExitStack() as stack:
         engine: Engine
         if not others:
@@ -264,7 +277,7 @@ def open_session(
         else:
             say("devices", f"a process each on {', '.join(map(str, others))}")
             told = pin(recipe, prepared.plan.to_json())
-            cards = [open_card(told, device, prepared.plan.dtype, name, stack) for device in others]
+            cards = [open_card(told, place, prepared.plan.dtype, name, stack) for place in others]
             base = hash_base(adapted)
             engine = DealtEngine(cards, open_local if trains_here else None, observer.watch, say)
             for card in cards:
@@ -272,10 +285,11 @@ def open_session(
         yield Session(adapted, engine, telemetry, observer, batched=name == "batched")
 
 
-def open_card(recipe: Recipe, device: torch.device, dtype: str, engine: str, stack: ExitStack) -> Card:
+def open_card(recipe: Recipe, place: Place, dtype: str, engine: str, stack: ExitStack) -> Card:
     """Start the process of a device, which ends with the stack."""
-    model = recipe.model.model_copy(update={"device": str(device), "dtype": dtype})
+    model = recipe.model.model_copy(update={"device": place.device, "dtype": dtype})
     training = recipe.training.model_copy(update={"devices": None})
-    card = Card(device, recipe.model_copy(update={"model": model, "training": training}), engine)
+    card = Card(place)
     stack.callback(card.close)
+    card.begin(recipe.model_copy(update={"model": model, "training": training}), engine)
     return card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,11 +48,14 @@ class Clients(Protocol):
 class LocalClients:
     """Clients of this process: each holds its split of the recipe's documents."""
 
-    command = "fedloom run"
+    def __init__(self, nodes: Sequence[str] = ()) -> None:
+        """Have `nodes` of this owner's train some of them, named as `choose_places` takes them."""
+        self._nodes = nodes
+        self.command = " ".join(["fedloom run", *(f"--node {node}" for node in nodes)])
 
     def prepare(self, recipe: Recipe, watchers: Watchers) -> Prepared:
         """Load and split the documents, and plan the run."""
-        prepared = prepare(recipe, watchers, predict=False)
+        prepared = prepare(recipe, watchers, predict=False, nodes=self._nodes)
         watchers.check()
         return prepared
 

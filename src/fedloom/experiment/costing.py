@@ -65,7 +65,7 @@ def clients_at_once(together: Sequence[Prepared]) -> int:
 
 def _peak(together: Sequence[Prepared]) -> int | None:
     clients = sum(prepared.plan.clients_per_round for prepared in together)
-    at_once = min(clients_at_once(together), share_of_each(clients, together[0].devices))
+    at_once = min(clients_at_once(together), share_of_each(clients, together[0].places))
     return max((one.memory.peak_bytes(at_once) for one in together if one.memory), default=None)
 
 

@@ -1,7 +1,7 @@
 """Jobs and their results as frames, between a run's process and those that train on further devices.
 
 A manifest of words and numbers, and the tensors as safetensors: what comes out is what went in, to the bit. Both ends
-are this program on this machine.
+are this program, on machines of one owner.
 
 Letters: P adapter parameters.
 """

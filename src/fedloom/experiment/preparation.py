@@ -25,6 +25,7 @@ from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.batches import tokens_at_once
 from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source
+from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
 from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks, find_seen
@@ -35,7 +36,7 @@ from fedloom.federation.lora_rules import check_lora_rule, shared_part
 from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
-from fedloom.model.devices import choose_devices, has_in_hardware, open_device
+from fedloom.model.devices import has_in_hardware, open_device
 from fedloom.model.loading import check_length, check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
@@ -85,8 +86,8 @@ class Setup:
     shape: AdaptedModel
     """The adapted model without values."""
     lora_rule: str
-    devices: Sequence[torch.device] = ()
-    """Devices among which the clients are dealt out; none where one process trains them all."""
+    places: Sequence[Place] = ()
+    """Places among which the clients are dealt out; none where one process trains them all."""
 
     @property
     def payload_bytes(self) -> int:
@@ -130,8 +131,8 @@ class Prepared:
     """Hashes of the texts that are trained on, where tasks are asked and the documents are in this process."""
     memory: StepMemory | None = None
     """Bytes that a step takes; None where that was not predicted."""
-    devices: Sequence[torch.device] = ()
-    """Devices among which the clients are dealt out; none where this process trains them all."""
+    places: Sequence[Place] = ()
+    """Places among which the clients are dealt out; none where this process trains them all."""
 
 
 def prepare(
@@ -141,12 +142,13 @@ def prepare(
     *,
     predict: bool = True,
     predicted: MutableMapping[Hashable, StepMemory] | None = None,
+    nodes: Sequence[str] = (),
 ) -> Prepared:
     """Prepare a run whose clients are in this process.
 
     `material` is what `gather` gave for a recipe that agrees in what it comes from, where there is some. Without
     `predict`, the memory of a step is predicted only where it decides something. `predicted` keeps predictions for
-    recipes whose steps are alike.
+    recipes whose steps are alike. `nodes` train some of the clients.
 
     Raises:
         FedloomError: what the person who asked can mend.
@@ -154,7 +156,8 @@ def prepare(
     device = open_device(recipe.model.device)
     check_strategy(recipe.federation.strategy, cohort_size(recipe.data.clients, recipe.federation))
     material = material or gather(recipe, observer)
-    setup = replace(check(recipe, material.source, device), devices=choose_devices(recipe.training.devices, device))
+    places = choose_places(recipe.training.devices, device, nodes)
+    setup = replace(check(recipe, material.source, device), places=places)
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
     kept = {} if predicted is None else predicted
@@ -169,7 +172,7 @@ def prepare(
     # Which questions were trained on tells of documents: of a private run it is not said.
     trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks and not recipe.privacy else None
     parts = material.central, material.clients, scored, plan, room.capacity
-    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory, devices=setup.devices)
+    return Prepared(material.source, device, *parts, trained=trained, memory=room.memory, places=places)
 
 
 def with_tasks(prepared: Prepared, tasks: LoadedTasks, recipe: Recipe) -> Prepared:
@@ -265,9 +268,9 @@ def measure(
     if setup.engine != "batched":
         return Room(1)
     given = recipe.training.clients_at_once
-    most = share_of_each(per_round, setup.devices)
+    most = share_of_each(per_round, setup.places)
     wanted = min(most, given or most)
-    device, length, free = setup.device, recipe.data.max_length, free_on_each(setup.devices or [setup.device])
+    device, length, free = setup.device, recipe.data.max_length, free_on_each(here(setup.places) or [setup.device])
     scored = tokens_at_once(recipe.evaluation.batch_size, length, device)
     size: dict[str, Any] = {"clients": wanted, "length": length, "scored_tokens": scored, "device": device}
     if given and not predict:
@@ -318,7 +321,7 @@ def make_plan(
     recipe: Recipe, material: Material, setup: Setup, room: Room, per_round: int, scored_clients: Sequence[int]
 ) -> Plan:
     """Put together what is known of a run in this process."""
-    at_once = min(share_of_each(per_round, setup.devices), room.capacity)
+    at_once = min(share_of_each(per_round, setup.places), room.capacity)
     return Plan.of(
         recipe.name,
         recipe.training,
@@ -379,7 +382,7 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     ways = {
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
-        f"a process with the model for each of {', '.join(map(str, setup.devices))}": bool(setup.devices),
+        f"a process with the model for each of {', '.join(map(str, setup.places))}": bool(setup.places),
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }
     return tuple(way for way, taken in ways.items() if taken)

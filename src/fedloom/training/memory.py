@@ -301,6 +301,6 @@ def free_on_each(devices: Sequence[torch.device]) -> int:
     return min(free_bytes(device) // number for device, number in Counter(devices).items())
 
 
-def share_of_each(clients: int, devices: Sequence[torch.device]) -> int:
-    """Return how many clients at most each of several devices has; without any, one process has them all."""
-    return -(-clients // max(1, len(devices)))
+def share_of_each(clients: int, places: Sequence[object]) -> int:
+    """Return how many clients at most each of several places has; without any, one process has them all."""
+    return -(-clients // max(1, len(places)))

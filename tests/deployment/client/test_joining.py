@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from fedloom.cli import main
-from fedloom.deployment.client import joining
-from fedloom.deployment.client.joining import REFUSED_SECONDS, RESTARTS, RefusedKey, at_work, watch
+from fedloom.deployment.client import joining, watching
+from fedloom.deployment.client.joining import at_work
 from fedloom.deployment.client.preflight import Greeting
+from fedloom.deployment.client.watching import REFUSED_SECONDS, RESTARTS, RefusedKey, watch
 from fedloom.deployment.processes import Child
 from fedloom.errors import DeploymentError
 
@@ -49,7 +50,7 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     made = Node(tmp_path / "supernode.log")
-    monkeypatch.setattr(joining, "time", made)
+    monkeypatch.setattr(watching, "time", made)
     return made
 
 
@@ -110,6 +111,58 @@ def test_what_a_server_says_can_not_command_a_terminal(
     assert capsys.readouterr().out == "waiting   \\x1b]0;owned\\x07\n"
 
 
+def joined(
+    folder: Path, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[list[joining.Member], str]:
+    """Type `fedloom join` in a folder with kits a, b and c; return what would join, and what is said."""
+    for name, port in (("a", 1), ("b", 1), ("c", 2)):
+        (folder / f"{name}.kit").write_text(f'name = "{name}"\nserver = "localhost:{port}"\n')
+        (folder / f"{name}.toml").write_text(f"max_rounds = {ord(name)}\n")
+    given: list[joining.Member] = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(joining, "join", lambda members, say: given.extend(members))
+    monkeypatch.setattr(sys, "argv", ["fedloom", "join", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code or 0) == (0 if given else 2)
+    return given, capsys.readouterr().err
+
+
+def test_options_go_to_the_kits_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "a.kit b.kit --data A --data B --policy a.toml --policy b.toml --journal j --journal k --keep all"
+    found, _ = joined(tmp_path, words, monkeypatch, capsys)
+    assert [(one.kit.name, one.data.name, one.journal.name) for one in found] == [("a", "A", "j"), ("b", "B", "k")]
+    assert [one.policy.max_rounds for one in found] == [ord("a"), ord("b")]
+    assert [one.policy_file and one.policy_file.name for one in found] == ["a.toml", "b.toml"]
+    assert [(one.keep and one.keep.name, one.tasks) for one in found] == [("all", None)] * 2
+    found, _ = joined(tmp_path, "a.kit b.kit --data A --data B --policy a.toml", monkeypatch, capsys)
+    assert [one.policy.max_rounds for one in found] == [ord("a")] * 2
+    assert [one.journal.name for one in found] == ["a.journal.jsonl", "b.journal.jsonl"], "each its own"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("a.kit b.kit --data A", "2 kits, and --data 1 time"),
+        ("a.kit --data A --data B", "1 kit, and --data 2 times"),
+        ("a.kit b.kit --data A --data B --journal j", "2 kits, and --journal 1 time"),
+        ("a.kit b.kit --data A --data B --journal j --journal ./j", "two clients have the journal"),
+        ("a.kit a.kit --data A --data B", "two clients have the name a"),
+        (
+            "a.kit c.kit --data A --data C",
+            "c's kit is of another server than a's; start a fedloom join for each server",
+        ),
+    ],
+)
+def test_clients_that_can_not_be_at_work_together_are_refused_in_a_sentence(
+    words: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, said = joined(tmp_path, words, monkeypatch, capsys)
+    assert (found, why in said) == ([], True), said
+
+
 def test_a_second_join_with_a_kit_says_which_one_is_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +212,9 @@ class Ending:
         if self.starts > self._at_most:
             raise KeyboardInterrupt
 
+    def end(self) -> None:
+        """Be ended."""
+
 
 class Refusing:
     """Server that does or does not refuse the SuperNode."""
@@ -173,23 +229,59 @@ class Refusing:
 def watch_here(children: dict[str, Any], *, refused: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run `watch` without rests until it is ended, and return what it says."""
     said: list[str] = []
-    monkeypatch.setattr(joining, "rest", lambda seconds, check: None)
+    monkeypatch.setattr(watching, "rest", lambda seconds, check: None)
+    refused_keys: Any = {"SuperNode": Refusing(refused)}
     with pytest.raises(KeyboardInterrupt):
-        watch(children, Refusing(refused), lambda what, detail: said.append(detail), lambda: None)
+        watch(children, refused_keys, lambda what, detail: said.append(detail), lambda: None)
     return said
 
 
 def test_the_worker_and_the_supernode_have_restarts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
     children = {"worker": Ending(RESTARTS - 1), "SuperNode": Ending(RESTARTS)}
     watch_here(children, refused=False, monkeypatch=monkeypatch)
+    only: Any = {"worker": Ending(RESTARTS + 1)}
     with pytest.raises(DeploymentError, match=f"the worker ended {RESTARTS} times$"):
-        watch({"worker": Ending(RESTARTS + 1)}, Refusing(False), lambda *_: None, lambda: None)
+        watch(only, {}, lambda *_: None, lambda: None)
 
 
 def test_being_refused_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
     assert watch_here({"SuperNode": Ending(3 * RESTARTS)}, refused=True, monkeypatch=monkeypatch) == []
+
+
+@pytest.mark.parametrize("fault", ["refused", "ends"])
+def test_one_of_several_supernodes_that_is_given_up_is_left_out_and_the_last_ends_all(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching, "rest", lambda seconds, check: None)
+
+    class Given(Refusing):
+        def look(self) -> bool:
+            if fault == "refused":
+                raise DeploymentError("the server refuses bob's key")
+            return False
+
+    class There(Ending):
+        ended = False
+
+    said: list[str] = []
+    left: Any = {"worker": There(0), "SuperNode of alice": There(0), "SuperNode of bob": Ending(10**6)}
+    refused_keys: Any = {"SuperNode of alice": Refusing(False), "SuperNode of bob": Given(False)}
+    looks = iter(range(2 * RESTARTS))
+
+    def check() -> None:
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watch(left, refused_keys, lambda what, detail: said.append(what), check)
+    assert list(left) == ["worker", "SuperNode of alice"]
+    assert said.count("left out") == 1
+    last: Any = {"worker": There(0), "SuperNode of bob": Ending(10**6)}
+    with pytest.raises(DeploymentError, match="refuses bob's key" if fault == "refused" else "ended 10 times"):
+        watch(last, refused_keys, lambda *_: None, lambda: None)
 
 
 def test_what_ended_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

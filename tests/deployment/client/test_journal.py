@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.full_disk import no_file_above
 
-from fedloom.deployment.client.joining import Kit, join
+from fedloom.deployment.client.joining import Kit, Member, join
 from fedloom.deployment.client.journal import Journal, hash_task, standing
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.secret import read_secret
@@ -162,7 +162,7 @@ def test_a_damaged_journal_is_refused_by_its_line(line: str, tmp_path: Path) -> 
 
 def test_a_journal_that_can_not_be_kept_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match=r"a.jsonl: the journal can't be written .*--journal FILE"):
-        join(Kit("a", "127.0.0.1:1"), tmp_path, Policy(), tmp_path / "not there" / "a.jsonl", lambda what, detail: None)
+        join([Member(Kit("a", "127.0.0.1:1"), tmp_path, Policy(), tmp_path / "not there" / "a.jsonl")], print)
 
 
 def test_it_is_its_owners_alone(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_journal_goes_by_the_key_whatever_a_kits_file_is_called(sent: str, kit
     assert "1 of 200 rounds in the past 24 hours" in said("journal", kit)
     given: list[Path] = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(joining, "join", lambda kit, data, policy, journal, say, **_: given.append(journal))
+        patched.setattr(joining, "join", lambda members, say: given.append(members[0].journal))
         said("join", kit, "--data", kit.parent / "rows.jsonl", "--fingerprint", read_kit(kit).fingerprint)
     assert given == [journal]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.deployment import processes
-from fedloom.deployment.client.joining import Kit, join
+from fedloom.deployment.client.joining import Kit, Member, join
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.flower.bundle import PROJECT, RELAY, check_app, write_app
 from fedloom.errors import DeploymentError
@@ -67,4 +67,4 @@ def test_bytes_that_are_no_app_are_refused() -> None:
 def test_without_flower_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(DeploymentError, match=r"pip install 'flwr>="):
-        join(Kit("a", "127.0.0.1:1"), tmp_path, Policy(), tmp_path / "a.journal.jsonl", lambda what, detail: None)
+        join([Member(Kit("a", "127.0.0.1:1"), tmp_path, Policy(), tmp_path / "a.journal.jsonl")], print)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -21,6 +21,7 @@ from fedloom.deployment.client.own_adapter import DIGITS, OwnPart, Places, keep_
 from fedloom.deployment.client.own_tasks import OwnTasks
 from fedloom.deployment.client.refusals import as_owner_wrote, check_model
 from fedloom.deployment.client.secret import keyed_hash
+from fedloom.deployment.client.shared_base import Bases, Wanted, check_time
 from fedloom.deployment.client.terms import bound_of, take_terms
 from fedloom.deployment.messages import (
     ClientFacts,
@@ -32,13 +33,12 @@ from fedloom.deployment.messages import (
     unpack_task,
 )
 from fedloom.deployment.own_messages import KeptAdapter, pack_answers, pack_kept
-from fedloom.errors import LateError, MessageError
+from fedloom.errors import MessageError
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.evaluation.task_counts import OwnAnswers
-from fedloom.experiment.building import adapt, load_base
 from fedloom.experiment.personalising import personal_task
 from fedloom.experiment.private import derive_ration, seed_secret, set_client_terms
-from fedloom.experiment.session import hash_base, tensors_of
+from fedloom.experiment.session import tensors_of
 from fedloom.federation.lora_rules import shared_part
 from fedloom.host.frames import Frame
 from fedloom.privacy.noise import derive_key
@@ -51,18 +51,28 @@ from fedloom.records.card import write_own_card
 from fedloom.records.privacy import NOT_PRIVATE
 from fedloom.records.state import hash_tensors
 from fedloom.text import count
-from fedloom.training.engines import choose_engine, open_engine
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientTask, ClientUpdate
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, ClientUpdate
 from fedloom.training.optimizers import check_optimizer
+
+Found = TypeVar("Found")
+Training = Generator[Wanted, ClientResult, Found]
+"""Work that yields each training it needs, takes what came of it, and returns what it was for."""
 
 
 class ClientModel:
     """Base model of one recipe with an adapter on it, and this client's blocks: answers are made from these."""
 
     def __init__(
-        self, recipe: Recipe, name: str, places: Places, account: Account, secret: bytes, tasks: Sequence[Task] = ()
+        self,
+        recipe: Recipe,
+        name: str,
+        places: Places,
+        account: Account,
+        secret: bytes,
+        bases: Bases,
+        tasks: Sequence[Task] = (),
     ) -> None:
-        """Load them; `tasks` are the owner's own.
+        """Load them, the base model unless `bases` holds it; `tasks` are the owner's own.
 
         Raises:
             FedloomError: documents, model or tasks can't be had, or the policy does not allow them.
@@ -81,27 +91,24 @@ class ClientModel:
         self._blocks, self._source = data.blocks, data.source
         self.until = float("inf")
         """Time, on the monotonic clock, after which nobody waits for what is worked on."""
-        base = load_base(recipe, data.source)
-        # Before the adapter is put on it: what its owner can pin is the hash of the weights alone.
-        weights = hash_tensors(base.state_dict().values())
-        say("model", f"{data.source.name}@sha256:{weights}")
-        self._adapted = adapt(base, recipe, data.source)
-        check_model(policy, recipe, weights=weights, **measure(self._adapted))
-        check_optimizer(recipe.training, self._adapted.device)
-        engine = choose_engine(recipe.adapter, recipe.training, recipe.model, self._adapted)
-        self._engine = open_engine(engine, self._adapted, recipe.data, self._note, say)
-        self._progress: list[Progress] = []
-        self._scored: tuple[str, Score | None] = "", None
         # Nothing that was counted on a document or a question leaves a private run without noise.
         asked = tasks if policy.tell_tasks and recipe.privacy is None else ()
+        self._base = base = bases.open(recipe, data.source, asks=bool(asked))
+        say("model", f"{data.source.name}@sha256:{base.weights}")
+        self._adapted = base.adapted
+        check_model(policy, recipe, weights=base.weights, **measure(base.adapted))
+        check_optimizer(recipe.training, base.adapted.device)
+        base.open_engine()
+        self._progress: list[Progress] = []
+        self._scored: tuple[str, Score | None] = "", None
         shares_P, run = shared_part(self._adapted.layout, recipe.federation.lora_rule), account.run_id
         sign, parts = partial(keyed_hash, secret, "own part", name, run), places.parts / name
-        self._own = None if shares_P is None else OwnPart(self._adapted.read(), shares_P, parts, sign)
+        self._own = OwnPart(base.start, shares_P, parts, sign) if base.start and shares_P is not None else None
         how = recipe.data, data.source, self._adapted, recipe.evaluation.batch_size, self._note
-        self._tasks = OwnTasks(asked, *how) if asked else None
+        self._tasks = OwnTasks(asked, base.start, *how) if base.start and asked else None
         self._home = places.adapters / f"{name}-{recipe.name}-{run[:DIGITS]}"
         # Of the keys that were told: a later version may have others, and the documents are the same.
-        hashed, read = hash_base(self._adapted), recipe.data.model_dump_json(exclude_unset=True)
+        hashed, read = base.sha256, recipe.data.model_dump_json(exclude_unset=True)
         blocks = hash_tensors(tensors_of([data.blocks.train, data.blocks.holdout]))
         units = data.places if self.is_private else None
         self.facts = ClientFacts(
@@ -166,13 +173,17 @@ class ClientModel:
         taken, self._progress = self._progress, []
         return taken
 
+    def count(self, progress: Progress) -> None:
+        """Count a step or a batch that is done."""
+        self._progress.append(progress)
+
     def _note(self, progress: Progress) -> None:
-        """Count a step or a batch that is done, and give up where nobody waits for the next.
+        """Count a batch that is done, and give up where nobody waits for the next.
 
         Raises:
             LateError
         """
-        self._progress.append(progress)
+        self.count(progress)
         check_time(self.until)
 
     def evaluate(self, asked: Frame) -> Frame:
@@ -250,14 +261,14 @@ class ClientModel:
         facts = hash_task(asked), self.facts.documents, *map(str, asdict(terms).values()), str(attempt)
         return Ration(terms, derive_key(self._secret, *facts))
 
-    def train(self, asked: Frame, task: ClientTask, attempt: int = 0) -> Frame:
+    def train(self, asked: Frame, task: ClientTask, attempt: int = 0) -> Training[Frame]:
         """Train for a round; where it is to be judged, score the adapter before and after it.
 
         `attempt` is how many answers to the same task were given that have other noise.
         """
         before = self._score(task.adapter) if asked.manifest["judge"] else None
         say(f"round {task.round}", "training")
-        result = self._train(task, self._ration(asked, task, attempt))
+        result = yield from self._train(task, self._ration(asked, task, attempt))
         report = result.report
         started = time.perf_counter()
         # Both or neither: a loss before says nothing of this round without the one after it.
@@ -273,13 +284,14 @@ class ClientModel:
             update = replace(update, manifest={**update.manifest, "own": self._own.keep(task.round, result.adapter)})
         return update
 
-    def _train(self, task: ClientTask, ration: Ration | None = None) -> ClientUpdate:
-        (result,) = self._engine.train([ClientJob(**vars(task), blocks=self._blocks.train, ration=ration)])
+    def _train(self, task: ClientTask, ration: Ration | None = None) -> Training[ClientUpdate]:
+        job = ClientJob(**vars(task), blocks=self._blocks.train, ration=ration)
+        result = yield Wanted(self._base, job, self)
         if isinstance(result, ClientFailure):
             raise result.error
         return result
 
-    def keep(self, asked: Frame, task: ClientTask | None) -> Frame:
+    def keep(self, asked: Frame, task: ClientTask | None) -> Training[Frame]:
         """Keep an adapter that is this client's own, trained on by itself where there is a task; tell of losses alone.
 
         It is here whatever is told of it.
@@ -288,7 +300,7 @@ class ClientModel:
         origin = "Its A is that of all clients after the last round, its B is this client's alone."
         if task is not None:
             before = self._score(adapter)
-            adapter = self._train(task).adapter
+            adapter = (yield from self._train(task)).adapter
             epochs = count(task.training.epochs, "epoch")
             origin = (
                 f"From the best adapter of all clients it went on by itself, {epochs} over this client's documents."
@@ -352,13 +364,3 @@ def measure(adapted: AdaptedModel) -> dict[str, Any]:
     rows = {end.weight.shape[0] for end in ends if hasattr(end, "weight")}
     embedding = any(id(value) in own or not rows.isdisjoint(value.shape) for value in trained)
     return {"share": adapted.layout.size / adapted.num_parameters, "embedding": embedding}
-
-
-def check_time(until: float) -> None:
-    """Refuse to go on with what nobody waits for any more.
-
-    Raises:
-        LateError
-    """
-    if time.monotonic() > until:
-        raise LateError("the time for an answer is over: the work is given up")

@@ -1,15 +1,13 @@
-"""Client's node, as `fedloom join` runs it: starts and watches Flower's SuperNode and the worker. No torch here."""
+"""Clients of a node, as `fedloom join` runs them: Flower's SuperNode of each, and one worker. No torch here."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -21,10 +19,11 @@ from fedloom.deployment.client.hearing import HEARD, hearing
 from fedloom.deployment.client.journal import ELSEWHERE, Journal, describe_ledger, standing
 from fedloom.deployment.client.own_documents import check_there
 from fedloom.deployment.client.policy import Policy, policy_to_toml
-from fedloom.deployment.client.preflight import Greeting, await_server
+from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.client.reading import keeps_ledger
 from fedloom.deployment.client.secret import read_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
+from fedloom.deployment.client.watching import RefusedKey, watch
 from fedloom.deployment.client_keys import check_name, check_private, public_key_of
 from fedloom.deployment.fingerprints import identify_client, identify_server
 from fedloom.deployment.keys import LOCAL, NEXT, read_authority
@@ -38,8 +37,6 @@ from fedloom.deployment.processes import (
     hand_over,
     private_folder,
     programs_environment,
-    rest,
-    tail,
     tasks_words,
     write_secret,
 )
@@ -47,22 +44,6 @@ from fedloom.errors import DeploymentError
 from fedloom.host.files import Lock, read_holder
 from fedloom.host.signals import Interruption
 
-AGAIN_SECONDS = 2.0
-"""Pause before a process that ended is started again; it doubles each time."""
-RESTARTS = 10
-"""Restarts of a process within `SETTLED_SECONDS`, after which it is given up."""
-SETTLED_SECONDS = 600.0
-MOST_SECONDS = 30.0
-"""Longest pause before a process that ends again and again is started again."""
-REFUSED_SECONDS = 120.0
-"""Time for which a server may refuse a key that it takes later: a SuperNode that was killed counts as connected for a
-minute, and a key may have been approved since the server looked, which it does not while it computes."""
-REFUSALS = (b"Failed to activate SuperNode", b"SuperNode terminated gracefully")
-"""Words of Flower's SuperNode before it ends because its key was refused: when it begins, and after HTTP 401."""
-UNTRUSTED = b"SSL/TLS handshake error detected"
-"""Words of Flower's SuperNode before it ends because of the server's certificate: it may have expired in a run."""
-TAKEN = b"SuperNode ID:"
-"""Words of Flower's SuperNode when its key was taken."""
 UNUSED_ADDRESS = "127.0.0.1:1"
 """Address that Flower wants to be told where a client's messages go through a Unix socket."""
 AGAIN = "ask the server's owner for the kit again"
@@ -220,146 +201,144 @@ def at_work(name: str, journal: Path) -> Iterator[None]:
         yield
 
 
-def join(
-    kit: Kit,
-    data: Path,
-    policy: Policy,
-    journal: Path,
-    say: Callable[[str, str], object],
-    *,
-    policy_file: Path | None = None,
-    keep: Path | None = None,
-    tasks: str | None = None,
-) -> None:
-    """Take part until the process is told to end; `policy_file` is where the policy's owner can change it.
+@dataclass(frozen=True)
+class Member:
+    """Client that takes part: its kit, and what its owner gave."""
 
-    `keep` is a folder for adapters that are this client's own, beside the journal if left out; `tasks` is a file of
-    tasks of its own, whose counts are told.
+    kit: Kit
+    data: Path
+    """Documents."""
+    policy: Policy
+    journal: Path
+    policy_file: Path | None = None
+    """Place where the policy's owner can change it."""
+    keep: Path | None = None
+    """Folder for adapters that are this client's own, beside the journal if left out."""
+    tasks: str | None = None
+    """File of tasks of its own, whose counts are told."""
+
+
+def join(members: Sequence[Member], say: Callable[[str, str], object]) -> None:
+    """Take part as clients that `check_together` let through, until the process is told to end.
+
+    Each has a SuperNode of its own; all have one worker, and so one base model.
 
     Raises:
         DataError: there are no such documents or tasks.
-        DeploymentError: Flower is missing, the journal can't be kept, another process is this client, the server is
-            another or refuses it, or what is started ends again and again.
+        DeploymentError: Flower is missing, a journal can't be kept, another process is one of these clients, the
+            server is another or refuses them, or what is started ends again and again.
     """
-    check_there(data)
-    if tasks:
-        say("tasks", describe_tasks(tasks, policy))
-    Journal(journal).check()
-    if keeps_ledger(entries := standing(Journal(journal).read()), policy):
-        say("privacy", describe_ledger(policy.privacy, entries))
-    read_secret(secret_path(journal))
+    kit = members[0].kit
+    for one in members:
+        _check(one, _saying(one, members, say))
     check_flower()
-    with at_work(kit.name, journal), private_folder() as folder, hearing(say) as output:
-        log, secret = folder / "supernode.log", write_secret(folder)
-        # As it is now, with what the command line says of the documents.
-        rules = folder / "policy.toml"
-        rules.write_text(policy_to_toml(policy), encoding="utf-8")
-        options = {"socket": folder / WORKER_SOCKET, "name": kit.name, "data": data, "journal": journal}
-        options |= {"policy": rules, "signer": kit.signer, "server": kit.server}
-        given = {"policy_file": policy_file, "keep": keep, "tasks": tasks}
-        options |= {key: value for key, value in given.items() if value}
-        node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    with ExitStack() as stack:
+        for one in members:
+            stack.enter_context(at_work(one.kit.name, one.journal))
+        folder = stack.enter_context(private_folder())
         if kit.key:
-            ca = folder / "ca.crt"
-            ca.write_text(kit.ca, encoding="utf-8")
             say("server", f"fingerprint {kit.fingerprint}: what its owner reads aloud")
-            say("key", kit.end)
-            node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
-        else:
-            node += ["--insecure"]
-        children: dict[str, Child] = {}
-        try:
-            with Interruption(partial(say, "leaving")) as interruption:
-                greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
-                if words := greet().words:
-                    say("server", words)
-                command = [sys.executable, "-m", "fedloom.deployment.client.worker_process"]
-                told = hand_over([f"--{key}={options[key]}" for key in options])
-                children["worker"] = Child(command, None, {**os.environ, **told, **HEARD}, output=output)
-                environment = programs_environment(folder / "flower") | {SOCKETS: str(folder)}
-                work = tasks_words(UNUSED_ADDRESS, secret, None)
-                children["SuperNode"] = flower_child("supernode", [*node, AND, *work], log, environment)
-                say("joining", f"{kit.server} as {kit.name}")
-                watch(children, RefusedKey(kit.name, log, greet, say), say, interruption.check)
-        finally:
-            for child in reversed(children.values()):
-                child.end()
+        homes = [folder / str(number) for number in range(len(members))]
+        words: list[str] = []
+        for one, home in zip(members, homes, strict=True):
+            home.mkdir(0o700)
+            words += [AND, *_worker_words(one, home)]
+            if one.kit.key:
+                _saying(one, members, say)("key", one.kit.end)
+        output = stack.enter_context(hearing(say))
+        children = stack.enter_context(ended_together())
+        with Interruption(partial(say, "leaving")) as interruption:
+            greet = partial(await_server, kit.server, kit.ca, say, interruption.check)
+            if told := greet().words:
+                say("server", told)
+            command = [sys.executable, "-m", "fedloom.deployment.client.worker_process"]
+            children["worker"] = Child(command, None, {**os.environ, **hand_over(words[1:]), **HEARD}, output=output)
+            refused_keys = {}
+            for one, home in zip(members, homes, strict=True):
+                what = "SuperNode" if len(members) == 1 else f"SuperNode of {one.kit.name}"
+                children[what] = node = _start_node(one.kit, home)
+                assert node.log, "it has one"
+                refused_keys[what] = RefusedKey(one.kit.name, node.log, greet, say)
+                say("joining", f"{kit.server} as {one.kit.name}")
+            watch(children, refused_keys, say, interruption.check)
 
 
-class RefusedKey:
-    """Time for which the server has refused this client's key, over all starts of its SuperNode."""
-
-    def __init__(self, name: str, log: Path, greet: Callable[[], Greeting], say: Callable[[str, str], object]) -> None:
-        self._name, self._log, self._greet, self._say = name, log, greet, say
-        self._read = 0
-        self._first = self._last = -math.inf
-
-    def look(self) -> bool:
-        """Return whether the SuperNode ended because its key was refused.
-
-        Raises:
-            DeploymentError: the server is not going to take this client.
-        """
-        with self._log.open("rb") as log:
-            log.seek(self._read)
-            told = log.read()
-        self._read += len(told)
-        if TAKEN in told:
-            self._last = -math.inf
-        if UNTRUSTED in told:
-            self._greet()  # this raises and says why
-        if not any(refusal in told for refusal in REFUSALS):
-            return False
-        # A clock that is off is refused with the same words: this raises and says so.
-        greeting = self._greet()
-        now = time.monotonic()
-        if now - self._last >= REFUSED_SECONDS:
-            self._first = now
-            minutes = REFUSED_SECONDS / 60
-            self._say(
-                "not yet",
-                f"the server does not know {self._name}'s key yet, as when it has just started or has still to approve"
-                f" it: trying for {minutes:.0f} minutes",
-            )
-        self._last = now
-        # A server that has not looked at its clients' keys all that time is slow: it has not refused.
-        if now - self._first >= REFUSED_SECONDS and greeting.keys_seconds < now - self._first:
-            raise DeploymentError(
-                f"the server refuses {self._name}'s key: it was not approved there, it is revoked, its approval has "
-                "ended, another key took its place, or another fedloom join uses it",
-                mend="ask the server's owner; look for a newer kit, and for another fedloom join with this one",
-            )
-        return True
+@contextmanager
+def ended_together() -> Iterator[dict[str, Child]]:
+    """Yield a place for processes, by what they are, which all end with the block: the last one first."""
+    children: dict[str, Child] = {}
+    try:
+        yield children
+    finally:
+        for child in reversed(children.values()):
+            child.end()
 
 
-def watch(
-    children: Mapping[str, Child],
-    refused_key: RefusedKey,
-    say: Callable[[str, str], object],
-    check: Callable[[], None],
-) -> None:
-    """Start again what ends, until `check` raises.
+def check_together(members: Sequence[Member]) -> None:
+    """Refuse clients that can't be at work in one process.
 
     Raises:
-        DeploymentError: something ends again and again, or the server refuses this client.
+        DeploymentError: they are of several servers, or have a name or a journal in common.
     """
-    restarts: dict[str, list[float]] = {what: [] for what in children}
-    # A wait for one child holds up the others, which may have ended too: they are looked at when it is over.
-    while True:
-        check()
-        for what, child in children.items():
-            if child.ended:
-                now = time.monotonic()
-                recent = restarts[what] = [then for then in restarts[what] if now - then < SETTLED_SECONDS]
-                log = child.log
-                # A refused key ends the SuperNode every few seconds. That is not its fault, and has a limit of its own.
-                if not (what == "SuperNode" and refused_key.look()):
-                    recent.append(now)
-                    if len(recent) > RESTARTS:
-                        why = log and tail(log)
-                        raise DeploymentError(f"the {what} ended {RESTARTS} times" + (f": {why}" if why else ""))
-                    why = log and tail(log, 1)
-                    say("restart", f"the {what} ended; starting it again" + (f" ({why})" if why else ""))
-                rest(min(AGAIN_SECONDS * 2 ** max(len(recent) - 1, 0), MOST_SECONDS), check)
-                child.start()
-        time.sleep(0.2)
+    kit = members[0].kit
+    for one in members:
+        if (one.kit.server, one.kit.ca, one.kit.signer) != (kit.server, kit.ca, kit.signer):
+            raise DeploymentError(
+                f"{one.kit.name}'s kit is of another server than {kit.name}'s",
+                where="KIT",
+                mend="start a fedloom join for each server: clients that share a base model are asked in one run",
+            )
+    for what, found in (("name", [one.kit.name for one in members]),
+                        ("journal", [str(one.journal.absolute()) for one in members])):  # fmt: skip
+        if twice := next((one for number, one in enumerate(found) if one in found[:number]), None):
+            raise DeploymentError(
+                f"two clients have the {what} {twice}", where="KIT", mend="name each client once, with its own journal"
+            )
+
+
+def _saying(one: Member, members: Sequence[Member], say: Callable[[str, str], object]) -> Callable[[str, str], object]:
+    """Return what says a line of one client's, with its name where there are several."""
+    return say if len(members) == 1 else lambda what, detail: say(what, f"{one.kit.name}: {detail}")
+
+
+def _check(one: Member, say: Callable[[str, str], object]) -> None:
+    """Look for what a client needs on this machine, and say what was told of it before.
+
+    Raises:
+        DataError: there are no such documents or tasks.
+        DeploymentError: its journal can't be kept.
+    """
+    check_there(one.data)
+    if one.tasks:
+        say("tasks", describe_tasks(one.tasks, one.policy))
+    Journal(one.journal).check()
+    if keeps_ledger(entries := standing(Journal(one.journal).read()), one.policy):
+        say("privacy", describe_ledger(one.policy.privacy, entries))
+    read_secret(secret_path(one.journal))
+
+
+def _worker_words(one: Member, home: Path) -> list[str]:
+    """Return a client's options for the worker, whose socket for it lies in the client's folder."""
+    # As it is now, with what the command line says of the documents.
+    rules = home / "policy.toml"
+    rules.write_text(policy_to_toml(one.policy), encoding="utf-8")
+    options = {"socket": home / WORKER_SOCKET, "name": one.kit.name, "data": one.data, "journal": one.journal}
+    options |= {"policy": rules, "signer": one.kit.signer, "server": one.kit.server}
+    given = {"policy_file": one.policy_file, "keep": one.keep, "tasks": one.tasks}
+    options |= {key: value for key, value in given.items() if value}
+    return [f"--{key}={options[key]}" for key in options]
+
+
+def _start_node(kit: Kit, home: Path) -> Child:
+    """Start a client's SuperNode, with what carries out its messages, in the client's folder."""
+    secret = write_secret(home)
+    node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    if kit.key:
+        ca = home / "ca.crt"
+        ca.write_text(kit.ca, encoding="utf-8")
+        node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(kit.key)]
+    else:
+        node += ["--insecure"]
+    environment = programs_environment(home / "flower") | {SOCKETS: str(home)}
+    work = tasks_words(UNUSED_ADDRESS, secret, None)
+    return flower_child("supernode", [*node, AND, *work], home / "supernode.log", environment)

@@ -28,18 +28,19 @@ class OwnTasks:
     def __init__(
         self,
         tasks: Sequence[Task],
+        start: Adapter,
         data: Data,
         source: ModelSource,
         adapted: AdaptedModel,
         batch_size: int,
         watch: Watch,
     ) -> None:
-        """Read the rows of the tasks, which are asked as a recipe's `data` says of a model that was not trained yet.
+        """Read the rows of the tasks, which are asked as a recipe's `data` says; `start` is what training begins with.
 
         Raises:
             DataError: rows can't be had, or none of them is a question.
         """
-        self._adapted, self._start, self._size = adapted, adapted.read(), batch_size
+        self._adapted, self._start, self._size = adapted, start, batch_size
         room = None if source.max_length is None else source.max_length - adapted.prompt_length
         how = Asking(data, source.tokenizer, room, source.vocabulary_size)
         self._asked: list[AskedTask] = [ask(load_task(task), how) for task in tasks]

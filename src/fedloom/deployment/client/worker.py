@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import torch
 
 from fedloom.deployment.client.account import Account
 from fedloom.deployment.client.answers import answer_path, find_answer, keep_answer
-from fedloom.deployment.client.client_model import ClientModel, check_time
-from fedloom.deployment.client.display import say
+from fedloom.deployment.client.client_model import ClientModel, Training
+from fedloom.deployment.client.display import say, speaking_of
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.own_adapter import Places
 from fedloom.deployment.client.own_documents import mend_of_server
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.refusals import check_policy, mend_policy
 from fedloom.deployment.client.secret import read_secret, secret_path
+from fedloom.deployment.client.shared_base import Bases, Wanted, check_time, train_together
 from fedloom.deployment.client.task_file import read_task_file
 from fedloom.deployment.messages import (
     ClientFacts,
@@ -51,7 +52,7 @@ from fedloom.host.frames import Frame
 from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import count_units
 from fedloom.text import count
-from fedloom.training.jobs import ClientTask, is_shortage
+from fedloom.training.jobs import ClientResult, ClientTask, is_shortage
 
 
 class Worker:
@@ -68,12 +69,13 @@ class Worker:
         policy_file: Path | None = None,
         keep: Path | None = None,
         tasks: str = "",
+        bases: Bases | None = None,
     ) -> None:
         """Make a worker; `open_question` lets a question through, or raises MessageError (`Verifier.open`).
 
         `server` is the server's address, for the journal; `policy_file` is where the policy's owner can change it;
         `keep` is a folder for adapters of the client's own, beside the journal if left out; `tasks` is a file of its
-        own.
+        own. With `bases`, its base model is one with the other clients' of this process; its lines bear its name then.
         """
         self._name, self._policy, self._secret = name, policy, secret_path(journal.path)
         self._places, self._tasks = Places.of(data, journal.path, keep), tasks
@@ -83,6 +85,8 @@ class Worker:
         self._told: Mapping[str, Any] | None = None
         self._model: ClientModel | None = None
         self._last: tuple[Frame, Frame] | None = None
+        self._bases, self.whose = bases or Bases(), name if bases else ""
+        self._bases.users.append(self.let_go)
         self.is_spent = False
         """True where this process can answer nothing more."""
         self.opening_seconds = 0.0
@@ -93,21 +97,28 @@ class Worker:
 
         `came` is when the question came, on the monotonic clock; now, if left out.
         """
-        came = time.monotonic() if came is None else came
+        one = UnderWay(self, asked, time.monotonic() if came is None else came)
+        for _ in finish([one]):
+            pass
+        assert one.answer, "all its trainings were carried out"
+        return one.answer
+
+    def begin(self, asked: Frame, came: float) -> Training[Frame]:
+        """Begin with a question as `answer` does, and leave the trainings that it needs to others."""
         try:
             asked, seconds = read_question(self._open_question(asked))
             # The same question, asked again: the answer was lost on its way. It is given again, not worked out again.
             if self._last and self._last[0] == asked and not self.account.is_over:
                 return self._last[1]
             check_time(came + seconds)
-            found = self._work(asked, came + seconds, seconds)
+            found = yield from self._work(asked, came + seconds, seconds)
         # Of any kind: what is a bug here must not be one that a server can end this client with.
         except Exception as error:
             return self._refuse(error, asked)
         self._last = asked, found
         return found
 
-    def _work(self, asked: Frame, until: float, seconds: float) -> Frame:
+    def _work(self, asked: Frame, until: float, seconds: float) -> Training[Frame]:
         """Answer a question that was read, for which there are so many seconds.
 
         Raises:
@@ -124,15 +135,15 @@ class Worker:
             case "evaluate":
                 found = model.tell("evaluate", model.evaluate(asked))
             case "train":
-                found = self._train(asked, model)
+                found = yield from self._train(asked, model)
             case "tasks":
                 found = model.tell("tasks", model.answer_tasks(asked))
             case "keep":
-                found = self._keep(asked, model)
+                found = yield from self._keep(asked, model)
         self.account.has_answered()
         return found
 
-    def _keep(self, asked: Frame, model: ClientModel) -> Frame:
+    def _keep(self, asked: Frame, model: ClientModel) -> Training[Frame]:
         """Keep an adapter of one's own, which is in the journal before it is made.
 
         Raises:
@@ -141,11 +152,11 @@ class Worker:
         check_policy(self._policy, model.recipe)
         task = model.read_personal_task(asked)
         self.account.keep(asked, model.describe(task) if task else {"round": asked.manifest["round"]})
-        found = model.tell("keep", model.keep(asked, task))
+        found = model.tell("keep", (yield from model.keep(asked, task)))
         check_time(model.until)
         return found
 
-    def _train(self, asked: Frame, model: ClientModel) -> Frame:
+    def _train(self, asked: Frame, model: ClientModel) -> Training[Frame]:
         """Train for a round that is in the journal before it begins; with noise, its answer is on disk before it goes.
 
         Raises:
@@ -159,7 +170,7 @@ class Worker:
             return kept
         attempt = self.account.train(asked, task, model.describe(task), model.bound, model.facts.documents)
         try:
-            found = model.tell("train", model.train(asked, task, attempt))
+            found = model.tell("train", (yield from model.train(asked, task, attempt)))
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
@@ -187,10 +198,24 @@ class Worker:
             )
         if word == "internal":
             traceback.print_exception(error)
-            self._model = self._told = None
+            self._bases.let_go()
             # After an error of CUDA's own a process can do nothing more with it. `fedloom join` starts another.
             self.is_spent = torch.cuda.is_initialized()
         return pack_refusal(self._name, word)
+
+    def let_go(self) -> None:
+        """Let go of the model and the documents: the next question opens them again."""
+        self._model = self._told = None
+
+    def look(self) -> None:
+        """Note that the run is over, where none of its questions came for long enough."""
+        with speaking_of(self.whose):
+            self.account.look()
+
+    @property
+    def may_train(self) -> bool:
+        """Return whether it is in a run, and so may be asked to train at any moment."""
+        return self._model is not None and self.account.goes_on
 
     @property
     def holds_former(self) -> bool:
@@ -210,10 +235,11 @@ class Worker:
             recipe = unpack_recipe(told)
             self.account.begin(recipe, told)
             # The former model is let go first: two may not fit in memory.
-            self._model = self._told = model = None
+            model = None
+            self.let_go()
             started, secret = time.monotonic(), read_secret(self._secret)
             tasks = read_task_file(self._tasks) if self._tasks else ()
-            model = ClientModel(recipe, self._name, self._places, self.account, secret, tasks)
+            model = ClientModel(recipe, self._name, self._places, self.account, secret, self._bases, tasks)
             self._model, self._told = model, told
             self.opening_seconds = time.monotonic() - started
         if not model.has_counted(asked):
@@ -233,6 +259,39 @@ class Worker:
         if training != known or not 1 <= task.round <= task.rounds == recipe.federation.rounds:
             raise MessageError("the task is not as its recipe says")
         return task
+
+
+class UnderWay:
+    """Question that a worker has begun with, its answer, or the training that it needs next."""
+
+    def __init__(self, worker: Worker, asked: Frame, came: float) -> None:
+        self.wanted: Wanted | None = None
+        self.answer: Frame | None = None
+        self._whose, self._work = worker.whose, worker.begin(asked, came)
+        self.go_on(None)
+
+    def go_on(self, found: ClientResult | Exception | None) -> None:
+        """Go on with what came of the training that it needed; with nothing, where it begins."""
+        with speaking_of(self._whose):
+            try:
+                if isinstance(found, Exception):
+                    self.wanted = self._work.throw(found)
+                elif found is None:
+                    self.wanted = next(self._work)
+                else:
+                    self.wanted = self._work.send(found)
+            except StopIteration as done:
+                self.wanted, self.answer = None, done.value
+
+
+def finish(under_way: Sequence[UnderWay]) -> Iterator[UnderWay]:
+    """Carry out the trainings that questions wait for, and yield each question once it is answered."""
+    while waiting := [(one, one.wanted) for one in under_way if one.wanted]:
+        for place, found in train_together([wanted for _, wanted in waiting]):
+            one, _ = waiting[place]
+            one.go_on(found)
+            if one.answer:
+                yield one
 
 
 def describe_facts(facts: ClientFacts, unit: str) -> str:

@@ -1,0 +1,149 @@
+"""Nodes that train some of a run's clients: here a stand-in for ssh starts them on this machine."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from support.killed_runs import result_of
+from support.quick_runs import make_recipe
+
+from fedloom import __version__
+from fedloom.errors import FedloomError, RunError
+from fedloom.experiment import cards
+from fedloom.experiment.clients import LocalClients
+from fedloom.experiment.places import Place, choose_places, here
+from fedloom.experiment.run import run
+from fedloom.host.frames import HEAD, Frame, pack_head, unpack_frame
+from fedloom.monitoring.observer import Observer
+from fedloom.recipe.recipe import Recipe
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+STAND_IN = """#!/bin/sh
+while [ "$1" != "--" ]; do shift; done
+shift; echo "$1" >> "$FEDLOOM_ASKED"; shift
+exec sh -c "exec $*"
+"""
+"""Program `ssh` that notes the host and runs the command here, as ssh does there: with input and output as pipes."""
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the stand-in before ssh, and a `fedloom` that it finds; return the file of the hosts that were asked."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("ssh", STAND_IN), ("fedloom", f'#!/bin/sh\nexec {sys.executable} -m fedloom "$@"\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FEDLOOM_ASKED", str(tmp_path / "asked"))
+    return tmp_path / "asked"
+
+
+def attempt(recipe: Recipe, folder: Path, nodes: Sequence[str] = (), observer: Observer | None = None) -> str:
+    try:
+        run(recipe, folder, observer or Observer(), resume=True, clients=LocalClients(nodes))
+    except FedloomError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.long
+def test_a_run_over_two_nodes_gives_what_one_process_gives_to_the_bit(asked: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, data={"clients": 4})
+    assert attempt(recipe, tmp_path / "one") == ""
+    assert attempt(recipe, tmp_path / "three", ["alpha", "me@beta.example/cpu"]) == ""
+    assert result_of(tmp_path / "three") == result_of(tmp_path / "one")
+    assert sorted(asked.read_text().split()) == ["alpha", "me@beta.example"]
+
+
+@pytest.mark.long
+def test_a_node_that_goes_ends_the_run_in_one_line_and_it_goes_on(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, made = make_recipe(tmp_path, data={"clients": 4}), []
+    start = cards.Card.__init__
+
+    class Cutting(Observer):
+        def show_round(self, record: object) -> None:
+            if made and len(made) == 1:
+                made[0]._process.kill()
+                made.append(made[0])
+
+    monkeypatch.setattr(cards.Card, "__init__", lambda card, *given: (start(card, *given), made.append(card))[0])
+    says = attempt(recipe, tmp_path / "cut", ["alpha"], Cutting())
+    assert says.startswith("--node: the process that trains on alpha/cpu was killed (signal 9); see that `ssh ")
+    assert "-- alpha fedloom --version` answers; go on with --resume" in says
+    assert attempt(recipe, tmp_path / "cut", ["alpha"]) == ""
+    assert attempt(recipe, tmp_path / "whole") == ""
+    assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
+
+
+def test_a_node_that_can_not_be_reached_is_one_line_before_any_round(asked: Path, tmp_path: Path) -> None:
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    says = attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"])
+    assert says.startswith("--node: the process that trains on alpha/cpu ended (status 255); see that `ssh ")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+SPEAKS = """\
+import sys
+from fedloom.experiment import card_process
+
+class Line(card_process.Line):
+    def serve(self):
+        print("a library prints")
+        told = card_process.receive_frame(self._connection).manifest
+        self.tell("failed", why=told["version"])
+
+card_process.Line = Line if "--print" in sys.argv else card_process.Line
+card_process.serve_streams()
+"""
+
+
+def speak(frame: Frame, *words: str) -> tuple[Frame, str]:
+    """Have a node read a frame and the end of its input; return its first answer, and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAKS, *words], input=pack_head(frame) + frame.payload, capture_output=True, timeout=300
+    )
+    size = HEAD.size + sum(HEAD.unpack_from(done.stdout))
+    answer = unpack_frame(done.stdout[:size])
+    assert answer, done
+    assert len(done.stdout) == size, "and nothing else"
+    return answer, done.stderr.decode()
+
+
+@pytest.mark.long
+def test_what_is_printed_on_a_node_is_no_part_of_what_it_says() -> None:
+    answer, printed = speak(Frame({"version": "7"}), "--print")
+    assert answer.manifest == {"do": "failed", "why": "7"}
+    assert "a library prints" in printed
+
+
+@pytest.mark.long
+def test_a_node_with_another_version_is_refused() -> None:
+    answer, _ = speak(Frame({"version": "0.0.0", "recipe": {}, "engine": "reference", "threads": 0}))
+    assert answer.manifest == {"do": "failed", "why": f"it has fedloom {__version__}, and the run has 0.0.0"}
+
+
+def test_nodes_are_read_as_they_are_typed() -> None:
+    assert choose_places(None, CPU, ()) == ()
+    assert choose_places(["cpu", "cpu"], CPU, ()) == (Place("cpu"), Place("cpu"))
+    assert choose_places(None, CPU, ["alpha"]) == (Place("cpu"), Place("cpu", "alpha"))
+    assert choose_places(["cpu", "cpu"], CPU, ["me@b-1.example"])[2:] == (Place("cpu", "me@b-1.example"),)
+    assert choose_places(None, GPU, ["a", "a/cuda:1"])[1:] == (Place("cuda:0", "a"), Place("cuda:1", "a"))
+    assert here(choose_places(None, GPU, ["a"])) == [GPU]
+
+
+@pytest.mark.parametrize("name", ["", "-oProxyCommand=x", "a b", "a;b", "a/tpu", "a/", "@a", "a@-b", "a\n"])
+def test_what_is_no_node_is_refused_before_anything_is_started(name: str) -> None:
+    with pytest.raises(RunError, match="is no node; name one as HOST, or HOST/cuda:1"):
+        choose_places(None, CPU, [name])
+
+
+def test_a_node_of_another_kind_is_refused() -> None:
+    with pytest.raises(RunError, match="a/cuda:1 is of another kind than cpu, which the run itself is on"):
+        choose_places(None, CPU, ["a/cuda:1"])
