@@ -11,6 +11,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from types import SimpleNamespace
 
 import httpx
@@ -264,3 +265,11 @@ def test_flower_is_what_was_changed() -> None:
     assert "client.PullMessages, PullMessagesRequest(node=node)" in inspect.getsource(fleet_http_connection)
     called = "fleet_handlers.pull_messages(\n        request=request, state=state, store=state.object_store"
     assert called in inspect.getsource(router)
+    # A look passes no run, and a SuperLink that is to end does not wait for looks that wait.
+    from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    assert "state.get_message_ins(node_id=node_id, limit=1)" in inspect.getsource(fleet_handlers)
+    assert "self.message_ins_store[message_id] = message" in inspect.getsource(InMemoryLinkState.store_message_ins)
+    program = import_module("flwr.superlink.cli.flower_superlink")
+    assert "uvicorn.run(" in inspect.getsource(program)
