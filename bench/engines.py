@@ -1,22 +1,26 @@
 """Training and evaluation speed of both engines against what a user would otherwise run, side by side in one process.
 
     python bench/engines.py [--shape smollm2-135m] [--clients 3] [--more-clients 1 8 32] [--steps 3] [--repeats 2]
+                            [--cases full short long] [--dropout 0.5] [--dtype float32]
 
 Random weights and random tokens: speed does not depend on them; losses here mean nothing. Every contender takes
 steps of 2 × 128 tokens for every client, in turn, `--repeats` times; the table has the best of each, because what else
-the machine does only ever takes time away. One JSON line a contender follows the table.
+the machine does only ever takes time away. One JSON line a contender follows the table. On a machine that others use,
+run it on one thread (`OMP_NUM_THREADS=1`) and read the processor's seconds: threads that wait for each other spin.
 
 On a GPU the batched engine takes at least 500 steps, because its first ones are not recorded yet, and the others 60;
 the Trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out.
 
-On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--only-full` leaves the documents of
-several lengths out.
+On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--cases` names the documents to train
+on: `full` ones of 2 × 128 tokens, or `short` or `long` ones of several lengths. `--dropout` is the adapters'; the
+model's own is on in any case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,10 +46,10 @@ EVALUATED = 512 if GPU else 16
 BATCHED_STEPS, OTHER_STEPS, SKIPPED_STEPS = 500, 60, 10
 """Steps on a GPU: of the batched engine, at least; of the others, at most; those that a Trainer's rate leaves out."""
 
-CASES: dict[str, tuple[int, int] | None] = {
-    "Without padding": None,
-    "Documents of 2 to 128 tokens": (2, 128),
-    "Documents of 50 to 512 tokens, as instructions and their answers have": (50, 512),
+CASES: dict[str, tuple[str, tuple[int, int] | None]] = {
+    "full": ("Without padding", None),
+    "short": ("Documents of 2 to 128 tokens", (2, 128)),
+    "long": ("Documents of 50 to 512 tokens, as instructions and their answers have", (50, 512)),
 }
 """Documents that are trained on, by the lengths that they are evenly spread over."""
 
@@ -75,9 +79,9 @@ def make_contender(
 
 
 def our_contender(
-    build: Callable[..., Any], shape: str, data: list[TokenBlocks], held_out: TokenBlocks
+    build: Callable[..., Any], dtype: str, dropout: float, shape: str, data: list[TokenBlocks], held_out: TokenBlocks
 ) -> tuple[Work, Work]:
-    adapted = build_adapted(shape, DTYPE)
+    adapted = build_adapted(shape, dtype, dropout)
     start = adapted.read()
     jobs = make_jobs(start, data)
     engine = build(adapted)
@@ -92,9 +96,11 @@ def our_contender(
     return train, score
 
 
-def trainer_contender(dtype: str, shape: str, data: list[TokenBlocks], held_out: TokenBlocks) -> tuple[Work, Work]:
+def trainer_contender(
+    dtype: str, dropout: float, shape: str, data: list[TokenBlocks], held_out: TokenBlocks
+) -> tuple[Work, Work]:
     """HF Trainer + PEFT, one client after another; documents cut to a length and padded, as tokenizers do it."""
-    model = build_adapted(shape, dtype).model
+    model = build_adapted(shape, dtype, dropout).model
     model.get_base_model().set_attn_implementation("sdpa")
 
     def trainer(blocks: TokenBlocks, folder: str) -> Trainer:
@@ -158,18 +164,21 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def measure(work: Work, model_bytes: int) -> tuple[float, int]:
-    """Seconds, and the peak of memory: of the GPU without other contenders' models, or of this process."""
+def measure(work: Work, model_bytes: int) -> tuple[float, float, int]:
+    """Seconds, those of the processor, and the peak of memory.
+
+    The peak is of the GPU without other contenders' models, or of this process.
+    """
     reset_peak_memory()
     wait()
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     others = torch.cuda.memory_allocated() - model_bytes if GPU else 0
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.process_time()
     counted = work()
     wait()
-    seconds = time.perf_counter() - started
-    return counted or seconds, torch.cuda.max_memory_allocated() - others if GPU else peak_memory()
+    seconds, processor = time.perf_counter() - started, time.process_time() - began
+    return counted or seconds, processor, torch.cuda.max_memory_allocated() - others if GPU else peak_memory()
 
 
 def compare(contenders: dict[str, Contender], repeats: int) -> dict[str, Found]:
@@ -179,18 +188,19 @@ def compare(contenders: dict[str, Contender], repeats: int) -> dict[str, Found]:
         for name, one in contenders.items():
             phases = (("train", one.train, one.train_samples), ("evaluate", one.score, EVALUATED))
             for phase, work, samples in phases:
-                seconds, peak = measure(work, one.model_bytes)
+                seconds, processor, peak = measure(work, one.model_bytes)
                 found = best[name]
+                least = f"{phase}_processor_seconds"
+                found[least] = min(found.get(least, math.inf), processor / samples)
                 rate = f"{phase}_samples_per_second"
                 found[rate] = max(found.get(rate, 0.0), samples / seconds)
                 found[f"{phase}_peak_bytes"] = max(found.get(f"{phase}_peak_bytes", 0), peak)
     return best
 
 
-def measure_products(rows: int, features: int, seconds: float = 1.0) -> float:
-    """FLOP/s that this machine reaches on products of [rows, features] with a square weight, in our dtype."""
-    dtype = getattr(torch, DTYPE)
-    left, right = (torch.randn(size, features, dtype=dtype, device=DEVICE) for size in (rows, features))
+def measure_products(dtype: str, rows: int, features: int, seconds: float = 1.0) -> float:
+    """FLOP/s that this machine reaches on products of [rows, features] with a square weight."""
+    left, right = (torch.randn(size, features, dtype=getattr(torch, dtype), device=DEVICE) for size in (rows, features))
     left @ right
     wait()
     # A GPU is waited for once in many products: a wait takes longer than one of them.
@@ -206,7 +216,7 @@ def measure_products(rows: int, features: int, seconds: float = 1.0) -> float:
 
 def count_flops(shape: str) -> float:
     """Of the matrix products of one sample's training step."""
-    train, _ = our_contender(ReferenceEngine, shape, [make_blocks(BATCH, 1)], make_blocks(1, 2))
+    train, _ = our_contender(ReferenceEngine, DTYPE, 0.0, shape, [make_blocks(BATCH, 1)], make_blocks(1, 2))
     with FlopCounterMode(display=False) as counter:
         train()
     return counter.get_total_flops() / BATCH
@@ -226,15 +236,20 @@ def show(title: str, best: dict[str, Found], *, tokens: float = LENGTH, **facts:
     """Print a table; `tokens` are the real ones of a sample."""
     first = next(iter(best.values()))
     print(f"\n{title}\n")
-    print("| | train samples/s | tokens/s | × the first | evaluation samples/s | × the first | peak memory, training |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| | train samples/s | tokens/s | × the first | processor s a sample | × the first"
+        " | evaluation samples/s | × the first | peak memory, training |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, found in best.items():
         train, score = found["train_samples_per_second"], found.get("evaluate_samples_per_second")
+        least = found.get("train_processor_seconds")
+        processor = f"{least:.3g} | {first['train_processor_seconds'] / least:.2f}" if least else " | "
         scored = f"{score:.2f} | {score / first['evaluate_samples_per_second']:.2f}" if score else " | "
         memory = f"{found['train_peak_bytes'] / 1e9:.1f} GB" if "train_peak_bytes" in found else ""
         print(
             f"| {name} | {train:.2f} | {train * tokens:.0f} | {train / first['train_samples_per_second']:.2f}"
-            f" | {scored} | {memory} |"
+            f" | {processor} | {scored} | {memory} |"
         )
     for name, found in best.items():
         print(json.dumps({"contender": name, **facts, **found}), flush=True)
@@ -249,30 +264,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--gigabytes", type=float)
     parser.add_argument("--no-flower", action="store_true")
-    parser.add_argument("--only-full", action="store_true")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=[*CASES])
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
     options = parser.parse_args()
     if options.gigabytes:
         share = options.gigabytes * 1e9 / torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
 
     machine, shape, clients = describe_machine(), options.shape, options.clients
+    dtype, dropout = options.dtype, options.dropout
     batched_steps = max(options.steps, BATCHED_STEPS) if GPU else options.steps
     steps = min(batched_steps, OTHER_STEPS) if GPU else options.steps
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     where = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['threads']} threads"
-    print(f"{where}, {DTYPE}; Python {machine['python']}, {versions}")
+    print(f"{where}, {dtype}; Python {machine['python']}, {versions}")
     taken = f"{steps} steps a client" + (f", batched {batched_steps}" if GPU else "")
-    print(f"{shape}, {BATCH} × {LENGTH} tokens a client and step, {taken}, K = {clients}")
+    print(f"{shape}, {BATCH} × {LENGTH} tokens a client and step, {taken}, K = {clients}, dropout {dropout}")
 
-    theirs = {"HF Trainer + PEFT, float32": partial(trainer_contender, "float32")}
-    if DTYPE == "bfloat16":
-        theirs["HF Trainer + PEFT, bfloat16"] = partial(trainer_contender, "bfloat16")
+    theirs = {"HF Trainer + PEFT, float32": partial(trainer_contender, "float32", dropout)}
+    if dtype == "bfloat16":
+        theirs["HF Trainer + PEFT, bfloat16"] = partial(trainer_contender, "bfloat16", dropout)
     ours = {
-        f"{name}, {DTYPE}": partial(our_contender, build)
+        f"{name}, {dtype}": partial(our_contender, build, dtype, dropout)
         for name, build in (("reference", ReferenceEngine), ("batched", BatchedEngine))
     }
     samples = clients * steps * BATCH
-    for title, lengths in list(CASES.items())[:1] if options.only_full else CASES.items():
+    for title, lengths in (CASES[case] for case in options.cases):
         held_out = make_blocks(EVALUATED, 99, lengths=lengths)
         contenders = {}
         for name, make in (theirs | ours).items():
@@ -287,23 +305,24 @@ def main() -> None:
             best["Flower's simulation, its round alone"] = {"train_samples_per_second": samples / alone}
             best["Flower's simulation, with its start"] = {"train_samples_per_second": samples / whole}
         tokens = sum(lengths) / 2 if lengths else LENGTH
-        show(title, best, tokens=tokens, shape=shape, clients=clients, lengths=lengths)
+        show(title, best, tokens=tokens, shape=shape, dropout=dropout, clients=clients, lengths=lengths)
         if not lengths:
             whole_run = {name: predict_experiment(found) for name, found in best.items() if len(found) > 1}
-            reached = measure_products(clients * BATCH * LENGTH, 1024)
-            flops = count_flops(shape) * best[f"batched, {DTYPE}"]["train_samples_per_second"]
-    print(f"\nproducts of [{clients * BATCH * LENGTH}, 1024] with a square: {reached / 1e9:.0f} GFLOP/s")
-    print(f"the products of a step of batched: {flops / 1e9:.0f} GFLOP/s, {100 * flops / reached:.0f} % of it")
-    if shape == "opt-350m":
-        for name, seconds in whole_run.items():
-            print(f"the whole experiment at these rates: {seconds / 3600:.1f} h with {name}")
+            reached = measure_products(dtype, clients * BATCH * LENGTH, 1024)
+            flops = count_flops(shape) * best[f"batched, {dtype}"]["train_samples_per_second"]
+            print(f"\nproducts of [{clients * BATCH * LENGTH}, 1024] with a square: {reached / 1e9:.0f} GFLOP/s")
+            print(f"the products of a step of batched: {flops / 1e9:.0f} GFLOP/s, {100 * flops / reached:.0f} % of it")
+            for name, seconds in whole_run.items() if shape == "opt-350m" else ():
+                print(f"the whole experiment at these rates: {seconds / 3600:.1f} h with {name}")
 
     if options.more_clients:
         contenders.clear()
         best = {}
         for count in options.more_clients:
             data = [make_blocks(BATCH * batched_steps, client) for client in range(count)]
-            made = make_contender(partial(our_contender, BatchedEngine), shape, data, held_out)
+            made = make_contender(
+                partial(our_contender, BatchedEngine, dtype, dropout), shape, data, make_blocks(EVALUATED, 99)
+            )
             best |= compare({f"batched, K = {count}": made}, 1)
         show("More clients at once, one turn each", best, shape=shape)
 

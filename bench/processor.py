@@ -1,12 +1,13 @@
 """What a processor does beside arithmetic in a step, and what was tried against it; each part alone, in minutes.
 
-    python bench/processor.py [masks] [step] [pages]
+    python bench/processor.py [masks] [step] [pages] [prepacked]
 
 | part | what it tells |
 |---|---|
 | masks | a call of dropout and its gradient: masks drawn by generators, client by client, and masks by counter |
 | step | a step of some of OPT-350M's layers without dropout, with masks by counter, and with drawn ones |
 | pages | the same steps as glibc frees memory and with pages kept, a process each in turn |
+| prepacked | a layer's products there and back: of torch's own kind, and by oneDNN with weights packed beforehand |
 
 Each contender takes its turns between the others' in one process, or in processes that alternate, and has its best. One
 JSON line a fact. Random weights and tokens. Where others work on the machine too, run it on one thread
@@ -176,7 +177,26 @@ def measure_pages(kept: bool, steps: int = 3) -> dict[str, float]:
     }
 
 
-PARTS = {"masks": masks, "step": step, "pages": pages}
+def prepacked() -> None:
+    rows = SHAPE[0] * SHAPE[1]
+    for wide, narrow in ((1024, 1024), (4096, 1024), (1024, 4096)):
+        weight_OI, x_NI, grad_NO = torch.randn(wide, narrow), torch.randn(rows, narrow), torch.randn(rows, wide)
+        there, back = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) for weight in (weight_OI, weight_OI.T)
+        )
+
+        def multiply(values: Tensor, packed: Tensor) -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(values, packed, None, "none", [], "")
+
+        torch.testing.assert_close(multiply(grad_NO, back), grad_NO @ weight_OI, rtol=1e-4, atol=1e-2)
+        ways = {
+            "own": lambda: (functional.linear(x_NI, weight_OI), grad_NO @ weight_OI),  # noqa: B023
+            "prepacked": lambda: (multiply(x_NI, there), multiply(grad_NO, back)),  # noqa: B023
+        }
+        say("prepacked", weight=(wide, narrow), rows=rows, **best_of(ways, turns=25))
+
+
+PARTS = {"masks": masks, "step": step, "pages": pages, "prepacked": prepacked}
 
 
 def main() -> None:

@@ -146,6 +146,8 @@ CASES = [
     *(Case("model.quantization_options", (LEFT_OUT, options), REFUSAL)
       for options in ({"type": "nf4"}, {"type": "fp4"}, {"double": True}, {"double": False},
                       *({"compute_dtype": name} for name in ("bfloat16", "float16", "float32")))),
+    Case("model.device_map", (LEFT_OUT, "auto"), PLAN,
+         {"model.source": "tiny.gguf", "training.gradient_checkpointing": True}),
     Case("adapter.rank", (1, 2), PLAN),
     Case("adapter.alpha", (4, 8), RESULT),
     Case("adapter.alpha", (LEFT_OUT, 8.0), NOTE, {"adapter": {"method": "psoft", "rank": 4}}),

@@ -12,7 +12,9 @@ from fedloom.model.attention import (
     causal_attention,
     choose_attention,
     plain_attention,
+    see_window,
     settle_attention,
+    without_padding,
 )
 
 MODEL_TYPES = (
@@ -147,11 +149,76 @@ def test_a_model_that_counts_positions_from_its_padding_gets_its_masks(padding: 
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_windows_and_unknown_models_keep_their_masks() -> None:
-    sliding = transformers.Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert choose_attention(sliding) == "sdpa"
-    assert choose_attention(transformers.MistralConfig()) == "sdpa"
-    assert choose_attention(transformers.MistralConfig(sliding_window=None)) == MASKLESS
+WINDOWED: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+"""Model types some of whose layers see a window; those of Gemma 2 cap their scores, too."""
+
+
+def build_windowed(model_type: str, window: int = 5, attention: str | None = None) -> Any:
+    torch.manual_seed(3)
+    names = TINY | WINDOWED[model_type] | {"sliding_window": window}
+    config = transformers.AutoConfig.for_model(model_type, **names)
+    name = attention or choose_attention(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=name).eval()
+    for value in model.parameters():
+        value.data.mul_(4.0 if value.dim() > 1 else 1.0)
+    return model
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_a_window_is_the_models_own(model_type: str) -> None:
+    ours, theirs = build_windowed(model_type), build_windowed(model_type, attention="eager")
+    settle_attention(ours)
+    assert (ours.config._attn_implementation, ours.config.sliding_window) == (MASKLESS, 5)
+    tokens_BT = torch.randint(0, 99, (3, 20), generator=torch.Generator().manual_seed(1))
+    found, wanted = call_model(ours, tokens_BT, None).logits, theirs(input_ids=tokens_BT).logits
+    # Transformers' plainest attention rounds to float32.
+    assert (found - wanted).abs().max() < 1e-5 * wanted.std()
+    ours.set_attn_implementation(MASKLESS)
+    wide = build_windowed(model_type, window=64)
+    assert (call_model(wide, tokens_BT, None).logits - wanted)[:, 5:].abs().max() > 1e-2 * wanted.std()
+    # Two texts in a block, and two in a row, are what they are alone.
+    texts_1T = torch.tensor([[1] * 9 + [2] * 11])
+    apart = torch.cat([call_model(ours, part, None).logits[0] for part in tokens_BT[:1].split([9, 11], 1)])
+    together = call_model(ours, tokens_BT[:1], texts_1T).logits[0]
+    assert (together - apart).abs().max() < 1e-12 * wanted.std()
+    grid_BT = torch.nn.functional.pad(tokens_BT[0, 9:][None], (0, 3)).repeat(2, 1)
+    grid_BT[0, :9], grid_BT[0, 9:] = tokens_BT[0, :9], 0
+    real_M = torch.cat([torch.arange(9), torch.arange(11) + grid_BT.shape[1]])
+    with without_padding(real_M, grid_BT.shape):
+        in_a_row = call_model(ours, grid_BT, None).logits[0]
+    assert (in_a_row - apart).abs().max() < 1e-12 * wanted.std()
+
+
+def test_the_last_tokens_see_a_window_of_those_kept_from_before() -> None:
+    whole_QK = see_window(6, 6, 3, torch.device("cpu"))
+    assert whole_QK.sum(1).tolist() == [1, 2, 3, 3, 3, 3]
+    assert torch.equal(see_window(2, 6, 3, torch.device("cpu")), whole_QK[4:])
+
+
+def test_a_window_that_is_not_what_the_call_says_has_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlimited(*told: Any, sliding_window: int | None = None, **named: Any) -> Any:
+        return causal_attention(*told, **named)
+
+    model = build_windowed("mistral", window=64)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, MASKLESS, unlimited)
+    settle_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.undo()
+    # Neither its masks nor its calls are of this setting: what is, nobody knows.
+    llama = build("llama")
+    llama.config.sliding_window = 8
+    settle_attention(llama)
+    assert llama.config._attn_implementation == "sdpa"
+    assert llama.config.sliding_window == 8
+
+
+def test_unknown_models_keep_their_masks() -> None:
+    assert choose_attention(transformers.MistralConfig()) == MASKLESS
     assert choose_attention(transformers.Llama4TextConfig()) == "sdpa"
     assert choose_attention(transformers.FalconConfig()) == "sdpa"
     assert choose_attention(transformers.LlamaConfig()) == MASKLESS

@@ -17,8 +17,9 @@ from fedloom import run
 from fedloom.data.documents import Document, load_documents
 from fedloom.data.splits import documents_needed, split_documents
 from fedloom.errors import FedloomError
+from fedloom.experiment.building import load_base, open_source
 from fedloom.handover.export import export
-from fedloom.model.attention import MASKLESS, choose_attention, is_slow
+from fedloom.model.attention import MASKLESS, is_slow
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -74,11 +75,8 @@ def try_family(name: str, folder: Path) -> Outcome:
     """
     base = folder / "model"
     kind = type(save_tiny_model(name, base)).__name__
-    config = open_model(str(base)).config
-    attention = choose_attention(config)
-    slow = is_slow(config)
-    shown = {MASKLESS: "maskless", "eager": "eager" if slow else "none"}.get(attention, attention)
-    found = Outcome(name, kind, shown)
+    slow = is_slow(open_model(str(base)).config)
+    found = Outcome(name, kind, "")
     if slow:
         found = replace(found, remarks=("slower: transformers has no fused attention for it",))
 
@@ -86,10 +84,11 @@ def try_family(name: str, folder: Path) -> Outcome:
     try:
         auto = run(recipe, folder / "auto", Observer())
     except FedloomError as error:
-        return replace(found, attention="", remarks=(f"refused: {error.what}",))
+        return replace(found, remarks=(f"refused: {error.what}",))
     targets = PeftConfig.from_pretrained(auto.folder / "adapters" / "last").target_modules
     found = replace(
         found,
+        attention=attention_of(recipe, slow=slow),
         engine=auto.plan["engine"],
         targets=", ".join(f"`{target}`" for target in sorted(targets)),
         works="trains, reopens, merges",
@@ -108,6 +107,12 @@ def try_family(name: str, folder: Path) -> Outcome:
         return replace(found, works="trains, reopens", remarks=(*remarks, f"merged: {error.what}"))
     judge_merged(name, recipe, base, folder / "merged", auto)
     return replace(found, remarks=tuple(remarks))
+
+
+def attention_of(recipe: Recipe, *, slow: bool) -> str:
+    """Return the page's word for the attention that the loaded model has."""
+    attention = load_base(recipe, open_source(recipe)).config._attn_implementation
+    return {MASKLESS: "maskless", "eager": "eager" if slow else "none"}.get(attention, attention)
 
 
 def judge(name: str, recipe: Recipe, base: Path, runs: Sequence[Run]) -> list[str]:

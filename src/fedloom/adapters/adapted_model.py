@@ -25,6 +25,7 @@ from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
 from fedloom.model.attention import MASKLESS, call_model
 from fedloom.model.loss_head import LossHead
+from fedloom.model.spreading import with_stand_ins
 from fedloom.recipe.methods import SEEDS
 from fedloom.seeds import derive_seed
 
@@ -178,11 +179,11 @@ class AdaptedModel:
             return
         self._residual = adapter.residual
         for layer, room in self._rooms.items():
-            room.load(adapter.residual.factors[layer] if adapter.residual else None)
+            room.load(adapter.residual.factors[layer] if adapter.residual else None, self.device)
 
     def draw(self, seed: int) -> Adapter:
         """Return the LoRA adapter that a run with another seed starts from; the model's own stays as it is."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), with_stand_ins(self.base):
             torch.manual_seed(derive_seed(seed, "adapter"))
             self.model.add_adapter("drawn", copy.deepcopy(self.config))
         places = [self._places[name].replace(f".{ADAPTER_NAME}.", ".drawn.") for name in self.layout.names]
@@ -273,7 +274,7 @@ def _wrap(base: PreTrainedModel, config: PeftConfig | None, seed: int) -> Any:
         return base.requires_grad_(True)
     # Inside this device, PEFT's new weights are on it from the start, and take neither memory nor time.
     place = torch.device("meta") if base.device.type == "meta" else nullcontext()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place, with_stand_ins(base):
         # Libraries warn about each other, and PEFT about merging tied heads, which is not done here.
         warnings.simplefilter("ignore")
         # PEFT draws on the CPU, so the same seed gives the same adapter on every device.

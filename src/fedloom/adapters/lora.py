@@ -97,9 +97,9 @@ class ResidualLayer(nn.Module):
         weight: Tensor = self.frozen.weight  # type: ignore[assignment]
         return weight
 
-    def load(self, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Add the product of B [O, S] and A [S, I] from now on; None adds nothing."""
-        self._factors = None if factors is None else tuple(factor.to(self.weight.device) for factor in factors)  # type: ignore[assignment]
+    def load(self, factors: tuple[Tensor, Tensor] | None, device: torch.device) -> None:
+        """Add the product of B [O, S] and A [S, I] from now on, computed on this device; None adds nothing."""
+        self._factors = None if factors is None else tuple(factor.to(device) for factor in factors)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + s·B_r A_r x, [..., O], in the dtype of the frozen layer's result."""

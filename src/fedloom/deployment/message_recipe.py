@@ -278,7 +278,7 @@ RECIPE = Record(
 """Keys of a recipe that a server tells."""
 NEVER_TOLD = {
     "": ("description", "baselines", "contributions"),
-    "model": ("convert",),
+    "model": ("convert", "device_map"),
     "data": ("source", "revision", "subset", "split", "files", "partition", "central_holdout"),
     "federation": (
         *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),

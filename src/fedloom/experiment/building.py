@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.peft_config import build_config
+from fedloom.adapters.peft_config import build_config, reason_of
 from fedloom.data.documents import Document
 from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import ClientBlocks, TokenBlocks, check_vocabulary, tokenize_documents
 from fedloom.errors import ModelError
+from fedloom.evaluation.batches import tokens_at_once
 from fedloom.model.attention import MASKLESS, choose_attention
 from fedloom.model.devices import choose_dtype, open_device
 from fedloom.model.loading import build_meta_model, load_model
@@ -21,6 +23,7 @@ from fedloom.model.source import ModelSource, open_model
 from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
+from fedloom.training.memory import predict_step, room_for_weights
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> str:
@@ -75,17 +78,51 @@ def load_adapted_model(
 
 
 def load_base(recipe: Recipe, source: ModelSource, *, say: Callable[[str], object] = str) -> PreTrainedModel:
-    """Load the base model as the recipe wants it."""
+    """Load the base model as the recipe wants it.
+
+    Raises:
+        ModelError: it can't be read, or there is no room for it.
+    """
     device = open_device(recipe.model.device)
+    dtype = dtype_of(recipe, device)
     return load_model(
         source,
-        dtype=dtype_of(recipe, device),
+        dtype=dtype,
         device=device,
         attention=_attention(recipe, source),
         quantization=recipe.model.quantization,
         quantization_options=recipe.model.quantization_options,
+        room=_room(recipe, source, dtype, device) if recipe.model.device_map else None,
         say=say,
     )
+
+
+def _room(recipe: Recipe, source: ModelSource, dtype: str, device: torch.device) -> dict[int | str, int]:
+    """Return the bytes of weights that have room on the device beside a client's step, and in memory."""
+    length = recipe.data.max_length
+    scored = tokens_at_once(recipe.evaluation.batch_size, length, device)
+    try:
+        step = predict_step(
+            partial(build_shape, recipe, source, dtype),
+            source.num_layers,
+            recipe.training,
+            clients=1,
+            length=length,
+            device=device,
+            scored_tokens=scored,
+            packed=recipe.data.window == "pack",
+            private=recipe.bounds_documents,
+        )
+    except Exception as error:  # of any kind, from an operation of a model that can't be traced
+        raise ModelError(
+            f"how much room a step needs can't be predicted ({reason_of(error)})",
+            where="model.device_map",
+            mend="leave it out",
+        ) from error
+    # The engine reference makes whole logits, and so does scoring where the head is elsewhere: with their gradient, in
+    # float32, and once more in the loss.
+    logits = 16 * source.vocabulary_size * max(scored, recipe.training.batch_size * length)
+    return room_for_weights(step.peak_bytes(1) - step.base_bytes + logits, device)
 
 
 def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> AdaptedModel:

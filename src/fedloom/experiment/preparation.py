@@ -37,7 +37,7 @@ from fedloom.federation.schedule import cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
-from fedloom.model.loading import check_length, check_quantization
+from fedloom.model.loading import check_device_map, check_length, check_quantization
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
@@ -219,6 +219,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device, *, room: bo
         RecipeError, ModelError
     """
     check_quantization(recipe.model.quantization, source)
+    check_device_map(recipe.model.device_map, source)
     check_optimizer(recipe.training, device)
     dtype = dtype_of(recipe, device)
     choose_engine(recipe.adapter, recipe.training, recipe.model)  # what it refuses by the recipe needs no model
@@ -227,7 +228,8 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device, *, room: bo
     check_length(recipe.data.max_length, source, shape.prompt_length)
     check_lora_rule(shape.layout, recipe.federation)
     # The blocks of a .gguf file are unpacked beside the GPU.
-    if room and device.type == "cuda" and recipe.model.quantization != "packed":
+    whole = recipe.model.quantization != "packed" and not recipe.model.device_map
+    if room and device.type == "cuda" and whole:
         check_room(build_shape(recipe, source, dtype, packed=True), device)
     if recipe.training.gradient_checkpointing and not shape.base.supports_gradient_checkpointing:
         raise ModelError(
@@ -381,6 +383,7 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     packed = f" ({options.type}, {options.compute_dtype}{', double' * options.double})" if options else ""
     ways = {
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
+        "weights that don't fit read anew for every pass": recipe.model.device_map is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
         f"a process with the model for each of {', '.join(map(str, setup.places))}": bool(setup.places),
         "no CUDA graph": graphs and not recipe.training.cuda_graph,

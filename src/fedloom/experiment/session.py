@@ -17,6 +17,7 @@ from fedloom.experiment.preparation import Prepared
 from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
 from fedloom.host.files import hash_text
+from fedloom.model.spreading import at_hand
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.records.state import hash_tensors
@@ -90,7 +91,7 @@ def identify(prepared: Prepared, adapted: AdaptedModel) -> dict[str, str]:
 
 def hash_base(adapted: AdaptedModel) -> str:
     """Hash the model as it was loaded, the adapter that it begins with included: before anything is trained."""
-    return hash_tensors(adapted.model.state_dict().values())
+    return hash_tensors(at_hand(adapted.model, *item) for item in adapted.model.state_dict().items())
 
 
 def tensors_of(parts: Iterable[TokenBlocks]) -> list[Tensor]:

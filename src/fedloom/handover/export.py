@@ -7,12 +7,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from fedloom.errors import RunError
-from fedloom.experiment.building import load_base
 from fedloom.handover.gguf import DEFAULT_KIND, write_file
-from fedloom.handover.merging import merge, open_merged, save_merged
+from fedloom.handover.merging import merge, open_merged, open_with_peft, save_merged
 from fedloom.handover.ollama import export_for_ollama
 from fedloom.handover.proof import TEMPLATE_FILE, TOLERANCES, Subject, open_subject
 from fedloom.host.files import new_file, replace_folder, writing
@@ -117,7 +115,7 @@ def _write_folder(subject: Subject, written: Path, *, merged: bool) -> tuple[tor
         with warnings.catch_warnings():
             # PEFT warns about layers that it knows less well.
             warnings.simplefilter("ignore")
-            opened = PeftModel.from_pretrained(load_base(subject.recipe, subject.source), written)
+            opened = open_with_peft(subject, written)
     # A residual is read back as further ranks of the adapter, which also sum in another order.
     rounds_otherwise = (merged and not adapted.is_whole) or subject.adapter.residual is not None
     # A GPU's kernels are chosen by where in memory a tensor begins, too.

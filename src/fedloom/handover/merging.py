@@ -19,6 +19,7 @@ from fedloom.handover.proof import Subject
 from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.model.loading import computed_in
 from fedloom.model.source import gguf_arguments
+from fedloom.model.spreading import with_stand_ins
 
 
 def merge(subject: Subject) -> PreTrainedModel:
@@ -33,13 +34,20 @@ def merge(subject: Subject) -> PreTrainedModel:
     merging = subject.adapted.model
     # The residual of `fedex` stands beside the layers, where PEFT would not merge it; its file has both in one adapter.
     if recipe.federation.lora_rule == "fedex":
-        merging = PeftModel.from_pretrained(load_base(recipe, subject.source), subject.folder)
+        merging = open_with_peft(subject, subject.folder)
     try:
         return merging.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise RunError(
             f"PEFT can't merge {recipe.adapter.method} into the model's weights", where="--merged", mend="leave it out"
         ) from error
+
+
+def open_with_peft(subject: Subject, folder: Path) -> PeftModel:
+    """Open an adapter's folder over a base model that is loaded anew, as PEFT does."""
+    base = load_base(subject.recipe, subject.source)
+    with with_stand_ins(base):
+        return PeftModel.from_pretrained(base, folder)
 
 
 def save_merged(model: PreTrainedModel, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 A token looks to its left only, so padding on its right changes nothing. Left alone, transformers would look for packed
 sequences all the same, which asks the GPU for an answer in every forward pass, and would build a mask, which keeps the
-flash kernels out. Where padding counts itself, models are built with transformers' own attention, and get a mask.
+flash kernels out. Where padding counts itself, models are built with transformers' own attention, and get a mask. A
+layer whose tokens see a window of those to their left says so in its call, and gets a mask where a text is longer.
 Where several texts share a block, the models served here get a mask of who sees whom, and positions that begin anew.
 
 Letters: B sequences, H heads, T tokens, D features of a head.
@@ -27,14 +28,16 @@ from fedloom.model.unpadding import Row, current_row, in_a_row
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
 LOOKS_ELSEWHERE = (
-    *("sliding_window", "attention_window_size", "keep_window_size", "attention_chunk_size", "index_local_blocks"),
+    *("attention_window_size", "keep_window_size", "attention_chunk_size", "index_local_blocks"),
     *("prefix_lm", "use_bidirectional_attention"),
 )
 """Settings with which a token does not see all to its left, or sees more; some tell only at a length that is not tried
 at loading."""
 TRIED_TOKENS = 8
 """Tokens by which a loaded model's attention is tried."""
-NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
+TRIED_WINDOW = 3
+"""Tokens that a layer with a window sees in that trial, whatever its own window is."""
+NOISE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Largest share of the logits' spread that is taken for rounding, by dtype."""
 COARSE_NOISE = 0.02
 """The same in 16 bits."""
@@ -43,18 +46,31 @@ COARSE_NOISE = 0.02
 def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
     """Return the name of the attention to build a model with: `MASKLESS` where it needs no mask, else `sdpa`.
 
-    It may need none where each token looks at all to its left, as far as the configuration says, and transformers lets
-    others compute it; `settle_attention` tries it. With `masked`, a mask is needed. It is `eager`, which is slower, for
-    models that transformers has no fused attention for.
+    It may need none where each token looks at all to its left, or at a window of it, as far as the configuration says,
+    and transformers lets others compute it; `settle_attention` tries it. With `masked`, a mask is needed. It is
+    `eager`, which is slower, for models that transformers has no fused attention for.
     """
     text = config.get_text_config()
-    elsewhere = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
+    kinds = {*(getattr(text, "layer_types", None) or ())}
+    elsewhere = not kinds <= {"full_attention", "sliding_attention"}
     elsewhere = elsewhere or any(getattr(text, name, None) for name in LOOKS_ELSEWHERE)
     built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     built = built[0] if isinstance(built, tuple) else built
-    if built is None or not built._supports_sdpa:
-        return "sdpa" if built is None else "eager"
-    return MASKLESS if built._supports_attention_backend and not elsewhere and not masked else "sdpa"
+    if built is None:
+        return "sdpa"
+    own = _own_attention(built)
+    # What keeps some from transformers' fused attention is a cap on the scores, which is computed here.
+    computed = own == "sdpa" or _caps_scores(config)
+    return MASKLESS if built._supports_attention_backend and computed and not elsewhere and not masked else own
+
+
+def _own_attention(kind: type[PreTrainedModel]) -> str:
+    """Return the name of the fastest attention that transformers itself has for a kind of model."""
+    return "sdpa" if kind._supports_sdpa else "eager"
+
+
+def _caps_scores(config: PretrainedConfig) -> bool:
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 @torch.inference_mode()
@@ -67,17 +83,42 @@ def settle_attention(model: PreTrainedModel) -> None:
     tokens_1T = (
         7 * torch.arange(TRIED_TOKENS, device=model.device)[None] + 3
     ) % model.config.get_text_config().vocab_size
-    try:
-        ours = call_model(model, tokens_1T, None).logits.double()
+
+    def compute_theirs() -> Tensor:
         with with_masks(model):
-            theirs = model(input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), use_cache=False).logits
-        noise = NOISE.get(theirs.dtype, COARSE_NOISE)
-        alike = bool((ours - theirs.double()).abs().mean() <= noise * theirs.double().std())
+            told = model(input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), use_cache=False)
+        logits: Tensor = told.logits
+        return logits.double()
+
+    try:
+        noise = NOISE.get(model.dtype, COARSE_NOISE)
+        theirs = compute_theirs()
+        # Its own window may be longer than any text that could be tried.
+        with _narrow_windows(model) as narrowed:
+            ours, narrow = call_model(model, tokens_1T, None).logits.double(), compute_theirs()
+        alike = bool((ours - narrow).abs().mean() <= noise * narrow.std())
+        # A window that changes nothing when it is narrow is kept somewhere else than is known here.
+        alike = alike and not (narrowed and torch.equal(theirs, narrow))
     # Whatever its own code makes of a call that it does not know: it gets the one that it knows.
     except Exception:
         alike = False
     if not alike:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(_own_attention(type(model)))
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[bool]:
+    """Have a model's layers that see a window see a narrow one inside; False if it has none."""
+    places = [model.config, model.config.get_text_config(), *model.modules()]
+    told = [(place, getattr(place, "sliding_window", None)) for place in places]
+    kept = [(place, window) for place, window in told if isinstance(window, int) and window]
+    try:
+        for place, _ in kept:
+            place.sliding_window = TRIED_WINDOW
+        yield bool(kept)
+    finally:
+        for place, window in kept:
+            place.sliding_window = window
 
 
 def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
@@ -114,6 +155,13 @@ def see_own_text(texts_BT: Tensor) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
+def see_window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return which of the last tokens sees which, [queries, keys]: those of a window that ends with itself."""
+    places_K = torch.arange(keys, device=device)
+    behind_QK = places_K[keys - queries :, None] - places_K
+    return (behind_QK >= 0) & (behind_QK < window)
+
+
 def positions_in_text(texts_BT: Tensor) -> Tensor:
     """Return each token's place in its own text, from 0, [B, T]; the tokens of a text stand side by side."""
     places_BT = torch.arange(texts_BT.shape[1], device=texts_BT.device).expand_as(texts_BT)
@@ -143,7 +191,7 @@ def with_masks(model: PreTrainedModel) -> Iterator[None]:
     if model.config._attn_implementation != MASKLESS:
         yield
         return
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(_own_attention(type(model)))
     try:
         yield
     finally:
@@ -151,8 +199,9 @@ def with_masks(model: PreTrainedModel) -> Iterator[None]:
 
 
 def is_slow(config: PretrainedConfig) -> bool:
-    """Return whether a model's attention is `eager`; one that has no attention has no heads either."""
-    return choose_attention(config) == "eager" and hasattr(config.get_text_config(), "num_attention_heads")
+    """Return whether a model's attention is not fused; one that has no attention has no heads either."""
+    plain = choose_attention(config) == "eager" or _caps_scores(config)
+    return plain and hasattr(config.get_text_config(), "num_attention_heads")
 
 
 def causal_attention(
@@ -191,13 +240,19 @@ def _attend(
     attention_mask: Tensor | None,
     dropout: float,
     scaling: float | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> Tensor:
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        near_QK = see_window(query.shape[2], key.shape[2], sliding_window, key.device)
+        attention_mask = near_QK if attention_mask is None else attention_mask & near_QK
     # In bfloat16 on a processor the fused kernel has a slow backward pass; matmul, softmax and matmul are faster.
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    if softcap is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
         groups = getattr(module, "num_key_value_groups", 1)
         drop = partial(functional.dropout, p=dropout, training=module.training)
-        heads = plain_attention(query, *repeat_heads(key, value, groups), drop=drop, scale=scaling, mask=attention_mask)
+        key, value = repeat_heads(key, value, groups)
+        heads = plain_attention(query, key, value, drop=drop, scale=scaling, mask=attention_mask, cap=softcap)
         return heads.transpose(1, 2).contiguous()
     result: Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
@@ -213,13 +268,17 @@ def plain_attention(
     drop: Callable[[Tensor], Tensor],
     scale: float | None = None,
     mask: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Compute softmax(s Q Kᵀ + mask) V, [B, H, T, D], with `drop` applied to the probabilities.
 
-    The scale s is 1/√D by default. Without a mask, attention is causal; a boolean mask is true where a token is seen.
+    The scale s is 1/√D by default; with a `cap` c, scores x are c·tanh(x / c) before they are masked (Gemma 2, arXiv
+    2408.00118, section 2). Without a mask, attention is causal; a boolean mask is true where a token is seen.
     Who sees nothing at all (padding beyond a sliding window) gets zeros, as from torch's own.
     """
     scores = query @ key.mT * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
     if mask is None:
         queries, keys = scores.shape[-2:]
         # The last query sees every key: in generation there are fewer queries than keys, which were kept from before.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.model.packed import pack_model
 from fedloom.model.packed_shape import BITS
 from fedloom.model.source import ModelSource, loading
+from fedloom.model.spreading import bytes_elsewhere, spread_over
 from fedloom.recipe.sections import QuantizationOptions
 from fedloom.seeds import derive_seed
-from fedloom.text import count
+from fedloom.text import count, format_bytes
 
 PEFT_CONFIG = "adapter_config.json"
 """File by whose name transformers looks for an adapter beside a model's weights."""
@@ -39,15 +40,18 @@ def load_model(
     attention: str | None = None,
     quantization: str | None = None,
     quantization_options: QuantizationOptions | None = None,
+    room: Mapping[int | str, int] | None = None,
     say: Callable[[str], object] = str,
 ) -> PreTrainedModel:
     """Load the frozen base model onto its device, in evaluation mode; `attention` is a name that transformers knows.
 
-    `say` is told what of its files the model does not use.
+    With `room`, the bytes of weights that may lie on the GPU of a number and in memory ("cpu"), what does not fit on
+    the device lies elsewhere, and at last in its files. `say` is told how much that is, and what of its files the model
+    does not use.
 
     Raises:
-        ModelError: the weights can't be read, are not all there, or are others than the model's; or none of them can
-            stay packed though that was asked for.
+        ModelError: the weights can't be read, are not all there, or are others than the model's; none of them can
+            stay packed though that was asked for; or there is no room for the first of them.
     """
     attention = attention or choose_attention(source.config)
     if source.location and (Path(source.location) / PEFT_CONFIG).is_file():
@@ -76,6 +80,7 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 **computed_in(DTYPES[dtype]),
                 **quantized(quantization, device, quantization_options),
+                **({} if room is None else spread_over(room)),
             )
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError("an adapter lies beside the weights, and transformers put it on the model")
@@ -89,9 +94,30 @@ def load_model(
     if quantization == "packed" and source.file and not pack_model(model, source.file):
         raise ModelError("none of its layers can be kept packed", where="model.quantization", mend="leave it out")
     # Bitsandbytes' weights are on the device already (`device_map`); some versions refuse to move 8-bit ones.
-    placed = _keep_trainable(model) if quantization in BITS else model.to(device)
-    settle_attention(placed)
-    return placed
+    if quantization in BITS:
+        _keep_trainable(model)
+    elif room is None:
+        model.to(device)
+    else:
+        _tell_of_elsewhere(model, device, say)
+    settle_attention(model)
+    return model
+
+
+def _tell_of_elsewhere(model: PreTrainedModel, device: torch.device, say: Callable[[str], object]) -> None:
+    """Say how much of a model lies elsewhere than on its device.
+
+    Raises:
+        ModelError: even what tokens come in by does, which decides where all else is computed.
+    """
+    if next(model.parameters()).is_meta:
+        raise ModelError(
+            f"beside a step, {device} has no room for the first of its weights and its largest layer",
+            where="model.device_map",
+            mend="lower training.batch_size, evaluation.batch_size or data.max_length, or use a larger device",
+        )
+    if elsewhere := bytes_elsewhere(model):
+        say(f"{format_bytes(elsewhere)} of its weights don't fit on {device}, and are read anew for every pass")
 
 
 def _check_as_described(model: PreTrainedModel, source: ModelSource, dtype: str, attention: str) -> None:
@@ -199,8 +225,8 @@ def quantized(
     return {"quantization_config": transformers.BitsAndBytesConfig(**known[quantization]), "device_map": {"": device}}
 
 
-def _keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model whose layers bitsandbytes has packed, which it leaves as they can be trained through."""
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Have layers that bitsandbytes has packed stay as they can be trained through."""
     for layer in model.modules():
         # On processors with bfloat16, a layer that is evaluated is packed anew for a product that has no gradient, for
         # good: what lies below it would no longer learn.
@@ -208,7 +234,6 @@ def _keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
             layer.support_avx512bf16_for_cpu = False
     # It tells of a cast before each single product of 8 bits.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return model
 
 
 def check_quantization(quantization: str | None, source: ModelSource) -> None:
@@ -230,6 +255,16 @@ def check_quantization(quantization: str | None, source: ModelSource) -> None:
         )
     if quantization and not source.location:
         raise ModelError(f"a random model has no weights to pack as {quantization}", where=where, mend="leave it out")
+
+
+def check_device_map(device_map: str | None, source: ModelSource) -> None:
+    """Refuse to have weights elsewhere of a model that has no files.
+
+    Raises:
+        ModelError
+    """
+    if device_map and not source.location:
+        raise ModelError("a random model is made whole, in memory", where="model.device_map", mend="leave it out")
 
 
 def check_length(max_length: int, source: ModelSource, prompt: int = 0) -> None:

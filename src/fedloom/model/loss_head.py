@@ -114,6 +114,9 @@ class LossHead:
         # and a model that is its own base has no body to take from it.
         if type(head) is not nn.Linear or self._model.base_model is self._model:
             return None
+        # A weight that lies elsewhere is at hand inside its layer's own call alone.
+        if head.weight.is_meta and not next(self._model.parameters()).is_meta:
+            return None
         # On the meta device there are no values to try it with, so the configuration is asked.
         if head.weight.is_meta:
             text = self._model.config.get_text_config()  # type: ignore[union-attr, operator]

@@ -162,6 +162,9 @@ INIT_REFUSED: dict[str, str] = {
 INIT_ALLOWED = (True, False, "gaussian", "orthogonal")
 """Values of PEFT's `init_lora_weights` that need nothing but a shape and a seed."""
 
+SHAPED = {"exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"}
+"""PEFT's options of LoRA for which it reads no weight of the base model."""
+
 SEEDS = ("projection_prng_key", "random_seed", "random_loc_seed", "proj_seed", "projection_seed", "generator_seed")
 """PEFT's fields that seed random weights which are not trained; all of them are derived from the recipe's seed."""
 SET_BY_FEDLOOM = (

@@ -11,7 +11,7 @@ from fedloom.errors import RecipeError
 from fedloom.hub import COMMIT
 from fedloom.recipe.client_clashes import CLIENT_CLASHES
 from fedloom.recipe.data_section import Data
-from fedloom.recipe.methods import METHODS
+from fedloom.recipe.methods import METHODS, SHAPED
 from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.section import Section
 from fedloom.recipe.sections import SERVER_OPTIMIZERS, Adapter, Evaluation, Federation, Model, Personalise, Report
@@ -133,6 +133,29 @@ CLASHES = (
         "model.quantization",
         "a packed GGUF file works with plain LoRA alone: other methods read the weights themselves",
         'leave it out, or use adapter.method = "lora" without dora',
+    ),
+    Clash(
+        lambda recipe: (
+            recipe.model.device_map is not None
+            and (recipe.adapter.method != "lora" or recipe.adapter.dora or not {*recipe.adapter.options} <= SHAPED)
+        ),
+        "model.device_map",
+        "this adapter reads or trains weights of the base model, which may lie elsewhere",
+        "leave it out, or use plain LoRA",
+    ),
+    Clash(
+        lambda recipe: (
+            recipe.model.device_map is not None and bool(recipe.model.quantization or recipe.training.devices)
+        ),
+        "model.device_map",
+        "packed weights lie whole on their device, and all weights on each of training.devices",
+        "leave it out, or model.quantization and training.devices",
+    ),
+    Clash(
+        lambda recipe: recipe.model.device_map is not None and not recipe.training.gradient_checkpointing,
+        "training.gradient_checkpointing",
+        "without it, the way back would hold every layer's weights on the device (model.device_map) at once",
+        "set it to true",
     ),
     Clash(
         lambda recipe: recipe.training.gradient_checkpointing and recipe.adapter.method == "prefix_tuning",

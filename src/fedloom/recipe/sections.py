@@ -76,6 +76,11 @@ class Model(Section):
         None, description="how `4bit` packs and computes; with their defaults if left out"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    device_map: Literal["auto"] | None = Field(
+        None,
+        description="with `auto`, weights that the device has no room for beside a step lie in memory, or else in their"
+        " files, and are read anew for every pass; if left out, such a model is refused",
+    )
 
 
 FEDERATED_METHODS = [name for name, method in METHODS.items() if not method.refused]

@@ -26,6 +26,7 @@ from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
 from fedloom.model.attention import call_model, without_padding
 from fedloom.model.devices import allow_differing_results
+from fedloom.model.spreading import at_hand
 from fedloom.progress import Say
 
 TOKENS = 16
@@ -56,7 +57,7 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
         ModelError: names what does not hold and what it means.
     """
     for name, value in adapted.model.named_parameters():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not bool(torch.isfinite(at_hand(adapted.model, name, value)).all()):
             own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             raise ModelError(
                 f"{own} has a weight that is not finite, before anything was trained",

@@ -93,6 +93,7 @@ def choose_engine(
         *(["adapter.dora"] if adapter.dora else []),
         *(f"adapter.options.{option}" for option in adapter.options if option not in BATCHED_OPTIONS),
         *(['optimizer "adamw_8bit"'] if training.optimizer_table.kind == "adamw_8bit" else []),
+        *(["model.device_map"] if model.device_map else []),
     ]
     if adapted is not None and not lacks and (layer := find_unstackable(adapted)):
         lacks = [f"adapter on {layer}"]

@@ -292,8 +292,18 @@ def check_room(adapted: AdaptedModel, device: torch.device) -> None:
             f"its weights take {format_bytes(needed)}, and {device} has {format_bytes(free)} free: a model is never"
             " spread over several GPUs",
             where="model.source",
-            mend='model.quantization = "4bit" takes the least, or use a smaller model or a larger GPU',
+            mend='model.quantization = "4bit" takes the least; with model.device_map = "auto" what does not fit lies in'
+            " memory, which is slow; or use a smaller model or a larger GPU",
         )
+
+
+def room_for_weights(beside: int, device: torch.device) -> dict[int | str, int]:
+    """Return the bytes of weights that may lie on the device beside those of a step, and, if it is a GPU, in memory.
+
+    GPUs are named by their numbers and memory is "cpu", as accelerate has them.
+    """
+    room = max(0, int(SHARE_OF_FREE * free_bytes(device)) - beside)
+    return {device.index: room, "cpu": int(SHARE_OF_FREE * free_memory())} if device.type == "cuda" else {"cpu": room}
 
 
 def free_on_each(devices: Sequence[torch.device]) -> int:
