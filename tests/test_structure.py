@@ -40,7 +40,7 @@ DEPLOYMENT = (
     ("signing", "approvals"),
     ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields", "client_list", "backup", "systemd"),
+    ("message_fields", "client_list", "backup", "systemd", "helm"),
     ("messages",),
     ("own_messages",),
     ("server", "client"),
@@ -56,8 +56,9 @@ LIGHT_ROOMS = (
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
-    *("deployment.docker", "deployment.health", "deployment.client.policy", "deployment.client.refusals"),
-    *("deployment.client.journal", "deployment.client.account", "deployment.client.task_file"),
+    *("deployment.docker", "deployment.helm", "deployment.health", "deployment.client.policy"),
+    *("deployment.client.refusals", "deployment.client.journal", "deployment.client.account"),
+    "deployment.client.task_file",
     *("deployment.client.reading", "deployment.client.rehearsal", "deployment.client.own_documents"),
 )
 """What answers at once: rooms, and modules of other rooms, that import no torch."""
