@@ -10,8 +10,11 @@ from support.tiny import ARCHITECTURES, make_job, make_recipe
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation.held_out import evaluate
+from fedloom.experiment.recognition import open_recipe
+from fedloom.experiment.run import plan
 from fedloom.model.loading import build_meta_model, load_model
 from fedloom.model.source import open_model
+from fedloom.progress import say_nothing
 from fedloom.training import memory_alone
 from fedloom.training.memory import HELD_BY_ALLOCATOR, StepMemory
 from fedloom.training.memory_alone import HeldBytes, predict_alone, trace_alone, trace_scoring_alone
@@ -134,3 +137,12 @@ def test_small_pieces_are_held_for_good_and_large_ones_as_long_as_they_live() ->
         torch.empty(large, dtype=torch.uint8)
         again = live.peak_of(lambda: torch.empty(large, dtype=torch.uint8))
     assert again == live.peak == large + round(HELD_BY_ALLOCATOR["cpu"] * small)
+
+
+def test_a_plan_of_a_whole_model_says_what_it_takes() -> None:
+    recipe = open_recipe("tiny", ["adapter.method=full"], say_nothing)
+    planned = plan(recipe)
+    assert planned.engine == "reference"
+    assert planned.peak_bytes is not None
+    assert planned.peak_bytes > 4 * 4 * planned.parameters
+    assert planned.clients_that_fit is None
