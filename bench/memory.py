@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory of the batched engine, over models, lengths and clients at once.
+"""Predicted against measured peak memory of training, over models, lengths and clients at once; LoRA and whole models.
 
     python bench/memory.py [--quick]
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = [
+CASES: list[tuple[str, int, int | None]] = [
     ("smollm2-135m", 64, 1),
     ("smollm2-135m", 128, 1),
     ("smollm2-135m", 128, 3),
@@ -28,26 +28,37 @@ CASES = [
     ("opt-350m", 128, 8),
     ("opt-350m", 512, 1),
     ("opt-350m", 512, 3),
+    ("smollm2-135m", 64, None),
+    ("smollm2-135m", 128, None),
+    ("smollm2-135m", 512, None),
+    ("smollm2-135m", 2048, None),
+    ("opt-350m", 128, None),
+    ("opt-350m", 512, None),
 ]
-"""Shape, tokens of a block, clients at once."""
+"""Shape, tokens of a block, clients at once; None where one after another trains the whole model."""
+
+WHOLE = "whole model"
 
 
-def measure(shape: str, length: int, clients: int) -> dict[str, object]:
+def measure(shape: str, length: int, at_once: int | None) -> dict[str, object]:
     """One case, in this process."""
     import torch
-    from workload import BATCH, DEVICE, build_adapted, make_blocks, make_jobs, predict_memory
+    from workload import BATCH, DEVICE, build_adapted, make_blocks, make_jobs, predict_memory, predict_whole
 
     from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.training.batched import BatchedEngine
+    from fedloom.training.reference import ReferenceEngine
 
-    predicted = predict_memory(shape, clients, length)
+    clients = at_once or 1
+    predicted = predict_memory(shape, clients, length) if at_once else predict_whole(shape, length)
 
     steps = 2 if DEVICE.type == "cpu" else 8  # the first few on a GPU are not recorded yet
     data = [make_blocks(BATCH * steps, client, length) for client in range(clients)]
     reset_peak_memory()
     before = peak_memory()
-    adapted = build_adapted(shape)
-    engine, jobs = BatchedEngine(adapted), make_jobs(adapted.read(), data)
+    adapted = build_adapted(shape, whole=at_once is None)
+    engine = BatchedEngine(adapted) if at_once else ReferenceEngine(adapted)
+    jobs = make_jobs(adapted.read(), data)
     reset_peak_memory()
     for _ in engine.train(jobs):
         pass
@@ -55,7 +66,7 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
     return {
         "shape": shape,
         "tokens": length,
-        "clients": clients,
+        "clients": at_once,
         "device": str(DEVICE),
         "predicted_bytes": predicted.peak_bytes(clients),
         "measured_bytes": measured,
@@ -64,16 +75,17 @@ def measure(shape: str, length: int, clients: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", nargs=3, metavar=("SHAPE", "TOKENS", "CLIENTS"), help="one case, as a JSON line")
+    parser.add_argument("--case", nargs=3, metavar=("SHAPE", "TOKENS", "CLIENTS"), help="one, as a JSON line")
     options = parser.parse_args()
     if options.case:
         shape, length, clients = options.case
-        print(json.dumps(measure(shape, int(length), int(clients))))
+        print(json.dumps(measure(shape, int(length), None if clients == WHOLE else int(clients))))
         return
     print("| shape | tokens | K | predicted | measured | predicted / measured |")
     print("|---|---|---|---|---|---|")
     lines = []
-    for case in CASES:
+    for shape, length, clients in CASES:
+        case = shape, length, clients or WHOLE
         command = [sys.executable, str(Path(__file__)), "--case", *map(str, case)]
         line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
         found = json.loads(line)

@@ -16,6 +16,7 @@ from fedloom.recipe.sections import Adapter as AdapterSection
 from fedloom.recipe.training_section import Training
 from fedloom.training.jobs import ClientJob
 from fedloom.training.memory import StepMemory, predict_step
+from fedloom.training.memory_alone import predict_alone
 
 BATCH, LENGTH = 2, 128
 VOCABULARY = 250
@@ -39,9 +40,15 @@ def make_blocks(
 
 
 def build_adapted(
-    shape: str, dtype: str = "float32", dropout: float = 0.0, own_dropout: bool = True, layers: int | None = None
+    shape: str,
+    dtype: str = "float32",
+    dropout: float = 0.0,
+    own_dropout: bool = True,
+    layers: int | None = None,
+    *,
+    whole: bool = False,
 ) -> AdaptedModel:
-    """Return a random base model of a shape, with LoRA of rank 16 on queries and values.
+    """Return a random base model of a shape, with LoRA of rank 16 on queries and values, or to be trained as a `whole`.
 
     The adapter has this dropout; without `own_dropout`, the base model has none. With `layers`, the model has so many
     of them, and no memory for its weights.
@@ -51,7 +58,7 @@ def build_adapted(
         base = load_model(source, dtype=dtype, device=DEVICE)
     else:
         base = build_meta_model(source, dtype=dtype, layers=layers)
-    return adapt(base, dropout, own_dropout)
+    return AdaptedModel(base, None, 1) if whole else adapt(base, dropout, own_dropout)
 
 
 def adapt(base: PreTrainedModel, dropout: float, own_dropout: bool) -> AdaptedModel:
@@ -79,6 +86,17 @@ def predict_memory(
         open_model(f"random:{shape}").num_layers,
         Training(batch_size=BATCH, learning_rate=1e-5),
         clients=clients,
+        length=length,
+        device=DEVICE,
+    )
+
+
+def predict_whole(shape: str, length: int = LENGTH) -> StepMemory:
+    """Return the memory that a step of one client is predicted to need, which trains the whole model."""
+    return predict_alone(
+        lambda layers: build_adapted(shape, layers=layers, whole=True),
+        open_model(f"random:{shape}").num_layers,
+        Training(batch_size=BATCH, learning_rate=1e-5),
         length=length,
         device=DEVICE,
     )

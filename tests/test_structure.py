@@ -41,7 +41,7 @@ DEPLOYMENT = (
     ("signing", "approvals"),
     ("client_keys",),
     ("keys", "flower", "docker", "health", "message_recipe"),
-    ("message_fields", "client_list", "queue", "systemd"),
+    ("message_fields", "client_list", "queue", "systemd", "helm"),
     ("messages", "backup"),
     ("own_messages",),
     ("server", "client"),
@@ -58,7 +58,7 @@ LIGHT_ROOMS = (
 )
 LIGHT = (
     *("records.plan", "records.run", "records.writer", "records.card"),
-    *("deployment.docker", "deployment.health", "deployment.queue"),
+    *("deployment.docker", "deployment.helm", "deployment.health", "deployment.queue"),
     *("deployment.client.policy", "deployment.client.refusals"),
     *("deployment.client.journal", "deployment.client.account", "deployment.client.task_file"),
     *("deployment.client.reading", "deployment.client.rehearsal", "deployment.client.own_documents"),

@@ -193,3 +193,11 @@ def provision_systemd(to: Annotated[Path, typer.Option(parser=path, help="The fo
     from fedloom.deployment.systemd import write_units
 
     typer.echo(show_controls("\n".join(map(str, write_units(to)))))
+
+
+@provision.command("helm")
+def provision_helm(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets it.")]) -> None:
+    """Either side: write a Helm chart that runs the server or a client in Kubernetes."""
+    from fedloom.deployment.helm import write_chart
+
+    typer.echo(show_controls("\n".join(map(str, write_chart(to)))))

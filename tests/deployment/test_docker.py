@@ -52,7 +52,11 @@ def test_a_container_can_do_no_more_than_it_must(side: str, tmp_path: Path) -> N
 def test_a_container_is_watched_and_ends_in_peace(side: str, tmp_path: Path) -> None:
     told = service(tmp_path, side)
     assert told["healthcheck"]["test"][:5] == ["CMD", "python", "-m", "fedloom.deployment.health", side]
-    assert (told["stop_signal"], told["stop_grace_period"], told["init"]) == ("SIGTERM", "60s", True)
+    assert (told["stop_signal"], told["stop_grace_period"]) == ("SIGTERM", "60s")
+    # Nobody else takes leave of what a killed process of Flower's leaves behind.
+    dockerfile = (tmp_path / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["tini", "--", "fedloom"]' in dockerfile
+    assert "--no-install-recommends tini" in dockerfile
     assert told["restart"] != "no"
 
 

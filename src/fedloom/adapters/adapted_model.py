@@ -102,16 +102,7 @@ class AdaptedModel:
             names=tuple(names[id(value)] for _, value in trained), shapes=tuple(value.shape for _, value in trained)
         )
         self._places = {names[id(value)]: name for name, value in self.model.named_parameters() if id(value) in names}
-        self.weights_P = nn.Parameter(torch.cat([value.detach().reshape(-1) for _, value in trained]))
-        self.gradient_P = torch.zeros_like(self.weights_P)
-        self.weights_P.grad = self.gradient_P
-        # From here on the model's parameters and their gradients are views of the two vectors. They must be changed in
-        # place: a new `.data` or `.grad` of a parameter would cut it off.
-        weights = self.layout.split(self.weights_P.data)
-        gradients = self.layout.split(self.gradient_P)
-        for name, (_, value) in zip(self.layout.names, trained, strict=True):
-            value.data = weights[name]
-            value.grad = gradients[name]
+        self._flatten(torch.cat([value.detach().reshape(-1) for _, value in trained]))
         plain = config is None or (
             config.peft_type == "LORA"
             # Of a variant, one looks at the tokens for the place from which on it is there.
@@ -121,6 +112,25 @@ class AdaptedModel:
         """True where the real tokens of a batch may be computed alone (`without_padding`)."""
         # A prompt is put before the tokens by PEFT's model, which the base model taken apart would leave out.
         self.loss_head = LossHead(base, self.logits if self.has_prompt else None)
+
+    def _flatten(self, weights_P: Tensor) -> None:
+        """Make the model's trained parameters, and their gradients, views of two vectors, the first of which is given.
+
+        They must be changed in place: a new `.data` or `.grad` of a parameter would cut it off.
+        """
+        self.weights_P = nn.Parameter(weights_P)
+        self.gradient_P = torch.zeros_like(self.weights_P)
+        self.weights_P.grad = self.gradient_P
+        weights, gradients = self.layout.split(self.weights_P.data), self.layout.split(self.gradient_P)
+        for name in self.layout.names:
+            value = self.parameter(name)
+            value.data, value.grad = weights[name], gradients[name]
+
+    def to_empty(self, device: torch.device) -> None:
+        """Give a model on the meta device memory on another one, with whatever values lie there."""
+        self.model.to_empty(device=device)
+        self.base.tie_weights()  # each name of a shared tensor has got its own
+        self._flatten(torch.empty(self.weights_P.shape, dtype=self.weights_P.dtype, device=device))
 
     @property
     def device(self) -> torch.device:

@@ -32,12 +32,14 @@ RUN --mount=type=bind,target=/dist cd /dist && if [ "$GPU" ]; then \\
     pip install --require-hashes --index-url https://download.pytorch.org/whl/cpu -r requirements-torch.txt; fi
 RUN --mount=type=bind,target=/dist cd /dist && pip install --require-hashes -r requirements-deploy.txt && \\
     pip install --no-index ./fedloom-{version}-py3-none-any.whl
+# The first process takes leave of those whose parent has ended; fedloom waits for its own alone.
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
 # Whoever it runs as can write models, and needs no entry in /etc/passwd.
 RUN mkdir --mode 1777 /models
 ENV HOME=/tmp USER=fedloom HF_HOME=/models PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /fedloom
-ENTRYPOINT ["fedloom"]
+ENTRYPOINT ["tini", "--", "fedloom"]
 
 FROM client AS server
 USER root
@@ -58,7 +60,6 @@ BUILD = """\
 """
 HARDENED = """\
     user: ${{FEDLOOM_USER:-1000:1000}}
-    init: true
     read_only: true
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
@@ -168,8 +169,8 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> list[Path]:
         if path.exists():
             raise DeploymentError("the file exists", where=str(path), mend="name another folder with --to")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, texts.values(), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     except OSError as error:
         mend = "name another folder with --to"

@@ -28,6 +28,7 @@ from fedloom.experiment.building import build_shape, dtype_of, open_source
 from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
+from fedloom.experiment.step_memory import predict_memory, step_of
 from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks, find_seen
 from fedloom.experiment.tokenizing import find_idle, tokenize_splits
 from fedloom.experiment.unused import find_unused
@@ -46,7 +47,7 @@ from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
-from fedloom.training.memory import StepMemory, check_room, free_on_each, leaves_no_doubt, predict_step, share_of_each
+from fedloom.training.memory import StepMemory, check_room, free_on_each, leaves_no_doubt, share_of_each
 from fedloom.training.optimizers import check_optimizer
 
 
@@ -265,12 +266,13 @@ def measure(
 
     A step's memory is predicted by tracing it, which takes seconds, unless that was `predicted` before. Without
     `predict`, that is left out where the recipe says how many clients train at once, or where the free memory leaves no
-    doubt.
+    doubt. Clients that train one after another are predicted for whole models alone, which are most of what they take.
     """
-    if setup.engine != "batched":
+    together = setup.engine == "batched"
+    if not together and not (predict and setup.shape.is_whole):
         return Room(1)
     given = recipe.training.clients_at_once
-    most = share_of_each(per_round, setup.places)
+    most = share_of_each(per_round, setup.places) if together else 1
     wanted = min(most, given or most)
     device, length, free = setup.device, recipe.data.max_length, free_on_each(here(setup.places) or [setup.device])
     scored = tokens_at_once(recipe.evaluation.batch_size, length, device)
@@ -280,15 +282,9 @@ def measure(
     if not predict and leaves_no_doubt(setup.shape, recipe.training, **size, free=free):
         return Room(most, ample=True)
     try:
-        key = _step_of(recipe), wanted
-        memory = predicted[key] = predicted.get(key) or predict_step(
-            partial(build_shape, recipe, source, setup.dtype, packed=True),
-            source.num_layers,
-            recipe.training,
-            **size,
-            alike=not recipe.adapter.options and not any("." in name for name in recipe.adapter.targets or ()),
-            packed=recipe.data.window == "pack",
-            private=recipe.bounds_documents,
+        key = step_of(recipe), wanted
+        memory = predicted[key] = predicted.get(key) or predict_memory(
+            recipe, source, setup.engine, setup.dtype, device, clients=wanted, scored_tokens=scored
         )
     except Exception as error:  # of any kind, from an operation of a model that can't be traced
         # Where a GPU's memory runs out, fewer at once are tried; a processor's may take the whole machine with it.
@@ -296,26 +292,8 @@ def measure(
         say("memory", f"a step's can't be predicted, {at_once} at once ({type(error).__name__}: {reason_of(error)})")
         return Room(at_once)
     fit = memory.clients_that_fit(free)
-    return Room(given or min(fit, memory.clients_worthwhile(device)), fit, memory)
-
-
-OF_NO_STEPS_MEMORY = {
-    *("learning_rate", "learning_rate_end", "schedule", "schedule_scope", "warmup", "weight_decay"),
-    *("epochs", "max_steps", "proximal_schedule", "devices"),
-}
-"""Keys of `training` that change no tensor's size in a step."""
-
-
-def _step_of(recipe: Recipe) -> Hashable:
-    """Return a key: recipes for which it is equal need the same memory for a step."""
-    training = recipe.training.model_copy(update={"proximal_mu": float(recipe.training.proximal_mu > 0)})
-    rule, data = recipe.federation.lora_rule, recipe.data
     return (
-        recipe.model,
-        recipe.adapter.model_dump_json(),
-        rule if rule in ("ffa", "fedex") else "plain",
-        training.model_dump_json(exclude=OF_NO_STEPS_MEMORY),
-        (data.max_length, data.window, data.pad_in_loss, recipe.privacy is not None, recipe.evaluation.batch_size),
+        Room(given or min(fit, memory.clients_worthwhile(device)), fit, memory) if together else Room(1, None, memory)
     )
 
 

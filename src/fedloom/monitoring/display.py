@@ -264,6 +264,8 @@ def describe_plan(plan: Plan) -> dict[str, str]:
             f" {count(plan.clients_at_once, 'client')} at once;"
             f" {count(plan.clients_that_fit, 'client')} would fit"
         )
+    elif plan.peak_bytes:
+        rows["memory"] = f"{format_bytes(plan.peak_bytes)} predicted for model and training, one client after another"
     elif plan.ample_memory:
         rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
     elif plan.engine == "batched":

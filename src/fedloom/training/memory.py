@@ -114,7 +114,7 @@ def predict_step(
     at_few, one_more = (round(HELD_BY_ALLOCATOR[device.type] * peak(clients)) for clients in (few, few + 1))
     client_bytes = one_more - at_few
     fixed_bytes = at_few - few * client_bytes + HELD_BESIDE[device.type]
-    step = StepMemory(_base_bytes(whole), fixed_bytes, client_bytes)
+    step = StepMemory(base_bytes(whole), fixed_bytes, client_bytes)
     if not scored_tokens:
         return step
     # Nothing of a layer is kept for the next one, so that two are as good as all.
@@ -153,7 +153,7 @@ def leaves_no_doubt(
     needed = CERTAIN_TIMES * count
     if device.type == "cpu" and needed > WORTHWHILE_ON_CPU:
         return False  # fewer at once may be faster, and the trace says how many
-    return _base_bytes(adapted) + needed <= SHARE_OF_FREE * free
+    return base_bytes(adapted) + needed <= SHARE_OF_FREE * free
 
 
 def count_roughly(
@@ -183,7 +183,7 @@ def count_roughly(
     return int(4 * max(step, scoring) + adapters)
 
 
-def _base_bytes(adapted: AdaptedModel) -> int:
+def base_bytes(adapted: AdaptedModel) -> int:
     return sum(value.numel() * value.element_size() for value in {*adapted.model.parameters()})
 
 
@@ -286,7 +286,7 @@ def check_room(adapted: AdaptedModel, device: torch.device) -> None:
     Raises:
         ModelError
     """
-    needed, free = _base_bytes(adapted), free_bytes(device)
+    needed, free = base_bytes(adapted), free_bytes(device)
     if needed > free:
         raise ModelError(
             f"its weights take {format_bytes(needed)}, and {device} has {format_bytes(free)} free: a model is never"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ from fedloom.training.objective import (
     sum_clipped,
 )
 from fedloom.training.optimizers import load_state, open_optimizer, read_state
+
+if TYPE_CHECKING:
+    from fedloom.recipe.training_section import Training
 
 
 class ReferenceEngine:
@@ -87,15 +91,15 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
             if job.ration:
                 loss, num_tokens = _private_gradient(adapted, job, job.ration, step, rows, trains_P)
             else:
-                loss, num_tokens = _gradient(adapted, job, step, rows)
+                parts = [take_batch(job.blocks, part) for part in rows.split(training.batch_size)]
+                keys_N = sequence_keys([job.dropout_seed], [step], [0], len(rows))[0]
+                loss, num_tokens = (
+                    put_gradient(adapted, training, parts, keys_N),
+                    sum(part.num_tokens for part in parts),
+                )
 
-            with torch.no_grad():
-                if trains_P is not None:
-                    gradient_P.mul_(trains_P)
-                offset_P = weights_P - global_P
-                log.add_step(loss, offset_P.norm().item(), gradient_P.norm().item(), num_tokens)
-                add_proximal_gradient(gradient_P, offset_P, training.proximal_mu)
-                clip_gradient(gradient_P, training.max_gradient_norm)
+            drift, norm = finish_gradient(adapted, training, global_P, trains_P)
+            log.add_step(loss, drift, norm, num_tokens)
             optimizer.param_groups[0]["lr"] = job.rate(step, len(batches))
             optimizer.step()
             if trains_P is not None:
@@ -110,17 +114,33 @@ def train_client(adapted: AdaptedModel, job: ClientJob, watch: Watch = ignore) -
     return ClientUpdate(report, update, state, job.trial, own_losses=log.own_losses)
 
 
-def _gradient(adapted: AdaptedModel, job: ClientJob, step: int, rows: Tensor) -> tuple[float, int]:
-    """Put the gradient of a step's mean token loss in the model; return the loss, and the step's tokens."""
-    parts = [take_batch(job.blocks, part) for part in rows.split(job.training.batch_size)]
-    keys = sequence_keys([job.dropout_seed], [step], [0], len(rows))[0].split(job.training.batch_size)
+def put_gradient(adapted: AdaptedModel, training: Training, parts: Sequence[Batch], keys_N: Tensor) -> float:
+    """Put the gradient of a step's mean token loss in the model, and return the loss; `keys_N` are of its dropout."""
     counted = [count_targets(part.labels_BT) for part in parts]
     adapted.gradient_P.zero_()
     loss = 0.0
-    for part, keys_B, count in zip(parts, keys, counted, strict=True):
+    for part, keys_B, count in zip(parts, keys_N.split(training.batch_size), counted, strict=True):
         # Every token counts alike: a mean of means would favour those of short micro-batches.
-        loss += _add_gradient(adapted, job, part, keys_B, count / sum(counted))
-    return loss, sum(part.num_tokens for part in parts)
+        loss += _add_gradient(adapted, training, part, keys_B, count / sum(counted))
+    return loss
+
+
+@torch.no_grad()
+def finish_gradient(
+    adapted: AdaptedModel, training: Training, global_P: Tensor, trains_P: Tensor | None
+) -> tuple[float, float]:
+    """Add the proximal term to the gradient in the model and clip it; return the drift, and the loss' gradient's norm.
+
+    What it needs of its own is let go of before the optimizer's step: of a whole model that is as much as the model.
+    """
+    gradient_P = adapted.gradient_P
+    if trains_P is not None:
+        gradient_P.mul_(trains_P)
+    offset_P = adapted.weights_P - global_P
+    told = offset_P.norm().item(), gradient_P.norm().item()
+    add_proximal_gradient(gradient_P, offset_P, training.proximal_mu)
+    clip_gradient(gradient_P, training.max_gradient_norm)
+    return told
 
 
 def _private_gradient(
@@ -138,7 +158,7 @@ def _private_gradient(
         seed = ration.dropout_seed(step, part.tokens_BT[0])
         torch.manual_seed(seed)
         gradient_P.zero_()
-        loss += _add_gradient(adapted, job, part, torch.tensor([seed]), 1.0) / len(rows)
+        loss += _add_gradient(adapted, job.training, part, torch.tensor([seed]), 1.0) / len(rows)
         if trains_P is not None:
             gradient_P.mul_(trains_P)
         sum_P += sum_clipped(gradient_P[None], ration.terms.max_norm, 1)[0]
@@ -149,10 +169,10 @@ def _private_gradient(
     return loss, num_tokens
 
 
-def _add_gradient(adapted: AdaptedModel, job: ClientJob, part: Batch, keys_B: Tensor, share: float) -> float:
+def _add_gradient(adapted: AdaptedModel, training: Training, part: Batch, keys_B: Tensor, share: float) -> float:
     """Add the gradient of a share of a batch's mean token loss; return that share. `keys_B` are of its dropout."""
     batch, dropout = part.to(adapted.device), ClientDropout(keys_B.to(adapted.device), alone=True)
-    with gradient_checkpointing(adapted.base, job.training.gradient_checkpointing, dropout.contexts):
+    with gradient_checkpointing(adapted.base, training.gradient_checkpointing, dropout.contexts):
         with dropout:
             loss = share * mean_token_loss(adapted.logits(batch.tokens_BT, batch.mask_BT), batch.labels_BT)
         loss.backward()
