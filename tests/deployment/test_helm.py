@@ -30,7 +30,15 @@ SIDES = ("server", "client")
 IMAGE = f"registry.example.org/fedloom@sha256:{'0' * 64}"
 FINGERPRINT = "3f2a 91bc 0000 1111 2222 3333 4444 5555"
 VALUES: dict[str, dict[str, Any]] = {
-    "server": {"side": "server", "image": IMAGE, "secret": "fedloom-server", "server": {"recipe": 'name = "first"\n'}},
+    "server": {
+        "side": "server",
+        "image": IMAGE,
+        "secret": "fedloom-server",
+        "server": {
+            "command": ["serve", "/etc/fedloom/recipe.toml", "--out", "runs/first", "--resume"],
+            "recipe": 'name = "first"\n',
+        },
+    },
     "client": {
         "side": "client",
         "image": IMAGE,
@@ -39,7 +47,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "client": {"name": "alice", "fingerprint": FINGERPRINT, "policy": 'text = "story"\n'},
     },
 }
-"""The fewest values that a side does with; the client's has a policy, too."""
+"""The fewest values that a side does with; a server of one recipe has that, too, and a client a policy."""
 
 
 def with_value(side: str, key: str, value: object) -> dict[str, Any]:
@@ -139,9 +147,8 @@ def test_what_has_to_be_set_and_what_can_not_be_is_refused(side: str, key: str, 
 
 
 def test_a_server_that_stays_needs_no_recipe() -> None:
-    values = with_value("server", "server.command", ["serve"])
-    del values["server"]["recipe"]
-    assert not complaints(values)
+    assert not complaints({key: value for key, value in VALUES["server"].items() if key != "server"})
+    assert yaml.safe_load(read_chart()["values.yaml"])["server"]["command"] == ["serve"]
 
 
 def test_a_name_in_the_chart_is_one_that_a_client_may_have() -> None:
