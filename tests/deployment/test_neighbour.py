@@ -224,12 +224,13 @@ def test_a_folder_whose_sockets_would_have_too_long_paths_is_refused_in_a_senten
 def test_the_longest_folder_that_is_taken_has_room_for_every_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     # Not in the test's own folder, whose path may be too long itself.
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
-        fits = len(str(Path(short) / "fedloom-12345678" / RUNTIME_SOCKET)) + 1
+        fits = len(str(Path(short) / "fedloom-12345678" / "99" / RUNTIME_SOCKET)) + 1
         longest = Path(short) / ("x" * (103 - fits))
         longest.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(longest))
         with private_folder() as folder:
-            for name in ("worker.sock", "runtime.sock", "serve.sock"):
+            (folder / "99").mkdir()
+            for name in ("99/worker.sock", "99/runtime.sock", "serve.sock"):
                 listen(str(folder / name)).close()
 
 

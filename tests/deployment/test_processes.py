@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,19 @@ time.sleep(600)
 """
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for those of sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
 def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setattr("tempfile.tempdir", None)  # where it was found before
-    (tmp_path / "fedloom-of-somebody").mkdir()
+    (short / "fedloom-of-somebody").mkdir()
     owners = [subprocess.Popen([sys.executable, "-c", HOLDS_A_FOLDER], stdout=subprocess.PIPE) for _ in range(2)]
     try:
         folders = [Path(owner.stdout.readline().decode().strip()) for owner in owners if owner.stdout]
@@ -44,11 +53,11 @@ def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
         owners[0].wait()
         assert folders[0].is_dir(), "a killed process can't tidy up"
         with private_folder() as mine:
-            assert mine.parent == tmp_path
+            assert mine.parent == short
             assert not folders[0].exists()
             assert (folders[1] / "secret").is_file()
         assert not mine.exists()
-        assert (tmp_path / "fedloom-of-somebody").is_dir()
+        assert (short / "fedloom-of-somebody").is_dir()
     finally:
         for owner in owners:
             owner.kill()
@@ -56,21 +65,21 @@ def test_a_folder_whose_owner_was_killed_is_removed_by_the_next_and_no_other(
 
 
 def test_a_folder_that_is_swept_by_another_at_the_same_moment_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found, and gone before it is looked at: two commands that begin while a third ends."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = tmp_path / "fedloom-gone" / "owner.lock"
+    monkeypatch.setattr("tempfile.tempdir", str(short))
+    found = short / "fedloom-gone" / "owner.lock"
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([found]))
     with private_folder() as mine:
         assert mine.is_dir()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root makes a folder that is another's")
-def test_another_users_folder_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_folder_is_not_looked_into(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipes there would be opened for ever."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    others = tmp_path / "fedloom-x"
+    monkeypatch.setattr("tempfile.tempdir", str(short))
+    others = short / "fedloom-x"
     others.mkdir()
     os.mkfifo(others / "owner.lock")
     os.chown(others, 12345, 12345)

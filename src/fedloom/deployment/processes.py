@@ -187,7 +187,7 @@ def private_folder() -> Iterator[Path]:
     _sweep()
     # Paths of Unix sockets are short, so it is not in the run directory.
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, ExitStack() as stack:
-        if len(os.fsencode(Path(name) / "999" / RUNTIME_SOCKET)) > MOST_PATH_BYTES:  # a client's own folder
+        if len(os.fsencode(Path(name) / "99" / RUNTIME_SOCKET)) > MOST_PATH_BYTES:  # a client's own folder
             raise DeploymentError(
                 "the path of the folder for temporary files is too long for sockets",
                 where=tempfile.gettempdir(),

@@ -150,6 +150,7 @@ def test_options_go_to_the_kits_in_their_order(
         ("a.kit b.kit --data A --data B --journal j", "2 kits, and --journal 1 time"),
         ("a.kit b.kit --data A --data B --journal j --journal ./j", "two clients have the journal"),
         ("a.kit a.kit --data A --data B", "two clients have the name a"),
+        (f"{'a.kit ' * 101}{'--data A ' * 101}", "101 clients in one process; start a fedloom join for each 100"),
         (
             "a.kit c.kit --data A --data C",
             "c's kit is of another server than a's; start a fedloom join for each server",

@@ -48,6 +48,8 @@ UNUSED_ADDRESS = "127.0.0.1:1"
 """Address that Flower wants to be told where a client's messages go through a Unix socket."""
 AGAIN = "ask the server's owner for the kit again"
 SIGNER = re.compile(r"[0-9a-f]{64}")
+MOST_CLIENTS = 100
+"""Clients of one process: their folders, in which sockets lie, have names of two digits at most."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +280,12 @@ def check_together(members: Sequence[Member]) -> None:
     """Refuse clients that can't be at work in one process.
 
     Raises:
-        DeploymentError: they are of several servers, or have a name or a journal in common.
+        DeploymentError: they are too many, of several servers, or have a name or a journal in common.
     """
+    if len(members) > MOST_CLIENTS:
+        raise DeploymentError(
+            f"{len(members)} clients in one process", where="KIT", mend=f"start a fedloom join for each {MOST_CLIENTS}"
+        )
     kit = members[0].kit
     for one in members:
         if (one.kit.server, one.kit.ca, one.kit.signer) != (kit.server, kit.ca, kit.signer):
