@@ -300,7 +300,7 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
     def refuse(*arguments: object, **named: object) -> None:
         raise RuntimeError("no meta function")
 
-    monkeypatch.setattr("fedloom.experiment.preparation.predict_step", refuse)
+    monkeypatch.setattr("fedloom.experiment.step_memory.predict_step", refuse)
     monkeypatch.setattr("fedloom.experiment.preparation.leaves_no_doubt", lambda *given, **named: False)
     finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Observer())
     assert finished.plan["peak_bytes"] is None

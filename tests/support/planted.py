@@ -18,6 +18,7 @@ class Planted(LocalClients):
     """Clients of this process with these blocks, whatever the recipe's documents are; and a central hold-out."""
 
     def __init__(self, held: Sequence[ClientBlocks], central: TokenBlocks | None = None) -> None:
+        super().__init__()
         self._held, self._central = tuple(held), central
 
     def prepare(self, recipe: Recipe, watchers: Watchers) -> Prepared:
