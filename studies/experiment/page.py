@@ -14,6 +14,7 @@ from claims import Measure
 from records import Tier, read_plans
 from sweeps import SEEDS
 
+from fedloom.host.files import write_text
 from fedloom.records.run import Run
 from fedloom.report import figures
 from fedloom.report.arms_section import compare_arms, draw_arms, group_runs, note_arms, spread_by_round, tabulate_arms
@@ -49,7 +50,7 @@ def write_page(*, check: bool = False) -> int:
         return int(bool(stale or left))
     PLOTS.mkdir(parents=True, exist_ok=True)
     for path in stale:
-        path.write_text(files[path], encoding="utf-8")
+        write_text(path, files[path], "make study-page")
     for path in left:
         path.unlink()
     return 0

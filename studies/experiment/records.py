@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedloom.errors import RunError
 from fedloom.host.files import write_text
 from fedloom.records.plan import Plan
-from fedloom.records.run import Record, Run, flatten, read_run
+from fedloom.records.run import Record, Run, flatten, read_json, read_run
 from fedloom.report.comparison import runs_in
 
 HERE = Path(__file__).parent
@@ -136,20 +137,45 @@ def _settings(run: Run) -> Record:
 
 
 def _read(path: Path) -> Iterator[Run]:
-    shared, *lines = path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        kept = merge(json.loads(shared), json.loads(line))
-        columns = kept["rounds"]
-        number = max(map(len, columns.values()))
-        rounds = [
-            {"round": n, **{key: values[n] for key, values in columns.items() if values[n] is not None}}
-            for n in range(number)
-        ]
-        yield Run(
-            path.parent / kept["name"], kept["recipe"], {**kept["environment"], "commit": kept["commit"]},
-            {**kept["plan"], "ram_peak_bytes": kept["ram_peak_bytes"]},
-            kept["status"], rounds, [], {}, {}, {},
-        )  # fmt: skip
+    """Yield the runs of a file, each as its run directory had it.
+
+    Raises:
+        RunError: the file is damaged. A run is never left out of the page in silence.
+    """
+    shared: Record | None = None
+    number = 0
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            number += 1
+            record = json.loads(line, parse_constant=_refuse)
+            if shared is None:
+                shared = record
+            else:
+                yield _restore(path.parent, merge(shared, record))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError("the record is damaged", where=f"{path}:{number}", mend=f"git restore {path}") from error
+    if number < 2:
+        raise RunError("no run is on record", where=str(path), mend=f"git restore {path}")
+
+
+def _restore(folder: Path, kept: Record) -> Run:
+    columns = kept["rounds"]
+    if not all(isinstance(value, int | float | None) for values in columns.values() for value in values):
+        raise TypeError("a column holds numbers")
+    names, by_round = list(columns), zip(*columns.values(), strict=True)
+    rounds = [
+        {"round": n, **{name: value for name, value in zip(names, values, strict=True) if value is not None}}
+        for n, values in enumerate(by_round)
+    ]
+    return Run(
+        folder / kept["name"], kept["recipe"], {**kept["environment"], "commit": kept["commit"]},
+        {**kept["plan"], "ram_peak_bytes": kept["ram_peak_bytes"]},
+        kept["status"], rounds, [], {}, {}, {},
+    )  # fmt: skip
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of a record")
 
 
 def _short(value: Any) -> Any:
@@ -174,4 +200,4 @@ def keep_plans(plans: Mapping[str, Plan], path: Path = RECORDS / "plans.json") -
 
 def read_plans(path: Path = RECORDS / "plans.json") -> Record:
     """Return the sizes that plans said, by the name of their recipe."""
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return read_json(path)

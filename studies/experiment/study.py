@@ -20,6 +20,7 @@ from page import write_page
 from records import RECORDS, keep, keep_plans
 from sweeps import SEEDS, list_sweeps
 
+from fedloom.errors import FedloomError
 from fedloom.experiment.recognition import open_recipe as load_recipe
 from fedloom.experiment.run import plan
 from fedloom.experiment.sweep import sweep
@@ -80,9 +81,13 @@ def main() -> int:
     parser.add_argument("what", nargs="?", default="nano", choices=[*SEEDS, "page"])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of date")
     chosen = parser.parse_args()
-    if chosen.what != "page":
-        run_tier(chosen.what)
-    return write_page(check=chosen.check)
+    try:
+        if chosen.what != "page":
+            run_tier(chosen.what)
+        return write_page(check=chosen.check)
+    except FedloomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 Axes = Mapping[str, Any]
 """Values by key, or by key a table of values that bring keys of their own, as in `[sweep]`."""
 
-SEEDS = {"nano": [1, 2, 3], "small": [1], "card": [1, 2, 3], "full": [1, 2, 3]}
+SEEDS = {"nano": [1, 2, 3], "small": [1, 2, 3], "card": [1, 2, 3], "full": [1, 2, 3]}
 MIXED: Axes = {"iid": {}, "natural": {"data.partition.by": "package"}}
 AS_RUN: Axes = {
     "training.proximal_mu": 0.0,

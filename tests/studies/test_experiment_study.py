@@ -11,6 +11,7 @@ from support.import_file import import_file
 from support.marks import first
 from support.tiny import make_recipe
 
+from fedloom.errors import RunError
 from fedloom.experiment.sweep import expand, sweep
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import recipe_to_toml
@@ -80,6 +81,69 @@ def test_a_verdict_follows_from_the_differences(differences: list[float], verdic
 def test_runs_of_other_seeds_are_no_pairs() -> None:
     with pytest.raises(ValueError, match=r"seeds \[1\] and \[2\] make no pairs"):
         claims.pair([made_run(1, [1.0])], [made_run(2, [1.0])], claims.loss_after(-1))
+
+
+def test_a_seed_that_is_on_record_twice_is_no_pair() -> None:
+    with pytest.raises(ValueError, match=r"seeds \[1, 1\] and \[1\] make no pairs"):
+        claims.pair([made_run(1, [1.0]), made_run(1, [2.0])], [made_run(1, [1.0])], claims.loss_after(-1))
+
+
+def test_what_never_rose_could_not_be_made_steadier() -> None:
+    falls, rises = ([made_run(seed, losses) for seed in (1, 2)] for losses in ([3.0, 2.0, 1.0], [3.0, 1.0, 2.0]))
+    assert claims.judge_steadier(falls, falls) == "undecided"
+    assert claims.judge_steadier(falls, rises) == "confirmed"
+    assert claims.judge_steadier(rises, rises) == "refuted"
+
+
+def test_the_readme_counts_the_verdicts_as_they_are() -> None:
+    verdicts = [one.verdict for one in claims.judge_claims(records.Tier("nano"), records.read_plans())]
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    counts = ", ".join(f"{words[verdicts.count(one)]} {one}" for one in ("refuted", "undecided"))
+    said = f"of {words[len(verdicts)]} claims {words[verdicts.count('confirmed')]} are confirmed, {counts}."
+    assert said in " ".join((STUDY.parent.parent / "README.md").read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda text: "", 0),
+        (lambda text: text.splitlines()[0], 1),
+        (lambda text: text[: text.rindex("}")], 2),
+        (lambda text: text.replace('"central_loss": [', '"central_loss": [NaN, ', 1), 1),
+        (lambda text: text.replace('"central_loss": [', '"central_loss": [1.0, ', 1), 2),
+        (lambda text: text.replace('"central_loss": [', '"central_loss": ["x", ', 1), 2),
+        (lambda text: text + "[]\n", 3),
+        (lambda text: text + "{}\n{", 4),
+    ],
+)
+def test_a_damaged_record_is_named_by_its_line(damage: Any, line: int, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nano" / "proximal.jsonl"
+    records.keep(finished.parent, path)
+    path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(RunError) as caught:
+        records.Tier("nano", tmp_path)
+    assert str(caught.value).startswith(f"{path}{f':{line}' if line > 1 else ''}")
+
+
+def test_a_damaged_record_ends_the_command_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def write_page(*, check: bool) -> int:
+        raise RunError("the record is damaged", where="proximal.jsonl:2")
+
+    monkeypatch.setattr(study, "write_page", write_page)
+    monkeypatch.setattr(sys, "argv", ["study.py", "page"])
+    assert study.main() == 2
+    assert capsys.readouterr().err == "error: proximal.jsonl:2: the record is damaged\n"
+
+
+def test_a_page_that_can_not_be_written_whole_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "study.md")
+    monkeypatch.setattr(page, "PLOTS", tmp_path / "plots")
+    (tmp_path / "study.md").write_text("before", encoding="utf-8")
+    monkeypatch.setattr(page, "render", lambda plots: "half\ud800")  # which no file of UTF-8 can hold
+    with pytest.raises(UnicodeEncodeError):
+        page.write_page()
+    assert (tmp_path / "study.md").read_text(encoding="utf-8") == "before"
 
 
 def test_overfitting_is_undecided_where_seeds_disagree() -> None:
