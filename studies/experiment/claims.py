@@ -21,6 +21,7 @@ SMALL_DRIFT = 0.05
 CALM = 0.01
 """Share of a loss' movement that goes up, below which there is nothing that could be made steadier."""
 
+
 @dataclass(frozen=True)
 class Judged:
     """A claim with its verdict, and what was measured, in words."""
