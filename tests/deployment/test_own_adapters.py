@@ -89,6 +89,7 @@ def test_the_adapter_goes_nowhere_and_losses_alone_are_told(tmp_path: Path) -> N
     assert "| client 1 |" in worth
 
 
+@pytest.mark.long
 def test_an_owner_finds_it_where_they_say_and_peft_opens_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny(*PERSONAL)
     serve_here(recipe, link_of(recipe, tmp_path, keep=tmp_path / "mine"), tmp_path / "served")
@@ -102,6 +103,7 @@ def test_an_owner_finds_it_where_they_say_and_peft_opens_it(tmp_path: Path, caps
     assert "was sent to nobody" in card
 
 
+@pytest.mark.long
 def test_without_leave_no_loss_is_told_and_the_adapter_is_made_all_the_same(tmp_path: Path) -> None:
     recipe = tiny(*PERSONAL)
     link = link_of(recipe, tmp_path, {1: Policy(tell_holdout_loss=False)})
@@ -183,6 +185,7 @@ def test_numbers_beside_such_an_answer_are_refused() -> None:
     assert "numbers came" in str(fleet.keep(make_adapted().read(), 3)[1])
 
 
+@pytest.mark.long
 def test_a_client_that_fails_is_named_and_the_others_have_theirs(tmp_path: Path) -> None:
     recipe = tiny(*PERSONAL)
     link = link_of(recipe, tmp_path)
@@ -200,6 +203,7 @@ def test_a_client_that_fails_is_named_and_the_others_have_theirs(tmp_path: Path)
     assert "could not go on by itself" in (served.folder / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_a_run_is_not_over_for_a_client_before_its_own_adapter_is_there(tmp_path: Path) -> None:
     """A minute after the last round it took the run for over, while the server waited for slower clients."""
     recipe = tiny(*PERSONAL)

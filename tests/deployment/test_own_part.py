@@ -212,6 +212,7 @@ def test_a_part_that_is_not_the_one_is_an_error_and_never_trained_on(
     assert "error" in told, "nor does it keep an adapter with a part that is not there"
 
 
+@pytest.mark.long
 def test_another_runs_part_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
     """A server that asks for the part of another recipe's run gets no training from it."""
     link = link_of(recipe, tmp_path)
@@ -228,6 +229,7 @@ def test_another_runs_part_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
         serve_here(other, link, tmp_path / "second")
 
 
+@pytest.mark.long
 def test_a_part_is_found_by_its_name_alone_would_be_caught(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +309,7 @@ def test_a_private_run_has_another_rule(tmp_path: Path) -> None:
     assert refused.value.where == "federation.lora_rule"
 
 
+@pytest.mark.long
 def test_the_servers_adapters_are_not_handed_on(recipe: Recipe, tmp_path: Path) -> None:
     served = serve_here(recipe, link_of(recipe, tmp_path), tmp_path / "served")
     with pytest.raises(RunError, match="its adapters have A alone"):

@@ -121,6 +121,7 @@ def test_nothing_of_a_question_leaves_but_its_count(
     assert SECRET not in screen
 
 
+@pytest.mark.long
 def test_they_are_asked_after_the_rounds_that_the_recipe_says_and_the_base_once(quiz: str, tmp_path: Path) -> None:
     recipe = recipe_of("evaluation.tasks_every=1")
     link = link_of(recipe, tmp_path, tasks=quiz)

@@ -88,6 +88,7 @@ def test_another_users_folder_is_not_looked_into(short: Path, monkeypatch: pytes
     assert others.is_dir()
 
 
+@pytest.mark.long
 def test_the_server_app_ends_with_serve_even_where_it_hangs() -> None:
     pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
     ours, theirs = socket.socketpair()

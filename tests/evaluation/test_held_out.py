@@ -121,6 +121,7 @@ def test_another_error_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate(adapted, adapted.read(), make_blocks(), batch_size=4)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:
     recipe = make_recipe(evaluation={"batch_size": 4})
     whole, said = run(recipe, tmp_path / "whole", Observer()), Said()

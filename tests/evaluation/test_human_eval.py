@@ -88,6 +88,7 @@ def test_what_somebody_solved_passes_and_what_nobody_did_fails(part: int) -> Non
         assert {*run_programs(programs, LIMITS)} == {"passed" if word else "failed"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tries", [1, 10])
 def test_a_task_is_asked_written_run_and_counted(tries: int) -> None:
     """A model at random solves nothing; one that writes somebody's solutions in half of the tries passes half."""

@@ -38,6 +38,7 @@ def test_the_example_as_a_reader_runs_it_gives_the_packages_adapter_to_the_bit(t
     assert done.stderr == ""
 
 
+@pytest.mark.long
 def test_it_samples_draws_dropout_and_holds_harder_as_the_package_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

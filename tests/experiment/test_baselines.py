@@ -48,6 +48,7 @@ def test_a_client_alone_is_a_federation_of_one(tmp_path: Path) -> None:
     assert told["pooled"]["losses"] == pytest.approx(losses, rel=1e-9)
 
 
+@pytest.mark.long
 def test_with_a_share_of_the_clients_a_round_the_budget_is_theirs(tmp_path: Path) -> None:
     recipe = make_recipe(
         baselines=["pooled"], data={"clients": 4}, federation={"fraction": 0.5, "rounds": 4}, model={"dtype": "float32"}
@@ -65,6 +66,7 @@ def test_without_a_central_hold_out_they_are_judged_on_the_clients(tmp_path: Pat
     assert told["local"]["1"]["losses"][0] == pytest.approx(finished.rounds[0]["client_loss"], rel=1e-9)
 
 
+@pytest.mark.long
 def test_tasks_are_asked_of_the_best_adapter_of_each(tmp_path: Path) -> None:
     """Of a single client whose federation is all that it is alone, to the bit."""
     rows = [{"q": f"word{number} is", "c": ["good", "evil", "neither"], "a": "good"} for number in range(12)]

@@ -294,6 +294,7 @@ def test_the_longest_jobs_are_dealt_first_and_each_to_who_has_the_least() -> Non
     assert [len(share) for share in deal(jobs[:1], 3)] == [1, 0, 0]
 
 
+@pytest.mark.long
 def test_a_plan_says_where_clients_train_and_how_many_fit_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_each_arm_of_a_sweep_has_its_own(tmp_path: Path) -> None:
     assert "Was it worth it?" in (folder / "comparison.md").read_text()
 
 
+@pytest.mark.long
 def test_a_strategy_that_needs_several_clients_has_no_federation_of_one(tmp_path: Path) -> None:
     changes = {"data": {"clients": 4}, "federation": {"rounds": 1, "strategy": {"kind": "krum"}}}
     run(recipe_of(**changes), tmp_path / "run", Observer())

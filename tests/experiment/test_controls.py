@@ -115,6 +115,7 @@ def test_kept_adapters_open_with_peft_and_are_those_of_their_rounds(tmp_path: Pa
     assert all(finding.well for finding in check_run(tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_rounds_are_evaluated_every_so_many_and_after_the_last(tmp_path: Path) -> None:
     every, some = ({"evaluation": {"every": number}, "federation": {"rounds": 5}} for number in (1, 2))
     assert not attempt(make_recipe(tmp_path, **every), tmp_path / "every")

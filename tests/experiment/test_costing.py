@@ -93,6 +93,7 @@ def test_rounds_on_record_cost_nothing_more_and_give_a_rate(recipe_file: Path, t
     assert "at the rate of the rounds on record" in again.lines[2]
 
 
+@pytest.mark.long
 def test_the_time_is_that_of_the_tokens_at_the_rate_on_record(
     ready: Callable[..., dict[str, Prepared]], tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_strategy_of_ones_own_takes_the_place_of_the_recipes(tmp_path: Path) -
     assert mine.rounds[-1]["adapter_sha256"] != plain.rounds[-1]["adapter_sha256"]
 
 
+@pytest.mark.long
 def test_an_observer_of_ones_own_is_told_of_every_round_and_can_end_the_run(tmp_path: Path) -> None:
     recipe = make_recipe(federation={"rounds": 4})
     whole = run(recipe, tmp_path / "whole", Observer())
@@ -128,6 +129,7 @@ def test_options_are_for_strategies_of_packages_alone() -> None:
         make_recipe(federation={"strategy": {"kind": "fedavg", "options": {"share": 1}}})
 
 
+@pytest.mark.long
 def test_a_run_with_a_strategy_of_ones_own_says_so_and_goes_on_with_it_alone(tmp_path: Path) -> None:
     recipe, own = make_recipe(federation={"rounds": 3}), once_all_are_there(median)
     whole = run(recipe, tmp_path / "whole", Observer(), aggregate=own)

@@ -90,6 +90,7 @@ def test_noise_of_the_seed_is_never_called_private(tmp_path: Path) -> None:
     assert finished.rounds[-1]["adapter_sha256"] == again.rounds[-1]["adapter_sha256"]
 
 
+@pytest.mark.long
 def test_two_private_runs_have_other_noise(tmp_path: Path) -> None:
     shas = {run(private(tmp_path), tmp_path / name, Observer()).rounds[-1]["adapter_sha256"] for name in "ab"}
     assert len(shas) == 2

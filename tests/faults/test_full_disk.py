@@ -43,6 +43,7 @@ def assert_kept(folder: Path) -> None:
     assert not list(folder.rglob(".*.tmp"))
 
 
+@pytest.mark.long
 def test_whatever_can_not_be_written_it_goes_on_to_the_same_result(whole: Any, tmp_path: Path) -> None:
     recipe, result, _ = whole
     number, failed, said = 1, 0, set()

@@ -114,6 +114,7 @@ def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, who
     assert killed or kills < 5, "of one or two, each may come when the run is over"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("twin", first(name for name in TWINS if name != "none"))
 def test_a_writer_without_one_of_the_rules_is_caught(twin: str, whole: Any, tmp_path: Path) -> None:
     recipe, result = whole

@@ -56,6 +56,7 @@ def everything_in(folder: Path) -> list[bytes]:
     return [str(path).encode() for path in files] + [path.read_bytes() for path in files]
 
 
+@pytest.mark.long
 def test_a_whole_run_leaves_no_trace_of_them(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "private.jsonl", '{"text": ["' + CANARY + '"]}\n')
     recipe = make_recipe(

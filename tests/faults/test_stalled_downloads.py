@@ -44,6 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, bytes]
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", first(["model.safetensors", "tokenizer.json"]))
 def test_a_model_that_stops_coming_is_given_up(ending: str, hub: Hub) -> None:
     hub.drips[ending] = 1

@@ -300,6 +300,7 @@ def any_updates(draw: st.DrawFn) -> ClientUpdate:
     return replace(update, adapter=Adapter(layout, values.to(dtype)))
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(updates=st.lists(any_updates(), max_size=8), strategy=st.sampled_from(RULES))
 def test_any_updates_make_a_finite_model_or_are_refused(updates: list[ClientUpdate], strategy: str) -> None:

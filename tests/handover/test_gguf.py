@@ -311,6 +311,7 @@ def test_the_command_says_what_is_wrong_in_a_line(finished: Run, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
 
 
+@pytest.mark.long
 def test_a_chat_template_is_in_every_export(tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}."}]}

@@ -265,6 +265,7 @@ def test_a_broken_conversion_is_refused_by_name(kind: str, model: Repository, co
         assert word in str(caught.value)
 
 
+@pytest.mark.long
 def test_weights_that_the_model_has_no_layer_for_are_said(
     model: Repository, original: OPTForCausalLM, converted: Tensors
 ) -> None:
@@ -279,6 +280,7 @@ def test_weights_that_the_model_has_no_layer_for_are_said(
     ]
 
 
+@pytest.mark.long
 def test_a_missing_head_that_is_not_tied_ends_the_run_by_name(
     hub: Hub, files: dict[str, bytes], converted: Tensors
 ) -> None:
@@ -291,6 +293,7 @@ def test_a_missing_head_that_is_not_tied_ends_the_run_by_name(
 # ---- converted here
 
 
+@pytest.mark.long
 def test_with_leave_the_pickle_is_read_once_to_the_same_weights(
     hub: Hub, model: Repository, files: dict[str, bytes], original: OPTForCausalLM, tmp_path: Path
 ) -> None:
@@ -358,6 +361,7 @@ def folder(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return tmp_path / "model"
 
 
+@pytest.mark.long
 def test_a_folder_with_a_pickle_is_converted_too(folder: Path, original: OPTForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"fedloom convert {folder}, or model.convert = true"):
         open_model(str(folder))
@@ -372,6 +376,7 @@ def test_a_folder_with_a_pickle_is_converted_too(folder: Path, original: OPTForC
     assert converted_folders(tmp_path) == [kept]
 
 
+@pytest.mark.long
 def test_a_conversion_that_was_changed_is_not_read(folder: Path, tmp_path: Path) -> None:
     open_model(str(folder), convert=True)
     (kept,) = (tmp_path / "cache" / "converted").iterdir()

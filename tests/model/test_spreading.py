@@ -90,6 +90,7 @@ def test_weights_elsewhere_that_are_not_finite_are_found(folder: Path, tmp_path:
         check_model(spread, 16)
 
 
+@pytest.mark.long
 def test_a_run_takes_from_its_files_what_has_no_room(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def uses(card: str) -> dict[str, list[str]]:
     return {name: [line for line in code.splitlines() if line] for name, code in found}
 
 
+@pytest.mark.long
 def test_a_card_says_how_much_was_learnt_from_and_what_its_split_is_worth() -> None:
     card, clients = card_of(make_recipe()), plan(make_recipe()).clients
     learnt, held_out = (sum(getattr(one, f"{side}_documents") for one in clients) for side in ("train", "holdout"))
@@ -43,6 +44,7 @@ def test_a_card_says_how_much_was_learnt_from_and_what_its_split_is_worth() -> N
     )
 
 
+@pytest.mark.long
 def test_three_lines_each_for_peft_ollama_and_vllm() -> None:
     found = uses(card_of(make_recipe(adapter={"rank": 12}), on_a_hub=True))
     assert found.keys() == {"PEFT", "Ollama", "vLLM"}

@@ -56,6 +56,7 @@ def look(page: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
     return {**json.loads(title[1]), "complaints": complaints}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", first(["400,800", "1280,900"]))
 def test_every_plot_is_drawn_and_nothing_sticks_out(pages: list[Path], tmp_path: Path, size: str) -> None:
     for page, plots in zip(pages, (4, 2), strict=True):

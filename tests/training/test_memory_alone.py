@@ -93,6 +93,7 @@ def predict(shape: str = "tiny-llama", layers: int = 2, **settings: Any) -> Step
     return predict_alone(lambda count: build(shape, count), layers, training, length=LENGTH, device=CPU)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("large_from", [1, memory_alone.GIVEN_BACK_FROM])
 def test_deep_models_are_told_from_short_ones(shape: str, large_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vectors of the model's size are the most, and where activations are."""

@@ -314,6 +314,7 @@ def test_a_node_that_is_never_fetched_from_has_a_few_answers_there_and_no_more(a
     assert len(asked.here.state._object_push_sessions) == sessions
 
 
+@pytest.mark.long
 def test_what_was_answered_or_has_expired_is_let_go_of_whoever_died(asked: Asked) -> None:
     """The client confirmed neither question, and nobody fetched the answer to the second."""
     before = asked.here.stored_bytes

@@ -175,6 +175,7 @@ def interrupt(record: RoundRecord) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_service_that_ends_in_a_run_leaves_it_to_the_next_one(there: There, alone: Callable[..., list[str]]) -> None:
     there.submit("first")
     there.submit("second")
