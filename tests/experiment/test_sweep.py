@@ -255,6 +255,28 @@ def test_what_would_be_one_run_under_two_names_is_refused(axes: list[str], says:
         list(expand(recipe_file, axes))
 
 
+def test_values_that_look_alike_as_names_or_are_long_have_folders_of_their_own(recipe_file: Path) -> None:
+    long = "x" * 250
+    found = list(expand(recipe_file, [f'description="a/b","a:b","a-b","{long}y","{long}z"']))
+    assert [trial.recipe.description for trial in found] == ["a/b", "a:b", "a-b", f"{long}y", f"{long}z"]
+    assert len({trial.name for trial in found}) == 5
+    assert all(len(trial.name.encode()) < 255 for trial in found)
+    assert found[0].name == "description=-a-b"
+
+
+def test_more_combinations_than_anybody_waits_for_are_refused_unless_some_are_drawn(recipe_file: Path) -> None:
+    many = ",".join(str(number) for number in range(1, 1001))
+    axes = [f"seed={many}", f"federation.rounds={many}", f"training.epochs={many}", f"training.batch_size={many}"]
+    with pytest.raises(RecipeError, match="1,000,000,000,000 combinations are more than 10,000"):
+        list(expand(recipe_file, axes))
+    assert len({trial.name for trial in expand(recipe_file, axes, 3)}) == 3
+
+
+def test_a_file_in_the_folders_place_is_refused(recipe_file: Path) -> None:
+    with pytest.raises(RunError, match="it exists and is no sweep"):
+        sweep(recipe_file, ["seed=1,2"], recipe_file, Observer())
+
+
 @pytest.mark.long
 def test_a_folder_of_something_else_is_refused(recipe_file: Path, tmp_path: Path) -> None:
     sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())

@@ -7,11 +7,8 @@ batch sizes, epochs, strategies and data ride along.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import random
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -20,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.errors import FedloomError, RecipeError, RunError, TrainingError
+from fedloom.errors import FedloomError, RunError, TrainingError
 from fedloom.experiment.baselines import Baseline
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.cards import open_session
@@ -40,7 +37,7 @@ from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.progress import Say
-from fedloom.recipe.axes import Axis, collect_axes, combine
+from fedloom.recipe.axes import Axis, choose, collect_axes, combine, name_run
 from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import SWEEP, RoundRecord, Run, flatten, judged_loss, read_run
@@ -135,23 +132,16 @@ def expand(
     Raises:
         RecipeError: an axis that can't be read, or a recipe that can't be.
     """
-    axes = collect_axes(source, typed)
-    settings = list(itertools.product(*([(axis, value) for value in axis.choices] for axis in axes)))
-    if num_random is not None:
-        drawn = random.Random(0).sample(range(len(settings)), min(num_random, len(settings)))
-        settings = [settings[number] for number in sorted(drawn)]
     said: Counter[tuple[str, str]] = Counter()
-    found = []
-    for chosen in settings:
-        overrides = combine(chosen)
-        short = "_".join(f"{axis.key.rsplit('.', 1)[-1]}={value}" for axis, value in chosen)
-        name = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
+    found: dict[str, Combination] = {}
+    for chosen in choose(collect_axes(source, typed), num_random):
+        overrides, name = combine(chosen), name_run(chosen, found)
         recipe = open_recipe(source, overrides, lambda what, detail: said.update([(what, detail)]))
-        found.append(Combination(name, overrides, recipe))
+        found[name] = Combination(name, overrides, recipe)
     for (what, detail), number in said.items():
         if say and what != SWEEP_TABLE:
             say(what, detail if number == len(found) else f"{number} of {len(found)} runs: {detail}")
-    yield from found
+    yield from found.values()
 
 
 def keys_of_arms(axes: Sequence[Axis], runs: Sequence[Run]) -> list[str]:
@@ -172,8 +162,6 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
     """
     manifest = {combination.name: combination.recipe.model_dump(mode="json") for combination in combinations}
     path = folder / SWEEP
-    if len(manifest) < len(combinations):
-        raise RecipeError("two combinations have the same name", mend="name each key once")
     if path.is_file():
         try:
             same = json.loads(path.read_text(encoding="utf-8")) == manifest
@@ -182,8 +170,8 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
         if not same:
             raise RunError("this is a sweep over something else", where=str(folder), mend="name another with --out")
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError("the folder exists and is no sweep", where=str(folder), mend="name another with --out")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError("it exists and is no sweep", where=str(folder), mend="name another with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, manifest)

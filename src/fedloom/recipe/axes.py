@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import random
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ from fedloom.recipe.loading import SWEEP_TABLE, absolute_source, find_recipe, li
 
 PATHS = ("model.source", "data.source", "data.chat_template")
 """Keys whose values may be paths, which a file means from its own folder."""
+MOST = 10_000
+"""Combinations of one sweep: each is a recipe that is checked before the first one runs."""
+LONGEST_NAME = 200
+"""Bytes of a run's name, which is a folder's: file systems take 255."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,38 @@ def collect_axes(source: str | Path, typed: Sequence[str]) -> list[Axis]:
         mend = f"name some: training.proximal_mu=0,0.1, or a [{SWEEP_TABLE}] table in the recipe"
         raise RecipeError("nothing to sweep over", where="fedloom sweep", mend=mend)
     return list(axes.values())
+
+
+def choose(axes: Sequence[Axis], num_random: int | None = None) -> list[list[tuple[Axis, str]]]:
+    """Return every combination of the axes' values, the last axis' changing first, or `num_random` of them drawn.
+
+    Raises:
+        RecipeError: there are more than `MOST`.
+    """
+    number = math.prod(len(axis.choices) for axis in axes)
+    wanted = number if num_random is None else min(num_random, number)
+    if wanted > MOST:
+        mend = f"leave some out, or draw at most {MOST:,} of them: --random"
+        raise RecipeError(f"{wanted:,} combinations are more than {MOST:,}", where="fedloom sweep", mend=mend)
+    places = range(number) if num_random is None else sorted(random.Random(0).sample(range(number), wanted))
+    return [_pick(axes, place) for place in places]
+
+
+def _pick(axes: Sequence[Axis], place: int) -> list[tuple[Axis, str]]:
+    """Return the combination at a place, without those before it: there may be more than fit in memory."""
+    chosen = []
+    for axis in reversed(axes):
+        place, at = divmod(place, len(axis.choices))
+        chosen.append((axis, list(axis.choices)[at]))
+    return chosen[::-1]
+
+
+def name_run(chosen: Sequence[tuple[Axis, str]], taken: Collection[str]) -> str:
+    """Name a combination's folder after its values; where that is too long, or taken, a number tells it apart."""
+    short = "_".join(f"{axis.key.rpartition('.')[2]}={value}" for axis, value in chosen)
+    plain = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
+    name = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return name if name == plain and name not in taken else f"{name}-{len(taken) + 1}"
 
 
 def combine(chosen: Sequence[tuple[Axis, str]]) -> tuple[str, ...]:
