@@ -95,10 +95,10 @@ def join_with_echo(kit: Path) -> None:
     """`fedloom join`, but for its worker."""
     from fedloom.deployment.client import joining
 
-    def start(command: list[str], log: Path | None, environment: dict[str, str]) -> Child:
+    def start(command: list[str], log: Path | None, environment: dict[str, str], *, output: int) -> Child:
         if WORKER in command:  # the echo takes the worker's own arguments, from the environment
             command = [sys.executable, __file__, "--echo", str(kit.parent / FACTS)]
-        return Child(command, log, environment)
+        return Child(command, log, environment, output=output)
 
     joining.Child = start
 

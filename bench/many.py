@@ -140,7 +140,7 @@ def join_one(kit: Path, data: Path, *, with_echo: bool) -> None:
     def start(program: str, words: Sequence[str], log: Path, environment: dict[str, str]) -> Fork:
         return Fork(node, log, {**environment, **joining.hand_over(words)})
 
-    joining.Child = lambda command, log, environment: Fork(work, log, environment)
+    joining.Child = lambda command, log, environment, output: Fork(work, log, environment)
     joining.flower_child = start
 
     def say(what: str, detail: str) -> None:

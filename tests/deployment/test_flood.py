@@ -35,7 +35,7 @@ def bench() -> ModuleType:
     return import_file(BENCH / "flood.py")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(find_nginx() is None, reason="nginx is not installed")
 @pytest.mark.parametrize("what", FLOODS)

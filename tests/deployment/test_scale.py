@@ -42,7 +42,7 @@ def test_a_message_is_as_many_parts_as_flower_makes_of_it() -> None:
         assert 1 + len(get_all_nested_objects(record)) == cost.parts(payload_bytes), "the message itself is one"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_clients_at_rest_ask_seldom_and_come_through() -> None:
     pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")

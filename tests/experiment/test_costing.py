@@ -9,7 +9,7 @@ import pytest
 from support.made_runs import make_run
 from support.tiny import make_recipe
 
-from fedloom.experiment import preparation
+from fedloom.experiment import step_memory
 from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
 from fedloom.experiment.preparation import Prepared, gather, prepare
 from fedloom.experiment.sweep import expand, prepare_all, sweep
@@ -122,13 +122,13 @@ def test_arms_whose_steps_are_alike_share_their_prediction_and_each_has_its_own(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     axes = ["training.proximal_mu=0.0,0.5", "training.batch_size=2,4", "training.learning_rate=1e-3,1e-2", "seed=1,2"]
-    right, traced = preparation.predict_step, []
+    right, traced = step_memory.predict_step, []
 
     def count(*words: Any, **named: Any) -> Any:
         traced.append(named)
         return right(*words, **named)
 
-    monkeypatch.setattr(preparation, "predict_step", count)
+    monkeypatch.setattr(step_memory, "predict_step", count)
     combinations = list(expand(recipe_file, axes))
     found = prepare_all(combinations, Observer(), {})
     assert len(traced) == 4, "sixteen arms, with and without the proximal term, in two sizes of a batch"
