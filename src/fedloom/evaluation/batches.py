@@ -18,7 +18,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import IGNORED, Batch, TokenBlocks, take_batch
 from fedloom.errors import ModelError
 from fedloom.progress import Progress, Watch, ignore
-from fedloom.training.client_slots import WIDTHS
+from fedloom.training.client_slots import fill_up
 from fedloom.training.jobs import SHORT, is_shortage
 from fedloom.training.objective import next_token_targets
 
@@ -43,7 +43,7 @@ def width_for(width: int, widest: int, device: torch.device) -> int:
     A GPU's is a multiple of `WIDTHS` where it can be: some kernels are chosen anew for every width, which takes longer
     than a batch.
     """
-    return min(-(-width // WIDTHS) * WIDTHS, widest) if device.type == "cuda" else width
+    return min(fill_up(width), widest) if device.type == "cuda" else width
 
 
 def in_batches(

@@ -263,9 +263,10 @@ class ClientBatch:
 
     def _make_room(self) -> None:
         """Choose the shape of the step that comes: the one that is recorded, while it will do."""
-        if self._room and self._records and self._room.holds(self.slots):
-            return
         room = room_for(self.slots)
+        left = max(len(slot.batches) - slot.step for slot in self.slots)
+        if self._room and self._records and self._room.holds(room, left):
+            return
         if room != self._room:
             self._room, self._launch = room, None
 

@@ -22,10 +22,13 @@ WIDTHS = 32
 """Widths of batches with fixed shapes are multiples of it: clients of similar texts then share a recording."""
 NOTHING = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), IGNORED), None, 0)
 """Batch of a step in which nobody drew a document: noise alone moves the weights."""
-
-
 RECORDING = 40
 """Steps that take as long as recording one: 48 to 85 were measured on an H100, fewer where a launch is fast."""
+
+
+def fill_up(tokens: int) -> int:
+    """Return the next multiple of `WIDTHS`."""
+    return -(-tokens // WIDTHS) * WIDTHS
 
 
 class Room(NamedTuple):
@@ -39,15 +42,13 @@ class Room(NamedTuple):
     targets: int
     """Tokens of each client whose loss counts, at most."""
 
-    def holds(self, slots: Sequence[ClientSlot]) -> bool:
-        """Return whether these clients have room, and would not be faster with a recording of their own.
+    def holds(self, needed: Room, left: int) -> bool:
+        """Return whether there is as much room, and another recording would not make the steps that are left faster.
 
-        Steps with places that stand empty take longer; so it depends on how many are left.
+        Those with places that stand empty take longer.
         """
-        needed = room_for(slots)
         if any(here < there for here, there in zip(self, needed, strict=True)):
             return False
-        left = max(len(slot.batches) - slot.step for slot in slots)
         return left * (1 - needed.positions / self.positions) < RECORDING
 
     @property
@@ -77,10 +78,9 @@ class ClientSlot:
     def largest_batch(self) -> tuple[int, int]:
         """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
         blocks = self.job.blocks
-        widest = -(-int(blocks.widths.max()) // WIDTHS) * WIDTHS
         # The first one is not always the largest: a round that goes on with a pass may begin with its uneven end.
         sequences = min(max(map(len, self.batches)), self.job.training.batch_size)
-        return sequences, min(widest, blocks.tokens_NT.shape[1])
+        return sequences, min(fill_up(int(blocks.widths.max())), blocks.tokens_NT.shape[1])
 
     @cached_property
     def most_targets(self) -> int:
@@ -88,7 +88,7 @@ class ClientSlot:
         blocks = self.job.blocks
         targets_NT = next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT)
         of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
-        return -(-int(of_each.topk(sequences).values.sum()) // WIDTHS) * WIDTHS
+        return fill_up(int(of_each.topk(sequences).values.sum()))
 
     def take_batches(self) -> list[Batch]:
         """Return the batch of the next step, or its micro-batches."""

@@ -76,6 +76,16 @@ class StepMemory:
         return sys.maxsize if device.type == "cuda" else max(1, WORTHWHILE_ON_CPU // self.client_bytes)
 
 
+def of_all_layers(trace: Callable[[int], tuple[int, ...]], layers: int, *, alike: bool) -> tuple[int, ...]:
+    """Return what a model of so many layers takes at several moments, told from two short ones where all are `alike`.
+
+    `trace` tells it of a model of a number of layers.
+    """
+    if layers <= 3 or not alike:
+        return trace(layers)
+    return tuple(two + (layers - 2) * (three - two) for two, three in zip(trace(2), trace(3), strict=True))
+
+
 def predict_step(
     build: Callable[[int], AdaptedModel],
     layers: int,
@@ -102,14 +112,12 @@ def predict_step(
     full = -(-rows_at_a_time(whole.loss_head.vocabulary_size, device) // (training.batch_size * length))
     few = min(clients, full)
 
-    def trace(clients: int, count: int) -> int:
-        return trace_step(build(count), training, clients, length, device, packed=packed, private=private)
-
     def peak(clients: int) -> int:
-        if layers <= 3 or not alike:
-            return trace(clients, layers)
-        two, three = trace(clients, 2), trace(clients, 3)
-        return two + (layers - 2) * (three - two)
+        def trace(count: int) -> tuple[int]:
+            return (trace_step(build(count), training, clients, length, device, packed=packed, private=private),)
+
+        (found,) = of_all_layers(trace, layers, alike=alike)
+        return found
 
     at_few, one_more = (round(HELD_BY_ALLOCATOR[device.type] * peak(clients)) for clients in (few, few + 1))
     client_bytes = one_more - at_few

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import Batch
-from fedloom.training.memory import HELD_BESIDE, HELD_BY_ALLOCATOR, LiveBytes, StepMemory, base_bytes
+from fedloom.training.memory import HELD_BESIDE, HELD_BY_ALLOCATOR, LiveBytes, StepMemory, base_bytes, of_all_layers
 from fedloom.training.optimizers import open_optimizer
 from fedloom.training.reference import finish_gradient, put_gradient
 
@@ -49,11 +49,8 @@ def predict_alone(
     """
 
     def deep(trace: Callable[[AdaptedModel], tuple[int, ...]]) -> int:
-        """Return the most of several moments, each told from two short models: what adds the most differs by depth."""
-        if layers <= 3 or not alike:
-            return max(trace(build(layers)))
-        moments = zip(trace(build(2)), trace(build(3)), strict=True)
-        return max(two + (layers - 2) * (three - two) for two, three in moments)
+        """Return the most of several moments, each told by itself: what adds the most differs by depth."""
+        return max(of_all_layers(lambda count: trace(build(count)), layers, alike=alike))
 
     step = deep(partial(trace_alone, training=training, length=length, device=device, packed=packed))
     scoring = 0
