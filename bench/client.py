@@ -13,9 +13,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from fedloom import load_recipe
 from fedloom.deployment.client.documents import write_splits
@@ -24,6 +25,7 @@ from fedloom.deployment.keys import approve, init, request
 from fedloom.deployment.processes import Child, free_port, private_folder
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import recipe_to_toml
+from fedloom.recipe.recipe import Recipe
 
 TICKS = os.sysconf("SC_CLK_TCK")
 NAMES = {
@@ -84,12 +86,25 @@ def wait_for(log: Path, word: str) -> None:
         time.sleep(0.2)
 
 
-def measure(seconds: float) -> dict[str, object]:
+class Ground(NamedTuple):
+    """What a deployment on this machine begins with."""
+
+    folder: Path
+    """Folder with `recipe.toml`, and the log of each command that is started."""
+    server: Path
+    data: Sequence[Path]
+    """Documents of each client."""
+    start: Callable[..., Child]
+    """Start a command: the name of its log, and its words behind fedloom."""
+
+
+@contextmanager
+def lay_ground(recipe: Recipe) -> Iterator[Ground]:
+    """Set a server up and deal a recipe's documents out, until the block ends, and with it all that was started."""
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
-        security = init(folder / "server", "localhost", free_port())
-        recipe = load_recipe("tiny", ["data.clients=2", "federation.rounds=3"])
-        (folder / "tiny.toml").write_text(recipe_to_toml(recipe))
+        server = init(folder / "server", "localhost", free_port()).folder
+        (folder / "recipe.toml").write_text(recipe_to_toml(recipe))
         data = write_splits(recipe, folder / "split", Observer())
 
         def start(name: str, *words: str) -> Child:
@@ -97,13 +112,18 @@ def measure(seconds: float) -> dict[str, object]:
             stack.callback(child.end)
             return child
 
+        yield Ground(folder, server, data, start)
+
+
+def measure(seconds: float) -> dict[str, object]:
+    with lay_ground(load_recipe("tiny", ["data.clients=2", "federation.rounds=3"])) as (folder, server, data, start):
+
         def join(name: str, documents: Path) -> Child:
-            kit = approve(security.folder, request(name, folder), folder).kit
+            kit = approve(server, request(name, folder), folder).kit
             return start(name, "join", str(kit), "--fingerprint", read_kit(kit).fingerprint, "--data", str(documents))
 
-        server = start(
-            "serve", "serve", str(folder / "tiny.toml"), "--server", str(security.folder), "--out", str(folder / "run")
-        )
+        recipe = str(folder / "recipe.toml")
+        serve = start("serve", "serve", recipe, "--server", str(server), "--out", str(folder / "run"))
         alice = join("alice", data[0])
         wait_for(folder / "serve.log", "client    alice: ")
         begun, came = memory(alice.pid), time.monotonic()
@@ -120,7 +140,7 @@ def measure(seconds: float) -> dict[str, object]:
         rest = memory(alice.pid)
         join("bob", data[1])
         worst: dict[str, float] = {}
-        while not server.ended:
+        while not serve.ended:
             now = memory(alice.pid)
             if sum(now.values()) > sum(worst.values()):
                 worst = now

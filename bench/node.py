@@ -12,20 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
-from client import cpu_seconds, family, proportional_bytes
+from client import cpu_seconds, family, lay_ground, proportional_bytes
 
 from fedloom import load_recipe, read_run
-from fedloom.deployment.client.documents import write_splits
 from fedloom.deployment.client.joining import read_kit
-from fedloom.deployment.keys import approve, init, request
-from fedloom.deployment.processes import Child, free_port, private_folder
-from fedloom.monitoring.observer import Observer
-from fedloom.recipe.loading import recipe_to_toml
+from fedloom.deployment.keys import approve, request
 
 LOOK_SECONDS = 0.5
 
@@ -35,21 +30,11 @@ def measure(
 ) -> dict[str, object]:
     """One case: clients of one `fedloom join`, or each of its own."""
     recipe = load_recipe(recipe_name, [f"data.clients={clients}", f"federation.rounds={rounds}", *changes])
-    with ExitStack() as stack:
-        folder = stack.enter_context(private_folder())
-        security = init(folder / "server", "localhost", free_port())
-        (folder / "recipe.toml").write_text(recipe_to_toml(recipe))
-        data = write_splits(recipe, folder / "split", Observer())
-
-        def start(name: str, *words: str) -> Child:
-            child = Child([sys.executable, "-m", "fedloom", *words], folder / f"{name}.log", {**os.environ})
-            stack.callback(child.end)
-            return child
-
+    with lay_ground(recipe) as (folder, server, data, start):
         names = [f"client-{number}" for number in range(clients)]
-        kits = [approve(security.folder, request(name, folder), folder).kit for name in names]
-        told = ["--server", str(security.folder), "--out", str(folder / "run"), "--wait", "600"]
-        server = start("serve", "serve", str(folder / "recipe.toml"), *told)
+        kits = [approve(server, request(name, folder), folder).kit for name in names]
+        told = ["--server", str(server), "--out", str(folder / "run"), "--wait", "600"]
+        serve = start("serve", "serve", str(folder / "recipe.toml"), *told)
         confirmed = ["--fingerprint", read_kit(kits[0]).fingerprint]
         own = [["--data", str(part)] for part in data]
         nodes = [[number] for number in range(clients)] if not together else [[*range(clients)]]
@@ -64,7 +49,7 @@ def measure(
             for node in nodes
         ]
         began, worst, spent = time.monotonic(), 0.0, 0.0
-        while not server.ended:
+        while not serve.ended:
             found = now = 0.0
             for process in [one for join in joins for one in family(join.pid)]:
                 with suppress(OSError):
