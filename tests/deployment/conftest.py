@@ -12,3 +12,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert any(item.nodeid.endswith("@served") for item in request.session.items), "pytest-xdist lost the group"
     return serve_for_many_tests(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that doesn't wait between two looks for answers."""
+    monkeypatch.setattr("fedloom.deployment.server.exchange.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("fedloom.deployment.server.exchange.ATTEND_SECONDS", 0.0)

@@ -67,4 +67,4 @@ def test_a_hundred_keys_are_in_within_seconds(tmp_path: Path) -> None:
             assert len(link._taken) == 100
     assert len(said) == 1, said
     assert said[0].startswith("refused mallory's key, which Flower does not take: ")
-    assert seconds < 5
+    assert seconds < 30  # a hundred handshakes, where each takes seconds, would be minutes

@@ -26,7 +26,6 @@ from fedloom.deployment.client.worker import Worker, refusal_of
 from fedloom.deployment.client.worker_process import serve, take_in
 from fedloom.deployment.message_fields import REFUSALS
 from fedloom.deployment.messages import unpack_recipe
-from fedloom.deployment.server import exchange
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.errors import DeploymentError
 from fedloom.experiment.session import tensors_of
@@ -37,15 +36,12 @@ from fedloom.progress import Progress
 from fedloom.records.state import hash_tensors
 from fedloom.training.jobs import ClientFailure, ClientTask
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 RECIPE = make_recipe(training={"engine": "reference"}, data={"documents_per_client": 12})
 CARELESS = Policy(min_documents=1, min_tokens=1, min_length=2)
 """What an owner wrote who does not mind that few documents are counted."""
 SECRET = "Patient alice-23: material"
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture

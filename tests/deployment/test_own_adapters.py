@@ -18,7 +18,6 @@ from support.workers_here import Owner, asked_to, link_of, serve_here, told_of
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.own_messages import KeptAdapter
-from fedloom.deployment.server import exchange
 from fedloom.errors import MessageError
 from fedloom.experiment.building import load_base
 from fedloom.host import failpoints
@@ -26,13 +25,9 @@ from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
 from fedloom.records.check import check_run
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 PERSONAL = ("data.clients=2", "federation.rounds=2", "personalise.epochs=2")
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from support.tiny import make_adapted, make_recipe
 from support.workers_here import LinkHere, Owner, asked_to, link_of, serve_here, told_of
 
 from fedloom.deployment.client.own_adapter import OwnPart
-from fedloom.deployment.server import exchange
 from fedloom.errors import RecipeError, RunError
 from fedloom.federation.lora_rules import shared_part
 from fedloom.handover.finished_run import adapter_folder
@@ -25,13 +24,9 @@ from fedloom.records.check import check_run
 from fedloom.records.run import Run
 from fedloom.training.jobs import ClientFailure, ClientTask
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 FEDSA = ("data.clients=2", "data.central_holdout=0", "federation.lora_rule=fedsa", "federation.rounds=3")
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from fedloom.deployment.client.reading import read_aloud
 from fedloom.deployment.client.rehearsal import rehearse
 from fedloom.deployment.client.task_file import read_task_file
 from fedloom.deployment.own_messages import pack_answers, unpack_answers
-from fedloom.deployment.server import exchange
 from fedloom.errors import DataError, MessageError
 from fedloom.evaluation.measures import wilson
 from fedloom.evaluation.task_counts import OwnAnswers, TaskCount
@@ -29,6 +28,8 @@ from fedloom.recipe.privacy_section import Privacy
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.check import check_run
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 SECRET = "the patient of ward nine"
 ROWS = [{"q": f"Is {SECRET} number {n} well?", "c": ["yes", "no", "never"], "a": "yes"} for n in range(7)]
 SAY = {
@@ -39,12 +40,6 @@ SAY = {
     "answer": "{a}",
     "max_new_tokens": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -118,6 +118,11 @@ def count_answers(blocks: TokenBlocks, seed: int = 3) -> TokenBlocks:
     return replace(blocks, counted_NT=blocks.is_real & (torch.arange(blocks.tokens_NT.shape[1]) >= begins_N[:, None]))
 
 
+def make_parts(width: int = 24) -> list[TokenBlocks]:
+    """Blocks of three clients, in which only the ends count."""
+    return [count_answers(make_blocks(size, width, seed=size), seed=size) for size in (7, 4, 9)]
+
+
 def count_padding(blocks: TokenBlocks) -> TokenBlocks:
     """Blocks whose padding counts in the loss, and is masked in attention."""
     return replace(blocks, counted_NT=torch.ones_like(blocks.counted_NT))

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import (
-    count_answers,
     make_adapted,
     make_blocks,
     make_job,
+    make_parts,
     switch_off_dropout,
     updates_of,
 )
@@ -20,10 +20,6 @@ from fedloom.data.tokens import TokenBlocks, take_batch
 from fedloom.evaluation.held_out import evaluate
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.reference import ReferenceEngine
-
-
-def make_parts() -> list[TokenBlocks]:
-    return [count_answers(make_blocks(size, 16, seed=size), seed=size) for size in (7, 4, 9)]
 
 
 def transformers_loss(adapted: AdaptedModel, blocks: TokenBlocks) -> tuple[float, int]:
@@ -43,7 +39,7 @@ def train(build: Any, adapted: AdaptedModel, start: Adapter, parts: list[TokenBl
 
 
 def test_an_evaluation_is_over_what_counts(shape: str) -> None:
-    adapted, (blocks, *_) = make_adapted(shape, "float64"), make_parts()
+    adapted, (blocks, *_) = make_adapted(shape, "float64"), make_parts(16)
     score = evaluate(adapted, adapted.read(), blocks, batch_size=3)
     loss, number = transformers_loss(adapted, blocks)
     assert (score.loss, score.num_targets) == (pytest.approx(loss, rel=1e-12), number)
@@ -51,7 +47,7 @@ def test_an_evaluation_is_over_what_counts(shape: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"batch_size": 2, "epochs": 2}, {"batch_size": 64, "epochs": 1}], ids=str)
 def test_engines_agree_on_what_counts(shape: str, changes: dict[str, Any]) -> None:
-    adapted, parts = make_adapted(shape, "float64"), make_parts()
+    adapted, parts = make_adapted(shape, "float64"), make_parts(16)
     switch_off_dropout(adapted)
     start = adapted.read()
     engines = ReferenceEngine, BatchedEngine
@@ -70,7 +66,7 @@ def test_engines_agree_on_what_counts(shape: str, changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("build", [ReferenceEngine, BatchedEngine])
 def test_the_first_loss_is_transformers(build: Any, shape: str) -> None:
-    adapted, parts = make_adapted(shape, "float64"), make_parts()
+    adapted, parts = make_adapted(shape, "float64"), make_parts(16)
     switch_off_dropout(adapted)
     expected = [transformers_loss(adapted, part)[0] for part in parts]
     found = train(build, adapted, adapted.read(), parts, batch_size=64, epochs=1)

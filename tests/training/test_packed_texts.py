@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import (
-    count_answers,
     make_adapted,
-    make_blocks,
     make_job,
+    make_parts,
     make_recipe,
     switch_off_dropout,
     updates_of,
@@ -27,10 +26,6 @@ from fedloom.training.engines import open_engine
 from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import trace_step
 from fedloom.training.reference import ReferenceEngine
-
-
-def make_parts(width: int = 16) -> list[TokenBlocks]:
-    return [count_answers(make_blocks(size, width, seed=size), seed=size) for size in (7, 4, 9)]
 
 
 def train(build: Any, adapted: AdaptedModel, parts: list[TokenBlocks], **changes: Any) -> list[ClientUpdate]:
@@ -66,7 +61,7 @@ def distance(ours: list[ClientUpdate], theirs: list[ClientUpdate], adapted: Adap
 
 @pytest.mark.parametrize("build", [ReferenceEngine, BatchedEngine])
 def test_a_step_on_packed_texts_is_the_step_on_them_apart(build: Any, shape: str) -> None:
-    adapted, parts = make_adapted(shape, "float64"), make_parts()
+    adapted, parts = make_adapted(shape, "float64"), make_parts(16)
     switch_off_dropout(adapted)
     apart, together = train(build, adapted, parts), train(build, adapted, packed(parts))
     assert distance(together, apart, adapted) < 1e-9
@@ -78,7 +73,7 @@ def test_a_step_on_packed_texts_is_the_step_on_them_apart(build: Any, shape: str
 @pytest.mark.parametrize("twin", ["see_own_text", "positions_in_text"])
 def test_a_twin_that_leaks_is_caught(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # To rotated positions, only the distance of two tokens matters: to see the mistake takes learnt ones.
-    adapted, parts = make_adapted("tiny-gpt2", "float64"), make_parts()
+    adapted, parts = make_adapted("tiny-gpt2", "float64"), make_parts(16)
     switch_off_dropout(adapted)
     apart = train(BatchedEngine, adapted, parts)
 
@@ -95,7 +90,7 @@ def test_a_twin_that_leaks_is_caught(twin: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_engines_agree_on_packed_texts_and_the_clients_beside_them(shape: str) -> None:
-    adapted, parts = make_adapted(shape, "float64"), make_parts()
+    adapted, parts = make_adapted(shape, "float64"), make_parts(16)
     switch_off_dropout(adapted)
     # One client with texts of its own in each block, as a single client's may all be long.
     told = [*packed(parts[:2]), pack_blocks(parts[2])]
@@ -124,7 +119,7 @@ def test_an_engine_tries_it_where_texts_are_packed(monkeypatch: pytest.MonkeyPat
 
 
 def test_scores_of_packed_blocks_are_those_of_their_texts(shape: str) -> None:
-    adapted, (part, *_) = make_adapted(shape, "float64"), make_parts()
+    adapted, (part, *_) = make_adapted(shape, "float64"), make_parts(16)
     apart, together = (evaluate(adapted, adapted.read(), one, batch_size=3) for one in (part, *packed([part])))
     assert together.loss_sum == pytest.approx(apart.loss_sum, rel=1e-12)
     assert (together.correct, together.num_targets) == (apart.correct, apart.num_targets)

@@ -11,11 +11,10 @@ from support.marks import first
 from support.tiny import (
     ARCHITECTURES,
     PEFT_NEEDS,
-    count_answers,
     count_padding,
     make_adapted,
-    make_blocks,
     make_job,
+    make_parts,
     make_recipe,
     switch_off_dropout,
     updates_of,
@@ -36,10 +35,6 @@ from fedloom.training.batched import BatchedEngine
 from fedloom.training.engines import open_engine
 from fedloom.training.jobs import ClientUpdate
 from fedloom.training.objective import find_real
-
-
-def make_parts(width: int = 24) -> list[TokenBlocks]:
-    return [count_answers(make_blocks(size, width, seed=size), seed=size) for size in (7, 4, 9)]
 
 
 def train(

@@ -43,6 +43,8 @@ from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import RoundResult, run_rounds
 from fedloom.host.frames import MOST_MANIFEST_BYTES, Frame
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 HOSTILE = 2
 """Client that is hostile, of 0, 1 and 2."""
 ROUNDS = 2
@@ -197,12 +199,6 @@ KINDS: dict[str, Hostility] = {
         RecordDict({"numbers": ArrayRecord({str(n): Array(np.zeros(1, dtype="<f4")) for n in range(50)})})
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 def honestly(answer: Frame, round: int) -> Content:

@@ -8,19 +8,15 @@ from support.liars import Lie, LyingClient, facts_of
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.deployment.messages import hide_documents, unpack_facts
-from fedloom.deployment.server import exchange
 from fedloom.deployment.server.serving import check_facts
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.federation.fleet import ClientPreview
 from fedloom.host.frames import Frame
 from fedloom.training.jobs import ClientFailure, ClientTask
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 BOUND = {"epsilon": 8.0, "delta": 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
 
 
 def telling(do: str, **fields: Any) -> Lie:

@@ -34,6 +34,8 @@ from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, ClientUpdate
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 Script = Callable[[Node, Frame], Frame | str | None]
 """Answer of a node: a frame, an error of Flower's, or nothing at all."""
 
@@ -71,12 +73,6 @@ class ScriptedTransport:
 
     def reopen(self) -> None:
         self.lost_calls -= 1
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
 
 
 def node(name: str, session: str = "1") -> Node:

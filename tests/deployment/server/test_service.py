@@ -19,7 +19,7 @@ from support.workers_here import LinkHere, Owner, asked_to, link_of, serve_here
 from fedloom.cli import app
 from fedloom.deployment.keys import in_use
 from fedloom.deployment.queue import Entry, Queue
-from fedloom.deployment.server import exchange, service
+from fedloom.deployment.server import service
 from fedloom.deployment.server.exchange import Node
 from fedloom.deployment.server.service import Service, submit
 from fedloom.deployment.server.superlink import SuperLink
@@ -32,9 +32,7 @@ from fedloom.records.run import RoundRecord, Run, read_run
 
 
 @pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(exchange, "ATTEND_SECONDS", 0.0)
+def _hurry(hurry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "LOOK_SECONDS", 0.0)
 
 
