@@ -157,6 +157,7 @@ def test_a_choice_that_can_not_be_is_refused_at_load(adapter: dict[str, Any], sa
     [
         (make("vera", options={"d_initail": 0.2}), r'no option "d_initail"; did you mean `d_initial`'),
         (make("lora", options={"lora_bias": True, "init_lora_weights": "gaussian"}), "PEFT refuses.*lora_bias"),
+        (make("prompt_tuning", options={}), r"prompt_tuning needs a number of virtual tokens.*num_virtual_tokens"),
         (make("ia3", targets=["q_projj"]), r'no layer "q_projj".*k_proj'),
         (make("ln_tuning", "tiny-opt"), r"can't put ln_tuning on this model: Please specify"),
         (make("hra", "tiny-gpt2"), r"can't put hra on this model.*Conv1D"),

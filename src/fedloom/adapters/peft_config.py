@@ -60,10 +60,18 @@ def build_config(section: Adapter, base: PreTrainedModel) -> PeftConfig | None:
         values["progressbar"] = False
     _check_targets(section, base)
     try:
-        return kind(**{**values, **section.options}, task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path)
+        config = kind(**{**values, **section.options}, task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path)
     # Each of PEFT's methods checks its options in its own way, with errors of any kind.
     except Exception as error:
         raise ModelError(f"PEFT refuses the options: {reason_of(error)}", where="adapter.options") from error
+    # PEFT finds it out by multiplying with None.
+    if getattr(config, "num_virtual_tokens", 1) is None:
+        raise ModelError(
+            f"{section.method} needs a number of virtual tokens",
+            where="adapter.options",
+            mend="set num_virtual_tokens, to 16 for example",
+        )
+    return config
 
 
 def reason_of(error: Exception) -> str:
