@@ -160,6 +160,22 @@ def test_a_batch_has_no_more_tokens_than_may_be_and_every_block_is_in_one(most: 
         assert widths == sorted(widths, reverse=True), "the widest first"
 
 
+def test_lanes_that_have_ended_are_not_looked_at_again() -> None:
+    """A look at all lanes for each batch is hundreds of millions of looks with ten thousand clients."""
+    looks = 0
+
+    class Rows(torch.Tensor):
+        def __len__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().__len__()
+
+    lanes = [make_blocks(1, 8, seed=lane) for lane in range(300)]
+    told = [replace(lane, lengths_N=lane.lengths_N.as_subclass(Rows)) for lane in lanes]
+    assert len([*in_lanes(make_adapted(), told, lambda taken, batches: True, 16, at_once=8)]) >= 100
+    assert looks < 20 * len(lanes)
+
+
 def test_what_a_gpu_is_given_to_fill_up_its_widths_is_counted() -> None:
     # Texts of a few tokens beside one long one: each would take 32 tokens' memory, of which two or three were counted.
     lane = make_blocks(400, 100, seed=1)
