@@ -1,6 +1,6 @@
 """Seconds and memory against the number of clients, in one process and over nodes: a few take part in a round, or all.
 
-    python bench/clients.py [10 100 1000 10000] [--nodes 0 2] [--at-once 0] [--rounds 3] [--engine reference]
+    python bench/clients.py [10 100 1000 10000] [--nodes 0 2] [--at-once 0] [--rounds 3] [--set SECTION.KEY=VALUE ...]
 
 The recipe `tiny` on made-up documents, three a client; a process a case. As many as `--at-once` says take part in a
 round and are scored; with 0, all. Nodes are on this machine, behind a stand-in for ssh. One JSON line a case follows
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def children(process: int | str) -> list[int]:
     return [int(word) for path in Path(f"/proc/{process}/task").glob("*/children") for word in path.read_text().split()]
 
 
-def measure(clients: int, nodes: int, at_once: int, rounds: int, engine: str, folder: Path) -> dict[str, Any]:
+def measure(
+    clients: int, nodes: int, at_once: int, rounds: int, changed: Sequence[str], folder: Path
+) -> dict[str, Any]:
     """One case, in this process and those of its nodes."""
     from fedloom import load_recipe
     from fedloom.experiment.clients import LocalClients
@@ -65,10 +68,9 @@ def measure(clients: int, nodes: int, at_once: int, rounds: int, engine: str, fo
         "federation.fraction": min(1.0, (at_once or clients) / clients),
         "evaluation.clients": min(at_once or clients, clients),
         "training.batch_size": 1,
-        "training.engine": engine,
     }
     stand_in_for_ssh(folder)
-    recipe = load_recipe("tiny", [f"{key}={value}" for key, value in changes.items()])
+    recipe = load_recipe("tiny", [*(f"{key}={value}" for key, value in changes.items()), *changed])
     started = time.perf_counter()
     seen: dict[str, Any] = {"until_round_0_seconds": None, "node_peak_bytes": []}
 
@@ -102,21 +104,20 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="*", default=[0])
     parser.add_argument("--at-once", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engine", default="batched")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--case", action="store_true", help="one case, in this process")
     options = parser.parse_args()
     if options.case:
         with tempfile.TemporaryDirectory() as folder:
-            case = options.clients[0], options.nodes[0], options.at_once, options.rounds, options.engine
+            case = options.clients[0], options.nodes[0], options.at_once, options.rounds, options.set
             return print(json.dumps(measure(*case, Path(folder))))
     heads = "clients", "nodes", "until round 0, s", "a round: train, aggregate, evaluate, s", "whole run, s"
     print(f"| {' | '.join(heads)} | peak MB: its own, of nodes | load |\n|{'---|' * 7}")
     lines = []
     for clients in options.clients:
         for nodes in options.nodes:
-            told = {key: str(getattr(options, key)) for key in ("at_once", "rounds", "engine")} | {"nodes": str(nodes)}
-            words = [word for key, value in told.items() for word in (f"--{key.replace('_', '-')}", value)]
-            command = [sys.executable, __file__, str(clients), *words, "--case"]
+            told = ["--nodes", str(nodes), "--at-once", str(options.at_once), "--rounds", str(options.rounds), "--case"]
+            command = [sys.executable, __file__, str(clients), *told, "--set", *options.set]
             line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
             found = json.loads(line)
             parts = [found[f"{what}_seconds"] for what in ("train", "aggregate", "evaluate")]
