@@ -2,10 +2,10 @@
 
     python bench/scale.py [--clients 10 30 100] [--recipe tiny] [--rounds 8] [--runs 3] [--rest 30]
 
-`fedloom serve` with nginx, Flower's SuperLink and the recipe; the clients are those of `scripted.py`, in one process,
-and hold no model. All but one come first, for the time at rest; then the last, and the runs, one after another. Seconds
-are the processor's: others use the machine too. Memory is PSS. One JSON line a number of clients follows the table, and
-each run's end writes one to the standard error.
+`fedloom serve` that stays, with nginx, Flower's SuperLink and a queue of runs of the recipe; the clients are those of
+`scripted.py`, in one process, and hold no model. All but one come first, for the time at rest; then the last, and the
+runs, one after another. Seconds are the processor's: others use the machine too. Memory is PSS. One JSON line a number
+of clients follows the table, and each run's end writes one to the standard error.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -109,36 +110,38 @@ def measure(clients: int, name: str, rounds: int, runs: int, rest_seconds: float
     from scripted import ALL, ASKED
 
     with private_folder() as folder:
-        server = make_folder(folder, clients, name, rounds)
+        server, log = make_folder(folder, clients, name, rounds), folder / "serve.log"
+        fedloom = [sys.executable, "-m", "fedloom"]
+        outs = [folder / f"run-{number}" for number in range(runs)]
+        for out in outs:
+            words = [*fedloom, "submit", str(folder / "recipe.toml"), "--server", str(server), "--out", str(out)]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         words = [sys.executable, str(Path(__file__).parent / "scripted.py"), str(folder)]
-        there = Child(words, folder / "clients.log", {**os.environ})
         found: dict[str, Any] = {"clients": clients, "recipe": name, "runs": []}
-        try:
-            for number in range(runs):
-                out = folder / f"run-{number}"
-                words = [sys.executable, "-m", "fedloom", "serve", str(folder / "recipe.toml"), "--server", str(server)]
-                child = Child([*words, "--out", str(out)], folder / f"serve-{number}.log", {**os.environ})
-                watched, log = Server(child, there.pid, folder / ASKED), folder / f"serve-{number}.log"
-                try:
-                    if not number:
-                        wait(child, log, lambda log=log: log.read_text().count("\nclient ") >= clients - 1)
-                        time.sleep(2)
-                        before = watched.look()
-                        time.sleep(rest_seconds)
-                        found["rest"] = {**between(before, now := watched.look()), "memory": now.memory}
-                        (folder / ALL).touch()
-                    found["runs"].append(watch_run(child, log, watched, out, rounds))
-                    # What takes long may be cut off.
-                    print(json.dumps({**found, "of": runs}), file=sys.stderr, flush=True)
-                finally:
-                    child.end()
-        finally:
-            there.end()
+        with ExitStack() as stack:
+            there = Child(words, folder / "clients.log", {**os.environ})
+            stack.callback(there.end)
+            child = Child([*fedloom, "serve", "--server", str(server), "--wait", "3000"], log, {**os.environ})
+            stack.callback(child.end)
+            watched = Server(child, there.pid, folder / ASKED)
+            wait(child, log, lambda: log.read_text().count("\nclient ") >= clients - 1)
+            time.sleep(2)
+            before = watched.look()
+            time.sleep(rest_seconds)
+            found["rest"] = {**between(before, now := watched.look()), "memory": now.memory}
+            (folder / ALL).touch()
+            for out in outs:
+                found["runs"].append(watch_run(child, log, watched, out, rounds))
+                # What takes long may be cut off.
+                print(json.dumps({**found, "of": runs, "load": os.getloadavg()}), file=sys.stderr, flush=True)
     return found
 
 
 def watch_run(child: Child, log: Path, watched: Server, out: Path, rounds: int) -> dict[str, Any]:
-    """Look at a run's processes whenever one of its rounds is complete, until all are."""
+    """Look at a run's processes whenever one of its rounds is complete, until all are.
+
+    Its first seconds are those since the run before was complete, or since the last client came.
+    """
     begun, looks, records = time.monotonic(), [], out / "rounds.jsonl"
     for complete in range(rounds + 1):
         wait(child, log, lambda least=complete: records.exists() and records.read_bytes().count(b"\n") > least)

@@ -1,6 +1,6 @@
 """Many adapters, each on blocks of its own, scored in one pass: the scores are those of one after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -158,6 +158,21 @@ def test_a_batch_has_no_more_tokens_than_may_be_and_every_block_is_in_one(most: 
     for lane, rows in zip(lanes, seen, strict=True):
         widths = lane.widths[torch.tensor(rows)].tolist()
         assert widths == sorted(widths, reverse=True), "the widest first"
+
+
+def test_lanes_that_have_ended_are_not_looked_at_again() -> None:
+    """A look at all lanes for each batch is hundreds of millions of looks with ten thousand clients."""
+    looks = 0
+
+    class Lanes(list[TokenBlocks]):
+        def __iter__(self) -> Iterator[TokenBlocks]:
+            nonlocal looks
+            looks += 1
+            return super().__iter__()
+
+    lanes = Lanes(make_blocks(1, 8, seed=lane) for lane in range(100))
+    assert len([*in_lanes(make_adapted(), lanes, lambda taken, batches: True, 16, at_once=8)]) >= 30
+    assert looks <= 3, "whole"
 
 
 def test_what_a_gpu_is_given_to_fill_up_its_widths_is_counted() -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,13 @@ from support.killed_runs import result_of
 from support.quick_runs import attempt, make_recipe
 from support.tiny import make_adapted, make_blocks, make_job, make_update, updates_of
 
+from fedloom.adapters.adapter import Adapter as Start
+from fedloom.adapters.adapter import Layout
 from fedloom.adapters.lora import Residual
 from fedloom.data.packing import pack_blocks
 from fedloom.deployment.messages import pack_adapter, pack_task
 from fedloom.errors import ModelError, ShortageError, TrainingError
+from fedloom.experiment import cards
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.cards import deal, open_session
 from fedloom.experiment.job_frames import pack_jobs, pack_result, unpack_jobs, unpack_result
@@ -35,7 +40,7 @@ from fedloom.model.devices import choose_devices
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.privacy.ration import Ration, Terms
-from fedloom.progress import Progress
+from fedloom.progress import Progress, Watch
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
@@ -209,7 +214,7 @@ def test_what_nobody_waits_for_is_given_up(tmp_path: Path) -> None:
     prepared = prepare(recipe, Observer())
     adapted = load_adapted_model(recipe, prepared.source)
     jobs = [make_job(make_blocks(40, seed=client), adapted.read(), client=client) for client in range(4)]
-    with Telemetry() as telemetry, open_session(recipe, prepared, adapted, telemetry, Observer()) as session:
+    with Telemetry() as telemetry, open_session(recipe, prepared, adapted, telemetry, Observer(), tmp_path) as session:
         found = session.train_clients(jobs)
         first = next(found)
         found.close()  # type: ignore[attr-defined]
@@ -235,6 +240,72 @@ def make_full_job() -> ClientJob:
     )  # fmt: skip
     ration = Ration(Terms(0.7, 1.0, 2, 9, 4, 1e-5), bytes(range(32)))
     return replace(job, shares_P=mask_P, ration=ration)
+
+
+def test_ten_thousand_jobs_are_read_in_one_pass() -> None:
+    """A walk over all tensors for each job took two minutes of a node's time, in every round."""
+    start, blocks = make_adapted().read(), make_blocks(1)
+    mask_P = torch.ones(start.layout.size, dtype=torch.bool)
+    job = make_job(blocks, start, trains_P=mask_P)
+    jobs = [replace(job, client=client) for client in range(10_000)]
+    frame, began = pack_jobs(jobs), time.process_time()
+    assert len(frame.payload) < 10_000 * 450 + 2 * start.weights_P.nbytes, "what they have in common comes once"
+    arrived = unpack_jobs(frame, start.layout)
+    assert time.process_time() - began < 20
+    assert [job.client for job in arrived] == [*range(10_000)]
+    assert len({id(job.adapter) for job in arrived}) == len({id(job.trains_P) for job in arrived}) == 1
+
+
+class AheadCard:
+    """Device that is done with all of its jobs before the others have begun."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.is_busy, self.lowered_to, self.fileno = False, None, connection.fileno
+
+    def ask(self, jobs: Sequence[ClientJob]) -> None:
+        self.is_busy, self._jobs = True, deque(jobs)
+
+    def receive(self) -> Frame:
+        if not self._jobs:
+            return Frame({"do": "done", "lowered_to": None})
+        job = self._jobs.popleft()
+        return pack_result(make_update(replace(job.adapter, weights_P=job.adapter.weights_P + 1), job.client))
+
+    def stop(self) -> None:
+        self.is_busy = False
+
+
+def test_results_that_wait_for_their_turn_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter for each client that is ahead, where ten thousand train, would be more than a machine has."""
+    monkeypatch.setattr(cards, "HELD_BYTES", 2**22)
+    start = Start(Layout(("weight",), (torch.Size((2**18,)),)), torch.zeros(2**18))
+    jobs = [make_job(make_blocks(1), start, client=client) for client in range(300)]
+    process, most = psutil.Process(), 0
+
+    class Slow:
+        """Engine of this process: whenever it has trained one, the card has been heard."""
+
+        lowered_to = None
+
+        def __init__(self, watch: Watch) -> None:
+            self._watch = watch
+
+        def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate]:
+            for job in jobs:
+                self._watch(Progress("train", 1, 1, 1, job.client))
+                yield make_update(replace(start, weights_P=start.weights_P + 1), job.client)
+
+    there, ours = socket.socketpair()
+    with there, ours:
+        ours.send(b".")  # there is always something to hear
+        engine = cards.DealtEngine([AheadCard(there)], Slow, bool, lambda *said: None, tmp_path)  # type: ignore[list-item]
+        before = process.memory_info().rss
+        for client, update in enumerate(engine.train(jobs)):
+            assert update.client == client
+            assert isinstance(update, ClientUpdate)
+            assert update.adapter.weights_P.sum() == 2**18
+            most = max(most, process.memory_info().rss - before)
+    assert most < 60e6, "150 adapters of 1 MB wait"
 
 
 def test_a_job_arrives_as_it_was_sent() -> None:

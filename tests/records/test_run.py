@@ -1,5 +1,6 @@
 """The run directory, read back: whole, cut or damaged."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         writer.write_json("status.json", {"loss": float("nan")})
     assert '"done"' in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_a_round_is_on_the_disk_with_its_clients_before_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each client's line by itself was a third of a round with ten thousand clients."""
+    seen, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        seen.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Observer())
+    names = [name for name, _ in seen]
+    assert names.count("clients.jsonl") == 1, "of all clients"
+    assert names.count("rounds.jsonl") == 2
+    for name in ("clients.jsonl", "rounds.jsonl"):
+        assert dict(seen)[name] == (tmp_path / "run" / name).stat().st_size
+    assert max(names.index("clients.jsonl"), names.index("rounds.jsonl")) < max(
+        place for place, name in enumerate(names) if "state" in name
+    )
 
 
 def test_records_have_the_keys_that_their_types_name(tmp_path: Path) -> None:

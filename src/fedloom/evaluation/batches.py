@@ -9,6 +9,7 @@ Letters: B blocks of a batch, T tokens, M positions that count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -94,8 +95,10 @@ def in_lanes(
     # Blocks of similar widths go together, so that little padding is computed; the widest first, so that where memory
     # runs out, it does so at once. Stable, so that the sums are the same in every run.
     left = [torch.argsort(blocks.widths, stable=True, descending=True) for blocks in lanes]
-    while waiting := [lane for lane, rows in enumerate(left) if len(rows)]:
-        taken = _take(lanes, left, waiting[:at_once], most_tokens, adapted.device)
+    # Never walked whole for a batch: there may be a lane for each of ten thousand clients.
+    waiting, widest = {lane: None for lane, rows in enumerate(left) if len(rows)}, widest_of(lanes)
+    while waiting:
+        taken = _take(lanes, left, [*islice(waiting, at_once)], most_tokens, widest, adapted.device)
         batches = [take_batch(lanes[lane], rows) for lane, rows in taken.items()]
         num_blocks = sum(map(len, taken.values()))
         try:
@@ -108,21 +111,28 @@ def in_lanes(
         if not found:
             fewer = halve(num_blocks, adapted.device, "score a single block", mend="lower data.max_length")
             size, width = (max(sizes) for sizes in zip(*(batch.tokens_BT.shape for batch in batches), strict=True))
-            width = width_for(width, widest_of(lanes), adapted.device)
+            width = width_for(width, widest, adapted.device)
             most_tokens = len(batches) * size * width * fewer // num_blocks
             lower(most_tokens)
             continue
         for lane, rows in taken.items():
             left[lane] = left[lane][len(rows) :]
+            if not len(left[lane]):
+                del waiting[lane]
         yield taken, found[0]
         watch(Progress("evaluate", sum(batch.num_tokens for batch in batches), num_blocks))
 
 
 def _take(
-    lanes: Sequence[TokenBlocks], left: Sequence[Tensor], waiting: Sequence[int], most_tokens: int, device: torch.device
+    lanes: Sequence[TokenBlocks],
+    left: Sequence[Tensor],
+    waiting: Sequence[int],
+    most_tokens: int,
+    widest: int,
+    device: torch.device,
 ) -> dict[int, Tensor]:
     """Return the next rows of as many lanes as there is room for, equally many of each: of one lane, one at least."""
-    chosen, width, widest = 0, 1, widest_of(lanes)
+    chosen, width = 0, 1
     for lane in waiting:
         wider = max(width, width_for(int(lanes[lane].widths[left[lane][0]]), widest, device))
         if chosen and (chosen + 1) * wider > most_tokens:

@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +21,18 @@ import torch
 from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment.job_frames import pack_jobs, unpack_result
+from fedloom.experiment.job_frames import pack_jobs, pack_result, unpack_result
 from fedloom.experiment.places import Place
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session, hash_base
 from fedloom.host.frames import Frame, receive_frame, send_frame
+from fedloom.host.spool import Spool
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.progress import Progress, Say, Watch
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.training.engines import Engine, open_engine
-from fedloom.training.jobs import ClientJob, ClientResult, ClientUpdate
+from fedloom.training.jobs import ClientJob, ClientResult
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "--")
 """Command that reaches a node: asks for no password, takes no host that is not known, notices one that went."""
@@ -39,6 +40,8 @@ NODE = ("fedloom", "node")
 """Command that trains on a node, which its shell must find."""
 GRACE_SECONDS = 10.0
 """Time that a process has to end by itself."""
+HELD_BYTES = 2**28
+"""Memory that results of a round take which wait for their turn; more of them lie on the disk."""
 Key = tuple[int, int]
 """Trial and client of a job, by which its result is known."""
 
@@ -150,11 +153,12 @@ class DealtEngine:
     """Engine that deals jobs out to processes on further devices, and to one in this process where there is one."""
 
     def __init__(
-        self, cards: Sequence[Card], open_local: Callable[[Watch], Engine] | None, watch: Watch, say: Say
+        self, cards: Sequence[Card], open_local: Callable[[Watch], Engine] | None, watch: Watch, say: Say, folder: Path
     ) -> None:
-        self._cards, self._tell, self._say = cards, watch, say
+        """Deal over cards; results that come before their turn lie in `folder`, should there be many."""
+        self._cards, self._tell, self._say, self._folder = cards, watch, say, folder
         self._local = open_local(self._watch) if open_local else None
-        self._found: dict[Key, ClientResult] = {}
+        self._found: Spool[Key]
         self._starts: dict[Key, ClientJob] = {}
 
     @property
@@ -169,31 +173,33 @@ class DealtEngine:
         Raises:
             RunError: a process ended.
         """
-        self._found, self._starts = {}, {(job.trial, job.client): job for job in jobs}
+        self._starts = {(job.trial, job.client): job for job in jobs}
         assert len(self._starts) == len(jobs), "two jobs of one client"
         shares = deal(jobs, len(self._cards) + (self._local is not None))
         waiting = deque(self._starts)
         own = self._local.train(shares.pop(0)) if self._local else iter(())
-        try:
-            for card, share in zip(self._cards, shares, strict=True):
-                if share:
-                    card.ask(share)
-            while waiting:
-                if waiting[0] in self._found:
-                    yield self._found.pop(waiting.popleft())
-                # Here this process trains; meanwhile `_watch` takes in what others find.
-                elif result := next(own, None):
-                    key = result.trial, result.client
-                    if key == waiting[0]:
-                        waiting.popleft()
-                        yield result
+        with Spool[Key](self._folder, HELD_BYTES) as self._found:
+            try:
+                for card, share in zip(self._cards, shares, strict=True):
+                    if share:
+                        card.ask(share)
+                while waiting:
+                    if waiting[0] in self._found:
+                        key = waiting.popleft()
+                        yield unpack_result(self._found.take(key), self._starts[key].adapter)
+                    # Here this process trains; meanwhile `_watch` takes in what others find.
+                    elif result := next(own, None):
+                        key = result.trial, result.client
+                        if key == waiting[0]:
+                            waiting.popleft()
+                            yield result
+                        else:
+                            self._found.put(key, pack_result(result))
                     else:
-                        self._found[key] = hold(result)
-                else:
-                    self._take_in(wait=True)
-        finally:
-            for card in self._cards:
-                card.stop()
+                        self._take_in(wait=True)
+            finally:
+                for card in self._cards:
+                    card.stop()
 
     def _watch(self, progress: Progress) -> None:
         """Tell of a step of this process, and of what came of the others since."""
@@ -217,8 +223,7 @@ class DealtEngine:
             case "say":
                 self._say(told["what"], f"{card.place}: {told['detail']}")
             case "result":
-                key = told["trial"], told["client"]
-                self._found[key] = unpack_result(said, self._starts[key].adapter)
+                self._found.put((told["trial"], told["client"]), said)
             case "done":
                 card.is_busy, card.lowered_to = False, told["lowered_to"]
 
@@ -244,18 +249,13 @@ def count_work(job: ClientJob) -> float:
     return steps * training.step_size * float(blocks.lengths_N.double().mean())
 
 
-def hold(result: ClientResult) -> ClientResult:
-    """Return a result that stays valid while others are asked for: a whole model's weights are lent."""
-    if not isinstance(result, ClientUpdate):
-        return result
-    return replace(result, adapter=replace(result.adapter, weights_P=result.adapter.weights_P.clone()))
-
-
 @contextmanager
 def open_session(
-    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, telemetry: Telemetry, observer: Observer
+    recipe: Recipe, prepared: Prepared, adapted: AdaptedModel, telemetry: Telemetry, observer: Observer, folder: Path
 ) -> Iterator[Session]:
     """Open a session over a loaded model, and a process on each further device that the recipe trains on.
+
+    `folder` is where it may put what it has no room for, once it trains.
 
     Raises:
         ModelError: the model is not what its engine takes for granted, or can't be loaded there.
@@ -279,7 +279,7 @@ def open_session(
             told = pin(recipe, prepared.plan.to_json())
             cards = [open_card(told, place, prepared.plan.dtype, name, stack) for place in others]
             base = hash_base(adapted)
-            engine = DealtEngine(cards, open_local if trains_here else None, observer.watch, say)
+            engine = DealtEngine(cards, open_local if trains_here else None, observer.watch, say, folder)
             for card in cards:
                 card.check(base, say)
         yield Session(adapted, engine, telemetry, observer, batched=name == "batched")

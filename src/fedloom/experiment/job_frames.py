@@ -29,47 +29,71 @@ Named = dict[str, Tensor]
 Fields = dict[str, Any]
 NUMBERS = ("round", "client", "rounds", "seed", "trial")
 """Fields of a job that are whole numbers."""
+MASKS = ("trains_P", "shares_P")
+
+
+class Common:
+    """Things that jobs have in common: each is told once, and loaded once on the other side."""
+
+    def __init__(self) -> None:
+        self.things: list[Any] = []
+        self._places: dict[int, int] = {}
+
+    def place(self, thing: Any) -> int | None:
+        """Return where a thing is told; None for None."""
+        if thing is None:
+            return None
+        if id(thing) not in self._places:
+            self._places[id(thing)] = len(self.things)
+            self.things.append(thing)
+        return self._places[id(thing)]
 
 
 def pack_jobs(jobs: Sequence[ClientJob]) -> Frame:
-    """Write jobs. Those that start from one adapter do so on the other side too: its residual is loaded once."""
-    adapters = {id(job.adapter): job.adapter for job in jobs}
-    places = {number: place for place, number in enumerate(adapters)}
+    """Write jobs. What they have in common is told once: the adapter that they start from, with its residual."""
+    adapters, masks, trainings = Common(), Common(), Common()
     tensors: Named = {}
-    for place, adapter in enumerate(adapters.values()):
-        tensors |= _under(f"adapter {place}", _tensors_of(adapter))
     told = []
     for place, job in enumerate(jobs):
-        numbers = {name: getattr(job, name) for name in NUMBERS}
-        training = job.training.model_dump(mode="json", exclude_unset=True)
-        ration = job.ration and {"terms": asdict(job.ration.terms), "key": job.ration.key.hex()}
-        counts = {name: value for name, value in vars_of(job.blocks).items() if not isinstance(value, Tensor)}
-        told.append({**numbers, "training": training, "ration": ration, "blocks": counts,
-                     "adapter": places[id(job.adapter)]})  # fmt: skip
-        held = {name: value for name, value in vars_of(job.blocks).items() if isinstance(value, Tensor)}
-        masks = {name: value for name in ("trains_P", "shares_P") if (value := getattr(job, name)) is not None}
-        tensors |= _under(f"blocks {place}", held) | _under(f"masks {place}", masks)
+        held = vars_of(job.blocks)
+        tensors |= _under(f"blocks {place}", {name: one for name, one in held.items() if isinstance(one, Tensor)})
         tensors |= _under(f"state {place}", job.optimizer_state or {})
-    return Frame({"do": "train", "jobs": told}, _to_bytes(tensors))
+        told.append(
+            {name: getattr(job, name) for name in NUMBERS}
+            | {name: masks.place(getattr(job, name)) for name in MASKS}
+            | {
+                "adapter": adapters.place(job.adapter),
+                "training": trainings.place(job.training),
+                "ration": job.ration and {"terms": asdict(job.ration.terms), "key": job.ration.key.hex()},
+                "blocks": {name: one for name, one in held.items() if not isinstance(one, Tensor)},
+            }
+        )
+    for place, adapter in enumerate(adapters.things):
+        tensors |= _under(f"adapter {place}", _tensors_of(adapter))
+    tensors |= _under("masks", {str(place): mask for place, mask in enumerate(masks.things)})
+    settings = [training.model_dump(mode="json", exclude_unset=True) for training in trainings.things]
+    return Frame({"do": "train", "jobs": told, "trainings": settings}, _to_bytes(tensors))
 
 
 def unpack_jobs(frame: Frame, layout: Layout) -> list[ClientJob]:
     """Read what `pack_jobs` wrote, for a model whose adapter has this layout."""
-    tensors = safetensors.torch.load(frame.payload)
+    found = _in_groups(frame.payload)
+    trainings = [Training.model_validate(told) for told in frame.manifest["trainings"]]
     adapters: dict[int, Adapter] = {}
     jobs = []
     for place, told in enumerate(frame.manifest["jobs"]):
         start, ration = told["adapter"], told["ration"]
-        blocks: Fields = {**told["blocks"], **_below(f"blocks {place}", tensors)}
-        given: Fields = {**{name: told[name] for name in NUMBERS}, **_below(f"masks {place}", tensors)}
         if start not in adapters:
-            adapters[start] = _to_adapter(_below(f"adapter {start}", tensors), layout)
+            adapters[start] = _to_adapter(found[f"adapter {start}"], layout)
+        blocks: Fields = {**told["blocks"], **found[f"blocks {place}"]}
+        given: Fields = {name: told[name] for name in NUMBERS}
+        given |= {name: found["masks"][str(told[name])] for name in MASKS if told[name] is not None}
         job = ClientJob(
             **given,
             adapter=adapters[start],
-            training=Training.model_validate(told["training"]),
+            training=trainings[told["training"]],
             blocks=TokenBlocks(**blocks),
-            optimizer_state=_below(f"state {place}", tensors) or None,
+            optimizer_state=found.get(f"state {place}"),
             ration=ration and Ration(Terms(**ration["terms"]), bytes.fromhex(ration["key"])),
         )
         jobs.append(job)
@@ -83,7 +107,7 @@ def pack_result(result: ClientResult) -> Frame:
         error = result.error
         facts = {name: getattr(error, name) for name in ("what", "round", "client", "step", "stage", "mend")}
         return Frame({**told, "error": facts, "short": isinstance(error, ShortageError)})
-    tensors = {"weights_P": result.adapter.weights_P, **_under("state", result.optimizer_state)}
+    tensors = _under("adapter", {"weights_P": result.adapter.weights_P}) | _under("state", result.optimizer_state)
     return Frame({**told, "report": asdict(result.report)}, _to_bytes(tensors))
 
 
@@ -93,9 +117,9 @@ def unpack_result(frame: Frame, start: Adapter) -> ClientResult:
     if "error" in told:
         kind = ShortageError if told["short"] else TrainingError
         return ClientFailure(told["client"], kind(told["error"].pop("what"), **told["error"]), told["trial"])
-    tensors = safetensors.torch.load(frame.payload)
-    adapter = Adapter(start.layout, tensors["weights_P"], start.residual)
-    return ClientUpdate(ClientReport(**told["report"]), adapter, _below("state", tensors), told["trial"])
+    found = _in_groups(frame.payload)
+    adapter = Adapter(start.layout, found["adapter"]["weights_P"], start.residual)
+    return ClientUpdate(ClientReport(**told["report"]), adapter, found.get("state", {}), told["trial"])
 
 
 def vars_of(blocks: TokenBlocks) -> dict[str, Any]:
@@ -122,9 +146,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Named:
     return {f"{prefix}/{name}": value for name, value in tensors.items()}
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Named:
-    start = f"{prefix}/"
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+def _in_groups(data: bytes) -> dict[str, Named]:
+    """Read tensors, by what each was put under: all in one pass, as there may be ten thousand clients' of them."""
+    found: dict[str, Named] = {}
+    for name, value in safetensors.torch.load(data).items():
+        prefix, _, own = name.partition("/")
+        found.setdefault(prefix, {})[own] = value
+    return found
 
 
 def _to_bytes(tensors: Named) -> bytes:

@@ -103,7 +103,7 @@ def run(
         watchers.show_step("weights", prepared.source.name)
         say = partial(watchers.show_step, "weights")
         adapted = load_adapted_model(recipe, prepared.source, prepared.plan, say=say)
-        session = stack.enter_context(open_session(recipe, prepared, adapted, watchers.telemetry, watchers))
+        session = stack.enter_context(open_session(recipe, prepared, adapted, watchers.telemetry, watchers, folder))
         identity = identify(prepared, adapted)
         failpoint("run.loaded")
         watchers.check()

@@ -248,7 +248,7 @@ def run_group(
         say = partial(display.show_step, "weights")
         adapted = load_adapted_model(first.recipe, prepared.source, prepared.plan, say=say)
         watching = Observers(display, telemetry)
-        session = stack.enter_context(open_session(first.recipe, prepared, adapted, telemetry, watching))
+        session = stack.enter_context(open_session(first.recipe, prepared, adapted, telemetry, watching, folder))
         first_adapter = adapted.read()
         stack.enter_context(telemetry.phase("aggregation"))
         for together in group_by(able, same_pass):

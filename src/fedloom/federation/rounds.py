@@ -199,6 +199,9 @@ class FederatedRun:
         ranks = {client: section.client_ranks[client] if section.client_ranks else None for client in cohort}
         # Clients of one rank share one adapter: it is cut, and packed for the wire, once.
         starts = {rank: adapter_of_rank(self._adapter, rank) for rank in set(ranks.values())}
+        # And so do they one mask: each is as long as an adapter.
+        trained = {rank: trained_part(layout, section.lora_rule, round, rank) for rank in starts}
+        shared = shared_part(layout, section.lora_rule)
         return [
             ClientTask(
                 round=round,
@@ -207,9 +210,9 @@ class FederatedRun:
                 training=training,
                 rounds=section.rounds,
                 seed=self._seed,
-                trains_P=trained_part(layout, section.lora_rule, round, rank),
+                trains_P=trained[rank],
                 trial=self.trial,
-                shares_P=shared_part(layout, section.lora_rule),
+                shares_P=shared,
             )
             for client, rank in ranks.items()
         ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
-from fedloom.host.files import hash_start, take_lock, write_json, write_text, writing
+from fedloom.host.files import flush, hash_start, take_lock, write_json, write_text, writing
 from fedloom.records.run import Record, RoundRecord, read_json
 
 if TYPE_CHECKING:
@@ -98,9 +98,16 @@ class RunWriter:
         self.write_json("status.json", self._status)
 
     def append_round(self, result: RoundResult, measured: Mapping[str, Any] = MappingProxyType({})) -> RoundRecord:
-        """Add a round, with what telemetry measured in it, to the records, and return its record."""
+        """Add a round, with what telemetry measured in it, to the records, and return its record.
+
+        Then it is on the disk, with its clients' lines.
+        """
         record = cast(RoundRecord, {**round_record(result), **measured})
         self._append("rounds.jsonl", record)
+        with writing(self.folder):
+            for name in RECORDS:
+                if (self.folder / name).is_file():
+                    flush(self.folder / name)
         failpoint("record.round")
         return record
 
@@ -114,8 +121,6 @@ class RunWriter:
         path = self.folder / name
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
         self._digests[name].update(line.encode())
 
 

@@ -24,6 +24,7 @@ from fedloom.deployment.flower.pulls import (
     MOST_REST_SECONDS,
     PULL_PATH,
     SLOWER_TIMES,
+    WAIT_HEADER,
     Look,
     Looks,
     questions_of,
@@ -223,6 +224,25 @@ def test_a_node_that_hangs_up_while_it_waits_is_given_nothing(asked: Asked) -> N
     assert not questions._waiting
     question = asked.ask(40_000).metadata.message_id
     assert Node(asked).look() == [question]
+
+
+def test_a_look_that_waits_when_the_server_ends_is_to_come_again(
+    asked: Asked,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told 500, as a server does that ends, every SuperNode that waited ended too, and was started again."""
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+
+    async def ask() -> int:
+        headers = {**asked.here.alice.headers(), LOOK_HEADER: "1f 1 0", WAIT_HEADER: "1"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(asked.here.app)) as client:
+            looking = asyncio.create_task(client.post(f"http://testserver{PULL_PATH}", headers=headers))
+            while not questions_of(asked.here.state)._waiting:
+                await asyncio.sleep(0.001)
+            looking.cancel("as uvicorn cancels what has not ended in time")
+            return (await looking).status_code
+
+    assert asyncio.run(asyncio.wait_for(ask(), 20)) == 503
 
 
 def test_a_client_that_is_revoked_while_it_waits_is_told_at_once(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

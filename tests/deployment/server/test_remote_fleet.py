@@ -181,6 +181,14 @@ def test_who_refused_and_came_again_is_not_called_refused() -> None:
         exchange.assemble(2, 0.3)
 
 
+def test_clients_that_are_there_enrol_without_a_rest_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rest after each answer was most of the time until round 0: ten seconds with thirty clients."""
+    rests: list[float] = []
+    monkeypatch.setattr(exchange.time, "sleep", rests.append)
+    open_fleet(honest, 30)
+    assert len(rests) <= 2
+
+
 def test_where_padding_counts_a_score_is_over_more_than_the_real_tokens() -> None:
     def pads(asked: Node, frame: Frame) -> Frame | str | None:
         return Frame({"score": [30.0, 1, 60]}) if frame.manifest["do"] == "evaluate" else honest(asked, frame)

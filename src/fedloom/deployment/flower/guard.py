@@ -63,6 +63,14 @@ class Guard:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        try:
+            return await self._pass(scope, receive, send)
+        except asyncio.CancelledError:
+            # The server ends. Its own answer is 500, with which a SuperNode ends; after this one it asks again.
+            return await _answer(send, 503)
+
+    async def _pass(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Answer a request, or hand it to Flower's app."""
         headers, path = dict(scope["headers"]), scope["path"]
         is_fleet = path.startswith(FLEET)
         if not is_fleet:

@@ -231,13 +231,15 @@ class Exchange:
         return self._present
 
     def _look(self, asked: Mapping[str, str]) -> Answer | None:
-        """Return an answer to one of these questions, if there is one; enrol a client whose answer is who it is."""
-        answer = self._transport.pull([*asked, *self._meeting]) if asked or self._meeting else None
-        if answer and answer.message in self._meeting:
+        """Return an answer to one of these questions, if there is one; enrol clients that have said who they are."""
+        # All of them: a rest after each would be most of what a hundred clients take to come.
+        while asked or self._meeting:
+            answer = self._transport.pull([*asked, *self._meeting])
+            if answer is None or answer.message not in self._meeting:
+                return answer
             self._meet(self._meeting.pop(answer.message), answer)
             self._looked = float("-inf")
-            return None
-        return answer
+        return None
 
     def _meet(self, node: Node, answer: Answer) -> None:
         if answer.frame is None:

@@ -5,13 +5,11 @@ A round's answers lie on the disk until all are there, so memory does not grow w
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +24,8 @@ from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.federation.admission import ClientSize
 from fedloom.federation.fleet import ClientPreview
 from fedloom.federation.lora_rules import shared_part
-from fedloom.host.files import writing
 from fedloom.host.frames import Frame
+from fedloom.host.spool import Spool
 from fedloom.progress import Watch, ignore
 from fedloom.recipe.sections import Federation
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, OptimizerState
@@ -35,39 +33,6 @@ from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask, Optim
 DEADLINES = 10
 """Deadlines that a round waits for its quorum, with `on_quorum_lost = "wait"`."""
 Found = TypeVar("Found")
-
-
-class AnswerSpool:
-    """File of a round's answers, on the disk until their turn comes. It has no name, so it ends with the process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with writing(folder):
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by `__exit__`)
-        self._kept: dict[str, tuple[Mapping[str, Any], int, int]] = {}
-
-    def __enter__(self) -> AnswerSpool:
-        return self
-
-    def __exit__(self, *ended: object) -> None:
-        self._file.close()
-
-    def put(self, name: str, frame: Frame) -> None:
-        """Keep an answer.
-
-        Raises:
-            RunError: it can't be written.
-        """
-        told = {key: value for key, value in frame.manifest.items() if key != "progress"}  # which was counted
-        with writing(self._folder):
-            self._kept[name] = told, self._file.tell(), len(frame.payload)
-            self._file.write(frame.payload)
-            self._file.flush()
-
-    def take(self, name: str) -> Frame:
-        """Read an answer that was kept."""
-        manifest, start, length = self._kept[name]
-        return Frame(manifest, os.pread(self._file.fileno(), length, start))
 
 
 @dataclass
@@ -118,7 +83,7 @@ class RemoteFleet:
         """
         waiting = {self.names[task.client]: task for task in tasks}
         lost: dict[str, ClientFailure] = {}
-        with AnswerSpool(self.folder) as spool:
+        with Spool[str](self.folder) as spool:
             for _ in range(DEADLINES):
                 # Here the clients train: `ask` waits for them.
                 for name, found in self.exchange.ask(self._questions(waiting), self._missing):
@@ -129,7 +94,9 @@ class RemoteFleet:
                     else:
                         lost.pop(name, None)
                         assert isinstance(found, Frame), "an update in no answer"
-                        spool.put(name, found)
+                        # Its progress was counted.
+                        told = {key: value for key, value in found.manifest.items() if key != "progress"}
+                        spool.put(name, replace(found, manifest=told))
                         yield ClientPreview(result)
                 if self.federation.on_quorum_lost != "wait" or len(lost) <= self.federation.max_lost_clients:
                     break
