@@ -400,6 +400,33 @@ def test_a_folder_that_is_not_there_or_another_users_is_refused(
     assert not (server / QUEUE).exists()
 
 
+AS_NOBODY = """\
+import os, sys
+from pathlib import Path
+from fedloom.deployment.queue import list_runs
+from fedloom.errors import DeploymentError
+os.setuid(65534)
+try:
+    print(list_runs(Path(sys.argv[1])))
+except DeploymentError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is to be had by root alone")
+@pytest.mark.parametrize("rights", [0o700, 0o711])
+def test_another_user_is_not_told_that_there_are_no_runs(rights: int, server: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        folder.chmod(0o711)
+    Queue(server).add("a", RECIPE)
+    server.chmod(rights)
+    done = subprocess.run([sys.executable, "-c", AS_NOBODY, str(server)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == (
+        f"{server / QUEUE}: can't be read (Permission denied); be the user that the server runs as, as with: runuser -u"
+        " fedloom -- fedloom ...\n"
+    ), done.stderr
+
+
 def test_who_does_not_let_go_of_the_queue_is_named(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.1)
     queue = Queue(server)

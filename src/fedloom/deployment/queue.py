@@ -50,6 +50,7 @@ SUBMIT = "fedloom submit"
 STOPPED = "fedloom stop"
 """Reason of a run that somebody stopped."""
 AGAIN = "do it again: the queue is as it was"
+AS_ITS_USER = "be the user that the server runs as, as with: runuser -u fedloom -- fedloom ..."
 
 
 class Entry(Section):
@@ -231,9 +232,20 @@ class Queue:
         return [entry for entry in self.read()[0] if entry.is_unfinished]
 
     def paths(self) -> dict[int, Path]:
-        """Return the files of its runs, by number."""
-        found = {path: NAME.fullmatch(path.name) for path in self.folder.glob("*.json")}
-        return {int(name[1]): path for path, name in found.items() if name}
+        """Return the files of its runs, by number.
+
+        Raises:
+            DeploymentError: the folder can't be read.
+        """
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # nothing was submitted yet
+            return {}
+        except OSError as error:
+            raise DeploymentError(
+                f"can't be read ({error.strerror})", where=str(self.folder), mend=AS_ITS_USER
+            ) from None
+        return {int(found[1]): self.folder / name for name in names if (found := NAME.fullmatch(name))}
 
     def _free_folder(self, name: str, taken: set[str]) -> Path:
         first = self.server.resolve().parent / default_folder(name)
@@ -270,7 +282,7 @@ class Queue:
             raise DeploymentError(
                 f"can't be written ({error.strerror})",
                 where=str(self.folder),
-                mend="be the user that the server runs as, as with: runuser -u fedloom -- fedloom ...",
+                mend=AS_ITS_USER,
             ) from None
         with lock:
             yield
@@ -342,12 +354,12 @@ def list_runs(server: Path) -> dict[str, Any]:
     """Return a record of a server's queue, of each of its runs, and of what can't be read.
 
     Raises:
-        DeploymentError: there is no such folder.
+        DeploymentError: there is no such folder, or its queue can't be read.
     """
-    if not server.is_dir():
-        raise DeploymentError("no server is set up in it", where=str(server), mend=f"name another with {OPTION}")
     queue = Queue(server)
     entries, errors = queue.read()
+    if not server.is_dir():
+        raise DeploymentError("no server is set up in it", where=str(server), mend=f"name another with {OPTION}")
     served = {"server": str(queue.server), "served": queue.is_served}
     return {**served, "runs": [entry.to_record() for entry in entries], "damaged": [str(error) for error in errors]}
 
