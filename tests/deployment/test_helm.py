@@ -338,6 +338,24 @@ def test_an_ingress_hands_tls_through_by_the_name_in_the_kits(tmp_path: Path) ->
 
 
 @with_helm
+@pytest.mark.parametrize("word", ["null", "123", "true", "1.5"])
+def test_a_word_stays_the_word_that_was_written(word: str, tmp_path: Path) -> None:
+    """A Secret of such a name was none to Kubernetes, and an image was a list without its digest."""
+    values = with_value("server", "server.ingress", {"enabled": True, "host": word, "class": word})
+    values |= {"secret": word, "storage": {"size": "1Gi", "class": word}, "image": f"[a,b]#{IMAGE}"}
+    made = make(tmp_path, values)
+    pod, ingress = pod_of(made), made["Ingress"]["spec"]
+    assert pod["volumes"][0]["secret"]["secretName"] == word
+    assert [one["image"] for one in pod["initContainers"] + pod["containers"]] == [f"[a,b]#{IMAGE}"] * 2
+    assert made["StatefulSet"]["spec"]["volumeClaimTemplates"][0]["spec"]["storageClassName"] == word
+    assert (ingress["ingressClassName"], ingress["rules"][0]["host"], ingress["tls"]) == (
+        word,
+        word,
+        [{"hosts": [word]}],
+    )
+
+
+@with_helm
 def test_another_recipe_makes_another_pod(tmp_path: Path) -> None:
     odd = '\n  name = "{{ .Values.secret }}"\n# "\u00e9"\n'
     marks = []

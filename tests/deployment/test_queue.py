@@ -265,7 +265,7 @@ DAMAGED = [
     good(extra=1),
     good(resume="yes"),
     good(round="1"),
-    good(recipe={"x": "y" * 2**20}),
+    good(recipe={"x": "y" * 2**21}),
 ]
 
 
@@ -276,7 +276,16 @@ def test_a_file_that_is_no_run_is_told_of_and_keeps_no_other_from_its_turn(serve
         (queue.folder / f"{number:06d}.json").write_bytes(content)
     (queue.folder / "000099.json").mkdir()
     (queue.folder / "000100.json").symlink_to("/nowhere")
-    for name in ("evil.json", "1.json", "-00001.json", "000001.json.bak", ".000001.json.tmp", "٠٠٠٠٠٧.json"):
+    for name in (
+        "evil.json",
+        "1.json",
+        "-00001.json",
+        "0000001.json",
+        "0000500.json",
+        "000001.json.bak",
+        ".000001.json.tmp",
+        "٠٠٠٠٠٧.json",
+    ):
         (queue.folder / name).write_bytes(good())
     assert queue.add("b", RECIPE).number == 101, "no number is given twice"
     entries, errors = queue.read()
@@ -292,6 +301,70 @@ def test_a_file_that_is_no_run_is_told_of_and_keeps_no_other_from_its_turn(serve
     lines = [*write_lines(list_runs(server))]
     assert sum(line.startswith("damaged: ") for line in lines) == len(DAMAGED) + 2
     assert not (queue.folder / "000010.json").read_bytes(), "nobody changes them"
+
+
+def test_however_high_a_number_is_no_later_run_is_lost(server: Path) -> None:
+    queue = Queue(server)
+    queue.add("a", RECIPE)
+    (queue.folder / f"{'9' * 12}.json").write_bytes(b"{")
+    assert [queue.add(name, RECIPE).number for name in "bc"] == [10**12, 10**12 + 1]
+    assert names(Queue(server)) == [("a", "waiting"), ("b", "waiting"), ("c", "waiting")]
+
+
+def test_a_reason_or_a_recipe_that_is_no_text_ends_that_run_alone(server: Path) -> None:
+    """Neither could be written: the service ended, and again each time that it was started."""
+    queue = Queue(server)
+    for name in "ab":
+        queue.add(name, RECIPE)
+    (queue.folder / "000002.json").write_bytes(good(name="b", recipe={"x": "\ud800"}))
+    for why in (f"{os.fsdecode(bytes([255]))}.jsonl: no such file", "x" * 6000):
+        entry = queue.take()
+        assert entry
+        queue.end(entry, "failed", why)
+    assert queue.take() is None
+    first, second = Queue(server).read()[0]
+    assert (first.state, first.why) == ("failed", "\\udcff.jsonl: no such file")
+    assert (second.state, second.why, second.recipe) == ("failed", "x" * 5000, {"x": "\ud800"})
+
+
+def test_the_largest_recipe_has_room_for_how_its_run_ends(server: Path) -> None:
+    queue, room = Queue(server), len(Queue(server).add("a", {"x": ""}).to_bytes())
+    with pytest.raises(DeploymentError, match="more than 1,048,576 bytes"):
+        queue.add("a", {"x": "y" * (2**20 - room + 1)})
+    queue.add("b", {"x": "y" * (2**20 - room)})
+    for _ in "ab":
+        entry = queue.take()
+        assert entry
+        queue.end(entry, "failed", "é" * 5000)
+    assert names(Queue(server)) == [("a", "failed"), ("b", "failed")]
+
+
+@pytest.mark.parametrize("out", ["/" + "a/" * 3000, os.fsdecode(b"/tmp/\xff")])
+def test_a_run_directory_that_no_file_can_name_is_refused_in_a_sentence(out: str, server: Path) -> None:
+    with pytest.raises(RunError, match="name another with --out"):
+        Queue(server).add("a", RECIPE, Path(out))
+    assert not Queue(server).read()[0]
+
+
+def test_a_queue_is_read_anew_where_it_was_changed_alone(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service looks at it each second: of a thousand runs that wait, it did little else."""
+    queue, read = Queue(server), []
+    monkeypatch.setattr(module, "read_entry", lambda path: read.append(path.name) or read_entry(path))
+    for name in "abc":
+        queue.add(name, RECIPE)
+    long_ago = time.time() - 10
+    for path in queue.paths().values():
+        os.utime(path, (long_ago, long_ago))
+    queue.read()
+    read.clear()
+    assert names(queue) == [("a", "waiting"), ("b", "waiting"), ("c", "waiting")]
+    assert not read
+    other = Queue(server)
+    other.stop(other.read()[0][1], at_once=False)
+    read.clear()
+    assert names(queue) == [("a", "waiting"), ("b", "stopped"), ("c", "waiting")]
+    names(queue)
+    assert read == ["000002.json"] * 2, "what was just written may be written again within the clock's tick"
 
 
 def test_a_whole_file_is_a_run(server: Path) -> None:
@@ -325,6 +398,33 @@ def test_a_folder_that_is_not_there_or_another_users_is_refused(
     ):
         Queue(server).add("a", RECIPE)
     assert not (server / QUEUE).exists()
+
+
+AS_NOBODY = """\
+import os, sys
+from pathlib import Path
+from fedloom.deployment.queue import list_runs
+from fedloom.errors import DeploymentError
+os.setuid(65534)
+try:
+    print(list_runs(Path(sys.argv[1])))
+except DeploymentError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is to be had by root alone")
+@pytest.mark.parametrize("rights", [0o700, 0o711])
+def test_another_user_is_not_told_that_there_are_no_runs(rights: int, server: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        folder.chmod(0o711)
+    Queue(server).add("a", RECIPE)
+    server.chmod(rights)
+    done = subprocess.run([sys.executable, "-c", AS_NOBODY, str(server)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == (
+        f"{server / QUEUE}: can't be read (Permission denied); be the user that the server runs as, as with: runuser -u"
+        " fedloom -- fedloom ...\n"
+    ), done.stderr
 
 
 def test_who_does_not_let_go_of_the_queue_is_named(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,14 +328,14 @@ def test_a_job_arrives_as_it_was_sent() -> None:
 def test_a_result_arrives_as_it_was_sent() -> None:
     job = make_full_job()
     update = replace(make_update(job.adapter, 3, trial=1), optimizer_state={"first": torch.randn(5)})
-    came = unpack_result(pack_result(update), job.adapter)
+    came = unpack_result(pack_result(update), job)
     assert isinstance(came, ClientUpdate)
     assert (came.report, came.trial, came.client) == (update.report, 1, 3)
     assert came.adapter.sha256() == update.adapter.sha256()
     assert torch.equal(came.optimizer_state["first"], update.optimizer_state["first"])
     for kind in (TrainingError, ShortageError):
         error = kind("the loss is nan", round=2, client=3, stage="training", mend="lower it")
-        failed = unpack_result(pack_result(ClientFailure(3, error, 1)), job.adapter)
+        failed = unpack_result(pack_result(ClientFailure(3, error, 1)), job)
         assert isinstance(failed, ClientFailure)
         assert (type(failed.error), str(failed.error), failed.trial) == (kind, str(error), 1)
 

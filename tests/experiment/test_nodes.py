@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from support.killed_runs import result_of
 from support.quick_runs import make_recipe
+from support.tiny import make_adapted, make_blocks, make_job, make_update
 
 from fedloom import __version__
 from fedloom.errors import FedloomError, RunError
 from fedloom.experiment import cards
+from fedloom.experiment.cards import Card
 from fedloom.experiment.clients import LocalClients
+from fedloom.experiment.job_frames import pack_result, read_word
 from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.run import run
 from fedloom.host.frames import HEAD, Frame, pack_head, unpack_frame
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
+from fedloom.training.jobs import ClientUpdate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 STAND_IN = """#!/bin/sh
@@ -87,6 +92,95 @@ def test_a_node_that_can_not_be_reached_is_one_line_before_any_round(asked: Path
     says = attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"])
     assert says.startswith("--node: the process that trains on alpha/cpu ended (status 255); see that `ssh ")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_node_whose_shell_prints_is_told_of_before_any_round(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "GRACE_SECONDS", 0.2)
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\necho Welcome to alpha, and have a nice day\nexec sleep 60\n")
+    says = attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"])
+    assert says.startswith("--node: the process that trains on alpha/cpu says what fedloom does not; see that `ssh ")
+    assert "-- alpha fedloom --version` answers with its one line and nothing else; go on with --resume" in says
+
+
+def test_a_node_that_does_not_stop_is_ended(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run waited for it for ever, whatever was typed."""
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
+    for name in ("GRACE_SECONDS", "STOP_SECONDS"):
+        monkeypatch.setattr(cards, name, 0.2)
+    card = Card(Place("cpu", "alpha"))
+    job = make_job(make_blocks(2), make_adapted().read(), client=3)
+    card.ask([job])
+    card.stop()
+    assert not card.is_busy
+    assert card._process.poll() is not None
+    with pytest.raises(RunError, match=r"the process that trains on alpha/cpu was killed \(signal 15\)"):
+        card.ask([job])
+
+
+JOB = make_job(make_blocks(2), make_adapted().read(), client=3)
+
+
+def said(**told: object) -> Frame:
+    """A result of the job, with something else in it."""
+    good = pack_result(make_update(JOB.adapter, 3))
+    return Frame({**good.manifest, **told}, good.payload)
+
+
+def with_weights(weights_P: torch.Tensor) -> Frame:
+    return Frame(said().manifest, safetensors.torch.save({"weights_P": weights_P}))
+
+
+WEIGHTS_P = JOB.adapter.weights_P
+FAILED = {"what": "no", "round": 1, "client": 3, "step": None, "stage": "", "mend": ""}
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame({}),
+        Frame({"do": ["result"]}),
+        Frame({"do": "ready", "base": ""}),
+        Frame({"do": "done", "lowered_to": None}),
+        Frame({"do": "say", "what": "x"}),
+        Frame({"do": "progress"}),
+        Frame({"do": "progress", "row": ["train", "many", 1, 1, 1]}),
+        Frame({"do": "progress", "row": ["x", 1, 1, 1, 1]}),
+        Frame({"do": "progress", "row": ["train", 1]}),
+        said(client=4),
+        said(client=[3]),
+        said(trial=1),
+        said(report=None),
+        said(report={}),
+        said(report={**said().manifest["report"], "client": 4}),
+        said(report={**said().manifest["report"], "steps": "x" * 9}),
+        said(error=None),
+        said(error={**FAILED, "more": 1}, short=False),
+        said(error={**FAILED, "what": ["x"]}, short=False),
+        said(error=FAILED),
+        with_weights(WEIGHTS_P[:-1]),
+        with_weights(WEIGHTS_P.double()),
+        with_weights(WEIGHTS_P[None]),
+        Frame(said().manifest, b""),
+        Frame(said().manifest, b"\xff" * 100),
+        Frame(said().manifest, safetensors.torch.save({"weights": WEIGHTS_P})),
+    ],
+)
+def test_what_a_node_can_not_say_is_no_word_of_it(frame: Frame) -> None:
+    jobs = {(0, 3): JOB}
+    with pytest.raises(ConnectionError, match="not a word of fedloom's"):
+        read_word(frame, jobs)
+    assert jobs, "it still owes the result"
+
+
+def test_a_node_answers_once_and_for_its_own_clients() -> None:
+    jobs = {(0, 3): JOB}
+    assert isinstance(found := read_word(said(), jobs), ClientUpdate)
+    assert torch.equal(found.adapter.weights_P, make_update(JOB.adapter, 3).adapter.weights_P)
+    with pytest.raises(ConnectionError):
+        read_word(said(), jobs)
+    assert read_word(Frame({"do": "done", "lowered_to": 2}), jobs) == (2,)
 
 
 SPEAKS = """\

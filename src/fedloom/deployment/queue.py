@@ -26,16 +26,22 @@ from fedloom.recipe.section import Section
 from fedloom.records.run import read_json
 from fedloom.records.writer import default_folder, now
 from fedloom.report.document import Table, to_lines
+from fedloom.text import show_controls
 
 OPTION = "--server"
 QUEUE = "queue"
 """Folder in a server's folder."""
-NAME = re.compile(r"(\d{6,12})\.json", re.ASCII)
-MOST_BYTES = 2**20
-"""Largest file of a run: a recipe with a chat template has some 20 kB."""
+NAME = re.compile(r"(\d{6}|[1-9]\d{6,})\.json", re.ASCII)
+"""Name of a run's file. Each number has one name alone: of two files with one number, one would be passed over."""
+MOST_RECIPE_BYTES = 2**20
+"""Largest file of a run as it is submitted: a recipe with a chat template has some 20 kB."""
+MOST_BYTES = 2 * MOST_RECIPE_BYTES
+"""Largest file of a run: it grows by how the run ends."""
 PATIENCE_SECONDS = 20.0
 """Time for which a process waits until another one has written."""
 LOOK_SECONDS = 0.05
+SETTLED_SECONDS = 2.0
+"""Age from which on a file is known by its time and size: clocks of disks tick a few milliseconds apart."""
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 UNFINISHED: tuple[State, ...] = ("waiting", "running")
 HEADER = ("number", "state", "round", "name", "submitted (UTC)", "run directory")
@@ -44,6 +50,7 @@ SUBMIT = "fedloom submit"
 STOPPED = "fedloom stop"
 """Reason of a run that somebody stopped."""
 AGAIN = "do it again: the queue is as it was"
+AS_ITS_USER = "be the user that the server runs as, as with: runuser -u fedloom -- fedloom ..."
 
 
 class Entry(Section):
@@ -80,8 +87,14 @@ class Entry(Section):
 
     def after(self, state: State, why: str = "") -> Entry:
         """Return it with another state, as of now."""
-        changed: dict[str, Any] = {"state": state, "changed": now(), "why": why[:5000], "stop": ""}
+        # A file name in it may be no text, which could not be written.
+        changed: dict[str, Any] = {"state": state, "changed": now(), "why": show_controls(why)[:5000], "stop": ""}
         return self.model_copy(update=changed | ({} if state in UNFINISHED else rounds_of(self.folder)))
+
+    def to_bytes(self) -> bytes:
+        """Return what its file has."""
+        # In ASCII: in a recipe that somebody wrote into its file there may be halves of characters.
+        return f"{json.dumps(self.model_dump(), indent=1)}\n".encode()
 
     def to_record(self) -> dict[str, Any]:
         """Return what is shown of it, for programs: its round too, as its run directory has it."""
@@ -102,18 +115,23 @@ class Queue:
     def __init__(self, server: Path) -> None:
         self.server = server.absolute()
         self.folder = self.server / QUEUE
-        self._ended: dict[int, Entry] = {}
-        """Runs that have ended, which nobody changes any more."""
+        self._known: dict[tuple[int, ...], Entry] = {}
+        """Runs as they were read, by number and by what changes when a file is written."""
 
     def read(self) -> tuple[list[Entry], list[DeploymentError]]:
         """Return all runs by number, and an error for each file that holds none."""
-        entries, errors = [], []
+        entries, errors, known = [], [], {}
         for number, path in sorted(self.paths().items()):
             try:
-                entries.append(self._ended.get(number) or read_entry(path))
+                stamp = (number, *_stamp(path))
+                entry = self._known.get(stamp) or read_entry(path)
             except DeploymentError as error:
                 errors.append(error)
-        self._ended = {entry.number: entry for entry in entries if not entry.is_unfinished}
+                continue
+            entries.append(entry)
+            if stamp[-1] < time.time_ns() - SETTLED_SECONDS * 1e9:
+                known[stamp] = entry
+        self._known = known
         return entries, errors
 
     def add(self, name: str, recipe: Mapping[str, Any], out: Path | None = None, *, resume: bool = False) -> Entry:
@@ -121,7 +139,8 @@ class Queue:
 
         Raises:
             DeploymentError: there is no such folder, it is another user's, or the recipe is too large.
-            RunError: another run of the queue has that run directory, or the file can't be written.
+            RunError: another run of the queue has that run directory, its path is too long or no text, or the file
+                can't be written.
         """
         with self._alone():
             entries, _ = self.read()
@@ -133,15 +152,17 @@ class Queue:
                     where=str(out),
                     mend="name another with --out, or wait for its end: fedloom runs",
                 )
-            entry = Entry(
-                number=max(self.paths(), default=0) + 1,
-                name=name,
-                recipe=dict(recipe),
-                out=str(out or self._free_folder(name, {entry.out for entry in entries})),
-                submitted=now(),
-                resume=resume,
-                changed=now(),
-            )
+            folder = str(out or self._free_folder(name, {entry.out for entry in entries}))
+            told: dict[str, Any] = {"number": max(self.paths(), default=0) + 1, "resume": resume, "changed": now()}
+            try:
+                entry = Entry(name=name, recipe=dict(recipe), out=folder, submitted=now(), **told)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                raise RunError(
+                    first["msg"], where=f"{first['loc'][0]}: {folder}", mend="name another with --out"
+                ) from None
+            if len(entry.to_bytes()) > MOST_RECIPE_BYTES:
+                raise DeploymentError(f"the recipe has more than {MOST_RECIPE_BYTES:,} bytes", where=name)
             self._write(entry)
         return entry
 
@@ -211,9 +232,20 @@ class Queue:
         return [entry for entry in self.read()[0] if entry.is_unfinished]
 
     def paths(self) -> dict[int, Path]:
-        """Return the files of its runs, by number."""
-        found = {path: NAME.fullmatch(path.name) for path in self.folder.glob("*.json")}
-        return {int(name[1]): path for path, name in found.items() if name}
+        """Return the files of its runs, by number.
+
+        Raises:
+            DeploymentError: the folder can't be read.
+        """
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # nothing was submitted yet
+            return {}
+        except OSError as error:
+            raise DeploymentError(
+                f"can't be read ({error.strerror})", where=str(self.folder), mend=AS_ITS_USER
+            ) from None
+        return {int(found[1]): self.folder / name for name in names if (found := NAME.fullmatch(name))}
 
     def _free_folder(self, name: str, taken: set[str]) -> Path:
         first = self.server.resolve().parent / default_folder(name)
@@ -221,12 +253,9 @@ class Queue:
         return next(folder for folder in folders if str(folder) not in taken and not folder.exists())
 
     def _write(self, entry: Entry) -> None:
-        content = f"{entry.model_dump_json(indent=1)}\n".encode()
-        if len(content) > MOST_BYTES:
-            raise DeploymentError(f"the recipe has more than {MOST_BYTES:,} bytes", where=entry.name)
         path = self.folder / f"{entry.number:06d}.json"
         with writing(path, AGAIN):
-            replace_file(path, content, rights=0o600, durable=True)
+            replace_file(path, entry.to_bytes(), rights=0o600, durable=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -253,7 +282,7 @@ class Queue:
             raise DeploymentError(
                 f"can't be written ({error.strerror})",
                 where=str(self.folder),
-                mend="be the user that the server runs as, as with: runuser -u fedloom -- fedloom ...",
+                mend=AS_ITS_USER,
             ) from None
         with lock:
             yield
@@ -266,6 +295,19 @@ class Queue:
                 if time.monotonic() > until:
                     raise
             time.sleep(LOOK_SECONDS)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written, its time last.
+
+    Raises:
+        DeploymentError: it is not there.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DeploymentError(f"can't be read ({error.strerror})", where=str(path)) from None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_entry(path: Path) -> Entry:
@@ -312,12 +354,12 @@ def list_runs(server: Path) -> dict[str, Any]:
     """Return a record of a server's queue, of each of its runs, and of what can't be read.
 
     Raises:
-        DeploymentError: there is no such folder.
+        DeploymentError: there is no such folder, or its queue can't be read.
     """
-    if not server.is_dir():
-        raise DeploymentError("no server is set up in it", where=str(server), mend=f"name another with {OPTION}")
     queue = Queue(server)
     entries, errors = queue.read()
+    if not server.is_dir():
+        raise DeploymentError("no server is set up in it", where=str(server), mend=f"name another with {OPTION}")
     served = {"server": str(queue.server), "served": queue.is_served}
     return {**served, "runs": [entry.to_record() for entry in entries], "damaged": [str(error) for error in errors]}
 

@@ -21,7 +21,7 @@ import torch
 from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment.job_frames import pack_jobs, pack_result, unpack_result
+from fedloom.experiment.job_frames import Done, Key, Line, pack_jobs, pack_result, read_word, unpack_result
 from fedloom.experiment.places import Place
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session, hash_base
@@ -32,7 +32,7 @@ from fedloom.monitoring.telemetry import Telemetry
 from fedloom.progress import Progress, Say, Watch
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.training.engines import Engine, open_engine
-from fedloom.training.jobs import ClientJob, ClientResult
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "--")
 """Command that reaches a node: asks for no password, takes no host that is not known, notices one that went."""
@@ -42,8 +42,8 @@ GRACE_SECONDS = 10.0
 """Time that a process has to end by itself."""
 HELD_BYTES = 2**28
 """Memory that results of a round take which wait for their turn; more of them lie on the disk."""
-Key = tuple[int, int]
-"""Trial and client of a job, by which its result is known."""
+STOP_SECONDS = 60.0
+"""Time that a process has to give up what it works on, which it does after a step: then it is ended."""
 
 
 class Card:
@@ -52,6 +52,8 @@ class Card:
     def __init__(self, place: Place) -> None:
         self.place, self.is_busy = place, False
         self.lowered_to: int | None = None
+        self._asked: dict[Key, ClientJob] = {}
+        """Jobs whose results it owes."""
         self._connection, theirs = socket.socketpair()
         number = theirs.fileno()
         how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [number]}
@@ -87,40 +89,53 @@ class Card:
 
         Raises:
             ModelError: it can't be, or is another one than `base`.
-            RunError: the process ended.
+            RunError: the process ended, or speaks something else.
         """
-        while (told := self.receive().manifest)["do"] == "say":
-            say(told["what"], f"{self.place}: {told['detail']}")
-        if told["do"] == "failed":
-            raise ModelError(f"{self.place} can't train: {told['why']}", where=self.place.where)
-        if told["base"] != base:
+        while (told := self._receive().manifest).get("do") == "say":
+            say(str(told.get("what")), f"{self.place}: {told.get('detail')}")
+        if told.get("do") == "failed":
+            raise ModelError(f"{self.place} can't train: {told.get('why')}", where=self.place.where)
+        if told.get("do") != "ready":
+            raise self._lost()
+        if told.get("base") != base:
             raise ModelError(
                 f"{self.place} loaded another base model", where="model.source", mend="have the same files everywhere"
             )
 
     def ask(self, jobs: Sequence[ClientJob]) -> None:
         """Have it carry out jobs."""
+        self._asked = {(job.trial, job.client): job for job in jobs}
         self._send(pack_jobs(jobs))
         self.is_busy = True
 
-    def receive(self) -> Frame:
-        """Wait for what it says next.
+    def hear(self) -> Progress | Line | Done | ClientResult:
+        """Wait for what it says next while it trains.
 
         Raises:
-            RunError: the process ended.
+            RunError: the process ended, or says what nobody asked it.
         """
         try:
-            return receive_frame(self._connection)
-        except OSError:
-            raise self._ended() from None
+            found = read_word(self._receive(), self._asked)
+        except ConnectionError:
+            raise self._lost() from None
+        if isinstance(found, Done):
+            self.is_busy, self.lowered_to = False, found.lowered_to
+        return found
 
     def stop(self) -> None:
         """Have it give up what it works on, and wait until it has; one that ended says so when it is asked again."""
-        with suppress(RunError):
-            if self.is_busy:
-                self._send(Frame({"do": "stop"}))
-            while self.is_busy:
-                self.is_busy = self.receive().manifest["do"] != "done"
+        if not self.is_busy:
+            return
+        self._connection.settimeout(STOP_SECONDS)
+        try:
+            self._send(Frame({"do": "stop"}))
+            while self._receive().manifest.get("do") != "done":
+                pass
+        except RunError:
+            self.close()
+        else:
+            self._connection.settimeout(None)
+        self.is_busy = False
 
     def close(self) -> None:
         """End the process."""
@@ -132,20 +147,35 @@ class Card:
             self._process.kill()
             self._process.wait()
 
+    def _receive(self) -> Frame:
+        """Wait for a frame.
+
+        Raises:
+            RunError: the process ended, or speaks something else.
+        """
+        try:
+            return receive_frame(self._connection)
+        except (OSError, MemoryError):
+            raise self._lost() from None
+
     def _send(self, frame: Frame) -> None:
         try:
             send_frame(self._connection, frame)
         except OSError:
-            raise self._ended() from None
+            raise self._lost() from None
 
-    def _ended(self) -> RunError:
+    def _lost(self) -> RunError:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_SECONDS)
         number = self._process.returncode
-        how = f"was killed (signal {-number})" if number is not None and number < 0 else f"ended (status {number})"
         mend = "go on with --resume, with fewer clients at once if memory ran out"
+        if number is None:
+            how = "says what fedloom does not"
+        else:
+            how = f"was killed (signal {-number})" if number < 0 else f"ended (status {number})"
         if self.place.host:
-            mend = f"see that `{' '.join([*SSH, self.place.host])} fedloom --version` answers; {mend}"
+            answers = "answers" if number is not None else "answers with its one line and nothing else"
+            mend = f"see that `{' '.join([*SSH, self.place.host])} fedloom --version` {answers}; {mend}"
         return RunError(f"the process that trains on {self.place} {how}", where=self.place.where, mend=mend)
 
 
@@ -159,7 +189,6 @@ class DealtEngine:
         self._cards, self._tell, self._say, self._folder = cards, watch, say, folder
         self._local = open_local(self._watch) if open_local else None
         self._found: Spool[Key]
-        self._starts: dict[Key, ClientJob] = {}
 
     @property
     def lowered_to(self) -> int | None:
@@ -173,10 +202,10 @@ class DealtEngine:
         Raises:
             RunError: a process ended.
         """
-        self._starts = {(job.trial, job.client): job for job in jobs}
-        assert len(self._starts) == len(jobs), "two jobs of one client"
+        asked = {(job.trial, job.client): job for job in jobs}
+        assert len(asked) == len(jobs), "two jobs of one client"
+        waiting = deque(asked)
         shares = deal(jobs, len(self._cards) + (self._local is not None))
-        waiting = deque(self._starts)
         own = self._local.train(shares.pop(0)) if self._local else iter(())
         with Spool[Key](self._folder, HELD_BYTES) as self._found:
             try:
@@ -186,15 +215,14 @@ class DealtEngine:
                 while waiting:
                     if waiting[0] in self._found:
                         key = waiting.popleft()
-                        yield unpack_result(self._found.take(key), self._starts[key].adapter)
+                        yield unpack_result(self._found.take(key), asked[key])
                     # Here this process trains; meanwhile `_watch` takes in what others find.
                     elif result := next(own, None):
-                        key = result.trial, result.client
-                        if key == waiting[0]:
+                        if (result.trial, result.client) == waiting[0]:
                             waiting.popleft()
                             yield result
                         else:
-                            self._found.put(key, pack_result(result))
+                            self._keep(result)
                     else:
                         self._take_in(wait=True)
             finally:
@@ -212,20 +240,21 @@ class DealtEngine:
         assert busy or not wait, "results that nobody works on"
         while ready := select.select(busy, [], [], None if wait else 0)[0]:
             for card in ready:
-                self._hear(card, card.receive())
+                self._hear(card, card.hear())
             busy, wait = [card for card in busy if card.is_busy], False
 
-    def _hear(self, card: Card, said: Frame) -> None:
-        told: dict[str, Any] = dict(said.manifest)
-        match told["do"]:
-            case "progress":
-                self._tell(Progress(*told["row"]))
-            case "say":
-                self._say(told["what"], f"{card.place}: {told['detail']}")
-            case "result":
-                self._found.put((told["trial"], told["client"]), said)
-            case "done":
-                card.is_busy, card.lowered_to = False, told["lowered_to"]
+    def _hear(self, card: Card, said: Progress | Line | Done | ClientResult) -> None:
+        match said:
+            case Progress():
+                self._tell(said)
+            case Line():
+                self._say(said.what, f"{card.place}: {said.detail}")
+            case ClientUpdate() | ClientFailure():
+                self._keep(said)
+
+    def _keep(self, result: ClientResult) -> None:
+        """Keep a result until those before it have come."""
+        self._found.put((result.trial, result.client), pack_result(result))
 
 
 def deal(jobs: Sequence[ClientJob], processes: int) -> list[list[ClientJob]]:

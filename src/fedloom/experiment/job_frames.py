@@ -1,7 +1,7 @@
 """Jobs and their results as frames, between a run's process and those that train on further devices.
 
 A manifest of words and numbers, and the tensors as safetensors: what comes out is what went in, to the bit. Both ends
-are this program, on machines of one owner.
+are this program, on machines of one owner; what comes from a node is nevertheless checked, as a node may be broken.
 
 Letters: P adapter parameters.
 """
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.numpy
 import safetensors.torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter, Layout
@@ -22,6 +24,7 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import ShortageError, TrainingError
 from fedloom.host.frames import Frame
 from fedloom.privacy.ration import Ration, Terms
+from fedloom.progress import Progress
 from fedloom.recipe.training_section import Training
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate
 
@@ -30,6 +33,24 @@ Fields = dict[str, Any]
 NUMBERS = ("round", "client", "rounds", "seed", "trial")
 """Fields of a job that are whole numbers."""
 MASKS = ("trains_P", "shares_P")
+Key = tuple[int, int]
+"""Trial and client of a job, by which its result is known."""
+_REPORT, _PROGRESS = TypeAdapter(ClientReport), TypeAdapter(Progress)
+_COUNT, _FACTS = TypeAdapter(int | None), TypeAdapter(dict[str, int | str | None])
+
+
+class Line(NamedTuple):
+    """Line that a process says to people."""
+
+    what: str
+    detail: str
+
+
+class Done(NamedTuple):
+    """End of all jobs that a process was asked for."""
+
+    lowered_to: int | None
+    """Clients that train at once from now on, where memory ran out."""
 
 
 class Common:
@@ -111,15 +132,51 @@ def pack_result(result: ClientResult) -> Frame:
     return Frame({**told, "report": asdict(result.report)}, _to_bytes(tensors))
 
 
-def unpack_result(frame: Frame, start: Adapter) -> ClientResult:
-    """Read what `pack_result` wrote, of the job that began with this adapter."""
-    told = frame.manifest
+def unpack_result(frame: Frame, job: ClientJob) -> ClientResult:
+    """Read what `pack_result` wrote of a job.
+
+    Raises:
+        Exception: of many kinds; it is nothing of that job.
+    """
+    told, start = frame.manifest, job.adapter
     if "error" in told:
+        facts: Fields = _FACTS.validate_python(told["error"])
         kind = ShortageError if told["short"] else TrainingError
-        return ClientFailure(told["client"], kind(told["error"].pop("what"), **told["error"]), told["trial"])
+        return ClientFailure(job.client, kind(**facts), job.trial)
     found = _in_groups(frame.payload)
-    adapter = Adapter(start.layout, found["adapter"]["weights_P"], start.residual)
-    return ClientUpdate(ClientReport(**told["report"]), adapter, found.get("state", {}), told["trial"])
+    weights_P, report = found["adapter"]["weights_P"], _REPORT.validate_python(told["report"])
+    if (weights_P.shape, weights_P.dtype) != (start.weights_P.shape, start.weights_P.dtype):
+        raise ValueError("weights of another adapter")
+    if report.client != job.client:
+        raise ValueError("a report of another client")
+    return ClientUpdate(report, Adapter(start.layout, weights_P, start.residual), found.get("state", {}), job.trial)
+
+
+def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Done | ClientResult:
+    """Read what a process says while it trains; the job whose result it is, is taken out of `jobs`, which it was asked.
+
+    Raises:
+        ConnectionError: it is nothing that this program says there.
+    """
+    told = frame.manifest
+    try:
+        match told["do"]:
+            case "progress":
+                names = [one.name for one in fields(Progress)]
+                return _PROGRESS.validate_python(dict(zip(names, told["row"], strict=True)))
+            case "say":
+                return Line(str(told["what"]), str(told["detail"]))
+            case "result":
+                key = told["trial"], told["client"]
+                found = unpack_result(frame, jobs[key])
+                del jobs[key]
+                return found
+            case "done" if not jobs:
+                return Done(_COUNT.validate_python(told["lowered_to"]))
+    # Of many kinds, from words that may be anything.
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ConnectionError("not a word of fedloom's") from error
+    raise ConnectionError("not a word of fedloom's")
 
 
 def vars_of(blocks: TokenBlocks) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def joined(
         (folder / f"{name}.kit").write_text(f'name = "{name}"\nserver = "localhost:{port}"\n')
         (folder / f"{name}.toml").write_text(f"max_rounds = {ord(name)}\n")
     given: list[joining.Member] = []
+    (folder / "link").symlink_to("j")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(joining, "join", lambda members, say: given.extend(members))
     monkeypatch.setattr(sys, "argv", ["fedloom", "join", *words.split()])
@@ -149,6 +150,8 @@ def test_options_go_to_the_kits_in_their_order(
         ("a.kit --data A --data B", "1 kit, and --data 2 times"),
         ("a.kit b.kit --data A --data B --journal j", "2 kits, and --journal 1 time"),
         ("a.kit b.kit --data A --data B --journal j --journal ./j", "two clients have the journal"),
+        ("a.kit b.kit --data A --data B --journal j --journal link", "two clients have the journal"),
+        ("a.kit b.kit --data A --data B --journal j.a --journal j.b", "j.secret; name each client once, with its own"),
         ("a.kit a.kit --data A --data B", "two clients have the name a"),
         (f"{'a.kit ' * 101}{'--data A ' * 101}", "101 clients in one process; start a fedloom join for each 100"),
         (

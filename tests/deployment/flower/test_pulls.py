@@ -10,12 +10,14 @@ import asyncio
 import inspect
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
 
 import httpx
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedloom.deployment.flower import pulls
@@ -212,6 +214,23 @@ def test_of_two_looks_of_a_node_the_later_waits(asked: Asked, monkeypatch: pytes
     assert first.end() == []
     question = asked.ask(40_000).metadata.message_id
     assert second.end() == [question]
+
+
+def test_who_only_knows_a_clients_key_ends_no_look_of_it_and_waits_for_nothing(
+    asked: Asked,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stands in the client's request and kit, and on the loopback no proxy asks for a signature first."""
+    monkeypatch.setattr(pulls, "WAIT_SECONDS", 600.0)
+    waiting, http = Waiting(asked, Node(asked).look), asked.here.stranger.http
+    for headers in (asked.here.stranger.headers(), {}):
+        named = {**headers, FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(asked.here.alice.public).decode()}
+        body = PullMessagesRequest(node=asked.node).SerializeToString()
+        told = {**named, LOOK_HEADER: "1f 1 0", WAIT_HEADER: "1", "content-type": "application/protobuf"}
+        assert http.post(PULL_PATH, headers=told, content=body).status_code == 401
+    assert waiting.found is None
+    question = asked.ask(40_000).metadata.message_id
+    assert waiting.end() == [question]
 
 
 def test_a_node_that_hangs_up_while_it_waits_is_given_nothing(asked: Asked) -> None:  # noqa: F811

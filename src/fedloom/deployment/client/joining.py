@@ -294,11 +294,15 @@ def check_together(members: Sequence[Member]) -> None:
                 where="KIT",
                 mend="start a fedloom join for each server: clients that share a base model are asked in one run",
             )
+    # What lies beside a journal has its name up to the ending.
     for what, found in (("name", [one.kit.name for one in members]),
-                        ("journal", [str(one.journal.absolute()) for one in members])):  # fmt: skip
+                        ("journal", [str(one.journal.resolve()) for one in members]),
+                        ("secret", [str(secret_path(one.journal).resolve()) for one in members])):  # fmt: skip
         if twice := next((one for number, one in enumerate(found) if one in found[:number]), None):
             raise DeploymentError(
-                f"two clients have the {what} {twice}", where="KIT", mend="name each client once, with its own journal"
+                f"two clients have the {what} {twice}",
+                where="KIT",
+                mend="name each client once, with its own journal, whose name up to its ending is no other's",
             )
 
 

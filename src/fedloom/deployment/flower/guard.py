@@ -100,7 +100,10 @@ class Guard:
             # After an answer that was lost there may be something to be given again.
             if look and look.answered == look.number - 1 and WAIT_HEADER.encode() in headers:
                 node = _find_node(scope["app"], headers)
-                if node is not None:
+                # Flower looks later who asks, and one who only names the key would end the look of who has it.
+                if node is not None and (
+                    not scope["app"].state.enable_supernode_auth or is_signed(scope["app"], headers)
+                ):
                     state = scope["app"].state.linkstate_factory.state()
                     waited = await questions_of(state).wait(state, node, receive)
                     if waited is None:

@@ -1,12 +1,12 @@
 {{- define "fedloom.selector" -}}
 app.kubernetes.io/name: fedloom
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: {{ .Values.side }}
 {{- end }}
 
 {{- define "fedloom.head" -}}
 metadata:
-  name: {{ .Release.Name }}
+  name: {{ .Release.Name | quote }}
   labels:
     {{- include "fedloom.selector" . | nindent 4 }}
     app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
