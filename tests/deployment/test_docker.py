@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,7 +22,7 @@ SIDES = ("server", "client")
 NAMED = {"FEDLOOM_BASE": f"python@sha256:{'0' * 64}", "FEDLOOM_SUMS": "1" * 64, "FEDLOOM_FINGERPRINT": "3f2a 91bc"}
 """What has to be named, since nothing can be made up for it."""
 WRITABLE = {
-    "server": {"/fedloom/runs", "/fedloom/fedloom-server/seen", "/models"},
+    "server": {"/fedloom/runs", "/fedloom/fedloom-server/seen", "/fedloom/fedloom-server/queue", "/models"},
     "client": {"/fedloom/journal", "/models"},
 }
 
@@ -142,10 +143,30 @@ def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path) -> None:
         write_compose(tmp_path / "file" / "folder")
 
 
+def test_the_server_stays_and_comes_back_with_the_machine(tmp_path: Path) -> None:
+    """No run stands in its file; what is submitted lies in a folder that stays when the container goes."""
+    told = service(tmp_path, "server")
+    assert words_of(told) == ["serve", "--page", "0.0.0.0:8080"]
+    assert told["restart"] == "unless-stopped", "on-failure does not come back when the machine starts"
+    assert "./fedloom-server/queue:/fedloom/fedloom-server/queue" in told["volumes"]
+    assert "./recipes:/fedloom/recipes:ro" in told["volumes"]
+
+
+def test_the_page_is_for_browsers_of_the_servers_machine_alone(tmp_path: Path) -> None:
+    told = service(tmp_path, "server")
+    assert [port for port in told["ports"] if port.endswith(":8080")] == ["127.0.0.1:${FEDLOOM_PAGE:-8080}:8080"]
+
+
+def words_of(told: dict[str, Any]) -> list[str]:
+    """Return a side's command as words, where nothing more was asked for."""
+    command = told["command"]
+    return command.replace("${FEDLOOM_OPTIONS:-}", "").split() if isinstance(command, str) else command
+
+
 def test_the_commands_in_the_files_are_commands(tmp_path: Path) -> None:
     for side in SIDES:
         folder = tmp_path / side
-        command, *words = service(folder, side)["command"]
+        command, *words = words_of(service(folder, side))
         known = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
         assert all(word in known for word in words if word.startswith("--")), known
 
@@ -157,6 +178,11 @@ def compose_program() -> list[str]:
     if shutil.which("docker-compose"):
         return ["docker-compose"]
     pytest.skip("neither docker compose nor docker-compose is installed")
+
+
+def words_in(command: str | list[str]) -> list[str]:
+    """Return a command's words as Compose hands them to Docker; the program that it was splits them only then."""
+    return shlex.split(command) if isinstance(command, str) else command
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -177,6 +203,12 @@ def test_docker_compose_reads_the_files(side: str, tmp_path: Path) -> None:
     assert told["user"] == "1234:1234"
     assert f"fedloom-{side}:{__version__}" == told["image"]
     assert told["build"]["args"] == {"BASE": NAMED["FEDLOOM_BASE"], "SUMS": NAMED["FEDLOOM_SUMS"], "GPU": ""}
+    if side == "server":
+        assert words_in(told["command"]) == ["serve", "--page", "0.0.0.0:8080"]
+        environment["FEDLOOM_OPTIONS"] = "--wait 3600 --notify 'recipes/tell me'"
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        more = yaml.safe_load(done.stdout)["services"]["server"]["command"]
+        assert words_in(more)[3:] == ["--wait", "3600", "--notify", "recipes/tell me"]
     if side == "client":
         assert told["command"][:2] == ["join", "alice.kit"]
         assert told["command"][-2:] == ["--fingerprint", "3f2a 91bc"]

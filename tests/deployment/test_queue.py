@@ -427,6 +427,19 @@ def test_another_user_is_not_told_that_there_are_no_runs(rights: int, server: Pa
     ), done.stderr
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_the_queue_is_whose_its_own_folder_is(server: Path) -> None:
+    """In a container the server's folder is memory of root's, and the queue a folder of the server's."""
+    queue = Queue(server)
+    queue.add("first", RECIPE)
+    os.chown(server, 4711, -1)
+    assert queue.add("second", RECIPE).number == 2
+    os.chown(server, 0, -1)
+    os.chown(server / QUEUE, 4711, -1)
+    with pytest.raises(DeploymentError, match="it is another user's"):
+        queue.add("third", RECIPE)
+
+
 def test_who_does_not_let_go_of_the_queue_is_named(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.1)
     queue = Queue(server)

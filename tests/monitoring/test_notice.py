@@ -131,6 +131,27 @@ def test_each_run_of_a_service_is_told_of_by_itself(tmp_path: Path) -> None:
     assert not [facts for facts in ended if "FEDLOOM_ROUND" in facts], "rounds of the run before"
 
 
+def test_a_run_of_a_service_has_its_name_before_it_has_a_plan(tmp_path: Path) -> None:
+    board = Board("fedloom serve", tmp_path)
+    told = {"number": 2, "name": "second", "state": "running", "run": str(tmp_path / "second")}
+    done = told | {"number": 1, "name": "first", "state": "done"}
+    board.show_next(tmp_path / "second")
+    board.show_queue([done, told])
+    assert facts_of(board, "failed", "1 of 2 clients came")["FEDLOOM_NAME"] == "second"
+    board.show_next(None)
+    board.show_queue([done, told | {"state": "failed"}])
+    assert "FEDLOOM_NAME" not in facts_of(board, "waiting")
+
+
+def test_what_is_told_comes_in_its_order(tmp_path: Path) -> None:
+    slow = f"sh -c '[ $FEDLOOM_STATE = waiting ] || sleep 0.5; echo $FEDLOOM_STATE >> {tmp_path}/told'"
+    one = Notice(slow, Board("fedloom serve"), say_nothing)
+    one.show_failure("failed", "1 of 2 clients came")
+    one.show_step("waiting", "for a run")
+    one.close()
+    assert (tmp_path / "told").read_text().split() == ["failed", "waiting"]
+
+
 def test_facts_have_neither_control_characters_nor_secrets() -> None:
     facts = facts_of(make_board(), "failed", "no\x00such \x1b[2Jhost https://me:secret@hub.example")
     assert facts["FEDLOOM_WHY"] == "no\\x00such \\x1b[2Jhost https://…@hub.example"

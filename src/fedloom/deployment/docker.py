@@ -1,7 +1,7 @@
 """Docker's files for both sides of a deployment. They hold no secrets: keys and documents are mounted, read-only.
 
-The server's container sees neither the authority's key nor anything of a client's; only the run directories, and the
-client's journal, can be written.
+The server stays, and takes what is submitted to it. Its container sees neither the authority's key nor anything of a
+client's; only its queue and the run directories, and the client's journal, can be written.
 """
 
 from __future__ import annotations
@@ -68,20 +68,31 @@ HARDENED = """\
 """
 SERVER = (
     """\
-# Written by fedloom provision compose. In this folder: fedloom-server/ (of provision init), recipe.toml, runs/, and
-# data/ for documents of the server's own. FEDLOOM_USER is who owns them: $(id -u):$(id -g)
-#   docker compose -f compose.server.yaml up --build
+# Written by fedloom provision compose. In this folder: fedloom-server/ (of provision init), recipes/, runs/, and data/
+# for documents of the server's own. FEDLOOM_USER is who owns them: $(id -u):$(id -g). The head of the Dockerfile says
+# what the image needs.
+#   docker compose -f compose.server.yaml up --build --detach
+# It stays, and takes the runs that are submitted to it; so does its page, whose address is in its logs:
+#   docker compose -f compose.server.yaml exec server fedloom submit recipes/first.toml
+#   docker compose -f compose.server.yaml exec server fedloom runs
+#   docker compose -f compose.server.yaml logs server
+# For one run, which ends:
+#   docker compose -f compose.server.yaml run --rm --service-ports server serve recipes/first.toml --out runs/first
 services:
   server:
 """
     + BUILD.replace("SIDE", "server")
     + """\
-    command: [serve, recipe.toml, --out, "runs/${{FEDLOOM_RUN:-first}}", --resume]
+    # FEDLOOM_OPTIONS: more words behind serve, as --wait 3600
+    command: serve --page 0.0.0.0:8080 ${{FEDLOOM_OPTIONS:-}}
 """
     + HARDENED
     + """\
-    restart: on-failure:5
-    ports: ["${{FEDLOOM_PORT:-8443}}:${{FEDLOOM_PORT:-8443}}"]
+    restart: unless-stopped
+    ports:
+      - "${{FEDLOOM_PORT:-8443}}:${{FEDLOOM_PORT:-8443}}"
+      # The page, for browsers of this machine alone.
+      - "127.0.0.1:${{FEDLOOM_PAGE:-8080}}:8080"
     # nginx writes its configuration beside the certificates; the authority's key stays outside.
     tmpfs: [/tmp, "/fedloom/fedloom-server:mode=1777"]
     volumes:
@@ -91,9 +102,10 @@ services:
       - ./fedloom-server/server.key:/fedloom/fedloom-server/server.key:ro
       - ./fedloom-server/signing.key:/fedloom/fedloom-server/signing.key:ro
       - ./fedloom-server/clients:/fedloom/fedloom-server/clients:ro
-      # When each client was last there, which provision list shows.
+      # When each client was last there, which provision list shows, and the runs that were submitted.
       - ./fedloom-server/seen:/fedloom/fedloom-server/seen
-      - ./recipe.toml:/fedloom/recipe.toml:ro
+      - ./fedloom-server/queue:/fedloom/fedloom-server/queue
+      - ./recipes:/fedloom/recipes:ro
       - ./data:/fedloom/data:ro
       - ./runs:/fedloom/runs
       - models:/models

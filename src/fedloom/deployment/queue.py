@@ -265,8 +265,8 @@ class Queue:
             DeploymentError: the folder is not there, is another user's, or another process does not let go of it.
         """
         try:
-            # Root's files in it the server could not read.
-            if self.server.stat().st_uid != os.geteuid():
+            # Root's files in it the server could not read. In a container the queue alone is the server's.
+            if (self.folder if self.folder.is_dir() else self.server).stat().st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, "it is another user's")
             self.folder.mkdir(mode=0o700, exist_ok=True)
             lock = self._lock(time.monotonic() + PATIENCE_SECONDS)

@@ -83,8 +83,10 @@ class Notice(Observer):
         self._threads.clear()
 
     def _tell(self, state: str, why: str) -> None:
-        # Beside the run, which does not wait for it.
-        thread = threading.Thread(target=self._run, args=(facts_of(self._board, state, why),), name="fedloom notify")
+        # Beside the run, which does not wait for it; one after another, since the last word stays.
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        facts = facts_of(self._board, state, why)
+        thread = threading.Thread(target=self._run, args=(facts, self._threads[-1:]), name="fedloom notify")
         try:
             thread.start()
         except RuntimeError:
@@ -92,7 +94,9 @@ class Notice(Observer):
             return
         self._threads.append(thread)
 
-    def _run(self, facts: Mapping[str, str]) -> None:
+    def _run(self, facts: Mapping[str, str], before: Sequence[threading.Thread]) -> None:
+        for thread in before:
+            thread.join()
         try:
             process = subprocess.Popen(
                 self._command,
@@ -126,13 +130,21 @@ def facts_of(board: Board, state: str, why: str = "") -> dict[str, str]:
         "WHY": hide_secrets(why) or None,
         "COMMAND": work.command,
         "RUN": board.folder and str(board.folder.absolute()),
-        "NAME": board.plan and board.plan.name,
+        "NAME": board.plan.name if board.plan else _queued_name(board),
         "ROUND": last and last["round"],
         "ROUNDS": work.rounds,
         "EPSILON": board.spent,
         **losses,
     }
     return {f"FEDLOOM_{key}": _cut(show_controls(str(value))) for key, value in facts.items() if value is not None}
+
+
+def _queued_name(board: Board) -> str | None:
+    """Return the name of a service's run that has no plan yet."""
+    at_work = [
+        run for run in board.queue if run["state"] in ("running", "stopping") and run["run"] == str(board.folder)
+    ]
+    return at_work[-1]["name"] if at_work else None
 
 
 def _cut(text: str) -> str:
