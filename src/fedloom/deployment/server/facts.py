@@ -1,4 +1,4 @@
-"""What clients say of themselves when they enrol, held to the recipe; and which recipes branches can take part in.
+"""Facts that clients tell when they enrol, held to the recipe; and the recipes in which branches can take part.
 
 A branch is a server to clients of its own, and answers for them as one client: with their mean, and sums.
 """
