@@ -141,7 +141,7 @@ def test_two_branches_of_three_clients_make_the_adapter_of_six_up_to_rounding(
     assert (weights_of(tree, "round-1") - first).abs().max() <= 3 * 2.0**-24 * first.abs().max()
     # From there clients train: an optimizer's step is as long where a gradient is next to nothing.
     moved = (weights_of(flat) - weights_of(flat, "initial")).abs().max()
-    assert (weights_of(tree) - weights_of(flat)).abs().max() < 1e-4 * moved
+    assert (weights_of(tree) - weights_of(flat)).abs().max() < 1e-3 * moved
     # What every client was asked, whoever asked it: its number is part of every random draw.
     numbers = [
         (name, frame.manifest["client"]) for one in branches.values() for name, frame in asked_to(one.link, "train")
@@ -159,6 +159,27 @@ def test_two_branches_of_three_clients_make_the_adapter_of_six_up_to_rounding(
     assert "client-" not in told
     assert {name for name, _ in above.answered} == {"a", "b"}
     assert [line for line in branches["a"].lines.said if line.startswith(("lost", "refused"))] == []
+
+
+@pytest.mark.long
+def test_with_the_cap_of_a_server_two_branches_count_alike_which_its_plan_says(
+    documents: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """And so the tree is another than the flat run, by far more than by rounding."""
+    one = {"federation": {"rounds": 1}}
+    held = [*documents.items()]
+    branches = {
+        "a": grow("a", dict(held[:2]), tmp_path, **one),
+        "b": grow("b", dict(held[2:]), tmp_path, 2, **one),
+    }
+    capped = recipe(2, federation={"rounds": 1, "max_share": None})
+    tree = serve_here(capped, link_to(branches, tmp_path), tmp_path / "tree")
+    flat = serve_flat(documents, tmp_path, **one)
+    assert [*tree.plan["shares"].values()] == [0.5, 0.5]
+    assert list(tree.plan["capped"]) == ["b"]
+    moved = (weights_of(flat) - weights_of(flat, "initial")).abs().max()
+    off = (weights_of(tree) - weights_of(flat)).abs().max() / moved
+    assert off > 0.05
 
 
 def limited(rounds: int) -> dict[str, Policy]:
