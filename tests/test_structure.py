@@ -45,8 +45,9 @@ DEPLOYMENT = (
     ("messages", "backup"),
     ("own_messages",),
     ("server", "client"),
+    ("branching",),
 )
-"""The same inside `deployment`: what both sides share, and then each side."""
+"""The same inside `deployment`: what both sides share, then each side, and last what is both."""
 
 BARE = ("model", "adapters", "training", "evaluation")
 """Rooms that also run on a bare GPU machine: nothing beyond torch, transformers, PEFT and what those need."""
@@ -78,6 +79,9 @@ TAKES_A_RECIPE = {
     "deployment.client.client_model": "it wires a client's part of a run",
     "deployment.client.documents": "it wires a client's part of a run",
     "deployment.client.shared_base": "it wires a client's part of a run",
+    "deployment.branching": "it wires a branch of two sides",
+    "deployment.server.answering": "it wires the server's part of a branch",
+    "deployment.server.facts": "the recipe is what clients are held to",
     "deployment.server.serving": "it wires the server's part of a run",
     "deployment.server.ground": "it wires the server's part of a run",
     "deployment.server.service": "the recipe is what is submitted",

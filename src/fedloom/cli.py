@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +19,6 @@ from fedloom import run_options as seen
 from fedloom.errors import FedloomError
 from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
-from fedloom.host.signals import Terminated
 from fedloom.model_commands import chat, convert, evaluate, export, generate, node, preview, push
 from fedloom.provision_commands import provision
 from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder
@@ -38,7 +35,7 @@ app = typer.Typer(
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """Error that typer raises for a command that it can't make sense of; it keeps the class itself private."""
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -77,7 +74,7 @@ def run(
     out, recipe = seen.find_resumed(recipe, out, resume=resume, command="run")
     loaded = open_recipe(recipe, overrides or (), say)
     asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
-    with told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
+    with seen.told_when_terminated(), seen.observed("fedloom run", out, say, asked) as observers:
         with quick_imports():
             from fedloom.experiment.clients import LocalClients
             from fedloom.experiment.run import run
@@ -134,7 +131,7 @@ def serve(
     security = None if insecure else open_server(server)
     asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
     watched = out if loaded else server
-    with told_when_terminated(), seen.observed("fedloom serve", watched, say, asked) as observers:
+    with seen.told_when_terminated(), seen.observed("fedloom serve", watched, say, asked) as observers:
         if loaded is None:
             from fedloom.deployment.server.service import serve_queue
 
@@ -173,7 +170,7 @@ def join(
     hide_arguments()
 
     asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
-    with told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
+    with seen.told_when_terminated(), seen.observed("fedloom join", None, say, asked) as observers:
         own = {"text": text, "columns": tuple(columns) if columns else None, "files": files, "hidden": hidden}
         members = owner.read_members(kits, data, policy, journal, keep, tasks, own)
         for member in members:
@@ -181,6 +178,7 @@ def join(
         join(members, seen.saying_to(observers, say))
 
 
+app.command()(owner.branch)
 app.command()(owner.preflight)
 app.command()(owner.journal)
 app.command()(owner.audit)
@@ -361,15 +359,6 @@ def say(what: str, detail: str) -> None:
     typer.echo(show_controls(f"{what:<10}{detail}"))
 
 
-@contextmanager
-def told_when_terminated() -> Iterator[None]:
-    """SIGTERM has an exit code of its own."""
-    try:
-        yield
-    except Terminated:
-        raise typer.Exit(TERMINATED) from None
-
-
 def main() -> None:
     """Entry point of the command."""
     for stream in (sys.stdout, sys.stderr):
@@ -384,6 +373,6 @@ def main() -> None:
     except FedloomError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (INTERRUPTED, seen.TERMINATED):
         print("interrupted", file=sys.stderr)
     sys.exit(code)

@@ -1,7 +1,8 @@
-"""Commands and options of the command line for a client's owner. Heavy imports only inside."""
+"""Commands and options of the command line for whoever is a client. Heavy imports only inside."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -10,6 +11,16 @@ import typer
 
 from fedloom.host.files import path
 from fedloom.host.machine import Finding
+from fedloom.run_options import (
+    Asked,
+    LogFile,
+    LogFormat,
+    NotifyCommand,
+    Overrides,
+    RecipeName,
+    observed,
+    told_when_terminated,
+)
 from fedloom.text import count, show_controls
 
 if TYPE_CHECKING:
@@ -164,6 +175,59 @@ def _pair(option: str, given: Sequence[Given] | None, kits: int, *, for_all: boo
     return [*given]
 
 
+def branch(
+    kit: Annotated[Path, typer.Argument(parser=path, metavar="KIT", help="The file that the owner above sent.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    server: Annotated[
+        Path, typer.Option(parser=path, help="What provision init made, for this branch's clients.")
+    ] = Path("fedloom-server"),
+    first_client: Annotated[
+        int,
+        typer.Option(min=0, help="Number of this branch's first client: with one of its own, no two draw alike."),
+    ] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
+    ] = False,
+    fingerprint: ServerFingerprint = None,
+    log_file: LogFile = None,
+    log_format: LogFormat = None,
+    notify: NotifyCommand = None,
+) -> None:
+    """Take part in the runs of a server above with clients of this server's, as one client: a branch of a tree.
+
+    The recipe is that of the server above, but for data.clients: what it says of a server's limits and deadline holds
+    here for this branch's clients.
+    """
+    from fedloom.deployment.processes import hide_arguments
+
+    hide_arguments()
+    from fedloom.experiment.recognition import open_recipe
+
+    asked = Asked(log_file=log_file, log_format=log_format, notify=notify)
+    with told_when_terminated(), observed("fedloom branch", None, _say, asked) as observers:
+        loaded = open_recipe(recipe, overrides or (), _say)
+        from fedloom.deployment.branching import branch
+        from fedloom.deployment.client.first_use import confirm_server
+        from fedloom.deployment.client.joining import read_kit
+        from fedloom.deployment.keys import open_server
+
+        above = read_kit(kit)
+        security = None if insecure else open_server(server)
+        confirm_server(above, fingerprint, input if sys.stdin.isatty() else None, _say)
+        branch(
+            above,
+            loaded,
+            port=port,
+            security=security,
+            wait_seconds=wait,
+            first_client=first_client,
+            observers=observers,
+        )
+
+
 def preflight(
     kit: KitFile,
     recipe: Annotated[
@@ -243,3 +307,7 @@ def show_findings(findings: Iterable[Finding], word: str) -> None:
         well = well and finding.well
     if not well:
         raise typer.Exit(1)
+
+
+def _say(what: str, detail: str) -> None:
+    typer.echo(show_controls(f"{what:<10}{detail}"))

@@ -12,6 +12,7 @@ import typer
 from fedloom.deployment.addresses import split_address
 from fedloom.errors import RunError
 from fedloom.host.files import path
+from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer, Observers, describe_end
 from fedloom.progress import Say
 
@@ -67,6 +68,9 @@ NotifyCommand = Annotated[
     ),
 ]
 
+TERMINATED = 143
+"""Exit code of a command that SIGTERM ended."""
+
 
 class Asked(NamedTuple):
     """Options of who watches, as they were given."""
@@ -118,6 +122,15 @@ def observed(command: str, out: Path | None, say: Say, asked: Asked) -> Iterator
         except BaseException as error:
             Observers(*observers).show_failure(*describe_end(error))
             raise
+
+
+@contextmanager
+def told_when_terminated() -> Iterator[None]:
+    """SIGTERM has an exit code of its own."""
+    try:
+        yield
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
 
 
 def saying_to(observers: Sequence[Observer], say: Say) -> Say:

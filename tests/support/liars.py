@@ -16,8 +16,8 @@ import numpy as np
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.messages import COUNTS, hide_documents, pack_adapter, pack_recipe, pack_task, pack_update
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
+from fedloom.deployment.server.facts import check_facts
 from fedloom.deployment.server.remote_fleet import RemoteFleet
-from fedloom.deployment.server.serving import check_facts
 from fedloom.experiment.building import load_adapted_model
 from fedloom.host.frames import Frame
 from fedloom.model.source import open_model

@@ -33,6 +33,8 @@ from fedloom.progress import Phase
 DOCUMENTS, TOKENS, QUESTIONS_OF_A_TASK = 10**12, 10**15, 10**9
 TASKS, TASK_LETTERS = 100, 100
 """Tasks of a client's own that can be told of, and the letters of their names."""
+MEASURES = ("examples", "tokens")
+"""Measures of clients' weights that add up over them."""
 LARGE = 1e18
 """Limit of measured numbers: beyond it is nothing that a client can have measured."""
 SECONDS = 1e9
@@ -214,6 +216,13 @@ ANSWERS: dict[str, Record] = {
                 False,
                 policy="privacy",
             ),
+            Field(
+                "weighs",
+                Word(MEASURES),
+                "of a branch, which answers for clients of its own: the measure by which it weighs them, which must be"
+                " the server's",
+                False,
+            ),
             PROGRESS,
         )
     ),
@@ -280,6 +289,7 @@ REFUSALS = {
     "question": "it can't read the question, or a task is not as its recipe says: use the same version on both sides",
     "memory": "it has too little memory",
     "training": "its training came to no finite number",
+    "clients": "it is a branch, and too few of its own clients answered",
     "late": "it gave up, because the time for an answer was over, or its clock is ahead of this machine's",
     "journal": "it can't keep its journal or its secret, or it can't keep or find what is its own of an adapter",
     "internal": "it failed in a way that was not foreseen",

@@ -266,6 +266,8 @@ class ClientFacts:
     """Tasks of its own that it may be asked, and tells counts of."""
     noise_multiplier: float | None = None
     """Noise that it takes in a private run, in units of `privacy.max_norm`."""
+    weighs: str | None = None
+    """Measure by which a branch weighs clients of its own; None of who has none."""
 
 
 COUNTS = tuple(one.name for one in ANSWERS["meet"].fields if isinstance(one.kind, Count))
@@ -274,7 +276,8 @@ COUNTS = tuple(one.name for one in ANSWERS["meet"].fields if isinstance(one.kind
 
 def pack_facts(facts: ClientFacts) -> Frame:
     """Write what a client tells of itself."""
-    return Frame(asdict(facts))
+    told = asdict(facts)
+    return Frame({name: told[name] for name in told if name != "weighs" or facts.weighs})
 
 
 def unpack_facts(answer: Frame, *, private: bool = False) -> ClientFacts:

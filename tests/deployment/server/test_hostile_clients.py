@@ -34,8 +34,9 @@ from fedloom.deployment.flower import apps
 from fedloom.deployment.messages import pack_recipe
 from fedloom.deployment.server import exchange
 from fedloom.deployment.server.exchange import Answer, Exchange, Node
+from fedloom.deployment.server.facts import check_facts
 from fedloom.deployment.server.remote_fleet import RemoteFleet
-from fedloom.deployment.server.serving import check_facts, with_limits
+from fedloom.deployment.server.serving import with_limits
 from fedloom.deployment.server.superlink import read_answer
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.aggregation import STRATEGIES

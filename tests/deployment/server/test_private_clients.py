@@ -8,7 +8,7 @@ from support.liars import Lie, LyingClient, facts_of
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.deployment.messages import hide_documents, unpack_facts
-from fedloom.deployment.server.serving import check_facts
+from fedloom.deployment.server.facts import check_facts
 from fedloom.errors import DeploymentError, MessageError
 from fedloom.federation.fleet import ClientPreview
 from fedloom.host.frames import Frame

@@ -258,7 +258,7 @@ def join(members: Sequence[Member], say: Callable[[str, str], object]) -> None:
             refused_keys = {}
             for one, home in zip(members, homes, strict=True):
                 what = "SuperNode" if len(members) == 1 else f"SuperNode of {one.kit.name}"
-                children[what] = node = _start_node(one.kit, home)
+                children[what] = node = start_node(one.kit, home)
                 assert node.log, "it has one"
                 refused_keys[what] = RefusedKey(one.kit.name, node.log, greet, say)
                 say("joining", f"{kit.server} as {one.kit.name}")
@@ -339,8 +339,11 @@ def _worker_words(one: Member, home: Path) -> list[str]:
     return [f"--{key}={options[key]}" for key in options]
 
 
-def _start_node(kit: Kit, home: Path) -> Child:
-    """Start a client's SuperNode, with what carries out its messages, in the client's folder."""
+def start_node(kit: Kit, home: Path) -> Child:
+    """Start a client's SuperNode, with what carries out its messages, in the client's folder.
+
+    Questions come at the socket `WORKER_SOCKET` there.
+    """
     secret = write_secret(home)
     node = ["--superlink", kit.server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
     if kit.key:

@@ -91,7 +91,9 @@ class Exchange:
         `check_facts` raises MessageError for a client that may not take part with what it says it has.
         """
         self._transport, self.say, self._show_clients = transport, say, show_clients
-        self._recipe, self._seconds, self._check_facts = recipe, deadline_seconds, check_facts
+        self.recipe, self._check_facts = recipe, check_facts
+        self.seconds = deadline_seconds
+        """Seconds that clients have to answer what they are asked from now on."""
         self.private = "privacy" in recipe
         """True where clients tell nothing of their documents but noised weights."""
         self.facts: dict[str, ClientFacts] = {}
@@ -119,11 +121,7 @@ class Exchange:
         until = time.monotonic() + seconds
         self._places = frozenset(known) if known else None
         while len(there := sorted(self._places_of(self.facts.keys() & self._present.keys()))) < clients:
-            try:
-                self._attend()
-                self._look({})
-            except OSError:
-                self._reopen()
+            self.attend()
             if time.monotonic() > until:
                 refused = "".join(f"; {name or 'a client'} refused: {why}" for name, why in self.refused.items())
                 raise DeploymentError(
@@ -136,6 +134,14 @@ class Exchange:
         self._places = frozenset(there[:clients])
         return there[:clients]
 
+    def attend(self) -> None:
+        """Look who is there and who they are, while nothing is asked."""
+        try:
+            self._attend()
+            self._look({})
+        except OSError:
+            self._reopen()
+
     def _places_of(self, names: Collection[str]) -> Collection[str]:
         return names if self._places is None else [name for name in names if name in self._places]
 
@@ -147,7 +153,7 @@ class Exchange:
         waiting = {
             name: replace(
                 frame,
-                manifest={**frame.manifest, "recipe": self._recipe, "documents": self.facts[name].documents},
+                manifest={**frame.manifest, "recipe": self.recipe, "documents": self.facts[name].documents},
             )
             for name, frame in questions.items()
         }
@@ -155,7 +161,7 @@ class Exchange:
         sent: dict[str, Node] = {}
         rested: dict[str, float] = {}
         tries = dict.fromkeys(waiting, 0)
-        until = time.monotonic() + self._seconds
+        until = time.monotonic() + self.seconds
         first_look = True
         while waiting:
             try:
@@ -199,7 +205,7 @@ class Exchange:
             elif time.monotonic() > until:
                 for name in waiting:
                     self._show(name, "late" if name in self._present else "gone")
-                    yield name, f"no answer within {format_seconds(self._seconds)}: what comes later is refused"
+                    yield name, f"no answer within {format_seconds(self.seconds)}: what comes later is refused"
                 return
             elif answer is None:
                 time.sleep(POLL_SECONDS)
@@ -219,8 +225,8 @@ class Exchange:
                     self.say("later", f"{node.name} has no place in this run, whose clients are there: in the next one")
                 continue
             if node not in self._names and node not in self._meeting.values():
-                question = ask_within(Frame({"do": "meet", "recipe": self._recipe}), self._seconds)
-                self._meeting[self._transport.send(node, question, self._seconds)] = node
+                question = ask_within(Frame({"do": "meet", "recipe": self.recipe}), self.seconds)
+                self._meeting[self._transport.send(node, question, self.seconds)] = node
                 if node.name:
                     self._show(node.name, "loading")
         before = set(self._present)
@@ -268,7 +274,8 @@ class Exchange:
         held = f"{count(facts.train_documents, 'document')}, {count(facts.blocks, 'block')}"
         if facts.noise_multiplier is not None:  # a document each, or all of one value of a column
             held = f"{count(facts.blocks, 'unit')}, a noise multiplier of {facts.noise_multiplier:.3g}"
-        self.say("client", f"{name}: {held}{own}")
+        below = ", which clients of its own hold" if facts.weighs else ""
+        self.say("client", f"{name}: {held}{own}{below}")
 
     def _show(self, name: str, phase: ClientPhase) -> None:
         if self._phases.get(name) != phase:

@@ -41,7 +41,7 @@ class RemoteFleet:
 
     exchange: Exchange
     names: Sequence[str]
-    """Names of the clients; a client's number is its place here."""
+    """Names of the clients, in the order of their numbers."""
     federation: Federation
     scored_clients: Collection[int]
     """Clients on whose hold-outs adapters are scored."""
@@ -50,10 +50,14 @@ class RemoteFleet:
     watch: Watch = ignore
     counted_width: int | None = None
     """Positions of each block that count, where padding does; None where real tokens alone count."""
+    first_client: int = 0
+    """Number of the first client; the others' follow."""
 
     def __post_init__(self) -> None:
         facts = self.exchange.facts
-        self.clients: Sequence[int] = [client for client, name in enumerate(self.names) if facts[name].blocks]
+        self.named = dict(enumerate(self.names, self.first_client))
+        """Names of the clients by their numbers."""
+        self.clients: Sequence[int] = [client for client, name in self.named.items() if facts[name].blocks]
         self.optimizer_states: dict[int, OptimizerState] = {}
         """States of optimizers between rounds: always empty, for clients keep their own."""
         self.own_parts: dict[int, Tensor] = {}
@@ -64,7 +68,7 @@ class RemoteFleet:
     @property
     def sizes(self) -> dict[int, ClientSize]:
         """Amount of data that each client said it has, when it enrolled."""
-        facts = {client: self.exchange.facts[self.names[client]] for client in self.clients}
+        facts = {client: self.exchange.facts[self.named[client]] for client in self.clients}
         return {client: ClientSize(told.blocks, told.tokens) for client, told in facts.items()}
 
     def restore(
@@ -81,7 +85,7 @@ class RemoteFleet:
 
         The clients train while this waits for previews. All that comes after them is read from the disk.
         """
-        waiting = {self.names[task.client]: task for task in tasks}
+        waiting = {self.named[task.client]: task for task in tasks}
         lost: dict[str, ClientFailure] = {}
         with Spool[str](self.folder) as spool:
             for _ in range(DEADLINES):
@@ -107,7 +111,7 @@ class RemoteFleet:
                 waiting = {name: waiting[name] for name in lost}
             # Sums of floats depend on their order: in that of the tasks they are those of a run on one machine.
             for task in tasks:
-                name = self.names[task.client]
+                name = self.named[task.client]
                 if name in lost:
                     yield lost[name]
                     continue
@@ -131,14 +135,14 @@ class RemoteFleet:
         found = self._ask_each(dict.fromkeys(self.scored_clients, frame), read)
         for client, why in found.items():
             if isinstance(why, MessageError):
-                self.exchange.say("unscored", f"{self.names[client]}: {why}")
+                self.exchange.say("unscored", f"{self.named[client]}: {why}")
         self.scores = {client: score for client, score in found.items() if isinstance(score, Score)}
         return self.scores
 
     @property
     def examined(self) -> Sequence[int]:
         """Ids of the clients whose owners hold tasks of their own."""
-        return [client for client, name in enumerate(self.names) if self.exchange.facts[name].tasks]
+        return [client for client, name in self.named.items() if self.exchange.facts[name].tasks]
 
     def ask_tasks(self, adapter: Adapter, *, base: bool) -> dict[int, OwnAnswers]:
         """Have those clients ask an adapter their own tasks; who does not tell, or fails to, is said and left out."""
@@ -150,7 +154,7 @@ class RemoteFleet:
         found = self._ask_each(dict.fromkeys(self.examined, frame), read)
         for client, answers in found.items():
             if not isinstance(answers, OwnAnswers):
-                self.exchange.say("unasked", f"{self.names[client]}: {answers or 'its owner keeps the counts'}")
+                self.exchange.say("unasked", f"{self.named[client]}: {answers or 'its owner keeps the counts'}")
         return {client: answers for client, answers in found.items() if isinstance(answers, OwnAnswers)}
 
     def keep(self, adapter: Adapter, round: int) -> dict[int, KeptAdapter | MessageError]:
@@ -181,8 +185,8 @@ class RemoteFleet:
         self, questions: Mapping[int, Frame], read: Callable[[str, Frame], Found]
     ) -> dict[int, Found | MessageError]:
         """Ask clients, by their numbers, and return what is read of each answer, or why there is none."""
-        numbers = {self.names[client]: client for client in questions}
-        asked = {self.names[client]: self._with_own(client, frame) for client, frame in questions.items()}
+        numbers = {self.named[client]: client for client in questions}
+        asked = {self.named[client]: self._with_own(client, frame) for client, frame in questions.items()}
         found: dict[int, Found | MessageError] = {}
         for name, answer in self.exchange.ask(asked, self._missing):
             self._note(name, answer, asked[name].manifest["do"])
@@ -211,7 +215,7 @@ class RemoteFleet:
                 raise MessageError(found)
             return unpack_update(found, task, private=self.exchange.private)
         except MessageError as error:
-            where = {"round": task.round, "client": task.client, "stage": self.names[task.client]}
+            where = {"round": task.round, "client": task.client, "stage": self.named[task.client]}
             return ClientFailure(task.client, TrainingError(str(error), **where))  # type: ignore[arg-type]
 
     def _note(self, name: str, found: Frame | str, do: str) -> None:

@@ -15,14 +15,15 @@ from fedloom.deployment.messages import ClientFacts, pack_recipe
 from fedloom.deployment.own_messages import KeptAdapter
 from fedloom.deployment.processes import check_flower, free_port, private_folder
 from fedloom.deployment.server.exchange import Exchange
-from fedloom.deployment.server.ground import describe_room, lay_ground
+from fedloom.deployment.server.facts import check_facts, terms_of
+from fedloom.deployment.server.ground import Ground, describe_room, lay_ground
 from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, MessageError, RecipeError
 from fedloom.experiment.preparation import Prepared, check_cohort, choose_scored_clients, name_ways
 from fedloom.experiment.preview import describe_learning
-from fedloom.experiment.private import promise, set_client_terms
+from fedloom.experiment.private import promise
 from fedloom.experiment.run import run
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.trial import Trial
@@ -36,7 +37,6 @@ from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
-from fedloom.privacy.ration import Terms
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.training_section import Training
@@ -45,8 +45,6 @@ from fedloom.records.run import Run, has_plan, read_run
 from fedloom.records.writer import default_folder
 
 WAIT_SECONDS = 600.0
-NOISE_ALIKE = 1e-3
-"""Share by which the noise of two machines may differ for the same recipe and documents."""
 
 
 def serve(
@@ -167,28 +165,40 @@ def with_limits(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"federation": section.model_copy(update=lacking)})
 
 
-def check_facts(recipe: Recipe, facts: ClientFacts) -> None:
-    """Refuse a client that says it has more than may be, more tokens than its blocks can hold, or too little noise.
+def gather(
+    link: SuperLink,
+    recipe: Recipe,
+    show: Observer,
+    check: Callable[[], object],
+    wait_seconds: float,
+    known: Sequence[str] = (),
+) -> tuple[Ground, Exchange, list[str]]:
+    """Lay the server's ground and wait for the clients; return it, the exchange with them, and their names in order.
+
+    The link is opened, if it is not open yet. `check` is called at every wait, and may end it.
 
     Raises:
-        MessageError
+        FedloomError: the data, the model or the clients can't be had.
     """
-    if (facts.noise_multiplier is not None) != (recipe.privacy is not None):
-        raise MessageError("it says that it takes noise where the recipe has none, or none where it has")
-    if recipe.privacy and facts.blocks:
-        try:
-            terms = _terms_of(recipe, facts)
-        except RecipeError as error:
-            raise MessageError(error.what, where=error.where) from None
-        # Two machines may find the least noise that keeps an ε with another last digit.
-        if terms.noise_multiplier > (1 + NOISE_ALIKE) * (facts.noise_multiplier or 0.0):
-            raise MessageError("it takes less noise than the recipe asks for")
-    most = recipe.federation.max_client_blocks
-    for blocks, tokens in ((facts.blocks, facts.tokens), (facts.holdout_blocks, facts.holdout_tokens)):
-        if most and blocks > most:
-            raise MessageError(f"it says it has {blocks:,} blocks, and federation.max_client_blocks is {most:,}")
-        if tokens > blocks * recipe.data.max_length:
-            raise MessageError(f"it says it has {tokens:,} tokens in {blocks:,} blocks of {recipe.data.max_length}")
+    ground = lay_ground(recipe, show.show_step)
+    if words := describe_room(ground.setup.payload_bytes, free_memory()):
+        show.show_step("memory", words)
+    link.watch(check)
+    if not link.is_open:
+        show.show_step("server", "starting Flower's SuperLink")
+        link.open()
+    source = ground.source
+    weights = source.weights.record if source.weights else {}
+    exchange = Exchange(
+        link,
+        pack_recipe(pin(recipe, {"model_revision": source.revision, "model_weights": weights})),
+        recipe.federation.round_deadline,
+        show.show_step,
+        show.show_clients,
+        partial(check_facts, recipe),
+    )
+    show.show_step("waiting", f"for {recipe.data.clients} clients")
+    return ground, exchange, exchange.assemble(recipe.data.clients, wait_seconds, known)
 
 
 class RemoteClients:
@@ -216,29 +226,15 @@ class RemoteClients:
         Raises:
             FedloomError: the data, the model or the clients can't be had.
         """
-        source, device, found, central, setup = lay_ground(recipe, watchers.show_step)
-        weights = source.weights.record if source.weights else {}
-        if words := describe_room(setup.payload_bytes, free_memory()):
-            watchers.show_step("memory", words)
 
         def check() -> None:
             watchers.check()
             self._check()
 
-        self._link.watch(check)
-        if not self._link.is_open:
-            watchers.show_step("server", "starting Flower's SuperLink")
-            self._link.open()
-        self._exchange = Exchange(
-            self._link,
-            pack_recipe(pin(recipe, {"model_revision": source.revision, "model_weights": weights})),
-            recipe.federation.round_deadline,
-            watchers.show_step,
-            watchers.show_clients,
-            partial(check_facts, recipe),
+        ground, self._exchange, self._names = gather(
+            self._link, recipe, watchers, check, self._wait_seconds, self._known
         )
-        watchers.show_step("waiting", f"for {recipe.data.clients} clients")
-        self._names = self._exchange.assemble(recipe.data.clients, self._wait_seconds, self._known)
+        source, device, found, central, setup = ground
         facts = [self._exchange.facts[name] for name in self._names]
         scored = choose_scored_clients([fact.holdout_blocks for fact in facts], recipe)
         if not len(central) and not scored:
@@ -250,7 +246,7 @@ class RemoteClients:
             evaluated_rounds=count_evaluated(recipe.federation.rounds, recipe.evaluation.every),
             model=source.name,
             model_revision=source.revision,
-            model_weights=weights,
+            model_weights=source.weights.record if source.weights else {},
             dtype=setup.dtype,
             device=str(device),
             engine=setup.engine,
@@ -280,7 +276,7 @@ class RemoteClients:
             ways=name_ways(recipe, setup),
         )
         if recipe.privacy:
-            terms = {client: _terms_of(recipe, fact) for client, fact in enumerate(facts) if fact.blocks}
+            terms = {client: terms_of(recipe, fact) for client, fact in enumerate(facts) if fact.blocks}
             plan = promise(plan, recipe, terms)
         unused = find_unused(recipe, plan, setup.shape)
         if any(fact.tasks for fact in facts):  # those of clients are asked in the rounds, too
@@ -344,11 +340,6 @@ def _describe_kept(kept: KeptAdapter | MessageError) -> dict[str, Any]:
     if isinstance(kept, MessageError):
         return {"error": str(kept)}
     return {} if kept.before is None or kept.after is None else {"global_loss": kept.before, "loss": kept.after}
-
-
-def _terms_of(recipe: Recipe, facts: ClientFacts) -> Terms:
-    """Return the terms of a client of a private run."""
-    return set_client_terms(recipe, facts.blocks, facts.noise_multiplier or 0.0)
 
 
 def _plan_client(facts: ClientFacts, training: Training) -> ClientPlan:
