@@ -6,48 +6,32 @@ from typing import Any
 import pytest
 import torch
 from support.little_memory import assert_same
+from support.tape import TapeGraph, record_on_a_processor
 from support.tiny import make_adapted, make_blocks, make_job, updates_of
-from torch import Tensor
 
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.training import batched, client_slots
+from fedloom.training import client_slots
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, recording_stream
 from fedloom.training.jobs import ClientJob, ClientResult, is_shortage
 from fedloom.training.reference import ReferenceEngine
-from fedloom.training.stacked_step import StepInputs
+from fedloom.training.stretches import Stretch
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class CantRecord:
+class CantRecord(TapeGraph):
     """Stands for a step that can't be recorded."""
 
-    def __init__(self, step: Any, device: torch.device) -> None:
-        self._step, self._steps = step, 0
-
-    def __call__(self, inputs: StepInputs) -> Tensor:
-        self._steps += 1
-        if self._steps > WARM_UP:
+    def __call__(self) -> None:
+        if self._steps == WARM_UP:
             raise NotRecordableError("it asks the GPU")
-        facts_3K: Tensor = self._step(inputs)
-        return facts_3K
+        super().__call__()
 
 
 def make_jobs(adapted: Any) -> list[ClientJob]:
     start = adapted.read()
     return [make_job(make_blocks(12, seed=client), start, client=client, epochs=2) for client in range(3)]
-
-
-def record_on_a_processor(monkeypatch: pytest.MonkeyPatch, graph: Any) -> None:
-    plain = ClientBatch.__init__
-
-    def begin(self: ClientBatch, *args: Any, records: bool = True, **named: Any) -> None:
-        plain(self, *args, records=records, fixed_shapes=True, **named)
-        self._records = records
-
-    monkeypatch.setattr(ClientBatch, "__init__", begin)
-    monkeypatch.setattr(batched, "StepGraph", graph)
 
 
 def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,27 +48,10 @@ def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytes
     assert told == [("graph", "none, each step is launched by itself: it asks the GPU")], "said once, tried once"
 
 
-class Replayed:
-    """Stands for a recording: reads its inputs where they were when it was made, and asks no generator."""
-
-    def __init__(self, step: Any, device: torch.device) -> None:
-        self._step, self._held = step, None
-
-    def __call__(self, inputs: StepInputs) -> Tensor:
-        self._held = self._held or inputs.each(torch.clone)
-        for held, given in zip(self._held, inputs, strict=True):
-            if held is not None and given is not None:
-                held.copy_(given)
-        before = torch.random.get_rng_state()
-        facts_3K: Tensor = self._step(self._held)
-        assert torch.equal(torch.random.get_rng_state(), before)
-        return facts_3K
-
-
 def test_a_recording_has_the_masks_of_steps_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted("tiny-gpt2", dtype="float64", dropout=0.3)
     jobs = make_jobs(adapted)
-    record_on_a_processor(monkeypatch, Replayed)
+    record_on_a_processor(monkeypatch)
     launching = BatchedEngine(adapted)
     launching._records = False
     expected = list(updates_of(launching.train(jobs)))
@@ -107,8 +74,7 @@ def test_clients_that_finish_leave_their_places_in_a_recording_empty(
     adapted = make_adapted(dtype="float64", dropout=0.3)
     jobs = make_uneven_jobs(adapted)
     expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
-    made: list[Replayed] = []
-    record_on_a_processor(monkeypatch, lambda *given: made.append(Replayed(*given)) or made[-1])
+    made = record_on_a_processor(monkeypatch)
     monkeypatch.setattr(client_slots, "RECORDING", steps_that_cost_as_much)
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
     assert len(made) == recordings
@@ -121,7 +87,7 @@ def test_who_takes_an_empty_place_is_what_he_would_be_alone(monkeypatch: pytest.
         for job in make_uneven_jobs(adapted)
     ]
     expected = list(updates_of(ReferenceEngine(adapted).train(jobs)))
-    record_on_a_processor(monkeypatch, Replayed)
+    record_on_a_processor(monkeypatch)
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
 
 
@@ -131,10 +97,11 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
     jobs = make_uneven_jobs(adapted)[::-1]  # the first to finish has the last place
     seen: list[bool] = []
 
-    class Looks(Replayed):
-        def __call__(self, inputs: StepInputs) -> Tensor:
-            seen.append(bool(self._step.weights_KP.isfinite().all()))
-            return super().__call__(inputs)
+    right = Stretch.launch
+
+    def look(self: Stretch) -> None:
+        seen.append(bool(self._step.weights_KP.isfinite().all()))
+        right(self)
 
     whole = ClientBatch._result
 
@@ -143,7 +110,8 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
         self._step.weights_KP[place] = torch.nan
         return result
 
-    record_on_a_processor(monkeypatch, Looks)
+    record_on_a_processor(monkeypatch)
+    monkeypatch.setattr(Stretch, "launch", look)
     monkeypatch.setattr(ClientBatch, "_result", spoil)
     results = list(BatchedEngine(adapted).train(jobs))
     assert len(results) == len(jobs)
@@ -151,13 +119,11 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_memory_that_runs_out_while_recording_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Short(CantRecord):
-        def __call__(self, inputs: StepInputs) -> Tensor:
-            if self._steps == WARM_UP and len(inputs.rates_K) > 1:
+    class Short(TapeGraph):
+        def __call__(self) -> None:
+            if self._steps == WARM_UP and len(self._step.__self__._facts_E3K[0, 0]) > 1:  # type: ignore[attr-defined]
                 raise RuntimeError("CUDA error: out of memory")
-            if self._steps == WARM_UP:
-                self._steps = 0
-            return super().__call__(inputs)
+            super().__call__()
 
     adapted = make_adapted(dtype="float64")
     jobs = make_jobs(adapted)

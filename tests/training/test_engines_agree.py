@@ -31,7 +31,7 @@ from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
-from fedloom.training import batched, client_slots, reference
+from fedloom.training import batched, client_slots, reference, stretches
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
 from fedloom.training.objective import count_targets
@@ -488,7 +488,7 @@ def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
     theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
     monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
-    monkeypatch.setattr(batched, "READ_EVERY", 5)
+    monkeypatch.setattr(stretches, "STRETCH", 5)
     ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=2)
     assert_agree(ours, theirs, start, "float64")
 

@@ -34,6 +34,7 @@ from fedloom.training.memory import (
     trace_scoring,
     trace_step,
 )
+from fedloom.training.stretches import STRETCH
 
 CPU = torch.device("cpu")
 LENGTH = 32
@@ -75,6 +76,30 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
         crew.step()
     traced = trace_step(build(shape, dtype=dtype, dropout=0.1, attention=attention), training, clients, LENGTH, CPU)
     assert traced == pytest.approx(live.peak, rel=0.03)
+
+
+def test_what_a_gpu_is_sent_for_a_stretch_is_in_the_trace() -> None:
+    adapted, length = make_adapted("tiny-llama"), 16
+    full = TokenBlocks(
+        torch.arange(100 * length).view(100, length) % 250,
+        torch.full((100,), length),
+        torch.ones(100, length, dtype=torch.bool),
+    )
+    jobs = [make_job(full, adapted.read(), client=client, batch_size=1, epochs=1) for client in range(2)]
+    with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), jobs[0].adapter.weights_P]) as live:
+        crew = ClientBatch(adapted, Stack(adapted), jobs, fixed_shapes=True)
+        for job in jobs:
+            crew.admit(job)
+        crew.step()
+    training = make_recipe(training={"batch_size": 1}).training
+    traced, without = (
+        trace_step(build("tiny-llama"), training, 2, length, CPU, fixed=fixed) for fixed in (True, False)
+    )
+    sent = STRETCH * (2 * length * (8 + 8 + 4) + 2 * 8 * 3)
+    assert traced - without == pytest.approx(sent, rel=0.1)
+    # Beside what is on the device, the processor writes to two rooms as large, and holds its batches.
+    assert live.peak - 2 * sent == pytest.approx(traced, rel=0.3)
+    assert live.peak - 2 * sent > traced - sent / 2
 
 
 @pytest.mark.parametrize("share", [0.5, 0.86])

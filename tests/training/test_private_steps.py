@@ -258,7 +258,7 @@ def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: 
 
 
 def test_masks_by_a_documents_place_in_the_batch_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_place(self: ClientBatch, batches: Any, sequences: int, number: int) -> Tensor:
+    def by_place(self: ClientBatch, batches: Any, sequences: int, *others: int) -> Tensor:
         return sequence_keys([1], [0], [0], sequences)
 
     monkeypatch.setattr(ClientBatch, "_dropout_keys", by_place)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class AdaptedModel:
                 value.requires_grad_(False)
         self._rooms = make_room_for_residuals(self.model) if residuals else {}
         self._residual: Residual | None = None
+        self.give_back: Callable[[], bool] = lambda: False
+        """Gives back memory that an engine keeps for its next round; False where there is none. For who runs short."""
         self.is_base = False
         """True inside `as_base`."""
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
@@ -159,6 +161,12 @@ class AdaptedModel:
         The base has every other adapter inside it.
         """
         return self.model if self.has_prompt else self.base
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that the model computes with, of a residual too."""
+        factors = (factor for room in self._rooms.values() for factor in room.factors or ())
+        return [*self.model.parameters(), *self.model.buffers(), *factors]
 
     @property
     def num_parameters(self) -> int:

@@ -89,7 +89,7 @@ class ResidualLayer(nn.Module):
         super().__init__()
         self.frozen = frozen
         self.scaling = scaling
-        self._factors: tuple[Tensor, Tensor] | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -99,14 +99,14 @@ class ResidualLayer(nn.Module):
 
     def load(self, factors: tuple[Tensor, Tensor] | None, device: torch.device) -> None:
         """Add the product of B [O, S] and A [S, I] from now on, computed on this device; None adds nothing."""
-        self._factors = None if factors is None else tuple(factor.to(device) for factor in factors)  # type: ignore[assignment]
+        self.factors = None if factors is None else tuple(factor.to(device) for factor in factors)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + s·B_r A_r x, [..., O], in the dtype of the frozen layer's result."""
         result: Tensor = self.frozen(x)
-        if self._factors is None:
+        if self.factors is None:
             return result
-        b_OS, a_SI = self._factors
+        b_OS, a_SI = self.factors
         return (result + self.scaling * (x.to(a_SI.dtype) @ a_SI.mT) @ b_OS.mT).to(result.dtype)
 
 

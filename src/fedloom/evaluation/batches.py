@@ -59,7 +59,8 @@ def in_batches(
     """Yield the numbers of a batch's blocks, and what `score` finds of them by both, until all blocks are scored.
 
     The model is as it is now, without dropout. A batch has the tokens of `batch_size` blocks of full width, or more on
-    a GPU. Where memory runs out in a batch, it and those after it are halved; `lower` is told their tokens.
+    a GPU. Where memory runs out in a batch, it is tried again without what an engine keeps for its next round; then it
+    and those after it are halved, and `lower` is told their tokens.
 
     Raises:
         ModelError: memory runs out with a single block.
@@ -109,6 +110,8 @@ def in_lanes(
             found = []
         # Not in the handler above: the error that it holds keeps the memory of what was under way.
         if not found:
+            if adapted.give_back():
+                continue
             fewer = halve(num_blocks, adapted.device, "score a single block", mend="lower data.max_length")
             size, width = (max(sizes) for sizes in zip(*(batch.tokens_BT.shape for batch in batches), strict=True))
             width = width_for(width, widest, adapted.device)

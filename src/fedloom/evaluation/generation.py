@@ -206,6 +206,8 @@ def _write(
             written = []
         # Not in the handler above: the error that it holds keeps the memory of what was under way.
         if not written:
+            if adapted.give_back():
+                continue
             size = halve(len(taken), adapted.device, "answer a single prompt", mend="shorten it, or write less")
             continue
         answers = iter(_answer(tokens, batch, writing, tokenizer) for tokens in written)

@@ -147,6 +147,8 @@ def run_harness(
         without_git = patch.object(evaluator, "get_git_commit_hash", lambda: None)
         with _as_it_was(), with_masks(adapted.base), torch.inference_mode(), _explained(tasks), without_git:
             adapted.model.eval()
+            # Whoever tries how much fits, it is not us.
+            adapted.give_back()
             model = HFLM(adapted.outer, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
             found = evaluator.simple_evaluate(
                 model, tasks=list(tasks), task_manager=manager, num_fewshot=examples, limit=limit,

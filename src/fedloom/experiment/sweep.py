@@ -43,8 +43,8 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import SWEEP, RoundRecord, Run, flatten, judged_loss, read_run
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
-from fedloom.training.batched import OF_ALL_CLIENTS
 from fedloom.training.engines import choose_engine
+from fedloom.training.jobs import OF_ALL_CLIENTS
 from fedloom.training.memory import StepMemory
 
 

@@ -10,7 +10,7 @@ Letters: K clients at once, B sequences of a client, T tokens, M positions of a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -23,8 +23,19 @@ from fedloom.data.tokens import IGNORED, Batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
-from fedloom.training.client_slots import NOTHING, ClientSlot, Room, count_tokens, own_tokens, pad_together, room_for
-from fedloom.training.cuda_graph import NotRecordableError, StepGraph
+from fedloom.training.client_slots import (
+    NOTHING,
+    ClientSlot,
+    Room,
+    Taken,
+    choose_positions,
+    count_tokens,
+    draw_noise,
+    own_tokens,
+    pad_together,
+    room_for,
+    targets_of_each,
+)
 from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.dropping import why_no_kernel
 from fedloom.training.jobs import (
@@ -34,24 +45,17 @@ from fedloom.training.jobs import (
     ClientResult,
     ClientUpdate,
     WorkLog,
+    can_share_a_step,
     is_shortage,
+    kind_of_step,
     too_large,
 )
 from fedloom.training.objective import count_targets, find_real, next_token_targets
-from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
+from fedloom.training.stacked_step import StackedStep, StepInputs
+from fedloom.training.stretches import Stretches
 
 READ_EVERY = 16
-"""Steps between two looks at a GPU's results: each look waits until the GPU has done everything it was told."""
-OF_ALL_CLIENTS = (
-    "clients_at_once",
-    "gradient_checkpointing",
-    "cuda_graph",
-    "optimizer",
-    "gradient_accumulation",
-    "weight_decay",
-    "max_gradient_norm",
-)
-"""Settings of `Training` that a step has once; the others are each client's own."""
+"""Steps between two looks at a GPU's results where it is told each by itself: a look waits for all that it was told."""
 
 
 class BatchedEngine:
@@ -64,6 +68,9 @@ class BatchedEngine:
     def __init__(self, adapted: AdaptedModel, watch: Watch = ignore, say: Say = say_nothing) -> None:
         self._adapted, self._watch, self._say = adapted, watch, say
         self._stack = Stack(adapted)
+        self._batch: ClientBatch | None = None
+        """The clients under way; once they have finished, the place of the next ones, if those are alike."""
+        adapted.give_back = self.give_back
         self.lowered_to: int | None = None
         """Clients that train at once since memory ran out; None where it never did."""
         self._records = True
@@ -83,7 +90,7 @@ class BatchedEngine:
             at_once = min(len(waiting), asked, self.lowered_to or asked)
             batch: ClientBatch | None = None
             try:
-                batch = ClientBatch(self._adapted, self._stack, jobs, at_once, records=self._records)
+                batch = self._open_batch(jobs, at_once)
                 # A job is always in one place: it waits, it has a slot, or its result was yielded. So whatever is
                 # interrupted here can begin again.
                 while waiting or batch.slots:
@@ -102,7 +109,9 @@ class BatchedEngine:
                         self._watch(Progress("train", count_tokens(taken), samples, job.round, job.client))
                     yield from batch.retire()
                 # What the last ones held is not needed beside what comes next, an evaluation say.
-                self._stack.let_go()
+                if not batch.is_kept:
+                    self._batch = None
+                    self._stack.let_go()
                 return
             except SHORT as error:
                 if not is_shortage(error):
@@ -110,7 +119,7 @@ class BatchedEngine:
                 waiting.extendleft(slot.job for slot in reversed(batch.slots if batch else []))
                 failure = too_large(waiting[0], error) if at_once == 1 else None
             # Not in the handler above: the error that it holds keeps the memory of what was under way.
-            batch = None
+            batch = self._batch = None
             self._release()
             if failure:
                 job = waiting.popleft()
@@ -122,6 +131,24 @@ class BatchedEngine:
                 f"not enough: {self.lowered_to} at once from now on; the clients under way begin their round again",
             )
 
+    def give_back(self) -> bool:
+        """Give back memory that is kept for the steps to come, which can be had again; return whether there was any."""
+        if self._batch is None or not self._batch.forget():
+            return False
+        if not self._batch.slots:
+            self._batch = None
+        self._release()
+        return True
+
+    def _open_batch(self, jobs: Sequence[ClientJob], at_once: int) -> ClientBatch:
+        """Return the place of so many of the jobs: the one before, with what was recorded there, if it will do."""
+        kept, self._batch = self._batch, None
+        if kept is None or not kept.reopen(jobs, at_once):
+            del kept  # with its memory
+            kept = ClientBatch(self._adapted, self._stack, jobs, at_once, records=self._records)
+        self._batch = kept
+        return kept
+
     def _release(self) -> None:
         """Give back what the clients under way held."""
         self._stack.let_go()
@@ -129,24 +156,13 @@ class BatchedEngine:
             torch.cuda.empty_cache()
 
 
-def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
-    """Return whether two jobs can train at once: they agree in what a step has once for all its clients."""
-    mine, its = one.training, other.training
-    alike = one.adapter.residual is other.adapter.residual and max_norm_of(one) == max_norm_of(other)
-    return alike and all(getattr(mine, name) == getattr(its, name) for name in OF_ALL_CLIENTS)
-
-
-def max_norm_of(job: ClientJob) -> float | None:
-    """Return the norm to which a document's gradient is scaled down; None where none is."""
-    return job.ration.terms.max_norm if job.ration else None
-
-
 class ClientBatch:
     """The clients that train at once: slot k of every buffer is the k-th client's.
 
     With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to the largest of all steps to come, and as
     many positions have logits as count in one at most; without, to the largest of the step. A graph is kept while its
-    shape has room for the clients that are left: the places of those that have finished stand empty.
+    shape has room for the clients that are left: the places of those that have finished stand empty. Steps of fixed
+    shapes that are no more than one batch are taken in stretches, of the same clients.
     """
 
     def __init__(
@@ -162,29 +178,47 @@ class ClientBatch:
         num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        # Of all jobs, those that wait too: a recorded step has a mask always or never.
-        self._masked = any(job.blocks.needs_mask for job in jobs)
         self._unpads = adapted.unpads and not self._fixed_shapes
         self._readout_apart = adapted.loss_head.is_apart
-        partly = any(job.trains_P is not None for job in jobs)
-        self._max_norm = max_norm_of(jobs[0])
+        self._kind = kind = kind_of_step(jobs, num_slots)
+        self._max_norm = kind.max_norm
         self._step = StackedStep(
-            adapted, stack, training, num_slots, self._device, partly=partly, max_norm=self._max_norm
+            adapted, stack, training, num_slots, self._device, partly=kind.partly, max_norm=kind.max_norm
         )
-        self._num_slots = num_slots
-        whole = not training.gradient_checkpointing and training.gradient_accumulation == 1 and self._max_norm is None
-        self._records = records and self._device.type == "cuda" and training.cuda_graph and whole
-        self.not_recordable = ""
-        """Reason why this model's steps can't be recorded, once that was found."""
-        self._launch: StepGraph | None = None
+        whole = training.gradient_accumulation == 1 and self._max_norm is None
+        on_gpu = self._device.type == "cuda" and not training.gradient_checkpointing
+        records = records and on_gpu and training.cuda_graph
+        ahead = self._fixed_shapes and whole
+        self._stretches = Stretches(self._step, self._device, self._draw, records=records) if ahead else None
+        self.is_kept = ahead
+        """True where buffers, and what is recorded, are kept for the next round's clients."""
         self._room: Room | None = None
         self._in_use = 0
-        self._unread: list[tuple[list[tuple[ClientSlot, list[Batch]]], Tensor]] = []
+        self._unread: list[Taken] = []
+        self._facts: list[Tensor] = []
+        """What unread steps told that were no part of a stretch."""
         self.slots: list[ClientSlot] = []
 
     @property
     def has_room(self) -> bool:
-        return len(self.slots) < self._num_slots
+        return len(self.slots) < self._kind.clients
+
+    @property
+    def not_recordable(self) -> str:
+        """Return why this model's steps can't be recorded, once that was found; empty before."""
+        return self._stretches.not_recordable if self._stretches else ""
+
+    def reopen(self, jobs: Sequence[ClientJob], num_slots: int) -> bool:
+        """Be the place of so many of other jobs, as a new one is; return whether that can be."""
+        # A shape of the round before could be larger than these jobs need, which would change how numbers are rounded.
+        self._room = None
+        return not self.slots and self._kind == kind_of_step(jobs, num_slots)
+
+    def forget(self) -> bool:
+        """Let go of recordings, which the next stretch makes anew; return whether there were any."""
+        # Layers may lose what they were bound to.
+        self._in_use = 0
+        return self._stretches is not None and self._stretches.forget()
 
     def admit(self, job: ClientJob) -> None:
         """Give a waiting client a slot, with the weights that it starts from and its own optimizer state."""
@@ -197,38 +231,34 @@ class ClientBatch:
         step.optimizer.load(place, job.optimizer_state)
         self.slots.append(slot)
 
-    def step(self) -> list[tuple[ClientSlot, list[Batch]]]:
+    def step(self) -> Taken:
         """Take one step of every client; return each with the batch, or the micro-batches, it has learnt from.
 
-        One whose loss is no longer a number has failed, and is finished. On a GPU, up to `READ_EVERY` steps later.
+        One whose loss is no longer a number has failed, and is finished. On a GPU, a look at its results later.
         """
-        slots = self.slots
-        if self._fixed_shapes:
-            self._make_room()
-        taken = [slot.take_batches() for slot in slots]
-        totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
-        # A client that has fewer micro-batches than another waits while that has its last ones.
-        rounds = [*zip_longest(*taken)] or [(NOTHING,) * len(slots)]
-        parts = [self._inputs(batches, totals, number) for number, batches in enumerate(rounds)]
-        if len(parts) > 1 or self._max_norm is not None:
-            facts_3K = self._accumulate(parts)
+        if self._stretches:
+            left = min(len(slot.batches) - slot.step for slot in self.slots)
+            taken = self._stretches.launch(left, self._make_room)
         else:
-            (inputs,) = parts
-            try:
-                facts_3K = self._prepare(inputs)(inputs)
-            except NotRecordableError as error:
-                self._stop_recording(error)
-                facts_3K = self._prepare(inputs)(inputs)
+            if self._fixed_shapes:
+                self._make_room()
+            taken, parts = self._draw()
+            # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
+            parts = [part.each(lambda value: value.to(self._device, non_blocking=True)) for part in parts]
+            self._use_slots(len(parts[0].rates_K))
+            if len(parts) > 1 or self._max_norm is not None:
+                self._facts.append(self._step.accumulate(parts, draw_noise(self.slots, self._step.weights_KP)))
+            else:
+                self._facts.append(self._step(parts[0]))
         failpoint("training.stepped")
-
-        stepped = list(zip(slots, taken, strict=True))
-        self._unread.append((stepped, facts_3K))
-        for slot in slots:
+        self._unread.append(taken)
+        for slot in self.slots:
             slot.step += 1
         # Reading waits until a GPU has done all that it was told: so not after every step.
-        if self._device.type != "cuda" or len(self._unread) == READ_EVERY:
+        looks = self._device.type != "cuda" or len(self._unread) == READ_EVERY
+        if self._stretches.has_ended if self._stretches else looks:
             self._read()
-        return stepped
+        return taken
 
     def retire(self) -> Iterator[ClientResult]:
         """Yield the updates, or the failures, of the clients that have finished; the others close the ranks."""
@@ -239,6 +269,8 @@ class ClientBatch:
             if not self.slots[place].finished:
                 continue
             result = self._result(place)
+            if self._stretches:
+                self._stretches.change_clients()
             last = len(self.slots) - 1
             self._step.move(last, place)
             self.slots[place] = self.slots[last]
@@ -261,17 +293,27 @@ class ClientBatch:
         adapter = replace(job.adapter, weights_P=weights_P.to("cpu", copy=True))
         return ClientUpdate(report, adapter, state, job.trial, own_losses=slot.log.own_losses)
 
-    def _make_room(self) -> None:
-        """Choose the shape of the step that comes: the one that is recorded, while it will do."""
+    def _make_room(self) -> Room:
+        """Return the shape of the step that comes: the one that is recorded, while it will do."""
         room = room_for(self.slots)
         left = max(len(slot.batches) - slot.step for slot in self.slots)
-        if self._room and self._records and self._room.holds(room, left):
-            return
-        if room != self._room:
-            self._room, self._launch = room, None
+        records = self._stretches is not None and self._stretches.records
+        if not (self._room and records and self._room.holds(room, left)):
+            self._room = room
+        self._use_slots(self._room.clients)
+        return self._room
 
-    def _inputs(self, batches: Sequence[Batch | None], totals: Sequence[int], number: int) -> StepInputs:
-        """Return all clients' batches on the device, the step's with this number (from 0)."""
+    def _draw(self, ahead: int = 0) -> tuple[Taken, list[StepInputs]]:
+        """Return the batches of the next step, or of one so many later, and its parts' inputs in memory."""
+        taken = [slot.take_batches(ahead) for slot in self.slots]
+        totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
+        # A client that has fewer micro-batches than another waits while that has its last ones.
+        rounds = [*zip_longest(*taken)] or [(NOTHING,) * len(self.slots)]
+        parts = [self._inputs(batches, totals, number, ahead) for number, batches in enumerate(rounds)]
+        return list(zip(self.slots, taken, strict=True)), parts
+
+    def _inputs(self, batches: Sequence[Batch | None], totals: Sequence[int], number: int, ahead: int) -> StepInputs:
+        """Return the inputs of a step's part with this number (from 0)."""
         if self._room:
             nobody = self._room.clients - len(batches)
             sizes = [(self._room.sequences, self._room.tokens)] * self._room.clients
@@ -279,24 +321,17 @@ class ClientBatch:
         else:
             shapes = [(0, 0) if batch is None else batch.tokens_BT.shape for batch in batches]
             sizes = [(sequences, tokens) for sequences, tokens in shapes]
-        collected = self._collect(batches, totals, sizes, number)
-        # non_blocking has an effect on a GPU alone: the copies run while the processor goes on.
-        return collected.each(lambda value: value.to(self._device, non_blocking=True))
-
-    def _accumulate(self, parts: Sequence[StepInputs]) -> Tensor:
-        """Take a step of more than one micro-batch, or of documents apart, which is launched by itself."""
-        self._use_slots(len(self.slots))
-        return self._step.accumulate(parts, self._draw_noise())
+        return self._collect(batches, totals, sizes, number, ahead)
 
     def _use_slots(self, count: int) -> None:
         if self._in_use != count:
             self._step.use_slots(count)
         self._in_use = count
 
-    def _dropout_keys(self, batches: Sequence[Batch | None], sequences: int, number: int) -> Tensor:
+    def _dropout_keys(self, batches: Sequence[Batch | None], sequences: int, number: int, ahead: int) -> Tensor:
         """Return the key of each sequence's dropout, [K, B]: of its place in the step, or with rations of its text."""
         if self._max_norm is None:
-            jobs, steps = [slot.job for slot in self.slots], [slot.step for slot in self.slots]
+            jobs, steps = [slot.job for slot in self.slots], [slot.step + ahead for slot in self.slots]
             firsts = [number * job.training.batch_size for job in jobs]
             own_KB = sequence_keys([job.dropout_seed for job in jobs], steps, firsts, sequences)
             return torch.cat([own_KB, own_KB.new_zeros(len(batches) - len(jobs), sequences)])
@@ -306,34 +341,13 @@ class ClientBatch:
                 keys_B[place] = slot.job.ration.dropout_seed(slot.step, tokens_T) if slot.job.ration else 0
         return keys_KB
 
-    def _draw_noise(self) -> Noise | None:
-        """Return the noise of each client's step, where they have rations."""
-        rations = [(slot.job.ration, slot.step) for slot in self.slots if slot.job.ration]
-        if not rations:
-            return None
-        size = self._step.weights_KP.shape[1]
-        noise_KP = torch.stack([ration.noise(step, size) for ration, step in rations])
-        batches_K = torch.tensor([ration.terms.batch for ration, _ in rations])
-        return Noise(noise_KP.to(self._device), batches_K.to(self._device))
-
-    def _prepare(self, inputs: StepInputs) -> Callable[[StepInputs], Tensor]:
-        """Return the step for these inputs: on a GPU recorded and launched whole while its shape stays."""
-        self._use_slots(len(inputs.rates_K))
-        if not self._records:
-            return self._step
-        if self._launch is None:
-            self._launch = StepGraph(self._step, self._device)
-        return self._launch
-
-    def _stop_recording(self, error: NotRecordableError) -> None:
-        """Launch each step by itself from now on, as the one that was to be recorded has not been taken."""
-        self.not_recordable, self._records, self._launch = str(error), False, None
-
     def _read(self) -> None:
         """Write down the steps since the last look."""
-        unread, self._unread = self._unread, []
-        for stepped, facts_3K in unread:
-            for (slot, taken), (loss, drift, gradient_norm) in zip(stepped, facts_3K.T.tolist(), strict=False):
+        unread, facts, self._unread, self._facts = self._unread, self._facts, [], []
+        if self._stretches:
+            facts = self._stretches.read(len(unread))
+        for of_step, facts_3K in zip(unread, facts, strict=True):
+            for (slot, taken), (loss, drift, gradient_norm) in zip(of_step, facts_3K.T.tolist(), strict=False):
                 # With a ration each document has a gradient of its own, and what comes is the sum of their losses.
                 if slot.job.ration and taken:
                     loss /= sum(len(part.tokens_BT) for part in taken)
@@ -344,50 +358,42 @@ class ClientBatch:
                         slot.error = error
 
     def _collect(
-        self, batches: Sequence[Batch | None], totals: Sequence[int], sizes: Sequence[tuple[int, int]], number: int
+        self,
+        batches: Sequence[Batch | None],
+        totals: Sequence[int],
+        sizes: Sequence[tuple[int, int]],
+        number: int,
+        ahead: int,
     ) -> StepInputs:
         """Return all clients' batches as the inputs of a step, or of one of its parts, in the processor's memory.
 
         `totals` are the tokens that count in each client's whole step.
         """
         nobody = [0.0] * (len(batches) - len(self.slots))
-        rates = [*(slot.job.rate(slot.step, len(slot.batches)) for slot in self.slots), *nobody]
+        rates = [*(slot.job.rate(slot.step + ahead, len(slot.batches)) for slot in self.slots), *nobody]
         mus = [*(slot.job.training.proximal_mu for slot in self.slots), *nobody]
         tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
-        shares_KM = counted_KM / self._share_over(counted_KM, tokens_KBT.shape[1], totals)
-        room = self._room
-        rows = self._choose_positions(counted_KM, room.targets) if room else counted_KM.flatten().nonzero()[:, 0]
+        room, sequences = self._room, tokens_KBT.shape[1]
+        # With rations, no document may have a part in another's gradient.
+        over = torch.tensor(totals)[:, None] if self._max_norm is None else targets_of_each(counted_KM, sequences)
+        shares_KM = counted_KM / over.to(self._step.weights_KP.dtype)
+        if room:
+            rows = choose_positions(counted_KM, room.targets) if self._readout_apart else None
+        else:
+            rows = counted_KM.flatten().nonzero()[:, 0]
         chosen = slice(None) if rows is None else rows
         real_R = find_real(targets_KM.view(-1, tokens_KBT.shape[2])) if self._unpads else None
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
-            keys_N=self._dropout_keys(batches, tokens_KBT.shape[1], number).flatten(),
+            keys_N=self._dropout_keys(batches, sequences, number, ahead).flatten(),
             rows_M=rows if rows is None or real_R is None else torch.searchsorted(real_R, rows),
             targets_M=targets_KM.flatten()[chosen].clamp(min=0),
             clients_M=None if room or rows is None else rows // targets_KM.shape[1],
             shares_M=shares_KM.flatten()[chosen],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
-            mask_NT=mask_KBT.flatten(0, 1) if self._masked else None,
+            mask_NT=mask_KBT.flatten(0, 1) if self._kind.masked else None,
             real_R=real_R,
         )
-
-    def _share_over(self, counted_KM: Tensor, sequences: int, totals: Sequence[int]) -> Tensor:
-        """Return the number of tokens that each position shares a mean with, [K, M]: its client's, or its sequence's.
-
-        With rations, no document may have a part in another's gradient.
-        """
-        if self._max_norm is None:
-            return torch.tensor(totals)[:, None].to(self._step.weights_KP.dtype)
-        of_each_KB1 = counted_KM.view(len(counted_KM), sequences, -1).sum(-1, keepdim=True).clamp(min=1)
-        own_KBT = of_each_KB1.expand(-1, -1, counted_KM.shape[1] // sequences)
-        return own_KBT.flatten(1).to(self._step.weights_KP.dtype)
-
-    def _choose_positions(self, counted_KM: Tensor, room: int) -> Tensor | None:
-        """Return so many positions of each client, all that count among them; None where those are all."""
-        if room >= counted_KM.shape[1] or not self._readout_apart:
-            return None
-        chosen_KR = counted_KM.long().sort(dim=1, descending=True, stable=True).indices[:, :room]
-        return (chosen_KR + torch.arange(len(counted_KM))[:, None] * counted_KM.shape[1]).flatten()

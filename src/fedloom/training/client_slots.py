@@ -17,6 +17,7 @@ from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
 from fedloom.training.jobs import ClientJob, WorkLog
 from fedloom.training.objective import next_token_targets
+from fedloom.training.stacked_step import Noise
 
 WIDTHS = 32
 """Widths of batches with fixed shapes are multiples of it: clients of similar texts then share a recording."""
@@ -90,10 +91,14 @@ class ClientSlot:
         of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
         return fill_up(int(of_each.topk(sequences).values.sum()))
 
-    def take_batches(self) -> list[Batch]:
-        """Return the batch of the next step, or its micro-batches."""
-        rows = self.batches[self.step].split(self.job.training.batch_size)
+    def take_batches(self, ahead: int = 0) -> list[Batch]:
+        """Return the batch of the next step, or of one so many later, or its micro-batches."""
+        rows = self.batches[self.step + ahead].split(self.job.training.batch_size)
         return [take_batch(self.job.blocks, part) for part in rows if len(part)]
+
+
+Taken = list[tuple[ClientSlot, list[Batch]]]
+"""The clients of a step, each with the batch, or the micro-batches, that it learns from."""
 
 
 def room_for(slots: Sequence[ClientSlot]) -> Room:
@@ -112,6 +117,30 @@ def own_tokens(batch: Batch) -> list[Tensor]:
     places_T = torch.arange(1, batch.labels_BT.shape[1] + 1)
     widths = ((batch.labels_BT != IGNORED) * places_T).amax(1).tolist()
     return [tokens_T[:width] for tokens_T, width in zip(batch.tokens_BT, widths, strict=True)]
+
+
+def draw_noise(slots: Sequence[ClientSlot], like_KP: Tensor) -> Noise | None:
+    """Return the noise of each client's step, where they have rations, for weights as these and on their device."""
+    rations = [(slot.job.ration, slot.step) for slot in slots if slot.job.ration]
+    if not rations:
+        return None
+    noise_KP = torch.stack([ration.noise(step, like_KP.shape[1]) for ration, step in rations])
+    batches_K = torch.tensor([ration.terms.batch for ration, _ in rations])
+    return Noise(noise_KP.to(like_KP.device), batches_K.to(like_KP.device))
+
+
+def targets_of_each(counted_KM: Tensor, sequences: int) -> Tensor:
+    """Return, for each of a client's positions, how many of its own sequence count, [K, M], and 1 where none does."""
+    of_each_KB1 = counted_KM.view(len(counted_KM), sequences, -1).sum(-1, keepdim=True).clamp(min=1)
+    return of_each_KB1.expand(-1, -1, counted_KM.shape[1] // sequences).flatten(1)
+
+
+def choose_positions(counted_KM: Tensor, room: int) -> Tensor | None:
+    """Return so many positions of each client, all that count among them; None where those are all."""
+    if room >= counted_KM.shape[1]:
+        return None
+    chosen_KR = counted_KM.long().sort(dim=1, descending=True, stable=True).indices[:, :room]
+    return (chosen_KR + torch.arange(len(counted_KM))[:, None] * counted_KM.shape[1]).flatten()
 
 
 def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:

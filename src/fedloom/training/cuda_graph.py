@@ -2,19 +2,19 @@
 
 `torch.cuda.graph` records the kernels of a step once and launches them all with one call. It needs shapes and buffers
 that stay the same, and nothing fetched from the GPU in between (PyTorch documentation, "CUDA Graphs"). Dropout asks no
-generator, which a recording would have to know: the keys of its masks are inputs of the step.
+generator, which a recording would have to know: the keys of its masks are inputs of the step. What differs from step
+to step, the step itself finds on the GPU (`stretches`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from fedloom.training.jobs import is_shortage
-from fedloom.training.stacked_step import StepInputs
 
 WARM_UP = 3
 """Steps before one is recorded: real ones, in which libraries set up what they can't set up in a recording."""
@@ -34,18 +34,33 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class StepGraph:
-    """Steps of one shape on a GPU: the first few are run as they are, the rest as a graph."""
+def places_of(tensors: Iterable[Tensor]) -> list[tuple[int, torch.Size]]:
+    """Return where tensors lie, and their shapes: a recording reads its own there for as long as it is kept."""
+    return [(value.data_ptr(), value.shape) for value in tensors]
 
-    def __init__(self, step: Callable[[StepInputs], Tensor], device: torch.device) -> None:
+
+class StepGraph:
+    """Step on a GPU that finds its inputs, and leaves its results, where they were: a few times as it is, then a graph.
+
+    `beside` is another recording, whose memory this one shares: they are never at work together, and neither reads what
+    the other left there.
+    """
+
+    def __init__(self, step: Callable[[], None], device: torch.device, beside: StepGraph | None = None) -> None:
         self._step = step
         self._device = device
         self._stream = recording_stream(device)
+        self._beside = beside
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, inputs: StepInputs) -> Tensor:
-        """Take one step, and return its facts, [3, K].
+    @property
+    def is_recorded(self) -> bool:
+        """Return whether there is a recording."""
+        return self._graph is not None
+
+    def __call__(self) -> None:
+        """Take one step.
 
         Raises:
             NotRecordableError: an operation of this model can't be recorded.
@@ -55,36 +70,30 @@ class StepGraph:
         with torch.cuda.device(self._device):
             self._steps += 1
             if self._steps <= WARM_UP:
-                return self._on_the_recording_stream(inputs)
-            if self._graph is None:
-                self._graph = self._record(inputs)
-            # The graph reads its inputs where they were when it was recorded, so new ones are copied there.
-            for held, given in zip(self._held, inputs, strict=True):
-                if held is not None and given is not None:
-                    held.copy_(given, non_blocking=True)
+                self._step_on_the_recording_stream()
+                return
+            self._graph = self._graph or self._record()
             self._graph.replay()
-            # A copy: the next replay writes its facts to the same memory.
-            return self._facts_3K.clone()
 
-    def _on_the_recording_stream(self, inputs: StepInputs) -> Tensor:
+    def _step_on_the_recording_stream(self) -> None:
         # PyTorch asks that what is recorded later be warmed up on another stream than the usual one. The two wait for
         # each other, so that nothing is read before it is written.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            facts_3K = self._step(inputs)
+            self._step()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return facts_3K
 
-    def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph:
+    def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        pool = self._beside._graph.pool() if self._beside and self._beside._graph else None
+        self._beside = None
         # The device's own generator takes part in each recording, whether it is asked for numbers or not.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state = generator.get_state()
-        self._held = inputs.each(torch.clone)
         try:
             # A recording computes nothing: the replay that follows is the step.
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._facts_3K = self._step(self._held)
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                self._step()
         except RuntimeError as error:
             _take_back(generator, state)
             first = _first_of(error)

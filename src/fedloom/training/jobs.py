@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 OptimizerState = dict[str, Tensor]
 """A client's optimizer state by name, over the flat adapter."""
+
+OF_ALL_CLIENTS = (
+    "clients_at_once",
+    "gradient_checkpointing",
+    "cuda_graph",
+    "optimizer",
+    "gradient_accumulation",
+    "weight_decay",
+    "max_gradient_norm",
+)
+"""Settings of `Training` that a step has once; the others are each client's own."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,40 @@ class ClientJob(ClientTask):
     @property
     def dropout_seed(self) -> int:
         return derive_seed(self.seed, "dropout", self.round, self.client)
+
+
+def can_share_a_step(one: ClientJob, other: ClientJob) -> bool:
+    """Return whether two jobs can train at once: they agree in what a step has once for all its clients."""
+    mine, its = one.training, other.training
+    alike = one.adapter.residual is other.adapter.residual and max_norm_of(one) == max_norm_of(other)
+    return alike and all(getattr(mine, name) == getattr(its, name) for name in OF_ALL_CLIENTS)
+
+
+def max_norm_of(job: ClientJob) -> float | None:
+    """Return the norm to which a document's gradient is scaled down; None where none is."""
+    return job.ration.terms.max_norm if job.ration else None
+
+
+class StepKind(NamedTuple):
+    """Kind of a step: what its buffers and operations hang on, beside its shape."""
+
+    clients: int
+    """Clients at once, at most."""
+    masked: bool
+    """True where attention has a mask: always or never, as a recorded step has it, so for those that wait too."""
+    partly: bool
+    """True where some weights stay as they were."""
+    max_norm: float | None
+    settings: tuple[Any, ...]
+    """Values of `OF_ALL_CLIENTS`."""
+
+
+def kind_of_step(jobs: Sequence[ClientJob], clients: int) -> StepKind:
+    """Return the kind of these jobs' steps, of so many clients at once."""
+    masked = any(job.blocks.needs_mask for job in jobs)
+    partly = any(job.trains_P is not None for job in jobs)
+    settings = tuple(getattr(jobs[0].training, name) for name in OF_ALL_CLIENTS)
+    return StepKind(clients, masked, partly, max_norm_of(jobs[0]), settings)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from fedloom.host.machine import free_memory
 from fedloom.model.loss_head import rows_at_a_time
 from fedloom.text import format_bytes
 from fedloom.training.stacked_step import Noise, StackedStep, StepInputs
+from fedloom.training.stretches import STRETCH, line_bytes
 
 if TYPE_CHECKING:
     from fedloom.recipe.training_section import Training
@@ -204,8 +205,12 @@ def trace_step(
     *,
     packed: bool = False,
     private: bool = False,
+    fixed: bool | None = None,
 ) -> int:
-    """Return the most bytes that a step has alive beside the base model; `adapted`, on the meta device, is used up."""
+    """Return the most bytes that a step has alive beside the base model; `adapted`, on the meta device, is used up.
+
+    `fixed` says whether shapes are, and steps come in stretches, as on a GPU.
+    """
     # A model that can't be traced is the caller's to deal with; torch would print its own traceback of it as well.
     logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -216,7 +221,8 @@ def trace_step(
             slots = StackedStep(adapted, stack, training, clients, device, max_norm=max_norm)
             slots.use_slots(clients)
             positions = torch.arange(clients * training.batch_size * length, device=device)
-            fixed = device.type == "cuda"  # there every position is computed, and none is looked up
+            # With fixed shapes every position is computed, and none is looked up.
+            fixed = device.type == "cuda" if fixed is None else fixed
             inputs = StepInputs(
                 tokens_NT=positions.view(-1, length),
                 keys_N=positions[: clients * training.batch_size],
@@ -228,9 +234,11 @@ def trace_step(
                 mus_K=torch.zeros(clients, dtype=torch.float64, device=device),
                 mask_NT=positions.view(-1, length) if packed else None,
             )
+            lines = torch.empty(STRETCH * line_bytes(inputs) if fixed else 0, dtype=torch.uint8, device=device)
             noise = torch.zeros_like(slots.weights_KP, dtype=torch.float64)
             batches_K = torch.ones(clients, dtype=torch.int64, device=device)
             slots.accumulate([inputs], Noise(noise, batches_K) if private else None)
+            del lines  # which were there all the time
     return int(live.peak)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
@@ -102,6 +103,12 @@ class StackedStep:
         self.trains_KP = torch.ones_like(self.weights_KP, dtype=torch.bool) if partly else None
         self._gradient_KP = torch.zeros_like(self.weights_KP)
         self.optimizer = STACKED_OPTIMIZERS[training.optimizer_table.kind](self.weights_KP, training, adapted.layout)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step reads and writes beside its inputs: the clients', and the model's own."""
+        own = tree_leaves([vars(self), vars(self.optimizer)])
+        return [*(value for value in own if isinstance(value, Tensor)), *self._adapted.tensors]
 
     def use_slots(self, count: int) -> None:
         """Step the first `count` slots from now on."""

@@ -21,9 +21,8 @@ from fedloom.model.source import ModelSource
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.state import hash_tensors
-from fedloom.training.batched import can_share_a_step
 from fedloom.training.engines import Engine, choose_engine, open_engine
-from fedloom.training.jobs import ClientJob, ClientResult
+from fedloom.training.jobs import ClientJob, ClientResult, can_share_a_step
 
 OWNERS_KEYS = {"text", "chat_template"}
 """Keys of a recipe's section `data` that are each owner's own, and change nothing about a model."""
