@@ -26,7 +26,6 @@ from fedloom.recipe.section import Section
 from fedloom.records.run import read_json
 from fedloom.records.writer import default_folder, now
 from fedloom.report.document import Table, to_lines
-from fedloom.text import show_controls
 
 OPTION = "--server"
 QUEUE = "queue"
@@ -87,8 +86,7 @@ class Entry(Section):
 
     def after(self, state: State, why: str = "") -> Entry:
         """Return it with another state, as of now."""
-        # A file name in it may be no text, which could not be written.
-        changed: dict[str, Any] = {"state": state, "changed": now(), "why": show_controls(why)[:5000], "stop": ""}
+        changed: dict[str, Any] = {"state": state, "changed": now(), "why": why[:5000], "stop": ""}
         return self.model_copy(update=changed | ({} if state in UNFINISHED else rounds_of(self.folder)))
 
     def to_bytes(self) -> bytes:

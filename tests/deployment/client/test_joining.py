@@ -119,7 +119,6 @@ def joined(
         (folder / f"{name}.kit").write_text(f'name = "{name}"\nserver = "localhost:{port}"\n')
         (folder / f"{name}.toml").write_text(f"max_rounds = {ord(name)}\n")
     given: list[joining.Member] = []
-    (folder / "link").symlink_to("j")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(joining, "join", lambda members, say: given.extend(members))
     monkeypatch.setattr(sys, "argv", ["fedloom", "join", *words.split()])
@@ -163,6 +162,7 @@ def test_options_go_to_the_kits_in_their_order(
 def test_clients_that_can_not_be_at_work_together_are_refused_in_a_sentence(
     words: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "link").symlink_to("j")
     found, said = joined(tmp_path, words, monkeypatch, capsys)
     assert (found, why in said) == ([], True), said
 

@@ -29,12 +29,19 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedloom.deployment.flower import apps, guard
-from fedloom.deployment.flower.guard import ANSWERS_KEPT, Guard, bound_answers, most_objects, write_limit
+from fedloom.deployment.flower.guard import (
+    ANSWERS_KEPT,
+    MOST_LOOK_BYTES,
+    Guard,
+    bound_answers,
+    most_objects,
+    write_limit,
+)
 from fedloom.deployment.processes import CONTROL_SECRET, KEYS_ARE_IN
 from fedloom.deployment.status import KEYS_HEADER, MOST_BODY_BYTES, SIGNATURE_PATH, STAMP_HEADER, STATUS_PATH
 from fedloom.host.frames import Frame
 
-PULL = "/v1/fleet/pull-messages"
+PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
 
 
 class InProcess(httpx.BaseTransport):
@@ -152,7 +159,7 @@ def test_a_stranger_is_refused_before_his_body_is_read(here: Here) -> None:
 
     assert asyncio.run(knock({})) == 401
     assert asyncio.run(knock(here.stranger.headers())) == 401
-    assert asyncio.run(knock({**here.alice.headers(), "content-length": str(MOST_BODY_BYTES + 1)})) == 413
+    assert asyncio.run(knock({**here.alice.headers(), "content-length": str(MOST_LOOK_BYTES + 1)})) == 413
     assert asyncio.run(knock({**here.alice.headers(), "transfer-encoding": "chunked"})) == 411
     assert read == []
     assert asyncio.run(knock({**here.alice.headers(), "content-length": "0"})) == 200
@@ -186,12 +193,14 @@ def test_bodies_that_are_read_have_a_limit_together_and_a_time(here: Here, monke
 
         headers = {**here.alice.headers(), "content-length": str(length)}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        scope = {"type": "http", "path": PULL, "method": "POST", "headers": raw, "app": here.app}
+        scope = {"type": "http", "path": PUSH, "method": "POST", "headers": raw, "app": here.app}
         await guarded(scope, receive, send)
 
     async def many() -> None:
         await asyncio.gather(*(half_send(MOST_BODY_BYTES) for _ in range(20)))
 
+    asyncio.run(half_send(MOST_BODY_BYTES + 1))
+    assert statuses.pop() == 413
     asyncio.run(many())
     fit = guard.MOST_WAITING_BYTES // MOST_BODY_BYTES
     assert sorted(statuses) == [408] * fit + [503] * (20 - fit)

@@ -29,6 +29,7 @@ from fedloom.deployment.flower.pulls import (
     WAIT_HEADER,
     Look,
     Looks,
+    Questions,
     questions_of,
     read_look,
     slower,
@@ -294,6 +295,18 @@ def test_messages_that_are_gone_are_forgotten(asked: Asked) -> None:  # noqa: F8
     asked.here.state.delete_messages({question})
     assert not questions_of(asked.here.state)._of_node[asked.node.node_id]
     assert Node(asked).look() == []
+
+
+def test_messages_may_be_noted_while_a_look_is_answered() -> None:
+    """They come in threads of their own; the look failed with "dictionary changed size during iteration"."""
+
+    class Store(dict[str, None]):
+        def get(self, message: str, default: object = None) -> None:
+            questions.add(7, f"{message}+")
+
+    questions = Questions()
+    questions.add(7, "first")
+    assert questions._undelivered(SimpleNamespace(message_ins_store=Store()), 7) == []
 
 
 def test_flower_is_what_was_changed() -> None:

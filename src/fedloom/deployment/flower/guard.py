@@ -39,6 +39,8 @@ FLEET = "/v1/fleet/"
 SECRET_HEADER = "x-fedloom-secret"
 MOST_WAITING_BYTES = 64 * 2**20
 """Limit of the bodies that are read at one time, together: one for the nodes', and one for this machine's."""
+MOST_LOOK_BYTES = 2**16
+"""Limit of the body of a look for messages, which is kept for as long as the look waits; it has some hundred bytes."""
 BODY_SECONDS = 60.0
 """Time within which a body must be there. nginx passes them on whole."""
 ANSWERS_KEPT = 3
@@ -81,7 +83,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if b"transfer-encoding" in headers or not length.isdigit():
             return await _answer(send, 411)
-        if int(length) > MOST_BODY_BYTES:
+        if int(length) > (MOST_LOOK_BYTES if path == PULL_PATH else MOST_BODY_BYTES):
             return await _answer(send, 413)
         if self._waiting_bytes[is_fleet] + int(length) > MOST_WAITING_BYTES:
             return await _answer(send, 503)

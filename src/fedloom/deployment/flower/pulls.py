@@ -204,7 +204,8 @@ class Questions:
                 waiting.loop.call_soon_threadsafe(waiting.told.set)
 
     def _undelivered(self, state: Any, node: int) -> list[Any]:
-        there = [state.message_ins_store.get(message) for message in self._of_node[node]]
+        # A copy, made in one step: others note messages meanwhile.
+        there = [state.message_ins_store.get(message) for message in [*self._of_node[node]]]
         return [message for message in there if message and message.metadata.delivered_at == ""]
 
 
