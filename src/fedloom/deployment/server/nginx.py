@@ -141,7 +141,7 @@ MENDS = {
     r"bind\(\) .*Permission denied": "set up a server with a --port from 1024 on, or let everybody have this one:"
     " sysctl net.ipv4.ip_unprivileged_port_start=PORT",
 }
-"""What to do, by what nginx says of what keeps it from its port."""
+"""Ways out, by the words with which nginx says what keeps it from its port."""
 
 
 def find_nginx() -> str | None:
