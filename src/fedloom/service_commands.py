@@ -108,7 +108,11 @@ def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
 
 
 def _go_on(command: str, run: Path) -> str:
-    return f"go on with: {command} --resume {run}" if run.is_dir() else "nothing was begun: start it as before"
+    from fedloom.deployment.queue import SUBMIT
+
+    if run.is_dir():
+        return f"go on with: {command} --resume {run}"
+    return f"nothing was begun: {'submit it again' if command == SUBMIT else 'start it as before'}"
 
 
 def _say(what: str, detail: str) -> None:

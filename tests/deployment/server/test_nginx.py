@@ -157,7 +157,7 @@ def test_a_port_that_something_else_has_is_said(tmp_path: Path) -> None:
         other.bind(("", security.port))
         other.listen()
         with (
-            pytest.raises(DeploymentError, match=r"nginx does not start: .*Address already in use"),
+            pytest.raises(DeploymentError, match=r"nginx does not start: .*Address already in use.*; end what listens"),
             proxy(security, 1, tmp_path, print),
         ):
             pass

@@ -360,7 +360,7 @@ def test_stop_takes_a_run_out_by_its_run_directory(server: Path, tmp_path: Path)
     Queue(server).add("a", {"name": "a"}, tmp_path / "a")
     done = CliRunner().invoke(app, ["stop", "a"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert done.output == "stopped; nothing was begun: start it as before\n"
+    assert done.output == "stopped; nothing was begun: submit it again\n"
     assert Queue(server).take() is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import socket
@@ -134,6 +135,15 @@ def has_ipv6() -> bool:
     return False
 
 
+MENDS = {
+    r"bind\(\) .*Address already in use": "end what listens there (ss -ltnp shows it), or set up a server with another"
+    " --port",
+    r"bind\(\) .*Permission denied": "set up a server with a --port from 1024 on, or let everybody have this one:"
+    " sysctl net.ipv4.ip_unprivileged_port_start=PORT",
+}
+"""Ways out, by the words with which nginx says what keeps it from its port."""
+
+
 def find_nginx() -> str | None:
     """Find the program nginx, which users other than root may not have on their path."""
     return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
@@ -178,7 +188,9 @@ def _wait(child: Child, pid: Path, log: Path) -> None:
     # It writes its number when it listens. That its port answers proves nothing: something else may listen there.
     while not (pid.is_file() and pid.read_text(encoding="utf-8").strip() == str(child.pid)):
         if child.ended or time.monotonic() > until:
-            raise DeploymentError(f"nginx does not start: {tail(log)}")
+            why = tail(log)
+            mend = next((MENDS[words] for words in MENDS if re.search(words, why)), "")
+            raise DeploymentError(f"nginx does not start: {why}", mend=mend)
         time.sleep(0.05)
 
 
