@@ -24,9 +24,10 @@ HEARTBEAT_SECONDS = 20.0
 class Constants:
     """What was measured on two cores of an AMD EPYC that others kept busy, with Flower 1.41 and Python 3.11."""
 
-    request_seconds: float = 0.012
+    request_seconds: float = 0.010
     """Processor seconds of the SuperLink for a client's request of a round, with the server app's own that belongs to
-    it and nginx's question whether it is signed. With little else on the machine 0.009, at a load of 15 0.013."""
+    it and nginx's question whether it is signed, at a priority above others'. With little else on the machine 0.009,
+    among others at a load of 15 0.013."""
     look_seconds: float = 0.0067
     """Processor seconds of the SuperLink for a look that finds nothing, or a heartbeat."""
     rest_cores: float = 0.032
@@ -103,22 +104,22 @@ MEASURED: dict[int, dict[str, float]] = {
         "down_bytes": 225e3,
     },
     30: {
-        "seconds": 42.9,
-        "requests": 758,
-        "superlink_seconds": 9.71,
-        "rest_cores": 0.066,
-        "superlink_bytes": 122e6,
-        "up_bytes": 990e3,
-        "down_bytes": 689e3,
+        "seconds": 10.4,
+        "requests": 646,
+        "superlink_seconds": 6.94,
+        "rest_cores": 0.071,
+        "superlink_bytes": 119e6,
+        "up_bytes": 894e3,
+        "down_bytes": 673e3,
     },
     100: {
-        "seconds": 101.1,
-        "requests": 3353,
-        "superlink_seconds": 35.5,
-        "rest_cores": 0.146,
-        "superlink_bytes": 135e6,
-        "up_bytes": 4028e3,
-        "down_bytes": 2411e3,
+        "seconds": 34.2,
+        "requests": 2492,
+        "superlink_seconds": 25.15,
+        "rest_cores": 0.132,
+        "superlink_bytes": 127e6,
+        "up_bytes": 3274e3,
+        "down_bytes": 2293e3,
     },
 }
 """What `scale.py` measured by the number of clients, with `tiny`."""

@@ -13,12 +13,12 @@ cost = import_file(BENCH / "cost.py")
 
 
 @pytest.mark.parametrize("clients", [10, 30, 100])
-def test_the_model_is_within_a_third_of_what_was_measured(clients: int) -> None:
+def test_the_model_is_within_a_fifth_of_what_was_measured(clients: int) -> None:
     """Of requests and bytes, which no load changes, within a tenth."""
     found = cost.errors(clients)
     assert found
     for name, error in found.items():
-        assert abs(error) < (0.1 if name in ("requests", "up_bytes", "down_bytes") else 0.34), (name, error)
+        assert abs(error) < (0.1 if name in ("requests", "up_bytes", "down_bytes") else 0.2), (name, error)
 
 
 def test_the_page_says_what_the_model_says(capsys: pytest.CaptureFixture[str]) -> None:

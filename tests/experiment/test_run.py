@@ -17,6 +17,7 @@ from fedloom.data.documents import load_documents
 from fedloom.data.splits import documents_needed, split_documents
 from fedloom.data.tokens import tokenize_documents
 from fedloom.errors import RecipeError, TrainingError
+from fedloom.experiment.preparation import prepare
 from fedloom.experiment.run import plan
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
@@ -286,6 +287,16 @@ def test_clients_at_once_is_what_was_asked_for() -> None:
     assert plan(make_recipe(training={"clients_at_once": 2})).clients_at_once == 2
     alone = plan(make_recipe(training={"engine": "reference"}))
     assert (alone.clients_at_once, alone.peak_bytes, alone.clients_that_fit) == (1, None, None)
+
+
+@pytest.mark.parametrize("predict", [True, False])
+def test_a_processor_trains_no_more_at_once_than_pays_unless_asked_to(predict: bool) -> None:
+    """Ten thousand at once took twice the time of 64, and 4 GB."""
+    many = {"clients": 80, "documents_per_client": 2, "client_holdout": 0.0}
+    device = {"device": "cpu"}
+    assert prepare(make_recipe(model=device, data=many), Observer(), predict=predict).plan.clients_at_once == 64
+    asked = make_recipe(model=device, data=many, training={"clients_at_once": 70})
+    assert prepare(asked, Observer(), predict=predict).plan.clients_at_once == 70
 
 
 @pytest.mark.long

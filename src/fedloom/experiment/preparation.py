@@ -47,7 +47,14 @@ from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine
-from fedloom.training.memory import StepMemory, check_room, free_on_each, leaves_no_doubt, share_of_each
+from fedloom.training.memory import (
+    StepMemory,
+    check_room,
+    free_on_each,
+    leaves_no_doubt,
+    most_worthwhile,
+    share_of_each,
+)
 from fedloom.training.optimizers import check_optimizer
 
 
@@ -272,7 +279,7 @@ def measure(
     if not together and not (predict and setup.shape.is_whole):
         return Room(1)
     given = recipe.training.clients_at_once
-    most = share_of_each(per_round, setup.places) if together else 1
+    most = min(share_of_each(per_round, setup.places), most_worthwhile(setup.device)) if together else 1
     wanted = min(most, given or most)
     device, length, free = setup.device, recipe.data.max_length, free_on_each(here(setup.places) or [setup.device])
     scored = tokens_at_once(recipe.evaluation.batch_size, length, device)

@@ -78,7 +78,9 @@ class Training(Section):
         "auto", description="engine: chosen by fedloom; all clients in one pass; one client after another"
     )
     clients_at_once: int | None = Field(
-        None, ge=1, description="clients in one pass of `batched`; as many as fit in memory if left out"
+        None,
+        ge=1,
+        description="clients in one pass of `batched`; as many as fit in memory if left out, on a processor 64 at most",
     )
     gradient_checkpointing: bool = Field(
         False, description="less memory for a third more time: each layer keeps its input and is computed twice"

@@ -43,6 +43,8 @@ HELD_BESIDE = {"cpu": 0, "cuda": 2**29}
 """Bytes that a step needs which are in no tensor: workspaces of cuBLAS and attention, and the recording itself."""
 WORTHWHILE_ON_CPU = 5 * 2**30
 """Bytes of all clients at once: beyond it, a processor waits for its memory (docs/benchmarks.md, K = 32)."""
+MOST_ON_CPU = 64
+"""Clients at once beyond which a processor gains nothing by more, which only take memory (docs/benchmarks.md)."""
 SHARE_OF_FREE = 0.9
 """Share of the free memory that a run may take: the rest is for the allocator and everybody else."""
 
@@ -74,7 +76,13 @@ class StepMemory:
 
     def clients_worthwhile(self, device: torch.device) -> int:
         """Return the number of clients beyond which more at once would only be slower; on a GPU there is none."""
-        return sys.maxsize if device.type == "cuda" else max(1, WORTHWHILE_ON_CPU // self.client_bytes)
+        most = most_worthwhile(device)
+        return most if device.type == "cuda" else max(1, min(most, WORTHWHILE_ON_CPU // self.client_bytes))
+
+
+def most_worthwhile(device: torch.device) -> int:
+    """Return the number of clients beyond which more at once gain nothing, however small they are."""
+    return sys.maxsize if device.type == "cuda" else MOST_ON_CPU
 
 
 def of_all_layers(trace: Callable[[int], tuple[int, ...]], layers: int, *, alike: bool) -> tuple[int, ...]:
