@@ -49,10 +49,11 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
         "momentum": {"federation.strategy.kind": {"fedavgm": {}}},
         "rules": {"federation.lora_rule": ["ffa", "rolora", "svd", "fedex"]},
     }
-    if tier == "nano":  # short documents, in blocks that they fill less and less
+    if tier == "nano":  # documents of a few lines, in blocks of which they fill most, and about half
         whole["padding"] = {
-            "data.max_length": {str(length): {"data.source": "first-lines"} for length in (64, 128, 256)},
+            "data.max_length": {str(length): {"data.source": "first-lines"} for length in (64, 128)},
             "data.pad_in_loss": [False, True],
+            "federation.rounds": [10],
         }
     if tier == "small":  # as far as hours go: all weights, and the adapter on one seed, over mixed files and packages
         return {
