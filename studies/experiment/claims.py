@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from records import Tier
+from records import REAL_LOSS, Tier
 
 from fedloom.records.run import Record, Run, overfitting_onset
 from fedloom.report import figures
@@ -100,6 +100,17 @@ def drift(run: Run) -> float:
 def best_loss(run: Run) -> float:
     """Return the lowest central loss of a run."""
     return min(figures.judged_series(run)[2])
+
+
+def real_loss(run: Run) -> float:
+    """Return the last central loss over real tokens alone, whatever the run itself counted."""
+    counted = run.recipe["data"]["pad_in_loss"]
+    return figures.series(run, REAL_LOSS)[1][-1] if counted else loss_after(-1)(run)
+
+
+def padding_share(run: Run) -> float:
+    """Return the share of padding in the blocks of the central hold-out."""
+    return 1 - float(run.plan["central_tokens"] / (run.plan["central_documents"] * run.recipe["data"]["max_length"]))
 
 
 def lora_error(run: Run) -> float:

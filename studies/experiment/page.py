@@ -12,7 +12,7 @@ import claims
 import jinja2
 from claims import Measure
 from records import Tier, read_plans
-from sweeps import SEEDS
+from sweeps import SEEDS, count_runs, list_sweeps
 
 from fedloom.host.files import write_text
 from fedloom.records.run import Run
@@ -76,6 +76,7 @@ def render(plots: dict[str, Figure]) -> str:
         card=tiers["card"],
         shown={name: Shown(tier, plots) for name, tier in tiers.items()},
         plans=plans,
+        planned_full=count_runs(list_sweeps("full", 2000, 1e-5)),
         judged=claims.judge_claims(tiers["nano"], plans),
         published={"train": TRAIN_LOSS, "central": lora, "half": half, "full": full},
         claims=claims,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,3 +70,8 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
         }
         return {name: {**axes, **seeds} for name, axes in few.items()}
     return {name: {**axes, **seeds} for name, axes in whole.items()}
+
+
+def count_runs(sweeps: Mapping[str, Axes]) -> int:
+    """Return how many runs sweeps have: every combination of each."""
+    return sum(math.prod(map(len, axes.values())) for axes in sweeps.values())

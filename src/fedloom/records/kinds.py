@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_args
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
 
+MOST = 2**63
+"""Number that no count of bytes, tokens or steps comes near; digits beyond it are more than a float can hold."""
 ClientNumber = Annotated[str, str.isdecimal]
 """A client's number as a key of JSON."""
 
@@ -195,15 +197,14 @@ def _hints_of(kind: type) -> dict[str, Any]:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
     if kind is datetime:
         return isinstance(value, str) and _is_moment(value)
     if kind in (NoneType, None):
         return value is None
-    if kind in (bool, str, dict, list):
-        return isinstance(value, kind)
-    return kind is not int or (isinstance(value, int) and not isinstance(value, bool))
+    return isinstance(value, kind) if kind in (bool, str, dict, list) else True
 
 
 def _is_moment(text: str) -> bool:
