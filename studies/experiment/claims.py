@@ -178,13 +178,13 @@ def judge_claims(tier: Tier, plans: Record) -> list[Judged]:
             "That halves the memory",
             "confirmed" if 1.5 < memory < 2.5 else "refuted",
             f"OPT-350M in float32, one client at a time, as predicted: {format_bytes(lora['peak_bytes'])} with LoRA,"
-            f" {format_bytes(whole['peak_bytes'])} with all weights: a cut of {memory:.1f} times",
+            f" {format_bytes(whole['peak_bytes'])} with all weights: a cut of {memory:.1f} times, not of 2",
         ),
         Judged(
             "That halves what is sent",
             "confirmed" if 1.5 < sent < 2.5 else "refuted",
             f"{format_bytes(lora['payload_bytes'])} against {format_bytes(whole['payload_bytes'])} an update: a cut of"
-            f" {sent:.0f} times",
+            f" {sent:.0f} times, not of 2",
         ),
         Judged(
             "μ = 0.1 keeps clients near the global model",

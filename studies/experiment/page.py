@@ -82,13 +82,13 @@ def render(plots: dict[str, Figure]) -> str:
         claims=claims,
         table=write_table,
         per_cent=lambda share: f"{100 * share:.0f} %",
-        losses=tabulate_losses(lora, Shown(tiers["nano"], plots), tiers["small"]),
+        losses=tabulate_losses(lora, Shown(tiers["nano"], plots)),
     )
 
 
-def tabulate_losses(published: Sequence[float], nano: Shown, small: Tier) -> str:
+def tabulate_losses(published: Sequence[float], nano: Shown) -> str:
     """Write the document's losses by round beside those of the experiment here."""
-    runs, others = nano.tier.mixed(), small.mixed()
+    runs = nano.tier.mixed()
     header = ["Round", "Document, clients", "Nano, clients", "Document, central", "Nano, central"]
     rows = [
         [
@@ -97,11 +97,10 @@ def tabulate_losses(published: Sequence[float], nano: Shown, small: Tier) -> str
             nano.of_round(runs, "client_loss", round),
             f"{loss:.4f}",
             nano.of_round(runs, "central_loss", round),
-            *([nano.of_round(others, "central_loss", round)] if others else []),
         ]
         for round, loss in enumerate(published)
     ]
-    return write_table([*header, *(["Small, central"] if others else [])], rows)
+    return write_table(header, rows)
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: int = 1) -> str:

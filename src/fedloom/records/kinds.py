@@ -22,7 +22,7 @@ ClientNumber = Annotated[str, str.isdecimal]
 
 
 class StatusRecord(TypedDict, total=False):
-    """What `status.json` holds."""
+    """Content of `status.json`."""
 
     state: str
     started: datetime
@@ -34,7 +34,7 @@ class StatusRecord(TypedDict, total=False):
 
 
 class EnvironmentRecord(TypedDict, total=False):
-    """What `environment.json` holds: the machine, and what is installed there."""
+    """Content of `environment.json`: the machine, and what is installed there."""
 
     python: str
     platform: str
@@ -57,7 +57,7 @@ class BaselineRecord(TypedDict, total=False):
 
 
 class BaselinesRecord(TypedDict, total=False):
-    """What `baselines.json` holds."""
+    """Content of `baselines.json`."""
 
     round0: BaselineRecord
     pooled: BaselineRecord
@@ -76,7 +76,7 @@ class OwnRecord(TypedDict, total=False):
 
 
 class PersonalisedRecord(TypedDict, total=False):
-    """What `personalised.json` holds."""
+    """Content of `personalised.json`."""
 
     round: int
     clients: dict[ClientNumber, OwnRecord]
@@ -100,7 +100,7 @@ class CoalitionRecord(TypedDict, total=False):
 
 
 class ContributionsRecord(TypedDict, total=False):
-    """What `contributions.json` holds."""
+    """Content of `contributions.json`."""
 
     rounds: int
     coalitions: list[CoalitionRecord]
