@@ -12,7 +12,7 @@ import claims
 import jinja2
 from claims import Measure
 from records import Tier, read_plans
-from sweeps import SEEDS
+from sweeps import SEEDS, count_runs, list_sweeps
 
 from fedloom.host.files import write_text
 from fedloom.records.run import Run
@@ -76,18 +76,19 @@ def render(plots: dict[str, Figure]) -> str:
         card=tiers["card"],
         shown={name: Shown(tier, plots) for name, tier in tiers.items()},
         plans=plans,
+        planned_full=count_runs(list_sweeps("full", 2000, 1e-5)),
         judged=claims.judge_claims(tiers["nano"], plans),
         published={"train": TRAIN_LOSS, "central": lora, "half": half, "full": full},
         claims=claims,
         table=write_table,
         per_cent=lambda share: f"{100 * share:.0f} %",
-        losses=tabulate_losses(lora, Shown(tiers["nano"], plots), tiers["small"]),
+        losses=tabulate_losses(lora, Shown(tiers["nano"], plots)),
     )
 
 
-def tabulate_losses(published: Sequence[float], nano: Shown, small: Tier) -> str:
+def tabulate_losses(published: Sequence[float], nano: Shown) -> str:
     """Write the document's losses by round beside those of the experiment here."""
-    runs, others = nano.tier.mixed(), small.mixed()
+    runs = nano.tier.mixed()
     header = ["Round", "Document, clients", "Nano, clients", "Document, central", "Nano, central"]
     rows = [
         [
@@ -96,11 +97,10 @@ def tabulate_losses(published: Sequence[float], nano: Shown, small: Tier) -> str
             nano.of_round(runs, "client_loss", round),
             f"{loss:.4f}",
             nano.of_round(runs, "central_loss", round),
-            *([nano.of_round(others, "central_loss", round)] if others else []),
         ]
         for round, loss in enumerate(published)
     ]
-    return write_table([*header, *(["Small, central"] if others else [])], rows)
+    return write_table(header, rows)
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: int = 1) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rescoring import score_real_tokens
+
 from fedloom.errors import RunError
 from fedloom.host.files import write_text
 from fedloom.records.plan import Plan
@@ -26,6 +28,8 @@ COLUMNS = (
     "bytes_down", "runs_together",
 )  # fmt: skip
 """What is kept of each round, where it is on record."""
+REAL_LOSS = "real_loss"
+"""Column of a run that counts padding: the central loss over real tokens alone, of its last round."""
 PLAN = (
     "model", "model_revision", "dtype", "engine", "parameters", "trainable_parameters", "data", "data_revision",
     "central_documents", "central_tokens", "peak_bytes", "payload_bytes", "steps_per_round", "train_tokens_per_round",
@@ -85,8 +89,9 @@ def merge(shared: Record, record: Record) -> Record:
 def compact(run: Run, folder: Path) -> Record:
     """Return what is kept of a run; paths inside of a tier's folder lose what stands before it."""
     columns = {key: [_short(record.get(key)) for record in run.rounds] for key in COLUMNS}
+    if run.recipe["data"]["pad_in_loss"]:
+        columns[REAL_LOSS] = [None] * (len(run.rounds) - 1) + [_short(score_real_tokens(run.folder))]
     peaks = [peak for record in run.rounds for peak in record.get("ram_peak_bytes", {}).values()]
-
     found = {
         "name": run.folder.name,
         "recipe": _without_nothing(run.recipe),

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import tomlkit
-from base_model import READ, UNREAD, gather_documents, make_base_model
+from base_model import READ, UNREAD, cut_documents, gather_documents, make_base_model
 from page import write_page
 from records import RECORDS, keep, keep_plans
 from sweeps import SEEDS, list_sweeps
@@ -71,6 +71,7 @@ def prepare(tier: str) -> Path:
         return folder
     gather_documents(folder / "unread", UNREAD)
     if tier == "nano":
+        cut_documents(folder / "unread", folder / "first-lines")
         gather_documents(folder / "read", READ)
         make_base_model(folder)
     return folder

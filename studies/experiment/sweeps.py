@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,14 +50,28 @@ def list_sweeps(tier: str, documents: int, rate: float) -> dict[str, Axes]:
         "momentum": {"federation.strategy.kind": {"fedavgm": {}}},
         "rules": {"federation.lora_rule": ["ffa", "rolora", "svd", "fedex"]},
     }
-    if tier == "small":  # as far as hours go: the adapter against all weights, mixed files against whole packages
-        few: dict[str, Axes] = {"proximal": {"data.partition.kind": MIXED}, "full-model": whole["full-model"]}
-        return {name: {**axes, **seeds} for name, axes in few.items()}
+    if tier == "nano":  # documents of a few lines, in blocks of which they fill most, and about half
+        whole["padding"] = {
+            "data.max_length": {str(length): {"data.source": "first-lines"} for length in (64, 128)},
+            "data.pad_in_loss": [False, True],
+            "federation.rounds": [10],
+        }
+    if tier == "small":  # as far as hours go: all weights, and the adapter on one seed, over mixed files and packages
+        return {
+            "mixed": {"data.partition.kind": {"iid": {}}, "seed": SEEDS[tier][:1]},
+            "natural": {"data.partition.kind": {"natural": MIXED["natural"]}, "seed": SEEDS[tier][:1]},
+            "full-model": {**whole["full-model"], **seeds},
+        }
     if tier == "card":  # what one pass of many adapters gives; all weights are trained launch by launch, so not here
-        few = {
+        few: dict[str, Axes] = {
             "proximal": {"data.partition.kind": MIXED, "training.proximal_mu": [0.0, 0.1, 10.0]},
             "documents": whole["documents"],
             "rates": {"training.learning_rate": [times(5)], "training.proximal_mu": [0.0, 0.1]},
         }
         return {name: {**axes, **seeds} for name, axes in few.items()}
     return {name: {**axes, **seeds} for name, axes in whole.items()}
+
+
+def count_runs(sweeps: Mapping[str, Axes]) -> int:
+    """Return how many runs sweeps have: every combination of each."""
+    return sum(math.prod(map(len, axes.values())) for axes in sweeps.values())

@@ -8,7 +8,8 @@ from support.made_runs import make_run
 
 from fedloom.errors import RunError
 from fedloom.records.run import Run
-from fedloom.report.arms_section import compare_arms, group_runs
+from fedloom.report import figures
+from fedloom.report.arms_section import compare_arms, draw_arms, group_runs
 from fedloom.report.comparison import build_comparison, summarize, unfairness, write_comparison
 from fedloom.report.document import to_markdown
 
@@ -143,11 +144,69 @@ def test_without_arms_the_terminal_has_a_row_for_each_run(tmp_path: Path) -> Non
     one, two = (make_run(tmp_path / name, [3.0, last], name=name) for name, last in (("one", 2.5), ("two", 2.4)))
     lines = summarize([one, two], None)
     assert lines[:3] == [
-        "Run  Rounds    Best loss  Last loss  An update  All rounds",
-        "one  1 of 2  2.5000 in 1     2.5000     1.0 kB       3.0 s",
-        "two  1 of 2  2.4000 in 1     2.4000     1.0 kB       3.0 s",
+        "Run  Rounds    Best loss    Last loss  An update  All rounds",
+        "one  1 of 2  2.5000 in 1  2.5000 in 1     1.0 kB       3.0 s",
+        "two  1 of 2  2.4000 in 1  2.4000 in 1     1.0 kB       3.0 s",
     ]
     assert "After round 1, the last that all runs have, two is ahead: 2.4000, 0.1000 nats a token below one." in lines
+
+
+@pytest.fixture
+def unequal(tmp_path: Path) -> list[Run]:
+    """Two arms of two seeds, alike in each round; a run of the second was stopped after round 1."""
+    whole = [3.0, 2.5, 2.0, 1.5]
+    cut = {(0.1, 2): 2}
+    return [
+        make_run(
+            tmp_path / f"mu={mu}_seed={seed}", whole[: cut.get((mu, seed))], seed=seed, training={"proximal_mu": mu},
+            federation={"rounds": 3},
+        )
+        for mu in (0.0, 0.1)
+        for seed in (1, 2)
+    ]  # fmt: skip
+
+
+def test_runs_that_end_in_different_rounds_are_compared_after_the_last_that_all_have(unequal: list[Run]) -> None:
+    grouped = group_runs(unequal, [MU])
+    lines = summarize(unequal, grouped)
+    assert lines[0].split("  ")[0] == "Arm"
+    assert "Last shared loss  Best until then" in lines[0]
+    assert all("2.5000 ± 0.0000  2.5000 ± 0.0000" in line for line in lines[1:3])
+    assert "Runs end after round 1 to 3: they are compared after round 1, the last that all have." in lines
+    assert "proximal_mu=0.1 against proximal_mu=0.0: no difference, in none of 2 pairs." in lines
+    assert [line.y for line in draw_arms(grouped.arms)[1].plot.lines] == [[2.5], [2.5], [2.5] * 4]
+
+
+def test_last_losses_of_different_rounds_would_be_caught(unequal: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: whatever round a run ended in, its last loss is taken."""
+    monkeypatch.setattr("fedloom.report.arms_section.loss_after", lambda run, round: figures.judged_series(run)[2][-1])
+    with pytest.raises(AssertionError):
+        test_runs_that_end_in_different_rounds_are_compared_after_the_last_that_all_have(unequal)
+
+
+def test_arms_by_their_number_of_rounds_are_compared_at_their_ends(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{rounds}-{seed}", [3.0, 2.5, 2.0][: rounds + 1], seed=seed, federation={"rounds": rounds})
+        for rounds in (1, 2)
+        for seed in (1, 2)
+    ]
+    lines = summarize(runs, group_runs(runs, ["federation.rounds"]))
+    assert "The last losses are of different rounds: 1 to 2." in lines
+    assert any(line.startswith("rounds=2 against rounds=1: lower, by -0.5000 nats a token") for line in lines)
+
+
+def test_runs_without_a_round_in_common_are_refused(tmp_path: Path) -> None:
+    early, late = (make_run(tmp_path / name, losses) for name, losses in (("a", [3.0, None]), ("b", [None, 2.5])))
+    with pytest.raises(RunError, match="no round was evaluated in all of the runs"):
+        write_comparison([early.folder, late.folder], tmp_path / "out")
+
+
+def test_rounds_that_are_not_one_after_another_are_refused(tmp_path: Path) -> None:
+    one, two = (make_run(tmp_path / name, [3.0, 2.5, 2.4]).folder for name in ("one", "two"))
+    first, _, last = (two / "rounds.jsonl").read_text().splitlines()
+    (two / "rounds.jsonl").write_text(f"{first}\n{last}\n")
+    with pytest.raises(RunError, match=r"two/rounds\.jsonl: its rounds are not one after another"):
+        write_comparison([one, two], tmp_path / "out")
 
 
 def test_a_method_that_begins_elsewhere_is_still_fair(tmp_path: Path) -> None:

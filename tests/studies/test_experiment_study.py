@@ -19,9 +19,8 @@ from fedloom.records.run import Run, read_run
 
 STUDY = Path(__file__).parent.parent.parent / "studies" / "experiment"
 sys.path.insert(0, str(STUDY))  # its files import one another
-claims, page, records, study, sweeps = (
-    import_file(STUDY / f"{name}.py") for name in ("claims", "page", "records", "study", "sweeps")
-)
+NAMES = ("base_model", "claims", "page", "records", "rescoring", "study", "sweeps")
+base_model, claims, page, records, rescoring, study, sweeps = (import_file(STUDY / f"{name}.py") for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +94,13 @@ def test_what_never_rose_could_not_be_made_steadier() -> None:
     assert claims.judge_steadier(rises, rises) == "refuted"
 
 
-def test_the_readme_counts_the_verdicts_as_they_are() -> None:
+def test_the_readme_counts_runs_and_verdicts_as_they_are() -> None:
     verdicts = [one.verdict for one in claims.judge_claims(records.Tier("nano"), records.read_plans())]
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     counts = ", ".join(f"{words[verdicts.count(one)]} {one}" for one in ("refuted", "undecided"))
-    said = f"of {words[len(verdicts)]} claims {words[verdicts.count('confirmed')]} are confirmed, {counts}."
+    runs = len(records.Tier("nano").runs)
+    confirmed = f"{words[verdicts.count('confirmed')]} are confirmed"
+    said = f"in {runs} runs: of {words[len(verdicts)]} claims {confirmed}, {counts}."
     assert said in " ".join((STUDY.parent.parent / "README.md").read_text(encoding="utf-8").split())
 
 
@@ -152,6 +153,26 @@ def test_overfitting_is_undecided_where_seeds_disagree() -> None:
     assert claims.judge_onsets([rises, rises], overfits=False) == "refuted"
     assert claims.judge_onsets([rises, rises], overfits=True) == "confirmed"
     assert claims.judge_onsets([falls, rises], overfits=True) == "undecided"
+
+
+def test_a_run_that_counts_padding_is_scored_over_real_tokens_too(tmp_path: Path) -> None:
+    (tmp_path / "long").mkdir()
+    for number in range(60):
+        lines = "".join(f"{name} = {number**3}\n" for name in "abcdefghi")
+        (tmp_path / "long" / f"{number}.py").write_text(lines, encoding="utf-8")
+    base_model.cut_documents(tmp_path / "long", tmp_path / "short")
+    assert len((tmp_path / "short" / "7.py").read_text(encoding="utf-8").splitlines()) == base_model.FIRST_LINES
+    data = {"source": str(tmp_path / "short"), "max_length": 96, "duplicates": "report"}
+    (tmp_path / "tiny.toml").write_text(recipe_to_toml(make_recipe(data=data)), encoding="utf-8")
+    folder = sweep(tmp_path / "tiny.toml", ["data.pad_in_loss=false,true"], tmp_path / "padding", Observer())
+    records.keep(folder, tmp_path / "nano" / "padding.jsonl")
+    plain, counted = records.Tier("nano", tmp_path).runs
+    assert claims.padding_share(counted) > 0.1
+    assert claims.real_loss(plain) == claims.loss_after(-1)(plain)
+    assert abs(claims.real_loss(counted) - claims.real_loss(plain)) < 0.1 * claims.real_loss(plain)
+    assert claims.real_loss(counted) != claims.loss_after(-1)(counted)
+    # What it takes for an honest run's loss is what that run reports.
+    assert rescoring.score_real_tokens(folder / plain.folder.name) == pytest.approx(claims.real_loss(plain), rel=1e-5)
 
 
 def test_what_is_kept_of_a_run_gives_the_same_figures(finished: Path, tmp_path: Path) -> None:

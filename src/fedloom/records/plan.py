@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedloom.data.splits import Audit
 from fedloom.progress import Phase
 from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
-    from fedloom.data.splits import Audit
     from fedloom.recipe.sections import Federation
     from fedloom.recipe.training_section import Training
 

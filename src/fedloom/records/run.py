@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Required, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Required, TypedDict
 
 from fedloom.errors import RunError
+from fedloom.records.kinds import KINDS, ClientNumber, MeasureRecord, find_odd
 
 Record = dict[str, Any]
 """A record as it is read: JSON that may lack keys."""
@@ -38,7 +39,7 @@ class RoundRecord(TypedDict, total=False):
     lost: Required[list[int]]
     lost_because: dict[str, str]
     refused: list[str]
-    shares: dict[str, float]
+    shares: dict[ClientNumber, float]
     capped: list[int]
     scaled: dict[str, float]
     train_seconds: Required[float]
@@ -47,7 +48,7 @@ class RoundRecord(TypedDict, total=False):
     train_tokens: Required[int]
     bytes_up: Required[int]
     bytes_down: Required[int]
-    client_losses: Required[dict[str, float]]
+    client_losses: Required[dict[ClientNumber, float]]
     adapter_sha256: Required[str]
     finished: Required[str]
     evaluate_tokens: int
@@ -88,7 +89,7 @@ class EvaluationRecord(TypedDict, total=False):
     of_tasks: list[str]
     warning: str
     in_training: int
-    measures: Required[dict[str, dict]]  # type: ignore[type-arg]
+    measures: Required[dict[str, MeasureRecord]]
     seconds: float
     finished: str
 
@@ -198,7 +199,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder,
         **{
-            name: read_json(folder / file)
+            name: _checked(read_json(folder / file), KINDS[file], folder / file)
             for name, file in {
                 "recipe": "resolved.json",
                 "environment": "environment.json",
@@ -210,7 +211,7 @@ def read_run(folder: str | Path) -> Run:
             }.items()
         },
         rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
-        clients=read_lines(folder / "clients.jsonl"),
+        clients=_read_checked(folder / "clients.jsonl", KINDS["clients.jsonl"]),
         evaluations=[record for record in asked if "holder" not in record],
         own_evaluations=[record for record in asked if "holder" in record],
     )
@@ -242,22 +243,14 @@ def _read_checked(path: Path, kind: type) -> list[Record]:
     Raises:
         RunError: something else stands for one.
     """
-    records, kinds = read_lines(path), get_type_hints(kind)
-    for number, record in enumerate(records, start=1):
-        if odd := [key for key, value in record.items() if key in kinds and not _is_a(value, kinds[key])]:
-            raise RunError(f'"{odd[0]}" is not what it should be', where=f"{path}:{number}", mend=MEND)
-    return records
+    return [_checked(record, kind, f"{path}:{number}") for number, record in enumerate(read_lines(path), start=1)]
 
 
-def _is_a(value: object, kind: Any) -> bool:
-    """Return whether a value of JSON is of a kind that a record has; a float may be written as a whole number."""
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_a(part, get_args(kind)[0]) for part in value)
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_is_a(part, get_args(kind)[1]) for part in value.values())
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _checked(record: Record, kind: type, where: str | Path) -> Record:
+    odd = find_odd(record, kind)
+    if odd is not None:
+        raise RunError(f'"{odd}" is not what it should be', where=str(where), mend=MEND)
+    return record
 
 
 def read_lines(path: Path) -> list[Record]:

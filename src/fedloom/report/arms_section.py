@@ -35,11 +35,18 @@ class Arm:
     name: str
     runs: Mapping[str, Run]
     """Each run by all else that varies within an arm: what its partners in other arms have alike."""
+    round: int
+    """Round after which its losses are compared: the last that all runs have that they are compared with."""
 
     @property
     def last_losses(self) -> list[float]:
-        """Return the last judged loss of each run."""
-        return [last_loss(run) for run in self.runs.values()]
+        """Return the judged loss of each run after the arm's round."""
+        return [loss_after(run, self.round) for run in self.runs.values()]
+
+    @property
+    def last_drifts(self) -> list[float]:
+        """Return how far clients moved from the global adapter in the arm's round, of the runs that tell it."""
+        return [drift for run in self.runs.values() if (drift := drift_in(run, self.round)) is not None]
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,44 @@ class Arms:
     """Keys other than the seed that vary within an arm."""
 
 
-def last_loss(run: Run) -> float:
-    """Return the judged loss of a run's last evaluated round."""
-    return figures.judged_series(run)[2][-1]
+ROUNDS = "federation.rounds"
+"""Key by which arms are meant to end in different rounds."""
+
+
+def loss_after(run: Run, round: int) -> float:
+    """Return the judged loss of a run after a round that it was evaluated in."""
+    _, rounds, losses = figures.judged_series(run)
+    return losses[list(rounds).index(round)]
+
+
+def drift_in(run: Run, round: int) -> float | None:
+    """Return how far clients moved from the global adapter in a round; None where it is not on record."""
+    rounds, drifts = figures.series(run, "drift")
+    return dict(zip(rounds, drifts, strict=True)).get(round)
+
+
+def shared_rounds(runs: Sequence[Run]) -> list[int]:
+    """Return the rounds after which all runs were judged.
+
+    Raises:
+        RunError: there are none.
+    """
+    found = sorted(set.intersection(*(set(figures.judged_series(run)[1]) for run in runs)))
+    if not found:
+        mend = "leave out a run: " + ", ".join(str(run.folder) for run in runs)
+        raise RunError("no round was evaluated in all of the runs", where="fedloom compare", mend=mend)
+    return found
 
 
 def group_runs(runs: Sequence[Run], by: Sequence[str], against: str | None = None) -> Arms:
     """Group runs into arms by dotted keys of their recipes; `against` is the arm that the others are set against.
 
-    It is named as the tables name it, or by its value alone; the first if left out.
+    It is named as the tables name it, or by its value alone; the first if left out. All are compared after the last
+    round that all have, but for arms by their number of rounds, which are compared at their ends.
 
     Raises:
-        RunError: no recipe has such a key, all runs are of one arm, two runs of an arm are alike, no such arm.
+        RunError: no recipe has such a key, all runs are of one arm, two runs of an arm are alike, no such arm, or no
+            round was evaluated in all of them.
     """
     flat = [{k: v for k, v in flatten(run.recipe).items() if k not in NOT_SETTINGS} for run in runs]
     known = list(dict.fromkeys(itertools.chain.from_iterable(flat)))
@@ -85,7 +118,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str], against: str | None = Non
         alike = {_text([flat[n].get(key) for key in pairing]): runs[n] for n in numbers}
         if len(alike) < len(numbers):
             raise RunError(f"two runs with {name} are alike", where="fedloom compare", mend="name each run once")
-        arms.append(Arm(name, alike))
+        last = shared_rounds([runs[n] for n in numbers] if ROUNDS in by else runs)[-1]
+        arms.append(Arm(name, alike, last))
     return Arms(arms, _find_reference(list(found), against), beside, [key for key in varies if key != "seed"])
 
 
@@ -123,24 +157,25 @@ def tabulate_arms(grouped: Arms) -> Table:
     rows = []
     for arm in grouped.arms:
         runs = list(arm.runs.values())
-        best = [min(figures.judged_series(run)[2]) for run in runs]
+        judged = [figures.judged_series(run)[1:] for run in runs]
+        best = [min(loss for round, loss in zip(*of, strict=True) if round <= arm.round) for of in judged]
         rows.append(
             [
                 arm.name,
                 str(len(runs)),
                 _spread(arm.last_losses),
                 _spread(best),
-                _spread([drift for run in runs if (drift := last_drift(run)) is not None]),
+                _spread(arm.last_drifts),
                 format_bytes(max(run.plan["payload_bytes"] for run in runs)),
             ]
         )
-    return Table(["Arm", "Runs", "Last loss", "Best loss", "Drift", "An update"], rows)
+    last, best_until = ("Last loss", "Best loss") if not _go_on(grouped) else ("Last shared loss", "Best until then")
+    return Table(["Arm", "Runs", last, best_until, "Drift", "An update"], rows)
 
 
-def last_drift(run: Run) -> float | None:
-    """Return how far clients moved from the global adapter in a run's last round; None where it is not on record."""
-    _, values = figures.series(run, "drift")
-    return values[-1] if values else None
+def _go_on(grouped: Arms) -> bool:
+    """Return whether some runs have rounds behind the one after which they are compared."""
+    return any(figures.judged_series(run)[1][-1] > arm.round for arm in grouped.arms for run in arm.runs.values())
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -149,7 +184,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def compare_arms(grouped: Arms, warn: Warn, *, limits: bool = True) -> list[str]:
-    """Say of each arm, in a sentence, whether its last loss differs from the reference's, by how much, how surely.
+    """Say of each arm, in a sentence, whether its loss differs from the reference's, by how much, how surely.
 
     With `limits`, it is said too what so few pairs, and so many comparisons, can't show.
     """
@@ -164,7 +199,8 @@ def compare_arms(grouped: Arms, warn: Warn, *, limits: bool = True) -> list[str]
         if reasons:
             said.append(f"{arm.name}: not compared with {reference.name}. {reasons[0]}")
         elif pairs:
-            found = compare_pairs([last_loss(one) - last_loss(other) for one, other in pairs])
+            ends = (arm.round, reference.round)
+            found = compare_pairs([loss_after(one, ends[0]) - loss_after(other, ends[1]) for one, other in pairs])
             said.append(_say(arm.name, reference.name, found))
             most = max(most, found.pairs)
         else:
@@ -210,9 +246,14 @@ def note_arms(grouped: Arms) -> list[str]:
         notes.append(f"Arms differ in this, too: {', '.join(grouped.beside)}.")
     if grouped.within:
         notes.append(f"Within an arm these differ beside the seed: {', '.join(grouped.within)}.")
-    ends = {figures.judged_series(run)[1][-1] for arm in grouped.arms for run in arm.runs.values()}
-    if len(ends) > 1:
-        notes.append(f"The last losses are of different rounds: {min(ends)} to {max(ends)}.")
+    ends = [figures.judged_series(run)[1][-1] for arm in grouped.arms for run in arm.runs.values()]
+    compared = sorted({arm.round for arm in grouped.arms})
+    if _go_on(grouped):
+        after = f"round {compared[0]}" if len(compared) == 1 else "the last round that all runs of an arm have"
+        last = ", the last that all have" if len(compared) == 1 else ""
+        notes.append(f"Runs end after round {min(ends)} to {max(ends)}: they are compared after {after}{last}.")
+    elif len(compared) > 1:
+        notes.append(f"The last losses are of different rounds: {compared[0]} to {compared[-1]}.")
     return notes
 
 
@@ -243,12 +284,16 @@ def draw_arms(arms: Sequence[Arm]) -> list[Figure]:
             Plot(_last(arms), x_label="arm", y_label=loss, ticks=[arm.name for arm in arms]),
         ),
     ]
-    if all(last_drift(run) is not None for run in runs):
+    if all(len(arm.last_drifts) == len(arm.runs) for arm in arms):
         found.append(
             Figure(
                 "arms-drift",
                 "The last loss against the drift of the last round: a point for each run.",
-                Plot(_scatter(arms, last_drift), x_label="drift from the global adapter (norm)", y_label=loss),
+                Plot(
+                    _scatter(arms, [arm.last_drifts for arm in arms]),
+                    x_label="drift from the global adapter (norm)",
+                    y_label=loss,
+                ),
             )
         )
     if len({run.plan["payload_bytes"] for run in runs}) > 1:
@@ -257,7 +302,7 @@ def draw_arms(arms: Sequence[Arm]) -> list[Figure]:
                 "arms-payload",
                 "The last loss against the bytes of an update, on a logarithmic scale: a point for each run.",
                 Plot(
-                    _scatter(arms, lambda run: float(run.plan["payload_bytes"])),
+                    _scatter(arms, [[run.plan["payload_bytes"] for run in arm.runs.values()] for arm in arms]),
                     x_label="bytes of an update",
                     y_label=loss,
                     log_x=True,
@@ -281,7 +326,7 @@ def _curve(arm: Arm) -> Line:
 def spread_by_round(runs: Sequence[Run]) -> tuple[list[int], list[figures.Spread]]:
     """Return the rounds whose judged loss all runs have, and its mean and spread over them."""
     by_round = [dict(zip(*figures.judged_series(run)[1:], strict=True)) for run in runs]
-    rounds = sorted(set.intersection(*map(set, by_round)))
+    rounds = shared_rounds(runs)
     return rounds, [figures.spread([of[round] for of in by_round]) for round in rounds]
 
 
@@ -296,8 +341,5 @@ def _last(arms: Sequence[Arm]) -> list[Line]:
     return [*means, Line("a run", places, losses, faint=True, joined=False)]
 
 
-def _scatter(arms: Sequence[Arm], measure: Callable[[Run], float | None]) -> list[Line]:
-    return [
-        Line(arm.name, [measure(run) or 0.0 for run in arm.runs.values()], arm.last_losses, joined=False)
-        for arm in arms
-    ]
+def _scatter(arms: Sequence[Arm], places: Sequence[Sequence[float]]) -> list[Line]:
+    return [Line(arm.name, of, arm.last_losses, joined=False) for arm, of in zip(arms, places, strict=True)]

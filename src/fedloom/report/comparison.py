@@ -9,15 +9,16 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records.run import SWEEP, Run, flatten, overfitting_onset, read_json, read_run
+from fedloom.records.run import MEND, SWEEP, Run, flatten, overfitting_onset, read_json, read_run
 from fedloom.report import figures
 from fedloom.report.arms_section import (
     NOT_SETTINGS,
     Arms,
     compare_arms,
     group_runs,
-    last_loss,
+    loss_after,
     note_arms,
+    shared_rounds,
     show_arms,
     spread_by_round,
     tabulate_arms,
@@ -49,13 +50,15 @@ def write_comparison(
     folder stands for its finished runs. `say` is told the short of it, line by line.
 
     Raises:
-        RunError: a folder is no run directory, there are fewer than two, or one has no finished round; or there are
-            no such arms.
+        RunError: a folder is no run directory, or a damaged one, there are fewer than two, or one has no finished
+            round; no round was evaluated in all of them; or there are no such arms.
     """
     runs = [read_run(run) for folder in folders for run in runs_in(Path(folder))]
     if len(runs) < 2:
         raise RunError("a comparison needs two runs or more", where="fedloom compare", mend="add another run directory")
     for run in runs:
+        if [record["round"] for record in run.rounds] != list(range(len(run.rounds))):
+            raise RunError("its rounds are not one after another", where=str(run.folder / "rounds.jsonl"), mend=MEND)
         if not figures.judged_series(run)[1]:
             raise RunError("no round is finished yet", where=str(run.folder), mend="wait for the first evaluation")
     arms = group_runs(runs, by, against) if by else None
@@ -85,7 +88,7 @@ def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
             name,
             f"{figures.completed(run)} of {run.recipe['federation']['rounds']}",
             f"{min(losses):.4f} in {rounds[losses.index(min(losses))]}",
-            f"{last_loss(run):.4f}",
+            f"{losses[-1]:.4f} in {rounds[-1]}",
             format_bytes(run.plan["payload_bytes"]),
             f"{figures.total_seconds(run):,.1f} s",
         ]
@@ -156,12 +159,8 @@ def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """Say in sentences what the tables show; each sentence only if it is true of these runs."""
     curves = [figures.judged_series(run)[1:] for run in runs]
-    last_shared = min(rounds[-1] for rounds, _ in curves)
-    shared = {
-        name: losses[list(rounds).index(last_shared)]
-        for name, (rounds, losses) in zip(names, curves, strict=True)
-        if last_shared in rounds
-    }
+    last_shared = shared_rounds(runs)[-1]
+    shared = {name: loss_after(run, last_shared) for name, run in zip(names, runs, strict=True)}
     sentences = []
     ahead, behind = min(shared, key=shared.__getitem__), max(shared, key=shared.__getitem__)
     comparable = not unfairness(runs, names)
@@ -216,7 +215,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
 
 def _losses(runs: Sequence[Run], names: Sequence[str], groups: Mapping[str, Sequence[Run]]) -> list[Block]:
     curves = [figures.judged_series(run) for run in runs]
-    shared = sorted(set.intersection(*(set(rounds) for _, rounds, _ in curves)))
+    shared = shared_rounds(runs)
     first, last = shared[0], shared[-1]
     by_round = [dict(zip(rounds, losses, strict=True)) for _, rounds, losses in curves]
     rows = [

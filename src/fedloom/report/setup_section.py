@@ -84,7 +84,7 @@ def _batch(training: Record) -> str:
 def _rate(training: Record) -> str:
     rate, schedule, warmup = f"{training['learning_rate']:g}", training["schedule"], training.get("warmup")
     spans = {"round": "over the round", "run": "over the run", "rounds": "over the run, the same within a round"}
-    span = spans[training["schedule_scope"]]
+    span = spans.get(training["schedule_scope"], "")
     if schedule == "constant":
         told = f"{rate}, constant"
     else:
