@@ -196,7 +196,7 @@ class ClientBatch:
         self._in_use = 0
         self._unread: list[Taken] = []
         self._facts: list[Tensor] = []
-        """What unread steps told that were no part of a stretch."""
+        """Facts of unread steps that were no part of a stretch."""
         self.slots: list[ClientSlot] = []
 
     @property
