@@ -103,6 +103,7 @@ def test_a_row_that_takes_a_sequence_for_a_text_is_caught(monkeypatch: pytest.Mo
             super().__init__(places_M, shape, None)
 
     adapted, parts = make_adapted(dtype="float64"), make_parts()
+    switch_off_dropout(adapted)
     apart = train(BatchedEngine, adapted, parts)
     monkeypatch.setattr(attention, "Row", Whole)
     assert distance(train(BatchedEngine, adapted, packed(parts)), apart, adapted) > 1e-3
