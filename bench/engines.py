@@ -102,6 +102,9 @@ def trainer_contender(
     """HF Trainer + PEFT, one client after another; documents cut to a length and padded, as tokenizers do it."""
     model = build_adapted(shape, dtype, dropout).model
     model.get_base_model().set_attn_implementation("sdpa")
+    # Nor does it know of the products that a model is loaded with here.
+    for layer in model.modules():
+        vars(layer).pop("forward", None)
 
     def trainer(blocks: TokenBlocks, folder: str) -> Trainer:
         seen_NT = torch.arange(blocks.tokens_NT.shape[1]) < blocks.lengths_N[:, None]

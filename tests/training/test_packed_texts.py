@@ -20,6 +20,7 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate
 from fedloom.model import attention
+from fedloom.model.unpadding import Row
 from fedloom.training.assumptions import check_packing
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.engines import open_engine
@@ -75,6 +76,8 @@ def test_a_twin_that_leaks_is_caught(twin: str, monkeypatch: pytest.MonkeyPatch)
     # To rotated positions, only the distance of two tokens matters: to see the mistake takes learnt ones.
     adapted, parts = make_adapted("tiny-gpt2", "float64"), make_parts(16)
     switch_off_dropout(adapted)
+    # A row needs no mask: its texts are cut apart.
+    adapted.unpads = twin != "see_own_text"
     apart = train(BatchedEngine, adapted, parts)
 
     def all_to_the_left(texts_BT: Tensor) -> Tensor:
@@ -87,6 +90,18 @@ def test_a_twin_that_leaks_is_caught(twin: str, monkeypatch: pytest.MonkeyPatch)
     assert distance(train(BatchedEngine, adapted, packed(parts)), apart, adapted) > 1e-3
     with pytest.raises(ModelError, match=r"a text is another one behind a text that shares its block"):
         check_packing(adapted, 32)
+
+
+def test_a_row_that_takes_a_sequence_for_a_text_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Whole(Row):
+        def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
+            super().__init__(places_M, shape, None)
+
+    adapted, parts = make_adapted(dtype="float64"), make_parts()
+    switch_off_dropout(adapted)
+    apart = train(BatchedEngine, adapted, parts)
+    monkeypatch.setattr(attention, "Row", Whole)
+    assert distance(train(BatchedEngine, adapted, packed(parts)), apart, adapted) > 1e-3
 
 
 def test_engines_agree_on_packed_texts_and_the_clients_beside_them(shape: str) -> None:

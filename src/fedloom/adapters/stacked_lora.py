@@ -4,8 +4,8 @@ A batch holds the sequences of all clients, client by client. A frozen layer see
 multiplies each client's rows by that client's own A and B. Nothing of one client reaches another: rows of a matrix
 product do not mix, and the batched product keeps clients apart.
 
-Letters: K clients, N rows of a client (its sequences × tokens), I and O features in and out, R rank, P adapter
-parameters.
+Letters: K clients, M rows of all clients (sequences × tokens, or real tokens), I and O features in and out, R rank, P
+adapter parameters, G gradients, X and Y two of a product's sides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
-from fedloom.model.unpadding import current_row
+from fedloom.model.unpadding import Row, current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
 """Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products: they are
@@ -68,21 +68,17 @@ class StackedLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [K·B, T, O] for `x` of [K·B, T, I], or [K·B·T, O] for [K·B·T, I], client by client.
 
-        Of real tokens alone, [1, M, O] for [1, M, I]: the adapter's part is computed of the whole batch all the same.
+        Of real tokens alone, [1, M, O] or [M, O] for [1, M, I] or [M, I].
         """
         result: Tensor = self.base(x)
-        row = current_row()
-        if row is not None:
-            x = row.spread_input(x)
         # As in PEFT: the adapter is in float32 whatever the base is in, and so are its product and the sum.
-        x_KNI = x.reshape(self.lora_a_KRI.shape[0], -1, x.shape[-1]).to(self.lora_a_KRI.dtype)
+        x_MI = x.reshape(-1, x.shape[-1]).to(self.lora_a_KRI.dtype)
         if self.training and self.dropout:
             # `ClientDropout` takes over this call, so that each client's mask is its own.
-            x_KNI = functional.dropout(x_KNI, self.dropout, training=True)
+            x_MI = functional.dropout(x_MI, self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
-        delta_KNO: Tensor = _StackedProduct.apply(x_KNI, self.lora_a_KRI, self.lora_b_KOR, self, tf32)  # type: ignore[no-untyped-call]
-        delta = delta_KNO if row is None else row.gather(delta_KNO.flatten(0, 1))
-        return torch.add(result, delta.view_as(result), alpha=self.scaling).to(result.dtype)
+        product = _StackedProduct.apply(x_MI, self.lora_a_KRI, self.lora_b_KOR, self, current_row(), tf32)  # type: ignore[no-untyped-call]
+        return torch.add(result, product.view_as(result), alpha=self.scaling).to(result.dtype)
 
     # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
     @property
@@ -100,39 +96,61 @@ class _StackedProduct(torch.autograd.Function):
     """Product B_k A_k x for each client's rows, whose backward pass adds to the layer's gradients in place.
 
     Autograd itself would make a tensor for each gradient first, and then add it. And where gradients have more rows
-    than there are clients, a client's N rows are cut into as many pieces, each with a gradient of its own: of every
+    than there are clients, a client's rows are cut into as many pieces, each with a gradient of its own: of every
     document, by the same product in other shapes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KNI: Tensor, a_KRI: Tensor, b_KOR: Tensor, layer: StackedLora, tf32: bool) -> Tensor:
+    def forward(
+        ctx: Any, x_MI: Tensor, a_KRI: Tensor, b_KOR: Tensor, layer: StackedLora, row: Row | None, tf32: bool
+    ) -> Tensor:
         # Not saved as tensors of the graph: the optimizer changes them in place between two steps.
-        ctx.weights, ctx.layer, ctx.tf32 = (a_KRI, b_KOR), layer, tf32
+        ctx.weights, ctx.layer, ctx.row, ctx.tf32 = (a_KRI, b_KOR), layer, row, tf32
         with _products(tf32):
-            hidden_KNR = torch.bmm(x_KNI, a_KRI.mT)
-            ctx.save_for_backward(x_KNI, hidden_KNR)
-            return torch.bmm(hidden_KNR, b_KOR.mT)
+            hidden_MR = _multiply(x_MI, a_KRI.mT, row)
+            ctx.save_for_backward(x_MI, hidden_MR)
+            return _multiply(hidden_MR, b_KOR.mT, row)
 
     @staticmethod
-    def backward(ctx: Any, grad_KNO: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        x_KNI, hidden_KNR = ctx.saved_tensors
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        x_MI, hidden_MR = ctx.saved_tensors
         a_KRI, b_KOR = ctx.weights
-        # Views of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
-        gradient_b_GOR = ctx.layer.gradient_b_GOR
-        pieces = len(gradient_b_GOR)
         with _products(ctx.tf32):
-            grad_KNR = torch.bmm(grad_KNO, b_KOR)
-            gradient_b_GOR.baddbmm_(_cut(grad_KNO, pieces).mT, _cut(hidden_KNR, pieces))
+            grad_MR = _multiply(grad_MO, b_KOR, ctx.row)
+            # Views of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
+            _add_products(ctx.layer.gradient_b_GOR, grad_MO, hidden_MR, ctx.row)
             # With FFA, A is the model's own, expanded to K clients and frozen: it has no gradient.
             if a_KRI.requires_grad:
-                ctx.layer.gradient_a_GRI.baddbmm_(_cut(grad_KNR, pieces).mT, _cut(x_KNI, pieces))
+                _add_products(ctx.layer.gradient_a_GRI, grad_MR, x_MI, ctx.row)
             # The first adapted layer's input has no trained part below it. Gradients of A and B are written already.
-            return torch.bmm(grad_KNR, a_KRI) if ctx.needs_input_grad[0] else None, None, None, None, None
+            grad_MI = _multiply(grad_MR, a_KRI, ctx.row) if ctx.needs_input_grad[0] else None
+            return grad_MI, None, None, None, None, None
 
 
-def _cut(rows_KNX: Tensor, pieces: int) -> Tensor:
+def _multiply(rows_MX: Tensor, weights_KXY: Tensor, row: Row | None) -> Tensor:
+    """Return each client's rows times its own weights, [M, Y]; in a row clients may have different numbers of them."""
+    if row is None:
+        return torch.bmm(_cut(rows_MX, len(weights_KXY)), weights_KXY).flatten(0, 1)
+    product_MY = rows_MX.new_empty(len(rows_MX), weights_KXY.shape[-1])
+    sizes = row.share(len(weights_KXY))
+    for rows, weights, product in zip(rows_MX.split(sizes), weights_KXY, product_MY.split(sizes), strict=True):
+        torch.mm(rows, weights, out=product)
+    return product_MY
+
+
+def _add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, row: Row | None) -> None:
+    """Add, for each client or piece of one, the sum over its rows of the products of left and right, in place."""
+    if row is None:
+        sums_GXY.baddbmm_(_cut(left_MX, len(sums_GXY)).mT, _cut(right_MY, len(sums_GXY)))
+        return
+    sizes = row.share(len(sums_GXY))
+    for sum_XY, left, right in zip(sums_GXY, left_MX.split(sizes), right_MY.split(sizes), strict=True):
+        sum_XY.addmm_(left.mT, right)
+
+
+def _cut(rows_MX: Tensor, pieces: int) -> Tensor:
     """Return clients' rows as so many equal pieces, in their order."""
-    return rows_KNX.reshape(pieces, -1, rows_KNX.shape[-1])
+    return rows_MX.reshape(pieces, -1, rows_MX.shape[-1])
 
 
 @contextmanager

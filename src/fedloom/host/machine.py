@@ -146,6 +146,12 @@ def computes_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_facts().get("flags", "").split())
 
 
+def is_amd_with_avx512() -> bool:
+    """Return whether the processor is AMD's and has AVX-512, as from Zen 4 on."""
+    facts = _cpu_facts()
+    return facts.get("vendor_id") == "AuthenticAMD" and "avx512f" in facts.get("flags", "").split()
+
+
 def _processor() -> str:
     return _cpu_facts().get("model name") or platform.processor() or platform.machine()
 

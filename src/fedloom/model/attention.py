@@ -177,8 +177,7 @@ def without_padding(real_M: Tensor | None, shape: tuple[int, ...], texts_BT: Ten
     `real_M` are their places in the flattened batch, or None where all is computed; `texts_BT` the numbers of the texts
     that share a sequence. Needed in the backward pass too, where layers are computed again.
     """
-    seen_B1TT = None if texts_BT is None or real_M is None else see_own_text(texts_BT)
-    with in_a_row(None if real_M is None else Row(real_M, shape, seen_B1TT)):
+    with in_a_row(None if real_M is None else Row(real_M, shape, texts_BT)):
         yield
 
 
@@ -219,11 +218,17 @@ def causal_attention(
     Of real tokens alone, it is [1, H, M, D] in and [1, M, H, D] out.
     """
     row = current_row()
-    if row is not None:
-        query, key, value = (_spread_heads(row, part) for part in (query, key, value))
-        attention_mask = row.seen_B1TT
-    attended = _attend(module, query, key, value, attention_mask, dropout, scaling, **others)
-    return attended if row is None else row.gather(attended.flatten(0, 1))[None], None
+    if row is None:
+        return _attend(module, query, key, value, attention_mask, dropout, scaling, **others), None
+    if not dropout:
+        # A text after another: padding among the scores would cost the square of the longest one for each.
+        texts = zip(*(part.split(row.texts, dim=2) for part in (query, key, value)), strict=True)
+        heads = [_attend(module, q, k, v, None, dropout, scaling, **others) for q, k, v in texts]
+        return torch.cat(heads, dim=1), None
+    query, key, value = (_spread_heads(row, part) for part in (query, key, value))
+    seen_B1TT = None if row.texts_BT is None else see_own_text(row.texts_BT)
+    attended = _attend(module, query, key, value, seen_B1TT, dropout, scaling, **others)
+    return row.gather(attended.flatten(0, 1))[None], None
 
 
 def _spread_heads(row: Row, heads_1HMD: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from fedloom.downloads import fetch_weights
 from fedloom.errors import ModelError
 from fedloom.model.attention import choose_attention, settle_attention
+from fedloom.model.frozen_products import choose_products
 from fedloom.model.packed import pack_model
 from fedloom.model.packed_shape import BITS
 from fedloom.model.source import ModelSource, loading
@@ -101,6 +102,7 @@ def load_model(
     else:
         _tell_of_elsewhere(model, device, say)
     settle_attention(model)
+    choose_products(model)
     return model
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.model.attention import call_model
+from fedloom.model.frozen_products import multiply_frozen
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Memory that logits may take at a time, in float32, by the kind of device: a GPU works best on large products."""
@@ -154,7 +155,7 @@ class _RowLosses(torch.autograd.Function):
             # size would cost as much memory as the chunk's logits.
             slope = log_p.exp_()
             slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-            gradients.append(slope.to(weight_VD.dtype) @ weight_VD)
+            gradients.append(multiply_frozen(slope.to(weight_VD.dtype), weight_VD.mT))
         ctx.num_rows = len(states_ND)
         ctx.save_for_backward(torch.cat(gradients), rows_M)
         return torch.cat(losses)
@@ -185,7 +186,7 @@ def _logit_chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     rows = rows_at_a_time(len(weight_VD), weight_VD.device)
     for states, targets in zip(states_MD.split(rows), targets_M.split(rows), strict=True):
-        yield _at_least_float32(functional.linear(states, weight_VD, bias_V)), targets
+        yield _at_least_float32(multiply_frozen(states, weight_VD, bias_V)), targets
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Batches without their padding: a model computes the real tokens alone, in one row.
 
 Every layer but attention treats a token by itself, so padding there is work for nothing; what needs to know which token
-belongs to which sequence (attention, clients' adapters, their dropout) spreads the row over the batch and gathers it
-again. The same is done to BERT by Zeng et al. 2022 (arXiv 2208.08124, section 4.2).
+belongs to which sequence (attention, clients' adapters, their dropout) cuts the row into pieces. Attention with
+dropout, whose masks are of whole sequences, spreads it over the batch and gathers it again. The same is done to BERT by
+Zeng et al. 2022 (arXiv 2208.08124, section 4.2).
 
 Letters: B sequences of T tokens, M real tokens of the B·T, X whatever a token has.
 """
@@ -18,16 +19,25 @@ from torch import Tensor
 
 
 class Row:
-    """Real tokens of a batch of `shape` [B, T], in order, as one row.
+    """Real tokens of a batch of `shape` [B, T], in order, as one row, on a processor.
 
-    `places_M` are their places in the flattened batch. `seen_B1TT` is true where a token sees another; None where each
-    sees all to its left.
+    `places_M` are their places in the flattened batch; `texts_BT` the numbers of the texts that share a sequence, None
+    where each has one.
     """
 
-    def __init__(self, places_M: Tensor, shape: tuple[int, ...], seen_B1TT: Tensor | None = None) -> None:
-        self.places_M, self.seen_B1TT = places_M, seen_B1TT
+    def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
+        self.places_M, self.texts_BT = places_M, texts_BT
         self.sequences, self.width = shape
-        self._last: tuple[Tensor, Tensor] | None = None
+        sequences_M = places_M // self.width
+        self._lengths = torch.bincount(sequences_M, minlength=self.sequences).tolist()
+        owners = sequences_M[None] if texts_BT is None else torch.stack([sequences_M, self.take(texts_BT)[0]])
+        self.texts: list[int] = torch.unique_consecutive(owners, dim=1, return_counts=True)[1].tolist()
+        """Tokens of each text, in order."""
+
+    def share(self, parts: int) -> list[int]:
+        """Return how many of the tokens are of each of so many equal parts of the batch's sequences."""
+        each = self.sequences // parts
+        return [sum(self._lengths[each * part : each * (part + 1)]) for part in range(parts)]
 
     def take(self, values_BT: Tensor) -> Tensor:
         """Return the values of the real tokens, [1, M]."""
@@ -41,13 +51,6 @@ class Row:
         """Return the values of the whole batch, [B·T, ...], of those of real tokens, [M, ...]; 0 at padding."""
         grid: Tensor = _Spread.apply(rows_MX, self.places_M, self.sequences * self.width)  # type: ignore[no-untyped-call]
         return grid
-
-    def spread_input(self, x: Tensor) -> Tensor:
-        """Return a layer's input, [1, M, X] or [M, X], as that of the whole batch, [B·T, X]."""
-        # Layers side by side get the same tensor: one copy serves them all.
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, self.spread(x.flatten(0, -2)))
-        return self._last[1]
 
     def gather(self, grid_NX: Tensor) -> Tensor:
         """Return the values of real tokens, [M, ...], of those of the whole batch, [B·T, ...]."""
