@@ -2,13 +2,13 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.made_runs import make_run
+from support.made_runs import make_run, paths_of
 
 from fedloom.errors import RunError
 from fedloom.monitoring.status import describe
@@ -19,14 +19,6 @@ from fedloom.report.run_report import write_report
 
 FILES = ("rounds.jsonl", "resolved.json", "plan.json", "status.json", "environment.json", "clients.jsonl",
          "evaluation.jsonl")  # fmt: skip
-
-
-def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every key and first element below a value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
-    for key, part in inside:
-        yield (*path, key)
-        yield from paths_of(part, (*path, key))
 
 
 def without(value: Any, path: tuple[Any, ...]) -> Any:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records.test_missing_keys import paths_of
-from support.made_runs import make_run
+from support.made_runs import make_run, paths_of
 from support.marks import first
 
 from fedloom.errors import RunError

@@ -1,7 +1,7 @@
 """Runs made of numbers, for rules about numbers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,11 @@ def make_run(
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert rounds >= 0
     return read_run(folder)
+
+
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every key and first element below a value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield (*path, key)
+        yield from paths_of(part, (*path, key))

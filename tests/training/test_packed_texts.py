@@ -97,7 +97,7 @@ def test_a_row_that_takes_a_sequence_for_a_text_is_caught(monkeypatch: pytest.Mo
         def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
             super().__init__(places_M, shape, None)
 
-    adapted, parts = make_adapted(dtype="float64"), make_parts()
+    adapted, parts = make_adapted(dtype="float64"), make_parts(16)
     switch_off_dropout(adapted)
     apart = train(BatchedEngine, adapted, parts)
     monkeypatch.setattr(attention, "Row", Whole)

@@ -391,7 +391,7 @@ and neither tasks of a client's own nor an adapter that it goes on to are asked 
 
 
 TOLD = {
-    "meet": {"name", "version", "base", "documents", "train_documents", "blocks", "noise_multiplier"},
+    "meet": {"name", "version", "base", "documents", "train_documents", "blocks", "noise_multiplier", "weighs"},
     "evaluate": set(),
     "tasks": set(),
     "keep": set(),
