@@ -222,7 +222,8 @@ def measure_memory(clients: int) -> dict[str, object]:
     from fedloom.federation.lora_rules import factors
     from fedloom.federation.rounds import FederatedRun
     from fedloom.host.machine import peak_memory, reset_peak_memory
-    from fedloom.training.jobs import ClientReport, ClientUpdate
+    from fedloom.training.client_report import ClientReport
+    from fedloom.training.jobs import ClientUpdate
 
     start = Adapter(Layout(("weight",), (torch.Size((WEIGHTS,)),)), torch.randn(WEIGHTS) * 0.02)
     numbers = {"examples": 1, "tokens": 1, "steps": 1}

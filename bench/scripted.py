@@ -39,7 +39,7 @@ from fedloom.deployment.flower.programs import POLL_SECONDS, RETRY_SECONDS
 from fedloom.deployment.flower.pulls import Looks
 from fedloom.deployment.signing import Verifier
 from fedloom.host.frames import Frame
-from fedloom.training.jobs import ClientReport
+from fedloom.training.client_report import ClientReport
 
 FACTS, ASKED, ALL = "clients.json", "asked.json", "all"
 AGAIN_SECONDS = 2.0

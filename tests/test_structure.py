@@ -58,7 +58,7 @@ LIGHT_ROOMS = (
     *("model_commands", "client_commands", "provision_commands", "service_commands"),
 )
 LIGHT = (
-    *("records.plan", "records.run", "records.writer", "records.card"),
+    *("records.plan", "records.run", "records.kinds", "records.writer", "records.card", "training.client_report"),
     *("deployment.docker", "deployment.helm", "deployment.health", "deployment.queue"),
     *("deployment.client.policy", "deployment.client.refusals"),
     *("deployment.client.journal", "deployment.client.account", "deployment.client.task_file"),

@@ -44,7 +44,7 @@ from fedloom.errors import MessageError, PolicyError, RecipeError
 from fedloom.host.frames import Frame
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.section import Section
-from fedloom.training.jobs import ClientReport
+from fedloom.training.client_report import ClientReport
 
 SERVER = LyingServer(lambda frame: frame, make_recipe())
 

@@ -16,7 +16,8 @@ from fedloom.federation.admission import ClientSize
 from fedloom.federation.branch import ADD_UP, Branch, join_reports
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import run_rounds
-from fedloom.training.jobs import ClientFailure, ClientReport, ClientResult, ClientTask
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask
 
 P, ROUNDS = 512, 3
 START = Adapter(Layout(("w",), (torch.Size([P]),)), torch.randn(P, generator=torch.Generator().manual_seed(0)))

@@ -11,7 +11,7 @@ from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import RoundRecord
 from fedloom.records.writer import RunWriter
-from fedloom.training.jobs import ClientReport
+from fedloom.training.client_report import ClientReport
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from fedloom.federation.rounds import FederatedRun
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate, OptimizerState
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate, OptimizerState
 
 DEVICE = torch.device(os.environ.get("FEDLOOM_TEST_DEVICE", "cpu"))
 """Device of models that a test makes and does not place itself: with `cuda`, engines are compared on a GPU."""

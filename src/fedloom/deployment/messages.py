@@ -31,7 +31,8 @@ from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Federation
 from fedloom.recipe.training_section import Training
-from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientTask, ClientUpdate
 
 
 def ask_within(question: Frame, seconds: float) -> Frame:

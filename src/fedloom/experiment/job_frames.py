@@ -26,7 +26,8 @@ from fedloom.host.frames import Frame
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.progress import Progress
 from fedloom.recipe.training_section import Training
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientReport, ClientResult, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate
 
 Named = dict[str, Tensor]
 Fields = dict[str, Any]

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import TrainingError
-from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientResult, ClientTask, ClientUpdate
 from fedloom.training.objective import check_finite
 
 TIMES_THE_MEDIAN = 10_000.0

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
-from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientUpdate
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Strategy

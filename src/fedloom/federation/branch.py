@@ -21,7 +21,8 @@ from fedloom.federation.aggregation import fedavg
 from fedloom.federation.fleet import Fleet
 from fedloom.federation.open_round import OpenRound
 from fedloom.progress import Say
-from fedloom.training.jobs import ClientReport, ClientTask, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientTask, ClientUpdate
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Federation

@@ -18,7 +18,8 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter
 from fedloom.federation.aggregation import Aggregate, RoundSum, State
 from fedloom.privacy.central import CentralNoise
-from fedloom.training.jobs import ClientReport, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientUpdate
 from fedloom.training.objective import noised_mean, sum_clipped
 
 PartOf = Callable[[int], Tensor | None]

@@ -14,7 +14,8 @@ from fedloom.federation.aggregation import WEIGHTS, RoundSum, State
 from fedloom.federation.fleet import ClientPreview
 from fedloom.federation.shares import cap_weights, to_shares
 from fedloom.host.failpoints import failpoint
-from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientResult, ClientTask, ClientUpdate
 
 if TYPE_CHECKING:
     from fedloom.recipe.sections import Federation

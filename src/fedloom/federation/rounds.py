@@ -24,7 +24,8 @@ from fedloom.federation.open_round import OpenRound
 from fedloom.federation.schedule import is_evaluated, proximal_mu, sample_clients, stop_early
 from fedloom.federation.shares import judge_losses, mean_loss
 from fedloom.host.failpoints import failpoint
-from fedloom.training.jobs import ClientReport, ClientResult, ClientTask, ClientUpdate, TrainClients
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientResult, ClientTask, ClientUpdate, TrainClients
 from fedloom.training.objective import check_finite
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The kinds of values that a run directory's files have: what stands there instead is damage, and is named. No torch.
 
 A key that is not known here is of another version, or nobody reads it: it may be anything. One that lacks is no matter
-of kinds. A recipe and a plan are of the kinds that their own classes say.
+of kinds. A recipe, a plan and a client's report are of the kinds that their own classes say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_args
 
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
+from fedloom.training.client_report import ClientReport
 
 MOST = 2**63
 """Number that no count of bytes, tokens or steps comes near; digits beyond it are more than a float can hold."""
@@ -109,27 +110,6 @@ class ContributionsRecord(TypedDict, total=False):
     orders: int
 
 
-class ClientRecord(TypedDict, total=False):
-    """A line of `clients.jsonl`: a client's report of a round, and its own losses where it told them."""
-
-    round: int
-    client: int
-    examples: int
-    tokens: int
-    steps: int
-    proximal_mu: float
-    loss_first: float | None
-    loss_last: float | None
-    loss_mean: float | None
-    proximal_loss: float
-    proximal_ratio: float
-    drift: float
-    seconds: float
-    evaluate_seconds: float
-    holdout_loss_before: float | None
-    holdout_loss_after: float | None
-
-
 class MeasureRecord(TypedDict, total=False):
     """A measure of a task: its value, and its interval where it has one."""
 
@@ -149,7 +129,7 @@ KINDS: Mapping[str, type] = {
     "baselines.json": BaselinesRecord,
     "personalised.json": PersonalisedRecord,
     "contributions.json": ContributionsRecord,
-    "clients.jsonl": ClientRecord,
+    "clients.jsonl": ClientReport,
 }
 """Kind of each file's objects, but for those whose kinds `run.py` has."""
 

@@ -23,7 +23,7 @@ from fedloom.records.run import Record, RoundRecord, read_json
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
-    from fedloom.training.jobs import ClientReport
+    from fedloom.training.client_report import ClientReport
 
 RECORDS = ("rounds.jsonl", "clients.jsonl")
 

@@ -26,7 +26,8 @@ from fedloom.deployment.messages import read_answer
 from fedloom.evaluation.held_out import Score, evaluate
 from fedloom.host.frames import Frame
 from fedloom.model.source import open_model
-from fedloom.training.jobs import ClientReport, ClientUpdate, WorkLog
+from fedloom.training.client_report import ClientReport
+from fedloom.training.jobs import ClientUpdate, WorkLog
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 POISON = "§"
