@@ -30,7 +30,7 @@ from fedloom.errors import ModelError, ShortageError, TrainingError
 from fedloom.experiment import cards
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.cards import deal, open_session
-from fedloom.experiment.job_frames import Done, pack_jobs, pack_result, unpack_jobs, unpack_result
+from fedloom.experiment.job_frames import Done, Found, pack_jobs, pack_result, unpack_jobs, unpack_result
 from fedloom.experiment.preparation import prepare
 from fedloom.experiment.private import derive_ration
 from fedloom.experiment.run import plan, run
@@ -265,12 +265,13 @@ class AheadCard:
     def ask(self, jobs: Sequence[ClientJob]) -> None:
         self.is_busy, self._jobs = True, deque(jobs)
 
-    def hear(self) -> Done | ClientUpdate:
+    def hear(self) -> Done | Found:
         if not self._jobs:
             self.is_busy = False
             return Done(None)
         job = self._jobs.popleft()
-        return make_update(replace(job.adapter, weights_P=job.adapter.weights_P + 1), job.client)
+        update = make_update(replace(job.adapter, weights_P=job.adapter.weights_P + 1), job.client)
+        return Found((job.trial, job.client), pack_result(update))
 
     def stop(self) -> None:
         self.is_busy = False

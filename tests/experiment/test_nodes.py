@@ -18,7 +18,7 @@ from fedloom.errors import FedloomError, RunError
 from fedloom.experiment import cards
 from fedloom.experiment.cards import Card
 from fedloom.experiment.clients import LocalClients
-from fedloom.experiment.job_frames import pack_result, read_word
+from fedloom.experiment.job_frames import Found, pack_result, read_word, unpack_result
 from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.run import run
 from fedloom.host.frames import HEAD, Frame, pack_head, unpack_frame
@@ -129,7 +129,7 @@ def said(**told: object) -> Frame:
 
 
 def with_weights(weights_P: torch.Tensor) -> Frame:
-    return Frame(said().manifest, safetensors.torch.save({"weights_P": weights_P}))
+    return Frame(said().manifest, safetensors.torch.save({"adapter/weights_P": weights_P}))
 
 
 WEIGHTS_P = JOB.adapter.weights_P
@@ -176,7 +176,8 @@ def test_what_a_node_can_not_say_is_no_word_of_it(frame: Frame) -> None:
 
 def test_a_node_answers_once_and_for_its_own_clients() -> None:
     jobs = {(0, 3): JOB}
-    assert isinstance(found := read_word(said(), jobs), ClientUpdate)
+    assert isinstance(told := read_word(said(), jobs), Found)
+    assert isinstance(found := unpack_result(told.frame, JOB), ClientUpdate)
     assert torch.equal(found.adapter.weights_P, make_update(JOB.adapter, 3).adapter.weights_P)
     with pytest.raises(ConnectionError):
         read_word(said(), jobs)

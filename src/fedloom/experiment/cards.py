@@ -21,7 +21,7 @@ import torch
 from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment.job_frames import Done, Key, Line, pack_jobs, pack_result, read_word, unpack_result
+from fedloom.experiment.job_frames import Done, Found, Key, Line, pack_jobs, pack_result, read_word, unpack_result
 from fedloom.experiment.places import Place
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session, hash_base
@@ -32,7 +32,7 @@ from fedloom.monitoring.telemetry import Telemetry
 from fedloom.progress import Progress, Say, Watch
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.training.engines import Engine, open_engine
-from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate
+from fedloom.training.jobs import ClientJob, ClientResult
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "--")
 """Command that reaches a node: asks for no password, takes no host that is not known, notices one that went."""
@@ -108,7 +108,7 @@ class Card:
         self._send(pack_jobs(jobs))
         self.is_busy = True
 
-    def hear(self) -> Progress | Line | Done | ClientResult:
+    def hear(self) -> Progress | Line | Done | Found:
         """Wait for what it says next while it trains.
 
         Raises:
@@ -218,11 +218,12 @@ class DealtEngine:
                         yield unpack_result(self._found.take(key), asked[key])
                     # Here this process trains; meanwhile `_watch` takes in what others find.
                     elif result := next(own, None):
-                        if (result.trial, result.client) == waiting[0]:
+                        key = result.trial, result.client
+                        if key == waiting[0]:
                             waiting.popleft()
                             yield result
                         else:
-                            self._keep(result)
+                            self._found.put(key, pack_result(result))
                     else:
                         self._take_in(wait=True)
             finally:
@@ -243,18 +244,14 @@ class DealtEngine:
                 self._hear(card, card.hear())
             busy, wait = [card for card in busy if card.is_busy], False
 
-    def _hear(self, card: Card, said: Progress | Line | Done | ClientResult) -> None:
+    def _hear(self, card: Card, said: Progress | Line | Done | Found) -> None:
         match said:
             case Progress():
                 self._tell(said)
             case Line():
                 self._say(said.what, f"{card.place}: {said.detail}")
-            case ClientUpdate() | ClientFailure():
-                self._keep(said)
-
-    def _keep(self, result: ClientResult) -> None:
-        """Keep a result until those before it have come."""
-        self._found.put((result.trial, result.client), pack_result(result))
+            case Found():
+                self._found.put(said.key, said.frame)
 
 
 def deal(jobs: Sequence[ClientJob], processes: int) -> list[list[ClientJob]]:

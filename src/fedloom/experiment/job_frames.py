@@ -54,6 +54,13 @@ class Done(NamedTuple):
     """Clients that train at once from now on, where memory ran out."""
 
 
+class Found(NamedTuple):
+    """Result of a job that was read once and can be, as it came: what waits for its turn stays packed."""
+
+    key: Key
+    frame: Frame
+
+
 class Common:
     """Things that jobs have in common: each is told once, and loaded once on the other side."""
 
@@ -153,7 +160,7 @@ def unpack_result(frame: Frame, job: ClientJob) -> ClientResult:
     return ClientUpdate(report, Adapter(start.layout, weights_P, start.residual), found.get("state", {}), job.trial)
 
 
-def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Done | ClientResult:
+def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Done | Found:
     """Read what a process says while it trains; the job whose result it is, is taken out of `jobs`, which it was asked.
 
     Raises:
@@ -169,9 +176,9 @@ def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Don
                 return Line(str(told["what"]), str(told["detail"]))
             case "result":
                 key = told["trial"], told["client"]
-                found = unpack_result(frame, jobs[key])
+                unpack_result(frame, jobs[key])
                 del jobs[key]
-                return found
+                return Found(key, frame)
             case "done" if not jobs:
                 return Done(_COUNT.validate_python(told["lowered_to"]))
     # Of many kinds, from words that may be anything.
