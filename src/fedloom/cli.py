@@ -21,7 +21,7 @@ from fedloom.host.files import path
 from fedloom.host.imports import quick_imports
 from fedloom.model_commands import chat, convert, evaluate, export, generate, node, preview, push
 from fedloom.provision_commands import provision
-from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder
+from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, say
 from fedloom.service_commands import runs, stop, submit
 from fedloom.text import show_controls
 
@@ -97,12 +97,10 @@ def serve(
         Path | None, typer.Option(parser=path, help="The run directory; runs/NAME-TIME if left out.")
     ] = None,
     resume: ResumeRun = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
+    port: seen.LinkPort = 8000,
+    wait: seen.WaitSeconds = 600,
     server: Annotated[Path, typer.Option(parser=path, help="What provision init made.")] = Path("fedloom-server"),
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
-    ] = False,
+    insecure: seen.Insecure = False,
     page: seen.PageAddress = None,
     metrics: seen.MetricsAddress = None,
     metrics_names: seen.MetricsNames = False,
@@ -352,11 +350,6 @@ def fsck(run: RunFolder) -> None:
     from fedloom.records.check import check_run
 
     owner.show_findings(check_run(run), "BAD")
-
-
-def say(what: str, detail: str) -> None:
-    """Print what is done, a word, and what there is to say of it."""
-    typer.echo(show_controls(f"{what:<10}{detail}"))
 
 
 def main() -> None:

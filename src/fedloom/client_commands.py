@@ -13,12 +13,16 @@ from fedloom.host.files import path
 from fedloom.host.machine import Finding
 from fedloom.run_options import (
     Asked,
+    Insecure,
+    LinkPort,
     LogFile,
     LogFormat,
     NotifyCommand,
     Overrides,
     RecipeName,
+    WaitSeconds,
     observed,
+    say,
     told_when_terminated,
 )
 from fedloom.text import count, show_controls
@@ -186,11 +190,9 @@ def branch(
         int,
         typer.Option(min=0, help="Number of this branch's first client: with one of its own, no two draw alike."),
     ] = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the SuperLink, on the loopback.")] = 8000,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds that clients have to come.")] = 600,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")
-    ] = False,
+    port: LinkPort = 8000,
+    wait: WaitSeconds = 600,
+    insecure: Insecure = False,
     fingerprint: ServerFingerprint = None,
     log_file: LogFile = None,
     log_format: LogFormat = None,
@@ -207,8 +209,8 @@ def branch(
     from fedloom.experiment.recognition import open_recipe
 
     asked = Asked(log_file=log_file, log_format=log_format, notify=notify)
-    with told_when_terminated(), observed("fedloom branch", None, _say, asked) as observers:
-        loaded = open_recipe(recipe, overrides or (), _say)
+    with told_when_terminated(), observed("fedloom branch", None, say, asked) as observers:
+        loaded = open_recipe(recipe, overrides or (), say)
         from fedloom.deployment.branching import branch
         from fedloom.deployment.client.first_use import confirm_server
         from fedloom.deployment.client.joining import read_kit
@@ -216,7 +218,7 @@ def branch(
 
         above = read_kit(kit)
         security = None if insecure else open_server(server)
-        confirm_server(above, fingerprint, input if sys.stdin.isatty() else None, _say)
+        confirm_server(above, fingerprint, input if sys.stdin.isatty() else None, say)
         branch(
             above,
             loaded,
@@ -307,7 +309,3 @@ def show_findings(findings: Iterable[Finding], word: str) -> None:
         well = well and finding.well
     if not well:
         raise typer.Exit(1)
-
-
-def _say(what: str, detail: str) -> None:
-    typer.echo(show_controls(f"{what:<10}{detail}"))

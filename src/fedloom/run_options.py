@@ -15,6 +15,7 @@ from fedloom.host.files import path
 from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer, Observers, describe_end
 from fedloom.progress import Say
+from fedloom.text import show_controls
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -68,6 +69,9 @@ NotifyCommand = Annotated[
     ),
 ]
 
+LinkPort = Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the SuperLink, on the loopback.")]
+WaitSeconds = Annotated[float, typer.Option("--wait", min=1, help="Seconds that clients have to come.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")]
 TERMINATED = 143
 """Exit code of a command that SIGTERM ended."""
 
@@ -131,6 +135,11 @@ def told_when_terminated() -> Iterator[None]:
         yield
     except Terminated:
         raise typer.Exit(TERMINATED) from None
+
+
+def say(what: str, detail: str) -> None:
+    """Print what is done, a word, and what there is to say of it."""
+    typer.echo(show_controls(f"{what:<10}{detail}"))
 
 
 def saying_to(observers: Sequence[Observer], say: Say) -> Say:

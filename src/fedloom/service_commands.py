@@ -11,7 +11,7 @@ import typer
 
 from fedloom.errors import RunError
 from fedloom.host.files import path
-from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, find_resumed
+from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, find_resumed, say
 from fedloom.text import show_controls
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ def submit(
     from fedloom.experiment.recognition import open_recipe
 
     out, recipe = find_resumed(recipe, out, resume=resume, command="submit")
-    loaded = open_recipe(recipe, overrides or (), _say)
+    loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.queue import Queue
     from fedloom.deployment.server.service import submit
 
-    entry = submit(loaded, server, out, resume=resume, say=_say)
-    _say("queued", f"run {entry.number}: {entry.out}")
+    entry = submit(loaded, server, out, resume=resume, say=say)
+    say("queued", f"run {entry.number}: {entry.out}")
     if not Queue(server).is_served:
-        _say("note", f"nobody works with {server} now: it begins once fedloom serve is started")
+        say("note", f"nobody works with {server} now: it begins once fedloom serve is started")
 
 
 def runs(
@@ -100,7 +100,7 @@ def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
 
     entry = queue.stop(entry, at_once=now)
     if entry.is_unfinished:
-        _say("stopping", f"run {entry.number} ends{'' if now else ' after the round that is under way'}")
+        say("stopping", f"run {entry.number} ends{'' if now else ' after the round that is under way'}")
     while (entry := queue.stop(entry, at_once=now)).is_unfinished:
         time.sleep(LOOK_SECONDS)
     how = _go_on(SUBMIT, entry.folder) if entry.state == "stopped" else "it had ended before"
@@ -113,7 +113,3 @@ def _go_on(command: str, run: Path) -> str:
     if run.is_dir():
         return f"go on with: {command} --resume {run}"
     return f"nothing was begun: {'submit it again' if command == SUBMIT else 'start it as before'}"
-
-
-def _say(what: str, detail: str) -> None:
-    typer.echo(show_controls(f"{what:<10}{detail}"))
