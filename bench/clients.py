@@ -21,16 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STAND_IN = '#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done\nshift 2; exec sh -c "exec $*"\n'
-"""Program `ssh` that runs the command here, with input and output as pipes."""
+STAND_IN = """#!/bin/sh
+while [ "$1" != "--" ]; do shift; done
+shift; echo "$1" >> "${FEDLOOM_ASKED:-/dev/null}"; shift
+exec sh -c "exec $*"
+"""
+"""Program `ssh` that notes the host and runs the command here, as ssh does there: with input and output as pipes."""
 
 
-def stand_in_for_ssh(folder: Path) -> None:
-    """Put a stand-in for ssh, and a `fedloom` that it finds, first where programs are looked for."""
+def stand_in_for_ssh(folder: Path) -> str:
+    """Write a stand-in for ssh, and a `fedloom` that it finds; return the path of programs that begins with them."""
     for name, text in (("ssh", STAND_IN), ("fedloom", f'#!/bin/sh\nexec {sys.executable} -m fedloom "$@"\n')):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def peak_bytes(process: int | str) -> int:
@@ -69,7 +73,7 @@ def measure(
         "evaluation.clients": min(at_once or clients, clients),
         "training.batch_size": 1,
     }
-    stand_in_for_ssh(folder)
+    os.environ["PATH"] = stand_in_for_ssh(folder)
     recipe = load_recipe("tiny", [*(f"{key}={value}" for key, value in changes.items()), *changed])
     started = time.perf_counter()
     seen: dict[str, Any] = {"until_round_0_seconds": None, "node_peak_bytes": []}

@@ -1,6 +1,5 @@
 """Nodes that train some of a run's clients: here a stand-in for ssh starts them on this machine."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from support.import_file import import_file
 from support.killed_runs import result_of
 from support.quick_runs import make_recipe
 from support.tiny import make_adapted, make_blocks, make_job, make_update
@@ -27,12 +27,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.training.jobs import ClientUpdate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
-STAND_IN = """#!/bin/sh
-while [ "$1" != "--" ]; do shift; done
-shift; echo "$1" >> "$FEDLOOM_ASKED"; shift
-exec sh -c "exec $*"
-"""
-"""Program `ssh` that notes the host and runs the command here, as ssh does there: with input and output as pipes."""
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture
@@ -40,10 +35,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the stand-in before ssh, and a `fedloom` that it finds; return the file of the hosts that were asked."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("ssh", STAND_IN), ("fedloom", f'#!/bin/sh\nexec {sys.executable} -m fedloom "$@"\n')):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", import_file(BENCH / "clients.py").stand_in_for_ssh(programs))
     monkeypatch.setenv("FEDLOOM_ASKED", str(tmp_path / "asked"))
     return tmp_path / "asked"
 
