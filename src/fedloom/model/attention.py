@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fedloom.model.unpadding import Row, current_row, in_a_row
+from fedloom.model.unpadding import Row, current_row, in_a_row, see_own_text
 
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
@@ -149,12 +149,6 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
     return model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
 
-def see_own_text(texts_BT: Tensor) -> Tensor:
-    """Return which token sees which, [B, 1, T, T]: those of its own text up to itself, by the numbers of the texts."""
-    same_BTT = texts_BT[:, :, None] == texts_BT[:, None, :]
-    return same_BTT.tril()[:, None]
-
-
 def see_window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """Return which of the last tokens sees which, [queries, keys]: those of a window that ends with itself."""
     places_K = torch.arange(keys, device=device)
@@ -226,8 +220,7 @@ def causal_attention(
         heads = [_attend(module, q, k, v, None, dropout, scaling, **others) for q, k, v in texts]
         return torch.cat(heads, dim=1), None
     query, key, value = (_spread_heads(row, part) for part in (query, key, value))
-    seen_B1TT = None if row.texts_BT is None else see_own_text(row.texts_BT)
-    attended = _attend(module, query, key, value, seen_B1TT, dropout, scaling, **others)
+    attended = _attend(module, query, key, value, row.seen, dropout, scaling, **others)
     return row.gather(attended.flatten(0, 1))[None], None
 
 

@@ -12,10 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def see_own_text(texts_BT: Tensor) -> Tensor:
+    """Return which token sees which, [B, 1, T, T]: those of its own text up to itself, by the numbers of the texts."""
+    same_BTT = texts_BT[:, :, None] == texts_BT[:, None, :]
+    return same_BTT.tril()[:, None]
 
 
 class Row:
@@ -26,13 +33,18 @@ class Row:
     """
 
     def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
-        self.places_M, self.texts_BT = places_M, texts_BT
+        self.places_M, self._texts_BT = places_M, texts_BT
         self.sequences, self.width = shape
         sequences_M = places_M // self.width
         self._lengths = torch.bincount(sequences_M, minlength=self.sequences).tolist()
         owners = sequences_M[None] if texts_BT is None else torch.stack([sequences_M, self.take(texts_BT)[0]])
         self.texts: list[int] = torch.unique_consecutive(owners, dim=1, return_counts=True)[1].tolist()
         """Tokens of each text, in order."""
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """Return which token of the batch sees which, [B, 1, T, T], once for all layers; None: all to its left."""
+        return None if self._texts_BT is None else see_own_text(self._texts_BT)
 
     def share(self, parts: int) -> list[int]:
         """Return how many of the tokens are of each of so many equal parts of the batch's sequences."""
