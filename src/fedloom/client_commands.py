@@ -207,7 +207,7 @@ def branch(
     from fedloom.experiment.recognition import open_recipe
 
     asked = Asked(log_file=log_file, log_format=log_format, notify=notify)
-    with told_when_terminated(), observed("fedloom branch", None, _say, asked) as observers:
+    with told_when_terminated(), observed("fedloom branch", None if insecure else server, _say, asked) as observers:
         loaded = open_recipe(recipe, overrides or (), _say)
         from fedloom.deployment.branching import branch
         from fedloom.deployment.client.first_use import confirm_server
