@@ -29,7 +29,7 @@ def approved(server: Path, name: str, folder: Path) -> Path:
 
 def start(kit: Kit, port: int, security: keys.Security | None) -> None:
     """Start a branch whose clients never come."""
-    branch(kit, load_recipe("tiny"), port=port, security=security, wait_seconds=1.0, first_client=0)
+    branch(kit, load_recipe("tiny", ["data.clients=1"]), port=port, security=security, wait_seconds=1.0, first_client=0)
 
 
 @pytest.mark.parametrize("secure", [True, False])
@@ -47,11 +47,12 @@ def test_the_kit_of_its_own_server_is_refused_before_it_waits_for_anybody(secure
     assert not [*tmp_path.glob(".*.lock")]
 
 
-def test_the_kit_of_another_server_is_not_taken_for_its_own(tmp_path: Path) -> None:
+def test_the_kit_of_another_server_is_not_taken_for_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     security = keys.init(tmp_path / "server", "localhost", free_port())
     above = keys.init(tmp_path / "above", "localhost", security.port)
-    with pytest.raises(DeploymentError, match="0 of 3 clients came"):
+    with pytest.raises(DeploymentError, match="0 of 1 clients came"):
         start(read_kit(approved(above.folder, "north", tmp_path)), 0, security)
+    assert "waiting   for 1 client\n" in capsys.readouterr().out
 
 
 def test_a_run_is_not_submitted_to_a_branch(tmp_path: Path) -> None:
