@@ -209,7 +209,7 @@ def branch(
     from fedloom.experiment.recognition import open_recipe
 
     asked = Asked(log_file=log_file, log_format=log_format, notify=notify)
-    with told_when_terminated(), observed("fedloom branch", None, say, asked) as observers:
+    with told_when_terminated(), observed("fedloom branch", None if insecure else server, say, asked) as observers:
         loaded = open_recipe(recipe, overrides or (), say)
         from fedloom.deployment.branching import branch
         from fedloom.deployment.client.first_use import confirm_server

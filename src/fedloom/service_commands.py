@@ -35,8 +35,16 @@ def submit(
 
     The recipe is checked as `serve` checks it, and kept as it is now.
     """
+    from fedloom.deployment.queue import BRANCH
     from fedloom.experiment.recognition import open_recipe
+    from fedloom.monitoring.status import find_work
 
+    if (work := find_work(server)) and work.command == BRANCH:
+        raise RunError(
+            "a branch works with it, whose runs are those of the server above",
+            where=str(server),
+            mend="submit it there",
+        )
     out, recipe = find_resumed(recipe, out, resume=resume, command="submit")
     loaded = open_recipe(recipe, overrides or (), say)
     from fedloom.deployment.queue import Queue
@@ -75,7 +83,7 @@ def stop(
     The server that stays goes on with its next run; it is ended itself where RUN is its folder. Exit code 0 when it has
     ended, 1 where nobody is at work in it on this machine, 2 where there is no such run.
     """
-    from fedloom.deployment.queue import QUEUE, SUBMIT, Queue
+    from fedloom.deployment.queue import BRANCH, QUEUE, SUBMIT, Queue
     from fedloom.monitoring.status import find_work, stop
 
     queue = Queue(server)
@@ -91,6 +99,8 @@ def stop(
         typer.echo(show_controls(f"{run}: nobody is at work in it on this machine"))
         raise typer.Exit(1)
     how = "start it again with: fedloom serve" if (run / QUEUE).is_dir() else _go_on(work.command, run)
+    if work.command == BRANCH:
+        how = "start it again as before"
     typer.echo(show_controls(f"stopped; {how}"))
 
 

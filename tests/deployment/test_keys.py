@@ -291,7 +291,7 @@ def test_a_servers_keys_are_worked_with_once_at_a_time(tmp_path: Path) -> None:
         who = rf"process {os.getpid()} on \S+"
         with pytest.raises(
             DeploymentError,
-            match=rf"another fedloom serve works with it \({who}\); end that one: fedloom stop {first}$",
+            match=rf"another server works with it \({who}\); end that one: fedloom stop {first}$",
         ):
             serve(recipe, tmp_path / "run", Observer(), security=security)
         assert not (tmp_path / "server" / "nginx.conf").exists()

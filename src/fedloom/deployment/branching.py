@@ -11,19 +11,23 @@ from contextlib import ExitStack
 from functools import partial
 from queue import Empty
 
+from fedloom.deployment.addresses import split_address
 from fedloom.deployment.client.joining import Kit, at_work, ended_together, start_node
 from fedloom.deployment.client.preflight import await_server
 from fedloom.deployment.client.watching import RefusedKey, watch
 from fedloom.deployment.client.worker_process import is_gone, reply, take_in
 from fedloom.deployment.keys import Security, in_use
 from fedloom.deployment.processes import WORKER_SOCKET, check_flower, private_folder
+from fedloom.deployment.queue import BRANCH
 from fedloom.deployment.server.answering import check_branchable, open_branch
 from fedloom.deployment.server.serving import link_to_clients
 from fedloom.deployment.signing import Verifier
+from fedloom.errors import DeploymentError
 from fedloom.host.frames import listen
 from fedloom.host.signals import Interruption
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
+from fedloom.monitoring.status import status_file
 from fedloom.recipe.recipe import Recipe
 
 
@@ -44,11 +48,14 @@ def branch(
     """
     check_flower()
     check_branchable(recipe, first_client)
-    show = Observers(Terminal(), *observers)
-    say = show.show_step
+    check_above(kit, port, security)
     with ExitStack() as stack:
+        watching = [Terminal(), *observers]
         if security:
             stack.enter_context(in_use(security.folder, security.folder))
+            watching.append(stack.enter_context(status_file(security.folder, BRANCH)))
+        show = Observers(*watching)
+        say = show.show_step
         stack.enter_context(at_work(kit.name, kit.journal))
         home = stack.enter_context(private_folder())
         interruption = stack.enter_context(Interruption(partial(say, "leaving")))
@@ -91,3 +98,21 @@ def branch(
                 reply(arrived.connection, answerer.answer(arrived.asked, arrived.came))
 
         watch(children, {"SuperNode": RefusedKey(kit.name, node.log, greet, say)}, say, look)
+
+
+def check_above(kit: Kit, port: int, security: Security | None) -> None:
+    """Refuse a kit of the branch's own server: there it would be one client too many, and nobody would ask it.
+
+    Raises:
+        DeploymentError
+    """
+    if security and kit.ca:
+        is_own = kit.ca == security.ca.read_text(encoding="utf-8")
+    else:  # without a certificate, both are on this machine
+        is_own = not kit.ca and split_address(kit.server, where="KIT")[1] == port
+    if is_own:
+        raise DeploymentError(
+            f"{kit.name}'s kit leads to this branch's own server, {kit.server}",
+            where="KIT",
+            mend="name the kit that the owner of the server above sent; --server is what this branch's clients come to",
+        )

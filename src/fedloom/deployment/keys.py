@@ -145,7 +145,7 @@ def in_use(folder: Path, work: Path) -> Iterator[None]:
     except BlockingIOError:
         holder = read_holder(path)
         raise DeploymentError(
-            f"another fedloom serve works with it ({holder.who})",
+            f"another server works with it ({holder.who})",
             where=str(folder),
             mend=f"end that one: fedloom stop {holder.work}",
         ) from None

@@ -285,7 +285,7 @@ REFUSALS = {
     "day": "its owner's limit for a day is reached; it may be asked again later",
     "privacy": "its owner lets no more, or nothing without enough noise, be told of the documents; or all rounds that"
     " this recipe's ε is for were trained",
-    "recipe": "its version of fedloom refuses the recipe",
+    "recipe": "its version of fedloom refuses the recipe, or it is a branch that was started with another one",
     "question": "it can't read the question, or a task is not as its recipe says: use the same version on both sides",
     "memory": "it has too little memory",
     "training": "its training came to no finite number",

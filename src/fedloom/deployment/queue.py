@@ -46,6 +46,8 @@ UNFINISHED: tuple[State, ...] = ("waiting", "running")
 HEADER = ("number", "state", "round", "name", "submitted (UTC)", "run directory")
 SUBMIT = "fedloom submit"
 """Command that a run of a queue begins with, and goes on with."""
+BRANCH = "fedloom branch"
+"""Command of who works with a server's folder and takes no runs from its queue."""
 STOPPED = "fedloom stop"
 """Reason of a run that somebody stopped."""
 AGAIN = "do it again: the queue is as it was"

@@ -278,9 +278,9 @@ def test_it_tells_sums_of_its_clients_and_that_it_is_a_branch(one: Grown) -> Non
 @pytest.mark.parametrize(
     ("ask", "word"),
     [
-        (lambda server: server.meet({"seed": 8}), "policy"),
-        (lambda server: server.meet({"training": {"learning_rate": 1.0}}), "policy"),
-        (lambda server: server.meet({"data": {"clients": 2, "text": "secret"}}), "policy"),
+        (lambda server: server.meet({"seed": 8}), "recipe"),
+        (lambda server: server.meet({"training": {"learning_rate": 1.0}}), "recipe"),
+        (lambda server: server.meet({"data": {"clients": 2, "text": "secret"}}), "recipe"),
         (lambda server: server.train(documents="f" * 64), "documents"),
         (lambda server: server.train(seconds=1e-9), "late"),
         (lambda server: server.train(layout="f" * 64), "question"),

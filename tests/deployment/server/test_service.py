@@ -374,7 +374,7 @@ def test_serve_without_a_recipe_has_no_run_directory(server: Path) -> None:
 def test_two_services_in_one_folder_are_refused(server: Path) -> None:
     with in_use(server, server):
         done = CliRunner().invoke(app, ["serve", "--insecure"])
-        assert "another fedloom serve works with it (process" in str(done.exception)
+        assert "another server works with it (process" in str(done.exception)
         assert str(done.exception).endswith(f"end that one: fedloom stop {server}")
 
 

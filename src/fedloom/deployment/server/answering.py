@@ -58,7 +58,7 @@ OWN = "data.clients"
 WORDS: dict[type[Exception], str] = {
     LateError: "late",
     MessageError: "question",
-    RecipeError: "policy",
+    RecipeError: "recipe",
     DataError: "documents",
     TrainingError: "clients",
 }

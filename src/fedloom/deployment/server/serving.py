@@ -43,6 +43,7 @@ from fedloom.recipe.training_section import Training
 from fedloom.records.plan import ClientPlan, Plan
 from fedloom.records.run import Run, has_plan, read_run
 from fedloom.records.writer import default_folder
+from fedloom.text import count
 
 WAIT_SECONDS = 600.0
 
@@ -197,7 +198,7 @@ def gather(
         show.show_clients,
         partial(check_facts, recipe),
     )
-    show.show_step("waiting", f"for {recipe.data.clients} clients")
+    show.show_step("waiting", f"for {count(recipe.data.clients, 'client')}")
     return ground, exchange, exchange.assemble(recipe.data.clients, wait_seconds, known)
 
 
