@@ -1,10 +1,15 @@
 """Nodes that train some of a run's clients: here a stand-in for ssh starts them on this machine."""
 
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -15,7 +20,7 @@ from support.tiny import make_adapted, make_blocks, make_job, make_update
 
 from fedloom import __version__
 from fedloom.errors import FedloomError, RunError
-from fedloom.experiment import cards
+from fedloom.experiment import cards, silence
 from fedloom.experiment.cards import Card
 from fedloom.experiment.clients import LocalClients
 from fedloom.experiment.job_frames import Found, pack_result, read_word, unpack_result
@@ -24,6 +29,7 @@ from fedloom.experiment.run import run
 from fedloom.host.frames import HEAD, Frame, pack_head, unpack_frame
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.run import RoundRecord
 from fedloom.training.jobs import ClientUpdate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -101,7 +107,7 @@ def test_a_node_that_does_not_stop_is_ended(asked: Path, monkeypatch: pytest.Mon
     (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
     for name in ("GRACE_SECONDS", "STOP_SECONDS"):
         monkeypatch.setattr(cards, name, 0.2)
-    card = Card(Place("cpu", "alpha"))
+    card = Card(Place("cpu", "alpha"), Observer())
     job = make_job(make_blocks(2), make_adapted().read(), client=3)
     card.ask([job])
     card.stop()
@@ -109,6 +115,83 @@ def test_a_node_that_does_not_stop_is_ended(asked: Path, monkeypatch: pytest.Mon
     assert card._process.poll() is not None
     with pytest.raises(RunError, match=r"the process that trains on alpha/cpu was killed \(signal 15\)"):
         card.ask([job])
+
+
+class Waits(Observer):
+    """Keeps what a run says, and does something once it waits for its nodes."""
+
+    def __init__(self, then: Callable[[], object] = bool) -> None:
+        self.said: list[str] = []
+        self._then = then
+
+    def show_step(self, what: str, detail: str) -> None:
+        self.said.append(f"{what}: {detail}")
+        if what == "devices":
+            self._then()
+
+
+def test_a_node_that_hangs_while_it_loads_is_told_of_and_given_up(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run waited for it for ever."""
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
+    for name, seconds in {"LOOK_SECONDS": 0.05, "LATE_SECONDS": 0.1, "FIRST_SECONDS": 1.0}.items():
+        monkeypatch.setattr(silence, name, seconds)
+    waits = Waits()
+    says = attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"], waits)
+    assert says.startswith(
+        "--node: the process that trains on alpha/cpu said nothing for 0:01: it was given up; see th"
+    )
+    assert says.endswith("-- alpha fedloom --version` answers; go on with --resume, without it if it hangs again")
+    assert [line for line in waits.said if line.startswith("late")] == [
+        "late: alpha/cpu has said nothing for 0:00; given up after 0:01"
+    ]
+
+
+def test_one_ctrl_c_ends_a_run_that_waits_for_a_node(asked: Path, tmp_path: Path) -> None:
+    """It took two: the first waited for the end of a step that never came."""
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
+    press = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"], Waits(press.start))
+    press.join()
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ends", ["by itself", "by one Ctrl-C"])
+def test_a_node_that_hangs_in_a_round_is_given_up_and_the_run_goes_on(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    recipe, made = make_recipe(tmp_path, data={"clients": 4}), []
+    start = cards.Card.__init__
+
+    class Stopping(Observer):
+        def show_round(self, record: RoundRecord) -> None:
+            if len(made) == 1 and record["round"] == 1:  # its pace is known
+                (node,) = psutil.Process(made[0].pid).children() or [psutil.Process(made[0].pid)]
+                node.suspend()
+                made.append(node)
+                if ends == "by one Ctrl-C":
+                    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+                else:
+                    monkeypatch.setattr(silence, "LONGEST_SECONDS", 0.5)
+                    monkeypatch.setattr(silence, "LONGEST_TIMES", 0)
+
+    monkeypatch.setattr(cards.Card, "__init__", lambda card, *given: (start(card, *given), made.append(card))[0])
+    if ends == "by itself":
+        says = attempt(recipe, tmp_path / "cut", ["alpha"], Stopping())
+        assert says.startswith("--node: the process that trains on alpha/cpu said nothing for 0:0")
+        assert " at most before: it was given up; see that `ssh " in says
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            attempt(recipe, tmp_path / "cut", ["alpha"], Stopping())
+    made[1].kill()
+    monkeypatch.undo()
+    assert attempt(recipe, tmp_path / "cut") == ""
+    assert attempt(recipe, tmp_path / "whole") == ""
+    assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
 
 
 JOB = make_job(make_blocks(2), make_adapted().read(), client=3)
