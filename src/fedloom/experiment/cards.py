@@ -29,6 +29,7 @@ from fedloom.experiment.job_frames import (
     Line,
     pack_jobs,
     pack_result,
+    plain,
     read_word,
     unpack_result,
 )
@@ -113,9 +114,9 @@ class Card:
         while (told := self._receive().manifest).get("do") in ("say", "loads"):
             self._silence.has_pace = True
             if told["do"] == "say":
-                self._say(str(told.get("what")), f"{self.place}: {told.get('detail')}")
+                self._say(plain(told.get("what")), f"{self.place}: {plain(told.get('detail'))}")
         if told.get("do") == "failed":
-            raise ModelError(f"{self.place} can't train: {told.get('why')}", where=self.place.where)
+            raise ModelError(f"{self.place} can't train: {plain(told.get('why'))}", where=self.place.where)
         if told.get("do") != "ready":
             raise self._lost()
         if told.get("base") != base:
