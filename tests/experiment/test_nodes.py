@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def test_a_node_that_hangs_in_a_round_is_given_up_and_the_run_goes_on(
     else:
         with pytest.raises(KeyboardInterrupt):
             attempt(recipe, tmp_path / "cut", ["alpha"], Stopping())
-    made[1].kill()
+    with suppress(psutil.NoSuchProcess):  # on another machine it would be there still
+        made[1].kill()
     monkeypatch.undo()
     assert attempt(recipe, tmp_path / "cut") == ""
     assert attempt(recipe, tmp_path / "whole") == ""
