@@ -190,9 +190,12 @@ def provision_compose(to: Annotated[Path, typer.Option(parser=path, help="The fo
 @provision.command("systemd")
 def provision_systemd(to: Annotated[Path, typer.Option(parser=path, help="The folder that gets them.")]) -> None:
     """Either side: write units of systemd that run the server or a client, as a user of their own."""
-    from fedloom.deployment.systemd import write_units
+    from fedloom.deployment.systemd import describe_closed, write_units
 
     typer.echo(show_controls("\n".join(map(str, write_units(to)))))
+    # Not refused: they may be for another machine, on which all of this lies elsewhere.
+    if why := describe_closed():
+        typer.echo(show_controls(f"note: {why}"), err=True)
 
 
 @provision.command("helm")

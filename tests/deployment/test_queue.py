@@ -479,6 +479,11 @@ def test_the_list_says_where_each_run_is_and_how_it_ended(server: Path, tmp_path
     assert lines[4:] == ["1: round 4: no quorum", f"nobody works with {server}: start it with fedloom serve"]
     with in_use(server, server):
         assert [*write_lines(list_runs(server))] == lines[:5]
+    with in_use(server, tmp_path / "alone"):
+        assert [*write_lines(list_runs(server))] == [
+            *lines[:5],
+            f"the server there carries out {tmp_path / 'alone'} alone, and none of these",
+        ]
     done = CliRunner().invoke(app, ["runs", "--server", str(server), "--json"])
     assert [run["name"] for run in json.loads(done.output)["runs"]] == ["first", "second", "third"]
 

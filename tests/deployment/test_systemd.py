@@ -1,17 +1,19 @@
 """Units of systemd as data, and as systemd itself reads them. None is started here: nothing runs systemd."""
 
+import pwd
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli import app
-from fedloom.deployment.systemd import FILES, write_units
+from fedloom.deployment.systemd import FILES, describe_closed, write_units
 from fedloom.errors import DeploymentError
 
 UNITS = ("fedloom-serve.service", "fedloom-join@.service")
@@ -88,7 +90,32 @@ def test_the_command_of_a_unit_is_one(name: str, tmp_path: Path) -> None:
 def test_what_a_persons_terminal_shows_is_what_was_written(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["provision", "systemd", "--to", str(tmp_path / "units")])
     assert done.exit_code == 0
-    assert done.output.split() == [str(tmp_path / "units" / name) for name in FILES]
+    assert done.stdout.split() == [str(tmp_path / "units" / name) for name in FILES]
+    why = describe_closed()
+    assert done.stderr == (f"note: {why}\n" if why else "")
+
+
+def test_a_python_in_a_closed_home_is_told_of_with_the_way_to_mend_it(tmp_path: Path) -> None:
+    """Units that could not start were written without a word."""
+    with TemporaryDirectory() as name:
+        home = Path(name) / "home"
+        python, link = home / ".venv" / "bin" / "python", Path(name) / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text("#!/bin/sh\n")
+        link.symlink_to(python)
+        for folder in (Path(name), home):
+            folder.chmod(0o755)
+        nobody = "nobody of that name"
+        assert describe_closed(python, nobody) == describe_closed(link, nobody) == ""
+        home.chmod(0o700)
+        for one in (python, link):
+            assert describe_closed(one, nobody).startswith(
+                f"the services can't start here: the user {nobody} may not enter {home}, in which {python} lies;"
+            )
+        owner = pwd.getpwuid(home.stat().st_uid).pw_name
+        assert describe_closed(python, owner) == "", "its owner's own it may be"
+        home.chmod(0o751)
+        assert describe_closed(python, nobody) == "", "who may go through need not look around"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,10 +1,18 @@
 """Nodes that train some of a run's clients: here a stand-in for ssh starts them on this machine."""
 
+import math
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -15,15 +23,16 @@ from support.tiny import make_adapted, make_blocks, make_job, make_update
 
 from fedloom import __version__
 from fedloom.errors import FedloomError, RunError
-from fedloom.experiment import cards
+from fedloom.experiment import cards, silence
 from fedloom.experiment.cards import Card
 from fedloom.experiment.clients import LocalClients
-from fedloom.experiment.job_frames import Found, pack_result, read_word, unpack_result
+from fedloom.experiment.job_frames import Found, Line, pack_result, read_word, unpack_result
 from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.run import run
 from fedloom.host.frames import HEAD, Frame, pack_head, unpack_frame
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.run import RoundRecord
 from fedloom.training.jobs import ClientUpdate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -101,7 +110,7 @@ def test_a_node_that_does_not_stop_is_ended(asked: Path, monkeypatch: pytest.Mon
     (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
     for name in ("GRACE_SECONDS", "STOP_SECONDS"):
         monkeypatch.setattr(cards, name, 0.2)
-    card = Card(Place("cpu", "alpha"))
+    card = Card(Place("cpu", "alpha"), Observer())
     job = make_job(make_blocks(2), make_adapted().read(), client=3)
     card.ask([job])
     card.stop()
@@ -111,20 +120,110 @@ def test_a_node_that_does_not_stop_is_ended(asked: Path, monkeypatch: pytest.Mon
         card.ask([job])
 
 
-JOB = make_job(make_blocks(2), make_adapted().read(), client=3)
+class Waits(Observer):
+    """Keeps what a run says, and does something once it waits for its nodes."""
+
+    def __init__(self, then: Callable[[], object] = bool) -> None:
+        self.said: list[str] = []
+        self._then = then
+
+    def show_step(self, what: str, detail: str) -> None:
+        self.said.append(f"{what}: {detail}")
+        if what == "devices":
+            self._then()
+
+
+def test_a_node_that_hangs_while_it_loads_is_told_of_and_given_up(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run waited for it for ever."""
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
+    for name, seconds in {"LOOK_SECONDS": 0.05, "LATE_SECONDS": 0.1, "FIRST_SECONDS": 1.0}.items():
+        monkeypatch.setattr(silence, name, seconds)
+    waits = Waits()
+    says = attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"], waits)
+    assert says.startswith(
+        "--node: the process that trains on alpha/cpu said nothing for 0:01: it was given up; see th"
+    )
+    assert says.endswith("-- alpha fedloom --version` answers; go on with --resume, without it if it hangs again")
+    assert [line for line in waits.said if line.startswith("late")] == [
+        "late: alpha/cpu has said nothing for 0:00; given up after 0:01"
+    ]
+
+
+def test_one_ctrl_c_ends_a_run_that_waits_for_a_node(asked: Path, tmp_path: Path) -> None:
+    """It took two: the first waited for the end of a step that never came."""
+    (asked.parent / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
+    press = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        attempt(make_recipe(tmp_path), tmp_path / "run", ["alpha"], Waits(press.start))
+    press.join()
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ends", ["by itself", "by one Ctrl-C"])
+def test_a_node_that_hangs_in_a_round_is_given_up_and_the_run_goes_on(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    recipe, made = make_recipe(tmp_path, data={"clients": 4}), []
+    start = cards.Card.__init__
+
+    class Stopping(Observer):
+        def show_round(self, record: RoundRecord) -> None:
+            if len(made) == 1 and record["round"] == 1:  # its pace is known
+                (node,) = psutil.Process(made[0].pid).children() or [psutil.Process(made[0].pid)]
+                node.suspend()
+                made.append(node)
+                if ends == "by one Ctrl-C":
+                    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+                else:
+                    monkeypatch.setattr(silence, "LONGEST_SECONDS", 0.5)
+                    monkeypatch.setattr(silence, "LONGEST_TIMES", 0)
+
+    monkeypatch.setattr(cards.Card, "__init__", lambda card, *given: (start(card, *given), made.append(card))[0])
+    if ends == "by itself":
+        says = attempt(recipe, tmp_path / "cut", ["alpha"], Stopping())
+        assert says.startswith("--node: the process that trains on alpha/cpu said nothing for 0:0")
+        assert " at most before: it was given up; see that `ssh " in says
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            attempt(recipe, tmp_path / "cut", ["alpha"], Stopping())
+    with suppress(psutil.NoSuchProcess):  # on another machine it would be there still
+        made[1].kill()
+    monkeypatch.undo()
+    assert attempt(recipe, tmp_path / "cut") == ""
+    assert attempt(recipe, tmp_path / "whole") == ""
+    assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
+
+
+JOB = make_job(make_blocks(2), make_adapted().read(), client=3, optimizer_state="keep")
+WEIGHTS_P = JOB.adapter.weights_P
+STATE = {"step": torch.tensor(2.0), "exp_avg": WEIGHTS_P * 0, "exp_avg_sq": WEIGHTS_P * 0 + 1}
 
 
 def said(**told: object) -> Frame:
     """A result of the job, with something else in it."""
-    good = pack_result(make_update(JOB.adapter, 3))
+    update = make_update(JOB.adapter, 3, examples=2, tokens=9)
+    report = replace(update.report, steps=JOB.training.steps_of(2))
+    good = pack_result(replace(update, report=report, optimizer_state=STATE))
     return Frame({**good.manifest, **told}, good.payload)
 
 
+def reported(**told: object) -> Frame:
+    return said(report={**said().manifest["report"], **told})
+
+
 def with_weights(weights_P: torch.Tensor) -> Frame:
-    return Frame(said().manifest, safetensors.torch.save({"adapter/weights_P": weights_P}))
+    return with_state(weights_P, STATE)
 
 
-WEIGHTS_P = JOB.adapter.weights_P
+def with_state(weights_P: torch.Tensor, state: Mapping[str, torch.Tensor], **more: torch.Tensor) -> Frame:
+    named = {"adapter/weights_P": weights_P, **{f"state/{name}": value for name, value in state.items()}, **more}
+    return Frame(said().manifest, safetensors.torch.save(named))
+
+
 FAILED = {"what": "no", "round": 1, "client": 3, "step": None, "stage": "", "mend": ""}
 
 
@@ -145,12 +244,36 @@ FAILED = {"what": "no", "round": 1, "client": 3, "step": None, "stage": "", "men
         said(trial=1),
         said(report=None),
         said(report={}),
-        said(report={**said().manifest["report"], "client": 4}),
-        said(report={**said().manifest["report"], "steps": "x" * 9}),
+        reported(client=4),
+        reported(steps="x" * 9),
+        reported(steps=1),
+        reported(round=2),
+        reported(examples=1),
+        reported(examples=10**6),
+        reported(tokens=10**9),
+        reported(tokens=0),
+        reported(proximal_mu=0.5),
+        reported(loss_mean=math.nan),
+        reported(loss_first=None, loss_last=None, loss_mean=None),
+        reported(drift=math.inf),
+        reported(seconds=-1.0),
+        reported(evaluate_seconds=9.0),
+        reported(holdout_loss_after=0.001),
         said(error=None),
         said(error={**FAILED, "more": 1}, short=False),
         said(error={**FAILED, "what": ["x"]}, short=False),
         said(error=FAILED),
+        said(error={**FAILED, "client": 4}, short=False),
+        said(error={**FAILED, "round": 2**70}, short=False),
+        Frame({"do": "progress", "row": ["train", -1, 1, 1, 1]}),
+        Frame({"do": "progress", "row": ["train", 1, 2**60, 1, 1]}),
+        with_weights(WEIGHTS_P * math.nan),
+        with_state(WEIGHTS_P, {}),
+        with_state(WEIGHTS_P, {**STATE, "more": torch.ones(1)}),
+        with_state(WEIGHTS_P, {**STATE, "exp_avg": STATE["exp_avg"][1:].clone()}),
+        with_state(WEIGHTS_P, {**STATE, "exp_avg": STATE["exp_avg"].double()}),
+        with_state(WEIGHTS_P, {**STATE, "step": torch.ones(1)}),
+        with_state(WEIGHTS_P, STATE, other=torch.ones(1)),
         with_weights(WEIGHTS_P[:-1]),
         with_weights(WEIGHTS_P.double()),
         with_weights(WEIGHTS_P[None]),
@@ -173,7 +296,21 @@ def test_a_node_answers_once_and_for_its_own_clients() -> None:
     assert torch.equal(found.adapter.weights_P, make_update(JOB.adapter, 3).adapter.weights_P)
     with pytest.raises(ConnectionError):
         read_word(said(), jobs)
+    assert found.optimizer_state.keys() == STATE.keys()
+    for lowered in (0, 2**40):
+        with pytest.raises(ConnectionError):
+            read_word(Frame({"do": "done", "lowered_to": lowered}), jobs)
     assert read_word(Frame({"do": "done", "lowered_to": 2}), jobs) == (2,)
+
+
+def test_what_a_node_says_to_people_reaches_them_as_text() -> None:
+    line = read_word(Frame({"do": "say", "what": "x", "detail": "\x1b[2J" + "y" * 10**6}), {})
+    assert isinstance(line, Line)
+    assert line.detail.startswith("\\x1b[2Jyyy")
+    assert len(line.detail) < 3000
+    failed = read_word(said(error={**FAILED, "what": "\x1b[2J"}, short=True), {(0, 3): JOB})
+    assert isinstance(failed, Found)
+    assert "\x1b" not in str(unpack_result(failed.frame, JOB).error)  # type: ignore[union-attr]
 
 
 SPEAKS = """\

@@ -1,6 +1,8 @@
 """The round loop over real clients, and over a scripted fleet."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,7 +21,7 @@ from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import RoundResult, run_rounds
 from fedloom.federation.schedule import cohort_size, sample_clients
 from fedloom.recipe.sections import Federation, Strategy
-from fedloom.training.jobs import ClientTask, ClientUpdate
+from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 from fedloom.training.reference import ReferenceEngine, train_client
 
 FEDAVG = STRATEGIES["fedavg"](Strategy())
@@ -191,3 +193,17 @@ def test_sampling_is_drawn_for_the_round() -> None:
 )
 def test_cohort_size(clients: int, fraction: float, least: int, size: int) -> None:
     assert cohort_size(clients, Federation(fraction=fraction, min_clients=least)) == size
+
+
+def test_a_client_whose_optimizer_came_to_no_number_is_lost_and_begins_afresh() -> None:
+    """What it kept would have spoiled its next round, and lay in the run's state meanwhile."""
+    adapted = make_adapted()
+    fleet = LocalFleet([ClientBlocks(make_blocks(2), make_blocks(2))], lambda jobs: iter(()), make_scorer(adapted))
+    good = replace(make_update(adapted.read(), 0), optimizer_state={"exp_avg": torch.ones(3)})
+    bad = replace(good, optimizer_state={"exp_avg": torch.tensor([1.0, math.nan, 1.0])})
+    assert fleet.finish([good]) == [good]
+    (lost,) = fleet.finish([bad])
+    assert isinstance(lost, ClientFailure)
+    assert "round 1, client 0" in str(lost.error)
+    assert "the optimizer's exp_avg is not finite" in str(lost.error)
+    assert fleet.optimizer_states == {}

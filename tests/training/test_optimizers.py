@@ -10,7 +10,7 @@ from transformers.optimization import Adafactor
 from fedloom.errors import RecipeError
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.engines import choose_engine
-from fedloom.training.optimizers import check_optimizer, load_state, open_optimizer, read_state
+from fedloom.training.optimizers import check_optimizer, load_state, open_optimizer, read_state, state_shapes
 
 
 def gradient_of(size: int, step: int) -> torch.Tensor:
@@ -52,6 +52,11 @@ def test_the_flat_adapter_is_stepped_as_its_tensors_would_be(optimizer: Any, bui
         expected.step()
         if step == 2:  # it goes on from its state alone, which is read and given to a new one
             state = read_state(ours, training)
+            kept = training.model_copy(update={"optimizer_state": "keep"})
+            assert {name: value.shape for name, value in state.items()} == state_shapes(kept, adapted.layout)
+            dtypes = {value.dtype for name, value in state.items() if name != "step"}
+            assert (dtypes, state.get("step", torch.zeros(())).dtype) == ({adapted.weights_P.dtype}, torch.float32)
+            assert not state_shapes(training, adapted.layout), "none where it is not kept"
             ours = open_optimizer(training, adapted.weights_P, adapted.gradient_P, adapted.layout)
             load_state(ours, training, state)
     for name, found in adapted.layout.split(adapted.weights_P).items():

@@ -14,7 +14,7 @@ from queue import Empty
 from fedloom.deployment.addresses import split_address
 from fedloom.deployment.client.joining import Kit, at_work, ended_together, start_node
 from fedloom.deployment.client.preflight import await_server
-from fedloom.deployment.client.watching import RefusedKey, watch
+from fedloom.deployment.client.watching import Presence, RefusedKey, watch
 from fedloom.deployment.client.worker_process import is_gone, reply, take_in
 from fedloom.deployment.keys import Security, in_use
 from fedloom.deployment.processes import WORKER_SOCKET, check_flower, private_folder
@@ -83,9 +83,12 @@ def branch(
         assert node.log, "it has one"
         say("joining", f"{kit.server} as {kit.name}")
 
+        above = Presence(kit.server, node.log, say)
+
         def look() -> None:
-            """Answer the question that is there; else look who of the clients is."""
+            """Answer the question that is there; else look who of the clients is, and whether the server above is."""
             interruption.check()
+            above.look()
             try:
                 arrived = waiting.get_nowait()
             except Empty:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from fedloom.deployment.keys import SERVE_LOCK
 from fedloom.errors import DeploymentError, FedloomError, RunError
-from fedloom.host.files import Lock, is_held, replace_file, writing
+from fedloom.host.files import Holder, Lock, is_held, read_holder, replace_file, writing
 from fedloom.recipe.section import Section
 from fedloom.records.run import read_json
 from fedloom.records.writer import default_folder, now
@@ -225,8 +226,16 @@ class Queue:
 
     @property
     def is_served(self) -> bool:
-        """True while a server works with the folder."""
-        return is_held(self.server / SERVE_LOCK)
+        """True while a server that takes its runs works with the folder."""
+        return is_held(self.server / SERVE_LOCK) and not self.one_run
+
+    @property
+    def one_run(self) -> str:
+        """Run for which alone a server works with the folder, so that it takes no queue; empty where none does."""
+        holder = read_holder(self.server / SERVE_LOCK) if is_held(self.server / SERVE_LOCK) else Holder("", "")
+        # In a container, the server has other paths.
+        is_here = holder.work and holder.who.endswith(f" on {platform.node()}")
+        return holder.work if is_here and Path(holder.work).resolve() != self.server.resolve() else ""
 
     def _unfinished(self) -> list[Entry]:
         return [entry for entry in self.read()[0] if entry.is_unfinished]
@@ -360,7 +369,7 @@ def list_runs(server: Path) -> dict[str, Any]:
     entries, errors = queue.read()
     if not server.is_dir():
         raise DeploymentError("no server is set up in it", where=str(server), mend=f"name another with {OPTION}")
-    served = {"server": str(queue.server), "served": queue.is_served}
+    served = {"server": str(queue.server), "served": queue.is_served, "one_run": queue.one_run}
     return {**served, "runs": [entry.to_record() for entry in entries], "damaged": [str(error) for error in errors]}
 
 
@@ -374,7 +383,9 @@ def write_lines(told: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{run['number']}: {run['why']}" for run in runs if run["why"] not in ("", STOPPED))
     yield from (f"damaged: {error}" for error in told["damaged"])
     if not told["served"] and any(run["state"] in (*UNFINISHED, "stopping") for run in runs):
-        yield f"nobody works with {told['server']}: start it with fedloom serve"
+        nobody = f"nobody works with {told['server']}: start it with fedloom serve"
+        alone = f"the server there carries out {told['one_run']} alone, and none of these"
+        yield alone if told["one_run"] else nobody
 
 
 def _to_row(run: Mapping[str, Any]) -> tuple[str, ...]:

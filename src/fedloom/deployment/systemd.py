@@ -6,15 +6,22 @@ the authority's key.
 
 from __future__ import annotations
 
+import grp
+import os
+import pwd
 import re
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import fedloom
 from fedloom.deployment.docker import write_files
 from fedloom.errors import DeploymentError
 
 PLAIN = re.compile(r"/[\w/.+-]+", re.ASCII)
 """Path that means the same to systemd, which replaces % and $, and splits at spaces."""
+SERVICE_USER = "fedloom"
 USER = """\
 # Written by fedloom provision systemd, for /etc/sysusers.d: the user that both services run as.
 u fedloom - "fedloom" /var/lib/fedloom
@@ -121,3 +128,37 @@ def write_units(folder: Path, python: Path | None = None) -> list[Path]:
             mend="install fedloom in a folder whose path has letters, digits and . _ + - alone, as /opt/fedloom",
         )
     return write_files(folder, {name: text.replace("PYTHON ", f"{python} ") for name, text in FILES.items()})
+
+
+def describe_closed(python: Path | None = None, user: str = SERVICE_USER) -> str:
+    """Return why the user of the services could not start a Python, this one if left out; nothing where it could.
+
+    Looked at are the Python, what its links lead to, its library and fedloom: the folders on the way to each must let
+    that user in. Before that user is there, it is one of the others.
+    """
+    wanted = [python] if python else [Path(sys.executable), Path(os.__file__), Path(fedloom.__file__)]
+    for path in wanted:
+        for place in (path, path.resolve()):
+            for folder in reversed(place.parents):
+                if not _lets_in(folder, user):
+                    return (
+                        f"the services can't start here: the user {user} may not enter {folder}, in which {place} lies;"
+                        " install fedloom where every user can read it, as in /opt/fedloom, and write the units with it"
+                    )
+    return ""
+
+
+def _lets_in(folder: Path, user: str) -> bool:
+    try:
+        found = folder.stat()
+    except OSError:  # it is not there, or not for us to see: nothing is known of it
+        return True
+    bit = stat.S_IXOTH
+    with suppress(KeyError):
+        known = pwd.getpwnam(user)
+        groups = {known.pw_gid, *(group.gr_gid for group in grp.getgrall() if user in group.gr_mem)}
+        if known.pw_uid in (0, found.st_uid):
+            bit = stat.S_IXUSR
+        elif found.st_gid in groups:
+            bit = stat.S_IXGRP
+    return bool(found.st_mode & bit)

@@ -11,8 +11,8 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedloom.errors import FedloomError, RunError
 from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.experiment.job_frames import pack_result, unpack_jobs
 from fedloom.experiment.session import hash_base
+from fedloom.experiment.silence import BEAT_SECONDS
 from fedloom.host.frames import Frame, receive_frame, send_frame
 from fedloom.progress import Progress
 from fedloom.recipe.recipe import Recipe
@@ -41,10 +42,12 @@ class Line:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._speaking = threading.Lock()
 
     def tell(self, do: str, **facts: Any) -> None:
         """Send a few words."""
-        send_frame(self._connection, Frame({"do": do, **facts}))
+        with self._speaking:
+            send_frame(self._connection, Frame({"do": do, **facts}))
 
     def watch(self, progress: Progress) -> None:
         """Tell of a step; give up where something else is said.
@@ -68,10 +71,12 @@ class Line:
         """
         told = receive_frame(self._connection).manifest
         try:
-            adapted, engine = self._open(told)
+            with self._beating():
+                adapted, engine, base = self._open(told)
         except FedloomError as error:
             self.tell("failed", why=str(error))
             return
+        self.tell("ready", base=base)
         while True:
             asked = receive_frame(self._connection)
             if asked.manifest["do"] == "train":
@@ -80,7 +85,25 @@ class Line:
                         send_frame(self._connection, pack_result(result))
                 self.tell("done", lowered_to=engine.lowered_to)
 
-    def _open(self, told: Mapping[str, Any]) -> tuple[AdaptedModel, Engine]:
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Say now and then that this process is there, until the block ends: a large model takes long to come."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with suppress(OSError):
+                while not ended.wait(BEAT_SECONDS):
+                    self.tell("loads")
+
+        beats = threading.Thread(target=beat, daemon=True)
+        beats.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beats.join()
+
+    def _open(self, told: Mapping[str, Any]) -> tuple[AdaptedModel, Engine, str]:
         if told["version"] != __version__:
             raise RunError(f"it has fedloom {__version__}, and the run has {told['version']}")
         if told["threads"]:
@@ -90,8 +113,7 @@ class Line:
         # Before the engine tries the model: bitsandbytes changes how it keeps its weights when they are first used.
         base = hash_base(adapted)
         engine = open_engine(told["engine"], adapted, recipe.data, self.watch, self.say)
-        self.tell("ready", base=base)
-        return adapted, engine
+        return adapted, engine, base
 
 
 def serve_streams() -> None:

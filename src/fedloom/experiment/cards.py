@@ -10,6 +10,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,10 +22,21 @@ import torch
 from fedloom import __version__
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import ModelError, RunError
-from fedloom.experiment.job_frames import Done, Found, Key, Line, pack_jobs, pack_result, read_word, unpack_result
+from fedloom.experiment.job_frames import (
+    Done,
+    Found,
+    Key,
+    Line,
+    pack_jobs,
+    pack_result,
+    plain,
+    read_word,
+    unpack_result,
+)
 from fedloom.experiment.places import Place
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session, hash_base
+from fedloom.experiment.silence import LOOK_SECONDS, LookingSocket, Silence, SilentError
 from fedloom.host.frames import Frame, receive_frame, send_frame
 from fedloom.host.spool import Spool
 from fedloom.monitoring.observer import Observer
@@ -49,12 +61,18 @@ STOP_SECONDS = 60.0
 class Card:
     """Process that trains on one device; a child of this one, or of a node's."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, observer: Observer) -> None:
+        """Start it; `observer` is told where it is late, and may end a run that waits for it."""
         self.place, self.is_busy = place, False
+        self._say, self._check_run = observer.show_step, observer.check
+        self._silence = Silence(str(place), observer.show_step)
         self.lowered_to: int | None = None
         self._asked: dict[Key, ClientJob] = {}
         """Jobs whose results it owes."""
-        self._connection, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        self._connection = LookingSocket(fileno=ours.detach())
+        self._connection.look = self.look
+        self._connection.moved = lambda: self._silence.end()
         number = theirs.fileno()
         how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [number]}
         command = [sys.executable, "-m", "fedloom.experiment.card_process", str(number)]
@@ -84,27 +102,34 @@ class Card:
         """Return the number of the process."""
         return self._process.pid
 
-    def check(self, base: str, say: Say) -> None:
-        """Wait until its model is loaded; `say` is told what it says of it.
+    def check(self, base: str) -> None:
+        """Wait until its model is loaded; people are told what it says of it.
 
         Raises:
             ModelError: it can't be, or is another one than `base`.
-            RunError: the process ended, or speaks something else.
+            RunError: the process ended, hangs, or speaks something else.
+            KeyboardInterrupt: the run is to end.
         """
-        while (told := self._receive().manifest).get("do") == "say":
-            say(str(told.get("what")), f"{self.place}: {told.get('detail')}")
+        self._silence.begin()
+        while (told := self._receive().manifest).get("do") in ("say", "loads"):
+            self._silence.has_pace = True
+            if told["do"] == "say":
+                self._say(plain(told.get("what")), f"{self.place}: {plain(told.get('detail'))}")
         if told.get("do") == "failed":
-            raise ModelError(f"{self.place} can't train: {told.get('why')}", where=self.place.where)
+            raise ModelError(f"{self.place} can't train: {plain(told.get('why'))}", where=self.place.where)
         if told.get("do") != "ready":
             raise self._lost()
         if told.get("base") != base:
             raise ModelError(
                 f"{self.place} loaded another base model", where="model.source", mend="have the same files everywhere"
             )
+        # Loading says nothing of how long its steps will take.
+        self._silence = Silence(str(self.place), self._say)
 
     def ask(self, jobs: Sequence[ClientJob]) -> None:
         """Have it carry out jobs."""
         self._asked = {(job.trial, job.client): job for job in jobs}
+        self._silence.begin()
         self._send(pack_jobs(jobs))
         self.is_busy = True
 
@@ -112,33 +137,62 @@ class Card:
         """Wait for what it says next while it trains.
 
         Raises:
-            RunError: the process ended, or says what nobody asked it.
+            RunError: the process ended, hangs, or says what nobody asked it.
+            KeyboardInterrupt: the run is to end.
         """
         try:
             found = read_word(self._receive(), self._asked)
         except ConnectionError:
             raise self._lost() from None
+        self._silence.has_pace |= isinstance(found, Progress)
         if isinstance(found, Done):
             self.is_busy, self.lowered_to = False, found.lowered_to
         return found
+
+    def look(self) -> None:
+        """Look up from a wait for it: people are told where it is late.
+
+        Raises:
+            RunError: it hangs, and is ended.
+            KeyboardInterrupt: the run is to end.
+        """
+        self._check_run()
+        try:
+            self._silence.look()
+        except SilentError as silent:
+            self.close()
+            reach = (
+                f"see that `{' '.join([*SSH, self.place.host])} fedloom --version` answers; " if self.place.host else ""
+            )
+            raise RunError(
+                f"the process that trains on {self.place} {silent}: it was given up",
+                where=self.place.where,
+                mend=f"{reach}go on with --resume, without it if it hangs again",
+            ) from None
 
     def stop(self) -> None:
         """Have it give up what it works on, and wait until it has; one that ended says so when it is asked again."""
         if not self.is_busy:
             return
-        self._connection.settimeout(STOP_SECONDS)
+        until = time.monotonic() + STOP_SECONDS
+
+        def look() -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        self._connection.look = look
         try:
             self._send(Frame({"do": "stop"}))
             while self._receive().manifest.get("do") != "done":
-                pass
-        except RunError:
+                look()
+        except (RunError, TimeoutError):
             self.close()
-        else:
-            self._connection.settimeout(None)
+        self._connection.look = self.look
         self.is_busy = False
 
     def close(self) -> None:
         """End the process."""
+        self.is_busy = False
         self._connection.close()
         self._process.terminate()
         try:
@@ -200,7 +254,8 @@ class DealtEngine:
         """Carry out every job; yield the results in the order of the jobs.
 
         Raises:
-            RunError: a process ended.
+            RunError: a process ended, or hangs.
+            KeyboardInterrupt: the run is to end.
         """
         asked = {(job.trial, job.client): job for job in jobs}
         assert len(asked) == len(jobs), "two jobs of one client"
@@ -226,6 +281,11 @@ class DealtEngine:
                             self._found.put(key, pack_result(result))
                     else:
                         self._take_in(wait=True)
+            except KeyboardInterrupt:
+                # Nobody trains on: none is asked to end its step first, which one that hangs never does.
+                for card in self._cards:
+                    card.close()
+                raise
             finally:
                 for card in self._cards:
                     card.stop()
@@ -239,10 +299,17 @@ class DealtEngine:
         """Take in what the busy processes say, all of it that is there; with `wait`, something at least."""
         busy = [card for card in self._cards if card.is_busy]
         assert busy or not wait, "results that nobody works on"
-        while ready := select.select(busy, [], [], None if wait else 0)[0]:
+        while busy:
+            ready = select.select(busy, [], [], LOOK_SECONDS if wait else 0)[0]
             for card in ready:
                 self._hear(card, card.hear())
-            busy, wait = [card for card in busy if card.is_busy], False
+            # Only of one that has nothing to say just now is it known that it is silent.
+            for card in busy:
+                if card not in ready:
+                    card.look()
+            if not ready and not wait:
+                return
+            busy, wait = [card for card in busy if card.is_busy], wait and not ready
 
     def _hear(self, card: Card, said: Progress | Line | Done | Found) -> None:
         match said:
@@ -285,7 +352,8 @@ def open_session(
 
     Raises:
         ModelError: the model is not what its engine takes for granted, or can't be loaded there.
-        RunError: a process ended.
+        RunError: a process ended, or hangs.
+        KeyboardInterrupt: the run is to end.
     """
     name, say = prepared.plan.engine, observer.show_step
 
@@ -303,19 +371,19 @@ def open_session(
         else:
             say("devices", f"a process each on {', '.join(map(str, others))}")
             told = pin(recipe, prepared.plan.to_json())
-            cards = [open_card(told, place, prepared.plan.dtype, name, stack) for place in others]
+            cards = [open_card(told, place, prepared.plan.dtype, name, observer, stack) for place in others]
             base = hash_base(adapted)
             engine = DealtEngine(cards, open_local if trains_here else None, observer.watch, say, folder)
             for card in cards:
-                card.check(base, say)
+                card.check(base)
         yield Session(adapted, engine, telemetry, observer, batched=name == "batched")
 
 
-def open_card(recipe: Recipe, place: Place, dtype: str, engine: str, stack: ExitStack) -> Card:
+def open_card(recipe: Recipe, place: Place, dtype: str, engine: str, observer: Observer, stack: ExitStack) -> Card:
     """Start the process of a device, which ends with the stack."""
     model = recipe.model.model_copy(update={"device": place.device, "dtype": dtype})
     training = recipe.training.model_copy(update={"devices": None})
-    card = Card(place)
+    card = Card(place, observer)
     stack.callback(card.close)
     card.begin(recipe.model_copy(update={"model": model, "training": training}), engine)
     return card

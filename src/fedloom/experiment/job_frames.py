@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import safetensors.numpy
 import safetensors.torch
-from pydantic import TypeAdapter
+import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,12 +23,22 @@ from fedloom.adapters.adapter import Adapter, Layout
 from fedloom.adapters.lora import Residual
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import ShortageError, TrainingError
+from fedloom.federation.admission import (
+    MAY_BE_UNKNOWN,
+    OF_DOCUMENTS,
+    ClientSize,
+    change_norm,
+    check_layout,
+    check_report,
+)
 from fedloom.host.frames import Frame
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.progress import Progress
 from fedloom.recipe.training_section import Training
+from fedloom.text import show_controls
 from fedloom.training.client_report import ClientReport
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate
+from fedloom.training.optimizers import state_shapes
 
 Named = dict[str, Tensor]
 Fields = dict[str, Any]
@@ -37,7 +48,10 @@ MASKS = ("trains_P", "shares_P")
 Key = tuple[int, int]
 """Trial and client of a job, by which its result is known."""
 _REPORT, _PROGRESS = TypeAdapter(ClientReport), TypeAdapter(Progress)
-_COUNT, _FACTS = TypeAdapter(int | None), TypeAdapter(dict[str, int | str | None])
+_COUNT = TypeAdapter(Annotated[int, Field(ge=1, lt=2**31)] | None)
+_FACTS = TypeAdapter(dict[str, Annotated[int, Field(ge=0, lt=2**63)] | str | None])
+MOST_WORDS = 2000
+"""Characters of a text that a process says; the rest is left out."""
 
 
 class Line(NamedTuple):
@@ -141,23 +155,55 @@ def pack_result(result: ClientResult) -> Frame:
 
 
 def unpack_result(frame: Frame, job: ClientJob) -> ClientResult:
-    """Read what `pack_result` wrote of a job.
-
-    Raises:
-        Exception: of many kinds; it is nothing of that job.
-    """
+    """Read what `pack_result` wrote of a job, once `check_result` has found nothing against it."""
     told, start = frame.manifest, job.adapter
     if "error" in told:
-        facts: Fields = _FACTS.validate_python(told["error"])
+        facts: Fields = {
+            name: plain(one) if isinstance(one, str) else one
+            for name, one in _FACTS.validate_python(told["error"]).items()
+        }
         kind = ShortageError if told["short"] else TrainingError
         return ClientFailure(job.client, kind(**facts), job.trial)
     found = _in_groups(frame.payload)
     weights_P, report = found["adapter"]["weights_P"], _REPORT.validate_python(told["report"])
-    if (weights_P.shape, weights_P.dtype) != (start.weights_P.shape, start.weights_P.dtype):
-        raise ValueError("weights of another adapter")
-    if report.client != job.client:
-        raise ValueError("a report of another client")
     return ClientUpdate(report, Adapter(start.layout, weights_P, start.residual), found.get("state", {}), job.trial)
+
+
+def check_result(frame: Frame, job: ClientJob) -> None:
+    """Refuse a result that can't have come of a job: each field of it is held to what the job says.
+
+    Raises:
+        Exception: of many kinds.
+    """
+    result = unpack_result(frame, job)
+    if isinstance(result, ClientFailure):
+        error = result.error
+        if (error.round, error.client) not in ((job.round, job.client), (None, None)):
+            raise ValueError("a failure of another job")
+        return
+    report, blocks = result.report, job.blocks
+    examples, steps = len(blocks), job.training.steps_of(len(blocks))
+    if job.ration:
+        examples, steps = job.ration.terms.units, job.ration.terms.steps
+    expected: Fields = {"round": job.round, "client": job.client, "examples": examples, "steps": steps}
+    expected |= {"proximal_mu": job.training.proximal_mu, "evaluate_seconds": 0.0}
+    expected |= dict.fromkeys(MAY_BE_UNKNOWN, None)  # whoever asked for the training scores it
+    if job.ration:
+        expected |= {"tokens": 0, **dict.fromkeys(OF_DOCUMENTS, None)}
+    if (wrong := [name for name, value in expected.items() if getattr(report, name) != value]) or report.seconds < 0:
+        raise ValueError(f"a report of another job: {wrong}")
+    check_report(report, job, ClientSize(examples, blocks.num_tokens))
+    if (report.loss_mean is None) != (job.ration is not None):
+        raise ValueError("losses, or none, where the job has it otherwise")
+    check_layout(result.adapter, job.adapter)
+    change_norm(result.adapter, job.adapter, job.trains_P)
+    dtypes = {"step": torch.float32}
+    shapes = state_shapes(job.training, job.adapter.layout)
+    kept = {name: (shape, dtypes.get(name, job.adapter.weights_P.dtype)) for name, shape in shapes.items()}
+    if {name: (value.shape, value.dtype) for name, value in result.optimizer_state.items()} != kept:
+        raise ValueError("an optimizer's state of another shape")
+    if {*_in_groups(frame.payload)} - {"adapter", "state"}:
+        raise ValueError("more than a result")
 
 
 def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Done | Found:
@@ -171,20 +217,29 @@ def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Don
         match told["do"]:
             case "progress":
                 names = [one.name for one in fields(Progress)]
-                return _PROGRESS.validate_python(dict(zip(names, told["row"], strict=True)))
+                progress = _PROGRESS.validate_python(dict(zip(names, told["row"], strict=True)))
+                counts = progress.tokens, progress.samples, progress.round, progress.client
+                if not all(one is None or 0 <= one < 2**48 for one in counts):
+                    raise ValueError("no count of anything")
+                return progress
             case "say":
-                return Line(str(told["what"]), str(told["detail"]))
+                return Line(plain(told["what"]), plain(told["detail"]))
             case "result":
                 key = told["trial"], told["client"]
-                unpack_result(frame, jobs[key])
+                check_result(frame, jobs[key])
                 del jobs[key]
                 return Found(key, frame)
             case "done" if not jobs:
                 return Done(_COUNT.validate_python(told["lowered_to"]))
     # Of many kinds, from words that may be anything.
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, TrainingError) as error:
         raise ConnectionError("not a word of fedloom's") from error
     raise ConnectionError("not a word of fedloom's")
+
+
+def plain(text: object) -> str:
+    """Return what a process says as a text that may stand in a terminal and in records."""
+    return show_controls(str(text)[:MOST_WORDS])
 
 
 def vars_of(blocks: TokenBlocks) -> dict[str, Any]:

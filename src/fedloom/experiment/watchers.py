@@ -36,6 +36,7 @@ class Watchers(Observers):
         Raises:
             KeyboardInterrupt
         """
+        super().check()
         self._interruption.check()
 
 

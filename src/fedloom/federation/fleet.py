@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.tokens import ClientBlocks
+from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Asked, Score
 from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.federation.admission import ClientSize
@@ -194,6 +196,7 @@ class LocalFleet:
 
     def finish(self, results: Sequence[ClientResult]) -> list[ClientResult]:
         """Keep what clients keep, and score each one's own adapter on its hold-out, beside the global one's score."""
+        results = [_refuse_state(result) for result in results]
         for result in results:
             self._keep(result)
         able = [one for one in results if isinstance(one, ClientUpdate) and one.client in self.scores]
@@ -254,3 +257,21 @@ def _in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     left = iter(items)
     while group := list(islice(left, size)):
         yield group
+
+
+def _refuse_state(result: ClientResult) -> ClientResult:
+    """Return the failure of a client whose optimizer came to no number, else the result as it is."""
+    if isinstance(result, ClientFailure):
+        return result
+    wrong = [name for name, value in result.optimizer_state.items() if not torch.isfinite(value).all()]
+    if not wrong:
+        return result
+    report = result.report
+    error = TrainingError(
+        f"the optimizer's {wrong[0]} is not finite",
+        round=report.round,
+        client=report.client,
+        stage="training",
+        mend="lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32",
+    )
+    return ClientFailure(report.client, error, result.trial)

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +29,8 @@ from fedloom.host.failpoints import failpoint
 
 GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
 LOCK = ".lock"
+ASKED_SECONDS = 5.0
+"""Time that a lock is waited for while others only ask who holds it, which takes each of them a moment."""
 
 Moment = Literal["written", "between", "renamed"]
 """Failpoints in the replacing of a folder: before anything has changed, with neither of both in place, and after it."""
@@ -243,10 +247,28 @@ class Lock:
     def __init__(self, path: Path, rights: int | None = 0o666) -> None:
         self._descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if rights is not None else 0), rights or 0)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except OSError:
             self.close()
             raise
+
+    def _take(self) -> None:
+        """Lock the file for this process alone; wait for those that only ask, as `is_held` does, and for nobody else.
+
+        Raises:
+            BlockingIOError: another one holds it.
+        """
+        until = time.monotonic() + ASKED_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # Beside who holds it, a shared lock is refused too; beside those that ask, it is not.
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                if time.monotonic() > until:
+                    raise
+            time.sleep(random.uniform(0.001, 0.01))  # of two that begin together, each may have met the other's try
 
     def sign(self, work: str = "") -> None:
         """Say in the file who holds it, and in a second line what for; `read_holder` reads that."""
@@ -304,9 +326,13 @@ def take_lock(folder: Path) -> Lock:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process holds this lock; a file that is not there, nobody holds."""
+    """Return whether a process holds this lock; a file that is not there, nobody holds.
+
+    Asking takes a shared lock for a moment, which `Lock` waits for: nobody is refused since somebody asked.
+    """
     try:
-        Lock(path, rights=None).close()
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

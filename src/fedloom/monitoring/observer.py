@@ -37,6 +37,9 @@ class Observer:
     def watch(self, progress: Progress) -> None:
         """Hear of one optimizer step, or of one evaluated batch. It is called often, in the middle of training."""
 
+    def check(self) -> None:
+        """End the run here where that is wanted, by what this raises. It is called while the run waits for others."""
+
     def show_round(self, record: RoundRecord) -> None:
         """Hear of a complete round, which is on record and can't be lost any more."""
 
@@ -99,6 +102,10 @@ class Observers(Observer):
     def watch(self, progress: Progress) -> None:
         for observer in self._observers:
             observer.watch(progress)
+
+    def check(self) -> None:
+        for observer in self._observers:
+            observer.check()
 
     def show_round(self, record: RoundRecord) -> None:
         for observer in self._observers:

@@ -109,6 +109,31 @@ def open_optimizer(
     return build(tensors, training)
 
 
+def state_shapes(training: Training, layout: Layout) -> dict[str, torch.Size]:
+    """Return what a client's optimizer keeps between rounds: the shape of each tensor, by its name in `read_state`.
+
+    Each but `step`, which is float32, has the dtype of the weights.
+    """
+    kind, scalar, flat = training.optimizer_table.kind, torch.Size(), torch.Size((layout.size,))
+    if training.optimizer_state != "keep":
+        return {}
+    if kind == "sgd":
+        return {"momentum_buffer": flat} if training.optimizer_table.setting("momentum") else {}
+    if kind == "adafactor":
+        return {"step": scalar, **kept_squares(layout)}
+    assert kind == "adamw", "a recipe keeps no state of any other"
+    return {"step": scalar, "exp_avg": flat, "exp_avg_sq": flat}
+
+
+def kept_squares(layout: Layout) -> dict[str, torch.Size]:
+    """Return the shapes of Adafactor's mean squares: of a matrix's rows and columns, and of a vector as it is."""
+    found: dict[str, torch.Size] = {}
+    for number, shape in enumerate(layout.shapes):
+        kept = {"_row": shape[:-1], "_col": (*shape[:-2], *shape[-1:])} if len(shape) > 1 else {"": shape}
+        found |= {f"exp_avg_sq{side}.{number}": torch.Size(size) for side, size in kept.items()}
+    return found
+
+
 def load_state(optimizer: torch.optim.Optimizer, training: Training, state: OptimizerState | None) -> None:
     """Give an optimizer a copy of the state that `read_state` took from one like it; None leaves it fresh."""
     if not state:

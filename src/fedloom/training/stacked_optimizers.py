@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedloom.adapters.adapter import Layout
 from fedloom.training.jobs import OptimizerState
+from fedloom.training.optimizers import kept_squares
 
 if TYPE_CHECKING:
     from fedloom.recipe.training_section import Training
@@ -123,12 +124,7 @@ class StackedAdafactor:
         self._decay = training.weight_decay
         clients = len(weights_KP)
         self._step_K = torch.zeros(clients, dtype=torch.float64, device=weights_KP.device)
-        self._squares: dict[str, Tensor] = {}
-        for number, shape in enumerate(layout.shapes):
-            kept = {"row": shape[:-1], "col": (*shape[:-2], *shape[-1:])} if len(shape) > 1 else {"": shape}
-            for side, size in kept.items():
-                name = f"exp_avg_sq{side and f'_{side}'}.{number}"
-                self._squares[name] = weights_KP.new_zeros(clients, *size)
+        self._squares = {name: weights_KP.new_zeros(clients, *size) for name, size in kept_squares(layout).items()}
 
     def step(self, gradient_KP: Tensor, rate_K: Tensor) -> None:
         """Step the first clients in place: as many as gradients, [K, P], and learning rates, [K], are given."""

@@ -331,6 +331,20 @@ def test_what_serve_refuses_is_refused_when_it_is_submitted(words: list[str], wh
     assert not Queue(server).read()[0]
 
 
+def test_what_is_submitted_beside_a_server_of_one_run_is_said_to_be_taken_by_nobody(server: Path) -> None:
+    """It was queued, and that was all that was said."""
+    alone = Path("runs/alone").absolute()
+    with in_use(server, alone):
+        done = CliRunner().invoke(app, ["submit", "tiny"], catch_exceptions=False)
+    assert done.output.splitlines()[-1] == (
+        f"note      nobody takes it now: the server at work with fedloom-server carries out {alone} alone;"
+        " it begins once that has ended and fedloom serve is started without a recipe"
+    )
+    with in_use(server, server):
+        done = CliRunner().invoke(app, ["submit", "tiny"], catch_exceptions=False)
+    assert done.output.splitlines()[-1].startswith("queued    run 2: ")
+
+
 def test_what_is_submitted_stays_as_it_was(server: Path, tmp_path: Path) -> None:
     (tmp_path / "documents.jsonl").write_text("\n".join(json.dumps({"text": f"word {n} " * 20}) for n in range(30)))
     (tmp_path / "mine.toml").write_text(

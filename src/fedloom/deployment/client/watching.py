@@ -29,6 +29,47 @@ TAKEN = b"SuperNode ID:"
 """Words of Flower's SuperNode when its key was taken."""
 
 
+NO_ANSWER = b"Connection attempt failed"
+"""Words of Flower's SuperNode before it tries a request to the server again."""
+ANSWERED = (b"Connection successful", TAKEN)
+"""Words of it when a request that was tried again was answered, or a new SuperNode was taken."""
+AWAY_SECONDS = 10.0
+"""Time without an answer that people are told of; a server that is busy for a moment is not away."""
+
+
+class Presence:
+    """Presence of a server, by what a SuperNode says of it in its log: it is told when it is away, and when it is back.
+
+    At rest nothing else shows it: a SuperNode tries for ever, without a word to anybody.
+    """
+
+    def __init__(
+        self, server: str, log: Path, say: Callable[[str, str], object], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._server, self._log, self._say, self._now = server, log, say, now
+        self._read = 0
+        self._since: float | None = None
+        self._is_away = False
+
+    def look(self) -> None:
+        """Read what the SuperNode has said since, and say what is new in it."""
+        with self._log.open("rb") as log:
+            log.seek(self._read)
+            told = log.read()
+        told = told[: told.rfind(b"\n") + 1]  # half a line is read whole next time
+        self._read += len(told)
+        failed, answered = told.rfind(NO_ANSWER), max(map(told.rfind, ANSWERED))
+        if answered > failed:
+            if self._is_away:
+                self._say("back", f"{self._server} answers again")
+            self._since, self._is_away = None, False
+        elif failed >= 0 and self._since is None:
+            self._since = self._now()
+        if self._since is not None and not self._is_away and self._now() - self._since >= AWAY_SECONDS:
+            self._is_away = True
+            self._say("away", f"{self._server} does not answer: tried until it does")
+
+
 class RefusedKey:
     """Time for which the server has refused this client's key, over all starts of its SuperNode."""
 
