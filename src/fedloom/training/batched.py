@@ -108,6 +108,7 @@ class BatchedEngine:
                         job, samples = slot.job, sum(len(part.tokens_BT) for part in taken)
                         self._watch(Progress("train", count_tokens(taken), samples, job.round, job.client))
                     yield from batch.retire()
+                self._stack.model.eval()
                 # What the last ones held is not needed beside what comes next, an evaluation say.
                 if not batch.is_kept:
                     self._batch = None

@@ -154,7 +154,9 @@ class StackedStep:
             units_GP = self._gradient_KP.new_zeros(len(inputs.tokens_NT), self._gradient_KP.shape[1])
             self._stack.bind(self.weights_KP[: self._count], units_GP)
         checkpointed, model = self._training.gradient_checkpointing, self._stack.model
-        model.train()
+        # It visits every module, which takes as long as a tenth of a tiny model's step. What evaluates asks for that.
+        if not model.training:
+            model.train()
         dropout = ClientDropout(inputs.keys_N)
         alone = without_padding(inputs.real_R, inputs.tokens_NT.shape, inputs.mask_NT)
         with self._stack.installed(), alone, gradient_checkpointing(model, checkpointed, dropout.contexts):
@@ -162,7 +164,6 @@ class StackedStep:
                 loss_K = self._losses(inputs)
             # A client's weights are in its own loss alone, so the gradient of the sum is each client's own gradient.
             loss_K.sum().backward()
-        model.eval()
         if self._max_norm is not None:
             if self.trains_KP is not None:
                 sequences = len(units_GP) // self._count
