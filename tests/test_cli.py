@@ -309,7 +309,7 @@ def test_the_line_of_a_bad_key_is_named(tmp_path: Path) -> None:
     [
         (["run", "tiny", "federation.rounds=1", "--out=~/x"], "x/report.html"),
         (["compare", "~/x", "~/x", "--out", "~/both"], "both/comparison.html"),
-        (["provision", "init", "--host", "localhost", "--folder", "~/server"], "server"),
+        (["provision", "init", "--host", "localhost", "--server", "~/server"], "server"),
         (["provision", "request", "north", "--folder=~/client"], "client/north.request"),
         (["provision", "compose", "--to=~/compose"], "compose/Dockerfile"),
     ],

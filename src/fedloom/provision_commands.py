@@ -10,13 +10,13 @@ import typer
 
 from fedloom.errors import DeploymentError
 from fedloom.host.files import path
+from fedloom.run_options import ServerFolder
 from fedloom.text import show_controls
 
 provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
 MOST_DAYS = 3650
 """Days of the server's certificate authority, beyond which no kit leads anywhere."""
 KitFolder = Annotated[Path, typer.Option("--to", parser=path, help="Where the kit goes.")]
-ServerFolder = Annotated[Path, typer.Option("--folder", parser=path, help="The server's folder.")]
 
 
 @provision.command("init")
@@ -58,7 +58,7 @@ def provision_renew(
 
 @provision.command("list")
 def provision_list(
-    folder: Annotated[Path, typer.Argument(parser=path, help="The server's folder.")] = Path("fedloom-server"),
+    folder: ServerFolder = Path("fedloom-server"),
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Server: show whose keys it takes and took: fingerprint, since when, when it was last seen, until when.
@@ -155,7 +155,7 @@ def provision_revoke(
 @provision.command("backup")
 def provision_backup(
     to: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="The file to write; it holds the keys.")],
-    folder: Annotated[Path, typer.Argument(parser=path, help="The server's folder.")] = Path("fedloom-server"),
+    folder: ServerFolder = Path("fedloom-server"),
 ) -> None:
     """Server: write its keys, its list of clients and its queue into one file, which nobody else may read."""
     from fedloom.deployment.backup import back_up

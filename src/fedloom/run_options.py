@@ -25,6 +25,7 @@ ResumeRun = Annotated[
     bool, typer.Option("--resume", help="Go on with a run that was stopped; RECIPE may be its run directory.")
 ]
 RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A run directory.")]
+ServerFolder = Annotated[Path, typer.Option("--server", parser=path, help="The server's folder.")]
 PageAddress = Annotated[
     str | None,
     typer.Option(

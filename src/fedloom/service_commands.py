@@ -11,13 +11,12 @@ import typer
 
 from fedloom.errors import RunError
 from fedloom.host.files import path
-from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, find_resumed, say
+from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, ServerFolder, find_resumed, say
 from fedloom.text import show_controls
 
 if TYPE_CHECKING:
     from fedloom.deployment.queue import Entry, Queue
 
-ServerFolder = Annotated[Path, typer.Option("--server", parser=path, help="The folder of the server that stays.")]
 LOOK_SECONDS = 0.2
 
 

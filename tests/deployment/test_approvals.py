@@ -79,7 +79,7 @@ def test_the_list_says_who_is_taken_since_when_until_when_and_was_seen_when(serv
     note_seen(server, ["alice"])
     os.utime(server / "seen" / "alice", (1_700_000_000, 1_700_000_000))
 
-    told = json.loads(provision("list", server, "--json"))
+    told = json.loads(provision("list", "--server", server, "--json"))
     assert (told["host"], told["port"]) == ("localhost", 8443)
     assert told["fingerprint"] == read_kit(tmp_path / "alice.kit").fingerprint
     clients = {client["name"]: client for client in told["clients"]}
@@ -93,7 +93,7 @@ def test_the_list_says_who_is_taken_since_when_until_when_and_was_seen_when(serv
     assert clients["bob"]["seen"] is None
     assert alice["expires"][:10] == f"{datetime.now(UTC) + timedelta(days=365):%Y-%m-%d}"
 
-    shown = provision("list", server)
+    shown = provision("list", "--server", server)
     row = re.search(r"^alice .*$", shown, re.MULTILINE)
     assert row
     assert row[0].split("  ")[-1] == alice["fingerprint"]
@@ -106,10 +106,10 @@ def test_the_list_says_who_is_taken_since_when_until_when_and_was_seen_when(serv
 
 
 def test_a_list_without_clients_or_server_says_what_to_do(server: Path, tmp_path: Path) -> None:
-    assert "no clients yet: fedloom provision approve" in provision("list", server)
-    assert json.loads(provision("list", server, "--json"))["clients"] == []
+    assert "no clients yet: fedloom provision approve" in provision("list", "--server", server)
+    assert json.loads(provision("list", "--server", server, "--json"))["clients"] == []
     with pytest.raises(DeploymentError, match="no server is set up in it; make one: fedloom provision init"):
-        CliRunner().invoke(app, ["provision", "list", str(tmp_path / "nowhere")], catch_exceptions=False)
+        CliRunner().invoke(app, ["provision", "list", "--server", str(tmp_path / "nowhere")], catch_exceptions=False)
 
 
 def test_a_server_whose_certificate_has_expired_is_listed_all_the_same(
@@ -117,7 +117,7 @@ def test_a_server_whose_certificate_has_expired_is_listed_all_the_same(
 ) -> None:
     monkeypatch.setattr(keys, "SERVER_DAYS", 0)
     keys.renew(server)
-    assert ": THAT IS OVER (fedloom provision renew, on the server)" in provision("list", server)
+    assert ": THAT IS OVER (fedloom provision renew, on the server)" in provision("list", "--server", server)
 
 
 PORTS = ["inf", "[1]", "-5", "65536", "true", "0x" + "f" * 9999, "[" * 9999]
@@ -205,7 +205,7 @@ def test_a_key_is_renewed_by_its_clients_name(server: Path, tmp_path: Path) -> N
     before = list_approvals(server)["alice"]
     set_end(server, "alice", ago(1))
     assert list_approvals(server)["alice"].state == "expired"
-    shown = provision("renew", "alice", "--days", 30, "--folder", server, "--to", tmp_path / "new")
+    shown = provision("renew", "alice", "--days", 30, "--server", server, "--to", tmp_path / "new")
     after = list_approvals(server)["alice"]
     assert (after.key, after.since, after.state) == (before.key, before.since, "approved")
     assert after.expires
@@ -239,11 +239,11 @@ def test_an_approval_and_a_kit_from_before_have_no_end(server: Path, tmp_path: P
     read = read_kit(kit)
     assert read.key == (tmp_path / "alice.key").resolve()
     assert read.end == "approved without an end: the kit is from before approvals had one"
-    shown = provision("list", server)
+    shown = provision("list", "--server", server)
     assert re.search(r"^alice +approved +unknown +never +no end", shown, re.MULTILINE)
     assert "alice: approved before approvals had an end, and taken until revoked; fedloom provision renew" in shown
     keys.renew_client(server, "alice", tmp_path, 365)
-    assert "no end" not in provision("list", server)
+    assert "no end" not in provision("list", "--server", server)
 
 
 @pytest.mark.parametrize("end", ['"soon"', "5", "2027-01-01", "2027-01-01T00:00:00"])
@@ -267,7 +267,7 @@ def test_a_next_key_takes_the_place_of_the_one_that_signed_it(server: Path, tmp_
     assert read_kit(kit).key == tmp_path / "alice.key", "until the next kit comes"
     assert list_approvals(server)["alice"] == before, "nothing changes on the server until it approves"
 
-    shown = provision("approve", tmp_path / "alice.request", "--folder", server, "--to", tmp_path)
+    shown = provision("approve", tmp_path / "alice.request", "--server", server, "--to", tmp_path)
     new, after = read_request(tmp_path / "alice.request").key, list_approvals(server)["alice"]
     assert "the one before is taken no longer" in shown
     assert (after.key, after.expires) == (new, before.expires), "a signature prolongs nothing"

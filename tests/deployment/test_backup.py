@@ -298,7 +298,7 @@ def test_both_are_commands(server: Path, tmp_path: Path) -> None:
         return done.output
 
     assert "with 2 clients; whoever has this file can be this server" in provision(
-        "backup", server, "--to", tmp_path / "saved"
+        "backup", "--server", server, "--to", tmp_path / "saved"
     )
     shown = provision("restore", tmp_path / "saved", "--to", tmp_path / "new")
     assert "server fed.example.org, port 8443" in shown

@@ -28,9 +28,9 @@ def provision(*words: str) -> list[str]:
 
 def test_both_sides_show_the_same_fingerprints(tmp_path: Path) -> None:
     server, here = str(tmp_path / "server"), str(tmp_path)
-    provision("init", "--host", "localhost", "--folder", server)
+    provision("init", "--host", "localhost", "--server", server)
     (own,) = provision("request", "alice", "--folder", here)
-    approved, authority = provision("approve", f"{here}/alice.request", "--folder", server, "--to", here)
+    approved, authority = provision("approve", f"{here}/alice.request", "--server", server, "--to", here)
     assert own == approved
     assert authority == read_kit(tmp_path / "alice.kit").fingerprint
 
@@ -38,20 +38,20 @@ def test_both_sides_show_the_same_fingerprints(tmp_path: Path) -> None:
 def test_an_exchanged_request_is_heard(tmp_path: Path) -> None:
     """Mallory's key under alice's name: approved in good faith, and two people who compare notice it."""
     server, alice, mallory = (str(tmp_path / name) for name in ("server", "alice", "mallory"))
-    provision("init", "--host", "localhost", "--folder", server)
+    provision("init", "--host", "localhost", "--server", server)
     (own,) = provision("request", "alice", "--folder", alice)
     (others,) = provision("request", "alice", "--folder", mallory)
-    approved, _ = provision("approve", f"{mallory}/alice.request", "--folder", server, "--to", mallory)
+    approved, _ = provision("approve", f"{mallory}/alice.request", "--server", server, "--to", mallory)
     assert approved == others != own
 
 
 def test_an_exchanged_name_is_heard(tmp_path: Path) -> None:
     server, here = str(tmp_path / "server"), str(tmp_path)
-    provision("init", "--host", "localhost", "--folder", server)
+    provision("init", "--host", "localhost", "--server", server)
     (own,) = provision("request", "alice", "--folder", here)
     file = tmp_path / "alice.request"
     file.write_text(json.dumps({**json.loads(file.read_text()), "name": "bob"}))
-    assert provision("approve", str(file), "--folder", server, "--to", here)[0] != own
+    assert provision("approve", str(file), "--server", server, "--to", here)[0] != own
 
 
 def test_every_part_and_its_name_count() -> None:

@@ -112,7 +112,7 @@ def init(folder: Path, host: str, port: int) -> Security:
 
     host = read_host(host, where=f"--host {host[:80]}")
     if folder.exists():
-        raise DeploymentError("the folder exists", where=str(folder), mend="name another with --folder")
+        raise DeploymentError("the folder exists", where=str(folder), mend="name another with --server")
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     ca = certify("fedloom CA", ca_key, None, CA_DAYS, hosts=())
     server = _certify_server(host, server_key, (ca, ca_key))
