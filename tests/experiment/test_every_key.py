@@ -203,7 +203,6 @@ CASES = [
     Case("training.gradient_checkpointing", (False, True), PLAN),
     Case("training.cuda_graph", (LEFT_OUT, False), NOTE),
     Case("training.cuda_graph", (LEFT_OUT, True), NOTE, {"training.engine": "batched"}),
-    Case("training.compile", (LEFT_OUT, True), PLAN, {"training.engine": "batched"}),
     Case("training.devices", (LEFT_OUT, ["cpu"], ["cpu", "cpu"]), PLAN),
     Case("training.devices", (LEFT_OUT, "all"), REFUSAL),
     Case("training.epochs", (1, 2), PLAN),

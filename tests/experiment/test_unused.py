@@ -154,10 +154,6 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
         [training(cuda_graph=False), training(engine="batched", cuda_graph=False), training(cuda_graph=True)],
         [training(engine="batched")],
     ),
-    "training.compile": (
-        [training(compile=True), {**training(engine="auto", compile=True), "adapter": {"dora": True}}],
-        [training(engine="batched", compile=True), training(compile=False)],
-    ),
     "federation.fraction": (
         [federation(fraction=0.9), federation(fraction=0.3, min_clients=3)],
         [federation(fraction=0.7), federation(fraction=1.0)],

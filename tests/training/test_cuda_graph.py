@@ -10,7 +10,7 @@ from support.tape import TapeGraph, record_on_a_processor
 from support.tiny import make_adapted, make_blocks, make_job, updates_of
 
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.training import batched
+from fedloom.training import client_slots
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, recording_stream
 from fedloom.training.jobs import ClientJob, ClientResult, is_shortage
@@ -39,7 +39,7 @@ def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytes
     jobs = make_jobs(adapted)
     record_on_a_processor(monkeypatch, CantRecord)
     launching = BatchedEngine(adapted)
-    launching._told.add("graph")
+    launching._records = False
     expected = list(updates_of(launching.train(jobs)))
     told: list[tuple[str, str]] = []
     engine = BatchedEngine(adapted, say=lambda *words: told.append(words))
@@ -53,7 +53,7 @@ def test_a_recording_has_the_masks_of_steps_that_are_launched(monkeypatch: pytes
     jobs = make_jobs(adapted)
     record_on_a_processor(monkeypatch)
     launching = BatchedEngine(adapted)
-    launching._told.add("graph")
+    launching._records = False
     expected = list(updates_of(launching.train(jobs)))
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
 
@@ -75,7 +75,7 @@ def test_clients_that_finish_leave_their_places_in_a_recording_empty(
     jobs = make_uneven_jobs(adapted)
     expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
     made = record_on_a_processor(monkeypatch)
-    monkeypatch.setattr(batched, "RECORDING", steps_that_cost_as_much)
+    monkeypatch.setattr(client_slots, "RECORDING", steps_that_cost_as_much)
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
     assert len(made) == recordings
 

@@ -16,8 +16,7 @@ from fedloom.data.tokens import TokenBlocks, take_batch
 from fedloom.federation.lora_rules import trained_part
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
-from fedloom.training import batched
-from fedloom.training.batched import BatchedEngine
+from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.jobs import ClientJob, ClientUpdate
@@ -259,8 +258,8 @@ def test_with_dropout_one_document_moves_a_step_by_no_more_than_the_norm(build: 
 
 
 def test_masks_by_a_documents_place_in_the_batch_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_place(slots: Any, batches: Any, sequences: int, *others: int, private: bool) -> Tensor:
+    def by_place(self: ClientBatch, batches: Any, sequences: int, *others: int) -> Tensor:
         return sequence_keys([1], [0], [0], sequences)
 
-    monkeypatch.setattr(batched, "dropout_keys", by_place)
+    monkeypatch.setattr(ClientBatch, "_dropout_keys", by_place)
     assert moved_by_one_document(BatchedEngine, "left out") > 1.5

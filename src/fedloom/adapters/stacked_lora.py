@@ -5,13 +5,14 @@ multiplies each client's rows by that client's own A and B. Nothing of one clien
 product do not mix, and the batched product keeps clients apart.
 
 Letters: K clients, M rows of all clients (sequences × tokens, or real tokens), I and O features in and out, R rank, P
-adapter parameters, G gradients.
+adapter parameters, G gradients, X and Y two of a product's sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
@@ -20,8 +21,7 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
-from fedloom.adapters.stacked_product import multiply_stacked
-from fedloom.model.unpadding import current_row
+from fedloom.model.unpadding import Row, current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
 """Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products: they are
@@ -77,8 +77,7 @@ class StackedLora(nn.Module):
             # `ClientDropout` takes over this call, so that each client's mask is its own.
             x_MI = functional.dropout(x_MI, self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
-        gradients = self.gradient_a_GRI, self.gradient_b_GOR
-        product = multiply_stacked(x_MI, self.lora_a_KRI, self.lora_b_KOR, gradients, current_row(), tf32)
+        product = _StackedProduct.apply(x_MI, self.lora_a_KRI, self.lora_b_KOR, self, current_row(), tf32)  # type: ignore[no-untyped-call]
         return torch.add(result, product.view_as(result), alpha=self.scaling).to(result.dtype)
 
     # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
@@ -91,6 +90,84 @@ class StackedLora(nn.Module):
     def bias(self) -> Tensor | None:
         """Return the frozen layer's bias."""
         return self.base.bias  # type: ignore[return-value]
+
+
+class _StackedProduct(torch.autograd.Function):
+    """Product B_k A_k x for each client's rows, whose backward pass adds to the layer's gradients in place.
+
+    Autograd itself would make a tensor for each gradient first, and then add it. And where gradients have more rows
+    than there are clients, a client's rows are cut into as many pieces, each with a gradient of its own: of every
+    document, by the same product in other shapes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MI: Tensor, a_KRI: Tensor, b_KOR: Tensor, layer: StackedLora, row: Row | None, tf32: bool
+    ) -> Tensor:
+        # Not saved as tensors of the graph: the optimizer changes them in place between two steps.
+        ctx.weights, ctx.layer, ctx.row, ctx.tf32 = (a_KRI, b_KOR), layer, row, tf32
+        with _products(tf32):
+            hidden_MR = _multiply(x_MI, a_KRI.mT, row)
+            ctx.save_for_backward(x_MI, hidden_MR)
+            return _multiply(hidden_MR, b_KOR.mT, row)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        x_MI, hidden_MR = ctx.saved_tensors
+        a_KRI, b_KOR = ctx.weights
+        with _products(ctx.tf32):
+            grad_MR = _multiply(grad_MO, b_KOR, ctx.row)
+            # Views of the step's flat gradients (`Stack.bind`), so this writes where the optimizer reads.
+            _add_products(ctx.layer.gradient_b_GOR, grad_MO, hidden_MR, ctx.row)
+            # With FFA, A is the model's own, expanded to K clients and frozen: it has no gradient.
+            if a_KRI.requires_grad:
+                _add_products(ctx.layer.gradient_a_GRI, grad_MR, x_MI, ctx.row)
+            # The first adapted layer's input has no trained part below it. Gradients of A and B are written already.
+            grad_MI = _multiply(grad_MR, a_KRI, ctx.row) if ctx.needs_input_grad[0] else None
+            return grad_MI, None, None, None, None, None
+
+
+def _multiply(rows_MX: Tensor, weights_KXY: Tensor, row: Row | None) -> Tensor:
+    """Return each client's rows times its own weights, [M, Y]; in a row clients may have different numbers of them."""
+    if row is None:
+        return torch.bmm(_cut(rows_MX, len(weights_KXY)), weights_KXY).flatten(0, 1)
+    product_MY = rows_MX.new_empty(len(rows_MX), weights_KXY.shape[-1])
+    sizes = row.share(len(weights_KXY))
+    for rows, weights, product in zip(rows_MX.split(sizes), weights_KXY, product_MY.split(sizes), strict=True):
+        torch.mm(rows, weights, out=product)
+    return product_MY
+
+
+def _add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, row: Row | None) -> None:
+    """Add, for each client or piece of one, the sum over its rows of the products of left and right, in place."""
+    if row is None:
+        sums_GXY.baddbmm_(_cut(left_MX, len(sums_GXY)).mT, _cut(right_MY, len(sums_GXY)))
+        return
+    sizes = row.share(len(sums_GXY))
+    for sum_XY, left, right in zip(sums_GXY, left_MX.split(sizes), right_MY.split(sizes), strict=True):
+        sum_XY.addmm_(left.mT, right)
+
+
+def _cut(rows_MX: Tensor, pieces: int) -> Tensor:
+    """Return clients' rows as so many equal pieces, in their order."""
+    return rows_MX.reshape(pieces, -1, rows_MX.shape[-1])
+
+
+@contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    """Have a GPU compute float32 products in TF32 inside, and as before afterwards: rotary positions need them whole.
+
+    TF32 rounds what goes in to 10 bits, 8 times finer than bfloat16 does.
+    """
+    if not tf32:
+        yield
+        return
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 class Stack:
@@ -131,16 +208,13 @@ class Stack:
         for (layer, is_a), weight, gradient in zip(self._owners, weights, gradients, strict=True):
             # A leaf over the same memory: the layer multiplies by what the optimizer writes into the flat weights.
             leaf = weight.detach().requires_grad_(gradients_GP is not None)
-            # A version of its own: a compiled layer keeps it for its backward pass, before which those of other layers
-            # write to the same buffer.
-            gradient = gradient.data
             if is_a:
                 layer.lora_a_KRI, layer.gradient_a_GRI = leaf, gradient
             else:
                 layer.lora_b_KOR, layer.gradient_b_GOR = leaf, gradient
         for layer, a_RI in self._frozen:
             # Expanded, not copied: K clients see one A.
-            layer.lora_a_KRI, layer.gradient_a_GRI = a_RI.expand(len(weights_KP), *a_RI.shape), nothing.data
+            layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)
 
     def let_go(self) -> None:
         """Release the clients' weights and gradients, whose memory would stay taken while a layer has views of it."""

@@ -284,7 +284,7 @@ NEVER_TOLD = {
         *("fraction", "min_clients", "max_lost_clients", "round_deadline", "on_quorum_lost", "strategy", "early_stop"),
         *("max_share", "max_change", "max_client_blocks", "keep_every", "max_bytes"),
     ),
-    "training": ("compile", "devices"),
+    "training": ("devices",),
     "evaluation": ("clients", "every", "tasks", "tasks_every"),
     "report": ("samples",),
     "privacy": ("norm_quantile", "norm_rate"),

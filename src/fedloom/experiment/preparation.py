@@ -370,7 +370,6 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "weights that don't fit read anew for every pass": recipe.model.device_map is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
-        "layers compiled, minutes before the first step": setup.engine == "batched" and recipe.training.compile,
         f"a process with the model for each of {', '.join(map(str, setup.places))}": bool(setup.places),
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }

@@ -126,13 +126,10 @@ def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
     if not here:
         for key in ("clients_at_once", "devices"):
             yield f"training.{key}", "each client trains on a machine of its own"
-        # A compiler starts other programs, on nobody's machine because a server says so.
-        yield "training.compile", "clients elsewhere compile nothing"
         return
     if plan.engine == "reference":
         yield "training.clients_at_once", "the engine reference trains one client after another"
         yield "training.cuda_graph", "the engine reference records no steps"
-        yield "training.compile", "the engine reference compiles nothing"
     elif not plan.device.startswith("cuda"):
         yield "training.cuda_graph", f"{plan.device} is no GPU"
     elif training.gradient_checkpointing:

@@ -44,9 +44,7 @@ def multiply_frozen(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
     A weight or a bias that is trained, and what oneDNN is no faster for, is left to torch.
     """
     served = (
-        # In a compiled layer the compiler takes its own.
-        not torch.compiler.is_compiling()
-        and x.dtype == weight_OI.dtype == torch.float32
+        x.dtype == weight_OI.dtype == torch.float32
         and x.device.type == weight_OI.device.type == "cpu"
         and weight_OI.numel() >= WORTH_ONEDNN
         and onednn_is_faster()

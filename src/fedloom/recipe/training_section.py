@@ -90,12 +90,6 @@ class Training(Section):
         description="a step recorded on a GPU and launched whole; not with `gradient_checkpointing` or"
         " `gradient_accumulation`",
     )
-    compile: bool = Field(
-        False,
-        description="the layers of a model in `batched` through `torch.compile`: minutes before the first step, and a"
-        " layer's small operations become a few; batches are padded to one shape; not with"
-        " `gradient_checkpointing`. Never run on a GPU so far",
-    )
     devices: (
         Annotated[tuple[DeviceName, ...], Field(min_length=1), BeforeValidator(_to_devices)] | Literal["all"] | None
     ) = Field(
@@ -155,12 +149,6 @@ class Training(Section):
     def _warms_up_in_whole_steps(self) -> Training:
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError("warmup should be a whole number of steps, or a share below 1")
-        return self
-
-    @model_validator(mode="after")
-    def _compiles_no_checkpoints(self) -> Training:
-        if self.compile and self.gradient_checkpointing:
-            raise ValueError("compile and gradient_checkpointing exclude each other: leave one of them out")
         return self
 
     @property

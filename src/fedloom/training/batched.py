@@ -24,21 +24,19 @@ from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_slots import (
-    COMPILING,
     NOTHING,
-    RECORDING,
     ClientSlot,
     Room,
     Taken,
     choose_positions,
     count_tokens,
     draw_noise,
-    dropout_keys,
+    own_tokens,
     pad_together,
     room_for,
     targets_of_each,
 )
-from fedloom.training.compiled_layers import CompiledLayers
+from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.dropping import why_no_kernel
 from fedloom.training.jobs import (
     SHORT,
@@ -75,9 +73,10 @@ class BatchedEngine:
         adapted.give_back = self.give_back
         self.lowered_to: int | None = None
         """Clients that train at once since memory ran out; None where it never did."""
-        self._compiled: CompiledLayers | None = None
-        self._told: set[str] = set()
-        """Names of what was said to be lacking."""
+        self._records = True
+        """False once a step of this model could not be recorded."""
+        self._told = False
+        """True once it was said that the GPU has no kernel for dropout."""
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         """Carry out every job, as many at once as there is room for; yield each result when it is there."""
@@ -99,9 +98,12 @@ class BatchedEngine:
                         batch.admit(waiting[0])
                         waiting.popleft()
                     stepped = batch.step()
-                    for step in {*batch.lacks} - self._told:
-                        self._told.add(step)
-                        self._say(step, batch.lacks[step])
+                    if batch.not_recordable and self._records:
+                        self._records = False
+                        self._say("graph", f"none, each step is launched by itself: {batch.not_recordable}")
+                    if (reason := why_no_kernel(self._adapted.device)) and not self._told:
+                        self._told = True
+                        self._say("dropout", f"each mask takes many kernels in place of one: {reason}")
                     for slot, taken in stepped:
                         job, samples = slot.job, sum(len(part.tokens_BT) for part in taken)
                         self._watch(Progress("train", count_tokens(taken), samples, job.round, job.client))
@@ -143,10 +145,7 @@ class BatchedEngine:
         kept, self._batch = self._batch, None
         if kept is None or not kept.reopen(jobs, at_once):
             del kept  # with its memory
-            if jobs[0].training.compile and self._compiled is None:
-                self._compiled = CompiledLayers(self._stack.model)
-            records, compiled = "graph" not in self._told, self._compiled if jobs[0].training.compile else None
-            kept = ClientBatch(self._adapted, self._stack, jobs, at_once, records=records, compiled=compiled)
+            kept = ClientBatch(self._adapted, self._stack, jobs, at_once, records=self._records)
         self._batch = kept
         return kept
 
@@ -163,8 +162,7 @@ class ClientBatch:
     With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to the largest of all steps to come, and as
     many positions have logits as count in one at most; without, to the largest of the step. A graph is kept while its
     shape has room for the clients that are left: the places of those that have finished stand empty. Steps of fixed
-    shapes that are no more than one batch are taken in stretches, of the same clients. Where the model's layers are
-    `compiled`, for one shape at a time, shapes are fixed too, and kept as those of a graph are.
+    shapes that are no more than one batch are taken in stretches, of the same clients.
     """
 
     def __init__(
@@ -175,27 +173,22 @@ class ClientBatch:
         num_slots: int | None = None,
         fixed_shapes: bool | None = None,
         records: bool = True,
-        compiled: CompiledLayers | None = None,
     ) -> None:
-        training = jobs[0].training
+        self._training = training = jobs[0].training
         num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
-        self._compiled = compiled
-        self._compiles = compiled is not None and not compiled.reason
-        self._fixed_shapes = self._device.type == "cuda" or self._compiles if fixed_shapes is None else fixed_shapes
+        self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
         self._unpads = adapted.unpads and not self._fixed_shapes
         self._readout_apart = adapted.loss_head.is_apart
         self._kind = kind = kind_of_step(jobs, num_slots)
         self._max_norm = kind.max_norm
         self._step = StackedStep(
-            *(adapted, stack, training, num_slots, self._device),
-            partly=kind.partly,
-            max_norm=kind.max_norm,
-            compiled=compiled,
+            adapted, stack, training, num_slots, self._device, partly=kind.partly, max_norm=kind.max_norm
         )
+        whole = training.gradient_accumulation == 1 and self._max_norm is None
         on_gpu = self._device.type == "cuda" and not training.gradient_checkpointing
         records = records and on_gpu and training.cuda_graph
-        ahead = self._fixed_shapes and training.gradient_accumulation == 1 and self._max_norm is None
+        ahead = self._fixed_shapes and whole
         self._stretches = Stretches(self._step, self._device, self._draw, records=records) if ahead else None
         self.is_kept = ahead
         """True where buffers, and what is recorded, are kept for the next round's clients."""
@@ -211,21 +204,15 @@ class ClientBatch:
         return len(self.slots) < self._kind.clients
 
     @property
-    def lacks(self) -> dict[str, str]:
-        """Return what this model or device goes without, and why, as far as that was found."""
-        found = {
-            "graph": ("none, each step is launched by itself", self._stretches and self._stretches.not_recordable),
-            "compile": ("none, layers are called as they are", self._compiled and self._compiled.reason),
-            "dropout": ("each mask takes many kernels in place of one", why_no_kernel(self._device)),
-        }
-        return {step: f"{words}: {reason}" for step, (words, reason) in found.items() if reason}
+    def not_recordable(self) -> str:
+        """Return why this model's steps can't be recorded, once that was found; empty before."""
+        return self._stretches.not_recordable if self._stretches else ""
 
     def reopen(self, jobs: Sequence[ClientJob], num_slots: int) -> bool:
         """Be the place of so many of other jobs, as a new one is; return whether that can be."""
         # A shape of the round before could be larger than these jobs need, which would change how numbers are rounded.
         self._room = None
-        gave_up = self._compiles and "compile" in self.lacks
-        return not self.slots and self._kind == kind_of_step(jobs, num_slots) and not gave_up
+        return not self.slots and self._kind == kind_of_step(jobs, num_slots)
 
     def forget(self) -> bool:
         """Let go of recordings, which the next stretch makes anew; return whether there were any."""
@@ -307,11 +294,11 @@ class ClientBatch:
         return ClientUpdate(report, adapter, state, job.trial, own_losses=slot.log.own_losses)
 
     def _make_room(self) -> Room:
-        """Return the shape of the step that comes: that of what is recorded or compiled, while it will do."""
+        """Return the shape of the step that comes: the one that is recorded, while it will do."""
         room = room_for(self.slots)
         left = max(len(slot.batches) - slot.step for slot in self.slots)
-        records, compiles = self._stretches and self._stretches.records, self._compiles and "compile" not in self.lacks
-        if not (self._room and self._room.holds(room, left, COMPILING if compiles else RECORDING * bool(records))):
+        records = self._stretches is not None and self._stretches.records
+        if not (self._room and records and self._room.holds(room, left)):
             self._room = room
         self._use_slots(self._room.clients)
         return self._room
@@ -340,6 +327,19 @@ class ClientBatch:
         if self._in_use != count:
             self._step.use_slots(count)
         self._in_use = count
+
+    def _dropout_keys(self, batches: Sequence[Batch | None], sequences: int, number: int, ahead: int) -> Tensor:
+        """Return the key of each sequence's dropout, [K, B]: of its place in the step, or with rations of its text."""
+        if self._max_norm is None:
+            jobs, steps = [slot.job for slot in self.slots], [slot.step + ahead for slot in self.slots]
+            firsts = [number * job.training.batch_size for job in jobs]
+            own_KB = sequence_keys([job.dropout_seed for job in jobs], steps, firsts, sequences)
+            return torch.cat([own_KB, own_KB.new_zeros(len(batches) - len(jobs), sequences)])
+        keys_KB = torch.zeros(len(batches), sequences, dtype=torch.int64)
+        for keys_B, slot, batch in zip(keys_KB, self.slots, batches, strict=True):
+            for place, tokens_T in enumerate([] if batch is None else own_tokens(batch)):
+                keys_B[place] = slot.job.ration.dropout_seed(slot.step, tokens_T) if slot.job.ration else 0
+        return keys_KB
 
     def _read(self) -> None:
         """Write down the steps since the last look."""
@@ -376,7 +376,6 @@ class ClientBatch:
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         counted_KM = targets_KM != IGNORED
         room, sequences = self._room, tokens_KBT.shape[1]
-        keys_KB = dropout_keys(self.slots, batches, sequences, number, ahead, private=self._max_norm is not None)
         # With rations, no document may have a part in another's gradient.
         over = torch.tensor(totals)[:, None] if self._max_norm is None else targets_of_each(counted_KM, sequences)
         shares_KM = counted_KM / over.to(self._step.weights_KP.dtype)
@@ -388,7 +387,7 @@ class ClientBatch:
         real_R = find_real(targets_KM.view(-1, tokens_KBT.shape[2])) if self._unpads else None
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
-            keys_N=keys_KB.flatten(),
+            keys_N=self._dropout_keys(batches, sequences, number, ahead).flatten(),
             rows_M=rows if rows is None or real_R is None else torch.searchsorted(real_R, rows),
             targets_M=targets_KM.flatten()[chosen].clamp(min=0),
             clients_M=None if room or rows is None else rows // targets_KM.shape[1],

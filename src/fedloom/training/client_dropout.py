@@ -24,32 +24,30 @@ from fedloom.errors import ModelError
 from fedloom.model.attention import plain_attention, repeat_heads
 from fedloom.model.unpadding import current_row
 from fedloom.training.dropout_masks import Mask, split
-from fedloom.training.dropping import Dropped, drop_traced
+from fedloom.training.dropping import Dropped
 
 
 class ClientDropout(TorchFunctionMode):
     """Dropout in one forward pass over sequences of these keys, [N].
 
     Values are [N, T, D] or [N, H, T, T], or of real tokens alone [M, D], with whatever dimensions between or before
-    them. Where all sequences are one client's, as `alone` says, they may be anything at all. Within a compiled layer,
-    `before` says how many calls were made before it, in the processor's memory.
+    them. Where all sequences are one client's, as `alone` says, they may be anything at all.
     """
 
-    def __init__(self, keys_N: Tensor, *, alone: bool = False, before: Tensor | None = None) -> None:
+    def __init__(self, keys_N: Tensor, *, alone: bool = False) -> None:
         super().__init__()
-        self.keys_N, self._alone, self._before = keys_N, alone, before
-        self.calls = 0
-        """Number of the next call; in a compiled layer, counted from its own first one."""
+        self._keys_N, self._alone = keys_N, alone
+        self._calls = 0
         self._places: dict[tuple[int, bool], Tensor] = {}
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a checkpointed layer's two passes: the second drops what the first dropped."""
         # Only the second is entered outside this mode, in the backward pass, when all calls are counted.
-        return nullcontext(), self._again(self.calls)
+        return nullcontext(), self._again(self._calls)
 
     @contextmanager
     def _again(self, calls: int) -> Iterator[None]:
-        self.calls = calls
+        self._calls = calls
         with self:
             yield
 
@@ -71,12 +69,9 @@ class ClientDropout(TorchFunctionMode):
         if p == 1:
             return x * 0
         heads = x.shape[1] if x.ndim == 4 else 1
-        places, call, share = self._find_places(x), self.calls, min(round(p * 65536), 65535)
-        self.calls += heads
-        if self._before is not None:
-            traced: Tensor = drop_traced(x, places, self._before, call, heads, share)
-            return traced
-        dropped: Tensor = Dropped.apply(x, Mask(places, call, heads, dropped=share))  # type: ignore[no-untyped-call]
+        mask = Mask(self._find_places(x), self._calls, heads, dropped=min(round(p * 65536), 65535))
+        self._calls += heads
+        dropped: Tensor = Dropped.apply(x, mask)  # type: ignore[no-untyped-call]
         return dropped
 
     def _find_places(self, x: Tensor) -> Tensor:
@@ -85,22 +80,22 @@ class ClientDropout(TorchFunctionMode):
         if row is not None and x.ndim != 4 and row.holds(x):
             return self._place(row.width, row.places_M)
         rows = x.numel() // (x.shape[1] * x.shape[3]) if x.ndim == 4 else x.numel() // x.shape[-1]
-        if rows % len(self.keys_N) == 0 and (x.ndim != 4 or len(x) == len(self.keys_N)):
-            return self._place(rows // len(self.keys_N))
+        if rows % len(self._keys_N) == 0 and (x.ndim != 4 or len(x) == len(self._keys_N)):
+            return self._place(rows // len(self._keys_N))
         if not self._alone:
             raise ModelError(
                 f"the model has dropout on values of shape {list(x.shape)}, which are no sequences'",
                 where="training.engine",
                 mend='use "reference"',
             )
-        places = split(self.keys_N[0], torch.arange(rows, device=x.device))
+        places = split(self._keys_N[0], torch.arange(rows, device=x.device))
         return places.view(-1, x.shape[2] if x.ndim == 4 else rows)
 
     def _place(self, width: int, chosen_M: Tensor | None = None) -> Tensor:
         """Return the keys of the tokens of sequences of a width, all or the chosen ones; each is made once."""
         found = self._places.get((width, chosen_M is None))
         if found is None:
-            places_NT = split(self.keys_N[:, None], torch.arange(width, device=self.keys_N.device))
+            places_NT = split(self._keys_N[:, None], torch.arange(width, device=self._keys_N.device))
             found = places_NT if chosen_M is None else places_NT.flatten()[chosen_M]
             self._places[width, chosen_M is None] = found
         return found

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
-from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.jobs import ClientJob, WorkLog
 from fedloom.training.objective import next_token_targets
 from fedloom.training.stacked_step import Noise
@@ -26,8 +25,6 @@ NOTHING = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), IGNORED
 """Batch of a step in which nobody drew a document: noise alone moves the weights."""
 RECORDING = 40
 """Steps that take as long as recording one: 48 to 85 were measured on an H100, fewer where a launch is fast."""
-COMPILING = 10_000
-"""Steps that take as long as compiling a model's layers for another shape: a minute, at 6 ms a step."""
 
 
 def fill_up(tokens: int) -> int:
@@ -46,14 +43,14 @@ class Room(NamedTuple):
     targets: int
     """Tokens of each client whose loss counts, at most."""
 
-    def holds(self, needed: Room, left: int, cost: int) -> bool:
-        """Return whether there is as much room, and another shape, at the cost of so many steps, would be no gain.
+    def holds(self, needed: Room, left: int) -> bool:
+        """Return whether there is as much room, and another recording would not make the steps that are left faster.
 
-        Steps that are left take longer with places that stand empty.
+        Those with places that stand empty take longer.
         """
         if any(here < there for here, there in zip(self, needed, strict=True)):
             return False
-        return left * (1 - needed.positions / self.positions) < cost
+        return left * (1 - needed.positions / self.positions) < RECORDING
 
     @property
     def positions(self) -> int:
@@ -120,31 +117,6 @@ def own_tokens(batch: Batch) -> list[Tensor]:
     places_T = torch.arange(1, batch.labels_BT.shape[1] + 1)
     widths = ((batch.labels_BT != IGNORED) * places_T).amax(1).tolist()
     return [tokens_T[:width] for tokens_T, width in zip(batch.tokens_BT, widths, strict=True)]
-
-
-def dropout_keys(
-    slots: Sequence[ClientSlot],
-    batches: Sequence[Batch | None],
-    sequences: int,
-    number: int,
-    ahead: int,
-    *,
-    private: bool,
-) -> Tensor:
-    """Return the key of each sequence's dropout, [K, B]: of its place in the step, or if `private` of its text.
-
-    They are of the step's part with this number, in the next step or in one so many later.
-    """
-    if not private:
-        jobs, steps = [slot.job for slot in slots], [slot.step + ahead for slot in slots]
-        firsts = [number * job.training.batch_size for job in jobs]
-        own_KB = sequence_keys([job.dropout_seed for job in jobs], steps, firsts, sequences)
-        return torch.cat([own_KB, own_KB.new_zeros(len(batches) - len(jobs), sequences)])
-    keys_KB = torch.zeros(len(batches), sequences, dtype=torch.int64)
-    for keys_B, slot, batch in zip(keys_KB, slots, batches, strict=True):
-        for place, tokens_T in enumerate([] if batch is None else own_tokens(batch)):
-            keys_B[place] = slot.job.ration.dropout_seed(slot.step, tokens_T) if slot.job.ration else 0
-    return keys_KB
 
 
 def draw_noise(slots: Sequence[ClientSlot], like_KP: Tensor) -> Noise | None:

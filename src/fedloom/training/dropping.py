@@ -43,35 +43,6 @@ def _drop(values: Tensor, mask: Mask) -> Tensor:
     return kernel(values, mask) if kernel else mask.compute(values)
 
 
-# `torch.compile` takes this one as it is. How many calls were made before a layer is a tensor to it: a number would be
-# compiled in, and each layer has another one.
-@torch.library.custom_op(
-    "fedloom::dropped",
-    mutates_args=(),
-    schema="(Tensor values, Tensor places, Tensor before, int call, int heads, int dropped) -> Tensor",
-)
-def drop_traced(values: Tensor, places: Tensor, before: Tensor, call: int, heads: int, dropped: int) -> Tensor:
-    """Return values under the mask of a call in a compiled layer, before whose first one there were so many others."""
-    return _drop(values, Mask(places, int(before) + call, heads, dropped))
-
-
-@drop_traced.register_fake
-def _(values: Tensor, places: Tensor, before: Tensor, call: int, heads: int, dropped: int) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def _keep(ctx: Any, inputs: Any, output: Tensor) -> None:
-    _, places, before, *ctx.call = inputs
-    ctx.save_for_backward(places, before)
-
-
-def _drop_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    return drop_traced(gradient, *ctx.saved_tensors, *ctx.call), None, None, None, None, None
-
-
-drop_traced.register_autograd(_drop_gradient, setup_context=_keep)
-
-
 _reasons: dict[torch.device, str] = {}
 
 

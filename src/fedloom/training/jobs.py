@@ -31,7 +31,6 @@ OF_ALL_CLIENTS = (
     "clients_at_once",
     "gradient_checkpointing",
     "cuda_graph",
-    "compile",
     "optimizer",
     "gradient_accumulation",
     "weight_decay",

@@ -230,7 +230,7 @@ def trace_step(
             slots.use_slots(clients)
             positions = torch.arange(clients * training.batch_size * length, device=device)
             # With fixed shapes every position is computed, and none is looked up.
-            fixed = device.type == "cuda" or training.compile if fixed is None else fixed
+            fixed = device.type == "cuda" if fixed is None else fixed
             inputs = StepInputs(
                 tokens_NT=positions.view(-1, length),
                 keys_N=positions[: clients * training.batch_size],

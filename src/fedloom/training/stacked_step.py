@@ -9,8 +9,7 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,9 +22,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.model.attention import without_padding
 from fedloom.training.client_dropout import ClientDropout
-from fedloom.training.compiled_layers import CompiledLayers
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
-from fedloom.training.jobs import is_shortage
 from fedloom.training.objective import (
     add_proximal_gradient,
     clip_gradient,
@@ -85,8 +82,7 @@ class StackedStep:
 
     `start_KP` has the weights that each client began with, to which its proximal term holds it. With `partly`,
     `trains_KP` is false where a client's weights stay as they began; otherwise it is None. With `max_norm`, each
-    sequence has a gradient of its own, scaled down to that norm, and the sum of a client's is noised. With `compiled`,
-    the model's layers are, where they can be.
+    sequence has a gradient of its own, scaled down to that norm, and the sum of a client's is noised.
     """
 
     def __init__(
@@ -99,9 +95,8 @@ class StackedStep:
         *,
         partly: bool = False,
         max_norm: float | None = None,
-        compiled: CompiledLayers | None = None,
     ) -> None:
-        self._max_norm, self._compiled = max_norm, compiled
+        self._max_norm = max_norm
         self._adapted, self._stack, self._training = adapted, stack, training
         self.weights_KP = torch.zeros(num_slots, adapted.layout.size, dtype=adapted.weights_P.dtype, device=device)
         self.start_KP = torch.zeros_like(self.weights_KP)
@@ -143,30 +138,15 @@ class StackedStep:
 
         The shares of a client's positions are of all its micro-batches together; with `noise`, of their own sequence.
         """
-        parts = list(parts)
-        loss_K = self._sum_gradients(parts) if self._compiled is None else self._try_compiled(parts, self._compiled)
+        # In place: the layers add their gradients to views of this buffer.
+        self._gradient_KP[: self._count].zero_()
+        losses_K = []
+        for inputs in parts:
+            losses_K.append(self._add_gradients(inputs))
         if noise is not None:
             gradient_KP = self._gradient_KP[: self._count]
             gradient_KP.copy_(noised_mean(gradient_KP, *noise))
-        return self._move_weights(loss_K, parts[-1])
-
-    def _try_compiled(self, parts: Sequence[StepInputs], compiled: CompiledLayers) -> Tensor:
-        try:
-            return self._sum_gradients(parts)
-        except Exception as error:
-            if compiled.reason or is_shortage(error):
-                raise
-            # Whatever a compiler stops at: what is no fault of its stops the step below again.
-            compiled.give_up(error)
-        # Not in the handler above: the error that it holds keeps the memory of what was under way. Nothing of the step
-        # was done but sums of gradients, which begin anew.
-        return self._sum_gradients(parts)
-
-    def _sum_gradients(self, parts: Sequence[StepInputs]) -> Tensor:
-        """Have each client's gradient on all its micro-batches in the buffer; return its loss of the step, [K]."""
-        # In place: the layers add their gradients to views of this buffer.
-        self._gradient_KP[: self._count].zero_()
-        return reduce(add, [self._add_gradients(inputs) for inputs in parts])
+        return self._move_weights(reduce(add, losses_K), inputs)
 
     def _add_gradients(self, inputs: StepInputs) -> Tensor:
         """Add each client's gradient on its sequences to the buffer; return its share of the step's loss, [K]."""
@@ -177,9 +157,7 @@ class StackedStep:
         model.train()
         dropout = ClientDropout(inputs.keys_N)
         alone = without_padding(inputs.real_R, inputs.tokens_NT.shape, inputs.mask_NT)
-        compiled = self._compiled.installed(dropout) if self._compiled else nullcontext()
-        checkpointing = gradient_checkpointing(model, checkpointed, dropout.contexts)
-        with self._stack.installed(), compiled, alone, checkpointing:
+        with self._stack.installed(), alone, gradient_checkpointing(model, checkpointed, dropout.contexts):
             with dropout:
                 loss_K = self._losses(inputs)
             # A client's weights are in its own loss alone, so the gradient of the sum is each client's own gradient.
