@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.families import FAMILIES, save_tiny_model
 from support.marks import first
-from support.tiny import ARCHITECTURES, PEFT_NEEDS, make_adapted, make_recipe
+from support.shapes import ARCHITECTURES
+from support.tiny import PEFT_NEEDS, make_adapted, make_recipe
 from transformers import GenerationConfig
 
 from fedloom.adapters.adapted_model import AdaptedModel
