@@ -9,20 +9,63 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.plain_plots import plain_plots
-from support.tiny import ARCHITECTURES
+from support.shapes import ARCHITECTURES
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection: half a million objects, looked through again and again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what is imported out of garbage collection: half a million objects, looked through again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(trylast=True)  # once what is not asked for is out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that may take longest, and then with those of many tests.
+
+    A worker that comes to one of them last leaves the other without work.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(_group_of(item), []).append(item)
+
+    def weigh(group: list[pytest.Item]) -> tuple[float, int]:
+        limits = [mark.args[0] for item in group for mark in item.iter_markers("timeout")]
+        return max(limits, default=0.0), len(group)
+
+    items[:] = [item for group in sorted(groups.values(), key=weigh, reverse=True) for item in group]
+
+
+def _group_of(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    return str(mark.args[0]) if mark else item.nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Give all tests of a file to one worker, so that what they share is made once; a group goes over several files."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    if config.getoption("dist") != "loadgroup":
+        return None
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
+    return ByFile(config, log)
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -179,3 +179,11 @@ def test_light_rooms_do_not_import_torch() -> None:
     code = "; ".join(f"import fedloom.{module}" for module in light)
     code += "; import sys; assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_hands_out_the_tests_does_not_import_torch() -> None:
+    """It would take seconds, in which no worker has been started."""
+    tests = Path(__file__).parent
+    code = f"import runpy, sys; sys.path.insert(0, {str(tests)!r}); [runpy.run_path(path) for path in sys.argv[1:]]"
+    code += "; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code, *map(str, tests.rglob("conftest.py"))], check=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from support.tiny import ARCHITECTURES, make_adapted, make_blocks, make_recipe
+from support.shapes import ARCHITECTURES
+from support.tiny import make_adapted, make_blocks, make_recipe
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter

@@ -7,10 +7,8 @@ address once, when it is imported.
 import gzip
 import io
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -19,15 +17,14 @@ import pytest
 from support.hub_here import environment_of, open_hub
 
 pytestmark = pytest.mark.xdist_group("hub-documents")  # one reader, which all of them share
-TESTS = Path(__file__).parent.parent
 READER = """
 import json, sys
 from fedloom.data.documents import load_documents
 from fedloom.errors import FedloomError
-from support.tiny import make_recipe
+from fedloom.recipe.data_section import Data
 for keys, at_most in json.load(sys.stdin):
     try:
-        found = load_documents(make_recipe(data=keys).data, 7, at_most)
+        found = load_documents(Data.model_validate(keys), 7, at_most)
         told = {"revision": found.revision, "texts": [document.text for document in found.documents]}
     except FedloomError as error:
         told = {"error": str(error)}
@@ -78,11 +75,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         questions = [[{"text": "content", **keys}, at_most] for keys, at_most in asked.values()]
         environment = environment_of(hub, tmp_path_factory.mktemp("home"))
-        path = os.pathsep.join(filter(None, [str(TESTS), environment.get("PYTHONPATH")]))
         done = subprocess.run(
             [sys.executable, "-c", READER],
             input=json.dumps(questions),
-            env={**environment, "PYTHONPATH": path},
+            env=environment,
             capture_output=True,
             text=True,
             check=True,

@@ -76,9 +76,9 @@ def test_a_branch_is_seen_and_ended_by_its_servers_folder(tmp_path: Path) -> Non
         words = ["branch", str(kit), "tiny", "--server", str(there.server), "--port", str(there.inner)]
         first = there.start("first", *words, *confirmed(kit))
         there.wait_for("first", "waiting")
-        second = there.start("second", *words, *confirmed(kit))
-        assert second.wait(60) == 2
-        assert f"end that one: fedloom stop {there.server}" in there.said("second")
+        with pytest.raises(DeploymentError) as second:
+            start(read_kit(kit), there.inner, keys.open_server(there.server))
+        assert f"end that one: fedloom stop {there.server}" in second.value.mend
         shown = CliRunner().invoke(app, ["status", str(there.server)])
         assert shown.exit_code == 0
         assert f"at work   fedloom branch, process {first.pid}," in shown.output

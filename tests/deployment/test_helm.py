@@ -8,13 +8,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
 pytest.importorskip("cryptography", reason="comes with Flower: pip install 'fedloom[deploy]'")
 
 from support.helm import MISSING, SCHEMAS_MISSING, Object, check_fields, helm, render
+from support.json_schema import jsonschema
 from typer.testing import CliRunner
 
 from fedloom import __version__

@@ -81,40 +81,6 @@ def test_controls_of_training_reach_clients_that_remember_nothing(tmp_path: Path
     assert (there.out / "adapters" / "round-2" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_conversations_are_learnt_over_flower_as_on_one_machine(
-    tmp_path: Path, write_jsonl: Callable[..., Path]
-) -> None:
-    """The server's template is rendered by each client whose owner asks for it, and what counts is the same."""
-    policy = tmp_path / "policy.toml"
-    policy.write_text('chat_template = "server"\n')
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {number}"},
-                {"role": "assistant", "content": f"no, not {number}, and never again"},
-            ]
-        }
-        for number in range(40)
-    ]
-    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant{% endif %}"
-    recipe = tiny(
-        f"data.source={write_jsonl(rows)}", "data.clients=2", "data.documents_per_client=10", "federation.rounds=2",
-        "data.messages=messages", f"data.chat_template='{template}'", "data.system=brief", "data.window=pack",
-    )  # fmt: skip
-    (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
-    with federation(tmp_path, secure=True) as there:
-        for client, data in enumerate(split(recipe, tmp_path / "split")):
-            there.join(f"client-{client}", data, "--policy", str(policy))
-        served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
-    assert served.plan["learns"] == "what the assistant says with its end", (
-        "and no share of what clients elsewhere have"
-    )
-    check_parity(served, run_here(recipe, tmp_path / "local"), clients=2, rounds=2)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_batched_engine_makes_the_same_over_flower_within_rounding(
@@ -197,21 +163,47 @@ def test_the_shipped_recipe_of_whole_models_comes_to_the_same_over_a_network(tmp
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_what_is_a_clients_own_stays_with_it_over_flower(tmp_path: Path) -> None:
-    """Its part of the adapter, the whole one that it keeps, and its tasks: by the processes that people start."""
+def test_conversations_are_learnt_and_what_is_a_clients_own_stays_with_it_over_flower(
+    tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    """The server's template is rendered by each client whose owner asks for it, and what counts is the same.
+
+    Own is its part of the adapter, the whole one that it keeps, and its tasks: by the processes that people start.
+    """
+    policy = tmp_path / "policy.toml"
+    policy.write_text('chat_template = "server"\n')
     quiz = write_tasks(tmp_path / "quiz", [{"q": "so", "c": ["yes", "no"], "a": "yes"}] * 3, {"name": "quiz"})
-    recipe = tiny("data.clients=2", "data.central_holdout=0", "federation.rounds=2", "federation.lora_rule=fedsa")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": f"no, not {number}, and never again"},
+            ]
+        }
+        for number in range(40)
+    ]
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant{% endif %}"
+    recipe = tiny(
+        f"data.source={write_jsonl(rows)}", "data.clients=2", "data.documents_per_client=10", "data.central_holdout=0",
+        "data.messages=messages", f"data.chat_template='{template}'", "data.system=brief", "data.window=pack",
+        "federation.rounds=2", "federation.lora_rule=fedsa", "report.samples=0",
+    )  # fmt: skip
     (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
     with federation(tmp_path, secure=True) as there:
         for client, data in enumerate(split(recipe, tmp_path / "split")):
             own = ("--tasks", str(quiz), "--keep", str(tmp_path / "mine")) if client else ()
-            there.join(f"client-{client}", data, *own)
+            there.join(f"client-{client}", data, "--policy", str(policy), *own)
         served = there.finish(there.serve(str(tmp_path / "tiny.toml"), "--out", str(there.out)))
         said = there.said("client-1")
+    assert served.plan["learns"] == "what the assistant says with its end", (
+        "and no share of what clients elsewhere have"
+    )
     local = run_here(recipe, tmp_path / "local")
     for ours, theirs in zip(served.rounds, local.rounds, strict=True):
         assert ours["client_losses"] == theirs["client_losses"]
     assert records_of_clients(served, 2) == records_of_clients(local, 2)
+    assert len(records_of_clients(served, 2)) == 2 * 2
     (beside,) = (tmp_path / "client-0" / "client-0.journal.adapters").iterdir()
     (kept,) = (tmp_path / "mine").iterdir()
     for number, home in enumerate((beside, kept)):

@@ -1,4 +1,7 @@
-"""Several clients of one `fedloom join`, over Flower: the adapter of a run here, though their worker is killed."""
+"""Several clients of one `fedloom join`, over Flower and IPv6: the adapter of a run here, with a worker killed.
+
+Of IPv6 it shows the kit's address, nginx, the look at the server, and Flower's own connection.
+"""
 
 import os
 import signal
@@ -12,7 +15,10 @@ from support.federation_here import federation, find_process, run_here, split, t
 
 from fedloom.deployment import keys
 from fedloom.deployment.client.joining import read_kit
+from fedloom.deployment.server.nginx import find_nginx, has_ipv6
 from fedloom.recipe.loading import recipe_to_toml
+
+IPV6 = find_nginx() is not None and has_ipv6()
 
 
 @pytest.mark.long
@@ -23,7 +29,7 @@ def test_clients_of_one_join_make_the_adapter_of_a_run_here_though_their_worker_
     local = run_here(recipe, tmp_path / "local")
     (tmp_path / "tiny.toml").write_text(recipe_to_toml(recipe))
     data = split(recipe, tmp_path / "split")
-    with federation(tmp_path, secure=True) as there:
+    with federation(tmp_path, secure=True, host="::1" if IPV6 else "localhost") as there:
         assert there.server
         names = "alice", "bob"
         kits = [keys.approve(there.server, keys.request(name, tmp_path), tmp_path).kit for name in names]
@@ -38,6 +44,7 @@ def test_clients_of_one_join_make_the_adapter_of_a_run_here_though_their_worker_
     assert [one["adapter_sha256"] for one in run.rounds] == [one["adapter_sha256"] for one in local.rounds]
     assert [one["lost"] for one in run.rounds] == [[]] * 3
     assert "restart   the worker ended" in said
+    assert f"joining   {'[::1]' if IPV6 else 'localhost'}:{there.port} as bob" in said
     for name in names:
         assert f"told      {name}: the adapter of round 2" in said
         assert (tmp_path / f"{name}.journal.jsonl").read_text().count('"kind": "train"') >= 2

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.families import FAMILIES, save_tiny_model
 from support.marks import first
-from support.tiny import ARCHITECTURES, PEFT_NEEDS, make_adapted, make_recipe
+from support.shapes import ARCHITECTURES
+from support.tiny import PEFT_NEEDS, make_adapted, make_recipe
 from transformers import GenerationConfig
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -39,6 +40,8 @@ TEXTS = (
 )
 ROOM = 6
 PROMPTS = [Prompt(list(text.encode()), ROOM) for text in TEXTS]
+FEW = PROMPTS[:4]
+"""A batch of three lengths and one of a prompt alone: what a family can do otherwise than another shows in these."""
 WRITING = Writing(batch_size=3)
 AT_LEAST = ["bart", "bloom", "gpt2", "mamba", "roberta", "recurrent_gemma", "rwkv", "qwen3_next"]
 """Families that `make test` tries: those of a kind of their own in what they keep, or in how they count positions."""
@@ -86,9 +89,9 @@ def test_every_family_writes_what_it_would_alone(name: str, tmp_path: Path) -> N
     adapted = AdaptedModel(base, build_config(section, base), seed=7)
     adapters = draw_adapters(adapted, 2, scale=0.05)
     adapted.load(adapters[0])
-    expected = [one_by_one(adapted, prompt) for prompt in PROMPTS]
-    assert tokens_of(write_all(adapted, TOKENIZER, PROMPTS, WRITING)) == expected
-    together = write_with_each(adapted, TOKENIZER, [adapters[1], adapters[0]], PROMPTS, WRITING)
+    expected = [one_by_one(adapted, prompt) for prompt in FEW]
+    assert tokens_of(write_all(adapted, TOKENIZER, FEW, WRITING)) == expected
+    together = write_with_each(adapted, TOKENIZER, [adapters[1], adapters[0]], FEW, WRITING)
     assert tokens_of(together[1]) == expected
     assert way_of(adapted) == WAYS.get(name, way_of(adapted))
     # XLNet's layers see tokens before texts; it is not trained either, as it looks ahead.

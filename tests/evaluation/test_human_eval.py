@@ -83,9 +83,10 @@ def test_pass_at_k_is_human_evals() -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_what_somebody_solved_passes_and_what_nobody_did_fails(part: int) -> None:
     pairs = [*zip(ROWS.questions, PROBLEMS, strict=True)][part::4]
-    for word in ("canonical_solution", None):
-        programs = [program_of(question, problem[word] if word else "    pass\n") for question, problem in pairs]
-        assert {*run_programs(programs, LIMITS)} == {"passed" if word else "failed"}
+    solved = [program_of(question, problem["canonical_solution"]) for question, problem in pairs]
+    # Each is a process: that nothing is no answer, every eighth shows.
+    unsolved = [program_of(question, "    pass\n") for question, _ in pairs[::8]]
+    assert run_programs([*solved, *unsolved], LIMITS) == ["passed"] * len(solved) + ["failed"] * len(unsolved)
 
 
 @pytest.mark.long

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.asked import ask_rows
-from support.tiny import ARCHITECTURES, make_adapted, make_recipe
+from support.shapes import ARCHITECTURES
+from support.tiny import make_adapted, make_recipe
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter

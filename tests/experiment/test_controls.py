@@ -17,6 +17,7 @@ from fedloom.experiment.run import plan, run
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.recipe import Recipe
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
 from fedloom.report.run_report import write_report
@@ -38,19 +39,25 @@ CONTROLS: list[dict[str, Any]] = [
 """Settings of runs; the first has most at once."""
 
 
-@pytest.mark.parametrize("changes", first(CONTROLS), ids=str)
+@pytest.fixture(scope="module")
+def uncut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """Recipe with some of `CONTROLS`, and its run without an interruption, for all the instants of one."""
+    folder = tmp_path_factory.mktemp("uncut")
+    recipe = make_recipe(folder, **request.param)
+    assert not attempt(recipe, folder / "run")
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("uncut", first(CONTROLS), ids=str, indirect=True)
 @pytest.mark.parametrize("point", first(["round.begins=raise@3", "state.renamed=raise@3", "record.round=raise@2"]))
-def test_a_run_that_goes_on_comes_to_what_it_would_have(changes: dict[str, Any], point: str, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, **changes)
-    assert not attempt(recipe, tmp_path / "whole")
+def test_a_run_that_goes_on_comes_to_what_it_would_have(uncut: tuple[Recipe, Path], point: str, tmp_path: Path) -> None:
+    recipe, whole = uncut
     with pytest.raises(RuntimeError):
         attempt(recipe, tmp_path / "run", point)
     assert not attempt(recipe, tmp_path / "run")
-    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+    assert result_of(tmp_path / "run") == result_of(whole)
     assert [finding.what for finding in check_run(tmp_path / "run") if not finding.well] == []
-    assert read_run(tmp_path / "run").status.get("stopped_early") == read_run(tmp_path / "whole").status.get(
-        "stopped_early"
-    )
+    assert read_run(tmp_path / "run").status.get("stopped_early") == read_run(whole).status.get("stopped_early")
 
 
 def sent(folder: Path) -> list[int]:

@@ -7,8 +7,8 @@ from importlib import resources
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 from pydantic import BaseModel
+from support.json_schema import jsonschema
 
 from fedloom.errors import RecipeError
 from fedloom.recipe.loading import load_recipe, shipped_recipes
@@ -17,7 +17,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.schema import SCHEMA_FILE, recipe_schema, schema_text
 
 SCHEMA = recipe_schema()
-VALIDATOR = Draft202012Validator(SCHEMA)
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def with_override(override: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_the_command_prints_it_and_no_more() -> None:
 
 
 def test_the_schema_is_one_and_every_terminal_can_print_it() -> None:
-    Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert schema_text().isascii()
 
 

@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import referencing.jsonschema
 import yaml
+
+from support.json_schema import jsonschema
 
 TOOLS = Path(__file__).parent.parent.parent / ".tools"
 HELM = shutil.which("helm") or shutil.which("helm", path=str(TOOLS / "helm"))

@@ -23,16 +23,10 @@ from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.client_report import ClientReport
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientUpdate, OptimizerState
+from support.shapes import ARCHITECTURES
 
 DEVICE = torch.device(os.environ.get("FEDLOOM_TEST_DEVICE", "cpu"))
 """Device of models that a test makes and does not place itself: with `cuda`, engines are compared on a GPU."""
-
-ARCHITECTURES = {
-    "tiny-opt": ("q_proj", "v_proj"),
-    "tiny-llama": ("q_proj", "v_proj"),
-    "tiny-gpt2": ("c_attn",),
-}
-"""Shapes that every architecture test covers, with the layers that their adapters sit on."""
 
 PEFT_NEEDS: dict[str, dict[str, Any]] = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.tiny import ARCHITECTURES, make_adapted, make_recipe
+from support.shapes import ARCHITECTURES
+from support.tiny import make_adapted, make_recipe
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tiny import ARCHITECTURES, make_adapted, make_blocks, make_job, make_recipe
+from support.shapes import ARCHITECTURES
+from support.tiny import make_adapted, make_blocks, make_job, make_recipe
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config

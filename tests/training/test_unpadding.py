@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from support.marks import first
+from support.shapes import ARCHITECTURES
 from support.tiny import (
-    ARCHITECTURES,
     PEFT_NEEDS,
     count_padding,
     make_adapted,

@@ -162,27 +162,45 @@ def told(do: str, answer: Frame) -> str:
     return json.dumps([do, seen, len(answer.payload)])
 
 
+Conversation = list[tuple[str, Frame]]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Files, str], Conversation]:
+    """Return what a client with these files tells; it is asked once for all that are held to it."""
+    told: dict[tuple[int, str], Conversation] = {}
+
+    def find(files: Files, engine: str) -> Conversation:
+        key = id(files), engine
+        if key not in told:
+            told[key] = [*converse(client(tmp_path_factory.mktemp("usual"), files), engine)]
+        return told[key]
+
+    return find
+
+
 @pytest.mark.parametrize("engine", ["reference", "batched"])
 @pytest.mark.parametrize("case", first(sorted(CASES, key=lambda case: case not in ("empty", "no number")), keep=2))
 def test_two_clients_that_differ_in_one_document_tell_the_same_but_for_noised_weights(
-    case: str, engine: str, tmp_path: Path
+    case: str, engine: str, usual: Callable[[Files, str], Conversation], tmp_path: Path
 ) -> None:
-    check_alike(*CASES[case], engine, tmp_path, trained=TRAIN in CASES[case][0] and not case.startswith("held out,"))
+    our, their = CASES[case]
+    ours, theirs = usual(our, engine), [*converse(client(tmp_path, their), engine)]
+    check_alike(ours, theirs, trained=TRAIN in our and not case.startswith("held out,"))
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])
 @pytest.mark.parametrize("case", first(BY_UNIT, keep=2))
 def test_two_clients_that_differ_in_one_author_tell_the_same_but_for_noised_weights(
-    case: str, engine: str, tmp_path: Path
+    case: str, engine: str, usual: Callable[[Files, str], Conversation], tmp_path: Path
 ) -> None:
-    check_alike(*BY_UNIT[case], engine, tmp_path, trained=TRAIN in BY_UNIT[case][0] and ", held out," not in case)
+    our, their = BY_UNIT[case]
+    ours, theirs = usual(our, engine), [*converse(client(tmp_path, their), engine)]
+    check_alike(ours, theirs, trained=TRAIN in our and ", held out," not in case)
 
 
-def check_alike(our: Files, their: Files, engine: str, folder: Path, *, trained: bool) -> None:
+def check_alike(ours: Conversation, theirs: Conversation, *, trained: bool) -> None:
     """Hold what two clients tell to be the same but for the weights, which differ where that is `trained` on."""
-    ours, theirs = (
-        [*converse(client(folder / str(number), files), engine)] for number, files in enumerate((our, their))
-    )
     assert [told(*answer) for answer in ours] == [told(*answer) for answer in theirs]
     for do, answer in ours:
         read_answer(answer, do, private=True)  # a refusal would be the same for both, too

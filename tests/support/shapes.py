@@ -1,0 +1,8 @@
+"""Architectures that tests cover. No torch here: the process that only hands out tests to workers reads this."""
+
+ARCHITECTURES = {
+    "tiny-opt": ("q_proj", "v_proj"),
+    "tiny-llama": ("q_proj", "v_proj"),
+    "tiny-gpt2": ("c_attn",),
+}
+"""Shapes that every architecture test covers, with the layers that their adapters sit on."""
