@@ -150,6 +150,10 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
         [training(clients_at_once=2), {**training(engine="auto", clients_at_once=2), "adapter": {"dora": True}}],
         [training(engine="batched", clients_at_once=2)],
     ),
+    "training.devices": (
+        [training(devices=["cpu"]), training(devices=["cpu"] * 4)],
+        [training(devices=["cpu"] * 3), training(devices=None)],
+    ),
     "training.cuda_graph": (
         [training(cuda_graph=False), training(engine="batched", cuda_graph=False), training(cuda_graph=True)],
         [training(engine="batched")],
