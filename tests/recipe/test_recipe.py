@@ -188,7 +188,7 @@ def test_a_bad_value_names_its_key_and_its_line(write: Write, text: str, words: 
         ("data.near_duplicate", "1.01", ("less than or equal to 1",)),
         ("data.partition.kind", "random", ("'iid'", "'natural'", "not 'random'")),
         ("training.engine", "fast", ("'auto'", "'reference'")),
-        ("training.devices", "some", ('should be "all" or a list of devices, not \'some\'',)),
+        ("training.devices", "some", ("should be \"all\" or a list of devices, not 'some'",)),
         ("training.devices", '["gpu:7"]', ("should be 'cpu', 'cuda' or one GPU as 'cuda:0', not 'gpu:7'",)),
         ("training.devices", "[]", ("list should not be empty",)),
         ("training.epochs", "0", ("greater than or equal to 1",)),
