@@ -219,8 +219,7 @@ def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks],
         yield "training.warmup", "keeps the learning rate below its peak throughout: no client takes as many steps"
     spare = len(recipe.training.devices or ()) - plan.clients_per_round
     if here and recipe.training.devices != "all" and spare > 0:
-        them = f"{count(plan.clients_per_round, 'client')} in a round"
-        yield "training.devices", f"names {spare} more than there is work for: {them}"
+        yield "training.devices", f"names {spare} more than clients train in a round, which wait in it"
     most, whole = recipe.federation.max_bytes or 0, recipe.federation.rounds * plan.bytes_per_round
     if most < whole:
         rounds = f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"
