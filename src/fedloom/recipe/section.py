@@ -10,7 +10,7 @@ IN_WORDS = {
     DEVICE: "'cpu', 'cuda' or one GPU as 'cuda:0'",
     ANY_DEVICE: "'auto', 'cpu', 'cuda' or one GPU as 'cuda:0'",
 }
-"""What values may be that follow a pattern, for errors."""
+"""Account of the values that follow a pattern, for errors."""
 
 
 class Section(BaseModel):
