@@ -1,19 +1,22 @@
 """Training and evaluation speed of both engines against what a user would otherwise run, side by side in one process.
 
     python bench/engines.py [--shape smollm2-135m] [--clients 3] [--more-clients 1 8 32] [--steps 3] [--repeats 2]
-                            [--cases full short long] [--dropout 0.5] [--dtype float32]
+                            [--cases full short long] [--length 128] [--dropout 0.5] [--dtype float32]
 
 Random weights and random tokens: speed does not depend on them; losses here mean nothing. Every contender takes
 steps of 2 × 128 tokens for every client, in turn, `--repeats` times; the table has the best of each, because what else
 the machine does only ever takes time away. One JSON line a contender follows the table. On a machine that others use,
 run it on one thread (`OMP_NUM_THREADS=1`) and read the processor's seconds: threads that wait for each other spin.
 
+TRL's SFTTrainer, with batches without padding, is a contender where TRL is installed. Trainers take one client after
+another, so their rates hold for any number of clients.
+
 On a GPU the batched engine takes at least 500 steps, because its first ones are not recorded yet, and the others 60;
-the Trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out.
+a trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out.
 
 On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--cases` names the documents to train
-on: `full` ones of 2 × 128 tokens, or `short` or `long` ones of several lengths. `--dropout` is the adapters'; the
-model's own is on in any case.
+on: `full` ones of 2 × 128 tokens, or as many as `--length` says, or `short` or `long` ones of several lengths.
+`--dropout` is the adapters'; the model's own is on in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +31,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from workload import BATCH, DEVICE, DTYPE, LENGTH, build_adapted, make_blocks, make_jobs
+from trainers import HAS_TRL, SKIPPED_STEPS, contend, padded_trainer, padding_free_trainer, shows_documents_each_other
+from workload import (
+    BATCH,
+    DEVICE,
+    DTYPE,
+    LENGTH,
+    build_adapted,
+    count_flops,
+    make_blocks,
+    make_jobs,
+    measure_products,
+    wait,
+)
 
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation.held_out import evaluate
@@ -43,8 +55,8 @@ from fedloom.training.reference import ReferenceEngine
 GPU = DEVICE.type == "cuda"
 EVALUATED = 512 if GPU else 16
 """Sequences of an evaluation."""
-BATCHED_STEPS, OTHER_STEPS, SKIPPED_STEPS = 500, 60, 10
-"""Steps on a GPU: of the batched engine, at least; of the others, at most; those that a Trainer's rate leaves out."""
+BATCHED_STEPS, OTHER_STEPS = 500, 6 * SKIPPED_STEPS
+"""Steps on a GPU: of the batched engine, at least; of the others, at most."""
 
 CASES: dict[str, tuple[str, tuple[int, int] | None]] = {
     "full": ("Without padding", None),
@@ -96,77 +108,6 @@ def our_contender(
     return train, score
 
 
-def trainer_contender(
-    dtype: str, dropout: float, shape: str, data: list[TokenBlocks], held_out: TokenBlocks
-) -> tuple[Work, Work]:
-    """HF Trainer + PEFT, one client after another; documents cut to a length and padded, as tokenizers do it."""
-    model = build_adapted(shape, dtype, dropout).model
-    model.get_base_model().set_attn_implementation("sdpa")
-    # Nor does it know of the products that a model is loaded with here.
-    for layer in model.modules():
-        vars(layer).pop("forward", None)
-
-    def trainer(blocks: TokenBlocks, folder: str) -> Trainer:
-        seen_NT = torch.arange(blocks.tokens_NT.shape[1]) < blocks.lengths_N[:, None]
-        rows = [
-            {"input_ids": row, "attention_mask": seen.long(), "labels": row.masked_fill(~seen, -100)}
-            for row, seen in zip(blocks.tokens_NT, seen_NT, strict=True)
-        ]
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=4,
-            num_train_epochs=1,
-            learning_rate=1e-5,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=not GPU,
-            dataloader_pin_memory=GPU,
-        )
-        made = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
-        made.remove_callback(PrinterCallback)
-        return made
-
-    def train() -> float | None:
-        steady = SteadySteps()
-        with tempfile.TemporaryDirectory() as folder:
-            for blocks in data:
-                one = trainer(blocks, folder)
-                if GPU:
-                    one.add_callback(steady)
-                one.train()
-        return steady.seconds if GPU else None
-
-    def score() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer(held_out, folder).evaluate()
-
-    return train, score
-
-
-class SteadySteps(TrainerCallback):  # type: ignore[misc]
-    """Seconds of all of a Trainer's steps, had each taken as long as those after its first few on average."""
-
-    seconds = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step not in (SKIPPED_STEPS, state.max_steps):
-            return
-        wait()
-        now = time.perf_counter()
-        if state.global_step == SKIPPED_STEPS:
-            self._began = now
-        else:
-            self.seconds += (now - self._began) * state.max_steps / (state.max_steps - SKIPPED_STEPS)
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
 def measure(work: Work, model_bytes: int) -> tuple[float, float, int]:
     """Seconds, those of the processor, and the peak of memory.
 
@@ -199,30 +140,6 @@ def compare(contenders: dict[str, Contender], repeats: int) -> dict[str, Found]:
                 found[rate] = max(found.get(rate, 0.0), samples / seconds)
                 found[f"{phase}_peak_bytes"] = max(found.get(f"{phase}_peak_bytes", 0), peak)
     return best
-
-
-def measure_products(dtype: str, rows: int, features: int, seconds: float = 1.0) -> float:
-    """FLOP/s that this machine reaches on products of [rows, features] with a square weight."""
-    left, right = (torch.randn(size, features, dtype=getattr(torch, dtype), device=DEVICE) for size in (rows, features))
-    left @ right
-    wait()
-    # A GPU is waited for once in many products: a wait takes longer than one of them.
-    bunch = 1000 if GPU else 1
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        for _ in range(bunch):
-            left @ right
-        wait()
-        count += bunch
-    return count * 2 * rows * features**2 / (time.perf_counter() - started)
-
-
-def count_flops(shape: str) -> float:
-    """Of the matrix products of one sample's training step."""
-    train, _ = our_contender(ReferenceEngine, DTYPE, 0.0, shape, [make_blocks(BATCH, 1)], make_blocks(1, 2))
-    with FlopCounterMode(display=False) as counter:
-        train()
-    return counter.get_total_flops() / BATCH
 
 
 def predict_experiment(found: Found) -> float:
@@ -268,6 +185,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float)
     parser.add_argument("--no-flower", action="store_true")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=[*CASES])
+    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
     options = parser.parse_args()
@@ -283,51 +201,60 @@ def main() -> None:
     where = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['threads']} threads"
     print(f"{where}, {dtype}; Python {machine['python']}, {versions}")
     taken = f"{steps} steps a client" + (f", batched {batched_steps}" if GPU else "")
-    print(f"{shape}, {BATCH} × {LENGTH} tokens a client and step, {taken}, K = {clients}, dropout {dropout}")
+    length = options.length
+    print(f"{shape}, {BATCH} × {length} tokens a client and step, {taken}, K = {clients}, dropout {dropout}")
 
-    theirs = {"HF Trainer + PEFT, float32": partial(trainer_contender, "float32", dropout)}
-    if dtype == "bfloat16":
-        theirs["HF Trainer + PEFT, bfloat16"] = partial(trainer_contender, "bfloat16", dropout)
+    trainers = {"HF Trainer + PEFT": padded_trainer}
+    if HAS_TRL:
+        trainers["TRL's SFTTrainer, padding-free"] = padding_free_trainer
+        if shows_documents_each_other(shape):
+            print("TRL's padding-free documents of a batch see one another in this model: its losses are others")
+    else:
+        print("TRL's SFTTrainer is left out: trl is not installed")
+    theirs = {
+        f"{name}, {kind}": partial(contend, make, kind, dropout)
+        for name, make in trainers.items()
+        for kind in dict.fromkeys(("float32", dtype))
+    }
     ours = {
         f"{name}, {dtype}": partial(our_contender, build, dtype, dropout)
         for name, build in (("reference", ReferenceEngine), ("batched", BatchedEngine))
     }
     samples = clients * steps * BATCH
     for title, lengths in (CASES[case] for case in options.cases):
-        held_out = make_blocks(EVALUATED, 99, lengths=lengths)
+        held_out = make_blocks(EVALUATED, 99, length, lengths=lengths)
         contenders = {}
         for name, make in (theirs | ours).items():
             count = batched_steps if name.startswith("batched") else steps
-            data = [make_blocks(BATCH * count, client, lengths=lengths) for client in range(clients)]
+            data = [make_blocks(BATCH * count, client, length, lengths=lengths) for client in range(clients)]
             contenders[name] = make_contender(make, shape, data, held_out)
         best = compare(contenders, options.repeats)
         if not (lengths or options.no_flower):
             from flower import simulate_round
 
-            whole, alone = simulate_round(shape, clients, steps, BATCH, LENGTH, torch.get_num_threads())
+            whole, alone = simulate_round(shape, clients, steps, BATCH, length, torch.get_num_threads())
             best["Flower's simulation, its round alone"] = {"train_samples_per_second": samples / alone}
             best["Flower's simulation, with its start"] = {"train_samples_per_second": samples / whole}
-        tokens = sum(lengths) / 2 if lengths else LENGTH
+        tokens = sum(lengths) / 2 if lengths else length
         show(title, best, tokens=tokens, shape=shape, dropout=dropout, clients=clients, lengths=lengths)
         if not lengths:
             whole_run = {name: predict_experiment(found) for name, found in best.items() if len(found) > 1}
-            reached = measure_products(dtype, clients * BATCH * LENGTH, 1024)
-            flops = count_flops(shape) * best[f"batched, {dtype}"]["train_samples_per_second"]
-            print(f"\nproducts of [{clients * BATCH * LENGTH}, 1024] with a square: {reached / 1e9:.0f} GFLOP/s")
+            reached = measure_products(dtype, clients * BATCH * length, 1024)
+            flops = count_flops(shape, length) * best[f"batched, {dtype}"]["train_samples_per_second"]
+            print(f"\nproducts of [{clients * BATCH * length}, 1024] with a square: {reached / 1e9:.0f} GFLOP/s")
             print(f"the products of a step of batched: {flops / 1e9:.0f} GFLOP/s, {100 * flops / reached:.0f} % of it")
-            for name, seconds in whole_run.items() if shape == "opt-350m" else ():
+            for name, seconds in whole_run.items() if (shape, length) == ("opt-350m", LENGTH) else ():
                 print(f"the whole experiment at these rates: {seconds / 3600:.1f} h with {name}")
 
     if options.more_clients:
         contenders.clear()
         best = {}
         for count in options.more_clients:
-            data = [make_blocks(BATCH * batched_steps, client) for client in range(count)]
-            made = make_contender(
-                partial(our_contender, BatchedEngine, dtype, dropout), shape, data, make_blocks(EVALUATED, 99)
-            )
+            data = [make_blocks(BATCH * batched_steps, client, length) for client in range(count)]
+            held_out = make_blocks(EVALUATED, 99, length)
+            made = make_contender(partial(our_contender, BatchedEngine, dtype, dropout), shape, data, held_out)
             best |= compare({f"batched, K = {count}": made}, 1)
-        show("More clients at once, one turn each", best, shape=shape)
+        show("More clients at once, one turn each", best, tokens=length, shape=shape, length=length)
 
 
 if __name__ == "__main__":

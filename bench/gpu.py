@@ -1,12 +1,12 @@
 """What a GPU reaches, and what the batched engine makes of it. Each part can be had alone, and takes seconds.
 
-    python bench/gpu.py SHAPE PART... [--clients 1 3 8 32]
+    python bench/gpu.py SHAPE PART... [--clients 1 3 8 32] [--lengths 128 512 2048]
 
 | part | what it tells |
 |---|---|
 | machine | copies and matrix products of the card, from graphs, so that no launch is timed |
 | works | updates of recorded steps against launched ones and against the reference's |
-| steps | a step's time, of which the host's, the recording's and the replay's; predicted and measured memory |
+| steps | a step's time, with the host's, the recording's and the replay's; share of the products' rate; memory |
 | profile | the kernels of a launched step: how many, how long, which |
 | twice | the same training twice: whether to the bit |
 | evaluate | samples a second at several batch sizes |
@@ -34,7 +34,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
-from workload import BATCH, DEVICE, DTYPE, LENGTH, build_adapted, make_blocks, make_jobs, predict_memory
+from workload import (
+    BATCH,
+    DEVICE,
+    DTYPE,
+    LENGTH,
+    build_adapted,
+    count_flops,
+    make_blocks,
+    make_jobs,
+    measure_products,
+    predict_memory,
+    wait,
+)
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.evaluation.held_out import evaluate
@@ -56,11 +68,6 @@ ATTENTION = ("flash", "fmha", "sdpa", "cudnn", "attention")
 def say(part: str, **facts: object) -> None:
     rounded = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in facts.items()}
     print(json.dumps({"part": part, **rounded}), flush=True)
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def seconds_of(work: Callable[..., object], *arguments: object, **named: object) -> float:
@@ -161,7 +168,7 @@ def watch_recordings() -> Iterator[Recordings]:
         kind.capture_begin, kind.capture_end, kind.replay = begin, end, replay  # type: ignore
 
 
-def machine(shape: str, counts: list[int]) -> None:
+def machine(shape: str, counts: list[int], lengths: list[int]) -> None:
     found = describe_machine()
     facts: dict[str, object] = {name: found[name] for name in ("gpus", "python", "processor", "cores", "versions")}
     if not GPU:
@@ -199,7 +206,7 @@ def _seconds_replayed(work: Callable[[], object], times: int = 20, replays: int 
     return began.elapsed_time(ended) / 1e3 / (times * replays)
 
 
-def works(shape: str, counts: list[int]) -> None:
+def works(shape: str, counts: list[int], lengths: list[int]) -> None:
     adapted = build_adapted(shape, DTYPE, *SETTINGS[0])
     start_P = adapted.read().weights_P
     # On random tokens, Adam would turn rounding into signs.
@@ -225,18 +232,24 @@ def works(shape: str, counts: list[int]) -> None:
     say("works with dropout", shape=shape, recorded_from_launched=float(distance))
 
 
-def steps(shape: str, counts: list[int]) -> None:
-    free = free_bytes(DEVICE)
+def steps(shape: str, counts: list[int], lengths: list[int]) -> None:
+    for length in lengths or [LENGTH]:
+        _steps_of(shape, counts, length)
+
+
+def _steps_of(shape: str, counts: list[int], length: int) -> None:
+    free, flops = free_bytes(DEVICE), BATCH * count_flops(shape, length)
     for dropout, own in SETTINGS:
         adapted = build_adapted(shape, DTYPE, dropout, own)
         for clients in counts:
             gc.collect()
             if GPU:
                 torch.cuda.empty_cache()
-            facts: dict[str, object] = {"shape": shape, "dropout": dropout, "clients": clients}
-            train(adapted, clients, 2, cuda_graph=False)
+            facts: dict[str, object] = {"shape": shape, "tokens": length, "dropout": dropout, "clients": clients}
+            train(adapted, clients, 2, length=length, cuda_graph=False)
             # The difference of two lengths: what a round costs once is in both.
-            short, long = (seconds_of(train, adapted, clients, number, cuda_graph=False) for number in (4, 12))
+            plain = partial(train, adapted, clients, length=length, cuda_graph=False)
+            short, long = (seconds_of(plain, steps=number) for number in (4, 12))
             facts["launched_step_ms"] = 1e3 * (long - short) / 8
             if GPU:
                 torch.cuda.empty_cache()
@@ -244,15 +257,19 @@ def steps(shape: str, counts: list[int]) -> None:
             with watch_recordings() as seen:
                 wait()
                 started = time.perf_counter()
-                whole = seconds_of(train, adapted, clients, STEPS)
+                whole = seconds_of(train, adapted, clients, STEPS, length=length)
             facts |= seen.facts(started)
             facts["whole_ms_per_step"] = 1e3 * whole / STEPS
+            # The products of a step in its own time, against as many rows with a square weight.
+            products = measure_products(DTYPE, clients * BATCH * length, 1024)
+            seconds = float(facts.get("step_ms", facts["whole_ms_per_step"])) / 1e3  # type: ignore[arg-type]
+            facts |= {"products_tflops": products / 1e12, "share_of_products": clients * flops / seconds / products}
             if GPU:
                 facts["allocated_peak_bytes"] = torch.cuda.max_memory_allocated()
                 facts["reserved_peak_bytes"] = torch.cuda.max_memory_reserved()
             try:
                 started = time.perf_counter()
-                predicted = predict_memory(shape, clients, dtype=DTYPE, dropout=dropout, own_dropout=own)
+                predicted = predict_memory(shape, clients, length, dtype=DTYPE, dropout=dropout, own_dropout=own)
                 facts["predict_seconds"] = time.perf_counter() - started
                 facts["predicted_bytes"] = predicted.peak_bytes(clients)
                 facts["predicted_client_bytes"] = predicted.client_bytes
@@ -262,13 +279,18 @@ def steps(shape: str, counts: list[int]) -> None:
             say("steps", **facts)
 
 
-def profile(shape: str, counts: list[int]) -> None:
+def profile(shape: str, counts: list[int], lengths: list[int]) -> None:
+    for length in lengths or [LENGTH]:
+        _profile_of(shape, counts, length)
+
+
+def _profile_of(shape: str, counts: list[int], length: int) -> None:
     # Not the processor's too: to sort its events of a step takes minutes.
     activities = [ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]
 
     def count(adapted: AdaptedModel, clients: int, steps: int) -> tuple[Counter[str], Counter[str]]:
         with profiler(activities=activities) as seen:
-            train(adapted, clients, steps, cuda_graph=False)
+            train(adapted, clients, steps, length=length, cuda_graph=False)
             wait()
         times, microseconds = Counter[str](), Counter[str]()
         for event in seen.events() or ():
@@ -280,7 +302,7 @@ def profile(shape: str, counts: list[int]) -> None:
     for dropout, own in SETTINGS:
         adapted = build_adapted(shape, DTYPE, dropout, own)
         for clients in counts:
-            train(adapted, clients, 2, cuda_graph=False)
+            train(adapted, clients, 2, length=length, cuda_graph=False)
             few, many = count(adapted, clients, 2), count(adapted, clients, 4)
             # What two more steps add: a round's own work is in both.
             times, microseconds = (
@@ -290,6 +312,7 @@ def profile(shape: str, counts: list[int]) -> None:
             say(
                 "profile",
                 shape=shape,
+                tokens=length,
                 dropout=dropout,
                 clients=clients,
                 kernels=sum(times.values()),
@@ -300,8 +323,8 @@ def profile(shape: str, counts: list[int]) -> None:
                 say("kernel", clients=clients, dropout=dropout, name=name, us=microseconds[name], times=times[name])
 
 
-def twice(shape: str, counts: list[int]) -> None:
-    lengths = (64, 200) if shape.startswith("tiny") else (128, 512)
+def twice(shape: str, counts: list[int], lengths: list[int]) -> None:
+    lengths = lengths or ([64, 200] if shape.startswith("tiny") else [128, 512])
     for dropout, own in SETTINGS:
         adapted = build_adapted(shape, DTYPE, dropout, own)
         start_P = adapted.read().weights_P
@@ -313,12 +336,11 @@ def twice(shape: str, counts: list[int]) -> None:
             say("twice", shape=shape, dropout=dropout, tokens=length, same_to_the_bit=same, relative=relative)
 
 
-def score(shape: str, counts: list[int]) -> None:
+def score(shape: str, counts: list[int], lengths: list[int]) -> None:
     adapted = build_adapted(shape, DTYPE, *SETTINGS[1])
     start = adapted.read()
     for mixed in (False, True):
-        lengths = (2, LENGTH) if mixed else None
-        held_out = make_blocks(1024 if GPU else 16, 99, lengths=lengths)
+        held_out = make_blocks(1024 if GPU else 16, 99, lengths=(2, LENGTH) if mixed else None)
         for size in (4, 8, 32, 128, 256) if GPU else (4, 8):
             work = partial(evaluate, adapted, start, held_out, batch_size=size)
             seconds = min(seconds_of(work) for _ in range(3))  # the first one prepares its kernels
@@ -341,11 +363,14 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 3, 8, 32] if GPU else [1, 2])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[], help="tokens of a block, of all but works, evaluate"
+    )
     options = parser.parse_args()
     for part in options.parts or PARTS:
         started = time.perf_counter()
         try:
-            PARTS[part](options.shape, options.clients)
+            PARTS[part](options.shape, options.clients, options.lengths)
         except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
             traceback.print_exc()
             say("failed", shape=options.shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])

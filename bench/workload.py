@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -17,6 +20,7 @@ from fedloom.recipe.training_section import Training
 from fedloom.training.jobs import ClientJob
 from fedloom.training.memory import StepMemory, predict_step
 from fedloom.training.memory_alone import predict_alone
+from fedloom.training.reference import ReferenceEngine
 
 BATCH, LENGTH = 2, 128
 VOCABULARY = 250
@@ -109,3 +113,44 @@ def make_jobs(start: Adapter, data: list[TokenBlocks], **changes: object) -> lis
         ClientJob(round=1, client=client, adapter=start, training=training, rounds=1, seed=1, blocks=blocks)
         for client, blocks in enumerate(data)
     ]
+
+
+def multiply_as_torch_does(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model without the products that fedloom loads it with, which other programs do not know."""
+    for layer in model.modules():
+        vars(layer).pop("forward", None)
+    return model
+
+
+def count_flops(shape: str, length: int = LENGTH) -> float:
+    """Return the floating-point operations of the matrix products of one sample's training step."""
+    adapted = build_adapted(shape, DTYPE)
+    # Operations that torch does not know the size of would not be counted.
+    multiply_as_torch_does(adapted.model)
+    jobs = make_jobs(adapted.read(), [make_blocks(BATCH, 1, length)])
+    with FlopCounterMode(display=False) as counter:
+        for _ in ReferenceEngine(adapted).train(jobs):
+            pass
+    return counter.get_total_flops() / BATCH
+
+
+def measure_products(dtype: str, rows: int, features: int, seconds: float = 1.0) -> float:
+    """Return the FLOP/s that this machine reaches on products of [rows, features] with a square weight."""
+    left, right = (torch.randn(size, features, dtype=getattr(torch, dtype), device=DEVICE) for size in (rows, features))
+    left @ right
+    wait()
+    # A GPU is waited for once in many products: a wait takes longer than one of them.
+    bunch = 1000 if DEVICE.type == "cuda" else 1
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for _ in range(bunch):
+            left @ right
+        wait()
+        count += bunch
+    return count * 2 * rows * features**2 / (time.perf_counter() - started)
+
+
+def wait() -> None:
+    """Wait for the GPU, where there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from support.marks import first
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.errors import DataError, RecipeError
+from fedloom.experiment.preparation import prepare
 from fedloom.experiment.run import plan, run
 from fedloom.experiment.sweep import sweep
 from fedloom.experiment.unused import find_unused
@@ -51,7 +52,8 @@ def recipe_of(folder: Path, **sections: Any) -> Recipe:
 
 
 def notes_of(recipe: Recipe) -> list[str]:
-    return list(plan(recipe).unused)
+    # Notes tell nothing of memory, and to predict it takes longer than all else.
+    return list(prepare(recipe, Observer(), predict=False).plan.unused)
 
 
 def training(**keys: Any) -> Sections:
@@ -149,6 +151,10 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
     "training.clients_at_once": (
         [training(clients_at_once=2), {**training(engine="auto", clients_at_once=2), "adapter": {"dora": True}}],
         [training(engine="batched", clients_at_once=2)],
+    ),
+    "training.devices": (
+        [training(devices=["cpu"]), training(devices=["cpu"] * 4)],
+        [training(devices=["cpu"] * 3), training(devices=None)],
     ),
     "training.cuda_graph": (
         [training(cuda_graph=False), training(engine="batched", cuda_graph=False), training(cuda_graph=True)],

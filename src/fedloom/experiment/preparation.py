@@ -46,7 +46,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
 from fedloom.seeds import derive_seed
 from fedloom.text import count
-from fedloom.training.engines import EngineName, choose_engine
+from fedloom.training.engines import EngineName, choose_engine, why_not_batched
 from fedloom.training.memory import (
     StepMemory,
     check_room,
@@ -116,6 +116,8 @@ class Room:
     """Bytes that a step takes; None where that was not predicted."""
     ample: bool = False
     """True where free memory leaves no doubt, so that nothing was predicted."""
+    lacking: bool = False
+    """True where free memory, by prediction, does not hold a single client."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,11 @@ def prepare(
     able = sum(1 for client in material.clients if len(client.train))
     per_round = check_cohort(recipe, able)
     kept = {} if predicted is None else predicted
-    room_for = partial(measure, recipe, material.source, setup, predict=predict, predicted=kept, say=observer.show_step)
+    # Tasks bring texts of their own, of any number.
+    held_out = len(material.central) + sum(len(client.holdout) for client in material.clients)
+    bound = None if recipe.evaluation.tasks else held_out
+    how: dict[str, Any] = {"predict": predict, "predicted": kept, "say": observer.show_step}
+    room_for = partial(measure, recipe, material.source, setup, held_out=bound, **how)
     room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
@@ -265,6 +271,7 @@ def measure(
     setup: Setup,
     per_round: int,
     *,
+    held_out: int | None,
     predict: bool,
     predicted: MutableMapping[Hashable, StepMemory],
     say: Say,
@@ -273,23 +280,26 @@ def measure(
 
     A step's memory is predicted by tracing it, which takes seconds, unless that was `predicted` before. Without
     `predict`, that is left out where the recipe says how many clients train at once, or where the free memory leaves no
-    doubt. Clients that train one after another are predicted for whole models alone, which are most of what they take.
+    doubt. Clients that train one after another need no number, so theirs is predicted for a plan alone. An evaluation
+    has `held_out` blocks at most, if that is known.
     """
     together = setup.engine == "batched"
-    if not together and not (predict and setup.shape.is_whole):
+    # Of a model that is spread over several memories, no one memory holds the weights.
+    if not together and (not predict or recipe.model.device_map):
         return Room(1)
     given = recipe.training.clients_at_once
     most = min(share_of_each(per_round, setup.places), most_worthwhile(setup.device)) if together else 1
     wanted = min(most, given or most)
     device, length, free = setup.device, recipe.data.max_length, free_on_each(here(setup.places) or [setup.device])
     scored = tokens_at_once(recipe.evaluation.batch_size, length, device)
+    scored = scored if held_out is None else min(scored, held_out * length)
     size: dict[str, Any] = {"clients": wanted, "length": length, "scored_tokens": scored, "device": device}
     if given and not predict:
         return Room(given)
     if not predict and leaves_no_doubt(setup.shape, recipe.training, **size, free=free):
         return Room(most, ample=True)
     try:
-        key = step_of(recipe), wanted
+        key = step_of(recipe), wanted, scored
         memory = predicted[key] = predicted.get(key) or predict_memory(
             recipe, source, setup.engine, setup.dtype, device, clients=wanted, scored_tokens=scored
         )
@@ -298,10 +308,10 @@ def measure(
         at_once = given or (wanted if device.type == "cuda" else 1)
         say("memory", f"a step's can't be predicted, {at_once} at once ({type(error).__name__}: {reason_of(error)})")
         return Room(at_once)
-    fit = memory.clients_that_fit(free)
-    return (
-        Room(given or min(fit, memory.clients_worthwhile(device)), fit, memory) if together else Room(1, None, memory)
-    )
+    fit, lacking = memory.clients_that_fit(free), memory.peak_bytes(1) > free
+    if not together:
+        return Room(1, None, memory, lacking=lacking)
+    return Room(given or min(fit, memory.clients_worthwhile(device)), fit, memory, lacking=lacking)
 
 
 def make_plan(
@@ -353,6 +363,7 @@ def make_plan(
         clients_that_fit=room.fit,
         peak_bytes=room.memory.peak_bytes(at_once) if room.memory else None,
         ample_memory=room.ample,
+        lacks_memory=room.lacking,
         audit=material.splits.audit,
         shared_blocks=material.shared_blocks,
         duplicates=recipe.data.duplicates,
@@ -366,7 +377,9 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
     graphs = setup.engine == "batched" and setup.device.type == "cuda" and not recipe.training.gradient_checkpointing
     options = recipe.model.quantization_options
     packed = f" ({options.type}, {options.compute_dtype}{', double' * options.double})" if options else ""
+    lack = why_not_batched(recipe.adapter, recipe.training, recipe.model, setup.shape)
     ways = {
+        f"as batched has no {lack}": bool(lack),
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "weights that don't fit read anew for every pass": recipe.model.device_map is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,

@@ -127,6 +127,8 @@ def _in_training(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         for key in ("clients_at_once", "devices"):
             yield f"training.{key}", "each client trains on a machine of its own"
         return
+    if training.devices == (recipe.model.device,) or training.devices == (plan.device,):
+        yield "training.devices", "it names the device of model.device alone"
     if plan.engine == "reference":
         yield "training.clients_at_once", "the engine reference trains one client after another"
         yield "training.cuda_graph", "the engine reference records no steps"
@@ -215,6 +217,9 @@ def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks],
              for client in plan.clients]  # fmt: skip
     if recipe.training.warmup >= max(1, *spans):
         yield "training.warmup", "keeps the learning rate below its peak throughout: no client takes as many steps"
+    spare = len(recipe.training.devices or ()) - plan.clients_per_round
+    if here and recipe.training.devices != "all" and spare > 0:
+        yield "training.devices", f"names {spare} more than clients train in a round, which wait in it"
     most, whole = recipe.federation.max_bytes or 0, recipe.federation.rounds * plan.bytes_per_round
     if most < whole:
         rounds = f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"

@@ -258,14 +258,14 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         **({"without": _explain_arms(plan)} if plan.arms else {}),
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }
-    if plan.peak_bytes and plan.clients_that_fit:
-        rows["memory"] = (
-            f"{format_bytes(plan.peak_bytes)} predicted for model and training,"
-            f" {count(plan.clients_at_once, 'client')} at once;"
-            f" {count(plan.clients_that_fit, 'client')} would fit"
+    if plan.peak_bytes:
+        together = plan.clients_that_fit is not None
+        how = f"{count(plan.clients_at_once, 'client')} at once" if together else "one client after another"
+        fit = f"; {count(plan.clients_that_fit, 'client')} would fit" if plan.clients_that_fit else ""
+        lacking = "; more than is free: it is likely to fail here"
+        rows["memory"] = f"{format_bytes(plan.peak_bytes)} predicted for model and training, {how}" + (
+            lacking if plan.lacks_memory else fit
         )
-    elif plan.peak_bytes:
-        rows["memory"] = f"{format_bytes(plan.peak_bytes)} predicted for model and training, one client after another"
     elif plan.ample_memory:
         rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
     elif plan.engine == "batched":

@@ -24,6 +24,7 @@ from fedloom.progress import Say
 from fedloom.recipe.choices import CHOICES, settle
 from fedloom.recipe.data_section import TOKENIZERS, Data
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.section import IN_WORDS
 from fedloom.text import nearest
 
 SWEEP_TABLE = "sweep"
@@ -237,7 +238,11 @@ def explain_key(first: ErrorDetails, key: str, where: str, known: list[str], sho
         return RecipeError(f"`{key}` is missing", where=where, mend="it has no default: set it")
     # TOML has lists and tables, and no tuples, dictionaries or classes.
     message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    if first["type"] == "string_pattern_mismatch":
+        pattern = first["ctx"]["pattern"]
+        message = f"input should be {IN_WORDS.get(pattern, pattern)}"
     message = re.sub(r"valid dictionary( or instance of \w+)?", "table", message)
+    message = re.sub(r"tuple should have at least 1 item.*", "list should not be empty", message, flags=re.IGNORECASE)
     return RecipeError(f"{key and f'`{key}`: '}{message[0].lower()}{message[1:]}{shown}", where=where)
 
 

@@ -13,7 +13,7 @@ from fedloom.recipe.client_clashes import CLIENT_CLASHES
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.methods import METHODS, SHAPED
 from fedloom.recipe.privacy_section import Privacy
-from fedloom.recipe.section import Section
+from fedloom.recipe.section import NAME, Section
 from fedloom.recipe.sections import SERVER_OPTIMIZERS, Adapter, Evaluation, Federation, Model, Personalise, Report
 from fedloom.recipe.training_section import Training
 
@@ -338,7 +338,7 @@ def _to_tuple(value: object) -> object:
 class Recipe(Section):
     """A whole recipe: frozen, checked, with every default filled in."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe and of its runs")
+    name: str = Field(pattern=NAME, description="name of the recipe and of its runs")
     description: str = Field("", description="a sentence for people")
     seed: int = Field(42, ge=0, description="source of every random choice")
     baselines: Annotated[tuple[Literal["round0", "local", "pooled"], ...], BeforeValidator(_to_tuple)] = Field(

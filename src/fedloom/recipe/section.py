@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+NAME, DEVICE, ANY_DEVICE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$", r"^(cpu|cuda(:\d+)?)$", r"^(auto|cpu|cuda(:\d+)?)$"
+IN_WORDS = {
+    NAME: "letters, digits, '.', '_' and '-', the first a letter or a digit",
+    DEVICE: "'cpu', 'cuda' or one GPU as 'cuda:0'",
+    ANY_DEVICE: "'auto', 'cpu', 'cuda' or one GPU as 'cuda:0'",
+}
+"""Account of the values that follow a pattern, for errors."""
+
 
 class Section(BaseModel):
     """A part of the recipe: frozen, without unknown keys, without silent conversions."""

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from fedloom.recipe.methods import METHODS, check_choice, check_method
-from fedloom.recipe.section import Section
+from fedloom.recipe.section import ANY_DEVICE, Section
 
 
 def _to_names(value: object) -> object:
@@ -75,7 +75,7 @@ class Model(Section):
     quantization_options: QuantizationOptions | None = Field(
         None, description="how `4bit` packs and computes; with their defaults if left out"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    device: str = Field("auto", pattern=ANY_DEVICE, description="`auto`, `cpu`, `cuda` or `cuda:N`")
     device_map: Literal["auto"] | None = Field(
         None,
         description="with `auto`, weights that the device has no room for beside a step lie in memory, or else in their"

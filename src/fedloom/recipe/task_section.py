@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fedloom.recipe.data_section import Template
-from fedloom.recipe.section import Section
+from fedloom.recipe.section import NAME, Section
 from fedloom.recipe.templates import parse_template
 
 COMPLETION = "{completion}"
@@ -72,7 +72,7 @@ Texts = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_to_tupl
 class Task(Section):
     """A task: questions made of rows, and how answers to them are counted."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the task in records and reports")
+    name: str = Field(pattern=NAME, description="name of the task in records and reports")
     source: str = Field(min_length=1, description="whatever `data.source` of a recipe takes; `.jsonl` beside this file")
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
     subset: str | None = Field(None, description="configuration of a hub data set")
@@ -166,7 +166,7 @@ class TaskFile(Section):
 
     average: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=NAME,
         description="name under which the mean over the file's tasks is shown, each with the same weight",
     )
     task: Annotated[tuple[Task, ...], BeforeValidator(_to_tables)] = Field(min_length=1, description="the tasks")

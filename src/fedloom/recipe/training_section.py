@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from fedloom.recipe.section import Section
+from fedloom.recipe.section import DEVICE, Section
 
 OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw_8bit"]
 OPTIMIZER_DEFAULTS: dict[OptimizerName, dict[str, Any]] = {
@@ -60,11 +60,13 @@ class Optimizer(Section):
 
 
 def _to_devices(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError('input should be "all" or a list of devices')
     # TOML has lists only, and a strict frozen section wants tuples.
     return tuple(value) if isinstance(value, list) else value
 
 
-DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+DeviceName = Annotated[str, Field(pattern=DEVICE)]
 
 
 def _form_of(value: object) -> str:

@@ -96,6 +96,8 @@ class Plan:
     """Name of the caller's own strategy, which takes the place of the recipe's."""
     ample_memory: bool = False
     """True where so much memory is free that what a step needs was not predicted."""
+    lacks_memory: bool = False
+    """True where a step of a single client needs more memory, by prediction, than is free."""
     model_weights: Mapping[str, str] = field(default_factory=dict)
     """Origin of weights that do not lie beside the model's configuration: the `commit` on the hub, or the SHA-256 of
     each pickle and of the safetensors that were made of them."""
@@ -251,7 +253,7 @@ class Plan:
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
             *("slow_attention", "slow_dtype", "shares", "capped", "whole_steps"),
             *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy", "tasks"),
-            *("elsewhere", "shared_alone"),
+            *("elsewhere", "shared_alone", "lacks_memory"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 

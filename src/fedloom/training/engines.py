@@ -82,11 +82,24 @@ def choose_engine(
 ) -> EngineName:
     """Return `batched` for plain LoRA, unless the recipe asks for `reference`, and `reference` for everything else.
 
-    What PEFT built decides where there is a model to look at, with values or without: some of its layers are no plain
-    linear ones, a router or fused experts, whatever the recipe calls them. So does a router's noise.
-
     Raises:
         RecipeError: `batched` is asked for with what it does not have.
+    """
+    lack = why_not_batched(adapter, training, model, adapted)
+    if training.engine == "batched" and lack:
+        raise RecipeError(
+            f"the engine batched has no {lack}",
+            where="training.engine",
+            mend="use reference or auto, or leave that out",
+        )
+    return "reference" if lack or training.engine == "reference" else "batched"
+
+
+def why_not_batched(adapter: Adapter, training: Training, model: Model, adapted: AdaptedModel | None = None) -> str:
+    """Return the first thing of a recipe that `batched` does not have; an empty text where it has all of it.
+
+    What PEFT built decides where there is a model to look at, with values or without: some of its layers are no plain
+    linear ones, a router or fused experts, whatever the recipe calls them. So does a router's noise.
     """
     lacks = [
         *([f'method "{adapter.method}"'] if adapter.method != "lora" else []),
@@ -99,10 +112,4 @@ def choose_engine(
         lacks = [f"adapter on {layer}"]
     if adapted is not None and not lacks and (noise := draws_by_its_settings(adapted)):
         lacks = [f"random numbers of the model's own ({noise})"]
-    if training.engine == "batched" and lacks:
-        raise RecipeError(
-            f"the engine batched has no {lacks[0]}",
-            where="training.engine",
-            mend="use reference or auto, or leave that out",
-        )
-    return "reference" if lacks or training.engine == "reference" else "batched"
+    return lacks[0] if lacks else ""
