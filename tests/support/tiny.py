@@ -82,7 +82,7 @@ def make_adapted(
 ) -> AdaptedModel:
     """A random two-layer model with a LoRA adapter."""
     base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device), attention=attention)
-    section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES[shape], **adapter}).adapter
+    section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES.get(shape), **adapter}).adapter
     return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a, residuals=residuals)
 
 

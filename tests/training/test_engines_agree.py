@@ -33,6 +33,7 @@ from fedloom.errors import TrainingError
 from fedloom.federation.lora_rules import trained_part
 from fedloom.training import batched, client_slots, reference, stretches
 from fedloom.training.batched import BatchedEngine
+from fedloom.training.engines import ENGINES
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientUpdate
 from fedloom.training.objective import count_targets
 from fedloom.training.reference import ReferenceEngine
@@ -550,6 +551,26 @@ def test_a_client_that_fails_leaves_the_others_as_they_are(build: Any, at_once: 
     assert "round 2, client 1" in str(failures[0].error)
     others = {result.report.client: result for result in results if isinstance(result, ClientUpdate)}
     assert_agree(others, {client: calm[client] for client in (0, 2)}, start, "float64")
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e25), ("sgd", 1e25), ("adafactor", 1e25), ("adamw", 1e20)])
+def test_a_client_that_overflows_fails_in_the_same_step_in_both_engines(
+    optimizer: str, rate: float, fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Weights of 1e25, whose norm is infinite in float32, have a loss. AdamW goes on from them in two ways: torch.optim
+    # makes NaN of a square that has overflown, the stacked one leaves the weights where they are.
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=fixed_shapes))
+    adapted = make_adapted(dtype="float32")
+    start, jobs = adapted.read(), make_jobs()
+    training = make_recipe(training={"proximal_mu": 0.1, "epochs": 2, "optimizer": optimizer}).training
+    wild = training.model_copy(update={"learning_rate": rate})
+    told = [replace(job, adapter=start, training=wild if job.client == 1 else training) for job in jobs]
+    ours, theirs = ({found.client: found for found in build(adapted).train(told)} for build in ENGINES.values())
+    failed = [results[1] for results in (ours, theirs)]
+    assert all(isinstance(result, ClientFailure) for result in failed)
+    assert str(failed[0].error) == str(failed[1].error)  # type: ignore[union-attr]
+    assert "step 2: the drift is inf" in str(failed[0].error)  # type: ignore[union-attr]
 
 
 def test_a_diverging_client_is_named() -> None:

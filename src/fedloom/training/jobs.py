@@ -202,14 +202,18 @@ class WorkLog:
         """Add one step: the batch's loss, ‖w − w_global‖ before it, and the norm of the loss gradient.
 
         Raises:
-            TrainingError: the loss is no number.
+            TrainingError: one of them is no finite number.
         """
         self._losses.append(loss)
+        facts = {"the drift": drift, "the norm of the gradient": gradient_norm}
         # With a ration, that a step failed would tell of the document that made it: what is no number counts as 0.
         if self.job.ration:
             self._own_losses += [loss] if num_tokens else []
         else:
-            check_finite("the loss", loss, round=self.job.round, client=self.job.client, step=len(self._losses))
+            facts = {"the loss": loss, **facts}
+        # All three: how an optimizer goes on from an infinite one depends on the order of its operations.
+        for what, value in facts.items():
+            check_finite(what, value, round=self.job.round, client=self.job.client, step=len(self._losses))
         self._proximal_losses.append(proximal_loss(drift, self._mu))
         self._ratios.append(self._mu * drift / gradient_norm if gradient_norm else 0.0)
         self._tokens += num_tokens
