@@ -96,19 +96,28 @@ def test_what_a_gpu_is_sent_for_a_stretch_is_in_the_trace() -> None:
         trace_step(build("tiny-llama"), training, 2, length, CPU, fixed=fixed) for fixed in (True, False)
     )
     sent = STRETCH * (2 * length * (8 + 8 + 4) + 2 * 8 * 3)
-    assert traced - without == pytest.approx(sent, rel=0.1)
+    # These texts are full; others' places may be sent, of a row.
+    of_a_row = STRETCH * 2 * length * 8
+    assert traced - without == pytest.approx(sent + of_a_row, rel=0.1)
+    traced -= of_a_row
     # Beside what is on the device, the processor writes to two rooms as large, and holds its batches.
     assert live.peak - 2 * sent == pytest.approx(traced, rel=0.3)
     assert live.peak - 2 * sent > traced - sent / 2
 
 
-@pytest.mark.parametrize("share", [0.5, 0.86])
-@pytest.mark.parametrize(("fixed", "targets"), [(False, None), (True, None), (True, "all-linear")])
+@pytest.mark.parametrize(
+    ("fixed", "targets", "share"),
+    [
+        *((False, None, share) for share in (0.5, 0.86)),
+        # Beyond nine tenths there is no row.
+        *((True, targets, share) for share in (0.5, 0.8) for targets in (None, "all-linear")),
+    ],
+)
 @pytest.mark.parametrize("dtype", first(["float32", "bfloat16"]))
 def test_real_tokens_alone_take_no_more_than_a_full_batch(
-    shape: str, share: float, fixed: bool, targets: str | None, dtype: str, monkeypatch: pytest.MonkeyPatch
+    shape: str, fixed: bool, targets: str | None, share: float, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"ROW_LAUNCHES": 0, "ROW_TRAFFIC": 0, "WIDTHS": 1, "SIZES": 64}.items():
+    for name, value in {"ROW_LAUNCHES": 0, "WIDTHS": 1, "SIZES": 64}.items():
         monkeypatch.setattr(client_slots, name, value)
     told = {"targets": targets} if targets else {}
     adapted, length = make_adapted(shape, dtype, **told), 64

@@ -30,8 +30,8 @@ SIZES = 8
 ROW_LAUNCHES = 512 * 1024
 """Tokens that a row must leave out, times a token's features, to pay for the kernels that it adds.
 
-A prediction from what was measured (docs/benchmarks.md, "Rows on a GPU"): the 15 kernels of a layer, at 3.6 µs, take as
-long as 275 to 360 tokens of OPT-350M, which has 1,024 features; more, as narrower models take less than in proportion.
+A prediction from what an H200 took (docs/log.md, "rows for a GPU"): the 13 kernels of a layer, at 3.6 µs, take as long
+as 240 to 310 tokens of OPT-350M, which has 1,024 features; more, as narrower models take less than in proportion.
 """
 ROW_TRAFFIC = 0.1
 """Share of all places that a row must leave out to pay for what it moves: queries, keys, values and heads go to their
