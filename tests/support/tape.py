@@ -15,6 +15,18 @@ from fedloom.training import stretches
 from fedloom.training.batched import ClientBatch
 from fedloom.training.cuda_graph import WARM_UP
 
+ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Kinds of operations that fetch a number from the device, or the shape of what they give."""
+
+
+def asks(func: Any, args: Any) -> bool:
+    """Return whether an operation waits for the device."""
+    # Taking values by their numbers gives as many as there are numbers; by a mask, as many as it says.
+    by_number = func is torch.ops.aten.index.Tensor and all(
+        numbers is None or numbers.dtype == torch.int64 for numbers in args[1]
+    )
+    return bool(ASKS & {*func.tags}) and not by_number
+
 
 class Tape(TorchDispatchMode):
     """Operations with what they were given and what they gave: as a recording, it knows memory and no names."""
@@ -24,7 +36,7 @@ class Tape(TorchDispatchMode):
         self.operations: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a recorded step asks the device"
+        assert not asks(func, args), f"a recorded step asks the device: {func}"
         found = func(*args, **(kwargs or {}))
         # Views are there as soon as what they show is.
         if not any(given.alias_info and not given.alias_info.is_write for given in func._schema.returns):

@@ -18,8 +18,9 @@ from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.client_dropout import ClientDropout
+from fedloom.training.client_slots import ClientSlot, draw_noise
 from fedloom.training.dropout_masks import sequence_keys
-from fedloom.training.jobs import ClientJob, ClientUpdate
+from fedloom.training.jobs import ClientJob, ClientUpdate, WorkLog
 from fedloom.training.objective import mean_token_loss, next_token_targets, noised_mean, sum_clipped
 from fedloom.training.reference import ReferenceEngine
 
@@ -263,3 +264,23 @@ def test_masks_by_a_documents_place_in_the_batch_would_be_caught(monkeypatch: py
 
     monkeypatch.setattr(ClientBatch, "_dropout_keys", by_place)
     assert moved_by_one_document(BatchedEngine, "left out") > 1.5
+
+
+def test_a_steps_noise_is_sent_while_the_processor_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted()
+    jobs, told = make_jobs(adapted.read()), []
+    slots = [ClientSlot(WorkLog(job), job.draw_batches(), step=1) for job in jobs]
+    right = Tensor.to
+
+    def see(self: Tensor, *given: Any, **named: Any) -> Tensor:
+        told.append(named.get("non_blocking"))
+        return right(self, *given, **named)
+
+    like_KP = torch.zeros(3, adapted.layout.size)
+    expected = [job.ration.noise(1, like_KP.shape[1]) for job in jobs if job.ration]
+    monkeypatch.setattr(Tensor, "to", see)
+    noise = draw_noise(slots, like_KP)
+    monkeypatch.undo()
+    assert noise is not None
+    assert all(torch.equal(mine, its) for mine, its in zip(noise.noise_KP, expected, strict=True))
+    assert told[-2:] == [True, True]

@@ -110,7 +110,7 @@ class AdaptedModel:
             # Of a variant, one looks at the tokens for the place from which on it is there.
             and not any(isinstance(layer, LoraLayer) and layer.lora_variant for layer in base.modules())
         )
-        self.unpads = plain and base.config._attn_implementation == MASKLESS and self.device.type == "cpu"
+        self.unpads = plain and base.config._attn_implementation == MASKLESS
         """True where the real tokens of a batch may be computed alone (`without_padding`)."""
         # A prompt is put before the tokens by PEFT's model, which the base model taken apart would leave out.
         self.loss_head = LossHead(base, self.logits if self.has_prompt else None)

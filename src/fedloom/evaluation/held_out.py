@@ -196,7 +196,9 @@ def _score_batch(adapted: AdaptedModel, batches: Sequence[Batch], widest: int) -
     batch = Batch(tokens_LBT.flatten(0, 1), labels_LBT.flatten(0, 1), mask_LBT.flatten(0, 1) if masked else None, 0)
     counted_M, targets_M = targets_of(batch)
     counts = torch.bincount(counted_M // labels_LBT[0].numel(), minlength=len(batches)).tolist()
-    real_R = find_real(next_token_targets(batch.labels_BT)) if adapted.unpads else None
+    # A GPU would be asked, and waited for, how long each text is.
+    unpads = adapted.unpads and device.type == "cpu"
+    real_R = find_real(next_token_targets(batch.labels_BT)) if unpads else None
     rows_M = counted_M if real_R is None else torch.searchsorted(real_R, counted_M)
     told = batch.to(device)
     with without_padding(real_R, told.tokens_BT.shape, told.mask_BT):

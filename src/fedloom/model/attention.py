@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fedloom.model.unpadding import Row, current_row, in_a_row, see_own_text
+from fedloom.model.unpadding import EvenRow, Row, current_row, in_a_row, see_own_text
 
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
@@ -168,10 +168,15 @@ def positions_in_text(texts_BT: Tensor) -> Tensor:
 def without_padding(real_M: Tensor | None, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> Iterator[None]:
     """Have a model that does without masks compute the real tokens of a batch alone inside; its shape is [B, T].
 
-    `real_M` are their places in the flattened batch, or None where all is computed; `texts_BT` the numbers of the texts
-    that share a sequence. Needed in the backward pass too, where layers are computed again.
+    `real_M` are their places in the flattened batch, or [K, R] with equally many of each client (`EvenRow`), or None
+    where all is computed; `texts_BT` the numbers of the texts that share a sequence. Needed in the backward pass too,
+    where layers are computed again.
     """
-    with in_a_row(None if real_M is None else Row(real_M, shape, texts_BT)):
+    if real_M is None:
+        row = None
+    else:
+        row = Row(real_M, shape, texts_BT) if real_M.ndim == 1 else EvenRow(real_M, shape, texts_BT)
+    with in_a_row(row):
         yield
 
 
@@ -209,12 +214,12 @@ def causal_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it: [B, H, T, D] in, [B, T, H, D] out, and no probabilities.
 
-    Of real tokens alone, it is [1, H, M, D] in and [1, M, H, D] out.
+    Of a row, it is [1, H, M, D] in and [1, M, H, D] out.
     """
     row = current_row()
     if row is None:
         return _attend(module, query, key, value, attention_mask, dropout, scaling, **others), None
-    if not dropout:
+    if row.texts is not None and not dropout:
         # A text after another: padding among the scores would cost the square of the longest one for each.
         texts = zip(*(part.split(row.texts, dim=2) for part in (query, key, value)), strict=True)
         heads = [_attend(module, q, k, v, None, dropout, scaling, **others) for q, k, v in texts]
@@ -224,9 +229,10 @@ def causal_attention(
     return row.gather(attended.flatten(0, 1))[None], None
 
 
-def _spread_heads(row: Row, heads_1HMD: Tensor) -> Tensor:
+def _spread_heads(row: EvenRow, heads_1HMD: Tensor) -> Tensor:
     """Return queries, keys or values of a row as those of its batch, [B, H, T, D]."""
-    spread = row.spread(heads_1HMD[0].transpose(0, 1))
+    # Not taken by its number, whose gradient is a tensor of zeros and a copy into it.
+    spread = row.spread(heads_1HMD.squeeze(0).transpose(0, 1))
     return spread.view(row.sequences, row.width, *spread.shape[1:]).transpose(1, 2)
 
 

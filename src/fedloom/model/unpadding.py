@@ -2,10 +2,12 @@
 
 Every layer but attention treats a token by itself, so padding there is work for nothing; what needs to know which token
 belongs to which sequence (attention, clients' adapters, their dropout) cuts the row into pieces. Attention with
-dropout, whose masks are of whole sequences, spreads it over the batch and gathers it again. The same is done to BERT by
-Zeng et al. 2022 (arXiv 2208.08124, section 4.2).
+dropout, whose masks are of whole sequences, spreads it over the batch and gathers it again; so does all attention of an
+even row, whose shapes say nothing of its tokens. The same is done to BERT by Zeng et al. 2022 (arXiv 2208.08124,
+section 4.2).
 
-Letters: B sequences of T tokens, M real tokens of the B·T, X whatever a token has.
+Letters: B sequences of T tokens, M tokens in the row, of the B·T, K clients with R each in an even row, X whatever a
+token has.
 """
 
 from __future__ import annotations
@@ -25,34 +27,36 @@ def see_own_text(texts_BT: Tensor) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
-class Row:
-    """Real tokens of a batch of `shape` [B, T], in order, as one row, on a processor.
+class EvenRow:
+    """Tokens of a batch of `shape` [B, T] as one row in which each of K clients has equally many, [K, R].
 
-    `places_M` are their places in the flattened batch; `texts_BT` the numbers of the texts that share a sequence, None
-    where each has one.
+    All its real tokens are among a client's; what it has fewer of than others is padding of its own. So every shape is
+    known before, and no number is asked of the device, as a recorded step needs it.
+
+    `places_KR` are the tokens' places in the flattened batch, each one once; `texts_BT` the numbers of the texts that
+    share a sequence, None where each has one.
     """
 
-    def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
-        self.places_M, self._texts_BT = places_M, texts_BT
+    texts: list[int] | None = None
+    """Tokens of each text, in order; None where they are not known before."""
+
+    def __init__(self, places_KR: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
+        self._parts = len(places_KR)
+        self.places_M, self._texts_BT = places_KR.flatten(), texts_BT
         self.sequences, self.width = shape
-        sequences_M = places_M // self.width
-        self._lengths = torch.bincount(sequences_M, minlength=self.sequences).tolist()
-        owners = sequences_M[None] if texts_BT is None else torch.stack([sequences_M, self.take(texts_BT)[0]])
-        self.texts: list[int] = torch.unique_consecutive(owners, dim=1, return_counts=True)[1].tolist()
-        """Tokens of each text, in order."""
 
     @cached_property
     def seen(self) -> Tensor | None:
         """Return which token of the batch sees which, [B, 1, T, T], once for all layers; None: all to its left."""
         return None if self._texts_BT is None else see_own_text(self._texts_BT)
 
-    def share(self, parts: int) -> list[int]:
-        """Return how many of the tokens are of each of so many equal parts of the batch's sequences."""
-        each = self.sequences // parts
-        return [sum(self._lengths[each * part : each * (part + 1)]) for part in range(parts)]
+    def share(self, parts: int) -> list[int] | None:
+        """Return how many of the tokens are of each of so many equal parts of the batch's sequences; None: as many."""
+        assert parts == self._parts, "a client's sequences have unequal parts of an even row"
+        return None
 
     def take(self, values_BT: Tensor) -> Tensor:
-        """Return the values of the real tokens, [1, M]."""
+        """Return the values of the row's tokens, [1, M]."""
         return values_BT.flatten()[self.places_M][None]
 
     def holds(self, values: Tensor) -> bool:
@@ -60,26 +64,45 @@ class Row:
         return values.numel() == len(self.places_M) * values.shape[-1]
 
     def spread(self, rows_MX: Tensor) -> Tensor:
-        """Return the values of the whole batch, [B·T, ...], of those of real tokens, [M, ...]; 0 at padding."""
+        """Return the values of the whole batch, [B·T, ...], of those of the row's tokens, [M, ...]; 0 elsewhere."""
         grid: Tensor = _Spread.apply(rows_MX, self.places_M, self.sequences * self.width)  # type: ignore[no-untyped-call]
         return grid
 
     def gather(self, grid_NX: Tensor) -> Tensor:
-        """Return the values of real tokens, [M, ...], of those of the whole batch, [B·T, ...]."""
+        """Return the values of the row's tokens, [M, ...], of those of the whole batch, [B·T, ...]."""
         rows: Tensor = _Gather.apply(grid_NX, self.places_M)  # type: ignore[no-untyped-call]
         return rows
 
 
-_current: Row | None = None
+class Row(EvenRow):
+    """Real tokens of a batch of `shape` [B, T], and they alone, in order; their numbers are asked of the device.
+
+    `places_M` are their places in the flattened batch; `texts_BT` as in an even row.
+    """
+
+    def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
+        super().__init__(places_M[None], shape, texts_BT)
+        sequences_M = places_M // self.width
+        self._lengths = torch.bincount(sequences_M, minlength=self.sequences).tolist()
+        owners = sequences_M[None] if texts_BT is None else torch.stack([sequences_M, self.take(texts_BT)[0]])
+        self.texts: list[int] = torch.unique_consecutive(owners, dim=1, return_counts=True)[1].tolist()
+
+    def share(self, parts: int) -> list[int] | None:
+        """Return how many of the tokens are of each of so many equal parts of the batch's sequences."""
+        each = self.sequences // parts
+        return [sum(self._lengths[each * part : each * (part + 1)]) for part in range(parts)]
 
 
-def current_row() -> Row | None:
+_current: EvenRow | None = None
+
+
+def current_row() -> EvenRow | None:
     """Return the row that stands for the batch under way; None where padding is computed."""
     return _current
 
 
 @contextmanager
-def in_a_row(row: Row | None) -> Iterator[None]:
+def in_a_row(row: EvenRow | None) -> Iterator[None]:
     """Have models compute a row in a batch's place inside: forward, and backward where layers are computed again."""
     global _current
     before, _current = _current, row

@@ -135,7 +135,7 @@ def try_unpadding(adapted: AdaptedModel, max_length: int, say: Say) -> None:
         width = max(map(len, texts)) + 1
         grid_NT = torch.stack([functional.pad(text_T, (0, width - len(text_T))) for text_T in texts])
         real_R = torch.cat([torch.arange(len(text_T)) + row * width for row, text_T in enumerate(texts)])
-        with without_padding(real_R, grid_NT.shape):
+        with without_padding(real_R.to(grid_NT.device), grid_NT.shape):
             logits_TV: Tensor = call_model(adapted.base, grid_NT, None).logits[0]
         return logits_TV
 

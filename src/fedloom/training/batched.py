@@ -28,13 +28,12 @@ from fedloom.training.client_slots import (
     ClientSlot,
     Room,
     Taken,
-    choose_positions,
     count_tokens,
     draw_noise,
+    most_real,
     own_tokens,
     pad_together,
     room_for,
-    targets_of_each,
 )
 from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.dropping import why_no_kernel
@@ -50,7 +49,8 @@ from fedloom.training.jobs import (
     kind_of_step,
     too_large,
 )
-from fedloom.training.objective import count_targets, find_real, next_token_targets
+from fedloom.training.objective import count_targets, next_token_targets
+from fedloom.training.positions import fill_room, look_up, targets_of_each
 from fedloom.training.stacked_step import StackedStep, StepInputs
 from fedloom.training.stretches import Stretches
 
@@ -161,7 +161,8 @@ class ClientBatch:
     """The clients that train at once: slot k of every buffer is the k-th client's.
 
     With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to the largest of all steps to come, and as
-    many positions have logits as count in one at most; without, to the largest of the step. A graph is kept while its
+    many positions have logits as count in one at most; without, to the largest of the step. Where much of that is
+    padding, as many tokens of each client are computed as are real in one batch at most. A graph is kept while its
     shape has room for the clients that are left: the places of those that have finished stand empty. Steps of fixed
     shapes that are no more than one batch are taken in stretches, of the same clients.
     """
@@ -179,10 +180,13 @@ class ClientBatch:
         num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        self._unpads = adapted.unpads and not self._fixed_shapes
+        self._unpads = adapted.unpads
         self._readout_apart = adapted.loss_head.is_apart
         self._kind = kind = kind_of_step(jobs, num_slots)
         self._max_norm = kind.max_norm
+        # Where each sequence has a gradient of its own, a client's products are cut into equal pieces, padding and all.
+        rows = self._unpads and self._max_norm is None
+        self._row_features = getattr(adapted.base.config.get_text_config(), "hidden_size", 0) if rows else 0
         self._step = StackedStep(
             adapted, stack, training, num_slots, self._device, partly=kind.partly, max_norm=kind.max_norm
         )
@@ -296,10 +300,10 @@ class ClientBatch:
 
     def _make_room(self) -> Room:
         """Return the shape of the step that comes: the one that is recorded, while it will do."""
-        room = room_for(self.slots)
+        room = room_for(self.slots, self._row_features)
         left = max(len(slot.batches) - slot.step for slot in self.slots)
         records = self._stretches is not None and self._stretches.records
-        if not (self._room and records and self._room.holds(room, left)):
+        if not (self._room and records and self._room.holds(room, most_real(self.slots), left)):
             self._room = room
         self._use_slots(self._room.clients)
         return self._room
@@ -375,26 +379,19 @@ class ClientBatch:
         mus = [*(slot.job.training.proximal_mu for slot in self.slots), *nobody]
         tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
-        counted_KM = targets_KM != IGNORED
-        room, sequences = self._room, tokens_KBT.shape[1]
+        sequences = tokens_KBT.shape[1]
         # With rations, no document may have a part in another's gradient.
-        over = torch.tensor(totals)[:, None] if self._max_norm is None else targets_of_each(counted_KM, sequences)
-        shares_KM = counted_KM / over.to(self._step.weights_KP.dtype)
-        if room:
-            rows = choose_positions(counted_KM, room.targets) if self._readout_apart else None
+        over = torch.tensor(totals)[:, None] if self._max_norm is None else targets_of_each(targets_KM, sequences)
+        shares_KM = (targets_KM != IGNORED) / over.to(self._step.weights_KP.dtype)
+        if self._room:
+            positions = fill_room(targets_KM, shares_KM, self._room, readout_apart=self._readout_apart)
         else:
-            rows = counted_KM.flatten().nonzero()[:, 0]
-        chosen = slice(None) if rows is None else rows
-        real_R = find_real(targets_KM.view(-1, tokens_KBT.shape[2])) if self._unpads else None
+            positions = look_up(targets_KM, shares_KM, sequences, unpads=self._unpads)
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
             keys_N=self._dropout_keys(batches, sequences, number, ahead).flatten(),
-            rows_M=rows if rows is None or real_R is None else torch.searchsorted(real_R, rows),
-            targets_M=targets_KM.flatten()[chosen].clamp(min=0),
-            clients_M=None if room or rows is None else rows // targets_KM.shape[1],
-            shares_M=shares_KM.flatten()[chosen],
             rates_K=torch.tensor(rates, dtype=torch.float64),
             mus_K=torch.tensor(mus, dtype=torch.float64),
             mask_NT=mask_KBT.flatten(0, 1) if self._kind.masked else None,
-            real_R=real_R,
+            **positions._asdict(),
         )

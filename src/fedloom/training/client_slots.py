@@ -16,7 +16,7 @@ from torch import Tensor
 from fedloom.data.tokens import IGNORED, Batch, take_batch
 from fedloom.errors import TrainingError
 from fedloom.training.jobs import ClientJob, WorkLog
-from fedloom.training.objective import next_token_targets
+from fedloom.training.objective import count_needed, next_token_targets
 from fedloom.training.stacked_step import Noise
 
 WIDTHS = 32
@@ -25,6 +25,17 @@ NOTHING = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), IGNORED
 """Batch of a step in which nobody drew a document: noise alone moves the weights."""
 RECORDING = 40
 """Steps that take as long as recording one: 48 to 85 were measured on an H100, fewer where a launch is fast."""
+SIZES = 8
+"""Sizes of a row for each width of texts, at most: rounds whose largest batches are alike then share a recording."""
+ROW_LAUNCHES = 512 * 1024
+"""Tokens that a row must leave out, times a token's features, to pay for the kernels that it adds.
+
+A prediction from what an H200 took (docs/log.md, "rows for a GPU"): the 13 kernels of a layer, at 3.6 µs, take as long
+as 240 to 310 tokens of OPT-350M, which has 1,024 features; more, as narrower models take less than in proportion.
+"""
+ROW_TRAFFIC = 0.1
+"""Share of all places that a row must leave out to pay for what it moves: queries, keys, values and heads go to their
+places and back. Predicted there too: 40 to 52 bytes a feature and layer, a tenth of a token's time at 3 TB/s."""
 
 
 def fill_up(tokens: int) -> int:
@@ -42,20 +53,28 @@ class Room(NamedTuple):
     """Tokens of each sequence."""
     targets: int
     """Tokens of each client whose loss counts, at most."""
+    computed: int
+    """Tokens of each client that are computed: with all padding, or as a row (`EvenRow`) without most of it."""
 
-    def holds(self, needed: Room, left: int) -> bool:
+    def holds(self, needed: Room, real: int, left: int) -> bool:
         """Return whether there is as much room, and another recording would not make the steps that are left faster.
 
-        Those with places that stand empty take longer.
+        Those with places that stand empty take longer. `real` is the most real tokens of a client, which a row must
+        have; what is needed may be no row, since fewer clients would not be worth one.
         """
-        if any(here < there for here, there in zip(self, needed, strict=True)):
+        if self.computed < real or any(here < there for here, there in zip(self[:4], needed[:4], strict=True)):
             return False
         return left * (1 - needed.positions / self.positions) < RECORDING
 
     @property
+    def is_row(self) -> bool:
+        """Return whether padding is left out."""
+        return self.computed < self.sequences * self.tokens
+
+    @property
     def positions(self) -> int:
-        """Return the number of all clients' tokens, padding too."""
-        return self.clients * self.sequences * self.tokens
+        """Return the number of all clients' tokens that are computed."""
+        return self.clients * self.computed
 
 
 @dataclass
@@ -91,6 +110,13 @@ class ClientSlot:
         of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
         return fill_up(int(of_each.topk(sequences).values.sum()))
 
+    @cached_property
+    def most_real(self) -> int:
+        """Tokens that the client's largest micro-batch needs for what counts in it."""
+        blocks, size = self.job.blocks, self.job.training.batch_size
+        needed_N = count_needed(next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT))
+        return max(int(needed_N[part].sum()) for rows in self.batches for part in rows.split(size))
+
     def take_batches(self, ahead: int = 0) -> list[Batch]:
         """Return the batch of the next step, or of one so many later, or its micro-batches."""
         rows = self.batches[self.step + ahead].split(self.job.training.batch_size)
@@ -101,10 +127,27 @@ Taken = list[tuple[ClientSlot, list[Batch]]]
 """The clients of a step, each with the batch, or the micro-batches, that it learns from."""
 
 
-def room_for(slots: Sequence[ClientSlot]) -> Room:
-    """Return the room that these clients need for every step of theirs."""
+def room_for(slots: Sequence[ClientSlot], row_features: int = 0) -> Room:
+    """Return the room that these clients need for every step of theirs.
+
+    It is a row where that is faster on a GPU; `row_features` are a token's in this model, and 0 where padding has to be
+    computed.
+    """
     sequences, tokens = (max(sizes) for sizes in zip(*(slot.largest_batch for slot in slots), strict=True))
-    return Room(len(slots), sequences, tokens, max(slot.most_targets for slot in slots))
+    places, targets = sequences * tokens, max(slot.most_targets for slot in slots)
+    computed = places
+    if row_features:
+        size = fill_up(-(-places // SIZES))
+        row = max(1, -(-most_real(slots) // size)) * size
+        spared = len(slots) * (places - row)
+        if spared * row_features >= ROW_LAUNCHES + ROW_TRAFFIC * len(slots) * places * row_features:
+            computed = row
+    return Room(len(slots), sequences, tokens, targets, computed)
+
+
+def most_real(slots: Sequence[ClientSlot]) -> int:
+    """Return the tokens of a client that are needed in a batch, at most."""
+    return max(slot.most_real for slot in slots)
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:
@@ -124,23 +167,12 @@ def draw_noise(slots: Sequence[ClientSlot], like_KP: Tensor) -> Noise | None:
     rations = [(slot.job.ration, slot.step) for slot in slots if slot.job.ration]
     if not rations:
         return None
-    noise_KP = torch.stack([ration.noise(step, like_KP.shape[1]) for ration, step in rations])
+    # From pinned memory a GPU fetches by itself; for any other the processor waits until it has done what it was told.
+    noise_KP = torch.empty(len(rations), like_KP.shape[1], dtype=torch.float64, pin_memory=like_KP.is_cuda)
+    for noise_P, (ration, step) in zip(noise_KP, rations, strict=True):
+        noise_P.copy_(ration.noise(step, len(noise_P)))
     batches_K = torch.tensor([ration.terms.batch for ration, _ in rations])
-    return Noise(noise_KP.to(like_KP.device), batches_K.to(like_KP.device))
-
-
-def targets_of_each(counted_KM: Tensor, sequences: int) -> Tensor:
-    """Return, for each of a client's positions, how many of its own sequence count, [K, M], and 1 where none does."""
-    of_each_KB1 = counted_KM.view(len(counted_KM), sequences, -1).sum(-1, keepdim=True).clamp(min=1)
-    return of_each_KB1.expand(-1, -1, counted_KM.shape[1] // sequences).flatten(1)
-
-
-def choose_positions(counted_KM: Tensor, room: int) -> Tensor | None:
-    """Return so many positions of each client, all that count among them; None where those are all."""
-    if room >= counted_KM.shape[1]:
-        return None
-    chosen_KR = counted_KM.long().sort(dim=1, descending=True, stable=True).indices[:, :room]
-    return (chosen_KR + torch.arange(len(counted_KM))[:, None] * counted_KM.shape[1]).flatten()
+    return Noise(*(value.to(like_KP.device, non_blocking=True) for value in (noise_KP, batches_K)))
 
 
 def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:

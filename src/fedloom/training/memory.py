@@ -229,7 +229,8 @@ def trace_step(
             slots = StackedStep(adapted, stack, training, clients, device, max_norm=max_norm)
             slots.use_slots(clients)
             positions = torch.arange(clients * training.batch_size * length, device=device)
-            # With fixed shapes every position is computed, and none is looked up.
+            # With fixed shapes every position is computed, and none is looked up. How much a row leaves out, only texts
+            # say; it is more than what attention spreads (a test holds it), but for the places of its tokens.
             fixed = device.type == "cuda" if fixed is None else fixed
             inputs = StepInputs(
                 tokens_NT=positions.view(-1, length),
@@ -242,7 +243,8 @@ def trace_step(
                 mus_K=torch.zeros(clients, dtype=torch.float64, device=device),
                 mask_NT=positions.view(-1, length) if packed else None,
             )
-            lines = torch.empty(STRETCH * line_bytes(inputs) if fixed else 0, dtype=torch.uint8, device=device)
+            line = line_bytes(inputs._replace(real_R=positions) if adapted.unpads else inputs)
+            lines = torch.empty(STRETCH * line if fixed else 0, dtype=torch.uint8, device=device)
             noise = torch.zeros_like(slots.weights_KP, dtype=torch.float64)
             batches_K = torch.ones(clients, dtype=torch.int64, device=device)
             slots.accumulate([inputs], Noise(noise, batches_K) if private else None)

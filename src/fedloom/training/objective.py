@@ -40,15 +40,26 @@ def mean_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
 
 
+def count_needed(targets_NT: Tensor) -> Tensor:
+    """Return how many tokens of each sequence, [N], are needed for what counts in it.
+
+    That is up to the last one that predicts one that counts.
+    """
+    places_T = torch.arange(1, targets_NT.shape[1] + 1)
+    return ((targets_NT != IGNORED) * places_T).amax(1)
+
+
+def is_needed(targets_NT: Tensor) -> Tensor:
+    """Return which tokens are needed for what counts, bool [N, T]."""
+    return torch.arange(targets_NT.shape[1]) < count_needed(targets_NT)[:, None]
+
+
 def find_real(targets_NT: Tensor) -> Tensor | None:
     """Return the places in the flattened tokens, [R], of all that is needed for what counts, in order.
 
-    That is each sequence up to the last token that predicts one that counts. None where leaving out the rest would save
-    less than finding it costs, or where nothing counts.
+    None where leaving out the rest would save less than finding it costs, or where nothing counts.
     """
-    places_T = torch.arange(1, targets_NT.shape[1] + 1)
-    needed_N1 = ((targets_NT != IGNORED) * places_T).amax(1, keepdim=True)
-    real_R = (places_T <= needed_N1).flatten().nonzero()[:, 0]
+    real_R = is_needed(targets_NT).flatten().nonzero()[:, 0]
     return real_R if 0 < len(real_R) <= WORTH_LEAVING * targets_NT.numel() else None
 
 

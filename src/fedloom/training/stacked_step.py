@@ -61,7 +61,10 @@ class StepInputs(NamedTuple):
     mask_NT: Tensor | None = None
     """Attention mask, where one is needed: `Batch.mask_BT`."""
     real_R: Tensor | None = None
-    """Places of the tokens that are no padding in the flattened ones, in order, where these alone are computed."""
+    """Places of the tokens that are no padding in the flattened ones, in order, where these alone are computed.
+
+    With fixed shapes [K, R]: equally many of each client, all that are no padding, and then some that are.
+    """
 
     def each(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
         """Return the inputs with each tensor changed."""
