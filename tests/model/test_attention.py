@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedloom.model import attention
 from fedloom.model.attention import (
     MASKLESS,
     call_model,
@@ -96,6 +98,55 @@ def test_gradients_of_the_plain_kind_are_the_fused_ones() -> None:
         strict=True,
     ):
         assert torch.allclose(our, their)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that make a tensor of so many values."""
+
+    def __init__(self, values: int) -> None:
+        super().__init__()
+        self.values, self.found = values, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.values and not func.is_view:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_causal_scores_are_scaled_and_hidden_by_their_product(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3))
+    with Counted(2 * 3 * 7 * 7) as counted:
+        plain_attention(query, key, value, drop=lambda probabilities: probabilities).square().sum().backward()
+    # Scores and their softmax, and the same two on the way back.
+    assert len(counted.found) == 4, counted.found
+
+
+def test_the_last_queries_see_all_keys_up_to_themselves() -> None:
+    query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64) for _ in range(3))
+    whole = plain_attention(query, key, value, drop=lambda probabilities: probabilities)
+    last = plain_attention(query[:, :, 5:], key, value, drop=lambda probabilities: probabilities)
+    torch.testing.assert_close(last, whole[:, :, 5:])
+
+
+def test_a_processor_with_tiles_evaluates_by_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = [torch.randn(2, count, 9, 8).to(torch.bfloat16) for count in (4, 2, 2)]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    kernels = {}
+    for tiles in (False, True):
+        monkeypatch.setattr(attention, "has_tiles", lambda tiles=tiles: tiles)
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            kernels[tiles] = causal_attention(module, *heads, None)[0]
+        fused = any("flash" in event.key for event in profile.key_averages())
+        assert fused is tiles
+    # Once more as in training, where a layer may be computed a second time.
+    with torch.profiler.profile() as profile, torch.no_grad():
+        trained = causal_attention(module, *heads, None)[0]
+    assert not any("flash" in event.key for event in profile.key_averages())
+    assert torch.equal(trained, kernels[False])
+    torch.testing.assert_close(kernels[True], kernels[False], rtol=0.02, atol=0.02)
 
 
 def test_who_sees_nothing_gets_zeros_and_no_gradient() -> None:

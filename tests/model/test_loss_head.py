@@ -10,6 +10,7 @@ from fedloom.model import loss_head
 from fedloom.model.loading import load_model
 from fedloom.model.loss_head import LossHead
 from fedloom.model.source import open_model
+from fedloom.training.memory import LiveBytes
 
 
 def whole(
@@ -102,3 +103,40 @@ def test_on_the_meta_device_the_configuration_tells_scaled_logits(scaling: float
         )
     assert (LossHead(scaled)._head is not None) == splits
     assert LossHead(plain)._head is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_at_a_time_change_no_bit_and_hold_no_more_than_a_cache(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    states_MD = torch.randn(30, 16, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(4096, 16, generator=generator).to(dtype)
+    targets_M = torch.randint(0, 4096, (30,), generator=generator)
+
+    def losses_and_gradient() -> tuple[list[torch.Tensor], int]:
+        with LiveBytes([states_MD, weight_VD]) as live:
+            losses_M = loss_head._RowLosses.apply(states_MD, None, targets_M, weight_VD, None)
+        (gradient_MD,) = torch.autograd.grad(losses_M.sum(), states_MD)
+        return [losses_M.detach(), gradient_MD], live.peak
+
+    whole, most = losses_and_gradient()
+    monkeypatch.setattr(loss_head, "CACHE_BYTES", 2 * 4 * 4096)
+    few, least = losses_and_gradient()
+    assert all(torch.equal(*pair) for pair in zip(whole, few, strict=True))
+    logits_bytes = 30 * 4096 * dtype.itemsize
+    # The logits of all rows, and two or three tensors of a few rows in float32.
+    assert least < logits_bytes + 4 * torch.get_num_threads() * 2 * 4 * 4096 < most
+
+
+def test_what_is_read_of_few_rows_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_adapted("tiny-llama", "bfloat16")
+    tokens_BT = make_blocks(4).tokens_NT.to(DEVICE)
+    rows_M, targets_M = torch.arange(40, device=DEVICE), torch.arange(40, device=DEVICE) * 6
+    with torch.no_grad():
+        whole = adapted.loss_head.read_rows(tokens_BT, rows_M, targets_M)
+        alone = adapted.loss_head.score_rows(tokens_BT, rows_M, targets_M)
+        monkeypatch.setattr(loss_head, "CACHE_BYTES", 1)
+        few = adapted.loss_head.read_rows(tokens_BT, rows_M, targets_M)
+    assert torch.equal(alone, whole[0])
+    assert all(torch.equal(*pair) for pair in zip(whole, few, strict=True))

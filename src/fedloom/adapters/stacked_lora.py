@@ -72,10 +72,10 @@ class StackedLora(nn.Module):
         """
         result: Tensor = self.base(x)
         # As in PEFT: the adapter is in float32 whatever the base is in, and so are its product and the sum.
-        x_MI = x.reshape(-1, x.shape[-1]).to(self.lora_a_KRI.dtype)
+        x_MI = x.reshape(-1, x.shape[-1])
         if self.training and self.dropout:
             # `ClientDropout` takes over this call, so that each client's mask is its own.
-            x_MI = functional.dropout(x_MI, self.dropout, training=True)
+            x_MI = functional.dropout(x_MI.to(self.lora_a_KRI.dtype), self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
         product = _StackedProduct.apply(x_MI, self.lora_a_KRI, self.lora_b_KOR, self, current_row(), tf32)  # type: ignore[no-untyped-call]
         return torch.add(result, product.view_as(result), alpha=self.scaling).to(result.dtype)
@@ -98,6 +98,9 @@ class _StackedProduct(torch.autograd.Function):
     Autograd itself would make a tensor for each gradient first, and then add it. And where gradients have more rows
     than there are clients, a client's rows are cut into as many pieces, each with a gradient of its own: of every
     document, by the same product in other shapes.
+
+    What is kept of x is in its own dtype: in 16 bits it is the very tensor that the model's other layers have, and a
+    copy in float32 for each adapted layer that reads it takes more than all else that such a layer keeps.
     """
 
     @staticmethod
@@ -107,7 +110,7 @@ class _StackedProduct(torch.autograd.Function):
         # Not saved as tensors of the graph: the optimizer changes them in place between two steps.
         ctx.weights, ctx.layer, ctx.row, ctx.tf32 = (a_KRI, b_KOR), layer, row, tf32
         with _products(tf32):
-            hidden_MR = _multiply(x_MI, a_KRI.mT, row)
+            hidden_MR = _multiply(x_MI.to(a_KRI.dtype), a_KRI.mT, row)
             ctx.save_for_backward(x_MI, hidden_MR)
             return _multiply(hidden_MR, b_KOR.mT, row)
 
@@ -121,9 +124,9 @@ class _StackedProduct(torch.autograd.Function):
             _add_products(ctx.layer.gradient_b_GOR, grad_MO, hidden_MR, ctx.row)
             # With FFA, A is the model's own, expanded to K clients and frozen: it has no gradient.
             if a_KRI.requires_grad:
-                _add_products(ctx.layer.gradient_a_GRI, grad_MR, x_MI, ctx.row)
+                _add_products(ctx.layer.gradient_a_GRI, grad_MR, x_MI.to(grad_MR.dtype), ctx.row)
             # The first adapted layer's input has no trained part below it. Gradients of A and B are written already.
-            grad_MI = _multiply(grad_MR, a_KRI, ctx.row) if ctx.needs_input_grad[0] else None
+            grad_MI = _multiply(grad_MR, a_KRI, ctx.row).to(x_MI.dtype) if ctx.needs_input_grad[0] else None
             return grad_MI, None, None, None, None, None
 
 

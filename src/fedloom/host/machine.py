@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,12 @@ def reset_peak_memory() -> None:
 def computes_bfloat16() -> bool:
     """Return whether the processor multiplies bfloat16 in hardware (AVX512-BF16, AMX); else float32 is faster."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_facts().get("flags", "").split())
+
+
+@cache
+def has_tiles() -> bool:
+    """Return whether the processor multiplies tiles of bfloat16 numbers (AMX), as Intel's from Sapphire Rapids on."""
+    return "amx_bf16" in _cpu_facts().get("flags", "").split()
 
 
 def is_amd_with_avx512() -> bool:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fedloom.host.machine import has_tiles
 from fedloom.model.unpadding import EvenRow, Row, current_row, in_a_row, see_own_text
 
 MASKLESS = "fedloom_causal"
@@ -252,7 +253,11 @@ def _attend(
         near_QK = see_window(query.shape[2], key.shape[2], sliding_window, key.device)
         attention_mask = near_QK if attention_mask is None else attention_mask & near_QK
     # In bfloat16 on a processor the fused kernel has a slow backward pass; matmul, softmax and matmul are faster.
-    if softcap is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    # Forward it is the faster one, where the processor multiplies tiles (docs/benchmarks.md). Asked by the mode, not by
+    # gradients: what a checkpoint computes twice must come out the same.
+    slow = slow and not (torch.is_inference_mode_enabled() and attention_mask is None and has_tiles())
+    if softcap is not None or slow:
         groups = getattr(module, "num_key_value_groups", 1)
         drop = partial(functional.dropout, p=dropout, training=module.training)
         key, value = repeat_heads(key, value, groups)
@@ -280,20 +285,37 @@ def plain_attention(
     2408.00118, section 2). Without a mask, attention is causal; a boolean mask is true where a token is seen.
     Who sees nothing at all (padding beyond a sliding window) gets zeros, as from torch's own.
     """
-    scores = query @ key.mT * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
-    if cap is not None:
-        scores = cap * (scores / cap).tanh()
-    if mask is None:
-        queries, keys = scores.shape[-2:]
-        # The last query sees every key: in generation there are fewer queries than keys, which were kept from before.
-        ahead = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
-        scores = scores.masked_fill(ahead, -math.inf)
+    scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
+    if mask is None and cap is None:
+        scores = _causal_scores(query, key, scale)
     else:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        scores = query @ key.mT * scale
+        if cap is not None:
+            scores = cap * (scores / cap).tanh()
+        if mask is None:
+            scores = scores + _hide_ahead(query, key)
+        else:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     probabilities = scores.softmax(-1)
     if mask is not None and mask.dtype == torch.bool:
         probabilities = probabilities.masked_fill(~mask, 0.0)  # a row of −∞ is NaN
     return drop(probabilities) @ value
+
+
+def _causal_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Return s Q Kᵀ, and −∞ where a key is ahead of its query: one product that scales and adds as it goes.
+
+    Autograd keeps no more of it than queries and keys, and scales gradients of these, not of the scores.
+    """
+    flat = torch.baddbmm(_hide_ahead(query, key), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale)
+    return flat.view(*query.shape[:2], *flat.shape[1:])
+
+
+def _hide_ahead(query: Tensor, key: Tensor) -> Tensor:
+    """Return 0 for each key that a query sees, and −∞ for those ahead of it, [T, T]."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    # The last query sees every key: in generation there are fewer queries than keys, which were kept from before.
+    return torch.full((queries, keys), -math.inf, dtype=query.dtype, device=query.device).triu(keys - queries + 1)
 
 
 def repeat_heads(key: Tensor, value: Tensor, groups: int) -> tuple[Tensor, Tensor]:

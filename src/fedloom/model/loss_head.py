@@ -19,8 +19,12 @@ from torch.nn import functional
 from fedloom.model.attention import call_model
 from fedloom.model.frozen_products import multiply_frozen
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Memory that logits may take at a time, in float32, by the kind of device: a GPU works best on large products."""
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Memory that logits may take at a time, in float32, by the kind of device: a GPU works best on large products, and
+larger pieces than these glibc maps anew for each chunk (docs/log.md)."""
+CACHE_BYTES = 2**20
+"""Memory of the logits of a few rows in float32 that stay in the cache of a processor's core from one pass over them to
+the next."""
 
 CHANGES_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
 """Settings by which a model scales or caps the product of its head; 0, 1 or none of them changes nothing."""
@@ -72,7 +76,13 @@ class LossHead:
     def score_rows(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Return the loss of each counted row, [M]: `losses` without what gradients need."""
         chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
-        return torch.cat([functional.cross_entropy(logits, targets, reduction="none") for logits, targets in chunks])
+        return torch.cat(
+            [
+                functional.cross_entropy(_at_least_float32(few), few_targets, reduction="none")
+                for chunk, targets in chunks
+                for few, few_targets in _few_at_a_time(chunk, targets)
+            ]
+        )
 
     def read_rows(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
@@ -81,12 +91,12 @@ class LossHead:
 
         Both are on the model's device, so that nothing waits for a GPU. Gradients are not supported.
         """
-        chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
-        found = [
-            (functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)
-            for logits, targets in chunks
-        ]
-        losses, likeliest = zip(*found, strict=True)
+        losses, likeliest = [], []
+        for chunk, chunk_targets in self._chunks(tokens_BT, rows_M, targets_M, mask_BT):
+            for few, targets in _few_at_a_time(chunk, chunk_targets):
+                logits = _at_least_float32(few)
+                losses.append(functional.cross_entropy(logits, targets, reduction="none"))
+                likeliest.append(logits.argmax(-1) == targets)
         return torch.cat(losses), torch.cat(likeliest)
 
     def _chunks(
@@ -148,14 +158,16 @@ class _RowLosses(torch.autograd.Function):
         bias_V: Tensor | None,
     ) -> Tensor:
         losses, gradients = [], []
-        for logits, targets in _logit_chunks(_chosen(states_ND, rows_M), targets_M, weight_VD, bias_V):
-            log_p = functional.log_softmax(logits, dim=-1)
-            losses.append(-log_p.gather(1, targets[:, None])[:, 0])
-            # d loss / d logits = softmax − one-hot. In place, because one more tensor of this
-            # size would cost as much memory as the chunk's logits.
-            slope = log_p.exp_()
-            slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-            gradients.append(multiply_frozen(slope.to(weight_VD.dtype), weight_VD.mT))
+        for chunk, chunk_targets in _logit_chunks(_chosen(states_ND, rows_M), targets_M, weight_VD, bias_V):
+            for logits, targets in _few_at_a_time(chunk, chunk_targets):
+                log_p = functional.log_softmax(_at_least_float32(logits), dim=-1)
+                losses.append(-log_p.gather(1, targets[:, None])[:, 0])
+                # d loss / d logits = softmax − one-hot. In place, because one more tensor of this
+                # size would cost as much memory as the chunk's logits.
+                slope = log_p.exp_()
+                slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+                logits.copy_(slope)
+            gradients.append(multiply_frozen(chunk, weight_VD.mT))
         ctx.num_rows = len(states_ND)
         ctx.save_for_backward(torch.cat(gradients), rows_M)
         return torch.cat(losses)
@@ -177,7 +189,7 @@ def _chosen(values_N: Tensor, rows_M: Tensor | None) -> Tensor:
 
 
 def rows_at_a_time(vocabulary_size: int, device: torch.device) -> int:
-    """Return how many rows have their logits in memory together."""
+    """Return how many rows have their logits in memory together, in the model's own dtype."""
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary_size))
 
 
@@ -186,7 +198,18 @@ def _logit_chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     rows = rows_at_a_time(len(weight_VD), weight_VD.device)
     for states, targets in zip(states_MD.split(rows), targets_M.split(rows), strict=True):
-        yield _at_least_float32(multiply_frozen(states, weight_VD, bias_V)), targets
+        yield multiply_frozen(states, weight_VD, bias_V), targets
+
+
+def _few_at_a_time(logits_MV: Tensor, targets_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a chunk's logits, which stay where they are, into as few rows as the processor's caches hold.
+
+    A row's numbers come out the same in whatever company. A GPU has its chunk whole.
+    """
+    rows = len(logits_MV)
+    if logits_MV.device.type == "cpu":
+        rows = max(1, CACHE_BYTES // (4 * logits_MV.shape[1])) * torch.get_num_threads()
+    return zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
