@@ -174,8 +174,9 @@ def prepare(
     # Tasks bring texts of their own, of any number.
     held_out = len(material.central) + sum(len(client.holdout) for client in material.clients)
     bound = None if recipe.evaluation.tasks else held_out
-    how: dict[str, Any] = {"predict": predict, "predicted": kept, "say": observer.show_step}
-    room_for = partial(measure, recipe, material.source, setup, held_out=bound, **how)
+    room_for = partial(
+        measure, recipe, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
+    )
     room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
