@@ -175,9 +175,8 @@ def prepare(
     held_out = len(material.central) + sum(len(client.holdout) for client in material.clients)
     bound = None if recipe.evaluation.tasks else held_out
     room_for = partial(
-        measure, recipe, material.source, setup,
-        held_out=bound, predict=predict, predicted=kept, say=observer.show_step,
-    )  # fmt: skip
+        measure, recipe, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
+    )
     room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
