@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of training, over models, lengths and clients at once; LoRA and whole models.
 
-    python bench/memory.py [--quick]
+    python bench/memory.py
 
 Each case is a process of its own, so that none finds what another left behind. Measured is the most that the process
 held in a round of two steps, beyond what it held before the base model was loaded; on a GPU, what torch had allocated.

@@ -286,7 +286,8 @@ def test_clients_at_once_is_what_was_asked_for() -> None:
     assert plan(make_recipe()).clients_at_once == 3
     assert plan(make_recipe(training={"clients_at_once": 2})).clients_at_once == 2
     alone = plan(make_recipe(training={"engine": "reference"}))
-    assert (alone.clients_at_once, alone.peak_bytes, alone.clients_that_fit) == (1, None, None)
+    assert (alone.clients_at_once, alone.clients_that_fit) == (1, None)
+    assert alone.peak_bytes is not None
 
 
 @pytest.mark.parametrize("predict", [True, False])
