@@ -76,13 +76,7 @@ class LossHead:
     def score_rows(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Return the loss of each counted row, [M]: `losses` without what gradients need."""
         chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
-        return torch.cat(
-            [
-                functional.cross_entropy(_at_least_float32(few), few_targets, reduction="none")
-                for chunk, targets in chunks
-                for few, few_targets in _few_at_a_time(chunk, targets)
-            ]
-        )
+        return torch.cat([functional.cross_entropy(logits, targets, reduction="none") for logits, targets in chunks])
 
     def read_rows(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
@@ -92,20 +86,23 @@ class LossHead:
         Both are on the model's device, so that nothing waits for a GPU. Gradients are not supported.
         """
         losses, likeliest = [], []
-        for chunk, chunk_targets in self._chunks(tokens_BT, rows_M, targets_M, mask_BT):
-            for few, targets in _few_at_a_time(chunk, chunk_targets):
-                logits = _at_least_float32(few)
-                losses.append(functional.cross_entropy(logits, targets, reduction="none"))
-                likeliest.append(logits.argmax(-1) == targets)
+        for logits, targets in self._chunks(tokens_BT, rows_M, targets_M, mask_BT):
+            losses.append(functional.cross_entropy(logits, targets, reduction="none"))
+            likeliest.append(logits.argmax(-1) == targets)
         return torch.cat(losses), torch.cat(likeliest)
 
     def _chunks(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Make the logits of counted rows, a few rows at a time, in float32 or wider, each with its targets."""
         if self._head is None:
-            return iter([(self._whole_logits(tokens_BT, rows_M, mask_BT), targets_M)])
-        states_MD = self._states(tokens_BT, mask_BT)[rows_M]
-        return _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
+            chunks = iter([(self._whole_logits(tokens_BT, rows_M, mask_BT), targets_M)])
+        else:
+            states_MD = self._states(tokens_BT, mask_BT)[rows_M]
+            chunks = _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
+        for chunk, chunk_targets in chunks:
+            for logits, targets in _few_at_a_time(chunk, chunk_targets):
+                yield _at_least_float32(logits), targets
 
     def _states(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         states: Tensor = call_model(self._model.base_model, tokens_BT, mask_BT).last_hidden_state
