@@ -105,17 +105,22 @@ class ClientSlot:
     @cached_property
     def most_targets(self) -> int:
         """Tokens that count in the client's largest micro-batch at most, as a multiple of `WIDTHS`."""
-        blocks = self.job.blocks
-        targets_NT = next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT)
-        of_each, sequences = (targets_NT != IGNORED).sum(1), self.largest_batch[0]
-        return fill_up(int(of_each.topk(sequences).values.sum()))
+        counted_N, _ = self._counts
+        return fill_up(int(counted_N.topk(self.largest_batch[0]).values.sum()))
 
     @cached_property
     def most_real(self) -> int:
         """Tokens that the client's largest micro-batch needs for what counts in it."""
-        blocks, size = self.job.blocks, self.job.training.batch_size
-        needed_N = count_needed(next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT))
+        _, needed_N = self._counts
+        size = self.job.training.batch_size
         return max(int(needed_N[part].sum()) for rows in self.batches for part in rows.split(size))
+
+    @cached_property
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Tokens of each block that count, [N], and that are needed for these, [N]."""
+        blocks = self.job.blocks
+        targets_NT = next_token_targets(take_batch(blocks, torch.arange(len(blocks))).labels_BT)
+        return (targets_NT != IGNORED).sum(1), count_needed(targets_NT)
 
     def take_batches(self, ahead: int = 0) -> list[Batch]:
         """Return the batch of the next step, or of one so many later, or its micro-batches."""
