@@ -155,7 +155,11 @@ def pack_result(result: ClientResult) -> Frame:
 
 
 def unpack_result(frame: Frame, job: ClientJob) -> ClientResult:
-    """Read what `pack_result` wrote of a job, once `check_result` has found nothing against it."""
+    """Read what `pack_result` wrote of a job; whether it can have come of it, `check_result` says.
+
+    Raises:
+        Exception: of many kinds; it is no result.
+    """
     told, start = frame.manifest, job.adapter
     if "error" in told:
         facts: Fields = {
@@ -165,6 +169,8 @@ def unpack_result(frame: Frame, job: ClientJob) -> ClientResult:
         kind = ShortageError if told["short"] else TrainingError
         return ClientFailure(job.client, kind(**facts), job.trial)
     found = _in_groups(frame.payload)
+    if {*found} - {"adapter", "state"}:
+        raise ValueError("more than a result")
     weights_P, report = found["adapter"]["weights_P"], _REPORT.validate_python(told["report"])
     return ClientUpdate(report, Adapter(start.layout, weights_P, start.residual), found.get("state", {}), job.trial)
 
@@ -197,13 +203,10 @@ def check_result(frame: Frame, job: ClientJob) -> None:
         raise ValueError("losses, or none, where the job has it otherwise")
     check_layout(result.adapter, job.adapter)
     change_norm(result.adapter, job.adapter, job.trains_P)
-    dtypes = {"step": torch.float32}
-    shapes = state_shapes(job.training, job.adapter.layout)
-    kept = {name: (shape, dtypes.get(name, job.adapter.weights_P.dtype)) for name, shape in shapes.items()}
+    dtype, shapes = job.adapter.weights_P.dtype, state_shapes(job.training, job.adapter.layout)
+    kept = {name: (shape, torch.float32 if name == "step" else dtype) for name, shape in shapes.items()}
     if {name: (value.shape, value.dtype) for name, value in result.optimizer_state.items()} != kept:
         raise ValueError("an optimizer's state of another shape")
-    if {*_in_groups(frame.payload)} - {"adapter", "state"}:
-        raise ValueError("more than a result")
 
 
 def read_word(frame: Frame, jobs: dict[Key, ClientJob]) -> Progress | Line | Done | Found:
