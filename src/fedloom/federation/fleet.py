@@ -28,6 +28,7 @@ from fedloom.training.jobs import (
     OptimizerState,
     TrainClients,
 )
+from fedloom.training.objective import MEND_INFINITE
 
 Item = TypeVar("Item")
 
@@ -272,6 +273,6 @@ def _refuse_state(result: ClientResult) -> ClientResult:
         round=report.round,
         client=report.client,
         stage="training",
-        mend="lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32",
+        mend=MEND_INFINITE,
     )
     return ClientFailure(report.client, error, result.trial)

@@ -153,6 +153,10 @@ def warmup_steps(training: Training, span: int) -> int:
     return math.ceil(training.warmup * span if training.warmup < 1 else training.warmup)
 
 
+MEND_INFINITE = "lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32"
+"""Way to mend a training that comes to no finite number."""
+
+
 def check_finite(what: str, value: float, **where: Any) -> None:
     """Stop training if a loss or a distance is no finite number.
 
@@ -162,11 +166,7 @@ def check_finite(what: str, value: float, **where: Any) -> None:
         TrainingError: the value is infinite or NaN.
     """
     if not math.isfinite(value):
-        raise TrainingError(
-            f"{what} is {value}",
-            mend="lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32",
-            **where,
-        )
+        raise TrainingError(f"{what} is {value}", mend=MEND_INFINITE, **where)
 
 
 def check_proximal(proximal_losses: list[float], *, mu: float, round: int, client: int) -> None:
