@@ -51,13 +51,14 @@ def submit(
 
     entry = submit(loaded, server, out, resume=resume, say=say)
     say("queued", f"run {entry.number}: {entry.out}")
-    if one_run := Queue(server).one_run:
+    queue = Queue(server)
+    if one_run := queue.one_run:
         say(
             "note",
             f"nobody takes it now: the server at work with {server} carries out {one_run} alone; it begins once that"
             " has ended and fedloom serve is started without a recipe",
         )
-    elif not Queue(server).is_served:
+    elif not queue.is_served:
         say("note", f"nobody works with {server} now: it begins once fedloom serve is started")
 
 

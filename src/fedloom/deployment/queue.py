@@ -22,7 +22,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from fedloom.deployment.keys import SERVE_LOCK
 from fedloom.errors import DeploymentError, FedloomError, RunError
-from fedloom.host.files import Holder, Lock, is_held, read_holder, replace_file, writing
+from fedloom.host.files import Lock, is_held, read_holder, replace_file, writing
 from fedloom.recipe.section import Section
 from fedloom.records.run import read_json
 from fedloom.records.writer import default_folder, now
@@ -232,7 +232,10 @@ class Queue:
     @property
     def one_run(self) -> str:
         """Run for which alone a server works with the folder, so that it takes no queue; empty where none does."""
-        holder = read_holder(self.server / SERVE_LOCK) if is_held(self.server / SERVE_LOCK) else Holder("", "")
+        lock = self.server / SERVE_LOCK
+        if not is_held(lock):
+            return ""
+        holder = read_holder(lock)
         # In a container, the server has other paths.
         is_here = holder.work and holder.who.endswith(f" on {platform.node()}")
         return holder.work if is_here and Path(holder.work).resolve() != self.server.resolve() else ""
