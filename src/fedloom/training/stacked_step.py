@@ -157,7 +157,7 @@ class StackedStep:
             units_GP = self._gradient_KP.new_zeros(len(inputs.tokens_NT), self._gradient_KP.shape[1])
             self._stack.bind(self.weights_KP[: self._count], units_GP)
         checkpointed, model = self._training.gradient_checkpointing, self._stack.model
-        # It visits every module, which takes as long as a tenth of a tiny model's step. What evaluates asks for that.
+        # Not in each step: it visits every module, a twentieth of a tiny model's step. Who evaluates switches back.
         if not model.training:
             model.train()
         dropout = ClientDropout(inputs.keys_N)
