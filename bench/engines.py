@@ -36,6 +36,7 @@ from workload import (
     BATCH,
     DEVICE,
     DTYPE,
+    GPU,
     LENGTH,
     build_adapted,
     count_flops,
@@ -52,7 +53,6 @@ from fedloom.recipe.loading import load_recipe
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.reference import ReferenceEngine
 
-GPU = DEVICE.type == "cuda"
 EVALUATED = 512 if GPU else 16
 """Sequences of an evaluation."""
 BATCHED_STEPS, OTHER_STEPS = 500, 6 * SKIPPED_STEPS

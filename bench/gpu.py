@@ -38,6 +38,7 @@ from workload import (
     BATCH,
     DEVICE,
     DTYPE,
+    GPU,
     LENGTH,
     build_adapted,
     count_flops,
@@ -56,7 +57,6 @@ from fedloom.training.jobs import ClientUpdate
 from fedloom.training.memory import free_bytes
 from fedloom.training.reference import ReferenceEngine
 
-GPU = DEVICE.type == "cuda"
 STEPS = 200 if GPU else 8
 """Steps that are timed."""
 SETTINGS = ((0.0, False), (0.5, True))

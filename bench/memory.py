@@ -43,7 +43,7 @@ WHOLE = "whole model"
 def measure(shape: str, length: int, at_once: int | None) -> dict[str, object]:
     """One case, in this process."""
     import torch
-    from workload import BATCH, DEVICE, build_adapted, make_blocks, make_jobs, predict_memory, predict_whole
+    from workload import BATCH, DEVICE, GPU, build_adapted, make_blocks, make_jobs, predict_memory, predict_whole
 
     from fedloom.host.machine import peak_memory, reset_peak_memory
     from fedloom.training.batched import BatchedEngine
@@ -62,7 +62,7 @@ def measure(shape: str, length: int, at_once: int | None) -> dict[str, object]:
     reset_peak_memory()
     for _ in engine.train(jobs):
         pass
-    measured = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak_memory() - before
+    measured = torch.cuda.max_memory_allocated() if GPU else peak_memory() - before
     return {
         "shape": shape,
         "tokens": length,

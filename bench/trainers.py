@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from workload import BATCH, DEVICE, build_adapted, multiply_as_torch_does, wait
+from workload import BATCH, DEVICE, GPU, build_adapted, multiply_as_torch_does, wait
 
 from fedloom.data.tokens import TokenBlocks
 from fedloom.model.source import byte_tokenizer
 
-GPU = DEVICE.type == "cuda"
 SKIPPED_STEPS = 10
 """Steps that a Trainer's rate on a GPU leaves out."""
 HAS_TRL = find_spec("trl") is not None

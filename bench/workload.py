@@ -26,6 +26,7 @@ BATCH, LENGTH = 2, 128
 VOCABULARY = 250
 """Tokens that blocks are made of: those that every shape has, the tiny ones too."""
 DEVICE = open_device("auto")
+GPU = DEVICE.type == "cuda"
 DTYPE = choose_dtype("auto", DEVICE)
 
 
@@ -140,7 +141,7 @@ def measure_products(dtype: str, rows: int, features: int, seconds: float = 1.0)
     left @ right
     wait()
     # A GPU is waited for once in many products: a wait takes longer than one of them.
-    bunch = 1000 if DEVICE.type == "cuda" else 1
+    bunch = 1000 if GPU else 1
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         for _ in range(bunch):
@@ -152,5 +153,5 @@ def measure_products(dtype: str, rows: int, features: int, seconds: float = 1.0)
 
 def wait() -> None:
     """Wait for the GPU, where there is one."""
-    if DEVICE.type == "cuda":
+    if GPU:
         torch.cuda.synchronize()
