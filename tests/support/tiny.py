@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -18,6 +19,7 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation.held_out import Asked, Score, evaluate, evaluate_together
 from fedloom.federation.fleet import Scorer
 from fedloom.federation.rounds import FederatedRun
+from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.recipe.recipe import Recipe
@@ -84,6 +86,21 @@ def make_adapted(
     base = load_model(open_model(f"random:{shape}"), dtype=dtype, device=torch.device(device), attention=attention)
     section = make_recipe(adapter={"rank": 2, "targets": ARCHITECTURES.get(shape), **adapter}).adapter
     return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a, residuals=residuals)
+
+
+def make_windowed(model_type: str) -> AdaptedModel:
+    """Return Gemma 2 or 3 in float64, whose layers see a window or all, with dropout of attention and adapter."""
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=5, attention_dropout=0.1,
+    )  # fmt: skip
+    base = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float64, attn_implementation=choose_attention(config)
+    )
+    settle_attention(base.eval().requires_grad_(False))
+    section = make_recipe(adapter={"rank": 2, "targets": ["q_proj", "v_proj"], "dropout": 0.2}).adapter
+    return AdaptedModel(base, build_config(section, base), 7)
 
 
 def switch_off_dropout(adapted: AdaptedModel) -> None:

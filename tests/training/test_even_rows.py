@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from support.marks import first
 from support.tape import record_on_a_processor
 from support.tiny import (
@@ -14,7 +13,7 @@ from support.tiny import (
     make_adapted,
     make_blocks,
     make_job,
-    make_recipe,
+    make_windowed,
     switch_off_dropout,
     updates_of,
 )
@@ -22,13 +21,11 @@ from torch import Tensor, nn
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.adapters.peft_config import build_config
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
 from fedloom.federation.lora_rules import trained_part
 from fedloom.model import attention, unpadding
-from fedloom.model.attention import choose_attention, settle_attention
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.training import client_slots, stretches
@@ -169,17 +166,7 @@ def test_packed_texts_that_see_each_other_would_be_caught(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_layers_with_windows_and_capped_scores_too(model_type: str) -> None:
-    torch.manual_seed(3)
-    config = transformers.AutoConfig.for_model(
-        model_type, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=5, attention_dropout=0.1,
-    )  # fmt: skip
-    base = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.float64, attn_implementation=choose_attention(config)
-    )
-    settle_attention(base.eval().requires_grad_(False))
-    section = make_recipe(adapter={"rank": 2, "targets": ["q_proj", "v_proj"], "dropout": 0.2}).adapter
-    adapted = AdaptedModel(base, build_config(section, base), 7)
+    adapted = make_windowed(model_type)
     assert both(adapted, make_jobs(adapted, make_mixed())) < EXACT
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from support.marks import first
 from support.shapes import ARCHITECTURES
 from support.tiny import (
@@ -16,18 +15,18 @@ from support.tiny import (
     make_job,
     make_parts,
     make_recipe,
+    make_windowed,
     switch_off_dropout,
     updates_of,
 )
 from torch import Tensor, nn
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.adapters.peft_config import build_config
 from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation.held_out import evaluate
 from fedloom.model import unpadding
-from fedloom.model.attention import MASKLESS, choose_attention, settle_attention
+from fedloom.model.attention import MASKLESS
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.training.assumptions import try_unpadding
@@ -99,17 +98,7 @@ def test_updates_are_those_of_padded_batches_with_dropout_too(shape: str, change
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 @pytest.mark.parametrize("changes", first([{"gradient_checkpointing": True}, {}, {"private": True}]), ids=str)
 def test_layers_with_windows_and_capped_scores_too(model_type: str, changes: dict[str, Any]) -> None:
-    torch.manual_seed(3)
-    config = transformers.AutoConfig.for_model(
-        model_type, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=5, attention_dropout=0.1,
-    )  # fmt: skip
-    base = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.float64, attn_implementation=choose_attention(config)
-    )
-    settle_attention(base.eval().requires_grad_(False))
-    section = make_recipe(adapter={"rank": 2, "targets": ["q_proj", "v_proj"], "dropout": 0.2}).adapter
-    adapted = AdaptedModel(base, build_config(section, base), 7)
+    adapted = make_windowed(model_type)
     try_unpadding(adapted, 24, lambda *_: None)
     assert both(adapted, make_parts(), **changes) < 1e-9
 
