@@ -12,7 +12,8 @@ TRL's SFTTrainer, with batches without padding, is a contender where TRL is inst
 another, so their rates hold for any number of clients.
 
 On a GPU the batched engine takes at least 500 steps, because its first ones are not recorded yet, and the others 60;
-a trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out.
+a trainer's rate there is that of its last 50, so that its start, which a long training hardly sees, is left out. Those
+who take one client after another have one there.
 
 On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--cases` names the documents to train
 on: `full` ones of 2 × 128 tokens, or as many as `--length` says, or `short` or `long` ones of several lengths.
@@ -225,8 +226,10 @@ def main() -> None:
         held_out = make_blocks(EVALUATED, 99, length, lengths=lengths)
         contenders = {}
         for name, make in (theirs | ours).items():
-            count = batched_steps if name.startswith("batched") else steps
-            data = [make_blocks(BATCH * count, client, length, lengths=lengths) for client in range(clients)]
+            is_batched = name.startswith("batched")
+            count = batched_steps if is_batched else steps
+            taken_in_turn = 1 if GPU and not is_batched else clients
+            data = [make_blocks(BATCH * count, client, length, lengths=lengths) for client in range(taken_in_turn)]
             contenders[name] = make_contender(make, shape, data, held_out)
         best = compare(contenders, options.repeats)
         if not (lengths or options.no_flower):

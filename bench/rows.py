@@ -1,0 +1,139 @@
+"""Recorded steps of a GPU where texts have several lengths, or clients several numbers of steps.
+
+    python bench/rows.py SHAPE [rows mixed rounds] [--dropout 0.5]
+
+| part | what it tells |
+|---|---|
+| rows | a step with padding, and as a row of so many eighths of it; one long document says how many |
+| mixed | documents of 2 to 128, and of 50 to 512 tokens: padded, and as the engine itself has them |
+| rounds | three rounds of one engine, of clients that have 110 to 120 steps: recordings of each, and its seconds |
+
+One JSON line a fact; a part that fails says so and the next goes on. `tiny-opt` on a processor is a dry run, where steps
+are as they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from gpu import say, seconds_of, watch_recordings
+from workload import BATCH, DTYPE, GPU, build_adapted, make_blocks, make_jobs
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.data.tokens import TokenBlocks
+from fedloom.training import client_slots
+from fedloom.training.batched import BatchedEngine
+from fedloom.training.jobs import ClientUpdate
+
+STEPS = 80 if GPU else 2
+WIDTH = 512 if GPU else 64
+SIZES = ((1, 2), (3, 2), (3, 4), (8, 4), (32, 2)) if GPU else ((1, 2), (2, 2))
+"""Clients, and documents of each in a step."""
+
+
+@contextmanager
+def rows(wanted: bool | None) -> Iterator[None]:
+    """Have every step with padding computed as a row, or none, or where the engine thinks that it pays."""
+    before = client_slots.ROW_LAUNCHES, client_slots.ROW_TRAFFIC
+    if wanted is not None:
+        client_slots.ROW_LAUNCHES, client_slots.ROW_TRAFFIC = (1, 0.0) if wanted else (math.inf, 0.0)  # type: ignore
+    try:
+        yield
+    finally:
+        client_slots.ROW_LAUNCHES, client_slots.ROW_TRAFFIC = before
+
+
+def measure(adapted: AdaptedModel, data: list[TokenBlocks], batch: int, wanted: bool | None) -> dict[str, float]:
+    """Return milliseconds of a step of these clients."""
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+    jobs = make_jobs(adapted.read(), data, proximal_mu=0.1, batch_size=batch)
+    with rows(wanted), watch_recordings() as seen:
+        started = time.perf_counter()
+        whole = seconds_of(lambda: [*BatchedEngine(adapted).train(jobs)])
+    facts = seen.facts(started)
+    return {"whole_ms_per_step": 1e3 * whole / max(len(blocks) // batch for blocks in data)} | {
+        name: facts[name] for name in ("step_ms", "replay_ms", "recordings") if name in facts
+    }
+
+
+def compare_rows(shape: str, dropout: float) -> None:
+    adapted = build_adapted(shape, DTYPE, dropout, dropout > 0)
+    for clients, batch in SIZES:
+        for short in (2, WIDTH // 4, WIDTH // 2):
+            data = []
+            for client in range(clients):
+                blocks = make_blocks(batch * STEPS, client, WIDTH)
+                blocks.lengths_N[1:] = short
+                real_NT = torch.arange(WIDTH) < blocks.lengths_N[:, None]
+                data.append(TokenBlocks(blocks.tokens_NT, blocks.lengths_N, real_NT))
+            facts = {"shape": shape, "clients": clients, "documents": batch, "width": WIDTH, "dropout": dropout}
+            facts["real"] = WIDTH + (batch - 1) * short
+            padded = {} if short > 2 else measure(adapted, data, batch, False)
+            if padded:
+                say("padded", **facts, **padded)
+            say("row", **facts, **measure(adapted, data, batch, True))
+
+
+def compare_mixed(shape: str, dropout: float) -> None:
+    adapted = build_adapted(shape, DTYPE, dropout, dropout > 0)
+    for lengths in ((2, 128), (50, 512)) if GPU else ((2, 32),):
+        for clients, batch in SIZES:
+            data = [make_blocks(batch * STEPS, client, lengths=lengths) for client in range(clients)]
+            facts = {"shape": shape, "clients": clients, "documents": batch, "lengths": lengths, "dropout": dropout}
+            for name, wanted in (("padding", False), ("as it is", None)):
+                say("mixed", way=name, **facts, **measure(adapted, data, batch, wanted))
+
+
+def rounds(shape: str, dropout: float) -> None:
+    adapted = build_adapted(shape, DTYPE, dropout, dropout > 0)
+    for clients in (3, 18) if GPU else (2,):
+        lengths = [120 - 10 * client // clients if GPU else 3 - client for client in range(clients)]
+        data = [make_blocks(BATCH * steps, client, 128 if GPU else 16) for client, steps in enumerate(lengths)]
+        engine, start = BatchedEngine(adapted), adapted.read()
+        for number in range(3):
+            jobs = make_jobs(start, data, proximal_mu=0.1)
+            results = []
+            with watch_recordings() as seen:
+                seconds = seconds_of(lambda told=jobs: results.extend(engine.train(told)))
+            assert all(isinstance(result, ClientUpdate) for result in results)
+            facts = {"shape": shape, "clients": clients, "steps": lengths[0], "dropout": dropout, "round": number}
+            say(
+                "round",
+                **facts,
+                seconds=seconds,
+                ms_per_step=1e3 * seconds / lengths[0],
+                recordings=len(seen.record_seconds),
+                record_seconds=sum(seen.record_seconds),
+            )
+
+
+PARTS = {"rows": compare_rows, "mixed": compare_mixed, "rounds": rounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters; none switches the model's own off")
+    options = parser.parse_args()
+    for part in options.parts or PARTS:
+        started = time.perf_counter()
+        try:
+            PARTS[part](options.shape, options.dropout)
+        except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
+            traceback.print_exc()
+            say("failed", shape=options.shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
+        say("took", shape=options.shape, took=part, seconds=time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
