@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
+from fedloom.adapters.rounded_product import RoundedFactors, RoundedProduct, cut
 from fedloom.model.unpadding import EvenRow, current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
-"""Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products: they are
-nearly half of a step in float32 (docs/benchmarks.md)."""
-
+"""Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products where it does
+not compute them in that dtype itself (`rounded_product`)."""
 
 OVER_BITS = ("Linear4bit", "Linear8bitLt")
 """PEFT's plain LoRA over weights that bitsandbytes packs, by name: without that package there are no such classes."""
@@ -64,6 +64,8 @@ class StackedLora(nn.Module):
         self.gradient_a_GRI: Tensor
         """Place that the gradients of A are added to: of each client, or of each of its G / K pieces."""
         self.gradient_b_GOR: Tensor
+        self.rounded: RoundedFactors | None = None
+        """Factors for products in the frozen layer's dtype; None where products are of the factors as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [K·B, T, O] for `x` of [K·B, T, I], or [K·B·T, O] for [K·B·T, I], client by client.
@@ -71,13 +73,19 @@ class StackedLora(nn.Module):
         Of real tokens alone, [1, M, O] or [M, O] for [1, M, I] or [M, I].
         """
         result: Tensor = self.base(x)
+        x_MI, row = x.reshape(-1, x.shape[-1]), current_row()
+        if self.rounded and result.dtype == x.dtype == self.rounded.a_KRI.dtype:
+            assert row is None or row.share(len(self.lora_a_KRI)) is None, "clients with unequal parts of a row"
+            if self.dropout:
+                x_MI = functional.dropout(x_MI, self.dropout, training=True)
+            summed: Tensor = RoundedProduct.apply(result, x_MI, self.lora_b_KOR, self.rounded)  # type: ignore[no-untyped-call]
+            return summed
         # As in PEFT: the adapter is in float32 whatever the base is in, and so are its product and the sum.
-        x_MI = x.reshape(-1, x.shape[-1])
         if self.training and self.dropout:
             # `ClientDropout` takes over this call, so that each client's mask is its own.
             x_MI = functional.dropout(x_MI.to(self.lora_a_KRI.dtype), self.dropout, training=True)
         tf32 = result.is_cuda and result.dtype in ROUND_MORE
-        product = _StackedProduct.apply(x_MI, self.lora_a_KRI, self.lora_b_KOR, self, current_row(), tf32)  # type: ignore[no-untyped-call]
+        product = _StackedProduct.apply(x_MI, self.lora_a_KRI, self.lora_b_KOR, self, row, tf32)  # type: ignore[no-untyped-call]
         return torch.add(result, product.view_as(result), alpha=self.scaling).to(result.dtype)
 
     # Some models ask a layer for the dtype of its weight. PEFT's layer answers with the frozen one's too.
@@ -134,7 +142,7 @@ def _multiply(rows_MX: Tensor, weights_KXY: Tensor, row: EvenRow | None) -> Tens
     """Return each client's rows times its own weights, [M, Y]; in a row clients may have different numbers of them."""
     sizes = row.share(len(weights_KXY)) if row else None
     if sizes is None:
-        return torch.bmm(_cut(rows_MX, len(weights_KXY)), weights_KXY).flatten(0, 1)
+        return torch.bmm(cut(rows_MX, len(weights_KXY)), weights_KXY).flatten(0, 1)
     product_MY = rows_MX.new_empty(len(rows_MX), weights_KXY.shape[-1])
     for rows, weights, product in zip(rows_MX.split(sizes), weights_KXY, product_MY.split(sizes), strict=True):
         torch.mm(rows, weights, out=product)
@@ -145,15 +153,10 @@ def _add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, row: Even
     """Add, for each client or piece of one, the sum over its rows of the products of left and right, in place."""
     sizes = row.share(len(sums_GXY)) if row else None
     if sizes is None:
-        sums_GXY.baddbmm_(_cut(left_MX, len(sums_GXY)).mT, _cut(right_MY, len(sums_GXY)))
+        sums_GXY.baddbmm_(cut(left_MX, len(sums_GXY)).mT, cut(right_MY, len(sums_GXY)))
         return
     for sum_XY, left, right in zip(sums_GXY, left_MX.split(sizes), right_MY.split(sizes), strict=True):
         sum_XY.addmm_(left.mT, right)
-
-
-def _cut(rows_MX: Tensor, pieces: int) -> Tensor:
-    """Return clients' rows as so many equal pieces, in their order."""
-    return rows_MX.reshape(pieces, -1, rows_MX.shape[-1])
 
 
 @contextmanager
@@ -198,11 +201,27 @@ class Stack:
         base: nn.Module = self._adapted.base
         return base
 
-    def bind(self, weights_KP: Tensor, gradients_GP: Tensor | None = None) -> None:
+    def rounds_to(self, device: torch.device) -> torch.dtype | None:
+        """Return the dtype that weights are rounded to for products on a device; None where they are not."""
+        # A frozen A is the model's own, of which nobody would know when to round it anew. In float16 what is small in a
+        # gradient would be lost, and without its loss scaled there is no way to keep it.
+        dtype: torch.dtype = self._adapted.base.dtype
+        return dtype if device.type == "cuda" and dtype == torch.bfloat16 and not self._frozen else None
+
+    def scales(self, like_P: Tensor) -> Tensor:
+        """Return by what each weight is multiplied when it is rounded, [P]: B by its layer's scale, A by one."""
+        scales_P = torch.ones_like(like_P)
+        for (layer, is_a), part in zip(self._owners, self._adapted.layout.split_stacked(scales_P[None]), strict=True):
+            if not is_a:
+                part.fill_(layer.scaling)
+        return scales_P
+
+    def bind(self, weights_KP: Tensor, gradients_GP: Tensor | None = None, rounded_KP: Tensor | None = None) -> None:
         """Let the layers use these weights, [K, P], and add to these gradients, [G, P]; K may differ from before.
 
-        G is K, or a multiple of it: then each piece of a client's sequences has a gradient of its own. Both stay the
-        caller's: the layers hold views of them. Without gradients the layers can't be trained.
+        G is K, or a multiple of it: then each piece of a client's sequences has a gradient of its own. All stay the
+        caller's: the layers hold views of them. Without gradients the layers can't be trained. With `rounded_KP`, the
+        weights times `scales` in the dtype of `rounds_to`, products are of these.
         """
         layout = self._adapted.layout
         weights = layout.split_stacked(weights_KP)
@@ -215,9 +234,22 @@ class Stack:
                 layer.lora_a_KRI, layer.gradient_a_GRI = leaf, gradient
             else:
                 layer.lora_b_KOR, layer.gradient_b_GOR = leaf, gradient
+        self._bind_rounded(rounded_KP)
         for layer, a_RI in self._frozen:
             # Expanded, not copied: K clients see one A.
             layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)
+
+    def _bind_rounded(self, rounded_KP: Tensor | None) -> None:
+        of_layer: dict[StackedLora, dict[bool, Tensor]] = {layer: {} for layer, _ in self._owners}
+        if rounded_KP is not None:
+            parts = self._adapted.layout.split_stacked(rounded_KP)
+            for (layer, is_a), part in zip(self._owners, parts, strict=True):
+                of_layer[layer][is_a] = part
+        for layer, pair in of_layer.items():
+            layer.rounded = None
+            if pair:
+                gradients = layer.gradient_a_GRI, layer.gradient_b_GOR
+                layer.rounded = RoundedFactors(pair[True], pair[False], *gradients, layer.scaling)
 
     def let_go(self) -> None:
         """Release the clients' weights and gradients, whose memory would stay taken while a layer has views of it."""

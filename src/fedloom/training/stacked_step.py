@@ -105,6 +105,11 @@ class StackedStep:
         self.start_KP = torch.zeros_like(self.weights_KP)
         self.trains_KP = torch.ones_like(self.weights_KP, dtype=torch.bool) if partly else None
         self._gradient_KP = torch.zeros_like(self.weights_KP)
+        dtype = stack.rounds_to(device)
+        self._rounded: tuple[Tensor, Tensor] | None = None
+        """Weights as the layers' products have them, [K, P], and the scales in them, [P]; None: as they are."""
+        if dtype is not None:
+            self._rounded = torch.zeros_like(self.weights_KP, dtype=dtype), stack.scales(self.weights_KP[0])
         self.optimizer = STACKED_OPTIMIZERS[training.optimizer_table.kind](self.weights_KP, training, adapted.layout)
 
     @property
@@ -116,7 +121,11 @@ class StackedStep:
     def use_slots(self, count: int) -> None:
         """Step the first `count` slots from now on."""
         self._count = count
-        self._stack.bind(self.weights_KP[:count], self._gradient_KP[:count])
+        self._bind(self._gradient_KP[:count])
+
+    def _bind(self, gradients_GP: Tensor) -> None:
+        rounded_KP = None if self._rounded is None else self._rounded[0][: self._count]
+        self._stack.bind(self.weights_KP[: self._count], gradients_GP, rounded_KP)
 
     def move(self, source: int, target: int) -> None:
         """Copy a client, with its optimizer's state, from one slot to another."""
@@ -143,6 +152,9 @@ class StackedStep:
         """
         # In place: the layers add their gradients to views of this buffer.
         self._gradient_KP[: self._count].zero_()
+        if self._rounded is not None:
+            rounded_KP, scales_P = self._rounded
+            torch.mul(self.weights_KP[: self._count], scales_P, out=rounded_KP[: self._count])
         losses_K = []
         for inputs in parts:
             losses_K.append(self._add_gradients(inputs))
@@ -155,7 +167,7 @@ class StackedStep:
         """Add each client's gradient on its sequences to the buffer; return its share of the step's loss, [K]."""
         if self._max_norm is not None:
             units_GP = self._gradient_KP.new_zeros(len(inputs.tokens_NT), self._gradient_KP.shape[1])
-            self._stack.bind(self.weights_KP[: self._count], units_GP)
+            self._bind(units_GP)
         checkpointed, model = self._training.gradient_checkpointing, self._stack.model
         # Not in each step: it visits every module, a twentieth of a tiny model's step. Who evaluates switches back.
         if not model.training:

@@ -1,0 +1,157 @@
+"""Products of adapters in the base's dtype, which a GPU has beside bfloat16; here on whatever device there is."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.marks import first
+from support.tiny import make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
+
+from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.adapter import Adapter
+from fedloom.adapters.rounded_product import RoundedProduct, add_products
+from fedloom.adapters.stacked_lora import Stack
+from fedloom.training import batched
+from fedloom.training.batched import BatchedEngine
+from fedloom.training.jobs import ClientJob, ClientUpdate
+from fedloom.training.reference import ReferenceEngine
+
+
+@pytest.fixture(autouse=True)
+def rounds_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have products in the base's dtype, whatever it is, on any device, and shapes as a GPU has them."""
+    monkeypatch.setattr(Stack, "rounds_to", lambda stack, _: None if stack._frozen else stack._adapted.base.dtype)
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Return the dtypes of the products that are made, in order."""
+    made: list[torch.dtype] = []
+    apply = RoundedProduct.apply
+
+    def watched(result: torch.Tensor, *others: Any) -> torch.Tensor:
+        made.append(result.dtype)
+        return apply(result, *others)
+
+    monkeypatch.setattr(RoundedProduct, "apply", watched)
+    return made
+
+
+def start_from(adapted: AdaptedModel) -> Adapter:
+    noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)
+    return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
+
+
+def jobs_of(start: Adapter, **changes: Any) -> list[ClientJob]:
+    blocks = [make_blocks(size, 12 + 2 * client, seed=client) for client, size in enumerate((8, 5, 11))]
+    how: dict[str, Any] = {"proximal_mu": 0.1, **changes}
+    return [make_job(part, start, client=client, **how) for client, part in enumerate(blocks)]
+
+
+def train(build: Any, adapted: AdaptedModel, jobs: list[ClientJob]) -> list[ClientUpdate]:
+    return sorted(updates_of(build(adapted).train(jobs)), key=lambda update: update.report.client)
+
+
+def distance(ours: list[ClientUpdate], theirs: list[ClientUpdate], start: Adapter) -> float:
+    """Return how far the updates that are furthest apart are, relative to how far they moved."""
+    pairs = [(our.adapter.weights_P, their.adapter.weights_P) for our, their in zip(ours, theirs, strict=True)]
+    return max(float((our - their).norm() / (their - start.weights_P).norm()) for our, their in pairs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation": 2}, {"gradient_checkpointing": True}, {"clients_at_once": 2}],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+@pytest.mark.parametrize("dropout", first([0.2, 0.0]))
+def test_without_rounding_the_updates_are_the_references(
+    shape: str, changes: dict[str, Any], dropout: float, products: list[torch.dtype]
+) -> None:
+    adapted = make_adapted(shape, "float64", dropout=dropout, alpha=3)
+    if not dropout:
+        switch_off_dropout(adapted)
+    start = start_from(adapted)
+    jobs = jobs_of(start, **changes)
+    theirs = train(ReferenceEngine, adapted, jobs)
+    assert not products
+    assert distance(train(BatchedEngine, adapted, jobs), theirs, start) < 1e-9
+    assert {*products} == {torch.float64}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
+def test_any_layer_can_be_adapted(targets: Any, products: list[torch.dtype]) -> None:
+    adapted = make_adapted(dtype="float64", targets=targets)
+    start = start_from(adapted)
+    jobs = jobs_of(start)
+    assert distance(train(BatchedEngine, adapted, jobs), train(ReferenceEngine, adapted, jobs), start) < 1e-9
+    assert products
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-opt"])
+def test_in_bfloat16_updates_are_as_near_to_the_truth_as_the_references(
+    shape: str, products: list[torch.dtype]
+) -> None:
+    # With SGD: Adam makes a step of a sign that rounding decides.
+    adapted, exact = (make_adapted(shape, dtype) for dtype in ("bfloat16", "float64"))
+    for one in (adapted, exact):
+        switch_off_dropout(one)
+    with torch.no_grad():
+        for mine, theirs in zip(exact.base.parameters(), adapted.base.parameters(), strict=True):
+            mine.copy_(theirs)
+    start = start_from(adapted)
+    far = Adapter(start.layout, start.weights_P.double())
+    how: dict[str, Any] = {"batch_size": 4, "epochs": 8, "optimizer": "sgd", "learning_rate": 0.3}
+    truth = train(ReferenceEngine, exact, jobs_of(far, **how))
+    reference = distance(train(ReferenceEngine, adapted, jobs_of(start, **how)), truth, start)
+    assert 0 < distance(train(BatchedEngine, adapted, jobs_of(start, **how)), truth, start) < 1.5 * reference
+    assert {*products} == {torch.bfloat16}
+
+
+def test_what_is_trained_is_not_rounded() -> None:
+    adapted = make_adapted(dtype="bfloat16")
+    start = start_from(adapted)
+    # A step of a thousandth of what bfloat16 tells apart would be none at all.
+    (update, *_) = train(BatchedEngine, adapted, jobs_of(start, learning_rate=1e-8, epochs=1))
+    moved_P = update.adapter.weights_P - start.weights_P
+    assert update.adapter.weights_P.dtype == torch.float32
+    assert (moved_P != 0).float().mean() > 0.3
+
+
+def test_a_frozen_a_stays_what_it_is_in_the_model(products: list[torch.dtype]) -> None:
+    adapted = make_adapted(dtype="float64", freeze_a=True)
+    start = start_from(adapted)
+    jobs = jobs_of(start)
+    assert distance(train(BatchedEngine, adapted, jobs), train(ReferenceEngine, adapted, jobs), start) < 1e-9
+    assert not products
+
+
+def test_a_result_that_another_layer_reads_is_not_written_over() -> None:
+    # What is written over is the frozen layer's own result alone: what was given stays.
+    adapted = make_adapted(dtype="float64")
+    start = start_from(adapted)
+    jobs = jobs_of(start)
+    layer = adapted.base.get_decoder().layers[0].self_attn.q_proj.get_base_layer()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    layer.register_forward_hook(lambda _, given, found: seen.append((given[0], given[0].clone())))
+    train(BatchedEngine, adapted, jobs)
+    assert seen
+    assert all(torch.equal(given, before) for given, before in seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pieces", [3, 12])
+def test_a_gpu_adds_products_of_bfloat16_in_float32(pieces: int) -> None:
+    left_MX, right_MY = (torch.randn(96, size, device="cuda").bfloat16() for size in (5, 16))
+    # Views of flat gradients: each client's begins somewhere in its row.
+    flat = torch.randn(pieces, 200, device="cuda")
+    sums = flat[:, 7:87].view(pieces, 5, 16)
+    wanted = sums.double() + 0.5 * torch.bmm(
+        left_MX.double().view(pieces, -1, 5).mT, right_MY.double().view(pieces, -1, 16)
+    )
+    before = flat.clone()
+    add_products(sums, left_MX, right_MY, 0.5)
+    torch.testing.assert_close(sums.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(flat[:, :7], before[:, :7])
+    assert torch.equal(flat[:, 87:], before[:, 87:])
