@@ -181,9 +181,13 @@ def machine(shape: str, counts: list[int], lengths: list[int]) -> None:
     say("copy", terabytes_per_second=2 * gigabyte.numel() / seconds / 1e12)
     for rows in (256, 768, 2048, 8192):
         for inner, outer in ((1024, 1024), (1024, 4096), (4096, 1024), (8192, 8192)):
-            x, w = (torch.randn(size, inner, dtype=torch.bfloat16, device=DEVICE) for size in (rows, outer))
-            seconds = _seconds_replayed(partial(torch.matmul, x, w.mT))
-            say("product", rows=rows, inner=inner, outer=outer, tflops=2 * rows * inner * outer / seconds / 1e12)
+            say("product", rows=rows, inner=inner, outer=outer, tflops=_products_of(rows, inner, outer) / 1e12)
+
+
+def _products_of(rows: int, inner: int, outer: int) -> float:
+    """Return the FLOP/s of products of this size in bfloat16."""
+    x, w = (torch.randn(size, inner, dtype=torch.bfloat16, device=DEVICE) for size in (rows, outer))
+    return 2 * rows * inner * outer / _seconds_replayed(partial(torch.matmul, x, w.mT))
 
 
 def _seconds_replayed(work: Callable[[], object], times: int = 20, replays: int = 5) -> float:
@@ -261,7 +265,8 @@ def _steps_of(shape: str, counts: list[int], length: int) -> None:
             facts |= seen.facts(started)
             facts["whole_ms_per_step"] = 1e3 * whole / STEPS
             # The products of a step in its own time, against as many rows with a square weight.
-            products = measure_products(DTYPE, clients * BATCH * length, 1024)
+            rows = clients * BATCH * length
+            products = _products_of(rows, 1024, 1024) if GPU else measure_products(DTYPE, rows, 1024)
             seconds = float(facts.get("step_ms", facts["whole_ms_per_step"])) / 1e3  # type: ignore[arg-type]
             facts |= {"products_tflops": products / 1e12, "share_of_products": clients * flops / seconds / products}
             if GPU:

@@ -1,6 +1,6 @@
 """Recorded steps of a GPU where texts have several lengths, or clients several numbers of steps.
 
-    python bench/rows.py SHAPE [rows mixed rounds] [--dropout 0.5]
+    python bench/rows.py SHAPE [rows mixed rounds] [--dropout 0.5] [--sizes 3x2 8x4]
 
 | part | what it tells |
 |---|---|
@@ -8,8 +8,8 @@
 | mixed | documents of 2 to 128, and of 50 to 512 tokens: padded, and as the engine itself has them |
 | rounds | three rounds of one engine, of clients that have 110 to 120 steps: recordings of each, and its seconds |
 
-One JSON line a fact; a part that fails says so and the next goes on. `tiny-opt` on a processor is a dry run, where steps
-are as they are there.
+One JSON line a fact; a part that fails says so and the next goes on. `tiny-opt` on a processor is a dry run, where
+steps are as they are there.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import TokenBlocks
 from fedloom.training import client_slots
 from fedloom.training.batched import BatchedEngine
-from fedloom.training.jobs import ClientUpdate
+from fedloom.training.jobs import ClientResult, ClientUpdate
 
 STEPS = 80 if GPU else 2
 WIDTH = 512 if GPU else 64
-SIZES = ((1, 2), (3, 2), (3, 4), (8, 4), (32, 2)) if GPU else ((1, 2), (2, 2))
+SIZES = ["1x2", "3x2", "3x4", "8x4", "32x2"] if GPU else ["1x2", "2x2"]
 """Clients, and documents of each in a step."""
+Sizes = list[tuple[int, int]]
 
 
 @contextmanager
@@ -65,9 +66,9 @@ def measure(adapted: AdaptedModel, data: list[TokenBlocks], batch: int, wanted: 
     }
 
 
-def compare_rows(shape: str, dropout: float) -> None:
+def compare_rows(shape: str, dropout: float, sizes: Sizes) -> None:
     adapted = build_adapted(shape, DTYPE, dropout, dropout > 0)
-    for clients, batch in SIZES:
+    for clients, batch in sizes:
         for short in (2, WIDTH // 4, WIDTH // 2):
             data = []
             for client in range(clients):
@@ -83,17 +84,17 @@ def compare_rows(shape: str, dropout: float) -> None:
             say("row", **facts, **measure(adapted, data, batch, True))
 
 
-def compare_mixed(shape: str, dropout: float) -> None:
+def compare_mixed(shape: str, dropout: float, sizes: Sizes) -> None:
     adapted = build_adapted(shape, DTYPE, dropout, dropout > 0)
     for lengths in ((2, 128), (50, 512)) if GPU else ((2, 32),):
-        for clients, batch in SIZES:
+        for clients, batch in sizes:
             data = [make_blocks(batch * STEPS, client, lengths=lengths) for client in range(clients)]
             facts = {"shape": shape, "clients": clients, "documents": batch, "lengths": lengths, "dropout": dropout}
             for name, wanted in (("padding", False), ("as it is", None)):
                 say("mixed", way=name, **facts, **measure(adapted, data, batch, wanted))
 
 
-def rounds(shape: str, dropout: float) -> None:
+def rounds(shape: str, dropout: float, sizes: Sizes) -> None:
     adapted = build_adapted(shape, DTYPE, dropout, dropout > 0)
     for clients in (3, 18) if GPU else (2,):
         lengths = [120 - 10 * client // clients if GPU else 3 - client for client in range(clients)]
@@ -101,9 +102,9 @@ def rounds(shape: str, dropout: float) -> None:
         engine, start = BatchedEngine(adapted), adapted.read()
         for number in range(3):
             jobs = make_jobs(start, data, proximal_mu=0.1)
-            results = []
+            results: list[ClientResult] = []
             with watch_recordings() as seen:
-                seconds = seconds_of(lambda told=jobs: results.extend(engine.train(told)))
+                seconds = seconds_of(results.extend, engine.train(jobs))
             assert all(isinstance(result, ClientUpdate) for result in results)
             facts = {"shape": shape, "clients": clients, "steps": lengths[0], "dropout": dropout, "round": number}
             say(
@@ -124,11 +125,13 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters; none switches the model's own off")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="clients x documents of each in a step")
     options = parser.parse_args()
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     for part in options.parts or PARTS:
         started = time.perf_counter()
         try:
-            PARTS[part](options.shape, options.dropout)
+            PARTS[part](options.shape, options.dropout, sizes)
         except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
             traceback.print_exc()
             say("failed", shape=options.shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
