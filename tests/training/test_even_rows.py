@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tape import record_on_a_processor
+from support.tape import BY_TAPE_AND_GRAPH, record_steps
 from support.tiny import (
     count_answers,
     make_adapted,
@@ -32,7 +32,7 @@ from fedloom.training import client_slots, stretches
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.client_slots import Room, room_for
 from fedloom.training.jobs import ClientJob, ClientUpdate
-from fedloom.training.stacked_step import StackedStep, StepInputs
+from fedloom.training.stacked_step import StepInputs
 
 
 @pytest.fixture(autouse=True)
@@ -64,18 +64,24 @@ def make_jobs(adapted: AdaptedModel, parts: Sequence[TokenBlocks], **changes: An
     return [make_job(part, adapted.read(), client=client, **told) for client, part in enumerate(parts)]
 
 
-def train(adapted: AdaptedModel, jobs: Sequence[ClientJob]) -> tuple[list[ClientUpdate], list[StepInputs]]:
-    """The clients' updates, and the inputs of every part of a step that made them."""
+def train(
+    adapted: AdaptedModel, jobs: Sequence[ClientJob], *, records: bool = True
+) -> tuple[list[ClientUpdate], list[StepInputs]]:
+    """The clients' updates, and the inputs of every part of a step that made them, as the processor draws them."""
     seen: list[StepInputs] = []
-    right = StackedStep._add_gradients
+    told: list[tuple[str, str]] = []
+    right = ClientBatch._inputs
 
-    def see(self: StackedStep, inputs: StepInputs) -> Tensor:
-        seen.append(inputs)
-        return right(self, inputs)
+    def see(self: ClientBatch, *given: Any) -> StepInputs:
+        seen.append(right(self, *given))
+        return seen[-1]
 
+    engine = BatchedEngine(adapted, say=lambda *words: told.append(words))
+    engine._records = records
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StackedStep, "_add_gradients", see)
-        found = sorted(updates_of(BatchedEngine(adapted).train(jobs)), key=lambda update: update.client)
+        patch.setattr(ClientBatch, "_inputs", see)
+        found = sorted(updates_of(engine.train(jobs)), key=lambda update: update.client)
+    assert "graph" not in dict(told), told
     return found, seen
 
 
@@ -104,6 +110,7 @@ def both(adapted: AdaptedModel, jobs: Sequence[ClientJob]) -> float:
     for one, other in zip(alone, padded, strict=True):
         assert one.report.loss_first == pytest.approx(other.report.loss_first, rel=1e-12)
         assert one.report.tokens == other.report.tokens
+        assert one.report.steps == other.report.steps
     return distance(alone, padded, jobs[0].adapter.weights_P)
 
 
@@ -222,18 +229,19 @@ def test_the_model_sees_as_many_tokens_of_each_client_as_one_has_at_most() -> No
     assert rows[0] < 0.75 * 3 * 9 * widest, "the row is not much shorter than the batch"
 
 
+@pytest.mark.parametrize("device", BY_TAPE_AND_GRAPH)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gpt2"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_recorded_rows_are_the_launched_ones_to_the_bit(
-    shape: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+    shape: str, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tape, which is played for a recording, refuses whatever asks for a number."""
-    adapted = make_adapted(shape, "float64", dropout=0.3)
+    adapted = make_adapted(shape, "float64", dropout=0.3, device=device)
     parts = make_mixed((14, 8, 18))
     jobs = make_jobs(adapted, [pack_blocks(part) for part in parts] if packed else parts, batch_size=2)
-    launched, seen = train(adapted, jobs)
+    launched, seen = train(adapted, jobs, records=False)
     assert all(inputs.real_R is not None for inputs in seen)
-    made = record_on_a_processor(monkeypatch)
+    made = record_steps(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", 5)
     recorded, _ = train(adapted, jobs)
     assert len(made) == 1, "clients that finish leave their places empty"
@@ -243,9 +251,9 @@ def test_recorded_rows_are_the_launched_ones_to_the_bit(
 
 
 def test_a_row_that_asks_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = make_adapted("tiny-llama", "float64")
+    adapted = make_adapted("tiny-llama", "float64", device="cpu")
     jobs = make_jobs(adapted, make_mixed((14, 8, 18)), batch_size=2)
-    record_on_a_processor(monkeypatch)
+    record_steps(monkeypatch)
     monkeypatch.setattr(
         attention, "EvenRow", lambda places_KR, *others: unpadding.Row(places_KR.flatten().sort().values, *others)
     )
@@ -262,7 +270,7 @@ def test_rows_shrink_with_the_clients_that_are_left(
     adapted.unpads = False
     padded, _ = train(adapted, jobs)
     adapted.unpads = True
-    made = record_on_a_processor(monkeypatch)
+    made = record_steps(monkeypatch)
     monkeypatch.setattr(client_slots, "RECORDING", steps_that_cost_as_much)
     assert distance(train(adapted, jobs)[0], padded, jobs[0].adapter.weights_P) < EXACT
     assert len(made) == recordings
@@ -274,7 +282,7 @@ def test_a_row_is_kept_for_clients_who_are_too_few_for_one(monkeypatch: pytest.M
     jobs = make_jobs(adapted, make_mixed((4, 12, 24)), batch_size=2)
     spared = spared_by(adapted, jobs)
     monkeypatch.setattr(client_slots, "ROW_LAUNCHES", int(2.5 * spared * 32))
-    made = record_on_a_processor(monkeypatch)
+    made = record_steps(monkeypatch)
     _, seen = train(adapted, jobs)
     assert all(inputs.real_R is not None for inputs in seen)
     assert len(made) == 1

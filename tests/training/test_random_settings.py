@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.tape import record_on_a_processor
+from support.tape import record_steps
 from support.tiny import ARCHITECTURES, count_answers, make_adapted, make_blocks, make_job, switch_off_dropout
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -131,7 +131,7 @@ def test_engines_agree_under_any_settings(seed: int, monkeypatch: pytest.MonkeyP
     if (how := draw.choice(["plain", "fixed", "recorded"])) == "fixed":
         monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
     elif how == "recorded":
-        record_on_a_processor(monkeypatch)
+        record_steps(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", draw.choice([2, 5, 64]))
     monkeypatch.setattr(client_slots, "WIDTHS", draw.choice([1, 8, 32]))
     ours = {result.client: result for result in BatchedEngine(adapted).train(jobs)}

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fedloom.host.garbage import leave_garbage
 from fedloom.training.jobs import is_shortage
 
 WARM_UP = 3
@@ -91,8 +92,9 @@ class StepGraph:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state = generator.get_state()
         try:
-            # A recording computes nothing: the replay that follows is the step.
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            # A recording computes nothing: the replay that follows is the step. To free an older one meanwhile, which
+            # is garbage, breaks it (pytorch/pytorch#161037).
+            with leave_garbage(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 self._step()
         except RuntimeError as error:
             _take_back(generator, state)
