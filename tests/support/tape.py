@@ -62,11 +62,14 @@ class Tape(TorchDispatchMode):
 class TapeGraph:
     """Stands for `StepGraph`. The step that is recorded is taken meanwhile."""
 
-    def __init__(self, step: Callable[[], None], device: torch.device, beside: TapeGraph | None = None) -> None:
-        assert beside is None or beside.is_recorded
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, beside: Callable[[], Any] = lambda: None
+    ) -> None:
         assert device.type == "cpu", "a tape does not see what a GPU launches by itself"
-        self._step, self._tape, self._steps = step, Tape(), 0
+        self._step, self._tape, self._steps, self._beside = step, Tape(), 0, beside
         self.plays = 0
+        self.shares: TapeGraph | None = None
+        """Recording whose memory this one shares."""
 
     @property
     def is_recorded(self) -> bool:
@@ -77,12 +80,26 @@ class TapeGraph:
             self._tape.play()
             self.plays += 1
             return
-        self._steps += 1
-        if not self.is_recorded:
+        if self._steps < WARM_UP:
+            self._steps += 1
             self._step()
             return
+        self.shares = self._beside()
+        self._steps += 1
         with self._tape:
             self._step()
+
+
+class Launched:
+    """Stands for `StepGraph`, in the same rooms, and launches each step by itself."""
+
+    is_recorded = False
+
+    def __init__(self, step: Callable[[], None], device: torch.device, beside: Callable[[], Any]) -> None:
+        self._step = step
+
+    def __call__(self) -> None:
+        self._step()
 
 
 class RealGraph(StepGraph):

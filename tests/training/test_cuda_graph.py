@@ -18,7 +18,7 @@ from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, StepGraph, recording_stream
 from fedloom.training.jobs import ClientJob, ClientResult, is_shortage
 from fedloom.training.reference import ReferenceEngine
-from fedloom.training.stretches import Stretch
+from fedloom.training.stretches import Layout, Stretch
 
 
 class CantRecord(TapeGraph):
@@ -100,9 +100,9 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
 
     right = Stretch.launch
 
-    def look(self: Stretch) -> None:
+    def look(self: Stretch, layout: Layout) -> None:
         seen.append(bool(self._step.weights_KP.isfinite().all()))
-        right(self)
+        right(self, layout)
 
     whole = ClientBatch._result
 
@@ -122,7 +122,7 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
 def test_memory_that_runs_out_while_recording_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(TapeGraph):
         def __call__(self) -> None:
-            if self._steps == WARM_UP and len(self._step.__self__._facts_E3K[0, 0]) > 1:  # type: ignore[attr-defined]
+            if self._steps == WARM_UP and len(self._step.func.__self__._facts_E3K[0, 0]) > 1:  # type: ignore[attr-defined]
                 raise RuntimeError("CUDA error: out of memory")
             super().__call__()
 

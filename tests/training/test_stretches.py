@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.little_memory import assert_same
-from support.tape import BY_TAPE_AND_GRAPH, TapeGraph, record_steps
+from support.tape import BY_TAPE_AND_GRAPH, Launched, TapeGraph, record_steps
 from support.tiny import make_adapted, make_blocks, make_job, updates_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -48,12 +48,6 @@ def assert_equal(found: list[ClientUpdate], expected: list[ClientUpdate]) -> Non
         assert replace(mine.report, seconds=0) == replace(its.report, seconds=0)
 
 
-def launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have steps of fixed shapes, each launched by itself."""
-    plain, told = ClientBatch.__init__, {"fixed_shapes": True, "records": False}
-    monkeypatch.setattr(ClientBatch, "__init__", lambda self, *given, **named: plain(self, *given, **{**named, **told}))
-
-
 @pytest.mark.parametrize("device", BY_TAPE_AND_GRAPH)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gpt2"])
 def test_recordings_of_the_first_round_do_for_all_to_the_bit(
@@ -61,7 +55,7 @@ def test_recordings_of_the_first_round_do_for_all_to_the_bit(
 ) -> None:
     adapted = make_adapted(shape, dropout=0.3, device=device)
     with monkeypatch.context() as patch:
-        launch(patch)
+        record_steps(patch, Launched)
         expected = [list(updates_of(BatchedEngine(adapted).train(make_jobs(adapted, round)))) for round in (1, 2, 3)]
     made, engine = record_steps(monkeypatch), BatchedEngine(adapted)
     monkeypatch.setattr(stretches, "STRETCH", 5)
@@ -78,7 +72,7 @@ def test_a_round_sends_once_a_stretch_and_looks_once(device: str, monkeypatch: p
     send, read, one = Lines.send, Stretch.read, Stretch.launch
     monkeypatch.setattr(Lines, "send", lambda self, count: (did.append(f"send {count}"), send(self, count))[1])
     monkeypatch.setattr(Stretch, "read", lambda self, count: (did.append(f"read {count}"), read(self, count))[1])
-    monkeypatch.setattr(Stretch, "launch", lambda self: (did.append("step"), one(self))[1])
+    monkeypatch.setattr(Stretch, "launch", lambda self, layout: (did.append("step"), one(self, layout))[1])
     record_steps(monkeypatch)
     list(updates_of(BatchedEngine(adapted).train(make_jobs(adapted, sizes=(12, 12)))))
     assert did == ["send 12", *12 * ["step"], "read 12", "read 0"]
@@ -91,32 +85,31 @@ def test_a_round_sends_once_a_stretch_and_looks_once(device: str, monkeypatch: p
 def test_a_line_has_every_bit_of_a_steps_inputs() -> None:
     generator = torch.Generator().manual_seed(1)
 
-    def inputs() -> StepInputs:
+    def inputs(positions: int) -> StepInputs:
         return StepInputs(
             tokens_NT=torch.randint(2**40, (3, 5), generator=generator),
             keys_N=torch.randint(-(2**63), 2**63 - 1, (3,), generator=generator),
             rows_M=None,
-            targets_M=torch.randint(300, (7,), generator=generator),
+            targets_M=torch.randint(300, (positions,), generator=generator),
             clients_M=None,
-            shares_M=torch.rand(7, generator=generator),
+            shares_M=torch.rand(positions, generator=generator),
             rates_K=torch.rand(3, dtype=torch.float64, generator=generator),
             mus_K=torch.rand(3, dtype=torch.float64, generator=generator),
+            real_R=torch.randperm(15, generator=generator)[:positions] if positions < 6 else None,
         )
 
-    given = [inputs() for _ in range(7)]
-    lines = Lines(given[0], torch.device("cpu"))
+    given = [inputs(positions) for positions in (7, 3, 7, 5, 7, 2, 1)]
     assert line_bytes(given[0]) == 8 * (15 + 3 + 7 + 4 + 3 + 3), "28 bytes of shares take 32"
+    assert line_bytes(given[3]) == 8 * (15 + 3 + 5 + 3 + 3 + 3 + 5)
+    lines = Lines(8 * 37, torch.device("cpu"))
     for first, count in ((0, 4), (4, 3)):
-        for place in range(count):
-            lines.write(place, given[first + place])
+        layouts = [lines.write(place, given[first + place]) for place in range(count)]
         lines.send(count)
-        for place in range(count):
-            for found, there in zip(lines.take(), given[first + place], strict=True):
+        for place, layout in enumerate(layouts):
+            for found, there in zip(lines.take(layout), given[first + place], strict=True):
                 assert found is there is None or torch.equal(found, there)
-    with pytest.raises(AssertionError, match="another shape"):
-        lines.write(0, given[0]._replace(tokens_NT=given[0].tokens_NT[:2]))
-    with pytest.raises(AssertionError, match="another kind"):
-        lines.write(0, given[0]._replace(mask_NT=given[0].tokens_NT))
+    with pytest.raises(AssertionError, match="wider than a line"):
+        lines.write(0, given[3]._replace(keys_N=given[0].tokens_NT))
 
 
 def residual_of(adapted: AdaptedModel, seed: int) -> Residual:
@@ -157,7 +150,7 @@ def test_a_buffer_that_moved_is_recorded_anew(moved: str, is_checked: bool, monk
     if moved == "residual":
         rounds = [with_residuals(adapted, jobs, round) for round, jobs in enumerate(rounds, 1)]
     with monkeypatch.context() as patch:
-        launch(patch)
+        record_steps(patch, Launched)
         expected = [list(updates_of(BatchedEngine(adapted).train(jobs))) for jobs in rounds]
     made = record_steps(monkeypatch)
     if not is_checked:
@@ -208,7 +201,7 @@ def shapes_of(engine: BatchedEngine, jobs: list[ClientJob], monkeypatch: pytest.
     """The shapes of a round's stretches."""
     seen, right = [], Stretches._find
     with monkeypatch.context() as patch:
-        patch.setattr(Stretches, "_find", lambda self, room, inputs: (seen.append(room), right(self, room, inputs))[1])
+        patch.setattr(Stretches, "_find", lambda self, room, draw: (seen.append(room), right(self, room, draw))[1])
         list(updates_of(engine.train(jobs)))
     return seen
 
