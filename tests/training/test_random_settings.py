@@ -134,6 +134,10 @@ def test_engines_agree_under_any_settings(seed: int, monkeypatch: pytest.MonkeyP
         record_steps(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", draw.choice([2, 5, 64]))
     monkeypatch.setattr(client_slots, "WIDTHS", draw.choice([1, 8, 32]))
+    if draw.random() < 0.6:
+        rows = {"ROW_LAUNCHES": draw.choice([0, 300]), "ROW_TRAFFIC": 0, "RECORDING": draw.choice([0, 0.5, 40])}
+        for name, value in rows.items():
+            monkeypatch.setattr(client_slots, name, value)
     ours = {result.client: result for result in BatchedEngine(adapted).train(jobs)}
     adapted.load(untouched)
     assert ours.keys() == theirs.keys()
