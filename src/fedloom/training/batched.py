@@ -163,8 +163,8 @@ class ClientBatch:
 
     With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to the largest of all steps to come, and as
     many positions have logits as count in one at most; without, to the largest of the step. Where much of that is
-    padding, as many tokens of each client are computed as are real in one batch at most. A graph is kept while its
-    shape has room for the clients that are left: the places of those that have finished stand empty. Steps of fixed
+    padding, as many tokens of each client are computed as one of few sizes has that holds the step's. Graphs are kept
+    while their room holds the clients that are left: the places of those that have finished stand empty. Steps of fixed
     shapes that are no more than one batch are taken in stretches, of the same clients.
     """
 
