@@ -1,4 +1,4 @@
-"""A CUDA graph on a processor: a step's operations, run again on the very tensors that they had."""
+"""Recorded steps for tests: CUDA graphs on a GPU; on a processor a step's operations, run again on the very tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from fedloom.training import stretches
 from fedloom.training.batched import ClientBatch
-from fedloom.training.cuda_graph import WARM_UP
+from fedloom.training.cuda_graph import WARM_UP, StepGraph
 
+needs_graphs = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, for CUDA graphs")
+BY_TAPE_AND_GRAPH = ["cpu", pytest.param("cuda", marks=needs_graphs)]
+"""Devices of what is shown by a tape, and by CUDA graphs where there is a GPU."""
 ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Kinds of operations that fetch a number from the device, or the shape of what they give."""
 
@@ -29,7 +32,11 @@ def asks(func: Any, args: Any) -> bool:
 
 
 class Tape(TorchDispatchMode):
-    """Operations with what they were given and what they gave: as a recording, it knows memory and no names."""
+    """Operations with what they were given and what they gave: as a recording, it knows memory and no names.
+
+    It sees what torch dispatches. A kernel that a GPU launches by itself, as that of dropout, it would leave out, and
+    play the empty memory that the kernel filled.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,10 +62,14 @@ class Tape(TorchDispatchMode):
 class TapeGraph:
     """Stands for `StepGraph`. The step that is recorded is taken meanwhile."""
 
-    def __init__(self, step: Callable[[], None], device: torch.device, beside: TapeGraph | None = None) -> None:
-        assert beside is None or beside.is_recorded
-        self._step, self._tape, self._steps = step, Tape(), 0
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, beside: Callable[[], Any] = lambda: None
+    ) -> None:
+        assert device.type == "cpu", "a tape does not see what a GPU launches by itself"
+        self._step, self._tape, self._steps, self._beside = step, Tape(), 0, beside
         self.plays = 0
+        self.shares: TapeGraph | None = None
+        """Recording whose memory this one shares."""
 
     @property
     def is_recorded(self) -> bool:
@@ -69,25 +80,51 @@ class TapeGraph:
             self._tape.play()
             self.plays += 1
             return
-        self._steps += 1
-        if not self.is_recorded:
+        if self._steps < WARM_UP:
+            self._steps += 1
             self._step()
             return
+        self.shares = self._beside()
+        self._steps += 1
         with self._tape:
             self._step()
 
 
-def record_on_a_processor(monkeypatch: pytest.MonkeyPatch, graph: Any = TapeGraph) -> list[Any]:
-    """Have steps recorded here as on a GPU, by what stands for a graph; return those, as they are made."""
+class Launched:
+    """Stands for `StepGraph`, in the same rooms, and launches each step by itself."""
+
+    is_recorded = False
+
+    def __init__(self, step: Callable[[], None], device: torch.device, beside: Callable[[], Any]) -> None:
+        self._step = step
+
+    def __call__(self) -> None:
+        self._step()
+
+
+class RealGraph(StepGraph):
+    """CUDA graph that says how often it was launched, as a tape does: without the step that was recorded."""
+
+    @property
+    def plays(self) -> int:
+        return max(0, self._steps - WARM_UP - 1)
+
+
+def record_steps(monkeypatch: pytest.MonkeyPatch, graph: Any = None) -> list[Any]:
+    """Have steps recorded: on a GPU as they are, on a processor on a tape; return the recordings, as they are made.
+
+    `graph` is what stands for a recording in place of these.
+    """
     plain, made = ClientBatch.__init__, []
 
     def begin(self: ClientBatch, *args: Any, records: bool = True, **named: Any) -> None:
         plain(self, *args, records=records, **{**named, "fixed_shapes": True})
-        if self._stretches:
+        if self._stretches and self._device.type == "cpu":
             self._stretches.records = records
 
-    def make(*given: Any) -> Any:
-        made.append(graph(*given))
+    def make(step: Callable[[], None], device: torch.device, beside: Any) -> Any:
+        kind = graph or (RealGraph if device.type == "cuda" else TapeGraph)
+        made.append(kind(step, device, beside))
         return made[-1]
 
     monkeypatch.setattr(ClientBatch, "__init__", begin)

@@ -1,23 +1,24 @@
 """Recorded steps: what happens where one can't be recorded, shown on a processor; recordings themselves on a GPU."""
 
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.little_memory import assert_same
-from support.tape import TapeGraph, record_on_a_processor
+from support.tape import TapeGraph, needs_graphs, record_steps
 from support.tiny import make_adapted, make_blocks, make_job, updates_of
 
 from fedloom.adapters.lora import Residual, lora_pairs
-from fedloom.training import client_slots
+from fedloom.training import client_slots, cuda_graph
 from fedloom.training.batched import BatchedEngine, ClientBatch
-from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, recording_stream
+from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, StepGraph, recording_stream
 from fedloom.training.jobs import ClientJob, ClientResult, is_shortage
 from fedloom.training.reference import ReferenceEngine
-from fedloom.training.stretches import Stretch
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+from fedloom.training.stretches import Layout, Stretch
 
 
 class CantRecord(TapeGraph):
@@ -35,9 +36,9 @@ def make_jobs(adapted: Any) -> list[ClientJob]:
 
 
 def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = make_adapted(dtype="float64", dropout=0.3)
+    adapted = make_adapted(dtype="float64", device="cpu", dropout=0.3)
     jobs = make_jobs(adapted)
-    record_on_a_processor(monkeypatch, CantRecord)
+    record_steps(monkeypatch, CantRecord)
     launching = BatchedEngine(adapted)
     launching._records = False
     expected = list(updates_of(launching.train(jobs)))
@@ -51,7 +52,7 @@ def test_what_can_not_be_recorded_is_launched_to_the_same_end(monkeypatch: pytes
 def test_a_recording_has_the_masks_of_steps_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted("tiny-gpt2", dtype="float64", dropout=0.3)
     jobs = make_jobs(adapted)
-    record_on_a_processor(monkeypatch)
+    record_steps(monkeypatch)
     launching = BatchedEngine(adapted)
     launching._records = False
     expected = list(updates_of(launching.train(jobs)))
@@ -74,7 +75,7 @@ def test_clients_that_finish_leave_their_places_in_a_recording_empty(
     adapted = make_adapted(dtype="float64", dropout=0.3)
     jobs = make_uneven_jobs(adapted)
     expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
-    made = record_on_a_processor(monkeypatch)
+    made = record_steps(monkeypatch)
     monkeypatch.setattr(client_slots, "RECORDING", steps_that_cost_as_much)
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
     assert len(made) == recordings
@@ -87,7 +88,7 @@ def test_who_takes_an_empty_place_is_what_he_would_be_alone(monkeypatch: pytest.
         for job in make_uneven_jobs(adapted)
     ]
     expected = list(updates_of(ReferenceEngine(adapted).train(jobs)))
-    record_on_a_processor(monkeypatch)
+    record_steps(monkeypatch)
     assert_same(list(updates_of(BatchedEngine(adapted).train(jobs))), expected)
 
 
@@ -99,9 +100,9 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
 
     right = Stretch.launch
 
-    def look(self: Stretch) -> None:
+    def look(self: Stretch, layout: Layout) -> None:
         seen.append(bool(self._step.weights_KP.isfinite().all()))
-        right(self)
+        right(self, layout)
 
     whole = ClientBatch._result
 
@@ -110,7 +111,7 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
         self._step.weights_KP[place] = torch.nan
         return result
 
-    record_on_a_processor(monkeypatch)
+    record_steps(monkeypatch)
     monkeypatch.setattr(Stretch, "launch", look)
     monkeypatch.setattr(ClientBatch, "_result", spoil)
     results = list(BatchedEngine(adapted).train(jobs))
@@ -121,14 +122,14 @@ def test_a_place_that_stands_empty_is_finite(monkeypatch: pytest.MonkeyPatch) ->
 def test_memory_that_runs_out_while_recording_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(TapeGraph):
         def __call__(self) -> None:
-            if self._steps == WARM_UP and len(self._step.__self__._facts_E3K[0, 0]) > 1:  # type: ignore[attr-defined]
+            if self._steps == WARM_UP and len(self._step.func.__self__._facts_E3K[0, 0]) > 1:  # type: ignore[attr-defined]
                 raise RuntimeError("CUDA error: out of memory")
             super().__call__()
 
-    adapted = make_adapted(dtype="float64")
+    adapted = make_adapted(dtype="float64", device="cpu")
     jobs = make_jobs(adapted)
     expected = list(updates_of(BatchedEngine(adapted).train(jobs)))
-    record_on_a_processor(monkeypatch, Short)
+    record_steps(monkeypatch, Short)
     engine = BatchedEngine(adapted)
     assert_same(list(updates_of(engine.train(jobs))), expected)
     assert engine.lowered_to == 1
@@ -174,13 +175,60 @@ def test_widths_are_those_of_the_texts() -> None:
     assert batch.slots[0].largest_batch[1] == 32
 
 
-@needs_gpu
+@needs_graphs
 def test_a_gpu_has_one_stream_for_all_recordings() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     assert recording_stream(device) is recording_stream(device)
 
 
-@needs_gpu
+class _Here:
+    """What a recording asks of a GPU, where there is none."""
+
+    def get_state(self) -> None:
+        return None
+
+
+def test_no_garbage_is_collected_while_a_step_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What it frees may be a recording, and to free one breaks another that is under way.
+    monkeypatch.setattr(cuda_graph, "recording_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Here)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **named: nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_generators", [_Here()])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    collects: list[bool] = []
+    StepGraph(lambda: collects.append(gc.isenabled()), torch.device("cpu"))._record()
+    assert collects == [False]
+    assert gc.isenabled()
+
+
+@needs_graphs
+def test_a_recording_that_becomes_garbage_breaks_no_other_of_a_gpu() -> None:
+    device, there = torch.device("cuda"), torch.zeros(1, device="cuda")
+
+    def record(step: Callable[[], None]) -> StepGraph:
+        graph = StepGraph(step, device)
+        for _ in range(WARM_UP + 1):
+            graph()
+        return graph
+
+    def add_one() -> None:
+        there.add_(1)
+
+    older = [record(add_one)]
+
+    def lose_the_older() -> None:
+        add_one()
+        if torch.cuda.is_current_stream_capturing():
+            ring: list[Any] = [older.pop()]
+            ring.append(ring)
+            del ring
+            assert len([[] for _ in range(100_000)]) == 100_000, "as many as make Python look for garbage"
+
+    assert record(lose_the_older).is_recorded
+    assert there.item() == 2 * (WARM_UP + 1)
+
+
+@needs_graphs
 def test_a_model_that_asks_the_gpu_trains_without_a_graph() -> None:
     adapted = make_adapted(dtype="float32", device="cuda", dropout=0.3)
     jobs = make_jobs(adapted)

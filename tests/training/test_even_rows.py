@@ -7,84 +7,28 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tape import record_on_a_processor
-from support.tiny import (
-    count_answers,
-    make_adapted,
-    make_blocks,
-    make_job,
-    make_windowed,
-    switch_off_dropout,
-    updates_of,
-)
-from torch import Tensor, nn
+from support.rows import EXACT, distance, let_rows_pay, make_jobs, make_mixed, train
+from support.tape import BY_TAPE_AND_GRAPH, Launched, record_steps
+from support.tiny import make_adapted, make_windowed, switch_off_dropout
+from torch import nn
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import Residual, lora_pairs
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.packing import pack_blocks
-from fedloom.data.tokens import TokenBlocks
 from fedloom.federation.lora_rules import trained_part
 from fedloom.model import attention, unpadding
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.training import client_slots, stretches
-from fedloom.training.batched import BatchedEngine, ClientBatch
+from fedloom.training.batched import ClientBatch
 from fedloom.training.client_slots import Room, room_for
-from fedloom.training.jobs import ClientJob, ClientUpdate
-from fedloom.training.stacked_step import StackedStep, StepInputs
+from fedloom.training.jobs import ClientJob
 
 
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes that stay, and rows that pay wherever one token is left out, in sizes of one token."""
-    for name, value in {"ROW_LAUNCHES": 0, "ROW_TRAFFIC": 0, "WIDTHS": 1, "SIZES": 1000}.items():
-        monkeypatch.setattr(client_slots, name, value)
-    plain = ClientBatch.__init__
-    monkeypatch.setattr(
-        ClientBatch, "__init__", lambda self, *given, **named: plain(self, *given, **{**named, "fixed_shapes": True})
-    )
-
-
-def make_mixed(sizes: Sequence[int] = (7, 4, 9), width: int = 32) -> list[TokenBlocks]:
-    """Blocks of clients with texts of 3 tokens up to the width, in which only the ends count."""
-    parts = []
-    for client, size in enumerate(sizes):
-        generator = torch.Generator().manual_seed(client)
-        blocks = make_blocks(size, width, seed=client)
-        lengths_N = torch.minimum(blocks.lengths_N, torch.randint(3, width + 1, (size,), generator=generator))
-        real_NT = torch.arange(width) < lengths_N[:, None]
-        blocks = TokenBlocks(blocks.tokens_NT.masked_fill(~real_NT, 0), lengths_N, real_NT)
-        parts.append(count_answers(blocks, seed=client))
-    return parts
-
-
-def make_jobs(adapted: AdaptedModel, parts: Sequence[TokenBlocks], **changes: Any) -> list[ClientJob]:
-    told = {"batch_size": 3, "proximal_mu": 0.1, "max_gradient_norm": 1.0, "epochs": 2, **changes}
-    return [make_job(part, adapted.read(), client=client, **told) for client, part in enumerate(parts)]
-
-
-def train(adapted: AdaptedModel, jobs: Sequence[ClientJob]) -> tuple[list[ClientUpdate], list[StepInputs]]:
-    """The clients' updates, and the inputs of every part of a step that made them."""
-    seen: list[StepInputs] = []
-    right = StackedStep._add_gradients
-
-    def see(self: StackedStep, inputs: StepInputs) -> Tensor:
-        seen.append(inputs)
-        return right(self, inputs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StackedStep, "_add_gradients", see)
-        found = sorted(updates_of(BatchedEngine(adapted).train(jobs)), key=lambda update: update.client)
-    return found, seen
-
-
-def distance(ours: Sequence[ClientUpdate], theirs: Sequence[ClientUpdate], start_P: Tensor) -> float:
-    """The largest distance of a client's weights, relative to how far they moved."""
-    return max(
-        float((our.adapter.weights_P - their.adapter.weights_P).norm() / (their.adapter.weights_P - start_P).norm())
-        for our, their in zip(ours, theirs, strict=True)
-    )
+    let_rows_pay(monkeypatch)
 
 
 def both(adapted: AdaptedModel, jobs: Sequence[ClientJob]) -> float:
@@ -104,11 +48,8 @@ def both(adapted: AdaptedModel, jobs: Sequence[ClientJob]) -> float:
     for one, other in zip(alone, padded, strict=True):
         assert one.report.loss_first == pytest.approx(other.report.loss_first, rel=1e-12)
         assert one.report.tokens == other.report.tokens
+        assert one.report.steps == other.report.steps
     return distance(alone, padded, jobs[0].adapter.weights_P)
-
-
-EXACT = 1e-11
-"""Distance of updates in float64, after steps in which Adam has made rounding larger."""
 
 
 @pytest.mark.parametrize(
@@ -222,18 +163,21 @@ def test_the_model_sees_as_many_tokens_of_each_client_as_one_has_at_most() -> No
     assert rows[0] < 0.75 * 3 * 9 * widest, "the row is not much shorter than the batch"
 
 
+@pytest.mark.parametrize("device", BY_TAPE_AND_GRAPH)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gpt2"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_recorded_rows_are_the_launched_ones_to_the_bit(
-    shape: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+    shape: str, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tape, which is played for a recording, refuses whatever asks for a number."""
-    adapted = make_adapted(shape, "float64", dropout=0.3)
+    adapted = make_adapted(shape, "float64", dropout=0.3, device=device)
     parts = make_mixed((14, 8, 18))
     jobs = make_jobs(adapted, [pack_blocks(part) for part in parts] if packed else parts, batch_size=2)
-    launched, seen = train(adapted, jobs)
+    with monkeypatch.context() as patch:
+        record_steps(patch, Launched)
+        launched, seen = train(adapted, jobs)
     assert all(inputs.real_R is not None for inputs in seen)
-    made = record_on_a_processor(monkeypatch)
+    made = record_steps(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", 5)
     recorded, _ = train(adapted, jobs)
     assert len(made) == 1, "clients that finish leave their places empty"
@@ -243,9 +187,9 @@ def test_recorded_rows_are_the_launched_ones_to_the_bit(
 
 
 def test_a_row_that_asks_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = make_adapted("tiny-llama", "float64")
+    adapted = make_adapted("tiny-llama", "float64", device="cpu")
     jobs = make_jobs(adapted, make_mixed((14, 8, 18)), batch_size=2)
-    record_on_a_processor(monkeypatch)
+    record_steps(monkeypatch)
     monkeypatch.setattr(
         attention, "EvenRow", lambda places_KR, *others: unpadding.Row(places_KR.flatten().sort().values, *others)
     )
@@ -253,19 +197,20 @@ def test_a_row_that_asks_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> Non
         train(adapted, jobs)
 
 
-@pytest.mark.parametrize(("steps_that_cost_as_much", "recordings"), [(1000, 1), (0, 3)])
+@pytest.mark.parametrize(("steps_that_cost_as_much", "rooms"), [(1000, 1), (0, 3)])
 def test_rows_shrink_with_the_clients_that_are_left(
-    steps_that_cost_as_much: int, recordings: int, monkeypatch: pytest.MonkeyPatch
+    steps_that_cost_as_much: int, rooms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted = make_adapted(dtype="float64", dropout=0.3)
     jobs = make_jobs(adapted, make_mixed((4, 12, 24)), batch_size=2)
     adapted.unpads = False
     padded, _ = train(adapted, jobs)
     adapted.unpads = True
-    made = record_on_a_processor(monkeypatch)
+    record_steps(monkeypatch)
     monkeypatch.setattr(client_slots, "RECORDING", steps_that_cost_as_much)
-    assert distance(train(adapted, jobs)[0], padded, jobs[0].adapter.weights_P) < EXACT
-    assert len(made) == recordings
+    found, seen = train(adapted, jobs)
+    assert distance(found, padded, jobs[0].adapter.weights_P) < EXACT
+    assert len({len(inputs.rates_K) for inputs in seen}) == rooms
 
 
 def test_a_row_is_kept_for_clients_who_are_too_few_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +219,7 @@ def test_a_row_is_kept_for_clients_who_are_too_few_for_one(monkeypatch: pytest.M
     jobs = make_jobs(adapted, make_mixed((4, 12, 24)), batch_size=2)
     spared = spared_by(adapted, jobs)
     monkeypatch.setattr(client_slots, "ROW_LAUNCHES", int(2.5 * spared * 32))
-    made = record_on_a_processor(monkeypatch)
+    made = record_steps(monkeypatch)
     _, seen = train(adapted, jobs)
     assert all(inputs.real_R is not None for inputs in seen)
     assert len(made) == 1
@@ -283,7 +228,7 @@ def test_a_row_is_kept_for_clients_who_are_too_few_for_one(monkeypatch: pytest.M
 def spared_by(adapted: AdaptedModel, jobs: Sequence[ClientJob]) -> int:
     """Tokens of each client that a row of these leaves out."""
     room = room_of(adapted, jobs)
-    return room.sequences * room.tokens - room.computed
+    return room.places - room.largest
 
 
 def room_of(adapted: AdaptedModel, jobs: Sequence[ClientJob], features: int = 1024) -> Room:
@@ -299,7 +244,7 @@ def test_a_row_has_to_pay_for_its_kernels_and_its_traffic(monkeypatch: pytest.Mo
     spared = spared_by(adapted, jobs)
     places = 3 * room_of(adapted, jobs).tokens
     assert 0 < spared < places
-    assert not room_of(adapted, jobs, features=0).is_row, "a model that does not say, or whose padding counts"
+    assert not room_of(adapted, jobs, features=0).has_rows, "a model that does not say, or whose padding counts"
     for launches, traffic, is_row in (
         (3 * 1024 * spared, 0.0, True),
         (3 * 1024 * spared + 1, 0.0, False),
@@ -308,9 +253,9 @@ def test_a_row_has_to_pay_for_its_kernels_and_its_traffic(monkeypatch: pytest.Mo
     ):
         monkeypatch.setattr(client_slots, "ROW_LAUNCHES", launches)
         monkeypatch.setattr(client_slots, "ROW_TRAFFIC", traffic)
-        assert room_of(adapted, jobs).is_row == is_row
+        assert room_of(adapted, jobs).has_rows == is_row
     monkeypatch.setattr(client_slots, "ROW_LAUNCHES", 3 * 1024 * spared)
-    assert not room_of(adapted, jobs, features=1023).is_row, "narrower models win less by a token"
+    assert not room_of(adapted, jobs, features=1023).has_rows, "narrower models win less by a token"
 
 
 def test_rows_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +265,7 @@ def test_rows_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted, (part,) = make_adapted(), make_mixed((40,))
     jobs = [replace(job, round=round) for round in range(1, 30) for job in make_jobs(adapted, [part], epochs=1)]
     rooms = {room_of(adapted, [job]) for job in jobs}
-    assert {(room.computed % 12, room.sequences, room.tokens) for room in rooms} == {(0, 3, 32)}
+    assert {(room.largest % 12, room.sequences, room.tokens) for room in rooms} == {(0, 3, 32)}
     assert 1 < len(rooms) <= 4
     largest = {max(slot_real(adapted, job) for job in [one]) for one in jobs}
     assert len(largest) > 2 * len(rooms), "as many sizes as there are largest batches"
@@ -329,7 +274,7 @@ def test_rows_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def slot_real(adapted: AdaptedModel, job: ClientJob) -> int:
     batch = ClientBatch(adapted, Stack(adapted), [job])
     batch.admit(job)
-    return batch.slots[0].most_real
+    return max(batch.slots[0].needs)
 
 
 def test_the_real_tokens_of_every_micro_batch_are_in_the_row() -> None:
@@ -343,11 +288,11 @@ def test_the_real_tokens_of_every_micro_batch_are_in_the_row() -> None:
         for micro in batch.slots[0].take_batches(step)
     ]
     assert len(needed) == 4
-    assert batch.slots[0].most_real == max(needed)
+    assert batch.slots[0].needs == [max(needed[:2]), max(needed[2:])]
 
 
 def test_a_room_that_is_too_small_for_a_batch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_slots.ClientSlot, "most_real", 3)
+    monkeypatch.setattr(client_slots.ClientSlot, "needs", [3] * 6)
     adapted = make_adapted()
     with pytest.raises(AssertionError, match="more positions than the room has"):
         train(adapted, make_jobs(adapted, make_mixed()))

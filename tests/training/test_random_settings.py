@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.tape import record_on_a_processor
+from support.tape import record_steps
 from support.tiny import ARCHITECTURES, count_answers, make_adapted, make_blocks, make_job, switch_off_dropout
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -131,9 +131,13 @@ def test_engines_agree_under_any_settings(seed: int, monkeypatch: pytest.MonkeyP
     if (how := draw.choice(["plain", "fixed", "recorded"])) == "fixed":
         monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
     elif how == "recorded":
-        record_on_a_processor(monkeypatch)
+        record_steps(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", draw.choice([2, 5, 64]))
     monkeypatch.setattr(client_slots, "WIDTHS", draw.choice([1, 8, 32]))
+    if draw.random() < 0.6:
+        rows = {"ROW_LAUNCHES": draw.choice([0, 300]), "ROW_TRAFFIC": 0, "RECORDING": draw.choice([0, 0.5, 40])}
+        for name, value in rows.items():
+            monkeypatch.setattr(client_slots, name, value)
     ours = {result.client: result for result in BatchedEngine(adapted).train(jobs)}
     adapted.load(untouched)
     assert ours.keys() == theirs.keys()

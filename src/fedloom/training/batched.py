@@ -30,7 +30,7 @@ from fedloom.training.client_slots import (
     Taken,
     count_tokens,
     draw_noise,
-    most_real,
+    needs_to_come,
     own_tokens,
     pad_together,
     room_for,
@@ -120,6 +120,7 @@ class BatchedEngine:
                 waiting.extendleft(slot.job for slot in reversed(batch.slots if batch else []))
                 failure = too_large(waiting[0], error) if at_once == 1 else None
             # Not in the handler above: the error that it holds keeps the memory of what was under way.
+            self.give_back()
             batch = self._batch = None
             self._release()
             if failure:
@@ -162,8 +163,8 @@ class ClientBatch:
 
     With `fixed_shapes`, as a CUDA graph needs them, every batch is padded to the largest of all steps to come, and as
     many positions have logits as count in one at most; without, to the largest of the step. Where much of that is
-    padding, as many tokens of each client are computed as are real in one batch at most. A graph is kept while its
-    shape has room for the clients that are left: the places of those that have finished stand empty. Steps of fixed
+    padding, as many tokens of each client are computed as one of few sizes has that holds the step's. Graphs are kept
+    while their room holds the clients that are left: the places of those that have finished stand empty. Steps of fixed
     shapes that are no more than one batch are taken in stretches, of the same clients.
     """
 
@@ -194,7 +195,7 @@ class ClientBatch:
         on_gpu = self._device.type == "cuda" and not training.gradient_checkpointing
         records = records and on_gpu and training.cuda_graph
         ahead = self._fixed_shapes and whole
-        self._stretches = Stretches(self._step, self._device, self._draw, records=records) if ahead else None
+        self._stretches = Stretches(self._step, self._device, records=records) if ahead else None
         self.is_kept = ahead
         """True where buffers, and what is recorded, are kept for the next round's clients."""
         self._room: Room | None = None
@@ -217,7 +218,10 @@ class ClientBatch:
         """Be the place of so many of other jobs, as a new one is; return whether that can be."""
         # A shape of the round before could be larger than these jobs need, which would change how numbers are rounded.
         self._room = None
-        return not self.slots and self._kind == kind_of_step(jobs, num_slots)
+        if self.slots or self._kind != kind_of_step(jobs, num_slots):
+            self.forget()
+            return False
+        return True
 
     def forget(self) -> bool:
         """Let go of recordings, which the next stretch makes anew; return whether there were any."""
@@ -243,7 +247,7 @@ class ClientBatch:
         """
         if self._stretches:
             left = min(len(slot.batches) - slot.step for slot in self.slots)
-            taken = self._stretches.launch(left, self._make_room)
+            taken = self._stretches.launch(left, self._make_room, self._draw)
         else:
             if self._fixed_shapes:
                 self._make_room()
@@ -301,32 +305,32 @@ class ClientBatch:
     def _make_room(self) -> Room:
         """Return the shape of the step that comes: the one that is recorded, while it will do."""
         room = room_for(self.slots, self._row_features)
-        left = max(len(slot.batches) - slot.step for slot in self.slots)
         records = self._stretches is not None and self._stretches.records
-        if not (self._room and records and self._room.holds(room, most_real(self.slots), left)):
+        if not (self._room and records and self._room.holds(room, needs_to_come(self.slots))):
             self._room = room
         self._use_slots(self._room.clients)
         return self._room
 
-    def _draw(self, ahead: int = 0) -> tuple[Taken, list[StepInputs]]:
-        """Return the batches of the next step, or of one so many later, and its parts' inputs in memory."""
+    def _draw(self, ahead: int = 0, need: int | None = None) -> tuple[Taken, list[StepInputs]]:
+        """Return the batches of the next step, or of one so many later, and its parts' inputs in memory.
+
+        `need` is as in `fill_room`.
+        """
         taken = [slot.take_batches(ahead) for slot in self.slots]
         totals = [sum(count_targets(part.labels_BT) for part in parts) for parts in taken]
         # A client that has fewer micro-batches than another waits while that has its last ones.
         rounds = [*zip_longest(*taken)] or [(NOTHING,) * len(self.slots)]
-        parts = [self._inputs(batches, totals, number, ahead) for number, batches in enumerate(rounds)]
+        parts = [self._inputs(batches, totals, number, ahead, need) for number, batches in enumerate(rounds)]
         return list(zip(self.slots, taken, strict=True)), parts
 
-    def _inputs(self, batches: Sequence[Batch | None], totals: Sequence[int], number: int, ahead: int) -> StepInputs:
+    def _inputs(
+        self, batches: Sequence[Batch | None], totals: Sequence[int], number: int, ahead: int, need: int | None
+    ) -> StepInputs:
         """Return the inputs of a step's part with this number (from 0)."""
         if self._room:
             nobody = self._room.clients - len(batches)
-            sizes = [(self._room.sequences, self._room.tokens)] * self._room.clients
             batches, totals = [*batches, *[None] * nobody], [*totals, *[1] * nobody]
-        else:
-            shapes = [(0, 0) if batch is None else batch.tokens_BT.shape for batch in batches]
-            sizes = [(sequences, tokens) for sequences, tokens in shapes]
-        return self._collect(batches, totals, sizes, number, ahead)
+        return self._collect(batches, totals, number, ahead, need)
 
     def _use_slots(self, count: int) -> None:
         if self._in_use != count:
@@ -363,12 +367,7 @@ class ClientBatch:
                         slot.error = error
 
     def _collect(
-        self,
-        batches: Sequence[Batch | None],
-        totals: Sequence[int],
-        sizes: Sequence[tuple[int, int]],
-        number: int,
-        ahead: int,
+        self, batches: Sequence[Batch | None], totals: Sequence[int], number: int, ahead: int, need: int | None
     ) -> StepInputs:
         """Return all clients' batches as the inputs of a step, or of one of its parts, in the processor's memory.
 
@@ -377,6 +376,9 @@ class ClientBatch:
         nobody = [0.0] * (len(batches) - len(self.slots))
         rates = [*(slot.job.rate(slot.step + ahead, len(slot.batches)) for slot in self.slots), *nobody]
         mus = [*(slot.job.training.proximal_mu for slot in self.slots), *nobody]
+        sizes = [(0, 0) if batch is None else (len(batch.tokens_BT), batch.tokens_BT.shape[1]) for batch in batches]
+        if self._room:
+            sizes = [(self._room.sequences, self._room.tokens)]
         tokens_KBT, labels_KBT, mask_KBT = pad_together(batches, sizes)
         targets_KM = next_token_targets(labels_KBT.flatten(0, 1)).view(len(batches), -1)
         sequences = tokens_KBT.shape[1]
@@ -384,7 +386,7 @@ class ClientBatch:
         over = torch.tensor(totals)[:, None] if self._max_norm is None else targets_of_each(targets_KM, sequences)
         shares_KM = (targets_KM != IGNORED) / over.to(self._step.weights_KP.dtype)
         if self._room:
-            positions = fill_room(targets_KM, shares_KM, self._room, readout_apart=self._readout_apart)
+            positions = fill_room(targets_KM, shares_KM, self._room, need, readout_apart=self._readout_apart)
         else:
             positions = look_up(targets_KM, shares_KM, sequences, unpads=self._unpads)
         return StepInputs(

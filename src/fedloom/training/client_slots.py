@@ -5,9 +5,12 @@ Letters: K clients at once, B sequences of a client, T tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -26,16 +29,16 @@ NOTHING = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), IGNORED
 RECORDING = 40
 """Steps that take as long as recording one: 48 to 85 were measured on an H100, fewer where a launch is fast."""
 SIZES = 8
-"""Sizes of a row for each width of texts, at most: rounds whose largest batches are alike then share a recording."""
-ROW_LAUNCHES = 512 * 1024
+"""Sizes of a row for each width of texts, at most: rounds whose batches are alike then share recordings."""
+ROW_LAUNCHES = 640 * 1024
 """Tokens that a row must leave out, times a token's features, to pay for the kernels that it adds.
 
-A prediction from what an H200 took (docs/log.md, "rows for a GPU"): the 13 kernels of a layer, at 3.6 µs, take as long
-as 240 to 310 tokens of OPT-350M, which has 1,024 features; more, as narrower models take less than in proportion.
+Fitted, with the next, to steps of OPT-350M, of 1,024 features, on an H100 with K = 1 and 3 (docs/log.md, "rows of
+several sizes"): a row adds about 2.5 ms, and saves 4.2 to 5 µs a token.
 """
-ROW_TRAFFIC = 0.1
+ROW_TRAFFIC = 0.04
 """Share of all places that a row must leave out to pay for what it moves: queries, keys, values and heads go to their
-places and back. Predicted there too: 40 to 52 bytes a feature and layer, a tenth of a token's time at 3 TB/s."""
+places and back. Fitted to the same figures, which are of 1,024 and 3,072 places; of more nothing was measured."""
 
 
 def fill_up(tokens: int) -> int:
@@ -53,28 +56,45 @@ class Room(NamedTuple):
     """Tokens of each sequence."""
     targets: int
     """Tokens of each client whose loss counts, at most."""
-    computed: int
-    """Tokens of each client that are computed: with all padding, or as a row (`EvenRow`) without most of it."""
+    sizes: tuple[int, ...]
+    """Tokens of each client that are computed, ascending: in a step, the least that hold what it needs.
 
-    def holds(self, needed: Room, real: int, left: int) -> bool:
-        """Return whether there is as much room, and another recording would not make the steps that are left faster.
+    As a row (`EvenRow`) without most of the padding, or, as many as there are places, with all of it.
+    """
 
-        Those with places that stand empty take longer. `real` is the most real tokens of a client, which a row must
-        have; what is needed may be no row, since fewer clients would not be worth one.
+    def holds(self, needed: Room, needs: Sequence[int]) -> bool:
+        """Return whether there is as much room, and other recordings would not make the steps to come faster.
+
+        Those with places that stand empty take longer. `needs` are the tokens of a client that each step to come has to
+        compute; what is needed may be no row, since fewer clients would not be worth one.
         """
-        if self.computed < real or any(here < there for here, there in zip(self[:4], needed[:4], strict=True)):
+        if self.largest < max(needs) or any(here < there for here, there in zip(self[:4], needed[:4], strict=True)):
             return False
-        return left * (1 - needed.positions / self.positions) < RECORDING
+        return len(needs) * (1 - needed.count(needs) / self.count(needs)) < RECORDING * len(needed.sizes)
+
+    def size_for(self, need: int) -> int:
+        """Return the tokens of each client that a step computes in which one needs so many."""
+        assert need <= self.largest, "more positions than the room has"
+        return self.sizes[bisect_left(self.sizes, need)]
+
+    def count(self, needs: Sequence[int]) -> int:
+        """Return the tokens that steps of these needs compute, all clients' together."""
+        return self.clients * sum(map(self.size_for, needs))
 
     @property
-    def is_row(self) -> bool:
-        """Return whether padding is left out."""
-        return self.computed < self.sequences * self.tokens
+    def largest(self) -> int:
+        """Return the most tokens of each client that a step computes."""
+        return self.sizes[-1]
 
     @property
-    def positions(self) -> int:
-        """Return the number of all clients' tokens that are computed."""
-        return self.clients * self.computed
+    def places(self) -> int:
+        """Return the tokens of each client with all padding."""
+        return self.sequences * self.tokens
+
+    @property
+    def has_rows(self) -> bool:
+        """Return whether there are steps that leave padding out."""
+        return self.sizes[0] < self.places
 
 
 @dataclass
@@ -109,11 +129,11 @@ class ClientSlot:
         return fill_up(int(counted_N.topk(self.largest_batch[0]).values.sum()))
 
     @cached_property
-    def most_real(self) -> int:
-        """Tokens that the client's largest micro-batch needs for what counts in it."""
+    def needs(self) -> list[int]:
+        """Tokens that each step needs for what counts in it: of its largest micro-batch, where it has several."""
         _, needed_N = self._counts
         size = self.job.training.batch_size
-        return max(int(needed_N[part].sum()) for rows in self.batches for part in rows.split(size))
+        return [max(int(needed_N[part].sum()) for part in rows.split(size)) for rows in self.batches]
 
     @cached_property
     def _counts(self) -> tuple[Tensor, Tensor]:
@@ -133,26 +153,48 @@ Taken = list[tuple[ClientSlot, list[Batch]]]
 
 
 def room_for(slots: Sequence[ClientSlot], row_features: int = 0) -> Room:
-    """Return the room that these clients need for every step of theirs.
+    """Return the room that these clients need for every step of theirs that is to come.
 
-    It is a row where that is faster on a GPU; `row_features` are a token's in this model, and 0 where padding has to be
-    computed.
+    Its steps are rows where that is faster on a GPU; `row_features` are a token's in this model, and 0 where padding
+    has to be computed.
     """
     sequences, tokens = (max(sizes) for sizes in zip(*(slot.largest_batch for slot in slots), strict=True))
     places, targets = sequences * tokens, max(slot.most_targets for slot in slots)
-    computed = places
+    sizes: tuple[int, ...] = (places,)
     if row_features:
-        size = fill_up(-(-places // SIZES))
-        row = max(1, -(-most_real(slots) // size)) * size
-        spared = len(slots) * (places - row)
-        if spared * row_features >= ROW_LAUNCHES + ROW_TRAFFIC * len(slots) * places * row_features:
-            computed = row
-    return Room(len(slots), sequences, tokens, targets, computed)
+        added = ROW_LAUNCHES / (len(slots) * row_features) + ROW_TRAFFIC * places
+        sizes = choose_sizes(needs_to_come(slots), places, added)
+    return Room(len(slots), sequences, tokens, targets, sizes)
 
 
-def most_real(slots: Sequence[ClientSlot]) -> int:
-    """Return the tokens of a client that are needed in a batch, at most."""
-    return max(slot.most_real for slot in slots)
+def needs_to_come(slots: Sequence[ClientSlot]) -> list[int]:
+    """Return the tokens of a client that each step to come has to compute: what the one needs that needs most."""
+    return [max(needs) for needs in zip_longest(*(slot.needs[slot.step :] for slot in slots), fillvalue=0)]
+
+
+def choose_sizes(needs: Sequence[int], places: int, added: float) -> tuple[int, ...]:
+    """Return the sizes of rows, ascending, with which steps of these needs take least, their recordings included.
+
+    Each is one of `SIZES`, and `places` is a padded step. A row takes as long as its tokens and so many `added` ones. A
+    recording is counted in every round: what a round computes must not depend on those before it.
+    """
+    unit = fill_up(-(-places // SIZES))
+    steps = Counter(
+        size if size + added <= places else places for size in (max(1, -(-need // unit)) * unit for need in needs)
+    )
+    costs = {size: size if size >= places else size + added for size in sorted(steps)}
+    recording = RECORDING * max(costs.values())
+    # The cheapest choice for all steps up to a size, of those that have it for their largest.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for number, (size, cost) in enumerate(costs.items(), 1):
+        counts = [steps[smaller] for smaller in costs][:number]
+        best.append(
+            min(
+                (best[first][0] + recording + cost * sum(counts[first:]), (*best[first][1], size))
+                for first in range(number)
+            )
+        )
+    return best[-1][1]
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:

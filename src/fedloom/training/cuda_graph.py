@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fedloom.host.garbage import leave_garbage
 from fedloom.training.jobs import is_shortage
 
 WARM_UP = 3
@@ -42,11 +43,13 @@ def places_of(tensors: Iterable[Tensor]) -> list[tuple[int, torch.Size]]:
 class StepGraph:
     """Step on a GPU that finds its inputs, and leaves its results, where they were: a few times as it is, then a graph.
 
-    `beside` is another recording, whose memory this one shares: they are never at work together, and neither reads what
-    the other left there.
+    `beside` finds another recording, if there is one by then, whose memory this one shares: they are never at work
+    together, and neither reads what the other left there.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device, beside: StepGraph | None = None) -> None:
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, beside: Callable[[], StepGraph | None] = lambda: None
+    ) -> None:
         self._step = step
         self._device = device
         self._stream = recording_stream(device)
@@ -85,14 +88,16 @@ class StepGraph:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool = self._beside._graph.pool() if self._beside and self._beside._graph else None
-        self._beside = None
+        beside = self._beside()
+        pool = beside._graph.pool() if beside and beside._graph else None
+        del beside
         # The device's own generator takes part in each recording, whether it is asked for numbers or not.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state = generator.get_state()
         try:
-            # A recording computes nothing: the replay that follows is the step.
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            # A recording computes nothing: the replay that follows is the step. To free an older one meanwhile, which
+            # is garbage, breaks it (pytorch/pytorch#161037).
+            with leave_garbage(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 self._step()
         except RuntimeError as error:
             _take_back(generator, state)

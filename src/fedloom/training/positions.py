@@ -42,17 +42,23 @@ def look_up(targets_KM: Tensor, shares_KM: Tensor, sequences: int, *, unpads: bo
     )
 
 
-def fill_room(targets_KM: Tensor, shares_KM: Tensor, room: Room, *, readout_apart: bool) -> Positions:
-    """Return as many positions of each client as a room has: all whose loss counts, and all tokens that these need.
+def fill_room(
+    targets_KM: Tensor, shares_KM: Tensor, room: Room, need: int | None = None, *, readout_apart: bool
+) -> Positions:
+    """Return as many positions of each client as a room has for a step: all whose loss counts, and what these need.
 
-    Without a readout apart from the model's body, every position that is computed has its loss.
+    A step has the size for the client that needs most, or for a `need` that is told. Without a readout apart from the
+    model's body, every position that is computed has its loss.
     """
     real_KR = None
-    if room.is_row:
+    size = room.largest
+    if room.has_rows:
         needed_KM = is_needed(targets_KM.view(-1, room.tokens)).view_as(targets_KM)
-        real_KR = choose_positions(needed_KM, room.computed)
+        size = room.size_for(int(needed_KM.sum(1).max()) if need is None else need)
+    if size < room.places:
+        real_KR = choose_positions(needed_KM, size)
         targets_KM, shares_KM = (values_KM.gather(1, real_KR) for values_KM in (targets_KM, shares_KM))
-        real_KR += torch.arange(len(real_KR))[:, None] * room.sequences * room.tokens
+        real_KR += torch.arange(len(real_KR))[:, None] * room.places
     rows_M = None
     if readout_apart and room.targets < targets_KM.shape[1]:
         chosen_KM = choose_positions(targets_KM != IGNORED, room.targets)
