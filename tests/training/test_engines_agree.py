@@ -43,8 +43,9 @@ NOWHERE = Adapter(Layout((), ()), torch.empty(0))
 TOLERANCES = {
     "float64": (1e-9, 1e-12),
     "float32": (1e-3, 1e-5),
-    # A GPU's products of bfloat16 are rounded in another order: 0.063 of an update's norm at most was seen on an H100.
-    "bfloat16": (5e-2 if DEVICE.type == "cpu" else 8e-2, 2e-2),
+    # A GPU's products of bfloat16 are rounded in another order, and the adapters' are of bfloat16 too: each engine is
+    # 0.05 to 0.07 of an update's norm from float64 then, and 0.09 at most from the other, where it was tried.
+    "bfloat16": (5e-2 if DEVICE.type == "cpu" else 0.12, 2e-2),
 }
 """By dtype: of the update, relative to its norm; of losses."""
 

@@ -74,7 +74,8 @@ def add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, scale: flo
     # A trace of memory has nothing to compute, and torch says nothing of this operation's shapes.
     if isinstance(sums_GXY, FakeTensor):
         return
-    if sums_GXY.is_cuda:
+    # Torch has it for fewer bits alone, and for a GPU alone.
+    if sums_GXY.is_cuda and left_MX.dtype != sums_GXY.dtype:
         torch.ops.aten.baddbmm.dtype_out(sums_GXY, left_GXM, right_GMY, sums_GXY.dtype, alpha=scale, out=sums_GXY)
     else:
         sums_GXY.baddbmm_(left_GXM.to(sums_GXY.dtype), right_GMY.to(sums_GXY.dtype), alpha=scale)
