@@ -68,7 +68,7 @@ def test_every_dependency_is_pinned_once() -> None:
     pinned = {name.lower().replace("_", "-") for name in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["docs"]]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["oracles"]]
     assert {re.match(r"[A-Za-z0-9-]+", line).group() for line in wanted} <= pinned
 
 
@@ -107,6 +107,14 @@ def test_nothing_is_installed_without_a_hash() -> None:
             assert re.fullmatch(r"[\w/.-]+@[0-9a-f]{40}", action), f"{file.name}: {action}"
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         assert not re.search(r"pip install\S* '?fedloom", page.read_text()), f"{page.name}: a name anybody may have"
+
+
+def test_what_needs_an_oracle_is_where_make_looks_for_it() -> None:
+    """A test of another folder would be run nowhere: without oracles it is left out, with them not looked for."""
+    asks = re.compile(r"pytest\.mark\.oracles\(")
+    marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if asks.search(path.read_text())}
+    (line,) = re.findall(r"^WITH_ORACLES := .*", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert marked == {ROOT / line.split()[-1]}
 
 
 @pytest.mark.long

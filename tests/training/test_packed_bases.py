@@ -1,6 +1,7 @@
 """Base models that bitsandbytes packs, in the engine that trains many clients at once; on a processor here."""
 
-from importlib.util import find_spec
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedloom.training.engines import choose_engine
 from fedloom.training.memory import LiveBytes, trace_step
 from fedloom.training.reference import ReferenceEngine
 
-needs_bits = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+needs_bits = pytest.mark.oracles("bitsandbytes")
 CPU, LENGTH = torch.device("cpu"), 32
 PACKINGS = [("4bit", {"compute_dtype": "float32"}), ("8bit", None), ("4bit", {"type": "fp4", "double": False})]
 
@@ -188,6 +189,20 @@ def test_a_layer_that_was_evaluated_can_still_be_trained_through(folder: Path) -
         assert x.grad is not None
         assert x.grad.abs().sum() > 0
         assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+@needs_bits
+@pytest.mark.long
+def test_a_command_does_not_show_that_a_kernel_of_4_bits_is_missing(folder: Path, tmp_path: Path) -> None:
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes asks for that kernel on processors with AVX512-BF16 alone")
+    asked = [f"model.source={folder}", "model.quantization=4bit", "model.dtype=float32"]
+    command = [sys.executable, "-m", "fedloom", "plan", "tiny", *asked]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "gemm_4bit" not in found.stderr + found.stdout
 
 
 def is_bits(layer: torch.nn.Module) -> bool:
