@@ -20,7 +20,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requir
 export PYTHONDONTWRITEBYTECODE :=
 
 # Packages that some tests need and that no other test may see: PEFT imports bitsandbytes wherever it finds it.
-WITH_ORACLES := PYTHONPATH=$(abspath $(ORACLES)) $(BIN)/pytest -q tests/training
+WITH_ORACLES = PYTHONPATH=$(abspath $(ORACLES)) $(BIN)/pytest -q $$(grep -rlF --include="*.py" "pytest.mark.oracles(" tests)
 
 .PHONY: run check test test-all check-models pages docs soak bench study study-page dist install clean
 

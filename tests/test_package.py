@@ -109,14 +109,6 @@ def test_nothing_is_installed_without_a_hash() -> None:
         assert not re.search(r"pip install\S* '?fedloom", page.read_text()), f"{page.name}: a name anybody may have"
 
 
-def test_what_needs_an_oracle_is_where_make_looks_for_it() -> None:
-    """A test of another folder would be run nowhere: without oracles it is left out, with them not looked for."""
-    asks = re.compile(r"pytest\.mark\.oracles\(")
-    marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if asks.search(path.read_text())}
-    (line,) = re.findall(r"^WITH_ORACLES := .*", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert marked == {ROOT / line.split()[-1]}
-
-
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_same_commit_is_built_to_the_same_bytes(tmp_path: Path) -> None:
