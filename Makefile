@@ -13,10 +13,14 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+ORACLES := .tools/oracles
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
 
 # Whatever the environment says, bytecode is kept: the tests start hundreds of processes that would compile fedloom anew.
 export PYTHONDONTWRITEBYTECODE :=
+
+# Packages that some tests need and that no other test may see: PEFT imports bitsandbytes wherever it finds it.
+WITH_ORACLES = PYTHONPATH=$(abspath $(ORACLES)) $(BIN)/pytest -q $$(grep -rlF --include="*.py" "pytest.mark.oracles(" tests)
 
 .PHONY: run check test test-all check-models pages docs soak bench study study-page dist install clean
 
@@ -31,8 +35,9 @@ check: install docs
 test: install
 	$(BIN)/pytest -q -n 2 --dist loadgroup
 
-test-all: install
-	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow"
+test-all: install $(ORACLES)/installed
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not oracles"
+	$(WITH_ORACLES) -n 2 --dist loadgroup -m "oracles and not slow"
 
 # FAMILIES="llama mistral" tries those, and writes nothing.
 check-models: install
@@ -46,9 +51,10 @@ docs: install
 	$(PIP) -r requirements/docs.txt
 	$(BIN)/python scripts/build_site.py
 
-soak: install
+soak: install $(ORACLES)/installed
 	FEDLOOM_RANDOM_KILLS=1000 $(BIN)/pytest -q -n 2 --timeout 3600 tests/faults
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m "slow and not oracles"
+	$(WITH_ORACLES) -m "oracles and slow"
 
 bench: install
 	$(PIP) -r requirements/bench.txt
@@ -77,6 +83,11 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml $(wildcard requirements/*.txt) scripts/install
 	scripts/install $(VENV)
 	touch $@
+
+$(ORACLES)/installed: requirements/oracles.txt | install
+	rm -rf $(ORACLES)
+	@$(PIP) --target $(ORACLES) -r requirements/oracles.txt && touch $@ || \
+		echo "no bitsandbytes and no opacus: the tests that need them are skipped"
 
 clean:
 	rm -rf $(VENV) dist build .cache .tools .pytest_cache .mypy_cache .ruff_cache

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("deploy", "dev", "docs", "bench", "evaluate")
+EXTRAS = ("deploy", "dev", "docs", "bench", "evaluate", "oracles")
 """Extras of pyproject.toml; each file leaves out what those before it have."""
 PYTHON = "3.11.5"
 """Oldest Python that all of it runs on; for what `make test` needs, 3.11 does."""

@@ -11,6 +11,7 @@ import gc
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return max(limits, default=0.0), len(group)
 
     items[:] = [item for group in sorted(groups.values(), key=weigh, reverse=True) for item in group]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose oracle is missing."""
+    for mark in item.iter_markers("oracles"):
+        if missing := [name for name in mark.args if find_spec(name) is None]:
+            pytest.skip(f"{missing[0]} is not installed: make test-all, which has it in .tools/oracles")
 
 
 def _group_of(item: pytest.Item) -> str:

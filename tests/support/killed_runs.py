@@ -71,7 +71,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     """Everything that a run came to, times aside."""
     lines = {}
     for name in ("rounds.jsonl", "clients.jsonl", "evaluation.jsonl"):
-        if name == "evaluation.jsonl" and not (folder / name).exists():
+        if name != "rounds.jsonl" and not (folder / name).exists():
             continue
         records = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         lines[name] = [{k: v for k, v in record.items() if not any(t in k for t in TIMES)} for record in records]

@@ -1,20 +1,27 @@
 """Base models that bitsandbytes packs, in the engine that trains many clients at once; on a processor here."""
 
-from importlib.util import find_spec
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model, set_peft_model_state_dict
 from support.marks import first
 from support.quick_runs import attempt
 from support.small_models import write_small_model
 from support.tiny import make_blocks, make_job, make_recipe, updates_of
+from transformers import AutoModelForCausalLM
 
 from fedloom.adapters.adapted_model import AdaptedModel
+from fedloom.adapters.peft_config import build_config
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.evaluation.held_out import evaluate, evaluate_together
 from fedloom.experiment.building import build_shape, load_adapted_model, open_source
 from fedloom.experiment.preparation import prepare
+from fedloom.model.loading import quantized
 from fedloom.model.packed_shape import count_bytes_of_4
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -24,7 +31,7 @@ from fedloom.training.engines import choose_engine
 from fedloom.training.memory import LiveBytes, trace_step
 from fedloom.training.reference import ReferenceEngine
 
-needs_bits = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+needs_bits = pytest.mark.oracles("bitsandbytes")
 CPU, LENGTH = torch.device("cpu"), 32
 PACKINGS = [("4bit", {"compute_dtype": "float32"}), ("8bit", None), ("4bit", {"type": "fp4", "double": False})]
 
@@ -61,6 +68,35 @@ def test_engines_agree_over_packed_weights(folder: Path, quantization: str, opti
         exact = quantization == "8bit" or (options or {}).get("compute_dtype") == "float32"
         assert apart_P.norm() / change_P.norm() < (1e-4 if exact else 5e-2)
         assert change_P.norm() > 0.01
+
+
+@needs_bits
+@pytest.mark.parametrize(("quantization", "options"), PACKINGS)
+def test_scores_are_those_of_plain_transformers_one_document_after_another(
+    folder: Path, quantization: str, options: dict[str, Any] | None
+) -> None:
+    recipe = recipe_of(folder, quantization, options)
+    adapted, asked, expected = load(recipe), [], []
+    start = adapted.read()
+    told = quantized(quantization, CPU, recipe.model.quantization_options)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **told)
+    # For evaluation, bitsandbytes packs 4 bits anew on some processors, and rounds what 8 bits are multiplied with.
+    # There is no dropout here.
+    plain = get_peft_model(plain, build_config(recipe.adapter, plain)).train(quantization == "4bit")
+    for client in range(3):
+        noise_P = torch.randn(start.layout.size, generator=torch.Generator().manual_seed(client))
+        adapter = replace(start, weights_P=start.weights_P + 0.1 * noise_P)
+        blocks = make_blocks(5 + client, LENGTH, seed=client)
+        set_peft_model_state_dict(plain, start.layout.split(adapter.weights_P.clone()))
+        texts = [tokens_T[None, :length] for tokens_T, length in zip(blocks.tokens_NT, blocks.lengths_N, strict=True)]
+        losses = [
+            (len(text_1T[0]) - 1) * float(plain(input_ids=text_1T, labels=text_1T).loss.detach()) for text_1T in texts
+        ]
+        asked.append((adapter, blocks))
+        expected.append(sum(losses))
+    alone = [evaluate(adapted, *one, batch_size=3) for one in asked]
+    for found in (alone, evaluate_together(adapted, asked, batch_size=4, at_once=3)):
+        assert [score.loss_sum for score in found] == pytest.approx(expected, rel=1e-5)
 
 
 @needs_bits
@@ -188,6 +224,17 @@ def test_a_layer_that_was_evaluated_can_still_be_trained_through(folder: Path) -
         assert x.grad is not None
         assert x.grad.abs().sum() > 0
         assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+@needs_bits
+def test_nothing_is_shown_of_a_kernel_of_4_bits_that_is_missing() -> None:
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes asks for that kernel on processors with AVX512-BF16 alone")
+    code = "import fedloom.experiment.run, sys; assert 'bitsandbytes.backends.cpu.ops' in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("", "")
 
 
 def is_bits(layer: torch.nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -81,9 +82,10 @@ def test_a_gradient_of_each_document_is_autograds(shape: str) -> None:
         assert (found - own).norm() / own.norm() < 1e-12
 
 
+@pytest.mark.oracles("opacus")
 @pytest.mark.filterwarnings("ignore:Full backward hook")  # the first layers' inputs are embeddings, which are frozen
 def test_the_clipped_sum_is_that_of_opacus(shape: str) -> None:
-    opacus = pytest.importorskip("opacus", reason="an oracle that is installed by hand: pip install opacus==1.6.0")
+    opacus = import_module("opacus")
     adapted, max_norm = make_adapted(shape, "float64"), 0.13
     switch_off_dropout(adapted)
     start = noisy(adapted)

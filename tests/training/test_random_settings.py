@@ -3,18 +3,30 @@
 import random
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from support.marks import first
+from support.small_models import write_small_model
 from support.tape import record_steps
-from support.tiny import ARCHITECTURES, count_answers, make_adapted, make_blocks, make_job, switch_off_dropout
+from support.tiny import (
+    ARCHITECTURES,
+    count_answers,
+    make_adapted,
+    make_blocks,
+    make_job,
+    make_recipe,
+    switch_off_dropout,
+)
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
+from fedloom.experiment.building import load_adapted_model, open_source
 from fedloom.federation.lora_rules import trained_part
 from fedloom.model import source
 from fedloom.privacy.noise import derive_key
@@ -42,6 +54,22 @@ WINDOWED_CONFIG = partial(
 # Where a gradient is none at all but for rounding, as that of a query which sees one key, Adam makes a step of it. With
 # this ε rounding stays below the bound.
 ADAMW = {"kind": "adamw", "eps": 1e-2}
+
+
+PACKED_KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "llama": (["q_proj", "v_proj"], {}),
+    "qwen2": (["q_proj", "v_proj"], {}),
+    "gpt2": (["c_attn"], {}),
+    "opt": (["q_proj", "v_proj"], {"word_embed_proj_dim": 64, "ffn_dim": 96}),
+}
+"""Models that are packed: some layers to adapt, and what their configuration needs."""
+PACKINGS = (
+    ("4bit", "nf4", "float32", True),
+    ("4bit", "fp4", "float32", False),
+    ("4bit", "nf4", "bfloat16", True),
+    ("8bit", None, None, False),
+)
+"""Bits, and of four of them the form, the dtype that they are computed in, and whether their scales are packed too."""
 
 
 @cache
@@ -87,7 +115,8 @@ def draw_jobs(draw: random.Random, adapted: AdaptedModel) -> list[ClientJob]:
     """Up to five clients, in the second round of four."""
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     noise_P = torch.randn(adapted.layout.size, generator=generator, dtype=torch.float64)
-    start = Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
+    untouched = adapted.read()
+    start = replace(untouched, weights_P=untouched.weights_P + 0.02 * noise_P.to(untouched.weights_P))
     training, private = draw_training(draw), draw.random() < 0.3
     kind = draw.choice(["all", "answers"] if private else ["all", "answers", "packed"])
     if not private:
@@ -105,26 +134,22 @@ def draw_jobs(draw: random.Random, adapted: AdaptedModel) -> list[ClientJob]:
     return jobs
 
 
-def assert_same(our: ClientUpdate, their: ClientUpdate, start: Adapter) -> None:
+def assert_same(our: ClientUpdate, their: ClientUpdate, start: Adapter, bound: float = 1e-9) -> None:
     moved = (their.adapter.weights_P - start.weights_P).norm()
-    assert (our.adapter.weights_P - their.adapter.weights_P).norm() <= 1e-9 * moved
+    assert (our.adapter.weights_P - their.adapter.weights_P).norm() <= bound * moved
     for name, value in vars(their.report).items():
         if name != "seconds":
-            assert getattr(our.report, name) == pytest.approx(value, rel=1e-8), name
-    assert our.own_losses == pytest.approx(their.own_losses, rel=1e-9)
+            assert getattr(our.report, name) == pytest.approx(value, rel=10 * bound), name
+    assert our.own_losses == pytest.approx(their.own_losses, rel=bound)
     assert our.optimizer_state.keys() == their.optimizer_state.keys()
     for name, state in their.optimizer_state.items():
-        assert (our.optimizer_state[name] - state).norm() <= 1e-8 * state.norm(), name
+        assert (our.optimizer_state[name] - state).norm() <= 10 * bound * state.norm(), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(120))
-def test_engines_agree_under_any_settings(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = random.Random(seed)
-    monkeypatch.setitem(source.SHAPES, WINDOWED, WINDOWED_CONFIG)
-    shape = draw.choice([*ARCHITECTURES, WINDOWED])
-    dropout, own_dropout, freeze_a = draw.choice([0.0, 0.4]), draw.random() < 0.5, draw.random() < 0.2
-    adapted = model_of(shape, draw.choice(["few", "all"]), dropout, own_dropout, freeze_a)
+def compare_engines(
+    draw: random.Random, adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch, bound: float = 1e-9
+) -> None:
+    """Compare both engines on jobs drawn at random; what is no setting of a recipe's is drawn for the batched one."""
     untouched = adapted.read()
     jobs = draw_jobs(draw, adapted)
     theirs = {result.client: result for result in ReferenceEngine(adapted).train(jobs)}
@@ -145,4 +170,54 @@ def test_engines_agree_under_any_settings(seed: int, monkeypatch: pytest.MonkeyP
         our, their = ours[job.client], theirs[job.client]
         assert isinstance(our, ClientUpdate), our.error
         assert isinstance(their, ClientUpdate), their.error
-        assert_same(our, their, job.adapter)
+        assert_same(our, their, job.adapter, bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(120))
+def test_engines_agree_under_any_settings(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    monkeypatch.setitem(source.SHAPES, WINDOWED, WINDOWED_CONFIG)
+    shape = draw.choice([*ARCHITECTURES, WINDOWED])
+    dropout, own_dropout, freeze_a = draw.choice([0.0, 0.4]), draw.random() < 0.5, draw.random() < 0.2
+    adapted = model_of(shape, draw.choice(["few", "all"]), dropout, own_dropout, freeze_a)
+    compare_engines(draw, adapted, monkeypatch)
+
+
+@cache
+def packed_model_of(
+    folder: Path, kind: str, packing: tuple[str, str | None, str | None, bool], targets: str, dropout: float
+) -> AdaptedModel:
+    """Return a small model in float32 with packed layers, opened as a run opens it."""
+    if not (folder / kind).exists():
+        write_small_model(folder / kind, kind, **PACKED_KINDS[kind][1])
+    quantization, form, computed, double = packing
+    options = {"type": form, "compute_dtype": computed, "double": double} if form else None
+    chosen = "all-linear" if targets == "all" else PACKED_KINDS[kind][0]
+    recipe = make_recipe(
+        model={
+            "source": str(folder / kind),
+            "dtype": "float32",
+            "quantization": quantization,
+            "quantization_options": options,
+        },
+        adapter={"targets": chosen, "dropout": dropout},
+    )
+    return load_adapted_model(recipe, open_source(recipe))
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.mark.oracles("bitsandbytes")
+@pytest.mark.parametrize("seed", first(range(120), keep=10, rest=pytest.mark.slow))
+def test_engines_agree_over_packed_weights_under_any_settings(
+    seed: int, packed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(seed)
+    kind, packing = draw.choice([*PACKED_KINDS]), draw.choice(PACKINGS)
+    adapted = packed_model_of(packed_folder, kind, packing, draw.choice(["few", "all"]), draw.choice([0.0, 0.4]))
+    # In bfloat16, what an adapter adds is rounded at another place.
+    compare_engines(draw, adapted, monkeypatch, 3e-2 if packing[2] == "bfloat16" else 3e-4)
