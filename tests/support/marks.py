@@ -1,9 +1,28 @@
-"""Which values of a test stand for the others."""
+"""Which values of a test stand for the others, and which files begin."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+LONGEST = (
+    "tests/deployment/client/test_options.py",
+    "tests/experiment/test_nodes.py",
+    "tests/experiment/test_experiment_recipes.py",
+    "tests/experiment/test_cards.py",
+    "tests/experiment/test_controls.py",
+    "tests/experiment/test_sweep.py",
+    "tests/faults/test_kills.py",
+    "tests/test_package.py",
+    "tests/handover/test_llama_cpp.py",
+    "tests/deployment/test_own_part.py",
+    "tests/faults/test_stalled_downloads.py",
+    "tests/monitoring/test_status.py",
+    "tests/test_cli.py",
+    "tests/data/test_long_texts.py",
+    "tests/experiment/test_unused.py",
+)
+"""Files whose few tests take twenty seconds and more: neither a limit nor their number tells."""
 
 
 def first(values: Iterable[Any], keep: int = 1, every: int = 1) -> list[Any]:
