@@ -193,3 +193,10 @@ def test_what_hands_out_the_tests_does_not_import_torch() -> None:
 @pytest.mark.parametrize("name", LONGEST)
 def test_a_file_that_begins_is_there(name: str) -> None:
     assert (Path(__file__).parents[1] / name).is_file()
+
+
+def test_make_soak_takes_what_is_killed_at_random_instants() -> None:
+    """Those tests are `long`, which pytest leaves out unless it is told otherwise."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    (line,) = [line for line in makefile.splitlines() if "FEDLOOM_RANDOM_KILLS" in line]
+    assert '-m "not slow"' in line
