@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.marks import LONGEST
 from support.plain_plots import plain_plots
 from support.shapes import ARCHITECTURES
 
@@ -34,7 +35,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(trylast=True)  # once what is not asked for is out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that may take longest, and then with those of many tests.
+    """Begin with the files that may take longest, those that are known to take long, and those of many tests.
 
     A worker that comes to one of them last leaves the other without work.
     """
@@ -42,9 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         groups.setdefault(_group_of(item), []).append(item)
 
-    def weigh(group: list[pytest.Item]) -> tuple[float, int]:
+    def weigh(group: list[pytest.Item]) -> tuple[float, bool, int]:
         limits = [mark.args[0] for item in group for mark in item.iter_markers("timeout")]
-        return max(limits, default=0.0), len(group)
+        return max(limits, default=0.0), any(_file_of(item) in LONGEST for item in group), len(group)
 
     items[:] = [item for group in sorted(groups.values(), key=weigh, reverse=True) for item in group]
 
@@ -58,7 +59,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _group_of(item: pytest.Item) -> str:
     mark = item.get_closest_marker("xdist_group")
-    return str(mark.args[0]) if mark else item.nodeid.partition("::")[0]
+    return str(mark.args[0]) if mark else _file_of(item)
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)

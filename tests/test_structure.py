@@ -7,6 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.marks import LONGEST
 
 import fedloom
 
@@ -187,3 +188,15 @@ def test_what_hands_out_the_tests_does_not_import_torch() -> None:
     code = f"import runpy, sys; sys.path.insert(0, {str(tests)!r}); [runpy.run_path(path) for path in sys.argv[1:]]"
     code += "; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, *map(str, tests.rglob("conftest.py"))], check=True)
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_a_file_that_begins_is_there(name: str) -> None:
+    assert (Path(__file__).parents[1] / name).is_file()
+
+
+def test_make_soak_takes_what_is_killed_at_random_instants() -> None:
+    """Those tests are `long`, which pytest leaves out unless it is told otherwise."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    (line,) = [line for line in makefile.splitlines() if "FEDLOOM_RANDOM_KILLS" in line]
+    assert '-m "not slow"' in line

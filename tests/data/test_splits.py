@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import datasketch
 import pytest
+from datasketch import MinHash
 from support.tiny import make_recipe
 
+from fedloom.data import copies
 from fedloom.data.documents import Document, Documents, load_documents
 from fedloom.data.formats import Form
 from fedloom.data.splits import (
@@ -497,3 +500,26 @@ def test_even_shares_are_those_of_flwr_datasets(count: int, clients: int) -> Non
     documents = [Document(str(index), "") for index in range(count)]
     ours = partition_documents(documents, Partition(), clients, seed=1)
     assert [[int(document.text) for document in part] for part in ours] == [list(part) for part in theirs]
+
+
+def test_a_sketch_is_datasketchs_own_and_what_all_share_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index chooses its bands by integrals, a sketch draws its hash functions: once, for all that are alike."""
+    one, other = {1, 2, 3, 2**32 - 1}, {5}
+    right = []
+    for shingles in (one, other):
+        made = MinHash(num_perm=copies.NUM_PERMUTATIONS, hashfunc=int)
+        made.update_batch(shingles)
+        right.append(made)
+    index = copies.HeldOut(0.8)
+    copies._min_hash(one)
+
+    def refuse(*given: object) -> None:
+        raise AssertionError(given)
+
+    monkeypatch.setattr(datasketch.lsh, "_optimal_param", refuse)
+    monkeypatch.setattr(MinHash, "_init_permutations", refuse)
+    assert [copies._min_hash(one), copies._min_hash(other)] == right
+    again = copies.HeldOut(0.8)
+    assert (again._index.b, again._index.r) == (index._index.b, index._index.r)
+    again.add("central", [Document("one two three four five six seven", "a")])
+    assert again.find(Document("one two three four five six seven", "b")) == {"central": "exact", "holdout": ""}

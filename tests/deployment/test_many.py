@@ -31,7 +31,7 @@ def check_all_came_through(found: dict[str, Any]) -> None:
     assert (found["lost"], found["ended"], found["refused"], found["restarts"]) == (0, 0, 0, 0), found
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_four_clients_with_an_echo_come_through() -> None:
     found = measure("--many", "4", "--rounds", "3", "--rest", "1")

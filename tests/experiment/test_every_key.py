@@ -5,8 +5,9 @@ The keys and the choices are those of the schema, so a new one without a line in
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from support.quick_runs import attempt, result_of
 from support.tiny import PEFT_NEEDS, make_blocks, make_job, write_tiny_gguf
 
 from fedloom.errors import FedloomError
+from fedloom.experiment import run as runs
 from fedloom.experiment.building import load_adapted_model
+from fedloom.experiment.preparation import prepare
 from fedloom.experiment.run import plan
 from fedloom.model.source import open_model
 from fedloom.recipe.data_section import PARTITION_KEYS
@@ -28,6 +31,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.schema import recipe_schema
 from fedloom.recipe.sections import STRATEGY_DEFAULTS
 from fedloom.training.jobs import ClientJob
+from fedloom.training.memory import StepMemory
 from fedloom.training.reference import train_client
 
 LEFT_OUT: Any = None
@@ -392,6 +396,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = [{"q": f"And {number}?", "c": ["yes", "no"], "a": "yes"} for number in range(3)]
     write_tasks(home, questions, {}, file="asked.toml")
     return home
+
+
+@pytest.fixture(scope="module")
+def predicted() -> dict[Hashable, StepMemory]:
+    """What the steps of all cases need, traced once for those that are alike, as a sweep does it."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(predicted: dict[Hashable, StepMemory], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan with what other cases' steps were found to need: tracing is most of a plan."""
+    monkeypatch.setattr(runs, "prepare", partial(prepare, predicted=predicted))
 
 
 def talk_about(number: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.asked import write_tasks
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -94,8 +95,7 @@ def test_what_is_shared(axes: list[str], models: int, passes: int, recipe_file: 
     assert sum(len(group_by(group, same_pass)) for group in groups) == passes
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("rule", ["fedex", "svd", "rolora", "ffa"])
+@pytest.mark.parametrize("rule", first(["fedex", "svd", "rolora", "ffa"], keep=0, every=2))
 def test_rules_that_share_a_model_keep_their_own(rule: str, recipe_file: Path, tmp_path: Path) -> None:
     axes = [f"federation.lora_rule=factors,{rule}"]
     folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())

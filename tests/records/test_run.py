@@ -9,6 +9,7 @@ from support.tiny import make_recipe
 from fedloom import read_run, run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
+from fedloom.records import kinds
 from fedloom.records.run import RoundRecord
 from fedloom.records.writer import RunWriter
 from fedloom.training.client_report import ClientReport
@@ -92,3 +93,15 @@ def test_records_have_the_keys_that_their_types_name(tmp_path: Path) -> None:
     for client in finished.clients:
         assert client.keys() <= ClientReport.__annotations__.keys()
     assert finished.clients
+
+
+def test_what_a_kind_is_made_of_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took three quarters of the time in which a run is read."""
+    finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run")
+    read_run(finished.folder)
+
+    def refuse(*given: object, **told: object) -> None:
+        raise AssertionError(given)
+
+    monkeypatch.setattr(kinds, "get_type_hints", refuse)
+    assert read_run(finished.folder) == finished

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fedloom.errors import FedloomError
-from fedloom.experiment import preparation, trial
+from fedloom.experiment import trial
 from fedloom.experiment.run import run
 from fedloom.experiment.sweep import sweep
 from fedloom.host import failpoints
@@ -99,9 +99,7 @@ def _sweep(source: Path, axes: list[str], folder: Path, failpoint: str) -> None:
 def _end(work: Callable[[], object], folder: Path, failpoint: str, twin: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     failpoints.arm(failpoint)
-    # What takes most of the time and remembers nothing: plots, and the prediction of what memory a step needs.
-    run_report.draw = lambda plot: "<svg></svg>"
-    preparation.predict_step = None  # type: ignore[assignment]
+    run_report.draw = lambda plot: "<svg></svg>"  # plots take most of the time and remember nothing
     TWINS[twin]()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:

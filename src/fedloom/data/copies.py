@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from fedloom.data.documents import Document, normalise
@@ -32,10 +33,7 @@ class HeldOut:
         self._text_of: dict[tuple[str, int], str] = {}
         self._met: set[str] = set()
         """Texts and prompts that `was_found` looks for."""
-        # Candidates are checked exactly, so the index may propose too many but must miss none: it looks well below the
-        # threshold (at the threshold itself it would miss one in ten), and its weights (false positives, false
-        # negatives) count a missed copy nine times.
-        self._index = MinHashLSH(threshold=0.75 * near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
+        self._index = MinHashLSH(num_perm=NUM_PERMUTATIONS, params=_bands(near_duplicate))
 
     def add(self, side: str, documents: Iterable[Document]) -> None:
         """Add documents to a side, `central` or `holdout`; exact copies within it are kept once."""
@@ -78,6 +76,18 @@ class HeldOut:
         return len(shingles & other) / len(shingles | other)
 
 
+@cache  # chosen by some thousand integrals
+def _bands(near_duplicate: float) -> tuple[int, int]:
+    """Return the number of bands of the index, and of hash values in each, for documents as similar as that."""
+    from datasketch import MinHashLSH
+
+    # Candidates are checked exactly, so the index may propose too many but must miss none: it looks well below the
+    # threshold (at the threshold itself it would miss one in ten), and its weights (false positives, false negatives)
+    # count a missed copy nine times.
+    chosen = MinHashLSH(threshold=0.75 * near_duplicate, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
+    return int(chosen.b), int(chosen.r)
+
+
 def _shingles(text: str) -> set[int]:
     """Return hashes of every run of words, or of characters in a script without spaces between words."""
     text = text[:COMPARED_CHARACTERS]
@@ -90,10 +100,15 @@ def _shingles(text: str) -> set[int]:
 
 
 def _min_hash(shingles: set[int]) -> Any:
+    sketch = _empty_sketch().copy()
+    sketch.update_batch(shingles)
+    return sketch
+
+
+@cache  # its hash functions are drawn, which takes longer than a document does
+def _empty_sketch() -> Any:
     from datasketch import MinHash
 
     # Shingles are 32-bit hashes already: hashed again by SHA-1, as is the default, they would cost more and gain
     # nothing.
-    sketch = MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)
-    sketch.update_batch(shingles)
-    return sketch
+    return MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_args, get_origin, get_type_hints
 
@@ -172,6 +173,7 @@ def _find_in(parts: Sequence[tuple[object, object]], kind: Any, key: str) -> str
     return next((one for one in found if one), None)
 
 
+@cache  # to work them out took most of the time in which a run is read
 def _hints_of(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
