@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tiny import make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
+from support.tiny import DEVICE, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fedloom.adapters import rounded_product
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
-from fedloom.adapters.rounded_product import RoundedProduct, add_products
+from fedloom.adapters.rounded_product import RoundedProduct, add_products, sums_rounded
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.training import batched
 from fedloom.training.batched import BatchedEngine
@@ -138,6 +140,21 @@ def test_a_result_that_another_layer_reads_is_not_written_over() -> None:
     train(BatchedEngine, adapted, jobs)
     assert seen
     assert all(torch.equal(given, before) for given, before in seen)
+
+
+def refuse(*_: Any) -> None:
+    raise RuntimeError("no such product")
+
+
+@pytest.mark.parametrize(("add", "found"), [(add_products, True), (refuse, False), (lambda *_: None, False)])
+def test_a_device_is_tried_once_and_outside_of_a_trace(add: Any, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounded_product, "add_products", add)
+    sums_rounded.cache_clear()
+    with FakeTensorMode():
+        assert sums_rounded(DEVICE) is found
+    monkeypatch.setattr(rounded_product, "add_products", None)
+    assert sums_rounded(DEVICE) is found
+    sums_rounded.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

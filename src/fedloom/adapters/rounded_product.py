@@ -12,11 +12,12 @@ sides.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ def add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, scale: flo
         torch.ops.aten.baddbmm.dtype_out(sums_GXY, left_GXM, right_GMY, sums_GXY.dtype, alpha=scale, out=sums_GXY)
     else:
         sums_GXY.baddbmm_(left_GXM.to(sums_GXY.dtype), right_GMY.to(sums_GXY.dtype), alpha=scale)
+
+
+@cache
+def sums_rounded(device: torch.device) -> bool:
+    """Return whether a device adds products of bfloat16 to sums in float32: not every GPU does, so it is tried once."""
+    # Whoever asks first may be tracing a step, in which nothing is computed.
+    with unset_fake_temporarily():
+        left_MX, right_MY = (torch.arange(4.0 * size, device=device).view(4, size) for size in (3, 2))
+        sums_GXY = torch.ones(2, 3, 2, device=device)
+        wanted_GXY = sums_GXY + 0.5 * cut(left_MX, 2).mT @ cut(right_MY, 2)
+        try:
+            add_products(sums_GXY, left_MX.bfloat16(), right_MY.bfloat16(), 0.5)
+        except RuntimeError:
+            return False
+        return torch.equal(sums_GXY, wanted_GXY)
 
 
 def cut(rows_MX: Tensor, pieces: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
-from fedloom.adapters.rounded_product import RoundedFactors, RoundedProduct, cut
+from fedloom.adapters.rounded_product import RoundedFactors, RoundedProduct, cut, sums_rounded
 from fedloom.model.unpadding import EvenRow, current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
@@ -206,7 +206,8 @@ class Stack:
         # A frozen A is the model's own, of which nobody would know when to round it anew. In float16 what is small in a
         # gradient would be lost, and without its loss scaled there is no way to keep it.
         dtype: torch.dtype = self._adapted.base.dtype
-        return dtype if device.type == "cuda" and dtype == torch.bfloat16 and not self._frozen else None
+        rounds = device.type == "cuda" and dtype == torch.bfloat16 and not self._frozen
+        return dtype if rounds and sums_rounded(device) else None
 
     def scales(self, like_P: Tensor) -> Tensor:
         """Return by what each weight is multiplied when it is rounded, [P]: B by its layer's scale, A by one."""
