@@ -235,6 +235,12 @@ def test_a_missing_key_is_named(write: Write, text: str, missing: str) -> None:
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "learning_rate_end", "weight_decay"])
+def test_what_no_step_in_float32_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"training\.{key}.*less than or equal to"):
+        load_recipe("tiny", [f"training.{key}=1e40"])
+
+
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "marked.toml"
     path.write_bytes(b"\xef\xbb\xbf" + shipped_recipes()["tiny"].replace("\n", "\r\n").encode())

@@ -18,6 +18,9 @@ OPTIMIZER_DEFAULTS: dict[OptimizerName, dict[str, Any]] = {
 """Keys of each optimizer with their defaults, which are those of its library."""
 OPTIMIZER_KEYS = tuple(dict.fromkeys(key for keys in OPTIMIZER_DEFAULTS.values() for key in keys))
 """Keys that at least one optimizer has, each once."""
+LARGEST = 1e30
+"""Most that a step of weights in float32 may be multiplied by: torch refuses a factor that float32 can't hold, in the
+middle of a round. Whatever trains is far below."""
 
 
 def _to_betas(value: object) -> object:
@@ -114,8 +117,8 @@ class Training(Section):
         description="micro-batches of a step: the gradient is that of one batch of all their sequences, the memory"
         " that of one micro-batch",
     )
-    learning_rate: float = Field(1e-4, gt=0, description="peak of the learning rate")
-    learning_rate_end: float = Field(0.0, ge=0, description="learning rate that a schedule falls to")
+    learning_rate: float = Field(1e-4, gt=0, le=LARGEST, description="peak of the learning rate")
+    learning_rate_end: float = Field(0.0, ge=0, le=LARGEST, description="learning rate that a schedule falls to")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="decay of the learning rate to `learning_rate_end`"
     )
@@ -136,7 +139,9 @@ class Training(Section):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="the optimizer's state between a client's rounds"
     )
-    weight_decay: float = Field(0.0, ge=0, description="weight decay; added to the gradient for SGD, else decoupled")
+    weight_decay: float = Field(
+        0.0, ge=0, le=LARGEST, description="weight decay; added to the gradient for SGD, else decoupled"
+    )
     max_gradient_norm: float | None = Field(
         None, gt=0, description="norm that a step's gradient is clipped to; no clipping if left out"
     )
