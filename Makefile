@@ -86,8 +86,8 @@ $(VENV)/installed: pyproject.toml $(wildcard requirements/*.txt) scripts/install
 
 $(ORACLES)/installed: requirements/oracles.txt | install
 	rm -rf $(ORACLES)
-	@$(PIP) --target $(ORACLES) -r requirements/oracles.txt && touch $@ || \
-		echo "no bitsandbytes and no opacus: the tests that need them are skipped"
+	@$(PIP) --target $(ORACLES) -r requirements/oracles.txt && touch $@ || { rm -rf $(ORACLES); \
+		echo "no bitsandbytes and no opacus: the tests that need them are skipped"; }
 
 clean:
 	rm -rf $(VENV) dist build .cache .tools .pytest_cache .mypy_cache .ruff_cache

@@ -11,12 +11,11 @@ import gc
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.marks import LONGEST
+from support.marks import LONGEST, is_installed
 from support.plain_plots import plain_plots
 from support.shapes import ARCHITECTURES
 
@@ -53,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose oracle is missing."""
     for mark in item.iter_markers("oracles"):
-        if missing := [name for name in mark.args if find_spec(name) is None]:
+        if missing := [name for name in mark.args if not is_installed(name)]:
             pytest.skip(f"{missing[0]} is not installed: make test-all, which has it in .tools/oracles")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.marks import is_installed
 
 import fedloom
 from fedloom.federation.aggregation import describe_strategies
@@ -184,3 +186,26 @@ def test_what_the_readme_shows_is_there(tmp_path: Path) -> None:
         assert load_recipe(name).name in text
     targets = set(re.findall(r"^make (\w+)", readme, re.MULTILINE))
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("arrives", [True, False])
+def test_oracles_that_arrive_in_part_are_none(arrives: bool, tmp_path: Path) -> None:
+    oracles, pip = tmp_path / "oracles", tmp_path / "venv" / "bin" / "pip"
+    pip.parent.mkdir(parents=True)
+    pip.write_text(f"#!/bin/sh\nmkdir -p {oracles}/bitsandbytes\nexit {int(not arrives)}\n", encoding="utf-8")
+    pip.chmod(0o755)
+    (tmp_path / "venv" / "installed").touch()
+    made = subprocess.run(
+        ["make", f"VENV={tmp_path / 'venv'}", f"ORACLES={oracles}", oracles / "installed"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert oracles.exists() == ("skipped" not in made.stdout.splitlines()[-1]) == arrives
+
+
+def test_a_folder_without_a_package_is_no_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_made").mkdir()
+    assert not is_installed("half_made")
+    assert not is_installed("never_made")
+    assert is_installed("pytest")

@@ -157,6 +157,22 @@ def test_a_device_is_tried_once_and_outside_of_a_trace(add: Any, found: bool, mo
     sums_rounded.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublas")]
+)
+def test_a_device_without_memory_is_tried_again(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: Any) -> None:
+        raise error
+
+    sums_rounded.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(rounded_product, "add_products", run_out)
+        with pytest.raises(RuntimeError, match=str(error)[:10]):
+            sums_rounded(DEVICE)
+    assert sums_rounded(DEVICE)
+    sums_rounded.cache_clear()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("pieces", [3, 12])
 def test_a_gpu_adds_products_of_bfloat16_in_float32(pieces: int) -> None:

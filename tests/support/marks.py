@@ -1,6 +1,7 @@
-"""Which values of a test stand for the others, and which files begin."""
+"""Which values of a test stand for the others, which files begin, and whether an oracle is there."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -38,3 +39,9 @@ def first(
         return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)
 
     return [value if number < keep else mark(value, number - keep) for number, value in enumerate(values)]
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a package is there: a folder of its name without it, as one left half-made, is a place alone."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None

@@ -84,7 +84,11 @@ def add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, scale: flo
 
 @cache
 def sums_rounded(device: torch.device) -> bool:
-    """Return whether a device adds products of bfloat16 to sums in float32: not every GPU does, so it is tried once."""
+    """Return whether a device adds products of bfloat16 to sums in float32: not every GPU does, so it is tried once.
+
+    Raises:
+        RuntimeError: memory ran out, which says nothing of the device; it is tried again when asked next.
+    """
     # Whoever asks first may be tracing a step, in which nothing is computed.
     with unset_fake_temporarily():
         left_MX, right_MY = (torch.arange(4.0 * size, device=device).view(4, size) for size in (3, 2))
@@ -92,7 +96,9 @@ def sums_rounded(device: torch.device) -> bool:
         wanted_GXY = sums_GXY + 0.5 * cut(left_MX, 2).mT @ cut(right_MY, 2)
         try:
             add_products(sums_GXY, left_MX.bfloat16(), right_MY.bfloat16(), 0.5)
-        except RuntimeError:
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+                raise
             return False
         return torch.equal(sums_GXY, wanted_GXY)
 
