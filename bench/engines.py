@@ -48,8 +48,10 @@ from workload import (
 )
 
 from fedloom.data.tokens import TokenBlocks
+from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
+from fedloom.model.source import open_model
 from fedloom.recipe.loading import load_recipe
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.reference import ReferenceEngine
@@ -176,6 +178,21 @@ def show(title: str, best: dict[str, Found], *, tokens: float = LENGTH, **facts:
         print(json.dumps({"contender": name, **facts, **found}), flush=True)
 
 
+def check_lengths(shape: str, cases: list[str], length: int) -> None:
+    """Refuse cases that have longer documents than the model takes, before anything is timed.
+
+    Raises:
+        ModelError: that, or there is no such shape.
+    """
+    most = open_model(f"random:{shape}").max_length
+    for case in cases:
+        (_, lengths), option = CASES[case], "--length" if case == "full" else "--cases"
+        longest = lengths[1] if lengths else length
+        if most is not None and longest > most:
+            mend = f"at most {most}" if case == "full" else f"leave {case} out"
+            raise ModelError(f"{case}: {longest} tokens are more than {shape}'s {most}", where=option, mend=mend)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="smollm2-135m")
@@ -190,6 +207,12 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
     options = parser.parse_args()
+    try:
+        check_lengths(options.shape, options.cases, options.length)
+    except ModelError as error:
+        parser.error(str(error))
+    if options.gigabytes and not GPU:
+        parser.error("--gigabytes: torch sees no GPU; leave it out")
     if options.gigabytes:
         share = options.gigabytes * 1e9 / torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(share)

@@ -1,7 +1,7 @@
 """The published experiment's whole job on made-up documents and random weights: its hours, not its losses.
 
-    python bench/experiment.py documents FILE [NUMBER]
-    fedloom run opt350m-lora-fedprox-6k model.source=random:opt-350m data.source=FILE data.text=text --out RUN
+    python bench/experiment.py documents FILE.jsonl [NUMBER]
+    fedloom run opt350m-lora-fedprox-6k model.source=random:opt-350m data.source=FILE.jsonl data.text=text --out RUN
     python bench/experiment.py judge RUN
 
 `judge` reads the records of a run, finished or not. One that was cut off is judged by its rounds so far, the first
@@ -78,9 +78,13 @@ def main() -> None:
     commands.add_parser("judge").add_argument("run", type=Path)
     options = parser.parse_args()
     if options.command == "documents":
+        if options.file.suffix != ".jsonl" or not options.file.parent.is_dir():
+            parser.error(f"{options.file}: name a file that ends in .jsonl, in a folder that is there")
         write_documents(options.file, options.number)
-    else:
+    elif options.run.is_dir():
         print(json.dumps(judge(options.run)))
+    else:
+        parser.error(f"{options.run}: no such run directory; name what --out of fedloom run named")
 
 
 if __name__ == "__main__":
