@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.errors import ModelError
 from fedloom.model.unpadding import EvenRow, Row, in_a_row
@@ -298,6 +300,26 @@ def test_the_kernel_gives_the_same_bits_interpreted_and_compiles_for_an_h100(
     environment = {**os.environ, **told, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_trace_takes_no_longer_for_more_tokens() -> None:
+    def count(tokens: int) -> int:
+        with FakeTensorMode(), Operations() as seen:
+            mask = Mask(torch.zeros(2, tokens, dtype=torch.int64), call=0, heads=1, dropped=6554)
+            assert mask.compute(torch.zeros(2, tokens, 4096)).shape == (2, tokens, 4096)
+        return seen.count
+
+    assert count(20_000) == count(200)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 @needs_gpu

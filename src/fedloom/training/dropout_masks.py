@@ -18,6 +18,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 GAMMA = 0x9E3779B97F4A7C15
 """γ, the odd number next to 2⁶⁴ over the golden ratio."""
@@ -78,7 +79,9 @@ class Mask:
         words_W = torch.arange(1, -(-features // PIECES) + 1, device=values.device) * _signed(GAMMA)
         at_once = max(1, WORDS_AT_ONCE.get(values.device.type, WORDS_AT_ONCE["cpu"]) // len(words_W))
         rooms = [keys_R.new_empty(min(at_once, len(keys_R)), len(words_W)) for _ in range(2)]
-        for first in range(0, len(keys_R), at_once):
+        # In a trace of memory the first piece tells what each of them takes, of which there are thousands.
+        end = min(at_once, len(keys_R)) if isinstance(values, FakeTensor) else len(keys_R)
+        for first in range(0, end, at_once):
             part = slice(first, first + at_once)
             words, room = (given[: len(keys_R) - first] for given in rooms)
             torch.add(keys_R[part, None], words_W, out=words)
