@@ -25,7 +25,7 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -363,6 +363,18 @@ def score(shape: str, counts: list[int], lengths: list[int]) -> None:
 PARTS = {"machine": machine, "works": works, "steps": steps, "profile": profile, "twice": twice, "evaluate": score}
 
 
+def run_parts(parts: Mapping[str, Callable[..., None]], chosen: Sequence[str], shape: str, *how: object) -> None:
+    """Run the chosen parts, or all; one that fails says so, and each says what it took."""
+    for part in chosen or parts:
+        started = time.perf_counter()
+        try:
+            parts[part](shape, *how)
+        except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
+            traceback.print_exc()
+            say("failed", shape=shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
+        say("took", shape=shape, took=part, seconds=time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape")
@@ -372,14 +384,7 @@ def main() -> None:
         "--lengths", type=int, nargs="+", default=[], help="tokens of a block, of all but works, evaluate"
     )
     options = parser.parse_args()
-    for part in options.parts or PARTS:
-        started = time.perf_counter()
-        try:
-            PARTS[part](options.shape, options.clients, options.lengths)
-        except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
-            traceback.print_exc()
-            say("failed", shape=options.shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
-        say("took", shape=options.shape, took=part, seconds=time.perf_counter() - started)
+    run_parts(PARTS, options.parts, options.shape, options.clients, options.lengths)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import argparse
 import gc
 import math
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from gpu import say, seconds_of, watch_recordings
+from gpu import run_parts, say, seconds_of, watch_recordings
 from workload import BATCH, DTYPE, GPU, build_adapted, make_blocks, make_jobs
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -129,14 +128,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="clients x documents of each in a step")
     options = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
-    for part in options.parts or PARTS:
-        started = time.perf_counter()
-        try:
-            PARTS[part](options.shape, options.dropout, sizes)
-        except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
-            traceback.print_exc()
-            say("failed", shape=options.shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
-        say("took", shape=options.shape, took=part, seconds=time.perf_counter() - started)
+    run_parts(PARTS, options.parts, options.shape, options.dropout, sizes)
 
 
 if __name__ == "__main__":
