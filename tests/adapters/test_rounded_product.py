@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.marks import first
-from support.tiny import DEVICE, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
+from support.tiny import DEVICE, make_adapted, make_blocks, make_job, start_from, switch_off_dropout, updates_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedloom.adapters import rounded_product
@@ -39,11 +39,6 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     monkeypatch.setattr(RoundedProduct, "apply", watched)
     return made
-
-
-def start_from(adapted: AdaptedModel) -> Adapter:
-    noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)
-    return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
 
 
 def jobs_of(start: Adapter, **changes: Any) -> list[ClientJob]:

@@ -113,6 +113,12 @@ def switch_off_dropout(adapted: AdaptedModel) -> None:
                 setattr(module, name, 0.0)
 
 
+def start_from(adapted: AdaptedModel) -> Adapter:
+    """Not PEFT's zeros in B: a federation that has been under way."""
+    noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)
+    return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
+
+
 def make_blocks(num_blocks: int = 8, max_length: int = 16, seed: int = 0) -> TokenBlocks:
     """Learnable blocks of several lengths: each counts upwards from a random byte."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ from support.tiny import (
     make_blocks,
     make_job,
     make_recipe,
+    start_from,
     switch_off_dropout,
     updates_of,
 )
@@ -71,12 +72,6 @@ def train(
     training = make_recipe(training={"epochs": 2, "proximal_mu": 0.1, "optimizer_state": "keep", **changes}).training
     told = [replace(job, adapter=start, training=training) for job in jobs]
     return {update.report.client: update for update in updates_of(build(adapted).train(told))}
-
-
-def start_from(adapted: AdaptedModel) -> Adapter:
-    """Not PEFT's zeros in B: a federation that has been under way."""
-    noise_P = torch.randn(adapted.layout.size, generator=torch.Generator().manual_seed(5)).to(adapted.weights_P.dtype)
-    return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
 
 
 def assert_agree(ours: dict[int, ClientUpdate], theirs: dict[int, ClientUpdate], start: Adapter, dtype: str) -> None:
