@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,7 +27,15 @@ from fedloom.errors import FedloomError, RunError
 from fedloom.experiment import cards, silence
 from fedloom.experiment.cards import Card
 from fedloom.experiment.clients import LocalClients
-from fedloom.experiment.job_frames import Found, Line, pack_result, read_word, unpack_result
+from fedloom.experiment.job_frames import (
+    HEADER_BYTES,
+    Found,
+    Line,
+    most_result_bytes,
+    pack_result,
+    read_word,
+    unpack_result,
+)
 from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.run import run
 from fedloom.host.frames import HEAD, Frame, pack_head, unpack_frame
@@ -34,6 +43,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import RoundRecord
 from fedloom.training.jobs import ClientUpdate
+from fedloom.training.optimizers import state_shapes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 BENCH = Path(__file__).parents[2] / "bench"
@@ -287,6 +297,31 @@ def test_what_a_node_can_not_say_is_no_word_of_it(frame: Frame) -> None:
     with pytest.raises(ConnectionError, match="not a word of fedloom's"):
         read_word(frame, jobs)
     assert jobs, "it still owes the result"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adafactor"])
+@pytest.mark.parametrize("keeps", ["reset", "keep"])
+def test_no_result_is_longer_than_a_node_may_send(optimizer: str, keeps: str) -> None:
+    how: dict[str, Any] = {"optimizer": optimizer, "optimizer_state": keeps}
+    job = make_job(make_blocks(2), make_adapted().read(), client=3, **how)
+    shapes = state_shapes(job.training, job.adapter.layout)
+    update = replace(make_update(job.adapter, 3), optimizer_state={name: torch.ones(shapes[name]) for name in shapes})
+    length = len(pack_result(update).payload)
+    assert length <= most_result_bytes([job, JOB]) < length + len(shapes) * HEADER_BYTES + 10 * WEIGHTS_P.nbytes
+
+
+@pytest.mark.parametrize("claimed", [2**30, 2**35])
+def test_a_node_that_claims_to_send_more_than_a_result_is_not_listened_to(
+    asked: Path, monkeypatch: pytest.MonkeyPatch, claimed: int
+) -> None:
+    (asked.parent / "told").write_bytes(HEAD.pack(2, claimed) + b"{}")
+    (asked.parent / "bin" / "ssh").write_text(f"#!/bin/sh\ncat {asked.parent}/told\nexec sleep 600\n")
+    monkeypatch.setattr(cards, "GRACE_SECONDS", 0.2)
+    card = Card(Place("cpu", "alpha"), Observer())
+    card.ask([JOB])
+    with pytest.raises(RunError, match="alpha/cpu says what fedloom does not"):
+        card.hear()
+    card.close()
 
 
 def test_a_node_answers_once_and_for_its_own_clients() -> None:

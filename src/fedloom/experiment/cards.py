@@ -27,6 +27,7 @@ from fedloom.experiment.job_frames import (
     Found,
     Key,
     Line,
+    most_result_bytes,
     pack_jobs,
     pack_result,
     plain,
@@ -69,6 +70,8 @@ class Card:
         self.lowered_to: int | None = None
         self._asked: dict[Key, ClientJob] = {}
         """Jobs whose results it owes."""
+        self._most_bytes = 0
+        """Length of the numbers that it may send with a word: a result's."""
         ours, theirs = socket.socketpair()
         self._connection = LookingSocket(fileno=ours.detach())
         self._connection.look = self.look
@@ -129,6 +132,7 @@ class Card:
     def ask(self, jobs: Sequence[ClientJob]) -> None:
         """Have it carry out jobs."""
         self._asked = {(job.trial, job.client): job for job in jobs}
+        self._most_bytes = most_result_bytes(jobs)
         self._silence.begin()
         self._send(pack_jobs(jobs))
         self.is_busy = True
@@ -208,7 +212,7 @@ class Card:
             RunError: the process ended, or speaks something else.
         """
         try:
-            return receive_frame(self._connection)
+            return receive_frame(self._connection, self._most_bytes)
         except (OSError, MemoryError):
             raise self._lost() from None
 

@@ -50,6 +50,8 @@ Key = tuple[int, int]
 _REPORT, _PROGRESS = TypeAdapter(ClientReport), TypeAdapter(Progress)
 _COUNT = TypeAdapter(Annotated[int, Field(ge=1, lt=2**31)] | None)
 _FACTS = TypeAdapter(dict[str, Annotated[int, Field(ge=0, lt=2**63)] | str | None])
+HEADER_BYTES = 2**10
+"""More than safetensors' header has of a tensor, and of all of them."""
 MOST_WORDS = 2000
 """Characters of a text that a process says; the rest is left out."""
 
@@ -152,6 +154,19 @@ def pack_result(result: ClientResult) -> Frame:
         return Frame({**told, "error": facts, "short": isinstance(error, ShortageError)})
     tensors = _under("adapter", {"weights_P": result.adapter.weights_P}) | _under("state", result.optimizer_state)
     return Frame({**told, "report": asdict(result.report)}, _to_bytes(tensors))
+
+
+def most_result_bytes(jobs: Sequence[ClientJob]) -> int:
+    """Return how long the numbers of a result of one of these jobs are at most."""
+
+    def of(job: ClientJob) -> int:
+        shapes = [job.adapter.weights_P.shape, *state_shapes(job.training, job.adapter.layout).values()]
+        numbers = sum(shape.numel() for shape in shapes)
+        return numbers * job.adapter.weights_P.element_size() + HEADER_BYTES * (1 + len(shapes))
+
+    # Ten thousand clients have few trainings, and an adapter in common.
+    alike = {(id(job.training), id(job.adapter)): job for job in jobs}
+    return max(map(of, alike.values()), default=0)
 
 
 def unpack_result(frame: Frame, job: ClientJob) -> ClientResult:

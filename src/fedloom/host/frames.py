@@ -54,14 +54,15 @@ def unpack_frame(data: bytes) -> Frame | None:
     return None if manifest is None or len(data) != start + payload_bytes else Frame(manifest, data[start:])
 
 
-def receive_frame(connection: socket.socket) -> Frame:
+def receive_frame(connection: socket.socket, most_payload_bytes: int = MOST_PAYLOAD_BYTES) -> Frame:
     """Read a frame whole.
 
     Raises:
-        OSError: the other side is gone, says nothing within the connection's timeout, or speaks something else.
+        OSError: the other side is gone, says nothing within the connection's timeout, or speaks something else, as
+            does who claims to send more than there can be.
     """
     manifest_bytes, payload_bytes = HEAD.unpack(_read(connection, HEAD.size))
-    if manifest_bytes > MOST_MANIFEST_BYTES or payload_bytes > MOST_PAYLOAD_BYTES:
+    if manifest_bytes > MOST_MANIFEST_BYTES or payload_bytes > most_payload_bytes:
         raise ConnectionError("not a fedloom frame")
     manifest = read_manifest(_read(connection, manifest_bytes))
     if manifest is None:
