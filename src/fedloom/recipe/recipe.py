@@ -144,12 +144,16 @@ CLASHES = (
         "leave it out, or use plain LoRA",
     ),
     Clash(
-        lambda recipe: (
-            recipe.model.device_map is not None and bool(recipe.model.quantization or recipe.training.devices)
-        ),
+        lambda recipe: recipe.model.device_map is not None and recipe.model.quantization is not None,
         "model.device_map",
-        "packed weights lie whole on their device, and all weights on each of training.devices",
-        "leave it out, or model.quantization and training.devices",
+        "packed weights (model.quantization) lie whole on their device",
+        "leave out one of the two",
+    ),
+    Clash(
+        lambda recipe: recipe.model.device_map is not None and bool(recipe.training.devices),
+        "model.device_map",
+        "each of training.devices has the whole model",
+        "leave out one of the two",
     ),
     Clash(
         lambda recipe: recipe.model.device_map is not None and not recipe.training.gradient_checkpointing,
