@@ -1,5 +1,6 @@
 """Products of adapters in the base's dtype, which a GPU has beside bfloat16; here on whatever device there is."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,10 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.rounded_product import RoundedProduct, add_products, sums_rounded
 from fedloom.adapters.stacked_lora import Stack
+from fedloom.evaluation.held_out import Asked, Score, evaluate, evaluate_together
+from fedloom.experiment.session import Session
+from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.telemetry import Telemetry
 from fedloom.training import batched
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientUpdate
@@ -122,6 +127,54 @@ def test_a_frozen_a_stays_what_it_is_in_the_model(products: list[torch.dtype]) -
     jobs = jobs_of(start)
     assert distance(train(BatchedEngine, adapted, jobs), train(ReferenceEngine, adapted, jobs), start) < 1e-9
     assert not products
+
+
+def noisy(adapted: AdaptedModel) -> list[Asked]:
+    """Adapters that are not alike, each with blocks of its own, which are scored with their padding as on a GPU."""
+    adapted.unpads = False
+    start = start_from(adapted)
+    draw = torch.Generator().manual_seed(1)
+    noises = [torch.randn(start.layout.size, generator=draw, dtype=start.weights_P.dtype) for _ in range(3)]
+    return [
+        (replace(start, weights_P=start.weights_P + 0.1 * noise_P), make_blocks(5 + 2 * number, 24, seed=number))
+        for number, noise_P in enumerate(noises)
+    ]
+
+
+def losses(scores: list[Score]) -> torch.Tensor:
+    return torch.tensor([score.loss for score in scores], dtype=torch.float64)
+
+
+def test_without_rounding_scores_are_those_of_peft(shape: str, products: list[torch.dtype]) -> None:
+    adapted = make_adapted(shape, "float64", dropout=0.9, alpha=3)
+    asked = noisy(adapted)
+    theirs = [evaluate(adapted, *one, batch_size=4) for one in asked]
+    assert not products
+    ours = evaluate_together(adapted, asked, batch_size=4, at_once=2)
+    torch.testing.assert_close(losses(ours), losses(theirs), rtol=1e-12, atol=0)
+    assert [score.correct for score in ours] == [score.correct for score in theirs]
+    assert {*products} == {torch.float64}
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-opt"])
+def test_in_bfloat16_scores_are_those_of_peft_up_to_rounding(shape: str, products: list[torch.dtype]) -> None:
+    adapted = make_adapted(shape, "bfloat16")
+    asked = noisy(adapted)
+    peft = losses([evaluate(adapted, *one, batch_size=4) for one in asked])
+    ours = losses(evaluate_together(adapted, asked, batch_size=4, at_once=3))
+    assert 0 < (ours - peft).abs().max() < 1e-4 * peft.min()
+    assert {*products} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("batched", "rounds"), [(True, True), (False, False)])
+def test_a_run_scores_a_single_adapter_as_it_trains_it(
+    batched: bool, rounds: bool, products: list[torch.dtype]
+) -> None:
+    adapted = make_adapted(dtype="bfloat16")
+    with Telemetry(gpu=False) as telemetry:
+        session = Session(adapted, ReferenceEngine(adapted), telemetry, Observer(), batched=batched)
+        session.score(noisy(adapted)[:1], batch_size=4)
+    assert bool(products) is rounds
 
 
 def test_a_result_that_another_layer_reads_is_not_written_over() -> None:

@@ -76,7 +76,7 @@ class StackedLora(nn.Module):
         x_MI, row = x.reshape(-1, x.shape[-1]), current_row()
         if self.rounded and result.dtype == x.dtype == self.rounded.a_KRI.dtype:
             assert row is None or row.share(len(self.lora_a_KRI)) is None, "clients with unequal parts of a row"
-            if self.dropout:
+            if self.training and self.dropout:
                 x_MI = functional.dropout(x_MI, self.dropout, training=True)
             summed: Tensor = RoundedProduct.apply(result, x_MI, self.lora_b_KOR, self.rounded)  # type: ignore[no-untyped-call]
             return summed
@@ -216,6 +216,11 @@ class Stack:
             if not is_a:
                 part.fill_(layer.scaling)
         return scales_P
+
+    def round(self, weights_KP: Tensor) -> Tensor | None:
+        """Return weights, [K, P], as their device rounds them for products; None where it does not."""
+        dtype = self.rounds_to(weights_KP.device)
+        return None if dtype is None else (weights_KP * self.scales(weights_KP[0])).to(dtype)
 
     def bind(self, weights_KP: Tensor, gradients_GP: Tensor | None = None, rounded_KP: Tensor | None = None) -> None:
         """Let the layers use these weights, [K, P], and add to these gradients, [G, P]; K may differ from before.

@@ -108,8 +108,8 @@ def evaluate_together(
     """Score plain LoRA's adapters, each on blocks of its own, up to `at_once` in one pass over the base model.
 
     All of them share a batch's tokens, of which there are as many as in `evaluate`, so that it takes no more memory
-    than one adapter alone, but for their weights. The scores are those of `evaluate` up to rounding. The model keeps
-    its adapter, but for the residual.
+    than one adapter alone, but for their weights. The scores are those of `evaluate` up to rounding, which of a base in
+    bfloat16 on a GPU is that of its training (`rounded_product`). The model keeps its adapter, but for the residual.
 
     Raises:
         ModelError: memory runs out with a single block.
@@ -129,6 +129,11 @@ def evaluate_together(
     return [found[number] for number in range(len(asked))]
 
 
+def rounds_together(adapted: AdaptedModel) -> bool:
+    """Return whether `evaluate_together` rounds adapters for their products, as a GPU does in training too."""
+    return Stack(adapted).rounds_to(adapted.device) is not None
+
+
 class _Stacked:
     """Adapters of which a model can have several at once."""
 
@@ -146,8 +151,8 @@ class _Stacked:
         if lanes != self._bound:
             self._stack.let_go()
             self._bound = ()
-            weights_LP = torch.stack([self._adapters[lane].weights_P for lane in lanes])
-            self._stack.bind(weights_LP.to(self._adapted.weights_P))
+            weights_LP = torch.stack([self._adapters[lane].weights_P for lane in lanes]).to(self._adapted.weights_P)
+            self._stack.bind(weights_LP, rounded_KP=self._stack.round(weights_LP))
             self._bound = lanes
         with self._stack.installed():
             yield

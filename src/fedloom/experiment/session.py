@@ -12,7 +12,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.splits import HOLDS_OUT
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
-from fedloom.evaluation.held_out import Asked, Score, adapters_at_once, evaluate, evaluate_together
+from fedloom.evaluation.held_out import Asked, Score, adapters_at_once, evaluate, evaluate_together, rounds_together
 from fedloom.experiment.preparation import Prepared
 from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
@@ -40,6 +40,7 @@ class Session:
         self.telemetry = telemetry
         self.watch = observer.watch
         self._batched = batched
+        self._rounds = batched and rounds_together(adapted)
         self._engine = engine
         self._lowered_to: int | None = None
         self.say = observer.show_step
@@ -65,7 +66,8 @@ class Session:
         """Score adapters, each on held-out blocks of its own; the time and memory are evaluation's."""
         how: dict[str, Any] = {"batch_size": batch_size, "watch": self.watch, "lower": self._score_fewer}
         with self.telemetry.phase("evaluation"):
-            if at_once > 1 and len(asked) > 1:
+            # Rounded products take less of a GPU than PEFT's layers, for one adapter too.
+            if self._rounds or (at_once > 1 and len(asked) > 1):
                 return evaluate_together(self.adapted, asked, at_once=at_once, most_tokens=self._most_tokens, **how)
             return [evaluate(self.adapted, *one, most_tokens=self._most_tokens, **how) for one in asked]
 
