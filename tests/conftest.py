@@ -32,6 +32,13 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Leave to `make soak` what repeats in two ways at once: in CI, values change one at a time."""
+    values = getattr(item, "callspec", None)
+    if values and sum(mark.name == "long" for mark in values.marks) > 1:
+        item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)  # once what is not asked for is out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that may take longest, those that are known to take long, and those of many tests.

@@ -64,7 +64,7 @@ def distance(ours: list[ClientUpdate], theirs: list[ClientUpdate], start: Adapte
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_accumulation": 2}, {"gradient_checkpointing": True}, {"clients_at_once": 2}],
+    first([{}, {"gradient_accumulation": 2}, {"gradient_checkpointing": True}, {"clients_at_once": 2}]),
     ids=lambda changes: ",".join(changes) or "plain",
 )
 @pytest.mark.parametrize("dropout", first([0.2, 0.0]))

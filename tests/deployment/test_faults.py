@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedloom[deploy]'")
 
 from support.federation_here import (
-    SECONDS,
     WHOLE_ROUNDS,
     Federation,
     Served,
@@ -174,19 +173,6 @@ def test_a_client_that_is_stopped_whole_is_lost_and_back_when_it_goes_on(tmp_pat
     # Stopped in its training it gives that up; stopped behind it, the round stands in its journal.
     missed = sum(1 in names for names in lost)
     assert rounds - missed <= trained <= rounds - missed + 1
-
-
-@pytest.mark.long
-def test_a_server_that_was_killed_goes_on_and_its_clients_come_back(tmp_path: Path) -> None:
-    asked = recipe()
-    with federation(tmp_path, secure=True) as there:
-        join_all(there, asked)
-        killed = there.serve(write(asked, tmp_path), "--out", str(there.out), FEDLOOM_FAILPOINT="round.begins=kill@2")
-        assert killed.wait(SECONDS) == -signal.SIGKILL
-        served = there.finish(there.serve(str(there.out), "--resume"))
-    assert served.status["resumed"] == 1
-    assert hashes(served) == hashes(run_here(asked, tmp_path / "local"))
-    assert [record["lost"] for record in served.rounds] == [[]] * 3
 
 
 @pytest.mark.xdist_group("served")

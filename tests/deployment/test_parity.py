@@ -117,7 +117,7 @@ def read_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapters" / "last" / "adapter_model.safetensors")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_private_run_over_flower_makes_the_adapter_and_the_records_of_a_local_one(tmp_path: Path) -> None:
     """Its noise comes from the recipe's seed, which is for such a test alone."""
@@ -161,7 +161,7 @@ def test_the_shipped_recipe_of_whole_models_comes_to_the_same_over_a_network(tmp
     assert served.plan["payload_bytes"] == 4 * served.plan["parameters"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_conversations_are_learnt_and_what_is_a_clients_own_stays_with_it_over_flower(
     tmp_path: Path, write_jsonl: Callable[..., Path]

@@ -81,7 +81,7 @@ def tokens_of(answers: Sequence[Answer]) -> list[list[int]]:
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about the models
 @pytest.mark.parametrize(
-    "name", first(sorted(FAMILIES, key=lambda name: name not in AT_LEAST), keep=len(AT_LEAST), every=3)
+    "name", first(sorted(FAMILIES, key=lambda name: name not in AT_LEAST), keep=len(AT_LEAST), every=9)
 )
 def test_every_family_writes_what_it_would_alone(name: str, tmp_path: Path) -> None:
     save_tiny_model(name, tmp_path)

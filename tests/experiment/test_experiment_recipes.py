@@ -124,7 +124,7 @@ def test_every_recipe_of_the_experiment_is_planned(hub: Hub, original: OPTForCau
         assert f"those at commit {commit}" in " ".join(text.split())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_command_converts_once_for_all_runs_after_it(hub: Hub, tmp_path: Path) -> None:
     converted, again, planned, nothing = carry_out(
         hub,

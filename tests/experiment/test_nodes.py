@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from support.import_file import import_file
 from support.killed_runs import result_of
+from support.marks import first
 from support.quick_runs import make_recipe
 from support.tiny import make_adapted, make_blocks, make_job, make_update
 
@@ -173,7 +174,7 @@ def test_one_ctrl_c_ends_a_run_that_waits_for_a_node(asked: Path, tmp_path: Path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ends", ["by itself", "by one Ctrl-C"])
+@pytest.mark.parametrize("ends", first(["by itself", "by one Ctrl-C"], rest=pytest.mark.slow))
 def test_a_node_that_hangs_in_a_round_is_given_up_and_the_run_goes_on(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:

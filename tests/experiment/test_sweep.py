@@ -151,7 +151,7 @@ def test_an_interrupted_sweep_goes_on_after_its_last_rounds(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["state.renamed=raise@3", "record.round=raise@4"])
+@pytest.mark.parametrize("place", first(["state.renamed=raise@3", "record.round=raise@4"], rest=pytest.mark.slow))
 def test_arms_that_were_cut_off_at_different_rounds_go_on_each_from_its_own(
     place: str, recipe_file: Path, tmp_path: Path
 ) -> None:

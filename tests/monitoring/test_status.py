@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.made_runs import make_run
+from support.marks import first
 from support.tiny import make_recipe
 from typer.testing import CliRunner
 
@@ -159,7 +160,7 @@ def test_exit_codes_say_whether_a_run_is_well(state: str, code: int, tmp_path: P
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("now", [[], ["--now"]])
+@pytest.mark.parametrize("now", first([["--now"], []], rest=pytest.mark.slow))
 def test_a_run_is_watched_and_stopped_from_another_terminal(now: list[str], tmp_path: Path) -> None:
     out = tmp_path / "first"
     words = ["run", "tiny", "federation.rounds=5000", "--out", str(out)]

@@ -108,11 +108,14 @@ def test_what_a_gpu_is_sent_for_a_stretch_is_in_the_trace() -> None:
 
 @pytest.mark.parametrize(
     ("fixed", "targets", "share"),
-    [
-        *((False, None, share) for share in (0.5, 0.86)),
-        # Beyond 96 % there is no row.
-        *((True, targets, share) for share in (0.5, 0.8, 0.9) for targets in (None, "all-linear")),
-    ],
+    first(
+        [
+            *((False, None, share) for share in (0.5, 0.86)),
+            # Beyond 96 % there is no row.
+            *((True, targets, share) for share in (0.9, 0.5, 0.8) for targets in (None, "all-linear")),
+        ],
+        keep=4,
+    ),
 )
 @pytest.mark.parametrize("dtype", first(["float32", "bfloat16"]))
 def test_real_tokens_alone_take_no_more_than_a_full_batch(

@@ -107,6 +107,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedloom"
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)

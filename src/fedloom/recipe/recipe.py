@@ -127,9 +127,7 @@ CLASHES = (
         "leave it out, or use lora",
     ),
     Clash(
-        lambda recipe: (
-            recipe.model.quantization == "packed" and (recipe.adapter.method != "lora" or recipe.adapter.dora)
-        ),
+        lambda recipe: recipe.model.quantization == "packed" and not recipe.adapter.is_plain_lora,
         "model.quantization",
         "a packed GGUF file works with plain LoRA alone: other methods read the weights themselves",
         'leave it out, or use adapter.method = "lora" without dora',
@@ -137,7 +135,7 @@ CLASHES = (
     Clash(
         lambda recipe: (
             recipe.model.device_map is not None
-            and (recipe.adapter.method != "lora" or recipe.adapter.dora or not {*recipe.adapter.options} <= SHAPED)
+            and not (recipe.adapter.is_plain_lora and {*recipe.adapter.options} <= SHAPED)
         ),
         "model.device_map",
         "this adapter reads or trains weights of the base model, which may lie elsewhere",

@@ -120,6 +120,11 @@ class Adapter(Section):
         """Return the keys that the recipe sets; None counts as left out."""
         return {key for key in self.model_fields_set if getattr(self, key) is not None}
 
+    @property
+    def is_plain_lora(self) -> bool:
+        """True where a layer gets s·B A beside its weights, and nothing of them is read."""
+        return self.method == "lora" and not self.dora
+
 
 STRATEGY_DEFAULTS: dict[str, dict[str, float]] = {
     "fedavg": {},

@@ -261,7 +261,7 @@ def _load(model: str, *, whole: bool, on_a_hub: bool) -> str:
 def _serve(recipe: Recipe, model: str, commit: str | None) -> str:
     """Return what to type for vLLM: the adapter over a base from a hub, where it is plain LoRA, or a whole model."""
     adapter = recipe.adapter
-    plain = adapter.method == "lora" and not adapter.dora and not adapter.options
+    plain = adapter.is_plain_lora and not adapter.options
     plain = plain and recipe.federation.lora_rule != "fedex"
     rank = next((rank for rank in RANKS if rank >= (adapter.rank or 0)), None)
     if adapter.method == "full":
