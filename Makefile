@@ -22,14 +22,18 @@ export PYTHONDONTWRITEBYTECODE :=
 # Packages that some tests need and that no other test may see: PEFT imports bitsandbytes wherever it finds it.
 WITH_ORACLES = PYTHONPATH=$(abspath $(ORACLES)) $(BIN)/pytest -q $$(grep -rlF --include="*.py" "pytest.mark.oracles(" tests)
 
-.PHONY: run check test test-all check-models pages docs soak bench study study-page dist install clean
+.PHONY: run check lint types test test-all check-models pages docs soak bench study study-page dist install clean
 
 run: install
 	$(BIN)/fedloom run quickstart
 
-check: install docs
+check: lint types docs
+
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: install
 	$(BIN)/mypy
 
 test: install
