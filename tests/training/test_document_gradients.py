@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import make_adapted, make_blocks, switch_off_dropout
+from support.tiny import make_adapted, make_blocks
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
@@ -30,8 +30,8 @@ def by_hand(adapted: AdaptedModel, adapter: Adapter, change_P: torch.Tensor, blo
 
 
 def test_a_documents_alignment_is_that_of_its_own_gradient(shape: str) -> None:
-    adapted, blocks = make_adapted(shape, "float64", device="cpu"), make_blocks(11)
-    switch_off_dropout(adapted)
+    # Dropout is for training, the adapter's as the model's own.
+    adapted, blocks = make_adapted(shape, "float64", device="cpu", dropout=0.9), make_blocks(11)
     start = adapted.read()
     start = replace(start, weights_P=start.weights_P + 0.1 * drawn(adapted, 1).to(start.weights_P.dtype))
     change_P = drawn(adapted, 2).to(start.weights_P.dtype)

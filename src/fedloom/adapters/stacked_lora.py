@@ -220,7 +220,9 @@ class Stack:
     def round(self, weights_KP: Tensor) -> Tensor | None:
         """Return weights, [K, P], as their device rounds them for products; None where it does not."""
         dtype = self.rounds_to(weights_KP.device)
-        return None if dtype is None else (weights_KP * self.scales(weights_KP[0])).to(dtype)
+        if dtype is None:
+            return None
+        return torch.mul(weights_KP, self.scales(weights_KP[0]), out=torch.empty_like(weights_KP, dtype=dtype))
 
     def bind(self, weights_KP: Tensor, gradients_GP: Tensor | None = None, rounded_KP: Tensor | None = None) -> None:
         """Let the layers use these weights, [K, P], and add to these gradients, [G, P]; K may differ from before.
@@ -261,6 +263,11 @@ class Stack:
         """Release the clients' weights and gradients, whose memory would stay taken while a layer has views of it."""
         nothing_KP = torch.zeros(0, self._adapted.layout.size)
         self.bind(nothing_KP, nothing_KP)
+
+    def leave_out_dropout(self) -> None:
+        """Compute without dropout from now on, which a model tells the layers that are in it alone."""
+        for *_, stacked in self._places:
+            stacked.eval()
 
     @contextmanager
     def installed(self) -> Iterator[None]:

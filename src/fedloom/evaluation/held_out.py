@@ -114,6 +114,7 @@ def evaluate_together(
     Raises:
         ModelError: memory runs out with a single block.
     """
+    assert all(adapter.layout == adapted.layout for adapter, _ in asked), "an adapter of another model"
     alike: dict[int, list[int]] = defaultdict(list)
     for number, (adapter, _) in enumerate(asked):
         alike[id(adapter.residual)].append(number)
@@ -140,9 +141,7 @@ class _Stacked:
     def __init__(self, adapted: AdaptedModel, adapters: Sequence[Adapter]) -> None:
         self._adapted, self._adapters = adapted, adapters
         self._stack = Stack(adapted)
-        # Its layers are not in the model when that is told to leave out dropout.
-        with self._stack.installed():
-            self._stack.model.eval()
+        self._stack.leave_out_dropout()
         self._bound: Sequence[int] = ()
 
     @contextmanager

@@ -56,6 +56,7 @@ Gradients = Callable[[Batch], tuple[Tensor, Tensor]]
 
 def _stacked(adapted: AdaptedModel) -> Gradients:
     stack = Stack(adapted)
+    stack.leave_out_dropout()
 
     def gradients_of(batch: Batch) -> tuple[Tensor, Tensor]:
         weights_1P = adapted.weights_P.detach()[None]

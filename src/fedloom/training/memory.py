@@ -261,11 +261,11 @@ def trace_scoring(adapted: AdaptedModel, tokens: int, length: int, device: torch
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         adapted.model.to_empty(device=device)
         stack, weights_1P = Stack(adapted), torch.zeros(1, adapted.layout.size, device=device)
-        stack.bind(weights_1P, rounded_KP=stack.round(weights_1P))
+        stack.bind(weights_1P)
         with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), weights_1P]) as live:
             places = torch.arange(max(1, tokens // length) * length, device=device)
             with stack.installed():
-                stack.model.eval()
+                stack.leave_out_dropout()
                 adapted.loss_head.read_rows(places.view(-1, length), places, places)
     return int(live.peak)
 
