@@ -195,6 +195,16 @@ def test_a_file_that_begins_is_there(name: str) -> None:
     assert (Path(__file__).parents[1] / name).is_file()
 
 
+REPEAT = pytest.param(0, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("one", [REPEAT])
+@pytest.mark.parametrize("other", [REPEAT])
+def test_what_repeats_in_two_ways_is_left_to_make_soak(one: int, other: int, request: pytest.FixtureRequest) -> None:
+    """CI leaves this test out, unless `conftest.py` lets through what it should not."""
+    assert request.node.get_closest_marker("slow")
+
+
 def test_make_soak_takes_what_is_killed_at_random_instants() -> None:
     """Those tests are `long` and `slow`, which pytest leaves out unless it is told otherwise."""
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")

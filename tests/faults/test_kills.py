@@ -72,7 +72,7 @@ def test_killed_at_a_failpoint_it_goes_on_to_the_same_result(name: str, whole: A
     if code == 0:  # it comes by fewer than three times
         shutil.rmtree(tmp_path / "run")
         code = carry_out(recipe, tmp_path / "run", f"{name}=kill@1")
-    assert code == -signal.SIGKILL, f"the run never comes by {name}"
+    assert code == -signal.SIGKILL, f"{name}: it ended with {code}, and with 0 where it never comes by"
     assert rounds_lost(tmp_path / "run") <= 1
     assert carry_out(recipe, tmp_path / "run") == 0
     assert result_of(tmp_path / "run") == result
