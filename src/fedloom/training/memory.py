@@ -265,7 +265,7 @@ def trace_scoring(adapted: AdaptedModel, tokens: int, length: int, device: torch
         with LiveBytes([*adapted.model.parameters(), *adapted.model.buffers(), weights_1P]) as live:
             places = torch.arange(max(1, tokens // length) * length, device=device)
             with stack.installed():
-                stack.leave_out_dropout()
+                stack.model.eval()
                 adapted.loss_head.read_rows(places.view(-1, length), places, places)
     return int(live.peak)
 
