@@ -1,13 +1,21 @@
 """Products of adapters in the base's dtype, which a GPU has beside bfloat16; here on whatever device there is."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.marks import first
-from support.tiny import DEVICE, make_adapted, make_blocks, make_job, start_from, switch_off_dropout, updates_of
+from support.tiny import (
+    DEVICE,
+    draw_asked,
+    make_adapted,
+    make_blocks,
+    make_job,
+    start_from,
+    switch_off_dropout,
+    updates_of,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedloom.adapters import rounded_product
@@ -129,16 +137,10 @@ def test_a_frozen_a_stays_what_it_is_in_the_model(products: list[torch.dtype]) -
     assert not products
 
 
-def noisy(adapted: AdaptedModel) -> list[Asked]:
-    """Adapters that are not alike, each with blocks of its own, which are scored with their padding as on a GPU."""
+def asked_on_a_gpu(adapted: AdaptedModel) -> list[Asked]:
+    """Adapters with blocks of their own, which are scored with their padding."""
     adapted.unpads = False
-    start = start_from(adapted)
-    draw = torch.Generator().manual_seed(1)
-    noises = [torch.randn(start.layout.size, generator=draw, dtype=start.weights_P.dtype) for _ in range(3)]
-    return [
-        (replace(start, weights_P=start.weights_P + 0.1 * noise_P), make_blocks(5 + 2 * number, 24, seed=number))
-        for number, noise_P in enumerate(noises)
-    ]
+    return draw_asked(adapted)
 
 
 def losses(scores: list[Score]) -> torch.Tensor:
@@ -147,7 +149,7 @@ def losses(scores: list[Score]) -> torch.Tensor:
 
 def test_without_rounding_scores_are_those_of_peft(shape: str, products: list[torch.dtype]) -> None:
     adapted = make_adapted(shape, "float64", dropout=0.9, alpha=3)
-    asked = noisy(adapted)
+    asked = asked_on_a_gpu(adapted)
     theirs = [evaluate(adapted, *one, batch_size=4) for one in asked]
     assert not products
     ours = evaluate_together(adapted, asked, batch_size=4, at_once=2)
@@ -159,7 +161,7 @@ def test_without_rounding_scores_are_those_of_peft(shape: str, products: list[to
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-opt"])
 def test_in_bfloat16_scores_are_those_of_peft_up_to_rounding(shape: str, products: list[torch.dtype]) -> None:
     adapted = make_adapted(shape, "bfloat16")
-    asked = noisy(adapted)
+    asked = asked_on_a_gpu(adapted)
     peft = losses([evaluate(adapted, *one, batch_size=4) for one in asked])
     ours = losses(evaluate_together(adapted, asked, batch_size=4, at_once=3))
     assert 0 < (ours - peft).abs().max() < 1e-4 * peft.min()
@@ -173,7 +175,7 @@ def test_a_run_scores_a_single_adapter_as_it_trains_it(
     adapted = make_adapted(dtype="bfloat16")
     with Telemetry(gpu=False) as telemetry:
         session = Session(adapted, ReferenceEngine(adapted), telemetry, Observer(), batched=batched)
-        session.score(noisy(adapted)[:1], batch_size=4)
+        session.score(asked_on_a_gpu(adapted)[:1], batch_size=4)
     assert bool(products) is rounds
 
 

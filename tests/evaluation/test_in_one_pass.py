@@ -9,8 +9,10 @@ import pytest
 import torch
 from support.marks import first
 from support.tiny import (
+    SIZES,
     count_answers,
     count_padding,
+    draw_asked,
     make_adapted,
     make_blocks,
     make_job,
@@ -32,21 +34,6 @@ from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.own_parts import OwnParts
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, ClientUpdate
-
-SIZES = (7, 2, 11, 4, 1)
-"""Blocks of each adapter."""
-
-
-def draw_asked(
-    adapted: AdaptedModel, change: Callable[[TokenBlocks], TokenBlocks] = lambda blocks: blocks, width: int = 24
-) -> list[Asked]:
-    """Adapters far from each other, each with as many blocks as no other has, of many lengths."""
-    start, generator = adapted.read(), torch.Generator().manual_seed(1)
-    noises = [torch.randn(start.layout.size, generator=generator, dtype=start.weights_P.dtype) for _ in SIZES]
-    return [
-        (replace(start, weights_P=start.weights_P + 0.1 * noise_P), change(make_blocks(size, width, seed=size)))
-        for size, noise_P in zip(SIZES, noises, strict=True)
-    ]
 
 
 def alone(adapted: AdaptedModel, asked: Sequence[Asked], **changes: Any) -> list[Score]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,22 @@ def count_answers(blocks: TokenBlocks, seed: int = 3) -> TokenBlocks:
     generator = torch.Generator().manual_seed(seed)
     begins_N = (torch.rand(len(blocks), generator=generator) * (blocks.lengths_N - 1)).long() + 1
     return replace(blocks, counted_NT=blocks.is_real & (torch.arange(blocks.tokens_NT.shape[1]) >= begins_N[:, None]))
+
+
+SIZES = (7, 2, 11, 4, 1)
+"""Blocks of each adapter that is to be scored."""
+
+
+def draw_asked(
+    adapted: AdaptedModel, change: Callable[[TokenBlocks], TokenBlocks] = lambda blocks: blocks, width: int = 24
+) -> list[Asked]:
+    """Adapters far from each other, each with as many blocks as no other has, of many lengths."""
+    start, generator = adapted.read(), torch.Generator().manual_seed(1)
+    noises = [torch.randn(start.layout.size, generator=generator, dtype=start.weights_P.dtype) for _ in SIZES]
+    return [
+        (replace(start, weights_P=start.weights_P + 0.1 * noise_P), change(make_blocks(size, width, seed=size)))
+        for size, noise_P in zip(SIZES, noises, strict=True)
+    ]
 
 
 def make_parts(width: int = 24) -> list[TokenBlocks]:

@@ -238,7 +238,7 @@ def _how_to_use(recipe: Recipe, model: str, commit: str | None) -> str:
     parts = {"transformers" if whole else "PEFT": _load(to_markdown_text(model), whole=whole, on_a_hub=bool(commit))}
     # A trained prompt sits on no layers, and can be merged into none.
     if whole or METHODS[method].targets:
-        merged = "" if method in ("full", "lora") and not recipe.adapter.dora else " --merged"
+        merged = "" if whole or recipe.adapter.is_plain_lora else " --merged"
         name = f"my-{recipe.name}"
         parts["Ollama, from the run directory RUN"] = (
             f"```\nfedloom export RUN --ollama {name}{merged}\n"
