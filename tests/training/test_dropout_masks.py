@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.errors import ModelError
-from fedloom.model.unpadding import EvenRow, Row, in_a_row
+from fedloom.model.unpadding import EvenRow, RealRow, in_a_row
 from fedloom.training import dropout_masks, dropping
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.dropout_masks import Mask, sequence_keys, split
@@ -158,7 +158,7 @@ def test_a_mask_is_its_sequences_alone() -> None:
     assert torch.equal(drop(values[:, :5].contiguous(), keys_N), whole[:, :5]), "less padding"
     assert torch.equal(drop(values[:, :, :7], keys_N), whole[:, :, :7]), "fewer features"
     places_M = torch.tensor([0, 1, 4, 9, 10, 53])
-    for row in (Row(places_M, (6, 9)), EvenRow(places_M.view(3, 2), (6, 9))):
+    for row in (RealRow(places_M, (6, 9)), EvenRow(places_M.view(3, 2), (6, 9))):
         with in_a_row(row):
             real = drop(values.flatten(0, 1)[places_M], keys_N)
             assert torch.equal(drop(values, keys_N), whole), "a whole batch beside a row"

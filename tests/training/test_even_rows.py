@@ -191,7 +191,7 @@ def test_a_row_that_asks_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     jobs = make_jobs(adapted, make_mixed((14, 8, 18)), batch_size=2)
     record_steps(monkeypatch)
     monkeypatch.setattr(
-        attention, "EvenRow", lambda places_KR, *others: unpadding.Row(places_KR.flatten().sort().values, *others)
+        attention, "EvenRow", lambda places_KR, *others: unpadding.RealRow(places_KR.flatten().sort().values, *others)
     )
     with pytest.raises(AssertionError, match="a recorded step asks the device"):
         train(adapted, jobs)

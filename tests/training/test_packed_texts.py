@@ -20,7 +20,7 @@ from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate
 from fedloom.model import attention
-from fedloom.model.unpadding import Row
+from fedloom.model.unpadding import RealRow
 from fedloom.training.assumptions import check_packing
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.engines import open_engine
@@ -93,14 +93,14 @@ def test_a_twin_that_leaks_is_caught(twin: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_row_that_takes_a_sequence_for_a_text_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Whole(Row):
+    class Whole(RealRow):
         def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
             super().__init__(places_M, shape, None)
 
     adapted, parts = make_adapted(dtype="float64"), make_parts(16)
     switch_off_dropout(adapted)
     apart = train(BatchedEngine, adapted, parts)
-    monkeypatch.setattr(attention, "Row", Whole)
+    monkeypatch.setattr(attention, "RealRow", Whole)
     assert distance(train(BatchedEngine, adapted, packed(parts)), apart, adapted) > 1e-3
 
 

@@ -160,7 +160,7 @@ def test_an_adapter_that_may_look_at_places_gets_its_padding(method: str) -> Non
     assert not adapted.unpads
 
 
-class Twin(unpadding.Row):
+class Twin(unpadding.RealRow):
     """A row whose texts begin where the one before them ended."""
 
     def take(self, values_BT: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class Twin(unpadding.Row):
         )
 
 
-class Mixed(unpadding.Row):
+class Mixed(unpadding.RealRow):
     """A row whose texts see the ones before them."""
 
     def __init__(self, *given: Any) -> None:
@@ -183,14 +183,14 @@ class Mixed(unpadding.Row):
 @pytest.mark.parametrize("twin", [Twin, Mixed])
 @pytest.mark.parametrize("shape", [*ARCHITECTURES])
 def test_a_model_to_which_a_row_is_another_text_gets_its_padding(
-    shape: str, twin: type[unpadding.Row], monkeypatch: pytest.MonkeyPatch
+    shape: str, twin: type[unpadding.RealRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted, said = make_adapted(shape), []
     data = make_recipe().data
     open_engine("batched", adapted, data, lambda _: None, lambda *told: said.append(told))
     assert adapted.unpads
     assert not said
-    monkeypatch.setattr("fedloom.model.attention.Row", twin)
+    monkeypatch.setattr("fedloom.model.attention.RealRow", twin)
     # To rotated positions, only the distance of two tokens matters: two texts in a row may begin anywhere.
     harmless = twin is Twin and shape == "tiny-llama"
     try_unpadding(adapted, 32, lambda *told: said.append(told))
@@ -205,6 +205,6 @@ def test_a_model_to_which_a_row_is_another_text_gets_its_padding(
 def test_no_row_is_left_behind_when_a_step_fails() -> None:
     adapted = make_adapted()
     assert adapted.base.config._attn_implementation == MASKLESS
-    with pytest.raises(RuntimeError), unpadding.in_a_row(unpadding.Row(torch.arange(3), (2, 4))):
+    with pytest.raises(RuntimeError), unpadding.in_a_row(unpadding.RealRow(torch.arange(3), (2, 4))):
         raise RuntimeError
     assert unpadding.current_row() is None

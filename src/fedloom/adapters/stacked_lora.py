@@ -22,7 +22,7 @@ from torch.nn import functional
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
 from fedloom.adapters.rounded_product import RoundedFactors, RoundedProduct, cut, sums_rounded
-from fedloom.model.unpadding import EvenRow, current_row
+from fedloom.model.unpadding import Row, current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
 """Dtypes of a frozen layer that round more than TF32, in which a GPU then computes the adapter's products where it does
@@ -113,7 +113,7 @@ class _StackedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MI: Tensor, a_KRI: Tensor, b_KOR: Tensor, layer: StackedLora, row: EvenRow | None, tf32: bool
+        ctx: Any, x_MI: Tensor, a_KRI: Tensor, b_KOR: Tensor, layer: StackedLora, row: Row | None, tf32: bool
     ) -> Tensor:
         # Not saved as tensors of the graph: the optimizer changes them in place between two steps.
         ctx.weights, ctx.layer, ctx.row, ctx.tf32 = (a_KRI, b_KOR), layer, row, tf32
@@ -138,7 +138,7 @@ class _StackedProduct(torch.autograd.Function):
             return grad_MI, None, None, None, None, None
 
 
-def _multiply(rows_MX: Tensor, weights_KXY: Tensor, row: EvenRow | None) -> Tensor:
+def _multiply(rows_MX: Tensor, weights_KXY: Tensor, row: Row | None) -> Tensor:
     """Return each client's rows times its own weights, [M, Y]; in a row clients may have different numbers of them."""
     sizes = row.share(len(weights_KXY)) if row else None
     if sizes is None:
@@ -149,7 +149,7 @@ def _multiply(rows_MX: Tensor, weights_KXY: Tensor, row: EvenRow | None) -> Tens
     return product_MY
 
 
-def _add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, row: EvenRow | None) -> None:
+def _add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, row: Row | None) -> None:
     """Add, for each client or piece of one, the sum over its rows of the products of left and right, in place."""
     sizes = row.share(len(sums_GXY)) if row else None
     if sizes is None:

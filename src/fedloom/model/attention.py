@@ -24,7 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Pretra
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fedloom.host.machine import has_tiles
-from fedloom.model.unpadding import EvenRow, Row, current_row, in_a_row, see_own_text
+from fedloom.model.unpadding import EvenRow, RealRow, Row, current_row, in_a_row, see_own_text
 
 MASKLESS = "fedloom_causal"
 """Name under which transformers knows `causal_attention`."""
@@ -176,7 +176,7 @@ def without_padding(real_M: Tensor | None, shape: tuple[int, ...], texts_BT: Ten
     if real_M is None:
         row = None
     else:
-        row = Row(real_M, shape, texts_BT) if real_M.ndim == 1 else EvenRow(real_M, shape, texts_BT)
+        row = RealRow(real_M, shape, texts_BT) if real_M.ndim == 1 else EvenRow(real_M, shape, texts_BT)
     with in_a_row(row):
         yield
 
@@ -230,7 +230,7 @@ def causal_attention(
     return row.gather(attended.flatten(0, 1))[None], None
 
 
-def _spread_heads(row: EvenRow, heads_1HMD: Tensor) -> Tensor:
+def _spread_heads(row: Row, heads_1HMD: Tensor) -> Tensor:
     """Return queries, keys or values of a row as those of its batch, [B, H, T, D]."""
     # Not taken by its number, whose gradient is a tensor of zeros and a copy into it.
     spread = row.spread(heads_1HMD.squeeze(0).transpose(0, 1))

@@ -12,6 +12,7 @@ token has.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,33 +28,28 @@ def see_own_text(texts_BT: Tensor) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
-class EvenRow:
-    """Tokens of a batch of `shape` [B, T] as one row in which each of K clients has equally many, [K, R].
+class Row(ABC):
+    """Tokens of a batch of `shape` [B, T] that stand for it, [M].
 
-    All its real tokens are among a client's; what it has fewer of than others is padding of its own. So every shape is
-    known before, and no number is asked of the device, as a recorded step needs it.
-
-    `places_KR` are the tokens' places in the flattened batch, each one once; `texts_BT` the numbers of the texts that
-    share a sequence, None where each has one.
+    `places_M` are their places in the flattened batch, each one once; `texts_BT` the numbers of the texts that share a
+    sequence, None where each has one.
     """
 
     texts: list[int] | None = None
     """Tokens of each text, in order; None where they are not known before."""
 
-    def __init__(self, places_KR: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
-        self._parts = len(places_KR)
-        self.places_M, self._texts_BT = places_KR.flatten(), texts_BT
+    def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
+        self.places_M, self._texts_BT = places_M, texts_BT
         self.sequences, self.width = shape
+
+    @abstractmethod
+    def share(self, parts: int) -> list[int] | None:
+        """Return how many of the tokens are of each of so many equal parts of the batch's sequences; None: as many."""
 
     @cached_property
     def seen(self) -> Tensor | None:
         """Return which token of the batch sees which, [B, 1, T, T], once for all layers; None: all to its left."""
         return None if self._texts_BT is None else see_own_text(self._texts_BT)
-
-    def share(self, parts: int) -> list[int] | None:
-        """Return how many of the tokens are of each of so many equal parts of the batch's sequences; None: as many."""
-        assert parts == self._parts, "a client's sequences have unequal parts of an even row"
-        return None
 
     def take(self, values_BT: Tensor) -> Tensor:
         """Return the values of the row's tokens, [1, M]."""
@@ -74,35 +70,49 @@ class EvenRow:
         return rows
 
 
-class Row(EvenRow):
-    """Real tokens of a batch of `shape` [B, T], and they alone, in order; their numbers are asked of the device.
+class EvenRow(Row):
+    """Row in which each of K clients has equally many tokens, `places_KR`.
 
-    `places_M` are their places in the flattened batch; `texts_BT` as in an even row.
+    All its real tokens are among a client's; what it has fewer of than others is padding of its own. So every shape is
+    known before, and no number is asked of the device, as a recorded step needs it.
     """
 
+    def __init__(self, places_KR: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
+        super().__init__(places_KR.flatten(), shape, texts_BT)
+        self._parts = len(places_KR)
+
+    def share(self, parts: int) -> list[int] | None:
+        """Return None: clients have equally many."""
+        assert parts == self._parts, "a client's sequences have unequal parts of an even row"
+        return None
+
+
+class RealRow(Row):
+    """Row of a batch's real tokens, and they alone, in order; their numbers are asked of the device."""
+
     def __init__(self, places_M: Tensor, shape: tuple[int, ...], texts_BT: Tensor | None = None) -> None:
-        super().__init__(places_M[None], shape, texts_BT)
+        super().__init__(places_M, shape, texts_BT)
         sequences_M = places_M // self.width
         self._lengths = torch.bincount(sequences_M, minlength=self.sequences).tolist()
         owners = sequences_M[None] if texts_BT is None else torch.stack([sequences_M, self.take(texts_BT)[0]])
         self.texts: list[int] = torch.unique_consecutive(owners, dim=1, return_counts=True)[1].tolist()
 
-    def share(self, parts: int) -> list[int] | None:
+    def share(self, parts: int) -> list[int]:
         """Return how many of the tokens are of each of so many equal parts of the batch's sequences."""
         each = self.sequences // parts
         return [sum(self._lengths[each * part : each * (part + 1)]) for part in range(parts)]
 
 
-_current: EvenRow | None = None
+_current: Row | None = None
 
 
-def current_row() -> EvenRow | None:
+def current_row() -> Row | None:
     """Return the row that stands for the batch under way; None where padding is computed."""
     return _current
 
 
 @contextmanager
-def in_a_row(row: EvenRow | None) -> Iterator[None]:
+def in_a_row(row: Row | None) -> Iterator[None]:
     """Have models compute a row in a batch's place inside: forward, and backward where layers are computed again."""
     global _current
     before, _current = _current, row
