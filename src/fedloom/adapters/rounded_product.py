@@ -5,15 +5,15 @@ many: beside a base in bfloat16, the adapters' products in float32, with all tha
 were nearly half of both (docs/log.md). So factors are kept, clipped and stepped in float32, and rounded once a step for
 the products, whose sums are float32; what is added to their gradients is not rounded. Torch's autocast does the same.
 
-Letters: K clients, M rows of all clients, I and O features in and out, R rank, G gradients, X and Y two of a product's
-sides.
+Letters: K clients, M rows of all clients, P adapter parameters, I and O features in and out, R rank, G gradients, X
+and Y two of a product's sides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ class RoundedFactors:
     gradient_a_GRI: Tensor
     gradient_b_GOR: Tensor
     scale: float
+
+
+class RoundedWeights(NamedTuple):
+    """Clients' weights as products have them, and by what each weight is multiplied for that."""
+
+    values_KP: Tensor
+    scales_P: Tensor
+
+    def write(self, weights_KP: Tensor) -> None:
+        """Round these weights in the place of the first clients' before."""
+        torch.mul(weights_KP, self.scales_P, out=self.values_KP[: len(weights_KP)])
 
 
 class RoundedProduct(torch.autograd.Function):

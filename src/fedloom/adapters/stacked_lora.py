@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.lora import A_SUFFIX, ADAPTER_NAME, B_SUFFIX, split_name
-from fedloom.adapters.rounded_product import RoundedFactors, RoundedProduct, cut, sums_rounded
+from fedloom.adapters.rounded_product import RoundedFactors, RoundedProduct, RoundedWeights, cut, sums_rounded
 from fedloom.model.unpadding import Row, current_row
 
 ROUND_MORE = (torch.bfloat16, torch.float16)
@@ -209,27 +209,26 @@ class Stack:
         rounds = device.type == "cuda" and dtype == torch.bfloat16 and not self._frozen
         return dtype if rounds and sums_rounded(device) else None
 
-    def scales(self, like_P: Tensor) -> Tensor:
-        """Return by what each weight is multiplied when it is rounded, [P]: B by its layer's scale, A by one."""
-        scales_P = torch.ones_like(like_P)
-        for (layer, is_a), part in zip(self._owners, self._adapted.layout.split_stacked(scales_P[None]), strict=True):
-            if not is_a:
-                part.fill_(layer.scaling)
-        return scales_P
-
-    def round(self, weights_KP: Tensor) -> Tensor | None:
-        """Return weights, [K, P], as their device rounds them for products; None where it does not."""
+    def rounded_like(self, weights_KP: Tensor) -> RoundedWeights | None:
+        """Return room for weights, [K, P], as their device rounds them for products; None where it does not."""
         dtype = self.rounds_to(weights_KP.device)
         if dtype is None:
             return None
-        return torch.mul(weights_KP, self.scales(weights_KP[0]), out=torch.empty_like(weights_KP, dtype=dtype))
+        # B by its layer's scale, A by one.
+        scales_P = torch.ones_like(weights_KP[0])
+        for (layer, is_a), part in zip(self._owners, self._adapted.layout.split_stacked(scales_P[None]), strict=True):
+            if not is_a:
+                part.fill_(layer.scaling)
+        return RoundedWeights(torch.zeros_like(weights_KP, dtype=dtype), scales_P)
 
-    def bind(self, weights_KP: Tensor, gradients_GP: Tensor | None = None, rounded_KP: Tensor | None = None) -> None:
+    def bind(
+        self, weights_KP: Tensor, gradients_GP: Tensor | None = None, rounded: RoundedWeights | None = None
+    ) -> None:
         """Let the layers use these weights, [K, P], and add to these gradients, [G, P]; K may differ from before.
 
         G is K, or a multiple of it: then each piece of a client's sequences has a gradient of its own. All stay the
-        caller's: the layers hold views of them. Without gradients the layers can't be trained. With `rounded_KP`, the
-        weights times `scales` in the dtype of `rounds_to`, products are of these.
+        caller's: the layers hold views of them. Without gradients the layers can't be trained. With `rounded`, products
+        are of what was written into it.
         """
         layout = self._adapted.layout
         weights = layout.split_stacked(weights_KP)
@@ -242,15 +241,15 @@ class Stack:
                 layer.lora_a_KRI, layer.gradient_a_GRI = leaf, gradient
             else:
                 layer.lora_b_KOR, layer.gradient_b_GOR = leaf, gradient
-        self._bind_rounded(rounded_KP)
+        self._bind_rounded(rounded, len(weights_KP))
         for layer, a_RI in self._frozen:
             # Expanded, not copied: K clients see one A.
             layer.lora_a_KRI = a_RI.expand(len(weights_KP), *a_RI.shape)
 
-    def _bind_rounded(self, rounded_KP: Tensor | None) -> None:
+    def _bind_rounded(self, rounded: RoundedWeights | None, count: int) -> None:
         of_layer: dict[StackedLora, dict[bool, Tensor]] = {layer: {} for layer, _ in self._owners}
-        if rounded_KP is not None:
-            parts = self._adapted.layout.split_stacked(rounded_KP)
+        if rounded is not None:
+            parts = self._adapted.layout.split_stacked(rounded.values_KP[:count])
             for (layer, is_a), part in zip(self._owners, parts, strict=True):
                 of_layer[layer][is_a] = part
         for layer, pair in of_layer.items():

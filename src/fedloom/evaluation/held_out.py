@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,32 @@ def adapters_at_once(weights: int) -> int:
     return max(1, WEIGHTS_BYTES // (4 * weights))
 
 
+def score_adapters(
+    adapted: AdaptedModel,
+    asked: Sequence[Asked],
+    *,
+    batched: bool,
+    batch_size: int,
+    at_once: int = 1,
+    most_tokens: int | None = None,
+    watch: Watch = ignore,
+    lower: Callable[[int], object] = int,
+) -> list[Score]:
+    """Score adapters, each on blocks of its own, by the products that they are trained with.
+
+    `batched` says that the engine trains in one pass, and so that layers of its kind stand for the model's: then up to
+    `at_once` adapters are scored so, and where a device rounds weights for products, a single one too, as it takes less
+    of a GPU than PEFT's layers.
+
+    Raises:
+        ModelError: memory runs out with a single block.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "most_tokens": most_tokens, "watch": watch, "lower": lower}
+    if batched and (min(at_once, len(asked)) > 1 or Stack(adapted).rounds_to(adapted.device) is not None):
+        return evaluate_together(adapted, asked, at_once=at_once, **how)
+    return [evaluate(adapted, *one, **how) for one in asked]
+
+
 def evaluate(
     adapted: AdaptedModel,
     adapter: Adapter,
@@ -130,11 +157,6 @@ def evaluate_together(
     return [found[number] for number in range(len(asked))]
 
 
-def rounds_together(adapted: AdaptedModel) -> bool:
-    """Return whether `evaluate_together` rounds adapters for their products, as a GPU does in training too."""
-    return Stack(adapted).rounds_to(adapted.device) is not None
-
-
 class _Stacked:
     """Adapters of which a model can have several at once."""
 
@@ -151,7 +173,10 @@ class _Stacked:
             self._stack.let_go()
             self._bound = ()
             weights_LP = torch.stack([self._adapters[lane].weights_P for lane in lanes]).to(self._adapted.weights_P)
-            self._stack.bind(weights_LP, rounded_KP=self._stack.round(weights_LP))
+            rounded = self._stack.rounded_like(weights_LP)
+            if rounded is not None:
+                rounded.write(weights_LP)
+            self._stack.bind(weights_LP, rounded=rounded)
             self._bound = lanes
         with self._stack.installed():
             yield

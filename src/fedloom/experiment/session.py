@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.splits import HOLDS_OUT
 from fedloom.data.tokens import TokenBlocks
 from fedloom.errors import TrainingError
-from fedloom.evaluation.held_out import Asked, Score, adapters_at_once, evaluate, evaluate_together, rounds_together
+from fedloom.evaluation.held_out import Asked, Score, adapters_at_once, score_adapters
 from fedloom.experiment.preparation import Prepared
 from fedloom.federation.fleet import LocalFleet, Scorer
 from fedloom.federation.rounds import FederatedRun, RoundResult, run_together
@@ -40,7 +39,6 @@ class Session:
         self.telemetry = telemetry
         self.watch = observer.watch
         self._batched = batched
-        self._rounds = batched and rounds_together(adapted)
         self._engine = engine
         self._lowered_to: int | None = None
         self.say = observer.show_step
@@ -64,12 +62,17 @@ class Session:
 
     def score(self, asked: Sequence[Asked], *, batch_size: int, at_once: int = 1) -> list[Score]:
         """Score adapters, each on held-out blocks of its own; the time and memory are evaluation's."""
-        how: dict[str, Any] = {"batch_size": batch_size, "watch": self.watch, "lower": self._score_fewer}
         with self.telemetry.phase("evaluation"):
-            # Rounded products take less of a GPU than PEFT's layers, for one adapter too.
-            if self._rounds or (at_once > 1 and len(asked) > 1):
-                return evaluate_together(self.adapted, asked, at_once=at_once, most_tokens=self._most_tokens, **how)
-            return [evaluate(self.adapted, *one, most_tokens=self._most_tokens, **how) for one in asked]
+            return score_adapters(
+                self.adapted,
+                asked,
+                batched=self._batched,
+                batch_size=batch_size,
+                at_once=at_once,
+                most_tokens=self._most_tokens,
+                watch=self.watch,
+                lower=self._score_fewer,
+            )
 
     def _score_fewer(self, tokens: int) -> None:
         self._most_tokens = tokens

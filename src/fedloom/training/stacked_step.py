@@ -105,11 +105,7 @@ class StackedStep:
         self.start_KP = torch.zeros_like(self.weights_KP)
         self.trains_KP = torch.ones_like(self.weights_KP, dtype=torch.bool) if partly else None
         self._gradient_KP = torch.zeros_like(self.weights_KP)
-        dtype = stack.rounds_to(device)
-        self._rounded: tuple[Tensor, Tensor] | None = None
-        """Weights as the layers' products have them, [K, P], and the scales in them, [P]; None: as they are."""
-        if dtype is not None:
-            self._rounded = torch.zeros_like(self.weights_KP, dtype=dtype), stack.scales(self.weights_KP[0])
+        self._rounded = stack.rounded_like(self.weights_KP)
         self.optimizer = STACKED_OPTIMIZERS[training.optimizer_table.kind](self.weights_KP, training, adapted.layout)
 
     @property
@@ -124,8 +120,7 @@ class StackedStep:
         self._bind(self._gradient_KP[:count])
 
     def _bind(self, gradients_GP: Tensor) -> None:
-        rounded_KP = None if self._rounded is None else self._rounded[0][: self._count]
-        self._stack.bind(self.weights_KP[: self._count], gradients_GP, rounded_KP)
+        self._stack.bind(self.weights_KP[: self._count], gradients_GP, self._rounded)
 
     def move(self, source: int, target: int) -> None:
         """Copy a client, with its optimizer's state, from one slot to another."""
@@ -153,8 +148,7 @@ class StackedStep:
         # In place: the layers add their gradients to views of this buffer.
         self._gradient_KP[: self._count].zero_()
         if self._rounded is not None:
-            rounded_KP, scales_P = self._rounded
-            torch.mul(self.weights_KP[: self._count], scales_P, out=rounded_KP[: self._count])
+            self._rounded.write(self.weights_KP[: self._count])
         losses_K = []
         for inputs in parts:
             losses_K.append(self._add_gradients(inputs))

@@ -16,6 +16,8 @@ import pytest
 from support.liars import LyingServer
 from support.tiny import make_recipe
 
+from fedloom.adapters.rounded_product import RoundedProduct
+from fedloom.adapters.stacked_lora import Stack
 from fedloom.deployment.client import shared_base, worker_process
 from fedloom.deployment.client.journal import Journal
 from fedloom.deployment.client.policy import Policy
@@ -118,6 +120,18 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     return Passes(monkeypatch)
+
+
+@pytest.mark.parametrize("engine", ["batched", "reference"])
+def test_a_client_scores_by_the_products_that_it_trains_by(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stack, "rounds_to", lambda stack, _: stack.model.dtype)
+    made, apply = [], RoundedProduct.apply
+    monkeypatch.setattr(RoundedProduct, "apply", lambda *given: made.append(given) or apply(*given))
+    answer = worker_of(tmp_path, "alice").answer(asked_of(recipe_of(engine), "evaluate", 0))
+    assert answer.manifest["score"]
+    assert bool(made) is (engine == "batched")
 
 
 # --- Each answers what it answers alone.

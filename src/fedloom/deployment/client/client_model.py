@@ -34,7 +34,7 @@ from fedloom.deployment.messages import (
 )
 from fedloom.deployment.own_messages import KeptAdapter, pack_answers, pack_kept
 from fedloom.errors import MessageError
-from fedloom.evaluation.held_out import Score, evaluate
+from fedloom.evaluation.held_out import Score, score_adapters
 from fedloom.evaluation.task_counts import OwnAnswers
 from fedloom.experiment.personalising import personal_task
 from fedloom.experiment.private import derive_ration, seed_secret, set_client_terms
@@ -340,14 +340,15 @@ class ClientModel:
         return self._scored[1]
 
     def _evaluate(self, adapter: Adapter) -> Score:
-        return evaluate(
+        (score,) = score_adapters(
             self._adapted,
-            adapter,
-            self._blocks.holdout,
+            [(adapter, self._blocks.holdout)],
+            batched=self._base.takes_several,
             batch_size=self.recipe.evaluation.batch_size,
             watch=self._note,
             lower=lambda tokens: say("memory", f"not enough: evaluation takes {count(tokens, 'token')} at once"),
         )
+        return score
 
 
 def measure(adapted: AdaptedModel) -> dict[str, Any]:
