@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.marks import LONGEST, is_installed
+from support.marks import CI, LONGEST, first, is_installed
 from support.plain_plots import plain_plots
 from support.shapes import ARCHITECTURES
 
@@ -33,9 +33,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Leave to `make soak` what repeats in two ways at once: in CI, values change one at a time."""
+    """Leave to `make soak` what repeats in two ways at once: in CI, values change one at a time, save those of `CI`."""
     values = getattr(item, "callspec", None)
-    if values and sum(mark.name == "long" for mark in values.marks) > 1:
+    if values and sum(mark.name == "long" and mark != CI.mark for mark in values.marks) > 1:
         item.add_marker("slow")
 
 
@@ -87,7 +87,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     return ByFile(config, log)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=first(ARCHITECTURES, rest=CI))
 def shape(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -195,7 +195,7 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", first(BAD_INPUT, keep=12))
+@pytest.mark.parametrize("case", first(BAD_INPUT, keep=10))
 def test_bad_input_is_one_line_and_leaves_nothing(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,7 +307,7 @@ def test_the_line_of_a_bad_key_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "made"),
     [
-        (["run", "tiny", "federation.rounds=1", "--out=~/x"], "x/report.html"),
+        pytest.param(["run", "tiny", "federation.rounds=1", "--out=~/x"], "x/report.html", marks=pytest.mark.long),
         (["compare", "~/x", "~/x", "--out", "~/both"], "both/comparison.html"),
         (["provision", "init", "--host", "localhost", "--server", "~/server"], "server"),
         (["provision", "request", "north", "--folder=~/client"], "client/north.request"),
@@ -339,6 +339,7 @@ def test_every_path_of_the_command_line_knows_home() -> None:
     assert [found.name for found in paths if getattr(found.type, "func", None) is not path] == []
 
 
+@pytest.mark.long
 def test_a_choice_that_leaves_keys_out_says_so_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["run", "tiny", "adapter.method=ia3", "federation.rounds=1", "--out=x"])

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import typer
 from support.import_file import import_file
+from support.marks import first
 
 from fedloom.cli import app
 from fedloom.recipe.loading import shipped_recipes
@@ -140,7 +141,7 @@ def test_every_make_target_that_a_page_shows_is_there(page: str) -> None:
     assert shown | set(re.findall(r"`make ([\w-]+)`", read(page))) <= targets
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", first(range(3)))
 def test_the_code_of_the_guide_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", read("docs/guide.md"), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 4, "the last is a part of a package"

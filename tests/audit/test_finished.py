@@ -168,6 +168,7 @@ def test_too_few_documents_are_not_called_nothing_found() -> None:
     )
 
 
+@pytest.mark.long
 def test_what_was_promised_of_clients_is_on_the_record_of_a_runs_audit(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts", random_texts(80))
     recipe = recipe_on(

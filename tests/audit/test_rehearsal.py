@@ -86,6 +86,7 @@ def test_an_owner_learns_what_would_be_told_and_nobody_reads_the_documents(tmp_p
     assert str(tmp_path / "texts") not in everything
 
 
+@pytest.mark.long
 def test_with_a_bound_it_stands_beside_each_attack(tmp_path: Path) -> None:
     record = rehearsed(tmp_path, 24, privacy=PRIVATE, **LEAKY)
     attacks = attacks_of(record)

@@ -57,7 +57,6 @@ def test_nothing_but_the_conversation_can_be_had(template: str) -> None:
             ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "makes too long"),
             ("{{ messages|length + 10 ** (10 ** 9) }}", "not done after|MemoryError|too long"),
         ],
-        keep=5,
     ),
 )
 def test_a_template_without_an_end_is_stopped(template: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 from support.hub_here import environment_of, open_hub
 
-pytestmark = pytest.mark.xdist_group("hub-documents")  # one reader, which all of them share
+# One reader, which all of them share, and which takes ten seconds to import what it needs.
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("hub-documents")]
 READER = """
 import json, sys
 from fedloom.data.documents import load_documents

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.marks import first
+from support.marks import CI, first
 from support.tiny import make_recipe
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import Split
@@ -59,7 +59,7 @@ def trained(kind: str, *, split: bool = True) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
 
 
-@pytest.fixture(scope="module", params=["bpe", "unigram", "wordpiece", "bytes"])
+@pytest.fixture(scope="module", params=first(["bpe", "unigram", "wordpiece", "bytes"], rest=CI))
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     return byte_tokenizer() if request.param == "bytes" else trained(request.param)
 
@@ -71,7 +71,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("kind", first(TEXTS, keep=4))
+@pytest.mark.parametrize("kind", first(TEXTS, keep=2))
 def test_the_pieces_give_the_tokens_of_the_whole(kind: str, tokenizer: Any) -> None:
     text = TEXTS[kind][:60_000]
     whole = tokenizer(text, verbose=False)["input_ids"]
@@ -155,7 +155,7 @@ ODD = {
 """Tokenizers and texts whose pieces agree on many tokens, and not with the whole."""
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", first(ODD, keep=3))
 def test_what_pieces_agree_on_by_chance_is_not_believed(kind: str) -> None:
     make, text = ODD[kind]
     tokenizer = make()
@@ -163,6 +163,7 @@ def test_what_pieces_agree_on_by_chance_is_not_believed(kind: str) -> None:
     assert long_texts.tokenize_all(text, tokenizer).tolist() == tokenizer(text, verbose=False)["input_ids"]
 
 
+@pytest.mark.long
 def test_digits_by_threes_are_still_read_in_pieces() -> None:
     tokenizer, text = threes(), "ab 12345 " * 30_000
     assert long_texts.splits_words_first(tokenizer)

@@ -47,6 +47,7 @@ def test_the_kit_of_its_own_server_is_refused_before_it_waits_for_anybody(secure
     assert not [*tmp_path.glob(".*.lock")]
 
 
+@pytest.mark.long
 def test_the_kit_of_another_server_is_not_taken_for_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     security = keys.init(tmp_path / "server", "localhost", free_port())
     above = keys.init(tmp_path / "above", "localhost", security.port)

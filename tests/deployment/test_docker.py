@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.marks import first
 from typer.testing import CliRunner
 
 from fedloom import __version__
@@ -116,7 +117,7 @@ def test_what_was_exchanged_is_not_installed(damaged: str | None, tmp_path: Path
     assert (done.returncode == 0) == (damaged is None)
 
 
-@pytest.mark.parametrize("missing", NAMED)
+@pytest.mark.parametrize("missing", first(NAMED))
 def test_what_has_to_be_named_is_asked_for(missing: str, tmp_path: Path) -> None:
     program = compose_program()
     write_compose(tmp_path)
@@ -185,7 +186,7 @@ def words_in(command: str | list[str]) -> list[str]:
     return shlex.split(command) if isinstance(command, str) else command
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", first(SIDES))
 def test_docker_compose_reads_the_files(side: str, tmp_path: Path) -> None:
     program = compose_program()
     write_compose(tmp_path)

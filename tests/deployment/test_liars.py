@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.liars import Lie, LyingClient, LyingServer, merged
+from support.marks import first
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.deployment.client import worker as workers
@@ -240,22 +241,25 @@ def _raise(error: Exception, *_: object) -> Any:
 
 @pytest.mark.parametrize(
     ("told", "word"),
-    [
-        ({"data": {"max_length": 10**13}}, "question"),
-        ({"data": {"max_length": 2**17}}, "policy"),
-        ({"data": {"max_length": 8192}}, "model"),  # longer than this one, and no block is made
-        ({"training": {"batch_size": 10**9}}, "question"),
-        ({"adapter": {"rank": 10**9}}, "question"),
-        ({"training": {"clients_at_once": 10**9}}, "question"),
-        ({"training": {"epochs": 10**9}}, "question"),
-        ({"federation": {"rounds": 10**9}}, "question"),
-        ({"evaluation": {"batch_size": 2**40}}, "question"),
-        ({"seed": 10**400}, "question"),
-        ({"adapter": {"options": {"rank_pattern": {"q_proj": 10**9}}}}, "question"),
-        ({"adapter": {"targets": ["(a+)+$"]}}, "question"),
-        ({"adapter": {"targets": ["no_such_layer"]}}, "model"),
-        ({"federation": {"lora_rule": "ffa"}, "adapter": {"dora": True}}, "recipe"),
-    ],
+    first(
+        [
+            ({"data": {"max_length": 10**13}}, "question"),
+            ({"data": {"max_length": 2**17}}, "policy"),
+            ({"data": {"max_length": 8192}}, "model"),  # longer than this one, and no block is made
+            ({"training": {"batch_size": 10**9}}, "question"),
+            ({"adapter": {"rank": 10**9}}, "question"),
+            ({"training": {"clients_at_once": 10**9}}, "question"),
+            ({"training": {"epochs": 10**9}}, "question"),
+            ({"federation": {"rounds": 10**9}}, "question"),
+            ({"evaluation": {"batch_size": 2**40}}, "question"),
+            ({"seed": 10**400}, "question"),
+            ({"adapter": {"options": {"rank_pattern": {"q_proj": 10**9}}}}, "question"),
+            ({"adapter": {"targets": ["(a+)+$"]}}, "question"),
+            ({"adapter": {"targets": ["no_such_layer"]}}, "model"),
+            ({"federation": {"lora_rule": "ffa"}, "adapter": {"dora": True}}, "recipe"),
+        ],
+        keep=6,
+    ),
 )
 def test_a_number_of_the_recipe_is_a_refused_question_and_the_next_is_answered(
     told: dict[str, Any], word: str, documents: Path
@@ -455,7 +459,9 @@ def test_what_is_not_in_the_table_costs_a_lying_client_its_update_and_no_other(f
     assert "/home" not in str(liar.error)
 
 
-@pytest.mark.parametrize("fields", [{"documents": "patients"}, {"blocks": True}, {"blocks": 10**18}, {"place": "/x"}])
+@pytest.mark.parametrize(
+    "fields", first([{"documents": "patients"}, {"blocks": True}, {"blocks": 10**18}, {"place": "/x"}])
+)
 def test_a_client_that_says_of_itself_what_none_can_is_not_enrolled(fields: dict[str, Any]) -> None:
     def lie(do: str, asked: Frame, answer: Frame) -> Frame:
         return replace(answer, manifest={**answer.manifest, **fields}) if do == "meet" else answer

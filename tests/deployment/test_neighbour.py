@@ -89,6 +89,7 @@ def is_private(path: Path) -> bool:
 # What everyone can see
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("served")
 @LINUX
@@ -100,6 +101,7 @@ def test_no_command_line_tells_of_documents_keys_secrets_or_sockets(served: Serv
     assert not found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("served")
 @LINUX
@@ -108,6 +110,7 @@ def test_a_client_listens_on_no_port_that_another_could_take(served: Served) -> 
     assert not served.seen["client-0"].ports | served.seen["client-1"].ports
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("served")
 def test_what_serve_writes_is_its_owners_alone(served: Served) -> None:

@@ -127,6 +127,7 @@ def test_it_survives_a_client_that_begins_anew_before_every_question(
     check_same(serve_here(recipe, link, tmp_path / "served"), local, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "failpoint", first(["state.manifest=raise@3", "client.trained=raise@4", "round.begins=raise@3"], keep=1)
 )
@@ -187,7 +188,7 @@ def spoil_another_client(parts: Path) -> None:
 SPOILS = (spoil_content, spoil_another_round, spoil_another_client, spoil_missing, spoil_garbage)
 
 
-@pytest.mark.parametrize("spoil", first(SPOILS, keep=3))
+@pytest.mark.parametrize("spoil", first(SPOILS))
 def test_a_part_that_is_not_the_one_is_an_error_and_never_trained_on(
     spoil: Any, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

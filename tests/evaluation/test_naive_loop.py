@@ -109,7 +109,7 @@ def open_plainly(folder: Path, config: LoraConfig, adapter: Adapter) -> Any:
     return adapted.eval()
 
 
-@pytest.mark.parametrize("seed", first(range(120), keep=6, rest=pytest.mark.slow))
+@pytest.mark.parametrize("seed", [*first(range(6), keep=2), *first(range(6, 120), keep=0, rest=pytest.mark.slow)])
 def test_scores_are_those_of_one_document_after_another(seed: int, home: Path) -> None:
     draw = random.Random(seed)
     kind = draw.choice([*KINDS])

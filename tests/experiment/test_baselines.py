@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.asked import write_tasks
 from support.made_runs import make_run
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -20,7 +21,7 @@ from fedloom.report.run_report import write_report
 ALL = ["round0", "local", "pooled"]
 
 
-@pytest.mark.parametrize("engine", ["batched", "reference"])
+@pytest.mark.parametrize("engine", first(["batched", "reference"]))
 def test_baselines_train_on_the_federations_tokens_and_meet_its_hold_out(engine: str, tmp_path: Path) -> None:
     recipe = make_recipe(baselines=ALL, training={"engine": engine, "epochs": 2})
     finished = run(recipe, tmp_path / "run", Observer())
@@ -94,6 +95,7 @@ def test_tasks_are_asked_of_the_best_adapter_of_each(tmp_path: Path) -> None:
     assert evaluate(finished.folder, [tasks], which=("local", "pooled")) == [alone, pooled]
 
 
+@pytest.mark.long
 def test_each_client_alone_is_asked_and_a_damaged_adapter_is_found(tmp_path: Path) -> None:
     rows = [{"q": f"word{number} is", "c": ["good", "evil"], "a": "good"} for number in range(4)]
     tasks = write_tasks(tmp_path / "tasks", rows, {"name": "quiz"})

@@ -242,6 +242,7 @@ def make_full_job() -> ClientJob:
     return replace(job, shares_P=mask_P, ration=ration)
 
 
+@pytest.mark.long
 def test_ten_thousand_jobs_are_read_in_one_pass() -> None:
     """A walk over all tensors for each job took two minutes of a node's time, in every round."""
     start, blocks = make_adapted().read(), make_blocks(1)

@@ -94,6 +94,7 @@ def test_an_arm_is_the_run_that_there_would_be_without_the_client(
     assert sum(one["value"] for one in told["shapley"].values()) == pytest.approx(fell, rel=1e-9)
 
 
+@pytest.mark.long
 def test_identical_clients_bring_the_same(tmp_path: Path) -> None:
     same = ClientBlocks(make_blocks(6, 16, seed=1), make_blocks(4, 16, seed=2))
     recipe = recipe_of(training={"batch_size": 6, "epochs": 8, "proximal_mu": 0.0})
@@ -194,6 +195,7 @@ def test_a_run_that_begins_again_does_not_believe_what_an_earlier_one_found(tmp_
     assert arms_of(tmp_path / "run")[frozenset({0})]["losses"]["central"] > 1
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_early_is_set_against_arms_of_as_many_rounds(tmp_path: Path) -> None:
     changes = {"federation": {"rounds": 4, "max_bytes": 50_000, "strategy": {"kind": "fedavgm"}}}
     whole = run_planted(recipe_of(**changes), tmp_path / "run", held_by(3), CENTRAL)

@@ -66,7 +66,7 @@ def sent(folder: Path) -> list[int]:
     return [record["bytes_up"] + record["bytes_down"] for record in read_run(folder).rounds]
 
 
-@pytest.mark.parametrize("spare", [0, -1, 1])
+@pytest.mark.parametrize("spare", first([0, -1, 1]))
 def test_a_run_ends_before_its_budget_of_bytes_is_exceeded(spare: int, tmp_path: Path) -> None:
     whole = make_recipe(tmp_path, training={"optimizer_state": "reset"})
     assert not attempt(whole, tmp_path / "whole")
@@ -93,6 +93,7 @@ def test_a_budget_for_no_round_ends_the_run_after_round_0(tmp_path: Path) -> Non
     assert "3 scheduled, 0 completed: 0 of federation.max_bytes (1)" in found.status["stopped_early"]
 
 
+@pytest.mark.long
 def test_the_plan_says_what_a_budget_allows(tmp_path: Path) -> None:
     per_round = plan(make_recipe(tmp_path)).bytes_per_round
     two = plan(make_recipe(tmp_path, federation={"max_bytes": 2 * per_round + 1}))
@@ -157,7 +158,7 @@ def test_only_an_evaluated_round_stops_a_run_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])
-@pytest.mark.parametrize("window", [None, "truncate", "pack"])
+@pytest.mark.parametrize("window", first([None, "truncate", "pack"]))
 def test_one_client_over_rounds_is_one_central_run_to_the_bit(engine: str, window: str | None, tmp_path: Path) -> None:
     """Of a plain text, and of answers alone, each in a block of its own or in shared ones."""
     data: dict[str, Any] = {"clients": 1, "documents_per_client": 13}
@@ -187,6 +188,7 @@ def test_one_client_over_rounds_is_one_central_run_to_the_bit(engine: str, windo
     assert all(one != other for one, other in pairwise(shas))
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_tokens_of_the_steps_that_are_taken(tmp_path: Path) -> None:
     whole = plan(make_recipe(tmp_path))
     few = plan(make_recipe(tmp_path, training={"max_steps": 1, "batch_size": 2}))

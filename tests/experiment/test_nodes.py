@@ -144,6 +144,7 @@ class Waits(Observer):
             self._then()
 
 
+@pytest.mark.long
 def test_a_node_that_hangs_while_it_loads_is_told_of_and_given_up(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

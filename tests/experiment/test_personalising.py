@@ -57,6 +57,7 @@ def test_by_itself_is_one_more_round_of_a_federation_of_one(tmp_path: Path) -> N
     assert told["clients"]["0"]["adapter_sha256"] == longer.rounds[3]["adapter_sha256"]
 
 
+@pytest.mark.long
 def test_identical_clients_gain_by_themselves_what_one_more_round_would_bring(tmp_path: Path) -> None:
     same = ClientBlocks(make_blocks(6, 16, seed=1), make_blocks(4, 16, seed=2))
     around = {"model": {"dtype": "float64"}, "training": {**PLAIN, "batch_size": 6}}
@@ -71,6 +72,7 @@ def test_identical_clients_gain_by_themselves_what_one_more_round_would_bring(tm
         assert told[client]["loss"] < told[client]["global_loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", first(["svd", "rolora", "fedex", "ffa", "factors"], keep=2))
 def test_the_engines_agree_on_it_under_every_rule(rule: str, tmp_path: Path) -> None:
     told = {}
@@ -128,6 +130,7 @@ def test_a_client_that_can_not_go_on_is_named_and_the_others_have_theirs(tmp_pat
     assert "| client 1 |" in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_an_adapter_that_was_damaged_is_found_and_made_again(tmp_path: Path) -> None:
     recipe = recipe_of(1, personalise={"epochs": 1})
     run(recipe, tmp_path / "run", Observer())

@@ -114,6 +114,7 @@ def test_a_run_that_goes_on_ends_where_it_would_have(
         assert [record[name] for record in found] == [record[name] for record in whole.rounds]  # type: ignore[literal-required]
 
 
+@pytest.mark.long
 def test_engines_agree_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The engine is among the facts of a task: two that round differently must not answer with the same noise.
     monkeypatch.setattr("fedloom.experiment.private.derive_key", lambda secret, *facts: derive_key(secret, *facts[:2]))
@@ -202,6 +203,7 @@ def test_a_sweep_of_private_runs_keeps_their_secrets_apart(tmp_path: Path) -> No
     assert not [*(tmp_path / "sweep").glob(f"*/{SECRET}")]
 
 
+@pytest.mark.long
 def test_a_report_of_an_interrupted_run_says_what_was_spent(tmp_path: Path) -> None:
     assert not attempt(private(tmp_path), tmp_path / "run")
     rounds = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[:2]
@@ -265,6 +267,7 @@ def test_all_of_an_author_are_one_unit_of_a_run(tmp_path: Path) -> None:
     assert "for all documents of one author together" in card
 
 
+@pytest.mark.long
 def test_a_sweep_reads_the_documents_anew_for_another_unit(tmp_path: Path) -> None:
     recipe = tmp_path / "private.toml"
     recipe.write_text(recipe_to_toml(by_author(tmp_path, federation={"rounds": 1})))
@@ -274,6 +277,7 @@ def test_a_sweep_reads_the_documents_anew_for_another_unit(tmp_path: Path) -> No
     assert units["document"] > 2 * units["author"] > 0
 
 
+@pytest.mark.long
 def test_engines_agree_on_a_run_by_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.experiment.private.derive_key", lambda secret, *facts: derive_key(secret, *facts[:2]))
     found = []
@@ -312,6 +316,7 @@ def test_a_column_that_texts_are_made_of_is_no_unit(column: str, data: dict[str,
         by_author(tmp_path, privacy={**PRIVATE, "unit": column}, data=data)
 
 
+@pytest.mark.long
 def test_a_document_of_several_blocks_is_one_unit(tmp_path: Path) -> None:
     recipe = private(tmp_path, data={"window": "blocks"})
     clients = prepare(recipe, Observer()).clients
@@ -322,6 +327,7 @@ def test_a_document_of_several_blocks_is_one_unit(tmp_path: Path) -> None:
     assert all(report["examples"] == told[str(report["client"])]["units"] for report in spent)
 
 
+@pytest.mark.long
 def test_copies_at_a_client_are_left_out_or_told(tmp_path: Path) -> None:
     plan_of = {}
     for duplicates in ("drop", "report"):
@@ -342,6 +348,7 @@ def test_copies_at_a_client_are_left_out_or_told(tmp_path: Path) -> None:
     assert any(f"ε is {3 * told:.3g} and δ 1" in line for line in list_promises(kept, None))
 
 
+@pytest.mark.long
 def test_a_plan_says_what_hold_outs_lost(tmp_path: Path) -> None:
     recipe = private(tmp_path, data={"near_duplicate": 0.5, "client_holdout": 0.4})
     path = Path(recipe.data.source)
@@ -379,6 +386,7 @@ def set_key(recipe: Any, delta: float) -> Any:
     return recipe.model_copy(update={"privacy": recipe.privacy.model_copy(update={"delta": delta})})
 
 
+@pytest.mark.long
 def test_tokens_that_no_client_told_are_not_shown_as_none(tmp_path: Path) -> None:
     planned, screen = plan(private(tmp_path)), io.StringIO()
     untold = replace(planned, clients=[replace(client, tokens=0) for client in planned.clients])

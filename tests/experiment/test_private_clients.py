@@ -100,6 +100,7 @@ def test_a_client_that_explodes_ends_no_run(engine: str, tmp_path: Path, monkeyp
     assert finished.status["state"] == "done"
 
 
+@pytest.mark.long
 def test_updates_are_not_judged_by_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that the others would have had refused is scaled down as any other."""
     right = ClientJob.rate
@@ -142,6 +143,7 @@ def test_the_norm_is_led_and_told(tmp_path: Path) -> None:
     assert f"The norm was led from 10 to {norms[-1]:.3g}." in text
 
 
+@pytest.mark.long
 def test_two_private_runs_have_other_clients_and_other_noise(tmp_path: Path) -> None:
     runs = [run(private(tmp_path, privacy={"noise": "secret"}), tmp_path / name, Observer()) for name in "ab"]
     assert len({one.rounds[-1]["adapter_sha256"] for one in runs}) == 2
@@ -150,6 +152,7 @@ def test_two_private_runs_have_other_clients_and_other_noise(tmp_path: Path) -> 
     assert not (tmp_path / "a" / SECRET).exists(), "removed once the run is done"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", first(["training.stepped", "record.client", "round.aggregated", "state.renamed"]))
 @pytest.mark.parametrize("led", first([{"norm_quantile": 0.5}, {}]))
 def test_a_run_that_goes_on_ends_where_it_would_have(
@@ -187,6 +190,7 @@ def test_killed_again_and_again_it_comes_to_the_same(tmp_path: Path) -> None:
     assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_engines_agree_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The recipe is among the facts of a round: two engines that round differently never answer with the same noise.
     monkeypatch.setattr(CentralNoise, "open", lambda self, round, start: RoundNoise(self.terms, bytes([round] * 32)))
@@ -247,13 +251,14 @@ def test_what_would_break_the_promise_is_refused_by_name(changes: dict[str, Any]
     assert key.rpartition(".")[2] in str(caught.value)
 
 
+@pytest.mark.long
 def test_what_documents_can_not_have_clients_can(tmp_path: Path) -> None:
     """A client's own training is its own: only what comes of it is scaled down."""
     told = plan(private(tmp_path, data={"window": "pack"}, training={"max_gradient_norm": 1.0}))
     assert told.privacy["unit"] == "client"
 
 
-@pytest.mark.parametrize("delta", [0.5, 1 / 12])
+@pytest.mark.parametrize("delta", first([0.5, 1 / 12]))
 def test_a_delta_that_gives_a_client_away_is_refused(delta: float, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"privacy\.delta: .* is no less than one over the 12 clients"):
         plan(private(tmp_path, privacy={"delta": delta}))
@@ -265,6 +270,7 @@ def test_a_whole_model_is_refused(tmp_path: Path) -> None:
         Recipe.model_validate({**values, "adapter": {"method": "full"}})
 
 
+@pytest.mark.long
 def test_a_norm_can_not_be_led_by_a_handful(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"privacy\.norm_quantile: with 6 clients a round .* below 0\.6"):
         plan(private(tmp_path, privacy={"norm_quantile": 0.5, "epsilon": 4.0}))
@@ -278,6 +284,7 @@ def test_deployments_and_strategies_of_ones_own_are_refused(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_settings_without_effect_are_told_and_no_others(tmp_path: Path) -> None:
     recipe = private(tmp_path, federation={"max_lost_clients": 2, "on_quorum_lost": "wait", "fraction": 0.99})
     unused = [line.partition(" has no effect")[0] for line in plan(recipe).unused]
@@ -287,6 +294,7 @@ def test_settings_without_effect_are_told_and_no_others(tmp_path: Path) -> None:
 # ---- the account of any private run
 
 
+@pytest.mark.long
 def test_an_account_adds_each_round_once_and_reads_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,6 +203,7 @@ def test_another_setting_would_show(recipe: Recipe, program: Program, other: dic
     assert follow(recipe, program, tmp_path / "run", **other)[1] > BROKEN
 
 
+@pytest.mark.long
 def test_attention_without_the_mask_would_show(
     recipe: Recipe, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

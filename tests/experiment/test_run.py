@@ -111,7 +111,7 @@ def test_the_same_recipe_twice_gives_the_same_run(finished: Run, tmp_path: Path)
     assert other.rounds[-1]["adapter_sha256"] != finished.rounds[-1]["adapter_sha256"]
 
 
-@pytest.mark.parametrize("source", ["random:tiny-opt", "random:tiny-llama", "random:tiny-gpt2"])
+@pytest.mark.parametrize("source", first(["random:tiny-opt", "random:tiny-llama", "random:tiny-gpt2"]))
 def test_plain_peft_gives_the_central_loss_on_record(source: str, tmp_path: Path) -> None:
     recipe = make_recipe(model={"source": source}, federation={"rounds": 1})
     finished = run(recipe, tmp_path / "run")
@@ -181,7 +181,7 @@ class Watching(Observer):
         self.steps += progress.phase == "train"
 
 
-@pytest.mark.parametrize("changes", [{}, {"federation": {"fraction": 0.67}}, {"data": {"window": "blocks"}}])
+@pytest.mark.parametrize("changes", first([{}, {"federation": {"fraction": 0.67}}, {"data": {"window": "blocks"}}]))
 def test_the_plan_says_what_the_run_then_does(changes: dict, tmp_path: Path, write_jsonl) -> None:
     path = write_jsonl([f"document {i}: " + "some more words " * (i % 7) for i in range(30)])
     recipe = make_recipe(**{**changes, "data": {"source": str(path), **changes.get("data", {})}})
@@ -221,6 +221,7 @@ def test_padding_can_be_counted_to_replay_a_program_that_did(tmp_path: Path, wri
     assert fall[1] > fall[0]
 
 
+@pytest.mark.long
 def test_files_that_begin_alike_are_not_trained_on_and_evaluated(tmp_path: Path, write_jsonl) -> None:
     header = "# This licence stands at the head of every file of the project. " * 2
     alike = [header + " ".join(str(i * 7919 + j) for j in range(200)) for i in range(10)]
@@ -256,6 +257,7 @@ def test_auto_takes_batched_where_it_has_the_method(adapter: dict, lacks: str | 
         assert choose("batched") == "batched"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "engine"), first([("tiny-dora", "reference"), ("tiny-full", "reference")]))
 def test_a_small_twin_learns_in_seconds(name: str, engine: str, tmp_path: Path) -> None:
     finished = run(load_recipe(name), tmp_path / "run", Observer())
@@ -290,6 +292,7 @@ def test_clients_at_once_is_what_was_asked_for() -> None:
     assert alone.peak_bytes is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("predict", [True, False])
 def test_a_processor_trains_no_more_at_once_than_pays_unless_asked_to(predict: bool) -> None:
     """Ten thousand at once took twice the time of 64, and 4 GB."""
@@ -320,6 +323,7 @@ def test_a_model_that_can_not_be_traced_runs_all_the_same(tmp_path: Path, monkey
     assert finished.status["state"] == "done"
 
 
+@pytest.mark.long
 def test_a_fixed_share_of_the_clients_is_scored(tmp_path: Path) -> None:
     recipe = make_recipe(data={"clients": 6}, evaluation={"clients": 2}, federation={"rounds": 2, "fraction": 0.5})
     planned, finished = plan(recipe), run(recipe, tmp_path / "run", Observer())

@@ -215,7 +215,7 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
 """Recipes in which a key has no effect, and recipes in which it has, or in which nobody wrote it."""
 
 
-@pytest.mark.parametrize("key", first(CASES, keep=8))
+@pytest.mark.parametrize("key", first(CASES, keep=4))
 def test_a_key_is_named_where_it_has_no_effect_and_nowhere_else(key: str, folder: Path) -> None:
     idle, at_work = CASES[key]
     for sections in idle:
@@ -268,6 +268,7 @@ def test_what_is_left_out_or_written_out_as_it_is_anyway_is_no_note(name: str) -
     assert notes_of(written_out, material) == []
 
 
+@pytest.mark.long
 def test_clients_elsewhere_have_documents_and_machines_of_their_own(folder: Path) -> None:
     idle = recipe_of(
         folder,
@@ -310,6 +311,7 @@ def test_a_strategy_of_ones_own_leaves_the_recipes_without_effect(folder: Path, 
     assert "unused" not in plain.plan
 
 
+@pytest.mark.long
 def test_a_sweep_goes_through_the_neutral_value_and_says_in_how_many_runs(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "base.toml"
     path.write_text(recipe_to_toml(recipe_of(folder, **training(engine="batched", proximal_schedule="linear"))))

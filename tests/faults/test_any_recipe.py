@@ -110,6 +110,7 @@ def check(text: str, path: Path) -> bool:
     return True
 
 
+@pytest.mark.long
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(values=changed_recipes())
 def test_any_change_of_a_recipe_loads_or_is_a_recipe_error(

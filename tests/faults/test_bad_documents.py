@@ -258,6 +258,7 @@ LARGE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", first(LARGE))
 def test_ten_million_characters_cost_no_more_than_their_head(kind: str, tmp_path: Path) -> None:
     text = LARGE[kind]()

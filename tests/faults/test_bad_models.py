@@ -174,7 +174,8 @@ TOKENIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", first(TOKENIZERS, keep=2))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", first(TOKENIZERS))
 def test_any_set_of_special_tokens_trains_and_writes(kind: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", tokenizer_with(**TOKENIZERS[kind]))
     recipe = make_recipe(model={"source": str(folder)}, data={"clients": 2}, federation={"rounds": 1})

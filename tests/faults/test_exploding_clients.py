@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.marks import first
+from support.marks import CI, first
 from support.quick_runs import attempt, make_recipe
 
 from fedloom.federation.fleet import LocalFleet
@@ -49,7 +49,7 @@ WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.parametrize("engine", first(["batched", "reference"]))
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", first(WAYS, keep=2, rest=CI))
 def test_a_client_that_explodes_is_dropped_for_the_round(
     way: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

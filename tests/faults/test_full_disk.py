@@ -68,9 +68,7 @@ def test_whatever_can_not_be_written_it_goes_on_to_the_same_result(whole: Any, t
 
 @pytest.mark.parametrize(
     "name",
-    first(
-        ["adapter.between", "state.manifest", "adapter.written", "adapter.renamed", "state.file", "state.flushed"], 2
-    ),
+    first(["adapter.between", "state.manifest", "adapter.written", "adapter.renamed", "state.file", "state.flushed"]),
 )
 def test_a_disk_that_fills_inside_a_commit_leaves_the_one_before(name: str, whole: Any, tmp_path: Path) -> None:
     recipe, result, _ = whole
@@ -103,6 +101,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
+@pytest.mark.long
 def test_a_real_disk_that_is_full(whole: Any, disk: Path) -> None:
     recipe, result, finished = whole
     used = sum(4096 * (1 + path.stat().st_size // 4096) for path in finished.rglob("*") if path.is_file())
@@ -137,7 +136,7 @@ def test_a_run_directory_that_may_not_be_written_to(whole: Any, disk: Path) -> N
     assert result_of(disk) == result
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug in the report")])
+@pytest.mark.parametrize("error", first([OSError(28, "No space left on device"), RuntimeError("a bug in the report")]))
 def test_a_report_that_fails_does_not_lose_the_run(
     error: Exception, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

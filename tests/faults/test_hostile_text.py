@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -127,7 +128,7 @@ def test_a_model_card_is_text_and_its_front_matter_is_yaml(which: str, finished:
     assert outside.count("\n# ") == 1, "the description makes no heading of its own"
 
 
-@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("terminal", first([True, False]))
 def test_a_terminal_is_not_told_what_to_do(terminal: bool, folder: Path) -> None:
     screen = io.StringIO()
     display = Terminal(Console(file=screen, force_terminal=terminal, width=400, highlight=False))

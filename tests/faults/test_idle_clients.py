@@ -71,6 +71,7 @@ def test_a_client_of_one_document_trains_on_it_and_holds_out_none(tmp_path: Path
     assert planned.left_out == ()
 
 
+@pytest.mark.long
 def test_a_client_whose_documents_are_all_copies_of_held_out_text_is_left_out(tmp_path: Path) -> None:
     head = "the very same beginning of a text that goes on for long "
     held = [head + text for text in texts_of(0)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub.constants
 import pytest
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom import hub
@@ -100,7 +101,7 @@ def cached(silent: str, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("at_most", [None, 12])
-@pytest.mark.parametrize("revision", [None, COMMIT])
+@pytest.mark.parametrize("revision", first([None, COMMIT]))
 def test_a_data_set_in_the_local_cache_is_used_at_its_commit(
     at_most: int | None, revision: str | None, cached: str
 ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.marks import first
 from support.tiny import make_update
 from torch import Tensor
 
@@ -317,13 +318,13 @@ def lead(first: float, rounds: int, adapt: Callable[[CentralTerms, float, float,
     return norms
 
 
-@pytest.mark.parametrize("first", [0.05, 20.0])
+@pytest.mark.parametrize("first", first([0.05, 20.0]))
 def test_the_norm_finds_the_median_from_both_sides(first: float) -> None:
     norms = lead(first, 60, CentralTerms.adapt_norm)
     assert all(0.75 < norm < 1.33 for norm in norms[-10:])
 
 
-@pytest.mark.parametrize("first", [0.5, 2.0])
+@pytest.mark.parametrize("first", first([0.5, 2.0]))
 def test_a_step_in_the_other_direction_runs_away(first: float) -> None:
     """Flower 1.41 counts the changes that were clipped, and keeps the sign for those that were not."""
     found = lead(first, 60, lambda terms, norm, centred, noise: terms.adapt_norm(norm, -centred, noise))

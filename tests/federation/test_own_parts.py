@@ -153,6 +153,7 @@ def test_of_one_client_it_is_plain_averaging_to_the_bit(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_the_engines_agree(tmp_path: Path) -> None:
     found = {}
     for engine in ("batched", "reference"):
@@ -178,6 +179,7 @@ def test_stopped_it_goes_on_to_the_same_to_the_bit(failpoint: str, tmp_path: Pat
     assert "clients/0/adapter/adapter_model.safetensors" in result_of(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_state_that_forgets_the_clients_parts_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_quick(tmp_path, federation={**FEDSA, "strategy": {"kind": "fedavg"}})
     assert attempt(recipe, tmp_path / "whole") == ""

@@ -247,6 +247,7 @@ def test_a_run_asks_its_own_tasks_and_trains_the_same(tmp_path: Path) -> None:
     assert evaluate(asked.folder) == [record for record in asked.evaluations if record.get("round") == asked.best_round]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_was_asked_the_same(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks", QUIZ[:4], {"name": "quiz"})
     recipe = make_recipe(evaluation={"tasks": [str(tasks)]}, federation={"rounds": 1})

@@ -117,6 +117,7 @@ def test_rows_in_another_order_are_never_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_rows_in_another_order_would_be_other_changes(finished: Run, tmp_path: Path) -> None:
     """The formula that the changes are compared by tells the order of rows apart."""
     export(finished.folder, tmp_path / "adapter.gguf")
@@ -132,7 +133,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", first(OTHERS, keep=3))
+@pytest.mark.parametrize("name", first(OTHERS))
 def test_other_scales_and_rules_give_the_change_of_every_layer(name: str, tmp_path: Path) -> None:
     adapter, rule = OTHERS[name]
     other = train(tmp_path, adapter=adapter, federation={"rounds": 2, "lora_rule": rule})
@@ -153,7 +154,6 @@ def test_other_scales_and_rules_give_the_change_of_every_layer(name: str, tmp_pa
             ({"rslora": True, "options": {"rank_pattern": {"q_proj": 2}}}, "ranks and scales that differ"),
             ({"method": "ia3", "rank": None, "alpha": None, "targets": None}, "can't hold the method ia3"),
         ],
-        keep=2,
     ),
 )
 def test_what_llama_cpp_can_not_hold_is_refused_by_name(adapter: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -164,6 +164,7 @@ def test_what_llama_cpp_can_not_hold_is_refused_by_name(adapter: dict[str, Any],
     assert export(other.folder, tmp_path / "merged.gguf", merged=True, kind="f32") < 1e-4
 
 
+@pytest.mark.long
 def test_trained_biases_are_refused_by_name(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "model", "qwen2")
     other = train(tmp_path, str(model), {"targets": ["q_proj"], "options": {"bias": "all"}})
@@ -171,6 +172,7 @@ def test_trained_biases_are_refused_by_name(tmp_path: Path) -> None:
         export(other.folder, tmp_path / "adapter.gguf")
 
 
+@pytest.mark.long
 def test_a_model_that_llama_cpp_has_in_a_way_unknown_here_is_refused(tmp_path: Path) -> None:
     other = train(tmp_path, "random:tiny-gpt2", {"targets": ["c_attn"]})
     for options in ({}, {"merged": True}):
@@ -179,7 +181,7 @@ def test_a_model_that_llama_cpp_has_in_a_way_unknown_here_is_refused(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("kind", first(["f32", "q8_0", "f16"], keep=2))
+@pytest.mark.parametrize("kind", first(["q8_0", "f32", "f16"]))
 def test_a_merged_file_is_the_model_in_its_format(finished: Run, kind: str, tmp_path: Path) -> None:
     distance = export(finished.folder, tmp_path / "model.gguf", merged=True, kind=kind)
     assert distance < {"f32": 1e-5, "f16": 5e-3, "q8_0": 1e-1}[kind]
@@ -197,6 +199,7 @@ def test_a_merged_file_is_the_model_in_its_format(finished: Run, kind: str, tmp_
         assert torch.equal(written["output.weight"], merged.lm_head.weight)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", first(["qwen2", "qwen3", "mistral"]))
 def test_other_kinds_of_models_are_written_as_they_are(kind: str, tmp_path: Path) -> None:
     width = 128 if kind == "qwen3" else 16
@@ -282,6 +285,7 @@ LONGER = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_longer_positions_of_llama_3_travel(tmp_path: Path) -> None:
     other = train(tmp_path, str(write_small_model(tmp_path / "model", rope_parameters=LONGER)))
     assert export(other.folder, tmp_path / "model.gguf", merged=True, kind="f32") < 1e-5

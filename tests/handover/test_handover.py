@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from support.asked import write_tasks
 from support.full_disk import no_file_above
-from support.marks import first
+from support.marks import CI, first
 from support.tiny import make_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -31,7 +31,7 @@ from fedloom.text import show_controls
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["factors", "ffa"])
+@pytest.fixture(scope="module", params=first(["factors", "ffa"], rest=CI))
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = make_recipe(federation={"rounds": 1, "lora_rule": request.param})
     return run(recipe, tmp_path_factory.mktemp("runs") / "run", Observer())
@@ -88,6 +88,7 @@ def test_a_proof_looks_at_tokens_and_not_at_padding(tmp_path: Path) -> None:
         subject.prove(WrongAt(subject.adapted.model, last), tmp_path, 1e-3)
 
 
+@pytest.mark.long
 def test_a_merged_model_that_can_not_be_saved_is_one_error(tmp_path: Path) -> None:
     """Layers that stand twice share their weights, which safetensors does not write."""
     adapter = {"targets": ["q_proj"], "options": {"layer_replication": [[0, 2], [1, 2]]}}
@@ -110,6 +111,7 @@ def test_a_target_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> No
     assert (tmp_path / "kept").read_text() == "mine"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more", first([{"personalise": {"epochs": 2}}, {"federation": {"rounds": 1, "lora_rule": "fedsa"}}])
 )
@@ -149,7 +151,7 @@ def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_p
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("which", ["best", 0])
+@pytest.mark.parametrize("which", first([0, "best"]))
 def test_an_adapter_that_is_not_the_one_on_record_is_handed_to_nobody(which: str | int, tmp_path: Path) -> None:
     """Those of two clients lie in each other's folders, say, or a copy was cut short and put together again."""
     recipe = make_recipe(federation={"rounds": 1}, personalise={"epochs": 1}, training={"epochs": 8})
@@ -293,7 +295,7 @@ OTHERS = {
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of PEFT, about itself
-@pytest.mark.parametrize("name", first(OTHERS, keep=2))
+@pytest.mark.parametrize("name", first(OTHERS))
 def test_other_methods_are_handed_on_and_write(name: str, tmp_path: Path) -> None:
     recipe = make_recipe(adapter=OTHERS[name], federation={"rounds": 1})
     other = run(recipe, tmp_path / "run", Observer())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.asked import write_tasks
+from support.marks import first
 from support.tiny import make_recipe
 from typer.testing import CliRunner
 
@@ -102,7 +103,7 @@ def test_it_asks_baselines_and_own_tasks_at_once_and_comparisons_show_them(
     assert beside in page
 
 
-@pytest.mark.parametrize("in_chat", [True, False])
+@pytest.mark.parametrize("in_chat", first([True, False]))
 def test_it_is_asked_as_the_run_was_trained_or_a_warning_says_that_it_is_not(
     in_chat: bool, stand_in: Harness, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
+from support.marks import first
 from support.small_models import CHATML, make_tokenizer, write_small_model
 from support.tiny import make_recipe
 from typer.testing import CliRunner
@@ -51,7 +52,7 @@ def render_go(template: str, messages: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize(("template", "system"), [(CHATML, None), (SAYS_WHO, "You are small."), (LLAMA3, None)])
-@pytest.mark.parametrize("given", [None, "Be brief."])
+@pytest.mark.parametrize("given", first(["Be brief.", None]))
 def test_a_template_in_go_writes_what_the_runs_own_writes(template: str, system: str | None, given: str | None) -> None:
     tokenizer = make_tokenizer(chat_template=template)
     found, inner = to_go(template, tokenizer, given)
@@ -103,12 +104,14 @@ def test_what_a_tokenizer_begins_a_text_with_is_written_once() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    [
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
-        CHATML.replace("m['content']", "m['content'] | upper"),
-        CHATML.replace("assistant\n", "assistant\n<think>\n"),
-        "{{ 'Hello' }}" + CHATML,
-    ],
+    first(
+        [
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
+            CHATML.replace("m['content']", "m['content'] | upper"),
+            CHATML.replace("assistant\n", "assistant\n<think>\n"),
+            "{{ 'Hello' }}" + CHATML,
+        ]
+    ),
 )
 def test_a_template_of_another_shape_is_refused(template: str) -> None:
     with pytest.raises(RunError, match=r"a shape that fedloom can't write for Ollama; it knows ChatML, Llama 3"):
@@ -158,6 +161,7 @@ def test_a_folder_for_ollama_has_all_that_it_asks_for(talked: Run, tmp_path: Pat
     prompting.close()
 
 
+@pytest.mark.long
 def test_a_merged_model_for_ollama_is_one_file(talked: Run, tmp_path: Path) -> None:
     export(talked.folder, tmp_path / "merged", merged=True, ollama=True, kind="q8_0")
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {"Modelfile", "model.gguf"}
@@ -166,6 +170,7 @@ def test_a_merged_model_for_ollama_is_one_file(talked: Run, tmp_path: Path) -> N
     assert kinds == {"Q8_0", "F32"}
 
 
+@pytest.mark.long
 def test_a_base_model_that_came_as_a_file_is_that_file(
     talked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_the_report_goes_only_where_it_is_asked_for(finished: Run, hub: Hub) -> 
     assert uploaded(hub)["report.html"] == (finished.folder / "report.html").read_bytes()
 
 
+@pytest.mark.long
 def test_a_model_that_was_trained_whole_is_one_too(finished: Run, hub: Hub, tmp_path: Path) -> None:
     recipe = recipe_of(finished.folder)
     method = make_recipe(adapter={"method": "full", "rank": None, "alpha": None}).adapter

@@ -63,6 +63,7 @@ def said(function: Callable[..., None], *arguments: Any, **named: Any) -> str:
     return "".join(pieces)
 
 
+@pytest.mark.long
 def test_an_answer_is_written_and_ended_as_it_was_learnt(asked: Run) -> None:
     assert said(generate, asked.folder, "number 7", max_new_tokens=40) == f"{ANSWER}\n"
     base = said(generate, asked.folder, "number 7", base=True, max_new_tokens=40)
@@ -95,6 +96,7 @@ def test_a_question_is_never_left_out() -> None:
             prompting.write([{"role": "user", "content": question}])
 
 
+@pytest.mark.long
 def test_several_columns_are_given_as_json(asked: Run) -> None:
     with Speaker(asked.folder) as speaker:
         whole = speaker.prompting.write([{"role": "user", "content": '{"q": "x", "more": "y"}'}])
@@ -131,6 +133,7 @@ def test_a_long_conversation_forgets_its_beginning(talked: Run) -> None:
         said(chat, talked.folder, iter(["say 7", "say " + "7" * 300]), max_new_tokens=6)
 
 
+@pytest.mark.long
 def test_what_is_drawn_is_drawn_again_with_its_seed(talked: Run) -> None:
     def drawn(seed: int, temperature: float = 8.0) -> str:
         return said(generate, talked.folder, "say 7", max_new_tokens=20, sampling=Sampling(temperature, 1.0, seed))
@@ -145,6 +148,7 @@ def test_the_prompt_as_it_stands(talked: Run) -> None:
     assert said(generate, talked.folder, "u:say 7<|end|>a:", plain=True, max_new_tokens=20).startswith("u:say 7")
 
 
+@pytest.mark.long
 def test_the_base_model_is_without_the_residual_of_a_run(tmp_path: Path) -> None:
     """`fedex` adds a matrix beside each adapter, which switching the adapter off leaves where it is."""
     recipe = make_recipe(federation={"rounds": 2, "lora_rule": "fedex"}, training={"learning_rate": 0.5})
@@ -160,6 +164,7 @@ def test_the_base_model_is_without_the_residual_of_a_run(tmp_path: Path) -> None
     assert found[0] == found[2] == expected != found[1]
 
 
+@pytest.mark.long
 def test_a_system_message_needs_a_conversation(asked: Run) -> None:
     with pytest.raises(RunError, match="no conversations"):
         said(chat, asked.folder, iter(["x"]), system="Be brief.")

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 import torch
-from support.marks import first
+from support.marks import CI, first
 from support.tiny import make_recipe, write_tiny_gguf
 
 from fedloom import run
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 KINDS = ("Q8_0", "Q4_0", "Q4_1")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=first(KINDS, rest=CI))
 def file(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
     return write_tiny_gguf(tmp_path / "tiny.gguf", request.param)

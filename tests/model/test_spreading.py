@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import first
 from support.quick_runs import attempt, result_of
 from support.small_models import write_small_model
 from support.tiny import make_blocks, make_job, make_recipe, updates_of
@@ -52,7 +53,7 @@ def whole_bytes(adapted: AdaptedModel) -> int:
     return sum(value.numel() * value.element_size() for value in adapted.base.parameters())
 
 
-@pytest.mark.parametrize("lora_rule", ["factors", "ffa"])
+@pytest.mark.parametrize("lora_rule", first(["factors", "ffa"]))
 def test_a_model_whose_layers_lie_elsewhere_trains_and_scores_as_the_whole_one(folder: Path, lora_rule: str) -> None:
     recipe = recipe_of(folder, federation={"lora_rule": lora_rule}, adapter={"dropout": 0.3, "targets": ["q_proj"]})
     told: list[str] = []

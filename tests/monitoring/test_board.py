@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from support.boards import HOSTILE, make_board, make_record
 from support.tiny import make_recipe
 
@@ -59,6 +60,7 @@ def test_each_refusal_has_its_reason() -> None:
     assert {why for _, why in told} > {*because.values(), "round 1: one nobody asked"}
 
 
+@pytest.mark.long
 def test_privacy_spent_is_that_of_the_last_round() -> None:
     board = make_board(0)
     board.show_round(make_record(1, epsilon=1.5))
@@ -84,6 +86,7 @@ def test_what_is_shown_is_bounded_and_has_no_control_characters() -> None:
     assert "\\u202e" not in text.replace("\\\\u202e", "")
 
 
+@pytest.mark.long
 def test_the_next_run_of_a_service_begins_with_nothing_of_the_one_before() -> None:
     board = make_board(3)
     board.show_clients({"alice": "late"})

@@ -44,6 +44,7 @@ def test_a_terminal_has_a_bar_with_speed_and_time_left(tmp_path: Path) -> None:
     assert "left" in shown
 
 
+@pytest.mark.long
 def test_steps_beyond_the_plan_are_counted_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of what a run is set against, and of clients that go on by themselves."""
     monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
@@ -60,6 +61,7 @@ def test_steps_beyond_the_plan_are_counted_without_an_end(monkeypatch: pytest.Mo
     assert "left" not in beyond
 
 
+@pytest.mark.long
 def test_a_sweep_has_the_time_left_of_all_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
     clock = iter(range(1000))

@@ -112,6 +112,7 @@ def test_a_long_reason_keeps_no_command_from_being_run(tmp_path: Path) -> None:
     assert facts["FEDLOOM_WHY"] == "ε" * MOST_LETTERS + "…"
 
 
+@pytest.mark.long
 def test_each_run_of_a_service_is_told_of_by_itself(tmp_path: Path) -> None:
     board = make_board()
     one = Notice(command(tmp_path), board, say_nothing)

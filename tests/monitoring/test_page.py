@@ -45,6 +45,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+@pytest.mark.long
 def test_its_address_is_said_with_the_token(page: Page, said: list[str]) -> None:
     assert said == [f"page http://127.0.0.1:{page.port}/#{page.token}"]
     assert len(page.token) >= 32
@@ -105,6 +106,7 @@ def test_it_looks_as_the_report_does() -> None:
     assert palette(TEMPLATE) == palette(REPORT)[:2]
 
 
+@pytest.mark.long
 def test_names_that_others_chose_come_without_control_characters(page: Page) -> None:
     with asked(port_of(page), "GET", DOCUMENT, {"Authorization": f"Bearer {page.token}"}) as answer:
         (trouble,) = json.loads(answer.read())["troubles"]
@@ -137,6 +139,7 @@ def test_a_run_shows_itself_while_it_works_and_its_page_ends_with_it(tmp_path: P
     assert [one.port for one in observers if isinstance(one, Page)] == [None]
 
 
+@pytest.mark.long
 def test_a_page_that_can_not_be_had_ends_no_run(tmp_path: Path) -> None:
     said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:

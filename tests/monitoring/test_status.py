@@ -77,7 +77,7 @@ def test_everything_that_is_shown_reaches_every_observer() -> None:
     assert set(methods) <= set(vars(Observers))
 
 
-@pytest.mark.parametrize("command", ["run", "serve"])
+@pytest.mark.parametrize("command", first(["run", "serve"]))
 def test_a_command_that_starts_says_so(command: str, tmp_path: Path) -> None:
     """Before it has imported what it needs: that takes seconds, in which it was nothing and nobody."""
     out = tmp_path / "first"
@@ -134,6 +134,7 @@ def test_a_killed_process_is_not_at_work(tmp_path: Path) -> None:
     assert find_work(run) is None
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_says_which_round_it_has(tmp_path: Path) -> None:
     """It said round 0 of 3 until it had ended another."""
     run = make_run(tmp_path / "first", [3.0, 2.0, 1.5], state="running")
@@ -144,7 +145,9 @@ def test_a_run_that_goes_on_says_which_round_it_has(tmp_path: Path) -> None:
         assert [line for line in describe(run.folder) if line.startswith("round     3 of 3")]
 
 
-@pytest.mark.parametrize(("state", "code"), [("done", 0), ("failed", 1), ("interrupted", 1), ("running", 1)])
+@pytest.mark.parametrize(
+    ("state", "code"), first([("done", 0), ("running", 1), ("failed", 1), ("interrupted", 1)], keep=2)
+)
 def test_exit_codes_say_whether_a_run_is_well(state: str, code: int, tmp_path: Path) -> None:
     """One that is called running, and that nobody is at work in, was killed."""
     run = make_run(tmp_path / "first", [3.0, 2.0], state=state)

@@ -66,7 +66,6 @@ def test_three_lines_each_for_peft_ollama_and_vllm() -> None:
             ({"federation": {"lora_rule": "fedex"}}, "my-test", "vllm serve merged"),
             ({"adapter": {"rank": 600}}, "my-test", "vllm serve merged"),
         ],
-        keep=2,
     ),
 )
 def test_what_a_program_can_not_load_as_an_adapter_is_merged_first(
@@ -83,6 +82,7 @@ def test_what_a_program_can_not_load_as_an_adapter_is_merged_first(
             assert {word for word in line.split() if word.startswith("--")} <= options
 
 
+@pytest.mark.long
 def test_a_trained_prompt_is_for_peft_alone() -> None:
     prompt = {"method": "prompt_tuning", "rank": None, "alpha": None, "options": {"num_virtual_tokens": 4}}
     assert uses(card_of(make_recipe(adapter=prompt), on_a_hub=True)).keys() == {"PEFT"}

@@ -95,6 +95,7 @@ def test_records_have_the_keys_that_their_types_name(tmp_path: Path) -> None:
     assert finished.clients
 
 
+@pytest.mark.long
 def test_what_a_kind_is_made_of_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It took three quarters of the time in which a run is read."""
     finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run")

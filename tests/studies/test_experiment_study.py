@@ -155,6 +155,7 @@ def test_overfitting_is_undecided_where_seeds_disagree() -> None:
     assert claims.judge_onsets([falls, rises], overfits=True) == "undecided"
 
 
+@pytest.mark.long
 def test_a_run_that_counts_padding_is_scored_over_real_tokens_too(tmp_path: Path) -> None:
     (tmp_path / "long").mkdir()
     for number in range(60):

@@ -26,6 +26,10 @@ LONGEST = (
 """Files whose few tests take twenty seconds and more: neither a limit nor their number tells."""
 
 
+CI = pytest.mark.long("beside all others")
+"""Marks values that CI tries beside those of every other list, so that none of them is left to `make soak`."""
+
+
 def first(
     values: Iterable[Any], keep: int = 1, rest: pytest.MarkDecorator = pytest.mark.long, every: int = 1
 ) -> list[Any]:

@@ -5,4 +5,4 @@ ARCHITECTURES = {
     "tiny-llama": ("q_proj", "v_proj"),
     "tiny-gpt2": ("c_attn",),
 }
-"""Shapes that every architecture test covers, with the layers that their adapters sit on."""
+"""Shapes that every architecture test covers, `make test` with the first, and the layers that adapters sit on."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.marks import first
+from support.marks import CI, first
 from support.rows import EXACT, distance, let_rows_pay, make_jobs, make_mixed, train
 from support.tape import BY_TAPE_AND_GRAPH, Launched, record_steps
 from support.tiny import make_adapted, make_windowed, switch_off_dropout
@@ -164,8 +164,8 @@ def test_the_model_sees_as_many_tokens_of_each_client_as_one_has_at_most() -> No
 
 
 @pytest.mark.parametrize("device", BY_TAPE_AND_GRAPH)
-@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gpt2"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", first(["tiny-llama", "tiny-gpt2"], rest=CI))
+@pytest.mark.parametrize("packed", first([True, False], rest=CI))
 def test_recorded_rows_are_the_launched_ones_to_the_bit(
     shape: str, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

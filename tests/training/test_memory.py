@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.marks import first
+from support.marks import CI, first
 from support.shapes import ARCHITECTURES
 from support.tiny import make_adapted, make_blocks, make_job, make_recipe
 
@@ -55,7 +55,7 @@ def build(
     return AdaptedModel(base, build_config(section, base), 7)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", first(["float32", "bfloat16"], rest=CI))
 @pytest.mark.parametrize("clients", [1, 3])
 @pytest.mark.parametrize("masked", first([False, True]))
 def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients: int, masked: bool) -> None:
@@ -79,6 +79,7 @@ def test_the_trace_is_what_a_real_step_has_alive(shape: str, dtype: str, clients
     assert traced == pytest.approx(live.peak, rel=0.03)
 
 
+@pytest.mark.long
 def test_what_a_gpu_is_sent_for_a_stretch_is_in_the_trace() -> None:
     adapted, length = make_adapted("tiny-llama"), 16
     full = TokenBlocks(
@@ -161,6 +162,7 @@ def test_deep_models_are_told_from_short_ones(shape: str, monkeypatch: pytest.Mo
     assert predicted.peak_bytes(2) - predicted.base_bytes == pytest.approx(traced, rel=0.01)
 
 
+@pytest.mark.long
 def test_what_costs_memory_shows(shape: str) -> None:
     plain = predict(shape)
     assert predict(shape, batch_size=4).client_bytes > 1.5 * plain.client_bytes
@@ -170,7 +172,7 @@ def test_what_costs_memory_shows(shape: str) -> None:
 
 
 @pytest.mark.parametrize("adapter", [{}, {"rank": 4096, "targets": "all-linear"}], ids=["small", "wide"])
-@pytest.mark.parametrize(("clients", "batch_size", "length"), [(1, 1, 2), (2, 400, 16), (3, 2, 256)])
+@pytest.mark.parametrize(("clients", "batch_size", "length"), first([(2, 400, 16), (1, 1, 2), (3, 2, 256)], rest=CI))
 def test_a_step_that_is_certain_to_fit_does(
     shape: str, adapter: dict[str, Any], clients: int, batch_size: int, length: int
 ) -> None:
@@ -182,7 +184,7 @@ def test_a_step_that_is_certain_to_fit_does(
 
 
 @pytest.mark.parametrize("adapter", [{}, {"rank": 4096, "targets": "all-linear"}], ids=["small", "wide"])
-@pytest.mark.parametrize(("tokens", "length"), [(2, 2), (6400, 16), (1024, 256)])
+@pytest.mark.parametrize(("tokens", "length"), first([(6400, 16), (2, 2), (1024, 256)], rest=CI))
 def test_an_evaluation_that_is_certain_to_fit_does(
     shape: str, adapter: dict[str, Any], tokens: int, length: int
 ) -> None:
@@ -194,7 +196,7 @@ def test_an_evaluation_that_is_certain_to_fit_does(
     assert count * CERTAIN_TIMES >= HELD_BY_ALLOCATOR["cpu"] * traced
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", first(["float32", "bfloat16"], rest=CI))
 @pytest.mark.parametrize(("settings", "adapters"), first([({}, 1), ({}, 4), ({"targets": ["lm_head"]}, 4)], keep=2))
 def test_the_trace_of_scoring_is_what_an_evaluation_has_alive(
     shape: str, dtype: str, settings: dict[str, Any], adapters: int
@@ -244,6 +246,7 @@ def test_a_doubt_is_left_where_little_is_free_or_the_shape_is_not_known(monkeypa
     assert not leaves_no_doubt(adapted, training, **told, free=2**33)
 
 
+@pytest.mark.long
 def test_the_base_model_is_counted_once() -> None:
     base = sum(p.numel() * p.element_size() for p in make_adapted().model.parameters())
     assert predict(clients=1).base_bytes == predict(clients=3).base_bytes == base

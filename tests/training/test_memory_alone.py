@@ -104,6 +104,7 @@ def test_deep_models_are_told_from_short_ones(shape: str, large_from: int, monke
     assert predicted.peak_bytes(1) - predicted.base_bytes == pytest.approx(traced, rel=0.01)
 
 
+@pytest.mark.long
 def test_a_whole_models_vectors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With AdamW seven of them: weights, gradient, two moments, what a step makes of the second, the global weights."""
     monkeypatch.setattr(memory_alone, "GIVEN_BACK_FROM", 1)
@@ -117,6 +118,7 @@ def test_a_whole_models_vectors_are_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert without[1] == pytest.approx(2 * vector, rel=0.01)
 
 
+@pytest.mark.long
 def test_what_costs_memory_shows() -> None:
     plain = predict().peak_bytes(1)
     assert predict(batch_size=16).peak_bytes(1) > plain
@@ -124,6 +126,7 @@ def test_what_costs_memory_shows() -> None:
     assert predict(batch_size=16, gradient_checkpointing=True).peak_bytes(1) < predict(batch_size=16).peak_bytes(1)
 
 
+@pytest.mark.long
 def test_an_evaluation_that_takes_more_than_a_step_is_in_the_prediction() -> None:
     training = make_recipe(training={"batch_size": 1}).training
     scored = predict_alone(
@@ -141,6 +144,7 @@ def test_small_pieces_are_held_for_good_and_large_ones_as_long_as_they_live() ->
     assert again == live.peak == large + round(HELD_BY_ALLOCATOR["cpu"] * small)
 
 
+@pytest.mark.long
 def test_a_plan_of_a_whole_model_says_what_it_takes() -> None:
     recipe = open_recipe("tiny", ["adapter.method=full"], say_nothing)
     planned = plan(recipe)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import CI, first
 from support.tiny import count_answers, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
 from torch import Tensor
 
@@ -117,8 +118,8 @@ def noisy(adapted: AdaptedModel) -> Adapter:
     return Adapter(adapted.layout, adapted.read().weights_P + 0.02 * noise_P)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("mu", [0.0, 1.0])
+@pytest.mark.parametrize("optimizer", first(["sgd", "adamw"], rest=CI))
+@pytest.mark.parametrize("mu", first([1.0, 0.0]))
 def test_engines_agree_on_a_private_round(shape: str, optimizer: str, mu: float) -> None:
     adapted = make_adapted(shape, "float64")
     switch_off_dropout(adapted)
@@ -138,10 +139,10 @@ def test_engines_agree_on_a_private_round(shape: str, optimizer: str, mu: float)
 
 @pytest.mark.parametrize(
     "changes",
-    [
+    first([
         {"gradient_checkpointing": True}, {"gradient_accumulation": 2}, {"clients_at_once": 2},
         {"weight_decay": 0.1, "optimizer": "adamw"}, {"schedule": "cosine"},
-    ],
+    ], keep=2),
     ids=["checkpointing", "accumulation", "two-at-once", "decay", "cosine"],
 )  # fmt: skip
 def test_engines_agree_whatever_else_is_set(changes: dict[str, Any]) -> None:
@@ -149,7 +150,7 @@ def test_engines_agree_whatever_else_is_set(changes: dict[str, Any]) -> None:
     assert_agree(adapted, make_jobs(noisy(adapted), **{**SGD, **changes}))
 
 
-@pytest.mark.parametrize("rule", ["ffa", "rolora"])
+@pytest.mark.parametrize("rule", first(["ffa", "rolora"]))
 def test_what_is_not_trained_has_no_part_in_a_norm_and_no_noise(rule: str) -> None:
     adapted = make_adapted("tiny-llama", "float64", freeze_a=rule == "ffa")
     start = noisy(adapted)

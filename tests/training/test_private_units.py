@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import first
 from support.tiny import count_answers, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def test_a_round_is_autograds_unit_by_unit(shape: str) -> None:
         assert update.report.examples == 5, "units, and not rows"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", first(["adamw", "sgd"]))
 def test_engines_agree_on_units(optimizer: str) -> None:
     adapted = make_adapted("tiny-llama", "float64")
     jobs = make_jobs(noisy(adapted), optimizer=optimizer, learning_rate=1e-2, proximal_mu=0.5)
@@ -95,6 +96,7 @@ def test_engines_agree_on_units(optimizer: str) -> None:
         assert (our.adapter.weights_P - their.adapter.weights_P).norm() / moved < 1e-9
 
 
+@pytest.mark.long
 def test_a_unit_is_drawn_as_one_and_gives_each_of_its_rows_as_often() -> None:
     blocks, steps = blocks_of(UNITS), 6000
     ration = ration_of(blocks, batch=2, steps=steps)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.little_memory import assert_same
+from support.marks import CI, first
 from support.rows import EXACT, distance, let_rows_pay, make_jobs, make_mixed, train
 from support.tape import BY_TAPE_AND_GRAPH, Launched, TapeGraph, record_steps
 from support.tiny import make_adapted, updates_of
@@ -88,7 +89,7 @@ def rounds_of(adapted: AdaptedModel, packed: bool = False, **changes: Any) -> li
 
 
 @pytest.mark.parametrize("device", BY_TAPE_AND_GRAPH)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", first([False, True], rest=CI))
 def test_recordings_of_several_sizes_are_the_launched_steps_to_the_bit(
     shape: str, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +121,7 @@ def test_recordings_of_several_sizes_are_the_launched_steps_to_the_bit(
     assert sum(plays)
 
 
-@pytest.mark.parametrize("launches", [0, 8 * 32 * 3])
+@pytest.mark.parametrize("launches", first([8 * 32 * 3, 0]))
 def test_updates_are_those_of_padded_steps(shape: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_slots, "ROW_LAUNCHES", launches)
     adapted = make_adapted(shape, "float64", dropout=0.2)
@@ -181,6 +182,7 @@ def test_steps_of_several_sizes_are_sent_and_read_at_once(device: str, monkeypat
     assert did == ["send 24", "read 24", "read 0"]
 
 
+@pytest.mark.long
 def test_a_round_computes_what_it_would_in_a_run_that_goes_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
     record_steps(monkeypatch)
     adapted = make_adapted("tiny-gpt2", dropout=0.3, device="cpu")
@@ -231,7 +233,7 @@ def test_what_is_given_back_is_free_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         assert batch() is None, "the buffers too"
 
 
-@pytest.mark.parametrize("recorded", [0, 1])
+@pytest.mark.parametrize("recorded", first([0, 1]))
 def test_a_size_that_can_not_be_recorded_has_all_launched(recorded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class CantRecord(TapeGraph):
         def __call__(self) -> None:
@@ -252,6 +254,7 @@ def test_a_size_that_can_not_be_recorded_has_all_launched(recorded: int, monkeyp
     assert sum(graph.is_recorded for graph in made) == recorded
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_at_the_second_size_halves_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(TapeGraph):
         def __call__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.little_memory import assert_same, keep_limits, train_in_little
-from support.marks import first
+from support.marks import CI, first
 from support.tiny import make_adapted, make_blocks, make_job, make_recipe, updates_of
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -58,7 +58,7 @@ def fail_with_more_than(at_most: int, kind: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("after", first([1, 0, 4]))
 @pytest.mark.parametrize(("at_most", "told"), first([(1, [2, 1]), (2, [2]), (4, [2])]))
-@pytest.mark.parametrize("kind", SHORTAGES)
+@pytest.mark.parametrize("kind", first(SHORTAGES, rest=CI))
 def test_fewer_at_once_come_to_the_same(
     kind: str, at_most: int, told: list[int], after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +123,7 @@ class Said(Observer):
         self.steps.append((what, detail))
 
 
+@pytest.mark.long
 def test_a_run_says_it_and_puts_it_on_record(tmp_path: Path) -> None:
     recipe = make_recipe(data={"clients": 4}, training={"engine": "batched"})
     whole = run(recipe, tmp_path / "whole", Observer())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.little_memory import assert_same
+from support.marks import first
 from support.tape import BY_TAPE_AND_GRAPH, Launched, TapeGraph, record_steps
 from support.tiny import make_adapted, make_blocks, make_job, updates_of
 
@@ -49,7 +50,7 @@ def assert_equal(found: list[ClientUpdate], expected: list[ClientUpdate]) -> Non
 
 
 @pytest.mark.parametrize("device", BY_TAPE_AND_GRAPH)
-@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("shape", first(["tiny-llama", "tiny-gpt2"]))
 def test_recordings_of_the_first_round_do_for_all_to_the_bit(
     shape: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,11 +103,11 @@ def test_a_line_has_every_bit_of_a_steps_inputs() -> None:
     assert line_bytes(given[0]) == 8 * (15 + 3 + 7 + 4 + 3 + 3), "28 bytes of shares take 32"
     assert line_bytes(given[3]) == 8 * (15 + 3 + 5 + 3 + 3 + 3 + 5)
     lines = Lines(8 * 37, torch.device("cpu"))
-    for first, count in ((0, 4), (4, 3)):
-        layouts = [lines.write(place, given[first + place]) for place in range(count)]
+    for begin, count in ((0, 4), (4, 3)):
+        layouts = [lines.write(place, given[begin + place]) for place in range(count)]
         lines.send(count)
         for place, layout in enumerate(layouts):
-            for found, there in zip(lines.take(layout), given[first + place], strict=True):
+            for found, there in zip(lines.take(layout), given[begin + place], strict=True):
                 assert found is there is None or torch.equal(found, there)
     with pytest.raises(AssertionError, match="wider than a line"):
         lines.write(0, given[3]._replace(keys_N=given[0].tokens_NT))
@@ -141,7 +142,7 @@ def move_weights(engine: BatchedEngine) -> None:
 
 
 @pytest.mark.parametrize("is_checked", [True, False])
-@pytest.mark.parametrize("moved", ["residual", "weights"])
+@pytest.mark.parametrize("moved", first(["residual", "weights"]))
 def test_a_buffer_that_moved_is_recorded_anew(moved: str, is_checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not looked at, as in the twin, a recording would go on with what was there before."""
     # What lies there by then, a GPU's allocator decides.
@@ -239,6 +240,7 @@ def test_the_shapes_that_are_kept_are_few(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(engine._batch._stretches._kept) <= 2
 
 
+@pytest.mark.long
 def test_jobs_of_another_kind_get_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_adapted("tiny-llama", "float64")
     record_steps(monkeypatch)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.marks import first
+from support.marks import CI, first
 from support.shapes import ARCHITECTURES
 from support.tiny import (
     PEFT_NEEDS,
@@ -95,7 +95,7 @@ def test_updates_are_those_of_padded_batches_with_dropout_too(shape: str, change
     assert both(adapted, make_parts(), **changes) < 1e-9
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", first(["gemma2", "gemma3_text"], rest=CI))
 @pytest.mark.parametrize("changes", first([{"gradient_checkpointing": True}, {}, {"private": True}]), ids=str)
 def test_layers_with_windows_and_capped_scores_too(model_type: str, changes: dict[str, Any]) -> None:
     adapted = make_windowed(model_type)
@@ -181,7 +181,7 @@ class Mixed(unpadding.RealRow):
 
 
 @pytest.mark.parametrize("twin", [Twin, Mixed])
-@pytest.mark.parametrize("shape", [*ARCHITECTURES])
+@pytest.mark.parametrize("shape", first([*ARCHITECTURES], rest=CI))
 def test_a_model_to_which_a_row_is_another_text_gets_its_padding(
     shape: str, twin: type[unpadding.RealRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:

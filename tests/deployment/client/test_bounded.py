@@ -507,6 +507,7 @@ def test_a_rehearsal_says_when_units_are_counted(tmp_path: Path) -> None:
     assert privacy_of(tmp_path, private(unit="author"), by_author).found.startswith("--data")
 
 
+@pytest.mark.long
 def test_a_rehearsal_counts_the_rounds_of_the_recipe_that_were_trained(tmp_path: Path) -> None:
     """Else its owner is told of a refusal that does not come, or of rounds that are over."""
     recipe, policy = private(), "[privacy]\nmax_epsilon = 4.1\ndelta = 1e-3\n"
@@ -524,6 +525,7 @@ def test_a_rehearsal_counts_the_rounds_of_the_recipe_that_were_trained(tmp_path:
     assert "asks for ε = 4 at this δ, and may have 0 of 3 rounds" in other.found
 
 
+@pytest.mark.long
 def test_a_run_by_a_column_is_served_and_a_rehearsal_knows_it_again(tmp_path: Path) -> None:
     recipe = make_recipe(
         data={"clients": 2, "documents_per_client": 24, "client_holdout": 0.0}, privacy={"epsilon": 8.0, "delta": 1e-3,
@@ -620,7 +622,7 @@ def test_an_older_task_whose_answer_is_gone_has_other_noise_and_costs_anew(tmp_p
     assert kinds(tmp_path).count("train") == 3
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
+@pytest.mark.parametrize("damage", first([b"\0" * 100, b"", None]))
 def test_a_damaged_answer_is_none(damage: bytes | None, tmp_path: Path) -> None:
     given = train(client(tmp_path))
     path = tmp_path / "alice.journal.answer"
@@ -649,6 +651,7 @@ def test_what_ends_at_a_failpoint_gives_the_same_answer_when_it_is_asked_again(p
     assert ledger(tmp_path / "parts").epsilon(1e-3) == ledger(tmp_path / "whole").epsilon(1e-3)
 
 
+@pytest.mark.long
 def test_an_answer_that_was_kept_when_it_ended_is_known_once_it_has_left(tmp_path: Path) -> None:
     """Else its task would have the same noise again, once another answer has taken its place."""
     failpoints.arm("answer.written=raise")
@@ -801,7 +804,7 @@ def test_a_thousand_questions_for_a_score_are_told_nothing_and_leave_nothing(tmp
 # --- The same as on one machine.
 
 
-@pytest.mark.parametrize("unit", ["document", "package"])
+@pytest.mark.parametrize("unit", first(["document", "package"]))
 def test_noise_of_the_seed_makes_the_update_of_a_local_run_and_is_said_to_be_none(
     unit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

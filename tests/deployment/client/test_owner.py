@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom.deployment.client import account, client_model
@@ -151,7 +152,7 @@ def test_a_score_that_is_asked_for_again_counts_once(data: Path) -> None:
     assert worker_of(data, policy).answer(ask("evaluate", frame=second)).manifest["score"] is None
 
 
-@pytest.mark.parametrize("policy", [Policy(tell_holdout_loss=False), Policy(max_scores_a_day=1)])
+@pytest.mark.parametrize("policy", first([Policy(tell_holdout_loss=False), Policy(max_scores_a_day=1)]))
 def test_a_training_does_not_tell_the_loss_that_may_not_be_told(policy: Policy, data: Path) -> None:
     """Finding 4: `judge` told it, and `evaluate` did not."""
     worker = worker_of(data, policy)
@@ -426,7 +427,7 @@ def folder(data: Path) -> Path:
 CHANGES = ["added", "removed", "edited"]
 
 
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("how", first(CHANGES))
 def test_documents_that_change_in_a_run_are_said_and_written_down(how: str, folder: Path, capsys: Screen) -> None:
     packed, twin = adapters(1)[0], folder.parent / "twin"
     shutil.copytree(folder, twin)
@@ -445,7 +446,7 @@ def test_documents_that_change_in_a_run_are_said_and_written_down(how: str, fold
     assert [line.get("outdated", False) for line in rounds] == [False, True]
 
 
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("how", first(CHANGES))
 @pytest.mark.parametrize("do", ["train", "evaluate"])
 def test_a_worker_that_began_anew_works_with_no_documents_that_nobody_counted(
     do: str, how: str, folder: Path, capsys: Screen
@@ -464,7 +465,7 @@ def test_a_worker_that_began_anew_works_with_no_documents_that_nobody_counted(
     assert "refused" not in worker.answer(question).manifest, "what was counted is back"
 
 
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("how", first(CHANGES))
 def test_the_next_run_begins_with_the_documents_that_are_there_then(
     how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,7 @@ def test_a_client_that_comes_later_begins_where_all_begin(tmp_path: Path, passes
     assert passes.loaded == 2, "one of the client alone, one of the node"
 
 
+@pytest.mark.long
 def test_clients_that_a_server_gives_one_number_get_each_its_own_answer(
     tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

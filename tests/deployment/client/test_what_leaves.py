@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.liars import LyingServer
-from support.marks import first
+from support.marks import CI, first
 from support.tiny import make_recipe
 
 from fedloom.data.documents import Documents
@@ -220,10 +220,10 @@ BAD = {"not JSON": "{", "no object": "[]", "another column": '{"other": "words"}
 
 
 @pytest.mark.parametrize(
-    "limits", [{"on_bad_row": "error"}, {"max_bad_fraction": 0.0}], ids=lambda one: next(iter(one))
+    "limits", first([{"on_bad_row": "error"}, {"max_bad_fraction": 0.0}], rest=CI), ids=lambda one: next(iter(one))
 )
 @pytest.mark.parametrize("row", BAD.values(), ids=BAD)
-@pytest.mark.parametrize("side", [TRAIN, HOLDOUT])
+@pytest.mark.parametrize("side", first([TRAIN, HOLDOUT], rest=CI))
 def test_a_row_that_can_not_be_read_refuses_nothing_whatever_the_server_says(
     side: str, row: str, limits: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +242,7 @@ def test_a_row_that_can_not_be_read_refuses_nothing_whatever_the_server_says(
     assert ("1 of 8 rows give no document" in shown) == (side == TRAIN)
 
 
-@pytest.mark.parametrize("engine", ["reference", "batched"])
+@pytest.mark.parametrize("engine", first(["batched", "reference"]))
 def test_the_owner_sees_losses_that_no_frame_has(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +261,7 @@ def test_the_owner_sees_losses_that_no_frame_has(
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("field", ["proximal_mu", "loss"])
+@pytest.mark.parametrize("field", first(["loss", "proximal_mu"]))
 def test_a_loss_that_was_told_in_any_field_would_be_found(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,11 +468,13 @@ def test_units_that_were_counted_by_what_they_say_would_be_found(
 
 @pytest.mark.parametrize(
     ("case", "places"),
-    [
-        ("author, more documents", lambda found: len(found.documents)),
-        ("author, nothing", lambda found: len({document.unit for document in found.documents})),
-        ("author, no text", lambda found: len({document.unit for document in found.documents})),
-    ],
+    first(
+        [
+            ("author, more documents", lambda found: len(found.documents)),
+            ("author, nothing", lambda found: len({document.unit for document in found.documents})),
+            ("author, no text", lambda found: len({document.unit for document in found.documents})),
+        ]
+    ),
 )
 def test_authors_that_were_counted_by_what_they_wrote_would_be_found(
     case: str, places: Callable[[Documents], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

