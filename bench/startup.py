@@ -99,7 +99,8 @@ def time_checks(shape: str) -> dict[str, float]:
     from fedloom.experiment.building import load_adapted_model
     from fedloom.model.source import open_model
     from fedloom.recipe.loading import load_recipe
-    from fedloom.training.assumptions import check_model, check_own_randomness, check_repeatable
+    from fedloom.training.assumptions import check_model, check_repeatable
+    from fedloom.training.own_randomness import check_own_dropout, check_own_randomness
 
     recipe = load_recipe("tiny", [f"model.source=random:{shape}", "model.dtype=float32"])
     started = time.perf_counter()
@@ -111,7 +112,7 @@ def time_checks(shape: str) -> dict[str, float]:
         adapted.logits(tokens_BT).square().mean().backward()
 
     def check() -> None:
-        for tried in (check_model, check_repeatable, check_own_randomness):
+        for tried in (check_model, check_repeatable, check_own_randomness, check_own_dropout):
             tried(adapted, recipe.data.max_length)
 
     def least_of(work: Callable[[], None]) -> float:

@@ -39,6 +39,15 @@ def test_an_evaluation_is_predicted_for_what_is_held_out() -> None:
     assert all_at_once.peak_bytes == more.peak_bytes
 
 
+def test_a_step_is_predicted_for_what_there_is_to_train_on() -> None:
+    few, more, pooled = (
+        plan(make_recipe(training={"batch_size": size}, **given))
+        for size, given in ((100, {}), (10**9, {}), (10**9, {"baselines": ["pooled"]}))
+    )
+    assert few.peak_bytes == more.peak_bytes < pooled.peak_bytes
+    assert few.clients_at_once == more.clients_at_once > 1
+
+
 @pytest.mark.parametrize("engine", first(["batched", "reference"]))
 def test_a_step_that_takes_more_than_is_free_is_said(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.training.memory.free_memory", lambda: 2**20)

@@ -18,8 +18,9 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.peft_config import build_config
 from fedloom.errors import ModelError, RecipeError
 from fedloom.model.source import byte_tokenizer
-from fedloom.training.assumptions import check_model, check_own_randomness, check_repeatable
+from fedloom.training.assumptions import check_model, check_repeatable, noise_of
 from fedloom.training.engines import choose_engine, open_engine
+from fedloom.training.own_randomness import check_own_dropout, check_own_randomness
 
 SMALL: dict[str, Any] = {
     "vocab_size": 260, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,7 +38,8 @@ def bert(**changes: Any) -> transformers.PretrainedConfig:
 
 def build(config: transformers.PretrainedConfig, dtype: str = "float32", **adapter: Any) -> AdaptedModel:
     torch.manual_seed(3)
-    values = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    attention = "eager" if config.model_type == "xglm" else "sdpa"
+    values = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     base = transformers.AutoModelForCausalLM.from_config(config, **values)
     base.requires_grad_(False)
     for value in base.parameters():  # as large as trained ones: the attention of a fresh model hardly looks anywhere
@@ -53,6 +55,7 @@ def nothing_moves(adapted: AdaptedModel) -> None:
     check_model(adapted, 32)
     check_repeatable(adapted, 32)
     check_own_randomness(adapted, 32)
+    check_own_dropout(adapted, 32)
     assert not adapted.gradient_P.any()
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in adapted.model.state_dict().items())
@@ -224,6 +227,31 @@ def test_router_noise_is_found_and_sends_to_the_reference_engine() -> None:
     assert choose_engine(sections.adapter, sections.training, sections.model, adapted) == "reference"
     with pytest.raises(ModelError, match="draws random numbers"):
         check_own_randomness(adapted, 32)
+
+
+def test_dropout_whose_masks_are_not_each_texts_own_is_refused() -> None:
+    # XGLM's heads are no dimension of their own: taken for places, they would be others in a wider batch.
+    sizes = {"d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64}
+    folded = transformers.XGLMConfig(vocab_size=512, dropout=0.1, attention_dropout=0.1, **sizes)
+    nothing_moves(build(folded, targets=["q_proj"]))
+    adapted = make_adapted()
+
+    def drop_time_first(x_BTD: Tensor) -> Tensor:
+        return functional.dropout(x_BTD.transpose(0, 1), 0.1, adapted.model.training).transpose(0, 1)
+
+    adapted.base.set_input_embeddings(Around(adapted.base.get_input_embeddings(), drop_time_first))
+    with pytest.raises(ModelError, match="takes another mask for a text that stands beside a longer one"):
+        open_engine("batched", adapted, make_recipe().data, bool, bool)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "noise"),
+    [(0, "float32", 1e-3), (4, "float32", 0.05), (8, "float32", 1e-3), (4, "bfloat16", 0.05), (8, "bfloat16", 0.5)],
+)
+def test_what_rounding_may_do_is_told_by_dtype_and_bits(bits: int, dtype: str, noise: float) -> None:
+    adapted = make_adapted(dtype=dtype)
+    setattr(adapted.base, f"is_loaded_in_{bits}bit", True)
+    assert noise_of(adapted) == noise
 
 
 def test_layers_that_are_not_plainly_linear_go_to_the_reference_engine() -> None:

@@ -170,6 +170,8 @@ def test_attentions_mask_is_its_sequences_alone() -> None:
     keys_N, values = keys_of(3, 2), torch.ones(6, 4, 9, 9)
     whole = drop(values, keys_N)
     assert torch.equal(drop(values[2:4, :3, :5, :5], keys_N[2:4]), whole[2:4, :3, :5, :5])
+    folded = drop(values.flatten(0, 1), keys_N)
+    assert torch.equal(folded.view_as(whole), whole), "heads that are no dimension of their own"
     assert len({head.numpy().tobytes() for head in whole.flatten(0, 1)}) == 24
     with ClientDropout(keys_N):
         functional.dropout(values, 0.5)

@@ -28,7 +28,7 @@ from fedloom.experiment.building import build_shape, dtype_of, open_source
 from fedloom.experiment.places import Place, choose_places, here
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
-from fedloom.experiment.step_memory import predict_memory, step_of
+from fedloom.experiment.step_memory import predict_memory, step_of, with_real_batches
 from fedloom.experiment.tasks import NO_TASKS, LoadedTasks, describe_tasks, find_seen
 from fedloom.experiment.tokenizing import find_idle, tokenize_splits
 from fedloom.experiment.unused import find_unused
@@ -174,8 +174,9 @@ def prepare(
     # Tasks bring texts of their own, of any number.
     held_out = len(material.central) + sum(len(client.holdout) for client in material.clients)
     bound = None if recipe.evaluation.tasks else held_out
+    real = with_real_batches(recipe, [len(client.train) for client in material.clients])
     room_for = partial(
-        measure, recipe, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
+        measure, real, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
     )
     room = room_for(per_round)
     scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)

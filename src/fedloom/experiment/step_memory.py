@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,16 @@ def predict_memory(
         return predict_alone(build, source.num_layers, recipe.training, **told)
     private = recipe.bounds_documents
     return predict_step(build, source.num_layers, recipe.training, clients=clients, private=private, **told)
+
+
+def with_real_batches(recipe: Recipe, blocks: Sequence[int]) -> Recipe:
+    """Return a recipe whose batches are no larger than what is trained on: a client's blocks, of so many each.
+
+    The baseline `pooled` has all of them together.
+    """
+    most = sum(blocks) if "pooled" in recipe.baselines else max(blocks)
+    training = recipe.training.model_copy(update={"batch_size": min(recipe.training.batch_size, max(1, most))})
+    return recipe.model_copy(update={"training": training})
 
 
 OF_NO_STEPS_MEMORY = {

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -34,7 +31,10 @@ TOKENS = 16
 NOISE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest share of a true change that rounding may make of none, by dtype."""
 COARSE_NOISE = 0.05
-"""The same in 16 bits."""
+"""The same in 16 bits, and of a base in 4: for few rows, some of bitsandbytes' products are of 16 whatever is asked."""
+COARSEST_NOISE = 0.5
+"""The same of a base in 8 bits beside 16: what these round otherwise moves inputs, which have 8 as well, by whole
+levels. A fifth of a true change was seen (docs/log.md)."""
 LEAST_SPREAD = 0.5
 """Spread of a text's losses, in nats, that is taken for the least: random models have hardly any."""
 WHERE = "model.source"
@@ -43,8 +43,6 @@ OUT_OF_PLACE = {
     "rescale_every": "divides its own weights between training and evaluation, and not the adapter's",
 }
 """Settings that a model must not have, with what it does then."""
-NOISY = ("router_jitter_noise", "input_jitter_noise")
-"""Settings by which a model draws random numbers in training, as far as its configuration says so."""
 
 
 def check_model(adapted: AdaptedModel, max_length: int) -> None:
@@ -74,17 +72,18 @@ def check_model(adapted: AdaptedModel, max_length: int) -> None:
         return
     _check_reached(adapted, length)
     adapted.model.eval()
-    drawn_2T = _draw_tokens(adapted, length)
+    drawn_2T = draw_tokens(adapted, length)
     half = length // 2
     changed_T = torch.cat([drawn_2T[0, :half], (drawn_2T[0, half:] + 1) % adapted.loss_head.vocabulary_size])
     with torch.inference_mode():
         whole_TV, changed_TV = (adapted.logits(tokens_T[None])[0].double() for tokens_T in (drawn_2T[0], changed_T))
         scale = max((changed_TV - whole_TV)[half:].abs().mean(), 1e-3 * whole_TV.abs().mean())
 
-        def moves(logits: Tensor) -> bool:
-            return bool((logits - whole_TV[: len(logits)]).abs().mean() > scale * noise_of(adapted))
+        def moves(logits: Tensor, noise: float = noise_of(adapted)) -> bool:
+            return bool((logits - whole_TV[: len(logits)]).abs().mean() > scale * noise)
 
-        if moves(changed_TV[:half]):
+        # Of the same shape: nothing is rounded otherwise.
+        if moves(changed_TV[:half], min(noise_of(adapted), COARSE_NOISE)):
             _refuse("earlier tokens see later ones", "an encoder, or attention that looks both ways")
         if moves(adapted.logits(drawn_2T[:1, :half])[0].double()):
             _refuse("a text's logits change with what is padded to its right", "positions that depend on the width")
@@ -149,7 +148,7 @@ def _keeps_apart(adapted: AdaptedModel, max_length: int, compute: Callable[[Sequ
     length = min(TOKENS, max_length)
     if length < 2:
         return True
-    tokens_T = _draw_tokens(adapted, length)[0]
+    tokens_T = draw_tokens(adapted, length)[0]
     texts = tokens_T.split(-(-length // 2))
     adapted.model.eval()
     with torch.inference_mode():
@@ -169,7 +168,7 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
     Raises:
         ModelError: names what does not hold.
     """
-    tokens_2T = _draw_tokens(adapted, min(TOKENS, max_length))
+    tokens_2T = draw_tokens(adapted, min(TOKENS, max_length))
     kept = {name: value.clone() for name, value in adapted.model.named_buffers() if value.is_floating_point()}
 
     def run_once() -> Tensor:
@@ -187,7 +186,7 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
         return torch.stack([loss.detach(), gradient_P.norm().double(), gradient_P.sum().double()])
 
     try:
-        with _in_training(adapted):
+        with in_training(adapted):
             first_3, second_3 = run_once(), run_once()
     finally:
         adapted.gradient_P.zero_()
@@ -201,7 +200,7 @@ def check_repeatable(adapted: AdaptedModel, max_length: int) -> None:
 def let_results_differ_if_need_be(adapted: AdaptedModel, max_length: int, say: Say) -> None:
     """Have a model train on a GPU that has operations whose results differ from time to time, and say so."""
     try:
-        _pass_in_training(adapted, min(TOKENS, max_length)).float().square().mean().backward()
+        pass_in_training(adapted, min(TOKENS, max_length)).float().square().mean().backward()
     except RuntimeError as error:
         if "deterministic" in str(error):
             allow_differing_results()
@@ -210,37 +209,9 @@ def let_results_differ_if_need_be(adapted: AdaptedModel, max_length: int, say: S
         adapted.gradient_P.zero_()
 
 
-def check_own_randomness(adapted: AdaptedModel, max_length: int) -> None:
-    """Refuse a model that draws random numbers in training beside dropout: clients that share a pass share them too.
-
-    Raises:
-        ModelError: names the operation that draws.
-    """
-    if found := find_own_randomness(adapted, max_length):
-        raise ModelError(
-            f"the model draws random numbers of its own in training ({found}), which are not each client's",
-            where="training.engine",
-            mend='use "reference", or switch its noise off in its config.json (of a router, say)',
-        )
-
-
-def _draw_tokens(adapted: AdaptedModel, length: int) -> Tensor:
+def draw_tokens(adapted: AdaptedModel, length: int) -> Tensor:
     shape, generator = (2, length), torch.Generator().manual_seed(0)
     return torch.randint(adapted.loss_head.vocabulary_size, shape, generator=generator).to(adapted.device)
-
-
-def draws_by_its_settings(adapted: AdaptedModel) -> str:
-    """Return the setting by which a model draws random numbers in training; empty if it has none."""
-    text = adapted.base.config.get_text_config()
-    return next((setting for setting in NOISY if getattr(text, setting, 0)), "")
-
-
-def find_own_randomness(adapted: AdaptedModel, max_length: int) -> str:
-    """Return the operation by which a model draws random numbers in training beside dropout; empty if it draws none."""
-    draws = _Draws()  # type: ignore[no-untyped-call]
-    with draws, _WithoutDropout():
-        _pass_in_training(adapted, min(TOKENS, max_length))
-    return draws.found
 
 
 def _check_reached(adapted: AdaptedModel, length: int) -> None:
@@ -285,21 +256,21 @@ def _find_reached(adapted: AdaptedModel, length: int) -> set[str]:
 
     hooks = [watch(name, layer) for name, layer in _adapted_layers(adapted)]
     try:
-        logits = _pass_in_training(adapted, length)
+        logits = pass_in_training(adapted, length)
     finally:
         for hook in hooks:
             hook.remove()
     return reached if logits.requires_grad else set()
 
 
-def _pass_in_training(adapted: AdaptedModel, length: int) -> Tensor:
+def pass_in_training(adapted: AdaptedModel, length: int) -> Tensor:
     """Return logits as in training."""
-    with _in_training(adapted):
+    with in_training(adapted):
         return adapted.logits(torch.zeros(1, length, dtype=torch.int64, device=adapted.device))
 
 
 @contextmanager
-def _in_training(adapted: AdaptedModel) -> Iterator[None]:
+def in_training(adapted: AdaptedModel) -> Iterator[None]:
     """Have a model in training mode inside; leave it, and everybody's random numbers, as they were."""
     devices = [adapted.device] if adapted.device.type == "cuda" else []
     adapted.model.train()
@@ -311,8 +282,13 @@ def _in_training(adapted: AdaptedModel) -> Iterator[None]:
 
 
 def noise_of(adapted: AdaptedModel) -> float:
-    """Return the largest share of a true change that rounding in the model's dtype may make of none."""
-    return NOISE.get(next(adapted.base.parameters()).dtype, COARSE_NOISE)
+    """Return the largest share of a true change that rounding may make of none, where shapes differ."""
+    base = adapted.base
+    dtype = next(value for value in base.parameters() if value.is_floating_point()).dtype
+    in_dtype = NOISE.get(dtype, COARSE_NOISE)
+    if getattr(base, "is_loaded_in_4bit", False):
+        return max(in_dtype, COARSE_NOISE)
+    return COARSEST_NOISE if getattr(base, "is_loaded_in_8bit", False) and dtype not in NOISE else in_dtype
 
 
 def _refuse(what: str, means: str) -> None:
@@ -329,31 +305,3 @@ def _refuse_to_train(what: str, means: str) -> None:
         where=WHERE,
         mend="use a model without such layers",
     )
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Leaves dropout out, which the engines draw for each client."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.dropout:
-            return args[0]
-        if func is functional.scaled_dot_product_attention:
-            kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
-class _Draws(TorchDispatchMode):
-    """Notices operations that draw random numbers."""
-
-    found = ""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Fused attention has the tag for the dropout that it can have.
-        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func):
-            self.found = self.found or str(func)
-        return func(*args, **(kwargs or {}))

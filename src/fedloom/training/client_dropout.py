@@ -30,8 +30,8 @@ from fedloom.training.dropping import Dropped
 class ClientDropout(TorchFunctionMode):
     """Dropout in one forward pass over sequences of these keys, [N].
 
-    Values are [N, T, D] or [N, H, T, T], or of real tokens alone [M, D], with whatever dimensions between or before
-    them. Where all sequences are one client's, as `alone` says, they may be anything at all.
+    Values are [N, T, D], [N, H, T, T] or, as some models have these, [N·H, T, T], or of real tokens alone [M, D], with
+    whatever dimensions between or before them. Where all sequences are one client's, as `alone` says, they may be any.
     """
 
     def __init__(self, keys_N: Tensor, *, alone: bool = False) -> None:
@@ -68,6 +68,10 @@ class ClientDropout(TorchFunctionMode):
             return x
         if p == 1:
             return x * 0
+        sequences = len(self._keys_N)
+        if x.ndim == 3 and x.shape[1] == x.shape[2] and len(x) != sequences and len(x) % sequences == 0:
+            by_heads = x.view(sequences, -1, *x.shape[1:])
+            return self._dropout(by_heads, p).view_as(x)
         heads = x.shape[1] if x.ndim == 4 else 1
         mask = Mask(self._find_places(x), self._calls, heads, dropped=min(round(p * 65536), 65535))
         self._calls += heads

@@ -11,15 +11,14 @@ from fedloom.errors import RecipeError
 from fedloom.progress import Say, Watch
 from fedloom.training.assumptions import (
     check_model,
-    check_own_randomness,
     check_packing,
     check_repeatable,
-    draws_by_its_settings,
     let_results_differ_if_need_be,
     try_unpadding,
 )
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientResult
+from fedloom.training.own_randomness import check_own_dropout, check_own_randomness, draws_by_its_settings
 from fedloom.training.reference import ReferenceEngine
 
 if TYPE_CHECKING:
@@ -74,6 +73,7 @@ def open_engine(name: EngineName, adapted: AdaptedModel, data: Data, watch: Watc
         check_packing(adapted, max_length)
     if name == "batched":
         check_own_randomness(adapted, max_length)
+        check_own_dropout(adapted, max_length)
     return ENGINES[name](adapted, watch, say)
 
 
