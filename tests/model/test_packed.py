@@ -12,8 +12,8 @@ from fedloom import run
 from fedloom.errors import ModelError, RecipeError, RunError
 from fedloom.experiment.run import plan
 from fedloom.handover.export import export
-from fedloom.model.loading import load_model
-from fedloom.model.packed import PackedLinear, pack_model
+from fedloom.model.loading import build_meta_model, load_model
+from fedloom.model.packed import PackedLinear, pack_model, shape_as_packed
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -60,6 +60,19 @@ def test_packed_layers_give_the_logits_and_gradients_of_the_unpacked_ones(file: 
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
     assert all(layer.weight.numel() < 1.1 * layer.in_features * layer.out_features for layer in layers)
+
+
+def test_memory_is_predicted_for_what_is_kept(file: Path) -> None:
+    shape = build_meta_model(open_model(str(file)), dtype="float32")
+    shape_as_packed(shape, file)
+    taken, told = (
+        {name: value.nbytes for name, value in model.named_parameters()} for model in (load(file, "packed"), shape)
+    )
+    assert told == taken
+    plain = make_packed(file, model={"source": str(file), "dtype": "float32"})
+    saved = sum(value.nbytes for value in load(file, None).parameters()) - sum(taken.values())
+    packed_bytes, plain_bytes = (plan(recipe).peak_bytes or 0 for recipe in (make_packed(file), plain))
+    assert plain_bytes - saved <= packed_bytes < plain_bytes - saved / 2
 
 
 def test_what_is_not_the_same_is_left_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

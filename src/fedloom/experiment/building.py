@@ -18,6 +18,7 @@ from fedloom.evaluation.batches import tokens_at_once
 from fedloom.model.attention import MASKLESS, choose_attention
 from fedloom.model.devices import choose_dtype, open_device
 from fedloom.model.loading import build_meta_model, load_model
+from fedloom.model.packed import shape_as_packed
 from fedloom.model.packed_shape import BITS, pack_shape
 from fedloom.model.source import ModelSource, open_model
 from fedloom.recipe.methods import METHODS
@@ -46,11 +47,13 @@ def build_shape(
 ) -> AdaptedModel:
     """Return the adapted model without its values, and where PEFT can do with it without memory for them.
 
-    With `packed`, layers that bitsandbytes packs have the size that they take in memory, and not their own.
+    With `packed`, layers that are packed have the size that they take in memory, and not their own.
     """
     base = build_meta_model(source, dtype=dtype, layers=layers, attention=_attention(recipe, source))
     if packed and recipe.model.quantization in BITS:
         pack_shape(base, recipe.model.quantization, recipe.model.quantization_options)
+    if packed and recipe.model.quantization == "packed" and source.file:
+        shape_as_packed(base, source.file)
     if METHODS[recipe.adapter.method].needs_values:
         base = base.to_empty(device="cpu")
         for value in base.state_dict().values():
