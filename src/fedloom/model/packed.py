@@ -60,7 +60,7 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class Held(NamedTuple):
-    """What a file holds: its model's family and, by the tensors' names, ggml's number of each format and the bytes."""
+    """Family of the model that a file holds and, by the tensors' names, ggml's number of each format and the bytes."""
 
     architecture: str
     tensors: dict[str, tuple[int, int]]
