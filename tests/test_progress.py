@@ -30,6 +30,16 @@ def test_time_left_needs_every_phase_to_have_been_seen() -> None:
     assert clock.seconds_left() == 90
 
 
+def test_what_was_done_before_is_not_left_and_says_nothing_of_the_pace() -> None:
+    hands = Hands()
+    clock = Clock({"train": 1000, "evaluate": 0}, now=hands)
+    clock.skip({"train": 800, "evaluate": 0})
+    assert clock.seconds_left() is None
+    hands.time = 10.0
+    clock.tick(Progress("train", 100))
+    assert clock.seconds_left() == 10
+
+
 def test_more_work_than_planned_leaves_no_negative_time() -> None:
     hands = Hands()
     clock = Clock({"train": 10, "evaluate": 0}, now=hands)

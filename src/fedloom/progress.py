@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +45,8 @@ class Clock:
     total: dict[Phase, int]
     """Tokens that the whole run has in each phase."""
     now: Callable[[], float] = time.perf_counter
+    past: dict[Phase, int] = field(default_factory=lambda: {"train": 0, "evaluate": 0})
+    """Tokens that were done before this clock began, which say nothing of its pace."""
     done: dict[Phase, int] = field(default_factory=lambda: {"train": 0, "evaluate": 0})
     seconds: dict[Phase, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0})
 
@@ -54,6 +56,11 @@ class Clock:
     def start(self) -> None:
         """Start timing: the first step's time counts from here."""
         self._last = self.now()
+
+    def skip(self, tokens: Mapping[Phase, int]) -> None:
+        """Count tokens as done before, in no time of this clock's."""
+        for phase, number in tokens.items():
+            self.past[phase] += number
 
     def tick(self, progress: Progress) -> None:
         """Add the time since the last tick, or since `start`, to the phase of this piece of work."""
@@ -70,7 +77,7 @@ class Clock:
         """Return the seconds that the rest of the run will take; None while a phase with work left has no rate yet."""
         left = 0.0
         for phase, total in self.total.items():
-            remaining = max(0, total - self.done[phase])
+            remaining = max(0, total - self.past[phase] - self.done[phase])
             rate = self.tokens_per_second(phase)
             if remaining and rate is None:
                 return None

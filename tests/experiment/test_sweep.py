@@ -37,9 +37,13 @@ class Passes(Observer):
     def __init__(self) -> None:
         self.passes: list[list[str]] = []
         self.ranked: list[Any] = []
+        self.past: list[int] = []
 
     def show_pass(self, names: Any, plans: Any) -> None:
         self.passes.append(list(names))
+
+    def show_past(self, plan: Any, records: Any) -> None:
+        self.past.append(len(records))
 
     def show_sweep_end(self, ranked: Any, folder: Path) -> None:
         self.ranked = ranked
@@ -144,6 +148,7 @@ def test_an_interrupted_sweep_goes_on_after_its_last_rounds(
     display = Passes()
     sweep(recipe_file, axes, tmp_path / "sweep", display)
     assert [[name[:13] for name in names] for names in display.passes] == [["optimizer=sgd"] * 2]
+    assert display.past == [2, 2], "rounds 0 and 1 of either"
     assert calls == [6, 6, 6, 6, 6], "the second round of the second pass, and nothing twice"
     for path in whole.glob("*/rounds.jsonl"):
         assert numbers(tmp_path / "sweep" / path.parent.name) == numbers(path.parent), "to the bit"

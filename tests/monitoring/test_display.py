@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,9 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.experiment.run import plan
+from fedloom.monitoring.board import Board
 from fedloom.monitoring.display import Terminal, describe_clients, format_round, round_header
+from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Progress
 from fedloom.text import format_bytes, format_seconds
 
@@ -59,6 +62,36 @@ def test_steps_beyond_the_plan_are_counted_without_an_end(monkeypatch: pytest.Mo
     assert f": {steps}/{steps} steps" in last
     assert f": {steps + 1} steps" in beyond
     assert "left" not in beyond
+
+
+class StopsInRound(Observer):
+    """Interrupts a run after the first step of a round, as `fedloom stop` does."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def watch(self, progress: Progress) -> None:
+        if progress.phase == "train" and progress.round == self.round:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sections", [{}, {"evaluation": {"every": 2}, "federation": {"rounds": 4}}])
+def test_a_run_that_goes_on_counts_the_steps_and_tokens_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
+    recipe, screen, board = make_recipe(**sections), io.StringIO(), Board("fedloom run")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run", Observer(), observers=[StopsInRound(2)])
+    planned = plan(recipe)
+    steps, total = planned.steps_per_round, planned.rounds * planned.steps_per_round
+    display = Terminal(Console(file=screen, width=200))
+    run(recipe, tmp_path / "run", display, resume=True, observers=[board])
+    told = [line for line in screen.getvalue().splitlines() if " steps  " in line]
+    assert f": {steps + 1}/{total} steps" in told[0], "the first step of round 2"
+    assert f": {total}/{total} steps" in told[-1]
+    assert told[-1].endswith(" 0:00 left")
+    assert board.work.seconds_left == 0
 
 
 @pytest.mark.long

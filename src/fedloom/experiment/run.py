@@ -118,8 +118,10 @@ def run(
             stack.enter_context(session.telemetry.phase("aggregation"))
             fleet = clients.open_fleet(recipe, prepared, session, folder)
             trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, watchers, aggregate)
-            # Observers that count rounds know those of before the run was stopped.
-            for past in trial.past_rounds():
+            # Observers that count rounds or steps know those of before the run was stopped.
+            past_rounds = trial.past_rounds()
+            watchers.show_past(prepared.plan, past_rounds)
+            for past in past_rounds:
                 ask_to_stop(trial, watchers, past)
             for result in run_rounds(trial.run, fleet):
                 record = trial.record(result)

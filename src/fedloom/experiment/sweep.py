@@ -308,6 +308,7 @@ class OpenTrial:
             clients_at_once=clients_at_once,
             number=number,
         )
+        display.show_past(prepared.plan, self.trial.past_rounds())
         self.baselines: list[Baseline] = []
 
     def record(self, result: RoundResult) -> RoundRecord:

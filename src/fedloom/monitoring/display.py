@@ -79,6 +79,10 @@ class Terminal(Observer):
         self._print(round_header(private=self._private), style="bold")
         self._start_bar()
 
+    def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
+        self._clock.skip(plan.tokens_of(records))
+        self._steps += plan.steps_of(records)
+
     def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
         self._sweep = Clock(dict(tokens))
 

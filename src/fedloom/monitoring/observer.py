@@ -34,6 +34,9 @@ class Observer:
     def show_folder(self, folder: Path) -> None:
         """Hear that the rounds begin, and in which run directory."""
 
+    def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
+        """Hear which rounds a run has on record as it goes on; none where it begins."""
+
     def watch(self, progress: Progress) -> None:
         """Hear of one optimizer step, or of one evaluated batch. It is called often, in the middle of training."""
 
@@ -98,6 +101,10 @@ class Observers(Observer):
     def show_folder(self, folder: Path) -> None:
         for observer in self._observers:
             observer.show_folder(folder)
+
+    def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
+        for observer in self._observers:
+            observer.show_past(plan, records)
 
     def watch(self, progress: Progress) -> None:
         for observer in self._observers:

@@ -12,7 +12,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -73,6 +73,9 @@ class StatusFile(Observer):
 
     def show_folder(self, folder: Path) -> None:
         self._clock.start()
+
+    def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
+        self._clock.skip(plan.tokens_of(records))
 
     def show_next(self, folder: Path | None) -> None:
         self._clock = Clock({})

@@ -203,9 +203,24 @@ class Plan:
     def evaluate_tokens(self) -> int:
         """Tokens evaluated: round 0 and every round, and each trained client once more on its own hold-out."""
         rounds = self.evaluated_rounds or self.rounds
-        every_round = (rounds + 1) * (self.central_tokens + self.judged_tokens)
+        return self._tokens_of_evaluations(rounds + 1, rounds)
+
+    def steps_of(self, records: Sequence[Mapping[str, Any]]) -> int:
+        """Return the optimizer steps that rounds on record took, as they were planned."""
+        return self.steps_per_round * _count_trained(records)
+
+    def tokens_of(self, records: Sequence[Mapping[str, Any]]) -> dict[Phase, int]:
+        """Return the tokens of rounds on record by phase, as they were planned."""
+        evaluated = ["central_loss" in record or bool(record.get("client_losses")) for record in records]
+        return {
+            "train": self.train_tokens_per_round * _count_trained(records),
+            "evaluate": self._tokens_of_evaluations(sum(evaluated), sum(evaluated[:-1])),
+        }
+
+    def _tokens_of_evaluations(self, rounds: int, own: int) -> int:
+        """Return the tokens of scoring the global adapter after so many rounds, and clients' own in `own` rounds."""
         # A client's own adapter is scored where the one that it began with was, round 0's among them.
-        return round(every_round + rounds * self.judged_tokens * self._share)
+        return round(rounds * (self.central_tokens + self.judged_tokens) + own * self.judged_tokens * self._share)
 
     @property
     def bytes_per_round(self) -> int:
@@ -256,6 +271,11 @@ class Plan:
             *("elsewhere", "shared_alone", "lacks_memory"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
+
+
+def _count_trained(records: Sequence[Mapping[str, Any]]) -> int:
+    """Count the rounds that trained: all but round 0."""
+    return sum(1 for record in records if record["round"])
 
 
 def explain_audit(plan: Plan) -> str:
