@@ -1,6 +1,7 @@
 """What a person sees: on a terminal, and in a pipe."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.experiment.run import plan
 from fedloom.monitoring.board import Board
-from fedloom.monitoring.display import Terminal, describe_clients, format_round, round_header
+from fedloom.monitoring.display import Terminal, describe_clients, describe_plan, format_round, round_header
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Progress
+from fedloom.records.plan import UNKNOWN
 from fedloom.text import format_bytes, format_seconds
 
 
@@ -127,6 +129,17 @@ def test_the_plan_names_what_was_skipped(write_jsonl) -> None:
         plan(make_recipe(data={"source": str(path), "documents_per_client": None, "max_bad_fraction": 0.1}))
     )
     assert "1 empty, 1 without text in column text" in screen.getvalue()
+
+
+def test_the_plan_leaves_what_is_decided_elsewhere_to_the_clients_there() -> None:
+    plain = {"peak_bytes": None, "clients_that_fit": None, "ample_memory": False, "clients_at_once": 1}
+    here = replace(plan(make_recipe()), **plain)
+    there = replace(
+        here, elsewhere=("alice", "bob", "carol"), data="alice, bob, carol: each its own", data_revision=UNKNOWN
+    )
+    assert describe_plan(here)["memory"] == "not predicted; 1 client at once"
+    assert describe_plan(there)["memory"] == "not predicted"
+    assert describe_plan(there)["data"] == "alice, bob, carol: each its own"
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
         html.unescape(
             write_report(make_run(tmp_path / name, [3.0, 2.5], plan={"privacy": privacy, **more}).folder).read_text()
         )
-        for name, more in (("here", {}), ("there", {"elsewhere": ["alice", "bob"]}))
+        for name, more in (("here", {}), ("there", {"elsewhere": ["alice", "bob"], "data_revision": "unknown"}))
     )
     assert "All clients were on this machine" in here
     assert "All clients were on this machine" not in there
@@ -290,6 +290,10 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
     assert "fedloom serve " in there
     assert "1 (bob)" in there
     assert "(bob)" not in here
+    assert "at once" in here
+    assert "at once" not in there, "each node decides"
+    assert "some documents (a digest)" in here
+    assert "(unknown)" not in there
 
 
 def test_a_report_while_it_runs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress
-from fedloom.records.plan import Plan, explain_audit, explain_rows, explain_shares, explain_weights
+from fedloom.records.plan import Plan, explain_audit, explain_data, explain_rows, explain_shares, explain_weights
 from fedloom.records.privacy import explain_noise, explain_privacy
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
@@ -245,7 +245,7 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         "model": f"{plan.model} ({plan.model_revision})",
         **({"weights": explain_weights(plan.model_weights)} if plan.model_weights else {}),
         "trainable": plan.trainable_share,
-        "data": f"{plan.data} ({plan.data_revision})",
+        "data": explain_data(plan.data, plan.data_revision),
         **({"learnt": plan.learns} if plan.learns else {}),
         "clients": f"{len(clients)}, each {documents} documents to train on and {holdouts} held out; {blocks} blocks",
         **({"shares": explain_shares(plan.shares, plan.capped)} if plan.shares else {}),
@@ -273,7 +273,9 @@ def describe_plan(plan: Plan) -> dict[str, str]:
     elif plan.ample_memory:
         rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
     elif plan.engine == "batched":
-        rows["memory"] = f"not predicted; {count(plan.clients_at_once, 'client')} at once"
+        # How many of its clients train at once, each node elsewhere decides.
+        how = "" if plan.elsewhere else f"; {count(plan.clients_at_once, 'client')} at once"
+        rows["memory"] = f"not predicted{how}"
     if plan.rows is not None:
         rows["rows"] = explain_rows(plan.rows, plan.documents, plan.skipped)
     if plan.skipped:

@@ -14,7 +14,7 @@ from fedloom.recipe.methods import METHODS
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Adapter
 from fedloom.records.answers import explain_figures, list_notes, tabulate
-from fedloom.records.plan import Plan, explain_audit, explain_weights
+from fedloom.records.plan import Plan, explain_audit, explain_data, explain_weights
 from fedloom.records.privacy import NO_BOUND, explain_privacy
 from fedloom.records.run import Record, list_adapters, read_run
 from fedloom.text import count, to_markdown_code, to_markdown_text
@@ -89,7 +89,7 @@ def write_card(
         " It was trained by federation:"
         f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
         f" {'the weights of models' if whole else 'adapters'} travelled.",
-        f"{weights}- Data: {shown_data} ({revisions[1]}){_count_documents(plan)}\n"
+        f"{weights}- Data: {explain_data(shown_data, revisions[1])}{_count_documents(plan)}\n"
         f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Clients whose share is shown."""
+UNKNOWN = "unknown"
+"""Revision of documents that clients elsewhere hold."""
 TOO_SHORT = "too short"
 UNANSWERED = "without anything that counts within data.max_length"
 """Reasons of documents that give nothing to train on; their rows were good ones."""
@@ -301,6 +303,11 @@ def explain_shares(shares: Mapping[str, float], capped: Mapping[str, float]) -> 
 
 def _was(share: float | None) -> str:
     return "" if share is None else f" (capped from {100 * share:.3g} %)"
+
+
+def explain_data(data: str, revision: str) -> str:
+    """Name the documents with their revision, where there is one: clients elsewhere tell none."""
+    return data if revision == UNKNOWN else f"{data} ({revision})"
 
 
 def explain_weights(weights: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedloom.recipe.sections import UNWEIGHTED
-from fedloom.records.plan import explain_rows, explain_weights
+from fedloom.records.plan import explain_data, explain_rows, explain_weights
 from fedloom.records.run import Record, Run
 from fedloom.report import figures
 from fedloom.report.document import Block, Table, Text, without_columns
@@ -28,7 +28,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Adapter": f"{adapter['method']}, r = {adapter['rank']}, α = {adapter['alpha']:g},"
         f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
         "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
-        "Data": f"{plan['data']} ({plan['data_revision']})",
+        "Data": explain_data(plan["data"], plan["data_revision"]),
         "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
         f"{_left_out(plan)}",
         "Documents": _documents(plan),
@@ -40,9 +40,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Epochs per client": _epochs(training),
         "Learning rate": f"{_rate(training)}; {_optimizer(training)}",
         "Batch size": f"{_batch(training)} (train), {recipe['evaluation']['batch_size']} (evaluation)",
-        "Engine": ", ".join(
-            [plan["engine"], f"{count(plan.get('clients_at_once', 1), 'client')} at once", *plan.get("ways", ())]
-        ),
+        "Engine": _engine(plan),
         "Rounds": f"{figures.completed(run)} completed of {recipe['federation']['rounds']} scheduled",
         "Start": _time(status.get("started")),
         "Finish" if state != STATES["running"] else "Last update": _time(status.get("updated")),
@@ -79,6 +77,12 @@ def _epochs(training: Record) -> str:
 def _batch(training: Record) -> str:
     parts = training.get("gradient_accumulation", 1)
     return f"{training['batch_size']}" + (f" x {parts} accumulated" if parts > 1 else "")
+
+
+def _engine(plan: Record) -> str:
+    # How many of its clients train at once, each node elsewhere decides.
+    at_once = () if plan.get("elsewhere") else (f"{count(plan.get('clients_at_once', 1), 'client')} at once",)
+    return ", ".join([plan["engine"], *at_once, *plan.get("ways", ())])
 
 
 def _rate(training: Record) -> str:

@@ -40,7 +40,7 @@ from fedloom.monitoring.observer import Observer, Observers
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.training_section import Training
-from fedloom.records.plan import ClientPlan, Plan
+from fedloom.records.plan import UNKNOWN, ClientPlan, Plan
 from fedloom.records.run import Run, has_plan, read_run
 from fedloom.records.writer import default_folder
 from fedloom.text import count
@@ -258,7 +258,7 @@ class RemoteClients:
             payload_bytes=setup.payload_bytes,
             data=f"{', '.join(self._names)}: each its own",
             elsewhere=tuple(self._names),
-            data_revision="unknown",
+            data_revision=UNKNOWN,
             documents=len(found.documents) + sum(fact.train_documents + fact.holdout_documents for fact in facts),
             skipped=dict(found.skipped),
             learns=describe_learning(recipe.data, (), found.other_columns),
