@@ -149,7 +149,7 @@ def measure(seconds: float) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0)
     found = measure(parser.parse_args(arguments).seconds)
     parts = [found[part] for part in ("rest_MB", "waiting_MB", "round_MB", "rest_cores")]

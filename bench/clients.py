@@ -103,7 +103,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clients", type=int, nargs="*", default=[10, 100, 1000, 10_000])
     parser.add_argument("--nodes", type=int, nargs="*", default=[0])
     parser.add_argument("--at-once", type=int, default=10)

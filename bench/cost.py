@@ -141,7 +141,7 @@ def errors(clients: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 30, 100, 1000])
     parser.add_argument("--adapter-bytes", type=int, default=ADAPTER_BYTES)
     parser.add_argument("--evaluations", type=float, default=1.0, help="of a client in a round, on the average")

@@ -297,7 +297,7 @@ def measure_memory(clients: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
     parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")

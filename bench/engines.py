@@ -16,13 +16,12 @@ a trainer's rate there is that of its last 50, so that its start, which a long t
 who take one client after another have one there.
 
 On a GPU `--gigabytes 8` limits what may be allocated, as a smaller card would. `--cases` names the documents to train
-on: `full` ones of 2 × 128 tokens, or as many as `--length` says, or `short` or `long` ones of several lengths.
+on: `full` ones of 128 tokens, or as many as `--length` says, or `short` or `long` ones of several lengths.
 `--dropout` is the adapters'; the model's own is on in any case.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -32,6 +31,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from options import add_shape, open_parser
 from trainers import HAS_TRL, SKIPPED_STEPS, contend, padded_trainer, padding_free_trainer, shows_documents_each_other
 from workload import (
     BATCH,
@@ -48,7 +48,6 @@ from workload import (
 )
 
 from fedloom.data.tokens import TokenBlocks
-from fedloom.errors import ModelError
 from fedloom.evaluation.held_out import evaluate
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
 from fedloom.model.source import open_model
@@ -178,39 +177,42 @@ def show(title: str, best: dict[str, Found], *, tokens: float = LENGTH, **facts:
         print(json.dumps({"contender": name, **facts, **found}), flush=True)
 
 
-def check_lengths(shape: str, cases: list[str], length: int) -> None:
-    """Refuse cases that have longer documents than the model takes, before anything is timed.
-
-    Raises:
-        ModelError: that, or there is no such shape.
-    """
+def find_too_long(shape: str, cases: list[str], length: int) -> dict[str, str]:
+    """Return the cases whose documents are longer than the model takes, each with why."""
     most = open_model(f"random:{shape}").max_length
-    for case in cases:
-        (_, lengths), option = CASES[case], "--length" if case == "full" else "--cases"
-        longest = lengths[1] if lengths else length
-        if most is not None and longest > most:
-            mend = f"at most {most}" if case == "full" else f"leave {case} out"
-            raise ModelError(f"{case}: {longest} tokens are more than {shape}'s {most}", where=option, mend=mend)
+    longest = {case: lengths[1] if (lengths := CASES[case][1]) else length for case in cases}
+    return {
+        case: f"{number} tokens are more than {shape}'s {most}"
+        for case, number in longest.items()
+        if most is not None and number > most
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="smollm2-135m")
-    parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--more-clients", type=int, nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--gigabytes", type=float)
-    parser.add_argument("--no-flower", action="store_true")
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=[*CASES])
-    parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
+    parser = open_parser(__doc__)
+    add_shape(parser, "--shape", default="smollm2-135m")
+    parser.add_argument("--clients", type=int, default=3, help="K, trained at once (default: 3)")
+    parser.add_argument(
+        "--more-clients", type=int, nargs="*", default=[], metavar="K", help="of the batched engine alone"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="of a client in a turn (default: 3)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns, of which the best counts (default: 2)")
+    parser.add_argument("--gigabytes", type=float, help="of a GPU that may be allocated (default: all)")
+    parser.add_argument("--no-flower", action="store_true", help="leave Flower's simulation out")
+    parser.add_argument(
+        "--cases", nargs="*", choices=CASES, help="documents to train on (default: all that the shape takes)"
+    )
+    parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a full document (default: {LENGTH})")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters (default: 0)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE, help=f"(default here: {DTYPE})")
     options = parser.parse_args()
-    try:
-        check_lengths(options.shape, options.cases, options.length)
-    except ModelError as error:
-        parser.error(str(error))
+    cases = list(CASES) if options.cases is None else options.cases
+    for case, why in find_too_long(options.shape, cases, options.length).items():
+        if case == "full" or options.cases is not None:
+            option, mend = ("--length", "give a shorter one") if case == "full" else ("--cases", f"leave {case} out")
+            parser.error(f"{option}: {case}: {why}; {mend}")
+        print(f"{case} is left out: {why}")
+        cases.remove(case)
     if options.gigabytes and not GPU:
         parser.error("--gigabytes: torch sees no GPU; leave it out")
     if options.gigabytes:
@@ -245,7 +247,7 @@ def main() -> None:
         for name, build in (("reference", ReferenceEngine), ("batched", BatchedEngine))
     }
     samples = clients * steps * BATCH
-    for title, lengths in (CASES[case] for case in options.cases):
+    for title, lengths in (CASES[case] for case in cases):
         held_out = make_blocks(EVALUATED, 99, length, lengths=lengths)
         contenders = {}
         for name, make in (theirs | ours).items():

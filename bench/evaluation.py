@@ -9,7 +9,6 @@ processor, which counts none of what other programs of a busy machine take. One 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from options import add_shape, open_parser
 from workload import DEVICE, DTYPE, build_adapted, make_blocks
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -59,12 +59,12 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="smollm2-135m")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 3, 8, 32])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser = open_parser(__doc__)
+    add_shape(parser, "--shape", default="smollm2-135m")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 3, 8, 32], help="(default: 1 3 8 32)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 16], help="of a client (default: 1 4 16)")
+    parser.add_argument("--turns", type=int, default=3, help="of which the best counts (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: 8)")
     wanted = parser.parse_args()
     adapted, machine = build_adapted(wanted.shape, DTYPE), describe_machine()
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))

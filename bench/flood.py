@@ -212,7 +212,7 @@ def resident_bytes(process: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--posts", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=15.0, help="to look on when a flood is complete")
     parser.add_argument("--flood", metavar=("PORT", "POSTS", "ADDRESSES", "BYTES", "SENT"), type=int, nargs=5)

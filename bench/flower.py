@@ -1,4 +1,7 @@
-"""One round in Flower's simulation engine, as its tutorials have it: a client that builds its model in every call."""
+"""One round in Flower's simulation engine: a part of `engines.py`, and no program.
+
+A client builds its model in every call, as in Flower's tutorials.
+"""
 
 from __future__ import annotations
 

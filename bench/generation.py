@@ -9,7 +9,6 @@ rows take turns, and each is the best of its turns. One JSON line a row follows 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 import torch
+from options import add_shape, open_parser
 from workload import DEVICE, VOCABULARY, build_adapted
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -25,6 +25,7 @@ from fedloom.evaluation.decoding import way_of
 from fedloom.evaluation.generation import Prompt, Writing, write_with_each
 from fedloom.model.devices import choose_dtype
 from fedloom.model.source import byte_tokenizer
+from fedloom.text import count
 
 SHORTEST, LONGEST = 8, 64
 """Tokens of a prompt."""
@@ -66,22 +67,23 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="smollm2-135m")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--room", type=int, default=24)
-    parser.add_argument("--adapters", type=int, default=3)
-    parser.add_argument("--dtype", default="float32", help="what the base model is in, or auto")
-    parser.add_argument("--turns", type=int, default=2)
+    parser = open_parser(__doc__)
+    add_shape(parser, "--shape", default="smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--room", type=int, default=24, help="tokens of an answer (default: 24)")
+    parser.add_argument("--adapters", type=int, default=3, help="with the base model as one (default: 3)")
+    parser.add_argument("--dtype", default="float32", help="what the base model is in, or auto (default: float32)")
+    parser.add_argument("--turns", type=int, default=2, help="of which the best counts (default: 2)")
     wanted = parser.parse_args()
     dtype = choose_dtype(wanted.dtype, DEVICE)
     adapted = build_adapted(wanted.shape, dtype)
     prompts, adapters = make_prompts(wanted.prompts, wanted.room), make_adapters(adapted, wanted.adapters)
-    cases = [(1, False), (4, False), (wanted.prompts, False), (1, True), (4, True), (wanted.prompts, True)]
-    print(
-        f"{wanted.shape}, {dtype}, {DEVICE}, {torch.get_num_threads()} threads, {way_of(adapted)}\n",
-        flush=True,
-    )
+    sizes = sorted({1, min(4, wanted.prompts), wanted.prompts})
+    cases = [(size, together) for together in (False, True) for size in sizes]
+    way = way_of(adapted)
+    told = f"{'keeps' if way.keeps else 'forgets'} what it computed, "
+    told += f"{'several lengths' if way.pads else 'one length'} at once"
+    print(f"{wanted.shape}, {dtype}, {DEVICE}, {torch.get_num_threads()} threads; {told}\n", flush=True)
     best: dict[tuple[int, bool], float] = {}
     least: dict[tuple[int, bool], float] = {}
     same: dict[tuple[int, bool], float] = {}
@@ -89,7 +91,8 @@ def main() -> None:
     for turn in range(wanted.turns):
         for case in cases:
             seconds, processor, found = measure(adapted, adapters, prompts, case[0], together=case[1])
-            print(f"turn {turn + 1}, {case}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            doing = f"{count(case[0], 'prompt')} at once, adapters {'together' if case[1] else 'one after another'}"
+            print(f"turn {turn + 1} of {wanted.turns}, {doing}: {seconds:.1f} s", file=sys.stderr, flush=True)
             best[case] = min(seconds, best.get(case, seconds))
             least[case] = min(processor, least.get(case, processor))
             if not turn:

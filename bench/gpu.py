@@ -18,7 +18,6 @@ another way of stepping is measured alike.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -32,6 +31,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from options import add_parts, add_shape, open_parser
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 from workload import (
@@ -364,22 +364,27 @@ PARTS = {"machine": machine, "works": works, "steps": steps, "profile": profile,
 
 
 def run_parts(parts: Mapping[str, Callable[..., None]], chosen: Sequence[str], shape: str, *how: object) -> None:
-    """Run the chosen parts, or all; one that fails says so, and each says what it took."""
+    """Run the chosen parts, or all; one that fails says so, and each says what it took. Exit 1 if one failed."""
+    failed = False
     for part in chosen or parts:
         started = time.perf_counter()
         try:
             parts[part](shape, *how)
         except Exception as error:  # of any kind: time on a GPU is short, and the other parts are worth having
+            failed = True
             traceback.print_exc()
             say("failed", shape=shape, failed=part, error=f"{type(error).__name__}: {error}"[:400])
         say("took", shape=shape, took=part, seconds=time.perf_counter() - started)
+    if failed:
+        raise SystemExit(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 3, 8, 32] if GPU else [1, 2])
+    parser = open_parser(__doc__)
+    add_shape(parser, "shape")
+    add_parts(parser, PARTS)
+    counts = [1, 3, 8, 32] if GPU else [1, 2]
+    parser.add_argument("--clients", type=int, nargs="+", default=counts, help="at once, of works, steps and profile")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[], help="tokens of a block, of all but works, evaluate"
     )

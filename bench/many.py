@@ -1,4 +1,4 @@
-"""Many clients of one machine, whose processes are forks of one that has loaded what they need.
+"""Many clients of one machine, forks of one process that has loaded what they need: a part of `deployment.py`.
 
     python bench/deployment.py --many 100 [--rounds 10]
     python bench/deployment.py --many 30 --tiny [--rounds 3]

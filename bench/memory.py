@@ -9,11 +9,12 @@ One JSON line a case follows the table.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from options import open_parser, read_case
 
 CASES: list[tuple[str, int, int | None]] = [
     ("smollm2-135m", 64, 1),
@@ -74,12 +75,14 @@ def measure(shape: str, length: int, at_once: int | None) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", nargs=3, metavar=("SHAPE", "TOKENS", "CLIENTS"), help="one, as a JSON line")
+    parser = open_parser(__doc__)
+    told = f'one, as a JSON line; for CLIENTS, "{WHOLE}" trains one'
+    parser.add_argument("--case", nargs=3, metavar=("SHAPE", "TOKENS", "CLIENTS"), help=told)
     options = parser.parse_args()
     if options.case:
-        shape, length, clients = options.case
-        print(json.dumps(measure(shape, int(length), None if clients == WHOLE else int(clients))))
+        whole = options.case[-1] == WHOLE
+        shape, (length, *clients) = read_case(parser, options.case[:2] if whole else options.case)
+        print(json.dumps(measure(shape, length, None if whole else clients[0])))
         return
     print("| shape | tokens | K | predicted | measured | predicted / measured |")
     print("|---|---|---|---|---|---|")

@@ -9,7 +9,6 @@ over seeds and several μ: what noise costs there says little of a large model, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from options import add_parts, open_parser, read_case
 
 STEPS, TURNS = 3, 5
 SHAPES = [("smollm2-135m", 1, 4, 64), ("smollm2-135m", 3, 4, 64), ("tiny-llama", 3, 16, 64), ("tiny-llama", 3, 32, 64)]
@@ -137,13 +138,14 @@ PARTS = {"steps": show_steps, "memory": show_memory, "utility": show_utility}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
-    parser.add_argument("--case", nargs=4, metavar=("SHAPE", "CLIENTS", "DOCUMENTS", "TOKENS"))
+    parser = open_parser(__doc__)
+    add_parts(parser, PARTS)
+    words = ("SHAPE", "CLIENTS", "DOCUMENTS", "TOKENS")
+    parser.add_argument("--case", nargs=4, metavar=words, help="one of memory, as a JSON line")
     options = parser.parse_args()
     if options.case:
-        shape, *sizes = options.case
-        print(json.dumps(measure_memory(shape, *map(int, sizes))))
+        shape, sizes = read_case(parser, options.case)
+        print(json.dumps(measure_memory(shape, *sizes)))
         return
     for part in options.parts or PARTS:
         print(f"\n{part}\n")

@@ -16,7 +16,6 @@ JSON line a fact. Random weights and tokens. Where others work on the machine to
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import resource
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import add_parts, open_parser
 from torch import Tensor
 from torch.nn import functional
 from workload import BATCH, adapt, make_blocks, make_jobs
@@ -200,8 +200,8 @@ PARTS = {"masks": masks, "step": step, "pages": pages, "prepacked": prepacked}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser = open_parser(__doc__)
+    add_parts(parser, PARTS)
     parser.add_argument("--process", choices=["glibc's", "kept"], help="one turn of pages, as a JSON line")
     options = parser.parse_args()
     if options.process:

@@ -14,15 +14,16 @@ steps are as they are there.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from gpu import run_parts, say, seconds_of, watch_recordings
+from options import add_parts, add_shape, open_parser
 from workload import BATCH, DTYPE, GPU, build_adapted, make_blocks, make_jobs
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -120,15 +121,25 @@ def rounds(shape: str, dropout: float, sizes: Sizes) -> None:
 PARTS = {"rows": compare_rows, "mixed": compare_mixed, "rounds": rounds}
 
 
+def read_size(word: str) -> tuple[int, int]:
+    """Return clients, and documents of each in a step, of a word such as 3x2."""
+    try:
+        clients, documents = map(int, word.split("x"))
+    except ValueError:
+        raise ArgumentTypeError(f"{word!r} is none, as 3x2 is") from None
+    return clients, documents
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
+    parser = open_parser(__doc__)
+    add_shape(parser, "shape")
+    add_parts(parser, PARTS)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters; none switches the model's own off")
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="clients x documents of each in a step")
+    sizes = [read_size(size) for size in SIZES]
+    told = f"clients x documents of each in a step (default: {' '.join(SIZES)})"
+    parser.add_argument("--sizes", nargs="+", type=read_size, default=sizes, metavar="KxB", help=told)
     options = parser.parse_args()
-    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
-    run_parts(PARTS, options.parts, options.shape, options.dropout, sizes)
+    run_parts(PARTS, options.parts, options.shape, options.dropout, options.sizes)
 
 
 if __name__ == "__main__":

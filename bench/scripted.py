@@ -1,17 +1,17 @@
-"""Many clients in one process, without a model: they speak Flower's protocol as its SuperNode does, and answer at once.
+"""Many clients in one process, without a model: a part of `scale.py`, which starts it as a process of its own.
 
     python bench/scripted.py FOLDER
 
-FOLDER has the clients' kits and `clients.json`, the facts that each tells. The looks for messages are fedloom's own,
-and so is what is read of a question; Flower's are the requests, their signatures and the heartbeats. The client behind
-the last kit comes once a file `all` lies there. What was asked of the server is written to `asked.json` every second.
+They speak Flower's protocol as its SuperNode does, and answer at once. FOLDER has the clients' kits and
+`clients.json`, the facts that each tells. The looks for messages are fedloom's own, and so is what is read of a
+question; Flower's are the requests, their signatures and the heartbeats. The client behind the last kit comes once a
+file `all` lies there. What was asked of the server is written to `asked.json` every second.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -32,6 +32,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.retry import http_retry
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from options import open_parser
 
 from fedloom.deployment.client.joining import Kit, read_kit
 from fedloom.deployment.flower.apps import to_frame, to_record
@@ -167,7 +168,11 @@ class Client(threading.Thread):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = open_parser(__doc__)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="made by scale.py")
+    folder = parser.parse_args().folder
+    if not (folder / FACTS).is_file():
+        parser.error(f"{folder} has no {FACTS}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # with which Flower's heartbeat ends a process whose key was refused
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS
     fleet_http_connection.FleetHttpClient = CountedClient

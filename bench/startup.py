@@ -1,7 +1,7 @@
 """Seconds from starting Python to an answer: the help, a report, the first training step of `tiny`; slowest imports;
 and what it costs to try a model before it is trained.
 
-python bench/startup.py
+    python bench/startup.py
 
 Of three runs each, the least. On a machine that does other things too, the processor's seconds tell more.
 """
@@ -16,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from options import open_parser
 
 RUNS = 3
 FIRST_STEP = """
@@ -127,6 +129,7 @@ def time_checks(shape: str) -> dict[str, float]:
 
 
 def main() -> None:
+    open_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "run")
         measure("run", "tiny", "--out", run)

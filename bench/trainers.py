@@ -1,7 +1,8 @@
-"""What a user would run otherwise, one client after another: HF Trainer + PEFT, and TRL's SFTTrainer.
+"""What a user would run otherwise, HF Trainer + PEFT and TRL's SFTTrainer: a part of `engines.py`, and no program.
 
-The Trainer pads a batch, as tokenizers do it. The SFTTrainer lays a batch's documents in one row (`padding_free`), and
-is left out where TRL is not installed. Without FlashAttention, which is not asked for, that row has a mask of its own.
+They take one client after another. The Trainer pads a batch, as tokenizers do it. The SFTTrainer lays a batch's
+documents in one row (`padding_free`), and is left out where TRL is not installed. Without FlashAttention, which is not
+asked for, that row has a mask of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models, blocks and jobs that the benchmarks share."""
+"""Models, blocks and jobs that benchmarks share: a part of them, and no program."""
 
 from __future__ import annotations
 
