@@ -14,6 +14,7 @@ from support.import_file import import_file
 from support.marks import first
 
 from fedloom.cli import app
+from fedloom.model.source import SHAPES
 from fedloom.recipe.loading import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,10 @@ def test_a_part_that_is_out_of_date_would_be_caught(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(write_pages.PARTS, page, {"nothing": lambda: ""})
     with pytest.raises(LookupError, match="no place for nothing"):
         write_pages.renew(page)
+
+
+def test_every_shape_of_random_weights_is_named() -> None:
+    assert [shape for shape in SHAPES if f"`{shape}`" not in read("README.md")] == []
 
 
 def test_every_command_and_option_has_its_place() -> None:
