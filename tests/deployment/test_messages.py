@@ -402,7 +402,7 @@ def test_an_option_of_pefts_that_reads_or_builds_more_is_refused(option: str) ->
 def test_a_recipe_that_clients_would_refuse_is_refused_by_the_server() -> None:
     check_deployable(make_recipe())
     with pytest.raises(RecipeError, match=r"data\.max_length: not a whole number from 2 to 131,072"):
-        check_deployable(make_recipe(data={"max_length": 10**13}))
+        check_deployable(make_recipe(data={"max_length": 2**18}))
 
 
 def test_what_is_told_can_be_read_after_it_travelled() -> None:

@@ -1,8 +1,9 @@
 """A recipe is what was written, or an error that says what is wrong and where."""
 
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom.errors import RecipeError
 from fedloom.recipe.data_section import PARTITION_KEYS
 from fedloom.recipe.loading import describe_keys, load_recipe, nearest, recipe_to_toml, shipped_recipes
 from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.schema import recipe_schema
 
 SHORTEST = """\
 name = "short"
@@ -235,10 +238,52 @@ def test_a_missing_key_is_named(write: Write, text: str, missing: str) -> None:
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["learning_rate", "learning_rate_end", "weight_decay"])
-def test_what_no_step_in_float32_can_hold_is_refused(key: str) -> None:
-    with pytest.raises(RecipeError, match=rf"training\.{key}.*less than or equal to"):
-        load_recipe("tiny", [f"training.{key}=1e40"])
+TOO_LARGE = [
+    *(f"training.{key}=1e40" for key in ("learning_rate", "learning_rate_end", "weight_decay", "proximal_mu")),
+    f"adapter.alpha={10**40}",
+]
+"""Factors that float32 can't hold."""
+
+
+@pytest.mark.parametrize("setting", TOO_LARGE, ids=lambda setting: setting.partition("=")[0])
+def test_what_no_step_in_float32_can_hold_is_refused(setting: str) -> None:
+    key, _, _ = setting.partition("=")
+    with pytest.raises(RecipeError, match=rf"{re.escape(key)}.*less than or equal to 1000000000000000000000000000000"):
+        load_recipe("tiny", [setting])
+
+
+@pytest.mark.parametrize("alpha", ["1e40", 10**400], ids=["exponent", "digits"])
+def test_an_alpha_of_one_layer_is_held_to_the_same(alpha: object) -> None:
+    with pytest.raises(RecipeError, match=r"no alpha of options\.alpha_pattern should be above 1e\+30"):
+        load_recipe("tiny", [f"adapter.options.alpha_pattern={{q_proj={alpha}}}"])
+    load_recipe("tiny", ["adapter.options.alpha_pattern={q_proj=1e30}"])
+
+
+def numbers_of(schema: dict[str, Any], key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The keys that may be a number, and what the schema says of each."""
+    for name, part in schema.get("properties", {}).items():
+        yield from numbers_of(part, f"{key}.{name}" if key else name)
+    for part in schema.get("anyOf", ()):
+        yield from numbers_of(part, key)
+    if schema.get("type") in ("integer", "number"):
+        yield key, schema
+
+
+NUMBERS = dict(numbers_of(recipe_schema()))
+UNBOUNDED = {"seed"}
+"""Whole numbers that nothing is computed of."""
+
+
+def test_no_count_is_too_large_for_a_float() -> None:
+    assert len(NUMBERS) > 50
+    counts = {key for key, part in NUMBERS.items() if part["type"] == "integer"}
+    assert {key for key in counts if not {"maximum", "exclusiveMaximum"} & set(NUMBERS[key])} == UNBOUNDED
+
+
+@pytest.mark.parametrize("key", first(sorted(NUMBERS.keys() - UNBOUNDED), keep=5))
+def test_a_number_of_400_digits_is_a_line(key: str) -> None:
+    with pytest.raises(RecipeError, match=r"less than|valid number|is missing"):
+        load_recipe("tiny", [f"{key}={10**400}"])
 
 
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:

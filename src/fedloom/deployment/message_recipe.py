@@ -1,7 +1,7 @@
 """Part of a recipe that a server tells its clients: which keys, and the bounds of each.
 
-Bounds are those of the recipe's sections, and an upper one where a section has none: memory is asked for by these
-numbers, on a machine that is not the server's. No torch here.
+Bounds are those of the recipe's sections, and a lower upper one where a section's is too high: memory is asked for by
+these numbers, on a machine that is not the server's. No torch here.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _told(
 
 
 def _kind(key: FieldInfo, most: float | None) -> Kind:
-    """Return the kind of a key as its section has it, with an upper bound where that has none."""
+    """Return the kind of a key as its section has it, with an upper bound where that has none, or a higher one."""
     annotation = key.annotation
     if get_origin(annotation) in (UnionType, Union):
         (annotation,) = (one for one in get_args(annotation) if one is not type(None))
@@ -129,8 +129,9 @@ def _kind(key: FieldInfo, most: float | None) -> Kind:
     bounds = {
         name: getattr(one, name) for one in key.metadata for name in ("ge", "gt", "le", "lt") if hasattr(one, name)
     }
-    upper = bounds.get("le", bounds.get("lt", most))
-    assert upper is not None, "a number that travels without an upper bound"
+    uppers = [one for one in (bounds.get("le", bounds.get("lt")), most) if one is not None]
+    assert uppers, "a number that travels without an upper bound"
+    upper = min(uppers)
     if annotation is int:
         return Count(bounds["ge"], int(upper))
     assert annotation is float, f"a key that travels is of no known kind: {annotation}"
@@ -223,14 +224,14 @@ TRAINING = Record(
             "max_steps": 10**6,
             "batch_size": 4096,
             "gradient_accumulation": 4096,
-            "learning_rate": 1e6,
-            "learning_rate_end": 1e6,
+            "learning_rate": None,
+            "learning_rate_end": None,
             "schedule": None,
             "schedule_scope": None,
             "warmup": 1e9,
             "optimizer": Either((Word(tuple(OPTIMIZER_DEFAULTS)), OPTIMIZER)),
             "optimizer_state": Word(("reset",)),  # none travels
-            "weight_decay": 1e6,
+            "weight_decay": None,
             "max_gradient_norm": 1e12,
             "proximal_mu": 1e6,
             "proximal_schedule": None,

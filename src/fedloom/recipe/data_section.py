@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
-from fedloom.recipe.section import Section
+from fedloom.recipe.section import MOST, Section
 from fedloom.recipe.templates import parse_template
 
 PARTITION_KEYS: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,9 @@ class Partition(Section):
     )
     by: str | None = Field(None, description="the label column (`dirichlet`, `natural`, `shard`)")
     alpha: float | None = Field(None, gt=0, description="concentration: the smaller, the more skewed (`dirichlet`)")
-    shards_per_client: int | None = Field(None, ge=1, description="shards of labels that a client gets (`shard`)")
+    shards_per_client: int | None = Field(
+        None, ge=1, le=MOST, description="shards of labels that a client gets (`shard`)"
+    )
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Partition:
@@ -106,7 +108,8 @@ class Data(Section):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="largest share of bad rows among those read; above it a run stops (`skip`)"
     )
-    max_length: int = Field(128, ge=2, description="tokens in a block")
+    # Above what any model reads: memory is asked for by it.
+    max_length: int = Field(128, ge=2, le=2**24, description="tokens in a block")
     window: Literal["truncate", "blocks", "pack"] = Field(
         "truncate",
         description="part of a document that is used: its first block; all its blocks; or its first block, where short"
@@ -115,13 +118,13 @@ class Data(Section):
     pad_in_loss: bool = Field(
         False, description="padding counted in the loss, and masked in attention; only to repeat programs that did so"
     )
-    clients: int = Field(3, ge=1, description="number of clients")
+    clients: int = Field(3, ge=1, le=MOST, description="number of clients")
     documents_per_client: int | None = Field(
-        None, ge=1, description="a client's documents on average, its own hold-out included; all if left out"
+        None, ge=1, le=MOST, description="a client's documents on average, its own hold-out included; all if left out"
     )
     client_holdout: float = Field(0.2, ge=0, lt=1, description="share of each client's documents, never trained on")
     central_holdout: int = Field(
-        100, ge=0, description="documents for the central evaluation, disjoint from every client's"
+        100, ge=0, le=MOST, description="documents for the central evaluation, disjoint from every client's"
     )
     partition: Partition = Field(default_factory=Partition, description="the split of the documents over the clients")
     duplicates: Literal["drop", "report"] = Field(

@@ -11,6 +11,11 @@ IN_WORDS = {
     ANY_DEVICE: "'auto', 'cpu', 'cuda' or one GPU as 'cuda:0'",
 }
 """Account of the values that follow a pattern, for errors."""
+MOST = 2**53 - 1
+"""Largest count: up to here floats, and every reader of JSON, have each whole number exactly."""
+LARGEST = 1e30
+"""Most that a step of weights in float32 may be multiplied by: torch refuses a factor that float32 can't hold, in the
+middle of a round. Whatever trains is far below."""
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from fedloom.recipe.methods import METHODS, check_choice, check_method
-from fedloom.recipe.section import ANY_DEVICE, Section
+from fedloom.recipe.section import ANY_DEVICE, LARGEST, MOST, Section
 
 
 def _to_names(value: object) -> object:
@@ -94,7 +94,10 @@ class Adapter(Section):
     )
     rank: int = Field(16, ge=1, le=4096, description="LoRA's r; with another method, PEFT's default if left out")
     alpha: float = Field(
-        32, gt=0, description="LoRA's α: the update is scaled by α/r; with another method, PEFT's default if left out"
+        32,
+        gt=0,
+        le=LARGEST,
+        description="LoRA's α: the update is scaled by α/r; with another method, PEFT's default if left out",
     )
     rslora: bool = Field(False, description="scaling by α/√r instead of α/r (`lora`; arXiv 2312.03732)")
     dora: bool = Field(
@@ -113,6 +116,10 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _has_only_what_its_method_needs(self) -> Adapter:
         check_choice(self.method, self.given, self.options)
+        alphas = self.options.get("alpha_pattern")
+        for alpha in alphas.values() if isinstance(alphas, dict) else ():
+            if isinstance(alpha, int | float) and alpha > LARGEST:
+                raise ValueError(f"no alpha of options.alpha_pattern should be above {LARGEST:g}")
         return self
 
     @property
@@ -183,9 +190,9 @@ class Strategy(Section):
     )
     trim: float | None = Field(None, ge=0, lt=0.5, description="share cut off at each end (`trimmed_mean`)")
     malicious: int | None = Field(
-        None, ge=0, description="updates that may hold anything, for example an attack (`krum`, `bulyan`, ...)"
+        None, ge=0, le=MOST, description="updates that may hold anything, for example an attack (`krum`, `bulyan`, ...)"
     )
-    keep: int | None = Field(None, ge=1, description="updates that are averaged (`multi_krum`)")
+    keep: int | None = Field(None, ge=1, le=MOST, description="updates that are averaged (`multi_krum`)")
     max_norm: float | None = Field(
         None, gt=0, description="largest norm of a client's change; a larger one is scaled down (`norm_clipped`)"
     )
@@ -220,18 +227,18 @@ STRATEGY_KEYS = tuple(dict.fromkeys(key for keys in STRATEGY_DEFAULTS.values() f
 class EarlyStop(Section):
     """The rule for stopping before the last round."""
 
-    patience: int = Field(ge=1, description="rounds without a new best central loss after which a run stops")
+    patience: int = Field(ge=1, le=MOST, description="rounds without a new best central loss after which a run stops")
     min_delta: float = Field(0.0, ge=0, description="nats per token by which a new best must be better")
 
 
 class Federation(Section):
     """The rounds, the clients that take part, and the averaging of their updates."""
 
-    rounds: int = Field(3, ge=1, description="rounds after round 0, which only evaluates")
+    rounds: int = Field(3, ge=1, le=MOST, description="rounds after round 0, which only evaluates")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that train in a round")
-    min_clients: int = Field(1, ge=1, description="least number of clients that train in a round")
+    min_clients: int = Field(1, ge=1, le=MOST, description="least number of clients that train in a round")
     max_lost_clients: int = Field(
-        0, ge=0, description="clients that a round may lose: no answer, say, or a loss that is not a number"
+        0, ge=0, le=MOST, description="clients that a round may lose: no answer, say, or a loss that is not a number"
     )
     round_deadline: float = Field(
         3600.0, gt=0, description="seconds that a client on another machine has to answer; a later answer is refused"
@@ -270,11 +277,12 @@ class Federation(Section):
     strategy: Strategy = Field(default_factory=Strategy, description="rule that makes the next adapter of the updates")
     early_stop: EarlyStop | None = Field(None, description="end before the last round; never if left out")
     keep_every: int | None = Field(
-        None, ge=1, description="keep the adapter of every N-th round, in `adapters/round-N`; none if left out"
+        None, ge=1, le=MOST, description="keep the adapter of every N-th round, in `adapters/round-N`; none if left out"
     )
     max_bytes: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="most bytes of adapters both ways, as the records count them: a run ends before the round that"
         " would exceed it; no limit if left out",
     )
@@ -283,7 +291,7 @@ class Federation(Section):
 class Personalise(Section):
     """The training that each client goes on with by itself, when the rounds are over."""
 
-    epochs: int = Field(1, ge=1, description="passes over its own documents, from the best global adapter on")
+    epochs: int = Field(1, ge=1, le=MOST, description="passes over its own documents, from the best global adapter on")
 
 
 def _to_tasks(value: object) -> object:
@@ -297,15 +305,20 @@ class Evaluation(Section):
     batch_size: int = Field(
         8,
         ge=1,
+        le=MOST,
         description="sequences in a forward pass, of full length: as many tokens of shorter ones; changes the result by"
         " rounding only",
     )
     clients: int | None = Field(
-        None, ge=1, description="clients whose own hold-outs are scored, the same in every round; all if left out"
+        None,
+        ge=1,
+        le=MOST,
+        description="clients whose own hold-outs are scored, the same in every round; all if left out",
     )
     every: int = Field(
         1,
         ge=1,
+        le=MOST,
         description="evaluate the adapter after every N-th round, and after the last: the best adapter is chosen among"
         " those, and a run stops early after one of them; baselines are evaluated after each round",
     )
@@ -314,7 +327,7 @@ class Evaluation(Section):
         (), description="files of tasks, or names of those that ship, by which the base and the best adapter are judged"
     )
     tasks_every: int = Field(
-        0, ge=0, description="the tasks are asked after every N-th round too; 0 is at the end alone"
+        0, ge=0, le=MOST, description="the tasks are asked after every N-th round too; 0 is at the end alone"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from fedloom.recipe.section import DEVICE, Section
+from fedloom.recipe.section import DEVICE, LARGEST, MOST, Section
 
 OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw_8bit"]
 OPTIMIZER_DEFAULTS: dict[OptimizerName, dict[str, Any]] = {
@@ -18,9 +18,6 @@ OPTIMIZER_DEFAULTS: dict[OptimizerName, dict[str, Any]] = {
 """Keys of each optimizer with their defaults, which are those of its library."""
 OPTIMIZER_KEYS = tuple(dict.fromkeys(key for keys in OPTIMIZER_DEFAULTS.values() for key in keys))
 """Keys that at least one optimizer has, each once."""
-LARGEST = 1e30
-"""Most that a step of weights in float32 may be multiplied by: torch refuses a factor that float32 can't hold, in the
-middle of a round. Whatever trains is far below."""
 
 
 def _to_betas(value: object) -> object:
@@ -85,6 +82,7 @@ class Training(Section):
     clients_at_once: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="clients in one pass of `batched`; as many as fit in memory if left out, on a processor 64 at most",
     )
     gradient_checkpointing: bool = Field(
@@ -102,18 +100,20 @@ class Training(Section):
         description='devices of this machine among which clients are dealt out, as `["cuda:0", "cuda:1"]`, or `"all"`'
         " GPUs: a process with the model for each; the one of `model.device` alone if left out",
     )
-    epochs: int = Field(1, ge=1, description="passes over a client's documents in a round")
+    epochs: int = Field(1, ge=1, le=MOST, description="passes over a client's documents in a round")
     max_steps: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="the most steps of a client in a round; each round goes on where the one before ended in the"
         " client's own order, so a client of every round sees all rows before one again; who sits rounds out skips"
         " theirs. `epochs` alone counts if left out",
     )
-    batch_size: int = Field(2, ge=1, description="sequences in a step, or in one of its micro-batches")
+    batch_size: int = Field(2, ge=1, le=MOST, description="sequences in a step, or in one of its micro-batches")
     gradient_accumulation: int = Field(
         1,
         ge=1,
+        le=MOST,
         description="micro-batches of a step: the gradient is that of one batch of all their sequences, the memory"
         " that of one micro-batch",
     )
@@ -145,7 +145,7 @@ class Training(Section):
     max_gradient_norm: float | None = Field(
         None, gt=0, description="norm that a step's gradient is clipped to; no clipping if left out"
     )
-    proximal_mu: float = Field(0.0, ge=0, description="FedProx μ; 0 is FedAvg")
+    proximal_mu: float = Field(0.0, ge=0, le=LARGEST, description="FedProx μ; 0 is FedAvg")
     proximal_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
         "constant",
         description="course of μ over the rounds: the same, falling to 0, or up by 0.1 when the loss rises and down by"
