@@ -179,6 +179,7 @@ BAD_INPUT = {
     ),
     "no such file": (["data.source=./missing.jsonl"], ["no such file or folder", "missing.jsonl"]),
     "a model's length": (["data.max_length=1000"], ["1000 tokens are more than the model's 256", "data.max_length"]),
+    "a length that nothing has": (["data.max_length=100000000000"], ["`data.max_length`", "less than or equal to"]),
     "no such device": (["model.device=cuda:7"], ["no device cuda:7", '"auto" or "cpu"']),
     "no targets": (["adapter.targets=[]"], ["`adapter.targets`", "should be a list of names"]),
     "a key without effect": (["data.subset=python"], ["data.subset", "no effect", "leave it out"]),

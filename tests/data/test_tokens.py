@@ -198,6 +198,15 @@ def test_a_vocabulary_that_is_too_small_is_refused() -> None:
         assert words in str(caught.value)
 
 
+def test_blocks_that_memory_can_not_hold_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.data.tokens.free_memory", lambda: 4 * 9 * 4)
+    assert len(tokenize(TEXTS)) == 4
+    with pytest.raises(
+        DataError, match=r"data\.max_length: 4 blocks of 16777216 tokens take 604\.0 MB of the 144 B free"
+    ):
+        tokenize(TEXTS, max_length=2**24)
+
+
 def tokenize_units(texts: list[str], units: list[str | None], **data: object) -> TokenBlocks:
     documents = [Document(text, "test", unit=unit) for text, unit in zip(texts, units, strict=True)]
     return tokenize_documents(documents, byte_tokenizer(), make_recipe(data={"max_length": 4, **data}).data, units=True)

@@ -16,7 +16,7 @@ from fedloom import load_recipe, read_run, run
 from fedloom.data.documents import load_documents
 from fedloom.data.splits import documents_needed, split_documents
 from fedloom.data.tokens import tokenize_documents
-from fedloom.errors import RecipeError, TrainingError
+from fedloom.errors import ModelError, RecipeError, TrainingError
 from fedloom.experiment.preparation import prepare
 from fedloom.experiment.run import plan
 from fedloom.model.loading import load_model
@@ -301,6 +301,15 @@ def test_a_processor_trains_no_more_at_once_than_pays_unless_asked_to(predict: b
     assert prepare(make_recipe(model=device, data=many), Observer(), predict=predict).plan.clients_at_once == 64
     asked = make_recipe(model=device, data=many, training={"clients_at_once": 70})
     assert prepare(asked, Observer(), predict=predict).plan.clients_at_once == 70
+
+
+def test_a_length_that_the_model_lacks_is_refused_before_anything_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        raise AssertionError("documents were tokenized")
+
+    monkeypatch.setattr("fedloom.experiment.building.tokenize_documents", refuse)
+    with pytest.raises(ModelError, match="16777216 tokens are more than the model's 256; at most 256"):
+        plan(make_recipe(data={"max_length": 2**24}))
 
 
 @pytest.mark.long

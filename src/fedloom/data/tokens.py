@@ -23,6 +23,8 @@ from torch import Tensor
 from fedloom.data.long_texts import LONGEST_MEAN_TOKEN, tokenize_all
 from fedloom.data.marked_tokens import tokenize_form
 from fedloom.errors import DataError
+from fedloom.host.machine import free_memory
+from fedloom.text import count, format_bytes
 
 if TYPE_CHECKING:
     from fedloom.data.documents import Document
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a position that does not count, the default of torch's cross-entropy."""
+BYTES = 9
+"""Bytes of a position in a block: a token, and whether it counts."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,9 @@ def tokenize_documents(
     With `units`, the blocks know their unit: their document, or all documents of its `unit`.
 
     A tokenizer needs no padding token: positions of padding are masked by their place, not recognised by their token.
+
+    Raises:
+        DataError: there is no room for blocks of that length.
     """
     pad = 0  # any token would do: padding is masked, unless it is to count
     if data.pad_in_loss:
@@ -252,6 +259,7 @@ def tokenize_documents(
         masks.extend(marks_T for _, marks_T in usable)
         unit = number if document.unit is None else named.setdefault(document.unit, number)
         owners.extend([unit] * len(usable))
+    _check_room(len(pieces), data.max_length)
     stacked = stack_blocks(pieces, masks, data.max_length, padding=pad, padding_counts=data.pad_in_loss)
     units_N = torch.tensor(owners) if units and len(set(owners)) < len(owners) else None
     return replace(stacked, dropped=dropped, unanswered=unanswered, cut=cut, units_N=units_N)
@@ -273,6 +281,17 @@ def stack_blocks(
         tokens_NT[row, : len(piece)] = piece
         counted_NT[row, : len(piece)] = mask
     return TokenBlocks(tokens_NT, lengths_N, counted_NT)
+
+
+def _check_room(blocks: int, length: int) -> None:
+    """Refuse blocks that free memory can't hold: each is padded to the whole length."""
+    needed, free = blocks * length * BYTES, free_memory()
+    if needed > free:
+        raise DataError(
+            f"{count(blocks, 'block')} of {length} tokens take {format_bytes(needed)} of the {format_bytes(free)} free",
+            where="data.max_length",
+            mend="lower it",
+        )
 
 
 def _tokenize_plain(text: str, tokenizer: Any, data: Data) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from fedloom.errors import ModelError
 from fedloom.evaluation.batches import tokens_at_once
 from fedloom.model.attention import MASKLESS, choose_attention
 from fedloom.model.devices import choose_dtype, open_device
-from fedloom.model.loading import build_meta_model, load_model
+from fedloom.model.loading import build_meta_model, check_length, load_model
 from fedloom.model.packed import shape_as_packed
 from fedloom.model.packed_shape import BITS, pack_shape
 from fedloom.model.source import ModelSource, open_model
@@ -145,8 +145,11 @@ def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Docume
     """Return documents as a base model sees them, each a block of its own or several.
 
     Raises:
-        DataError: the tokenizer is not the model's.
+        DataError: the tokenizer is not the model's, or there is no room for the blocks.
+        ModelError: the base model is shorter than a block.
     """
+    # Before anything has that length. A server's own look at it is no reason for a client to believe it.
+    check_length(recipe.data.max_length, source)
     blocks = tokenize_documents(documents, source.tokenizer, recipe.data, units=recipe.bounds_documents)
     check_vocabulary(blocks.tokens_NT, source.tokenizer, source.vocabulary_size)
     return blocks

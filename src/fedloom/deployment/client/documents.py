@@ -28,7 +28,6 @@ from fedloom.experiment.building import open_source, tokenize_for
 from fedloom.experiment.preparation import gather
 from fedloom.experiment.tokenizing import separate
 from fedloom.host.files import hash_json
-from fedloom.model.loading import check_length
 from fedloom.model.source import ModelSource
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -81,9 +80,6 @@ def gather_client(
         agree(places)
     (documents,), audit = audit_splits((), (documents,), recipe.data.near_duplicate, drop=drop, private=private)
     source = open_once()
-    # The server's own look at it is no reason to believe it: each document becomes a block of that length.
-    check_length(recipe.data.max_length, source)
-
     train, holdout = (tokenize_for(source, recipe, part) for part in (documents.train, documents.holdout))
     (blocks,), shared = separate(recipe, set(), [train], [holdout])
     if private:
