@@ -76,6 +76,8 @@ def options(**keys: Any) -> Sections:
     return {"adapter": {"options": keys}}
 
 
+ASKED = {"prompt": "{text}>", "completion": "{owner}", "max_length": 200}
+
 CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
     "data.max_bad_fraction": (
         [data(on_bad_row="error", max_bad_fraction=0.5), data(on_bad_row="error", max_bad_fraction=0.0)],
@@ -210,6 +212,12 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
         [{"evaluation": {"clients": 3}}, {"evaluation": {"clients": 9}},
          {"evaluation": {"clients": 1}, "data": {"client_holdout": 0.0}}],
         [{"evaluation": {"clients": 2}}],
+    ),
+    "report.samples": (
+        [{"report": {"samples": 7}}, {"report": {"samples": 7}, **data(**ASKED, loss="all")},
+         {"report": {"samples": 7}, **data(**ASKED, central_holdout=0)}],
+        [{"report": {"samples": 7}, **data(**ASKED)}, {"report": {"samples": 3}},
+         {"report": {"samples": 0}, **data(**ASKED, central_holdout=0)}],
     ),
 }  # fmt: skip
 """Recipes in which a key has no effect, and recipes in which it has, or in which nobody wrote it."""

@@ -61,6 +61,10 @@ def find_unused(
         found.append(("evaluation.tasks_every", "there are no evaluation.tasks"))
     elif recipe.evaluation.tasks_every > recipe.federation.rounds:
         found.append(("evaluation.tasks_every", f"the run is over after {count(recipe.federation.rounds, 'round')}"))
+    if recipe.data.learns == "all":
+        found.append(("report.samples", "no answers are learnt, so none are asked for"))
+    elif recipe.report.samples and not plan.central_documents:
+        found.append(("report.samples", "nothing is held out centrally that could be asked"))
     written = [(key, why) for key, why in found if _is_written(recipe, key)]
     written += unmatched_options(recipe.adapter.options, adapted.model)
     little = _of_little_effect(recipe, plan, blocks, here=here)
