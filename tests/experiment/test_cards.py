@@ -37,6 +37,7 @@ from fedloom.experiment.run import plan, run
 from fedloom.experiment.sweep import same_model, sweep
 from fedloom.host.frames import Frame
 from fedloom.model.devices import choose_devices
+from fedloom.monitoring.display import describe_plan
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.privacy.ration import Ration, Terms
@@ -101,7 +102,15 @@ def test_two_processes_give_what_one_gives_to_the_bit(tmp_path: Path) -> None:
     assert two.trained == one.trained, "each step is shown"
     assert (len(one.pids), len(two.pids)) == (0, 1), "this process is one of the two"
     assert not processes(), "it ended with the run"
-    assert "devices: a process each on cpu" in two.said
+    assert "devices: a process with the model for each of cpu, cpu" in two.said
+
+
+def test_a_plan_says_what_each_process_takes(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, training={"engine": "batched"})
+    one, two = (describe_plan(plan(given, Observer())) for given in (recipe, on_two(recipe)))
+    assert "a process with the model for each of cpu, cpu" in two["device"]
+    assert "predicted for model and training in each process, 2 clients at once" in two["memory"]
+    assert "predicted for model and training, 3 clients at once" in one["memory"]
 
 
 @pytest.mark.long

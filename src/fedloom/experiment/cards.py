@@ -34,7 +34,7 @@ from fedloom.experiment.job_frames import (
     read_word,
     unpack_result,
 )
-from fedloom.experiment.places import Place
+from fedloom.experiment.places import Place, name_processes
 from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session, hash_base
 from fedloom.experiment.silence import LOOK_SECONDS, LookingSocket, Silence, SilentError
@@ -373,7 +373,7 @@ def open_session(
         if not others:
             engine = open_local(observer.watch)
         else:
-            say("devices", f"a process each on {', '.join(map(str, others))}")
+            say("devices", name_processes(prepared.places))
             told = pin(recipe, prepared.plan.to_json())
             cards = [open_card(told, place, prepared.plan.dtype, name, observer, stack) for place in others]
             base = hash_base(adapted)

@@ -48,6 +48,11 @@ def here(places: Sequence[Place]) -> list[torch.device]:
     return [torch.device(place.device) for place in places if not place.host]
 
 
+def name_processes(places: Sequence[Place]) -> str:
+    """Say which processes train, as plan and run do."""
+    return f"a process with the model for each of {', '.join(map(str, places))}"
+
+
 def _read_node(name: str, kind: str) -> Place:
     found = NODE.fullmatch(name)
     if not found:

@@ -25,7 +25,7 @@ from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.batches import tokens_at_once
 from fedloom.experiment.arms import check_arms, plan_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source
-from fedloom.experiment.places import Place, choose_places, here
+from fedloom.experiment.places import Place, choose_places, here, name_processes
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
 from fedloom.experiment.step_memory import predict_memory, step_of, with_real_batches
@@ -370,6 +370,7 @@ def make_plan(
         shared_blocks=material.shared_blocks,
         duplicates=recipe.data.duplicates,
         ways=name_ways(recipe, setup),
+        processes=len(setup.places),
         evaluated_rounds=count_evaluated(recipe.federation.rounds, recipe.evaluation.every),
     )
 
@@ -385,7 +386,7 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
         f"{recipe.model.quantization} weights{packed}": recipe.model.quantization is not None,
         "weights that don't fit read anew for every pass": recipe.model.device_map is not None,
         "each layer computed twice": recipe.training.gradient_checkpointing,
-        f"a process with the model for each of {', '.join(map(str, setup.places))}": bool(setup.places),
+        name_processes(setup.places): bool(setup.places),
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }
     return tuple(way for way, taken in ways.items() if taken)

@@ -262,19 +262,20 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         **({"without": _explain_arms(plan)} if plan.arms else {}),
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }
+    each = " in each process" if plan.processes else ""
     if plan.peak_bytes:
         together = plan.clients_that_fit is not None
         how = f"{count(plan.clients_at_once, 'client')} at once" if together else "one client after another"
         fit = f"; {count(plan.clients_that_fit, 'client')} would fit" if plan.clients_that_fit else ""
         lacking = "; more than is free: it is likely to fail here"
-        rows["memory"] = f"{format_bytes(plan.peak_bytes)} predicted for model and training, {how}" + (
+        rows["memory"] = f"{format_bytes(plan.peak_bytes)} predicted for model and training{each}, {how}" + (
             lacking if plan.lacks_memory else fit
         )
     elif plan.ample_memory:
-        rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once"
+        rows["memory"] = f"more than enough is free for {count(plan.clients_at_once, 'client')} at once{each}"
     elif plan.engine == "batched":
         # How many of its clients train at once, each node elsewhere decides.
-        how = "" if plan.elsewhere else f"; {count(plan.clients_at_once, 'client')} at once"
+        how = "" if plan.elsewhere else f"; {count(plan.clients_at_once, 'client')} at once{each}"
         rows["memory"] = f"not predicted{how}"
     if plan.rows is not None:
         rows["rows"] = explain_rows(plan.rows, plan.documents, plan.skipped)

@@ -111,6 +111,8 @@ class Plan:
     """Account of what is learnt of the documents and of what is lost; an empty text where all of a plain text is."""
     ways: tuple[str, ...] = ()
     """Settings of speed and memory that leave no other trace in the plan, in a few words each."""
+    processes: int = 0
+    """Processes that each have the model, where there are several: memory and clients at once are those of one."""
     unused: tuple[str, ...] = ()
     """Settings that somebody wrote and that change nothing in this run, each with why."""
     slow_attention: bool = False
@@ -267,7 +269,7 @@ class Plan:
         told = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         # Absent where there is nothing to say, as in the plans of runs before these keys were there.
         later = (
-            *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "unused"),
+            *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "processes", "unused"),
             *("slow_attention", "slow_dtype", "shares", "capped", "whole_steps"),
             *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy", "tasks"),
             *("elsewhere", "shared_alone", "lacks_memory"),
