@@ -238,13 +238,15 @@ def test_packed_weights_that_can_not_be_had_are_refused(monkeypatch: pytest.Monk
     source = open_model("random:tiny-llama")
     check_quantization(None, source)
     monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: None)
-    says = r"4bit weights need bitsandbytes, which is not installed; pip install 'bitsandbytes>=0.46'"
+    real = dataclasses.replace(source, location="somewhere")
+    says = r"4bit weights need bitsandbytes, which is not installed; pip install 'fedloom\[quantized\]'"
     with pytest.raises(ModelError, match=says):
-        check_quantization("4bit", source)
-    monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: object())
+        check_quantization("4bit", real)
+    # Who has no bitsandbytes is not sent for it in vain.
     with pytest.raises(ModelError, match="a random model has no weights to pack as 8bit"):
         check_quantization("8bit", source)
-    check_quantization("4bit", dataclasses.replace(source, location="somewhere"))
+    monkeypatch.setattr("fedloom.model.loading.find_spec", lambda name: object())
+    check_quantization("4bit", real)
 
 
 @pytest.mark.parametrize(("flags", "slow"), first([("fma", True), ("avx512_bf16", False)]))

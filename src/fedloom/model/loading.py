@@ -249,14 +249,14 @@ def check_quantization(quantization: str | None, source: ModelSource) -> None:
         if source.file is None:
             raise ModelError("only a .gguf file has packed weights", where=where, mend="name one in model.source")
         return
+    if quantization and not source.location:
+        raise ModelError(f"a random model has no weights to pack as {quantization}", where=where, mend="leave it out")
     if quantization and find_spec("bitsandbytes") is None:
         raise ModelError(
             f"{quantization} weights need bitsandbytes, which is not installed",
             where=where,
-            mend="pip install 'bitsandbytes>=0.46', or leave it out",
+            mend="pip install 'fedloom[quantized]', or leave it out",
         )
-    if quantization and not source.location:
-        raise ModelError(f"a random model has no weights to pack as {quantization}", where=where, mend="leave it out")
 
 
 def check_device_map(device_map: str | None, source: ModelSource) -> None:
