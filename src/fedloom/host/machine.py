@@ -66,6 +66,9 @@ def examine() -> list[Finding]:
     findings = [
         Finding("python", platform.python_version()),
         Finding("processor", f"{_processor()}, {os.cpu_count()} cores"),
+        Finding(
+            "bfloat16", "in the processor's hardware" if computes_bfloat16() else "not in the processor's hardware"
+        ),
         Finding("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
     ]
     if _version("torch"):
@@ -83,6 +86,10 @@ def examine() -> list[Finding]:
     )
     flower = _version("flwr")
     findings.append(Finding("flwr", flower or "not installed; for other machines: pip install 'flwr>=1.41,<1.42'"))
+    bits = _version("bitsandbytes")
+    findings.append(
+        Finding("bitsandbytes", bits or "not installed; for 4-bit and 8-bit models: pip install 'fedloom[quantized]'")
+    )
     nginx = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
     findings.append(Finding("nginx", nginx or "not installed; a server of other machines needs it: apt install nginx"))
     findings.append(_examine_folder("cache", cache_folder(), needed_bytes=2**30))
