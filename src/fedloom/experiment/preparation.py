@@ -1,8 +1,6 @@
 """Preparation of a run: all that can be wrong before weights are loaded, and the plan.
 
-The way to a plan:
-
-recipe -> documents -> splits -> token blocks, and what the model will be -> plan
+The way to a plan: recipe -> documents -> splits -> token blocks, and what the model will be -> plan
 """
 
 from __future__ import annotations
@@ -168,13 +166,13 @@ def prepare(
     material = material or gather(recipe, observer)
     places = choose_places(recipe.training.devices, device, nodes)
     setup = replace(check(recipe, material.source, device), places=places)
-    able = sum(1 for client in material.clients if len(client.train))
-    per_round = check_cohort(recipe, able)
+    blocks = [len(client.train) for client in material.clients]
+    per_round = check_cohort(recipe, sum(map(bool, blocks)))
     kept = {} if predicted is None else predicted
     # Tasks bring texts of their own, of any number.
     held_out = len(material.central) + sum(len(client.holdout) for client in material.clients)
     bound = None if recipe.evaluation.tasks else held_out
-    real = with_real_batches(recipe, [len(client.train) for client in material.clients])
+    real = with_real_batches(recipe, blocks)
     room_for = partial(
         measure, real, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
     )

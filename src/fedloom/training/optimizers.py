@@ -93,7 +93,7 @@ def check_optimizer(training: Training, device: torch.device) -> None:
     if device.type != "cuda":
         raise RecipeError("adamw_8bit needs a GPU", where=where, mend='use "adamw", or set model.device')
     if find_spec("bitsandbytes") is None:
-        raise RecipeError("bitsandbytes is not installed", where=where, mend="pip install 'bitsandbytes>=0.46'")
+        raise RecipeError("bitsandbytes is not installed", where=where, mend="pip install 'fedloom[quantized]'")
 
 
 def open_optimizer(
