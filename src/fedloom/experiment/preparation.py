@@ -1,6 +1,6 @@
 """Preparation of a run: all that can be wrong before weights are loaded, and the plan.
 
-The way to a plan: recipe -> documents -> splits -> token blocks, and what the model will be -> plan
+The way to a plan: recipe -> documents -> splits -> token blocks, and what the model will be -> plan.
 """
 
 from __future__ import annotations
