@@ -63,7 +63,7 @@ def test_what_is_not_allowed_is_refused_with_the_reason(text: str, why: str, tmp
         ("columns", {"data": {"prompt": "{prompt}", "completion": "{patient.name}"}}),
         ("chat_template", {"data": {"messages": "messages", "chat_template": "{{ messages }}"}}),
         ("min_length", {"data": {"max_length": 15}}),
-        ("max_length", {"data": {"max_length": 10**13}}),
+        ("max_length", {"data": {"max_length": 2**24}}),
         ("min_documents", {"data": {"documents_per_client": 1}}),
         ("methods", {"adapter": {"method": "full", "rank": None, "alpha": None}}),
         (
