@@ -36,7 +36,8 @@ from fedloom.training.reference import ReferenceEngine
 @pytest.fixture(autouse=True)
 def rounds_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have products in the base's dtype, whatever it is, on any device, and shapes as a GPU has them."""
-    monkeypatch.setattr(Stack, "rounds_to", lambda stack, _: None if stack._frozen else stack._adapted.base.dtype)
+    patched = staticmethod(lambda adapted, _: None if adapted.frozen else adapted.base.dtype)
+    monkeypatch.setattr(Stack, "rounds_to", patched)
     monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
 
 

@@ -201,17 +201,18 @@ class Stack:
         base: nn.Module = self._adapted.base
         return base
 
-    def rounds_to(self, device: torch.device) -> torch.dtype | None:
-        """Return the dtype that weights are rounded to for products on a device; None where they are not."""
+    @staticmethod
+    def rounds_to(adapted: AdaptedModel, device: torch.device) -> torch.dtype | None:
+        """Return the dtype that a model's stacks round weights to for products on a device; None where they do not."""
         # A frozen A is the model's own, of which nobody would know when to round it anew. In float16 what is small in a
         # gradient would be lost, and without its loss scaled there is no way to keep it.
-        dtype: torch.dtype = self._adapted.base.dtype
-        rounds = device.type == "cuda" and dtype == torch.bfloat16 and not self._frozen
+        dtype: torch.dtype = adapted.base.dtype
+        rounds = device.type == "cuda" and dtype == torch.bfloat16 and not adapted.frozen
         return dtype if rounds and sums_rounded(device) else None
 
     def rounded_like(self, weights_KP: Tensor) -> RoundedWeights | None:
         """Return room for weights, [K, P], as their device rounds them for products; None where it does not."""
-        dtype = self.rounds_to(weights_KP.device)
+        dtype = self.rounds_to(self._adapted, weights_KP.device)
         if dtype is None:
             return None
         # B by its layer's scale, A by one.

@@ -93,7 +93,7 @@ def score_adapters(
         ModelError: memory runs out with a single block.
     """
     how: dict[str, Any] = {"batch_size": batch_size, "most_tokens": most_tokens, "watch": watch, "lower": lower}
-    if batched and (min(at_once, len(asked)) > 1 or Stack(adapted).rounds_to(adapted.device) is not None):
+    if batched and (min(at_once, len(asked)) > 1 or Stack.rounds_to(adapted, adapted.device) is not None):
         return evaluate_together(adapted, asked, at_once=at_once, **how)
     return [evaluate(adapted, *one, **how) for one in asked]
 

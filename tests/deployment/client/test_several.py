@@ -126,7 +126,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 def test_a_client_scores_by_the_products_that_it_trains_by(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Stack, "rounds_to", lambda stack, _: stack.model.dtype)
+    monkeypatch.setattr(Stack, "rounds_to", staticmethod(lambda adapted, _: adapted.base.dtype))
     made, apply = [], RoundedProduct.apply
     monkeypatch.setattr(RoundedProduct, "apply", lambda *given: made.append(given) or apply(*given))
     answer = worker_of(tmp_path, "alice").answer(asked_of(recipe_of(engine), "evaluate", 0))
