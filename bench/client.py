@@ -8,7 +8,6 @@ comes, for three rounds. Memory is PSS: what processes share is counted once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from options import open_parser
 
 from fedloom import load_recipe
 from fedloom.deployment.client.documents import write_splits
@@ -149,7 +150,7 @@ def measure(seconds: float) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=20.0)
     found = measure(parser.parse_args(arguments).seconds)
     parts = [found[part] for part in ("rest_MB", "waiting_MB", "round_MB", "rest_cores")]

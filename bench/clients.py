@@ -9,7 +9,6 @@ the table.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -20,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from options import open_parser
 
 STAND_IN = """#!/bin/sh
 while [ "$1" != "--" ]; do shift; done
@@ -103,7 +104,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("clients", type=int, nargs="*", default=[10, 100, 1000, 10_000])
     parser.add_argument("--nodes", type=int, nargs="*", default=[0])
     parser.add_argument("--at-once", type=int, default=10)

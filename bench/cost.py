@@ -8,10 +8,11 @@ holds what the model is held to.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from options import open_parser
 
 CHUNK_BYTES = 2**20
 """Part of an adapter in one request (`fedloom.deployment.processes.FLOWER`)."""
@@ -141,7 +142,7 @@ def errors(clients: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 30, 100, 1000])
     parser.add_argument("--adapter-bytes", type=int, default=ADAPTER_BYTES)
     parser.add_argument("--evaluations", type=float, default=1.0, help="of a client in a round, on the average")

@@ -9,7 +9,6 @@ a server whose transport makes every reply when it is looked at, a process a cas
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -21,6 +20,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
+
+from options import open_parser
 
 from fedloom.deployment.client.policy import Policy
 from fedloom.deployment.keys import Security, approve, init, request
@@ -297,7 +298,7 @@ def measure_memory(clients: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="of the server's memory")
     parser.add_argument("--many", metavar="CLIENTS", type=int, help="so many clients with an echo, and nothing else")

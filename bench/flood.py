@@ -9,7 +9,6 @@ for messages over a new connection each time, as one that comes back does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from options import open_parser
 
 from fedloom.deployment.keys import Security, approve, init, request
 from fedloom.deployment.processes import private_folder
@@ -212,7 +212,7 @@ def resident_bytes(process: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("--posts", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=15.0, help="to look on when a flood is complete")
     parser.add_argument("--flood", metavar=("PORT", "POSTS", "ADDRESSES", "BYTES", "SENT"), type=int, nargs=5)

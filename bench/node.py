@@ -9,7 +9,6 @@ have one, and then one each. One JSON line a case follows the table.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from client import NAMES, cpu_seconds, family, lay_ground, proportional_bytes
+from options import open_parser
 from scale import NAMES as SERVER
 from scale import own_seconds
 
@@ -104,7 +104,7 @@ class Seen:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--joins", type=int, nargs="+", default=[])

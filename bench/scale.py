@@ -10,7 +10,6 @@ of clients follows the table, and each run's end writes one to the standard erro
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,6 +25,7 @@ from statistics import mean, median
 from typing import Any
 
 from client import family, proportional_bytes
+from options import open_parser
 
 from fedloom.deployment.processes import Child, private_folder
 
@@ -191,7 +191,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = open_parser(__doc__)
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 30, 100])
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--rounds", type=int, default=8)
