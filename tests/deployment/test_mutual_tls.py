@@ -111,7 +111,8 @@ def test_a_client_with_a_certificate_comes_through_and_one_without_does_not(tmp_
         threading.Thread(target=answer, daemon=True).start()
         assert ask(site.ports["near"]) == b"answer"
         assert ask(site.ports["far"]) == b""
-        assert "certificate required" in site.said(site.far)
+        # The gateway logs before it closes. The tunnel may find the connection reset before it has read the reason.
+        assert "peer did not return a certificate" in site.said(site.gate)
 
 
 @pytest.mark.slow
@@ -132,7 +133,7 @@ def test_a_client_with_a_certificate_takes_part_and_one_without_does_not(tmp_pat
         there.start("alice", "join", str(kits[0]), *confirmed(kits[0]), "--data", str(data))
         served = there.finish(server)
         assert "joining" not in there.said("mallory"), "without a certificate nobody answers"
-        assert "certificate required" in site.said(site.far)
+        assert "peer did not return a certificate" in site.said(site.gate)
     local = run_here(recipe, tmp_path / "local")
     assert [record["adapter_sha256"] for record in served.rounds] == [
         record["adapter_sha256"] for record in local.rounds
