@@ -3,7 +3,7 @@
 Run it after constraints.txt or a dependency in pyproject.toml has changed; it asks the package index for hashes alone.
 Each package stands in one file: `deploy.txt` has all that either side of a deployment runs on, the others what their
 extra of pyproject.toml adds to it. torch stands apart, since its CPU build comes from an index of its own, and so does
-CUDA, which only the other build needs: its versions are torch's own choice.
+CUDA, which only the other build needs: its versions are torch's own choice. So does pip, which installs the others.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main() -> None:
         file.write("".join(f"{name}=={pins[name]}\n" for name in pins.keys() - seen.keys()))
         file.flush()
         layers["dev"] |= compile_pins("--no-deps", file.name)
+    write("pip", "what installs the others", {"pip": layers["dev"].pop("pip")})
     write("torch", "its builds of the package index, and a CPU build", torch)
     write("cuda", "what torch's build of the package index needs of NVIDIA's", cuda)
     for extra, blocks in layers.items():
