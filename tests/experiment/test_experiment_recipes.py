@@ -115,7 +115,7 @@ def test_it_runs_on_the_hubs_conversion_and_on_one_made_here_to_the_same_adapter
         assert words in (run.folder / "report.md").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_recipe_of_the_experiment_is_planned(hub: Hub, original: OPTForCausalLM, tmp_path: Path) -> None:
     assert len(RECIPES) == 6
     commit = hub.models[MODEL].request({"model.safetensors": converted(original)})

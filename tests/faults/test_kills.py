@@ -90,7 +90,7 @@ def test_killed_again_and_again_while_it_goes_on(whole: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("batch", first(range(10), keep=3, rest=pytest.mark.slow))
+@pytest.mark.parametrize("batch", first(range(10), rest=pytest.mark.slow))
 def test_killed_at_random_instants_it_goes_on_to_the_same_result(batch: int, whole: Any, tmp_path: Path) -> None:
     recipe, result = whole
     instants = random.Random(2026 + batch)

@@ -168,7 +168,7 @@ def draw_run(draw: random.Random, folder: Path, home: Path) -> tuple[Recipe, dic
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", first(range(100), keep=2, rest=pytest.mark.slow))
+@pytest.mark.parametrize("seed", first(range(100), rest=pytest.mark.slow))
 def test_killed_under_any_settings_it_goes_on_to_the_same_result(seed: int, folder: Path, tmp_path: Path) -> None:
     draw = random.Random(seed)
     recipe, result = draw_run(draw, folder, tmp_path)

@@ -19,7 +19,7 @@ OFTEN = ["bloom", "olmoe"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", first(sorted(FAMILIES, key=lambda name: name not in OFTEN), keep=len(OFTEN), every=15))
+@pytest.mark.parametrize("name", first(sorted(FAMILIES, key=lambda name: name not in OFTEN), keep=len(OFTEN), every=30))
 def test_it_trains_as_by_hand_and_the_page_says_so(name: str, tmp_path: Path) -> None:
     row = try_family(name, tmp_path).row()
     assert row in PAGE, f"docs/models.md is out of date: make check-models; {row}"
