@@ -143,7 +143,10 @@ def test_a_batch_is_cut_to_its_widest_block() -> None:
         batch = take_batch(blocks, torch.tensor(rows))
         assert batch.tokens_BT.shape == batch.labels_BT.shape == (len(rows), width)
         assert batch.num_tokens == sum(len(TEXTS[row]) for row in rows)
-        torch.testing.assert_close(batch.tokens_BT, blocks.tokens_NT[rows, :width])
+        for tokens_T, row in zip(batch.tokens_BT.tolist(), rows, strict=True):
+            length = int(blocks.lengths_N[row])
+            assert tokens_T[:length] == blocks.tokens_NT[row, :length].tolist()
+            assert tokens_T[length:] == [tokens_T[0]] * (width - length), "filled up with its own first token"
 
 
 # Without a padding token, and with one that is the end of the text.

@@ -183,9 +183,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(MIXED),
     "gemma3_text use_bidirectional_attention": Family({"use_bidirectional_attention": True}),
-    # Padding is token 0, whose embedding is zero where the model says that it is for padding: then a root has no slope.
-    "gemma3n_text": Family({**GEMMA_3N, "pad_token_id": 5}, scale=1.0, rate=0.05),
-    "gemma3n_text pad_token_id=0": Family(GEMMA_3N, scale=1.0, rate=0.05),
+    "gemma3n_text": Family(GEMMA_3N, scale=1.0, rate=0.05),
     # Their eager attention rounds to float32, and with heads of 512 features a small difference grows.
     "gemma4_text": Family(
         {"vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},

@@ -88,12 +88,13 @@ def make_adapted(
     return AdaptedModel(base, build_config(section, base), seed, freeze_a=freeze_a, residuals=residuals)
 
 
-def make_windowed(model_type: str) -> AdaptedModel:
+def make_windowed(model_type: str, **changes: Any) -> AdaptedModel:
     """Return Gemma 2 or 3 in float64, whose layers see a window or all, with dropout of attention and adapter."""
     torch.manual_seed(3)
     config = transformers.AutoConfig.for_model(
         model_type, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, sliding_window=5, attention_dropout=0.1,
+        **changes,
     )  # fmt: skip
     base = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, attn_implementation=choose_attention(config)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import GEMMA_3N
 from support.marks import CI, first
 from support.shapes import ARCHITECTURES
 from support.tiny import (
@@ -101,6 +102,18 @@ def test_layers_with_windows_and_capped_scores_too(model_type: str, changes: dic
     adapted = make_windowed(model_type)
     try_unpadding(adapted, 24, lambda *_: None)
     assert both(adapted, make_parts(), **changes) < 1e-9
+
+
+@pytest.mark.parametrize("changes", [{}, {"private": True}], ids=["plain", "private"])
+def test_what_fills_up_is_a_texts_own_token(changes: dict[str, Any]) -> None:
+    """Gemma 3n divides by the size of what it computes: of padding, whose embedding is zeros, there is no slope.
+
+    In a private step such a document would count as nothing, and nobody would know.
+    """
+    adapted = make_windowed("gemma3n_text", pad_token_id=0, **GEMMA_3N)
+    assert not adapted.model.get_input_embeddings().weight[0].any()
+    switch_off_dropout(adapted)
+    assert both(adapted, make_parts(), **changes) < 1e-5, "a part of it is computed in float32"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

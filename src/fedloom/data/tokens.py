@@ -204,12 +204,19 @@ def without_blocks(blocks: TokenBlocks, others: set[bytes]) -> TokenBlocks:
 
 
 def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
-    """Return the blocks of these rows as a batch, cut to the widest of them."""
+    """Return the blocks of these rows as a batch, cut to the widest of them.
+
+    Where padding does not count, it is each block's own first token: that of padding has an embedding of zeros in some
+    models, of which a norm has no slope.
+    """
     # What stands beyond the widest block would be computed and then ignored.
     width = int(blocks.widths[rows].max())
     tokens_BT = blocks.tokens_NT[rows, :width]
     labels_BT = tokens_BT.masked_fill(~blocks.counted_NT[rows, :width], IGNORED)
-    mask_BT = (torch.arange(width) < blocks.lengths_N[rows, None]).long() if blocks.pad_counts else None
+    is_real_BT = torch.arange(width) < blocks.lengths_N[rows, None]
+    mask_BT = is_real_BT.long() if blocks.pad_counts else None
+    if not blocks.pad_counts:
+        tokens_BT = torch.where(is_real_BT, tokens_BT, tokens_BT[:, :1])
     if blocks.texts_NT is not None:
         mask_BT = blocks.texts_NT[rows, :width]
         # The first token of a text has nothing before it from which it could be predicted.

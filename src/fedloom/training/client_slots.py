@@ -225,10 +225,11 @@ def draw_noise(slots: Sequence[ClientSlot], like_KP: Tensor) -> Noise | None:
 def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Clients' batches as [K, B, T] tokens, labels and mask: short ones padded with what counts for nothing.
 
-    So is the place of a client that has none.
+    So is the place of a client that has none. What fills up is a text's first token, as in a batch.
     """
     num_sequences, num_tokens = (max(size) for size in zip(*sizes, strict=True))
-    tokens_KBT = torch.zeros(len(batches), num_sequences, num_tokens, dtype=torch.int64)
+    filling = next((int(batch.tokens_BT[0, 0]) for batch in batches if batch is not None), 0)
+    tokens_KBT = torch.full((len(batches), num_sequences, num_tokens), filling)
     labels_KBT = torch.full_like(tokens_KBT, IGNORED)
     # What fills up is not masked: nobody who counts sees it, and to see nothing at all means nothing to attention.
     mask_KBT = torch.ones_like(tokens_KBT)
@@ -236,6 +237,7 @@ def pad_together(batches: Sequence[Batch | None], sizes: Sequence[tuple[int, int
         if batch is None:
             continue
         sequences, width = batch.tokens_BT.shape
+        tokens_KBT[client, :sequences, width:] = batch.tokens_BT[:, :1]
         tokens_KBT[client, :sequences, :width] = batch.tokens_BT
         labels_KBT[client, :sequences, :width] = batch.labels_BT
         if batch.mask_BT is not None:
