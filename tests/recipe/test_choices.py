@@ -92,7 +92,7 @@ def test_a_partition_and_an_optimizer_are_choices_too(recipe: Callable[[str], Pa
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["adapter.method=ia3", "adapter.rank=4"], r'override adapter.*"ia3" does not use rank$'),
+        (["adapter.method=ia3", "adapter.rank=4"], r'override: `adapter`.*"ia3" does not use rank$'),
         (["adapter.method=ia3", "federation.lora_rule=ffa"], "federation.lora_rule"),
         (["adapter.method=full", "adapter.options.use_bdlora=false"], '"full" does not use options'),
         (["federation.strategy.kind=krum", "federation.strategy.momentum=0.5"], '"krum" does not use momentum'),

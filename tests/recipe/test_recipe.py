@@ -217,7 +217,7 @@ def test_a_bad_value_names_its_key_and_its_line(write: Write, text: str, words: 
 def test_a_bad_override_names_its_key_and_what_is_allowed(section: str, value: str, words: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as caught:
         override(f"{section}={value}")
-    for word in (f"override {section}: `{section}`", *words):
+    for word in (f"override: `{section}`", *words):
         assert word in str(caught.value)
 
 
@@ -407,12 +407,12 @@ def test_a_bad_override_string_is_an_error(written: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("sede=3", "override sede: unknown key `sede`; did you mean `seed`?"),
-        ("training.epoch=3", "override training.epoch: unknown key `training.epoch`; did you mean `epochs`?"),
-        ("trainning.epochs=3", "override trainning: unknown key `trainning`; did you mean `training`?"),
+        ("sede=3", "override: unknown key `sede`; did you mean `seed`?"),
+        ("training.epoch=3", "override: unknown key `training.epoch`; did you mean `epochs`?"),
+        ("trainning.epochs=3", "override: unknown key `trainning`; did you mean `training`?"),
         (
             "federation.strategy.kindd=a",
-            "override federation.strategy.kindd: unknown key `federation.strategy.kindd`; did you mean `kind`?",
+            "override: unknown key `federation.strategy.kindd`; did you mean `kind`?",
         ),
     ],
 )
@@ -423,7 +423,7 @@ def test_an_unknown_override_key_names_the_nearest(written: str, message: str) -
 
 
 def test_a_missing_partition_key_blames_the_override_that_asks_for_it() -> None:
-    with pytest.raises(RecipeError, match=r"^override data\.partition"):
+    with pytest.raises(RecipeError, match=r"^override: `data\.partition`"):
         override("data.partition.kind=dirichlet")
 
 

@@ -224,7 +224,7 @@ def _recipe_error(error: ValidationError, text: str, where: str, overridden: lis
         path.append(last)
     dotted = ".".join(path)
     if any(f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.") for key in overridden):
-        where = f"override {dotted}"
+        where = "override"
     elif line := line_of(text, path):
         where = f"{where}:{line}"
     return explain_key(first, dotted, where, _keys_at(path[:-1]), show_value(first["input"]))
