@@ -132,7 +132,7 @@ def test_a_late_client_costs_its_update_and_is_back_in_a_later_round(tmp_path: P
     with federation(tmp_path) as there:
         joined = join_all(there, asked)
         server = there.serve(write(asked, tmp_path), "--out", str(there.out))
-        there.wait_for("client-1", "round 1", times=2)  # when it begins, and when it is done
+        there.wait_for("client-1", "told      the adapter of round 1")
         worker = find_process(joined["client-1"], "fedloom.deployment.client.worker_process")
         os.kill(worker, signal.SIGSTOP)
         there.wait_for("serve", "lost", times=2)  # once for the evaluation after round 1, once for round 2
