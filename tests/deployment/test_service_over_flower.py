@@ -139,9 +139,9 @@ def test_the_guides_server_stays_for_three_runs_and_goes_to_another_machine(tmp_
         assert 'fedloom_queue{state="done"} 1.0' in server.measured()
 
         # On the second: nothing is started anew.
-        clients.append(come("carol"))
         submit("second")
         submit("third")
+        clients.append(come("carol"))  # whom the second waits for: it is not over before it is looked at
         rounds = server.folder / "runs" / "second" / "rounds.jsonl"
         wait_until(lambda: rounds.exists() and rounds.read_bytes().count(b"\n") >= 2, "a round of the second run")
         assert {one["name"] for one in server.shown()["clients"]} == set(CLIENTS)
