@@ -93,8 +93,10 @@ def test_a_link_of_a_megabit_a_second_carries_an_adapter_of_opt_350m(tmp_path: P
     asked = tiny("data.clients=2", "federation.rounds=1", *OF_OPT_350M)
     with federation(tmp_path, secure=True) as there, slow_link(there.port) as link:
         folders = split(asked, tmp_path / "split")
-        there.join("client-0", folders[0])
-        there.join("client-1", folders[1], through=link.port)
+        (tmp_path / "policy.toml").write_text("max_trained = 1.0\n")  # so large an adapter of so small a model
+        allowed = "--policy", str(tmp_path / "policy.toml")
+        there.join("client-0", folders[0], *allowed)
+        there.join("client-1", folders[1], *allowed, through=link.port)
         server = there.serve(write(asked, tmp_path), "--out", str(there.out))
         there.wait_for("serve", "client-1:")
         link.bytes_per_second = MEGABIT

@@ -226,7 +226,7 @@ class Card:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_SECONDS)
         number = self._process.returncode
-        mend = "go on with --resume, with fewer clients at once if memory ran out"
+        mend = "go on with --resume, once the machine has memory again if that ran out"
         if number is None:
             how = "says what fedloom does not"
         else:

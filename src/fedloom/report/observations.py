@@ -191,9 +191,8 @@ def the_payload(run: Run) -> str | None:
     if not moved or not payload:
         return None
     times = full_model_bytes(run) / payload
-    return (
-        f"{format_bytes(moved)} of adapters were exchanged; the whole model would have been {times:,.0f} times as much."
-    )
+    told = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+    return f"{format_bytes(moved)} of adapters were exchanged; the whole model would have been {told} times as much."
 
 
 RULES: tuple[Callable[[Run], str | None], ...] = (

@@ -333,7 +333,13 @@ def _repeat(run: Run) -> list[Block]:
 def _who(clients: Sequence[int], everyone: int | None) -> str:
     if len(clients) == everyone:
         return f"all {everyone}"
-    return ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
+    if not clients:
+        return ""
+    return (
+        f"client{'s' * (len(clients) > 1)} "
+        + ", ".join(map(str, clients[:8]))
+        + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
+    )
 
 
 def _largest(record: Record) -> str:

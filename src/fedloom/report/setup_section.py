@@ -55,7 +55,10 @@ def show_setup(run: Run, state: str) -> list[Block]:
         why = f": {status['error']}" if status.get("error") else ""
         blocks.insert(0, Text(f"This run is {state}{why}. This report shows what is on record.", note=True))
     blocks += [Text(f"{line}.", note=True) for line in run.plan.get("unused", ())]
-    blocks += [Text("The audit of the split, before copies were taken out of training:"), _audit(plan)]
+    if plan["audit"]["overlaps"]:
+        blocks += [Text("The audit of the split, before copies were taken out of training:"), _audit(plan)]
+    else:
+        blocks += [Text("Each client looked for copies within its own documents; between clients nobody can look.")]
     memory = _memory(run)
     return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
 

@@ -118,9 +118,10 @@ class ClientSlot:
     def largest_batch(self) -> tuple[int, int]:
         """Sequences and tokens of the client's largest batch, the tokens as a multiple of `WIDTHS` where it can be."""
         blocks = self.job.blocks
-        # The first one is not always the largest: a round that goes on with a pass may begin with its uneven end.
+        # The first one is not always the largest: a round that goes on with a pass may begin with its uneven end. A
+        # private round may draw no document at all, and its steps have the room of one then.
         sequences = min(max(map(len, self.batches)), self.job.training.batch_size)
-        return sequences, min(fill_up(int(blocks.widths.max())), blocks.tokens_NT.shape[1])
+        return max(1, sequences), min(fill_up(int(blocks.widths.max())), blocks.tokens_NT.shape[1])
 
     @cached_property
     def most_targets(self) -> int:
