@@ -89,7 +89,7 @@ def make_adapted(
 
 
 def make_windowed(model_type: str, **changes: Any) -> AdaptedModel:
-    """Return Gemma 2 or 3 in float64, whose layers see a window or all, with dropout of attention and adapter."""
+    """Return Gemma 2, 3 or 3n in float64, whose layers see a window or all, with dropout of attention and adapter."""
     torch.manual_seed(3)
     config = transformers.AutoConfig.for_model(
         model_type, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -214,8 +214,10 @@ def take_batch(blocks: TokenBlocks, rows: Tensor) -> Batch:
     tokens_BT = blocks.tokens_NT[rows, :width]
     labels_BT = tokens_BT.masked_fill(~blocks.counted_NT[rows, :width], IGNORED)
     is_real_BT = torch.arange(width) < blocks.lengths_N[rows, None]
-    mask_BT = is_real_BT.long() if blocks.pad_counts else None
-    if not blocks.pad_counts:
+    mask_BT = None
+    if blocks.pad_counts:
+        mask_BT = is_real_BT.long()
+    else:
         tokens_BT = torch.where(is_real_BT, tokens_BT, tokens_BT[:, :1])
     if blocks.texts_NT is not None:
         mask_BT = blocks.texts_NT[rows, :width]

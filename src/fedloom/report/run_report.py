@@ -335,11 +335,8 @@ def _who(clients: Sequence[int], everyone: int | None) -> str:
         return f"all {everyone}"
     if not clients:
         return ""
-    return (
-        f"client{'s' * (len(clients) > 1)} "
-        + ", ".join(map(str, clients[:8]))
-        + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
-    )
+    more = f" and {len(clients) - 8} more" if len(clients) > 8 else ""
+    return f"client{'s' * (len(clients) > 1)} {', '.join(map(str, clients[:8]))}{more}"
 
 
 def _largest(record: Record) -> str:
