@@ -152,8 +152,10 @@ def test_what_it_costs_is_in_the_plan(tmp_path: Path) -> None:
     )
     without = plan(recipe_of(contributions=False, training={"epochs": 2}))
     assert without.arms == 0
-    assert planned.tokens["train"] == without.tokens["train"] + planned.arm_tokens
-    assert planned.tokens["evaluate"] == without.tokens["evaluate"] + 6 * 3 * planned.central_tokens
+    assert planned.stages[:-1] == without.stages
+    assert planned.stages[-1].name == "contributions"
+    assert planned.stages[-1].train == planned.arm_tokens
+    assert planned.stages[-1].evaluate == 6 * 3 * planned.central_tokens
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """What a sweep will cost is told before it starts, and what is on record costs nothing more."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedloom.experiment.preparation import Prepared, gather, prepare
 from fedloom.experiment.sweep import expand, prepare_all, sweep
 from fedloom.host import failpoints
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Stage, add_stages
 from fedloom.recipe.loading import recipe_to_toml
 
 
@@ -42,7 +43,7 @@ class Told(Observer):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lines: list[str] = []
-        self.tokens: dict[Any, int] = {}
+        self.whole = Stage("rounds", 0, 0, 0)
         self.begun: list[Path] = []
         self.passes = 0
 
@@ -51,8 +52,8 @@ class Told(Observer):
             self.lines.append(detail)
             self.begun += self.folder.glob("*/resolved.json")
 
-    def show_sweep(self, tokens: Any) -> None:
-        self.tokens = dict(tokens)
+    def show_sweep(self, stages: Sequence[Stage]) -> None:
+        self.whole = add_stages("rounds", stages)
 
     def show_pass(self, names: Any, plans: Any) -> None:
         self.passes += 1
@@ -68,11 +69,9 @@ def test_the_cost_is_told_first_and_is_what_the_runs_come_to(recipe_file: Path, 
     assert "predicted at most" in told.lines[2]
     assert not told.begun
     records = [json.loads(line) for path in folder.glob("*/rounds.jsonl") for line in path.read_text().splitlines()]
-    assert told.tokens["train"] == sum(record["train_tokens"] for record in records)
+    assert told.whole.train == sum(record["train_tokens"] for record in records)
     reports = [json.loads(line) for path in folder.glob("*/clients.jsonl") for line in path.read_text().splitlines()]
-    assert told.lines[1].startswith(
-        f"{sum(report['steps'] for report in reports)} steps, {told.tokens['train']:,} tokens"
-    )
+    assert told.lines[1].startswith(f"{sum(report['steps'] for report in reports)} steps, {told.whole.train:,} tokens")
     again = Told(folder)
     sweep(recipe_file, ["training.proximal_mu=0,0.5", "adapter.rank=2,4"], folder, again)
     assert (again.lines, again.passes) == ([], 0), "nothing is left"
@@ -89,7 +88,7 @@ def test_rounds_on_record_cost_nothing_more_and_give_a_rate(recipe_file: Path, t
     finally:
         failpoints.arm("")
     sweep(recipe_file, axes, tmp_path / "sweep", again)
-    assert 0 < again.tokens["train"] < first.tokens["train"]
+    assert 0 < again.whole.train < first.whole.train
     assert "at the rate of the rounds on record" in again.lines[2]
 
 
@@ -100,7 +99,8 @@ def test_the_time_is_that_of_the_tokens_at_the_rate_on_record(
     found = ready("seed=1,2")
     make_run(tmp_path / "done", [3.0, 2.5], seconds={"train": [0.0, 3.0], "evaluate": [1.0, 1.0]})
     cost = count_cost(tmp_path, [[list(found)]], found)
-    assert cost.seconds == pytest.approx(cost.tokens["train"] * 3.0 / 300 + cost.tokens["evaluate"] * 2.0 / 1000)
+    whole = add_stages("rounds", cost.stages)
+    assert cost.seconds == pytest.approx(whole.train * 3.0 / 300 + whole.evaluate * 2.0 / 1000)
     assert "time: about " in describe_cost(cost)[2]
     assert count_cost(tmp_path / "elsewhere", [[list(found)]], found).seconds is None
 

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from fedloom.experiment.run import plan
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Progress, StageName
 from fedloom.records.run import Run
 from fedloom.training.engines import choose_engine
 
@@ -173,12 +176,15 @@ class Watching(Observer):
     """Keeps what it is shown."""
 
     def __init__(self) -> None:
-        self.tokens = {"train": 0, "evaluate": 0}
-        self.steps = 0
+        self.done: dict[str, Counter[str]] = {}
 
-    def watch(self, progress) -> None:
-        self.tokens[progress.phase] += progress.tokens
-        self.steps += progress.phase == "train"
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        assert share == 1
+        self.done[name] = self.now = Counter()
+
+    def watch(self, progress: Progress) -> None:
+        self.now[progress.phase] += progress.tokens
+        self.now["steps"] += progress.phase == "train"
 
 
 @pytest.mark.parametrize("changes", first([{}, {"federation": {"fraction": 0.67}}, {"data": {"window": "blocks"}}]))
@@ -197,9 +203,42 @@ def test_the_plan_says_what_the_run_then_does(changes: dict, tmp_path: Path, wri
     assert planned.bytes_per_round == finished.rounds[1]["bytes_up"] + finished.rounds[1]["bytes_down"]
     whole = "fraction" not in changes.get("federation", {})
     tolerance = 0.0 if whole else 0.3  # who is drawn has more or less than the average
-    assert watching.steps == pytest.approx(planned.rounds * planned.steps_per_round, rel=tolerance)
-    assert watching.tokens["train"] == pytest.approx(planned.rounds * planned.train_tokens_per_round, rel=tolerance)
-    assert watching.tokens["evaluate"] == pytest.approx(planned.evaluate_tokens, rel=tolerance)
+    (done,) = watching.done.values()
+    assert done["steps"] == pytest.approx(planned.rounds * planned.steps_per_round, rel=tolerance)
+    assert done["train"] == pytest.approx(planned.rounds * planned.train_tokens_per_round, rel=tolerance)
+    assert done["evaluate"] == pytest.approx(planned.evaluate_tokens, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    first(
+        [
+            {"data": {"client_holdout": 0.25}},
+            {"data": {"central_holdout": 0}, "training": {"max_steps": 3}},
+            {"data": {"client_holdout": 0.0}, "training": {"epochs": 2, "max_steps": None}},
+        ]
+    ),
+)
+def test_what_follows_the_rounds_is_planned_as_it_is_done(changes: dict, tmp_path: Path, write_jsonl) -> None:
+    """Steps and tokens to train on to the last one; what is scored of a client's own adapter depends on its losses."""
+    path = write_jsonl([f"document {i}: " + "some more words " * (i % 7) for i in range(40)])
+    recipe = make_recipe(
+        **{**changes, "data": {"source": str(path), **changes["data"]}},
+        baselines=["round0", "local", "pooled"],
+        personalise={"epochs": 2},
+        contributions=True,
+    )
+    watching = Watching()
+    finished = run(recipe, tmp_path / "run", watching)
+    planned = {stage.name: stage for stage in plan(recipe).stages}
+    assert [*watching.done] == [*planned] == ["rounds", "baselines", "personalise", "contributions"]
+    assert finished.plan["later"] == [asdict(stage) for stage in [*planned.values()][1:]]
+    for name, stage in planned.items():
+        done = watching.done[name]
+        assert (done["steps"], done["train"]) == (stage.steps, stage.train), name
+        assert 0.5 * stage.evaluate <= done["evaluate"] <= stage.evaluate, name
+    for name in ("rounds", "personalise", "contributions"):
+        assert watching.done[name]["evaluate"] == planned[name].evaluate
 
 
 def test_documents_texts_never_reach_the_run_directory(tmp_path: Path, write_jsonl) -> None:

@@ -17,6 +17,7 @@ from fedloom.experiment.sweep import expand, group_by, same_model, same_pass, sw
 from fedloom.host import failpoints
 from fedloom.host.files import take_lock
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Stage
 from fedloom.recipe.axes import read_axis
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.check import check_run
@@ -37,13 +38,13 @@ class Passes(Observer):
     def __init__(self) -> None:
         self.passes: list[list[str]] = []
         self.ranked: list[Any] = []
-        self.past: list[int] = []
+        self.stages: list[Stage] = []
 
     def show_pass(self, names: Any, plans: Any) -> None:
         self.passes.append(list(names))
 
-    def show_past(self, plan: Any, records: Any) -> None:
-        self.past.append(len(records))
+    def show_sweep(self, stages: Any) -> None:
+        self.stages = list(stages)
 
     def show_sweep_end(self, ranked: Any, folder: Path) -> None:
         self.ranked = ranked
@@ -147,8 +148,11 @@ def test_an_interrupted_sweep_goes_on_after_its_last_rounds(
     assert states == ["done", "done", "interrupted", "interrupted"]
     display = Passes()
     sweep(recipe_file, axes, tmp_path / "sweep", display)
+    second = [
+        client["steps"] for path in whole.glob("*sgd*/") for client in read_run(path).clients if client["round"] == 2
+    ]
+    assert [(one.name, one.steps) for one in display.stages] == [("rounds", sum(second))]
     assert [[name[:13] for name in names] for names in display.passes] == [["optimizer=sgd"] * 2]
-    assert display.past == [2, 2], "rounds 0 and 1 of either"
     assert calls == [6, 6, 6, 6, 6], "the second round of the second pass, and nothing twice"
     for path in whole.glob("*/rounds.jsonl"):
         assert numbers(tmp_path / "sweep" / path.parent.name) == numbers(path.parent), "to the bit"

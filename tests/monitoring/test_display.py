@@ -49,21 +49,23 @@ def test_a_terminal_has_a_bar_with_speed_and_time_left(tmp_path: Path) -> None:
     assert "left" in shown
 
 
-@pytest.mark.long
-def test_steps_beyond_the_plan_are_counted_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of what a run is set against, and of clients that go on by themselves."""
+def test_what_follows_the_rounds_has_a_name_and_counts_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
-    screen = io.StringIO()
-    display = Terminal(Console(file=screen, width=200))
-    planned = plan(make_recipe(federation={"rounds": 1}))
-    display.show_plan(planned)
-    steps = planned.steps_per_round
-    for _ in range(steps + 1):
-        display.watch(Progress("train", 10, 1, 1, 0))
-    last, beyond = screen.getvalue().splitlines()[-2:]
-    assert f": {steps}/{steps} steps" in last
-    assert f": {steps + 1} steps" in beyond
-    assert "left" not in beyond
+    recipe = make_recipe(federation={"rounds": 1}, baselines=["pooled"], personalise={}, contributions=True)
+    screen, board = io.StringIO(), Board("fedloom run")
+    run(recipe, tmp_path / "run", Terminal(Console(file=screen, width=200)), observers=[board])
+    told = [line.split(": ", 1) for line in screen.getvalue().splitlines() if " steps  " in line]
+    total = sum(stage.steps for stage in plan(recipe).stages)
+    assert {said.split(" steps")[0].split("/")[1] for _, said in told} == {f"{total:,}"}
+    doing = [what.strip() for what, _ in told]
+    assert [*dict.fromkeys(doing)][:3] == ["round 0, evaluating", "round 1, client 0", "round 1, client 1"]
+    assert {"baselines, round 1", "by itself, client 2", "by itself, evaluating", "contributions, round 1"} <= {*doing}
+    assert told[-1][1].startswith(f"{total:,}/{total:,} steps")
+    assert told[-1][1].endswith(" 0:00 left")
+    assert (board.work.doing, board.work.seconds_left) == ("done", 0)
+    assert (board.work.round, board.work.rounds) == (1, 1)
 
 
 class StopsInRound(Observer):
@@ -96,22 +98,37 @@ def test_a_run_that_goes_on_counts_the_steps_and_tokens_of_before(
     assert board.work.seconds_left == 0
 
 
-@pytest.mark.long
-def test_a_sweep_has_the_time_left_of_all_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_has_the_steps_and_the_time_left_of_all_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloom.monitoring.display.PLAIN_SECONDS", -1.0)
     clock = iter(range(1000))
-    monkeypatch.setattr("fedloom.monitoring.display.Clock", lambda total: Clock(total, now=lambda: float(next(clock))))
+    monkeypatch.setattr("fedloom.monitoring.display.Clock", lambda stages=(): Clock(stages, lambda: float(next(clock))))
     screen = io.StringIO()
     display = Terminal(Console(file=screen, width=200))
     planned = plan(make_recipe(federation={"rounds": 1}))
-    display.show_sweep({phase: 3 * tokens for phase, tokens in planned.tokens.items()})
+    (rounds,) = planned.stages
+    display.show_sweep([rounds] * 3)
     display.show_pass(["one"], [planned])
-    display.watch(Progress("evaluate", planned.tokens["evaluate"], 1, 0))
-    display.watch(Progress("train", planned.tokens["train"], 1, 1, 0))
-    assert "0:00 left, 0:08 of the sweep" in screen.getvalue(), "two more of each, at two ticks of the clock"
-    for _ in range(planned.steps_per_round):
-        display.watch(Progress("train", planned.tokens["train"], 1, 1, 0))
-    assert "of the sweep" not in screen.getvalue().splitlines()[-1], "baselines were not counted"
+    display.show_stage("rounds")
+    display.watch(Progress("evaluate", rounds.evaluate, 1, 0))
+    display.watch(Progress("train", rounds.train, 1, 1, 0))
+    last = screen.getvalue().splitlines()[-1]
+    assert f": 1/{3 * rounds.steps} steps" in last
+    assert last.endswith("0:04 left"), "two more of each, at a tick of the clock"
+
+
+def test_the_time_left_is_without_the_questions_that_are_to_come() -> None:
+    screen = io.StringIO()
+    display = Terminal(Console(file=screen, width=200))
+    planned = replace(plan(make_recipe(federation={"rounds": 1})), tasks=("gsm8k",))
+    display.show_plan(planned)
+    display.show_stage("rounds")
+    (rounds,) = planned.stages
+    display.watch(Progress("evaluate", rounds.evaluate, 1, 0))
+    display.watch(Progress("train", rounds.train, 1, 1, 0))
+    assert display._pace("train").endswith(" 0:00 left before tasks")
+    display.watch(Progress("ask", 100))
+    assert display._describe_work(Progress("ask", 100)) == "round 1, asking tasks"
+    assert "left" not in display._pace("ask")
 
 
 def test_text_of_others_has_no_meaning_as_markup() -> None:
@@ -164,6 +181,20 @@ def test_what_clients_do_stands_beneath_the_bar_and_many_are_counted() -> None:
     assert "alice training, bob answered" in screen.getvalue()
     many = {f"client-{number}": "training" for number in range(40)} | {"bob": "gone"}
     assert describe_clients(many) == "40 training, 1 gone"
+
+
+def test_while_clients_train_the_bar_has_their_round() -> None:
+    display = Terminal(Console(file=io.StringIO(), width=80))
+    display.show_plan(plan(make_recipe()))
+    display.show_stage("rounds")
+    display.watch(Progress("evaluate", 10, 1))
+    assert display._describe_work(Progress("evaluate", 10, 1)) == "round 0, evaluating"
+    record = {"round": 0, "train_seconds": 0.0, "aggregate_seconds": 0.0, "evaluate_seconds": 0.0, "bytes_up": 0,
+              "bytes_down": 0}  # fmt: skip
+    display.show_round(record)  # type: ignore[arg-type]
+    display.show_clients({"alice": "training"})
+    assert display._bar.tasks[0].description == "round 1"
+    assert display._describe_work(Progress("evaluate", 10, 1)) == "round 1", "it came with an answer"
 
 
 def test_a_private_run_shows_what_was_spent_where_others_show_their_clients_losses() -> None:

@@ -23,6 +23,7 @@ from fedloom.errors import RunError
 from fedloom.experiment.run import plan
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.status import describe, find_work, status_file
+from fedloom.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,23 @@ def test_who_is_at_work_tells_what_it_does_and_nobody_does_afterwards(tmp_path: 
     assert find_work(run) is None
     with pytest.raises(RunError, match="not a run directory"):
         list(describe(run))
+
+
+def test_what_clients_do_is_what_a_deployment_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress of theirs comes with their answers, when they are at work on the next question."""
+    monkeypatch.setattr("fedloom.monitoring.status.TELL_SECONDS", -1.0)
+    with status_file(tmp_path / "run", "fedloom serve") as display:
+        display.show_stage("rounds")
+        doing = []
+        for phases in ({"alice": "training"}, {"alice": "answered", "bob": "scoring"}, {"alice": "answered"}):
+            display.show_clients(phases)
+            display.watch(Progress("train", 10, 1, 1, 0))
+            doing.append(display.work.doing)
+        assert doing == ["training", "evaluating", "training"]
+        display.show_stage("personalise")
+        display.show_clients({"alice": "training"})
+        assert display.work.doing == "by itself: training"
+        assert display.work.seconds_left is None
 
 
 def test_a_phase_keeps_its_time_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def _write(
         for own in found:
             own.update((number, next(answers)) for number, _ in taken)
         waiting = waiting[len(taken) :]
-        watch(Progress("evaluate", sum(map(len, written)), len(taken)))
+        watch(Progress("ask", sum(map(len, written)), len(taken)))
     return [[own[number] for number in range(len(prompts))] for own in found]
 
 

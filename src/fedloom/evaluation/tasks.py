@@ -19,7 +19,7 @@ from fedloom.evaluation.code_runs import Limits, pass_at_k, run_programs
 from fedloom.evaluation.flowertune import BOARD_RULES, count_board
 from fedloom.evaluation.generation import LIKELIEST, Complete, Prompt, Sampling, Writing
 from fedloom.evaluation.measures import Measure, find_answers, is_same, mean, rouge_l, share, token_f1
-from fedloom.progress import Watch, ignore
+from fedloom.progress import Watch, as_questions, ignore
 
 Values = dict[str, list[float]]
 """Value of each question, by the name of a measure."""
@@ -76,7 +76,7 @@ class Answerer:
     def _choose(self, asked: AskedTask) -> Values:
         """Return which questions are right by the likeliest choice; likeliest by its sum, and by its characters."""
         found_N = log_likelihoods(
-            self.adapted, asked.options, batch_size=self.batch_size, watch=self.watch, lower=self.lower
+            self.adapted, asked.options, batch_size=self.batch_size, watch=as_questions(self.watch), lower=self.lower
         )
         values: Values = {"accuracy": [], "accuracy_by_length": []}
         sizes = [len(question.choices) for question in asked.questions]

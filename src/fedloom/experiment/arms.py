@@ -10,6 +10,7 @@ from fedloom.errors import RecipeError
 from fedloom.federation.coalitions import Coalition, coalitions_to_train, draw_orders
 from fedloom.federation.schedule import cohort_size
 from fedloom.federation.strategies import least_clients
+from fedloom.progress import Stage
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import Plan
 
@@ -79,10 +80,24 @@ def plan_arms(plan: Plan, recipe: Recipe, find_capacity: Callable[[int], int]) -
     arms = choose_arms(recipe, able).coalitions if recipe.contributions else []
     if not arms:
         return plan
-    tokens = plan.tokens_of_each
-    a_round = sum(
-        sum(tokens[client] for client in arm) * cohort_size(len(arm), recipe.federation) / len(arm) for arm in arms
-    )
+    shares = {arm: cohort_size(len(arm), recipe.federation) / len(arm) for arm in arms}
+
+    def a_round(each: Sequence[float]) -> float:
+        """Return what all arms have together in a round, of what each client has."""
+        return sum(share * sum(each[client] for client in arm) for arm, share in shares.items())
+
     most = max(count_updates(recipe, together) for together in divide_arms(recipe, plan.engine, arms))
-    at_once = min(most, find_capacity(most))
-    return replace(plan, arms=len(arms), arm_tokens=round(plan.rounds * a_round), arms_at_once=at_once)
+    arm_tokens = round(plan.rounds * a_round(plan.tokens_of_each))
+    steps = round(plan.rounds * a_round([client.steps for client in plan.clients]))
+    evaluated = plan.evaluated_rounds or plan.rounds
+    scored = len(arms) * (evaluated + 1) * (plan.central_tokens or plan.judged_tokens)
+    if not plan.central_tokens:  # each client's own adapter is scored too, where what it holds out judges
+        held_out = [client.holdout_tokens for client in plan.clients]
+        scored += round(evaluated * a_round(held_out) * plan.judged_tokens / sum(held_out))
+    return replace(
+        plan,
+        arms=len(arms),
+        arm_tokens=arm_tokens,
+        arms_at_once=min(most, find_capacity(most)),
+        later=(*plan.later, Stage("contributions", steps, arm_tokens, scored)),
+    )

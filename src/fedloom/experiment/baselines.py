@@ -62,6 +62,11 @@ class Baseline:
             self.tokens += sum(report.tokens for report in result.reports)
 
 
+def baseline_rounds(recipe: Recipe, able: int, rounds: int) -> int:
+    """Return the rounds of a baseline that has as many tokens as so many rounds of so many able clients have."""
+    return max(1, round(rounds * cohort_size(able, recipe.federation) / able))
+
+
 def set_up_baselines(
     recipe: Recipe,
     clients: Sequence[ClientBlocks],
@@ -79,9 +84,8 @@ def set_up_baselines(
     `scored_clients` are those whose hold-outs judge where there is no central one, as they judge the run.
     """
     able = {number: client.train for number, client in enumerate(clients) if len(client.train)}
-    share = cohort_size(len(able), recipe.federation) / len(able)
     training = recipe.training.model_copy(update={"proximal_mu": 0.0, "proximal_schedule": "constant"})
-    federation = Federation(rounds=max(1, round(rounds * share)))
+    federation = Federation(rounds=baseline_rounds(recipe, len(able), rounds))
     held_out = [central] if len(central) else [clients[client].holdout for client in scored_clients]
 
     def judge(adapter: Adapter) -> Score:

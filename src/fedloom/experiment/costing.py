@@ -5,15 +5,14 @@ Rounds that are on record cost nothing more, and say how fast the others will be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from fedloom.errors import RunError
 from fedloom.experiment.preparation import Prepared
-from fedloom.progress import Phase
+from fedloom.progress import Stage, add_stages
 from fedloom.records.run import Record, read_run
 from fedloom.text import count, format_bytes, format_seconds
 from fedloom.training.memory import share_of_each
@@ -21,14 +20,12 @@ from fedloom.training.memory import share_of_each
 
 @dataclass(frozen=True)
 class Cost:
-    """Work that is left of a sweep. Baselines, and what else follows the rounds, come on top."""
+    """Work that is left of a sweep, in stages: those of one pass after another. What tasks take is not counted."""
 
     runs: int
     passes: int
     models: int
-    steps: int
-    tokens: dict[Phase, int]
-    """Tokens of the rounds that are left, by phase."""
+    stages: tuple[Stage, ...]
     peak_bytes: int | None
     """Bytes of the largest pass, by prediction; None where none was predicted."""
     seconds: float | None
@@ -37,25 +34,33 @@ class Cost:
 
 def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: Mapping[str, Prepared]) -> Cost:
     """Count what is left of a sweep in its folder: its runs by name, in the passes of each model."""
-    steps, tokens = 0, dict.fromkeys(get_args(Phase), 0)
     passes = [together for model in models for together in model]
-    for name in (name for together in passes for name in together):
-        plan = ready[name].plan
-        trained = sum(record["round"] > 0 for record in _rounds(folder / name))
-        left = max(0.0, 1 - trained / plan.rounds)
-        steps += round(left * plan.rounds * plan.steps_per_round)
-        for phase, number in plan.tokens.items():
-            tokens[phase] += round(left * number)
+    stages = tuple(stage for together in passes for stage in _stages_of(folder, together, ready))
     peaks = [peak for together in passes if (peak := _peak([ready[name] for name in together])) is not None]
     return Cost(
         runs=sum(map(len, passes)),
         passes=len(passes),
         models=len(models),
-        steps=steps,
-        tokens=tokens,
+        stages=stages,
         peak_bytes=max(peaks, default=None),
-        seconds=_seconds(folder, tokens),
+        seconds=_seconds(folder, stages),
     )
+
+
+def _stages_of(folder: Path, together: Sequence[str], ready: Mapping[str, Prepared]) -> Iterator[Stage]:
+    """Yield what is left of a pass: all its rounds and all its baselines, then what follows them run by run."""
+    rounds, baselines, others = [], [], []
+    for name in together:
+        plan = ready[name].plan
+        trained = sum(record["round"] > 0 for record in _rounds(folder / name))
+        first, *later = plan.stages
+        rounds.append(first.part(max(0.0, 1 - trained / plan.rounds)))
+        baselines += [stage for stage in later if stage.name == "baselines"]
+        others += [stage for stage in later if stage.name != "baselines"]
+    yield add_stages("rounds", rounds)
+    if baselines:
+        yield add_stages("baselines", baselines)
+    yield from others
 
 
 def clients_at_once(together: Sequence[Prepared]) -> int:
@@ -75,11 +80,11 @@ def _rounds(folder: Path) -> list[Record]:
     return []
 
 
-def _seconds(folder: Path, tokens: Mapping[Phase, int]) -> float | None:
-    """Return the seconds for so many tokens at the rate of all rounds in the sweep's folder; None without any."""
+def _seconds(folder: Path, stages: Sequence[Stage]) -> float | None:
+    """Return the seconds for so much work at the rate of all rounds in the sweep's folder; None without any."""
     records = [record for path in sorted(folder.glob("*/rounds.jsonl")) for record in _rounds(path.parent)]
-    total = 0.0
-    for phase, number in tokens.items():
+    whole, total = add_stages("rounds", stages), 0.0
+    for phase, number in (("train", whole.train), ("evaluate", whole.evaluate)):
         done = sum(record.get(f"{phase}_tokens", 0) for record in records)
         took = sum(record[f"{phase}_seconds"] for record in records)
         if number and not (done and took):
@@ -91,7 +96,8 @@ def _seconds(folder: Path, tokens: Mapping[Phase, int]) -> float | None:
 def describe_cost(cost: Cost) -> list[str]:
     """Return the cost in sentences, one a line."""
     work = f"{count(cost.runs, 'run')} in {cost.passes:,} pass{'' if cost.passes == 1 else 'es'}"
-    tokens = f"{cost.tokens['train']:,} tokens to train on, {cost.tokens['evaluate']:,} to score"
+    whole = add_stages("rounds", cost.stages)
+    tokens = f"{whole.train:,} tokens to train on, {whole.evaluate:,} to score"
     peak = "not predicted" if cost.peak_bytes is None else f"{format_bytes(cost.peak_bytes)} predicted at most"
     time = (
         "not known before the first steps"
@@ -100,6 +106,6 @@ def describe_cost(cost: Cost) -> list[str]:
     )
     return [
         f"{work}, the base model loaded {count(cost.models, 'time')}",
-        f"{count(cost.steps, 'step')}, {tokens}",
+        f"{count(whole.steps, 'step')}, {tokens}",
         f"memory: {peak}; time: {time}",
     ]

@@ -31,6 +31,7 @@ def personalise(trial: Trial, session: Session, section: Personalise) -> None:
     All of them train in one pass, where the engine can.
     """
     folder = trial.recorder.writer.folder
+    session.begin_stage("personalise")
     best = session.adapted.open(folder / "adapters" / "best")
     fleet = LocalFleet(
         trial.prepared.clients, session.train_clients, session.scorer(trial.recipe.evaluation.batch_size)
@@ -99,22 +100,13 @@ def personal_task(recipe: Recipe, best: Adapter, client: int, round: int) -> Cli
     `round` is one more than the run had.
     """
     assert recipe.personalise is not None, "a recipe without it asks for none"
-    training = recipe.training.model_copy(
-        update={
-            "epochs": recipe.personalise.epochs,
-            "max_steps": None,
-            "schedule_scope": "round",
-            "proximal_mu": 0.0,
-            "proximal_schedule": "constant",
-        }
-    )
     ranks = recipe.federation.client_ranks
     rank = ranks[client] if ranks else None
     return ClientTask(
         round=round,
         client=client,
         adapter=adapter_of_rank(best, rank),
-        training=training,
+        training=recipe.personalise.alone(recipe.training),
         rounds=round,
         seed=recipe.seed,
         # Both factors, also where the federation's rule trains one after the other.

@@ -21,8 +21,9 @@ from fedloom.data.splits import Splits, documents_needed, split_documents
 from fedloom.data.tokens import ClientBlocks, TokenBlocks
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.batches import tokens_at_once
-from fedloom.experiment.arms import check_arms, plan_arms
+from fedloom.experiment.arms import check_arms
 from fedloom.experiment.building import build_shape, dtype_of, open_source
+from fedloom.experiment.later_stages import plan_later
 from fedloom.experiment.places import Place, choose_places, here, name_processes
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import plan_privacy
@@ -181,7 +182,7 @@ def prepare(
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
-    plan = plan_arms(plan, recipe, lambda most: room_for(most).capacity)
+    plan = plan_later(plan, recipe, lambda most: room_for(most).capacity)
     plan = replace(plan, unused=find_unused(recipe, plan, setup.shape, material.found, material.blocks))
     # Which questions were trained on tells of documents: of a private run it is not said.
     trained = digest_trained(material.splits.clients) if recipe.evaluation.tasks and not recipe.privacy else None

@@ -120,6 +120,7 @@ def run(
             trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, watchers, aggregate)
             # Observers that count rounds or steps know those of before the run was stopped.
             past_rounds = trial.past_rounds()
+            session.begin_stage("rounds")
             watchers.show_past(prepared.plan, past_rounds)
             for past in past_rounds:
                 ask_to_stop(trial, watchers, past)
@@ -275,6 +276,7 @@ def plan(recipe: Recipe, display: Observer | None = None) -> Plan:
 def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     """Train a finished run's baselines, all of them in one pass where the engine can, and put them on record."""
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
+    session.begin_stage("baselines", trial.run.completed / trial.prepared.plan.rounds)
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
     train_baselines(baselines, session)
     write_baselines(trial, session, baselines)

@@ -41,7 +41,7 @@ class Session:
         self._batched = batched
         self._engine = engine
         self._lowered_to: int | None = None
-        self.say = observer.show_step
+        self.say, self.begin_stage = observer.show_step, observer.show_stage
         self._most_tokens: int | None = None
 
     def take_lowered(self) -> dict[str, int]:

@@ -93,7 +93,7 @@ def sweep(
         cost = count_cost(folder, passes, ready)
         for line in describe_cost(cost) if left else ():
             display.show_step("cost", line)
-        display.show_sweep(cost.tokens)
+        display.show_sweep(cost.stages)
         for group in models:
             try:
                 errors |= run_group(folder, group, ready, display)
@@ -308,7 +308,6 @@ class OpenTrial:
             clients_at_once=clients_at_once,
             number=number,
         )
-        display.show_past(prepared.plan, self.trial.past_rounds())
         self.baselines: list[Baseline] = []
 
     def record(self, result: RoundResult) -> RoundRecord:
@@ -338,6 +337,7 @@ class OpenTrial:
 def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -> dict[str, str]:
     """Train trials together where the engine can, then all their baselines; return what went wrong, by name."""
     errors: dict[str, str] = {}
+    session.begin_stage("rounds")
     for opened in trials:
         opened.trial.recorder.runs_together = len(trials)
     for number, result in session.run_all([(opened.trial.run, opened.fleet) for opened in trials]):
@@ -356,6 +356,8 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
         rounds = opened.trial.run.completed
         opened.baselines = baselines_of(opened.trial, session, rounds=rounds, first_trial=len(baselines))
         baselines += opened.baselines
+    if baselines:
+        session.begin_stage("baselines")
     train_baselines(baselines, session)
     # What was measured of the baselines is no round's.
     session.telemetry.take()

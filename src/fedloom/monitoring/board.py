@@ -101,6 +101,7 @@ class Board(StatusFile):
         self.rounds.setdefault(record["round"], record)
 
     def show_end(self, run: Run, report: Path) -> None:
+        super().show_end(run, report)
         self.state = "done"
 
     def show_sweep_end(self, ranked: Sequence[tuple[str, float, float, int]], folder: Path) -> None:

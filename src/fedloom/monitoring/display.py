@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
-from fedloom.progress import Clock, Phase, Progress
+from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan, explain_audit, explain_data, explain_rows, explain_shares, explain_weights
 from fedloom.records.privacy import explain_noise, explain_privacy
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
@@ -37,6 +37,9 @@ PRIVATE_COLUMNS = tuple(("ε", width) if name == "train" else (name, width) for 
 """Columns of a private run: its clients' losses are nobody's business, and what was spent is everybody's."""
 CLIENTS_NAMED = 6
 """Clients on the screen at once; where there are more, they are counted."""
+STAGES: dict[StageName, str] = {"baselines": "baselines", "personalise": "by itself", "contributions": "contributions"}
+"""Names of what follows the rounds."""
+DOING: dict[Phase, str] = {"train": "training", "evaluate": "evaluating", "ask": "asking tasks"}
 PLAIN_SECONDS = 20.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -49,19 +52,20 @@ class Terminal(Observer):
         self._bar = _BarAndClients(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps  {task.fields[rate]}"),
+            TextColumn("{task.fields[pace]}"),
             console=self.console,
             transient=True,
             refresh_per_second=4,
         )
-        self._task = self._bar.add_task("", total=None, rate="", visible=False)
-        self._clock = Clock({})
-        self._sweep: Clock | None = None
-        self._steps = 0
-        self._total_steps = 0
-        self._said = time.perf_counter()
+        self._task = self._bar.add_task("", total=None, pace="", visible=False)
+        self._clock = Clock()
+        self._stage: StageName = "rounds"
         self._round = 0
+        self._rounds = 0
+        self._clients: Mapping[str, str] = {}
+        self._asks = False
         self._private = False
+        self._said = time.perf_counter()
 
     def show_step(self, what: str, detail: str) -> None:
         self._print(f"{what:<10}{detail}", style="dim")
@@ -70,26 +74,26 @@ class Terminal(Observer):
         self.console.print(render_plan(plan))
         for warning in plan.warnings:
             self._print(f"note      {warning}")
-        self._total_steps = plan.rounds * plan.steps_per_round
-        self._clock = Clock(plan.tokens)
-        self._private = bool(plan.privacy)
+        self._clock, self._rounds = Clock(plan.stages), plan.rounds
+        self._asks, self._private = bool(plan.tasks), bool(plan.privacy)
 
     def show_folder(self, folder: Path) -> None:
         self._print(f"{'run':<10}{folder}\n", style="dim")
         self._print(round_header(private=self._private), style="bold")
         self._start_bar()
 
-    def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
-        self._clock.skip(plan.tokens_of(records))
-        self._steps += plan.steps_of(records)
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        self._clock.begin(name, share)
+        self._stage, self._round = name, 0
 
-    def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
-        self._sweep = Clock(dict(tokens))
+    def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
+        self._clock.skip(plan.done_of(records))
+
+    def show_sweep(self, stages: Sequence[Stage]) -> None:
+        self._clock = Clock(stages)
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
-        self._steps = 0
-        self._total_steps = sum(plan.rounds * plan.steps_per_round for plan in plans)
-        self._clock = Clock({phase: sum(plan.tokens[phase] for plan in plans) for phase in get_args(Phase)})
+        self._asks, self._rounds = any(plan.tasks for plan in plans), max(plan.rounds for plan in plans)
         self._print(f"{'pass':<10}{count(len(names), 'run')} together", style="dim")
         for warning, number in Counter(warning for plan in plans for warning in plan.warnings).items():
             whose = "" if number == len(plans) else f"{number} of {len(plans)} runs: "
@@ -109,40 +113,54 @@ class Terminal(Observer):
 
     def _start_bar(self) -> None:
         self._clock.start()
-        if self._sweep:
-            self._sweep.start()
         if self.console.is_terminal:
-            self._bar.update(self._task, total=self._total_steps, visible=True)
+            self._bar.update(self._task, visible=True)
             self._bar.start()
 
     def watch(self, progress: Progress) -> None:
         self._clock.tick(progress)
+        self._round = progress.round or self._round
+        doing, pace = self._describe_work(progress), self._pace(progress.phase)
+        total = self._clock.total_steps
+        self._bar.update(self._task, completed=self._clock.steps, total=total, description=doing, pace=pace)
+        self._print_at_times(f"{doing}: {pace}")
+
+    def _describe_work(self, progress: Progress | None = None) -> str:
+        """Say what is done: the stage, with its round, and who is at work."""
+        doing = f"round {self._round}" if self._stage == "rounds" else STAGES[self._stage]
+        if self._stage in ("baselines", "contributions") and self._round:
+            doing += f", round {self._round}"
+        if is_working(self._clients) or progress is None:  # the clients of a deployment have a line of their own
+            return doing
         if progress.phase == "train":
-            self._steps += 1
-            self._round = progress.round or self._round
-        doing = f"round {self._round}"
-        doing += f", client {progress.client}" if progress.phase == "train" else ", evaluating"
-        # What a run is set against, and clients that go on by themselves, come on top of what was planned.
-        beyond = self._steps > self._total_steps
-        if self._sweep and not beyond:
-            self._sweep.tick(progress)
-        rate = self._rate(progress).partition("  ")[0] if beyond else self._rate(progress)
-        self._bar.update(self._task, completed=self._steps, description=doing, rate=rate)
+            return doing if self._stage in ("baselines", "contributions") else f"{doing}, client {progress.client}"
+        return f"{doing}, {DOING[progress.phase]}"
+
+    def _pace(self, phase: Phase) -> str:
+        """Say how many steps are done, how fast it goes, and the time left as far as it is known."""
+        total, speed = self._clock.total_steps, self._clock.tokens_per_second(phase)
+        said = f"{self._clock.steps:,}{'' if total is None else f'/{total:,}'} steps"
+        said += f"  {speed:,.0f} tokens/s" if speed else ""
+        # What questions take, nobody knows before they are asked.
+        left = None if phase == "ask" else self._clock.seconds_left()
+        return said if left is None else f"{said}  {format_seconds(left)} left{' before tasks' if self._asks else ''}"
+
+    def _print_at_times(self, line: str) -> None:
+        """Print a line where there is no terminal, and none was printed for a while."""
         if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
             self._said = time.perf_counter()
-            of = "" if beyond else f"/{self._total_steps:,}"
-            self._print(f"      {doing}: {self._steps:,}{of} steps  {rate}")
+            self._print(f"      {line}")
 
     def show_round(self, record: RoundRecord) -> None:
+        self._round = min(record["round"] + 1, self._rounds)
         self._print(format_round(record))
         for what, why in explain_losses(record):
             self._print(f"{what:<10}{why}")
 
     def show_clients(self, phases: Mapping[str, str]) -> None:
-        self._bar.clients = describe_clients(phases)
-        if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
-            self._said = time.perf_counter()
-            self._print(f"      {self._bar.clients}")
+        self._clients, self._bar.clients = phases, describe_clients(phases)
+        self._bar.update(self._task, description=self._describe_work())
+        self._print_at_times(self._bar.clients)
 
     def show_end(self, run: Run, report: Path) -> None:
         self._print("")
@@ -159,13 +177,6 @@ class Terminal(Observer):
         """Take the progress bar off the screen."""
         if self._bar.live.is_started:
             self._bar.stop()
-
-    def _rate(self, progress: Progress) -> str:
-        speed, left = self._clock.tokens_per_second(progress.phase), self._clock.seconds_left()
-        said = f"{speed:,.0f} tokens/s" if speed else ""
-        said += f"  {format_seconds(left)} left" if left is not None else ""
-        whole = self._sweep.seconds_left() if self._sweep else None
-        return said + (f", {format_seconds(whole)} of the sweep" if left is not None and whole is not None else "")
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(show_controls(text), style=style, soft_wrap=True, markup=False)
@@ -214,6 +225,11 @@ def explain_losses(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "lost", why
     for client, times in record.get("scaled", {}).items():
         yield "scaled", f"client {client}: its change was {times:,.0f} times the middle one"
+
+
+def is_working(phases: Mapping[str, str]) -> bool:
+    """Return whether a client of a deployment is at work: what it does comes with its answer, when it is done."""
+    return not {"training", "scoring"}.isdisjoint(phases.values())
 
 
 def describe_clients(phases: Mapping[str, str]) -> str:

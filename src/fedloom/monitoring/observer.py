@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.errors import FedloomError
 from fedloom.host.signals import Terminated
-from fedloom.progress import Phase, Progress
+from fedloom.progress import Progress, Stage, StageName
 
 if TYPE_CHECKING:
     from fedloom.records.plan import Plan
@@ -33,6 +33,9 @@ class Observer:
 
     def show_folder(self, folder: Path) -> None:
         """Hear that the rounds begin, and in which run directory."""
+
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        """Hear that the next stage of that name begins, of which a share is left to do."""
 
     def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
         """Hear which rounds a run has on record as it goes on; none where it begins."""
@@ -68,8 +71,8 @@ class Observer:
     def show_queue(self, runs: Sequence[Mapping[str, Any]]) -> None:
         """Hear of the runs that a service has had, has and will have: a record of each, by number."""
 
-    def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
-        """Hear that a sweep begins, and how many tokens its rounds have in each phase."""
+    def show_sweep(self, stages: Sequence[Stage]) -> None:
+        """Hear that a sweep begins, and which stages it has, in their order: those of one pass after another."""
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         """Hear which runs of a sweep train together now."""
@@ -101,6 +104,10 @@ class Observers(Observer):
     def show_folder(self, folder: Path) -> None:
         for observer in self._observers:
             observer.show_folder(folder)
+
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        for observer in self._observers:
+            observer.show_stage(name, share)
 
     def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
         for observer in self._observers:
@@ -143,9 +150,9 @@ class Observers(Observer):
         for observer in self._observers:
             observer.show_queue(runs)
 
-    def show_sweep(self, tokens: Mapping[Phase, int]) -> None:
+    def show_sweep(self, stages: Sequence[Stage]) -> None:
         for observer in self._observers:
-            observer.show_sweep(tokens)
+            observer.show_sweep(stages)
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         for observer in self._observers:

@@ -20,11 +20,11 @@ from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, Lock, hash_text, is_held, replace_file
-from fedloom.monitoring.display import format_round, round_header
+from fedloom.monitoring.display import DOING, STAGES, format_round, is_working, round_header
 from fedloom.monitoring.observer import Observer
-from fedloom.progress import Clock, Progress
+from fedloom.progress import Clock, Phase, Progress, StageName
 from fedloom.records.plan import Plan
-from fedloom.records.run import RoundRecord, read_run
+from fedloom.records.run import RoundRecord, Run, read_run
 from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
@@ -55,7 +55,8 @@ class StatusFile(Observer):
     def __init__(self, command: str, file: Path | None) -> None:
         self._file = file
         self._work = Work(os.getpid(), command, now())
-        self._clock = Clock({})
+        self._clock = Clock()
+        self._stage: StageName = "rounds"
         self._told = 0.0
         self._tell()
 
@@ -68,33 +69,53 @@ class StatusFile(Observer):
         self._tell(doing=f"{what}: {detail}")
 
     def show_plan(self, plan: Plan) -> None:
-        self._clock = Clock(plan.tokens)
+        self._clock = Clock(plan.stages)
         self._tell(rounds=plan.rounds)
 
     def show_folder(self, folder: Path) -> None:
         self._clock.start()
 
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        self._clock.begin(name, share)
+        self._stage = name
+        doing = {} if name == "rounds" else {"doing": STAGES[name]}
+        self._tell(seconds_left=self._clock.seconds_left(), **doing)
+
     def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
-        self._clock.skip(plan.tokens_of(records))
+        self._clock.skip(plan.done_of(records))
 
     def show_next(self, folder: Path | None) -> None:
-        self._clock = Clock({})
+        self._clock = Clock()
         doing = "starting" if folder else "waiting for a run"
         self._tell(doing=doing, round=None, rounds=None, seconds_left=None, clients={})
 
     def show_clients(self, phases: Mapping[str, str]) -> None:
         known, at = self._work.clients, time.time()
         same = {name for name, phase in phases.items() if name in known and known[name][0] == phase}
-        self._tell(clients={name: known[name] if name in same else (phases[name], at) for name in phases})
+        doing = {"doing": self._doing("train" if "training" in phases.values() else "evaluate")}
+        self._tell(
+            clients={name: known[name] if name in same else (phases[name], at) for name in phases},
+            **(doing if is_working(phases) else {}),
+        )
 
     def watch(self, progress: Progress) -> None:
         self._clock.tick(progress)
         if time.monotonic() - self._told > TELL_SECONDS:
-            doing = "training" if progress.phase == "train" else "evaluating"
-            self._tell(doing=doing, round=progress.round or self._work.round, seconds_left=self._clock.seconds_left())
+            told: dict[str, Any] = {"seconds_left": self._clock.seconds_left() if progress.phase != "ask" else None}
+            if self._stage == "rounds" and progress.round:
+                told["round"] = progress.round
+            if not is_working({name: phase for name, (phase, _) in self._work.clients.items()}):
+                told["doing"] = self._doing(progress.phase)
+            self._tell(**told)
 
     def show_round(self, record: RoundRecord) -> None:
         self._tell(round=record["round"], seconds_left=self._clock.seconds_left())
+
+    def show_end(self, run: Run, report: Path) -> None:
+        self._tell(doing="done", seconds_left=0.0)
+
+    def _doing(self, phase: Phase) -> str:
+        return DOING[phase] if self._stage == "rounds" else f"{STAGES[self._stage]}: {DOING[phase]}"
 
     def _tell(self, **changed: Any) -> None:
         self._told = time.monotonic()

@@ -17,6 +17,7 @@ from pydantic import (
 
 from fedloom.recipe.methods import METHODS, check_choice, check_method
 from fedloom.recipe.section import ANY_DEVICE, LARGEST, MOST, Section
+from fedloom.recipe.training_section import Training
 
 
 def _to_names(value: object) -> object:
@@ -292,6 +293,18 @@ class Personalise(Section):
     """The training that each client goes on with by itself, when the rounds are over."""
 
     epochs: int = Field(1, ge=1, le=MOST, description="passes over its own documents, from the best global adapter on")
+
+    def alone(self, training: Training) -> Training:
+        """Return how a client trains that goes on by itself: not held to the others, on a schedule of its own."""
+        return training.model_copy(
+            update={
+                "epochs": self.epochs,
+                "max_steps": None,
+                "schedule_scope": "round",
+                "proximal_mu": 0.0,
+                "proximal_schedule": "constant",
+            }
+        )
 
 
 def _to_tasks(value: object) -> object:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.data.splits import Audit
-from fedloom.progress import Phase
+from fedloom.progress import Stage
 from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ class Plan:
     """Steps that each client's epochs would take, where `training.max_steps` allows fewer."""
     privacy: Mapping[str, Any] = field(default_factory=dict)
     """Promise about one document, where there is one: unit, δ, and each client's documents, noise and ε of the run."""
+    later: tuple[Stage, ...] = ()
+    """Stages that follow the rounds, in their order."""
     arms: int = 0
     """Federations of some of the clients that train at the end, to find what each client brings."""
     arm_tokens: int = 0
@@ -195,13 +197,10 @@ class Plan:
         return [client.tokens * part * self.epochs for client, part in zip(self.clients, parts, strict=True)]
 
     @property
-    def tokens(self) -> dict[Phase, int]:
-        """Tokens of the whole run by phase, those of the arms at its end among them."""
-        judging = self.arms * ((self.evaluated_rounds or self.rounds) + 1) * (self.central_tokens or self.judged_tokens)
-        return {
-            "train": self.rounds * self.train_tokens_per_round + self.arm_tokens,
-            "evaluate": self.evaluate_tokens + judging,
-        }
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages of the run: its rounds, and what follows them."""
+        steps, tokens = self.rounds * self.steps_per_round, self.rounds * self.train_tokens_per_round
+        return Stage("rounds", steps, tokens, self.evaluate_tokens), *self.later
 
     @property
     def evaluate_tokens(self) -> int:
@@ -209,17 +208,12 @@ class Plan:
         rounds = self.evaluated_rounds or self.rounds
         return self._tokens_of_evaluations(rounds + 1, rounds)
 
-    def steps_of(self, records: Sequence[Mapping[str, Any]]) -> int:
-        """Return the optimizer steps that rounds on record took, as they were planned."""
-        return self.steps_per_round * _count_trained(records)
-
-    def tokens_of(self, records: Sequence[Mapping[str, Any]]) -> dict[Phase, int]:
-        """Return the tokens of rounds on record by phase, as they were planned."""
+    def done_of(self, records: Sequence[Mapping[str, Any]]) -> Stage:
+        """Return what rounds on record took, as it was planned."""
         evaluated = ["central_loss" in record or bool(record.get("client_losses")) for record in records]
-        return {
-            "train": self.train_tokens_per_round * _count_trained(records),
-            "evaluate": self._tokens_of_evaluations(sum(evaluated), sum(evaluated[:-1])),
-        }
+        trained = sum(record["round"] > 0 for record in records)
+        scored = self._tokens_of_evaluations(sum(evaluated), sum(evaluated[:-1]))
+        return Stage("rounds", self.steps_per_round * trained, self.train_tokens_per_round * trained, scored)
 
     def _tokens_of_evaluations(self, rounds: int, own: int) -> int:
         """Return the tokens of scoring the global adapter after so many rounds, and clients' own in `own` rounds."""
@@ -271,15 +265,10 @@ class Plan:
         later = (
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "processes", "unused"),
             *("slow_attention", "slow_dtype", "shares", "capped", "whole_steps"),
-            *("evaluated_rounds", "kept_adapters", "arms", "arm_tokens", "arms_at_once", "privacy", "tasks"),
-            *("elsewhere", "shared_alone", "lacks_memory"),
+            *("evaluated_rounds", "kept_adapters", "later", "arms", "arm_tokens", "arms_at_once"),
+            *("privacy", "tasks", "elsewhere", "shared_alone", "lacks_memory"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
-
-
-def _count_trained(records: Sequence[Mapping[str, Any]]) -> int:
-    """Count the rounds that trained: all but round 0."""
-    return sum(1 for record in records if record["round"])
 
 
 def explain_audit(plan: Plan) -> str:
