@@ -124,7 +124,11 @@ def test_a_process_that_is_killed_ends_the_run_in_one_line_and_it_goes_on(tmp_pa
     says = attempt(recipe, tmp_path / "broken", display=Watched(kill))
     assert says.startswith("training.devices: the process that trains on cpu was killed (signal 9); go on with")
     assert not processes()
-    assert attempt(recipe, tmp_path / "broken") == ""
+    gone, after = Watched(), read_run(tmp_path / "broken").status["round"]
+    assert attempt(recipe.model_copy(update={"training": recipe.training.model_copy(update={"devices": ("cpu",)})}),
+                   tmp_path / "broken", display=gone) == "", "without the device that is gone"  # fmt: skip
+    assert 'moved: training.devices = ["cpu"] from here on, which moves results by rounding' in gone.said
+    assert read_run(tmp_path / "broken").status["moved"] == [f'after round {after} with training.devices = ["cpu"]']
     assert attempt(make_recipe(tmp_path), tmp_path / "whole") == ""
     assert result_of(tmp_path / "broken") == result_of(tmp_path / "whole")
 

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedloom.records import state as state_module
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
 from fedloom.records.state import check_records, committed, load_state, read_state
+from fedloom.report import figures
 
 BITS = int(os.environ.get("FEDLOOM_FLIPPED_BITS", "300"))
 
@@ -230,6 +232,29 @@ def test_another_recipe_is_refused_by_its_keys(changes: Any, says: str, begun: A
     _, _, stopped, _ = begun
     folder = copy(stopped, tmp_path / "run")
     assert says in attempt(make_recipe(stopped.parent, **changes), folder)
+
+
+def test_how_many_train_at_once_may_change_and_is_on_record(begun: Any, tmp_path: Path) -> None:
+    """And neither the time between is in the runtime, nor is it hidden that there was one."""
+    _, _, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    status = json.loads((folder / "status.json").read_text())
+    before, hour = read_run(folder), timedelta(hours=1)
+    ended, started = (datetime.fromisoformat(status[key]) - 5 * hour for key in ("updated", "started"))
+    status |= {"updated": ended.isoformat(), "started": (started - hour).isoformat()}
+    (folder / "status.json").write_text(json.dumps(status))
+    recipe = make_recipe(stopped.parent, training={**before.recipe["training"], "clients_at_once": 1})
+    assert not attempt(recipe, folder)
+    done = read_run(folder)
+    assert done.status["clients_at_once"] == 1
+    assert done.status["moved"] == [f"after round {before.status['round']} with training.clients_at_once = 1"]
+    assert 3598 < (figures.elapsed_seconds(done) or 0) < 3600 + 600, "the hour, and what it took"
+    text = (folder / "report.md").read_text()
+    assert "went on 1 time; 5:0" in text
+    assert f"between are not in the runtime; after round {before.status['round']} with training.clients" in text
+    assert "from start to end, pauses left out" in text
+    # What is not said again stays: the next process has as many.
+    assert not attempt(recipe, folder)
 
 
 def test_other_documents_or_another_base_model_are_refused_by_name(tmp_path: Path, begun: Any) -> None:

@@ -9,11 +9,13 @@ The arrows say what becomes of what; `run` below says when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.building import load_adapted_model
@@ -51,6 +53,10 @@ from fedloom.records.state import committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
 
+MOVABLE = {"training.devices", "training.clients_at_once"}
+"""Keys that a run may go on with other values of: where clients train, and how many at once, moves results by rounding.
+A device may be gone."""
+
 
 def run(
     recipe: Recipe,
@@ -68,7 +74,8 @@ def run(
 
     Nothing is written before the data, the model and the adapter are there and fit together. The report is written at
     the end, with `watch` after every round too. `log_to` names a tracker that is told each round's numbers. With
-    `resume`, a run directory that is there goes on after its last complete round, to the same result.
+    `resume`, a run directory that is there goes on after its last complete round, to the same result; the keys of
+    `MOVABLE` may differ then.
 
     `clients` are those of this process where it is left out. `aggregate` takes the place of the recipe's strategy, and
     `observers` are told of everything that happens.
@@ -87,7 +94,8 @@ def run(
     with ExitStack() as stack:
         watchers = stack.enter_context(open_watchers(folder, clients.command, everyone, gpu=gpu, report=watch))
         writer = stack.enter_context(closing(RunWriter(folder, resume=True))) if resume else None
-        if writer and is_complete(writer, recipe, aggregate):
+        moved = check_same_recipe(folder, recipe) if writer else {}
+        if writer and is_complete(writer, aggregate):
             watchers.show_step("done", f"{folder} is complete: nothing is left to do")
             return read_run(folder)
 
@@ -117,6 +125,7 @@ def run(
             # Whatever is neither training nor evaluation from here on is aggregation and its records.
             stack.enter_context(session.telemetry.phase("aggregation"))
             fleet = clients.open_fleet(recipe, prepared, session, folder)
+            note_moves(writer, moved, state.round if state else 0, watchers)
             trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, watchers, aggregate)
             # Observers that count rounds or steps know those of before the run was stopped.
             past_rounds = trial.past_rounds()
@@ -144,13 +153,12 @@ def run(
     return finished
 
 
-def is_complete(writer: RunWriter, recipe: Recipe, aggregate: Aggregate | None) -> bool:
-    """Return whether a run directory holds this recipe's whole run; a report that is missing is written.
+def is_complete(writer: RunWriter, aggregate: Aggregate | None) -> bool:
+    """Return whether a run directory holds a whole run; a report that is missing is written.
 
     Raises:
-        RunError: it is another recipe's, or began with another strategy of the caller's.
+        RunError: it began with another strategy of the caller's.
     """
-    check_same_recipe(writer.folder, recipe)
     check_same_strategy(writer.folder, own_strategy(aggregate))
     if writer.status.get("state") != "done" or not is_sound(writer.folder):
         return False
@@ -233,14 +241,14 @@ def is_sound(folder: Path) -> bool:
     return not damaged_own_adapters(read_run(folder), state.adapter.layout)
 
 
-def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on with another recipe than the run began with.
+def check_same_recipe(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Refuse to go on with another recipe than the run began with, but for the keys of `MOVABLE`: return those.
 
     Raises:
         RunError: naming the keys that differ.
     """
     if not has_plan(folder):
-        return
+        return {}
     run = read_run(folder)
     make_absolute(run.recipe, Path.cwd())  # early versions kept paths as they were written
     began, asked = flatten(run.recipe), flatten(recipe.model_dump(mode="json"))
@@ -249,7 +257,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     # What an earlier version did not know of, it did not do, or did as is done where nothing is said of it.
     differing = sorted(
         key
-        for key in began | asked
+        for key in (began | asked).keys() - MOVABLE
         if began.get(key) != asked.get(key) and (key in began or (asked[key] and asked[key] != usual.get(key)))
     )
     if differing:
@@ -258,6 +266,17 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             where=str(folder),
             mend="go on with the recipe.toml in it, or begin a run of its own with another --out",
         )
+    return {key: asked.get(key) for key in sorted(MOVABLE) if began.get(key) != asked.get(key)}
+
+
+def note_moves(writer: RunWriter, moved: Mapping[str, Any], after: int, watchers: Observer) -> None:
+    """Put on record what a run goes on with after a round that it did not begin with."""
+    for key, value in moved.items():
+        said = f"{key} = {json.dumps(value)}" if value is not None else f"no {key}"
+        watchers.show_step("moved", f"{said} from here on, which moves results by rounding")
+        writer.write_status("running", moved=[*writer.status.get("moved", []), f"after round {after} with {said}"])
+    # The next process has as many, too.
+    writer.write_status("running", clients_at_once=moved.get("training.clients_at_once"))
 
 
 def plan(recipe: Recipe, display: Observer | None = None) -> Plan:

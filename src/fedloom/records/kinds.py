@@ -33,6 +33,9 @@ class StatusRecord(TypedDict, total=False):
     rounds: int
     error: str | None
     stopped_early: str | None
+    resumed: int
+    paused: float
+    moved: list[str]
 
 
 class EnvironmentRecord(TypedDict, total=False):

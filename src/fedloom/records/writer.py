@@ -45,6 +45,8 @@ class RunWriter:
         self._lock = take_lock(folder)
         try:
             self._status: Record = read_json(folder / "status.json") or {"started": now()}
+            if self._status.get("updated"):  # from here on it is at work again
+                self._status["paused"] = self._status.get("paused", 0.0) + seconds_since(self._status["updated"])
             self._digests = {name: hash_start(folder / name) for name in RECORDS}
         except BaseException:
             self.close()
@@ -192,6 +194,11 @@ def round_record(result: RoundResult) -> RoundRecord:
 def now() -> str:
     """Return the time as records have it: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def seconds_since(moment: str) -> float:
+    """Return the seconds since a time as `now` writes it."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())
 
 
 def _finite(value: float) -> float | None:

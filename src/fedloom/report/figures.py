@@ -88,11 +88,15 @@ def total_seconds(run: Run) -> float:
 
 
 def elapsed_seconds(run: Run) -> float | None:
-    """Return the seconds from the start of the run to the last update of its status; None if either is unknown."""
+    """Return the seconds from the start of the run to the last update of its status; None if either is unknown.
+
+    Those in which nobody was at work, between a stop and going on, are not counted.
+    """
     started, updated = run.status.get("started"), run.status.get("updated")
     if not started or not updated:
         return None
-    return (datetime.fromisoformat(updated) - datetime.fromisoformat(started)).total_seconds()
+    whole = (datetime.fromisoformat(updated) - datetime.fromisoformat(started)).total_seconds()
+    return max(0.0, whole - float(run.status.get("paused", 0.0)))
 
 
 def phase_shares(run: Run) -> dict[str, float]:

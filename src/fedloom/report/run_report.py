@@ -214,6 +214,7 @@ def _runtime(run: Run) -> list[Block]:
     bars = Bars(rounds, {phase: [figures.phase_seconds(r, phase) for r in run.rounds] for phase in figures.PHASES})
     elapsed, total = figures.elapsed_seconds(run), figures.total_seconds(run)
     rest = f", {elapsed:,.0f} s from start to end" if elapsed is not None else ""
+    rest += ", pauses left out" if run.status.get("paused") else ""
     blocks: list[Block] = [
         Text(f"Average and standard deviation over rounds. {total:,.1f} s in rounds{rest}."),
         *([Text(figures.SHARED_PASS)] if figures.shares_a_pass(run) else []),

@@ -45,6 +45,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Start": _time(status.get("started")),
         "Finish" if state != STATES["running"] else "Last update": _time(status.get("updated")),
         "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "unknown",
+        **({"Stopped": _stopped(status)} if status.get("resumed") else {}),
         "Machine": _machine(run.environment),
         "Versions": name_versions(run.environment),
     }
@@ -61,6 +62,13 @@ def show_setup(run: Run, state: str) -> list[Block]:
         blocks += [Text("Each client looked for copies within its own documents; between clients nobody can look.")]
     memory = _memory(run)
     return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
+
+
+def _stopped(status: Record) -> str:
+    """Say how often a run was stopped and went on, for how long nobody was at work, and what is other since."""
+    moved = "".join(f"; {one}" for one in status.get("moved", ()))
+    between = f"; {format_seconds(status['paused'])} between are not in the runtime" if status.get("paused") else ""
+    return f"went on {count(status['resumed'], 'time')}{between}{moved}"
 
 
 def _strategy(run: Run) -> str:
