@@ -182,7 +182,7 @@ def test_the_site_has_every_page() -> None:
     assert shown == {script("build_site").place_of(page) for page in PAGES}
 
 
-@pytest.mark.long  # as make docs does
+@pytest.mark.slow  # as make docs does
 def test_pages_can_be_checked_from_the_command_line() -> None:
     checked = subprocess.run(
         [sys.executable, ROOT / "scripts" / "write_pages.py", "--check"], capture_output=True, text=True, check=False

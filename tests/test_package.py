@@ -111,7 +111,7 @@ def test_nothing_is_installed_without_a_hash() -> None:
         assert not re.search(r"pip install\S* '?fedloom", page.read_text()), f"{page.name}: a name anybody may have"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_same_commit_is_built_to_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("cyclonedx_py", reason="cyclonedx-bom is not installed: make install")

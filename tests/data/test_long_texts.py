@@ -71,7 +71,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("kind", first(TEXTS, keep=2))
+@pytest.mark.parametrize("kind", first(TEXTS, keep=2, every=2))
 def test_the_pieces_give_the_tokens_of_the_whole(kind: str, tokenizer: Any) -> None:
     text = TEXTS[kind][:60_000]
     whole = tokenizer(text, verbose=False)["input_ids"]
@@ -187,7 +187,7 @@ def test_joining_at_the_cut_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> 
     assert long_texts.tokenize_all(PROSE[:60_000], tokenizer).tolist() != tokenizer(PROSE[:60_000])["input_ids"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ten_million_characters_take_little_more_than_their_tokens() -> None:
     tokenizer, text = trained("bpe"), (PROSE * 60)[:10_000_000]
     tokenize_documents([Document(PROSE, "warm")], tokenizer, make_recipe(data={"window": "blocks"}).data)

@@ -42,7 +42,7 @@ def test_an_echo_reads_signed_questions_and_tells_the_facts_of_a_client(tmp_path
             child.end()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_round_of_made_answers_is_taken() -> None:
     done = subprocess.run([sys.executable, str(BENCH), "--memory", "2"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["clients"] == 2

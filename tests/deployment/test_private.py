@@ -12,7 +12,7 @@ from support.federation_here import federation, split, tiny
 from fedloom.deployment.client.journal import Journal, open_ledger, standing
 from fedloom.recipe.loading import recipe_to_toml
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ from fedloom.recipe.loading import recipe_to_toml
 IPV6 = find_nginx() is not None and has_ipv6()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_clients_of_one_join_make_the_adapter_of_a_run_here_though_worker_and_server_are_killed(tmp_path: Path) -> None:
     """Each with its own key, over TLS; trained one after another, since the engine is the same everywhere then.

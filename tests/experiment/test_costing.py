@@ -117,7 +117,7 @@ def test_the_memory_of_a_pass_is_that_of_all_clients_that_train_at_once(
     assert one.memory.peak_bytes(at_once) > (one.plan.peak_bytes or 0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_arms_whose_steps_are_alike_share_their_prediction_and_each_has_its_own(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -490,7 +490,7 @@ PLANS = [case for case in CASES if case.shows != RESULT and case not in OFTEN]
 RUNS = sorted((case for case in CASES if case.shows == RESULT), key=lambda case: len(case.values))
 
 
-@pytest.mark.parametrize("case", [*OFTEN, *first([*RUNS, *METHOD_CASES, *PLANS], keep=3)], ids=str)
+@pytest.mark.parametrize("case", [*OFTEN, *first([*RUNS, *METHOD_CASES, *PLANS], keep=3, every=4)], ids=str)
 def test_no_two_values_of_a_key_come_to_the_same(
     case: Case, folder: Path, tmp_path: Path, known: dict[tuple[str, str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

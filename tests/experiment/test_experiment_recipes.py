@@ -84,7 +84,7 @@ def carry_out(hub: Hub, home: Path, *commands: tuple[str, ...]) -> list[tuple[in
     return list(zip(codes, texts, strict=True))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_it_runs_on_the_hubs_conversion_and_on_one_made_here_to_the_same_adapter(
     hub: Hub, original: OPTForCausalLM, tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from support.import_file import import_file
 from support.killed_runs import result_of
-from support.marks import first
 from support.quick_runs import make_recipe
 from support.tiny import make_adapted, make_blocks, make_job, make_update
 
@@ -174,8 +173,8 @@ def test_one_ctrl_c_ends_a_run_that_waits_for_a_node(asked: Path, tmp_path: Path
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("ends", first(["by itself", "by one Ctrl-C"], rest=pytest.mark.slow))
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["by itself", "by one Ctrl-C"])
 def test_a_node_that_hangs_in_a_round_is_given_up_and_the_run_goes_on(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
@@ -378,7 +377,7 @@ def speak(frame: Frame, *words: str) -> tuple[Frame, str]:
     return answer, done.stderr.decode()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_is_printed_on_a_node_is_no_part_of_what_it_says() -> None:
     answer, printed = speak(Frame({"version": "7"}), "--print")
     assert answer.manifest == {"do": "failed", "why": "7"}

@@ -73,7 +73,7 @@ def test_identical_clients_gain_by_themselves_what_one_more_round_would_bring(tm
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rule", first(["svd", "rolora", "fedex", "ffa", "factors"], keep=2))
+@pytest.mark.parametrize("rule", first(["svd", "rolora", "fedex", "ffa", "factors"], keep=2, every=2))
 def test_the_engines_agree_on_it_under_every_rule(rule: str, tmp_path: Path) -> None:
     told = {}
     for engine in ("batched", "reference"):

@@ -96,7 +96,7 @@ def test_two_private_runs_have_other_noise(tmp_path: Path) -> None:
     assert len(shas) == 2
 
 
-@pytest.mark.parametrize("where", first(["training.stepped", "record.client", "state.renamed"]))
+@pytest.mark.parametrize("where", first(["training.stepped", "record.client", "state.renamed"], every=2))
 def test_a_run_that_goes_on_ends_where_it_would_have(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,9 @@ def test_two_private_runs_have_other_clients_and_other_noise(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", first(["training.stepped", "record.client", "round.aggregated", "state.renamed"]))
+@pytest.mark.parametrize(
+    "where", first(["training.stepped", "record.client", "round.aggregated", "state.renamed"], every=2)
+)
 @pytest.mark.parametrize("led", first([{"norm_quantile": 0.5}, {}]))
 def test_a_run_that_goes_on_ends_where_it_would_have(
     where: str, led: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +180,7 @@ def test_a_run_that_goes_on_ends_where_it_would_have(
     assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.xdist_group("kills")
 def test_killed_again_and_again_it_comes_to_the_same(tmp_path: Path) -> None:
     """Killed for good in processes of their own: with a cohort half trained, a sum half made, a state half written."""

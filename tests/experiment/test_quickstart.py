@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from support.marks import first
 
 from fedloom import load_recipe, run
 
 
-@pytest.mark.parametrize("name", first(["quickstart", "quickstart-noniid"], keep=0, every=2))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-noniid"])
 def test_the_loss_of_a_real_model_falls(name: str, tmp_path: Path) -> None:
     short = ["federation.rounds=1", "data.documents_per_client=5", "data.central_holdout=6", "data.max_length=64"]
     finished = run(load_recipe(name, short), tmp_path / "run")

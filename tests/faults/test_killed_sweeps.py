@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from support.killed_runs import make_recipe, sweep_out
-from support.marks import first
 
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.records.check import check_run
@@ -49,17 +48,14 @@ def committed(folder: Path) -> dict[str, list[str]]:
     return {name: lines(folder / name)[: round + 1] for name, round in newest.items()}
 
 
+@pytest.mark.slow  # five processes each
 @pytest.mark.parametrize(
     "kills",
-    first(  # five processes each
-        [
-            ["training.stepped=kill@15", "state.renamed=kill@2", "record.round=kill@3"],
-            ["run.opened=kill@2", "record.round=kill@2", "state.file=kill@7"],
-            ["state.renamed=kill@14", "training.stepped=kill@12", "training.stepped=kill@4"],
-        ],
-        keep=0,
-        every=3,
-    ),
+    [
+        ["training.stepped=kill@15", "state.renamed=kill@2", "record.round=kill@3"],
+        ["run.opened=kill@2", "record.round=kill@2", "state.file=kill@7"],
+        ["state.renamed=kill@14", "training.stepped=kill@12", "training.stepped=kill@4"],
+    ],
     ids=str,
 )
 def test_three_kills_leave_no_trace_in_the_records(kills: list[str], whole: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 from support.asked import write_tasks
 from support.killed_runs import carry_out, result_of
-from support.marks import first
 from support.tiny import ARCHITECTURES, PEFT_NEEDS
 
 from fedloom.errors import FedloomError
@@ -167,8 +166,8 @@ def draw_run(draw: random.Random, folder: Path, home: Path) -> tuple[Recipe, dic
     raise AssertionError("no settings with which a run begins")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", first(range(100), rest=pytest.mark.slow))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
 def test_killed_under_any_settings_it_goes_on_to_the_same_result(seed: int, folder: Path, tmp_path: Path) -> None:
     draw = random.Random(seed)
     recipe, result = draw_run(draw, folder, tmp_path)

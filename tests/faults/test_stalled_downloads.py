@@ -62,7 +62,7 @@ def test_so_is_a_pickle_that_is_to_be_converted(hub: Hub, files: dict[str, bytes
         open_model(NAME, convert=True)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_comes_slowly_is_waited_for_and_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "STALL_SECONDS", 4.0)  # the process begins within it
     monkeypatch.setattr(downloads, "LEAST_BYTES", 20_000)
@@ -112,8 +112,8 @@ except DataError as error:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_most", [(), ("400",)], ids=["whole", "streamed"])
-def test_a_data_set_that_stops_coming_is_given_up(at_most: tuple[str, ...], hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_most", first([[], ["400"]], rest=pytest.mark.slow), ids=["whole", "streamed"])
+def test_a_data_set_that_stops_coming_is_given_up(at_most: list[str], hub: Hub, tmp_path: Path) -> None:
     hub.drips["data.jsonl"] = 1
     done = subprocess.run(
         [sys.executable, "-c", READER, *at_most],

@@ -154,6 +154,7 @@ def test_other_scales_and_rules_give_the_change_of_every_layer(name: str, tmp_pa
             ({"rslora": True, "options": {"rank_pattern": {"q_proj": 2}}}, "ranks and scales that differ"),
             ({"method": "ia3", "rank": None, "alpha": None, "targets": None}, "can't hold the method ia3"),
         ],
+        every=2,
     ),
 )
 def test_what_llama_cpp_can_not_hold_is_refused_by_name(adapter: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", "qwen2", {}, {}),
     "qwen3": ("qwen3", "qwen2", {"head_dim": 128}, {}),
 }  # fmt: skip
-OFTEN = ("llama", "tied, longer, ranks", "qwen3")
+OFTEN = ("tied, longer, ranks",)
 """Cases that have between them what the others have."""
 
 

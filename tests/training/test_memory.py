@@ -116,6 +116,7 @@ def test_what_a_gpu_is_sent_for_a_stretch_is_in_the_trace() -> None:
             *((True, targets, share) for share in (0.9, 0.5, 0.8) for targets in (None, "all-linear")),
         ],
         keep=4,
+        every=2,
     ),
 )
 @pytest.mark.parametrize("dtype", first(["float32", "bfloat16"]))

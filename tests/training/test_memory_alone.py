@@ -95,7 +95,7 @@ def predict(shape: str = "tiny-llama", layers: int = 2, **settings: Any) -> Step
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("large_from", first([1, memory_alone.GIVEN_BACK_FROM]))
+@pytest.mark.parametrize("large_from", first([1, memory_alone.GIVEN_BACK_FROM], rest=pytest.mark.slow))
 def test_deep_models_are_told_from_short_ones(shape: str, large_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vectors of the model's size are the most, and where activations are."""
     monkeypatch.setattr(memory_alone, "GIVEN_BACK_FROM", large_from)
