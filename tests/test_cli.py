@@ -220,6 +220,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 BAD_COMMANDS = {
     "no recipe": (["run"], ["Missing argument 'RECIPE'", "--help"]),
     "unknown command": (["frob"], ["No such command 'frob'"]),
+    "a command with a slip": (["statsu"], ["No such command 'statsu'. Did you mean 'status'? Try"]),
+    "another": (["provision", "aprove"], ["No such command 'aprove'. Did you mean 'approve'"]),
     "unknown option": (["run", "tiny", "--frob"], ["No such option", "--frob"]),
     "a recipe that is not there": (["run", "missing.toml"], ["missing.toml", "No such file"]),
     "an unknown recipe": (["recipes", "quickstrat"], ['no shipped recipe is named "quickstrat"', "quickstart"]),

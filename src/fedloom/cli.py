@@ -31,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click names them, too
 )
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]

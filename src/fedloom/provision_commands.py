@@ -13,7 +13,9 @@ from fedloom.host.files import path
 from fedloom.run_options import ServerFolder
 from fedloom.text import show_controls
 
-provision = typer.Typer(no_args_is_help=True, help="Keys and certificates of a federation over real machines.")
+provision = typer.Typer(
+    no_args_is_help=True, suggest_commands=False, help="Keys and certificates of a federation over real machines."
+)
 MOST_DAYS = 3650
 """Days of the server's certificate authority, beyond which no kit leads anywhere."""
 KitFolder = Annotated[Path, typer.Option("--to", parser=path, help="Where the kit goes.")]

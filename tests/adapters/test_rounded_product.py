@@ -1,11 +1,11 @@
 """Products of adapters in the base's dtype, which a GPU has beside bfloat16; here on whatever device there is."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.marks import first
+from support.tape import fix_shapes
 from support.tiny import (
     DEVICE,
     draw_asked,
@@ -27,7 +27,6 @@ from fedloom.evaluation.held_out import Asked, Score, evaluate, evaluate_togethe
 from fedloom.experiment.session import Session
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.telemetry import Telemetry
-from fedloom.training import batched
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientUpdate
 from fedloom.training.reference import ReferenceEngine
@@ -38,7 +37,7 @@ def rounds_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have products in the base's dtype, whatever it is, on any device, and shapes as a GPU has them."""
     patched = staticmethod(lambda adapted, _: None if adapted.frozen else adapted.base.dtype)
     monkeypatch.setattr(Stack, "rounds_to", patched)
-    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    fix_shapes(monkeypatch)
 
 
 @pytest.fixture

@@ -322,6 +322,14 @@ def test_a_bad_line_of_a_txt_is_skipped(tmp_path: Path) -> None:
     assert found.skipped == {"not UTF-8 text": 1, "empty": 2}
 
 
+def test_of_nothing_it_is_said_that_something_has_to_come(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no usable document \(nothing there\); name another source, or put documents"):
+        load(write_bytes(tmp_path / "a.jsonl", b""))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"no file matches .*; put documents in it"):
+        load(tmp_path / "folder")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "sub/a.py"])
 def test_an_empty_source_is_an_error(tmp_path: Path, name: str) -> None:
     path = write_bytes(tmp_path / name, b"")

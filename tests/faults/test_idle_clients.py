@@ -85,6 +85,15 @@ def test_a_client_whose_documents_are_all_copies_of_held_out_text_is_left_out(tm
     assert warning.startswith("2 clients with nothing to train on left out")
 
 
+def test_where_all_are_copies_the_key_that_keeps_them_is_named(tmp_path: Path) -> None:
+    path = write_clients(tmp_path / "a.jsonl", a=["the same words again and again"] * 12)
+    changes = {"data": {"central_holdout": 2, "client_holdout": 0, "partition": {"kind": "iid"}}}
+    with pytest.raises(DataError, match=r'dropped as a copy .*, or data.duplicates = "report"$'):
+        plan(recipe_of(path, 2, **changes))
+    changes["data"]["duplicates"] = "report"
+    assert all(client.steps for client in plan(recipe_of(path, 2, **changes)).clients)
+
+
 def test_where_none_is_left_it_is_an_error_that_says_why(tmp_path: Path) -> None:
     path = write_clients(tmp_path / "a.jsonl", a=["x"] * 4, b=["y"] * 4, c=texts_of(0, count=2))
     with pytest.raises(DataError, match=r"no client has anything to train on: client \d of 2: .*too short"):

@@ -66,7 +66,7 @@ def test_runs_without_a_seed_in_common_and_those_of_other_data_are_not_compared(
     assert said == "proximal_mu=1.0: not compared with proximal_mu=0.0. They have no seed in common."
     strange = arm(0.5, 2.0, plan={"data": "others"})
     [said] = compare_arms(group_runs([*runs, *strange], [MU]), unfairness)
-    assert said.startswith("proximal_mu=0.5: not compared with proximal_mu=0.0. proximal_mu=0.5: other data")
+    assert said.startswith("proximal_mu=0.5: not compared with proximal_mu=0.0. Other data")
     [said] = compare_arms(group_runs([runs[0], *arm(2.0, 2.0)[:1]], [MU]), unfairness)
     assert said.endswith("in a single pair, which says nothing of chance.")
 

@@ -122,6 +122,10 @@ def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
         "A round of slow takes 4.0 s, 2.0 times one of quick.",
     ]
     assert conclude([slow, slow], ["slow", "again"]) == ["No run overfits in the rounds on record."]
+    rounded = make_run(tmp_path / "rounded", [3.0, 2.8, 2.50001], name="rounded")
+    assert conclude([slow, rounded], ["slow", "rounded"])[0] == (
+        "After round 2, the last that all have, none is ahead by 0.0001 nats a token."
+    )
 
 
 def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path) -> None:

@@ -290,6 +290,7 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
     assert "fedloom serve " in there
     assert "1 (bob)" in there
     assert "(bob)" not in here
+    assert "0 is alice, 1 is bob" in there
     assert "at once" in here
     assert "at once" not in there, "each node decides"
     assert "some documents (a digest)" in here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedloom.training import stretches
+from fedloom.training import batched, stretches
 from fedloom.training.batched import ClientBatch
 from fedloom.training.cuda_graph import WARM_UP, StepGraph
 
@@ -108,6 +109,11 @@ class RealGraph(StepGraph):
     @property
     def plays(self) -> int:
         return max(0, self._steps - WARM_UP - 1)
+
+
+def fix_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the batched engine's shapes stay, as a GPU's recorded steps need it."""
+    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
 
 
 def record_steps(monkeypatch: pytest.MonkeyPatch, graph: Any = None) -> list[Any]:

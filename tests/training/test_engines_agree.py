@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.marks import first
 from support.shapes import ARCHITECTURES
+from support.tape import fix_shapes
 from support.tiny import (
     DEVICE,
     count_answers,
@@ -198,7 +199,7 @@ def test_a_mean_of_means_would_be_caught(build: Any, monkeypatch: pytest.MonkeyP
 
 def test_micro_batches_of_fixed_shapes_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     # As a GPU has them. Clients of few rows wait while another has its last micro-batches.
-    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    fix_shapes(monkeypatch)
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
     told = {"batch_size": 2, "gradient_accumulation": 4, "clients_at_once": 3}
@@ -211,7 +212,7 @@ def test_fixed_shapes_hold_the_largest_batch_where_a_round_begins_with_a_small_o
     clients: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Five blocks are batches of 2, 2 and 1, and the second round of two steps begins with the last one.
-    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    fix_shapes(monkeypatch)
     adapted = make_adapted(dtype="float64")
     start, jobs = start_from(adapted), make_jobs((5, 9)[:clients])
     told = {"batch_size": 2, "max_steps": 2}
@@ -491,7 +492,7 @@ def test_padding_to_fixed_shapes_changes_nothing(shape: str, monkeypatch: pytest
     switch_off_dropout(adapted)
     start, jobs = start_from(adapted), make_jobs((8, 5, 11, 1))
     theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
-    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    fix_shapes(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", 5)
     ours = train(BatchedEngine, adapted, start, jobs, batch_size=3, clients_at_once=2)
     assert_agree(ours, theirs, start, "float64")
@@ -508,7 +509,7 @@ def test_with_fixed_shapes_logits_are_made_for_what_counts(
     if packed:
         jobs = [replace(job, blocks=pack_blocks(job.blocks)) for job in jobs]
     theirs = train(ReferenceEngine, adapted, start, jobs, batch_size=3)
-    monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+    fix_shapes(monkeypatch)
     monkeypatch.setattr(client_slots, "WIDTHS", 1)
     made, losses = [], adapted.loss_head.losses
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from support.marks import CI, first
+from support.tape import fix_shapes
 from support.tiny import count_answers, make_adapted, make_blocks, make_job, switch_off_dropout, updates_of
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from fedloom.data.tokens import TokenBlocks, take_batch
 from fedloom.federation.lora_rules import trained_part
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
-from fedloom.training import batched
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.client_slots import ClientSlot, draw_noise
@@ -183,8 +182,8 @@ def test_a_client_is_the_same_alone_and_beside_others_with_dropout() -> None:
 def test_steps_without_a_document_move_the_weights_by_noise(
     fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fixed_shapes:  # as a GPU has them
-        monkeypatch.setattr(batched, "ClientBatch", partial(ClientBatch, fixed_shapes=True))
+    if fixed_shapes:
+        fix_shapes(monkeypatch)
     adapted = make_adapted("tiny-llama", "float64")
     start, blocks = noisy(adapted), make_blocks(5, 12)
     rations = (ration_of(blocks, batch=1, steps=3, name=str(name)) for name in range(1000))

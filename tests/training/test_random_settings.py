@@ -11,7 +11,7 @@ import torch
 import transformers
 from support.marks import first
 from support.small_models import write_small_model
-from support.tape import record_steps
+from support.tape import fix_shapes, record_steps
 from support.tiny import (
     ARCHITECTURES,
     count_answers,
@@ -31,7 +31,7 @@ from fedloom.federation.lora_rules import trained_part
 from fedloom.model import source
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
-from fedloom.training import batched, client_slots, stretches
+from fedloom.training import client_slots, stretches
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientJob, ClientUpdate
 from fedloom.training.reference import ReferenceEngine
@@ -154,7 +154,7 @@ def compare_engines(
     jobs = draw_jobs(draw, adapted)
     theirs = {result.client: result for result in ReferenceEngine(adapted).train(jobs)}
     if (how := draw.choice(["plain", "fixed", "recorded"])) == "fixed":
-        monkeypatch.setattr(batched, "ClientBatch", partial(batched.ClientBatch, fixed_shapes=True))
+        fix_shapes(monkeypatch)
     elif how == "recorded":
         record_steps(monkeypatch)
     monkeypatch.setattr(stretches, "STRETCH", draw.choice([2, 5, 64]))

@@ -270,7 +270,8 @@ def open_rows(data: Data, seed: int, at_most: int | None, hidden: bool = False) 
         left_out = dict(Counter(reasons.values()))
         if not paths:
             told = f", but for {list_reasons(left_out)}" if left_out else ""
-            raise DataError(f'no file matches "{data.files}"{told}', where=str(path), mend="change data.files")
+            mend = "put documents in it" if not any(path.iterdir()) else "change data.files"
+            raise DataError(f'no file matches "{data.files}"{told}', where=str(path), mend=mend)
         rows, has_columns = _rows_of_folder(_relative(paths, path), data), not {*map(format_of, paths)} <= TEXT
         return Source(rows, describe_files(paths), files_left_out=left_out, has_columns=has_columns, is_folder=True)
     if is_file:

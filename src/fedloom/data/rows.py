@@ -310,6 +310,8 @@ CHOICES = (
 
 def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], *, is_folder: bool) -> str:
     """Return what to do about a source without a usable row, by the reason that most rows have, or by its columns."""
+    if not skipped:
+        return "name another source, or put documents in it"
     if data.is_plain and data.text not in columns:
         if chats := [name for name in CHATS if name in columns]:
             return f'set data.messages = "{chats[0]}", the column of conversations'

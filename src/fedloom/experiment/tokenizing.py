@@ -72,7 +72,7 @@ def find_idle(splits: Splits, tokenized: Sequence[ClientBlocks], recipe: Recipe)
             f"no client has anything to train on: {left_out[0]}",
             where=f'data.source = "{recipe.data.source}"',
             mend="use more or longer documents, fewer clients, a smaller data.client_holdout or a larger"
-            " data.max_length",
+            " data.max_length" + (', or data.duplicates = "report"' if any(splits.audit.dropped) else ""),
         )
     return left_out
 

@@ -197,7 +197,8 @@ def compare_arms(grouped: Arms, warn: Warn, *, limits: bool = True) -> list[str]
         pairs = [(arm.runs[key], reference.runs[key]) for key in shared]
         reasons = [why for pair in pairs for why in warn(pair[::-1], [reference.name, arm.name])]
         if reasons:
-            said.append(f"{arm.name}: not compared with {reference.name}. {reasons[0]}")
+            why = reasons[0].removeprefix(f"{arm.name}: ")
+            said.append(f"{arm.name}: not compared with {reference.name}. {why[0].upper()}{why[1:]}")
         elif pairs:
             ends = (arm.round, reference.round)
             found = compare_pairs([loss_after(one, ends[0]) - loss_after(other, ends[1]) for one, other in pairs])

@@ -34,6 +34,8 @@ from fedloom.text import format_bytes, format_seconds
 
 NOTICEABLE = 0.1
 """Share by which two figures must differ before a sentence says so."""
+SHOWN_GAP = 5e-5
+"""Nats that show in four digits after the point; runs nearer to one another may differ by rounding alone."""
 
 
 def write_comparison(
@@ -164,12 +166,14 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     sentences = []
     ahead, behind = min(shared, key=shared.__getitem__), max(shared, key=shared.__getitem__)
     comparable = not unfairness(runs, names)
-    if comparable and shared[ahead] < shared[behind]:
-        gap = shared[behind] - shared[ahead]
+    gap = shared[behind] - shared[ahead]
+    if comparable and gap >= SHOWN_GAP:
         sentences.append(
             f"After round {last_shared}, the last that all runs have, {ahead} is ahead: {shared[ahead]:.4f},"
             f" {gap:.4f} nats a token below {behind}."
         )
+    elif comparable and gap > 0:
+        sentences.append(f"After round {last_shared}, the last that all have, none is ahead by 0.0001 nats a token.")
     falls = {name: losses[0] - losses[1] for name, (_, losses) in zip(names, curves, strict=True) if len(losses) > 1}
     if comparable and len(falls) > 1:
         first, other = max(falls, key=falls.__getitem__), min(falls, key=falls.__getitem__)

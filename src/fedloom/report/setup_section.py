@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedloom.recipe.sections import UNWEIGHTED
 from fedloom.records.plan import explain_data, explain_rows, explain_weights
 from fedloom.records.run import Record, Run
@@ -11,6 +13,8 @@ from fedloom.text import count, format_bytes, format_seconds, format_trainable, 
 
 STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
 """States in status.json, and how pages word them."""
+NAMED = 30
+"""Clients elsewhere whose names are shown."""
 
 
 def show_setup(run: Run, state: str) -> list[Block]:
@@ -31,6 +35,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Data": explain_data(plan["data"], plan["data_revision"]),
         "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
         f"{_left_out(plan)}",
+        **({"Names": _names(plan["elsewhere"])} if plan.get("elsewhere") else {}),
         "Documents": _documents(plan),
         **({"Learnt": plan["learns"]} if plan.get("learns") else {}),
         "Block": f"{data['max_length']} tokens, {data['window']};"
@@ -62,6 +67,12 @@ def show_setup(run: Run, state: str) -> list[Block]:
         blocks += [Text("Each client looked for copies within its own documents; between clients nobody can look.")]
     memory = _memory(run)
     return [*blocks, Text("Peak memory, by phase:"), memory] if memory else blocks
+
+
+def _names(clients: Sequence[str]) -> str:
+    """Say which of the clients elsewhere has which number, of the first ones."""
+    more = f", and {len(clients) - NAMED:,} more" if len(clients) > NAMED else ""
+    return ", ".join(f"{number} is {name}" for number, name in enumerate(clients[:NAMED])) + more
 
 
 def _stopped(status: Record) -> str:
