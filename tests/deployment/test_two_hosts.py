@@ -44,7 +44,7 @@ def six_commands() -> dict[str, list[str]]:
     return {what: words.split() for words, what in found}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_guide_leads_two_hosts_from_nothing_to_the_adapter_of_a_local_run(tmp_path: Path) -> None:
     commands = six_commands()

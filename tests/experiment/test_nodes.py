@@ -76,7 +76,7 @@ def test_a_run_over_two_nodes_gives_what_one_process_gives_to_the_bit(asked: Pat
     assert sorted(asked.read_text().split()) == ["alpha", "me@beta.example"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_node_that_goes_ends_the_run_in_one_line_and_it_goes_on(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,7 +295,8 @@ def plan(recipe: Recipe, display: Observer | None = None) -> Plan:
 def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     """Train a finished run's baselines, all of them in one pass where the engine can, and put them on record."""
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
-    session.begin_stage("baselines", trial.run.completed / trial.prepared.plan.rounds)
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
+    if baselines:
+        session.begin_stage("baselines", trial.run.completed / trial.prepared.plan.rounds)
     train_baselines(baselines, session)
     write_baselines(trial, session, baselines)

@@ -321,6 +321,7 @@ class RemoteClients:
         assert isinstance(fleet, RemoteFleet), "open_fleet made it"
         if recipe.personalise:
             say("by itself", "each client goes on from the best adapter, and keeps what comes of it")
+            session.begin_stage("personalise")
             best = read_run(trial.recorder.writer.folder).best_round
             found = fleet.keep(trial.recorder.open("best"), run.completed + 1)
         elif recipe.federation.lora_rule == "fedsa":
