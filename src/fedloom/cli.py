@@ -252,7 +252,7 @@ def sweep(
 ) -> None:
     """Run every combination of some settings, in as few passes as can be, and compare them."""
     asked = seen.Asked(log_file=log_file, log_format=log_format, notify=notify)
-    with seen.observed("fedloom sweep", None, say, asked) as observers:
+    with seen.told_when_terminated(), seen.observed("fedloom sweep", None, say, asked) as observers:
         from fedloom.experiment.sweep import sweep
         from fedloom.monitoring.display import Terminal
         from fedloom.monitoring.observer import Observers

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from fedloom.experiment.session import Session
 from fedloom.experiment.sweep import expand, group_by, same_model, same_pass, sweep
 from fedloom.host import failpoints
 from fedloom.host.files import take_lock
+from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.status import describe
 from fedloom.progress import Stage
 from fedloom.recipe.axes import read_axis
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
@@ -157,6 +161,36 @@ def test_an_interrupted_sweep_goes_on_after_its_last_rounds(
     for path in whole.glob("*/rounds.jsonl"):
         assert numbers(tmp_path / "sweep" / path.parent.name) == numbers(path.parent), "to the bit"
         assert not [finding for finding in check_run(tmp_path / "sweep" / path.parent.name) if not finding.well]
+
+
+def test_a_sweep_is_watched_and_stopped_from_another_terminal(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr("fedloom.monitoring.status.TELL_SECONDS", -1.0)
+    folder, said = tmp_path / "sweep", []
+
+    class Elsewhere(Observer):
+        def show_trial(self, name: str, record: Any) -> None:
+            if record["round"] == 1 and not said:
+                said.extend(describe(folder))
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def show_step(self, what: str, detail: str) -> None:
+            if what in ("stopping", "stopped"):
+                said.append(f"{what} {detail}")
+
+    with pytest.raises(Terminated):
+        sweep(recipe_file, ["seed=1,2"], folder, Elsewhere())
+    assert f"fedloom sweep, process {os.getpid()}" in said[0]
+    assert said[1] == "doing     evaluating"
+    assert said[2].startswith("left      0:0")
+    assert said[3] == "stopping ends after this step; once more, and it ends at once"
+    assert said[4] == f"stopped go on with the same command, and --out {folder}"
+    assert {json.loads(path.read_text())["state"] for path in folder.glob("*/status.json")} == {"interrupted"}
+    with pytest.raises(RunError, match=r"a sweep, and not one of its runs; name one in it: seed=1, seed=2"):
+        [*describe(folder)]
 
 
 @pytest.mark.long

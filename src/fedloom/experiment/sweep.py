@@ -31,10 +31,13 @@ from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines, write_baselines
+from fedloom.experiment.watchers import Interruptible
 from fedloom.federation.rounds import RoundResult
 from fedloom.host.files import take_lock, write_json
+from fedloom.host.signals import Interruption
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
+from fedloom.monitoring.status import status_file
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.progress import Say
 from fedloom.recipe.axes import Axis, choose, collect_axes, combine, name_run
@@ -81,31 +84,21 @@ def sweep(
     combinations = list(expand(source, axes, num_random, display.show_step))
     folder = Path(out).expanduser() if out else default_folder(f"{combinations[0].recipe.name}-sweep")
     open_sweep(folder, combinations)
-    lock = take_lock(folder)
-    done = {combination.name for combination in combinations if read_done(folder / combination.name)}
-    left = [combination for combination in combinations if combination.name not in done]
-    display.show_step("sweep", f"{len(combinations)} runs, {len(done)} of them done, in {folder}")
     errors: dict[str, str] = {}
-    try:
-        ready = prepare_all(left, display, errors)
-        models = group_by([combination for combination in left if combination.name in ready], same_model)
-        passes = [[[one.name for one in together] for together in group_by(group, same_pass)] for group in models]
-        cost = count_cost(folder, passes, ready)
-        for line in describe_cost(cost) if left else ():
-            display.show_step("cost", line)
-        display.show_sweep(cost.stages)
-        for group in models:
-            try:
-                errors |= run_group(folder, group, ready, display)
-            except FedloomError as error:  # what they share: the base model, say
-                undone = [combination.name for combination in group if not read_done(folder / combination.name)]
-                errors |= dict.fromkeys(undone, str(error))
-    except KeyboardInterrupt:
-        display.show_step("stopped", f"go on with the same command, and --out {folder}")
-        raise
-    finally:
-        display.close()
-        lock.close()
+    with ExitStack() as stack:
+        stack.enter_context(closing(take_lock(folder)))
+        done = {combination.name for combination in combinations if read_done(folder / combination.name)}
+        left = [combination for combination in combinations if combination.name not in done]
+        shown = Observers(display, stack.enter_context(status_file(folder, "fedloom sweep")))
+        interruption = stack.enter_context(Interruption(partial(shown.show_step, "stopping")))
+        display = Interruptible([shown], interruption)
+        stack.callback(display.close)
+        display.show_step("sweep", f"{len(combinations)} runs, {len(done)} of them done, in {folder}")
+        try:
+            run_combinations(folder, left, display, errors)
+        except KeyboardInterrupt:
+            display.show_step("stopped", f"go on with the same command, and --out {folder}")
+            raise
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     if len(finished) > 1:
         by = keys_of_arms(collect_axes(source, axes), finished)
@@ -120,6 +113,25 @@ def sweep(
             mend="the others are done; run the same sweep with the same --out to try these again",
         )
     return folder
+
+
+def run_combinations(
+    folder: Path, combinations: Sequence[Combination], display: Observer, errors: dict[str, str]
+) -> None:
+    """Run combinations, those that share a base model one after another; `errors` is told what went wrong, by name."""
+    ready = prepare_all(combinations, display, errors)
+    models = group_by([combination for combination in combinations if combination.name in ready], same_model)
+    passes = [[[one.name for one in together] for together in group_by(group, same_pass)] for group in models]
+    cost = count_cost(folder, passes, ready)
+    for line in describe_cost(cost) if combinations else ():
+        display.show_step("cost", line)
+    display.show_sweep(cost.stages)
+    for group in models:
+        try:
+            errors |= run_group(folder, group, ready, display)
+        except FedloomError as error:  # what they share: the base model, say
+            undone = [combination.name for combination in group if not read_done(folder / combination.name)]
+            errors |= dict.fromkeys(undone, str(error))
 
 
 def expand(
@@ -225,6 +237,7 @@ def prepare_all(combinations: Sequence[Combination], display: Observer, errors: 
     ready: dict[str, Prepared] = {}
     for combination in combinations:
         recipe = combination.recipe
+        display.check()
         try:
             key = recipe.model, recipe.data, recipe.seed, recipe.bounds_documents, recipe.documents.unit
             if key not in materials:

@@ -17,12 +17,11 @@ from fedloom.records.run import RoundRecord
 from fedloom.report.run_report import write_report
 
 
-class Watchers(Observers):
-    """The observers of a run, its telemetry, and the signals that may end it."""
+class Interruptible(Observers):
+    """Observers of work that a signal may end after a step."""
 
-    def __init__(self, observers: Sequence[Observer], telemetry: Telemetry, interruption: Interruption) -> None:
-        super().__init__(*observers, telemetry)
-        self.telemetry = telemetry
+    def __init__(self, observers: Sequence[Observer], interruption: Interruption) -> None:
+        super().__init__(*observers)
         self._interruption = interruption
 
     def watch(self, progress: Progress) -> None:
@@ -38,6 +37,14 @@ class Watchers(Observers):
         """
         super().check()
         self._interruption.check()
+
+
+class Watchers(Interruptible):
+    """The observers of a run, its telemetry, and the signals that may end it."""
+
+    def __init__(self, observers: Sequence[Observer], telemetry: Telemetry, interruption: Interruption) -> None:
+        super().__init__([*observers, telemetry], interruption)
+        self.telemetry = telemetry
 
 
 class ReportWriter(Observer):

@@ -22,7 +22,7 @@ from fedloom.errors import RunError
 from fedloom.host.files import LOCK, Lock, hash_text, is_held, replace_file
 from fedloom.monitoring.display import DOING, STAGES, format_round, is_working, round_header
 from fedloom.monitoring.observer import Observer
-from fedloom.progress import Clock, Phase, Progress, StageName
+from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
 from fedloom.records.writer import now
@@ -83,6 +83,12 @@ class StatusFile(Observer):
 
     def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
         self._clock.skip(plan.done_of(records))
+
+    def show_sweep(self, stages: Sequence[Stage]) -> None:
+        self._clock = Clock(stages)
+
+    def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
+        self._clock.start()
 
     def show_next(self, folder: Path | None) -> None:
         self._clock = Clock()
@@ -203,6 +209,8 @@ def describe(run: Path) -> Iterator[str]:
             # A run that goes on has told none yet, and has those of before on record.
             done = work.round or (read.rounds[-1]["round"] if read and read.rounds else 0)
             yield f"{'round':<10}{done} of {work.rounds}{left}"
+        elif work.seconds_left is not None:  # a sweep's passes have rounds of their own
+            yield f"{'left':<10}{format_seconds(work.seconds_left)}"
         for name, (phase, since) in sorted(work.clients.items()):
             yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
     elif read:

@@ -193,6 +193,9 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).expanduser()
     if not (folder / "resolved.json").is_file():
+        if (folder / SWEEP).is_file():
+            some = ", ".join([*read_json(folder / SWEEP)][:3])
+            raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}, ...")
         why = "it has no resolved.json" if folder.is_dir() else "there is no such folder"
         raise RunError(f"not a run directory: {why}", where=str(folder))
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
