@@ -84,7 +84,7 @@ def stop(
     ] = False,
     server: ServerFolder = Path("fedloom-server"),
 ) -> None:
-    """End a run that is at work on this machine, as Ctrl-C does, or that waits in a queue: it can go on later.
+    """End a run or sweep at work on this machine, as Ctrl-C does, or a run that waits in a queue: it can go on later.
 
     The server that stays goes on with its next run; it is ended itself where RUN is its folder. Exit code 0 when it has
     ended, 1 where nobody is at work in it on this machine, 2 where there is no such run.
@@ -125,7 +125,10 @@ def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
 
 def _go_on(command: str, run: Path) -> str:
     from fedloom.deployment.queue import SUBMIT
+    from fedloom.records.run import SWEEP
 
+    if (run / SWEEP).is_file():
+        return f"go on with the same command, and --out {run}"
     if run.is_dir():
         return f"go on with: {command} --resume {run}"
     return f"nothing was begun: {'submit it again' if command == SUBMIT else 'start it as before'}"

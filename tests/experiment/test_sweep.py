@@ -27,6 +27,7 @@ from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
 from fedloom.report import figures
+from fedloom.service_commands import _go_on
 
 
 @pytest.fixture
@@ -188,6 +189,7 @@ def test_a_sweep_is_watched_and_stopped_from_another_terminal(
     assert said[2].startswith("left      0:0")
     assert said[3] == "stopping ends after this step; once more, and it ends at once"
     assert said[4] == f"stopped go on with the same command, and --out {folder}"
+    assert _go_on("fedloom sweep", folder) == said[4].removeprefix("stopped ")
     assert {json.loads(path.read_text())["state"] for path in folder.glob("*/status.json")} == {"interrupted"}
     with pytest.raises(RunError, match=r"a sweep, and not one of its runs; name one in it: seed=1, seed=2"):
         [*describe(folder)]
