@@ -125,7 +125,8 @@ def run(
             # Whatever is neither training nor evaluation from here on is aggregation and its records.
             stack.enter_context(session.telemetry.phase("aggregation"))
             fleet = clients.open_fleet(recipe, prepared, session, folder)
-            note_moves(writer, moved, state.round if state else 0, watchers)
+            if moved and not prepared.plan.elsewhere:  # who trains elsewhere has places of its own
+                note_moves(writer, moved, state.round if state else 0, watchers)
             trial = begin_or_restore(recipe, prepared, session, writer, state, fleet, watchers, aggregate)
             # Observers that count rounds or steps know those of before the run was stopped.
             past_rounds = trial.past_rounds()
