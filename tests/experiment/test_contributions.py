@@ -184,6 +184,22 @@ def test_stopped_between_two_passes_it_goes_on_to_the_same_numbers(
 
 
 @pytest.mark.long
+def test_arms_train_as_many_at_once_as_the_run_went_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of()
+    failpoints.arm("round.begins=raise@2")
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        run(recipe, tmp_path / "run", Observer())
+    failpoints.arm("")
+    at_once: list[int | None] = []
+    right = contributions._open_arm
+    monkeypatch.setattr(
+        contributions, "_open_arm", lambda *given: at_once.append(given[2].clients_at_once) or right(*given)
+    )
+    run(recipe_of(training={"clients_at_once": 2}), tmp_path / "run", Observer(), resume=True)
+    assert {*at_once} == {2}
+
+
+@pytest.mark.long
 def test_a_run_that_begins_again_does_not_believe_what_an_earlier_one_found(tmp_path: Path) -> None:
     recipe = recipe_of()
     failpoints.arm("round.begins=raise@2")

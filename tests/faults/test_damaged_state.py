@@ -253,8 +253,22 @@ def test_how_many_train_at_once_may_change_and_is_on_record(begun: Any, tmp_path
     assert "went on 1 time; 5:0" in text
     assert f"between are not in the runtime; after round {before.status['round']} with training.clients" in text
     assert "from start to end, pauses left out" in text
-    # What is not said again stays: the next process has as many.
-    assert not attempt(recipe, folder)
+    assert not attempt(recipe, folder), "it is complete"
+
+
+def test_what_was_moved_is_moved_back_and_every_move_is_on_record(begun: Any, tmp_path: Path) -> None:
+    _, _, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    plain, planned = read_run(folder).recipe["training"], read_run(folder).plan["clients_at_once"]
+    found = []
+    for number in (2, 2, 3, None):  # to none, as the run began
+        recipe = make_recipe(stopped.parent, training={**plain, "clients_at_once": number})
+        with pytest.raises(RuntimeError):
+            attempt(recipe, folder, "training.stepped=raise@1")
+        found.append((read_run(folder).status["clients_at_once"], len(read_run(folder).status["moved"])))
+    assert found == [(2, 1), (2, 1), (3, 2), (planned, 3)]
+    assert read_run(folder).status["moved"][-1].endswith("with no training.clients_at_once")
+    assert attempt(make_recipe(stopped.parent, training={**plain, "learning_rate": 2e-2}), folder)
 
 
 def test_other_documents_or_another_base_model_are_refused_by_name(tmp_path: Path, begun: Any) -> None:

@@ -15,7 +15,7 @@ from fedloom.data.tokens import ClientBlocks
 from fedloom.errors import TrainingError
 from fedloom.experiment.arms import choose_arms, divide_arms
 from fedloom.experiment.session import Session
-from fedloom.experiment.trial import Trial
+from fedloom.experiment.trial import AT_ONCE, Trial
 from fedloom.federation.coalitions import Coalition, shapley_values, without_each
 from fedloom.federation.fleet import LocalFleet
 from fedloom.federation.lora_rules import open_own_parts
@@ -83,10 +83,10 @@ def find_contributions(trial: Trial, session: Session, say: Say) -> None:
         say("without", f"{count(left, 'federation')} of some of the clients, {_estimate(trial, left)}")
         session.begin_stage("contributions", left / plan.arms * rounds / plan.rounds)
     initial = session.adapted.open(trial.recorder.adapters / "initial")
-    # As many at once as the run was planned with, whatever memory there is now: it moves results by rounding.
-    training = trial.recipe.training.model_copy(
-        update={"clients_at_once": read_run(writer.folder).plan.get("arms_at_once")}
-    )
+    # As many at once as the run was planned with, whatever memory there is now, since that moves results by rounding:
+    # unless it went on with another number that somebody asked for.
+    asked, planned = writer.status.get("moved_to", {}).get(AT_ONCE), read_run(writer.folder).plan.get("arms_at_once")
+    training = trial.recipe.training.model_copy(update={"clients_at_once": asked or planned})
     for one in passes:
         opened = [_open_arm(trial, session, training, initial, clients, number) for number, clients in enumerate(one)]
         for number, result in session.run_all([(arm.run, arm.fleet) for arm in opened]):

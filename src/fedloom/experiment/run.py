@@ -28,6 +28,7 @@ from fedloom.experiment.samples import write_samples
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import (
+    AT_ONCE,
     Trial,
     baselines_of,
     begin_or_restore,
@@ -53,7 +54,7 @@ from fedloom.records.state import committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
 
-MOVABLE = {"training.devices", "training.clients_at_once"}
+MOVABLE = {"training.devices", AT_ONCE}
 """Keys that a run may go on with other values of: where clients train, and how many at once, moves results by rounding.
 A device may be gone."""
 
@@ -94,7 +95,7 @@ def run(
     with ExitStack() as stack:
         watchers = stack.enter_context(open_watchers(folder, clients.command, everyone, gpu=gpu, report=watch))
         writer = stack.enter_context(closing(RunWriter(folder, resume=True))) if resume else None
-        moved = check_same_recipe(folder, recipe) if writer else {}
+        moved = find_moves(writer, recipe) if writer else {}
         if writer and is_complete(writer, aggregate):
             watchers.show_step("done", f"{folder} is complete: nothing is left to do")
             return read_run(folder)
@@ -242,12 +243,13 @@ def is_sound(folder: Path) -> bool:
     return not damaged_own_adapters(read_run(folder), state.adapter.layout)
 
 
-def check_same_recipe(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Refuse to go on with another recipe than the run began with, but for the keys of `MOVABLE`: return those.
+def find_moves(writer: RunWriter, recipe: Recipe) -> dict[str, Any]:
+    """Return the keys of `MOVABLE` that differ from what a run last went on with, and refuse another recipe.
 
     Raises:
-        RunError: naming the keys that differ.
+        RunError: naming the keys that differ beside those.
     """
+    folder = writer.folder
     if not has_plan(folder):
         return {}
     run = read_run(folder)
@@ -267,17 +269,20 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> dict[str, Any]:
             where=str(folder),
             mend="go on with the recipe.toml in it, or begin a run of its own with another --out",
         )
-    return {key: asked.get(key) for key in sorted(MOVABLE) if began.get(key) != asked.get(key)}
+    last = {**began, **writer.status.get("moved_to", {})}
+    return {key: asked.get(key) for key in sorted(MOVABLE) if last.get(key) != asked.get(key)}
 
 
 def note_moves(writer: RunWriter, moved: Mapping[str, Any], after: int, watchers: Observer) -> None:
-    """Put on record what a run goes on with after a round that it did not begin with."""
+    """Put on record what a run goes on with after a round that it had not before."""
     for key, value in moved.items():
         said = f"{key} = {json.dumps(value)}" if value is not None else f"no {key}"
         watchers.show_step("moved", f"{said} from here on, which moves results by rounding")
         writer.write_status("running", moved=[*writer.status.get("moved", []), f"after round {after} with {said}"])
-    # The next process has as many, too.
-    writer.write_status("running", clients_at_once=moved.get("training.clients_at_once"))
+    writer.write_status("running", moved_to={**writer.status.get("moved_to", {}), **moved})
+    if AT_ONCE in moved:
+        usual = read_run(writer.folder).plan["clients_at_once"]
+        writer.write_status("running", clients_at_once=moved[AT_ONCE] or usual)
 
 
 def plan(recipe: Recipe, display: Observer | None = None) -> Plan:

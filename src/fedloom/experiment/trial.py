@@ -36,6 +36,9 @@ from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, load_state, save_state
 from fedloom.records.writer import RECORDS, RunWriter
 
+AT_ONCE = "training.clients_at_once"
+"""Key of how many clients train at once."""
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -36,6 +36,7 @@ class StatusRecord(TypedDict, total=False):
     resumed: int
     paused: float
     moved: list[str]
+    moved_to: dict[str, int | str | list[str] | None]
 
 
 class EnvironmentRecord(TypedDict, total=False):
