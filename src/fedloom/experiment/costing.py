@@ -43,7 +43,7 @@ def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: M
         models=len(models),
         stages=stages,
         peak_bytes=max(peaks, default=None),
-        seconds=_seconds(folder, stages),
+        seconds=_seconds(folder, add_stages("rounds", stages)),
     )
 
 
@@ -80,10 +80,10 @@ def _rounds(folder: Path) -> list[Record]:
     return []
 
 
-def _seconds(folder: Path, stages: Sequence[Stage]) -> float | None:
+def _seconds(folder: Path, whole: Stage) -> float | None:
     """Return the seconds for so much work at the rate of all rounds in the sweep's folder; None without any."""
     records = [record for path in sorted(folder.glob("*/rounds.jsonl")) for record in _rounds(path.parent)]
-    whole, total = add_stages("rounds", stages), 0.0
+    total = 0.0
     for phase, number in (("train", whole.train), ("evaluate", whole.evaluate)):
         done = sum(record.get(f"{phase}_tokens", 0) for record in records)
         took = sum(record[f"{phase}_seconds"] for record in records)

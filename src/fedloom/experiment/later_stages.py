@@ -19,8 +19,8 @@ def plan_later(plan: Plan, recipe: Recipe, find_capacity: Callable[[int], int]) 
     `find_capacity` says how many of so many clients there is room for at once.
     """
     later = []
-    if baselines := _count_baselines(plan, recipe):
-        later.append(add_stages("baselines", baselines))
+    if {"local", "pooled"} & {*recipe.baselines}:  # round 0 is there already
+        later.append(add_stages("baselines", _count_baselines(plan, recipe)))
     if section := recipe.personalise:
         later.append(_count_personal(plan, section.alone(recipe.training)))
     return plan_arms(replace(plan, later=tuple(later)), recipe, find_capacity)
@@ -30,12 +30,12 @@ def _count_baselines(plan: Plan, recipe: Recipe) -> list[Stage]:
     """Return each baseline's work. A client's own hold-out is scored whenever its adapter is the best so far."""
     able = [number for number, client in enumerate(plan.clients) if client.steps]
     rounds = baseline_rounds(recipe, len(able), plan.rounds)
-    judged = (rounds + 1) * (plan.central_tokens or plan.judged_tokens)
+    judged, tokens = (rounds + 1) * (plan.central_tokens or plan.judged_tokens), plan.tokens_of_each
     alone = [
         Stage(
             "baselines",
             rounds * plan.clients[client].steps,
-            round(rounds * plan.tokens_of_each[client]),
+            round(rounds * tokens[client]),
             judged + (rounds + 1) * plan.clients[client].holdout_tokens,
         )
         for client in able

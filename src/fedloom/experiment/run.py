@@ -275,14 +275,17 @@ def find_moves(writer: RunWriter, recipe: Recipe) -> dict[str, Any]:
 
 def note_moves(writer: RunWriter, moved: Mapping[str, Any], after: int, watchers: Observer) -> None:
     """Put on record what a run goes on with after a round that it had not before."""
-    for key, value in moved.items():
-        said = f"{key} = {json.dumps(value)}" if value is not None else f"no {key}"
-        watchers.show_step("moved", f"{said} from here on, which moves results by rounding")
-        writer.write_status("running", moved=[*writer.status.get("moved", []), f"after round {after} with {said}"])
-    writer.write_status("running", moved_to={**writer.status.get("moved_to", {}), **moved})
+    said = [f"{key} = {json.dumps(value)}" if value is not None else f"no {key}" for key, value in moved.items()]
+    for one in said:
+        watchers.show_step("moved", f"{one} from here on, which moves results by rounding")
+    status = writer.status
+    told: dict[str, Any] = {
+        "moved": [*status.get("moved", []), *(f"after round {after} with {one}" for one in said)],
+        "moved_to": {**status.get("moved_to", {}), **moved},
+    }
     if AT_ONCE in moved:
-        usual = read_run(writer.folder).plan["clients_at_once"]
-        writer.write_status("running", clients_at_once=moved[AT_ONCE] or usual)
+        told["clients_at_once"] = moved[AT_ONCE] or read_run(writer.folder).plan["clients_at_once"]
+    writer.write_status("running", **told)
 
 
 def plan(recipe: Recipe, display: Observer | None = None) -> Plan:
@@ -302,7 +305,5 @@ def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     """Train a finished run's baselines, all of them in one pass where the engine can, and put them on record."""
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
-    if baselines:
-        session.begin_stage("baselines", trial.run.completed / trial.prepared.plan.rounds)
-    train_baselines(baselines, session)
+    train_baselines(baselines, session, trial.run.completed / trial.prepared.plan.rounds)
     write_baselines(trial, session, baselines)

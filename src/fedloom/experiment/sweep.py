@@ -369,8 +369,6 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
         rounds = opened.trial.run.completed
         opened.baselines = baselines_of(opened.trial, session, rounds=rounds, first_trial=len(baselines))
         baselines += opened.baselines
-    if baselines:
-        session.begin_stage("baselines")
     train_baselines(baselines, session)
     # What was measured of the baselines is no round's.
     session.telemetry.take()

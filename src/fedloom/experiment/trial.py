@@ -287,8 +287,13 @@ def baselines_of(trial: Trial, session: Session, *, rounds: int, first_trial: in
     )
 
 
-def train_baselines(baselines: Sequence[Baseline], session: Session) -> None:
-    """Train baselines, all of them in one pass where the engine can; they are numbered as they stand here."""
+def train_baselines(baselines: Sequence[Baseline], session: Session, share: float = 1.0) -> None:
+    """Train baselines, all of them in one pass where the engine can; they are numbered as they stand here.
+
+    `share` is what they have of what was planned: less where the run ended early.
+    """
+    if baselines:
+        session.begin_stage("baselines", share)
     for number, result in session.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
         baselines[number].note(result)
 

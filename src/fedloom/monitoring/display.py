@@ -130,7 +130,9 @@ class Terminal(Observer):
         doing = f"round {self._round}" if self._stage == "rounds" else STAGES[self._stage]
         if self._stage in ("baselines", "contributions") and self._round:
             doing += f", round {self._round}"
-        if is_working(self._clients) or progress is None:  # the clients of a deployment have a line of their own
+        if (
+            is_working(self._clients.values()) or progress is None
+        ):  # the clients of a deployment have a line of their own
             return doing
         if progress.phase == "train":
             return doing if self._stage in ("baselines", "contributions") else f"{doing}, client {progress.client}"
@@ -227,9 +229,9 @@ def explain_losses(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "scaled", f"client {client}: its change was {times:,.0f} times the middle one"
 
 
-def is_working(phases: Mapping[str, str]) -> bool:
+def is_working(phases: Iterable[str]) -> bool:
     """Return whether a client of a deployment is at work: what it does comes with its answer, when it is done."""
-    return not {"training", "scoring"}.isdisjoint(phases.values())
+    return not {"training", "scoring"}.isdisjoint(phases)
 
 
 def describe_clients(phases: Mapping[str, str]) -> str:

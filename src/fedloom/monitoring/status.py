@@ -101,7 +101,7 @@ class StatusFile(Observer):
         doing = {"doing": self._doing("train" if "training" in phases.values() else "evaluate")}
         self._tell(
             clients={name: known[name] if name in same else (phases[name], at) for name in phases},
-            **(doing if is_working(phases) else {}),
+            **(doing if is_working(phases.values()) else {}),
         )
 
     def watch(self, progress: Progress) -> None:
@@ -110,7 +110,7 @@ class StatusFile(Observer):
             told: dict[str, Any] = {"seconds_left": self._clock.seconds_left() if progress.phase != "ask" else None}
             if self._stage == "rounds" and progress.round:
                 told["round"] = progress.round
-            if not is_working({name: phase for name, (phase, _) in self._work.clients.items()}):
+            if not is_working(phase for phase, _ in self._work.clients.values()):
                 told["doing"] = self._doing(progress.phase)
             self._tell(**told)
 
