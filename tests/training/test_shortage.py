@@ -19,6 +19,7 @@ from fedloom.errors import TrainingError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
 from fedloom.monitoring.observer import Observer
+from fedloom.records.run import RoundRecord
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.jobs import ClientFailure, ClientJob, is_shortage
 from fedloom.training.reference import ReferenceEngine
@@ -144,6 +145,36 @@ def test_a_run_says_it_and_puts_it_on_record(tmp_path: Path) -> None:
         assert mine["central_loss"] == pytest.approx(its["central_loss"], rel=1e-5)
         assert mine["train_tokens"] == its["train_tokens"]
     assert len(found.clients) == len(whole.clients)
+
+
+class StopsAfter(Said):
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def show_round(self, record: RoundRecord) -> None:
+        if record["round"] == self.last:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.long
+def test_a_run_that_goes_on_says_that_it_trains_fewer_than_its_plan(tmp_path: Path) -> None:
+    recipe = make_recipe(data={"clients": 4}, training={"engine": "batched"})
+    failpoints.arm("training.stepped=memory@2")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "run", StopsAfter(2))
+    finally:
+        failpoints.arm("")
+    display = Said()
+    found = run(recipe, tmp_path / "run", display, resume=True)
+    assert found.plan["clients_at_once"] == 4
+    assert ("memory", "2 clients at once, as before it was stopped") in display.steps
+    quiet = Said()
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "as planned", StopsAfter(1))
+    run(recipe, tmp_path / "as planned", quiet, resume=True)
+    assert not [detail for what, detail in quiet.steps if what == "memory"]
 
 
 def test_a_run_with_too_little_for_one_client_fails_and_keeps_what_was_complete(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from fedloom.records.evaluations import (
 from fedloom.records.run import RoundRecord, read_run
 from fedloom.records.state import RunState, forget_states, load_state, save_state
 from fedloom.records.writer import RECORDS, RunWriter
+from fedloom.text import count
 
 AT_ONCE = "training.clients_at_once"
 """Key of how many clients train at once."""
@@ -264,6 +265,9 @@ def begin_or_restore(
         number=number,
     )
     if state:
+        planned = prepared.plan
+        if not (clients_at_once or planned.elsewhere or at_once == planned.clients_at_once):
+            observer.show_step("memory", f"{count(at_once, 'client')} at once, as before it was stopped")
         trial.restore(state, read_initial, partial(observer.show_step, "mended"))
         resumed = writer.status.get("resumed", 0) + 1
         writer.write_status("running", round=state.round, resumed=resumed, stopped_early=trial.run.stopped_early)
