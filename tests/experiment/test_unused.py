@@ -104,6 +104,10 @@ CASES: dict[str, tuple[list[Sections], list[Sections]]] = {
         [{"adapter": {"rank": 2, "rslora": True}},
          {"adapter": {"rank": 1, "rslora": True, "options": {"rank_pattern": {"q_proj": 2}}}}],
     ),
+    "adapter.rank": (
+        [{"adapter": {"rank": rank}} for rank in (65, 128)],
+        [{"adapter": {"rank": 64}}, {"adapter": {"rank": 65, "options": {"rank_pattern": {"q_proj": 4}}}}],
+    ),
     "adapter.alpha": (
         [{"adapter": {"method": "psoft", "rank": 4, "alpha": alpha}} for alpha in (4, 8.0)],
         [{"adapter": {"method": "deft", "rank": 4, "alpha": 4}}],

@@ -62,11 +62,11 @@ def make_run(
             record["refused"] = refused[round]
         if at_once and round in at_once:
             record["clients_at_once"] = at_once[round]
-        record |= (more or {}).get(round, {})
         if round:
             record |= {"drift": 0.5, "proximal_loss": 1e-3, "proximal_ratio": 0.02 * round}
             if (loss := train[round - 1] if train else central[round]) is not None:
                 record["train_loss"] = loss
+        record |= (more or {}).get(round, {})
         records.append(record)
         reports += [{"round": round, "client": client, "examples": 10, "tokens": 100, "steps": 5} for client in present]
     folder.mkdir(parents=True)

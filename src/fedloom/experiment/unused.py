@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fedloom.adapters.lora import lora_pairs
 from fedloom.adapters.peft_config import unmatched_options
 from fedloom.federation.aggregation import count_trimmed
 from fedloom.federation.schedule import cohort_size
@@ -67,7 +68,7 @@ def find_unused(
         found.append(("report.samples", "nothing is held out centrally that could be asked"))
     written = [(key, why) for key, why in found if _is_written(recipe, key)]
     written += unmatched_options(recipe.adapter.options, adapted.model)
-    little = _of_little_effect(recipe, plan, blocks, here=here)
+    little = _of_little_effect(recipe, plan, adapted, blocks, here=here)
     return (
         *(f"{key} has no effect: {why}" for key, why in written),
         *(f"{key} {what}" for key, what in little if _is_written(recipe, key)),
@@ -209,7 +210,9 @@ def _in_strategy(recipe: Recipe, plan: Plan) -> Found:
         yield "federation.strategy.momentum", "a first round has none yet, and no other follows"
 
 
-def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks], *, here: bool) -> Found:
+def _of_little_effect(
+    recipe: Recipe, plan: Plan, adapted: AdaptedModel, blocks: Sequence[TokenBlocks], *, here: bool
+) -> Found:
     """Yield keys that do less than their names say, and what they do."""
     if here and not any(client.holdout_tokens for client in plan.clients):
         yield "personalise", "makes adapters that nothing judges: no client holds anything out"
@@ -228,12 +231,22 @@ def _of_little_effect(recipe: Recipe, plan: Plan, blocks: Sequence[TokenBlocks],
     if most < whole:
         rounds = f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"
         yield "federation.max_bytes", f"ends the run after {rounds}, or a few more where clients do not answer"
+    if most_rank := _find_most_rank(adapted):
+        yield "adapter.rank", f"gives a layer more factors than the {most_rank} that its smaller side can use"
     if recipe.adapter.method == "psoft":
         why = "PEFT divides the factors by it before it multiplies them by it"
         yield "adapter.alpha", f"only moves results by rounding: {why}"
     strategy = recipe.federation.strategy
     if (why := _why_plain(strategy, plan.clients_per_round)) and not _weighs_alike(strategy, plan):
         yield "federation.strategy.kind", f"is a mean in which every client counts the same: {why}"
+
+
+def _find_most_rank(adapted: AdaptedModel) -> int | None:
+    """Return the rank that B [O, R] A [R, I] can have in the first layer where that is less than R; None: nowhere."""
+    shapes = dict(zip(adapted.layout.names, adapted.layout.shapes, strict=True))
+    factors = [(shapes[a], shapes[b]) for a, b in lora_pairs(adapted.layout.names).values()]
+    sides = [(a[0], min(a[1:].numel(), b[0])) for a, b in factors]
+    return next((side for rank, side in sides if rank > side), None)
 
 
 def _weighs_alike(strategy: Strategy, plan: Plan) -> bool:

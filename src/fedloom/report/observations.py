@@ -113,9 +113,18 @@ def the_proximal_term(run: Run) -> str | None:
         return None
     low, high = min(mus), max(mus)
     said = f"= {low:g}" if low == high else f"from {low:g} to {high:g}"
+    # Where a client's own optimum is reached, the two are equal: a pull that is stronger came from a step too far.
+    advice = " With more than its own, clients are thrown back rather than held: try a smaller μ." * (ratios[-1] > 1)
     return (
-        f"With μ {said} the proximal gradient was {100 * ratios[-1]:.2g} % of the loss gradient in the last round"
-        f" (at most {100 * max(ratios):.2g} % in any round)."
+        f"With μ {said} the proximal gradient was {_as_part(ratios[-1])} the loss gradient in the last round"
+        f" (at most {_as_part(max(ratios))} it in any round).{advice}"
+    )
+
+
+def _as_part(ratio: float) -> str:
+    """Return a ratio of what is named after it: `4.6 % of`, `16 times`."""
+    return (
+        f"{100 * ratio:.2g} % of" if ratio < 0.995 else f"{ratio:,.2g} times" if ratio < 99.5 else f"{ratio:,.0f} times"
     )
 
 
