@@ -48,7 +48,7 @@ from workload import (
 )
 
 from fedloom.data.tokens import TokenBlocks
-from fedloom.evaluation.held_out import evaluate
+from fedloom.evaluation.held_out import score_adapters
 from fedloom.host.machine import describe_machine, peak_memory, reset_peak_memory
 from fedloom.model.source import open_model
 from fedloom.recipe.loading import load_recipe
@@ -105,7 +105,7 @@ def our_contender(
             pass
 
     def score() -> None:
-        evaluate(adapted, start, held_out, batch_size=8)
+        score_adapters(adapted, [(start, held_out)], batched=build is BatchedEngine, batch_size=8)
 
     return train, score
 

@@ -50,7 +50,7 @@ from workload import (
 )
 
 from fedloom.adapters.adapted_model import AdaptedModel
-from fedloom.evaluation.held_out import evaluate
+from fedloom.evaluation.held_out import score_adapters
 from fedloom.host.machine import describe_machine
 from fedloom.training.batched import BatchedEngine
 from fedloom.training.jobs import ClientUpdate
@@ -347,7 +347,7 @@ def score(shape: str, counts: list[int], lengths: list[int]) -> None:
     for mixed in (False, True):
         held_out = make_blocks(1024 if GPU else 16, 99, lengths=(2, LENGTH) if mixed else None)
         for size in (4, 8, 32, 128, 256) if GPU else (4, 8):
-            work = partial(evaluate, adapted, start, held_out, batch_size=size)
+            work = partial(score_adapters, adapted, [(start, held_out)], batched=True, batch_size=size)
             seconds = min(seconds_of(work) for _ in range(3))  # the first one prepares its kernels
             rate = len(held_out) / seconds
             say(

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fedloom.adapters import rounded_product
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
-from fedloom.adapters.rounded_product import RoundedProduct, add_products, sums_rounded
+from fedloom.adapters.rounded_product import RoundedProduct, add_products, sums_rounded, why_not_rounded
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.evaluation.held_out import Asked, Score, evaluate, evaluate_together
 from fedloom.experiment.session import Session
@@ -196,15 +196,35 @@ def refuse(*_: Any) -> None:
     raise RuntimeError("no such product")
 
 
-@pytest.mark.parametrize(("add", "found"), [(add_products, True), (refuse, False), (lambda *_: None, False)])
-def test_a_device_is_tried_once_and_outside_of_a_trace(add: Any, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def add_in_bfloat16(sums_GXY: torch.Tensor, *given: Any) -> None:
+    exact_GXY = sums_GXY.clone()
+    add_products(exact_GXY, *given)
+    sums_GXY.copy_(exact_GXY.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("add", "why"),
+    [(add_products, ""), (refuse, "no such product"), (add_in_bfloat16, "it gives other sums")],
+)
+def test_a_device_is_tried_once_and_outside_of_a_trace(add: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounded_product, "add_products", add)
+    monkeypatch.setattr(rounded_product, "_reasons", {})
     sums_rounded.cache_clear()
     with FakeTensorMode():
-        assert sums_rounded(DEVICE) is found
+        assert sums_rounded(DEVICE) is not bool(why)
     monkeypatch.setattr(rounded_product, "add_products", None)
-    assert sums_rounded(DEVICE) is found
+    assert sums_rounded(DEVICE) is not bool(why)
+    assert why_not_rounded(DEVICE) == why
     sums_rounded.cache_clear()
+
+
+def test_people_are_told_once_that_products_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted, said = make_adapted(dtype="float32"), []
+    monkeypatch.setitem(rounded_product._reasons, adapted.device, "no such product")
+    engine = BatchedEngine(adapted, say=lambda what, detail: said.append((what, detail)))
+    for _ in range(2):
+        assert len([*engine.train(jobs_of(adapted.read()))])
+    assert said == [("products", "those of adapters are in float32 in place of bfloat16: no such product")]
 
 
 @pytest.mark.parametrize(

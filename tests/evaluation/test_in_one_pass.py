@@ -117,6 +117,32 @@ def test_each_adapter_is_scored_with_its_own_residual() -> None:
     assert agree(evaluate_together(adapted, asked, batch_size=8, at_once=8), expected)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_is_asked_of_one_adapter_is_scored_together(mixed: bool) -> None:
+    adapted = make_adapted(dtype="float64")
+    drawn = draw_asked(adapted)
+    first, other = drawn[0][0], drawn[1][0]
+    asked = [(other if mixed and number % 2 else first, blocks) for number, (_, blocks) in enumerate(drawn)]
+    asked += [(first, make_blocks(0)), (first, pack(make_blocks(5))), (first, count_padding(make_blocks(3)))]
+    expected = alone(adapted, asked)
+    sizes: list[int] = []
+    found = evaluate_together(adapted, asked, batch_size=4, at_once=8, watch=lambda step: sizes.append(step.samples))
+    assert agree(found, expected)
+    apart: list[int] = []
+    for adapter, blocks in asked:
+        evaluate(adapted, adapter, blocks, batch_size=4, watch=lambda step: apart.append(step.samples))
+    assert sum(sizes) == sum(apart)
+    assert len(sizes) < len(apart), "batches are filled up with blocks of the next"
+
+
+def test_adapters_that_are_alike_and_not_one_are_not_taken_for_one() -> None:
+    adapted = make_adapted()
+    adapter, blocks = adapted.read(), make_blocks(4)
+    changed = replace(adapter, weights_P=adapter.weights_P + 0.5)
+    one, other = evaluate_together(adapted, [(adapter, blocks), (changed, blocks)], batch_size=4, at_once=8)
+    assert one.loss != other.loss
+
+
 def test_of_no_adapters_there_are_no_scores_and_of_no_blocks_they_are_nothing() -> None:
     adapted = make_adapted()
     assert evaluate_together(adapted, [], batch_size=8, at_once=8) == []

@@ -1,12 +1,15 @@
 """A few rows of logits at a time give what all of them give."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
+from support.marks import CI, first
 from support.tiny import DEVICE, make_adapted, make_blocks
 from torch.nn import functional
 
-from fedloom.model import loss_head
+from fedloom.model import loss_head, unpadding
 from fedloom.model.loading import load_model
 from fedloom.model.loss_head import LossHead
 from fedloom.model.source import open_model
@@ -54,6 +57,49 @@ def test_what_is_read_of_rows_is_their_losses_and_the_likeliest(shape: str) -> N
         losses_M, likeliest_M = adapted.loss_head.read_rows(tokens_BT, rows_M, targets_M % 260)
     torch.testing.assert_close(losses_M, expected_M)
     assert likeliest_M.tolist() == [False] * 4 + [True] * (len(rows_M) - 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("highest", first([1, 3, 40], rest=CI))
+def test_the_likeliest_token_is_that_of_argmax_where_several_are_alike(dtype: torch.dtype, highest: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_MV = torch.randint(-highest, highest + 1, (200, 7), generator=generator).to(dtype)
+    targets_M = torch.randint(7, (200,), generator=generator)
+    expected_M = logits_MV.argmax(-1) == targets_M
+    others_MV = logits_MV.scatter(1, targets_M[:, None], -torch.inf)
+    ties_M = logits_MV.gather(1, targets_M[:, None])[:, 0] == others_MV.amax(-1)
+    assert 0 < int((expected_M & ties_M).sum()) < int(ties_M.sum()), "some ties are won, and some lost"
+    found_M = loss_head._are_likeliest(logits_MV.to(DEVICE), targets_M.to(DEVICE))
+    assert torch.equal(found_M.cpu(), expected_M)
+
+
+@pytest.mark.parametrize("warns", [False, True])
+def test_nothing_is_sorted_to_write_to_places_that_are_different(warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is told to repeat its results sorts what it is told to write by number, twelve kernels a time."""
+    asked: list[bool] = []
+
+    def noting(right: Any) -> Any:
+        def write(self: torch.Tensor, *args: Any) -> torch.Tensor:
+            asked.append(torch.are_deterministic_algorithms_enabled())
+            found: torch.Tensor = right(self, *args)
+            return found
+
+        return write
+
+    for name in ("index_copy_", "scatter_"):
+        monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))
+    adapted, row = make_adapted(), torch.tensor([0, 2, 5])
+    torch.use_deterministic_algorithms(True, warn_only=warns)
+    try:
+        adapted.loss_head.losses(make_blocks(2).tokens_NT.to(DEVICE), row.to(DEVICE), row.to(DEVICE)).sum().backward()
+        spread = unpadding._Spread.apply(torch.ones(3, 2, requires_grad=True), row, 6)
+        unpadding._Gather.apply(spread, row).sum().backward()
+        assert len(asked) == 4
+        assert not any(asked)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Capped(torch.nn.Module):

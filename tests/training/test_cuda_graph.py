@@ -1,8 +1,8 @@
 """Recorded steps: what happens where one can't be recorded, shown on a processor; recordings themselves on a GPU."""
 
 import gc
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -189,13 +189,52 @@ class _Here:
         return None
 
 
+def _stand_in(monkeypatch: pytest.MonkeyPatch, record: Callable[..., Any]) -> None:
+    """Put what is needed of a GPU in its place; `record` is the recording's context."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Here)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "default_generators", [_Here()])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+
+def test_a_recording_that_breaks_leaves_the_stream_that_was_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["usual"]
+
+    @contextmanager
+    def switch(stream: str) -> Iterator[None]:
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Breaks:
+        """As torch's own: where the recording's end raises, the stream stays the recording's."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            current[0] = "recording"
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda_graph, "recording_stream", lambda device: "recording")
+    monkeypatch.setattr(cuda_graph, "_take_back", lambda *_: None)
+    _stand_in(monkeypatch, Breaks)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", switch)
+    with pytest.raises(NotRecordableError, match="previous error"):
+        StepGraph(lambda: None, torch.device("cpu"))._record()
+    assert current == ["usual"]
+
+
 def test_no_garbage_is_collected_while_a_step_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     # What it frees may be a recording, and to free one breaks another that is under way.
     monkeypatch.setattr(cuda_graph, "recording_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Here)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **named: nullcontext())
-    monkeypatch.setattr(torch.cuda, "default_generators", [_Here()])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    _stand_in(monkeypatch, lambda *given, **named: nullcontext())
     collects: list[bool] = []
     StepGraph(lambda: collects.append(gc.isenabled()), torch.device("cpu"))._record()
     assert collects == [False]

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fedloom.adapters.peft_config import reason_of
+
 
 @dataclass(frozen=True)
 class RoundedFactors:
@@ -93,6 +95,9 @@ def add_products(sums_GXY: Tensor, left_MX: Tensor, right_MY: Tensor, scale: flo
         sums_GXY.baddbmm_(left_GXM.to(sums_GXY.dtype), right_GMY.to(sums_GXY.dtype), alpha=scale)
 
 
+_reasons: dict[torch.device, str] = {}
+
+
 @cache
 def sums_rounded(device: torch.device) -> bool:
     """Return whether a device adds products of bfloat16 to sums in float32: not every GPU does, so it is tried once.
@@ -102,16 +107,25 @@ def sums_rounded(device: torch.device) -> bool:
     """
     # Whoever asks first may be tracing a step, in which nothing is computed.
     with unset_fake_temporarily():
-        left_MX, right_MY = (torch.arange(4.0 * size, device=device).view(4, size) for size in (3, 2))
-        sums_GXY = torch.ones(2, 3, 2, device=device)
+        # Whole numbers, whose products and sums float32 has exactly and bfloat16 has not; as many as a layer may have.
+        left_MX, right_MY = (torch.arange(64.0 * size, device=device).view(64, size) % 13 for size in (16, 48))
+        sums_GXY = torch.ones(2, 16, 48, device=device)
         wanted_GXY = sums_GXY + 0.5 * cut(left_MX, 2).mT @ cut(right_MY, 2)
         try:
             add_products(sums_GXY, left_MX.bfloat16(), right_MY.bfloat16(), 0.5)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
                 raise
+            _reasons[device] = reason_of(error)
             return False
-        return torch.equal(sums_GXY, wanted_GXY)
+        if not torch.equal(sums_GXY, wanted_GXY):
+            _reasons[device] = "it gives other sums"
+        return device not in _reasons
+
+
+def why_not_rounded(device: torch.device) -> str:
+    """Return why a device's products are not of bfloat16; empty where they are, or it was not asked for them."""
+    return _reasons.get(device, "")
 
 
 def cut(rows_MX: Tensor, pieces: int) -> Tensor:

@@ -153,6 +153,11 @@ def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
     return counted_M, targets_M[counted_M]
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the processor's memory on a device, without a wait for what a GPU was told before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def halve(size: int, device: torch.device, what: str, *, mend: str) -> int:
     """Return half the size of a batch that there was no memory for, and give back what it held.
 

@@ -1,6 +1,7 @@
 """Loss, perplexity and next-token accuracy of adapters on held-out blocks: one alone, or many in one pass.
 
-Letters: L adapters of a batch, B blocks, T tokens, M positions that count, P adapter parameters.
+Letters: L adapters of a batch, B blocks, T tokens, M positions that count, P adapter parameters, Q questions, each of
+an adapter on blocks.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.stacked_lora import Stack
-from fedloom.data.tokens import Batch, TokenBlocks
-from fedloom.evaluation.batches import in_lanes, targets_of, tokens_at_once, widest_of, width_for
+from fedloom.data.tokens import Batch, TokenBlocks, join_blocks
+from fedloom.evaluation.batches import in_lanes, send, targets_of, tokens_at_once, widest_of, width_for
 from fedloom.host.failpoints import failpoint
 from fedloom.model.attention import without_padding
 from fedloom.progress import Watch, ignore
@@ -65,6 +67,31 @@ class Score:
 
 
 NOTHING = Score(0.0, 0, 0)
+Found = dict[int, Score]
+"""Scores by the numbers of what was asked."""
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """An adapter, and blocks on which it is scored, each with the number of the question that it is of."""
+
+    adapter: Adapter
+    blocks: TokenBlocks
+    numbers_N: Tensor
+
+
+def _to_lanes(asked: Sequence[Asked], *, joined: bool) -> list[_Lane]:
+    """Return a lane for each question, or if they are `joined` one for all that ask of one adapter."""
+    alike: dict[Any, list[int]] = {}
+    for number, (adapter, blocks) in enumerate(asked):
+        kind = id(adapter), blocks.tokens_NT.shape[1], blocks.texts_NT is None, blocks.pad_counts
+        alike.setdefault(kind if joined else number, []).append(number)
+    lanes = []
+    for numbers in alike.values():
+        parts = [asked[number][1] for number in numbers]
+        numbers_N = torch.tensor(numbers).repeat_interleave(torch.tensor([len(part) for part in parts]))
+        lanes.append(_Lane(asked[numbers[0]][0], join_blocks(parts) if len(parts) > 1 else parts[0], numbers_N))
+    return lanes
 
 
 def adapters_at_once(weights: int) -> int:
@@ -87,74 +114,69 @@ def score_adapters(
 
     `batched` says that the engine trains in one pass, and so that layers of its kind stand for the model's: then up to
     `at_once` adapters are scored so, and where a device rounds weights for products, a single one too, as it takes less
-    of a GPU than PEFT's layers.
+    of a GPU than PEFT's layers. What is asked of one adapter is scored together then. A batch has at most `most_tokens`
+    tokens; `watch` is told of each, and `lower` where memory runs out.
 
     Raises:
         ModelError: memory runs out with a single block.
     """
     how: dict[str, Any] = {"batch_size": batch_size, "most_tokens": most_tokens, "watch": watch, "lower": lower}
-    if batched and (min(at_once, len(asked)) > 1 or Stack.rounds_to(adapted, adapted.device) is not None):
-        return evaluate_together(adapted, asked, at_once=at_once, **how)
-    return [evaluate(adapted, *one, **how) for one in asked]
+    lanes = _to_lanes(asked, joined=batched)
+    if batched and (min(at_once, len(lanes)) > 1 or Stack.rounds_to(adapted, adapted.device) is not None):
+        found = _score_together(adapted, lanes, at_once=at_once, **how)
+    else:
+        found = {number: score for lane in lanes for number, score in _score_alone(adapted, lane, **how).items()}
+    return [found.get(number, NOTHING) for number in range(len(asked))]
 
 
-def evaluate(
-    adapted: AdaptedModel,
-    adapter: Adapter,
-    blocks: TokenBlocks,
-    *,
-    batch_size: int,
-    most_tokens: int | None = None,
-    watch: Watch = ignore,
-    lower: Callable[[int], object] = int,
-) -> Score:
+def evaluate(adapted: AdaptedModel, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int, **how: Any) -> Score:
     """Score an adapter on every block, in the model's dtype, without gradients or dropout; the model keeps the adapter.
 
     Neither the order of the blocks nor the size of batches changes the sums beyond rounding. A batch has as many tokens
     as `batch_size` blocks of full width, and on a GPU as many as fill it, but at most `most_tokens`. Where memory runs
-    out in a batch, it and those after it are halved; `lower` is told their tokens.
+    out in a batch, it and those after it are halved; `lower` is told their tokens. `how` is as in `score_adapters`.
 
     Raises:
         ModelError: memory runs out with a single block.
     """
-    adapted.load(adapter)
-    (score,) = _score_lanes(adapted, [blocks], lambda _: nullcontext(), batch_size, most_tokens, 1, watch, lower)
-    return score
+    (lane,) = _to_lanes([(adapter, blocks)], joined=False)
+    return _score_alone(adapted, lane, batch_size=batch_size, **how).get(0, NOTHING)
 
 
 def evaluate_together(
-    adapted: AdaptedModel,
-    asked: Sequence[Asked],
-    *,
-    batch_size: int,
-    at_once: int,
-    most_tokens: int | None = None,
-    watch: Watch = ignore,
-    lower: Callable[[int], object] = int,
+    adapted: AdaptedModel, asked: Sequence[Asked], *, batch_size: int, at_once: int, **how: Any
 ) -> list[Score]:
     """Score plain LoRA's adapters, each on blocks of its own, up to `at_once` in one pass over the base model.
 
     All of them share a batch's tokens, of which there are as many as in `evaluate`, so that it takes no more memory
-    than one adapter alone, but for their weights. The scores are those of `evaluate` up to rounding, which of a base in
-    bfloat16 on a GPU is that of its training (`rounded_product`). The model keeps its adapter, but for the residual.
+    than one adapter alone, but for their weights; what is asked of one adapter is scored as if it were asked at once.
+    The scores are those of `evaluate` up to rounding, which of a base in bfloat16 on a GPU is that of its training
+    (`rounded_product`). The model keeps its adapter, but for the residual. `how` is as in `score_adapters`.
 
     Raises:
         ModelError: memory runs out with a single block.
     """
-    assert all(adapter.layout == adapted.layout for adapter, _ in asked), "an adapter of another model"
-    alike: dict[int, list[int]] = defaultdict(list)
-    for number, (adapter, _) in enumerate(asked):
-        alike[id(adapter.residual)].append(number)
-    found: dict[int, Score] = {}
+    lanes = _to_lanes(asked, joined=True)
+    found = _score_together(adapted, lanes, batch_size=batch_size, at_once=at_once, **how)
+    return [found.get(number, NOTHING) for number in range(len(asked))]
+
+
+def _score_alone(adapted: AdaptedModel, lane: _Lane, **how: Any) -> Found:
+    adapted.load(lane.adapter)
+    return _score_lanes(adapted, [lane], lambda _: nullcontext(), **how)
+
+
+def _score_together(adapted: AdaptedModel, lanes: Sequence[_Lane], **how: Any) -> Found:
+    assert all(lane.adapter.layout == adapted.layout for lane in lanes), "an adapter of another model"
+    alike: dict[int, list[_Lane]] = defaultdict(list)
+    for lane in lanes:
+        alike[id(lane.adapter.residual)].append(lane)
+    found: Found = {}
     # A residual belongs to the model, which has one at a time.
-    for numbers in alike.values():
-        adapters = [asked[number][0] for number in numbers]
-        adapted.load_residual(adapters[0])
-        lanes = [asked[number][1] for number in numbers]
-        having = _Stacked(adapted, adapters).having
-        scores = _score_lanes(adapted, lanes, having, batch_size, most_tokens, at_once, watch, lower)
-        found |= zip(numbers, scores, strict=True)
-    return [found[number] for number in range(len(asked))]
+    for group in alike.values():
+        adapted.load_residual(group[0].adapter)
+        found |= _score_lanes(adapted, group, _Stacked(adapted, [lane.adapter for lane in group]).having, **how)
+    return found
 
 
 class _Stacked:
@@ -184,53 +206,72 @@ class _Stacked:
 
 def _score_lanes(
     adapted: AdaptedModel,
-    lanes: Sequence[TokenBlocks],
+    lanes: Sequence[_Lane],
     having: HavingLanes,
     batch_size: int,
-    most_tokens: int | None,
-    at_once: int,
-    watch: Watch,
-    lower: Callable[[int], object],
-) -> list[Score]:
+    *,
+    most_tokens: int | None = None,
+    at_once: int = 1,
+    watch: Watch = ignore,
+    lower: Callable[[int], object] = int,
+) -> Found:
     """Score each lane's blocks with its adapter."""
-    width = widest_of(lanes)
+    if not lanes:
+        return {}
+    blocks = [lane.blocks for lane in lanes]
+    width = widest_of(blocks)
     most = tokens_at_once(batch_size, width, adapted.device)
     most = most if most_tokens is None else min(most, most_tokens)
 
-    def score(taken: Mapping[int, Tensor], batches: Sequence[Batch]) -> tuple[Tensor, list[int]]:
+    def score(taken: Mapping[int, Tensor], batches: Sequence[Batch]) -> _Sums:
+        numbers = [lanes[lane].numbers_N[rows] for lane, rows in taken.items()]
         with torch.inference_mode(), having([*taken]):
-            found = _score_batch(adapted, batches, width)
+            found = _score_batch(adapted, batches, numbers, width)
         failpoint("evaluation.scored")
         return found
 
-    parts = list(in_lanes(adapted, lanes, score, most, at_once=at_once, watch=watch, lower=lower))
-    scores = [NOTHING] * len(lanes)
+    parts = [part for _, part in in_lanes(adapted, blocks, score, most, at_once=at_once, watch=watch, lower=lower)]
+    found: Found = {}
     if not parts:
-        return scores
+        return found
     # Reading numbers waits for a GPU: once, at the end.
-    sums = iter(torch.cat([sums_L2 for _, (sums_L2, _) in parts]).tolist())
-    for taken, (_, counts) in parts:
-        for lane, num_targets in zip(taken, counts, strict=True):
+    sums = iter(torch.cat([part.sums_Q2 for part in parts]).tolist())
+    for part in parts:
+        for number, num_targets in zip(part.numbers, part.counts, strict=True):
             loss, correct = next(sums)
-            scores[lane] += Score(loss, int(correct), num_targets)
-    return scores
+            found[number] = found.get(number, NOTHING) + Score(loss, int(correct), num_targets)
+    return found
 
 
-def _score_batch(adapted: AdaptedModel, batches: Sequence[Batch], widest: int) -> tuple[Tensor, list[int]]:
-    """Return each lane's loss and right answers, [L, 2] in float64 and still on the device, and its targets' number."""
+class _Sums(NamedTuple):
+    """Sums of a batch for each of the questions that it has blocks of."""
+
+    numbers: list[int]
+    counts: list[int]
+    """Targets of each."""
+    sums_Q2: Tensor
+    """Loss and right answers of each, in float64 and still on the device."""
+
+
+def _score_batch(adapted: AdaptedModel, batches: Sequence[Batch], numbers: Sequence[Tensor], widest: int) -> _Sums:
+    """Score a batch of each lane, in which every block is of the question with its number."""
     device = adapted.device
     width = width_for(max(batch.tokens_BT.shape[1] for batch in batches), widest, device)
     tokens_LBT, labels_LBT, mask_LBT = pad_together(batches, [(len(batch.tokens_BT), width) for batch in batches])
     masked = any(batch.mask_BT is not None for batch in batches)
     batch = Batch(tokens_LBT.flatten(0, 1), labels_LBT.flatten(0, 1), mask_LBT.flatten(0, 1) if masked else None, 0)
     counted_M, targets_M = targets_of(batch)
-    counts = torch.bincount(counted_M // labels_LBT[0].numel(), minlength=len(batches)).tolist()
+    of_each_B = pad_sequence([*numbers], batch_first=True).flatten()
+    found, question_M, counts = of_each_B[counted_M // width].unique(return_inverse=True, return_counts=True)
     # A GPU would be asked, and waited for, how long each text is.
     unpads = adapted.unpads and device.type == "cpu"
     real_R = find_real(next_token_targets(batch.labels_BT)) if unpads else None
     rows_M = counted_M if real_R is None else torch.searchsorted(real_R, counted_M)
-    told = batch.to(device)
-    with without_padding(real_R, told.tokens_BT.shape, told.mask_BT):
-        read = adapted.loss_head.read_rows(told.tokens_BT, rows_M.to(device), targets_M.to(device), told.mask_BT)
+    tokens_BT, mask_BT = send(batch.tokens_BT, device), None if batch.mask_BT is None else send(batch.mask_BT, device)
+    with without_padding(real_R, tokens_BT.shape, mask_BT):
+        read = adapted.loss_head.read_rows(tokens_BT, send(rows_M, device), send(targets_M, device), mask_BT)
     facts_M2 = torch.stack([values_M.double() for values_M in read], dim=1)
-    return torch.stack([part.sum(0) for part in facts_M2.split(counts)]), counts
+    if bool((question_M.diff() < 0).any()):  # blocks of several stand among each other
+        facts_M2 = facts_M2[send(question_M.argsort(stable=True), device)]
+    sums_Q2 = torch.stack([part.sum(0) for part in facts_M2.split(counts.tolist())])
+    return _Sums(found.tolist(), counts.tolist(), sums_Q2)

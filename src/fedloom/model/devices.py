@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -94,3 +95,21 @@ def allow_differing_results() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Torch would say so of each such operation; who calls this says it once.
     warnings.filterwarnings("ignore", message=".*deterministic")
+
+
+@contextmanager
+def without_sorting() -> Iterator[None]:
+    """Let a GPU write to places by their numbers inside, none of which is given twice, as it does it fastest.
+
+    Told to repeat its results, torch sorts such numbers first, which takes a dozen kernels in place of one: of two
+    values for one place it would not be said which is the last.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)

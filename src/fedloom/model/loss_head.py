@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from fedloom.model.attention import call_model
+from fedloom.model.devices import without_sorting
 from fedloom.model.frozen_products import multiply_frozen
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -67,7 +69,7 @@ class LossHead:
         """
         if self._head is None:
             logits_MV = self._whole_logits(tokens_BT, rows_M, mask_BT)
-            return functional.cross_entropy(logits_MV, targets_M, reduction="none")
+            return _row_losses(logits_MV, targets_M)
         losses_M: Tensor = _RowLosses.apply(
             self._states(tokens_BT, mask_BT), rows_M, targets_M, self._head.weight, self._head.bias
         )  # type: ignore[no-untyped-call]
@@ -76,7 +78,7 @@ class LossHead:
     def score_rows(self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Return the loss of each counted row, [M]: `losses` without what gradients need."""
         chunks = self._chunks(tokens_BT, rows_M, targets_M, mask_BT)
-        return torch.cat([functional.cross_entropy(logits, targets, reduction="none") for logits, targets in chunks])
+        return torch.cat([_row_losses(logits, targets) for logits, targets in chunks])
 
     def read_rows(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None = None
@@ -87,29 +89,28 @@ class LossHead:
         """
         losses, likeliest = [], []
         for logits, targets in self._chunks(tokens_BT, rows_M, targets_M, mask_BT):
-            losses.append(functional.cross_entropy(logits, targets, reduction="none"))
-            likeliest.append(logits.argmax(-1) == targets)
+            losses.append(_row_losses(logits, targets))
+            likeliest.append(_are_likeliest(logits, targets))
         return torch.cat(losses), torch.cat(likeliest)
 
     def _chunks(
         self, tokens_BT: Tensor, rows_M: Tensor, targets_M: Tensor, mask_BT: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make the logits of counted rows, a few rows at a time, in float32 or wider, each with its targets."""
+        """Make the logits of counted rows, a few rows at a time, each with its targets; nobody else has them."""
         if self._head is None:
             chunks = iter([(self._whole_logits(tokens_BT, rows_M, mask_BT), targets_M)])
         else:
             states_MD = self._states(tokens_BT, mask_BT)[rows_M]
             chunks = _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
         for chunk, chunk_targets in chunks:
-            for logits, targets in _few_at_a_time(chunk, chunk_targets):
-                yield _at_least_float32(logits), targets
+            yield from _few_at_a_time(chunk, chunk_targets)
 
     def _states(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         states: Tensor = call_model(self._model.base_model, tokens_BT, mask_BT).last_hidden_state
         return states.flatten(0, 1)
 
     def _whole_logits(self, tokens_BT: Tensor, rows_M: Tensor | None, mask_BT: Tensor | None) -> Tensor:
-        return _at_least_float32(_chosen(self._logits(tokens_BT, mask_BT).flatten(0, 1), rows_M))
+        return _chosen(self._logits(tokens_BT, mask_BT).flatten(0, 1), rows_M)
 
     def _own_logits(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         logits: Tensor = call_model(self._model, tokens_BT, mask_BT).logits
@@ -157,13 +158,14 @@ class _RowLosses(torch.autograd.Function):
         losses, gradients = [], []
         for chunk, chunk_targets in _logit_chunks(_chosen(states_ND, rows_M), targets_M, weight_VD, bias_V):
             for logits, targets in _few_at_a_time(chunk, chunk_targets):
-                log_p = functional.log_softmax(_at_least_float32(logits), dim=-1)
-                losses.append(-log_p.gather(1, targets[:, None])[:, 0])
+                log_p, targets_M1 = _log_softmax(logits), targets[:, None]
+                own_M1 = log_p.gather(1, targets_M1)
+                losses.append(-own_M1[:, 0])
                 # d loss / d logits = softmax − one-hot. In place, because one more tensor of this
                 # size would cost as much memory as the chunk's logits.
-                slope = log_p.exp_()
-                slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-                logits.copy_(slope)
+                _write_exp(log_p, logits)
+                with without_sorting():
+                    logits.scatter_(1, targets_M1, (own_M1.exp() - 1).to(logits.dtype))
             gradients.append(multiply_frozen(chunk, weight_VD.mT))
         ctx.num_rows = len(states_ND)
         ctx.save_for_backward(torch.cat(gradients), rows_M)
@@ -176,7 +178,8 @@ class _RowLosses(torch.autograd.Function):
         if rows_M is not None:
             # Written to their places, as no two rows are the same: autograd would sort their numbers and add.
             rows_ND = gradient_MD.new_zeros(ctx.num_rows, gradient_MD.shape[1])
-            gradient_MD = rows_ND.index_copy_(0, rows_M, gradient_MD)
+            with without_sorting():
+                gradient_MD = rows_ND.index_copy_(0, rows_M, gradient_MD)
         return gradient_MD, None, None, None, None
 
 
@@ -209,5 +212,40 @@ def _few_at_a_time(logits_MV: Tensor, targets_M: Tensor) -> Iterator[tuple[Tenso
     return zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+def _row_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    return functional.nll_loss(_log_softmax(logits_MV), targets_M, reduction="none")
+
+
+def _log_softmax(logits_MV: Tensor) -> Tensor:
+    """Return the logarithms of probabilities, in float32 or wider. A GPU widens each logit as it reads it."""
+    wide = torch.float32 if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV.dtype
+    return functional.log_softmax(logits_MV, dim=-1, dtype=wide)
+
+
+def _write_exp(values_MV: Tensor, rounded_MV: Tensor) -> None:
+    """Write e to the power of each value, rounded to the dtype of what it is written to; the values are written over.
+
+    A GPU rounds what it writes. A processor would make a tensor of its own for that.
+    """
+    if rounded_MV.is_cuda:
+        torch.exp(values_MV, out=rounded_MV)
+    else:
+        rounded_MV.copy_(values_MV.exp_())
+
+
+def _are_likeliest(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """Return whether each row's target has its highest logit, the first one where several have; logits are written to.
+
+    That is what `argmax` says, which takes a processor ten times as long (docs/log.md).
+    """
+    # A trace of memory has no values to look at.
+    if logits_MV.device.type != "cpu" or isinstance(logits_MV, FakeTensor):
+        return logits_MV.argmax(-1) == targets_M
+    targets_M1 = targets_M[:, None]
+    own_M1 = logits_MV.gather(1, targets_M1)
+    others_M1 = logits_MV.scatter_(1, targets_M1, -torch.inf).amax(-1, keepdim=True)
+    likeliest_M = (own_M1 > others_M1)[:, 0]
+    tied = (own_M1 == others_M1)[:, 0].nonzero()[:, 0]
+    if len(tied):
+        likeliest_M[tied] = logits_MV[tied].scatter_(1, targets_M1[tied], own_M1[tied]).argmax(-1) == targets_M[tied]
+    return likeliest_M

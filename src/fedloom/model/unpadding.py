@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedloom.model.devices import without_sorting
+
 
 def see_own_text(texts_BT: Tensor) -> Tensor:
     """Return which token sees which, [B, 1, T, T]: those of its own text up to itself, by the numbers of the texts."""
@@ -128,7 +130,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_MX: Tensor, places_M: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(places_M)
-        return rows_MX.new_zeros(size, *rows_MX.shape[1:]).index_copy_(0, places_M, rows_MX)
+        return _put(rows_MX, places_M, size)
 
     @staticmethod
     def backward(ctx: Any, grad_NX: Tensor) -> tuple[Tensor, None, None]:
@@ -145,5 +147,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None]:
         (places_M,) = ctx.saved_tensors
-        grid_NX = grad_MX.new_zeros(ctx.size, *grad_MX.shape[1:])
-        return grid_NX.index_copy_(0, places_M, grad_MX), None
+        return _put(grad_MX, places_M, ctx.size), None
+
+
+def _put(rows_MX: Tensor, places_M: Tensor, size: int) -> Tensor:
+    """Return so many rows of zeros, but for these rows at their places, which are different ones."""
+    grid_NX = rows_MX.new_zeros(size, *rows_MX.shape[1:])
+    with without_sorting():
+        return grid_NX.index_copy_(0, places_M, rows_MX)

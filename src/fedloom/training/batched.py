@@ -36,7 +36,6 @@ from fedloom.training.client_slots import (
     room_for,
 )
 from fedloom.training.dropout_masks import sequence_keys
-from fedloom.training.dropping import why_no_kernel
 from fedloom.training.jobs import (
     SHORT,
     ClientFailure,
@@ -51,6 +50,7 @@ from fedloom.training.jobs import (
 )
 from fedloom.training.objective import count_targets, next_token_targets
 from fedloom.training.positions import fill_room, look_up, targets_of_each
+from fedloom.training.slower_ways import slower_ways
 from fedloom.training.stacked_step import StackedStep, StepInputs
 from fedloom.training.stretches import Stretches
 
@@ -75,8 +75,7 @@ class BatchedEngine:
         """Clients that train at once since memory ran out; None where it never did."""
         self._records = True
         """False once a step of this model could not be recorded."""
-        self._told = False
-        """True once it was said that the GPU has no kernel for dropout."""
+        self._told: set[str] = set()
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientResult]:
         """Carry out every job, as many at once as there is room for; yield each result when it is there."""
@@ -98,12 +97,7 @@ class BatchedEngine:
                         batch.admit(waiting[0])
                         waiting.popleft()
                     stepped = batch.step()
-                    if batch.not_recordable and self._records:
-                        self._records = False
-                        self._say("graph", f"none, each step is launched by itself: {batch.not_recordable}")
-                    if (reason := why_no_kernel(self._adapted.device)) and not self._told:
-                        self._told = True
-                        self._say("dropout", f"each mask takes many kernels in place of one: {reason}")
+                    self._tell(batch)
                     for slot, taken in stepped:
                         job, samples = slot.job, sum(len(part.tokens_BT) for part in taken)
                         self._watch(Progress("train", count_tokens(taken), samples, job.round, job.client))
@@ -141,6 +135,14 @@ class BatchedEngine:
             self._batch = None
         self._release()
         return True
+
+    def _tell(self, batch: ClientBatch) -> None:
+        """Say, once each, what takes longer on this GPU than on others, and why."""
+        self._records = self._records and not batch.not_recordable
+        for what, why in slower_ways(self._adapted.device, batch.not_recordable).items():
+            if what not in self._told:
+                self._told.add(what)
+                self._say(what, why)
 
     def _open_batch(self, jobs: Sequence[ClientJob], at_once: int) -> ClientBatch:
         """Return the place of so many of the jobs: the one before, with what was recorded there, if it will do."""
@@ -352,11 +354,10 @@ class ClientBatch:
 
     def _read(self) -> None:
         """Write down the steps since the last look."""
-        unread, facts, self._unread, self._facts = self._unread, self._facts, [], []
-        if self._stretches:
-            facts = self._stretches.read(len(unread))
-        for of_step, facts_3K in zip(unread, facts, strict=True):
-            for (slot, taken), (loss, drift, gradient_norm) in zip(of_step, facts_3K.T.tolist(), strict=False):
+        unread, launched, self._unread, self._facts = self._unread, self._facts, [], []
+        facts = self._stretches.read(len(unread)) if self._stretches else [told.T.tolist() for told in launched]
+        for of_step, told in zip(unread, facts, strict=True):
+            for (slot, taken), (loss, drift, gradient_norm) in zip(of_step, told, strict=False):
                 # With a ration each document has a gradient of its own, and what comes is the sum of their losses.
                 if slot.job.ration and taken:
                     loss /= sum(len(part.tokens_BT) for part in taken)

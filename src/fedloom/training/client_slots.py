@@ -132,9 +132,13 @@ class ClientSlot:
     @cached_property
     def needs(self) -> list[int]:
         """Tokens that each step needs for what counts in it: of its largest micro-batch, where it has several."""
-        _, needed_N = self._counts
+        # As Python's numbers: of a few tokens a step, each operation of torch would take longer than all of this.
+        needed = self._counts[1].tolist()
         size = self.job.training.batch_size
-        return [max(int(needed_N[part].sum()) for part in rows.split(size)) for rows in self.batches]
+        return [
+            max(sum(needed[row] for row in rows[first : first + size]) for first in range(0, max(1, len(rows)), size))
+            for rows in (rows.tolist() for rows in self.batches)
+        ]
 
     @cached_property
     def _counts(self) -> tuple[Tensor, Tensor]:

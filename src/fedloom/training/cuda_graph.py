@@ -96,8 +96,9 @@ class StepGraph:
         state = generator.get_state()
         try:
             # A recording computes nothing: the replay that follows is the step. To free an older one meanwhile, which
-            # is garbage, breaks it (pytorch/pytorch#161037).
-            with leave_garbage(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            # is garbage, breaks it (pytorch/pytorch#161037). And one that breaks leaves its own stream the current one.
+            here = torch.cuda.stream(torch.cuda.current_stream())
+            with here, leave_garbage(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 self._step()
         except RuntimeError as error:
             _take_back(generator, state)

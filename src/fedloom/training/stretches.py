@@ -32,6 +32,8 @@ Launch = Callable[[], None]
 Draw = Callable[[int, int | None], tuple[Taken, Sequence[StepInputs]]]
 """The next step's clients with what they learn from, and the inputs of its one part in memory; or those of a step so
 many later. With a second number, the inputs are those of a step that needs so many tokens of a client."""
+Facts = list[tuple[float, float, float]]
+"""Facts of a step, of each of its K clients: loss, drift and gradient norm."""
 Layout = tuple[tuple[torch.dtype, torch.Size] | None, ...]
 """Dtype and shape of each of a step's inputs; None for what it goes without."""
 ALIGNED = 8
@@ -135,9 +137,10 @@ class Stretch:
         recording = self.recordings.get(layout)
         recording() if recording else self._take(layout)
 
-    def read(self, count: int) -> list[Tensor]:
-        """Return the facts, [3, K], of the first steps once they are done, in the processor's memory."""
-        return list(self._facts_E3K[:count].cpu())
+    def read(self, count: int) -> list[Facts]:
+        """Return the facts of the first steps once they are done."""
+        found: list[Facts] = self._facts_E3K[:count].mT.tolist()
+        return found
 
     def forget(self) -> None:
         """Let go of the recordings, which hold this stretch themselves, and make none any more."""
@@ -198,8 +201,8 @@ class Stretches:
             self._write(self._now, *draw(self._length, None))
         return taken
 
-    def read(self, count: int) -> list[Tensor]:
-        """Return the facts of the stretch's first steps, [3, K] each, once they are done."""
+    def read(self, count: int) -> list[Facts]:
+        """Return the facts of the stretch's first steps, once they are done."""
         return self._now.read(count) if self._now else []
 
     def change_clients(self) -> None:
