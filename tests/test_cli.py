@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 from support.made_runs import make_run
-from support.marks import first
+from support.marks import CI, first
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -239,6 +239,40 @@ def test_a_bad_command_is_one_line(
     line = refused(arguments, monkeypatch, capsys)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == []
+
+
+IMPOSSIBLE = {
+    "status": ["status", "RUN"],
+    "stop": ["stop", "RUN"],
+    "report": ["report", "RUN"],
+    "fsck": ["fsck", "RUN"],
+    "compare": ["compare", "RUN", "RUN"],
+    "export": ["export", "RUN", "--to", "there"],
+    "resume": ["run", "--resume", "RUN"],
+}
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "loop", "dangling"])
+@pytest.mark.parametrize("case", first(IMPOSSIBLE, rest=CI))
+def test_a_folder_that_can_be_no_run_is_one_line(
+    case: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    arguments = [folder if word == "RUN" else word for word in IMPOSSIBLE[case]]
+    assert refused(arguments, monkeypatch, capsys).startswith("error: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"loop", "dangling"}
+
+
+@pytest.mark.parametrize("folder", ["loop", "dangling"])
+def test_a_link_is_in_the_way_of_a_run_before_anything_is_loaded(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / folder).symlink_to("loop" if folder == "loop" else "nowhere")
+    monkeypatch.chdir(tmp_path)
+    line = refused([*TINY, "--out", folder], monkeypatch, capsys)
+    assert line == f"error: {folder}: the run directory exists; name another with --out, or remove it"
 
 
 def test_a_recipe_file_is_printed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 Phase = Literal["train", "evaluate", "ask"]
 """Kinds of work: training, scoring held-out text, and asking the questions of tasks."""
-StageName = Literal["rounds", "baselines", "personalise", "contributions"]
+StageName = Literal["rounds", "baselines", "personalise", "contributions", "tasks", "answers"]
 
 
 @dataclass(frozen=True)

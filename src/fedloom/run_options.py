@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -171,12 +172,13 @@ def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -
     from fedloom.recipe.loading import shipped_recipes
 
     folder = path(recipe)
-    if resume and (folder / "recipe.toml").is_file():
+    # By functions that take an impossible name for one that is not there.
+    if resume and isfile(folder / "recipe.toml"):
         return out or folder, str(folder / "recipe.toml")
     if resume and out is None:
         how = f"fedloom {command} --resume RUN, or RECIPE --out RUN"
         if folder.suffix == ".toml" or recipe in shipped_recipes():
             raise typer.BadParameter(f"--resume needs a run directory: {how}.")
-        what = "no run is in it: it has no recipe.toml" if folder.is_dir() else "there is no such run"
+        what = "no run is in it: it has no recipe.toml" if isdir(folder) else "there is no such run"
         raise RunError(what, where=str(folder.absolute()), mend=f"name a run directory that is there: {how}")
     return out, recipe

@@ -371,7 +371,9 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, suffix: str, key
 def test_a_missing_column_of_a_jsonl_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="50 without text in column content") as caught:
         load(write_rows(tmp_path, ".jsonl", MANY), text="content")
-    assert "data.text" in str(caught.value)
+    assert str(caught.value).endswith("set data.text to the column that holds the text; there are text")
+    with pytest.raises(DataError, match=r"in column ward.*; set data\.partition\.by to a column that is there: text"):
+        load(write_rows(tmp_path, ".jsonl", MANY), partition={"kind": "natural", "by": "ward"})
 
 
 def test_another_column_can_hold_the_text(tmp_path: Path) -> None:

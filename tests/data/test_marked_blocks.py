@@ -96,3 +96,12 @@ def test_rows_and_dropped_are_the_rows(rows: list[tuple[str, str]]) -> None:
     assert len(blocks) + blocks.unanswered + blocks.dropped == len(rows)
     assert bool(blocks.counted_NT[:, 1:].any(1).all())
     assert not (blocks.counted_NT & ~blocks.is_real).any()
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 33, 500, 5000])
+def test_a_plain_text_that_is_cut_is_counted_with_what_it_loses(length: int) -> None:
+    document, tokenizer = Document("x" * length, "row"), byte_tokenizer()
+    blocks = tokenize_documents([document], tokenizer, Data(source="x", max_length=16))
+    assert (blocks.cut, blocks.cut_tokens) == (int(length > 16), max(0, length - 16))
+    whole = tokenize_documents([document], tokenizer, Data(source="x", max_length=16, window="blocks"))
+    assert (whole.cut, whole.cut_tokens) == (0, 0)

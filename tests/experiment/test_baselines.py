@@ -1,6 +1,7 @@
 """Did federation help: what a run is set against, with the same tokens, on the same hold-out."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.handover.evaluate import evaluate
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Progress, StageName
 from fedloom.records.check import check_run
 from fedloom.report.baselines_section import did_it_help
 from fedloom.report.run_report import write_report
@@ -38,6 +40,52 @@ def test_baselines_train_on_the_federations_tokens_and_meet_its_hold_out(engine:
     text = (tmp_path / "run" / "report.md").read_text()
     assert ". Did federation help?" in text
     assert "| all documents together |" in text
+
+
+class StopsInBaselines(Observer):
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+        self.stage = ""
+
+    def show_step(self, what: str, detail: str) -> None:
+        self.said.append((what, detail))
+
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        self.stage = name
+
+    def watch(self, progress: Progress) -> None:
+        if self.stage == "baselines":
+            raise KeyboardInterrupt
+
+
+def test_who_stops_a_run_in_its_baselines_is_told_that_they_begin_again(tmp_path: Path) -> None:
+    display = StopsInBaselines()
+    with pytest.raises(KeyboardInterrupt):
+        run(make_recipe(baselines=["pooled"]), tmp_path / "it's", display)
+    assert display.said[-2][0] == "baselines"
+    assert display.said[-2][1].startswith("begin again when the run goes on")
+    folder = shlex.quote(str(tmp_path / "it's"))
+    assert display.said[-1][1].endswith(f"--resume {folder}")
+
+
+@pytest.mark.parametrize(
+    "file", first(["contributions.json", "baselines.json", "personalised.json", "evaluation.jsonl"])
+)
+def test_a_result_that_is_gone_is_no_whole_run_and_is_made_again(file: str, tmp_path: Path) -> None:
+    rows = [{"q": f"word{number} is", "c": ["good", "evil"], "a": "good"} for number in range(4)]
+    tasks = write_tasks(tmp_path / "tasks", rows, {"name": "quiz"})
+    asked = {"evaluation": {"tasks": [str(tasks)]}} if file == "evaluation.jsonl" else {}
+    recipe = make_recipe(baselines=["pooled"], personalise={}, contributions=True, federation={"rounds": 1}, **asked)
+    folder = tmp_path / "run"
+    run(recipe, folder, Observer())
+    kept = (folder / file).read_text()
+    (folder / file).unlink()
+    (damaged,) = [finding for finding in check_run(folder) if finding.mend]
+    assert (damaged.what, damaged.found) == ("results", f"missing: {file}")
+    run(recipe, folder, Observer(), resume=True)
+    assert not [finding for finding in check_run(folder) if finding.mend]
+    if file != "evaluation.jsonl":  # which has the time of each answer
+        assert json.loads((folder / file).read_text()) == json.loads(kept)
 
 
 def test_a_client_alone_is_a_federation_of_one(tmp_path: Path) -> None:

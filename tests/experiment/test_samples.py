@@ -7,6 +7,19 @@ from support.tiny import make_recipe
 
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import Progress, StageName
+
+
+class Stages(Observer):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.asked = 0
+
+    def show_stage(self, name: StageName, share: float = 1.0) -> None:
+        self.names.append(name)
+
+    def watch(self, progress: Progress) -> None:
+        self.asked += progress.samples if progress.phase == "ask" else 0
 
 
 def test_a_run_ends_with_answers_to_central_questions_and_a_plain_one_does_not(tmp_path: Path) -> None:
@@ -15,12 +28,17 @@ def test_a_run_ends_with_answers_to_central_questions_and_a_plain_one_does_not(t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"source": str(path), "clients": 2, "documents_per_client": 10, "central_holdout": 5}
     asked = make_recipe(data={**data, "prompt": "Q: {q}>", "completion": "{a}", "max_length": 64})
-    run(asked, tmp_path / "asked", Observer())
+    stages = Stages()
+    run(asked, tmp_path / "asked", stages)
+    assert stages.names == ["rounds", "answers"]
+    assert stages.asked == 3
     samples = json.loads((tmp_path / "asked" / "samples.json").read_text())["samples"]
     assert len(samples) == 3
     assert all(sample["prompt"].startswith("Q: question ") for sample in samples)
     assert "is the answer" not in " ".join(sample["prompt"] for sample in samples)
     assert any(sample["base"] != sample["tuned"] for sample in samples), "the adapter is in use"
     assert samples[0]["prompt"] in (tmp_path / "asked" / "report.md").read_text()
-    run(make_recipe(data={**data, "text": "a"}), tmp_path / "plain", Observer())
+    plain = Stages()
+    run(make_recipe(data={**data, "text": "a"}), tmp_path / "plain", plain)
+    assert plain.names == ["rounds"]
     assert not (tmp_path / "plain" / "samples.json").exists()

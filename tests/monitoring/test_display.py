@@ -1,6 +1,7 @@
 """What a person sees: on a terminal, and in a pipe."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def test_what_follows_the_rounds_has_a_name_and_counts_to_the_end(
     recipe = make_recipe(federation={"rounds": 1}, baselines=baselines, personalise={}, contributions=True)
     screen, board = io.StringIO(), Board("fedloom run")
     run(recipe, tmp_path / "run", Terminal(Console(file=screen, width=200)), observers=[board])
-    told = [line.split(": ", 1) for line in screen.getvalue().splitlines() if " steps  " in line]
+    told = [line.split(": ", 1) for line in screen.getvalue().splitlines() if re.match("      .* steps  ", line)]
     total = sum(stage.steps for stage in plan(recipe).stages)
     assert {said.split(" steps")[0].split("/")[1] for _, said in told} == {f"{total:,}"}
     doing = [what.strip() for what, _ in told]
@@ -148,6 +149,21 @@ def test_the_plan_names_what_was_skipped(write_jsonl) -> None:
         plan(make_recipe(data={"source": str(path), "documents_per_client": None, "max_bad_fraction": 0.1}))
     )
     assert "1 empty, 1 without text in column text" in screen.getvalue()
+
+
+def test_the_plan_says_how_much_of_long_texts_is_left_out_and_what_follows_the_rounds(write_jsonl) -> None:
+    path = write_jsonl([f"{number} " + "x" * (28 if number % 2 else 298) for number in range(60)])
+    data = {"source": str(path), "max_length": 32, "documents_per_client": None}
+    told = describe_plan(plan(make_recipe(data=data, baselines=["pooled"], contributions=True)))
+    mend = 'data.window = "blocks" takes them'
+    assert re.fullmatch(
+        rf"30 documents at data.max_length, which leaves out some \d\d % of all tokens; {mend}", told["cut"]
+    )
+    assert 78 <= int(told["cut"].split("some ")[1][:2]) <= 86, "300 of 30 + 300 characters, of which 32 and 31 are kept"
+    assert re.search(r"; then baselines, \d+ steps; then contributions, \d+ steps$", told["work"])
+    whole = describe_plan(plan(make_recipe(data={**data, "window": "blocks"})))
+    assert "cut" not in whole
+    assert "then" not in whole["work"]
 
 
 def test_the_plan_leaves_what_is_decided_elsewhere_to_the_clients_there() -> None:

@@ -33,6 +33,13 @@ def uses(card: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.long
+def test_a_card_says_where_the_documents_were() -> None:
+    recipe, planned = make_recipe(), plan(make_recipe())
+    assert "3 clients, simulated: the documents lay on one machine, and were dealt out" in card_of(recipe)
+    there = write_card(recipe, replace(planned, elsewhere=("a", "b", "c")), {"round": 1, "central_loss": 1.5})
+    assert "3 clients, each on its own documents, which stayed where they were; only adapters travelled." in there
+
+
 def test_a_card_says_how_much_was_learnt_from_and_what_its_split_is_worth() -> None:
     card, clients = card_of(make_recipe()), plan(make_recipe()).clients
     learnt, held_out = (sum(getattr(one, f"{side}_documents") for one in clients) for side in ("train", "holdout"))

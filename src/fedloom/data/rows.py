@@ -299,6 +299,8 @@ MENDS = {
 """Reason of a bad row -> what to do about a source that has no other rows."""
 
 
+COLUMNS_NAMED = 8
+"""Columns that an error names at most."""
 CHATS = ("messages", "conversations")
 """Names that columns of conversations have."""
 CHOICES = (
@@ -319,8 +321,19 @@ def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], 
             return 'set data.prompt = "{prompt}" and data.completion = "{completion}"'
         if columns and "text" not in data.model_fields_set:
             return f"name their columns: {CHOICES}"
+        if columns:
+            return f"set data.text to the column that holds the text; there are {_name(columns)}"
+    by = data.partition.by
+    if by is not None and columns and by.partition(".")[0] not in columns:
+        return f"set data.partition.by to a column that is there: {_name(columns)}"
     commonest = max(skipped, key=lambda reason: skipped[reason], default="")
     return MENDS.get(commonest, f"check {name_keys(data, is_folder=is_folder)}")
+
+
+def _name(columns: Collection[str]) -> str:
+    """Name the first few columns of rows."""
+    named, more = [name[:40] for name in sorted(columns)[:COLUMNS_NAMED]], len(columns) - COLUMNS_NAMED
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
 
 def name_keys(data: Data, *, is_folder: bool) -> str:

@@ -52,6 +52,8 @@ class TokenBlocks:
     """Documents that gave no block because nothing that counts is left within the length of one."""
     cut: int = 0
     """Documents of which a part that counts was cut off, and another is left."""
+    cut_tokens: int = 0
+    """Tokens that were cut off plain texts; of what was not read of a long one, as many as its beginning has."""
     texts_NT: Tensor | None = None
     """Number of the text that each position belongs to, from 1 in each block, and 0 at padding; None where every block
     is a text of its own."""
@@ -166,6 +168,7 @@ def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
         dropped=sum(part.dropped for part in parts),
         unanswered=sum(part.unanswered for part in parts),
         cut=sum(part.cut for part in parts),
+        cut_tokens=sum(part.cut_tokens for part in parts),
         texts_NT=torch.cat(texts) if texts else None,
     )
 
@@ -245,14 +248,16 @@ def tokenize_documents(
     masks: list[Tensor] = []
     owners: list[int] = []
     named: dict[str, int] = {}
-    dropped = unanswered = cut = 0
+    dropped = unanswered = cut = cut_tokens = 0
     for number, document in enumerate(documents):
         if document.form is not None:
             whole_T, counted_T = tokenize_form(
                 document.form, tokenizer, None if data.window == "blocks" else data.max_length
             )
+            behind = 0
         else:
-            whole_T, counted_T = _tokenize_plain(document.text, tokenizer, data)
+            whole_T, behind = _tokenize_plain(document.text, tokenizer, data)
+            counted_T = torch.ones_like(whole_T, dtype=torch.bool)
         # Cut here and not by the tokenizer, some of which cut at the left.
         length = max(1, len(whole_T)) if data.window == "blocks" else data.max_length
         blocks = list(
@@ -263,7 +268,8 @@ def tokenize_documents(
         usable = [(tokens_T, marks_T) for tokens_T, marks_T in long_enough if marks_T[1:].any()]
         dropped += not long_enough
         unanswered += bool(long_enough) and not usable
-        cut += bool(usable and counted_T[length:].any()) and document.form is not None
+        cut += bool(usable and (behind or counted_T[length:].any()))
+        cut_tokens += behind
         pieces.extend(tokens_T for tokens_T, _ in usable)
         masks.extend(marks_T for _, marks_T in usable)
         unit = number if document.unit is None else named.setdefault(document.unit, number)
@@ -271,7 +277,7 @@ def tokenize_documents(
     _check_room(len(pieces), data.max_length)
     stacked = stack_blocks(pieces, masks, data.max_length, padding=pad, padding_counts=data.pad_in_loss)
     units_N = torch.tensor(owners) if units and len(set(owners)) < len(owners) else None
-    return replace(stacked, dropped=dropped, unanswered=unanswered, cut=cut, units_N=units_N)
+    return replace(stacked, dropped=dropped, unanswered=unanswered, cut=cut, cut_tokens=cut_tokens, units_N=units_N)
 
 
 def stack_blocks(
@@ -303,23 +309,25 @@ def _check_room(blocks: int, length: int) -> None:
         )
 
 
-def _tokenize_plain(text: str, tokenizer: Any, data: Data) -> tuple[Tensor, Tensor]:
-    """Return a plain text's tokens, [T], as many as are needed, and that all of them count."""
+def _tokenize_plain(text: str, tokenizer: Any, data: Data) -> tuple[Tensor, int]:
+    """Return a plain text's tokens, [T], as many as are needed, and how many are cut off."""
     if data.window == "blocks":
-        tokens_T = tokenize_all(text, tokenizer)
-    else:
-        tokens_T = _tokenize_head(text, tokenizer, data.max_length)[: data.max_length]
-    return tokens_T, torch.ones_like(tokens_T, dtype=torch.bool)
+        return tokenize_all(text, tokenizer), 0
+    tokens_T, whole = _tokenize_head(text, tokenizer, data.max_length)
+    return tokens_T[: data.max_length], max(0, whole - data.max_length)
 
 
-def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> Tensor:
-    """Return a text's first tokens, at least `wanted` if it has them, in a time that does not grow with its length."""
+def _tokenize_head(text: str, tokenizer: Any, wanted: int) -> tuple[Tensor, int]:
+    """Return a text's first tokens, at least `wanted` if it has them, and how many it has, reckoned from those.
+
+    That takes a time which does not grow with the text's length.
+    """
     length = LONGEST_MEAN_TOKEN * wanted
     # The head is cut anywhere, perhaps through a word, which changes the tokens near its end: twice the wanted number
     # keeps those that are used away from the cut.
     while len(tokens := tokenize_all(text[:length], tokenizer)) < 2 * wanted and length < len(text):
         length *= 2
-    return tokens
+    return tokens, round(len(tokens) * max(1, len(text) / length))
 
 
 def _real_tokens(blocks: TokenBlocks) -> Iterator[bytes]:

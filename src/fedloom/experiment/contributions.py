@@ -24,6 +24,7 @@ from fedloom.host.failpoints import failpoint
 from fedloom.progress import Say
 from fedloom.recipe.training_section import Training
 from fedloom.records.run import Record, read_json, read_run
+from fedloom.report.figures import phase_seconds
 from fedloom.text import count, format_seconds
 
 FILE = "contributions.json"
@@ -93,6 +94,7 @@ def find_contributions(trial: Trial, session: Session, say: Say) -> None:
             opened[number].note(result, rounds)
         known |= {arm.clients: arm.to_json() for arm in opened}
         writer.write_json(FILE, {"rounds": rounds, "coalitions": [*known.values()]})
+        writer.note_work()
         failpoint("contributions.written")
     # The run itself is the federation of everybody; before its first round stands what there is without anybody.
     losses = {clients: one["losses"] for clients, one in known.items() if "error" not in one}
@@ -144,9 +146,10 @@ def _open_arm(
 def _estimate(trial: Trial, left: int) -> str:
     """Say how long so many arms will take, if they are as fast as the run's rounds were."""
     plan, rounds = trial.prepared.plan, trial.past_rounds()
-    training, evaluating = (sum(record[key] for record in rounds) for key in ("train_seconds", "evaluate_seconds"))
-    tokens = sum(record["train_tokens"] for record in rounds)
-    seconds = training * plan.arm_tokens / max(1, tokens) * left / max(1, plan.arms) + evaluating * left
+    phases = "training", "evaluation"
+    training, evaluating = (sum(phase_seconds(dict(one), phase) for one in rounds) for phase in phases)
+    tokens, share = sum(record["train_tokens"] for record in rounds), trial.run.completed / plan.rounds
+    seconds = training * share * plan.arm_tokens / max(1, tokens) * left / max(1, plan.arms) + evaluating * left
     return f"in about {format_seconds(seconds)}"
 
 

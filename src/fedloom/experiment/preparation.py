@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from random import Random
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from fedloom.experiment.tokenizing import find_idle, tokenize_splits
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.weighing import plan_shares
 from fedloom.federation.lora_rules import check_lora_rule, shared_part
-from fedloom.federation.schedule import cohort_size, count_evaluated
+from fedloom.federation.schedule import choose_scored_clients, cohort_size, count_evaluated
 from fedloom.federation.strategies import check_strategy
 from fedloom.model.attention import is_slow
 from fedloom.model.devices import has_in_hardware, open_device
@@ -43,7 +42,6 @@ from fedloom.monitoring.observer import Observer
 from fedloom.progress import Say
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.plan import TOO_SHORT, UNANSWERED, ClientPlan, Plan
-from fedloom.seeds import derive_seed
 from fedloom.text import count
 from fedloom.training.engines import EngineName, choose_engine, why_not_batched
 from fedloom.training.memory import (
@@ -75,6 +73,11 @@ class Material:
     def blocks(self) -> list[TokenBlocks]:
         """Blocks of everybody: the central hold-out, then each client's two parts."""
         return [self.central, *(part for client in self.clients for part in (client.train, client.holdout))]
+
+    @property
+    def cuts(self) -> dict[str, int]:
+        """Number of documents that were cut, and of the tokens that were cut off plain texts."""
+        return {name: sum(getattr(part, name) for part in self.blocks) for name in ("cut", "cut_tokens")}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -178,7 +181,8 @@ def prepare(
         measure, real, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
     )
     room = room_for(per_round)
-    scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe)
+    how: dict[str, Any] = {"seed": recipe.seed, "private": recipe.privacy is not None}
+    scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe.evaluation, **how)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
@@ -367,6 +371,7 @@ def make_plan(
         lacks_memory=room.lacking,
         audit=material.splits.audit,
         shared_blocks=material.shared_blocks,
+        **material.cuts,
         duplicates=recipe.data.duplicates,
         ways=name_ways(recipe, setup),
         processes=len(setup.places),
@@ -389,12 +394,3 @@ def name_ways(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
         "no CUDA graph": graphs and not recipe.training.cuda_graph,
     }
     return tuple(way for way, taken in ways.items() if taken)
-
-
-def choose_scored_clients(holdout_blocks: Sequence[int], recipe: Recipe) -> Sequence[int]:
-    """Draw the clients whose hold-outs are scored, once for all rounds, so that rounds can be compared."""
-    # A client's loss tells of its documents: in a private run none is asked for.
-    able = [client for client, blocks in enumerate(holdout_blocks) if blocks and recipe.privacy is None]
-    wanted = recipe.evaluation.clients or len(able)
-    # The purpose's word is older than the name: another one would draw other clients.
-    return sorted(Random(derive_seed(recipe.seed, "judges")).sample(able, min(wanted, len(able))))

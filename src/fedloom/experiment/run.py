@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fedloom.errors import RecipeError, RunError
@@ -47,7 +48,7 @@ from fedloom.monitoring.trackers import Tracker
 from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Strategy
-from fedloom.records.check import damaged_own_adapters
+from fedloom.records.check import damaged_own_adapters, missing_results
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, flatten, has_plan, read_run
 from fedloom.records.state import committed, damaged_adapters, load_state
@@ -98,6 +99,8 @@ def run(
         moved = find_moves(writer, recipe) if writer else {}
         if writer and is_complete(writer, aggregate):
             watchers.show_step("done", f"{folder} is complete: nothing is left to do")
+            for key in moved:
+                watchers.show_step("note", f"{key} has no effect on it")
             return read_run(folder)
 
         # ---- Prepare: all that can be wrong before weights are loaded. Nothing is written yet.
@@ -144,10 +147,12 @@ def run(
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
                 run_baselines(trial, session, watchers)
+                writer.note_work()
             clients.finish(trial, session, watchers.show_step)
+            writer.note_work()
             if recipe.contributions:
                 find_contributions(trial, session, watchers.show_step)
-            trial.ask_tasks()
+            trial.ask_tasks(session.begin_stage)
             write_samples(recipe, prepared, session, trial)
         failpoint("run.ends")
     finished = read_run(folder)
@@ -229,18 +234,23 @@ def tell_how_to_go_on(watchers: Observer, command: str, folder: Path, aggregate:
     try:
         yield
     except KeyboardInterrupt:
-        how = f"{command} --resume {folder}" if aggregate is None else "fedloom.run(..., resume=True, aggregate=...)"
+        how = (
+            f"{command} --resume {quote(str(folder))}"
+            if aggregate is None
+            else "fedloom.run(..., resume=True, aggregate=...)"
+        )
         watchers.show_step("stopped", f"go on with: {how}")
         raise
 
 
 def is_sound(folder: Path) -> bool:
-    """Return whether the newest state of a run that is done is whole, and the adapters are as they were written."""
+    """Return whether a run that is done is whole: its newest state, its adapters, and what came of them."""
     state = load_state(folder)
     newest = next(iter(committed(folder)), None)
     if not state or not newest or newest.name != state.name or damaged_adapters(folder, state):
         return False
-    return not damaged_own_adapters(read_run(folder), state.adapter.layout)
+    run = read_run(folder)
+    return not damaged_own_adapters(run, state.adapter.layout) and not missing_results(run)
 
 
 def find_moves(writer: RunWriter, recipe: Recipe) -> dict[str, Any]:
@@ -267,7 +277,8 @@ def find_moves(writer: RunWriter, recipe: Recipe) -> dict[str, Any]:
         raise RunError(
             f"the run began with another recipe: {', '.join(differing[:5])}",
             where=str(folder),
-            mend="go on with the recipe.toml in it, or begin a run of its own with another --out",
+            mend="go on with the recipe.toml in it, or begin a run of its own with another --out"
+            + ("; a run that goes on has the rounds it began with" if "federation.rounds" in differing else ""),
         )
     last = {**began, **writer.status.get("moved_to", {})}
     return {key: asked.get(key) for key in sorted(MOVABLE) if last.get(key) != asked.get(key)}
@@ -305,5 +316,9 @@ def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     """Train a finished run's baselines, all of them in one pass where the engine can, and put them on record."""
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
-    train_baselines(baselines, session, trial.run.completed / trial.prepared.plan.rounds)
+    try:
+        train_baselines(baselines, session, trial.run.completed / trial.prepared.plan.rounds)
+    except KeyboardInterrupt:
+        watchers.show_step("baselines", "begin again when the run goes on: it keeps them as a whole")
+        raise
     write_baselines(trial, session, baselines)

@@ -13,6 +13,7 @@ from fedloom.experiment.preparation import Prepared
 from fedloom.experiment.session import Session
 from fedloom.experiment.trial import Trial
 from fedloom.recipe.recipe import Recipe
+from fedloom.text import count
 
 ROOM = 80
 """The most tokens of an answer."""
@@ -34,11 +35,15 @@ def write_samples(recipe: Recipe, prepared: Prepared, session: Session, trial: T
             prompts.append(Prompt(prompt, room))
     if not prompts:
         return
+    session.begin_stage("answers")
+    session.say("answers", f"to {count(len(prompts), 'question')} that {'is' if len(prompts) == 1 else 'are'} held out")
     with closing(Prompting(recipe.data, tokenizer, chats=recipe.data.is_chat)) as prompting:
         writing = Writing(prompting.stops)
     # What a run began with is the base model where the adapter is a model.
     initial = adapted.open(trial.recorder.adapters / "initial") if adapted.is_whole else None
-    before, after = write_with_each(adapted, tokenizer, [initial, adapted.open(best)], prompts, writing)
+    before, after = write_with_each(
+        adapted, tokenizer, [initial, adapted.open(best)], prompts, writing, watch=session.watch
+    )
     samples = [
         {"prompt": tokenizer.decode(prompt.tokens, skip_special_tokens=True), "base": base.text, "tuned": tuned.text}
         for prompt, base, tuned in zip(prompts, before, after, strict=True)

@@ -338,7 +338,7 @@ class OpenTrial:
             personalise(self.trial, self._session, section)
         if self.trial.recipe.contributions:
             find_contributions(self.trial, self._session, self._display.show_step)
-        self.trial.ask_tasks()
+        self.trial.ask_tasks(self._session.begin_stage)
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:

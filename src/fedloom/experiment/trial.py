@@ -23,6 +23,7 @@ from fedloom.federation.rounds import FederatedRun, RoundResult
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, writing
 from fedloom.monitoring.observer import Observer
+from fedloom.progress import StageName
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.card import write_tasks
 from fedloom.records.evaluations import (
@@ -74,11 +75,13 @@ class Trial:
             self.recorder.forget_measured()
         return record
 
-    def ask_tasks(self) -> None:
+    def ask_tasks(self, begin_stage: Callable[[StageName], object]) -> None:
         """Ask the base model, the best adapter and those of the baselines the tasks, at the end; cards tell of them.
 
-        And ask clients those that they hold themselves.
+        And ask clients those that they hold themselves. `begin_stage` is told if there is anything to ask.
         """
+        if self.examiner or self.fleet.examined:
+            begin_stage("tasks")
         run = read_run(self.recorder.writer.folder)
         assert run.best_round is not None, "round 0 is always evaluated"
         if self.examiner:
@@ -269,10 +272,13 @@ def begin_or_restore(
         if not (clients_at_once or planned.elsewhere or at_once == planned.clients_at_once):
             observer.show_step("memory", f"{count(at_once, 'client')} at once, as before it was stopped")
         trial.restore(state, read_initial, partial(observer.show_step, "mended"))
-        resumed = writer.status.get("resumed", 0) + 1
-        writer.write_status("running", round=state.round, resumed=resumed, stopped_early=trial.run.stopped_early)
+        writer.write_status("running", round=state.round, stopped_early=trial.run.stopped_early)
     else:
         trial.begin(start)
+    if "paused" in writer.status:  # before its first round, too
+        writer.write_status(
+            "running", resumed=writer.status.get("resumed", 0) + 1, stopped_early=trial.run.stopped_early
+        )
     return trial
 
 

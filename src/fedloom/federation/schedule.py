@@ -12,7 +12,7 @@ from fedloom.seeds import derive_seed
 from fedloom.training.objective import SCHEDULES
 
 if TYPE_CHECKING:
-    from fedloom.recipe.sections import EarlyStop, Federation
+    from fedloom.recipe.sections import EarlyStop, Evaluation, Federation
     from fedloom.recipe.training_section import Training
 
 
@@ -28,6 +28,17 @@ def cohort_size(clients: int, section: Federation) -> int:
     Halves are rounded up. If there are fewer clients than `min_clients`, all of them train.
     """
     return min(clients, max(section.min_clients, int(section.fraction * clients + 0.5)))
+
+
+def choose_scored_clients(
+    holdout_blocks: Sequence[int], section: Evaluation, *, seed: int, private: bool
+) -> Sequence[int]:
+    """Draw the clients whose hold-outs are scored, once for all rounds, so that rounds can be compared."""
+    # A client's loss tells of its documents: in a private run none is asked for.
+    able = [client for client, blocks in enumerate(holdout_blocks) if blocks and not private]
+    wanted = section.clients or len(able)
+    # The purpose's word is older than the name: another one would draw other clients.
+    return sorted(random.Random(derive_seed(seed, "judges")).sample(able, min(wanted, len(able))))
 
 
 STEP = 0.1

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -315,7 +316,7 @@ def take_lock(folder: Path) -> Lock:
             raise RunError(
                 f"another run is at work in it ({read_holder(path).who})",
                 where=str(folder),
-                mend=f"wait for its end, or end it: fedloom stop {folder}",
+                mend=f"wait for its end, or end it: fedloom stop {quote(str(folder))}",
             ) from None
         try:
             lock.sign()

@@ -16,7 +16,15 @@ from rich.text import Text
 
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Phase, Progress, Stage, StageName
-from fedloom.records.plan import Plan, explain_audit, explain_data, explain_rows, explain_shares, explain_weights
+from fedloom.records.plan import (
+    Plan,
+    explain_audit,
+    explain_cut,
+    explain_data,
+    explain_rows,
+    explain_shares,
+    explain_weights,
+)
 from fedloom.records.privacy import explain_noise, explain_privacy
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
@@ -37,7 +45,13 @@ PRIVATE_COLUMNS = tuple(("ε", width) if name == "train" else (name, width) for 
 """Columns of a private run: its clients' losses are nobody's business, and what was spent is everybody's."""
 CLIENTS_NAMED = 6
 """Clients on the screen at once; where there are more, they are counted."""
-STAGES: dict[StageName, str] = {"baselines": "baselines", "personalise": "by itself", "contributions": "contributions"}
+STAGES: dict[StageName, str] = {
+    "baselines": "baselines",
+    "personalise": "by itself",
+    "contributions": "contributions",
+    "tasks": "tasks",
+    "answers": "answers",
+}
 """Names of what follows the rounds."""
 DOING: dict[Phase, str] = {"train": "training", "evaluate": "evaluating", "ask": "asking tasks"}
 PLAIN_SECONDS = 20.0
@@ -85,6 +99,9 @@ class Terminal(Observer):
     def show_stage(self, name: StageName, share: float = 1.0) -> None:
         self._clock.begin(name, share)
         self._stage, self._round = name, 0
+        # Until the first piece of its work is done, it would be shown as the stage before.
+        doing, total = self._describe_work(), self._clock.total_steps
+        self._bar.update(self._task, total=total, description=doing, pace=self._pace("train"))
 
     def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
         self._clock.skip(plan.done_of(records))
@@ -272,7 +289,8 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         "work": f"{count(plan.rounds, 'round')} of {count(plan.steps_per_round, 'step')}"
         # Clients of a private run tell no tokens.
         + (f" and {count(plan.train_tokens_per_round, 'token')}" if plan.train_tokens_per_round else "")
-        + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else ""),
+        + (f", evaluated after {count(plan.evaluated_rounds, 'round')}" if plan.evaluated_rounds else "")
+        + "".join(f"; then {stage.name}, {count(stage.steps, 'step')}" for stage in plan.later),
         **({"tasks": "\n".join(plan.tasks)} if plan.tasks else {}),
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
         **({"privacy": explain_privacy(plan.privacy), "noise": explain_noise(plan.privacy)} if plan.privacy else {}),
@@ -299,6 +317,8 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         rows["rows"] = explain_rows(plan.rows, plan.documents, plan.skipped)
     if plan.skipped:
         rows["skipped"] = list_reasons(plan.skipped)
+    if plan.cut:
+        rows["cut"] = explain_cut(plan.to_json())
     if plan.files_left_out:
         rows["files left out"] = list_reasons(plan.files_left_out)
     return rows

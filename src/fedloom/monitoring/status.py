@@ -78,8 +78,7 @@ class StatusFile(Observer):
     def show_stage(self, name: StageName, share: float = 1.0) -> None:
         self._clock.begin(name, share)
         self._stage = name
-        doing = {} if name == "rounds" else {"doing": STAGES[name]}
-        self._tell(seconds_left=self._clock.seconds_left(), **doing)
+        self._tell(seconds_left=self._clock.seconds_left(), doing=STAGES.get(name, "rounds"))
 
     def show_past(self, plan: Plan, records: Sequence[RoundRecord]) -> None:
         self._clock.skip(plan.done_of(records))
@@ -238,7 +237,7 @@ def is_well(run: Path) -> bool:
 def _file_of(run: Path) -> Path | None:
     """Return a run's status file; None where this person has no folder that nobody else can write to."""
     folder = Path(tempfile.gettempdir()) / f".fedloom-{os.getuid()}"
-    with suppress(OSError):
+    with suppress(OSError, ValueError, RuntimeError):  # of a name that can be no folder's, too
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:

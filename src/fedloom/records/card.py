@@ -86,9 +86,7 @@ def write_card(
         f"# {recipe.name}",
         to_markdown_text(recipe.description),
         f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}."
-        " It was trained by federation:"
-        f" {len(plan.clients)} clients, each on its own documents, which stayed where they were; only"
-        f" {'the weights of models' if whole else 'adapters'} travelled.",
+        f" It was trained by federation: {_describe_clients(plan, 'the weights of models' if whole else 'adapters')}",
         f"{weights}- Data: {explain_data(shown_data, revisions[1])}{_count_documents(plan)}\n"
         f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
@@ -208,6 +206,14 @@ def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str
     ]
     named: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
     return str(ModelCardData(**facts, **named).to_yaml())
+
+
+def _describe_clients(plan: Plan, travelled: str) -> str:
+    """Say where the clients' documents were: of those of one machine it would be no merit that they stayed there."""
+    clients = count(len(plan.clients), "client")
+    if plan.elsewhere:
+        return f"{clients}, each on its own documents, which stayed where they were; only {travelled} travelled."
+    return f"{clients}, simulated: the documents lay on one machine, and were dealt out among them."
 
 
 def _describe(adapter: Adapter) -> str:

@@ -41,11 +41,31 @@ def check_run(folder: str | Path) -> list[Finding]:
         _check_rounds(run, newest),
         _check_clients(run),
         _check_numbers(run),
+        *([_check_results(run)] if run.status.get("state") == "done" else []),
         *([_check_tasks(run)] if run.evaluations or run.own_evaluations else []),
         *(_check_adapter(run, name, round, newest) for name, round in list_adapters(run).items()),
         *_check_own_adapters(run, newest),
         _check_remains(run),
     ]
+
+
+def missing_results(run: Run) -> list[str]:
+    """Return the files that a run lacks although it is done: what its recipe asks for beside rounds and adapters."""
+    recipe = run.recipe
+    wanted = {
+        "baselines.json": recipe.get("baselines"),
+        "personalised.json": recipe.get("personalise"),
+        "contributions.json": recipe.get("contributions") and run.plan.get("arms"),
+        EVALUATIONS: recipe.get("evaluation", {}).get("tasks"),
+    }
+    done = run.status.get("state") == "done"
+    return [name for name, asked in wanted.items() if done and asked and not (run.folder / name).is_file()]
+
+
+def _check_results(run: Run) -> Finding:
+    if missing := missing_results(run):
+        return Finding("results", f"missing: {', '.join(missing)}", GO_ON)
+    return Finding("results", "all that the recipe asks for")
 
 
 def _check_states(states: dict[Path, RunState | RunError]) -> Finding:

@@ -19,6 +19,7 @@ from fedloom.training.client_report import ClientReport
 
 MOST = 2**63
 """Number that no count of bytes, tokens or steps comes near; digits beyond it are more than a float can hold."""
+Positive = Annotated[int, (1).__le__]
 ClientNumber = Annotated[str, str.isdecimal]
 """A client's number as a key of JSON."""
 
@@ -36,7 +37,8 @@ class StatusRecord(TypedDict, total=False):
     resumed: int
     paused: float
     moved: list[str]
-    moved_to: dict[str, int | str | list[str] | None]
+    moved_to: dict[str, Positive | str | list[str] | None]
+    clients_at_once: Positive
 
 
 class EnvironmentRecord(TypedDict, total=False):
@@ -152,8 +154,9 @@ def find_odd(value: object, kind: Any, key: str = "") -> str | None:
         # Of a table it is said what in it is odd, and not that it is no None.
         return None if None in found else next((one for one in found if one != key), key)
     if origin is Annotated:
-        told = find_odd(value, parts[0], key)
-        return told if told or str.isdecimal not in parts or str(value).isdecimal() else key
+        return find_odd(value, parts[0], key) or next(
+            (key for holds in parts[1:] if callable(holds) and not holds(value)), None
+        )
     if origin is Literal:
         return None if any(type(value) is type(one) for one in parts) else key
     if origin in (list, tuple, Sequence):

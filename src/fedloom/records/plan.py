@@ -24,6 +24,10 @@ UNANSWERED = "without anything that counts within data.max_length"
 """Reasons of documents that give nothing to train on; their rows were good ones."""
 
 
+CUT_SHARE = 0.05
+"""Share of all tokens that is worth a word where documents were cut."""
+
+
 @dataclass(frozen=True)
 class ClientPlan:
     """One client's share: documents, the token blocks that they give, and the optimizer steps of a round."""
@@ -96,6 +100,10 @@ class Plan:
     """Bytes of one adapter, one way."""
     strategy: str | None = None
     """Name of the caller's own strategy, which takes the place of the recipe's."""
+    cut: int = 0
+    """Documents that were cut at `data.max_length`, of a part that counts."""
+    cut_tokens: int = 0
+    """Tokens that were cut off plain texts, reckoned."""
     ample_memory: bool = False
     """True where so much memory is free that what a step needs was not predicted."""
     lacks_memory: bool = False
@@ -266,7 +274,7 @@ class Plan:
             *("strategy", "ample_memory", "model_weights", "rows", "files_left_out", "ways", "processes", "unused"),
             *("slow_attention", "slow_dtype", "shares", "capped", "whole_steps"),
             *("evaluated_rounds", "kept_adapters", "later", "arms", "arm_tokens", "arms_at_once"),
-            *("privacy", "tasks", "elsewhere", "shared_alone", "lacks_memory"),
+            *("privacy", "tasks", "elsewhere", "shared_alone", "lacks_memory", "cut", "cut_tokens"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 
@@ -307,6 +315,15 @@ def explain_weights(weights: Mapping[str, str]) -> str:
         return f"those at commit {weights['commit']}"
     made = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in weights.items())
     return f"converted here: {made}" if made else ""
+
+
+def explain_cut(plan: Mapping[str, Any]) -> str:
+    """Say how many documents of a plan were cut, and where that leaves out much, how much."""
+    kept = sum(client["tokens"] + client["holdout_tokens"] for client in plan["clients"]) + plan["central_tokens"]
+    lost = plan.get("cut_tokens", 0)
+    share = lost / max(1, lost + kept)
+    told = f', which leaves out some {100 * share:.0f} % of all tokens; data.window = "blocks" takes them'
+    return f"{count(plan['cut'], 'document')} at data.max_length{told if share >= CUT_SHARE else ''}"
 
 
 def explain_rows(rows: int, documents: int, skipped: Mapping[str, int]) -> str:

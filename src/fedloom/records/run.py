@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, NoReturn, Required, TypedDict
 
@@ -182,7 +183,7 @@ def _unzip(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 def has_plan(folder: Path) -> bool:
     """Return whether a run directory is one of a run that began: it may have been killed before."""
-    return (folder / "plan.json").is_file()
+    return isfile(folder / "plan.json")
 
 
 def read_run(folder: str | Path) -> Run:
@@ -192,11 +193,13 @@ def read_run(folder: str | Path) -> Run:
         RunError: the folder is no run, or a file in it is damaged.
     """
     folder = Path(folder).expanduser()
-    if not (folder / "resolved.json").is_file():
-        if (folder / SWEEP).is_file():
-            some = ", ".join([*read_json(folder / SWEEP)][:3])
-            raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}, ...")
-        why = "it has no resolved.json" if folder.is_dir() else "there is no such folder"
+    # By functions that take an impossible name for one that is not there.
+    if not isfile(folder / "resolved.json"):
+        if isfile(folder / SWEEP):
+            names = [*read_json(folder / SWEEP)]
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}")
+        why = "it has no resolved.json" if isdir(folder) else "there is no such folder"
         raise RunError(f"not a run directory: {why}", where=str(folder))
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(

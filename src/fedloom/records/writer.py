@@ -99,6 +99,11 @@ class RunWriter:
         self._status |= {"state": state, **_known(more), "updated": now()}
         self.write_json("status.json", self._status)
 
+    def note_work(self) -> None:
+        """Write down that the run is at work: what it did until now is no pause, whatever comes."""
+        self._status["updated"] = now()
+        self.write_json("status.json", self._status)
+
     def append_round(self, result: RoundResult, measured: Mapping[str, Any] = MappingProxyType({})) -> RoundRecord:
         """Add a round, with what telemetry measured in it, to the records, and return its record.
 
@@ -138,7 +143,7 @@ def check_free(folder: Path) -> None:
         RunError
     """
     try:
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():  # to nothing, too
             raise RunError("the run directory exists", where=str(folder), mend="name another with --out, or remove it")
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
         usable = parent.is_dir() and os.access(parent, os.W_OK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -74,7 +75,7 @@ def write_comparison(
 def runs_in(folder: Path) -> list[Path]:
     """Return the finished runs of a sweep, in its order; of any other folder, the folder itself."""
     folder = folder.expanduser()
-    if not (folder / SWEEP).is_file():
+    if not isfile(folder / SWEEP):
         return [folder]
     runs = [folder / name for name in read_json(folder / SWEEP)]
     return [run for run in runs if read_json(run / "status.json").get("state") == "done"]

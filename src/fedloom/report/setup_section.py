@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedloom.recipe.sections import UNWEIGHTED
-from fedloom.records.plan import explain_data, explain_rows, explain_weights
+from fedloom.records.plan import explain_cut, explain_data, explain_rows, explain_weights
 from fedloom.records.run import Record, Run
 from fedloom.report import figures
 from fedloom.report.document import Block, Table, Text, without_columns
@@ -145,7 +145,7 @@ def _documents(plan: Record) -> str:
         text += f"; {explain_rows(plan['rows'], plan['documents'], plan['skipped'])}"
     for key, what in (("skipped", "skipped"), ("files_left_out", "files left out")):
         text += f"; {what}: {list_reasons(plan[key])}" if plan.get(key) else ""
-    return text
+    return text + (f"; cut: {explain_cut(plan)}" if plan.get("cut") else "")
 
 
 def _left_out(plan: Record) -> str:

@@ -41,8 +41,8 @@ from fedloom.errors import (
     RunError,
     TrainingError,
 )
-from fedloom.experiment.preparation import choose_scored_clients
 from fedloom.federation.branch import Branch
+from fedloom.federation.schedule import choose_scored_clients
 from fedloom.host.files import hash_json
 from fedloom.host.frames import Frame
 from fedloom.monitoring.observer import Observer
@@ -114,7 +114,12 @@ def open_branch(
             where="model.source",
             mend='give all the same files, the same versions of packages and model.dtype = "float32"',
         )
-    scored = choose_scored_clients([fact.holdout_blocks for fact in facts.values()], own)
+    scored = choose_scored_clients(
+        [fact.holdout_blocks for fact in facts.values()],
+        own.evaluation,
+        seed=own.seed,
+        private=own.privacy is not None,
+    )
     fleet = RemoteFleet(
         exchange,
         names,

@@ -21,7 +21,7 @@ from fedloom.deployment.server.nginx import proxy
 from fedloom.deployment.server.remote_fleet import RemoteFleet
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError, MessageError, RecipeError
-from fedloom.experiment.preparation import Prepared, check_cohort, choose_scored_clients, name_ways
+from fedloom.experiment.preparation import Prepared, check_cohort, name_ways
 from fedloom.experiment.preview import describe_learning
 from fedloom.experiment.private import promise
 from fedloom.experiment.run import run
@@ -30,7 +30,7 @@ from fedloom.experiment.trial import Trial
 from fedloom.experiment.unused import find_unused
 from fedloom.experiment.watchers import Watchers
 from fedloom.experiment.weighing import plan_shares
-from fedloom.federation.schedule import cohort_size, count_evaluated
+from fedloom.federation.schedule import choose_scored_clients, cohort_size, count_evaluated
 from fedloom.host.failpoints import failpoint
 from fedloom.host.machine import free_memory
 from fedloom.model.attention import is_slow
@@ -237,7 +237,9 @@ class RemoteClients:
         )
         source, device, found, central, setup = ground
         facts = [self._exchange.facts[name] for name in self._names]
-        scored = choose_scored_clients([fact.holdout_blocks for fact in facts], recipe)
+        private = recipe.privacy is not None
+        held = [fact.holdout_blocks for fact in facts]
+        scored = choose_scored_clients(held, recipe.evaluation, seed=recipe.seed, private=private)
         if not len(central) and not scored:
             raise RecipeError("nothing is held out, so no adapter can be judged", where="data.central_holdout")
         plan = Plan.of(
