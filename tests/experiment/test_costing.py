@@ -102,6 +102,11 @@ def test_the_time_is_that_of_the_tokens_at_the_rate_on_record(
     whole = add_stages("rounds", cost.stages)
     assert cost.seconds == pytest.approx(whole.train * 3.0 / 300 + whole.evaluate * 2.0 / 1000)
     assert "time: about " in describe_cost(cost)[2]
+    told = {"seconds": {"train": [0.0, 3.0], "evaluate": [1.0, 1.0]}, "more": {1: {"runs_together": 3}}}
+    make_run(tmp_path / "pass" / "one", [3.0, 2.5], **told)
+    cost = count_cost(tmp_path / "pass", [[list(found)]], found)
+    # Each run has the pass's seconds on record, and its own tokens.
+    assert cost.seconds == pytest.approx(whole.train * 1.0 / 300 + whole.evaluate * 2.0 / 1000)
     assert count_cost(tmp_path / "elsewhere", [[list(found)]], found).seconds is None
 
 

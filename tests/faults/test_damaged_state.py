@@ -285,3 +285,25 @@ def test_other_documents_or_another_base_model_are_refused_by_name(tmp_path: Pat
         assert "the base model" in attempt(recipe, folder)
     assert not attempt(recipe, folder)
     assert result_of(folder) == result
+
+
+@pytest.mark.parametrize("damage", first(["cut off", "emptied"]))
+def test_a_status_that_can_not_be_read_is_named_and_made_again(damage: str, begun: Any, tmp_path: Path) -> None:
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    DAMAGE[damage](folder / "status.json")
+    (broken,) = check_run(folder)
+    assert (broken.what, broken.well) == ("status.json", False)
+    assert broken.mend.startswith("remove it, and go on with it: fedloom run --resume")
+    (folder / "status.json").unlink()
+    assert not attempt(recipe, folder)
+    assert not bad(folder)
+    assert result_of(folder) == result
+
+
+def test_a_run_without_its_records_is_not_said_to_go_on(begun: Any, tmp_path: Path) -> None:
+    _, _, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    (folder / "rounds.jsonl").unlink()
+    mends = {finding.mend for finding in check_run(folder) if not finding.well}
+    assert mends == {"remove the run directory and begin again: no state is whole"}

@@ -14,6 +14,7 @@ from fedloom.errors import RunError
 from fedloom.experiment.preparation import Prepared
 from fedloom.progress import Stage, add_stages
 from fedloom.records.run import Record, read_run
+from fedloom.report.figures import phase_seconds
 from fedloom.text import count, format_bytes, format_seconds
 from fedloom.training.memory import share_of_each
 
@@ -84,9 +85,9 @@ def _seconds(folder: Path, whole: Stage) -> float | None:
     """Return the seconds for so much work at the rate of all rounds in the sweep's folder; None without any."""
     records = [record for path in sorted(folder.glob("*/rounds.jsonl")) for record in _rounds(path.parent)]
     total = 0.0
-    for phase, number in (("train", whole.train), ("evaluate", whole.evaluate)):
-        done = sum(record.get(f"{phase}_tokens", 0) for record in records)
-        took = sum(record[f"{phase}_seconds"] for record in records)
+    for phase, key, number in (("training", "train", whole.train), ("evaluation", "evaluate", whole.evaluate)):
+        done = sum(record.get(f"{key}_tokens", 0) for record in records)
+        took = sum(phase_seconds(record, phase) for record in records)
         if number and not (done and took):
             return None
         total += number * took / done if number else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
 from fedloom.records.evaluations import kept_baselines, key_of
-from fedloom.records.run import EVALUATIONS, Run, list_adapters, read_run
+from fedloom.records.run import EVALUATIONS, Run, list_adapters, read_record, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
+BEGIN_AGAIN = "remove the run directory and begin again: no state is whole"
+REMADE = ("status.json", "baselines.json", "personalised.json", "contributions.json")
+"""Files that a run writes anew when it goes on without them."""
 REMOVE = "remove it: a run does without it"
 
 
@@ -26,6 +30,8 @@ def check_run(folder: str | Path) -> list[Finding]:
     Raises:
         RunError: the folder is no run, or its records are damaged in the middle.
     """
+    if broken := [*_find_broken(Path(folder))]:
+        return broken
     run = read_run(folder)
     states: dict[Path, RunState | RunError] = {}
     for path in committed(run.folder):
@@ -36,7 +42,7 @@ def check_run(folder: str | Path) -> list[Finding]:
         except RunError as error:
             states[path] = error
     newest = next((state for state in states.values() if isinstance(state, RunState)), None)
-    return [
+    findings = [
         _check_states(states),
         _check_rounds(run, newest),
         _check_clients(run),
@@ -47,6 +53,17 @@ def check_run(folder: str | Path) -> list[Finding]:
         *_check_own_adapters(run, newest),
         _check_remains(run),
     ]
+    lost = bool(states) and newest is None
+    return [replace(one, mend=BEGIN_AGAIN) if lost and one.mend == GO_ON else one for one in findings]
+
+
+def _find_broken(folder: Path) -> Iterator[Finding]:
+    """Yield the files that can't be read and that a run which goes on makes again; the rest waits for them."""
+    for name in REMADE:
+        try:
+            read_record(folder / name)
+        except RunError as error:
+            yield Finding(name, error.what, f"remove it, and {GO_ON}")
 
 
 def missing_results(run: Run) -> list[str]:
@@ -72,7 +89,7 @@ def _check_states(states: dict[Path, RunState | RunError]) -> Finding:
     damaged = [f"{path.name} ({state.what})" for path, state in states.items() if isinstance(state, RunError)]
     if damaged:
         whole = len(damaged) < len(states)
-        mend = GO_ON if whole else "remove the run directory and begin again: no state is whole"
+        mend = GO_ON if whole else BEGIN_AGAIN
         return Finding("state", f"damaged: {', '.join(damaged)}", mend)
     newest = next(iter(states), None)
     return Finding("state", f"{newest.name} is whole" if newest else "no round was committed")

@@ -205,7 +205,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder,
         **{
-            name: _checked(read_json(folder / file), KINDS[file], folder / file)
+            name: read_record(folder / file)
             for name, file in {
                 "recipe": "resolved.json",
                 "environment": "environment.json",
@@ -241,6 +241,15 @@ def read_json(path: Path) -> Record:
         RunError: the file is damaged. So does every look at a key that is not there.
     """
     return _parse(path.read_bytes(), str(path), "the file") if path.is_file() else _Kept(str(path), ())
+
+
+def read_record(path: Path) -> Record:
+    """Read one of a run's JSON objects, whose kind its name says; empty where there is no such file.
+
+    Raises:
+        RunError: the file is damaged, or something in it is of another kind.
+    """
+    return _checked(read_json(path), KINDS[path.name], path)
 
 
 def _read_checked(path: Path, kind: type) -> list[Record]:
