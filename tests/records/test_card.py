@@ -13,8 +13,9 @@ from support.tiny import make_recipe
 from fedloom.cli import app
 from fedloom.evaluation.measures import share
 from fedloom.experiment.run import plan
+from fedloom.model.gguf_layout import ARCHITECTURES
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.card import HERE, describe_tasks, put_tasks, without_tasks, write_card
+from fedloom.records.card import GGUF_KINDS, HERE, describe_tasks, put_tasks, without_tasks, write_card
 
 COMMIT = "a" * 40
 
@@ -55,6 +56,7 @@ def test_a_card_says_how_much_was_learnt_from_and_what_its_split_is_worth() -> N
 def test_three_lines_each_for_peft_ollama_and_vllm() -> None:
     found = uses(card_of(make_recipe(adapter={"rank": 12}), on_a_hub=True))
     assert found.keys() == {"PEFT", "Ollama", "vLLM"}
+    assert re.split(", | and ", GGUF_KINDS) == [*ARCHITECTURES]
     assert all(len(lines) <= 3 for lines in found.values())
     assert found["PEFT"][1] == f'model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")'
     served = shlex.split(" ".join(line.rstrip("\\") for line in found["vLLM"]))

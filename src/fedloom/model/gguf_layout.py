@@ -58,7 +58,7 @@ class GgufLayout:
         if kind not in ARCHITECTURES:
             raise ModelError(
                 f"fedloom writes GGUF of {', '.join(ARCHITECTURES)}, and this is {kind}",
-                where="--to",
+                where="model.source",
                 mend="export a folder with --merged, and convert it with llama.cpp's convert_hf_to_gguf.py",
             )
         architecture, heads = ARCHITECTURES[kind], config.num_attention_heads

@@ -38,6 +38,8 @@ SHARED_ALONE = (
     " on its own machine, and a whole adapter with it: the figures are those of these."
 )
 """Words of a card for an adapter of which a part stays with clients elsewhere."""
+GGUF_KINDS = "llama, mistral, qwen2 and qwen3"
+"""Kinds of models of which a GGUF file can be written (`fedloom.model.gguf_layout`, which a record is not to load)."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
 
@@ -246,7 +248,7 @@ def _how_to_use(recipe: Recipe, model: str, commit: str | None) -> str:
     if whole or METHODS[method].targets:
         merged = "" if whole or recipe.adapter.is_plain_lora else " --merged"
         name = f"my-{recipe.name}"
-        parts["Ollama, from the run directory RUN"] = (
+        parts[f"Ollama, from the run directory RUN, of models of the kinds {GGUF_KINDS}"] = (
             f"```\nfedloom export RUN --ollama {name}{merged}\n"
             f"ollama create {name} -f {name}/Modelfile\nollama run {name}\n```"
         )
