@@ -12,7 +12,9 @@ from fedloom.records.run import Run
 from fedloom.report import observations as o
 
 FALLING = [3.0, 2.5, 2.2, 2.0]
-FLAT = [3.0, 2.5, 2.2, 2.199]
+SLOWER = [3.0, 2.79, 2.775, 2.765, 2.759, 2.754, 2.7493, 2.7445]
+"""Its last round brings 2 % of the whole fall, and forty more rounds as much again."""
+FLAT = [3.0, 2.5, 2.3, 2.25, 2.24, 2.2399, 2.2398, 2.2397]
 OVERFIT = [3.0, 2.0, 1.9, 2.1, 2.3]
 SLOW_EVALUATION = {"train": [0, 1, 1, 1], "evaluate": [9, 9, 9, 9]}
 SHARES = {"0": 0.1, "1": 0.1, "2": 0.8}
@@ -24,9 +26,10 @@ EVEN = {"train": [0, 1.33, 1.33, 1.33], "evaluate": [1, 1, 1, 1]}
 CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, Any]]] = [
     (o.the_fall, {"central": FALLING}, "fell by 1.0000 nats a token, from 3.0000 to 2.0000 (-33.3 %)", {"central": [3.0]}),
     (o.the_fall, {"central": [2.0, 2.5]}, "rose by 0.5000", {"central": [None, None]}),
-    (o.its_pace, {"central": FALLING}, "first round brought 0.5000 of it and the last 0.2000: the central loss was still", {"central": FALLING[:3]}),
-    (o.its_pace, {"central": FLAT}, "had levelled off", {"central": [2.0, 2.5, 2.6, 2.7]}),
-    (o.its_pace, {"central": FLAT}, "had levelled off", {"central": [3.0, 2.0, 1.9, 2.4]}),
+    (o.its_pace, {"central": FALLING}, "first round brought 0.5000 of it and the last round 0.2000: the central loss was lower in round 3 than ever, and so few rounds can't tell", {"central": FALLING[:3]}),
+    (o.its_pace, {"central": SLOWER[:6]}, "the last round 0.0050: the central loss was lower in round 5 than ever", {"central": [2.0, 2.5, 2.6, 2.7]}),
+    (o.its_pace, {"central": SLOWER}, "of it, each of the last 3 0.0048 on average: the central loss was still falling in round 7", {"central": [3.0, 2.0, 1.9, 2.4]}),
+    (o.its_pace, {"central": FLAT}, "each of the last 3 0.0001 on average: the central loss had levelled off", {"central": [*FLAT, 2.24]}),
     (o.the_best_round, {"central": OVERFIT}, "best round is 2 (1.9000), not the last: the central loss was 0.4000 higher", {"central": FALLING}),
     (o.overfitting, {"central": OVERFIT}, "sets in at round 3", {"central": [3.0, 2.0, 1.9, 2.1, 2.0]}),
     (o.the_gap, {"central": FALLING, "train": [2.0, 1.8, 1.5]}, "0.5000 below the central loss", {"central": FALLING}),

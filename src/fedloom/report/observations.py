@@ -19,8 +19,10 @@ from fedloom.report.figures import (
 from fedloom.report.tasks_section import tell_tasks
 from fedloom.text import count, format_bytes
 
-STILL_FALLS = 0.02
-"""Share of the whole fall that the last round must bring to call the loss still falling."""
+NEWEST = 3
+"""Newest rounds with a loss, whose pace says if it still falls; nothing does where they are half of all or more."""
+STILL_FALLS = 0.05
+"""Share of the mean round's gain that each of the newest must bring, on average, to call the loss still falling."""
 CLIENTS_DIFFER = 0.05
 """Share of the mean by which clients' hold-out losses must differ to be worth a sentence."""
 DOMINATES = 0.5
@@ -45,15 +47,29 @@ def the_fall(run: Run) -> str | None:
 
 
 def its_pace(run: Run) -> str | None:
-    """Say how much the first and the last round brought, and if the loss was still falling; None if it never fell."""
+    """Say what the first and the newest rounds brought; of enough rounds, if the loss was still falling.
+
+    None if the last round is not the best: whether the loss fell or levelled off before is then beside the point.
+    """
     name, rounds, losses = judged_series(run)
-    if len(losses) < 4 or losses[-1] >= losses[0]:
+    if len(losses) < 4 or losses[-1] > min(losses) or losses[-1] >= losses[0]:
         return None
-    first, last, whole = losses[0] - losses[1], losses[-2] - losses[-1], losses[0] - losses[-1]
-    text = f"The first round brought {first:.4f} of it and the last {last:.4f}"
-    if last > STILL_FALLS * whole:
+    first = f"The first {_rounds(rounds[1] - rounds[0])} brought {losses[0] - losses[1]:.4f} of it"
+    if len(losses) <= 2 * NEWEST + 1:
+        last = f"the last {_rounds(rounds[-1] - rounds[-2])} {losses[-2] - losses[-1]:.4f}"
+        ever = f"the {name} loss was lower in round {rounds[-1]} than ever"
+        return f"{first} and {last}: {ever}, and so few rounds can't tell what more would bring."
+    newest, whole = rounds[-1] - rounds[-1 - NEWEST], rounds[-1] - rounds[0]
+    pace = (losses[-1 - NEWEST] - losses[-1]) / newest
+    text = f"{first}, each of the last {newest} {pace:.4f} on average"
+    if pace >= STILL_FALLS * (losses[0] - losses[-1]) / whole:
         return f"{text}: the {name} loss was still falling in round {rounds[-1]}, so more rounds may help."
-    return f"{text}: the {name} loss had levelled off." if last >= 0 else None
+    return f"{text}: the {name} loss had levelled off."
+
+
+def _rounds(number: int) -> str:
+    """Return what goes with "the first": where not every round is evaluated, several bring one fall."""
+    return "round" if number == 1 else f"{number} rounds"
 
 
 def the_best_round(run: Run) -> str | None:
