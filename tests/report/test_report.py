@@ -151,6 +151,29 @@ def test_a_run_has_its_part_of_the_time_of_a_pass(finished: Run) -> None:
     assert figures.SHARED_PASS not in to_markdown(build_report(alone))
 
 
+def test_the_parts_of_a_run_are_told_from_what_is_on_record(tmp_path: Path) -> None:
+    """It starts at 10:00:00 and ends at 10:01:40; the rounds take 1, 2.01 and 2.01 s."""
+    ends = {round: {"finished": f"2026-11-22T10:00:{second}+00:00"} for round, second in enumerate((11, 20, 31))}
+    made = make_run(tmp_path / "run", [3.0, 2.5, 2.2], more=ends)
+    assert figures.run_parts(made) == pytest.approx(
+        {"before the rounds": 10.0, "rounds": 5.02, "between rounds": 15.98, "after the rounds": 69.0}
+    )
+    found = tables(to_markdown(build_report(made)))["Runtime and throughput/Part of the run"]
+    assert found[1:] == [
+        ["Before the rounds", "10.0", "10 %"],
+        ["Rounds", "5.0", "5 %"],
+        ["Between rounds", "16.0", "16 %"],
+        ["After the rounds", "69.0", "69 %"],
+    ]
+    went_on = replace(made, status={**made.status, "resumed": 1, "paused": 50.0})
+    assert figures.run_parts(went_on) == pytest.approx({"rounds": 5.02, "all else": 44.98})
+    for odd in ("soon", "2026-11-22T10:00:31"):
+        cut = replace(made, rounds=[*made.rounds[:-1], {**made.rounds[-1], "finished": odd}])
+        assert list(figures.run_parts(cut)) == ["rounds", "all else"]
+    one_pass = replace(made, rounds=[{**record, "runs_together": 2} for record in made.rounds])
+    assert figures.run_parts(one_pass) == figures.run_parts(replace(made, status={})) == {}
+
+
 def test_memory_is_on_record_by_phase(finished: Run) -> None:
     assert set(finished.rounds[0]["ram_peak_bytes"]) == {"loading", "aggregation", "evaluation"}
     assert set(finished.rounds[1]["ram_peak_bytes"]) == {"training", "aggregation", "evaluation"}

@@ -99,6 +99,31 @@ def elapsed_seconds(run: Run) -> float | None:
     return max(0.0, whole - float(run.status.get("paused", 0.0)))
 
 
+def run_parts(run: Run) -> dict[str, float]:
+    """Return the seconds of each part of a run; empty where they are not on record, or where the clock is not its own.
+
+    Of a run that was stopped and went on, it is not on record when: there are the rounds and all else.
+    """
+    elapsed, rounds = elapsed_seconds(run), total_seconds(run)
+    if not elapsed or not run.rounds or shares_a_pass(run):
+        return {}
+    before = _seconds_between(run.status["started"], run.rounds[0].get("finished"))
+    after = _seconds_between(run.rounds[-1].get("finished"), run.status["updated"])
+    if run.status.get("resumed") or before is None or after is None:
+        return {"rounds": rounds, "all else": max(0.0, elapsed - rounds)}
+    # Times on record are whole seconds.
+    before, after = max(0.0, before - round_seconds(run.rounds[0])), max(0.0, after)
+    between = max(0.0, elapsed - before - rounds - after)
+    return {"before the rounds": before, "rounds": rounds, "between rounds": between, "after the rounds": after}
+
+
+def _seconds_between(start: str | None, end: str | None) -> float | None:
+    try:
+        return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() if start and end else None
+    except (TypeError, ValueError):  # no time, or one with a time zone and one without
+        return None
+
+
 def phase_shares(run: Run) -> dict[str, float]:
     """Return each phase's share of the seconds of all rounds, from 0 to 1."""
     total = total_seconds(run)

@@ -150,7 +150,7 @@ def the_time(run: Run) -> str | None:
     phase = max(shares, key=shares.__getitem__)
     if shares[phase] < DOMINATES:
         return None
-    return f"{phase.capitalize()} took {100 * shares[phase]:.0f} % of the time."
+    return f"{phase.capitalize()} took {100 * shares[phase]:.0f} % of the time in rounds."
 
 
 def the_lost(run: Run) -> str | None:

@@ -219,6 +219,7 @@ def _runtime(run: Run) -> list[Block]:
         Text(f"Average and standard deviation over rounds. {total:,.1f} s in rounds{rest}."),
         *([Text(figures.SHARED_PASS)] if figures.shares_a_pass(run) else []),
         Table(["Phase", "Seconds a round", "Samples/s", "Steps/s", "Tokens/s", "Share of rounds"], rows),
+        *_parts(run),
         Figure("time", "Seconds of each round, by phase.", Plot(bars=bars, x_label="round", y_label="time (s)")),
     ]
     if unusual := figures.outliers(run):
@@ -227,6 +228,18 @@ def _runtime(run: Run) -> list[Block]:
         )
         blocks.insert(2, Text(f"Unusually long: {text}."))
     return blocks
+
+
+def _parts(run: Run) -> list[Block]:
+    """Show what part of the whole run its rounds were; nothing where that is not on record."""
+    parts = figures.run_parts(run)
+    whole = sum(parts.values())
+    rows = [[part.capitalize(), f"{took:,.1f}", f"{100 * took / whole:.0f} %"] for part, took in parts.items()]
+    text = (
+        "The run starts when the model is loaded. Baselines, `personalise`, contributions, tasks and answers come after"
+        " the rounds. Times on record are whole seconds."
+    )
+    return [Text(text), Table(["Part of the run", "Seconds", "Share of the run"], rows)] if rows else []
 
 
 def _federation(run: Run) -> list[Block]:
