@@ -23,9 +23,6 @@ def show_setup(run: Run, state: str) -> list[Block]:
     adapter, data, training = recipe["adapter"], recipe["data"], recipe["training"]
     elapsed = figures.elapsed_seconds(run)
     targets = adapter["targets"] or "PEFT's choice of layers"
-    partition = ", ".join(
-        value if key == "kind" else f"{key} {value}" for key, value in data["partition"].items() if value is not None
-    )
     rows = {
         "Model": f"{plan['model']} ({plan['model_revision']}), {plan['dtype']}",
         **({"Weights": explain_weights(plan["model_weights"])} if plan.get("model_weights") else {}),
@@ -33,8 +30,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         f" dropout = {adapter['dropout']:g}, on {targets if isinstance(targets, str) else ', '.join(targets)}",
         "Trainable parameters": format_trainable(plan["trainable_parameters"], plan["parameters"]),
         "Data": explain_data(plan["data"], plan["data_revision"]),
-        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; split {partition}"
-        f"{_left_out(plan)}",
+        "Clients": f"{len(plan['clients'])}, {plan['clients_per_round']} in a round; {_division(run)}{_left_out(plan)}",
         **({"Names": _names(plan["elsewhere"])} if plan.get("elsewhere") else {}),
         "Documents": _documents(plan),
         **({"Learnt": plan["learns"]} if plan.get("learns") else {}),
@@ -146,6 +142,16 @@ def _documents(plan: Record) -> str:
     for key, what in (("skipped", "skipped"), ("files_left_out", "files left out")):
         text += f"; {what}: {list_reasons(plan[key])}" if plan.get(key) else ""
     return text + (f"; cut: {explain_cut(plan)}" if plan.get("cut") else "")
+
+
+def _division(run: Run) -> str:
+    """Say how documents came to clients: those elsewhere have their own, whatever the recipe's partition is."""
+    if run.plan.get("elsewhere"):
+        return "each with its owner's own documents"
+    partition = run.recipe["data"]["partition"]
+    return "split " + ", ".join(
+        value if key == "kind" else f"{key} {value}" for key, value in partition.items() if value is not None
+    )
 
 
 def _left_out(plan: Record) -> str:
