@@ -346,6 +346,16 @@ def test_rounds_that_take_much_longer_are_named(tmp_path: Path) -> None:
         assert ("Unusually long: round 5, evaluation: 9.0 s against a median of 2.0 s." in text) == named
 
 
+def test_of_many_long_rounds_the_three_longest_are_named_and_a_blink_is_none(tmp_path: Path) -> None:
+    train = [0.0, *[1.0] * 9, 4.0, 1.9, 3.0, 6.0, 5.0]
+    made = make_run(tmp_path / "run", [3.0] * 15, seconds={"train": train, "evaluate": [0.1] * 14 + [0.4]})
+    text = write_report(made.folder).with_suffix(".md").read_text()
+    assert (
+        "Unusually long: round 13, training: 6.0 s against a median of 1.0 s; round 14, training: 5.0 s against a"
+        " median of 1.0 s; round 10, training: 4.0 s against a median of 1.0 s; and 1 more." in text
+    )
+
+
 @pytest.mark.parametrize("error", first([KeyboardInterrupt, RuntimeError]))
 def test_a_run_that_ends_badly_has_a_report_that_says_so(error: type[BaseException], tmp_path: Path) -> None:
     class Failing(Observer):

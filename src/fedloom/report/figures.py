@@ -20,6 +20,8 @@ SHARED_PASS = "Trained in one pass with other runs: of its time each has an equa
 """Words on a run whose clock is not its own."""
 OUTLIER_SPREADS, OUTLIER_SHARE = 5.0, 1.15
 """Thresholds of an unusually long round: median absolute deviations above the median, and times the median."""
+OUTLIER_SECONDS = 1.0
+"""Seconds above the median that are worth a word."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def spread(values: Sequence[float]) -> Spread:
 def outliers(run: Run) -> list[tuple[int, str, float, float]]:
     """Return (round, phase, its seconds, the median's seconds) of each phase that took far longer than in other rounds.
 
-    Fewer than five rounds have no outliers, and neither has a difference of a tenth of a second.
+    The longest come first. Fewer than five rounds have no outliers, and OUTLIER_SECONDS or less is none.
     """
     found = []
     for phase in PHASES:
@@ -177,9 +179,10 @@ def outliers(run: Run) -> list[tuple[int, str, float, float]]:
         median = statistics.median(seconds for _, seconds in values)
         deviation = statistics.median(abs(seconds - median) for _, seconds in values)
         for round, seconds in values:
-            if seconds > max(median + OUTLIER_SPREADS * deviation, OUTLIER_SHARE * median) and seconds - median > 0.1:
+            far = max(OUTLIER_SPREADS * deviation, (OUTLIER_SHARE - 1) * median, OUTLIER_SECONDS)
+            if seconds - median > far:
                 found.append((round, phase, seconds, median))
-    return sorted(found)
+    return sorted(found, key=lambda one: one[3] - one[2])
 
 
 def peak_memory(run: Run, kind: str) -> dict[str, int]:

@@ -37,6 +37,8 @@ from fedloom.report.worth_section import show_worth
 from fedloom.text import format_bytes, format_number
 
 LOSS_AXIS = "loss (nats per token)"
+UNUSUAL = 3
+"""Unusually long rounds that are named; more are counted."""
 REFERENCES = ("experiment",)
 """Published trajectories that ship with fedloom, each in its own JSON file beside this module."""
 
@@ -224,9 +226,10 @@ def _runtime(run: Run) -> list[Block]:
     ]
     if unusual := figures.outliers(run):
         text = "; ".join(
-            f"round {r}, {phase}: {took:.1f} s against a median of {m:.1f} s" for r, phase, took, m in unusual
+            f"round {r}, {phase}: {took:.1f} s against a median of {m:.1f} s" for r, phase, took, m in unusual[:UNUSUAL]
         )
-        blocks.insert(2, Text(f"Unusually long: {text}."))
+        more = f"; and {len(unusual) - UNUSUAL} more" if len(unusual) > UNUSUAL else ""
+        blocks.insert(2, Text(f"Unusually long: {text}{more}."))
     return blocks
 
 
