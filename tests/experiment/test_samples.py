@@ -8,6 +8,7 @@ from support.tiny import make_recipe
 from fedloom.experiment.run import run
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Progress, StageName
+from fedloom.report.run_report import write_report
 
 
 class Stages(Observer):
@@ -37,7 +38,17 @@ def test_a_run_ends_with_answers_to_central_questions_and_a_plain_one_does_not(t
     assert all(sample["prompt"].startswith("Q: question ") for sample in samples)
     assert "is the answer" not in " ".join(sample["prompt"] for sample in samples)
     assert any(sample["base"] != sample["tuned"] for sample in samples), "the adapter is in use"
-    assert samples[0]["prompt"] in (tmp_path / "asked" / "report.md").read_text()
+    for sample in samples:
+        number = sample["prompt"].removeprefix("Q: question ").removesuffix(">").strip()
+        assert sample["answer"].lstrip() == f"{number} is the answer", "the right one, to its own question"
+    report = (tmp_path / "asked" / "report.md").read_text()
+    assert samples[0]["prompt"] in report
+    assert f"--- right answer, as held out ---\n{samples[0]['answer']}\n\n--- base model ---\n" in report
+    earlier = [{key: text for key, text in sample.items() if key != "answer"} for sample in samples]
+    (tmp_path / "asked" / "samples.json").write_text(json.dumps({"samples": earlier}))
+    report = write_report(tmp_path / "asked").with_suffix(".md").read_text()
+    assert samples[0]["prompt"] in report
+    assert "as held out" not in report
     plain = Stages()
     run(make_recipe(data={**data, "text": "a"}), tmp_path / "plain", plain)
     assert plain.names == ["rounds"]

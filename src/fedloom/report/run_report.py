@@ -315,12 +315,17 @@ def _communication(run: Run) -> list[Block]:
     ]
 
 
+_ANSWERS = (("answer", "right answer, as held out"), ("base", "base model"), ("tuned", "with the adapter"))
+"""Answers to a question by their key in `samples.json`, with their headings."""
+
+
 def _samples(run: Run) -> list[Block]:
-    """Return questions with both answers; nothing where the run has none, or where the file is not as it was."""
+    """Return questions with their answers; nothing where the run has none, or where the file is not as it was."""
     try:
         samples = json.loads((run.folder / "samples.json").read_text(encoding="utf-8"))["samples"]
         rows = [
-            Code(f"{one['prompt']}\n\n--- base model ---\n{one['base']}\n\n--- with the adapter ---\n{one['tuned']}")
+            # Runs of earlier versions have no right answer on record.
+            Code("\n\n".join([one["prompt"], *(f"--- {name} ---\n{one[key]}" for key, name in _ANSWERS if key in one)]))
             for one in samples
         ]
     except (OSError, ValueError, TypeError, KeyError):
