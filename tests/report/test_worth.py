@@ -43,12 +43,34 @@ def test_a_row_has_what_is_on_record_of_its_client(tmp_path: Path) -> None:
     text = (run.folder / "report.md").read_text()
     assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.6000 |" in text
     assert "| client 1 | 3.1000 | 1.3000 | 1.4000 |  | -0.1000 |" in text
-    assert "Of 3 clients, 1 did better by taking part than alone." in text
+    assert (
+        "Judged by each client's own hold-out, of 3 clients 1 did better by taking part than alone, 1 did worse, with 1"
+        " the two are alike." in text
+    )
     assert "Alone, a client trained as long as it did in the federation. By itself afterwards, it trained" in text
     assert "own texts is 22.1 % more likely than with the one that it trained alone; when it has gone on by" in text
     assert "when it has gone on by itself, it is 49.2 % more likely than before." in text
     assert "own texts is 9.5 % less likely than with the one that it trained alone." in text
     assert "Client 2: with the shared adapter, the right next word of its own texts is as likely as with" in text
+
+
+def test_only_what_the_table_and_the_sentences_tell_apart_is_better_or_worse(tmp_path: Path) -> None:
+    alone = {str(client): {"own_loss": loss} for client, loss in enumerate([1.600035, 1.3997, 1.51])}
+    run = made(tmp_path / "run", baselines={"local": alone})
+    text = write_report(run.folder).with_suffix(".md").read_text()
+    assert "| client 0 | 3.0000 | 1.6000 | 1.6000 | +0.0000 |" in text
+    assert text.count("is as likely as with the one that it trained alone") == 2
+    assert "of 3 clients 1 did better by taking part than alone, with 2 the two are alike." in text
+    assert "did worse" not in text
+
+
+def test_each_verdict_names_the_hold_out_that_it_is_by(tmp_path: Path) -> None:
+    alone = {str(client): {"losses": [3.0, 1.4], "tokens": 9, "own_loss": 2.0} for client in range(3)}
+    run = made(tmp_path / "run", baselines={"local": alone})
+    text = write_report(run.folder).with_suffix(".md").read_text()
+    assert "Judged by each client's own hold-out, of 3 clients 3 did better by taking part than alone." in text
+    assert "Judged by the central hold-out, federation did not help: client 0 alone is 0.1000 nats a token" in text
+    assert "scored on the same documents, the central hold-out." in text
 
 
 def test_without_baselines_there_is_no_verdict(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Figure, Table, Text
-from fedloom.report.figures import judged_series, series
+from fedloom.report.figures import are_alike, judged_series, series
 from fedloom.report.plots import Line, Plot
 
 
@@ -69,7 +69,8 @@ def show_baselines(run: Run, loss_axis: str) -> list[Block]:
     drawn = [thing for thing in things if len(thing.losses) > 1][:6]
     return [
         Text(
-            "All of them start from the same adapter and are scored on the same documents. A baseline trains on its"
+            "All of them start from the same adapter and are scored on the same documents,"
+            f" {_JUDGES[judged_series(run)[0]]}. A baseline trains on its"
             " documents as many times as the federation did, without the proximal term."
         ),
         Table(["Trained", "Tokens", "Best loss", "Last loss"], rows),
@@ -96,15 +97,20 @@ def did_it_help(run: Run) -> str | None:
         return None
     ours, best = min(things[0].losses), min(single, key=lambda thing: min(thing.losses))
     gap = min(best.losses) - ours
-    if gap > 0:
-        text = f"Federation helped: its best loss is {gap:.4f} nats a token below that of {best.name}, the best client"
-    elif gap < 0:
-        text = f"Federation did not help: {best.name} is {-gap:.4f} nats a token below its best loss"
+    judged = f"Judged by {_JUDGES[judged_series(run)[0]]}, federation"
+    if are_alike(gap):
+        text = f"{judged} made no difference: the best loss of {best.name} is as low as its own"
+    elif gap > 0:
+        text = f"{judged} helped: its best loss is {gap:.4f} nats a token below that of {best.name}, the best client"
     else:
-        text = f"Federation made no difference: {best.name} reaches the same loss"
+        text = f"{judged} did not help: {best.name} is {-gap:.4f} nats a token below its best loss"
     pooled = [thing for thing in things if thing.name == "all documents together"]
     if not pooled:
         return text + "."
     apart = ours - min(pooled[0].losses)
-    than = "below" if apart > 0 else "above"
-    return f"{text}; training on all documents together ends {abs(apart):.4f} {than} the federation's best loss."
+    ends = "as low as" if are_alike(apart) else f"{abs(apart):.4f} {'below' if apart > 0 else 'above'}"
+    return f"{text}; training on all documents together ends {ends} the federation's best loss."
+
+
+_JUDGES = {"central": "the central hold-out", "clients' hold-out": "all clients' hold-outs together"}
+"""Documents that decide which adapter is the best, by the name of the judged loss."""

@@ -14,6 +14,8 @@ from datetime import datetime
 
 from fedloom.records.run import Record, Run, judged_loss
 
+SAME = 1.0005
+"""Ratio of two probabilities below which they are called the same."""
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
 """Phases of a round, with the key of their seconds in its record."""
 SHARED_PASS = "Trained in one pass with other runs: of its time each has an equal part."
@@ -217,6 +219,14 @@ def reach(run: Run, loss: float) -> dict[str, float] | None:
         "seconds": sum(map(round_seconds, until)),
         "bytes": sum(record["bytes_up"] + record["bytes_down"] for record in until),
     }
+
+
+def are_alike(nats: float) -> bool:
+    """Return whether two losses so many nats a token apart are told as alike: every verdict of a report goes by this.
+
+    A loss is the mean of −log p, so p is exp(nats) times what it was, as a geometric mean over the text.
+    """
+    return abs(nats) < math.log(SAME)
 
 
 def roughness(losses: Sequence[float]) -> float:

@@ -61,8 +61,6 @@ COLUMNS = {
     "shapley": Column("Shapley value", "+.4f"),
 }
 """Columns of the table by what of a client they show."""
-SAME = 1.0005
-"""Ratio of two probabilities below which they are called the same."""
 
 
 def worth_of(run: Run) -> dict[int, Worth]:
@@ -190,13 +188,10 @@ _OVER_SEEDS = {key: column for key, column in COLUMNS.items() if key != "before"
 
 
 def likelier(nats: float) -> str:
-    """Compare in words how likely the right next piece of a text is, with a loss lower by so many nats per token.
-
-    A loss is the mean of −log p, so p is exp(nats) times what it was, as a geometric mean over the text.
-    """
-    times = math.exp(min(abs(nats), 50.0))
-    if times < SAME:
+    """Compare in words how likely the right next piece of a text is, with a loss lower by so many nats per token."""
+    if figures.are_alike(nats):
         return "as likely as"
+    times = math.exp(min(abs(nats), 50.0))
     if nats < 0:
         return f"{100 * (1 - 1 / times):.1f} % less likely than"
     return f"{times:,.1f} times as likely as" if times >= 2 else f"{100 * (times - 1):.1f} % more likely than"
@@ -205,8 +200,14 @@ def likelier(nats: float) -> str:
 def _decide(found: Sequence[Worth]) -> str:
     """Say for how many clients taking part was worth it; nothing where that is not known of any."""
     gains = [gain for worth in found if (gain := worth.gain) is not None]
-    better = sum(gain > 0 for gain in gains)
-    return f"Of {count(len(gains), 'client')}, {better} did better by taking part than alone." if gains else ""
+    if not gains:
+        return ""
+    apart = [gain for gain in gains if not figures.are_alike(gain)]
+    better, alike = sum(gain > 0 for gain in apart), len(gains) - len(apart)
+    said = [f"{better} did better by taking part than alone"]
+    said += [f"{len(apart) - better} did worse"] * (better < len(apart))
+    said += [f"with {alike} the two are alike"] * (alike > 0)
+    return f"Judged by each client's own hold-out, of {count(len(gains), 'client')} {', '.join(said)}."
 
 
 def _say(client: int, worth: Worth, *, central: bool) -> str:
