@@ -10,8 +10,9 @@ from fedloom.errors import RunError
 from fedloom.records.run import Run
 from fedloom.report import figures
 from fedloom.report.arms_section import compare_arms, draw_arms, group_runs
-from fedloom.report.comparison import build_comparison, summarize, unfairness, write_comparison
+from fedloom.report.comparison import build_comparison, summarize, write_comparison
 from fedloom.report.document import to_markdown
+from fedloom.report.fairness import unfairness
 
 pytestmark = pytest.mark.draws
 

@@ -1,20 +1,23 @@
 """Runs side by side: what differs, what it took, and when a comparison is not fair."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.made_runs import make_run
 
 from fedloom.errors import RunError
+from fedloom.report.arms_section import group_runs
 from fedloom.report.comparison import (
     build_comparison,
     conclude,
     recipe_differences,
     runs_in,
-    unfairness,
+    summarize,
     write_comparison,
 )
 from fedloom.report.document import Table, to_markdown
+from fedloom.report.fairness import OVER_SEEDS, mixes_seeds, unfairness, unfairness_in_tables
 
 pytestmark = pytest.mark.draws
 
@@ -54,7 +57,7 @@ def test_convergence_is_what_it_took_to_reach_a_loss(tmp_path: Path) -> None:
         ({"central_tokens": 7}, {}, "other central hold-outs"),
         ({}, {"data": {"max_length": 64}}, "other tokens in a block"),
         ({"data": "others"}, {}, "other data"),
-        ({}, {"seed": 8}, "other central hold-outs"),
+        ({}, {"seed": 8, "training": {"proximal_mu": 0.3}}, "other central hold-outs"),
     ],
 )
 def test_what_is_not_fair_is_said(plan: dict, sections: dict, warns: str, tmp_path: Path) -> None:
@@ -62,6 +65,30 @@ def test_what_is_not_fair_is_said(plan: dict, sections: dict, warns: str, tmp_pa
     two = make_run(tmp_path / "two", [3.0, 2.4], name="two", plan=plan, **sections)
     assert any(warns in warning for warning in unfairness([one, two], ["one", "two"]))
     assert f"**Note:** two: {warns} than one" in to_markdown(build_comparison([one, two]))
+
+
+def test_runs_that_are_compared_within_a_seed_are_no_alarm(tmp_path: Path) -> None:
+    """Their tables are over other hold-outs, which is said once, and nothing is ahead of what it is not set against."""
+    runs = [
+        make_run(tmp_path / f"{mu}-{seed}", [3.0 + seed, 2.0 + seed + mu], seed=seed, training={"proximal_mu": mu})
+        for mu in (0.1, 0.2)
+        for seed in (1, 2)
+    ]
+    names = ["one", "two", "three", "four"]
+    arms = group_runs(runs, ["training.proximal_mu"])
+    for these, grouped in ((runs, None), (runs, arms), (runs[:2], None)):
+        text = to_markdown(build_comparison(these, grouped))
+        assert text.count(OVER_SEEDS) == summarize(these, grouped).count(OVER_SEEDS) == 1
+        assert "can't be compared" not in text + " ".join(summarize(these, grouped))
+        assert "ahead" not in text
+    assert not mixes_seeds([runs[0], runs[3]])
+    assert "other central hold-outs" in unfairness([runs[0], runs[3]], ["one", "four"])[0]
+    for odd, plan, warns in (
+        (3, {"model": "another"}, "four: other base models than one"),
+        (2, {"central_tokens": 7}, "three: other central hold-outs than one"),
+    ):
+        changed = [replace(run, plan={**run.plan, **plan}) if number == odd else run for number, run in enumerate(runs)]
+        assert unfairness_in_tables(changed, names) == [f"{warns}. Their losses can't be compared."]
 
 
 def test_other_starting_losses_are_a_warning(tmp_path: Path) -> None:

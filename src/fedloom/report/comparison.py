@@ -25,6 +25,7 @@ from fedloom.report.arms_section import (
     tabulate_arms,
 )
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text, to_lines
+from fedloom.report.fairness import OVER_SEEDS, mixes_seeds, settings_of, unfairness, unfairness_in_tables
 from fedloom.report.observations import the_weight
 from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
@@ -83,8 +84,9 @@ def runs_in(folder: Path) -> list[Path]:
 
 def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
     """Return the short of a comparison as lines: a row for each run, or for each arm, and what differs."""
+    told = [OVER_SEEDS] if mixes_seeds(runs) else []
     if arms:
-        return [*to_lines(tabulate_arms(arms)), "", *note_arms(arms), *compare_arms(arms, unfairness)]
+        return [*to_lines(tabulate_arms(arms)), "", *told, *note_arms(arms), *compare_arms(arms, unfairness)]
     names = _names(runs)
     rows = [
         [
@@ -99,20 +101,21 @@ def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
         for _, rounds, losses in [figures.judged_series(run)]
     ]
     header = ["Run", "Rounds", "Best loss", "Last loss", "An update", "All rounds"]
-    return [*to_lines(Table(header, rows)), "", *unfairness(runs, names), *conclude(runs, names)]
+    return [*to_lines(Table(header, rows)), "", *told, *unfairness_in_tables(runs, names), *conclude(runs, names)]
 
 
 def build_comparison(runs: Sequence[Run], arms: Arms | None = None) -> Document:
     """Build a comparison of two runs or more, each with at least one round."""
     names = _names(runs)
     groups = _group_by_seeds(runs, names)
+    told = [Text(OVER_SEEDS)] if mixes_seeds(runs) else []
     return Document(
         title="Comparison: " + ", ".join(names),
         subtitle=f"{len(runs)} runs",
         state=", ".join(sorted({STATES.get(run.status.get("state", ""), "unknown") for run in runs})),
         sections=[
-            *([Section("Arms", show_arms(arms, unfairness))] if arms else []),
-            Section("What differs", _differences(runs, names)),
+            *([Section("Arms", [*told, *show_arms(arms, unfairness)])] if arms else []),
+            Section("What differs", [*([] if arms else told), *_differences(runs, names)]),
             Section("Loss", _losses(runs, names, groups)),
             *([Section("Was it worth it?", blocks)] if (blocks := show_worth_over_seeds(groups)) else []),
             Section("Convergence", _convergence(runs, names)),
@@ -121,34 +124,6 @@ def build_comparison(runs: Sequence[Run], arms: Arms | None = None) -> Document:
             Section("In words", [Bullets(conclude(runs, names))]),
         ],
     )
-
-
-def unfairness(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Return the reasons why the losses of these runs can't be compared, a sentence each; empty if they can."""
-    what: dict[str, list[Any]] = {
-        "base models": [(run.plan["model"], run.plan["model_revision"]) for run in runs],
-        "dtypes": [run.plan["dtype"] for run in runs],
-        "data": [(run.plan["data"], run.plan["data_revision"]) for run in runs],
-        "tokens in a block": [
-            (run.recipe["data"]["max_length"], run.recipe["data"]["window"], run.recipe["data"]["pad_in_loss"])
-            for run in runs
-        ],
-        "central hold-outs": [
-            (run.plan["central_documents"], run.plan["central_tokens"], run.recipe["seed"]) for run in runs
-        ],
-    }
-    found = []
-    for name, values in what.items():
-        odd = [names[number] for number, value in enumerate(values) if value != values[0]]
-        if odd:
-            found.append(f"{', '.join(odd)}: other {name} than {names[0]}. Their losses can't be compared.")
-    # Some methods begin elsewhere than at the base model: with a prompt that was drawn, say.
-    alike = [run for run in runs if run.recipe["adapter"]["method"] == runs[0].recipe["adapter"]["method"]]
-    starts = [figures.judged_series(run)[2][0] for run in alike]
-    # Before any training the same tokens give the same loss, but for the rounding of another machine or batch size.
-    if not found and max(starts) - min(starts) > 1e-3 * max(starts):
-        found.append("The runs begin with different losses: they are not scored on the same tokens.")
-    return found
 
 
 def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -212,7 +187,7 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     differences = recipe_differences(runs)
     rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences.items()]
-    blocks: list[Block] = [Text(warning, note=True) for warning in unfairness(runs, names)]
+    blocks: list[Block] = [Text(warning, note=True) for warning in unfairness_in_tables(runs, names)]
     if not rows:
         return [*blocks, Text("Their recipes are the same.")]
     return [*blocks, Table(["Key", *names], rows, text_columns=1 + len(runs))]
@@ -261,9 +236,8 @@ def _group_by_seeds(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list
     groups: dict[str, list[Run]] = defaultdict(list)
     named: dict[str, list[str]] = defaultdict(list)
     for run, name in zip(runs, names, strict=True):
-        settings = {k: v for k, v in flatten(run.recipe).items() if k not in NOT_SETTINGS | {"seed"}}
-        groups[repr(settings)].append(run)
-        named[repr(settings)].append(name)
+        groups[settings_of(run)].append(run)
+        named[settings_of(run)].append(name)
     return {
         f"{named[key][0]} and {len(members) - 1} more": members
         for key, members in groups.items()
