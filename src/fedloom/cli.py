@@ -185,7 +185,7 @@ app.command()(owner.audit)
 
 @app.command()
 def status(run: RunFolder) -> None:
-    """Show what a run or a sweep is doing, its clients and its last rounds; or how a run ended.
+    """Show what a run or a sweep is doing, its clients and its last rounds; or how it ended, and how it goes on.
 
     Exit code 0 where somebody is at work in it or it is done, 1 where it ended before, 2 where there is no such run.
     """

@@ -191,8 +191,16 @@ def test_a_sweep_is_watched_and_stopped_from_another_terminal(
     assert said[4] == f"stopped go on with the same command, and --out {folder}"
     assert _go_on("fedloom sweep", folder) == said[4].removeprefix("stopped ")
     assert {json.loads(path.read_text())["state"] for path in folder.glob("*/status.json")} == {"interrupted"}
+    go_on = f"go on     fedloom sweep {recipe_file} seed=1,2 --out {folder}"
+    assert [*describe(folder)] == [
+        "sweep     0 of 2 runs done",
+        "run       seed=1: interrupted after round 1 of 2",
+        "run       seed=2: interrupted after round 0 of 2",
+        go_on,
+    ]
+    assert [line for line in describe(folder / "seed=1") if line.startswith("go on")] == [go_on]
     with pytest.raises(RunError, match=r"a sweep, and not one of its runs; name one in it: seed=1, seed=2"):
-        [*describe(folder)]
+        read_run(folder)
 
 
 @pytest.mark.long

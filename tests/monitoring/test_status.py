@@ -24,6 +24,7 @@ from fedloom.experiment.run import plan
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.status import describe, find_work, status_file
 from fedloom.progress import Progress
+from fedloom.records.sweep_folder import write_asked
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +179,43 @@ def test_exit_codes_say_whether_a_run_is_well(state: str, code: int, tmp_path: P
         result = CliRunner().invoke(app, [command, str(tmp_path / "none")])
         assert isinstance(result.exception, RunError)
         assert "not a run directory: there is no such folder" in str(result.exception)
+
+
+def test_a_run_that_was_stopped_says_how_it_goes_on_and_what_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first one", [3.0, 2.0, 1.5], state="interrupted")  # of 2 rounds
+    assert f"go on     fedloom run --resume '{run.folder}'" in [*describe(run.folder)]
+    assert "rounds    all 2 rounds are done, but not what follows them" in [*describe(run.folder)]
+    half = make_run(tmp_path / "half", [3.0, 2.0], state="running", contributions=True)
+    assert [line[:16] for line in describe(half.folder)][:2] == ["ended     killed", "go on     fedloo"]
+    late = make_run(tmp_path / "late", [3.0, 2.0, 1.5], state="failed", contributions=True)
+    assert "rounds    all 2 rounds are done, but not what follows them: contributions" in [*describe(late.folder)]
+    served = make_run(tmp_path / "served", [3.0, 2.0], state="interrupted", plan={"elsewhere": ["alice"]})
+    assert f"go on     fedloom serve --resume {served.folder}, or fedloom submit where a server stays" in [
+        *describe(served.folder)
+    ]
+    done = make_run(tmp_path / "done", [3.0, 2.0, 1.5])
+    assert not [line for line in describe(done.folder) if "go on" in line]
+
+
+def test_a_sweep_that_is_over_says_how_it_stands(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    make_run(sweep / "seed=1", [3.0, 2.0, 1.5])
+    make_run(sweep / "seed=2", [3.0, 2.0], state="failed", error="no memory")
+    (sweep / "sweep.json").write_text('{"seed=1": {}, "seed=2": {}, "seed=3": {}}')
+    lines = [
+        "sweep     1 of 3 runs done",
+        "run       seed=2: failed after round 1 of 2: no memory",
+        "runs      1 not begun",
+    ]
+    assert [*describe(sweep)] == [*lines, f"go on     the command that began it, and --out {sweep}"]
+    write_asked(sweep, "tiny", ["seed=1,2,3", "baselines=[]"], 3)
+    command = f"go on     fedloom sweep tiny seed=1,2,3 'baselines=[]' --random 3 --out {sweep}"
+    assert [*describe(sweep)] == [*lines, command]
+    assert CliRunner().invoke(app, ["status", str(sweep)]).exit_code == 1
+    (sweep / "sweep.json").write_text('{"seed=1": {}}')
+    assert [*describe(sweep)] == ["sweep     1 of 1 run done"]
+    assert CliRunner().invoke(app, ["status", str(sweep)]).exit_code == 0
+    assert isinstance(CliRunner().invoke(app, ["stop", str(sweep)]).exception, RunError)
 
 
 @pytest.mark.long

@@ -44,6 +44,7 @@ from fedloom.recipe.axes import Axis, choose, collect_axes, combine, name_run
 from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import SWEEP, RoundRecord, Run, flatten, judged_loss, read_run
+from fedloom.records.sweep_folder import write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.engines import choose_engine
@@ -87,6 +88,7 @@ def sweep(
     errors: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(closing(take_lock(folder)))
+        write_asked(folder, source, axes, num_random)
         done = {combination.name for combination in combinations if read_done(folder / combination.name)}
         left = [combination for combination in combinations if combination.name not in done]
         shown = Observers(display, stack.enter_context(status_file(folder, "fedloom sweep")))

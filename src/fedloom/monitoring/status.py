@@ -22,9 +22,11 @@ from fedloom.errors import RunError
 from fedloom.host.files import LOCK, Lock, hash_text, is_held, replace_file
 from fedloom.monitoring.display import DOING, STAGES, format_round, is_working, round_header
 from fedloom.monitoring.observer import Observer
+from fedloom.monitoring.standing import describe_run, describe_sweep, is_sweep_done
 from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
+from fedloom.records.sweep_folder import is_sweep
 from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
@@ -191,12 +193,15 @@ def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work | No
 
 
 def describe(run: Path) -> Iterator[str]:
-    """Say in lines what a run is doing, or how it ended, and its last rounds.
+    """Say in lines what a run or a sweep is doing, or how it ended and goes on, and a run's last rounds.
 
     Raises:
         RunError: there is neither a run nor anybody at work.
     """
     work = find_work(run)
+    if work is None and is_sweep(run):
+        yield from describe_sweep(run)
+        return
     read = None
     with nullcontext() if work is None else suppress(RunError):  # of a run that is at work, files may be on their way
         read = read_run(run)
@@ -213,25 +218,21 @@ def describe(run: Path) -> Iterator[str]:
         for name, (phase, since) in sorted(work.clients.items()):
             yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
     elif read:
-        state = read.status.get("state", "unknown")
-        if state == "running":
-            held = is_held(run / LOCK)
-            state = "at work, but not for this user to see" if held else "killed: go on with --resume"
-        yield f"{'ended':<10}{state}, {read.status.get('updated', '')}"
-        if error := read.status.get("error"):
-            yield f"{'error':<10}{error}"
+        yield from describe_run(read)
     if read and read.rounds:
         yield round_header(private=bool(read.plan.get("privacy")))
         yield from (format_round(record) for record in read.rounds[-ROUNDS_SHOWN:])
 
 
 def is_well(run: Path) -> bool:
-    """Return whether somebody is at work in a run, or it is done.
+    """Return whether somebody is at work in a run or a sweep, or it is done.
 
     Raises:
         RunError: there is no such run.
     """
-    return find_work(run) is not None or is_held(run / LOCK) or read_run(run).status.get("state") == "done"
+    if find_work(run) is not None or is_held(run / LOCK):
+        return True
+    return is_sweep_done(run) if is_sweep(run) else read_run(run).status.get("state") == "done"
 
 
 def _file_of(run: Path) -> Path | None:

@@ -1,0 +1,111 @@
+"""Standing of a run or a sweep that nobody is at work in, and the command that goes on with it. No torch here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedloom.errors import RunError
+from fedloom.host.files import LOCK, is_held
+from fedloom.records.run import Run, read_run
+from fedloom.records.sweep_folder import command_of, is_done, list_runs
+from fedloom.text import count
+
+AT_WORK = "at work, but not for this user to see"
+RUNS_SHOWN = 10
+"""Runs of a sweep that are told one by one; of more, how many there are."""
+RECORD_OF = {"baselines": "baselines", "personalise": "personalised", "contributions": "contributions"}
+"""Keys of the recipe with what follows the rounds, and what a run's record of it is called."""
+
+
+def describe_run(run: Run) -> Iterator[str]:
+    """Say in lines how a run ended, and how it goes on unless it is done."""
+    state = _state_of(run)
+    yield f"{'ended':<10}{state}, {run.status.get('updated', '')}"
+    if error := run.status.get("error"):
+        yield f"{'error':<10}{error}"
+    if state in ("done", AT_WORK):
+        return
+    if missing := _missing(run):
+        yield f"{'rounds':<10}{missing}"
+    yield f"{'go on':<10}{_go_on(run)}"
+
+
+def describe_sweep(folder: Path) -> Iterator[str]:
+    """Say in lines how a sweep stands: what is done, where its other runs stopped, and how it goes on.
+
+    Raises:
+        RunError: the list of its runs is damaged.
+    """
+    names = list_runs(folder)
+    others = [name for name in names if not is_done(folder / name)]
+    if is_held(folder / LOCK):
+        yield f"{'sweep':<10}{AT_WORK}"
+    yield f"{'sweep':<10}{len(names) - len(others):,} of {count(len(names), 'run')} done"
+    begun = [name for name in others if (folder / name / "resolved.json").is_file()]
+    for name in begun[:RUNS_SHOWN]:
+        yield f"{'run':<10}{name}: {_where_it_stopped(folder / name)}"
+    if len(begun) > RUNS_SHOWN:
+        yield f"{'runs':<10}{len(begun) - RUNS_SHOWN:,} more that began"
+    if waiting := len(others) - len(begun):
+        yield f"{'runs':<10}{waiting:,} not begun"
+    page = folder / "comparison.html"
+    if others or (len(names) > 1 and not page.is_file()):
+        yield f"{'go on':<10}{command_of(folder)}"
+    elif page.is_file():
+        yield f"{'compared':<10}{page}"
+
+
+def is_sweep_done(folder: Path) -> bool:
+    """Return whether all runs of a sweep are done.
+
+    Raises:
+        RunError: the list of its runs, or a status, is damaged.
+    """
+    return all(is_done(folder / name) for name in list_runs(folder))
+
+
+def _where_it_stopped(folder: Path) -> str:
+    try:
+        run = read_run(folder)
+    except RunError as error:
+        return str(error)
+    if not run.rounds:
+        where = " before round 0"
+    elif missing := _missing(run):
+        where = f", {missing}"
+    else:
+        where = f" after round {run.rounds[-1]['round']} of {run.recipe['federation']['rounds']}"
+    why = run.status.get("error")
+    return f"{_state_of(run)}{where}{f': {why}' if why else ''}"
+
+
+def _state_of(run: Run) -> str:
+    state = str(run.status.get("state", "unknown"))
+    if state == "running":
+        return AT_WORK if is_held(run.folder / LOCK) else "killed"
+    return state
+
+
+def _missing(run: Run) -> str:
+    """Say what is missing of a run whose rounds are all done; nothing of one that has rounds left."""
+    rounds = run.rounds[-1]["round"] if run.rounds else 0
+    if not run.rounds or (rounds < run.recipe["federation"]["rounds"] and not run.status.get("stopped_early")):
+        return ""
+    names = [key for key, record in RECORD_OF.items() if run.recipe.get(key) and not getattr(run, record)]
+    names += ["tasks"] if run.recipe.get("evaluation", {}).get("tasks") else []
+    return f"all {count(rounds, 'round')} are done, but not what follows them{': ' if names else ''}{', '.join(names)}"
+
+
+def _go_on(run: Run) -> str:
+    """Return the command that goes on with a run; of a sweep's, that of the sweep."""
+    home = run.folder.resolve()
+    if home.name in list_runs(home.parent):
+        return command_of(home.parent)
+    if run.plan.get("strategy"):
+        return "fedloom.run(..., resume=True, aggregate=...)"
+    folder = shlex.quote(str(run.folder))
+    if run.plan.get("elsewhere"):
+        return f"fedloom serve --resume {folder}, or fedloom submit where a server stays"
+    return f"fedloom run --resume {folder}"

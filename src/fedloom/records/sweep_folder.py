@@ -1,0 +1,61 @@
+"""The folder of a sweep, beside its runs: their names, and what the sweep was asked for. No torch here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedloom.host.files import write_json
+from fedloom.records.run import SWEEP, read_json
+
+ASKED = "asked.json"
+"""File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
+
+
+def is_sweep(folder: Path) -> bool:
+    """Return whether a folder is a sweep's."""
+    return (folder / SWEEP).is_file()
+
+
+def list_runs(folder: Path) -> list[str]:
+    """Return the names of a sweep's runs, in its order; none where the folder is no sweep's.
+
+    Raises:
+        RunError: the list is damaged.
+    """
+    return [*read_json(folder / SWEEP)]
+
+
+def is_done(run: Path) -> bool:
+    """Return whether a run of a sweep was carried out to its end.
+
+    Raises:
+        RunError: its status is damaged.
+    """
+    return read_json(run / "status.json").get("state") == "done"
+
+
+def write_asked(folder: Path, source: str | Path, axes: Sequence[str], num_random: int | None) -> None:
+    """Write down what a sweep was started with, so that its command can be told.
+
+    Raises:
+        RunError: it can't be written.
+    """
+    path = Path(source)
+    own = path.suffix == ".toml" or len(path.parts) > 1  # and not the name of one that ships
+    recipe = str(path.expanduser().absolute()) if own else str(source)
+    write_json(folder / ASKED, {"recipe": recipe, "axes": [*axes], "random": num_random})
+
+
+def command_of(folder: Path) -> str:
+    """Return the command that goes on with a sweep, as far as its folder knows it.
+
+    Raises:
+        RunError: what was asked for is damaged.
+    """
+    asked = read_json(folder / ASKED)
+    if not asked:  # an early version began it
+        return f"the command that began it, and --out {shlex.quote(str(folder))}"
+    draw = [] if asked["random"] is None else ["--random", str(asked["random"])]
+    return shlex.join(["fedloom", "sweep", asked["recipe"], *asked["axes"], *draw, "--out", str(folder)])
