@@ -10,9 +10,10 @@ from support.made_runs import make_run
 from support.tiny import make_recipe
 
 from fedloom.experiment import step_memory
+from fedloom.experiment.combinations import expand
 from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
 from fedloom.experiment.preparation import Prepared, gather, prepare
-from fedloom.experiment.sweep import expand, prepare_all, sweep
+from fedloom.experiment.sweep import prepare_all, sweep
 from fedloom.host import failpoints
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Stage, add_stages

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from support.tiny import make_recipe
 
 from fedloom import run
 from fedloom.errors import RecipeError, RunError
+from fedloom.experiment.combinations import expand, open_sweep
 from fedloom.experiment.session import Session
-from fedloom.experiment.sweep import expand, group_by, same_model, same_pass, sweep
+from fedloom.experiment.sweep import group_by, same_model, same_pass, sweep
 from fedloom.host import failpoints
 from fedloom.host.files import take_lock
 from fedloom.host.signals import Terminated
@@ -307,6 +309,22 @@ def test_bad_axes_are_refused_before_anything_runs(
 def test_what_would_be_one_run_under_two_names_is_refused(axes: list[str], says: str, recipe_file: Path) -> None:
     with pytest.raises(RecipeError, match=says):
         list(expand(recipe_file, axes))
+
+
+def test_a_name_has_what_varies_and_nothing_else(recipe_file: Path) -> None:
+    axes = ["baselines=[]", "contributions=false", "federation.rounds=12", "training.proximal_mu=0,0.1", "seed=1,2"]
+    names = [trial.name for trial in expand(recipe_file, axes)]
+    assert names == [f"proximal_mu={mu}_seed={seed}" for mu in ("0", "0.1") for seed in (1, 2)]
+    assert [trial.name for trial in expand(recipe_file, ["seed=1", "training.epochs=2"])] == ["seed=1_epochs=2"]
+
+
+def test_a_sweep_that_has_the_names_of_an_early_version_goes_on_with_them(recipe_file: Path, tmp_path: Path) -> None:
+    found = list(expand(recipe_file, ["training.epochs=2", "seed=1,2"]))
+    early = [replace(trial, name=f"epochs=2_{trial.name}") for trial in found]
+    assert open_sweep(tmp_path / "sweep", early) == early
+    assert open_sweep(tmp_path / "sweep", found) == early
+    with pytest.raises(RunError, match="over something else"):
+        open_sweep(tmp_path / "sweep", found[:1])
 
 
 def test_values_that_look_alike_as_names_or_are_long_have_folders_of_their_own(recipe_file: Path) -> None:

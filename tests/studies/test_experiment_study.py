@@ -12,7 +12,8 @@ from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom.errors import RunError
-from fedloom.experiment.sweep import expand, sweep
+from fedloom.experiment.combinations import expand
+from fedloom.experiment.sweep import sweep
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import recipe_to_toml
 from fedloom.records.run import Run, read_run

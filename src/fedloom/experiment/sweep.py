@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,43 +20,32 @@ from fedloom.experiment.baselines import Baseline
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.cards import open_session
 from fedloom.experiment.clients import local_fleet
+from fedloom.experiment.combinations import Combination, expand, open_sweep
 from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
 from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
-from fedloom.experiment.recognition import open_recipe
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines, write_baselines
 from fedloom.experiment.watchers import Interruptible
 from fedloom.federation.rounds import RoundResult
-from fedloom.host.files import take_lock, write_json
+from fedloom.host.files import take_lock
 from fedloom.host.signals import Interruption
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.status import status_file
 from fedloom.monitoring.telemetry import Telemetry
-from fedloom.progress import Say
-from fedloom.recipe.axes import Axis, choose, collect_axes, combine, name_run
-from fedloom.recipe.loading import SWEEP_TABLE
+from fedloom.recipe.axes import Axis, collect_axes
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import SWEEP, RoundRecord, Run, flatten, judged_loss, read_run
+from fedloom.records.run import RoundRecord, Run, flatten, judged_loss, read_run
 from fedloom.records.sweep_folder import write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.engines import choose_engine
 from fedloom.training.jobs import OF_ALL_CLIENTS
 from fedloom.training.memory import StepMemory
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One combination of settings: its recipe, and the name of its run's folder."""
-
-    name: str
-    overrides: tuple[str, ...]
-    recipe: Recipe
 
 
 def sweep(
@@ -84,7 +71,7 @@ def sweep(
     display = display or Terminal()
     combinations = list(expand(source, axes, num_random, display.show_step))
     folder = Path(out).expanduser() if out else default_folder(f"{combinations[0].recipe.name}-sweep")
-    open_sweep(folder, combinations)
+    combinations = open_sweep(folder, combinations)
     errors: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(closing(take_lock(folder)))
@@ -136,28 +123,6 @@ def run_combinations(
             errors |= dict.fromkeys(undone, str(error))
 
 
-def expand(
-    source: str | Path, typed: Sequence[str], num_random: int | None = None, say: Say | None = None
-) -> Iterator[Combination]:
-    """Yield the combinations, each with its recipe: of the axes in its `[sweep]` table, and of those that were typed.
-
-    `say` is told what choices leave out of the recipe, once for all combinations.
-
-    Raises:
-        RecipeError: an axis that can't be read, or a recipe that can't be.
-    """
-    said: Counter[tuple[str, str]] = Counter()
-    found: dict[str, Combination] = {}
-    for chosen in choose(collect_axes(source, typed), num_random):
-        overrides, name = combine(chosen), name_run(chosen, found)
-        recipe = open_recipe(source, overrides, lambda what, detail: said.update([(what, detail)]))
-        found[name] = Combination(name, overrides, recipe)
-    for (what, detail), number in said.items():
-        if say and what != SWEEP_TABLE:
-            say(what, detail if number == len(found) else f"{number} of {len(found)} runs: {detail}")
-    yield from found.values()
-
-
 def keys_of_arms(axes: Sequence[Axis], runs: Sequence[Run]) -> list[str]:
     """Return the axes beside the seed in which runs over several seeds differ; none where there is one seed alone."""
     flat = [flatten(run.recipe) for run in runs]
@@ -166,31 +131,6 @@ def keys_of_arms(axes: Sequence[Axis], runs: Sequence[Run]) -> list[str]:
         return all(key in recipe for recipe in flat) and len({json.dumps(recipe[key]) for recipe in flat}) > 1
 
     return [axis.key for axis in axes if axis.key != "seed" and differ(axis.key)] if differ("seed") else []
-
-
-def open_sweep(folder: Path, combinations: Sequence[Combination]) -> None:
-    """Make the sweep's folder, or make sure that it is one of these very combinations.
-
-    Raises:
-        RunError: it is not, or can't be made.
-    """
-    manifest = {combination.name: combination.recipe.model_dump(mode="json") for combination in combinations}
-    path = folder / SWEEP
-    if path.is_file():
-        try:
-            same = json.loads(path.read_text(encoding="utf-8")) == manifest
-        except ValueError:
-            same = False
-        if not same:
-            raise RunError("this is a sweep over something else", where=str(folder), mend="name another with --out")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError("it exists and is no sweep", where=str(folder), mend="name another with --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, manifest)
-    except OSError as error:
-        raise RunError(f"can't make the folder: {error.strerror}", where=str(folder)) from error
 
 
 def read_done(folder: Path) -> Run | None:

@@ -79,8 +79,12 @@ def _pick(axes: Sequence[Axis], place: int) -> list[tuple[Axis, str]]:
 
 
 def name_run(chosen: Sequence[tuple[Axis, str]], taken: Collection[str]) -> str:
-    """Name a combination's folder after its values; where that is too long, or taken, a number tells it apart."""
-    short = "_".join(f"{axis.key.rpartition('.')[2]}={value}" for axis, value in chosen)
+    """Name a combination's folder after its values of what varies, or after all of them where nothing does.
+
+    Where that is too long, or taken, a number tells it apart.
+    """
+    varying = [(axis, value) for axis, value in chosen if len(axis.choices) > 1] or chosen
+    short = "_".join(f"{axis.key.rpartition('.')[2]}={value}" for axis, value in varying)
     plain = re.sub(r"[^\w.=+-]+", "-", short).strip("-")
     name = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
     return name if name == plain and name not in taken else f"{name}-{len(taken) + 1}"

@@ -1,0 +1,93 @@
+"""Combinations of a sweep's settings: the recipe of each, and its name in the sweep's folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import RunError
+from fedloom.experiment.recognition import open_recipe
+from fedloom.host.files import write_json
+from fedloom.progress import Say
+from fedloom.recipe.axes import choose, collect_axes, combine, name_run
+from fedloom.recipe.loading import SWEEP_TABLE
+from fedloom.recipe.recipe import Recipe
+from fedloom.records.run import SWEEP, read_json
+from fedloom.records.sweep_folder import is_sweep
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One combination of settings: its recipe, and the name of its run's folder."""
+
+    name: str
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+
+def expand(
+    source: str | Path, typed: Sequence[str], num_random: int | None = None, say: Say | None = None
+) -> Iterator[Combination]:
+    """Yield the combinations, each with its recipe: of the axes in its `[sweep]` table, and of those that were typed.
+
+    `say` is told what choices leave out of the recipe, once for all combinations.
+
+    Raises:
+        RecipeError: an axis that can't be read, or a recipe that can't be.
+    """
+    said: Counter[tuple[str, str]] = Counter()
+    found: dict[str, Combination] = {}
+    for chosen in choose(collect_axes(source, typed), num_random):
+        overrides, name = combine(chosen), name_run(chosen, found)
+        recipe = open_recipe(source, overrides, lambda what, detail: said.update([(what, detail)]))
+        found[name] = Combination(name, overrides, recipe)
+    for (what, detail), number in said.items():
+        if say and what != SWEEP_TABLE:
+            say(what, detail if number == len(found) else f"{number} of {len(found)} runs: {detail}")
+    yield from found.values()
+
+
+def open_sweep(folder: Path, combinations: Sequence[Combination]) -> list[Combination]:
+    """Make the sweep's folder, or make sure that it is one of these very combinations; they have its names then.
+
+    Raises:
+        RunError: it is not, or can't be made.
+    """
+    if is_sweep(folder):
+        return _take_names(folder, combinations)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError("it exists and is no sweep", where=str(folder), mend="name another with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SWEEP, {combination.name: _dump(combination) for combination in combinations})
+    except OSError as error:
+        raise RunError(f"can't make the folder: {error.strerror}", where=str(folder)) from error
+    return [*combinations]
+
+
+def _take_names(folder: Path, combinations: Sequence[Combination]) -> list[Combination]:
+    """Return the combinations by the names that their recipes have in the folder: an early version chose others."""
+    began = read_json(folder / SWEEP)
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, recipe in began.items():
+        names[_text(recipe)].append(name)
+    found = [
+        replace(combination, name=names[text].pop(0))
+        for combination in combinations
+        if names[text := _text(_dump(combination))]
+    ]
+    if not len(found) == len(combinations) == len(began):
+        raise RunError("this is a sweep over something else", where=str(folder), mend="name another with --out")
+    return found
+
+
+def _dump(combination: Combination) -> dict[str, Any]:
+    return combination.recipe.model_dump(mode="json")
+
+
+def _text(recipe: Mapping[str, Any]) -> str:
+    return json.dumps(recipe, sort_keys=True)
