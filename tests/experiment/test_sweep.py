@@ -323,8 +323,31 @@ def test_a_sweep_that_has_the_names_of_an_early_version_goes_on_with_them(recipe
     early = [replace(trial, name=f"epochs=2_{trial.name}") for trial in found]
     assert open_sweep(tmp_path / "sweep", early) == early
     assert open_sweep(tmp_path / "sweep", found) == early
-    with pytest.raises(RunError, match="over something else"):
-        open_sweep(tmp_path / "sweep", found[:1])
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        (["seed=1,3"], "seed: 1, 2 there, and 1, 3 asked; name another with --out"),
+        (["seed=1,2", "training.epochs=3"], "training.epochs: 1 there, and 3 asked"),
+        (["seed=2"], "seed: 1, 2 there, and 2 asked"),
+        (["seed=1,2", "evaluation.tasks=[]", 'baselines=["pooled"]'], r'baselines: \[\] there, and \["pooled"\] asked'),
+        (["seed=1,9,8,7,6,5,4"], "1, 9, 8, 7, 6 and 2 more asked"),
+    ],
+)
+def test_what_differs_from_the_sweep_that_is_there_is_named(
+    axes: list[str], says: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    open_sweep(tmp_path / "sweep", list(expand(recipe_file, ["seed=1,2"])))
+    with pytest.raises(RunError, match=f"this is a sweep over something else: .*{says}"):
+        open_sweep(tmp_path / "sweep", list(expand(recipe_file, axes)))
+
+
+def test_a_draw_that_is_not_the_one_that_is_there_is_named(recipe_file: Path, tmp_path: Path) -> None:
+    found = list(expand(recipe_file, ["seed=1,2", "training.epochs=1,2"]))
+    open_sweep(tmp_path / "sweep", found)
+    with pytest.raises(RunError, match="else: 4 combinations there, and 2 asked, of the same values; name another"):
+        open_sweep(tmp_path / "sweep", [found[0], found[3]])
 
 
 def test_values_that_look_alike_as_names_or_are_long_have_folders_of_their_own(recipe_file: Path) -> None:

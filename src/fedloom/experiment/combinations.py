@@ -16,8 +16,12 @@ from fedloom.progress import Say
 from fedloom.recipe.axes import choose, collect_axes, combine, name_run
 from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import SWEEP, read_json
+from fedloom.records.run import SWEEP, flatten, read_json
 from fedloom.records.sweep_folder import is_sweep
+
+MEND = "name another with --out"
+MOST = 5
+"""Keys, and values of each, that are named of what differs."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> list[Combin
     if is_sweep(folder):
         return _take_names(folder, combinations)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError("it exists and is no sweep", where=str(folder), mend="name another with --out")
+        raise RunError("it exists and is no sweep", where=str(folder), mend=MEND)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SWEEP, {combination.name: _dump(combination) for combination in combinations})
@@ -70,7 +74,11 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> list[Combin
 
 
 def _take_names(folder: Path, combinations: Sequence[Combination]) -> list[Combination]:
-    """Return the combinations by the names that their recipes have in the folder: an early version chose others."""
+    """Return the combinations by the names that their recipes have in the folder: an early version chose others.
+
+    Raises:
+        RunError: the folder has others, naming what differs.
+    """
     began = read_json(folder / SWEEP)
     names: dict[str, list[str]] = defaultdict(list)
     for name, recipe in began.items():
@@ -81,8 +89,33 @@ def _take_names(folder: Path, combinations: Sequence[Combination]) -> list[Combi
         if names[text := _text(_dump(combination))]
     ]
     if not len(found) == len(combinations) == len(began):
-        raise RunError("this is a sweep over something else", where=str(folder), mend="name another with --out")
+        differs = describe_difference([*began.values()], [_dump(combination) for combination in combinations])
+        raise RunError(f"this is a sweep over something else: {differs}", where=str(folder), mend=MEND)
     return found
+
+
+def describe_difference(there: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]]) -> str:
+    """Say which keys take other values in recipes that are asked than in those that are there, and which."""
+    ours, theirs = _values_of(asked), _values_of(there)
+    keys = [key for key in {**theirs, **ours} if {*theirs.get(key, ())} != {*ours.get(key, ())}]
+    if not keys:  # some of the combinations of the same values, as drawn
+        return f"{len(there):,} combinations there, and {len(asked):,} asked, of the same values"
+    said = [f"{key}: {_some(theirs.get(key, ()))} there, and {_some(ours.get(key, ()))} asked" for key in keys[:MOST]]
+    return "; ".join(said) + (f"; and {len(keys) - MOST} keys more" if len(keys) > MOST else "")
+
+
+def _values_of(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the values of each key, each once, as they are written in JSON."""
+    values: dict[str, dict[str, None]] = defaultdict(dict)
+    for recipe in recipes:
+        for key, value in flatten(dict(recipe)).items():
+            values[key][json.dumps(value, ensure_ascii=False)] = None
+    return {key: [*found] for key, found in values.items()}
+
+
+def _some(values: Sequence[str]) -> str:
+    more = f" and {len(values) - MOST} more" if len(values) > MOST else ""
+    return ", ".join(values[:MOST]) + more if values else "nothing"
 
 
 def _dump(combination: Combination) -> dict[str, Any]:
