@@ -28,6 +28,7 @@ from fedloom.recipe.axes import read_axis
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
 from fedloom.records.check import check_run
 from fedloom.records.run import read_run
+from fedloom.records.sweep_folder import list_runs, write_asked
 from fedloom.report import figures
 from fedloom.service_commands import _go_on
 
@@ -332,7 +333,7 @@ def test_a_sweep_that_has_the_names_of_an_early_version_goes_on_with_them(recipe
         (["seed=1,2", "training.epochs=3"], "training.epochs: 1 there, and 3 asked"),
         (["seed=2"], "seed: 1, 2 there, and 2 asked"),
         (["seed=1,2", "evaluation.tasks=[]", 'baselines=["pooled"]'], r'baselines: \[\] there, and \["pooled"\] asked'),
-        (["seed=1,9,8,7,6,5,4"], "1, 9, 8, 7, 6 and 2 more asked"),
+        (["seed=3,9,8,7,6,5,4"], "3, 9, 8, 7, 6 and 2 more asked"),
     ],
 )
 def test_what_differs_from_the_sweep_that_is_there_is_named(
@@ -341,6 +342,45 @@ def test_what_differs_from_the_sweep_that_is_there_is_named(
     open_sweep(tmp_path / "sweep", list(expand(recipe_file, ["seed=1,2"])))
     with pytest.raises(RunError, match=f"this is a sweep over something else: .*{says}"):
         open_sweep(tmp_path / "sweep", list(expand(recipe_file, axes)))
+
+
+def test_a_sweep_whose_runs_are_done_takes_further_values_and_keeps_what_it_has(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    folder = sweep(recipe_file, ["seed=1", "federation.rounds=1"], tmp_path / "sweep", Observer())
+    before = {path: path.read_bytes() for path in folder.glob("seed=1_*/**/*") if path.is_file()}
+    display = Passes()
+    sweep(recipe_file, ["seed=1,2", "federation.rounds=1"], folder, display)
+    assert display.passes == [["seed=2"]]
+    assert before == {path: path.read_bytes() for path in before}, "not even a clock is another"
+    alone = sweep(recipe_file, ["seed=2", "federation.rounds=1"], tmp_path / "alone", Observer())
+    assert numbers(folder / "seed=2") == numbers(alone / "seed=2_rounds=1"), "to the bit"
+    assert len(display.ranked) == 2
+    assert (folder / "comparison.html").is_file()
+    with pytest.raises(RunError, match="over something else: seed: 1, 2 there, and 1 asked"):
+        sweep(recipe_file, ["seed=1", "federation.rounds=1"], folder, Observer())
+
+
+def test_a_sweep_with_runs_that_are_not_done_takes_no_others(recipe_file: Path, tmp_path: Path) -> None:
+    """They would train beside one another, which moves by rounding what has begun."""
+    folder = tmp_path / "sweep"
+    open_sweep(folder, list(expand(recipe_file, ["seed=1,2"])))
+    write_asked(folder, recipe_file, ["seed=1,2"], None)
+    says = "2 of its 2 runs must be done before others join them: seed: 1, 2 there, and 1, 2, 3 asked; first go on with"
+    with pytest.raises(RunError, match=f"{says}: fedloom sweep {recipe_file} seed=1,2 --out {folder}"):
+        open_sweep(folder, list(expand(recipe_file, ["seed=1,2,3"])))
+    assert list_runs(folder) == ["seed=1", "seed=2"]
+
+
+def test_a_further_run_whose_name_another_has_gets_one_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
+    one, two, three = expand(recipe_file, ["seed=1,2,3"])
+    folder = tmp_path / "sweep"
+    open_sweep(folder, [replace(one, name="seed=2"), replace(two, name="seed=1")])
+    for name in ("seed=1", "seed=2"):
+        (folder / name).mkdir()
+        (folder / name / "status.json").write_text('{"state": "done"}')
+    found = open_sweep(folder, [one, two, replace(three, name="seed=1")])
+    assert [trial.name for trial in found] == ["seed=2", "seed=1", "seed=1-2"] == list_runs(folder)
 
 
 def test_a_draw_that_is_not_the_one_that_is_there_is_named(recipe_file: Path, tmp_path: Path) -> None:

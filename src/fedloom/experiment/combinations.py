@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.experiment.recognition import open_recipe
-from fedloom.host.files import write_json
+from fedloom.host.files import take_lock, write_json
 from fedloom.progress import Say
 from fedloom.recipe.axes import choose, collect_axes, combine, name_run
 from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import SWEEP, flatten, read_json
-from fedloom.records.sweep_folder import is_sweep
+from fedloom.records.sweep_folder import command_of, is_done, is_sweep, list_runs
+from fedloom.text import count
 
 MEND = "name another with --out"
 MOST = 5
@@ -56,18 +59,24 @@ def expand(
 
 
 def open_sweep(folder: Path, combinations: Sequence[Combination]) -> list[Combination]:
-    """Make the sweep's folder, or make sure that it is one of these very combinations; they have its names then.
+    """Make the sweep's folder, or make sure that it is one of these combinations; they have its names then.
+
+    One whose combinations are all done takes further ones: what is done stays as it is.
 
     Raises:
-        RunError: it is not, or can't be made.
+        RunError: it is one of others, or can't be made.
     """
     if is_sweep(folder):
-        return _take_names(folder, combinations)
+        found = _take_names(folder, combinations)
+        if len(found) > len(list_runs(folder)):
+            with closing(take_lock(folder)):
+                write_json(folder / SWEEP, _manifest(found))
+        return found
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError("it exists and is no sweep", where=str(folder), mend=MEND)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SWEEP, {combination.name: _dump(combination) for combination in combinations})
+        write_json(folder / SWEEP, _manifest(combinations))
     except OSError as error:
         raise RunError(f"can't make the folder: {error.strerror}", where=str(folder)) from error
     return [*combinations]
@@ -77,21 +86,39 @@ def _take_names(folder: Path, combinations: Sequence[Combination]) -> list[Combi
     """Return the combinations by the names that their recipes have in the folder: an early version chose others.
 
     Raises:
-        RunError: the folder has others, naming what differs.
+        RunError: the folder has others, naming what differs, or some that are not done beside which others are asked.
     """
     began = read_json(folder / SWEEP)
     names: dict[str, list[str]] = defaultdict(list)
     for name, recipe in began.items():
         names[_text(recipe)].append(name)
-    found = [
-        replace(combination, name=names[text].pop(0))
-        for combination in combinations
-        if names[text := _text(_dump(combination))]
-    ]
-    if not len(found) == len(combinations) == len(began):
-        differs = describe_difference([*began.values()], [_dump(combination) for combination in combinations])
+    taken, found = {*began, *(combination.name for combination in combinations)}, []
+    for combination in combinations:
+        name, same = combination.name, names[_text(_dump(combination))]
+        further = _free_name(name, taken) if name in began else name
+        found.append(replace(combination, name=same.pop(0) if same else further))
+    if not any(names.values()) and len(found) == len(began):
+        return found
+    differs = describe_difference([*began.values()], [_dump(combination) for combination in combinations])
+    if any(names.values()):
         raise RunError(f"this is a sweep over something else: {differs}", where=str(folder), mend=MEND)
+    # Beside others it would train otherwise, by rounding, than it began.
+    if undone := sum(not is_done(folder / name) for name in began):
+        raise RunError(
+            f"{undone} of its {count(len(began), 'run')} must be done before others join them: {differs}",
+            where=str(folder),
+            mend=f"first go on with: {command_of(folder)}",
+        )
     return found
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """Return a name with a number that nobody has."""
+    return next(one for number in itertools.count(2) if (one := f"{name}-{number}") not in taken)
+
+
+def _manifest(combinations: Sequence[Combination]) -> dict[str, Any]:
+    return {combination.name: _dump(combination) for combination in combinations}
 
 
 def describe_difference(there: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]]) -> str:
