@@ -32,6 +32,18 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     assert "| Δ loss (0 → 1) | -0.5000 (3.0000 → 2.5000) | -0.6000 (3.0000 → 2.4000) |" in text
 
 
+def test_the_title_is_short_and_the_names_are_below(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "mine" / f"seed={seed}", [3.0, 2.5], name="tiny", seed=seed) for seed in (1, 2, 3, 4)]
+    few, many = build_comparison(runs[:2]), build_comparison(runs)
+    assert (few.title, few.subtitle) == ("Comparison: seed=1, seed=2", "2 runs")
+    assert (many.title, many.subtitle) == ("Comparison: tiny, 4 runs", "4 runs: seed=1, seed=2, seed=3, seed=4")
+    other = make_run(tmp_path / "other", [3.0, 2.5], name="other")
+    assert build_comparison([*runs, other]).title == "Comparison: 5 runs"
+    (tmp_path / "mine" / "sweep.json").write_text("{}")
+    swept = build_comparison(runs[:2])
+    assert (swept.title, swept.subtitle) == ("Comparison: mine", "2 runs: seed=1, seed=2")
+
+
 def test_the_change_is_over_the_rounds_they_share(tmp_path: Path) -> None:
     long = make_run(tmp_path / "long", [3.0, 2.5, 2.2, 2.0], name="long")
     short = make_run(tmp_path / "short", [3.0, 2.6], name="short")

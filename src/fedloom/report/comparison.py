@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from os.path import isfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records.run import MEND, SWEEP, Run, flatten, overfitting_onset, read_json, read_run
+from fedloom.records.run import MEND, Run, flatten, overfitting_onset, read_run
+from fedloom.records.sweep_folder import is_done, is_sweep, list_runs
 from fedloom.report import figures
 from fedloom.report.arms_section import (
     NOT_SETTINGS,
@@ -24,6 +24,7 @@ from fedloom.report.arms_section import (
     spread_by_round,
     tabulate_arms,
 )
+from fedloom.report.cost_section import show_convergence, show_cost
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text, to_lines
 from fedloom.report.fairness import OVER_SEEDS, mixes_seeds, settings_of, unfairness, unfairness_in_tables
 from fedloom.report.observations import the_weight
@@ -32,10 +33,12 @@ from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
 from fedloom.report.tasks_section import compare_tasks
 from fedloom.report.worth_section import show_worth_over_seeds
-from fedloom.text import format_bytes, format_seconds
+from fedloom.text import format_bytes
 
 NOTICEABLE = 0.1
 """Share by which two figures must differ before a sentence says so."""
+MOST_IN_TITLE = 3
+"""Runs whose names stand in the title."""
 SHOWN_GAP = 5e-5
 """Nats that show in four digits after the point; runs nearer to one another may differ by rounding alone."""
 
@@ -76,10 +79,9 @@ def write_comparison(
 def runs_in(folder: Path) -> list[Path]:
     """Return the finished runs of a sweep, in its order; of any other folder, the folder itself."""
     folder = folder.expanduser()
-    if not isfile(folder / SWEEP):
+    if not is_sweep(folder):
         return [folder]
-    runs = [folder / name for name in read_json(folder / SWEEP)]
-    return [run for run in runs if read_json(run / "status.json").get("state") == "done"]
+    return [folder / name for name in list_runs(folder) if is_done(folder / name)]
 
 
 def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
@@ -109,21 +111,32 @@ def build_comparison(runs: Sequence[Run], arms: Arms | None = None) -> Document:
     names = _names(runs)
     groups = _group_by_seeds(runs, names)
     told = [Text(OVER_SEEDS)] if mixes_seeds(runs) else []
+    title = _title(runs, names)
     return Document(
-        title="Comparison: " + ", ".join(names),
-        subtitle=f"{len(runs)} runs",
+        title=f"Comparison: {title}",
+        subtitle=f"{len(runs)} runs" + ("" if title == ", ".join(names) else f": {', '.join(names)}"),
         state=", ".join(sorted({STATES.get(run.status.get("state", ""), "unknown") for run in runs})),
         sections=[
             *([Section("Arms", [*told, *show_arms(arms, unfairness)])] if arms else []),
             Section("What differs", [*([] if arms else told), *_differences(runs, names)]),
             Section("Loss", _losses(runs, names, groups)),
             *([Section("Was it worth it?", blocks)] if (blocks := show_worth_over_seeds(groups)) else []),
-            Section("Convergence", _convergence(runs, names)),
+            Section("Convergence", show_convergence(runs, names)),
             *([Section("Tasks", blocks)] if (blocks := compare_tasks(runs, names)) else []),
-            Section("Cost", _cost(runs, names)),
+            Section("Cost", show_cost(runs, names)),
             Section("In words", [Bullets(conclude(runs, names))]),
         ],
     )
+
+
+def _title(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Return the name of the sweep that all runs are of, their own names where they are few, or their recipe's."""
+    homes, recipes = {run.folder.resolve().parent for run in runs}, {run.recipe["name"] for run in runs}
+    if len(homes) == 1 and is_sweep(home := homes.pop()):
+        return home.name
+    if len(runs) <= MOST_IN_TITLE:
+        return ", ".join(names)
+    return f"{recipes.pop()}, {len(runs)} runs" if len(recipes) == 1 else f"{len(runs)} runs"
 
 
 def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -275,74 +288,6 @@ def _over_seeds(groups: Mapping[str, Sequence[Run]]) -> list[Block]:
     ]
 
 
-def _convergence(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    goal = max(min(figures.judged_series(run)[2]) for run in runs)
-    starts = [figures.judged_series(run)[2][0] for run in runs]
-    goals = [goal + share * (max(starts) - goal) for share in (0.5, 0.25, 0.0) if max(starts) > goal]
-    rows = []
-    for loss in goals or [goal]:
-        found = [figures.reach(run, loss) for run in runs]
-        for what, form in _REACHED.items():
-            rows.append(
-                [f"{what} to {loss:.4f}", *("never" if one is None else form(one[what.lower()]) for one in found)]
-            )
-    lines = []
-    for run, name in zip(runs, names, strict=True):
-        _, rounds, losses = figures.judged_series(run)
-        tokens, total = {}, 0
-        for record in run.rounds:
-            total += record["train_tokens"]
-            tokens[record["round"]] = total
-        lines.append(Line(name, [tokens[round] / 1000 for round in rounds], losses))
-    return [
-        Text("The cost of reaching a loss that all runs reached, and of two losses on the way there."),
-        Table(["", *names], rows),
-        Figure(
-            "comparison-tokens",
-            "The judged loss over the tokens that were trained on.",
-            Plot(lines, x_label="tokens trained on (thousands)", y_label=LOSS_AXIS),
-        ),
-    ]
-
-
-_REACHED = {
-    "Rounds": lambda value: f"{value:.0f}",
-    "Tokens": lambda value: f"{value:,.0f}",
-    "Seconds": lambda value: f"{value:,.1f}",
-    "Bytes": format_bytes,
-}
-
-
-def _cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    rounds = [figures.trained_rounds(run) or run.rounds for run in runs]
-    shares = [figures.phase_shares(run) for run in runs]
-    columns: dict[str, Sequence[str]] = {
-        "Rounds": [f"{figures.completed(run)} of {run.recipe['federation']['rounds']}" for run in runs],
-        "Runtime": [_seconds(figures.elapsed_seconds(run)) for run in runs],
-        "A round": [f"{fmean(map(figures.round_seconds, records)):,.1f} s" for records in rounds],
-        **{f"Of which {phase}": [f"{100 * share[phase]:.0f} %" for share in shares] for phase in figures.PHASES},
-        "Peak RAM": [_peak(run, "ram") for run in runs],
-        "Peak GPU memory": [_peak(run, "gpu") for run in runs],
-        "Trainable parameters": [f"{run.plan['trainable_parameters']:,}" for run in runs],
-        "Adapter": [format_bytes(run.plan["payload_bytes"]) for run in runs],
-        "Exchanged in all": [format_bytes(figures.bytes_moved(run)) for run in runs],
-    }
-    if not any(figures.peak_memory(run, "gpu") for run in runs):
-        del columns["Peak GPU memory"]
-    rows = [[name, *values] for name, values in columns.items()]
-    shared = [name for name, run in zip(names, runs, strict=True) if figures.shares_a_pass(run)]
-    # One pass has one clock, so the seconds of runs that shared it can't be told apart.
-    notes = [f"{', '.join(shared)}: {figures.SHARED_PASS}"] if shared else []
-    return [Table(["", *names], rows), Bullets([*_machines(runs, names), *notes])]
-
-
-def _machines(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    return [
-        f"{name}: {run.environment.get('processor')}, {', '.join(run.environment.get('gpus', ())) or 'no GPU'}"
-        for name, run in zip(names, runs, strict=True)
-    ]
-
-
 def _names(runs: Sequence[Run]) -> list[str]:
     """Name each run after its recipe, after its folder if two have that recipe, with a number if that is not enough."""
     recipes = [run.recipe["name"] for run in runs]
@@ -351,14 +296,5 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
-def _peak(run: Run, kind: str) -> str:
-    peaks = figures.peak_memory(run, kind)
-    return format_bytes(max(peaks.values())) if peaks else "not on record"
-
-
 def _onset(round: int | None) -> str:
     return "none" if round is None else f"from round {round}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "unknown" if seconds is None else f"{seconds:,.0f} s ({format_seconds(seconds)})"
