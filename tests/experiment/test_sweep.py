@@ -226,6 +226,25 @@ def test_arms_that_were_cut_off_at_different_rounds_go_on_each_from_its_own(
             assert ours == pytest.approx(others, rel=1e-9)
 
 
+def test_what_is_said_of_a_run_has_its_name_and_what_is_alike_is_said_once(recipe_file: Path, tmp_path: Path) -> None:
+    said: list[tuple[str, str]] = []
+
+    class Heard(Observer):
+        def show_step(self, what: str, detail: str) -> None:
+            said.append((what, detail))
+
+    failpoints.arm("state.renamed=raise@3")
+    try:
+        with pytest.raises(RuntimeError, match="a failpoint"):
+            sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Heard())
+    finally:
+        failpoints.arm("")
+    assert [what for what, _ in said if what in ("model", "documents", "splits")] == ["documents", "splits", "model"]
+    said.clear()
+    sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Heard())
+    assert [detail for what, detail in said if what == "resumed"] == ["seed=1: after round 1", "seed=2: after round 0"]
+
+
 def test_an_arm_whose_documents_are_others_now_is_named_and_the_rest_go_on(tmp_path: Path, write_jsonl: Any) -> None:
     documents = write_jsonl([f"document {number} has some words in it" for number in range(40)])
     path = tmp_path / "recipe.toml"

@@ -215,6 +215,24 @@ def test_while_clients_train_the_bar_has_their_round() -> None:
     assert display._describe_work(Progress("evaluate", 10, 1)) == "round 1", "it came with an answer"
 
 
+def test_rounds_of_a_sweep_stand_beneath_the_name_of_their_loss() -> None:
+    planned = plan(make_recipe())
+    record = {"round": 11, "central_loss": 5.0059}
+    for plans, loss in (
+        ([planned], "central"),
+        ([replace(planned, central_documents=0)], "clients"),
+        ([planned, replace(planned, central_documents=0)], "   loss"),
+    ):
+        screen = io.StringIO()
+        display = Terminal(Console(file=screen, width=80))
+        display.show_pass(["seed=1"] * len(plans), plans)
+        display.show_step("resumed", "seed=1: after round 10")
+        display.show_trial("seed=1", record)  # type: ignore[arg-type]
+        display.show_trial("seed=1", record)  # type: ignore[arg-type]
+        row = "   11    5.0059  seed=1"
+        assert screen.getvalue().splitlines()[-3:] == [f"round   {loss}  run", row, row]
+
+
 def test_a_private_run_shows_what_was_spent_where_others_show_their_clients_losses() -> None:
     record = {"round": 3, "train_seconds": 1.0, "aggregate_seconds": 0.0, "evaluate_seconds": 0.0, "bytes_up": 0,
               "bytes_down": 0}  # fmt: skip

@@ -29,7 +29,7 @@ from fedloom.experiment.recorder import open_run
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines, write_baselines
-from fedloom.experiment.watchers import Interruptible
+from fedloom.experiment.watchers import Interruptible, OfOneRun, ToldOnce
 from fedloom.federation.rounds import RoundResult
 from fedloom.host.files import take_lock
 from fedloom.host.signals import Interruption
@@ -177,6 +177,7 @@ def prepare_all(combinations: Sequence[Combination], display: Observer, errors: 
     materials: dict[Hashable, Material] = {}
     predicted: dict[Hashable, StepMemory] = {}
     ready: dict[str, Prepared] = {}
+    display = ToldOnce(display)
     for combination in combinations:
         recipe = combination.recipe
         display.check()
@@ -248,7 +249,8 @@ class OpenTrial:
         self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name, resume=True)))
         session.adapted.load(initial)
         self._identity = identify(prepared, session.adapted)
-        state = find_state(self._writer.folder, self._identity, display)
+        named = OfOneRun(self.name, display)
+        state = find_state(self._writer.folder, self._identity, named)
         self._exits.enter_context(open_run(self._writer, recipe, prepared))
         self.fleet = local_fleet(recipe, prepared, session, self._writer.folder)
         self.trial = begin_or_restore(
@@ -258,7 +260,7 @@ class OpenTrial:
             self._writer,
             state,
             self.fleet,
-            display,
+            named,
             initial=initial,
             clients_at_once=clients_at_once,
             number=number,

@@ -39,6 +39,30 @@ class Interruptible(Observers):
         self._interruption.check()
 
 
+class OfOneRun(Observers):
+    """Observers that are told of one run of several: its name stands before what is said."""
+
+    def __init__(self, name: str, *observers: Observer) -> None:
+        super().__init__(*observers)
+        self._name = name
+
+    def show_step(self, what: str, detail: str) -> None:
+        super().show_step(what, f"{self._name}: {detail}")
+
+
+class ToldOnce(Observers):
+    """Observers that are told a thing once which is said of several runs alike."""
+
+    def __init__(self, *observers: Observer) -> None:
+        super().__init__(*observers)
+        self._told: set[tuple[str, str]] = set()
+
+    def show_step(self, what: str, detail: str) -> None:
+        if (what, detail) not in self._told:
+            self._told.add((what, detail))
+            super().show_step(what, detail)
+
+
 class Watchers(Interruptible):
     """The observers of a run, its telemetry, and the signals that may end it."""
 

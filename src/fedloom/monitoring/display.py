@@ -79,6 +79,7 @@ class Terminal(Observer):
         self._clients: Mapping[str, str] = {}
         self._asks = False
         self._private = False
+        self._header = ""
         self._said = time.perf_counter()
 
     def show_step(self, what: str, detail: str) -> None:
@@ -115,9 +116,14 @@ class Terminal(Observer):
         for warning, number in Counter(warning for plan in plans for warning in plan.warnings).items():
             whose = "" if number == len(plans) else f"{number} of {len(plans)} runs: "
             self._print(f"note      {whose}{warning}")
+        losses = {"central" if plan.central_documents else "clients" for plan in plans}
+        self._header = f"{'round':>5}{losses.pop() if len(losses) == 1 else 'loss':>10}  run"
         self._start_bar()
 
     def show_trial(self, name: str, record: RoundRecord) -> None:
+        if self._header:  # not before: what is said of runs that go on stands above it
+            self._print(self._header, style="bold")
+            self._header = ""
         loss = format_number(record.get("central_loss", record.get("client_loss")), ".4f")
         self._print(f"{record['round']:>5}{loss:>10}  {name}")
 
