@@ -44,6 +44,17 @@ def test_the_title_is_short_and_the_names_are_below(tmp_path: Path) -> None:
     assert (swept.title, swept.subtitle) == ("Comparison: mine", "2 runs: seed=1, seed=2")
 
 
+def test_seconds_of_a_pass_say_whose_they_are(tmp_path: Path) -> None:
+    together = {1: {"runs_together": 2}}
+    one, two = (
+        make_run(tmp_path / "a", [3.0, 2.5], name="a", more=together),
+        make_run(tmp_path / "b", [3.0, 2.5], name="b"),
+    )
+    text = to_markdown(build_comparison([one, two]))
+    assert "| Runtime | 100 s (1:40), shared with 1 other in one pass | 100 s (1:40) |" in text
+    assert "| A round | 1.5 s, its part | 2.0 s |" in text
+
+
 def test_the_change_is_over_the_rounds_they_share(tmp_path: Path) -> None:
     long = make_run(tmp_path / "long", [3.0, 2.5, 2.2, 2.0], name="long")
     short = make_run(tmp_path / "short", [3.0, 2.6], name="short")

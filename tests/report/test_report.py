@@ -149,6 +149,8 @@ def test_a_run_has_its_part_of_the_time_of_a_pass(finished: Run) -> None:
     assert rates[1] == pytest.approx(10 * rates[0])
     assert figures.SHARED_PASS in to_markdown(build_report(shared))
     assert figures.SHARED_PASS not in to_markdown(build_report(alone))
+    assert to_markdown(build_report(shared)).count("shared with 9 others in one pass") == 2, "beside both runtimes"
+    assert "in one pass" not in to_markdown(build_report(alone))
 
 
 def test_the_parts_of_a_run_are_told_from_what_is_on_record(tmp_path: Path) -> None:

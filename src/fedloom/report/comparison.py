@@ -97,7 +97,7 @@ def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
             f"{min(losses):.4f} in {rounds[losses.index(min(losses))]}",
             f"{losses[-1]:.4f} in {rounds[-1]}",
             format_bytes(run.plan["payload_bytes"]),
-            f"{figures.total_seconds(run):,.1f} s",
+            f"{figures.total_seconds(run):,.1f} s{', its part' if figures.shares_a_pass(run) else ''}",
         ]
         for name, run in zip(names, runs, strict=True)
         for _, rounds, losses in [figures.judged_series(run)]

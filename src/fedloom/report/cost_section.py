@@ -58,8 +58,11 @@ def show_cost(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     shares = [figures.phase_shares(run) for run in runs]
     columns: dict[str, Sequence[str]] = {
         "Rounds": [f"{figures.completed(run)} of {run.recipe['federation']['rounds']}" for run in runs],
-        "Runtime": [_seconds(figures.elapsed_seconds(run)) for run in runs],
-        "A round": [f"{fmean(map(figures.round_seconds, records)):,.1f} s" for records in rounds],
+        "Runtime": [_seconds(figures.elapsed_seconds(run)) + figures.shared_with(run) for run in runs],
+        "A round": [
+            f"{fmean(map(figures.round_seconds, records)):,.1f} s{', its part' if figures.shares_a_pass(run) else ''}"
+            for run, records in zip(runs, rounds, strict=True)
+        ],
         **{f"Of which {phase}": [f"{100 * share[phase]:.0f} %" for share in shares] for phase in figures.PHASES},
         "Peak RAM": [_peak(run, "ram") for run in runs],
         "Peak GPU memory": [_peak(run, "gpu") for run in runs],

@@ -81,6 +81,12 @@ def shares_a_pass(run: Run) -> bool:
     return any("runs_together" in record for record in run.rounds)
 
 
+def shared_with(run: Run) -> str:
+    """Return words on seconds that are those of a whole pass; none for a run that had one to itself."""
+    others = max((record.get("runs_together", 1) for record in run.rounds), default=1) - 1
+    return f", shared with {others} other{'' if others == 1 else 's'} in one pass" if others else ""
+
+
 def round_seconds(record: Record) -> float:
     """Return the seconds of a round: training, aggregation and evaluation."""
     return sum(phase_seconds(record, phase) for phase in PHASES)

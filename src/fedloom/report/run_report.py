@@ -215,7 +215,7 @@ def _runtime(run: Run) -> list[Block]:
     rounds = [record["round"] for record in run.rounds]
     bars = Bars(rounds, {phase: [figures.phase_seconds(r, phase) for r in run.rounds] for phase in figures.PHASES})
     elapsed, total = figures.elapsed_seconds(run), figures.total_seconds(run)
-    rest = f", {elapsed:,.0f} s from start to end" if elapsed is not None else ""
+    rest = f", {elapsed:,.0f} s from start to end{figures.shared_with(run)}" if elapsed is not None else ""
     rest += ", pauses left out" if run.status.get("paused") else ""
     blocks: list[Block] = [
         Text(f"Average and standard deviation over rounds. {total:,.1f} s in rounds{rest}."),

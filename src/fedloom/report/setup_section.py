@@ -45,7 +45,9 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Rounds": f"{figures.completed(run)} completed of {recipe['federation']['rounds']} scheduled",
         "Start": _time(status.get("started")),
         "Finish" if state != STATES["running"] else "Last update": _time(status.get("updated")),
-        "Runtime": f"{elapsed:,.0f} s ({format_seconds(elapsed)})" if elapsed is not None else "unknown",
+        "Runtime": "unknown"
+        if elapsed is None
+        else f"{elapsed:,.0f} s ({format_seconds(elapsed)}){figures.shared_with(run)}",
         **({"Stopped": _stopped(status)} if status.get("resumed") else {}),
         "Machine": _machine(run.environment),
         "Versions": name_versions(run.environment),
