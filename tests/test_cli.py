@@ -249,6 +249,7 @@ IMPOSSIBLE = {
     "compare": ["compare", "RUN", "RUN"],
     "export": ["export", "RUN", "--to", "there"],
     "resume": ["run", "--resume", "RUN"],
+    "sweep": ["sweep", "tiny", "seed=1,2", "--out", "RUN"],
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from os.path import isdir, isfile
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,8 +129,8 @@ def _go_on(command: str, run: Path) -> str:
     from fedloom.deployment.queue import SUBMIT
     from fedloom.records.run import SWEEP
 
-    if (run / SWEEP).is_file():
-        return f"go on with the same command, and --out {run}"
-    if run.is_dir():
-        return f"go on with: {command} --resume {run}"
+    if isfile(run / SWEEP):
+        return f"go on with the same command, and --out {quote(str(run))}"
+    if isdir(run):
+        return f"go on with: {command} --resume {quote(str(run))}"
     return f"nothing was begun: {'submit it again' if command == SUBMIT else 'start it as before'}"

@@ -183,8 +183,8 @@ def tell(losses: list[float], tokens: int = 10) -> dict[str, Any]:
         ({"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.8])}, "on all documents together ends 0.2000 below"),
         (
             {"local": {"0": tell([3.0, 2.0001])}, "pooled": tell([3.0, 2.0])},
-            "made no difference: the best loss of client 0 alone is as low as its own; training on all documents together"
-            " ends as low as the federation's best loss.",
+            "made no difference: the best loss of client 0 alone is as low as its own; training on all documents"
+            " together ends as low as the federation's best loss.",
         ),
         ({"local": {"0": {**tell([3.0]), "error": "x"}, "1": tell([3.0, 2.2])}}, "below that of client 1 alone"),
     ],

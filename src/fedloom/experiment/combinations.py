@@ -72,7 +72,11 @@ def open_sweep(folder: Path, combinations: Sequence[Combination]) -> list[Combin
             with closing(take_lock(folder)):
                 write_json(folder / SWEEP, _manifest(found))
         return found
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = any(folder.iterdir()) if folder.is_dir() else folder.exists() or folder.is_symlink()
+    except (OSError, ValueError) as error:
+        raise RunError("not a possible folder", where=str(folder)[:120], mend=MEND) from error
+    if taken:
         raise RunError("it exists and is no sweep", where=str(folder), mend=MEND)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -240,7 +240,7 @@ def read_json(path: Path) -> Record:
     Raises:
         RunError: the file is damaged. So does every look at a key that is not there.
     """
-    return _parse(path.read_bytes(), str(path), "the file") if path.is_file() else _Kept(str(path), ())
+    return _parse(path.read_bytes(), str(path), "the file") if isfile(path) else _Kept(str(path), ())
 
 
 def read_record(path: Path) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 
 from fedloom.host.files import write_json
@@ -15,7 +16,7 @@ ASKED = "asked.json"
 
 def is_sweep(folder: Path) -> bool:
     """Return whether a folder is a sweep's."""
-    return (folder / SWEEP).is_file()
+    return isfile(folder / SWEEP)
 
 
 def list_runs(folder: Path) -> list[str]:
