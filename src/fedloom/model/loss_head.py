@@ -103,7 +103,9 @@ class LossHead:
             states_MD = self._states(tokens_BT, mask_BT)[rows_M]
             chunks = _logit_chunks(states_MD, targets_M, self._head.weight, self._head.bias)
         for chunk, chunk_targets in chunks:
-            yield from _few_at_a_time(chunk, chunk_targets)
+            for logits, targets in _few_at_a_time(chunk, chunk_targets):
+                # Few enough for a cache, they are widened once for all that is read of them.
+                yield logits if logits.is_cuda else logits.to(_widened(logits.dtype)), targets
 
     def _states(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         states: Tensor = call_model(self._model.base_model, tokens_BT, mask_BT).last_hidden_state
@@ -218,8 +220,11 @@ def _row_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
 
 def _log_softmax(logits_MV: Tensor) -> Tensor:
     """Return the logarithms of probabilities, in float32 or wider. A GPU widens each logit as it reads it."""
-    wide = torch.float32 if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV.dtype
-    return functional.log_softmax(logits_MV, dim=-1, dtype=wide)
+    return functional.log_softmax(logits_MV, dim=-1, dtype=_widened(logits_MV.dtype))
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _write_exp(values_MV: Tensor, rounded_MV: Tensor) -> None:
