@@ -115,7 +115,7 @@ def run_parts(run: Run) -> dict[str, float]:
     Of a run that was stopped and went on, it is not on record when: there are the rounds and all else.
     """
     elapsed, rounds = elapsed_seconds(run), total_seconds(run)
-    if not elapsed or not run.rounds or shares_a_pass(run):
+    if elapsed is None or not run.rounds or shares_a_pass(run):
         return {}
     before = _seconds_between(run.status["started"], run.rounds[0].get("finished"))
     after = _seconds_between(run.rounds[-1].get("finished"), run.status["updated"])

@@ -236,7 +236,7 @@ def _runtime(run: Run) -> list[Block]:
 def _parts(run: Run) -> list[Block]:
     """Show what part of the whole run its rounds were; nothing where that is not on record."""
     parts = figures.run_parts(run)
-    whole = sum(parts.values())
+    whole = sum(parts.values()) or 1.0  # of no time at all, nothing is a part
     rows = [[part.capitalize(), f"{took:,.1f}", f"{100 * took / whole:.0f} %"] for part, took in parts.items()]
     text = (
         "The run starts when the model is loaded. Baselines, `personalise`, contributions, tasks and answers come after"
