@@ -12,6 +12,7 @@ from fedloom.report.plots import Line, Plot, draw
 from fedloom.text import (
     format_share,
     hide_secrets,
+    list_some,
     round_down,
     sentence,
     show_controls,
@@ -102,3 +103,9 @@ def test_a_share_is_never_a_power_of_ten(share: float, shown: str) -> None:
 @pytest.mark.parametrize("units", [*range(1, 200), 1000, 12345])
 def test_a_limit_that_is_told_can_be_typed(units: int) -> None:
     assert 0.5 / units < float(round_down(1 / units)) <= 1 / units
+
+
+def test_the_first_few_words_are_listed_and_the_others_counted() -> None:
+    assert list_some(["a", "b"], 2) == "a, b"
+    assert list_some(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert list_some([], 2) == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from os.path import isdir, isfile
+from os.path import isdir
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -127,9 +127,9 @@ def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
 
 def _go_on(command: str, run: Path) -> str:
     from fedloom.deployment.queue import SUBMIT
-    from fedloom.records.run import SWEEP
+    from fedloom.records.sweep_folder import is_sweep
 
-    if isfile(run / SWEEP):
+    if is_sweep(run):
         return f"go on with the same command, and --out {quote(str(run))}"
     if isdir(run):
         return f"go on with: {command} --resume {quote(str(run))}"

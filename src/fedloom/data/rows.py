@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import DataError
+from fedloom.text import list_some
 
 if TYPE_CHECKING:
     from fedloom.recipe.data_section import Data
@@ -332,8 +333,7 @@ def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], 
 
 def _name(columns: Collection[str]) -> str:
     """Name the first few columns of rows."""
-    named, more = [name[:40] for name in sorted(columns)[:COLUMNS_NAMED]], len(columns) - COLUMNS_NAMED
-    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    return list_some([name[:40] for name in sorted(columns)], COLUMNS_NAMED)
 
 
 def name_keys(data: Data, *, is_folder: bool) -> str:

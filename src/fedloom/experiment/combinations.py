@@ -20,7 +20,7 @@ from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import SWEEP, flatten, read_json
 from fedloom.records.sweep_folder import command_of, is_done, is_sweep, list_runs
-from fedloom.text import count
+from fedloom.text import count, list_some
 
 MEND = "name another with --out"
 MOST = 5
@@ -145,8 +145,7 @@ def _values_of(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _some(values: Sequence[str]) -> str:
-    more = f" and {len(values) - MOST} more" if len(values) > MOST else ""
-    return ", ".join(values[:MOST]) + more if values else "nothing"
+    return list_some(values, MOST) or "nothing"
 
 
 def _dump(combination: Combination) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fedloom.text import count
+from fedloom.text import count, list_some
 
 if TYPE_CHECKING:
     from fedloom.data.documents import Document
@@ -97,8 +97,7 @@ def _facts(data: Data, parts: Sequence[TokenBlocks], others: Sequence[str]) -> I
     if unanswered := sum(part.unanswered for part in parts):
         yield f"{count(unanswered, 'document')} dropped: nothing of the answer within data.max_length"
     if others:
-        more = f" and {len(others) - COLUMNS_SHOWN} more" if len(others) > COLUMNS_SHOWN else ""
-        yield f"columns without use: {', '.join(others[:COLUMNS_SHOWN])}{more}"
+        yield f"columns without use: {list_some(others, COLUMNS_SHOWN)}"
 
 
 def _repeated(documents: Sequence[Document]) -> int:

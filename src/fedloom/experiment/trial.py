@@ -272,13 +272,11 @@ def begin_or_restore(
         if not (clients_at_once or planned.elsewhere or at_once == planned.clients_at_once):
             observer.show_step("memory", f"{count(at_once, 'client')} at once, as before it was stopped")
         trial.restore(state, read_initial, partial(observer.show_step, "mended"))
-        writer.write_status("running", round=state.round, stopped_early=trial.run.stopped_early)
     else:
         trial.begin(start)
-    if "paused" in writer.status:  # before its first round, too
-        writer.write_status(
-            "running", resumed=writer.status.get("resumed", 0) + 1, stopped_early=trial.run.stopped_early
-        )
+    if state or "paused" in writer.status:  # it goes on, be it from before its first round
+        told = {"round": state.round if state else None, "resumed": writer.status.get("resumed", 0) + 1}
+        writer.write_status("running", **told, stopped_early=trial.run.stopped_early)
     return trial
 
 

@@ -153,9 +153,8 @@ class Terminal(Observer):
         doing = f"round {self._round}" if self._stage == "rounds" else STAGES[self._stage]
         if self._stage in ("baselines", "contributions") and self._round:
             doing += f", round {self._round}"
-        if (
-            is_working(self._clients.values()) or progress is None
-        ):  # the clients of a deployment have a line of their own
+        # The clients of a deployment have a line of their own.
+        if is_working(self._clients.values()) or progress is None:
             return doing
         if progress.phase == "train":
             return doing if self._stage in ("baselines", "contributions") else f"{doing}, client {progress.client}"

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
-from fedloom.records.run import Run, read_run
+from fedloom.records.run import Run, missing_records, read_run
 from fedloom.records.sweep_folder import command_of, is_done, list_runs
 from fedloom.text import count
 
 AT_WORK = "at work, but not for this user to see"
 RUNS_SHOWN = 10
 """Runs of a sweep that are told one by one; of more, how many there are."""
-RECORD_OF = {"baselines": "baselines", "personalise": "personalised", "contributions": "contributions"}
-"""Keys of the recipe with what follows the rounds, and what a run's record of it is called."""
 
 
 def describe_run(run: Run) -> Iterator[str]:
@@ -93,7 +91,7 @@ def _missing(run: Run) -> str:
     rounds = run.rounds[-1]["round"] if run.rounds else 0
     if not run.rounds or (rounds < run.recipe["federation"]["rounds"] and not run.status.get("stopped_early")):
         return ""
-    names = [key for key, record in RECORD_OF.items() if run.recipe.get(key) and not getattr(run, record)]
+    names = missing_records(run)
     names += ["tasks"] if run.recipe.get("evaluation", {}).get("tasks") else []
     return f"all {count(rounds, 'round')} are done, but not what follows them{': ' if names else ''}{', '.join(names)}"
 

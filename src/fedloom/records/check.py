@@ -14,7 +14,7 @@ from fedloom.adapters.files import load_adapter
 from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
 from fedloom.records.evaluations import kept_baselines, key_of
-from fedloom.records.run import EVALUATIONS, Run, list_adapters, read_record, read_run
+from fedloom.records.run import EVALUATIONS, RECORD_OF, Run, list_adapters, missing_records, read_record, read_run
 from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
@@ -68,15 +68,12 @@ def _find_broken(folder: Path) -> Iterator[Finding]:
 
 def missing_results(run: Run) -> list[str]:
     """Return the files that a run lacks although it is done: what its recipe asks for beside rounds and adapters."""
-    recipe = run.recipe
-    wanted = {
-        "baselines.json": recipe.get("baselines"),
-        "personalised.json": recipe.get("personalise"),
-        "contributions.json": recipe.get("contributions") and run.plan.get("arms"),
-        EVALUATIONS: recipe.get("evaluation", {}).get("tasks"),
-    }
-    done = run.status.get("state") == "done"
-    return [name for name, asked in wanted.items() if done and asked and not (run.folder / name).is_file()]
+    if run.status.get("state") != "done":
+        return []
+    # With a single client there is nothing to find out about contributions, and no record of it.
+    found = [f"{RECORD_OF[key]}.json" for key in missing_records(run) if key != "contributions" or run.plan.get("arms")]
+    asked = run.recipe.get("evaluation", {}).get("tasks") and not (run.folder / EVALUATIONS).is_file()
+    return [*found, *([EVALUATIONS] if asked else [])]
 
 
 def _check_results(run: Run) -> Finding:

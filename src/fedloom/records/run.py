@@ -181,6 +181,15 @@ def _unzip(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [round for round, _ in pairs], [loss for _, loss in pairs]
 
 
+RECORD_OF = {"baselines": "baselines", "personalise": "personalised", "contributions": "contributions"}
+"""Keys of the recipe with what follows the rounds, and what a run's record of it is called."""
+
+
+def missing_records(run: Run) -> list[str]:
+    """Return the keys of what a run's recipe asks for behind its rounds, and is not on record."""
+    return [key for key, record in RECORD_OF.items() if run.recipe.get(key) and not getattr(run, record)]
+
+
 def has_plan(folder: Path) -> bool:
     """Return whether a run directory is one of a run that began: it may have been killed before."""
     return isfile(folder / "plan.json")

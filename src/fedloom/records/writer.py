@@ -96,8 +96,8 @@ class RunWriter:
         if state == "running":
             for key in ("error", "stopped_early"):  # of an earlier try
                 self._status.pop(key, None)
-        self._status |= {"state": state, **_known(more), "updated": now()}
-        self.write_json("status.json", self._status)
+        self._status |= {"state": state, **_known(more)}
+        self.note_work()
 
     def note_work(self) -> None:
         """Write down that the run is at work: what it did until now is no pause, whatever comes."""

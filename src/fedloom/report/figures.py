@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fedloom.records.run import Record, Run, judged_loss
+from fedloom.text import count
 
 SAME = 1.0005
 """Ratio of two probabilities below which they are called the same."""
@@ -84,7 +85,7 @@ def shares_a_pass(run: Run) -> bool:
 def shared_with(run: Run) -> str:
     """Return words on seconds that are those of a whole pass; none for a run that had one to itself."""
     others = max((record.get("runs_together", 1) for record in run.rounds), default=1) - 1
-    return f", shared with {others} other{'' if others == 1 else 's'} in one pass" if others else ""
+    return f", shared with {count(others, 'other')} in one pass" if others else ""
 
 
 def round_seconds(record: Record) -> float:

@@ -34,7 +34,7 @@ from fedloom.report.privacy_section import show_privacy
 from fedloom.report.setup_section import STATES, name_versions, show_setup
 from fedloom.report.tasks_section import show_tasks
 from fedloom.report.worth_section import show_worth
-from fedloom.text import format_bytes, format_number
+from fedloom.text import format_bytes, format_number, list_some
 
 LOSS_AXIS = "loss (nats per token)"
 UNUSUAL = 3
@@ -357,8 +357,7 @@ def _who(clients: Sequence[int], everyone: int | None) -> str:
         return f"all {everyone}"
     if not clients:
         return ""
-    more = f" and {len(clients) - 8} more" if len(clients) > 8 else ""
-    return f"client{'s' * (len(clients) > 1)} {', '.join(map(str, clients[:8]))}{more}"
+    return f"client{'s' * (len(clients) > 1)} {list_some([*map(str, clients)], 8)}"
 
 
 def _largest(record: Record) -> str:
