@@ -71,6 +71,18 @@ def test_what_a_stage_did_not_do_is_not_done_in_the_next_one() -> None:
     assert (clock.seconds_left(), clock.total_steps) == (2, 3)
 
 
+def test_less_work_than_was_planned_takes_less_time_at_the_rate_so_far() -> None:
+    clock, hands = begin(Stage("rounds", 10, 1000, 0), Stage("baselines", 10, 1000, 0))
+    hands.time = 2.0
+    clock.tick(Progress("train", 100))
+    clock.expect(Stage("rounds", 2, 200, 0), Stage("baselines", 3, 300, 0))
+    assert (clock.seconds_left(), clock.total_steps) == (10, 6)
+    clock.tick(Progress("train", 100))
+    assert clock.total_steps == 6
+    clock.begin("baselines")
+    assert (clock.seconds_left(), clock.total_steps) == (3, 5)
+
+
 def test_each_run_of_a_pass_has_a_stage_of_a_name() -> None:
     clock, _ = begin(Stage("rounds", 1, 10, 0), *[Stage("personalise", steps, 10, 0) for steps in (2, 3)])
     for total in (5, 3):

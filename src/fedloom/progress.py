@@ -11,6 +11,8 @@ from typing import Literal, get_args
 Phase = Literal["train", "evaluate", "ask"]
 """Kinds of work: training, scoring held-out text, and asking the questions of tasks."""
 StageName = Literal["rounds", "baselines", "personalise", "contributions", "tasks", "answers"]
+AS_LONG_AS_THE_ROUNDS: frozenset[StageName] = frozenset({"baselines", "contributions"})
+"""Stages that are shorter where the rounds before them ended early: they have as many."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Clock:
         places = [place for place, stage in enumerate(self._coming) if stage.name == name]
         self._stage = self._coming[places[0]].part(share) if places else None
         self._coming = self._coming[places[0] + 1 :] if places else self._coming
+        self._steps_before = self.steps
+        self._done.clear()
+
+    def expect(self, here: Stage, *coming: Stage) -> None:
+        """Take other work as what is left: of the stage that is under way, and of those to come after it."""
+        self._stage, self._coming = here, [*coming]
         self._steps_before = self.steps
         self._done.clear()
 

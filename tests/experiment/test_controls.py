@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.bars import Bar
 from support.marks import first
 from support.quick_runs import attempt, make_recipe, result_of
 
@@ -155,6 +156,14 @@ def test_only_an_evaluated_round_stops_a_run_early(tmp_path: Path) -> None:
     found = read_run(tmp_path / "run")
     assert len(found.rounds) - 1 == 4
     assert "in 4 rounds" in found.status["stopped_early"]
+
+
+def test_a_run_that_ends_early_takes_its_work_out_of_the_bar(tmp_path: Path) -> None:
+    stop = {"rounds": 9, "early_stop": {"patience": 1, "min_delta": 9.0}}
+    bar = Bar()
+    run(make_recipe(tmp_path, federation=stop, baselines=["pooled", "local"], contributions=True), tmp_path / "run", bar)
+    assert bar.totals["rounds"] == bar.steps * 9, "as it was planned"
+    assert bar.totals["baselines"] == bar.totals["contributions"] == bar.steps
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])

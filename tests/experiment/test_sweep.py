@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.asked import write_tasks
+from support.bars import Bar
 from support.marks import first
 from support.tiny import make_recipe
 
@@ -275,6 +276,19 @@ def test_an_arm_that_stops_early_ends_with_its_baselines(recipe_file: Path, tmp_
         for path in folder.glob("*/baselines.json")
     }
     assert found == {2: 2, 5: 5}
+
+
+@pytest.mark.long
+def test_runs_that_fail_or_end_early_take_their_work_out_of_the_bar(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("float64", "float32"))
+    stop = "federation.early_stop={patience=1,min_delta=9},{patience=9}"
+    rates = "training.learning_rate=1e30,1e-3"
+    two_passes = "training.gradient_checkpointing=false,true"
+    axes = [stop, rates, two_passes, "federation.rounds=3", 'baselines=["pooled"]', "contributions=true"]
+    bar = Bar()
+    with pytest.raises(RunError, match="4 of 8 runs failed"):
+        sweep(recipe_file, axes, tmp_path / "sweep", bar)
+    assert bar.totals["baselines"] == bar.totals["contributions"] == bar.steps, "of the last pass: all others are done"
 
 
 def test_a_draw_is_some_of_the_combinations_and_the_same_ones_again(recipe_file: Path) -> None:

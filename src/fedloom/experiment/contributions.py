@@ -80,9 +80,8 @@ def find_contributions(trial: Trial, session: Session, say: Say) -> None:
     passes = [one for one in divided if not all(arm in known for arm in one)]
     if passes:
         left = sum(len(one) for one in passes)
-        plan = trial.prepared.plan
         say("without", f"{count(left, 'federation')} of some of the clients, {_estimate(trial, left)}")
-        session.begin_stage("contributions", left / plan.arms * rounds / plan.rounds)
+        session.begin_stage("contributions", left / trial.prepared.plan.arms)
     initial = session.adapted.open(trial.recorder.adapters / "initial")
     # As many at once as the run was planned with, whatever memory there is now, since that moves results by rounding:
     # unless it went on with another number that somebody asked for.

@@ -5,7 +5,7 @@ Rounds that are on record cost nothing more, and say how fast the others will be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from fedloom.errors import RunError
 from fedloom.experiment.preparation import Prepared
 from fedloom.progress import Stage, add_stages
-from fedloom.records.run import Record, read_run
+from fedloom.records.run import Run, read_run
 from fedloom.report.figures import phase_seconds
 from fedloom.text import count, format_bytes, format_seconds
 from fedloom.training.memory import share_of_each
@@ -36,7 +36,7 @@ class Cost:
 def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: Mapping[str, Prepared]) -> Cost:
     """Count what is left of a sweep in its folder: its runs by name, in the passes of each model."""
     passes = [together for model in models for together in model]
-    stages = tuple(stage for together in passes for stage in _stages_of(folder, together, ready))
+    stages = count_left(folder, passes, ready)
     peaks = [peak for together in passes if (peak := _peak([ready[name] for name in together])) is not None]
     return Cost(
         runs=sum(map(len, passes)),
@@ -48,14 +48,19 @@ def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: M
     )
 
 
+def count_left(folder: Path, passes: Iterable[Sequence[str]], ready: Mapping[str, Prepared]) -> tuple[Stage, ...]:
+    """Count what is left of passes of a sweep, of its runs by name, in stages of one pass after another."""
+    return tuple(stage for together in passes for stage in _stages_of(folder, together, ready))
+
+
 def _stages_of(folder: Path, together: Sequence[str], ready: Mapping[str, Prepared]) -> Iterator[Stage]:
     """Yield what is left of a pass: all its rounds and all its baselines, then what follows them run by run."""
     rounds, baselines, others = [], [], []
     for name in together:
-        plan = ready[name].plan
-        trained = sum(record["round"] > 0 for record in _rounds(folder / name))
-        first, *later = plan.stages
-        rounds.append(first.part(max(0.0, 1 - trained / plan.rounds)))
+        run, plan = _read_begun(folder / name), ready[name].plan
+        trained = sum(record["round"] > 0 for record in run.rounds) if run else 0
+        first, *later = plan.stages_left(trained, ended=run is not None and bool(run.status.get("stopped_early")))
+        rounds.append(first)
         baselines += [stage for stage in later if stage.name == "baselines"]
         others += [stage for stage in later if stage.name != "baselines"]
     yield add_stages("rounds", rounds)
@@ -75,15 +80,16 @@ def _peak(together: Sequence[Prepared]) -> int | None:
     return max((one.memory.peak_bytes(at_once) for one in together if one.memory), default=None)
 
 
-def _rounds(folder: Path) -> list[Record]:
+def _read_begun(folder: Path) -> Run | None:
     with suppress(RunError):  # it has not begun; what is damaged is told when it goes on
-        return read_run(folder).rounds
-    return []
+        return read_run(folder)
+    return None
 
 
 def _seconds(folder: Path, whole: Stage) -> float | None:
     """Return the seconds for so much work at the rate of all rounds in the sweep's folder; None without any."""
-    records = [record for path in sorted(folder.glob("*/rounds.jsonl")) for record in _rounds(path.parent)]
+    runs = [_read_begun(path.parent) for path in sorted(folder.glob("*/rounds.jsonl"))]
+    records = [record for run in runs if run for record in run.rounds]
     total = 0.0
     for phase, key, number in (("training", "train", whole.train), ("evaluation", "evaluate", whole.evaluate)):
         done = sum(record.get(f"{key}_tokens", 0) for record in records)

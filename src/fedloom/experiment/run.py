@@ -143,6 +143,8 @@ def run(
                 trial.commit(identity)
                 watchers.show_round(record)
                 ask_to_stop(trial, watchers, record)
+            if trial.run.stopped_early:
+                watchers.show_left(prepared.plan.stages_left(trial.run.completed, ended=True))
 
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.
             if recipe.baselines:
@@ -317,7 +319,7 @@ def run_baselines(trial: Trial, session: Session, watchers: Observer) -> None:
     watchers.show_step("baselines", ", ".join(trial.recipe.baselines))
     baselines = baselines_of(trial, session, rounds=trial.run.completed)
     try:
-        train_baselines(baselines, session, trial.run.completed / trial.prepared.plan.rounds)
+        train_baselines(baselines, session)
     except KeyboardInterrupt:
         watchers.show_step("baselines", "begin again when the run goes on: it keeps them as a whole")
         raise

@@ -22,7 +22,7 @@ from fedloom.experiment.cards import open_session
 from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.combinations import Combination, expand, open_sweep
 from fedloom.experiment.contributions import find_contributions
-from fedloom.experiment.costing import clients_at_once, count_cost, describe_cost
+from fedloom.experiment.costing import clients_at_once, count_cost, count_left, describe_cost
 from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
@@ -115,9 +115,17 @@ def run_combinations(
     for line in describe_cost(cost) if combinations else ():
         display.show_step("cost", line)
     display.show_sweep(cost.stages)
+    in_order = [together for model in passes for together in model]
+
+    def show_left(names: list[str]) -> None:
+        """Show what is left from a pass on: a run that failed has nothing, and one that ended early has less."""
+        left = in_order[in_order.index(names) :]
+        here, *later = ([name for name in together if name not in errors] for together in left)
+        display.show_left(count_left(folder, [here, *filter(None, later)], ready))
+
     for group in models:
         try:
-            errors |= run_group(folder, group, ready, display)
+            run_group(folder, group, ready, display, errors, show_left)
         except FedloomError as error:  # what they share: the base model, say
             undone = [combination.name for combination in group if not read_done(folder / combination.name)]
             errors |= dict.fromkeys(undone, str(error))
@@ -194,10 +202,17 @@ def prepare_all(combinations: Sequence[Combination], display: Observer, errors: 
 
 
 def run_group(
-    folder: Path, able: Sequence[Combination], ready: Mapping[str, Prepared], display: Observer
-) -> dict[str, str]:
-    """Run combinations over one base model; return what went wrong, by name."""
-    errors: dict[str, str] = {}
+    folder: Path,
+    able: Sequence[Combination],
+    ready: Mapping[str, Prepared],
+    display: Observer,
+    errors: dict[str, str],
+    show_left: Callable[[list[str]], None],
+) -> None:
+    """Run combinations over one base model; `errors` is told what went wrong, by name.
+
+    `show_left` is called with the names of a pass whenever less is left of it than was planned.
+    """
     first, prepared = able[0], ready[able[0].name]
     with Telemetry(gpu=prepared.device.type == "cuda") as telemetry, ExitStack() as stack:
         display.show_step("weights", prepared.source.name)
@@ -224,8 +239,7 @@ def run_group(
                         trials.append(opened)
                     except FedloomError as error:  # it began with other documents, say
                         errors[name] = str(error)
-                errors |= run_pass(trials, session, display)
-    return errors
+                run_pass(trials, session, display, errors, partial(show_left, names))
 
 
 class OpenTrial:
@@ -291,10 +305,19 @@ class OpenTrial:
             raise error
 
 
-def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -> dict[str, str]:
-    """Train trials together where the engine can, then all their baselines; return what went wrong, by name."""
-    errors: dict[str, str] = {}
+def run_pass(
+    trials: Sequence[OpenTrial],
+    session: Session,
+    display: Observer,
+    errors: dict[str, str],
+    show_left: Callable[[], None],
+) -> None:
+    """Train trials together where the engine can, then all their baselines; `errors` is told what went wrong, by name.
+
+    `show_left` is called when a trial has less left than was planned.
+    """
     session.begin_stage("rounds")
+    show_left()  # without the runs that could not be opened
     for opened in trials:
         opened.trial.recorder.runs_together = len(trials)
     for number, result in session.run_all([(opened.trial.run, opened.fleet) for opened in trials]):
@@ -307,6 +330,8 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
             errors[opened.name] = str(error)
             opened.trial.run.stop(str(error))
             opened.fail(error)
+        if opened.name in errors or opened.trial.run.stopped_early:
+            show_left()
     whole = [opened for opened in trials if opened.name not in errors]
     baselines: list[Baseline] = []
     for opened in whole:
@@ -322,7 +347,6 @@ def run_pass(trials: Sequence[OpenTrial], session: Session, display: Observer) -
         except FedloomError as error:
             errors[opened.name] = str(error)
             opened.fail(error)
-    return errors
 
 
 def rank(runs: Sequence[Run]) -> list[tuple[str, float, float, int]]:

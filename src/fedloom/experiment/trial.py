@@ -295,13 +295,10 @@ def baselines_of(trial: Trial, session: Session, *, rounds: int, first_trial: in
     )
 
 
-def train_baselines(baselines: Sequence[Baseline], session: Session, share: float = 1.0) -> None:
-    """Train baselines, all of them in one pass where the engine can; they are numbered as they stand here.
-
-    `share` is what they have of what was planned: less where the run ended early.
-    """
+def train_baselines(baselines: Sequence[Baseline], session: Session) -> None:
+    """Train baselines, all of them in one pass where the engine can; they are numbered as they stand here."""
     if baselines:
-        session.begin_stage("baselines", share)
+        session.begin_stage("baselines")
     for number, result in session.run_all([(baseline.run, baseline.fleet) for baseline in baselines]):
         baselines[number].note(result)
 

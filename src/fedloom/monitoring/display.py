@@ -110,6 +110,9 @@ class Terminal(Observer):
     def show_sweep(self, stages: Sequence[Stage]) -> None:
         self._clock = Clock(stages)
 
+    def show_left(self, stages: Sequence[Stage]) -> None:
+        self._clock.expect(*stages)
+
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         self._asks, self._rounds = any(plan.tasks for plan in plans), max(plan.rounds for plan in plans)
         self._print(f"{'pass':<10}{count(len(names), 'run')} together", style="dim")

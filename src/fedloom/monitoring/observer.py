@@ -74,6 +74,9 @@ class Observer:
     def show_sweep(self, stages: Sequence[Stage]) -> None:
         """Hear that a sweep begins, and which stages it has, in their order: those of one pass after another."""
 
+    def show_left(self, stages: Sequence[Stage]) -> None:
+        """Hear that less is left than was planned: what of the stage under way, and of each that is to come."""
+
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         """Hear which runs of a sweep train together now."""
 
@@ -153,6 +156,10 @@ class Observers(Observer):
     def show_sweep(self, stages: Sequence[Stage]) -> None:
         for observer in self._observers:
             observer.show_sweep(stages)
+
+    def show_left(self, stages: Sequence[Stage]) -> None:
+        for observer in self._observers:
+            observer.show_left(stages)
 
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         for observer in self._observers:

@@ -88,6 +88,9 @@ class StatusFile(Observer):
     def show_sweep(self, stages: Sequence[Stage]) -> None:
         self._clock = Clock(stages)
 
+    def show_left(self, stages: Sequence[Stage]) -> None:
+        self._clock.expect(*stages)
+
     def show_pass(self, names: Sequence[str], plans: Sequence[Plan]) -> None:
         self._clock.start()
 

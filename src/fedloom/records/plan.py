@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.data.splits import Audit
-from fedloom.progress import Stage
+from fedloom.progress import AS_LONG_AS_THE_ROUNDS, Stage
 from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
@@ -209,6 +209,14 @@ class Plan:
         """Stages of the run: its rounds, and what follows them."""
         steps, tokens = self.rounds * self.steps_per_round, self.rounds * self.train_tokens_per_round
         return Stage("rounds", steps, tokens, self.evaluate_tokens), *self.later
+
+    def stages_left(self, rounds: int, *, ended: bool) -> tuple[Stage, ...]:
+        """Return what is left of the stages after so many rounds; `ended` says that no other round follows."""
+        done, (first, *later) = rounds / self.rounds, self.stages
+        if not ended:
+            return first.part(1 - done), *later
+        shorter = [one.part(done) if one.name in AS_LONG_AS_THE_ROUNDS else one for one in later]
+        return first.part(0.0), *shorter
 
     @property
     def evaluate_tokens(self) -> int:
