@@ -36,11 +36,6 @@ def test_plain_lines_hold_the_plan_and_a_row_a_round(tmp_path: Path) -> None:
     assert table[0].split() == ["round", "train", "clients", "central", "proximal", "drift", "seconds", "bytes"]
     assert [row.split()[0] for row in table[1:4]] == ["0", "1", "2"]
     assert "central loss " in shown
-    assert all(
-        len(line) <= 100
-        for line in shown.splitlines()
-        if not line.startswith(("best adapter", "report", "run ")) and "adapter" not in line
-    )
 
 
 def test_a_terminal_has_a_bar_with_speed_and_time_left(tmp_path: Path) -> None:
@@ -164,6 +159,18 @@ def test_the_plan_says_how_much_of_long_texts_is_left_out_and_what_follows_the_r
     whole = describe_plan(plan(make_recipe(data={**data, "window": "blocks"})))
     assert "cut" not in whole
     assert "then" not in whole["work"]
+
+
+def test_the_plan_is_wrapped_on_a_terminal_and_cuts_no_word_in_a_pipe() -> None:
+    planned = replace(plan(make_recipe()), data="x" * 300, tasks=("one", "two"))
+    screens = {terminal: io.StringIO() for terminal in (True, False)}
+    for terminal, screen in screens.items():
+        Terminal(Console(file=screen, force_terminal=terminal, width=80)).show_plan(planned)
+    assert max(len(line) for line in re.sub(r"\x1b.*?m", "", screens[True].getvalue()).splitlines()) <= 80
+    lines = screens[False].getvalue().splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    assert f"{'data':<10}{'x' * 300}" in "\n".join(lines)
+    assert [line.split() for line in lines if line.endswith(("one", "two"))] == [["tasks", "one"], ["two"]]
 
 
 def test_the_plan_leaves_what_is_decided_elsewhere_to_the_clients_there() -> None:

@@ -86,7 +86,11 @@ class Terminal(Observer):
         self._print(f"{what:<10}{detail}", style="dim")
 
     def show_plan(self, plan: Plan) -> None:
-        self.console.print(render_plan(plan))
+        if self.console.is_terminal or self.console.is_jupyter:
+            self.console.print(render_plan(plan))
+        else:  # no word is cut to a width that nobody has
+            for name, value in describe_plan(plan).items():
+                self._print(f"{name:<9} " + value.replace("\n", f"\n{'':<10}"))
         for warning in plan.warnings:
             self._print(f"note      {warning}")
         self._clock, self._rounds = Clock(plan.stages), plan.rounds
