@@ -181,8 +181,8 @@ def prepare(
         measure, real, material.source, setup, held_out=bound, predict=predict, predicted=kept, say=observer.show_step
     )
     room = room_for(per_round)
-    how: dict[str, Any] = {"seed": recipe.seed, "private": recipe.privacy is not None}
-    scored = choose_scored_clients([len(client.holdout) for client in material.clients], recipe.evaluation, **how)
+    holdouts, private = [len(client.holdout) for client in material.clients], recipe.privacy is not None
+    scored = choose_scored_clients(holdouts, recipe.evaluation, seed=recipe.seed, private=private)
     plan = plan_privacy(make_plan(recipe, material, setup, room, per_round, scored), recipe, material.clients)
     if recipe.federation.max_share is not None:
         plan = plan_shares(plan, recipe.federation)
