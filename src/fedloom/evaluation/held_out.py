@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ WEIGHTS_BYTES = 2**29
 """Memory that the weights of adapters may take which are scored in one pass."""
 HavingLanes = Callable[[Sequence[int]], AbstractContextManager[None]]
 """A context in which the model has the adapters of these lanes, in their order."""
+
+
+class How(TypedDict, total=False):
+    """Keywords of whoever scores, as `score_adapters` explains them."""
+
+    most_tokens: int | None
+    watch: Watch
+    lower: Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -120,16 +128,19 @@ def score_adapters(
     Raises:
         ModelError: memory runs out with a single block.
     """
-    how: dict[str, Any] = {"batch_size": batch_size, "most_tokens": most_tokens, "watch": watch, "lower": lower}
+    how: How = {"most_tokens": most_tokens, "watch": watch, "lower": lower}
     lanes = _to_lanes(asked, joined=batched)
     if batched and (min(at_once, len(lanes)) > 1 or Stack.rounds_to(adapted, adapted.device) is not None):
-        found = _score_together(adapted, lanes, at_once=at_once, **how)
+        found = _score_together(adapted, lanes, batch_size, at_once, **how)
     else:
-        found = {number: score for lane in lanes for number, score in _score_alone(adapted, lane, **how).items()}
+        alone = (_score_alone(adapted, lane, batch_size, **how) for lane in lanes)
+        found = {number: score for scores in alone for number, score in scores.items()}
     return [found.get(number, NOTHING) for number in range(len(asked))]
 
 
-def evaluate(adapted: AdaptedModel, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int, **how: Any) -> Score:
+def evaluate(
+    adapted: AdaptedModel, adapter: Adapter, blocks: TokenBlocks, *, batch_size: int, **how: Unpack[How]
+) -> Score:
     """Score an adapter on every block, in the model's dtype, without gradients or dropout; the model keeps the adapter.
 
     Neither the order of the blocks nor the size of batches changes the sums beyond rounding. A batch has as many tokens
@@ -140,11 +151,11 @@ def evaluate(adapted: AdaptedModel, adapter: Adapter, blocks: TokenBlocks, *, ba
         ModelError: memory runs out with a single block.
     """
     (lane,) = _to_lanes([(adapter, blocks)], joined=False)
-    return _score_alone(adapted, lane, batch_size=batch_size, **how).get(0, NOTHING)
+    return _score_alone(adapted, lane, batch_size, **how).get(0, NOTHING)
 
 
 def evaluate_together(
-    adapted: AdaptedModel, asked: Sequence[Asked], *, batch_size: int, at_once: int, **how: Any
+    adapted: AdaptedModel, asked: Sequence[Asked], *, batch_size: int, at_once: int, **how: Unpack[How]
 ) -> list[Score]:
     """Score plain LoRA's adapters, each on blocks of its own, up to `at_once` in one pass over the base model.
 
@@ -157,16 +168,18 @@ def evaluate_together(
         ModelError: memory runs out with a single block.
     """
     lanes = _to_lanes(asked, joined=True)
-    found = _score_together(adapted, lanes, batch_size=batch_size, at_once=at_once, **how)
+    found = _score_together(adapted, lanes, batch_size, at_once, **how)
     return [found.get(number, NOTHING) for number in range(len(asked))]
 
 
-def _score_alone(adapted: AdaptedModel, lane: _Lane, **how: Any) -> Found:
+def _score_alone(adapted: AdaptedModel, lane: _Lane, batch_size: int, **how: Unpack[How]) -> Found:
     adapted.load(lane.adapter)
-    return _score_lanes(adapted, [lane], lambda _: nullcontext(), **how)
+    return _score_lanes(adapted, [lane], lambda _: nullcontext(), batch_size, 1, **how)
 
 
-def _score_together(adapted: AdaptedModel, lanes: Sequence[_Lane], **how: Any) -> Found:
+def _score_together(
+    adapted: AdaptedModel, lanes: Sequence[_Lane], batch_size: int, at_once: int, **how: Unpack[How]
+) -> Found:
     assert all(lane.adapter.layout == adapted.layout for lane in lanes), "an adapter of another model"
     alike: dict[int, list[_Lane]] = defaultdict(list)
     for lane in lanes:
@@ -175,7 +188,8 @@ def _score_together(adapted: AdaptedModel, lanes: Sequence[_Lane], **how: Any) -
     # A residual belongs to the model, which has one at a time.
     for group in alike.values():
         adapted.load_residual(group[0].adapter)
-        found |= _score_lanes(adapted, group, _Stacked(adapted, [lane.adapter for lane in group]).having, **how)
+        stacked = _Stacked(adapted, [lane.adapter for lane in group])
+        found |= _score_lanes(adapted, group, stacked.having, batch_size, at_once, **how)
     return found
 
 
@@ -209,9 +223,9 @@ def _score_lanes(
     lanes: Sequence[_Lane],
     having: HavingLanes,
     batch_size: int,
+    at_once: int,
     *,
     most_tokens: int | None = None,
-    at_once: int = 1,
     watch: Watch = ignore,
     lower: Callable[[int], object] = int,
 ) -> Found:
