@@ -161,7 +161,9 @@ def test_only_an_evaluated_round_stops_a_run_early(tmp_path: Path) -> None:
 def test_a_run_that_ends_early_takes_its_work_out_of_the_bar(tmp_path: Path) -> None:
     stop = {"rounds": 9, "early_stop": {"patience": 1, "min_delta": 9.0}}
     bar = Bar()
-    run(make_recipe(tmp_path, federation=stop, baselines=["pooled", "local"], contributions=True), tmp_path / "run", bar)
+    run(
+        make_recipe(tmp_path, federation=stop, baselines=["pooled", "local"], contributions=True), tmp_path / "run", bar
+    )
     assert bar.totals["rounds"] == bar.steps * 9, "as it was planned"
     assert bar.totals["baselines"] == bar.totals["contributions"] == bar.steps
 

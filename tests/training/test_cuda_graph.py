@@ -14,10 +14,11 @@ from support.tape import TapeGraph, needs_graphs, record_steps
 from support.tiny import make_adapted, make_blocks, make_job, updates_of
 
 from fedloom.adapters.lora import Residual, lora_pairs
+from fedloom.model.shortage import is_shortage
 from fedloom.training import client_slots, cuda_graph
 from fedloom.training.batched import BatchedEngine, ClientBatch
 from fedloom.training.cuda_graph import WARM_UP, NotRecordableError, StepGraph, recording_stream
-from fedloom.training.jobs import ClientJob, ClientResult, is_shortage
+from fedloom.training.jobs import ClientJob, ClientResult
 from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stretches import Layout, Stretch
 

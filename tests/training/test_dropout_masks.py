@@ -259,6 +259,24 @@ def test_a_kernel_is_tried_before_it_is_used(right: bool, monkeypatch: pytest.Mo
         assert why_no_kernel(torch.device("cpu")) == ("" if right else "it gives other masks")
 
 
+def test_a_kernel_is_tried_again_where_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    shortages = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def given(values: Tensor, mask: Mask) -> Tensor:
+        if shortages:
+            raise shortages.pop()
+        return mask.compute(values)
+
+    module = type(sys)("fedloom.training.dropout_kernel")
+    module.drop = given  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with fresh_kernels():
+        with pytest.raises(torch.OutOfMemoryError):
+            kernel_of(torch.device("cpu"))
+        assert kernel_of(torch.device("cpu")) is given
+        assert why_no_kernel(torch.device("cpu")) == ""
+
+
 INTERPRETED = """
 import torch
 from fedloom.training.dropout_kernel import drop

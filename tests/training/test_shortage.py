@@ -18,10 +18,11 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.errors import TrainingError
 from fedloom.experiment.run import run
 from fedloom.host import failpoints
+from fedloom.model.shortage import is_shortage
 from fedloom.monitoring.observer import Observer
 from fedloom.records.run import RoundRecord
 from fedloom.training.batched import BatchedEngine, ClientBatch
-from fedloom.training.jobs import ClientFailure, ClientJob, is_shortage
+from fedloom.training.jobs import ClientFailure, ClientJob
 from fedloom.training.reference import ReferenceEngine
 from fedloom.training.stacked_step import StackedStep
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fedloom.adapters.peft_config import reason_of
+from fedloom.model.shortage import is_shortage
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def sums_rounded(device: torch.device) -> bool:
         try:
             add_products(sums_GXY, left_MX.bfloat16(), right_MY.bfloat16(), 0.5)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            if is_shortage(error):
                 raise
             _reasons[device] = reason_of(error)
             return False

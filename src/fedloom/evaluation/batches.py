@@ -18,9 +18,9 @@ from torch import Tensor
 from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import IGNORED, Batch, TokenBlocks, take_batch
 from fedloom.errors import ModelError
+from fedloom.model.shortage import SHORT, is_shortage
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.training.client_slots import fill_up
-from fedloom.training.jobs import SHORT, is_shortage
 from fedloom.training.objective import next_token_targets
 
 TOKENS_ON_GPU = 16_384

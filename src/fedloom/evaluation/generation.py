@@ -19,9 +19,9 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.adapters.stacked_lora import Stack
 from fedloom.evaluation.batches import halve
 from fedloom.evaluation.decoding import Batch, Choose, Ending, decode, stacks, way_of
+from fedloom.model.shortage import SHORT, is_shortage
 from fedloom.progress import Progress, Watch, ignore
 from fedloom.seeds import derive_seed
-from fedloom.training.jobs import SHORT, is_shortage
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fedloom.adapters.stacked_lora import Stack
 from fedloom.data.tokens import IGNORED, Batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
+from fedloom.model.shortage import SHORT, is_shortage
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_slots import (
     NOTHING,
@@ -37,14 +38,12 @@ from fedloom.training.client_slots import (
 )
 from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.jobs import (
-    SHORT,
     ClientFailure,
     ClientJob,
     ClientResult,
     ClientUpdate,
     WorkLog,
     can_share_a_step,
-    is_shortage,
     kind_of_step,
     too_large,
 )

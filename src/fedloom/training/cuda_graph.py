@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedloom.host.garbage import leave_garbage
-from fedloom.training.jobs import is_shortage
+from fedloom.model.shortage import is_shortage
 
 WARM_UP = 3
 """Steps before one is recorded: real ones, in which libraries set up what they can't set up in a recording."""

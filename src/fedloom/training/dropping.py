@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fedloom.adapters.peft_config import reason_of
+from fedloom.model.shortage import is_shortage
 from fedloom.training.dropout_masks import Mask, split
 
 OF_KERNEL = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +49,11 @@ _reasons: dict[torch.device, str] = {}
 
 @cache
 def kernel_of(device: torch.device) -> Kernel | None:
-    """Return a GPU's own kernel; None where it can't be had, or gives something else than `Mask.compute` here."""
+    """Return a GPU's own kernel; None where it can't be had, or gives something else than `Mask.compute` here.
+
+    Raises:
+        RuntimeError: memory ran out, which says nothing of the kernel; it is tried again when asked next.
+    """
     places_NT = split(torch.arange(2, device=device)[:, None], torch.arange(3, device=device))
     mask = Mask(places_NT, call=15, heads=2, dropped=6554)
     values = torch.linspace(-3, 3, 12 * 1030, device=device).view(2, 2, 3, 1030)
@@ -61,6 +66,8 @@ def kernel_of(device: torch.device) -> Kernel | None:
         _reasons[device] = "it gives other masks"
     # Triton is missing, or the compiler that it builds its launcher with, or it does not know this GPU.
     except Exception as error:
+        if is_shortage(error):
+            raise
         _reasons[device] = reason_of(error)
     return None
 

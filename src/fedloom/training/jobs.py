@@ -254,21 +254,6 @@ TrainClients = Callable[[Sequence[ClientJob]], Iterator[ClientResult]]
 """Carry out every job; yield each client's update, or its failure, when it is finished."""
 
 
-SHORT = (torch.OutOfMemoryError, MemoryError, RuntimeError)
-"""Errors by which a shortage of memory may show; `is_shortage` tells which of the last kind it is."""
-WORDS = (
-    *("can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory"),
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"),
-)
-
-
-def is_shortage(error: Exception) -> bool:
-    """Return whether an error says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
-
-
 def too_large(job: ClientJob, error: Exception) -> ShortageError:
     """Return the error for a client that does not fit in memory even alone."""
     training = job.training

@@ -16,19 +16,18 @@ from fedloom.adapters.adapted_model import AdaptedModel
 from fedloom.data.tokens import Batch, take_batch
 from fedloom.errors import TrainingError
 from fedloom.host.failpoints import failpoint
+from fedloom.model.shortage import SHORT, is_shortage
 from fedloom.privacy.ration import Ration
 from fedloom.progress import Progress, Say, Watch, ignore, say_nothing
 from fedloom.training.client_dropout import ClientDropout
 from fedloom.training.dropout_masks import sequence_keys
 from fedloom.training.gradient_checkpointing import gradient_checkpointing
 from fedloom.training.jobs import (
-    SHORT,
     ClientFailure,
     ClientJob,
     ClientResult,
     ClientUpdate,
     WorkLog,
-    is_shortage,
     too_large,
 )
 from fedloom.training.objective import (

@@ -49,10 +49,11 @@ from fedloom.errors import (
     TrainingError,
 )
 from fedloom.host.frames import Frame
+from fedloom.model.shortage import is_shortage
 from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import count_units
 from fedloom.text import count
-from fedloom.training.jobs import ClientResult, ClientTask, is_shortage
+from fedloom.training.jobs import ClientResult, ClientTask
 
 
 class Worker:
