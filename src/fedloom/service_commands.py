@@ -6,7 +6,6 @@ import json
 import time
 from os.path import isdir
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,10 +126,8 @@ def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
 
 def _go_on(command: str, run: Path) -> str:
     from fedloom.deployment.queue import SUBMIT
-    from fedloom.records.sweep_folder import is_sweep
+    from fedloom.records.going_on import how_to_go_on
 
-    if is_sweep(run):
-        return f"go on with the same command, and --out {quote(str(run))}"
     if isdir(run):
-        return f"go on with: {command} --resume {quote(str(run))}"
+        return f"go on with: {how_to_go_on(run, command)}"
     return f"nothing was begun: {'submit it again' if command == SUBMIT else 'start it as before'}"
