@@ -23,6 +23,7 @@ from fedloom.client_commands import show_findings
 from fedloom.host.files import path
 from fedloom.host.machine import Finding
 from fedloom.recipe.loading import shipped_recipes
+from fedloom.records.sweep_folder import write_asked
 
 TINY = ("run", "tiny", "federation.rounds=1", "data.documents_per_client=8", "data.central_holdout=4")
 
@@ -142,6 +143,20 @@ def test_a_run_that_is_not_there_can_not_go_on(
         assert refused([command, run, "--resume"], monkeypatch, capsys) == f"error: {tmp_path / run}: {what}; {how}"
     for recipe in ("tiny", "mine.toml"):
         assert "--resume needs a run directory" in refused([command, recipe, "--resume"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("words", [["run", "sweep", "--resume"], ["serve", "tiny", "--resume", "--out", "sweep"]])
+def test_a_sweep_is_no_run_and_says_how_it_goes_on(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text('{"seed=1": {}, "seed=2": {}}')
+    write_asked(sweep, "tiny", ["seed=1,2"], None)
+    go_on = "a sweep, and not one of its runs; go on with: fedloom sweep tiny seed=1,2 --out sweep"
+    assert refused(words, monkeypatch, capsys) == f"error: {sweep}: {go_on}"
+    assert [*sweep.glob(".*")] == [], "nothing was begun in it"
 
 
 def test_version(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ LIGHT_ROOMS = (
 )
 LIGHT = (
     *("records.plan", "records.run", "records.kinds", "records.writer", "records.card", "training.client_report"),
-    "records.sweep_folder",
+    *("records.sweep_folder", "records.going_on"),
     *("deployment.docker", "deployment.helm", "deployment.health", "deployment.queue"),
     *("deployment.client.policy", "deployment.client.refusals"),
     *("deployment.client.journal", "deployment.client.account", "deployment.client.task_file"),

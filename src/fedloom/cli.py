@@ -22,7 +22,7 @@ from fedloom.host.imports import quick_imports
 from fedloom.model_commands import chat, convert, evaluate, export, generate, node, preview, push
 from fedloom.provision_commands import provision
 from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, say
-from fedloom.service_commands import runs, stop, submit
+from fedloom.service_commands import runs, status, stop, submit
 from fedloom.text import show_controls
 
 app = typer.Typer(
@@ -183,20 +183,7 @@ app.command()(owner.journal)
 app.command()(owner.audit)
 
 
-@app.command()
-def status(run: RunFolder) -> None:
-    """Show what a run or a sweep is doing, its clients and its last rounds; or how it ended, and how it goes on.
-
-    Exit code 0 where somebody is at work in it or it is done, 1 where it ended before, 2 where there is no such run.
-    """
-    from fedloom.monitoring.status import describe, is_well
-
-    for line in describe(run):
-        typer.echo(show_controls(line))
-    if not is_well(run):
-        raise typer.Exit(1)
-
-
+app.command()(status)
 app.command()(submit)
 app.command()(runs)
 app.command()(stop)

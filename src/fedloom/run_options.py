@@ -170,8 +170,13 @@ def read_address(option: str, text: str | None) -> tuple[str, int] | None:
 def find_resumed(recipe: str, out: Path | None, *, resume: bool, command: str) -> tuple[Path | None, str]:
     """Return the run directory and the recipe; for a run that goes on, the recipe is its own."""
     from fedloom.recipe.loading import shipped_recipes
+    from fedloom.records.going_on import how_to_go_on
+    from fedloom.records.sweep_folder import is_sweep
 
     folder = path(recipe)
+    if resume and is_sweep(sweep := out or folder):
+        go_on = f"go on with: {how_to_go_on(sweep)}"
+        raise RunError("a sweep, and not one of its runs", where=str(sweep.absolute()), mend=go_on)
     # By functions that take an impossible name for one that is not there.
     if resume and isfile(folder / "recipe.toml"):
         return out or folder, str(folder / "recipe.toml")

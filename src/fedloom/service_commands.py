@@ -1,10 +1,15 @@
-"""Commands of the command line for a server that stays: `submit`, `runs` and `stop`. Heavy imports only inside."""
+"""Commands of the command line for a server that stays, and for what is at work: heavy imports only inside.
+
+They are `submit`, `runs`, `status` and `stop`; the last two are of runs and sweeps, too.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from os.path import isdir
+from collections import Counter
+from collections.abc import Iterator
+from os.path import isdir, isfile
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -79,6 +84,58 @@ def runs(
         typer.echo(show_controls(line))
 
 
+def status(run: RunFolder) -> None:
+    """Show what a run, a sweep or a server is doing, its clients and last rounds; or how it ended, and how it goes on.
+
+    Exit code 0 where somebody is at work in it or it is done, 1 where nobody is and it is not, 2 where there is no such
+    run.
+    """
+    from fedloom.monitoring.status import describe, find_work, is_well
+
+    server = find_work(run) is None and _is_server(run)
+    for line in _describe_server(run) if server else describe(run):
+        typer.echo(show_controls(line))
+    if not (_is_served(run) if server else is_well(run)):
+        raise typer.Exit(1)
+
+
+def _is_server(folder: Path) -> bool:
+    """Return whether a folder is a server's, with keys or without."""
+    from fedloom.deployment.queue import QUEUE
+
+    return isfile(folder / "server.toml") or isdir(folder / QUEUE)
+
+
+def _is_served(server: Path) -> bool:
+    """Return whether a server is at work with its folder, be it for one run alone."""
+    from fedloom.deployment.keys import SERVE_LOCK
+    from fedloom.host.files import is_held
+
+    return is_held(server / SERVE_LOCK)
+
+
+def _describe_server(server: Path) -> Iterator[str]:
+    """Say in lines how a server's folder stands that no service of this user is at work with: its server, its runs."""
+    from fedloom.deployment.queue import Queue, list_runs
+    from fedloom.monitoring.standing import AT_WORK
+
+    told, option = list_runs(server), f"--server {quote(str(server))}"
+    if one_run := Queue(server).one_run:
+        yield f"{'server':<10}at work for one run alone: fedloom status {quote(one_run)}"
+    elif _is_served(server):
+        yield f"{'server':<10}{AT_WORK}"
+    else:
+        yield f"{'server':<10}nobody is at work with it; start it with: fedloom serve {option}"
+    states = Counter(run["state"] for run in told["runs"])
+    if told["damaged"]:
+        states["damaged"] = len(told["damaged"])
+    if states:
+        counted = ", ".join(f"{number:,} {state}" for state, number in states.items())
+        yield f"{'runs':<10}{counted}; list them with: fedloom runs {option}"
+    else:
+        yield f"{'runs':<10}none yet; submit one with: fedloom submit RECIPE {option}"
+
+
 def stop(
     run: RunFolder,
     now: Annotated[
@@ -102,11 +159,19 @@ def stop(
         raise RunError(
             "it is the run of a server that stays", where=str(run), mend="name that server's folder: --server FOLDER"
         )
-    work = stop(run, at_once=now, say=typer.echo)
+    if one_run := "" if work else Queue(run).one_run:
+        raise RunError(
+            "a server is at work with it for one run alone",
+            where=str(run),
+            mend=f"name that run: fedloom stop {quote(one_run)}",
+        )
+    # Nobody has to be at work with a server's folder, which is no run directory.
+    work = stop(run, at_once=now, say=typer.echo) if work or not _is_server(run) else None
     if work is None:
         typer.echo(show_controls(f"{run}: nobody is at work in it on this machine"))
         raise typer.Exit(1)
-    how = "start it again with: fedloom serve" if (run / QUEUE).is_dir() else _go_on(work.command, run)
+    again = f"start it again with: fedloom serve --server {quote(str(run))}"
+    how = again if (run / QUEUE).is_dir() else _go_on(work.command, run)
     if work.command == BRANCH:
         how = "start it again as before"
     typer.echo(show_controls(f"stopped; {how}"))
@@ -127,10 +192,8 @@ def _stop_in(queue: Queue, entry: Entry, now: bool) -> None:
 
 def _go_on(command: str, run: Path) -> str:
     from fedloom.deployment.queue import SUBMIT
-    from fedloom.records.sweep_folder import is_sweep
+    from fedloom.records.going_on import how_to_go_on
 
-    if is_sweep(run):
-        return f"go on with the same command, and --out {quote(str(run))}"
     if isdir(run):
-        return f"go on with: {command} --resume {quote(str(run))}"
+        return f"go on with: {how_to_go_on(run, command)}"
     return f"nothing was begun: {'submit it again' if command == SUBMIT else 'start it as before'}"

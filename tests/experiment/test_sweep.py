@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import signal
 import tempfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,10 +194,11 @@ def test_a_sweep_is_watched_and_stopped_from_another_terminal(
     assert said[1] == "doing     evaluating"
     assert said[2].startswith("left      0:0")
     assert said[3] == "stopping ends after this step; once more, and it ends at once"
-    assert said[4] == f"stopped go on with the same command, and --out {folder}"
-    assert _go_on("fedloom sweep", folder) == said[4].removeprefix("stopped ")
+    command = f"fedloom sweep {recipe_file} seed=1,2 --out {folder}"
+    assert said[4] == f"stopped go on with: {command}"
+    assert _go_on("fedloom sweep", folder) == f"go on with: {command}"
     assert {json.loads(path.read_text())["state"] for path in folder.glob("*/status.json")} == {"interrupted"}
-    go_on = f"go on     fedloom sweep {recipe_file} seed=1,2 --out {folder}"
+    go_on = f"go on     {command}"
     assert [*describe(folder)] == [
         "sweep     0 of 2 runs done",
         "run       seed=1: interrupted after round 1 of 2",
@@ -244,6 +247,90 @@ def test_what_is_said_of_a_run_has_its_name_and_what_is_alike_is_said_once(recip
     said.clear()
     sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Heard())
     assert [detail for what, detail in said if what == "resumed"] == ["seed=1: after round 1", "seed=2: after round 0"]
+
+
+class Heard(Observer):
+    """Everything that is said, as lines."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def show_step(self, what: str, detail: str) -> None:
+        self.said.append(f"{what}: {detail}")
+
+
+def stop_in_round_1(recipe_file: Path, folder: Path) -> None:
+    failpoints.arm("state.renamed=raise@4")
+    try:
+        with pytest.raises(RuntimeError, match="a failpoint"):
+            sweep(recipe_file, ["seed=1,2"], folder, Observer())
+    finally:
+        failpoints.arm("")
+
+
+def test_a_run_that_was_moved_by_itself_is_taken_back_on_record(recipe_file: Path, tmp_path: Path) -> None:
+    folder, heard = tmp_path / "sweep", Heard()
+    stop_in_round_1(recipe_file, folder)
+    moved = load_recipe(folder / "seed=1" / "recipe.toml", ["training.clients_at_once=1"])
+    failpoints.arm("training.stepped=raise@1")
+    try:
+        with pytest.raises(RuntimeError, match="a failpoint"):
+            run(moved, folder / "seed=1", Observer(), resume=True)
+    finally:
+        failpoints.arm("")
+    sweep(recipe_file, ["seed=1,2"], folder, heard)
+    line = "moved: seed=1: no training.clients_at_once from here on, which moves results by rounding"
+    assert [one for one in heard.said if one.startswith("moved")] == [line]
+    assert [read_run(folder / name).status.get("moved") for name in ("seed=1", "seed=2")] == [
+        ["after round 1 with training.clients_at_once = 1", "after round 1 with no training.clients_at_once"],
+        None,
+    ]
+
+
+def test_a_run_that_another_process_is_at_work_in_is_left_to_it(recipe_file: Path, tmp_path: Path) -> None:
+    folder, display = tmp_path / "sweep", Passes()
+    stop_in_round_1(recipe_file, folder)
+    with closing(take_lock(folder / "seed=1")):
+        assert "run       seed=1: at work by itself after round 1 of 2" in [*describe(folder)]
+        with pytest.raises(RunError) as refused:
+            sweep(recipe_file, ["seed=1,2"], folder, display)
+    who = f"process {os.getpid()} on {platform.node()}"
+    go_on = f"fedloom sweep {recipe_file} seed=1,2 --out {folder}"
+    assert str(refused.value) == (
+        f"{folder}: another process is at work in 1 of 2 runs, seed=1 for one ({who}); the others are done; wait for"
+        f" its end, or end it: fedloom stop {folder}/seed=1; then go on with: {go_on}"
+    )
+    assert display.passes == [["seed=2"]]
+    sweep(recipe_file, ["seed=1,2"], folder, display)
+    assert display.passes[1:] == [["seed=1"]]
+
+
+def test_a_done_run_whose_rounds_are_gone_is_named_and_the_rest_are_compared(recipe_file: Path, tmp_path: Path) -> None:
+    axes = ["seed=1,2,3", "federation.rounds=1"]
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    (lost,) = folder.glob("seed=1*/rounds.jsonl")
+    kept = lost.read_bytes()
+    lost.unlink()
+    (folder / "comparison.html").unlink()
+    assert f"run       {lost.parent.name}: done, but rounds.jsonl is missing" in [*describe(folder)]
+    says = "rounds.jsonl is missing; restore rounds.jsonl, or remove the run directory and begin again; the others"
+    with pytest.raises(RunError, match=f"1 of 3 runs failed, {lost.parent.name} for one: {lost.parent}: {says}"):
+        sweep(recipe_file, axes, folder, Observer())
+    assert (folder / "comparison.html").is_file()
+    lost.write_bytes(kept)
+    sweep(recipe_file, axes, folder, Observer())
+
+
+def test_a_list_of_runs_that_is_cut_short_says_what_is_still_whole(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    stop_in_round_1(recipe_file, folder)
+    os.truncate(folder / "sweep.json", 300)
+    says = f"sweep.json: .* damaged; restore it, or begin .* fedloom run --resume {folder}/RUN goes on with one"
+    for ask in (lambda: sweep(recipe_file, ["seed=1,2"], folder, Observer()), lambda: [*describe(folder)]):
+        with pytest.raises(RunError, match=says):
+            ask()
+    with pytest.raises(RunError, match=says):
+        read_run(folder)
 
 
 def test_an_arm_whose_documents_are_others_now_is_named_and_the_rest_go_on(tmp_path: Path, write_jsonl: Any) -> None:
@@ -412,6 +499,7 @@ def test_a_further_run_whose_name_another_has_gets_one_of_its_own(recipe_file: P
     for name in ("seed=1", "seed=2"):
         (folder / name).mkdir()
         (folder / name / "status.json").write_text('{"state": "done"}')
+        (folder / name / "rounds.jsonl").touch()
     found = open_sweep(folder, [one, two, replace(three, name="seed=1")])
     assert [trial.name for trial in found] == ["seed=2", "seed=1", "seed=1-2"] == list_runs(folder)
 

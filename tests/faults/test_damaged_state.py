@@ -301,9 +301,37 @@ def test_a_status_that_can_not_be_read_is_named_and_made_again(damage: str, begu
     assert result_of(folder) == result
 
 
-def test_a_run_without_its_records_is_not_said_to_go_on(begun: Any, tmp_path: Path) -> None:
+def test_a_run_without_a_whole_state_is_not_said_to_go_on(begun: Any, tmp_path: Path) -> None:
     _, _, stopped, _ = begun
     folder = copy(stopped, tmp_path / "run")
-    (folder / "rounds.jsonl").unlink()
+    for state in committed(folder):
+        DAMAGE["cut off"](state / "server.safetensors")
+    DAMAGE["cut off"](folder / "adapters" / "last" / "adapter_model.safetensors")
     mends = {finding.mend for finding in check_run(folder) if not finding.well}
     assert mends == {"remove the run directory and begin again: no state is whole"}
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "clients.jsonl"])
+@pytest.mark.parametrize(
+    ("damage", "says"), [("missing", "missing"), ("cut off", "not what it was at the end of round")]
+)
+def test_records_are_blamed_for_themselves_and_not_the_states(
+    name: str, damage: str, says: str, begun: Any, tmp_path: Path
+) -> None:
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    kept = (folder / name).read_bytes()
+    if damage == "cut off":
+        (folder / name).write_bytes(b"")
+    else:
+        DAMAGE[damage](folder / name)
+    mend = f"restore {name}, or remove the run directory and begin again"
+    display = Said()
+    refusal = attempt(recipe, folder, display=display)
+    assert refusal.startswith(f"{folder}: {name} is {says}")
+    assert refusal.endswith(mend)
+    assert {finding.mend for finding in check_run(folder) if not finding.well} == {mend}
+    assert next(line for line in display.steps if "skipped" in line).startswith(f"skipped: {committed(folder)[0]}: ")
+    (folder / name).write_bytes(kept)
+    assert not attempt(recipe, folder)
+    assert result_of(folder) == result

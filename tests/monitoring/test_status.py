@@ -19,6 +19,8 @@ from support.tiny import make_recipe
 from typer.testing import CliRunner
 
 from fedloom.cli import app
+from fedloom.deployment.keys import in_use
+from fedloom.deployment.queue import Queue
 from fedloom.errors import RunError
 from fedloom.experiment.run import plan
 from fedloom.monitoring.observer import Observer, Observers
@@ -215,7 +217,42 @@ def test_a_sweep_that_is_over_says_how_it_stands(tmp_path: Path) -> None:
     (sweep / "sweep.json").write_text('{"seed=1": {}}')
     assert [*describe(sweep)] == ["sweep     1 of 1 run done"]
     assert CliRunner().invoke(app, ["status", str(sweep)]).exit_code == 0
-    assert isinstance(CliRunner().invoke(app, ["stop", str(sweep)]).exception, RunError)
+    stopped = CliRunner().invoke(app, ["stop", str(sweep)])
+    assert (stopped.exit_code, "nobody is at work in it" in stopped.output) == (1, True)
+
+
+def test_a_servers_folder_says_who_is_at_work_with_it_and_what_it_has(tmp_path: Path) -> None:
+    """It was no run directory, as it is in the guide's first steps."""
+    server = tmp_path / "server"
+    server.mkdir()
+    (server / "server.toml").touch()
+
+    def ask(command: str) -> tuple[int, list[str]]:
+        done = CliRunner().invoke(app, [command, str(server)])
+        return done.exit_code, done.output.splitlines()
+
+    nobody = f"server    nobody is at work with it; start it with: fedloom serve --server {server}"
+    assert ask("status") == (
+        1,
+        [nobody, f"runs      none yet; submit one with: fedloom submit RECIPE --server {server}"],
+    )
+    assert ask("stop") == (1, [f"{server}: nobody is at work in it on this machine"])
+    for name in ("first", "second"):
+        Queue(server).add(name, {"name": name})
+    counted = f"runs      2 waiting; list them with: fedloom runs --server {server}"
+    assert ask("status") == (1, [nobody, counted])
+    with in_use(server, tmp_path / "alone"):
+        assert ask("status") == (
+            0,
+            [f"server    at work for one run alone: fedloom status {tmp_path / 'alone'}", counted],
+        )
+        stopped = CliRunner().invoke(app, ["stop", str(server)])
+        assert str(stopped.exception).endswith(f"for one run alone; name that run: fedloom stop {tmp_path / 'alone'}")
+    with in_use(server, server):
+        assert ask("status") == (0, ["server    at work, but not for this user to see", counted])
+        with status_file(server, "fedloom serve") as display:
+            display.show_step("waiting", "for a run")
+            assert [line[:8] for line in ask("status")[1]] == ["at work ", "doing   "]
 
 
 @pytest.mark.long

@@ -18,8 +18,9 @@ from fedloom.progress import Say
 from fedloom.recipe.axes import choose, collect_axes, combine, name_run
 from fedloom.recipe.loading import SWEEP_TABLE
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.run import SWEEP, flatten, read_json
-from fedloom.records.sweep_folder import command_of, is_done, is_sweep, list_runs
+from fedloom.records.going_on import how_to_go_on
+from fedloom.records.run import SWEEP, flatten, read_sweep
+from fedloom.records.sweep_folder import is_done, is_sweep, list_runs
 from fedloom.text import count, list_some
 
 MEND = "name another with --out"
@@ -92,7 +93,7 @@ def _take_names(folder: Path, combinations: Sequence[Combination]) -> list[Combi
     Raises:
         RunError: the folder has others, naming what differs, or some that are not done beside which others are asked.
     """
-    began = read_json(folder / SWEEP)
+    began = read_sweep(folder)
     names: dict[str, list[str]] = defaultdict(list)
     for name, recipe in began.items():
         names[_text(recipe)].append(name)
@@ -111,7 +112,7 @@ def _take_names(folder: Path, combinations: Sequence[Combination]) -> list[Combi
         raise RunError(
             f"{undone} of its {count(len(began), 'run')} must be done before others join them: {differs}",
             where=str(folder),
-            mend=f"first go on with: {command_of(folder)}",
+            mend=f"first go on with: {how_to_go_on(folder)}",
         )
     return found
 

@@ -9,27 +9,24 @@ The arrows say what becomes of what; `run` below says when.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from shlex import quote
-from typing import Any
 
 from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.cards import open_session
 from fedloom.experiment.clients import Clients, LocalClients
 from fedloom.experiment.contributions import find_contributions
+from fedloom.experiment.moves import find_moves, note_moves
 from fedloom.experiment.preparation import Prepared, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
 from fedloom.experiment.samples import write_samples
 from fedloom.experiment.session import Session, identify
 from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import (
-    AT_ONCE,
     Trial,
     baselines_of,
     begin_or_restore,
@@ -45,19 +42,15 @@ from fedloom.model.devices import choose_device
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.trackers import Tracker
-from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.recipe.sections import Strategy
 from fedloom.records.check import damaged_own_adapters, missing_results
+from fedloom.records.going_on import how_to_go_on
 from fedloom.records.plan import Plan
-from fedloom.records.run import RoundRecord, Run, flatten, has_plan, read_run
+from fedloom.records.run import RoundRecord, Run, has_plan, read_run
 from fedloom.records.state import committed, damaged_adapters, load_state
 from fedloom.records.writer import RunWriter, check_free, default_folder
 from fedloom.report.run_report import write_report
-
-MOVABLE = {"training.devices", AT_ONCE}
-"""Keys that a run may go on with other values of: where clients train, and how many at once, moves results by rounding.
-A device may be gone."""
 
 
 def run(
@@ -77,7 +70,7 @@ def run(
     Nothing is written before the data, the model and the adapter are there and fit together. The report is written at
     the end, with `watch` after every round too. `log_to` names a tracker that is told each round's numbers. With
     `resume`, a run directory that is there goes on after its last complete round, to the same result; the keys of
-    `MOVABLE` may differ then.
+    `MOVABLE` in `moves.py` may differ then.
 
     `clients` are those of this process where it is left out. `aggregate` takes the place of the recipe's strategy, and
     `observers` are told of everything that happens.
@@ -122,7 +115,7 @@ def run(
         writer = writer or stack.enter_context(closing(RunWriter(folder)))
 
         # ---- Rounds: each is on record, and can't be lost any more, before the next begins.
-        stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder, aggregate))
+        stack.enter_context(tell_how_to_go_on(watchers, clients.command, folder))
         state = find_state(folder, identity, watchers)
         with open_run(writer, recipe, prepared):
             watchers.show_folder(folder)
@@ -231,17 +224,12 @@ def ask_to_stop(trial: Trial, watchers: Observer, record: RoundRecord) -> None:
 
 
 @contextmanager
-def tell_how_to_go_on(watchers: Observer, command: str, folder: Path, aggregate: Aggregate | None) -> Iterator[None]:
+def tell_how_to_go_on(watchers: Observer, command: str, folder: Path) -> Iterator[None]:
     """Say how a run goes on that is interrupted inside."""
     try:
         yield
     except KeyboardInterrupt:
-        how = (
-            f"{command} --resume {quote(str(folder))}"
-            if aggregate is None
-            else "fedloom.run(..., resume=True, aggregate=...)"
-        )
-        watchers.show_step("stopped", f"go on with: {how}")
+        watchers.show_step("stopped", f"go on with: {how_to_go_on(folder, command)}")
         raise
 
 
@@ -253,52 +241,6 @@ def is_sound(folder: Path) -> bool:
         return False
     run = read_run(folder)
     return not damaged_own_adapters(run, state.adapter.layout) and not missing_results(run)
-
-
-def find_moves(writer: RunWriter, recipe: Recipe) -> dict[str, Any]:
-    """Return the keys of `MOVABLE` that differ from what a run last went on with, and refuse another recipe.
-
-    Raises:
-        RunError: naming the keys that differ beside those.
-    """
-    folder = writer.folder
-    if not has_plan(folder):
-        return {}
-    run = read_run(folder)
-    make_absolute(run.recipe, Path.cwd())  # early versions kept paths as they were written
-    began, asked = flatten(run.recipe), flatten(recipe.model_dump(mode="json"))
-    plain = Recipe.model_validate({"name": "plain", "model": {"source": "any"}, "data": {"source": "any"}})
-    usual = flatten(plain.model_dump(mode="json"))
-    # What an earlier version did not know of, it did not do, or did as is done where nothing is said of it.
-    differing = sorted(
-        key
-        for key in (began | asked).keys() - MOVABLE
-        if began.get(key) != asked.get(key) and (key in began or (asked[key] and asked[key] != usual.get(key)))
-    )
-    if differing:
-        raise RunError(
-            f"the run began with another recipe: {', '.join(differing[:5])}",
-            where=str(folder),
-            mend="go on with the recipe.toml in it, or begin a run of its own with another --out"
-            + ("; a run that goes on has the rounds it began with" if "federation.rounds" in differing else ""),
-        )
-    last = {**began, **writer.status.get("moved_to", {})}
-    return {key: asked.get(key) for key in sorted(MOVABLE) if last.get(key) != asked.get(key)}
-
-
-def note_moves(writer: RunWriter, moved: Mapping[str, Any], after: int, watchers: Observer) -> None:
-    """Put on record what a run goes on with after a round that it had not before."""
-    said = [f"{key} = {json.dumps(value)}" if value is not None else f"no {key}" for key, value in moved.items()]
-    for one in said:
-        watchers.show_step("moved", f"{one} from here on, which moves results by rounding")
-    status = writer.status
-    told: dict[str, Any] = {
-        "moved": [*status.get("moved", []), *(f"after round {after} with {one}" for one in said)],
-        "moved_to": {**status.get("moved_to", {}), **moved},
-    }
-    if AT_ONCE in moved:
-        told["clients_at_once"] = moved[AT_ONCE] or read_run(writer.folder).plan["clients_at_once"]
-    writer.write_status("running", **told)
 
 
 def plan(recipe: Recipe, display: Observer | None = None) -> Plan:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError, RunError, TrainingError
@@ -23,6 +24,7 @@ from fedloom.experiment.clients import local_fleet
 from fedloom.experiment.combinations import Combination, expand, open_sweep
 from fedloom.experiment.contributions import find_contributions
 from fedloom.experiment.costing import clients_at_once, count_cost, count_left, describe_cost
+from fedloom.experiment.moves import find_moves, note_moves
 from fedloom.experiment.personalising import personalise, write_own_adapters
 from fedloom.experiment.preparation import Material, Prepared, gather, prepare, with_tasks
 from fedloom.experiment.recorder import open_run
@@ -31,7 +33,7 @@ from fedloom.experiment.tasks import gather_tasks
 from fedloom.experiment.trial import baselines_of, begin_or_restore, find_state, train_baselines, write_baselines
 from fedloom.experiment.watchers import Interruptible, OfOneRun, ToldOnce
 from fedloom.federation.rounds import RoundResult
-from fedloom.host.files import take_lock
+from fedloom.host.files import find_holder, take_lock
 from fedloom.host.signals import Interruption
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
@@ -39,8 +41,9 @@ from fedloom.monitoring.status import status_file
 from fedloom.monitoring.telemetry import Telemetry
 from fedloom.recipe.axes import Axis, collect_axes
 from fedloom.recipe.recipe import Recipe
+from fedloom.records.going_on import how_to_go_on
 from fedloom.records.run import RoundRecord, Run, flatten, judged_loss, read_run
-from fedloom.records.sweep_folder import write_asked
+from fedloom.records.sweep_folder import is_done, write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.engines import choose_engine
@@ -66,7 +69,8 @@ def sweep(
 
     Raises:
         RecipeError: a setting or a combination that no run could have; nothing is run.
-        RunError: the folder is something else, or some of the runs failed: the others are done.
+        RunError: the folder is something else, or some of the runs failed, or another process is at work in
+            them: the others are done.
     """
     display = display or Terminal()
     combinations = list(expand(source, axes, num_random, display.show_step))
@@ -78,15 +82,19 @@ def sweep(
         write_asked(folder, source, axes, num_random)
         done = {combination.name for combination in combinations if read_done(folder / combination.name)}
         left = [combination for combination in combinations if combination.name not in done]
+        held = {one.name: who for one in left if (who := find_holder(folder / one.name))}
+        left = [combination for combination in left if combination.name not in held]
         shown = Observers(display, stack.enter_context(status_file(folder, "fedloom sweep")))
         interruption = stack.enter_context(Interruption(partial(shown.show_step, "stopping")))
         display = Interruptible([shown], interruption)
         stack.callback(display.close)
         display.show_step("sweep", f"{len(combinations)} runs, {len(done)} of them done, in {folder}")
+        for name, who in held.items():
+            display.show_step("left out", f"{name}: it is at work by itself ({who})")
         try:
             run_combinations(folder, left, display, errors)
         except KeyboardInterrupt:
-            display.show_step("stopped", f"go on with the same command, and --out {folder}")
+            display.show_step("stopped", f"go on with: {how_to_go_on(folder)}")
             raise
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     if len(finished) > 1:
@@ -94,13 +102,9 @@ def sweep(
         say = partial(display.show_step, "arms") if by else None
         write_comparison([run.folder for run in finished], folder, by=by, say=say)
     display.show_sweep_end(rank(finished), folder)
-    if errors:
-        name, why = next(iter(errors.items()))
-        raise RunError(
-            f"{len(errors)} of {len(combinations)} runs failed, {name} for one: {why}",
-            where=str(folder),
-            mend="the others are done; run the same sweep with the same --out to try these again",
-        )
+    held = {name: who for name, who in held.items() if not read_done(folder / name)}
+    if errors or held:
+        raise describe_undone(folder, len(combinations), errors, held)
     return folder
 
 
@@ -131,6 +135,20 @@ def run_combinations(
             errors |= dict.fromkeys(undone, str(error))
 
 
+def describe_undone(folder: Path, num_runs: int, errors: Mapping[str, str], held: Mapping[str, str]) -> RunError:
+    """Return an error that says which runs of a sweep failed, who is at work in others, and how the sweep goes on."""
+    said, first = [], ""
+    if errors:
+        name, why = next(iter(errors.items()))
+        said.append(f"{len(errors)} of {num_runs} runs failed, {name} for one: {why}")
+    if held:
+        name, who = next(iter(held.items()))
+        said.append(f"another process is at work in {len(held)} of {num_runs} runs, {name} for one ({who})")
+        first = f"wait for its end, or end it: fedloom stop {quote(str(folder / name))}; then "
+    mend = f"the others are done; {first}go on with: {how_to_go_on(folder)}"
+    return RunError("; ".join(said), where=str(folder), mend=mend)
+
+
 def keys_of_arms(axes: Sequence[Axis], runs: Sequence[Run]) -> list[str]:
     """Return the axes beside the seed in which runs over several seeds differ; none where there is one seed alone."""
     flat = [flatten(run.recipe) for run in runs]
@@ -145,7 +163,7 @@ def read_done(folder: Path) -> Run | None:
     """Return a run that was carried out to its end; None for one that was not."""
     with suppress(RunError):
         run = read_run(folder)
-        return run if run.status.get("state") == "done" else None
+        return run if is_done(run.folder) else None
     return None
 
 
@@ -261,11 +279,14 @@ class OpenTrial:
         self._session, self._display = session, display
         self._exits = all_open.enter_context(ExitStack())
         self._writer = self._exits.enter_context(closing(RunWriter(folder / self.name, resume=True)))
+        moved = find_moves(self._writer, recipe)
         session.adapted.load(initial)
         self._identity = identify(prepared, session.adapted)
         named = OfOneRun(self.name, display)
         state = find_state(self._writer.folder, self._identity, named)
         self._exits.enter_context(open_run(self._writer, recipe, prepared))
+        if moved:  # by itself, since the sweep had it
+            note_moves(self._writer, moved, state.round if state else 0, named)
         self.fleet = local_fleet(recipe, prepared, session, self._writer.folder)
         self.trial = begin_or_restore(
             recipe,

@@ -326,6 +326,12 @@ def take_lock(folder: Path) -> Lock:
     return lock
 
 
+def find_holder(folder: Path) -> str:
+    """Return who writes a run directory, as `take_lock` would say it; empty where nobody does."""
+    lock = folder / LOCK
+    return (read_holder(lock).who or "another process") if is_held(lock) else ""
+
+
 def is_held(path: Path) -> bool:
     """Return whether a process holds this lock; a file that is not there, nobody holds.
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
+from fedloom.records.going_on import how_to_go_on
 from fedloom.records.run import Run, missing_records, read_run
-from fedloom.records.sweep_folder import command_of, is_done, list_runs
+from fedloom.records.sweep_folder import is_done, list_runs
 from fedloom.text import count
 
 AT_WORK = "at work, but not for this user to see"
+NO_ROUNDS = "done, but rounds.jsonl is missing"
 RUNS_SHOWN = 10
 """Runs of a sweep that are told one by one; of more, how many there are."""
 
@@ -27,7 +28,7 @@ def describe_run(run: Run) -> Iterator[str]:
         return
     if missing := _missing(run):
         yield f"{'rounds':<10}{missing}"
-    yield f"{'go on':<10}{_go_on(run)}"
+    yield f"{'go on':<10}{how_to_go_on(run.folder)}"
 
 
 def describe_sweep(folder: Path) -> Iterator[str]:
@@ -50,7 +51,7 @@ def describe_sweep(folder: Path) -> Iterator[str]:
         yield f"{'runs':<10}{waiting:,} not begun"
     page = folder / "comparison.html"
     if others or (len(names) > 1 and not page.is_file()):
-        yield f"{'go on':<10}{command_of(folder)}"
+        yield f"{'go on':<10}{how_to_go_on(folder)}"
     elif page.is_file():
         yield f"{'compared':<10}{page}"
 
@@ -69,18 +70,24 @@ def _where_it_stopped(folder: Path) -> str:
         run = read_run(folder)
     except RunError as error:
         return str(error)
-    if not run.rounds:
+    at_work = is_held(folder / LOCK)
+    state = "at work by itself" if at_work else _state_of(run)
+    if state == NO_ROUNDS:
+        where = ""
+    elif not run.rounds:
         where = " before round 0"
     elif missing := _missing(run):
         where = f", {missing}"
     else:
         where = f" after round {run.rounds[-1]['round']} of {run.recipe['federation']['rounds']}"
-    why = run.status.get("error")
-    return f"{_state_of(run)}{where}{f': {why}' if why else ''}"
+    why = "" if at_work else run.status.get("error")
+    return f"{state}{where}{f': {why}' if why else ''}"
 
 
 def _state_of(run: Run) -> str:
     state = str(run.status.get("state", "unknown"))
+    if state == "done" and not is_done(run.folder):
+        return NO_ROUNDS
     if state == "running":
         return AT_WORK if is_held(run.folder / LOCK) else "killed"
     return state
@@ -94,16 +101,3 @@ def _missing(run: Run) -> str:
     names = missing_records(run)
     names += ["tasks"] if run.recipe.get("evaluation", {}).get("tasks") else []
     return f"all {count(rounds, 'round')} are done, but not what follows them{': ' if names else ''}{', '.join(names)}"
-
-
-def _go_on(run: Run) -> str:
-    """Return the command that goes on with a run; of a sweep's, that of the sweep."""
-    home = run.folder.resolve()
-    if home.name in list_runs(home.parent):
-        return command_of(home.parent)
-    if run.plan.get("strategy"):
-        return "fedloom.run(..., resume=True, aggregate=...)"
-    folder = shlex.quote(str(run.folder))
-    if run.plan.get("elsewhere"):
-        return f"fedloom serve --resume {folder}, or fedloom submit where a server stays"
-    return f"fedloom run --resume {folder}"

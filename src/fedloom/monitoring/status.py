@@ -26,7 +26,7 @@ from fedloom.monitoring.standing import describe_run, describe_sweep, is_sweep_d
 from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
-from fedloom.records.sweep_folder import is_sweep
+from fedloom.records.sweep_folder import is_done, is_sweep
 from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
@@ -179,11 +179,12 @@ def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work | No
     """End the process that is at work in a run as Ctrl-C does, and wait for its end; None where there is none.
 
     Raises:
-        RunError: there is no such run either.
+        RunError: there is no such run or sweep either.
     """
     work, file = find_work(run), _file_of(run)
     if work is None or file is None:
-        read_run(run)
+        if not is_sweep(run):
+            read_run(run)
         return None
     say(f"process {work.process} ends{'' if at_once else ' after the step that is under way'}")
     with suppress(ProcessLookupError):
@@ -235,7 +236,7 @@ def is_well(run: Path) -> bool:
     """
     if find_work(run) is not None or is_held(run / LOCK):
         return True
-    return is_sweep_done(run) if is_sweep(run) else read_run(run).status.get("state") == "done"
+    return is_sweep_done(run) if is_sweep(run) else is_done(read_run(run).folder)
 
 
 def _file_of(run: Path) -> Path | None:

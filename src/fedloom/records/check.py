@@ -15,10 +15,10 @@ from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
 from fedloom.records.evaluations import kept_baselines, key_of
 from fedloom.records.run import EVALUATIONS, RECORD_OF, Run, list_adapters, missing_records, read_record, read_run
-from fedloom.records.state import RunState, check_records, committed, damaged_adapters, read_state
+from fedloom.records.state import BEGIN_AGAIN, RunState, check_records, committed, damaged_adapters, read_state
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
-BEGIN_AGAIN = "remove the run directory and begin again: no state is whole"
+NO_STATE = f"{BEGIN_AGAIN}: no state is whole"
 REMADE = ("status.json", "baselines.json", "personalised.json", "contributions.json")
 """Files that a run writes anew when it goes on without them."""
 REMOVE = "remove it: a run does without it"
@@ -53,8 +53,11 @@ def check_run(folder: str | Path) -> list[Finding]:
         *_check_own_adapters(run, newest),
         _check_remains(run),
     ]
-    lost = bool(states) and newest is None
-    return [replace(one, mend=BEGIN_AGAIN) if lost and one.mend == GO_ON else one for one in findings]
+    if newest or not states:
+        return findings
+    mendable = [state.mend for state in states.values() if isinstance(state, RunError) and state.mend]
+    mend = next(iter(mendable), NO_STATE)
+    return [replace(one, mend=mend) if one.mend == GO_ON else one for one in findings]
 
 
 def _find_broken(folder: Path) -> Iterator[Finding]:
@@ -85,9 +88,7 @@ def _check_results(run: Run) -> Finding:
 def _check_states(states: dict[Path, RunState | RunError]) -> Finding:
     damaged = [f"{path.name} ({state.what})" for path, state in states.items() if isinstance(state, RunError)]
     if damaged:
-        whole = len(damaged) < len(states)
-        mend = GO_ON if whole else BEGIN_AGAIN
-        return Finding("state", f"damaged: {', '.join(damaged)}", mend)
+        return Finding("state", f"damaged: {', '.join(damaged)}", GO_ON)
     newest = next(iter(states), None)
     return Finding("state", f"{newest.name} is whole" if newest else "no round was committed")
 

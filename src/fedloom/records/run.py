@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from os.path import isdir, isfile
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn, Required, TypedDict
 
 from fedloom.errors import RunError
@@ -205,7 +206,7 @@ def read_run(folder: str | Path) -> Run:
     # By functions that take an impossible name for one that is not there.
     if not isfile(folder / "resolved.json"):
         if isfile(folder / SWEEP):
-            names = [*read_json(folder / SWEEP)]
+            names = [*read_sweep(folder)]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}")
         why = "it has no resolved.json" if isdir(folder) else "there is no such folder"
@@ -243,13 +244,27 @@ class _Kept(Record):
         raise RunError(f'lacks "{key}": the record is damaged', where=self._where, mend=MEND)
 
 
-def read_json(path: Path) -> Record:
+def read_json(path: Path, mend: str = MEND) -> Record:
     """Read a JSON object; empty where there is no such file.
 
     Raises:
         RunError: the file is damaged. So does every look at a key that is not there.
     """
-    return _parse(path.read_bytes(), str(path), "the file") if isfile(path) else _Kept(str(path), ())
+    return _parse(path.read_bytes(), str(path), "the file", mend) if isfile(path) else _Kept(str(path), ())
+
+
+def read_sweep(folder: Path) -> Record:
+    """Return the recipe of each run of a sweep, by the name of its folder; empty where a folder is no sweep's.
+
+    Raises:
+        RunError: the list is damaged.
+    """
+    run = quote(str(folder / "RUN"))
+    return read_json(
+        folder / SWEEP,
+        "restore it, or begin a sweep of its own with another --out; each run in this one is whole without it:"
+        f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side",
+    )
 
 
 def read_record(path: Path) -> Record:
@@ -293,13 +308,13 @@ def read_lines(path: Path) -> list[Record]:
     return records
 
 
-def _parse(text: bytes, where: str, what: str) -> Record:
+def _parse(text: bytes, where: str, what: str, mend: str = MEND) -> Record:
     try:
         value = json.loads(text, object_pairs_hook=partial(_Kept, where))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise RunError(f"not a JSON object: {what} is damaged", where=where, mend=MEND)
+        raise RunError(f"not a JSON object: {what} is damaged", where=where, mend=mend)
     return value
 
 

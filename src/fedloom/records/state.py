@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ OWN = "own"
 MANIFEST = "manifest.json"
 KEPT = 2
 FAILPOINTS: Mapping[Moment, str] = {"written": "state.flushed", "renamed": "state.renamed"}
+BEGIN_AGAIN = "remove the run directory and begin again"
 VERSION = 2
 """Version of the format: a state of another one is refused."""
 
@@ -156,36 +158,38 @@ def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None
         RunError: there are states, and none of them is whole.
     """
     folders = committed(run)
-    whole = False
+    whole, blamed = False, []
     for folder in folders:
         try:
             state = read_state(folder)
             check_records(run, state)
         except RunError as error:
-            say(str(error))
+            say(f"{folder}: {error.what}")
+            blamed.append(error)
             continue
         whole = True
         if not _lost_its_best(run, state):
             return state
         say(f"{folder}: adapters/best is damaged, and this state does not hold it")
     if folders and not whole:
-        raise RunError(
-            "no state in it is whole", where=str(run / FOLDER), mend="remove the run directory and begin again"
-        )
+        # Where the records or another version keep a state from being used, the states are not to blame.
+        mendable = (error for error in blamed if error.mend)
+        raise next(mendable, RunError("no state in it is whole", where=str(run / FOLDER), mend=BEGIN_AGAIN))
     if whole:
         say("no state holds the best adapter: all rounds are trained again")
     return None
 
 
 def check_records(run: Path, state: RunState) -> None:
-    """Refuse a state that the records do not go with: they were changed, or it is another run's.
+    """Refuse a state that the records do not go with: they are missing or changed, or it is another run's.
 
     Raises:
         RunError
     """
     for name, size in state.record_bytes.items():
         if hash_start(run / name, size).hexdigest() != state.record_hashes[name]:
-            raise RunError(f"not what it was at the end of round {state.round}", where=str(run / name))
+            what = f"not what it was at the end of round {state.round}" if isfile(run / name) else "missing"
+            raise RunError(f"{name} is {what}", where=str(run), mend=f"restore {name}, or {BEGIN_AGAIN}")
 
 
 def damaged_adapters(run: Path, state: RunState) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from os.path import isfile
 from pathlib import Path
 
 from fedloom.host.files import write_json
-from fedloom.records.run import SWEEP, read_json
+from fedloom.records.run import SWEEP, read_json, read_sweep
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
@@ -25,16 +25,16 @@ def list_runs(folder: Path) -> list[str]:
     Raises:
         RunError: the list is damaged.
     """
-    return [*read_json(folder / SWEEP)]
+    return [*read_sweep(folder)]
 
 
 def is_done(run: Path) -> bool:
-    """Return whether a run of a sweep was carried out to its end.
+    """Return whether a run was carried out to its end, and its rounds are still there.
 
     Raises:
         RunError: its status is damaged.
     """
-    return read_json(run / "status.json").get("state") == "done"
+    return read_json(run / "status.json").get("state") == "done" and isfile(run / "rounds.jsonl")
 
 
 def write_asked(folder: Path, source: str | Path, axes: Sequence[str], num_random: int | None) -> None:
