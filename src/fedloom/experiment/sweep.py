@@ -64,8 +64,8 @@ def sweep(
     Axes stand in the recipe's `[sweep]` table, too; one that is given here takes its place.
 
     Each is a run directory of its own in it, and `comparison.html` sets them side by side, as arms where there are
-    several seeds. With a folder of an earlier
-    sweep of the same combinations, those that are done stay, and the others go on after their last rounds.
+    several seeds. With a folder of an earlier sweep of the same combinations, those that are done stay, and the others
+    go on after their last rounds.
 
     Raises:
         RecipeError: a setting or a combination that no run could have; nothing is run.
