@@ -51,7 +51,7 @@ from fedloom.errors import (
 from fedloom.host.frames import Frame
 from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import count_units
-from fedloom.text import count
+from fedloom.text import count, format_bytes
 from fedloom.training.jobs import ClientResult, ClientTask, is_shortage
 
 
@@ -170,7 +170,8 @@ class Worker:
             return kept
         attempt = self.account.train(asked, task, model.describe(task), model.bound, model.facts.documents)
         try:
-            found = model.tell("train", (yield from model.train(asked, task, attempt)))
+            update, work = yield from model.train(asked, task, attempt)
+            found = model.tell("train", update)
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
@@ -179,7 +180,7 @@ class Worker:
         if model.bound:
             keep_answer(self._answer, asked, found)
             self.account.note_answer(asked)
-        say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
+        say("told", f"the adapter of round {task.round}, {format_bytes(len(found.payload))}: {work}")
         return found
 
     def _refuse(self, error: Exception, asked: Frame) -> Frame:
