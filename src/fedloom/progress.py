@@ -91,7 +91,7 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Start timing: the first step's time counts from here."""
+        """Start timing, or start again after a wait that was no work: the next step's time counts from here."""
         self._last = self._now()
 
     def begin(self, name: StageName, share: float = 1.0) -> None:

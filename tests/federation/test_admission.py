@@ -1,8 +1,9 @@
 """Hostile updates are refused by name, and the rest make the model that they would have made alone."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ class Fleet:
     """Five clients that answer as a test says, in its order."""
 
     clients: Sequence[int] = range(5)
+    away: Mapping[int, float] = MappingProxyType({})
 
     def __init__(self, answer: Callable[[list[ClientTask]], list[ClientResult]]) -> None:
         self.answer = answer

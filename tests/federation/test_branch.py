@@ -42,6 +42,7 @@ class Clients:
     clients: Sequence[int]
     work: Callable[[int, ClientTask], ClientResult] = moved
     scores: dict[int, Score] = field(default_factory=dict)
+    away: dict[int, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[int, ClientSize]:
@@ -67,6 +68,7 @@ class Branches:
 
     branches: Sequence[Branch]
     scores: dict[int, Score] = field(default_factory=dict)
+    away: dict[int, float] = field(default_factory=dict)
     sizes: dict[int, ClientSize] = field(default_factory=dict)
 
     @property

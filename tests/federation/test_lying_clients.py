@@ -1,10 +1,11 @@
 """Clients that lie about their sizes, their steps and their hold-outs set neither the model nor the judgement."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 from statistics import median_low
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ def update(task: ClientTask, times: float = 1.0, blocks: int = HONEST) -> Client
 
 class Elsewhere:
     """Clients elsewhere, the last of which answers as a test says; all updates are shown before the first counts."""
+
+    away: Mapping[int, float] = MappingProxyType({})
 
     def __init__(
         self,

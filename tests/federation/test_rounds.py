@@ -1,10 +1,11 @@
 """The round loop over real clients, and over a scripted fleet."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import RoundResult, run_rounds
 from fedloom.federation.schedule import cohort_size, sample_clients
 from fedloom.recipe.sections import Federation, Strategy
+from fedloom.records.writer import round_record
 from fedloom.training.jobs import ClientFailure, ClientTask, ClientUpdate
 from fedloom.training.reference import ReferenceEngine, train_client
 
@@ -150,6 +152,7 @@ class ScriptedFleet:
     """Clients that answer with weights of the test's choosing, in an order of the test's choosing."""
 
     clients: Sequence[int] = range(3)
+    away: Mapping[int, float] = MappingProxyType({})
 
     def __init__(self, adapter: Adapter, order: Sequence[int]) -> None:
         self.adapter, self.order = adapter, order
@@ -175,6 +178,18 @@ def test_each_round_starts_from_the_mean_of_the_last(order: tuple[int, ...]) -> 
     assert [float(result.adapter.weights_P[0]) for result in results[1:]] == pytest.approx([10 + mean, 20 + mean])
     assert fleet.received == [start, results[1].adapter]
     assert [report.client for report in results[1].reports] == sorted(order)
+
+
+def test_what_a_round_waited_for_is_on_record_where_it_did_and_nowhere_else() -> None:
+    class Leaves(ScriptedFleet):
+        def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+            self.away = {2: 3.5} if tasks[0].round == 1 else {}
+            return super().train(tasks)
+
+    fleet = Leaves(start := make_adapted().read(), (0, 1, 2))
+    run = run_of(make_recipe(), fleet, FEDAVG, lambda adapter: None, start)
+    records = [round_record(result) for result in run_rounds(run, fleet)]
+    assert [record.get("away") for record in records] == [None, {"2": 3.5}, None]
 
 
 def test_sampling_is_drawn_for_the_round() -> None:

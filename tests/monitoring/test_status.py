@@ -23,9 +23,10 @@ from fedloom.deployment.keys import in_use
 from fedloom.deployment.queue import Queue
 from fedloom.errors import RunError
 from fedloom.experiment.run import plan
+from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
-from fedloom.monitoring.status import describe, find_work, status_file
-from fedloom.progress import Progress
+from fedloom.monitoring.status import StatusFile, describe, find_work, status_file
+from fedloom.progress import Clock, Progress, Stage
 from fedloom.records.sweep_folder import write_asked
 
 
@@ -76,6 +77,21 @@ def test_a_phase_keeps_its_time_until_it_changes(tmp_path: Path, monkeypatch: py
         work = find_work(tmp_path / "first")
     assert work is not None
     assert dict(work.clients) == {"alice": ["training", 100.0], "bob": ["answered", 200.0]}
+
+
+@pytest.mark.parametrize("observer", [Terminal(), StatusFile("fedloom serve", None)])
+def test_time_in_which_everybody_was_waited_for_is_not_in_the_time_left(observer: Terminal | StatusFile) -> None:
+    """Of a run whose owner was away for a minute it said twice to three times what was left."""
+    seconds = [0.0]
+    observer._clock = clock = Clock([Stage("rounds", 10, 1000, 0)], now=lambda: seconds[0])
+    clock.begin("rounds")
+    for seconds[0] in (1.0, 2.0):
+        observer.watch(Progress("train", 100))
+    for seconds[0] in (10.0, 62.0):
+        observer.show_wait()
+    seconds[0] = 63.0
+    observer.watch(Progress("train", 100))
+    assert clock.seconds_left() == 7
 
 
 def test_everything_that_is_shown_reaches_every_observer() -> None:

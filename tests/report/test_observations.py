@@ -37,6 +37,7 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_proximal_term, {"central": FALLING}, "With μ = 0.1 the proximal gradient was 6 %", {"central": FALLING, "training": {"proximal_mu": 0.0}}),
     (o.the_proximal_term, {"central": FALLING, "more": {3: {"proximal_ratio": 16.3}}}, "was 16 times the loss gradient in the last round (at most 16 times it in any round). With more", {"central": [3.0]}),
     (o.the_time, {"central": FALLING, "seconds": SLOW_EVALUATION}, "Evaluation took 92 % of the time in rounds.", {"central": FALLING, "seconds": EVEN}),
+    (o.the_absent, {"central": FALLING, "more": {2: {"away": {"1": 57.6}}, 3: {"away": {"2": 130.0}}}}, "Rounds waited for clients that were away: round 3 for client 2, 2:10; round 2 for client 1, 0:58.", {"central": FALLING}),
     (o.the_lost, {"central": FALLING, "lost": {2: [1]}}, "lost in 1 of 3 rounds (round 2: 1)", {"central": FALLING}),
     (o.the_refused, {"central": FALLING, "refused": {2: ["late"], 3: ["second"]}}, "2 updates that nobody had asked for were refused, the last: second", {"central": FALLING}),
     (o.the_weight, {"central": FALLING, "more": {1: {"shares": SHARES}, 2: {"shares": {"0": 0.5, "2": 0.5}}}}, "Client 2 had up to 80 % of a round's weight, more than all others together.", {"central": FALLING, "more": {1: {"shares": {"0": 0.5, "2": 0.5}}}}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -84,6 +84,11 @@ class Fleet(Protocol):
         ...
 
     @property
+    def away(self) -> Mapping[int, float]:
+        """Seconds for which each client that was away was waited for, since training last began."""
+        ...
+
+    @property
     def examined(self) -> Sequence[int]:
         """Ids of the clients that hold tasks of their own, and tell how many are right."""
         ...
@@ -147,6 +152,11 @@ class LocalFleet:
     def own_parts(self) -> dict[int, Tensor]:
         """Each client's own part of the adapter; empty where all of it is shared."""
         return self._own.parts if self._own else {}
+
+    @property
+    def away(self) -> Mapping[int, float]:
+        """Nobody: clients of this process are always there."""
+        return {}
 
     @property
     def examined(self) -> Sequence[int]:

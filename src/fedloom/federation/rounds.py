@@ -63,6 +63,8 @@ class RoundResult:
     scaled: Mapping[int, float] = field(default_factory=dict)
     """Clients whose change was scaled down, and how many times the round's middle change it was."""
     proximal_mu: float | None = None
+    away: Mapping[int, float] = field(default_factory=dict)
+    """Seconds for which clients were waited for that were away."""
     train_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     bytes_down: int = 0
@@ -270,7 +272,9 @@ class FederatedRun:
         if not self._is_evaluated(round):
             self._fleet.forget_scores()
             self.losses.append(None)
-            return RoundResult(round, self._adapter, None, {}, evaluate_seconds, None, None, **trained)
+            return RoundResult(
+                round, self._adapter, None, {}, evaluate_seconds, None, None, away=self._fleet.away, **trained
+            )
         started = time.perf_counter()
         central, clients = self.evaluate_central(self._adapter), self._fleet.evaluate(self._adapter)
         if central is not None:
@@ -280,7 +284,8 @@ class FederatedRun:
         evaluate_seconds += time.perf_counter() - started
         client_loss = mean_loss(clients, self._federation.max_share) if clients else None
         judged = self._judge(central, clients, client_loss)
-        result = RoundResult(round, self._adapter, central, clients, evaluate_seconds, client_loss, judged, **trained)
+        known = central, clients, evaluate_seconds, client_loss, judged
+        result = RoundResult(round, self._adapter, *known, away=self._fleet.away, **trained)
         self.losses.append(judged)
         failpoint("round.evaluated")
         return result

@@ -193,6 +193,9 @@ class Terminal(Observer):
         self._bar.update(self._task, description=self._describe_work())
         self._print_at_times(self._bar.clients)
 
+    def show_wait(self) -> None:
+        self._clock.start()
+
     def show_end(self, run: Run, report: Path) -> None:
         self._print("")
         if run.status.get("stopped_early"):

@@ -59,6 +59,9 @@ class Observer:
     def show_clients(self, phases: Mapping[str, str]) -> None:
         """Hear what each client of a deployment is doing, by name."""
 
+    def show_wait(self) -> None:
+        """Hear that nobody works, as all clients that are waited for are away; it is called as long as they are."""
+
     def show_end(self, run: Run, report: Path) -> None:
         """Hear that the run is done."""
 
@@ -136,6 +139,10 @@ class Observers(Observer):
     def show_clients(self, phases: Mapping[str, str]) -> None:
         for observer in self._observers:
             observer.show_clients(phases)
+
+    def show_wait(self) -> None:
+        for observer in self._observers:
+            observer.show_wait()
 
     def show_end(self, run: Run, report: Path) -> None:
         for observer in self._observers:

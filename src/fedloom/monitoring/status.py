@@ -121,6 +121,9 @@ class StatusFile(Observer):
     def show_round(self, record: RoundRecord) -> None:
         self._tell(round=record["round"], seconds_left=self._clock.seconds_left())
 
+    def show_wait(self) -> None:
+        self._clock.start()
+
     def show_end(self, run: Run, report: Path) -> None:
         self._tell(doing="done", seconds_left=0.0)
 

@@ -44,6 +44,7 @@ class RoundRecord(TypedDict, total=False):
     shares: dict[ClientNumber, float]
     capped: list[int]
     scaled: dict[str, float]
+    away: dict[ClientNumber, float]
     train_seconds: Required[float]
     aggregate_seconds: Required[float]
     evaluate_seconds: Required[float]

@@ -183,6 +183,7 @@ def round_record(result: RoundResult) -> RoundRecord:
         "shares": {str(client): share for client, share in result.shares.items()} or None,
         "capped": list(result.capped) or None,
         "scaled": {str(client): times for client, times in result.scaled.items()} or None,
+        "away": {str(client): seconds for client, seconds in result.away.items()} or None,
         "train_seconds": result.train_seconds,
         "aggregate_seconds": result.aggregate_seconds,
         "evaluate_seconds": result.evaluate_seconds,

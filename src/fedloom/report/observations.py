@@ -17,7 +17,7 @@ from fedloom.report.figures import (
     trained_rounds,
 )
 from fedloom.report.tasks_section import tell_tasks
-from fedloom.text import count, format_bytes
+from fedloom.text import count, format_bytes, format_seconds
 
 NEWEST = 3
 """Newest rounds with a loss, whose pace says if it still falls; nothing does where they are half of all or more."""
@@ -164,6 +164,17 @@ def the_lost(run: Run) -> str | None:
     return f"{told} The last reason: {why[-1]}" if why else told
 
 
+def the_absent(run: Run) -> str | None:
+    """Name the rounds that waited for clients that were away, the longest waits first."""
+    waits = [(wait, one["round"], client) for one in run.rounds for client, wait in one.get("away", {}).items()]
+    if not waits:
+        return None
+    longest = sorted(waits, reverse=True)[:5]
+    named = "; ".join(f"round {round} for client {client}, {format_seconds(wait)}" for wait, round, client in longest)
+    others = len(waits) - len(longest)
+    return f"Rounds waited for clients that were away: {named}{f'; and {others} more' if others else ''}."
+
+
 def the_refused(run: Run) -> str | None:
     """Count the updates that were refused because nobody had asked for them."""
     refused = [why for record in trained_rounds(run) for why in record.get("refused", ())]
@@ -229,6 +240,7 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     the_clients,
     the_proximal_term,
     the_time,
+    the_absent,
     the_lost,
     the_refused,
     the_weight,

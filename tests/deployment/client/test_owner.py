@@ -1,6 +1,7 @@
 """A server that asks for more than an honest one does: without a policy file, its questions come to nothing."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -234,13 +235,36 @@ def test_its_owner_sees_what_was_asked_and_what_was_told(data: Path, capsys: Scr
         f'asked     fed.example.org:8443: to read and count the documents for "test" (run {run[:16]})',
         f"told      {facts['train_documents']} documents, {facts['blocks']} blocks,"
         f" {facts['tokens']} tokens to train on; {facts['holdout_documents']} documents held out",
-        "asked     for the loss of an adapter on the hold-out",
-        "told      the loss on the hold-out",
-        f"asked     to train round 2 of 2: 1 epoch, {-(-facts['blocks'] // 2)} steps",
+        "told      the loss on the hold-out; each time that it is told is in the journal",
+        f"round 2   training, of 2 rounds: 1 epoch, {-(-facts['blocks'] // 2)} steps",
         "told      the adapter of round 2, ",
         "refused   policy.max_epochs: its policy allows 20 epochs a round, not 99",
     ):
         assert f"{line}" in said
+
+
+def test_a_round_is_two_lines_to_its_owner(data: Path, capsys: Screen) -> None:
+    """It was eleven, of which the losses on the hold-out that were asked for and told had most."""
+    worker = worker_of(data)
+    worker.answer(ask("meet"))
+    worker.answer(ask("evaluate", frame=adapters(1)[0]))
+    capsys.readouterr()
+    worker.answer(training(1, adapters(1)[0], judge=True))
+    worker.answer(ask("evaluate", frame=adapters(1)[0]))
+    begun, told = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"round 1   training, of 2 rounds: 1 epoch, \d+ steps", begun)
+    number = r"\d\.\d{4}"
+    losses = rf"loss {number} → {number}, on the hold-out {number} → {number}"
+    assert re.fullmatch(rf"told      the adapter of round 1, [\d.]+ k?B: \d+ steps in 0:\d\d, {losses}", told)
+
+
+def test_what_is_kept_in_every_round_is_said_once_and_again_when_it_changes(data: Path, capsys: Screen) -> None:
+    worker = worker_of(data, Policy(max_scores_a_day=1))
+    worker.answer(ask("meet"))
+    capsys.readouterr()
+    for packed in adapters(3):
+        worker.answer(ask("evaluate", frame=packed))
+    assert [line[:10].strip() for line in capsys.readouterr().out.splitlines()] == ["told", "kept"]
 
 
 @pytest.mark.parametrize("file", [None, Path("mine/policy.toml")])

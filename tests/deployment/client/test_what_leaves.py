@@ -252,7 +252,9 @@ def test_the_owner_sees_losses_that_no_frame_has(
         answers.append([told(*answer) for answer in converse(client(tmp_path / str(number), files), engine)])
         shown = capsys.readouterr().out
         losses.append(
-            re.findall(r"steps, loss (\d\.\d{4}) → (\d\.\d{4}), (\d\.\d{4}) on average; told to nobody", shown)
+            re.findall(
+                r"steps in 0:\d\d, loss (\d\.\d{4}) → (\d\.\d{4}), (\d\.\d{4}) on average; told to nobody", shown
+            )
         )
         journal = (tmp_path / str(number) / "alice.journal.jsonl").read_text()
         assert len(losses[-1]) == 2, "one line a round"

@@ -1,7 +1,8 @@
 """Round that loses more clients than may be: the run ends, or goes on with the adapter as it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 from support.tiny import make_adapted, make_recipe, make_update, run_of
@@ -18,6 +19,7 @@ class LosesTheFirstRound:
     """Two clients: of the first round one update comes, of the others both."""
 
     clients: Sequence[int] = (0, 1)
+    away: Mapping[int, float] = MappingProxyType({})
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         for task in tasks:

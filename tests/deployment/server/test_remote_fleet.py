@@ -223,8 +223,10 @@ def test_a_client_under_another_node_is_asked_again_and_counted_once() -> None:
             return None
         return honest(asked, frame)
 
-    transport._script = dies_once
+    waits: list[None] = []
+    transport._script, fleet.exchange._show_wait = dies_once, lambda: waits.append(None)
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert len(waits) == 1, "what the first node was waited for was no work, though nobody saw it go"
     assert [n.session for n, do in transport.asked if do == "train" and n.id[-1] == "1"] == ["1", "2"]
 
 
@@ -248,6 +250,49 @@ def test_a_node_that_went_away_is_asked_again_when_it_is_back(monkeypatch: pytes
     fleet, transport, _ = open_fleet(goes_away)
     assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
     assert [n.id[-1] for n, do in transport.asked if do == "train"].count("1") == exchange.TRIES + 3
+
+
+def test_who_was_away_is_said_to_be_back_once_and_how_long_a_round_waited_is_known() -> None:
+    """It was said that an owner went away, and never that it came back; the record had a long round and no reason."""
+    fleet, transport, said = open_fleet(honest)
+    waits = [0]
+
+    def leaves(asked: Node, frame: Frame) -> Frame | str | None:
+        if asked == node("1") and frame.manifest["do"] == "train":
+            transport.there = [node("0"), node("2")]
+            return None
+        return honest(asked, frame)
+
+    def returns() -> None:
+        waits[0] += 1
+        if waits[0] == 20:
+            transport.there = [node("0"), node("1", "2"), node("2")]
+
+    transport._script, fleet.exchange._show_wait = leaves, returns
+    assert outcome(fleet) == ["0 trained", "1 trained", "2 trained"]
+    assert fleet.away.keys() == {1}
+    assert fleet.away[1] > 0
+    assert [line for line in said if line.startswith(("gone", "back"))] == [
+        "gone 1 is no longer connected",
+        "back 1 is connected again, after 0:00",
+    ]
+    outcome(fleet, 2)
+    assert fleet.away == {}
+    assert sum(line.startswith("back") for line in said) == 1
+
+
+def test_nobody_is_said_to_be_waited_for_while_another_works() -> None:
+    fleet, transport, _ = open_fleet(honest, max_lost_clients=2, round_deadline=0.3)
+    waits: list[None] = []
+
+    def leaves(asked: Node, frame: Frame) -> Frame | str | None:
+        transport.there = [node("0"), node("2")]
+        return None if asked.id[-1] in "12" else honest(asked, frame)
+
+    transport._script, fleet.exchange._show_wait = leaves, lambda: waits.append(None)
+    outcome(fleet)
+    assert not waits
+    assert fleet.away[1] == pytest.approx(0.3, abs=0.2)
 
 
 def test_a_lost_link_is_made_anew_and_the_questions_asked_again() -> None:

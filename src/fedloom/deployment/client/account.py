@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,6 +98,8 @@ class Run:
     is_last: bool = False
     """True once its last round was trained, or the adapter was kept that comes behind it."""
     is_over: bool = False
+    said: dict[str, str] = field(default_factory=dict)
+    """Words that its owner saw last of each thing that is asked for in every round."""
 
     @property
     def until(self) -> float:
@@ -154,7 +156,10 @@ class Account:
         keeps = recipe.personalise is not None or recipe.federation.lora_rule == "fedsa"
         run = Run(recipe.name, hash_json(told), LONGEST_SECONDS, time.monotonic(), keeps)
         by = f"{self._server}: " if self._server else ""
-        self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
+        if self._run and self.goes_on and self._run.id == run.id:  # loaded again after a rest: what was said was said
+            run.said = self._run.said
+        else:
+            self._say("asked", f'{by}to read and count the documents for "{run.recipe}" (run {run.id[:16]})')
         check_policy(self.policy, recipe)
         where = {"model": recipe.model.source, "rounds": recipe.federation.rounds, "alike": hash_alike(told)}
         hides = {HIDES: True, "unit": recipe.privacy.unit} if recipe.privacy else {}
@@ -190,8 +195,6 @@ class Account:
             DeploymentError: the journal can't be kept.
         """
         run = self._running()
-        work = f"{count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}"
-        self._say("asked", f"to train round {task.round} of {task.rounds}: {work}")
         if "outdated" in told:
             self._say(
                 "outdated", "the documents were changed since they were read: this run goes on with what was read"
@@ -208,6 +211,8 @@ class Account:
             limits["judge"] = partial(self._judge_round, run, bound)
         self._note(run, event, told, **limits)
         self._begun, run.is_last = event, task.round == task.rounds and not run.keeps
+        work = f"{count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}"
+        self._say(f"round {task.round}", f"training, of {count(task.rounds, 'round')}: {work}")
         if bound:
             self._show_spent(standing(self._journal.read()), bound)
             failpoint("round.noted")
@@ -259,7 +264,6 @@ class Account:
         Raises:
             DeploymentError: the journal can't be kept.
         """
-        self._say("asked", "for the loss of an adapter on the hold-out")
         return self._may_tell("score", "the loss on the hold-out", "tell_holdout_loss", adapter_sha256)
 
     def may_tell_answers(self, adapter_sha256: str) -> bool:
@@ -268,23 +272,29 @@ class Account:
         Raises:
             DeploymentError: the journal can't be kept.
         """
-        self._say("asked", "how many of this client's own tasks an adapter has right")
         return self._may_tell("tasks", "the counts of its own tasks", "tell_tasks", adapter_sha256)
 
     def _may_tell(self, kind: Kind, what: str, key: str, adapter_sha256: str) -> bool:
         """Return whether something of an adapter may be told: a key of the policy allows it, and the limit of a day."""
         run = self._running()
         if not getattr(self.policy, key):
-            self._say("kept", f"{what}: policy.{key}")
+            self._say_once(kind, "kept", f"{what}: policy.{key}")
             return False
         event = hash_text(f"{run.id} {adapter_sha256}")
         try:
             self._note(run, event, {}, kind=kind, at_most=getattr(self.policy, COUNTED[kind][1]))
         except PolicyError as refusal:
-            self._say("kept", f"{what}: {refusal}")
+            self._say_once(kind, "kept", f"{what}: {refusal}")
             return False
-        self._say("told", what)
+        self._say_once(kind, "told", f"{what}; each time that it is told is in the journal")
         return True
+
+    def _say_once(self, kind: Kind, word: str, detail: str) -> None:
+        """Say what became of what is asked for in every round, unless the same became of it before."""
+        run = self._running()
+        if run.said.get(kind) != word:
+            run.said[kind] = word
+            self._say(word, detail)
 
     def keep(self, asked: Frame, told: Mapping[str, Any]) -> None:
         """Allow an adapter that is this client's own, which is about to be made and stays here.

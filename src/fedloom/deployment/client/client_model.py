@@ -50,7 +50,8 @@ from fedloom.recipe.task_section import Task
 from fedloom.records.card import write_own_card
 from fedloom.records.privacy import NOT_PRIVATE
 from fedloom.records.state import hash_tensors
-from fedloom.text import count
+from fedloom.text import count, format_seconds
+from fedloom.training.client_report import ClientReport
 from fedloom.training.jobs import ClientFailure, ClientJob, ClientResult, ClientTask, ClientUpdate
 from fedloom.training.optimizers import check_optimizer
 
@@ -261,13 +262,12 @@ class ClientModel:
         facts = hash_task(asked), self.facts.documents, *map(str, asdict(terms).values()), str(attempt)
         return Ration(terms, derive_key(self._secret, *facts))
 
-    def train(self, asked: Frame, task: ClientTask, attempt: int = 0) -> Training[Frame]:
-        """Train for a round; where it is to be judged, score the adapter before and after it.
+    def train(self, asked: Frame, task: ClientTask, attempt: int = 0) -> Training[tuple[Frame, str]]:
+        """Train for a round; where it is to be judged, score the adapter before and after it. Say what was done, too.
 
         `attempt` is how many answers to the same task were given that have other noise.
         """
         before = self._score(task.adapter) if asked.manifest["judge"] else None
-        say(f"round {task.round}", "training")
         result = yield from self._train(task, self._ration(asked, task, attempt))
         report = result.report
         started = time.perf_counter()
@@ -275,14 +275,10 @@ class ClientModel:
         if before and (after := self._score(result.adapter)):
             report = replace(report, holdout_loss_before=before.loss, holdout_loss_after=after.loss,
                              evaluate_seconds=time.perf_counter() - started)  # fmt: skip
-        losses = "" if report.loss_first is None else f", loss {report.loss_first:.4f} → {report.loss_last:.4f}"
-        if own := result.own_losses:
-            losses = f", loss {own[0]:.4f} → {own[-1]:.4f}, {fmean(own):.4f} on average; told to nobody"
-        say(f"round {task.round}", f"{report.steps} steps{losses}")
         update = pack_update(replace(result, report=report), task.travels)
         if self._own:
             update = replace(update, manifest={**update.manifest, "own": self._own.keep(task.round, result.adapter)})
-        return update
+        return update, describe_work(report, result.own_losses)
 
     def _train(self, task: ClientTask, ration: Ration | None = None) -> Training[ClientUpdate]:
         job = ClientJob(**vars(task), blocks=self._blocks.train, ration=ration)
@@ -349,6 +345,19 @@ class ClientModel:
             lower=lambda tokens: say("memory", f"not enough: evaluation takes {count(tokens, 'token')} at once"),
         )
         return score
+
+
+def describe_work(report: ClientReport, own_losses: Sequence[float]) -> str:
+    """Describe a round's training to its owner; `own_losses` are those of a private run, which nobody else sees."""
+    work = f"{count(report.steps, 'step')} in {format_seconds(report.seconds)}"
+    if own_losses:
+        mean = f"{fmean(own_losses):.4f} on average; told to nobody"
+        return f"{work}, loss {own_losses[0]:.4f} → {own_losses[-1]:.4f}, {mean}"
+    if report.loss_first is not None:
+        work += f", loss {report.loss_first:.4f} → {report.loss_last:.4f}"
+    if report.holdout_loss_before is not None:
+        work += f", on the hold-out {report.holdout_loss_before:.4f} → {report.holdout_loss_after:.4f}"
+    return work
 
 
 def measure(adapted: AdaptedModel) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from fedloom.host.frames import Frame
 from fedloom.model.shortage import is_shortage
 from fedloom.recipe.privacy_section import DOCUMENT
 from fedloom.records.privacy import count_units
-from fedloom.text import count
+from fedloom.text import count, format_bytes
 from fedloom.training.jobs import ClientResult, ClientTask
 
 
@@ -171,7 +171,8 @@ class Worker:
             return kept
         attempt = self.account.train(asked, task, model.describe(task), model.bound, model.facts.documents)
         try:
-            found = model.tell("train", (yield from model.train(asked, task, attempt)))
+            update, work = yield from model.train(asked, task, attempt)
+            found = model.tell("train", update)
             check_time(model.until)
         except LateError:
             # Nothing of it left this machine, so it is no round of those that the owner counts.
@@ -180,7 +181,7 @@ class Worker:
         if model.bound:
             keep_answer(self._answer, asked, found)
             self.account.note_answer(asked)
-        say("told", f"the adapter of round {task.round}, {len(found.payload):,} bytes")
+        say("told", f"the adapter of round {task.round}, {format_bytes(len(found.payload))}: {work}")
         return found
 
     def _refuse(self, error: Exception, asked: Frame) -> Frame:

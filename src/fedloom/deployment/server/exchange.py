@@ -7,6 +7,7 @@ is now: one that comes back is asked again, and only the first answer counts.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -85,13 +86,15 @@ class Exchange:
         say: Callable[[str, str], object],
         show_clients: Callable[[Mapping[str, str]], object],
         check_facts: Callable[[ClientFacts], object] = bool,
+        show_wait: Callable[[], object] = bool,
     ) -> None:
         """Open an exchange in which every question carries the recipe, as `pack_recipe` made it.
 
-        `check_facts` raises MessageError for a client that may not take part with what it says it has.
+        `check_facts` raises MessageError for a client that may not take part with what it says it has. `show_wait` is
+        called at each look at which everybody who is waited for is away.
         """
         self._transport, self.say, self._show_clients = transport, say, show_clients
-        self.recipe, self._check_facts = recipe, check_facts
+        self.recipe, self._check_facts, self._show_wait = recipe, check_facts, show_wait
         self.seconds = deadline_seconds
         """Seconds that clients have to answer what they are asked from now on."""
         self.private = "privacy" in recipe
@@ -100,6 +103,10 @@ class Exchange:
         """Facts of every client that enrolled and was not refused."""
         self.refused: dict[str, str] = {}
         """Reasons by the names of the clients that were refused, or that refused."""
+        self.away: Counter[str] = Counter()
+        """Seconds for which each client was waited for after it was said to be gone, since this was last cleared."""
+        self._gone: dict[str, float] = {}
+        """Times, on the monotonic clock, since which clients are gone that were not back since."""
         self._phases: dict[str, ClientPhase] = {}
         self._names: dict[Node, str] = {}
         """Names by node; empty for a node that was refused."""
@@ -161,7 +168,8 @@ class Exchange:
         sent: dict[str, Node] = {}
         rested: dict[str, float] = {}
         tries = dict.fromkeys(waiting, 0)
-        until = time.monotonic() + self.seconds
+        looked = time.monotonic()
+        until = looked + self.seconds
         first_look = True
         while waiting:
             try:
@@ -172,6 +180,10 @@ class Exchange:
                         del waiting[name]
                         yield name, "is still not connected"
                     first_look = False
+                else:
+                    # Before those who are back are asked: until now they did nothing, also where nobody saw them go.
+                    working = [name for name in waiting if name in sent and sent[name] == present.get(name)]
+                    looked = self._count_away(waiting, working, looked)
                 for name, frame in waiting.items():
                     node = present.get(name)
                     # A client under another node has lost its question with the node it was before.
@@ -232,9 +244,21 @@ class Exchange:
         before = set(self._present)
         self._present = {name: node for node in nodes if (name := self._names.get(node, ""))}
         for name in before - set(self._present):
+            self._gone[name] = time.monotonic()
             self.say("gone", f"{name} is no longer connected")
             self._show(name, "gone")
+        for name in self._gone.keys() & self._present.keys():
+            away = format_seconds(time.monotonic() - self._gone.pop(name))
+            self.say("back", f"{name} is connected again, after {away}")
         return self._present
+
+    def _count_away(self, waiting: Collection[str], working: Collection[str], since: float) -> float:
+        """Count the time since a look for those who are waited for and gone, and return that of this look."""
+        now = time.monotonic()
+        self.away.update({name: now - since for name in waiting if name in self._gone})
+        if waiting and not working:
+            self._show_wait()
+        return now
 
     def _look(self, asked: Mapping[str, str]) -> Answer | None:
         """Return an answer to one of these questions, if there is one; enrol clients that have said who they are."""

@@ -71,6 +71,11 @@ class RemoteFleet:
         facts = {client: self.exchange.facts[self.named[client]] for client in self.clients}
         return {client: ClientSize(told.blocks, told.tokens) for client, told in facts.items()}
 
+    @property
+    def away(self) -> dict[int, float]:
+        """Seconds for which clients were waited for that were away, by number, since training last began."""
+        return {client: self.exchange.away[name] for client, name in self.named.items() if name in self.exchange.away}
+
     def restore(
         self, optimizer_states: dict[int, OptimizerState], scores: dict[int, Score], own_parts: dict[int, Tensor]
     ) -> None:
@@ -85,6 +90,7 @@ class RemoteFleet:
 
         The clients train while this waits for previews. All that comes after them is read from the disk.
         """
+        self.exchange.away.clear()
         waiting = {self.named[task.client]: task for task in tasks}
         lost: dict[str, ClientFailure] = {}
         with Spool[str](self.folder) as spool:

@@ -197,6 +197,7 @@ def gather(
         show.show_step,
         show.show_clients,
         partial(check_facts, recipe),
+        show.show_wait,
     )
     show.show_step("waiting", f"for {count(recipe.data.clients, 'client')}")
     return ground, exchange, exchange.assemble(recipe.data.clients, wait_seconds, known)
