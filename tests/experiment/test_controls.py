@@ -15,6 +15,7 @@ from support.marks import first
 from support.quick_runs import attempt, make_recipe, result_of
 
 from fedloom.experiment.run import plan, run
+from fedloom.federation.shares import cap_weights, to_shares
 from fedloom.model.loading import load_model
 from fedloom.model.source import open_model
 from fedloom.monitoring.observer import Observer
@@ -156,6 +157,33 @@ def test_only_an_evaluated_round_stops_a_run_early(tmp_path: Path) -> None:
     found = read_run(tmp_path / "run")
     assert len(found.rounds) - 1 == 4
     assert "in 4 rounds" in found.status["stopped_early"]
+
+
+@pytest.mark.parametrize("training", [{"max_steps": 1}, {"max_steps": 3, "epochs": 2}, {"epochs": 2}], ids=str)
+def test_no_share_by_tokens_is_above_the_cap_whatever_part_of_them_a_round_has(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    """By tokens that a client holds, others would be capped than those whose steps had most."""
+    rows = tmp_path / "of_three.jsonl"
+    # One has few short texts and many long ones, and steps that may have either.
+    texts = {"a": [3, 40, 3, 40, 3, 40], "b": [9] * 30, "c": [20] * 12}
+    words = {
+        who: [" ".join(f"{who}{n}{m}" for m in range(size)) for n, size in enumerate(sizes)]
+        for who, sizes in texts.items()
+    }
+    rows.write_text("".join(json.dumps({"text": text, "who": who}) + "\n" for who in words for text in words[who]))
+    federation = {"max_share": 0.4, "strategy": {"kind": "fedavg", "weight_by": "tokens"}, "rounds": 3}
+    data = {"source": str(rows), "documents_per_client": None, "max_length": 64, "central_holdout": 3,
+            "partition": {"kind": "natural", "by": "who"}}  # fmt: skip
+    recipe = make_recipe(tmp_path, training={"batch_size": 2, **training}, federation=federation, data=data)
+    run(recipe, tmp_path / "run", Observer())
+    reports = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
+    for record in read_run(tmp_path / "run").rounds[1:]:
+        told = {str(one["client"]): one["tokens"] for one in reports if one["round"] == record["round"]}
+        weights = cap_weights(told, 0.4)
+        assert record["shares"] == pytest.approx(to_shares(weights))
+        assert max(record["shares"].values()) <= 0.4 + 1e-9
+        assert record.get("capped", []) == [int(client) for client in told if weights[client] < told[client]]
 
 
 def test_a_run_that_ends_early_takes_its_work_out_of_the_bar(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def _open_arm(
         trial.run.evaluate_central,
         initial,
         sizes=fleet.sizes,
+        foresee=fleet.foresee,
         trial=number,
         evaluate_every=recipe.evaluation.every if whole else 1,
     )

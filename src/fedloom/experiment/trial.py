@@ -186,6 +186,7 @@ def set_up(
         initial,
         on_update=recorder.add_client,
         sizes=fleet.sizes,
+        foresee=fleet.foresee,
         trial=number,
         evaluate_every=recipe.evaluation.every,
     )

@@ -187,6 +187,9 @@ def _caps_nobody(section: Federation, plan: Plan) -> bool:
     held = {number: client.holdout_tokens for number, client in enumerate(plan.clients) if client.holdout_tokens}
     known = section.strategy.weighs or section.strategy.kind in UNWEIGHTED
     central = plan.central_tokens > 0
+    # Of some steps alone, the tokens of a round are known on average.
+    if plan.whole_steps and section.strategy.weight_by == "tokens":
+        return False
     return central and known and not plan.capped and cap_weights(held, section.max_share) == held
 
 

@@ -22,9 +22,9 @@ def plan_shares(plan: Plan, section: Federation, names: Sequence[str] = ()) -> P
     """
     if not section.strategy.weighs or plan.strategy:
         return plan
-    weigh = WEIGHTS[section.strategy.weight_by]
+    weigh, tokens = WEIGHTS[section.strategy.weight_by], plan.tokens_of_each
     told = {
-        number: weigh(ClientSize(client.blocks, client.tokens))
+        number: weigh(ClientSize(client.blocks, round(tokens[number])))
         for number, client in enumerate(plan.clients)
         if client.steps
     }

@@ -138,12 +138,11 @@ class Admission:
                 self.foreseen[task.client] = Foreseen(update.report, norm)
                 insort(self._changes, norm)
 
-    def weighed(self) -> dict[int, ClientReport | ClientSize]:
-        """Return what is known of each client that will be admitted: its report if it was shown, else its size."""
-        if self.foreseen:
-            fit = {c: f for c, f in self.foreseen.items() if f.norm <= self._limit(self._tasks[c])}
-            return {client: foreseen.report for client, foreseen in fit.items()}
-        return {client: self._sizes[client] for client in self._tasks if client in self._sizes}
+    @property
+    def shown(self) -> dict[int, ClientReport]:
+        """The report of each client that was shown and will be admitted."""
+        fit = {c: f for c, f in self.foreseen.items() if f.norm <= self._limit(self._tasks[c])}
+        return {client: foreseen.report for client, foreseen in fit.items()}
 
     def check(self, update: ClientUpdate) -> ClientUpdate:
         """Admit an update that was asked for, and return it, its change scaled down where that is too long.

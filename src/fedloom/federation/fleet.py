@@ -68,6 +68,10 @@ class Fleet(Protocol):
         """The blocks and tokens that each client has to train on, where that is known."""
         ...
 
+    def foresee(self, tasks: Sequence[ClientTask]) -> Mapping[int, ClientSize]:
+        """Return the units and tokens that each client will have trained on by these tasks, where that is known."""
+        ...
+
     @property
     def optimizer_states(self) -> dict[int, OptimizerState]:
         """Optimizer states that clients keep between rounds, as far as they are the server's to keep."""
@@ -176,6 +180,11 @@ class LocalFleet:
         """The units and tokens that each client has to train on."""
         held = {client: self._data[client].train for client in self.clients}
         return {client: ClientSize(blocks.num_units, blocks.num_tokens) for client, blocks in held.items()}
+
+    def foresee(self, tasks: Sequence[ClientTask]) -> Mapping[int, ClientSize]:
+        """Return the blocks and tokens that each client will have trained on by these tasks, as it will report them."""
+        jobs = [self._job(task) for task in tasks]
+        return {job.client: ClientSize(len(job.blocks), job.count_tokens()) for job in jobs}
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients of these tasks with the engine; yield each result, scored, when it is there.

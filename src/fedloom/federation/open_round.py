@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import ShortageError, TrainingError
-from fedloom.federation.admission import Admission, check_layout
+from fedloom.federation.admission import Admission, ClientSize, check_layout
 from fedloom.federation.aggregation import WEIGHTS, RoundSum, State
 from fedloom.federation.fleet import ClientPreview
 from fedloom.federation.shares import cap_weights, to_shares
@@ -26,6 +26,7 @@ class OpenRound:
 
     Reports are kept, weights are not, so memory does not grow with the number of clients. With `alone`, each update
     is bounded by itself and their sum is noised: any may be missing, for to stop at it would tell of its client.
+    `foresee` gives what clients will have trained on, where no update is shown before the first counts.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class OpenRound:
         section: Federation,
         *,
         proximal_mu: float,
+        foresee: Callable[[Sequence[ClientTask]], Mapping[int, ClientSize]] = lambda tasks: {},
         alone: bool = False,
     ) -> None:
         self.proximal_mu = proximal_mu
         self._start, self.number, self.tasks, self._total, self._alone = start, round, tasks, total, alone
-        self._admission, self._on_update, self._section = admission, on_update, section
+        self._admission, self._on_update, self._section, self._foresee = admission, on_update, section, foresee
         self._weigh = WEIGHTS[section.strategy.weight_by]
         self._scales: dict[int, float] | None = None
         self._opened = time.perf_counter()
@@ -126,13 +128,19 @@ class OpenRound:
     def _weighed(self, update: ClientUpdate) -> ClientUpdate:
         """Return an update with its weight capped."""
         if self._scales is None:
-            # At the first update that counts all that were shown are known; where none was, sizes are facts.
-            told = {client: self._weigh(known) for client, known in self._admission.weighed().items()}
-            capped = cap_weights(told, self._section.max_share)
-            self._scales = {client: capped[client] / told[client] for client in told}
+            self._scales = self._scale()
         update = replace(update, weight_scale=self._scales.get(update.client, 1.0))
         self._weights[update.client] = self._weigh(update.report) * update.weight_scale
         return update
+
+    def _scale(self) -> dict[int, float]:
+        """Return the factor by which each client's weight is capped, at the first update that counts."""
+        if self._section.max_share is None:
+            return {}
+        known = self._admission.shown or self._foresee(self.tasks)
+        told = {client: self._weigh(amount) for client, amount in known.items()}
+        capped = cap_weights(told, self._section.max_share)
+        return {client: capped[client] / told[client] for client in told}
 
     def _lose(self, client: int, error: TrainingError) -> None:
         self.lost[client] = str(error)

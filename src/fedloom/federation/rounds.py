@@ -76,8 +76,8 @@ class FederatedRun:
     """One run between its rounds: the global adapter, the strategy's state, the losses so far.
 
     `on_update` sees each client's update as soon as it is admitted. `sizes` is what clients are known to hold, where
-    that is known. `trial` marks its tasks among those of other runs. Adapters are evaluated after every
-    `evaluate_every`-th round, and after the last.
+    that is known, and `foresee` gives what tasks will have them train on: as much, if it is left out. `trial` marks its
+    tasks among those of other runs. Adapters are evaluated after every `evaluate_every`-th round, and after the last.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class FederatedRun:
         *,
         on_update: Callable[[ClientUpdate], None] | None = None,
         sizes: Mapping[int, ClientSize] = MappingProxyType({}),
+        foresee: Callable[[Sequence[ClientTask]], Mapping[int, ClientSize]] | None = None,
         trial: int = 0,
         evaluate_every: int = 1,
     ) -> None:
@@ -110,6 +111,9 @@ class FederatedRun:
         """Bytes of all rounds so far, both ways."""
         self.began: dict[int, float] = {}
         """Each client's loss on its own hold-out in round 0."""
+        self._foresee = foresee or (
+            lambda tasks: {task.client: sizes[task.client] for task in tasks if task.client in sizes}
+        )
         self.admission = Admission(sizes, federation.max_change, alone=aggregate.draw is not None)
         self._stopped = ""
 
@@ -188,6 +192,7 @@ class FederatedRun:
             self._on_update,
             section,
             proximal_mu=mu,
+            foresee=self._foresee,
             alone=self.aggregate.draw is not None,
         )
 

@@ -95,6 +95,10 @@ class ClientJob(ClientTask):
         orders = (torch.randperm(len(self.blocks), generator=generator) for _ in range(self.training.epochs))
         return [rows for order in orders for rows in order.split(self.training.step_size)]
 
+    def count_tokens(self) -> int:
+        """Return the real tokens of all steps together."""
+        return sum(int(self.blocks.tokens_of_each[rows].sum()) for rows in self.draw_batches())
+
     def _walk(self, steps: int) -> list[Tensor]:
         """Return the rows of a round that goes on where the one before ended: passes follow each other over rounds.
 

@@ -71,6 +71,10 @@ class RemoteFleet:
         facts = {client: self.exchange.facts[self.named[client]] for client in self.clients}
         return {client: ClientSize(told.blocks, told.tokens) for client, told in facts.items()}
 
+    def foresee(self, tasks: Sequence[ClientTask]) -> Mapping[int, ClientSize]:
+        """Return nothing: each client shows what it did before the first counts."""
+        return {}
+
     @property
     def away(self) -> dict[int, float]:
         """Seconds for which clients were waited for that were away, by number, since training last began."""
