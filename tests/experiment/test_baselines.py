@@ -13,6 +13,7 @@ from support.marks import first
 from support.tiny import make_recipe
 
 from fedloom import run
+from fedloom.federation import rounds
 from fedloom.handover.evaluate import evaluate
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Progress, StageName
@@ -97,6 +98,18 @@ def test_a_client_alone_is_a_federation_of_one(tmp_path: Path) -> None:
     assert told["pooled"]["losses"] == pytest.approx(losses, rel=1e-9)
 
 
+def test_after_an_early_end_a_schedule_of_all_rounds_is_where_the_runs_is(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        baselines=["pooled"], data={"clients": 1},
+        training={"proximal_mu": 0.0, "schedule": "cosine", "schedule_scope": "run"},
+        federation={"rounds": 6, "early_stop": {"patience": 2, "min_delta": 9.0}},
+    )  # fmt: skip
+    finished = run(recipe, tmp_path / "run", Observer())
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert len(finished.rounds) == 1 + 2
+    assert told["pooled"]["losses"] == pytest.approx([one["central_loss"] for one in finished.rounds], rel=1e-6)
+
+
 @pytest.mark.long
 def test_with_a_share_of_the_clients_a_round_the_budget_is_theirs(tmp_path: Path) -> None:
     recipe = make_recipe(
@@ -113,6 +126,33 @@ def test_without_a_central_hold_out_they_are_judged_on_the_clients(tmp_path: Pat
     finished = run(make_recipe(baselines=["local"], data={"central_holdout": 0}), tmp_path / "run", Observer())
     told = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert told["local"]["1"]["losses"][0] == pytest.approx(finished.rounds[0]["client_loss"], rel=1e-9)
+
+
+def test_where_shares_are_capped_the_middle_client_judges_them_as_it_judges_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "judge_losses", lambda losses, began, start: len(losses) + len(began) + start)
+    capped = {"max_share": 0.4, "rounds": 2}
+    recipe = make_recipe(baselines=["pooled", "local"], data={"central_holdout": 0}, federation=capped)
+    finished = run(recipe, tmp_path / "run", Observer())
+    told = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    start = finished.rounds[0]["client_loss"]
+    for one in (told["pooled"], *told["local"].values()):
+        assert one["losses"] == pytest.approx([start, start + 6, start + 6])
+    page = write_report(finished.folder).with_suffix(".md").read_text()
+    assert "are judged alike, by how the middle one of all clients' hold-outs moves." in page
+    assert "The clients' middle hold-out loss rose by 6.0000 nats" in page
+
+
+@pytest.mark.parametrize(("scored", "said"), [(2, "the hold-outs of 2 of 3 clients"), (3, "all clients' hold-outs")])
+def test_whose_hold_outs_judge_is_said(scored: int, said: str, tmp_path: Path) -> None:
+    lists = [[3.0, 2.5, 2.4]] * scored
+    clients = [{"train_documents": 10, "holdout_documents": 2, "holdout_tokens": 9, "steps": 2}] * 3
+    told = {"local": {"0": {"losses": [3.0, 2.6], "tokens": 5}}}
+    made = make_run(tmp_path / "run", [None] * 3, clients=lists, plan={"clients": clients}, baselines=told)
+    page = write_report(made.folder).with_suffix(".md").read_text()
+    assert f"are judged alike, by {said} together. A baseline trains without the proximal term, for 1 round, as" in page
+    assert f"Judged by {said} together, federation helped" in page
 
 
 @pytest.mark.long
@@ -180,11 +220,19 @@ def tell(losses: list[float], tokens: int = 10) -> dict[str, Any]:
             "helped: its best loss is 0.4000 nats a token",
         ),
         ({"local": {"0": tell([3.0, 1.9])}}, "did not help: client 0 alone is 0.1000 nats a token below"),
-        ({"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.8])}, "on all documents together ends 0.2000 below"),
+        (
+            {"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.8])},
+            "on all documents together is 0.2000 below the federation's",
+        ),
         (
             {"local": {"0": tell([3.0, 2.0001])}, "pooled": tell([3.0, 2.0])},
-            "made no difference: the best loss of client 0 alone is as low as its own; training on all documents"
-            " together ends as low as the federation's best loss.",
+            "made no difference: the best loss of client 0 alone is as low as its own. The best loss of training on all"
+            " documents together is as low as the federation's.",
+        ),
+        # By its best loss, as the federation is, wherever it ends.
+        (
+            {"local": {"0": tell([3.0, 2.5])}, "pooled": tell([3.0, 1.9, 2.3])},
+            "The best loss of training on all documents together is 0.1000 below the federation's.",
         ),
         ({"local": {"0": {**tell([3.0]), "error": "x"}, "1": tell([3.0, 2.2])}}, "below that of client 1 alone"),
     ],

@@ -1,16 +1,15 @@
 """Baselines that a federation is set against: no training, each client alone, and all documents together.
 
 Each baseline starts from the run's own adapter, trains as the run does but for the proximal term, on as many tokens as
-the federation had for the same documents, and is judged on the same hold-out.
+the federation had for the same documents, and is judged on the same hold-out, by the same measure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +36,8 @@ class Baseline:
     client: int | None
     run: FederatedRun
     fleet: LocalFleet
+    rounds: int
+    """Rounds after which it ends."""
     losses: list[float] = field(default_factory=list)
     """Losses on the run's own hold-out, round 0 first."""
     tokens: int = 0
@@ -60,6 +61,24 @@ class Baseline:
                 self.own_loss = self.score_own(result.adapter).loss if self.score_own else None
             self.losses.append(result.judged_loss)
             self.tokens += sum(report.tokens for report in result.reports)
+            if result.round == self.rounds:
+                self.run.stop("as many rounds as the run has")
+
+
+class _Alone(LocalFleet):
+    """Fleet of one that trains, whose adapters are judged on what clients of the run hold out: by number, `judges`."""
+
+    def __init__(
+        self, train: TokenBlocks, train_clients: TrainClients, scorer: Scorer, judges: Mapping[int, TokenBlocks]
+    ) -> None:
+        nothing = train.take(torch.zeros(0, dtype=torch.int64))
+        super().__init__([ClientBlocks(train, nothing)], train_clients, scorer, scored_clients=())
+        self._judges = judges
+
+    def evaluate(self, adapter: Adapter) -> dict[int, Score]:
+        """Score an adapter on each of those hold-outs."""
+        scores = self._scorer.score([(adapter, blocks) for blocks in self._judges.values()])
+        return dict(zip(self._judges, scores, strict=True))
 
 
 def baseline_rounds(recipe: Recipe, able: int, rounds: int) -> int:
@@ -85,11 +104,14 @@ def set_up_baselines(
     """
     able = {number: client.train for number, client in enumerate(clients) if len(client.train)}
     training = recipe.training.model_copy(update={"proximal_mu": 0.0, "proximal_schedule": "constant"})
-    federation = Federation(rounds=baseline_rounds(recipe, len(able), rounds))
-    held_out = [central] if len(central) else [clients[client].holdout for client in scored_clients]
+    # As many are planned as the run has planned, so that a schedule of all rounds is where the run's is as it ends.
+    section = recipe.federation
+    planned, rounds = (baseline_rounds(recipe, len(able), number) for number in (section.rounds, rounds))
+    federation = Federation(rounds=planned, max_share=section.max_share)
+    judges = {} if len(central) else {client: clients[client].holdout for client in scored_clients}
 
-    def judge(adapter: Adapter) -> Score:
-        return reduce(add, scorer.score([(adapter, blocks) for blocks in held_out]))
+    def score_central(adapter: Adapter) -> Score | None:
+        return _score_on(scorer, central, adapter) if len(central) else None
 
     data: dict[int | None, TokenBlocks] = {}
     if "pooled" in recipe.baselines:
@@ -98,15 +120,14 @@ def set_up_baselines(
         data |= dict(able.items())
     found: list[Baseline] = []
     for trial, (client, blocks) in enumerate(data.items(), start=first_trial):
-        held = [ClientBlocks(blocks, blocks.take(torch.zeros(0, dtype=torch.int64)))]
-        fleet = LocalFleet(held, train_clients, scorer, scored_clients=())
+        fleet = _Alone(blocks, train_clients, scorer, judges)
         aggregate = build_aggregate(federation)
         told = training
         if client is None and training.max_steps:
             steps = sum(training.steps_of(len(part)) for part in able.values())
             told = training.model_copy(update={"max_steps": steps})
-        run = FederatedRun(told, federation, recipe.seed, fleet, aggregate, judge, initial, trial=trial)
-        baseline = Baseline(client, run, fleet)
+        run = FederatedRun(told, federation, recipe.seed, fleet, aggregate, score_central, initial, trial=trial)
+        baseline = Baseline(client, run, fleet, rounds)
         if client is not None and len(own := clients[client].holdout):
             baseline.score_own = partial(_score_on, scorer, own)
         found.append(baseline)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Figure, Table, Text
-from fedloom.report.figures import are_alike, judged_series, series
+from fedloom.report.figures import are_alike, count_rounds, describe_judge, judged_series, series
 from fedloom.report.plots import Line, Plot
+from fedloom.text import count
 
 
 class Trained(NamedTuple):
@@ -69,9 +70,8 @@ def show_baselines(run: Run, loss_axis: str) -> list[Block]:
     drawn = [thing for thing in things if len(thing.losses) > 1][:6]
     return [
         Text(
-            "All of them start from the same adapter and are scored on the same documents,"
-            f" {_JUDGES[judged_series(run)[0]]}. A baseline trains on its"
-            " documents as many times as the federation did, without the proximal term."
+            "All of them start from the same adapter and are judged alike, by"
+            f" {describe_judge(run)}. A baseline trains without the proximal term, {_how_long(run, things[1:])}."
         ),
         Table(["Trained", "Tokens", "Best loss", "Last loss"], rows),
         Figure(
@@ -97,7 +97,7 @@ def did_it_help(run: Run) -> str | None:
         return None
     ours, best = min(things[0].losses), min(single, key=lambda thing: min(thing.losses))
     gap = min(best.losses) - ours
-    judged = f"Judged by {_JUDGES[judged_series(run)[0]]}, federation"
+    judged = f"Judged by {describe_judge(run)}, federation"
     if are_alike(gap):
         text = f"{judged} made no difference: the best loss of {best.name} is as low as its own"
     elif gap > 0:
@@ -108,9 +108,13 @@ def did_it_help(run: Run) -> str | None:
     if not pooled:
         return text + "."
     apart = ours - min(pooled[0].losses)
-    ends = "as low as" if are_alike(apart) else f"{abs(apart):.4f} {'below' if apart > 0 else 'above'}"
-    return f"{text}; training on all documents together ends {ends} the federation's best loss."
+    is_so = "as low as" if are_alike(apart) else f"{abs(apart):.4f} {'below' if apart > 0 else 'above'}"
+    return f"{text}. The best loss of training on all documents together is {is_so} the federation's."
 
 
-_JUDGES = {"central": "the central hold-out", "clients' hold-out": "all clients' hold-outs together"}
-"""Documents that decide which adapter is the best, by the name of the judged loss."""
+def _how_long(run: Run, baselines: Sequence[Trained]) -> str:
+    """Say how long baselines trained beside how often clients took part."""
+    rounds = max((len(thing.losses) for thing in baselines), default=1) - 1
+    if {*count_rounds(run).values()} <= {rounds} or not rounds:
+        return "on its documents as many times as the federation did"
+    return f"for {count(rounds, 'round')}, as many as a client took part in on average"

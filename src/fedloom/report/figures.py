@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,12 +53,36 @@ def client_series(run: Run, client: int) -> tuple[list[int], list[float]]:
 def judged_series(run: Run) -> tuple[str, list[int], list[float]]:
     """Return the loss that the best adapter is chosen by, as (name, rounds, losses).
 
-    It is the central loss, or the clients' hold-out loss if nothing is held out centrally.
+    It is the central loss, or the clients' hold-out loss if nothing is held out centrally; of capped shares, what that
+    was in round 0 and how far the middle client's has moved since.
     """
     if any("central_loss" in record for record in run.rounds):
         return "central", *series(run, "central_loss")
     found = [(record["round"], loss) for record in run.rounds if math.isfinite(loss := judged_loss(record))]
-    return "clients' hold-out" if found else "central", [round for round, _ in found], [loss for _, loss in found]
+    name = "clients' middle hold-out" if judges_by_the_middle(run) else "clients' hold-out"
+    return name if found else "central", [round for round, _ in found], [loss for _, loss in found]
+
+
+def judges_by_the_middle(run: Run) -> bool:
+    """Return whether the middle client decides which adapter is the best, and not the mean over clients' tokens."""
+    return any("judged_loss" in record for record in run.rounds)
+
+
+def describe_judge(run: Run) -> str:
+    """Name the documents that decide which adapter is the best, and how they do."""
+    if judged_series(run)[0] == "central":
+        return "the central hold-out"
+    scored = {client for record in run.rounds for client in record.get("client_losses", {})}
+    able = sum(client.get("holdout_tokens", 0) > 0 for client in run.plan["clients"])
+    whose = "all clients' hold-outs" if len(scored) >= able else f"the hold-outs of {len(scored)} of {able} clients"
+    return f"how the middle one of {whose} moves" if judges_by_the_middle(run) else f"{whose} together"
+
+
+def count_rounds(run: Run) -> dict[int, int]:
+    """Return in how many rounds each client trained that has documents to train on."""
+    able = {number: 0 for number, client in enumerate(run.plan["clients"]) if client.get("steps", 1)}
+    counted = Counter(client for record in trained_rounds(run) for client in record["clients"])
+    return {client: counted[client] for client in able}
 
 
 def largest_share(run: Run) -> tuple[int, float] | None:

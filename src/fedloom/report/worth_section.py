@@ -6,7 +6,7 @@ It knows clients by their numbers and documents by their losses: no text of thei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedloom.records.run import Record, Run
@@ -96,9 +96,13 @@ def show_worth(run: Run) -> list[Block]:
     sentences = [*_failures(run)]
     sentences += [sentence for client, worth in found.items() if (sentence := _say(client, worth, central=central))]
     return [
-        *([Text(" ".join(said for key, said in _OWN.items() if key in known))] if {*_OWN} & {*known} else []),
+        *(
+            [Text(" ".join(explain(run) for key, explain in _OWN.items() if key in known))]
+            if {*_OWN} & {*known}
+            else []
+        ),
         *([Text(_OWN_PART)] if run.recipe["federation"].get("lora_rule") == "fedsa" and "together" in known else []),
-        *([Text(_BROUGHT[central])] if "brings" in known else []),
+        *([Text(_explain_brought(run, central=central))] if "brings" in known else []),
         *([Text(_explain_shapley(run.contributions))] if "shapley" in known else []),
         Table(["Client", *(COLUMNS[key].title for key in known)], rows),
         *([Text(verdict)] if (verdict := _decide(list(found.values()))) else []),
@@ -106,25 +110,49 @@ def show_worth(run: Run) -> list[Block]:
     ]
 
 
-_OWN = {
-    "together": "What a client has of taking part is measured on its own documents, on those that it held out and that"
-    " nobody trained on. A loss says how much the next piece of a text surprises the model: lower is better.",
-    "alone": "Alone, a client trained as long as it did in the federation.",
-    "personalised": "By itself afterwards, it trained on top of the federation's rounds.",
-    "gain": "Its gain is by how much the better of what it has together beats the adapter that it trained alone.",
+def _explain_alone(run: Run) -> str:
+    """Say how long a client trained alone, beside how often it took part."""
+    alone = max(len(told.get("losses", ())) for told in run.baselines["local"].values()) - 1
+    took_part = figures.count_rounds(run).values()
+    if {*took_part} <= {alone} or alone < 1:
+        return "Alone, a client trained as long as it did in the federation."
+    low, high = min(took_part), max(took_part)
+    times = f"{low} to {count(high, 'round')}" if low < high else count(low, "round")
+    return f"Alone, a client trained for {count(alone, 'round')}; in the federation it took part in {times}."
+
+
+_OWN: Mapping[str, Callable[[Run], str]] = {
+    "together": lambda run: (
+        "What a client has of taking part is measured on its own documents, on those that it held"
+        " out and that nobody trained on. A loss says how much the next piece of a text surprises the model: lower is"
+        " better."
+    ),
+    "alone": _explain_alone,
+    "personalised": lambda run: "By itself afterwards, it trained on top of the federation's rounds.",
+    "gain": lambda run: (
+        "Its gain is by how much the better of what it has together beats the adapter that it trained alone."
+    ),
 }
 """Explanation of a client's own losses, by the column that it explains."""
 _OWN_PART = (
     'Together, each client has a part of the adapter of its own (lora_rule = "fedsa"), and is measured with that beside'
     " the shared part."
 )
-_BROUGHT = {
-    True: "What a client brings to the others is by how much the loss falls on the documents that were held out for"
-    " all, against a federation of the others without it.",
-    False: "What a client brings to the others is by how much the loss falls on what the others held out, against a"
-    " federation of the others without it.",
-}
-"""Explanation of what is brought, by whether there is a central hold-out."""
+
+
+def _explain_brought(run: Run, *, central: bool) -> str:
+    """Explain what a client brings to the others, by the documents on which that is measured."""
+    if central:
+        where = "on the documents that were held out for all"
+    else:
+        able = [client for client in run.plan["clients"] if client.get("holdout_tokens", 0)]
+        scored = len(run.rounds[0].get("client_losses", {}))
+        some = f" ({scored} of {len(able)} hold-outs were scored)" if scored < len(able) else ""
+        where = f"over all tokens that the others held out{some}"
+    return (
+        f"What a client brings to the others is by how much the loss falls {where}, against a federation of the others"
+        " without it."
+    )
 
 
 def _explain_shapley(contributions: Record) -> str:
