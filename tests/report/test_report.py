@@ -230,6 +230,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("rule", ["factors", "fedsa"])
+def test_clients_with_parts_of_their_own_are_said_to_be_scored_with_them(rule: str, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.0], clients=[[3.0, 2.0]] * 3, federation={"lora_rule": rule, "rounds": 1})
+    text = write_report(made.folder).with_suffix(".md").read_text()
+    own = " (each with its own part)" if rule == "fedsa" else ""
+    assert f"Each client's hold-out loss under the global adapter{own}." in text
+    assert f"adapter from the global one at the end of the round{own}, mean over clients." in text
+
+
 def test_the_published_trajectory_is_laid_over(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", [3.0, 2.5])
     write_report(made.folder, reference="experiment")

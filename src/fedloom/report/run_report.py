@@ -162,8 +162,8 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
     blocks: list[Block] = [
         Text(
             "Mean negative log-likelihood of a token: in training (over the steps of the round, without the proximal"
-            " term), and of the round's new global adapter on the clients' own hold-outs and on the central hold-out."
-            f" {best}"
+            f" term), and of the round's new global adapter on the clients' own hold-outs{_beside_own(run)} and on the"
+            f" central hold-out. {best}"
         ),
         Table(["Round", *_LOSS_COLUMNS], rows),
         Figure(
@@ -178,8 +178,15 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
     if each:
         plot = Plot(each[:12], x_label="round", y_label=LOSS_AXIS)
         shown = "" if len(each) <= 12 else f" (the first 12 of {len(each)})"
-        blocks.append(Figure("clients", f"Each client's hold-out loss under the global adapter{shown}.", plot))
+        blocks.append(
+            Figure("clients", f"Each client's hold-out loss under the global adapter{_beside_own(run)}{shown}.", plot)
+        )
     return blocks
+
+
+def _beside_own(run: Run) -> str:
+    """Say of clients that have a part of the adapter of their own that it stands beside the global one's."""
+    return " (each with its own part)" if run.recipe["federation"].get("lora_rule") == "fedsa" else ""
 
 
 _LOSS_COLUMNS = {
@@ -273,7 +280,7 @@ def _federation(run: Run) -> list[Block]:
         Text(
             "The proximal term μ/2 ‖w − w_global‖² in the objective, mean over steps; the norm of its gradient divided"
             " by that of the loss; and the drift, the distance of a client's adapter from the global one at the end of"
-            " the round, mean over clients."
+            f" the round{_beside_own(run)}, mean over clients."
         ),
         Table(["Round", *known, "Took part", "Lost", *(["Largest share"] if weighed else [])], rows),
         Figure(
