@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.made_runs import make_run
 
 from fedloom.errors import RunError
+from fedloom.records.run import Run
 from fedloom.report.arms_section import group_runs
 from fedloom.report.comparison import (
     build_comparison,
@@ -117,6 +119,48 @@ def test_runs_that_are_compared_within_a_seed_are_no_alarm(tmp_path: Path) -> No
 def test_other_starting_losses_are_a_warning(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "one", [3.0, 2.5], name="one"), make_run(tmp_path / "two", [3.2, 2.5], name="two")
     assert "begin with different losses" in unfairness([one, two], ["one", "two"])[0]
+
+
+EVENLY = [[3.0, 2.5, 2.4], [3.0, 2.6, 2.5], [3.0, 2.7, 2.6]]
+"""Losses of three clients' hold-outs, by round."""
+
+
+def test_without_a_central_hold_out_the_same_clients_must_be_scored(tmp_path: Path) -> None:
+    def judge(name: str, **more: Any) -> Run:
+        return make_run(tmp_path / name, [None] * 3, name=name, **{"clients": EVENLY, **more})
+
+    all_of_them, one_of_them = judge("all"), judge("one", clients=EVENLY[:1])
+    assert unfairness([all_of_them, judge("same")], ["all", "same"]) == []
+    odd = {
+        "one": one_of_them,
+        "central": make_run(tmp_path / "central", [3.0, 2.5, 2.4], name="central"),
+        "others": judge("others", plan={"clients": [{"train_documents": 10, "holdout_documents": 3}] * 3}),
+        "divided": judge("divided", data={"partition": {"kind": "dirichlet", "by": "x", "alpha": 1.0}}),
+    }
+    for name, run in odd.items():
+        assert unfairness([all_of_them, run], ["all", name]) == [
+            f"{name}: other hold-outs than all. Their losses can't be compared."
+        ]
+        assert not any(word in " ".join(conclude([all_of_them, run], ["all", name])) for word in ("ahead", "fastest"))
+    # Losses that differ by less than a thousandth are not of the same documents, though as many are held out.
+    near = judge("near", clients=[[3.001, 2.0, 2.0], *EVENLY[1:]])
+    assert "begin with different losses" in unfairness([all_of_them, near], ["all", "near"])[0]
+    capped = judge("capped", federation={"max_share": 0.5})
+    assert "capped: other measures of the loss" in unfairness([all_of_them, capped], ["all", "capped"])[0]
+    central = [
+        make_run(tmp_path / f"central-{share}", [3.0, 2.5], name="x", federation={"max_share": share})
+        for share in (None, 0.5)
+    ]
+    assert unfairness(central, ["a", "b"]) == []
+
+
+def test_first_falls_are_over_the_same_rounds(tmp_path: Path) -> None:
+    each = make_run(tmp_path / "each", [3.0, 2.8, 2.5, 2.4], name="each")
+    every = make_run(tmp_path / "every", [3.0, None, 2.5, 2.4], name="every", evaluation={"every": 2})
+    assert not [line for line in conclude([each, every], ["each", "every"]) if "fastest" in line]
+    slow = make_run(tmp_path / "slow", [3.0, 2.7, 2.6, 2.4], name="slow")
+    said = "every falls fastest at first: 0.5000 in its first 2 rounds, slow 0.4000."
+    assert said in conclude([slow, every], ["slow", "every"])
 
 
 def test_runs_of_several_seeds_are_one_with_a_spread(tmp_path: Path) -> None:

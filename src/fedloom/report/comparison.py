@@ -150,7 +150,8 @@ def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """Say in sentences what the tables show; each sentence only if it is true of these runs."""
     curves = [figures.judged_series(run)[1:] for run in runs]
-    last_shared = shared_rounds(runs)[-1]
+    first_shared, *later = shared_rounds(runs)
+    last_shared = later[-1] if later else first_shared
     shared = {name: loss_after(run, last_shared) for name, run in zip(names, runs, strict=True)}
     sentences = []
     ahead, behind = min(shared, key=shared.__getitem__), max(shared, key=shared.__getitem__)
@@ -163,12 +164,18 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
         )
     elif comparable and gap > 0:
         sentences.append(f"After round {last_shared}, the last that all have, none is ahead by 0.0001 nats a token.")
-    falls = {name: losses[0] - losses[1] for name, (_, losses) in zip(names, curves, strict=True) if len(losses) > 1}
-    if comparable and len(falls) > 1:
+    # Where not all rounds are evaluated, the first fall of one run may be that of more rounds than another's.
+    falls = {
+        name: loss_after(run, first_shared) - loss_after(run, later[0])
+        for name, run in zip(names, runs, strict=True)
+        if later
+    }
+    if comparable and falls:
         first, other = max(falls, key=falls.__getitem__), min(falls, key=falls.__getitem__)
         if falls[first] > 0 and falls[first] - falls[other] > NOTICEABLE * falls[first]:
+            begin = "its first round" if later[0] - first_shared == 1 else f"its first {later[0] - first_shared} rounds"
             sentences.append(
-                f"{first} falls fastest at first: {falls[first]:.4f} in its first round, {other} {falls[other]:.4f}."
+                f"{first} falls fastest at first: {falls[first]:.4f} in {begin}, {other} {falls[other]:.4f}."
             )
     onsets = {name: overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
     late = [f"{name} from round {onset}" for name, onset in onsets.items() if onset is not None]
