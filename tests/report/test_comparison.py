@@ -204,7 +204,8 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
-    quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", plan={"payload_bytes": 500})
+    half = {round: {"bytes_up": 1500, "bytes_down": 1500} for round in range(1, 5)}
+    quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", more=half)
     slow = make_run(
         tmp_path / "slow", [3.0, 2.8, 2.5], name="slow", seconds={"train": [0, 3, 3], "evaluate": [1, 1, 1]}
     )

@@ -35,6 +35,8 @@ from fedloom.report.tasks_section import compare_tasks
 from fedloom.report.worth_section import show_worth_over_seeds
 from fedloom.text import format_bytes
 
+LITTLE = 0.05
+"""Share by which the bytes of updates must differ before a sentence says so: less is `1.0 times`."""
 NOTICEABLE = 0.1
 """Share by which two figures must differ before a sentence says so."""
 MOST_IN_TITLE = 3
@@ -96,7 +98,7 @@ def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
             f"{figures.completed(run)} of {run.recipe['federation']['rounds']}",
             f"{min(losses):.4f} in {rounds[losses.index(min(losses))]}",
             f"{losses[-1]:.4f} in {rounds[-1]}",
-            format_bytes(run.plan["payload_bytes"]),
+            format_bytes(figures.update_bytes(run)),
             f"{figures.total_seconds(run):,.1f} s{', its part' if figures.shares_a_pass(run) else ''}",
         ]
         for name, run in zip(names, runs, strict=True)
@@ -180,9 +182,9 @@ def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     onsets = {name: overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
     late = [f"{name} from round {onset}" for name, onset in onsets.items() if onset is not None]
     sentences.append(f"Overfitting: {', '.join(late)}." if late else "No run overfits in the rounds on record.")
-    payloads = {name: run.plan["payload_bytes"] for name, run in zip(names, runs, strict=True)}
+    payloads = {name: figures.update_bytes(run) for name, run in zip(names, runs, strict=True)}
     small, large = min(payloads, key=payloads.__getitem__), max(payloads, key=payloads.__getitem__)
-    if payloads[small] < payloads[large]:
+    if payloads[large] > (1 + LITTLE) * payloads[small]:
         sentences.append(
             f"{large} sends {payloads[large] / payloads[small]:.1f} times the bytes of {small} in an update."
         )

@@ -89,7 +89,7 @@ def _central_hold_out(run: Run) -> list[Any]:
 
 
 def _scored_clients(run: Run) -> list[Any]:
-    """Return the clients whose hold-outs were scored, with what is on record of those, and how documents are divided."""
+    """Return which clients' hold-outs were scored, with what is on record of them, and how documents are divided."""
     scored = _first(run).get("client_losses", {})
     told = {number: client for number, client in enumerate(run.plan["clients"]) if str(number) in scored}
     sizes = {number: [of.get(f"holdout_{what}") for what in ("documents", "tokens")] for number, of in told.items()}

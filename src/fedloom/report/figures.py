@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -205,12 +205,31 @@ def peak_memory(run: Run, kind: str) -> dict[str, int]:
 
 def full_model_bytes(run: Run) -> int:
     """Return the bytes of one copy of the whole model in float32, as adapters are sent."""
-    return 4 * int(run.plan["parameters"] - run.plan["trainable_parameters"])
+    plan = run.plan
+    if "base_parameters" in plan:
+        return 4 * int(plan["base_parameters"])
+    # Plans of earlier versions: all that is trained is beside the base model, or it is the base model.
+    beside = plan["trainable_parameters"] if plan["trainable_parameters"] < plan["parameters"] else 0
+    return 4 * int(plan["parameters"] - beside)
 
 
 def bytes_moved(run: Run) -> int:
     """Return the bytes of all adapters exchanged, both ways, over all rounds."""
     return sum(int(record["bytes_up"] + record["bytes_down"]) for record in run.rounds)
+
+
+def transfers(records: Iterable[Record]) -> int:
+    """Return how often an adapter travelled in rounds: to each client, and back from those that are not lost."""
+    return sum(2 * len(record["clients"]) + len(record.get("lost", ())) for record in records)
+
+
+def update_bytes(run: Run) -> float:
+    """Return the bytes of an adapter as it travelled, the mean over clients, rounds and both ways.
+
+    Before any has, those of the whole adapter.
+    """
+    times = transfers(run.rounds)
+    return bytes_moved(run) / times if times else float(run.plan["payload_bytes"])
 
 
 def reach(run: Run, loss: float) -> dict[str, float] | None:

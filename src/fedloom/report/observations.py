@@ -15,6 +15,7 @@ from fedloom.report.figures import (
     phase_shares,
     series,
     trained_rounds,
+    update_bytes,
 )
 from fedloom.report.tasks_section import tell_tasks
 from fedloom.text import count, format_bytes, format_seconds
@@ -222,11 +223,11 @@ def the_memory(run: Run) -> str | None:
 
 
 def the_payload(run: Run) -> str | None:
-    """Compare the bytes of the adapters exchanged with those of the whole model."""
-    moved, payload = bytes_moved(run), run.plan.get("payload_bytes")
-    if not moved or not payload:
+    """Compare the bytes of the adapters exchanged with those of the whole model, unless that is the adapter."""
+    moved = bytes_moved(run)
+    if not moved or run.recipe["adapter"]["method"] == "full":
         return None
-    times = full_model_bytes(run) / payload
+    times = full_model_bytes(run) / update_bytes(run)
     told = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
     return f"{format_bytes(moved)} of adapters were exchanged; the whole model would have been {told} times as much."
 

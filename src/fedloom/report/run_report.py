@@ -295,22 +295,21 @@ def _communication(run: Run) -> list[Block]:
             format_bytes(record["bytes_down"]),
             format_bytes(record["bytes_up"]),
             format_bytes(record["bytes_up"] / len(record["clients"])) if record["clients"] else "",
-            format_bytes(2 * whole * len(record["clients"])),
+            format_bytes(whole * figures.transfers([record])),
         ]
         for record in rounds
     ]
     header = ["Round", "Down", "Up", "Up, a client", "The full model, both ways"]
-    moved = figures.bytes_moved(run)
+    moved, sizes = figures.bytes_moved(run), f"he whole model in float32 has {format_bytes(whole)}"
+    is_whole = run.recipe["adapter"]["method"] == "full"
+    sizes = f"T{sizes}" if is_whole else f"An adapter has {format_bytes(run.plan['payload_bytes'])}, t{sizes}"
     local = (
         " These are the adapters alone: what carries them adds its own."
         if run.plan.get("elsewhere")
         else " All clients were on this machine: this is what a network would have carried."
     )
     return [
-        Text(
-            f"An adapter has {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
-            f" {format_bytes(whole)}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"
-        ),
+        Text(f"{sizes}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"),
         Table(header, rows),
     ]
 
