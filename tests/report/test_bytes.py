@@ -59,7 +59,13 @@ def test_a_budget_of_a_rule_that_sends_ever_more_is_not_called_ample() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"adapter": FULL}, {"federation": {"lora_rule": "ffa"}}, {"adapter": {"method": "ia3", "rank": None, "alpha": None}}], ids=str
+    "changes",
+    [
+        {"adapter": FULL},
+        {"federation": {"lora_rule": "ffa"}},
+        {"adapter": {**FULL, "method": "ia3"}},
+    ],
+    ids=str,
 )
 def test_the_base_model_has_the_same_size_whatever_is_trained(changes: dict[str, Any]) -> None:
     usual = plan(make_recipe())

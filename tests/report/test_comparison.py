@@ -212,7 +212,8 @@ def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
     assert conclude([quick, slow], ["quick", "slow"]) == [
         "After round 2, the last that all runs have, quick is ahead: 1.9000, 0.6000 nats a token below slow.",
         "quick falls fastest at first: 0.8000 in its first round, slow 0.2000.",
-        "Overfitting: quick from round 3.",
+        "Divergence: quick from round 3.",
+        "No run overfits in the rounds on record.",
         "slow sends 2.0 times the bytes of quick in an update.",
         "A round of slow takes 4.0 s, 2.0 times one of quick.",
     ]
@@ -221,6 +222,27 @@ def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
     assert conclude([slow, rounded], ["slow", "rounded"])[0] == (
         "After round 2, the last that all have, none is ahead by 0.0001 nats a token."
     )
+
+
+def test_overfitting_is_what_the_training_loss_makes_of_a_rise(tmp_path: Path) -> None:
+    losses = [3.0, 2.2, 1.9, 2.0, 2.1]
+    learns = make_run(tmp_path / "learns", losses, name="learns", train=[2.5, 2.0, 1.5, 1.0])
+    breaks = make_run(tmp_path / "breaks", losses, name="breaks")
+    said = conclude([learns, breaks], ["learns", "breaks"])
+    assert said[:2] == ["Overfitting: learns from round 3.", "Divergence: breaks from round 3."]
+    text = to_markdown(build_comparison([learns, breaks]))
+    assert "| Loss rises | overfitting from round 3 | divergence from round 3 |" in text
+    assert "| Held-out above training loss | +1.1000 in round 4 | +0.0000 in round 4 |" in text
+
+
+def test_of_seeds_that_end_elsewhere_the_last_loss_is_called_shared(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"seed-{seed}", losses, name="same", seed=seed)
+        for seed, losses in ((1, [3.0, 2.0]), (2, [3.0, 2.2, 1.0]))
+    ]
+    text = to_markdown(build_comparison(runs))
+    assert "| Runs | Seeds | Last shared loss | Best mean until then |" in text
+    assert "| 2.1000 ± 0.1414 | 2.1000 |" in text
 
 
 def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path) -> None:

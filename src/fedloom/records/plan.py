@@ -339,7 +339,7 @@ def explain_cut(plan: Mapping[str, Any]) -> str:
     kept = sum(client["tokens"] + client["holdout_tokens"] for client in plan["clients"]) + plan["central_tokens"]
     lost = plan.get("cut_tokens", 0)
     share = lost / max(1, lost + kept)
-    told = f', which leaves out some {100 * share:.0f} % of all tokens; data.window = "blocks" takes them'
+    told = f', which leaves out some {min(99, round(100 * share))} % of all tokens; data.window = "blocks" takes them'
     return f"{count(plan['cut'], 'document')} at data.max_length{told if share >= CUT_SHARE else ''}"
 
 

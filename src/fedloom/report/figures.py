@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from fedloom.records.run import Record, Run, judged_loss
+from fedloom.records.run import Record, Run, judged_loss, overfitting_onset
 from fedloom.text import count
 
 SAME = 1.0005
@@ -25,6 +25,15 @@ OUTLIER_SPREADS, OUTLIER_SHARE = 5.0, 1.15
 """Thresholds of an unusually long round: median absolute deviations above the median, and times the median."""
 OUTLIER_SECONDS = 1.0
 """Seconds above the median that are worth a word."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """The round from which the judged loss rose, never again as low as its best, and what that is called."""
+
+    round: int
+    kind: str
+    """`overfitting` where the training loss fell meanwhile, `divergence` where it did not, else `rise`."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,13 @@ def judged_series(run: Run) -> tuple[str, list[int], list[float]]:
     return "clients' hold-out" if found else "central", [round for round, _ in found], [loss for _, loss in found]
 
 
-def largest_share(run: Run) -> tuple[int, float] | None:
-    """Return the client with the largest share of the weight in any round, and that; None where none is on record."""
-    shares = [(share, -int(client)) for record in run.rounds for client, share in record.get("shares", {}).items()]
-    return (-max(shares)[1], max(shares)[0]) if shares else None
+def largest_shares(run: Run) -> dict[int, float]:
+    """Return each client's largest share of a round's weight, by its number; empty where none is on record."""
+    largest: dict[int, float] = {}
+    for record in run.rounds:
+        for client, share in record.get("shares", {}).items():
+            largest[int(client)] = max(share, largest.get(int(client), 0.0))
+    return dict(sorted(largest.items()))
 
 
 def trained_rounds(run: Run) -> list[Record]:
@@ -144,13 +156,19 @@ def phase_shares(run: Run) -> dict[str, float]:
 def client_work(run: Run, round: int) -> tuple[int, int, int]:
     """Return the samples, steps and tokens that the clients trained on in a round."""
     # A report's steps and tokens count every epoch; its examples are those that a client holds.
-    training = run.recipe["training"]
-    size = training["batch_size"] * training.get("gradient_accumulation", 1)
     reports = [report for report in run.clients if report["round"] == round]
-    # Where steps are fewer than the epochs would take, they say more.
-    samples = sum(min(report["examples"] * training["epochs"], report["steps"] * size) for report in reports)
+    samples = sum(_samples(report, run.recipe["training"]) for report in reports)
     steps, tokens = (sum(report[key] for report in reports) for key in ("steps", "tokens"))
     return samples, steps, tokens
+
+
+def _samples(report: Record, training: Record) -> int:
+    """Return the samples of a client's steps: those of whole epochs, and whole steps of one that was cut short."""
+    examples, size = int(report["examples"]), training["batch_size"] * training.get("gradient_accumulation", 1)
+    # The last step of an epoch has what is left, so an epoch may have fewer samples than its steps have room for.
+    epochs, steps = divmod(report["steps"], max(1, math.ceil(examples / size)))
+    # A branch's report has the steps of several clients.
+    return int(min(examples * training["epochs"], examples * epochs + size * steps))
 
 
 def throughput(run: Run, phase: str) -> dict[str, Spread]:
@@ -253,6 +271,28 @@ def are_alike(nats: float) -> bool:
     A loss is the mean of −log p, so p is exp(nats) times what it was, as a geometric mean over the text.
     """
     return abs(nats) < math.log(SAME)
+
+
+def find_rise(run: Run) -> Rise | None:
+    """Return from which round the judged loss is above its best to the end, and as what; None if it does not rise."""
+    _, rounds, losses = judged_series(run)
+    onset = overfitting_onset(rounds, losses)
+    if onset is None:
+        return None
+    train = dict(zip(*series(run, "train_loss"), strict=True))
+    # Round 0 trains nothing: after it, the first round's loss is that of the adapter as it began.
+    before = [loss for round, loss in train.items() if round <= max(1, run.best_round or 0)]
+    if not before or onset > max(train):
+        return Rise(onset, "rise")
+    return Rise(onset, "overfitting" if train[max(train)] < before[-1] else "divergence")
+
+
+def train_gap(run: Run) -> tuple[int, float] | None:
+    """Return the last round with both a judged and a training loss, and how far the training loss is below."""
+    _, rounds, losses = judged_series(run)
+    train = dict(zip(*series(run, "train_loss"), strict=True))
+    both = [(round, loss - train[round]) for round, loss in zip(rounds, losses, strict=True) if round in train]
+    return both[-1] if both else None
 
 
 def roughness(losses: Sequence[float]) -> float:
