@@ -236,9 +236,14 @@ def bytes_moved(run: Run) -> int:
     return sum(int(record["bytes_up"] + record["bytes_down"]) for record in run.rounds)
 
 
-def transfers(records: Iterable[Record]) -> int:
+def transfers(run: Run, records: Iterable[Record]) -> int:
     """Return how often an adapter travelled in rounds: to each client, and back from those that are not lost."""
-    return sum(2 * len(record["clients"]) + len(record.get("lost", ())) for record in records)
+    times = 0
+    for record in records:
+        back, lost = len(record["clients"]), len(record.get("lost", ()))
+        # A round that lost too many ends there: it had been sent to all of its clients.
+        times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0)
+    return times
 
 
 def update_bytes(run: Run) -> float:
@@ -246,7 +251,7 @@ def update_bytes(run: Run) -> float:
 
     Before any has, those of the whole adapter.
     """
-    times = transfers(run.rounds)
+    times = transfers(run, run.rounds)
     return bytes_moved(run) / times if times else float(run.plan["payload_bytes"])
 
 

@@ -303,7 +303,7 @@ def _communication(run: Run) -> list[Block]:
             format_bytes(record["bytes_down"]),
             format_bytes(record["bytes_up"]),
             format_bytes(record["bytes_up"] / len(record["clients"])) if record["clients"] else "",
-            format_bytes(whole * figures.transfers([record])),
+            format_bytes(whole * figures.transfers(run, [record])),
         ]
         for record in rounds
     ]
