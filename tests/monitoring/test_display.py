@@ -16,7 +16,7 @@ from fedloom.monitoring.board import Board
 from fedloom.monitoring.display import Terminal, describe_clients, describe_plan, format_round, round_header
 from fedloom.monitoring.observer import Observer
 from fedloom.progress import Clock, Progress
-from fedloom.records.plan import UNKNOWN
+from fedloom.records.plan import UNKNOWN, explain_cut
 from fedloom.text import format_bytes, format_seconds
 
 
@@ -249,3 +249,10 @@ def test_a_private_run_shows_what_was_spent_where_others_show_their_clients_loss
         assert row.split()[1] == seen
         assert header.index(header.split()[1]) + len(header.split()[1]) == row.index(seen) + len(seen)
     assert "train" not in round_header(private=True)
+
+
+def test_what_is_cut_is_never_said_to_be_all() -> None:
+    told = explain_cut(
+        {"cut": 3, "cut_tokens": 99_580, "clients": [{"tokens": 400, "holdout_tokens": 20}], "central_tokens": 0}
+    )
+    assert "leaves out some 99 % of all tokens" in told

@@ -124,7 +124,7 @@ def test_a_run_that_is_named_twice_is_refused(arm: Callable[..., list[Run]]) -> 
 def test_the_page_has_four_figures_and_the_terminal_a_short_table(
     arm: Callable[..., list[Run]], tmp_path: Path
 ) -> None:
-    runs = [*arm(0.0, 2.5), *arm(0.1, 2.4, plan={"payload_bytes": 90_000})]
+    runs = [*arm(0.0, 2.5), *arm(0.1, 2.4, more={1: {"bytes_up": 270_000, "bytes_down": 270_000}})]
     lines: list[str] = []
     page = write_comparison([run.folder for run in runs], tmp_path / "out", by=[MU], say=lines.append)
     for name in ("arms-loss", "arms-last", "arms-drift", "arms-payload"):

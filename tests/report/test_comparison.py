@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.made_runs import make_run
 
 from fedloom.errors import RunError
+from fedloom.records.run import Run
 from fedloom.report.arms_section import group_runs
 from fedloom.report.comparison import (
     build_comparison,
@@ -119,6 +121,48 @@ def test_other_starting_losses_are_a_warning(tmp_path: Path) -> None:
     assert "begin with different losses" in unfairness([one, two], ["one", "two"])[0]
 
 
+EVENLY = [[3.0, 2.5, 2.4], [3.0, 2.6, 2.5], [3.0, 2.7, 2.6]]
+"""Losses of three clients' hold-outs, by round."""
+
+
+def test_without_a_central_hold_out_the_same_clients_must_be_scored(tmp_path: Path) -> None:
+    def judge(name: str, **more: Any) -> Run:
+        return make_run(tmp_path / name, [None] * 3, name=name, **{"clients": EVENLY, **more})
+
+    all_of_them, one_of_them = judge("all"), judge("one", clients=EVENLY[:1])
+    assert unfairness([all_of_them, judge("same")], ["all", "same"]) == []
+    odd = {
+        "one": one_of_them,
+        "central": make_run(tmp_path / "central", [3.0, 2.5, 2.4], name="central"),
+        "others": judge("others", plan={"clients": [{"train_documents": 10, "holdout_documents": 3}] * 3}),
+        "divided": judge("divided", data={"partition": {"kind": "dirichlet", "by": "x", "alpha": 1.0}}),
+    }
+    for name, run in odd.items():
+        assert unfairness([all_of_them, run], ["all", name]) == [
+            f"{name}: other hold-outs than all. Their losses can't be compared."
+        ]
+        assert not any(word in " ".join(conclude([all_of_them, run], ["all", name])) for word in ("ahead", "fastest"))
+    # Losses that differ by less than a thousandth are not of the same documents, though as many are held out.
+    near = judge("near", clients=[[3.001, 2.0, 2.0], *EVENLY[1:]])
+    assert "begin with different losses" in unfairness([all_of_them, near], ["all", "near"])[0]
+    capped = judge("capped", federation={"max_share": 0.5})
+    assert "capped: other measures of the loss" in unfairness([all_of_them, capped], ["all", "capped"])[0]
+    central = [
+        make_run(tmp_path / f"central-{share}", [3.0, 2.5], name="x", federation={"max_share": share})
+        for share in (None, 0.5)
+    ]
+    assert unfairness(central, ["a", "b"]) == []
+
+
+def test_first_falls_are_over_the_same_rounds(tmp_path: Path) -> None:
+    each = make_run(tmp_path / "each", [3.0, 2.8, 2.5, 2.4], name="each")
+    every = make_run(tmp_path / "every", [3.0, None, 2.5, 2.4], name="every", evaluation={"every": 2})
+    assert not [line for line in conclude([each, every], ["each", "every"]) if "fastest" in line]
+    slow = make_run(tmp_path / "slow", [3.0, 2.7, 2.6, 2.4], name="slow")
+    said = "every falls fastest at first: 0.5000 in its first 2 rounds, slow 0.4000."
+    assert said in conclude([slow, every], ["slow", "every"])
+
+
 def test_runs_of_several_seeds_are_one_with_a_spread(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / f"seed-{seed}", [3.0, last], name="same", seed=seed) for seed, last in ((1, 2.0), (2, 2.2))
@@ -160,14 +204,16 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
-    quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", plan={"payload_bytes": 500})
+    half = {round: {"bytes_up": 1500, "bytes_down": 1500} for round in range(1, 5)}
+    quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", more=half)
     slow = make_run(
         tmp_path / "slow", [3.0, 2.8, 2.5], name="slow", seconds={"train": [0, 3, 3], "evaluate": [1, 1, 1]}
     )
     assert conclude([quick, slow], ["quick", "slow"]) == [
         "After round 2, the last that all runs have, quick is ahead: 1.9000, 0.6000 nats a token below slow.",
         "quick falls fastest at first: 0.8000 in its first round, slow 0.2000.",
-        "Overfitting: quick from round 3.",
+        "Divergence: quick from round 3.",
+        "No run overfits in the rounds on record.",
         "slow sends 2.0 times the bytes of quick in an update.",
         "A round of slow takes 4.0 s, 2.0 times one of quick.",
     ]
@@ -176,6 +222,27 @@ def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
     assert conclude([slow, rounded], ["slow", "rounded"])[0] == (
         "After round 2, the last that all have, none is ahead by 0.0001 nats a token."
     )
+
+
+def test_overfitting_is_what_the_training_loss_makes_of_a_rise(tmp_path: Path) -> None:
+    losses = [3.0, 2.2, 1.9, 2.0, 2.1]
+    learns = make_run(tmp_path / "learns", losses, name="learns", train=[2.5, 2.0, 1.5, 1.0])
+    breaks = make_run(tmp_path / "breaks", losses, name="breaks")
+    said = conclude([learns, breaks], ["learns", "breaks"])
+    assert said[:2] == ["Overfitting: learns from round 3.", "Divergence: breaks from round 3."]
+    text = to_markdown(build_comparison([learns, breaks]))
+    assert "| Loss rises | overfitting from round 3 | divergence from round 3 |" in text
+    assert "| Held-out above training loss | +1.1000 in round 4 | +0.0000 in round 4 |" in text
+
+
+def test_of_seeds_that_end_elsewhere_the_last_loss_is_called_shared(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"seed-{seed}", losses, name="same", seed=seed)
+        for seed, losses in ((1, [3.0, 2.0]), (2, [3.0, 2.2, 1.0]))
+    ]
+    text = to_markdown(build_comparison(runs))
+    assert "| Runs | Seeds | Last shared loss | Best mean until then |" in text
+    assert "| 2.1000 ± 0.1414 | 2.1000 |" in text
 
 
 def test_words_about_losses_are_only_for_losses_of_the_same_thing(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ SLOWER = [3.0, 2.79, 2.775, 2.765, 2.759, 2.754, 2.7493, 2.7445]
 """Its last round brings 2 % of the whole fall, and forty more rounds as much again."""
 FLAT = [3.0, 2.5, 2.3, 2.25, 2.24, 2.2399, 2.2398, 2.2397]
 OVERFIT = [3.0, 2.0, 1.9, 2.1, 2.3]
+FALLS_AGAIN = [3.0, 2.0, 1.9, 2.1, 2.3, 2.2]
+LEARNT = [2.9, 1.9, 1.7, 1.5, 1.3]
+"""Training losses of its rounds, which fall on."""
+ALTERNATE = {1: {"shares": {"0": 1.0}}, 2: {"shares": {"1": 0.6, "2": 0.4}}}
 SLOW_EVALUATION = {"train": [0, 1, 1, 1], "evaluate": [9, 9, 9, 9]}
 SHARES = {"0": 0.1, "1": 0.1, "2": 0.8}
 ALONE = {"local": {"0": {"losses": [3.0, 2.3], "tokens": 9}}}
@@ -26,13 +30,18 @@ EVEN = {"train": [0, 1.33, 1.33, 1.33], "evaluate": [1, 1, 1, 1]}
 CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, Any]]] = [
     (o.the_fall, {"central": FALLING}, "fell by 1.0000 nats a token, from 3.0000 to 2.0000 (-33.3 %)", {"central": [3.0]}),
     (o.the_fall, {"central": [2.0, 2.5]}, "rose by 0.5000", {"central": [None, None]}),
+    (o.the_fall, {"central": [2.0, 2.5, 2.00001]}, "The central loss stayed at 2.0000 nats a token, in 2 rounds.", {"central": [3.0]}),
+    (o.its_pace, {"central": [3.0, 3.1, 2.8, 2.6]}, "In the first round it rose by 0.1000 and the last round brought 0.2000: the", {"central": FALLING[:3]}),
     (o.its_pace, {"central": FALLING}, "first round brought 0.5000 of it and the last round 0.2000: the central loss was lower in round 3 than ever, and so few rounds can't tell", {"central": FALLING[:3]}),
     (o.its_pace, {"central": SLOWER[:6]}, "the last round 0.0050: the central loss was lower in round 5 than ever", {"central": [2.0, 2.5, 2.6, 2.7]}),
     (o.its_pace, {"central": SLOWER}, "of it, each of the last 3 0.0048 on average: the central loss was still falling in round 7", {"central": [3.0, 2.0, 1.9, 2.4]}),
     (o.its_pace, {"central": FLAT}, "each of the last 3 0.0001 on average: the central loss had levelled off", {"central": [*FLAT, 2.24]}),
     (o.the_best_round, {"central": OVERFIT}, "best round is 2 (1.9000), not the last: the central loss was 0.4000 higher", {"central": FALLING}),
-    (o.overfitting, {"central": OVERFIT}, "sets in at round 3", {"central": [3.0, 2.0, 1.9, 2.1, 2.0]}),
-    (o.the_gap, {"central": FALLING, "train": [2.0, 1.8, 1.5]}, "0.5000 below the central loss", {"central": FALLING}),
+    (o.overfitting, {"central": OVERFIT, "train": LEARNT}, "Overfitting sets in at round 3: from there the central loss stays above its best while the training loss falls.", {"central": [3.0, 2.0, 1.9, 2.1, 2.0]}),
+    (o.overfitting, {"central": FALLS_AGAIN, "train": [*LEARNT[:3], 2.0, 2.1]}, "From round 3 on the central loss stays above its best, and the training loss did not fall either: it diverges", {"central": FALLING}),
+    (o.overfitting, {"central": OVERFIT, "train": [None] * 4}, "From round 3 on the central loss stays above its best.", {"central": FALLING}),
+    (o.the_gap, {"central": FALLING, "train": [2.0, 1.8, 1.5]}, "In round 3 the training loss is 0.5000 below the central loss", {"central": FALLING}),
+    (o.the_gap, {"central": [*FALLING, None], "train": [2.0, 1.8, 1.5, 1.0]}, "In round 3 the training loss is 0.5000 below", {"central": [*FALLING, None], "train": [2.5, 2.2, 2.0, 1.0]}),
     (o.the_clients, {"central": [3, 2], "clients": [[3, 2.0], [3, 2.1], [3, 2.6]]}, "client 0 ends at 2.0000 and client 2 at 2.6000, 27 %", {"central": [3, 2], "clients": [[3, 2.0], [3, 2.05]]}),
     (o.the_proximal_term, {"central": FALLING}, "With μ = 0.1 the proximal gradient was 6 %", {"central": FALLING, "training": {"proximal_mu": 0.0}}),
     (o.the_proximal_term, {"central": FALLING, "more": {3: {"proximal_ratio": 16.3}}}, "was 16 times the loss gradient in the last round (at most 16 times it in any round). With more", {"central": [3.0]}),
@@ -41,6 +50,7 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_lost, {"central": FALLING, "lost": {2: [1]}}, "lost in 1 of 3 rounds (round 2: 1)", {"central": FALLING}),
     (o.the_refused, {"central": FALLING, "refused": {2: ["late"], 3: ["second"]}}, "2 updates that nobody had asked for were refused, the last: second", {"central": FALLING}),
     (o.the_weight, {"central": FALLING, "more": {1: {"shares": SHARES}, 2: {"shares": {"0": 0.5, "2": 0.5}}}}, "Client 2 had up to 80 % of a round's weight, more than all others together.", {"central": FALLING, "more": {1: {"shares": {"0": 0.5, "2": 0.5}}}}),
+    (o.the_weight, {"central": FALLING, "more": ALTERNATE}, "In some round, each of these had more of the weight than all others together: client 0 (up to 100 %), client 1 (up to 60 %).", {"central": FALLING}),
     (o.the_weight, {"central": FALLING, "more": {2: {"shares": SHARES, "capped": [2]}}, "federation": {"max_share": 0.8}}, "Capped at 80 % of the weight (federation.max_share): client 2.", {"central": FALLING}),
     (o.the_scaled, {"central": FALLING, "more": {1: {"scaled": {"1": 12.0}}, 3: {"scaled": {"1": 1234.5}}}}, "scaled down: client 1 (up to 1,234 times)", {"central": FALLING}),
     (o.the_memory, {"central": FALLING, "at_once": {2: 4}}, "not enough in round 2: 4 clients at once from then on", {"central": FALLING}),

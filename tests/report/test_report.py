@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.made_runs import make_run
@@ -21,7 +22,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import to_markdown
-from fedloom.report.figures import reach, roughness
+from fedloom.report.figures import client_work, reach, roughness
 from fedloom.report.plots import Plot, draw
 from fedloom.report.run_report import build_report, load_reference, write_report
 
@@ -262,7 +263,7 @@ def test_the_published_trajectory_is_laid_over(tmp_path: Path) -> None:
 
 
 def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
-    made = make_run(tmp_path / "run", [3.0, 2.0, 1.9, 2.1, 2.3])
+    made = make_run(tmp_path / "run", [3.0, 2.0, 1.9, 2.1, 2.3], train=[2.5, 2.0, 1.5, 1.0])
     loss = next(figure for figure in build_report(made).figures if figure.name == "loss").plot
     assert [mark.name for mark in loss.marks] == ["best", "overfitting"]
     assert "overfitting" in draw(loss)
@@ -270,6 +271,50 @@ def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
     assert "overfitting" not in draw(
         next(figure for figure in build_report(falling).figures if figure.name == "loss").plot
     )
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs", "steps", "samples"),
+    [(14, 2, 2, 14), (16, 2, 2, 16), (18, 2, 2, 18), (14, 2, 3, 26), (14, 2, 4, 28), (24, 1, 2, 24), (30, 3, 1, 12)],
+)
+def test_samples_are_those_of_short_last_batches(
+    examples: int, epochs: int, steps: int, samples: int, tmp_path: Path
+) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5], training={"batch_size": 12, "epochs": epochs, "max_steps": steps})
+    reports = [{**report, "examples": examples, "steps": steps} for report in made.clients]
+    assert client_work(replace(made, clients=reports), 1)[0] == 3 * samples
+
+
+def test_baselines_are_drawn_over_the_rounds_of_the_federation(tmp_path: Path) -> None:
+    ends = {"pooled": {"losses": [3.0, 2.6, 2.4], "tokens": 9}}
+    losses = [3.0, None, 2.5, None, 2.2]
+    made = make_run(tmp_path / "run", losses, baselines=ends, evaluation={"every": 2})
+    figure = next(figure for figure in build_report(made).figures if figure.name == "baselines")
+    assert [list(line.x) for line in figure.plot.lines] == [[0, 2, 4], [0.0, 2.0, 4.0]]
+    assert "Those of a baseline, 2, are spread over the federation's 4." in figure.caption
+    alike = make_run(tmp_path / "alike", [3.0, 2.5, 2.2], baselines=ends)
+    figure = next(figure for figure in build_report(alike).figures if figure.name == "baselines")
+    assert "spread" not in figure.caption
+
+
+@pytest.mark.parametrize(
+    ("federation", "is_averaged"),
+    [
+        ({}, True),
+        ({"lora_rule": "rolora"}, True),
+        ({"lora_rule": "svd"}, False),
+        ({"lora_rule": "fedex"}, False),
+        ({"strategy": {"kind": "krum", "malicious": 0}}, False),
+    ],
+    ids=str,
+)
+def test_the_error_of_averaging_is_that_of_rules_that_average(
+    federation: dict[str, Any], is_averaged: bool, tmp_path: Path
+) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5], more={1: {"lora_error": 0.3}}, federation=federation)
+    text = to_markdown(build_report(made))
+    assert ("| LoRA averaging error |" in text) == is_averaged
+    assert ("| Error, had factors been averaged |" in text) != is_averaged
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class AdaptedModel:
         tokenizer: Any = None,
     ) -> None:
         self.base = base
+        self.num_base_parameters = sum(value.numel() for value in base.parameters())
+        """Weights of the base model without the adapter, which PEFT puts into it."""
         self.config = config and _seeded(config, seed)
         self.model = _wrap(base, self.config, seed)
         # Left out, or "all-linear", they are what PEFT found: whoever opens the adapter may have other defaults.

@@ -337,6 +337,7 @@ def make_plan(
         slow_attention=is_slow(material.source.config),
         slow_dtype=not has_in_hardware(setup.dtype, setup.device),
         parameters=setup.shape.num_parameters,
+        base_parameters=setup.shape.num_base_parameters,
         trainable_parameters=setup.shape.layout.size,
         payload_bytes=setup.payload_bytes,
         data=material.found.source,

@@ -166,8 +166,9 @@ def _in_federation(recipe: Recipe, plan: Plan, *, here: bool) -> Found:
         yield "federation.early_stop", f"the run is over after {count(section.rounds, 'round')}, before its patience is"
     if (section.keep_every or 0) > section.rounds:
         yield "federation.keep_every", f"the run is over after {count(section.rounds, 'round')}"
-    if (section.max_bytes or 0) >= section.rounds * plan.bytes_per_round:
-        yield "federation.max_bytes", f"all rounds take {section.rounds * plan.bytes_per_round:,} bytes"
+    if (section.max_bytes or 0) >= section.rounds * plan.bytes_per_round and plan.bytes_are != "at first":
+        most = f"{plan.bytes_are} {section.rounds * plan.bytes_per_round:,}".lstrip()
+        yield "federation.max_bytes", f"all rounds take {most} bytes"
     patterns = "rank_pattern" in recipe.adapter.options
     if set(section.client_ranks or ()) == {recipe.adapter.rank} and not patterns:
         yield "federation.client_ranks", "each of them is adapter.rank"
@@ -231,8 +232,9 @@ def _of_little_effect(
     if here and recipe.training.devices != "all" and spare > 0:
         yield "training.devices", f"names {spare} more than clients train in a round, which wait in it"
     most, whole = recipe.federation.max_bytes or 0, recipe.federation.rounds * plan.bytes_per_round
-    if most < whole:
-        rounds = f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"
+    if most < whole and plan.bytes_are != "at most":
+        rounds = "at most " * bool(plan.bytes_are)
+        rounds += f"{most // plan.bytes_per_round} of {count(recipe.federation.rounds, 'round')}"
         yield "federation.max_bytes", f"ends the run after {rounds}, or a few more where clients do not answer"
     if most_rank := _find_most_rank(adapted):
         yield "adapter.rank", f"gives a layer more factors than the {most_rank} that its smaller side can use"

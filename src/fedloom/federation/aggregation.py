@@ -162,9 +162,10 @@ def fedavgm(strategy: Strategy) -> Aggregate:
 
 
 def fedadam(strategy: Strategy) -> Aggregate:
-    """Step by m/(√v + τ), with v a decaying mean of Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
+    """Step by m/(√v + τ), with v a decaying mean of Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2), at a rate
+    corrected as Flower's for the zeros that m and v start from: η √(1 − β₂ᵗ⁺¹) / (1 − β₁ᵗ⁺¹) in round t.
 
-    The rate is corrected for the zeros that m and v start from. The correction is Flower's, one round ahead of Adam's.
+    Adam's correction has t where this has t + 1.
     """
     rate, beta_1, beta_2, tau = (strategy.setting(key) for key in ("learning_rate", "beta_1", "beta_2", "tau"))
 

@@ -290,6 +290,7 @@ def describe_plan(plan: Plan) -> dict[str, str]:
     holdouts = _range([client.holdout_documents for client in clients])
     blocks = _range([client.blocks for client in clients])
     kept = plan.kept_adapters * plan.payload_bytes
+    each_round = f"{plan.bytes_are} {format_bytes(plan.bytes_per_round)} a round".lstrip()
     payload = "a model" if plan.trainable_parameters == plan.parameters else "an adapter"
     rows = {
         "model": f"{plan.model} ({plan.model_revision})",
@@ -309,7 +310,7 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         **({"tasks": "\n".join(plan.tasks)} if plan.tasks else {}),
         **({"kept": f"{count(plan.kept_adapters, 'adapter')} of rounds, {format_bytes(kept)}"} if kept else {}),
         **({"privacy": explain_privacy(plan.privacy), "noise": explain_noise(plan.privacy)} if plan.privacy else {}),
-        "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {format_bytes(plan.bytes_per_round)} a round",
+        "bytes": f"{format_bytes(plan.payload_bytes)} {payload}, {each_round}",
         **({"without": _explain_arms(plan)} if plan.arms else {}),
         "device": ", ".join([plan.device, plan.dtype, f"engine {plan.engine}", *plan.ways]),
     }

@@ -154,6 +154,10 @@ class Plan:
     """True where the run's adapters are what clients share of theirs, and the rest stays with clients elsewhere."""
     capped: Mapping[str, float] = field(default_factory=dict)
     """Shares that the clients whose share is capped would have had, by name."""
+    base_parameters: int = 0
+    """Parameters of the base model alone; 0 in plans of earlier versions."""
+    bytes_are: str = ""
+    """Relation of `bytes_per_round` to what rounds take, `at most` or `at first`, where they don't all take as much."""
 
     @classmethod
     def of(
@@ -178,6 +182,10 @@ class Plan:
             kept_adapters=federation.rounds // federation.keep_every if federation.keep_every else 0,
             whole_steps=whole_steps if training.max_steps else (),
             proximal_mu=training.proximal_mu,
+            # A residual grows from round to round; half an adapter, or its first ranks, are less than a whole one.
+            bytes_are="at first"
+            if federation.lora_rule == "fedex"
+            else "at most" * (federation.lora_rule == "rolora" or bool(federation.client_ranks)),
             **facts,
         )
 
@@ -238,7 +246,7 @@ class Plan:
 
     @property
     def bytes_per_round(self) -> int:
-        """Bytes of payload, down and up."""
+        """Bytes of payload, down and up, of a round in which each client is sent an adapter and sends one."""
         return 2 * self.clients_per_round * self.payload_bytes
 
     @property
@@ -283,6 +291,7 @@ class Plan:
             *("slow_attention", "slow_dtype", "shares", "capped", "whole_steps"),
             *("evaluated_rounds", "kept_adapters", "later", "arms", "arm_tokens", "arms_at_once"),
             *("privacy", "tasks", "elsewhere", "shared_alone", "lacks_memory", "cut", "cut_tokens"),
+            *("base_parameters", "bytes_are"),
         )
         return {key: value for key, value in told.items() if value or key not in later}
 
@@ -330,7 +339,7 @@ def explain_cut(plan: Mapping[str, Any]) -> str:
     kept = sum(client["tokens"] + client["holdout_tokens"] for client in plan["clients"]) + plan["central_tokens"]
     lost = plan.get("cut_tokens", 0)
     share = lost / max(1, lost + kept)
-    told = f', which leaves out some {100 * share:.0f} % of all tokens; data.window = "blocks" takes them'
+    told = f', which leaves out some {min(99, round(100 * share))} % of all tokens; data.window = "blocks" takes them'
     return f"{count(plan['cut'], 'document')} at data.max_length{told if share >= CUT_SHARE else ''}"
 
 

@@ -166,7 +166,7 @@ def tabulate_arms(grouped: Arms) -> Table:
                 _spread(arm.last_losses),
                 _spread(best),
                 _spread(arm.last_drifts),
-                format_bytes(max(run.plan["payload_bytes"] for run in runs)),
+                format_bytes(max(map(figures.update_bytes, runs))),
             ]
         )
     last, best_until = ("Last loss", "Best loss") if not _go_on(grouped) else ("Last shared loss", "Best until then")
@@ -297,13 +297,13 @@ def draw_arms(arms: Sequence[Arm]) -> list[Figure]:
                 ),
             )
         )
-    if len({run.plan["payload_bytes"] for run in runs}) > 1:
+    if len({figures.update_bytes(run) for run in runs}) > 1:
         found.append(
             Figure(
                 "arms-payload",
                 "The last loss against the bytes of an update, on a logarithmic scale: a point for each run.",
                 Plot(
-                    _scatter(arms, [[run.plan["payload_bytes"] for run in arm.runs.values()] for arm in arms]),
+                    _scatter(arms, [[*map(figures.update_bytes, arm.runs.values())] for arm in arms]),
                     x_label="bytes of an update",
                     y_label=loss,
                     log_x=True,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Figure, Table, Text
-from fedloom.report.figures import are_alike, count_rounds, describe_judge, judged_series, series
+from fedloom.report.figures import are_alike, completed, count_rounds, describe_judge, judged_series, series
 from fedloom.report.plots import Line, Plot
 from fedloom.text import count
 
@@ -68,6 +68,11 @@ def show_baselines(run: Run, loss_axis: str) -> list[Block]:
                 ]
             )
     drawn = [thing for thing in things if len(thing.losses) > 1][:6]
+    rounds, fewer = completed(run), {len(thing.losses) - 1 for thing in drawn if thing is not things[0]}
+    # It has as many passes over its documents as the federation, of whose clients only some may train in a round.
+    spread = (
+        "" if fewer <= {rounds} else f" Those of a baseline, {fewer.pop()}, are spread over the federation's {rounds}."
+    )
     return [
         Text(
             "All of them start from the same adapter and are judged alike, by"
@@ -76,14 +81,26 @@ def show_baselines(run: Run, loss_axis: str) -> list[Block]:
         Table(["Trained", "Tokens", "Best loss", "Last loss"], rows),
         Figure(
             "baselines",
-            "Loss by round of the federation and its baselines.",
+            f"Loss by round of the federation and its baselines.{spread}",
             Plot(
-                [Line(thing.name, range(len(thing.losses)), thing.losses) for thing in drawn],
-                x_label="round",
+                [
+                    Line(
+                        thing.name,
+                        judged_series(run)[1] if thing is things[0] else _spread_over(rounds, len(thing.losses) - 1),
+                        thing.losses,
+                    )
+                    for thing in drawn
+                ],
+                x_label="round of the federation" if spread else "round",
                 y_label=loss_axis,
             ),
         ),
     ]
+
+
+def _spread_over(rounds: int, own: int) -> list[float]:
+    """Return places of a baseline's rounds, the first at 0 and the last at the federation's last."""
+    return [rounds * round / own for round in range(own + 1)]
 
 
 def did_it_help(run: Run) -> str | None:

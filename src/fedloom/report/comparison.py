@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.records.run import MEND, Run, flatten, overfitting_onset, read_run
+from fedloom.records.run import MEND, Run, flatten, read_run
 from fedloom.records.sweep_folder import is_done, is_sweep, list_runs
 from fedloom.report import figures
 from fedloom.report.arms_section import (
@@ -27,7 +27,7 @@ from fedloom.report.arms_section import (
 from fedloom.report.cost_section import show_convergence, show_cost
 from fedloom.report.document import Block, Bullets, Document, Figure, Section, Table, Text, to_lines
 from fedloom.report.fairness import OVER_SEEDS, mixes_seeds, settings_of, unfairness, unfairness_in_tables
-from fedloom.report.observations import the_weight
+from fedloom.report.observations import SHOWN, the_weight
 from fedloom.report.plots import Line, Plot
 from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
@@ -35,12 +35,12 @@ from fedloom.report.tasks_section import compare_tasks
 from fedloom.report.worth_section import show_worth_over_seeds
 from fedloom.text import format_bytes
 
+LITTLE = 0.05
+"""Share by which the bytes of updates must differ before a sentence says so: less is `1.0 times`."""
 NOTICEABLE = 0.1
 """Share by which two figures must differ before a sentence says so."""
 MOST_IN_TITLE = 3
 """Runs whose names stand in the title."""
-SHOWN_GAP = 5e-5
-"""Nats that show in four digits after the point; runs nearer to one another may differ by rounding alone."""
 
 
 def write_comparison(
@@ -96,7 +96,7 @@ def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:
             f"{figures.completed(run)} of {run.recipe['federation']['rounds']}",
             f"{min(losses):.4f} in {rounds[losses.index(min(losses))]}",
             f"{losses[-1]:.4f} in {rounds[-1]}",
-            format_bytes(run.plan["payload_bytes"]),
+            format_bytes(figures.update_bytes(run)),
             f"{figures.total_seconds(run):,.1f} s{', its part' if figures.shares_a_pass(run) else ''}",
         ]
         for name, run in zip(names, runs, strict=True)
@@ -149,33 +149,42 @@ def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def conclude(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """Say in sentences what the tables show; each sentence only if it is true of these runs."""
-    curves = [figures.judged_series(run)[1:] for run in runs]
-    last_shared = shared_rounds(runs)[-1]
+    first_shared, *later = shared_rounds(runs)
+    last_shared = later[-1] if later else first_shared
     shared = {name: loss_after(run, last_shared) for name, run in zip(names, runs, strict=True)}
     sentences = []
     ahead, behind = min(shared, key=shared.__getitem__), max(shared, key=shared.__getitem__)
     comparable = not unfairness(runs, names)
     gap = shared[behind] - shared[ahead]
-    if comparable and gap >= SHOWN_GAP:
+    if comparable and gap >= SHOWN:
         sentences.append(
             f"After round {last_shared}, the last that all runs have, {ahead} is ahead: {shared[ahead]:.4f},"
             f" {gap:.4f} nats a token below {behind}."
         )
     elif comparable and gap > 0:
         sentences.append(f"After round {last_shared}, the last that all have, none is ahead by 0.0001 nats a token.")
-    falls = {name: losses[0] - losses[1] for name, (_, losses) in zip(names, curves, strict=True) if len(losses) > 1}
-    if comparable and len(falls) > 1:
+    # Where not all rounds are evaluated, the first fall of one run may be that of more rounds than another's.
+    falls = {
+        name: loss_after(run, first_shared) - loss_after(run, later[0])
+        for name, run in zip(names, runs, strict=True)
+        if later
+    }
+    if comparable and falls:
         first, other = max(falls, key=falls.__getitem__), min(falls, key=falls.__getitem__)
         if falls[first] > 0 and falls[first] - falls[other] > NOTICEABLE * falls[first]:
+            begin = "its first round" if later[0] - first_shared == 1 else f"its first {later[0] - first_shared} rounds"
             sentences.append(
-                f"{first} falls fastest at first: {falls[first]:.4f} in its first round, {other} {falls[other]:.4f}."
+                f"{first} falls fastest at first: {falls[first]:.4f} in {begin}, {other} {falls[other]:.4f}."
             )
-    onsets = {name: overfitting_onset(*curve) for name, curve in zip(names, curves, strict=True)}
-    late = [f"{name} from round {onset}" for name, onset in onsets.items() if onset is not None]
-    sentences.append(f"Overfitting: {', '.join(late)}." if late else "No run overfits in the rounds on record.")
-    payloads = {name: run.plan["payload_bytes"] for name, run in zip(names, runs, strict=True)}
+    late: dict[str, list[str]] = {"overfitting": []}
+    for name, run in zip(names, runs, strict=True):
+        if rise := figures.find_rise(run):
+            late.setdefault(rise.kind, []).append(f"{name} from round {rise.round}")
+    sentences += [f"{kind.capitalize()}: {', '.join(which)}." for kind, which in late.items() if which]
+    sentences += ["No run overfits in the rounds on record."] * (not late["overfitting"])
+    payloads = {name: figures.update_bytes(run) for name, run in zip(names, runs, strict=True)}
     small, large = min(payloads, key=payloads.__getitem__), max(payloads, key=payloads.__getitem__)
-    if payloads[small] < payloads[large]:
+    if payloads[large] > (1 + LITTLE) * payloads[small]:
         sentences.append(
             f"{large} sends {payloads[large] / payloads[small]:.1f} times the bytes of {small} in an update."
         )
@@ -210,6 +219,7 @@ def _losses(runs: Sequence[Run], names: Sequence[str], groups: Mapping[str, Sequ
     curves = [figures.judged_series(run) for run in runs]
     shared = shared_rounds(runs)
     first, last = shared[0], shared[-1]
+    rises = [figures.find_rise(run) for run in runs]
     by_round = [dict(zip(rounds, losses, strict=True)) for _, rounds, losses in curves]
     rows = [
         ["Judged by", *(name for name, _, _ in curves)],
@@ -222,16 +232,12 @@ def _losses(runs: Sequence[Run], names: Sequence[str], groups: Mapping[str, Sequ
             *(f"{min(losses):.4f} in round {rounds[losses.index(min(losses))]}" for _, rounds, losses in curves),
         ],
         ["Last loss", *(f"{losses[-1]:.4f} in round {rounds[-1]}" for _, rounds, losses in curves)],
-        ["Overfitting", *(_onset(overfitting_onset(rounds, losses)) for _, rounds, losses in curves)],
+        ["Loss rises", *(f"{rise.kind} from round {rise.round}" if rise else "no" for rise in rises)],
         ["Stability: movement that went up", *(f"{100 * figures.roughness(losses):.1f} %" for _, _, losses in curves)],
     ]
-    gaps = {
-        name: losses[-1] - train[-1]
-        for name, run, (_, _, losses) in zip(names, runs, curves, strict=True)
-        if (train := figures.series(run, "train_loss")[1])
-    }
-    if gaps:
-        rows.append(["Held-out above training loss", *(f"{gaps[name]:+.4f}" if name in gaps else "" for name in names)])
+    gaps = [f"{gap[1]:+.4f} in round {gap[0]}" if (gap := figures.train_gap(run)) else "" for run in runs]
+    if any(gaps):
+        rows.append(["Held-out above training loss", *gaps])
     lines = [Line(name, rounds, losses) for name, (_, rounds, losses) in zip(names, curves, strict=True)]
     blocks: list[Block] = [
         Table(["", *names], rows),
@@ -261,6 +267,9 @@ def _group_by_seeds(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list
 def _over_seeds(groups: Mapping[str, Sequence[Run]]) -> list[Block]:
     """Show runs that differ only in their seed as one: their mean and its spread; nothing if there are none."""
     rows, lines = [], []
+    ends = [{figures.judged_series(run)[1][-1] for run in members} for members in groups.values()]
+    alike = all(len(rounds) == 1 for rounds in ends)
+    last, best = ("Last loss", "Best mean loss") if alike else ("Last shared loss", "Best mean until then")
     for title, members in groups.items():
         rounds, spreads = spread_by_round(members)
         means, deviations = [s.mean for s in spreads], [s.deviation for s in spreads]
@@ -279,7 +288,7 @@ def _over_seeds(groups: Mapping[str, Sequence[Run]]) -> list[Block]:
         return []
     return [
         Text("Runs that differ only in their seed, taken together: mean and standard deviation over seeds."),
-        Table(["Runs", "Seeds", "Last loss", "Best mean loss"], rows, text_columns=2),
+        Table(["Runs", "Seeds", last, best], rows, text_columns=2),
         Figure(
             "comparison-seeds",
             "Mean over seeds, with one standard deviation.",
@@ -294,7 +303,3 @@ def _names(runs: Sequence[Run]) -> list[str]:
     folders = [run.folder.resolve().name for run in runs]
     names = [name if recipes.count(name) == 1 else folder for name, folder in zip(recipes, folders, strict=True)]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
-
-
-def _onset(round: int | None) -> str:
-    return "none" if round is None else f"from round {round}"

@@ -9,11 +9,11 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from fedloom.records.run import Record, Run, judged_loss
+from fedloom.records.run import Record, Run, judged_loss, overfitting_onset
 from fedloom.text import count
 
 SAME = 1.0005
@@ -26,6 +26,15 @@ OUTLIER_SPREADS, OUTLIER_SHARE = 5.0, 1.15
 """Thresholds of an unusually long round: median absolute deviations above the median, and times the median."""
 OUTLIER_SECONDS = 1.0
 """Seconds above the median that are worth a word."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """The round from which the judged loss rose, never again as low as its best, and what that is called."""
+
+    round: int
+    kind: str
+    """`overfitting` where the training loss fell meanwhile, `divergence` where it did not, else `rise`."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,13 @@ def count_rounds(run: Run) -> dict[int, int]:
     return {client: counted[client] for client in able}
 
 
-def largest_share(run: Run) -> tuple[int, float] | None:
-    """Return the client with the largest share of the weight in any round, and that; None where none is on record."""
-    shares = [(share, -int(client)) for record in run.rounds for client, share in record.get("shares", {}).items()]
-    return (-max(shares)[1], max(shares)[0]) if shares else None
+def largest_shares(run: Run) -> dict[int, float]:
+    """Return each client's largest share of a round's weight, by its number; empty where none is on record."""
+    largest: dict[int, float] = {}
+    for record in run.rounds:
+        for client, share in record.get("shares", {}).items():
+            largest[int(client)] = max(share, largest.get(int(client), 0.0))
+    return dict(sorted(largest.items()))
 
 
 def trained_rounds(run: Run) -> list[Record]:
@@ -169,13 +181,19 @@ def phase_shares(run: Run) -> dict[str, float]:
 def client_work(run: Run, round: int) -> tuple[int, int, int]:
     """Return the samples, steps and tokens that the clients trained on in a round."""
     # A report's steps and tokens count every epoch; its examples are those that a client holds.
-    training = run.recipe["training"]
-    size = training["batch_size"] * training.get("gradient_accumulation", 1)
     reports = [report for report in run.clients if report["round"] == round]
-    # Where steps are fewer than the epochs would take, they say more.
-    samples = sum(min(report["examples"] * training["epochs"], report["steps"] * size) for report in reports)
+    samples = sum(_samples(report, run.recipe["training"]) for report in reports)
     steps, tokens = (sum(report[key] for report in reports) for key in ("steps", "tokens"))
     return samples, steps, tokens
+
+
+def _samples(report: Record, training: Record) -> int:
+    """Return the samples of a client's steps: those of whole epochs, and whole steps of one that was cut short."""
+    examples, size = int(report["examples"]), training["batch_size"] * training.get("gradient_accumulation", 1)
+    # The last step of an epoch has what is left, so an epoch may have fewer samples than its steps have room for.
+    epochs, steps = divmod(report["steps"], max(1, math.ceil(examples / size)))
+    # A branch's report has the steps of several clients.
+    return int(min(examples * training["epochs"], examples * epochs + size * steps))
 
 
 def throughput(run: Run, phase: str) -> dict[str, Spread]:
@@ -230,12 +248,36 @@ def peak_memory(run: Run, kind: str) -> dict[str, int]:
 
 def full_model_bytes(run: Run) -> int:
     """Return the bytes of one copy of the whole model in float32, as adapters are sent."""
-    return 4 * int(run.plan["parameters"] - run.plan["trainable_parameters"])
+    plan = run.plan
+    if "base_parameters" in plan:
+        return 4 * int(plan["base_parameters"])
+    # Plans of earlier versions: all that is trained is beside the base model, or it is the base model.
+    beside = plan["trainable_parameters"] if plan["trainable_parameters"] < plan["parameters"] else 0
+    return 4 * int(plan["parameters"] - beside)
 
 
 def bytes_moved(run: Run) -> int:
     """Return the bytes of all adapters exchanged, both ways, over all rounds."""
     return sum(int(record["bytes_up"] + record["bytes_down"]) for record in run.rounds)
+
+
+def transfers(run: Run, records: Iterable[Record]) -> int:
+    """Return how often an adapter travelled in rounds: to each client, and back from those that are not lost."""
+    times = 0
+    for record in records:
+        back, lost = len(record["clients"]), len(record.get("lost", ()))
+        # A round that lost too many ends there: it had been sent to all of its clients.
+        times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0)
+    return times
+
+
+def update_bytes(run: Run) -> float:
+    """Return the bytes of an adapter as it travelled, the mean over clients, rounds and both ways.
+
+    Before any has, those of the whole adapter.
+    """
+    times = transfers(run, run.rounds)
+    return bytes_moved(run) / times if times else float(run.plan["payload_bytes"])
 
 
 def reach(run: Run, loss: float) -> dict[str, float] | None:
@@ -259,6 +301,28 @@ def are_alike(nats: float) -> bool:
     A loss is the mean of −log p, so p is exp(nats) times what it was, as a geometric mean over the text.
     """
     return abs(nats) < math.log(SAME)
+
+
+def find_rise(run: Run) -> Rise | None:
+    """Return from which round the judged loss is above its best to the end, and as what; None if it does not rise."""
+    _, rounds, losses = judged_series(run)
+    onset = overfitting_onset(rounds, losses)
+    if onset is None:
+        return None
+    train = dict(zip(*series(run, "train_loss"), strict=True))
+    # Round 0 trains nothing: after it, the first round's loss is that of the adapter as it began.
+    before = [loss for round, loss in train.items() if round <= max(1, run.best_round or 0)]
+    if not before or onset > max(train):
+        return Rise(onset, "rise")
+    return Rise(onset, "overfitting" if train[max(train)] < before[-1] else "divergence")
+
+
+def train_gap(run: Run) -> tuple[int, float] | None:
+    """Return the last round with both a judged and a training loss, and how far the training loss is below."""
+    _, rounds, losses = judged_series(run)
+    train = dict(zip(*series(run, "train_loss"), strict=True))
+    both = [(round, loss - train[round]) for round, loss in zip(rounds, losses, strict=True) if round in train]
+    return both[-1] if both else None
 
 
 def roughness(losses: Sequence[float]) -> float:

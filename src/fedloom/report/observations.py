@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedloom.records.run import Run, overfitting_onset
+from fedloom.records.run import Run
 from fedloom.report.baselines_section import did_it_help
 from fedloom.report.figures import (
     bytes_moved,
     client_series,
+    find_rise,
     full_model_bytes,
     judged_series,
-    largest_share,
+    largest_shares,
     phase_shares,
     series,
+    train_gap,
     trained_rounds,
+    update_bytes,
 )
 from fedloom.report.tasks_section import tell_tasks
-from fedloom.text import count, format_bytes, format_seconds
+from fedloom.text import count, format_bytes, format_seconds, list_some
 
 NEWEST = 3
 """Newest rounds with a loss, whose pace says if it still falls; nothing does where they are half of all or more."""
@@ -29,6 +32,8 @@ DOMINATES = 0.5
 """Share of the time that a phase must take to be worth a sentence."""
 HALF = 0.5 + 1e-6
 """Share of the weight above which a client is named; two that are equal have as much, by rounding."""
+SHOWN = 5e-5
+"""Nats that show in four digits after the point; losses nearer to one another may differ by rounding alone."""
 GAP = 0.1
 """Nats per token by which training loss must lie below held-out loss to be worth a sentence."""
 
@@ -39,10 +44,13 @@ def the_fall(run: Run) -> str | None:
     if len(losses) < 2:
         return None
     change = losses[-1] - losses[0]
+    in_rounds = f"in {rounds[-1]} round{'s' if rounds[-1] > 1 else ''}"
+    if abs(change) < SHOWN:
+        return f"The {name} loss stayed at {losses[-1]:.4f} nats a token, {in_rounds}."
     word = "fell" if change < 0 else "rose"
     return (
         f"The {name} loss {word} by {abs(change):.4f} nats a token, from {losses[0]:.4f} to {losses[-1]:.4f}"
-        f" ({100 * change / losses[0]:+.1f} %), in {rounds[-1]} round{'s' if rounds[-1] > 1 else ''}."
+        f" ({100 * change / losses[0]:+.1f} %), {in_rounds}."
     )
 
 
@@ -54,14 +62,17 @@ def its_pace(run: Run) -> str | None:
     name, rounds, losses = judged_series(run)
     if len(losses) < 4 or losses[-1] > min(losses) or losses[-1] >= losses[0]:
         return None
-    first = f"The first {_rounds(rounds[1] - rounds[0])} brought {losses[0] - losses[1]:.4f} of it"
+    gain, begin, brought = losses[0] - losses[1], _rounds(rounds[1] - rounds[0]), ""
+    first = f"The first {begin} brought {gain:.4f} of it"
+    if gain < 0:
+        first, brought = f"In the first {begin} it rose by {-gain:.4f}", " brought"
     if len(losses) <= 2 * NEWEST + 1:
-        last = f"the last {_rounds(rounds[-1] - rounds[-2])} {losses[-2] - losses[-1]:.4f}"
+        last = f"the last {_rounds(rounds[-1] - rounds[-2])}{brought} {losses[-2] - losses[-1]:.4f}"
         ever = f"the {name} loss was lower in round {rounds[-1]} than ever"
         return f"{first} and {last}: {ever}, and so few rounds can't tell what more would bring."
     newest, whole = rounds[-1] - rounds[-1 - NEWEST], rounds[-1] - rounds[0]
     pace = (losses[-1 - NEWEST] - losses[-1]) / newest
-    text = f"{first}, each of the last {newest} {pace:.4f} on average"
+    text = f"{first}, each of the last {newest}{brought} {pace:.4f} on average"
     if pace >= STILL_FALLS * (losses[0] - losses[-1]) / whole:
         return f"{text}: the {name} loss was still falling in round {rounds[-1]}, so more rounds may help."
     return f"{text}: the {name} loss had levelled off."
@@ -85,21 +96,25 @@ def the_best_round(run: Run) -> str | None:
 
 
 def overfitting(run: Run) -> str | None:
-    """Name the round from which the loss rose."""
-    name, rounds, losses = judged_series(run)
-    onset = overfitting_onset(rounds, losses)
-    if onset is None:
+    """Name the round from which the loss stayed above its best, and say whether that is overfitting."""
+    rise = find_rise(run)
+    if rise is None:
         return None
-    return f"Overfitting sets in at round {onset}: from there the {name} loss rises while training goes on."
+    above = f"the {judged_series(run)[0]} loss stays above its best"
+    if rise.kind == "overfitting":
+        return f"Overfitting sets in at round {rise.round}: from there {above} while the training loss falls."
+    told = f"From round {rise.round} on {above}"
+    if rise.kind == "divergence":
+        return f"{told}, and the training loss did not fall either: it diverges, which a smaller step may mend."
+    return f"{told}."
 
 
 def the_gap(run: Run) -> str | None:
     """Say how far the training loss is below the held-out loss, if it is far."""
-    name, _, losses = judged_series(run)
-    _, train = series(run, "train_loss")
-    if not losses or not train or losses[-1] - train[-1] < GAP:
+    found = train_gap(run)
+    if found is None or found[1] < GAP:
         return None
-    return f"In the last round the training loss is {losses[-1] - train[-1]:.4f} below the {name} loss."
+    return f"In round {found[0]} the training loss is {found[1]:.4f} below the {judged_series(run)[0]} loss."
 
 
 def the_clients(run: Run) -> str | None:
@@ -185,12 +200,18 @@ def the_refused(run: Run) -> str | None:
 
 
 def the_weight(run: Run) -> str | None:
-    """Name the client that had more than half of the weight, and those whose share was capped."""
-    found, limit = largest_share(run), run.recipe["federation"].get("max_share")
+    """Name the clients that had more than half of a round's weight, and those whose share was capped."""
+    found, limit = largest_shares(run), run.recipe["federation"].get("max_share")
+    heavy = [client for client, share in found.items() if share > HALF]
     said = []
-    if found and found[1] > HALF and len(run.plan.get("clients", ())) > 1:
-        share = f"{100 * found[1]:.0f} % of a round's weight"
-        said.append(f"Client {found[0]} had up to {share}, more than all others together.")
+    if heavy and len(run.plan.get("clients", ())) > 1:
+        percents = {client: f"up to {100 * found[client]:.0f} %" for client in heavy}
+        named = list_some([f"client {client} ({percent})" for client, percent in percents.items()], 8)
+        said.append(
+            f"Client {heavy[0]} had {percents[heavy[0]]} of a round's weight, more than all others together."
+            if len(heavy) == 1
+            else f"In some round, each of these had more of the weight than all others together: {named}."
+        )
     capped = sorted({client for record in trained_rounds(run) for client in record.get("capped", ())})
     if capped:
         said.append(
@@ -222,11 +243,11 @@ def the_memory(run: Run) -> str | None:
 
 
 def the_payload(run: Run) -> str | None:
-    """Compare the bytes of the adapters exchanged with those of the whole model."""
-    moved, payload = bytes_moved(run), run.plan.get("payload_bytes")
-    if not moved or not payload:
+    """Compare the bytes of the adapters exchanged with those of the whole model, unless that is the adapter."""
+    moved = bytes_moved(run)
+    if not moved or run.recipe["adapter"]["method"] == "full":
         return None
-    times = full_model_bytes(run) / payload
+    times = full_model_bytes(run) / update_bytes(run)
     told = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
     return f"{format_bytes(moved)} of adapters were exchanged; the whole model would have been {told} times as much."
 

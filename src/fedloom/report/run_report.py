@@ -13,7 +13,8 @@ import tomlkit
 
 from fedloom.errors import RunError
 from fedloom.host.files import write_text, writing
-from fedloom.records.run import Record, Run, overfitting_onset, read_run
+from fedloom.recipe.sections import Strategy
+from fedloom.records.run import Record, Run, read_run
 from fedloom.report import figures
 from fedloom.report.baselines_section import show_baselines
 from fedloom.report.document import (
@@ -124,8 +125,8 @@ def load_reference(name: str) -> dict[str, Any]:
 def _losses(run: Run, reference: str | None) -> list[Block]:
     if not run.rounds:
         return [Text("No round is complete yet.")]
-    name, rounds, losses = figures.judged_series(run)
-    onset = overfitting_onset(rounds, losses)
+    name, _, losses = figures.judged_series(run)
+    rise = figures.find_rise(run)
     rows = [
         [
             str(record["round"]),
@@ -134,7 +135,7 @@ def _losses(run: Run, reference: str | None) -> list[Block]:
         for record in run.rounds
     ]
     marks = [Mark(run.best_round, "best")] if run.best_round is not None else []
-    marks += [Mark(onset, "overfitting")] if onset is not None and onset != run.best_round else []
+    marks += [Mark(rise.round, rise.kind)] if rise else []
     lines = [
         Line(label, *found)
         for label, key in (
@@ -261,7 +262,7 @@ def _federation(run: Run) -> list[Block]:
         "Proximal loss": ("proximal_loss", ".3e"),
         "Proximal / loss gradient": ("proximal_ratio", ".2%"),
         "Drift": ("drift", ".4f"),
-        "LoRA averaging error": ("lora_error", ".2%"),
+        "LoRA averaging error" if _averages_factors(run) else "Error, had factors been averaged": ("lora_error", ".2%"),
     }
     known = {name: value for name, value in columns.items() if any(value[0] in record for record in rounds)}
     weighed = any(record.get("shares") for record in rounds)
@@ -291,6 +292,13 @@ def _federation(run: Run) -> list[Block]:
     ]
 
 
+def _averages_factors(run: Run) -> bool:
+    """Return whether LoRA's factors are averaged, each apart; the error of that is on record in any case."""
+    section = run.recipe["federation"]
+    weighs = Strategy.model_construct(kind=section["strategy"]["kind"]).weighs and not run.plan.get("strategy")
+    return weighs and section.get("lora_rule", "factors") not in ("svd", "fedex")
+
+
 def _communication(run: Run) -> list[Block]:
     rounds = figures.trained_rounds(run)
     if not rounds:
@@ -302,22 +310,21 @@ def _communication(run: Run) -> list[Block]:
             format_bytes(record["bytes_down"]),
             format_bytes(record["bytes_up"]),
             format_bytes(record["bytes_up"] / len(record["clients"])) if record["clients"] else "",
-            format_bytes(2 * whole * len(record["clients"])),
+            format_bytes(whole * figures.transfers(run, [record])),
         ]
         for record in rounds
     ]
     header = ["Round", "Down", "Up", "Up, a client", "The full model, both ways"]
-    moved = figures.bytes_moved(run)
+    moved, sizes = figures.bytes_moved(run), f"he whole model in float32 has {format_bytes(whole)}"
+    is_whole = run.recipe["adapter"]["method"] == "full"
+    sizes = f"T{sizes}" if is_whole else f"An adapter has {format_bytes(run.plan['payload_bytes'])}, t{sizes}"
     local = (
         " These are the adapters alone: what carries them adds its own."
         if run.plan.get("elsewhere")
         else " All clients were on this machine: this is what a network would have carried."
     )
     return [
-        Text(
-            f"An adapter has {format_bytes(run.plan['payload_bytes'])}, the whole model in float32"
-            f" {format_bytes(whole)}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"
-        ),
+        Text(f"{sizes}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"),
         Table(header, rows),
     ]
 

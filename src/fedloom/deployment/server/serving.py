@@ -257,6 +257,7 @@ class RemoteClients:
             slow_attention=is_slow(source.config),
             slow_dtype=not has_in_hardware(setup.dtype, device),
             parameters=setup.shape.num_parameters,
+            base_parameters=setup.shape.num_base_parameters,
             trainable_parameters=setup.shape.layout.size,
             payload_bytes=setup.payload_bytes,
             data=f"{', '.join(self._names)}: each its own",
