@@ -11,8 +11,6 @@ from typing import Literal, get_args
 Phase = Literal["train", "evaluate", "ask"]
 """Kinds of work: training, scoring held-out text, and asking the questions of tasks."""
 StageName = Literal["rounds", "baselines", "personalise", "contributions", "tasks", "answers"]
-AS_LONG_AS_THE_ROUNDS: frozenset[StageName] = frozenset({"baselines", "contributions"})
-"""Stages that are shorter where the rounds before them ended early: they have as many."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,16 @@ class Stage:
     evaluate: int
     """Tokens to score."""
 
-    def part(self, share: float) -> Stage:
-        """Return the stage with a share of its work."""
-        steps, train, evaluate = (round(number * share) for number in (self.steps, self.train, self.evaluate))
+    def part(self, share: float, evaluated: float | None = None) -> Stage:
+        """Return the stage with a share of its work, and another share of what it scores where `evaluated` says so."""
+        scored = share if evaluated is None else evaluated
+        steps, train, evaluate = round(self.steps * share), round(self.train * share), round(self.evaluate * scored)
+        return replace(self, steps=steps, train=train, evaluate=evaluate)
+
+    def without(self, done: Stage) -> Stage:
+        """Return what is left of the stage after work that is done."""
+        left = (self.steps - done.steps, self.train - done.train, self.evaluate - done.evaluate)
+        steps, train, evaluate = (max(0, number) for number in left)
         return replace(self, steps=steps, train=train, evaluate=evaluate)
 
     def tokens(self, phase: Phase) -> int:

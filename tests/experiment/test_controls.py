@@ -194,6 +194,10 @@ def test_a_run_that_ends_early_takes_its_work_out_of_the_bar(tmp_path: Path) -> 
     )
     assert bar.totals["rounds"] == bar.steps * 9, "as it was planned"
     assert bar.totals["baselines"] == bar.totals["contributions"] == bar.steps
+    assert bar.clock.seconds_left() == 0
+    # A client alone scores its own hold-out where its adapter is better than before.
+    assert bar.planned["baselines"] - 200 < bar.scored["baselines"] <= bar.planned["baselines"]
+    assert bar.scored["contributions"] == bar.planned["contributions"]
 
 
 @pytest.mark.parametrize("engine", ["reference", "batched"])

@@ -365,6 +365,17 @@ def test_an_arm_that_stops_early_ends_with_its_baselines(recipe_file: Path, tmp_
     assert found == {2: 2, 5: 5}
 
 
+@pytest.mark.parametrize("first_to_end", [True, False])
+def test_a_round_that_others_trained_already_is_not_left(first_to_end: bool, recipe_file: Path, tmp_path: Path) -> None:
+    """Of a pass, each run's round is on record after all of them have trained it."""
+    stops = ["{patience=1,min_delta=9}", "{patience=9}"]
+    stop = f"federation.early_stop={','.join(stops if first_to_end else stops[::-1])}"
+    bar = Bar()
+    sweep(recipe_file, [stop, "federation.rounds=3"], tmp_path / "sweep", bar)
+    assert bar.clock.total_steps == bar.steps
+    assert bar.clock.seconds_left() == 0
+
+
 @pytest.mark.long
 def test_runs_that_fail_or_end_early_take_their_work_out_of_the_bar(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("float64", "float32"))
@@ -376,6 +387,7 @@ def test_runs_that_fail_or_end_early_take_their_work_out_of_the_bar(recipe_file:
     with pytest.raises(RunError, match="4 of 8 runs failed"):
         sweep(recipe_file, axes, tmp_path / "sweep", bar)
     assert bar.totals["baselines"] == bar.totals["contributions"] == bar.steps, "of the last pass: all others are done"
+    assert bar.clock.seconds_left() == 0
 
 
 def test_a_draw_is_some_of_the_combinations_and_the_same_ones_again(recipe_file: Path) -> None:

@@ -1,5 +1,6 @@
 """What a progress bar says of a run or a sweep, stage by stage."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from fedloom.monitoring.observer import Observer
@@ -9,11 +10,14 @@ from fedloom.records.run import RoundRecord
 
 
 class Bar(Observer):
-    """An observer that keeps the total of steps as each stage began, and all that were done in the end."""
+    """An observer that keeps the total of steps as each stage began, and the tokens that it was to score and did."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.totals: dict[StageName, int | None] = {}
+        self.planned: dict[StageName, int] = {}
+        self.scored: Counter[StageName] = Counter()
+        self._stage: StageName = "rounds"
 
     @property
     def steps(self) -> int:
@@ -34,6 +38,9 @@ class Bar(Observer):
     def show_stage(self, name: StageName, share: float = 1.0) -> None:
         self.clock.begin(name, share)
         self.totals[name] = self.clock.total_steps
+        self.planned[name] = self.clock._stage.evaluate if self.clock._stage else 0
+        self._stage = name
 
     def watch(self, progress: Progress) -> None:
         self.clock.tick(progress)
+        self.scored[self._stage] += progress.tokens * (progress.phase == "evaluate")

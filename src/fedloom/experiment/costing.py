@@ -5,7 +5,7 @@ Rounds that are on record cost nothing more, and say how fast the others will be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,18 +48,26 @@ def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: M
     )
 
 
-def count_left(folder: Path, passes: Iterable[Sequence[str]], ready: Mapping[str, Prepared]) -> tuple[Stage, ...]:
-    """Count what is left of passes of a sweep, of its runs by name, in stages of one pass after another."""
-    return tuple(stage for together in passes for stage in _stages_of(folder, together, ready))
+def count_left(
+    folder: Path, passes: Iterable[Sequence[str]], ready: Mapping[str, Prepared], ahead: Collection[str] = ()
+) -> tuple[Stage, ...]:
+    """Count what is left of passes of a sweep, of its runs by name, in stages of one pass after another.
+
+    `ahead` are runs whose next round is trained, and not on record yet.
+    """
+    return tuple(stage for together in passes for stage in _stages_of(folder, together, ready, ahead))
 
 
-def _stages_of(folder: Path, together: Sequence[str], ready: Mapping[str, Prepared]) -> Iterator[Stage]:
+def _stages_of(
+    folder: Path, together: Sequence[str], ready: Mapping[str, Prepared], ahead: Collection[str]
+) -> Iterator[Stage]:
     """Yield what is left of a pass: all its rounds and all its baselines, then what follows them run by run."""
     rounds, baselines, others = [], [], []
     for name in together:
-        run, plan = _read_begun(folder / name), ready[name].plan
-        trained = sum(record["round"] > 0 for record in run.rounds) if run else 0
-        first, *later = plan.stages_left(trained, ended=run is not None and bool(run.status.get("stopped_early")))
+        run = _read_begun(folder / name)
+        ended = run is not None and bool(run.status.get("stopped_early"))
+        records = run.rounds if run else []
+        first, *later = ready[name].plan.stages_left(records, ended=ended, ahead=name in ahead)
         rounds.append(first)
         baselines += [stage for stage in later if stage.name == "baselines"]
         others += [stage for stage in later if stage.name != "baselines"]

@@ -38,7 +38,7 @@ class Session:
         self.adapted = adapted
         self.telemetry = telemetry
         self.watch = observer.watch
-        self._batched = batched
+        self.batched = batched
         self._engine = engine
         self._lowered_to: int | None = None
         self.say, self.begin_stage = observer.show_step, observer.show_stage
@@ -57,7 +57,7 @@ class Session:
         self, runs: Sequence[tuple[FederatedRun, LocalFleet]]
     ) -> Iterator[tuple[int, RoundResult | TrainingError]]:
         """Yield the rounds of several runs, by trial: in one pass where the engine takes all their clients at once."""
-        for group in [runs] if self._batched else [[run] for run in runs]:
+        for group in [runs] if self.batched else [[run] for run in runs]:
             yield from run_together(group, self.train_clients)
 
     def score(self, asked: Sequence[Asked], *, batch_size: int, at_once: int = 1) -> list[Score]:
@@ -66,7 +66,7 @@ class Session:
             return score_adapters(
                 self.adapted,
                 asked,
-                batched=self._batched,
+                batched=self.batched,
                 batch_size=batch_size,
                 at_once=at_once,
                 most_tokens=self._most_tokens,
@@ -80,7 +80,7 @@ class Session:
 
     def scorer(self, batch_size: int) -> Scorer:
         """Return `score` for batches of a size: of many adapters in one pass where the engine trains clients so."""
-        at_once = adapters_at_once(self.adapted.layout.size) if self._batched else 1
+        at_once = adapters_at_once(self.adapted.layout.size) if self.batched else 1
         return Scorer(partial(self.score, batch_size=batch_size, at_once=at_once), at_once)
 
 

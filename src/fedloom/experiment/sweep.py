@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -121,11 +121,14 @@ def run_combinations(
     display.show_sweep(cost.stages)
     in_order = [together for model in passes for together in model]
 
-    def show_left(names: list[str]) -> None:
-        """Show what is left from a pass on: a run that failed has nothing, and one that ended early has less."""
+    def show_left(names: list[str], ahead: Collection[str] = ()) -> None:
+        """Show what is left from a pass on: a run that failed has nothing, and one that ended early has less.
+
+        `ahead` are its runs that trained a round which is not on record yet.
+        """
         left = in_order[in_order.index(names) :]
         here, *later = ([name for name in together if name not in errors] for together in left)
-        display.show_left(count_left(folder, [here, *filter(None, later)], ready))
+        display.show_left(count_left(folder, [here, *filter(None, later)], ready, ahead))
 
     for group in models:
         try:
@@ -225,7 +228,7 @@ def run_group(
     ready: Mapping[str, Prepared],
     display: Observer,
     errors: dict[str, str],
-    show_left: Callable[[list[str]], None],
+    show_left: Callable[..., None],
 ) -> None:
     """Run combinations over one base model; `errors` is told what went wrong, by name.
 
@@ -331,11 +334,12 @@ def run_pass(
     session: Session,
     display: Observer,
     errors: dict[str, str],
-    show_left: Callable[[], None],
+    show_left: Callable[..., None],
 ) -> None:
     """Train trials together where the engine can, then all their baselines; `errors` is told what went wrong, by name.
 
-    `show_left` is called when a trial has less left than was planned.
+    `show_left` is called when a trial has less left than was planned, with the names of those that trained a round
+    which is not on record yet.
     """
     session.begin_stage("rounds")
     show_left()  # without the runs that could not be opened
@@ -352,7 +356,9 @@ def run_pass(
             opened.trial.run.stop(str(error))
             opened.fail(error)
         if opened.name in errors or opened.trial.run.stopped_early:
-            show_left()
+            # Of a round of several, all are trained before the first of them is evaluated.
+            others = trials[number + 1 :] if session.batched else ()
+            show_left([one.name for one in others if one.name not in errors and not one.trial.run.finished])
     whole = [opened for opened in trials if opened.name not in errors]
     baselines: list[Baseline] = []
     for opened in whole:

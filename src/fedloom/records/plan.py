@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.data.splits import Audit
-from fedloom.progress import AS_LONG_AS_THE_ROUNDS, Stage
+from fedloom.progress import Stage
 from fedloom.text import count, format_trainable
 
 if TYPE_CHECKING:
@@ -218,13 +218,24 @@ class Plan:
         steps, tokens = self.rounds * self.steps_per_round, self.rounds * self.train_tokens_per_round
         return Stage("rounds", steps, tokens, self.evaluate_tokens), *self.later
 
-    def stages_left(self, rounds: int, *, ended: bool) -> tuple[Stage, ...]:
-        """Return what is left of the stages after so many rounds; `ended` says that no other round follows."""
-        done, (first, *later) = rounds / self.rounds, self.stages
+    def stages_left(
+        self, records: Sequence[Mapping[str, Any]], *, ended: bool, ahead: bool = False
+    ) -> tuple[Stage, ...]:
+        """Return what is left of the stages after the rounds on record.
+
+        `ended` says that no other round follows, and `ahead` that the next one is trained, if not evaluated.
+        """
+        first, *later = self.stages
         if not ended:
-            return first.part(1 - done), *later
-        shorter = [one.part(done) if one.name in AS_LONG_AS_THE_ROUNDS else one for one in later]
-        return first.part(0.0), *shorter
+            next_one = Stage("rounds", self.steps_per_round, self.train_tokens_per_round, 0)
+            return first.without(self.done_of(records)).without(next_one.part(float(ahead))), *later
+        rounds = sum(record["round"] > 0 for record in records)
+        # They score the adapter that they begin with, too: those of contributions as often as the run does.
+        planned = {"baselines": self.rounds, "contributions": self.evaluated_rounds or self.rounds}
+        return first.part(0.0), *(
+            one.part(rounds / self.rounds, (rounds + 1) / (planned[one.name] + 1)) if one.name in planned else one
+            for one in later
+        )
 
     @property
     def evaluate_tokens(self) -> int:
