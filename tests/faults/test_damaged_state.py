@@ -186,6 +186,39 @@ def test_without_a_whole_state_it_says_so_and_overwrites_nothing(begun: Any, tmp
     assert "no state is whole" in next(finding.mend for finding in check_run(folder) if finding.what == "state")
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_rounds_whose_state_is_gone_are_not_trained_again_unasked(left: str, begun: Any, tmp_path: Path) -> None:
+    run = copy(begun[2], tmp_path / "run")
+    shutil.rmtree(run / "state")
+    if left == "an empty folder":
+        (run / "state").mkdir()
+    before = {path: path.read_bytes() for path in run.glob("*.jsonl")}
+    assert "no state is there to go on after the 3 rounds on record; restore it, or remove" in attempt(begun[0], run)
+    assert before == {path: path.read_bytes() for path in run.glob("*.jsonl")}
+    (found,) = [one for one in check_run(run) if one.what == "state"]
+    assert (found.well, found.found) == (False, "missing, and 3 rounds are on record")
+
+
+def test_what_was_on_record_of_round_0_alone_begins_again(tmp_path: Path, begun: Any) -> None:
+    recipe, whole, _, _ = begun
+    with pytest.raises(RuntimeError, match="a failpoint"):
+        attempt(recipe, tmp_path / "run", "record.round=raise@1")
+    assert not committed(tmp_path / "run")
+    assert not attempt(recipe, tmp_path / "run")
+    assert result_of(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("name", [".lock", "rounds.jsonl", "clients.jsonl"])
+def test_a_link_in_a_files_place_is_not_written_through(name: str, begun: Any, tmp_path: Path) -> None:
+    run, theirs = copy(begun[2], tmp_path / "run"), tmp_path / "theirs"
+    content = (run / name).read_bytes()
+    theirs.write_bytes(content)
+    (run / name).unlink()
+    (run / name).symlink_to(theirs)
+    assert "move what is in its place away" in attempt(begun[0], run)
+    assert theirs.read_bytes() == content
+
+
 def test_a_loader_that_does_not_verify_would_be_caught(
     begun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

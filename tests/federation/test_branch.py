@@ -48,6 +48,9 @@ class Clients:
     def sizes(self) -> dict[int, ClientSize]:
         return {client: ClientSize(EXAMPLES[client], 7 * EXAMPLES[client] + client) for client in self.clients}
 
+    def foresee(self, tasks: Sequence[ClientTask]) -> dict[int, ClientSize]:
+        return self.sizes
+
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         for task in tasks:
             yield self.work(task.client, task)
@@ -70,6 +73,9 @@ class Branches:
     scores: dict[int, Score] = field(default_factory=dict)
     away: dict[int, float] = field(default_factory=dict)
     sizes: dict[int, ClientSize] = field(default_factory=dict)
+
+    def foresee(self, tasks: Sequence[ClientTask]) -> dict[int, ClientSize]:
+        return {}
 
     @property
     def clients(self) -> Sequence[int]:

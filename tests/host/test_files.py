@@ -1,6 +1,7 @@
 """Locks: held by one process, and asked after by any number without standing in its way."""
 
 import fcntl
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.host import files
-from fedloom.host.files import Lock, is_held
+from fedloom.host.files import Lock, is_held, read_holder
 
 ASKS = """\
 import sys
@@ -84,3 +85,19 @@ def test_of_many_that_want_a_lock_at_once_one_gets_it(tmp_path: Path) -> None:
         (lock,) = got
         lock.close()
         got.clear()
+
+
+def test_a_pipe_in_a_locks_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    started = time.monotonic()
+    assert not is_held(tmp_path / "lock")
+    assert read_holder(tmp_path / "lock") == ("", "")
+    assert time.monotonic() - started < 5
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("of somebody else")
+    (tmp_path / "lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OSError, match="symbolic"):
+        Lock(tmp_path / "lock")
+    assert (tmp_path / "theirs").read_text() == "of somebody else"

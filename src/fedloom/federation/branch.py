@@ -63,6 +63,7 @@ class Branch:
             lambda update: None,
             self._section,
             proximal_mu=task.training.proximal_mu,
+            foresee=self._fleet.foresee,
         )
         for result in self._fleet.train(round.tasks):
             round.add(result)

@@ -64,8 +64,10 @@ def writing(path: Path, mend: str = GO_ON) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         why = _reason(error)
-        closed = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        first = "see that it may be written" if closed else "make room for it"
+        number = error.errno if isinstance(error, OSError) else None
+        closed, in_the_way = (errno.EROFS, errno.EACCES, errno.EPERM), (errno.ELOOP, errno.EISDIR, errno.EEXIST)
+        first = "see that it may be written" if number in closed else "make room for it"
+        first = "move what is in its place away" if number in in_the_way else first
         raise RunError(f"can't be written ({why})", where=str(path), mend=f"{first}, and {mend}") from error
 
 
@@ -74,6 +76,15 @@ def _reason(error: OSError | SafetensorError) -> str:
         return error.strerror or type(error).__name__
     found = re.search(r"I/O error: (.+?) \(os error", str(error))
     return found[1] if found else type(error).__name__
+
+
+def open_own(path: str | Path, flags: int, rights: int = 0o666) -> int:
+    """Open a file of a folder: not one elsewhere that a link in its place leads to, nor a pipe that lets wait.
+
+    Raises:
+        OSError: it is a link, or can't be opened.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, rights)
 
 
 def replace_file(path: Path, content: bytes, rights: int = 0o666, *, durable: bool = False) -> None:
@@ -86,7 +97,7 @@ def replace_file(path: Path, content: bytes, rights: int = 0o666, *, durable: bo
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, rights)) as file:
+        with open(temporary, "wb", opener=lambda name, flags: open_own(name, flags, rights)) as file:
             file.write(content)
         if durable:
             flush(temporary)
@@ -246,7 +257,7 @@ class Lock:
     """
 
     def __init__(self, path: Path, rights: int | None = 0o666) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if rights is not None else 0), rights or 0)
+        self._descriptor = open_own(path, os.O_RDWR | (os.O_CREAT if rights is not None else 0), rights or 0)
         try:
             self._take()
         except OSError:
@@ -296,8 +307,8 @@ class Holder(NamedTuple):
 
 def read_holder(path: Path) -> Holder:
     """Read who holds a lock that could not be had."""
-    with suppress(OSError):
-        who, _, work = path.read_text(encoding="utf-8", errors="replace")[:4200].partition("\n")
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace", opener=open_own) as file:
+        who, _, work = file.read(4200).partition("\n")
         return Holder(who.strip(), work.strip())
     return Holder("", "")
 
@@ -338,7 +349,7 @@ def is_held(path: Path) -> bool:
     Asking takes a shared lock for a moment, which `Lock` waits for: nobody is refused since somebody asked.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=open_own) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -15,7 +15,15 @@ from fedloom.errors import FedloomError, RunError
 from fedloom.host.machine import Finding
 from fedloom.records.evaluations import kept_baselines, key_of
 from fedloom.records.run import EVALUATIONS, RECORD_OF, Run, list_adapters, missing_records, read_record, read_run
-from fedloom.records.state import BEGIN_AGAIN, RunState, check_records, committed, damaged_adapters, read_state
+from fedloom.records.state import (
+    BEGIN_AGAIN,
+    RunState,
+    check_records,
+    committed,
+    count_rounds,
+    damaged_adapters,
+    read_state,
+)
 
 GO_ON = "go on with it: fedloom run --resume puts it right"
 NO_STATE = f"{BEGIN_AGAIN}: no state is whole"
@@ -43,7 +51,7 @@ def check_run(folder: str | Path) -> list[Finding]:
             states[path] = error
     newest = next((state for state in states.values() if isinstance(state, RunState)), None)
     findings = [
-        _check_states(states),
+        _check_states(run, states),
         _check_rounds(run, newest),
         _check_clients(run),
         _check_numbers(run),
@@ -85,11 +93,13 @@ def _check_results(run: Run) -> Finding:
     return Finding("results", "all that the recipe asks for")
 
 
-def _check_states(states: dict[Path, RunState | RunError]) -> Finding:
+def _check_states(run: Run, states: dict[Path, RunState | RunError]) -> Finding:
     damaged = [f"{path.name} ({state.what})" for path, state in states.items() if isinstance(state, RunError)]
     if damaged:
         return Finding("state", f"damaged: {', '.join(damaged)}", GO_ON)
     newest = next(iter(states), None)
+    if newest is None and (rounds := count_rounds(run.folder)) > 1:
+        return Finding("state", f"missing, and {rounds} rounds are on record", f"restore it, or {BEGIN_AGAIN}")
     return Finding("state", f"{newest.name} is whole" if newest else "no round was committed")
 
 

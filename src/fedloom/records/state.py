@@ -155,7 +155,7 @@ def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None
     """Return the newest state that is whole, None where no round was committed; `say` each that is not whole.
 
     Raises:
-        RunError: there are states, and none of them is whole.
+        RunError: there are states, and none of them is whole; or there is none for rounds that are on record.
     """
     folders = committed(run)
     whole, blamed = False, []
@@ -171,6 +171,10 @@ def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None
         if not _lost_its_best(run, state):
             return state
         say(f"{folder}: adapters/best is damaged, and this state does not hold it")
+    # A round is committed before the next begins: without a state, only round 0 was at work.
+    if not folders and (rounds := count_rounds(run)) > 1:
+        why = f"no state is there to go on after the {rounds} rounds on record"
+        raise RunError(why, where=str(run / FOLDER), mend=f"restore it, or {BEGIN_AGAIN}")
     if folders and not whole:
         # Where the records or another version keep a state from being used, the states are not to blame.
         mendable = (error for error in blamed if error.mend)
@@ -178,6 +182,12 @@ def load_state(run: Path, say: Callable[[str], object] = str) -> RunState | None
     if whole:
         say("no state holds the best adapter: all rounds are trained again")
     return None
+
+
+def count_rounds(run: Path) -> int:
+    """Return how many rounds are on record, round 0 among them."""
+    path = run / "rounds.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def check_records(run: Path, state: RunState) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
-from fedloom.host.files import flush, hash_start, take_lock, write_json, write_text, writing
+from fedloom.host.files import flush, hash_start, open_own, take_lock, write_json, write_text, writing
 from fedloom.records.run import Record, RoundRecord, read_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class RunWriter:
         with writing(self.folder):
             for name, size in sizes.items():
                 if (self.folder / name).is_file():
-                    os.truncate(self.folder / name, size)
+                    with open(self.folder / name, "r+b", opener=open_own) as file:
+                        file.truncate(size)
                 self._digests[name] = hash_start(self.folder / name)
 
     def write_text(self, name: str, text: str) -> None:
@@ -126,7 +127,7 @@ class RunWriter:
     def _append(self, name: str, record: Mapping[str, object]) -> None:
         line = json.dumps(record, allow_nan=False) + "\n"
         path = self.folder / name
-        with writing(path), path.open("a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8", opener=open_own) as file:
             file.write(line)
         self._digests[name].update(line.encode())
 
