@@ -14,6 +14,7 @@ import pytest
 from support.asked import write_tasks
 from support.bars import Bar
 from support.marks import first
+from support.quick_runs import Said
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -125,8 +126,12 @@ def test_rules_that_share_a_model_keep_their_own(rule: str, recipe_file: Path, t
 def test_a_run_that_fails_does_not_stop_the_rest_and_is_tried_again(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("float64", "float32"))
     axes = ["training.learning_rate=1e30,1e-3", "seed=1,2"]
+    said = Said()
     with pytest.raises(RunError, match=r"2 of 4 runs failed, learning_rate=1e30_seed=1 for one: .*is (nan|inf)"):
-        sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+        sweep(recipe_file, axes, tmp_path / "sweep", said)
+    assert [step.split(": ")[1] for step in said.steps if step.startswith("failed")] == [
+        f"learning_rate=1e30_seed={seed}" for seed in (1, 2)
+    ], "each as it does"
     states = {path.parent.name: json.loads(path.read_text())["state"] for path in tmp_path.glob("sweep/*/status.json")}
     assert sorted(states.values()) == ["done", "done", "failed", "failed"]
     assert (tmp_path / "sweep" / "comparison.html").is_file()
@@ -357,7 +362,10 @@ def test_an_arm_that_stops_early_ends_with_its_baselines(recipe_file: Path, tmp_
         "federation.early_stop={patience=1,min_delta=9}",
         "federation.early_stop={patience=5}",
     ]
-    folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    said = Said()
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", said)
+    (told,) = (step for step in said.steps if step.startswith("early end"))
+    assert "4 scheduled, 1 completed" in told
     found = {
         len(read_run(path.parent).rounds): len(json.loads(path.read_text())["pooled"]["losses"])
         for path in folder.glob("*/baselines.json")

@@ -24,7 +24,7 @@ from fedloom.host.failpoints import failpoint
 from fedloom.progress import Say
 from fedloom.recipe.training_section import Training
 from fedloom.records.run import Record, read_json, read_run
-from fedloom.report.figures import phase_seconds
+from fedloom.report.figures import seconds_at_rate
 from fedloom.text import count, format_seconds
 
 FILE = "contributions.json"
@@ -80,7 +80,7 @@ def find_contributions(trial: Trial, session: Session, say: Say) -> None:
     passes = [one for one in divided if not all(arm in known for arm in one)]
     if passes:
         left = sum(len(one) for one in passes)
-        say("without", f"{count(left, 'federation')} of some of the clients, {_estimate(trial, left)}")
+        say("without", f"{count(left, 'federation')} of some of the clients{_estimate(trial, left)}")
         session.begin_stage("contributions", left / trial.prepared.plan.arms)
     initial = session.adapted.open(trial.recorder.adapters / "initial")
     # As many at once as the run was planned with, whatever memory there is now, since that moves results by rounding:
@@ -146,11 +146,10 @@ def _open_arm(
 def _estimate(trial: Trial, left: int) -> str:
     """Say how long so many arms will take, if they are as fast as the run's rounds were."""
     plan, rounds = trial.prepared.plan, trial.past_rounds()
-    phases = "training", "evaluation"
-    training, evaluating = (sum(phase_seconds(dict(one), phase) for one in rounds) for phase in phases)
-    tokens, share = sum(record["train_tokens"] for record in rounds), trial.run.completed / plan.rounds
-    seconds = training * share * plan.arm_tokens / max(1, tokens) * left / max(1, plan.arms) + evaluating * left
-    return f"in about {format_seconds(seconds)}"
+    stages = plan.stages_left(rounds, ended=trial.run.stopped_early is not None)
+    (stage,) = (stage for stage in stages if stage.name == "contributions")
+    seconds = seconds_at_rate([dict(one) for one in rounds], stage.part(left / plan.arms))
+    return "" if seconds is None else f", in about {format_seconds(seconds)}"
 
 
 def _losses_of_the_run(trial: Trial, round: int) -> dict[str, float]:

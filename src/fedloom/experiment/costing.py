@@ -14,7 +14,7 @@ from fedloom.errors import RunError
 from fedloom.experiment.preparation import Prepared
 from fedloom.progress import Stage, add_stages
 from fedloom.records.run import Run, read_run
-from fedloom.report.figures import phase_seconds
+from fedloom.report.figures import seconds_at_rate
 from fedloom.text import count, format_bytes, format_seconds
 from fedloom.training.memory import share_of_each
 
@@ -98,14 +98,7 @@ def _seconds(folder: Path, whole: Stage) -> float | None:
     """Return the seconds for so much work at the rate of all rounds in the sweep's folder; None without any."""
     runs = [_read_begun(path.parent) for path in sorted(folder.glob("*/rounds.jsonl"))]
     records = [record for run in runs if run for record in run.rounds]
-    total = 0.0
-    for phase, key, number in (("training", "train", whole.train), ("evaluation", "evaluate", whole.evaluate)):
-        done = sum(record.get(f"{key}_tokens", 0) for record in records)
-        took = sum(phase_seconds(record, phase) for record in records)
-        if number and not (done and took):
-            return None
-        total += number * took / done if number else 0.0
-    return total
+    return seconds_at_rate(records, whole)
 
 
 def describe_cost(cost: Cost) -> list[str]:

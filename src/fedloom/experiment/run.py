@@ -137,6 +137,7 @@ def run(
                 watchers.show_round(record)
                 ask_to_stop(trial, watchers, record)
             if trial.run.stopped_early:
+                watchers.show_step("early end", trial.run.stopped_early)
                 watchers.show_left(prepared.plan.stages_left(trial.past_rounds(), ended=True))
 
             # ---- Finish: what the run is set against; the status and the report are written as the block ends.

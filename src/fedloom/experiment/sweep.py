@@ -324,7 +324,8 @@ class OpenTrial:
         self._exits.close()
 
     def fail(self, error: FedloomError) -> None:
-        """Close the run directory, which says that the run failed and why."""
+        """Close the run directory, which says that the run failed and why, as people are told."""
+        self._display.show_step("failed", f"{self.name}: {error}")
         with suppress(FedloomError), self._exits:
             raise error
 
@@ -351,6 +352,8 @@ def run_pass(
             if isinstance(result, TrainingError):
                 raise result
             display.show_trial(opened.name, opened.record(result))
+            if why := opened.trial.run.stopped_early:
+                display.show_step("early end", f"{opened.name}: {why}")
         except FedloomError as error:
             errors[opened.name] = str(error)
             opened.trial.run.stop(str(error))

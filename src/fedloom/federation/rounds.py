@@ -158,9 +158,11 @@ class FederatedRun:
     @property
     def stopped_early(self) -> str | None:
         """Rounds scheduled, rounds completed, and why no more; None for a run that did not stop early."""
-        scheduled, why = self._federation.rounds, stop_early(self._federation.early_stop, self.losses)
-        if self.losses and self.completed < scheduled:
-            why = why or self._budget_ends_before(len(self.losses)) or self._stopped
+        scheduled = self._federation.rounds
+        if not self.losses or self.completed >= scheduled:
+            return None
+        why = stop_early(self._federation.early_stop, self.losses)
+        why = why or self._budget_ends_before(len(self.losses)) or self._stopped
         return f"{scheduled} scheduled, {self.completed} completed: {why}" if why else None
 
     def _budget_ends_before(self, round: int) -> str:

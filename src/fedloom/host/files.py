@@ -30,6 +30,9 @@ from fedloom.host.failpoints import failpoint
 
 GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
 LOCK = ".lock"
+FIRST = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see that it may be written")
+FIRST |= dict.fromkeys((errno.ELOOP, errno.EISDIR, errno.EEXIST), "move what is in its place away")
+"""What to do first where a file can't be written, by the number of the error; for others there is no room."""
 ASKED_SECONDS = 5.0
 """Time that a lock is waited for while others only ask who holds it, which takes each of them a moment."""
 
@@ -63,11 +66,8 @@ def writing(path: Path, mend: str = GO_ON) -> Iterator[None]:
         failpoint("file.write")
         yield
     except (OSError, SafetensorError) as error:
-        why = _reason(error)
-        number = error.errno if isinstance(error, OSError) else None
-        closed, in_the_way = (errno.EROFS, errno.EACCES, errno.EPERM), (errno.ELOOP, errno.EISDIR, errno.EEXIST)
-        first = "see that it may be written" if number in closed else "make room for it"
-        first = "move what is in its place away" if number in in_the_way else first
+        why, first = _reason(error), "make room for it"
+        first = FIRST.get(error.errno or 0, first) if isinstance(error, OSError) else first
         raise RunError(f"can't be written ({why})", where=str(path), mend=f"{first}, and {mend}") from error
 
 
@@ -79,11 +79,7 @@ def _reason(error: OSError | SafetensorError) -> str:
 
 
 def open_own(path: str | Path, flags: int, rights: int = 0o666) -> int:
-    """Open a file of a folder: not one elsewhere that a link in its place leads to, nor a pipe that lets wait.
-
-    Raises:
-        OSError: it is a link, or can't be opened.
-    """
+    """Open a file of a folder: not one elsewhere that a link in its place leads to, nor a pipe that lets wait."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, rights)
 
 

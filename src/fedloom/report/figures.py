@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from fedloom.progress import Stage
 from fedloom.records.run import Record, Run, judged_loss, overfitting_onset
 from fedloom.text import count
 
@@ -112,6 +113,18 @@ def phase_seconds(record: Record, phase: str) -> float:
     """Return the seconds of a phase of a round; of training in one pass with other runs, an equal part."""
     together = record.get("runs_together", 1) if phase == "training" else 1
     return float(record[PHASES[phase]]) / together
+
+
+def seconds_at_rate(records: Sequence[Record], work: Stage) -> float | None:
+    """Return the seconds for so much work at the rate of rounds on record; None where they tell none."""
+    total = 0.0
+    for phase, key, number in (("training", "train", work.train), ("evaluation", "evaluate", work.evaluate)):
+        done = sum(record.get(f"{key}_tokens", 0) for record in records)
+        took = sum(phase_seconds(record, phase) for record in records)
+        if number and not (done and took):
+            return None
+        total += number * took / done if number else 0.0
+    return total
 
 
 def shares_a_pass(run: Run) -> bool:

@@ -102,8 +102,9 @@ class RefusedKey:
             minutes = REFUSED_SECONDS / 60
             self._say(
                 "not yet",
-                f"the server does not know {self._name}'s key yet, as when it has just started or has still to approve"
-                f" it: trying for {minutes:.0f} minutes",
+                f"the server does not take {self._name}'s key yet, as when it has just started, has still to"
+                " approve it, or holds the connection of a join that was killed: trying for"
+                f" {minutes:.0f} minutes",
             )
         self._last = now
         # A server that has not looked at its clients' keys all that time is slow: it has not refused.
