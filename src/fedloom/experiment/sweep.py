@@ -43,7 +43,7 @@ from fedloom.recipe.axes import Axis, collect_axes
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.going_on import how_to_go_on
 from fedloom.records.run import RoundRecord, Run, flatten, judged_loss, read_run
-from fedloom.records.sweep_folder import is_done, write_asked
+from fedloom.records.sweep_folder import write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.engines import choose_engine
@@ -163,7 +163,7 @@ def read_done(folder: Path) -> Run | None:
     """Return a run that was carried out to its end; None for one that was not."""
     with suppress(RunError):
         run = read_run(folder)
-        return run if is_done(run.folder) else None
+        return run if run.is_done else None
     return None
 
 

@@ -13,7 +13,6 @@ from fedloom.records.sweep_folder import is_done, list_runs
 from fedloom.text import count
 
 AT_WORK = "at work, but not for this user to see"
-NO_ROUNDS = "done, but rounds.jsonl is missing"
 RUNS_SHOWN = 10
 """Runs of a sweep that are told one by one; of more, how many there are."""
 
@@ -60,7 +59,7 @@ def is_sweep_done(folder: Path) -> bool:
     """Return whether all runs of a sweep are done.
 
     Raises:
-        RunError: the list of its runs, or a status, is damaged.
+        RunError: the list of its runs is damaged.
     """
     return all(is_done(folder / name) for name in list_runs(folder))
 
@@ -72,7 +71,7 @@ def _where_it_stopped(folder: Path) -> str:
         return str(error)
     at_work = is_held(folder / LOCK)
     state = "at work by itself" if at_work else _state_of(run)
-    if state == NO_ROUNDS:
+    if run.status.get("state") == "done":
         where = ""
     elif not run.rounds:
         where = " before round 0"
@@ -86,8 +85,8 @@ def _where_it_stopped(folder: Path) -> str:
 
 def _state_of(run: Run) -> str:
     state = str(run.status.get("state", "unknown"))
-    if state == "done" and not is_done(run.folder):
-        return NO_ROUNDS
+    if state == "done" and (lack := run.lack):
+        return f"done, but {lack}"
     if state == "running":
         return AT_WORK if is_held(run.folder / LOCK) else "killed"
     return state

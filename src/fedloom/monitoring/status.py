@@ -26,7 +26,7 @@ from fedloom.monitoring.standing import describe_run, describe_sweep, is_sweep_d
 from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
-from fedloom.records.sweep_folder import is_done, is_sweep
+from fedloom.records.sweep_folder import is_sweep
 from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
@@ -239,7 +239,7 @@ def is_well(run: Path) -> bool:
     """
     if find_work(run) is not None or is_held(run / LOCK):
         return True
-    return is_sweep_done(run) if is_sweep(run) else is_done(read_run(run).folder)
+    return is_sweep_done(run) if is_sweep(run) else read_run(run).is_done
 
 
 def _file_of(run: Path) -> Path | None:

@@ -100,6 +100,10 @@ class EvaluationRecord(TypedDict, total=False):
 SWEEP = "sweep.json"
 """File of a sweep's folder: the recipe of each of its runs, by the name of the run's folder."""
 MEND = "see what else is: fedloom fsck RUN"
+LOSSES = ("central_loss", "judged_loss", "client_loss")
+"""Keys of a round's record with the loss that adapters are judged by: the first that it has. Round 0 has one."""
+ADAPTERS = ("initial", "last", "best")
+"""Folders in `adapters/` that a run has from its first round on."""
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
 
@@ -130,6 +134,41 @@ class Run:
         best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
 
+    @property
+    def lack(self) -> str:
+        """Rounds or adapters that a run which is called done no longer has, in words; see `find_lack`."""
+        return find_lack(self.folder, self.status, self.rounds)
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the run was carried out to its end, and lacks nothing since."""
+        return self.status.get("state") == "done" and not self.lack
+
+
+def find_lack(folder: Path, status: Record, rounds: Sequence[Record]) -> str:
+    """Say what is gone of the rounds and adapters of a run that is called done; nothing where they are all there.
+
+    Whether they are what they were is not looked at, which takes longer: `fedloom fsck` does.
+
+    Raises:
+        RunError: a record lacks what it must have.
+    """
+    if not isfile(folder / "rounds.jsonl"):
+        return "rounds.jsonl is missing"
+    last = status.get("round")
+    if last is None:  # an early version wrote it
+        early = status.get("stopped_early") and rounds
+        last = rounds[-1]["round"] if early else read_json(folder / "resolved.json")["federation"]["rounds"]
+    whole = next((at for at, record in enumerate(rounds) if record["round"] != at), len(rounds))
+    if whole <= last:
+        return f"rounds.jsonl lacks round {whole} of {last}"
+    if len(rounds) > last + 1:
+        return f"rounds.jsonl has more than its {last} rounds"
+    if not any(key in record for record in rounds for key in LOSSES):
+        return "rounds.jsonl has no loss of a hold-out"
+    gone = next((name for name in ADAPTERS if not isdir(folder / "adapters" / name)), None)
+    return f"adapters/{gone} is missing" if gone else ""
+
 
 def list_adapters(run: Run) -> dict[str, int]:
     """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
@@ -150,7 +189,7 @@ def judged_loss(record: Record) -> float:
 
     Where clients' shares are capped, theirs is `judged_loss`, unless that is `client_loss` anyway.
     """
-    loss = record.get("central_loss", record.get("judged_loss", record.get("client_loss")))
+    loss = next((record[key] for key in LOSSES if key in record), None)
     return math.inf if loss is None else float(loss)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from os.path import isfile
 from pathlib import Path
 
+from fedloom.errors import RunError
 from fedloom.host.files import write_json
-from fedloom.records.run import SWEEP, read_json, read_sweep
+from fedloom.records.run import SWEEP, find_lack, read_json, read_lines, read_record, read_sweep
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
@@ -29,12 +31,14 @@ def list_runs(folder: Path) -> list[str]:
 
 
 def is_done(run: Path) -> bool:
-    """Return whether a run was carried out to its end, and its rounds are still there.
+    """Return whether a run was carried out to its end, and lacks nothing since: see `find_lack`.
 
-    Raises:
-        RunError: its status is damaged.
+    One whose records are damaged is not done. Of what its clients did nothing is read, which would take longest.
     """
-    return read_json(run / "status.json").get("state") == "done" and isfile(run / "rounds.jsonl")
+    with suppress(RunError):
+        status = read_record(run / "status.json")
+        return status.get("state") == "done" and not find_lack(run, status, read_lines(run / "rounds.jsonl"))
+    return False
 
 
 def write_asked(folder: Path, source: str | Path, axes: Sequence[str], num_random: int | None) -> None:
