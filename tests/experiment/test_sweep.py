@@ -323,11 +323,26 @@ def test_a_done_run_that_lost_rounds_is_not_compared_as_if_it_were_whole(recipe_
     assert [name for name, *_ in display.ranked] == ["seed=1"]
     rounds.write_bytes(kept)
     shutil.rmtree(folder / "seed=2" / "adapters")
-    assert [*describe(folder / "seed=2")][0].startswith("ended     done, but adapters/initial is missing, ")
+    assert next(iter(describe(folder / "seed=2"))).startswith("ended     done, but adapters/initial is missing, ")
     sweep(recipe_file, ["seed=1,2"], folder, display)
     assert [len(display.ranked), is_well(folder)] == [2, True]
     assert rounds.read_bytes() == kept
     assert all(finding.well for finding in check_run(folder / "seed=2"))
+
+
+def test_a_comparison_that_is_not_written_hides_no_run_that_failed(recipe_file: Path, tmp_path: Path) -> None:
+    axes, heard = ["seed=1,2,3", "federation.rounds=1"], Heard()
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    rounds = folder / "seed=3" / "rounds.jsonl"
+    (folder / "plots").rename(folder / "elsewhere")
+    (folder / "plots").touch()
+    with pytest.raises(RunError, match="plots: can't be written"):
+        sweep(recipe_file, axes, folder, Observer())
+    rounds.write_text(rounds.read_text().replace("central_loss", "no_loss").replace("client_loss", "no_loss"))
+    assert "run       seed=3: done, but rounds.jsonl has no loss of a hold-out" in [*describe(folder)]
+    with pytest.raises(RunError, match="1 of 3 runs failed, seed=3 for one: .*rounds.jsonl is not what"):
+        sweep(recipe_file, axes, folder, heard)
+    assert [line for line in heard.said if line.startswith("comparison: there is none: ")]
 
 
 def test_a_done_run_whose_rounds_are_gone_is_named_and_the_rest_are_compared(recipe_file: Path, tmp_path: Path) -> None:

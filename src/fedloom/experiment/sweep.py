@@ -97,14 +97,20 @@ def sweep(
             display.show_step("stopped", f"go on with: {how_to_go_on(folder)}")
             raise
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
+    held = {name: who for name, who in held.items() if not read_done(folder / name)}
+    undone = describe_undone(folder, len(combinations), errors, held) if errors or held else None
     if len(finished) > 1:
         by = keys_of_arms(collect_axes(source, axes), finished)
         say = partial(display.show_step, "arms") if by else None
-        write_comparison([run.folder for run in finished], folder, by=by, say=say)
+        try:
+            write_comparison([run.folder for run in finished], folder, by=by, say=say)
+        except RunError as error:
+            if not undone:
+                raise
+            display.show_step("comparison", f"there is none: {error}")  # what failed first is told last
     display.show_sweep_end(rank(finished), folder)
-    held = {name: who for name, who in held.items() if not read_done(folder / name)}
-    if errors or held:
-        raise describe_undone(folder, len(combinations), errors, held)
+    if undone:
+        raise undone
     return folder
 
 
