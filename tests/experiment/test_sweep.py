@@ -340,7 +340,7 @@ def test_a_comparison_that_is_not_written_hides_no_run_that_failed(recipe_file: 
         sweep(recipe_file, axes, folder, Observer())
     rounds.write_text(rounds.read_text().replace("central_loss", "no_loss").replace("client_loss", "no_loss"))
     assert "run       seed=3: done, but rounds.jsonl has no loss of a hold-out" in [*describe(folder)]
-    with pytest.raises(RunError, match="1 of 3 runs failed, seed=3 for one: .*rounds.jsonl is not what"):
+    with pytest.raises(RunError, match=r"1 of 3 runs failed, seed=3 for one: .*rounds.jsonl is not what"):
         sweep(recipe_file, axes, folder, heard)
     assert [line for line in heard.said if line.startswith("comparison: there is none: ")]
 

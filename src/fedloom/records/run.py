@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +105,10 @@ LOSSES = ("central_loss", "judged_loss", "client_loss")
 """Keys of a round's record with the loss that adapters are judged by: the first that it has. Round 0 has one."""
 ADAPTERS = ("initial", "last", "best")
 """Folders in `adapters/` that a run has from its first round on."""
+MOST_NAME_BYTES = 255
+"""Longest name that a file can have."""
+MOST_SHOWN = 80
+"""Characters that are shown of a name that is odd."""
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
 
@@ -276,12 +281,12 @@ def read_run(folder: str | Path) -> Run:
 class _Kept(Record):
     """A record as it is on disk: a key that a reader needs and that it lacks is an error which names the file."""
 
-    def __init__(self, where: str, pairs: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, where: str, mend: str, pairs: Iterable[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self._where = where
+        self._where, self._mend = where, mend
 
     def __missing__(self, key: str) -> NoReturn:
-        raise RunError(f'lacks "{key}": the record is damaged', where=self._where, mend=MEND)
+        raise RunError(f'lacks "{key}": the record is damaged', where=self._where, mend=self._mend)
 
 
 def read_json(path: Path, mend: str = MEND) -> Record:
@@ -290,7 +295,7 @@ def read_json(path: Path, mend: str = MEND) -> Record:
     Raises:
         RunError: the file is damaged. So does every look at a key that is not there.
     """
-    return _parse(path.read_bytes(), str(path), "the file", mend) if isfile(path) else _Kept(str(path), ())
+    return _parse(path.read_bytes(), str(path), "the file", mend) if isfile(path) else _Kept(str(path), mend, ())
 
 
 def read_sweep(folder: Path) -> Record:
@@ -299,21 +304,37 @@ def read_sweep(folder: Path) -> Record:
     Raises:
         RunError: the list is damaged.
     """
-    run = quote(str(folder / "RUN"))
-    return read_json(
-        folder / SWEEP,
+    run, path = quote(str(folder / "RUN")), folder / SWEEP
+    mend = (
         "restore it, or begin a sweep of its own with another --out; each run in this one is whole without it:"
-        f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side",
+        f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side"
     )
+    recipes = read_json(path, mend)
+    odd = next((name for name, recipe in recipes.items() if not (_is_name(name) and isinstance(recipe, dict))), None)
+    if odd is not None:
+        why = "is not what it should be" if _is_name(odd) else "can be no folder's name in it"
+        raise RunError(f"{json.dumps(odd)[:MOST_SHOWN]} {why}: the file is damaged", where=str(path), mend=mend)
+    if not recipes and isfile(path):
+        raise RunError("names no run: the file is damaged", where=str(path), mend=mend)
+    return recipes
 
 
-def read_record(path: Path) -> Record:
-    """Read one of a run's JSON objects, whose kind its name says; empty where there is no such file.
+def _is_name(text: str) -> bool:
+    """Return whether a text can be the name of a folder inside another."""
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
+    return text not in ("", ".", "..") and not {"/", "\0"} & {*text} and size <= MOST_NAME_BYTES
+
+
+def read_record(path: Path, mend: str = MEND) -> Record:
+    """Read a JSON object of a run or a sweep, whose kind its name says; empty where there is no such file.
 
     Raises:
         RunError: the file is damaged, or something in it is of another kind.
     """
-    return _checked(read_json(path), KINDS[path.name], path)
+    return _checked(read_json(path, mend), KINDS[path.name], path, mend)
 
 
 def _read_checked(path: Path, kind: type) -> list[Record]:
@@ -325,10 +346,10 @@ def _read_checked(path: Path, kind: type) -> list[Record]:
     return [_checked(record, kind, f"{path}:{number}") for number, record in enumerate(read_lines(path), start=1)]
 
 
-def _checked(record: Record, kind: type, where: str | Path) -> Record:
+def _checked(record: Record, kind: type, where: str | Path, mend: str = MEND) -> Record:
     odd = find_odd(record, kind)
     if odd is not None:
-        raise RunError(f'"{odd}" is not what it should be', where=str(where), mend=MEND)
+        raise RunError(f'"{odd}" is not what it should be', where=str(where), mend=mend)
     return record
 
 
@@ -350,7 +371,7 @@ def read_lines(path: Path) -> list[Record]:
 
 def _parse(text: bytes, where: str, what: str, mend: str = MEND) -> Record:
     try:
-        value = json.loads(text, object_pairs_hook=partial(_Kept, where))
+        value = json.loads(text, object_pairs_hook=partial(_Kept, where, mend))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

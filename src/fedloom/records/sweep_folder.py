@@ -10,10 +10,11 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import write_json
-from fedloom.records.run import SWEEP, find_lack, read_json, read_lines, read_record, read_sweep
+from fedloom.records.run import SWEEP, find_lack, read_lines, read_record, read_sweep
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
+MEND_ASKED = "remove it, and go on with the command that began the sweep, which writes it again"
 
 
 def is_sweep(folder: Path) -> bool:
@@ -59,7 +60,7 @@ def command_of(folder: Path) -> str:
     Raises:
         RunError: what was asked for is damaged.
     """
-    asked = read_json(folder / ASKED)
+    asked = read_record(folder / ASKED, MEND_ASKED)
     if not asked:  # an early version began it
         return f"the command that began it, and --out {shlex.quote(str(folder))}"
     draw = [] if asked["random"] is None else ["--random", str(asked["random"])]
