@@ -18,12 +18,15 @@ RUNS_SHOWN = 10
 
 
 def describe_run(run: Run) -> Iterator[str]:
-    """Say in lines how a run ended, and how it goes on unless it is done."""
+    """Say in lines how a run ended, and how it goes on unless it is done; or that a process has it."""
+    if is_held(run.folder / LOCK):  # whatever its status says: one that goes on prepares first
+        yield f"{'run':<10}{AT_WORK}"
+        return
     state = _state_of(run)
     yield f"{'ended':<10}{state}, {run.status.get('updated', '')}"
     if error := run.status.get("error"):
         yield f"{'error':<10}{error}"
-    if state in ("done", AT_WORK):
+    if state == "done":
         return
     if missing := _missing(run):
         yield f"{'rounds':<10}{missing}"
@@ -87,9 +90,7 @@ def _state_of(run: Run) -> str:
     state = str(run.status.get("state", "unknown"))
     if state == "done" and (lack := run.lack):
         return f"done, but {lack}"
-    if state == "running":
-        return AT_WORK if is_held(run.folder / LOCK) else "killed"
-    return state
+    return "killed" if state == "running" else state
 
 
 def _missing(run: Run) -> str:
