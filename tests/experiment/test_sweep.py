@@ -330,6 +330,20 @@ def test_a_done_run_that_lost_rounds_is_not_compared_as_if_it_were_whole(recipe_
     assert all(finding.well for finding in check_run(folder / "seed=2"))
 
 
+def test_a_run_of_a_sweep_that_lost_its_recipe_is_made_anew_once_it_is_away(recipe_file: Path, tmp_path: Path) -> None:
+    folder = sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
+    lost, before = folder / "seed=2", numbers(folder / "seed=2")
+    (lost / "resolved.json").unlink()
+    what = f"{lost}: not a run directory: it has no resolved.json; move the folder away, and its sweep makes the run"
+    assert f"run       seed=2: {what} anew" in [*describe(folder)]
+    with pytest.raises(RunError, match=f"1 of 2 runs failed, seed=2 for one: {what}"):
+        sweep(recipe_file, ["seed=1,2"], folder, Observer())
+    lost.rename(tmp_path / "away")
+    assert runs_in(sweep(recipe_file, ["seed=1,2"], folder, Observer())) == [folder / "seed=1", lost]
+    for ours, others in zip(numbers(lost), before, strict=True):
+        assert ours == pytest.approx(others, rel=1e-9)
+
+
 def test_a_comparison_that_is_not_written_hides_no_run_that_failed(recipe_file: Path, tmp_path: Path) -> None:
     axes, heard = ["seed=1,2,3", "federation.rounds=1"], Heard()
     folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())

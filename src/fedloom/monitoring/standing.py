@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os.path import isfile
 from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
 from fedloom.records.going_on import how_to_go_on
-from fedloom.records.run import Run, missing_records, read_run
+from fedloom.records.run import Run, has_plan, missing_records, read_run
 from fedloom.records.sweep_folder import is_done, list_runs
 from fedloom.text import count
 
@@ -44,7 +45,8 @@ def describe_sweep(folder: Path) -> Iterator[str]:
     if is_held(folder / LOCK):
         yield f"{'sweep':<10}{AT_WORK}"
     yield f"{'sweep':<10}{len(names) - len(others):,} of {count(len(names), 'run')} done"
-    begun = [name for name in others if (folder / name / "resolved.json").is_file()]
+    # A run that lost its recipe began, too: a sweep goes on with it only once that is mended.
+    begun = [name for name in others if isfile(folder / name / "resolved.json") or has_plan(folder / name)]
     for name in begun[:RUNS_SHOWN]:
         yield f"{'run':<10}{name}: {_where_it_stopped(folder / name)}"
     if len(begun) > RUNS_SHOWN:

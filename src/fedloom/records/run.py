@@ -158,8 +158,8 @@ def find_lack(folder: Path, status: Record, rounds: Sequence[Record]) -> str:
     Raises:
         RunError: a record lacks what it must have.
     """
-    if not isfile(folder / "rounds.jsonl"):
-        return "rounds.jsonl is missing"
+    if file := next((name for name in ("resolved.json", "rounds.jsonl") if not isfile(folder / name)), ""):
+        return f"{file} is missing"
     last = status.get("round")
     if last is None:  # an early version wrote it
         early = status.get("stopped_early") and rounds
@@ -255,7 +255,9 @@ def read_run(folder: str | Path) -> Run:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}")
         why = "it has no resolved.json" if isdir(folder) else "there is no such folder"
-        raise RunError(f"not a run directory: {why}", where=str(folder))
+        swept = has_plan(folder) and folder.resolve().name in read_sweep(folder.resolve().parent)
+        mend = "move the folder away, and its sweep makes the run anew" if swept else ""
+        raise RunError(f"not a run directory: {why}", where=str(folder), mend=mend)
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(
         folder,
