@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import tempfile
 from contextlib import closing
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from support.asked import write_tasks
 from support.bars import Bar
+from support.made_runs import make_run
 from support.marks import first
 from support.quick_runs import Said
 from support.tiny import make_recipe
@@ -26,7 +28,7 @@ from fedloom.host import failpoints
 from fedloom.host.files import take_lock
 from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer
-from fedloom.monitoring.status import describe
+from fedloom.monitoring.status import describe, is_well
 from fedloom.progress import Stage
 from fedloom.recipe.axes import read_axis
 from fedloom.recipe.loading import load_recipe, recipe_to_toml
@@ -34,6 +36,7 @@ from fedloom.records.check import check_run
 from fedloom.records.run import read_run
 from fedloom.records.sweep_folder import list_runs, write_asked
 from fedloom.report import figures
+from fedloom.report.comparison import runs_in
 from fedloom.service_commands import _go_on
 
 
@@ -310,6 +313,57 @@ def test_a_run_that_another_process_is_at_work_in_is_left_to_it(recipe_file: Pat
     assert display.passes[1:] == [["seed=1"]]
 
 
+def test_a_done_run_that_lost_rounds_is_not_compared_as_if_it_were_whole(recipe_file: Path, tmp_path: Path) -> None:
+    folder = sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
+    rounds = folder / "seed=2" / "rounds.jsonl"
+    kept, display = rounds.read_bytes(), Passes()
+    rounds.write_bytes(kept.splitlines(keepends=True)[0])
+    assert "run       seed=2: done, but rounds.jsonl lacks round 1 of 2" in [*describe(folder)]
+    assert not is_well(folder)
+    assert not is_well(folder / "seed=2")
+    assert runs_in(folder) == [folder / "seed=1"]
+    says = "1 of 2 runs failed, seed=2 for one: .*rounds.jsonl is not what it was at the end of round 2; restore"
+    with pytest.raises(RunError, match=says):
+        sweep(recipe_file, ["seed=1,2"], folder, display)
+    assert [name for name, *_ in display.ranked] == ["seed=1"]
+    rounds.write_bytes(kept)
+    shutil.rmtree(folder / "seed=2" / "adapters")
+    assert next(iter(describe(folder / "seed=2"))).startswith("ended     done, but adapters/initial is missing, ")
+    sweep(recipe_file, ["seed=1,2"], folder, display)
+    assert [len(display.ranked), is_well(folder)] == [2, True]
+    assert rounds.read_bytes() == kept
+    assert all(finding.well for finding in check_run(folder / "seed=2"))
+
+
+def test_a_run_of_a_sweep_that_lost_its_recipe_is_made_anew_once_it_is_away(recipe_file: Path, tmp_path: Path) -> None:
+    folder = sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
+    lost, before = folder / "seed=2", numbers(folder / "seed=2")
+    (lost / "resolved.json").unlink()
+    what = f"{lost}: not a run directory: it has no resolved.json; move the folder away, and its sweep makes the run"
+    assert f"run       seed=2: {what} anew" in [*describe(folder)]
+    with pytest.raises(RunError, match=f"1 of 2 runs failed, seed=2 for one: {what}"):
+        sweep(recipe_file, ["seed=1,2"], folder, Observer())
+    lost.rename(tmp_path / "away")
+    assert runs_in(sweep(recipe_file, ["seed=1,2"], folder, Observer())) == [folder / "seed=1", lost]
+    for ours, others in zip(numbers(lost), before, strict=True):
+        assert ours == pytest.approx(others, rel=1e-9)
+
+
+def test_a_comparison_that_is_not_written_hides_no_run_that_failed(recipe_file: Path, tmp_path: Path) -> None:
+    axes, heard = ["seed=1,2,3", "federation.rounds=1"], Heard()
+    folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    rounds = folder / "seed=3" / "rounds.jsonl"
+    (folder / "plots").rename(folder / "elsewhere")
+    (folder / "plots").touch()
+    with pytest.raises(RunError, match="plots: can't be written"):
+        sweep(recipe_file, axes, folder, Observer())
+    rounds.write_text(rounds.read_text().replace("central_loss", "no_loss").replace("client_loss", "no_loss"))
+    assert "run       seed=3: done, but rounds.jsonl has no loss of a hold-out" in [*describe(folder)]
+    with pytest.raises(RunError, match=r"1 of 3 runs failed, seed=3 for one: .*rounds.jsonl is not what"):
+        sweep(recipe_file, axes, folder, heard)
+    assert [line for line in heard.said if line.startswith("comparison: there is none: ")]
+
+
 def test_a_done_run_whose_rounds_are_gone_is_named_and_the_rest_are_compared(recipe_file: Path, tmp_path: Path) -> None:
     axes = ["seed=1,2,3", "federation.rounds=1"]
     folder = sweep(recipe_file, axes, tmp_path / "sweep", Observer())
@@ -517,9 +571,7 @@ def test_a_further_run_whose_name_another_has_gets_one_of_its_own(recipe_file: P
     folder = tmp_path / "sweep"
     open_sweep(folder, [replace(one, name="seed=2"), replace(two, name="seed=1")])
     for name in ("seed=1", "seed=2"):
-        (folder / name).mkdir()
-        (folder / name / "status.json").write_text('{"state": "done"}')
-        (folder / name / "rounds.jsonl").touch()
+        make_run(folder / name, [3.0, 2.0])
     found = open_sweep(folder, [one, two, replace(three, name="seed=1")])
     assert [trial.name for trial in found] == ["seed=2", "seed=1", "seed=1-2"] == list_runs(folder)
 

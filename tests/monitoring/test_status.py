@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedloom.deployment.keys import in_use
 from fedloom.deployment.queue import Queue
 from fedloom.errors import RunError
 from fedloom.experiment.run import plan
+from fedloom.host.files import take_lock
 from fedloom.monitoring.display import Terminal
 from fedloom.monitoring.observer import Observer, Observers
 from fedloom.monitoring.status import StatusFile, describe, find_work, status_file
@@ -213,6 +215,39 @@ def test_a_run_that_was_stopped_says_how_it_goes_on_and_what_is_missing(tmp_path
     ]
     done = make_run(tmp_path / "done", [3.0, 2.0, 1.5])
     assert not [line for line in describe(done.folder) if "go on" in line]
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted", "failed"])
+def test_a_run_that_another_process_holds_is_at_work_whatever_its_status_says(state: str, tmp_path: Path) -> None:
+    """One that goes on prepares first, and has the status of before."""
+    run = make_run(tmp_path / "run", [3.0, 2.0], state=state)
+    with closing(take_lock(run.folder)):
+        lines = [*describe(run.folder)]
+        assert CliRunner().invoke(app, ["status", str(run.folder)]).exit_code == 0
+    assert lines[0] == "run       at work, but not for this user to see"
+    assert not [line for line in lines if line.startswith(("ended", "go on"))]
+
+
+def test_a_run_whose_sweep_is_at_work_names_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = tmp_path / "a sweep"
+    run = make_run(sweep / "seed=1", [3.0, 2.0], state="running").folder
+    (sweep / "sweep.json").write_text('{"seed=1": {}}')
+    monkeypatch.chdir(run)
+    with status_file(sweep, "fedloom sweep") as display, closing(take_lock(run)):
+        display.show_step("pass", "2 runs together")
+        lines = [*describe(run)]
+        assert [*describe(Path())] == lines
+        assert CliRunner().invoke(app, ["status", str(run)]).exit_code == 0
+        stopped = CliRunner().invoke(app, ["stop", str(run)])
+    assert lines[0].startswith(f"at work   fedloom sweep, process {os.getpid()}, since ")
+    assert lines[1] == "doing     pass: 2 runs together"
+    assert lines[2] == f"sweep     fedloom status '{sweep}', and to end it: fedloom stop '{sweep}'"
+    assert str(stopped.exception) == (
+        f"{run}: its sweep is at work in it (process {os.getpid()}); end the sweep, which can go on later: fedloom stop"
+        f" '{sweep}'"
+    )
+    with status_file(sweep, "fedloom sweep"):
+        assert next(iter(describe(run))).startswith("ended     killed"), "it waits for its turn"
 
 
 def test_a_sweep_that_is_over_says_how_it_stands(tmp_path: Path) -> None:

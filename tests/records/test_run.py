@@ -1,9 +1,11 @@
 """The run directory, read back: whole, cut or damaged."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from support.made_runs import make_run
 from support.tiny import make_recipe
 
 from fedloom import read_run, run
@@ -51,6 +53,20 @@ def test_a_run_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="can't make the run directory"):
         RunWriter(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("updated", "2026-11-28"), ("updated", 5), ("paused", "abc"), ("moved_to", [])]
+)
+def test_a_status_of_other_kinds_is_not_gone_on_from(key: str, value: object, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [3.0, 2.0], state="interrupted")
+    path = run.folder / "status.json"
+    path.write_text(json.dumps({**run.status, key: value}))
+    before = path.read_bytes()
+    for _ in range(2):  # nobody is left at work in it
+        with pytest.raises(RunError, match=rf'status.json: "{key}" is not what it should be; see what else is'):
+            RunWriter(run.folder, resume=True)
+    assert path.read_bytes() == before
 
 
 def test_files_are_replaced_whole(tmp_path: Path) -> None:

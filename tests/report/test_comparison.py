@@ -1,5 +1,6 @@
 """Runs side by side: what differs, what it took, and when a comparison is not fair."""
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from support.made_runs import make_run
 
 from fedloom.errors import RunError
+from fedloom.host.files import take_lock
 from fedloom.records.run import Run
 from fedloom.report.arms_section import group_runs
 from fedloom.report.comparison import (
@@ -198,7 +200,9 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
         write_comparison([one.folder], tmp_path / "both")
     two = make_run(tmp_path / "two", [3.0])
     (two.folder / "rounds.jsonl").write_text("")
-    with pytest.raises(RunError, match="no round is finished yet"):
+    with pytest.raises(RunError, match="no round of it has a loss on record; leave it out, or see what is: fedloom"):
+        write_comparison([one.folder, two.folder], tmp_path / "both")
+    with closing(take_lock(two.folder)), pytest.raises(RunError, match="on record; wait for the first evaluation"):
         write_comparison([one.folder, two.folder], tmp_path / "both")
     assert not (tmp_path / "both").exists()
 

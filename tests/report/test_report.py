@@ -226,6 +226,15 @@ def test_a_run_without_a_round_has_a_report(tmp_path: Path) -> None:
     assert text.count("No round is complete yet.") == 2
 
 
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [3.0, 2.0]).folder
+    (run / "recipe.toml").write_bytes(b"name = '\xff'")
+    with pytest.raises(RunError, match=r"recipe.toml: not UTF-8: it is damaged; restore it, or move it away"):
+        write_report(run)
+    (run / "recipe.toml").unlink()
+    assert "learning_rate" in write_report(run).with_suffix(".md").read_text()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run directory"):
         write_report(tmp_path)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.records.run import EVALUATIONS, Run, read_run
+from fedloom.records.run import ADAPTERS, EVALUATIONS, Run, read_run
 from support.tiny import make_recipe
 
 
@@ -69,7 +69,8 @@ def make_run(
         record |= (more or {}).get(round, {})
         records.append(record)
         reports += [{"round": round, "client": client, "examples": 10, "tokens": 100, "steps": 5} for client in present]
-    folder.mkdir(parents=True)
+    for name in ADAPTERS:
+        (folder / "adapters" / name).mkdir(parents=True)
     files = {
         "resolved.json": recipe.model_dump(mode="json"),
         "environment.json": {"python": "3.11", "processor": "a processor", "cores": 2, "versions": {"torch": "2.13"}},
@@ -77,6 +78,7 @@ def make_run(
             "state": state,
             "started": "2026-11-22T10:00:00+00:00",
             "updated": "2026-11-22T10:01:40+00:00",
+            "round": rounds,
             **({"error": error} if error else {}),
         },
         **({"baselines.json": baselines} if baselines else {}),

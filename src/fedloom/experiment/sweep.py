@@ -43,7 +43,7 @@ from fedloom.recipe.axes import Axis, collect_axes
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.going_on import how_to_go_on
 from fedloom.records.run import RoundRecord, Run, flatten, judged_loss, read_run
-from fedloom.records.sweep_folder import is_done, write_asked
+from fedloom.records.sweep_folder import write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
 from fedloom.training.engines import choose_engine
@@ -97,14 +97,20 @@ def sweep(
             display.show_step("stopped", f"go on with: {how_to_go_on(folder)}")
             raise
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
+    held = {name: who for name, who in held.items() if not read_done(folder / name)}
+    undone = describe_undone(folder, len(combinations), errors, held) if errors or held else None
     if len(finished) > 1:
         by = keys_of_arms(collect_axes(source, axes), finished)
         say = partial(display.show_step, "arms") if by else None
-        write_comparison([run.folder for run in finished], folder, by=by, say=say)
+        try:
+            write_comparison([run.folder for run in finished], folder, by=by, say=say)
+        except RunError as error:
+            if not undone:
+                raise
+            display.show_step("comparison", f"there is none: {error}")  # what failed first is told last
     display.show_sweep_end(rank(finished), folder)
-    held = {name: who for name, who in held.items() if not read_done(folder / name)}
-    if errors or held:
-        raise describe_undone(folder, len(combinations), errors, held)
+    if undone:
+        raise undone
     return folder
 
 
@@ -166,7 +172,7 @@ def read_done(folder: Path) -> Run | None:
     """Return a run that was carried out to its end; None for one that was not."""
     with suppress(RunError):
         run = read_run(folder)
-        return run if is_done(run.folder) else None
+        return run if run.is_done else None
     return None
 
 

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os.path import isfile
 from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import LOCK, is_held
 from fedloom.records.going_on import how_to_go_on
-from fedloom.records.run import Run, missing_records, read_run
+from fedloom.records.run import Run, has_plan, missing_records, read_run
 from fedloom.records.sweep_folder import is_done, list_runs
 from fedloom.text import count
 
 AT_WORK = "at work, but not for this user to see"
-NO_ROUNDS = "done, but rounds.jsonl is missing"
 RUNS_SHOWN = 10
 """Runs of a sweep that are told one by one; of more, how many there are."""
 
 
 def describe_run(run: Run) -> Iterator[str]:
-    """Say in lines how a run ended, and how it goes on unless it is done."""
+    """Say in lines how a run ended, and how it goes on unless it is done; or that a process has it."""
+    if is_held(run.folder / LOCK):  # whatever its status says: one that goes on prepares first
+        yield f"{'run':<10}{AT_WORK}"
+        return
     state = _state_of(run)
     yield f"{'ended':<10}{state}, {run.status.get('updated', '')}"
     if error := run.status.get("error"):
         yield f"{'error':<10}{error}"
-    if state in ("done", AT_WORK):
+    if state == "done":
         return
     if missing := _missing(run):
         yield f"{'rounds':<10}{missing}"
@@ -42,7 +45,8 @@ def describe_sweep(folder: Path) -> Iterator[str]:
     if is_held(folder / LOCK):
         yield f"{'sweep':<10}{AT_WORK}"
     yield f"{'sweep':<10}{len(names) - len(others):,} of {count(len(names), 'run')} done"
-    begun = [name for name in others if (folder / name / "resolved.json").is_file()]
+    # A run that lost its recipe began, too: a sweep goes on with it only once that is mended.
+    begun = [name for name in others if isfile(folder / name / "resolved.json") or has_plan(folder / name)]
     for name in begun[:RUNS_SHOWN]:
         yield f"{'run':<10}{name}: {_where_it_stopped(folder / name)}"
     if len(begun) > RUNS_SHOWN:
@@ -60,7 +64,7 @@ def is_sweep_done(folder: Path) -> bool:
     """Return whether all runs of a sweep are done.
 
     Raises:
-        RunError: the list of its runs, or a status, is damaged.
+        RunError: the list of its runs is damaged.
     """
     return all(is_done(folder / name) for name in list_runs(folder))
 
@@ -72,7 +76,7 @@ def _where_it_stopped(folder: Path) -> str:
         return str(error)
     at_work = is_held(folder / LOCK)
     state = "at work by itself" if at_work else _state_of(run)
-    if state == NO_ROUNDS:
+    if run.status.get("state") == "done":
         where = ""
     elif not run.rounds:
         where = " before round 0"
@@ -86,11 +90,9 @@ def _where_it_stopped(folder: Path) -> str:
 
 def _state_of(run: Run) -> str:
     state = str(run.status.get("state", "unknown"))
-    if state == "done" and not is_done(run.folder):
-        return NO_ROUNDS
-    if state == "running":
-        return AT_WORK if is_held(run.folder / LOCK) else "killed"
-    return state
+    if state == "done" and (lack := run.lack):
+        return f"done, but {lack}"
+    return "killed" if state == "running" else state
 
 
 def _missing(run: Run) -> str:

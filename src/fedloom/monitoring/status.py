@@ -15,18 +15,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from os.path import isfile
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.host.files import LOCK, Lock, hash_text, is_held, replace_file
+from fedloom.host.files import LOCK, Lock, hash_text, is_held, read_holder, replace_file
 from fedloom.monitoring.display import DOING, STAGES, format_round, is_working, round_header
 from fedloom.monitoring.observer import Observer
 from fedloom.monitoring.standing import describe_run, describe_sweep, is_sweep_done
 from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
-from fedloom.records.sweep_folder import is_done, is_sweep
+from fedloom.records.sweep_folder import is_sweep, list_runs
 from fedloom.records.writer import now
 from fedloom.text import format_seconds
 
@@ -178,14 +180,29 @@ def find_work(run: Path) -> Work | None:
         return None  # it is just beginning, or ending
 
 
+def find_sweep(run: Path) -> tuple[Path, Work] | None:
+    """Return the folder of the sweep that is at work in one of its runs, and what it told; None where none is."""
+    if not isfile(run / LOCK) or not is_held(run / LOCK):
+        return None
+    home = run.resolve()
+    work = find_work(home.parent) if home.name in list_runs(home.parent) else None
+    # Beside it, another process may be at work in a run that the sweep leaves to it.
+    holds = work and read_holder(home / LOCK).who.startswith(f"process {work.process} ")
+    return (home.parent, work) if work and holds else None
+
+
 def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work | None:
     """End the process that is at work in a run as Ctrl-C does, and wait for its end; None where there is none.
 
     Raises:
-        RunError: there is no such run or sweep either.
+        RunError: there is no such run or sweep either, or a sweep is at work in it.
     """
     work, file = find_work(run), _file_of(run)
     if work is None or file is None:
+        if found := find_sweep(run):
+            sweep, work = found
+            mend = f"end the sweep, which can go on later: fedloom stop {quote(str(sweep))}"
+            raise RunError(f"its sweep is at work in it (process {work.process})", where=str(run), mend=mend)
         if not is_sweep(run):
             read_run(run)
         return None
@@ -224,6 +241,11 @@ def describe(run: Path) -> Iterator[str]:
             yield f"{'left':<10}{format_seconds(work.seconds_left)}"
         for name, (phase, since) in sorted(work.clients.items()):
             yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
+    elif found := find_sweep(run):
+        sweep, work = found
+        yield f"{'at work':<10}{work.command}, process {work.process}, since {work.since}, in this run and others"
+        yield f"{'doing':<10}{work.doing}"
+        yield f"{'sweep':<10}fedloom status {quote(str(sweep))}, and to end it: fedloom stop {quote(str(sweep))}"
     elif read:
         yield from describe_run(read)
     if read and read.rounds:
@@ -239,7 +261,7 @@ def is_well(run: Path) -> bool:
     """
     if find_work(run) is not None or is_held(run / LOCK):
         return True
-    return is_sweep_done(run) if is_sweep(run) else is_done(read_run(run).folder)
+    return is_sweep_done(run) if is_sweep(run) else read_run(run).is_done
 
 
 def _file_of(run: Path) -> Path | None:

@@ -41,6 +41,14 @@ class StatusRecord(TypedDict, total=False):
     clients_at_once: Positive
 
 
+class AskedRecord(TypedDict):
+    """Content of a sweep's `asked.json`: what it was last started with."""
+
+    recipe: str
+    axes: list[str]
+    random: int | None
+
+
 class EnvironmentRecord(TypedDict, total=False):
     """Content of `environment.json`: the machine, and what is installed there."""
 
@@ -132,13 +140,14 @@ KINDS: Mapping[str, type] = {
     "resolved.json": Recipe,
     "plan.json": Plan,
     "status.json": StatusRecord,
+    "asked.json": AskedRecord,
     "environment.json": EnvironmentRecord,
     "baselines.json": BaselinesRecord,
     "personalised.json": PersonalisedRecord,
     "contributions.json": ContributionsRecord,
     "clients.jsonl": ClientReport,
 }
-"""Kind of each file's objects, but for those whose kinds `run.py` has."""
+"""Kind of each file's objects, in a run or beside the runs of a sweep, but for those whose kinds `run.py` has."""
 
 
 def find_odd(value: object, kind: Any, key: str = "") -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,6 +101,14 @@ class EvaluationRecord(TypedDict, total=False):
 SWEEP = "sweep.json"
 """File of a sweep's folder: the recipe of each of its runs, by the name of the run's folder."""
 MEND = "see what else is: fedloom fsck RUN"
+LOSSES = ("central_loss", "judged_loss", "client_loss")
+"""Keys of a round's record with the loss that adapters are judged by: the first that it has. Round 0 has one."""
+ADAPTERS = ("initial", "last", "best")
+"""Folders in `adapters/` that a run has from its first round on."""
+MOST_NAME_BYTES = 255
+"""Longest name that a file can have."""
+MOST_SHOWN = 80
+"""Characters that are shown of a name that is odd."""
 PATIENCE = 2
 """Rises in a row, from the best round on, that are overfitting and not noise."""
 
@@ -130,6 +139,41 @@ class Run:
         best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
 
+    @property
+    def lack(self) -> str:
+        """Rounds or adapters that a run which is called done no longer has, in words; see `find_lack`."""
+        return find_lack(self.folder, self.status, self.rounds)
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the run was carried out to its end, and lacks nothing since."""
+        return self.status.get("state") == "done" and not self.lack
+
+
+def find_lack(folder: Path, status: Record, rounds: Sequence[Record]) -> str:
+    """Say what is gone of the rounds and adapters of a run that is called done; nothing where they are all there.
+
+    Whether they are what they were is not looked at, which takes longer: `fedloom fsck` does.
+
+    Raises:
+        RunError: a record lacks what it must have.
+    """
+    if file := next((name for name in ("resolved.json", "rounds.jsonl") if not isfile(folder / name)), ""):
+        return f"{file} is missing"
+    last = status.get("round")
+    if last is None:  # an early version wrote it
+        early = status.get("stopped_early") and rounds
+        last = rounds[-1]["round"] if early else read_json(folder / "resolved.json")["federation"]["rounds"]
+    whole = next((at for at, record in enumerate(rounds) if record["round"] != at), len(rounds))
+    if whole <= last:
+        return f"rounds.jsonl lacks round {whole} of {last}"
+    if len(rounds) > last + 1:
+        return f"rounds.jsonl has more than its {last} rounds"
+    if not any(key in record for record in rounds for key in LOSSES):
+        return "rounds.jsonl has no loss of a hold-out"
+    gone = next((name for name in ADAPTERS if not isdir(folder / "adapters" / name)), None)
+    return f"adapters/{gone} is missing" if gone else ""
+
 
 def list_adapters(run: Run) -> dict[str, int]:
     """Return the adapters that must be there, and those of rounds that are there, with the rounds that they are of."""
@@ -150,7 +194,7 @@ def judged_loss(record: Record) -> float:
 
     Where clients' shares are capped, theirs is `judged_loss`, unless that is `client_loss` anyway.
     """
-    loss = record.get("central_loss", record.get("judged_loss", record.get("client_loss")))
+    loss = next((record[key] for key in LOSSES if key in record), None)
     return math.inf if loss is None else float(loss)
 
 
@@ -211,7 +255,9 @@ def read_run(folder: str | Path) -> Run:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}")
         why = "it has no resolved.json" if isdir(folder) else "there is no such folder"
-        raise RunError(f"not a run directory: {why}", where=str(folder))
+        swept = has_plan(folder) and folder.resolve().name in read_sweep(folder.resolve().parent)
+        mend = "move the folder away, and its sweep makes the run anew" if swept else ""
+        raise RunError(f"not a run directory: {why}", where=str(folder), mend=mend)
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(
         folder,
@@ -237,12 +283,12 @@ def read_run(folder: str | Path) -> Run:
 class _Kept(Record):
     """A record as it is on disk: a key that a reader needs and that it lacks is an error which names the file."""
 
-    def __init__(self, where: str, pairs: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, where: str, mend: str, pairs: Iterable[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self._where = where
+        self._where, self._mend = where, mend
 
     def __missing__(self, key: str) -> NoReturn:
-        raise RunError(f'lacks "{key}": the record is damaged', where=self._where, mend=MEND)
+        raise RunError(f'lacks "{key}": the record is damaged', where=self._where, mend=self._mend)
 
 
 def read_json(path: Path, mend: str = MEND) -> Record:
@@ -251,7 +297,7 @@ def read_json(path: Path, mend: str = MEND) -> Record:
     Raises:
         RunError: the file is damaged. So does every look at a key that is not there.
     """
-    return _parse(path.read_bytes(), str(path), "the file", mend) if isfile(path) else _Kept(str(path), ())
+    return _parse(path.read_bytes(), str(path), "the file", mend) if isfile(path) else _Kept(str(path), mend, ())
 
 
 def read_sweep(folder: Path) -> Record:
@@ -260,21 +306,37 @@ def read_sweep(folder: Path) -> Record:
     Raises:
         RunError: the list is damaged.
     """
-    run = quote(str(folder / "RUN"))
-    return read_json(
-        folder / SWEEP,
+    run, path = quote(str(folder / "RUN")), folder / SWEEP
+    mend = (
         "restore it, or begin a sweep of its own with another --out; each run in this one is whole without it:"
-        f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side",
+        f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side"
     )
+    recipes = read_json(path, mend)
+    odd = next((name for name, recipe in recipes.items() if not (_is_name(name) and isinstance(recipe, dict))), None)
+    if odd is not None:
+        why = "is not what it should be" if _is_name(odd) else "can be no folder's name in it"
+        raise RunError(f"{json.dumps(odd)[:MOST_SHOWN]} {why}: the file is damaged", where=str(path), mend=mend)
+    if not recipes and isfile(path):
+        raise RunError("names no run: the file is damaged", where=str(path), mend=mend)
+    return recipes
 
 
-def read_record(path: Path) -> Record:
-    """Read one of a run's JSON objects, whose kind its name says; empty where there is no such file.
+def _is_name(text: str) -> bool:
+    """Return whether a text can be the name of a folder inside another."""
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
+    return text not in ("", ".", "..") and not {"/", "\0"} & {*text} and size <= MOST_NAME_BYTES
+
+
+def read_record(path: Path, mend: str = MEND) -> Record:
+    """Read a JSON object of a run or a sweep, whose kind its name says; empty where there is no such file.
 
     Raises:
         RunError: the file is damaged, or something in it is of another kind.
     """
-    return _checked(read_json(path), KINDS[path.name], path)
+    return _checked(read_json(path, mend), KINDS[path.name], path, mend)
 
 
 def _read_checked(path: Path, kind: type) -> list[Record]:
@@ -286,10 +348,10 @@ def _read_checked(path: Path, kind: type) -> list[Record]:
     return [_checked(record, kind, f"{path}:{number}") for number, record in enumerate(read_lines(path), start=1)]
 
 
-def _checked(record: Record, kind: type, where: str | Path) -> Record:
+def _checked(record: Record, kind: type, where: str | Path, mend: str = MEND) -> Record:
     odd = find_odd(record, kind)
     if odd is not None:
-        raise RunError(f'"{odd}" is not what it should be', where=str(where), mend=MEND)
+        raise RunError(f'"{odd}" is not what it should be', where=str(where), mend=mend)
     return record
 
 
@@ -311,7 +373,7 @@ def read_lines(path: Path) -> list[Record]:
 
 def _parse(text: bytes, where: str, what: str, mend: str = MEND) -> Record:
     try:
-        value = json.loads(text, object_pairs_hook=partial(_Kept, where))
+        value = json.loads(text, object_pairs_hook=partial(_Kept, where, mend))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

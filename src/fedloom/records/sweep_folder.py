@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from os.path import isfile
 from pathlib import Path
 
+from fedloom.errors import RunError
 from fedloom.host.files import write_json
-from fedloom.records.run import SWEEP, read_json, read_sweep
+from fedloom.records.run import SWEEP, find_lack, read_lines, read_record, read_sweep
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
+MEND_ASKED = "remove it, and go on with the command that began the sweep, which writes it again"
 
 
 def is_sweep(folder: Path) -> bool:
@@ -29,12 +32,14 @@ def list_runs(folder: Path) -> list[str]:
 
 
 def is_done(run: Path) -> bool:
-    """Return whether a run was carried out to its end, and its rounds are still there.
+    """Return whether a run was carried out to its end, and lacks nothing since: see `find_lack`.
 
-    Raises:
-        RunError: its status is damaged.
+    One whose records are damaged is not done. Of what its clients did nothing is read, which would take longest.
     """
-    return read_json(run / "status.json").get("state") == "done" and isfile(run / "rounds.jsonl")
+    with suppress(RunError):
+        status = read_record(run / "status.json")
+        return status.get("state") == "done" and not find_lack(run, status, read_lines(run / "rounds.jsonl"))
+    return False
 
 
 def write_asked(folder: Path, source: str | Path, axes: Sequence[str], num_random: int | None) -> None:
@@ -55,7 +60,7 @@ def command_of(folder: Path) -> str:
     Raises:
         RunError: what was asked for is damaged.
     """
-    asked = read_json(folder / ASKED)
+    asked = read_record(folder / ASKED, MEND_ASKED)
     if not asked:  # an early version began it
         return f"the command that began it, and --out {shlex.quote(str(folder))}"
     draw = [] if asked["random"] is None else ["--random", str(asked["random"])]

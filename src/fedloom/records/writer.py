@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
 from fedloom.host.files import flush, hash_start, open_own, take_lock, write_json, write_text, writing
-from fedloom.records.run import Record, RoundRecord, read_json
+from fedloom.records.run import Record, RoundRecord, read_record
 
 if TYPE_CHECKING:
     from fedloom.federation.rounds import RoundResult
@@ -44,7 +44,7 @@ class RunWriter:
         self.folder = folder
         self._lock = take_lock(folder)
         try:
-            self._status: Record = read_json(folder / "status.json") or {"started": now()}
+            self._status: Record = read_record(folder / "status.json") or {"started": now()}
             if self._status.get("updated"):  # from here on it is at work again
                 self._status["paused"] = self._status.get("paused", 0.0) + seconds_since(self._status["updated"])
             self._digests = {name: hash_start(folder / name) for name in RECORDS}

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fedloom.errors import RunError
+from fedloom.host.files import LOCK, is_held
 from fedloom.records.run import MEND, Run, flatten, read_run
 from fedloom.records.sweep_folder import is_done, is_sweep, list_runs
 from fedloom.report import figures
@@ -67,7 +68,9 @@ def write_comparison(
         if [record["round"] for record in run.rounds] != list(range(len(run.rounds))):
             raise RunError("its rounds are not one after another", where=str(run.folder / "rounds.jsonl"), mend=MEND)
         if not figures.judged_series(run)[1]:
-            raise RunError("no round is finished yet", where=str(run.folder), mend="wait for the first evaluation")
+            awaited = is_held(run.folder / LOCK)
+            mend = "wait for the first evaluation" if awaited else "leave it out, or see what is: fedloom fsck RUN"
+            raise RunError("no round of it has a loss on record", where=str(run.folder), mend=mend)
     arms = group_runs(runs, by, against) if by else None
     page = write_document(build_comparison(runs, arms), Path(out), "comparison")
     if say:

@@ -354,7 +354,10 @@ def _observations(run: Run) -> list[Block]:
 
 def _repeat(run: Run) -> list[Block]:
     asked = run.folder / "recipe.toml"
-    text = asked.read_text(encoding="utf-8") if asked.is_file() else ""
+    try:
+        text = asked.read_text(encoding="utf-8") if asked.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise RunError("not UTF-8: it is damaged", where=str(asked), mend="restore it, or move it away") from error
     return [
         Text(f"Seed {run.recipe['seed']}; {name_versions(run.environment)}. The recipe is in this run's folder:"),
         # Without its clients, `run` would train on whatever the central hold-out is taken from.
