@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from os.path import isdir, isfile
 from pathlib import Path
 from shlex import quote
@@ -90,12 +89,16 @@ def status(run: RunFolder) -> None:
     Exit code 0 where somebody is at work in it or it is done, 1 where nobody is and it is not, 2 where there is no such
     run.
     """
+    from fedloom.deployment.queue import BRANCH
     from fedloom.monitoring.status import describe, find_work, is_well
 
-    server = find_work(run) is None and _is_server(run)
-    for line in _describe_server(run) if server else describe(run):
+    server, work = _is_server(run), find_work(run)
+    lines = [*describe(run)] if work or not server else [_describe_server(run)]
+    if server and not (work and work.command == BRANCH):  # whose runs are those of the server above
+        lines.append(_count_runs(run))
+    for line in lines:
         typer.echo(show_controls(line))
-    if not (_is_served(run) if server else is_well(run)):
+    if not (work or (_is_served(run) if server else is_well(run))):
         raise typer.Exit(1)
 
 
@@ -114,26 +117,30 @@ def _is_served(server: Path) -> bool:
     return is_held(server / SERVE_LOCK)
 
 
-def _describe_server(server: Path) -> Iterator[str]:
-    """Say in lines how a server's folder stands that no service of this user is at work with: its server, its runs."""
-    from fedloom.deployment.queue import Queue, list_runs
+def _describe_server(server: Path) -> str:
+    """Say in a line who is at work with a server's folder, where it is no service of this user."""
+    from fedloom.deployment.queue import Queue
     from fedloom.monitoring.standing import AT_WORK
 
-    told, option = list_runs(server), f"--server {quote(str(server))}"
     if one_run := Queue(server).one_run:
-        yield f"{'server':<10}at work for one run alone: fedloom status {quote(one_run)}"
-    elif _is_served(server):
-        yield f"{'server':<10}{AT_WORK}"
-    else:
-        yield f"{'server':<10}nobody is at work with it; start it with: fedloom serve {option}"
+        return f"{'server':<10}at work for one run alone: fedloom status {quote(one_run)}"
+    if _is_served(server):
+        return f"{'server':<10}{AT_WORK}"
+    return f"{'server':<10}nobody is at work with it; start it with: fedloom serve --server {quote(str(server))}"
+
+
+def _count_runs(server: Path) -> str:
+    """Say in a line how many runs a server has, by their states."""
+    from fedloom.deployment.queue import list_runs
+
+    told, option = list_runs(server), f"--server {quote(str(server))}"
     states = Counter(run["state"] for run in told["runs"])
     if told["damaged"]:
         states["damaged"] = len(told["damaged"])
-    if states:
-        counted = ", ".join(f"{number:,} {state}" for state, number in states.items())
-        yield f"{'runs':<10}{counted}; list them with: fedloom runs {option}"
-    else:
-        yield f"{'runs':<10}none yet; submit one with: fedloom submit RECIPE {option}"
+    if not states:
+        return f"{'runs':<10}none yet; submit one with: fedloom submit RECIPE {option}"
+    counted = ", ".join(f"{number:,} {state}" for state, number in states.items())
+    return f"{'runs':<10}{counted}; list them with: fedloom runs {option}"
 
 
 def stop(

@@ -201,6 +201,7 @@ def test_a_sweep_is_watched_and_stopped_from_another_terminal(
     assert f"fedloom sweep, process {os.getpid()}" in said[0]
     assert said[1] == "doing     evaluating"
     assert said[2].startswith("left      0:0")
+    assert said.pop(3) == "sweep     0 of 2 runs done"
     assert said[3] == "stopping ends after this step; once more, and it ends at once"
     command = f"fedloom sweep {recipe_file} seed=1,2 --out {folder}"
     assert said[4] == f"stopped go on with: {command}"

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from fedloom.cli import app
 from fedloom.deployment.keys import in_use
-from fedloom.deployment.queue import Queue
+from fedloom.deployment.queue import BRANCH, Queue
 from fedloom.errors import RunError
 from fedloom.experiment.run import plan
 from fedloom.host.files import take_lock
@@ -272,6 +272,14 @@ def test_a_sweep_that_is_over_says_how_it_stands(tmp_path: Path) -> None:
     assert (stopped.exit_code, "nobody is at work in it" in stopped.output) == (1, True)
 
 
+def test_an_early_end_is_told_of_a_run_that_is_over(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.9])
+    status = json.loads((made.folder / "status.json").read_text())
+    early = "9 scheduled, 1 completed: enough"
+    (made.folder / "status.json").write_text(json.dumps({**status, "stopped_early": early}))
+    assert f"early end {early}" in [*describe(made.folder)]
+
+
 def test_a_servers_folder_says_who_is_at_work_with_it_and_what_it_has(tmp_path: Path) -> None:
     """It was no run directory, as it is in the guide's first steps."""
     server = tmp_path / "server"
@@ -303,6 +311,11 @@ def test_a_servers_folder_says_who_is_at_work_with_it_and_what_it_has(tmp_path: 
         assert ask("status") == (0, ["server    at work, but not for this user to see", counted])
         with status_file(server, "fedloom serve") as display:
             display.show_step("waiting", "for a run")
+            code, lines = ask("status")
+            assert code == 0
+            assert [line[:8] for line in lines] == ["at work ", "doing   ", "runs    "]
+            assert lines[-1] == counted
+        with status_file(server, BRANCH):  # its runs are those of the server above
             assert [line[:8] for line in ask("status")[1]] == ["at work ", "doing   "]
 
 

@@ -27,6 +27,8 @@ def describe_run(run: Run) -> Iterator[str]:
     yield f"{'ended':<10}{state}, {run.status.get('updated', '')}"
     if error := run.status.get("error"):
         yield f"{'error':<10}{error}"
+    if why := run.status.get("stopped_early"):
+        yield f"{'early end':<10}{why}"
     if state == "done":
         return
     if missing := _missing(run):
@@ -44,7 +46,7 @@ def describe_sweep(folder: Path) -> Iterator[str]:
     others = [name for name in names if not is_done(folder / name)]
     if is_held(folder / LOCK):
         yield f"{'sweep':<10}{AT_WORK}"
-    yield f"{'sweep':<10}{len(names) - len(others):,} of {count(len(names), 'run')} done"
+    yield count_done(folder)
     # A run that lost its recipe began, too: a sweep goes on with it only once that is mended.
     begun = [name for name in others if isfile(folder / name / "resolved.json") or has_plan(folder / name)]
     for name in begun[:RUNS_SHOWN]:
@@ -58,6 +60,16 @@ def describe_sweep(folder: Path) -> Iterator[str]:
         yield f"{'go on':<10}{how_to_go_on(folder)}"
     elif page.is_file():
         yield f"{'compared':<10}{page}"
+
+
+def count_done(folder: Path) -> str:
+    """Say in a line how many of a sweep's runs are done.
+
+    Raises:
+        RunError: the list of its runs is damaged.
+    """
+    names = list_runs(folder)
+    return f"{'sweep':<10}{sum(is_done(folder / name) for name in names):,} of {count(len(names), 'run')} done"
 
 
 def is_sweep_done(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from fedloom.errors import RunError
 from fedloom.host.files import LOCK, Lock, hash_text, is_held, read_holder, replace_file
 from fedloom.monitoring.display import DOING, STAGES, format_round, is_working, round_header
 from fedloom.monitoring.observer import Observer
-from fedloom.monitoring.standing import describe_run, describe_sweep, is_sweep_done
+from fedloom.monitoring.standing import count_done, describe_run, describe_sweep, is_sweep_done
 from fedloom.progress import Clock, Phase, Progress, Stage, StageName
 from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
@@ -239,6 +239,8 @@ def describe(run: Path) -> Iterator[str]:
             yield f"{'round':<10}{done} of {work.rounds}{left}"
         elif work.seconds_left is not None:  # a sweep's passes have rounds of their own
             yield f"{'left':<10}{format_seconds(work.seconds_left)}"
+        if is_sweep(run):
+            yield count_done(run)
         for name, (phase, since) in sorted(work.clients.items()):
             yield f"{'client':<10}{name}: {phase}, for {format_seconds(max(time.time() - since, 0.0))}"
     elif found := find_sweep(run):
