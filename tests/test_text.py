@@ -12,6 +12,7 @@ from fedloom.report.plots import Line, Plot, draw
 from fedloom.text import (
     format_share,
     hide_secrets,
+    list_numbers,
     list_some,
     round_down,
     sentence,
@@ -109,3 +110,9 @@ def test_the_first_few_words_are_listed_and_the_others_counted() -> None:
     assert list_some(["a", "b"], 2) == "a, b"
     assert list_some(["a", "b", "c", "d"], 2) == "a, b and 2 more"
     assert list_some([], 2) == ""
+
+
+def test_numbers_that_follow_one_upon_another_are_listed_as_spans() -> None:
+    assert list_numbers([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7 to 8"
+    assert list_numbers([3]) == "3"
+    assert list_numbers([]) == ""

@@ -104,6 +104,17 @@ def list_some(words: Sequence[str], most: int) -> str:
     return ", ".join(words[:most]) + more
 
 
+def list_numbers(numbers: Sequence[int]) -> str:
+    """List numbers that rise, with what follows one upon another as a span: `0 to 2, 5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in spans)
+
+
 def list_reasons(counts: Mapping[str, int]) -> str:
     """List reasons with their numbers, as `2 empty, 1 not UTF-8 text`."""
     return ", ".join(f"{number:,} {reason}" for reason, number in sorted(counts.items()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.marks import first
@@ -110,7 +111,23 @@ def test_its_adapter_is_what_was_judged_and_its_card_says_whose_it_is(tmp_path: 
             losses += float(opened(input_ids=words_1T, labels=words_1T).loss) * (length - 1)
         targets += length - 1
     assert told_by(tmp_path / "run")["clients"]["2"]["loss"] == pytest.approx(losses / targets, rel=1e-5)
-    assert "client 2 went on by itself, 3 epochs over its own documents" in (home / "README.md").read_text()
+    check_card((home / "README.md").read_text(), losses / targets)
+
+
+def check_card(card: str, loss: float) -> None:
+    """It has the client's own figure alone, and begins with what its reader has to think of."""
+    told = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    figures = [(metric["name"], metric["value"]) for result in told for metric in result["metrics"]]
+    name = "Loss on what its client holds out (nats per token)"
+    assert figures == [(name, pytest.approx(loss, rel=1e-5))]
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert rows == ["| metric | value |", f"| {name} | {figures[0][1]:.4f} |"]
+    assert "# test: client 2's own\n" in card
+    assert card.index("It may tell of the documents that it learnt from") < card.index("An adapter (lora")
+    assert "it went on by itself, 3 epochs over this client's documents. It comes of round 1 of 1." in card
+    assert "fedloom export RUN --ollama my-test --client 2\n" in card
+    assert "fedloom export RUN --to merged --merged --client 2\n" in card
+    assert card.endswith("```\n"), "nothing comes behind the recipe"
 
 
 def test_a_client_that_can_not_go_on_is_named_and_the_others_have_theirs(tmp_path: Path) -> None:

@@ -206,7 +206,10 @@ def test_each_clients_adapter_is_written_and_is_what_was_judged(tmp_path: Path) 
                 losses += float(opened(input_ids=words_1T, labels=words_1T).loss) * (length - 1)
             targets += length - 1
         assert finished.rounds[-1]["client_losses"][str(client)] == pytest.approx(losses / targets, rel=1e-5)
-        assert f"client {client}'s own" in (home / "README.md").read_text()
+        card = (home / "README.md").read_text()
+        assert f"client {client}'s own" in card
+        rows = [line for line in card.splitlines() if line.startswith("| Loss")]
+        assert rows == [f"| Loss on what its client holds out (nats per token) | {losses / targets:.4f} |"]
     assert "| client 2 | " in (tmp_path / "run" / "report.md").read_text().partition("Was it worth it?")[2]
     (tmp_path / "run/clients/1/adapter/adapter_model.safetensors").write_bytes(b"nothing")
     assert [one.what for one in check_run(tmp_path / "run") if not one.well] == ["clients/1/adapter"]

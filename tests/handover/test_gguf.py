@@ -147,7 +147,7 @@ def test_other_scales_and_rules_give_the_change_of_every_layer(name: str, tmp_pa
     ("adapter", "says"),
     first(
         [
-            ({"dora": True}, "can't hold DoRA in an adapter; write the merged model with --merged"),
+            ({"dora": True}, "^adapter: llama.cpp can't hold DoRA in an adapter; write the merged model with --merged"),
             ({"options": {"modules_to_save": ["norm"]}}, r"_layernorm\.weight, trained as a whole \(modules_to_save\)"),
             ({"targets": ["q_proj", "lm_head"]}, "can't hold an adapted head"),
             ({"options": {"alpha_pattern": {"q_proj": 2}}}, "ranks and scales that differ from layer to layer"),

@@ -146,8 +146,12 @@ def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_p
         for more in ((), ("--client", "1"))
     ]
     assert answers[0] != answers[1]
-    with pytest.raises(RunError, match=r"client 9 has no adapter of its own; personalise = \{ epochs = 1 \}, or"):
-        export(finished.folder, tmp_path / "none", which=9)
+    for hand_over in (
+        lambda: export(finished.folder, tmp_path / "none", which=9),
+        lambda: generate(finished.folder, "", which=9),
+    ):
+        with pytest.raises(RunError, match=r"client 9 has no adapter of its own; clients that have one: 0 to 2$"):
+            hand_over()
     assert not (tmp_path / "none").exists()
 
 
@@ -175,7 +179,7 @@ def test_an_adapter_that_is_not_the_one_on_record_is_handed_to_nobody(which: str
 
 
 def test_without_own_adapters_there_is_none_of_a_client(finished: Run, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="client 0 has no adapter of its own"):
+    with pytest.raises(RunError, match=r"client 0 has no adapter of its own; personalise = \{ epochs = 1 \}, or"):
         export(finished.folder, tmp_path / "adapter", which=0)
 
 

@@ -244,3 +244,19 @@ def test_a_base_model_that_vllm_can_not_load_is_said_before_anything_is_written(
 def test_one_target_is_asked_for(talked: Run, options: list[str]) -> None:
     result = CliRunner().invoke(app, ["export", str(talked.folder), *options])
     assert "one target is needed" in str(result.exception)
+
+
+def test_an_option_that_was_not_typed_is_blamed_for_nothing(tmp_path: Path) -> None:
+    """What is written for Ollama is refused by what writes .gguf files for --to as well."""
+    finished = run(make_recipe(federation={"rounds": 1}), tmp_path / "run", Observer())
+    (tmp_path / "there").mkdir()
+    refused = {
+        "model.source: fedloom knows no tokenizer of llama.cpp": tmp_path / "new",
+        "there: the target exists; name another, or remove it": tmp_path / "there",
+        "not a possible target": tmp_path / ("x" * 300),
+    }
+    for says, target in refused.items():
+        found = CliRunner().invoke(app, ["export", str(finished.folder), "--ollama", str(target)])
+        assert isinstance(found.exception, FedloomError)
+        assert says in str(found.exception)
+        assert "--to:" not in str(found.exception)

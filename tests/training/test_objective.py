@@ -152,8 +152,11 @@ def test_over_rounds_the_rate_is_flowertunes() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_names_round_client_and_step(loss: float) -> None:
-    with pytest.raises(TrainingError, match="round 3, client 1, step 9: the loss is"):
+    with pytest.raises(TrainingError, match="round 3, client 1, step 9: the loss is") as raised:
         check_finite("the loss", loss, round=3, client=1, step=9)
+    assert str(raised.value).endswith("where the model is in 16 bits, model.dtype float32 may help"), (
+        "it may be float32"
+    )
     check_finite("the loss", 1e300, round=3, client=1, step=9)
 
 

@@ -134,5 +134,5 @@ def _read_factors(adapted: AdaptedModel, folder: Path) -> tuple[dict[str, tuple[
 
 def _refuse(what: str) -> RunError:
     return RunError(
-        f"llama.cpp can't hold {what} in an adapter", where="--to", mend="write the merged model with --merged"
+        f"llama.cpp can't hold {what} in an adapter", where="adapter", mend="write the merged model with --merged"
     )

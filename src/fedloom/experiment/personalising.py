@@ -19,7 +19,7 @@ from fedloom.host.failpoints import failpoint
 from fedloom.host.files import clear_unfinished, writing
 from fedloom.recipe.recipe import Recipe
 from fedloom.recipe.sections import Personalise
-from fedloom.records.card import write_card
+from fedloom.records.card import Owner, write_card
 from fedloom.records.run import read_run
 from fedloom.text import count
 from fedloom.training.jobs import ClientFailure, ClientTask
@@ -38,14 +38,12 @@ def personalise(trial: Trial, session: Session, section: Personalise) -> None:
     )
     before = fleet.evaluate(best)
     run = read_run(folder)
-    card = write_card(trial.recipe, trial.prepared.plan, run.rounds[run.best_round or 0])
     found: dict[int, dict[str, Any]] = {}
     for result in fleet.train(_tasks(trial, best)):
         client = result.client
         if isinstance(result, ClientFailure):
             found[client] = {"error": str(result.error)}
             continue
-        _save(session, folder, client, result.adapter, card + _explain(client, section))
         report = result.report
         losses = {
             "global_loss": before[client].loss if client in before else None,
@@ -57,6 +55,9 @@ def personalise(trial: Trial, session: Session, section: Personalise) -> None:
             **{name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)},
             "adapter_sha256": result.adapter.sha256(),
         }
+        owner = Owner(client, _explain(section, found[client].get("global_loss")))
+        card = _card(trial, run.best_round or 0, found[client].get("loss"), owner)
+        _save(session, folder, client, result.adapter, card)
     told = {"round": run.best_round, "clients": {str(client): found[client] for client in sorted(found)}}
     trial.recorder.writer.write_json("personalised.json", told)
     failpoint("personalised.written")
@@ -71,14 +72,22 @@ def write_own_adapters(trial: Trial, session: Session) -> None:
     if own is None:
         return
     own.restore(trial.fleet.own_parts)
-    card = write_card(trial.recipe, trial.prepared.plan, trial.past_rounds()[-1])
+    losses = trial.past_rounds()[-1].get("client_losses", {})
     found = {}
     for client in trial.fleet.clients:
         adapter = own.adapter_of(client, trial.run.adapter)
-        why = f"\nIn the place of the mean of all clients' B it has client {client}'s own, which no other client has.\n"
-        _save(session, folder, client, adapter, card + why)
+        owner = Owner(
+            client, f"In the place of the mean of all clients' B it has client {client}'s own, which no other has."
+        )
+        _save(session, folder, client, adapter, _card(trial, trial.run.completed, losses.get(str(client)), owner))
         found[str(client)] = {"adapter_sha256": adapter.sha256()}
     trial.recorder.writer.write_json("personalised.json", {"round": trial.run.completed, "clients": found})
+
+
+def _card(trial: Trial, round: int, loss: float | None, owner: Owner) -> str:
+    """Return the card of a client's own adapter, with the loss on what that client holds out, if there is one."""
+    figures = {} if loss is None else {"own_loss": loss}
+    return write_card(trial.recipe, trial.prepared.plan, {"round": round, **figures}, owner)
 
 
 def _save(session: Session, folder: Path, client: int, adapter: Adapter, card: str) -> None:
@@ -114,10 +123,10 @@ def personal_task(recipe: Recipe, best: Adapter, client: int, round: int) -> Cli
     )
 
 
-def _explain(client: int, section: Personalise) -> str:
-    """Return what the card of a client's own adapter says beside that of the global one."""
+def _explain(section: Personalise, before: float | None) -> str:
+    """Return what the card of a client's own adapter says of how it came about."""
+    began = "" if before is None else f", whose loss on what this client holds out is {before:.4f},"
     return (
-        f"\nFrom this adapter client {client} went on by itself, {count(section.epochs, 'epoch')} over its own"
-        " documents. The figures above are those of the adapter that it began with. What is in this folder may tell of"
-        " those documents: it belongs to whoever they belong to.\n"
+        f"From the best adapter of all clients{began} it went on by itself,"
+        f" {count(section.epochs, 'epoch')} over this client's documents."
     )

@@ -69,9 +69,9 @@ def check_target(to: Path) -> None:
     try:
         exists = to.exists()
     except OSError as error:  # a name that is too long, say
-        raise RunError(f"not a possible target ({error.strerror})", where="--to", mend="name another") from error
+        raise RunError(f"not a possible target ({error.strerror})", mend="name another") from error
     if exists:
-        raise RunError("the target exists", where=str(to), mend="name another with --to, or remove it")
+        raise RunError("the target exists", where=str(to), mend="name another, or remove it")
 
 
 def write_export(

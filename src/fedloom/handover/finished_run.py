@@ -10,6 +10,7 @@ from fedloom.errors import RunError
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe, pin
 from fedloom.records.run import list_adapters, read_run
+from fedloom.text import list_numbers
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -29,13 +30,13 @@ def adapter_folder(folder: Path, which: str | int) -> Path:
         RunError: the run has no such adapter, or a part of it is with the clients alone.
     """
     if isinstance(which, int):
-        source = folder / "clients" / str(which) / "adapter"
-        # What is not on record may be of an earlier try.
-        told = read_run(folder).personalised.get("clients", {}).get(str(which), {})
-        if "adapter_sha256" not in told or not source.is_dir():
-            own = 'personalise = { epochs = 1 }, or federation.lora_rule = "fedsa", gives each client one'
-            raise RunError(f"client {which} has no adapter of its own", where=str(folder), mend=own)
-        return source
+        places = _own_folders(folder)
+        if which not in places:
+            mend = 'personalise = { epochs = 1 }, or federation.lora_rule = "fedsa", gives each client one'
+            if places:
+                mend = f"clients that have one: {list_numbers(sorted(places))}"
+            raise RunError(f"client {which} has no adapter of its own", where=str(folder), mend=mend)
+        return places[which]
     if read_run(folder).plan.get("shared_alone"):
         raise RunError(
             "its adapters have A alone: each client has a B of its own on its own machine",
@@ -46,6 +47,15 @@ def adapter_folder(folder: Path, which: str | int) -> Path:
     if not source.is_dir():
         raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")
     return source
+
+
+def _own_folders(folder: Path) -> dict[int, Path]:
+    """Return the folders of clients' own adapters; what is not on record may be of an earlier try."""
+    told = read_run(folder).personalised.get("clients", {})
+    places = {
+        int(client): folder / "clients" / client / "adapter" for client in told if "adapter_sha256" in told[client]
+    }
+    return {client: place for client, place in places.items() if place.is_dir()}
 
 
 def open_adapter(adapted: AdaptedModel, folder: Path, which: str | int) -> Adapter:

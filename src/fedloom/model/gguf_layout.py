@@ -20,6 +20,9 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 INTERLEAVED = "llama"
 """The kind whose queries and keys llama.cpp rotates by neighbours; the others it rotates as transformers does."""
 
+CONVERT = "export a folder with --to FOLDER --merged, and convert it with llama.cpp's convert_hf_to_gguf.py"
+"""Way out where fedloom can't write a model as a GGUF file."""
+
 
 def interleaved_rows(rows: int, heads: int) -> Tensor:
     """Return for each row of queries or keys, as transformers has them, where llama.cpp's file has it, [O].
@@ -59,7 +62,7 @@ class GgufLayout:
             raise ModelError(
                 f"fedloom writes GGUF of {', '.join(ARCHITECTURES)}, and this is {kind}",
                 where="model.source",
-                mend="export a folder with --merged, and convert it with llama.cpp's convert_hf_to_gguf.py",
+                mend=CONVERT,
             )
         architecture, heads = ARCHITECTURES[kind], config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.errors import ModelError
+from fedloom.model.gguf_layout import CONVERT
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in llama.cpp."""
@@ -35,8 +36,8 @@ def vocabulary_of(tokenizer: Any, size: int) -> dict[str, Any]:
     if split is None and prefix is None:
         raise ModelError(
             "fedloom knows no tokenizer of llama.cpp that splits texts as this model's does",
-            where="--to",
-            mend="export a folder with --merged, and convert it with llama.cpp's convert_hf_to_gguf.py",
+            where="model.source",
+            mend=CONVERT,
         )
     added = {token["id"]: token for token in told.get("added_tokens", ())}
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}

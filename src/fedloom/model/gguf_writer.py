@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedloom.errors import ModelError
-from fedloom.model.gguf_layout import INTERLEAVED, GgufLayout
+from fedloom.model.gguf_layout import CONVERT, INTERLEAVED, GgufLayout
 from fedloom.model.gguf_vocabulary import PREFIX, vocabulary_of
 from fedloom.model.source import ModelSource
 
@@ -110,7 +110,7 @@ def _tensors_of(model: PreTrainedModel, source: ModelSource, layout: GgufLayout)
     for name, tensor in model.named_parameters():
         title = layout.name_of(name)
         if title is None:
-            raise ModelError(f"llama.cpp has no place for {name}", where="--to", mend="export a folder with --merged")
+            raise ModelError(f"llama.cpp has no place for {name}", where="model.source", mend=CONVERT)
         yield title, tensor
     if (factors := _rope_factors(model, source)) is not None:
         yield ROPE_FACTORS, factors
@@ -158,8 +158,8 @@ def _make_keys(config: PretrainedConfig, layout: GgufLayout, source: ModelSource
     if told := [what for what, is_odd in odd.items() if is_odd]:
         raise ModelError(
             f"fedloom can't say in a GGUF file that the model has {told[0]}",
-            where="--to",
-            mend="export a folder with --merged, and convert it with llama.cpp's convert_hf_to_gguf.py",
+            where="model.source",
+            mend=CONVERT,
         )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     own = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ METRICS = {
     "central_perplexity": ("perplexity", "Perplexity on the central hold-out"),
     "central_accuracy": ("accuracy", "Next-token accuracy on the central hold-out"),
     "client_loss": ("loss", "Loss on the clients' own hold-outs (nats per token)"),
+    "own_loss": ("loss", "Loss on what its client holds out (nats per token)"),
 }
 """Key of a round's record -> the hub's type, and what to call it."""
 CARD = "README.md"
@@ -40,17 +42,32 @@ SHARED_ALONE = (
 """Words of a card for an adapter of which a part stays with clients elsewhere."""
 GGUF_KINDS = "llama, mistral, qwen2 and qwen3"
 """Kinds of models of which a GGUF file can be written (`fedloom.model.gguf_layout`, which a record is not to load)."""
+ITS_OWNERS = (
+    "It may tell of the documents that it learnt from, and belongs to whoever they belong to: think of that before you"
+    " hand it on."
+)
+"""Warning of a card for an adapter that is one client's own."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Client that has an adapter for itself, and in a sentence how that adapter came about."""
+
+    client: int
+    origin: str
 
 
 def write_card(
     recipe: Recipe,
     plan: Plan,
     record: Mapping[str, Any] | None,
+    owner: Owner | None = None,
 ) -> str:
     """Return the card of the adapter of a round; `record` is None for one that has not been evaluated yet.
 
+    With an owner it is that of a client's own adapter, which came of the round's; the record has its own figures alone.
     What tasks have to say comes later, with `write_tasks`.
     """
     known = {key: record[key] for key in METRICS if record and key in record}
@@ -84,11 +101,15 @@ def write_card(
     revisions = [to_markdown_text(revision) for revision in (plan.model_revision, plan.data_revision)]
     weights = f"- Base weights: {explain_weights(plan.model_weights)}\n" if plan.model_weights else ""
     round = f"round {record['round']}" if record else "before any training"
+    whose = f": client {owner.client}'s own" if owner else ""
+    came = f". {owner.origin} It comes of" if owner else ","
     text = [
-        f"# {recipe.name}",
+        f"# {recipe.name}{whose}",
         to_markdown_text(recipe.description),
-        f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}), {round} of {plan.rounds}."
-        f" It was trained by federation: {_describe_clients(plan, 'the weights of models' if whole else 'adapters')}",
+        ITS_OWNERS if owner else "",
+        f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}){came} {round} of {plan.rounds}."
+        f" {'That round' if owner else 'It'} was trained by federation:"
+        f" {_describe_clients(plan, 'the weights of models' if whole else 'adapters')}",
         f"{weights}- Data: {explain_data(shown_data, revisions[1])}{_count_documents(plan)}\n"
         f"- Trainable parameters: {plan.trainable_share}\n"
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
@@ -104,7 +125,7 @@ def write_card(
         if known
         else "",
         f"## Privacy\n\n{explain_privacy(plan.privacy) if plan.privacy else NO_BOUND}",
-        _how_to_use(recipe, model, plan.model_revision if on_a_hub else None),
+        _how_to_use(recipe, model, plan.model_revision if on_a_hub else None, owner),
         f"## Recipe\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n"
@@ -183,8 +204,7 @@ def write_own_card(recipe: Recipe, revision: str, origin: str) -> str:
     parts = [
         f"# {recipe.name}: a client's own",
         f"{_describe(recipe.adapter)} {shown} ({to_markdown_text(revision)}). {origin}",
-        "It was made on its owner's machine and was sent to nobody. It may tell of the documents that it learnt from,"
-        " and belongs to whoever they belong to: think of that before you hand it on.",
+        f"It was made on its owner's machine and was sent to nobody. {ITS_OWNERS}",
         f"## Use\n\n{_load(shown, whole=whole, on_a_hub=on_a_hub)}",
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -239,7 +259,7 @@ def _count_documents(plan: Plan) -> str:
     )
 
 
-def _how_to_use(recipe: Recipe, model: str, commit: str | None) -> str:
+def _how_to_use(recipe: Recipe, model: str, commit: str | None, owner: Owner | None) -> str:
     """Say in three lines each how PEFT, or transformers, Ollama and vLLM use it; `commit` is of a base on a hub."""
     method = recipe.adapter.method
     whole = method == "full"
@@ -247,12 +267,13 @@ def _how_to_use(recipe: Recipe, model: str, commit: str | None) -> str:
     # A trained prompt sits on no layers, and can be merged into none.
     if whole or METHODS[method].targets:
         merged = "" if whole or recipe.adapter.is_plain_lora else " --merged"
+        whose = f" --client {owner.client}" if owner else ""
         name = f"my-{recipe.name}"
         parts[f"Ollama, from the run directory RUN, of models of the kinds {GGUF_KINDS}"] = (
-            f"```\nfedloom export RUN --ollama {name}{merged}\n"
+            f"```\nfedloom export RUN --ollama {name}{merged}{whose}\n"
             f"ollama create {name} -f {name}/Modelfile\nollama run {name}\n```"
         )
-        parts["vLLM"] = f"```\n{_serve(recipe, model, commit)}\n```"
+        parts["vLLM"] = f"```\n{_serve(recipe, model, commit, whose)}\n```"
     return "## Use\n\n" + "\n\n".join(f"{title}:\n\n{text}" for title, text in parts.items())
 
 
@@ -266,7 +287,7 @@ def _load(model: str, *, whole: bool, on_a_hub: bool) -> str:
     )
 
 
-def _serve(recipe: Recipe, model: str, commit: str | None) -> str:
+def _serve(recipe: Recipe, model: str, commit: str | None, whose: str) -> str:
     """Return what to type for vLLM: the adapter over a base from a hub, where it is plain LoRA, or a whole model."""
     adapter = recipe.adapter
     plain = adapter.is_plain_lora and not adapter.options
@@ -275,7 +296,7 @@ def _serve(recipe: Recipe, model: str, commit: str | None) -> str:
     if adapter.method == "full":
         return f"vllm serve {HERE}"
     if not (plain and commit and rank):
-        return "fedloom export RUN --to merged --merged\nvllm serve merged"
+        return f"fedloom export RUN --to merged --merged{whose}\nvllm serve merged"
     return (
         f"vllm serve {model} --revision {commit} \\\n"
         f"    --enable-lora --max-lora-rank {rank} \\\n    --lora-modules {recipe.name}={HERE}"

@@ -153,7 +153,10 @@ def warmup_steps(training: Training, span: int) -> int:
     return math.ceil(training.warmup * span if training.warmup < 1 else training.warmup)
 
 
-MEND_INFINITE = "lower training.learning_rate, set training.max_gradient_norm, or use model.dtype float32"
+MEND_INFINITE = (
+    "lower training.learning_rate, or set training.max_gradient_norm; where the model is in 16 bits, model.dtype"
+    " float32 may help"
+)
 """Way to mend a training that comes to no finite number."""
 
 
