@@ -278,7 +278,7 @@ def transfers(run: Run, records: Iterable[Record]) -> int:
     """Return how often an adapter travelled in rounds: to each client, and back from those that are not lost."""
     times = 0
     for record in records:
-        back, lost = len(record["clients"]), len(record.get("lost", ()))
+        back, lost = len(record.get("clients", ())), len(record.get("lost", ()))
         # A round that lost too many ends there: it had been sent to all of its clients.
         times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0)
     return times
@@ -287,10 +287,11 @@ def transfers(run: Run, records: Iterable[Record]) -> int:
 def update_bytes(run: Run) -> float:
     """Return the bytes of an adapter as it travelled, the mean over clients, rounds and both ways.
 
-    Before any has, those of the whole adapter.
+    Before any has, and in records that do not say who took part, those of the whole adapter.
     """
     times = transfers(run, run.rounds)
-    return bytes_moved(run) / times if times else float(run.plan["payload_bytes"])
+    whole: float = run.plan["payload_bytes"]
+    return bytes_moved(run) / times if times else whole
 
 
 def reach(run: Run, loss: float) -> dict[str, float] | None:
