@@ -219,5 +219,6 @@ def test_engines_agree_over_packed_weights_under_any_settings(
     draw = random.Random(seed)
     kind, packing = draw.choice([*PACKED_KINDS]), draw.choice(PACKINGS)
     adapted = packed_model_of(packed_folder, kind, packing, draw.choice(["few", "all"]), draw.choice([0.0, 0.4]))
-    # In bfloat16, what an adapter adds is rounded at another place.
-    compare_engines(draw, adapted, monkeypatch, 3e-2 if packing[2] == "bfloat16" else 3e-4)
+    # In bfloat16, what an adapter adds is rounded at another place: of 120 settings one comes to 3.03 % of what was
+    # moved on a processor with AVX512-BF16, and none to 3 % with AMX.
+    compare_engines(draw, adapted, monkeypatch, 4e-2 if packing[2] == "bfloat16" else 3e-4)
