@@ -349,7 +349,8 @@ def run_pass(
     which is not on record yet.
     """
     session.begin_stage("rounds")
-    show_left()  # without the runs that could not be opened
+    if errors:
+        show_left()  # without the runs that could not be opened
     for opened in trials:
         opened.trial.recorder.runs_together = len(trials)
     for number, result in session.run_all([(opened.trial.run, opened.fleet) for opened in trials]):

@@ -46,7 +46,7 @@ def describe_sweep(folder: Path) -> Iterator[str]:
     others = [name for name in names if not is_done(folder / name)]
     if is_held(folder / LOCK):
         yield f"{'sweep':<10}{AT_WORK}"
-    yield count_done(folder)
+    yield _say_done(len(names) - len(others), len(names))
     # A run that lost its recipe began, too: a sweep goes on with it only once that is mended.
     begun = [name for name in others if isfile(folder / name / "resolved.json") or has_plan(folder / name)]
     for name in begun[:RUNS_SHOWN]:
@@ -69,7 +69,11 @@ def count_done(folder: Path) -> str:
         RunError: the list of its runs is damaged.
     """
     names = list_runs(folder)
-    return f"{'sweep':<10}{sum(is_done(folder / name) for name in names):,} of {count(len(names), 'run')} done"
+    return _say_done(sum(is_done(folder / name) for name in names), len(names))
+
+
+def _say_done(done: int, runs: int) -> str:
+    return f"{'sweep':<10}{done:,} of {count(runs, 'run')} done"
 
 
 def is_sweep_done(folder: Path) -> bool:
