@@ -90,9 +90,8 @@ def describe_judge(run: Run) -> str:
 
 def count_rounds(run: Run) -> dict[int, int]:
     """Return in how many rounds each client trained that has documents to train on."""
-    able = {number: 0 for number, client in enumerate(run.plan["clients"]) if client.get("steps", 1)}
     counted = Counter(client for record in trained_rounds(run) for client in record["clients"])
-    return {client: counted[client] for client in able}
+    return {number: counted[number] for number, client in enumerate(run.plan["clients"]) if client.get("steps", 1)}
 
 
 def largest_shares(run: Run) -> dict[int, float]:
