@@ -6,6 +6,7 @@ import platform
 import shutil
 import signal
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.errors import RecipeError, RunError
 from fedloom.experiment.combinations import expand, open_sweep
+from fedloom.experiment.costing import count_left
 from fedloom.experiment.session import Session
 from fedloom.experiment.sweep import group_by, same_model, same_pass, sweep
 from fedloom.host import failpoints
@@ -437,6 +439,24 @@ def test_a_round_that_others_trained_already_is_not_left(first_to_end: bool, rec
     sweep(recipe_file, [stop, "federation.rounds=3"], tmp_path / "sweep", bar)
     assert bar.clock.total_steps == bar.steps
     assert bar.clock.seconds_left() == 0
+
+
+def test_an_early_end_counts_anew_what_is_left_of_its_own_pass_alone(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand runs that all end early, each would else read what all that follow it have on record."""
+    read: list[list[str]] = []
+
+    def note_count(folder: Path, together: Sequence[str], *rest: Any) -> tuple[Stage, ...]:
+        read.append([*together])
+        return count_left(folder, together, *rest)
+
+    monkeypatch.setattr("fedloom.experiment.sweep.count_left", note_count)
+    axes = ["federation.early_stop={patience=1,min_delta=9}", "federation.rounds=3", "training.learning_rate=1e-3,2e-3"]
+    bar = Bar()
+    sweep(recipe_file, [*axes, "training.gradient_checkpointing=false,true"], tmp_path / "sweep", bar)
+    assert sorted(map(len, read)) == [2, 2, 2, 2], "each pass of two runs once for each"
+    assert bar.clock.total_steps == bar.steps
 
 
 @pytest.mark.long

@@ -5,9 +5,10 @@ Rounds that are on record cost nothing more, and say how fast the others will be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from fedloom.errors import RunError
@@ -21,47 +22,43 @@ from fedloom.training.memory import share_of_each
 
 @dataclass(frozen=True)
 class Cost:
-    """Work that is left of a sweep, in stages: those of one pass after another. What tasks take is not counted."""
+    """Work that is left of a sweep: the stages of each pass, in order. What tasks take is not counted."""
 
     runs: int
-    passes: int
     models: int
-    stages: tuple[Stage, ...]
+    passes: tuple[tuple[Stage, ...], ...]
     peak_bytes: int | None
     """Bytes of the largest pass, by prediction; None where none was predicted."""
     seconds: float | None
     """Seconds at the rate of the rounds on record; None where there is none."""
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages of all passes, one after another."""
+        return (*chain.from_iterable(self.passes),)
+
 
 def count_cost(folder: Path, models: Sequence[Sequence[Sequence[str]]], ready: Mapping[str, Prepared]) -> Cost:
     """Count what is left of a sweep in its folder: its runs by name, in the passes of each model."""
     passes = [together for model in models for together in model]
-    stages = count_left(folder, passes, ready)
+    left = tuple(count_left(folder, together, ready) for together in passes)
     peaks = [peak for together in passes if (peak := _peak([ready[name] for name in together])) is not None]
     return Cost(
         runs=sum(map(len, passes)),
-        passes=len(passes),
         models=len(models),
-        stages=stages,
+        passes=left,
         peak_bytes=max(peaks, default=None),
-        seconds=_seconds(folder, add_stages("rounds", stages)),
+        seconds=_seconds(folder, add_stages("rounds", [*chain.from_iterable(left)])),
     )
 
 
 def count_left(
-    folder: Path, passes: Iterable[Sequence[str]], ready: Mapping[str, Prepared], ahead: Collection[str] = ()
+    folder: Path, together: Sequence[str], ready: Mapping[str, Prepared], ahead: Collection[str] = ()
 ) -> tuple[Stage, ...]:
-    """Count what is left of passes of a sweep, of its runs by name, in stages of one pass after another.
+    """Count what is left of a pass, of its runs by name: all rounds and all baselines, then what follows run by run.
 
     `ahead` are runs whose next round is trained, and not on record yet.
     """
-    return tuple(stage for together in passes for stage in _stages_of(folder, together, ready, ahead))
-
-
-def _stages_of(
-    folder: Path, together: Sequence[str], ready: Mapping[str, Prepared], ahead: Collection[str]
-) -> Iterator[Stage]:
-    """Yield what is left of a pass: all its rounds and all its baselines, then what follows them run by run."""
     rounds, baselines, others = [], [], []
     for name in together:
         run = _read_begun(folder / name)
@@ -71,10 +68,8 @@ def _stages_of(
         rounds.append(first)
         baselines += [stage for stage in later if stage.name == "baselines"]
         others += [stage for stage in later if stage.name != "baselines"]
-    yield add_stages("rounds", rounds)
-    if baselines:
-        yield add_stages("baselines", baselines)
-    yield from others
+    of_baselines = [add_stages("baselines", baselines)] if baselines else []
+    return add_stages("rounds", rounds), *of_baselines, *others
 
 
 def clients_at_once(together: Sequence[Prepared]) -> int:
@@ -103,7 +98,7 @@ def _seconds(folder: Path, whole: Stage) -> float | None:
 
 def describe_cost(cost: Cost) -> list[str]:
     """Return the cost in sentences, one a line."""
-    work = f"{count(cost.runs, 'run')} in {cost.passes:,} pass{'' if cost.passes == 1 else 'es'}"
+    work = f"{count(cost.runs, 'run')} in {len(cost.passes):,} pass{'' if len(cost.passes) == 1 else 'es'}"
     whole = add_stages("rounds", cost.stages)
     tokens = f"{whole.train:,} tokens to train on, {whole.evaluate:,} to score"
     peak = "not predicted" if cost.peak_bytes is None else f"{format_bytes(cost.peak_bytes)} predicted at most"

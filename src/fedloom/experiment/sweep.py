@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 
@@ -130,11 +131,10 @@ def run_combinations(
     def show_left(names: list[str], ahead: Collection[str] = ()) -> None:
         """Show what is left from a pass on: a run that failed has nothing, and one that ended early has less.
 
-        `ahead` are its runs that trained a round which is not on record yet.
+        `ahead` are its runs that trained a round which is not on record yet. Passes to come are as they were.
         """
-        left = in_order[in_order.index(names) :]
-        here, *later = ([name for name in together if name not in errors] for together in left)
-        display.show_left(count_left(folder, [here, *filter(None, later)], ready, ahead))
+        here = count_left(folder, [name for name in names if name not in errors], ready, ahead)
+        display.show_left((*here, *chain.from_iterable(cost.passes[in_order.index(names) + 1 :])))
 
     for group in models:
         try:
