@@ -281,8 +281,8 @@ def main() -> None:
             data = [make_blocks(BATCH * batched_steps, client, length) for client in range(count)]
             held_out = make_blocks(EVALUATED, 99, length)
             made = make_contender(partial(our_contender, BatchedEngine, dtype, dropout), shape, data, held_out)
-            best |= compare({f"batched, K = {count}": made}, 1)
-        show("More clients at once, one turn each", best, tokens=length, shape=shape, length=length)
+            best |= compare({f"batched, K = {count}": made}, options.repeats)
+        show("More clients at once", best, tokens=length, shape=shape, length=length)
 
 
 if __name__ == "__main__":
