@@ -66,6 +66,8 @@ def test_each_client_makes_the_adapter_that_it_makes_on_one_machine_to_the_bit(r
         mine = load_file(kept_of(tmp_path, f"client-{number}") / "adapter_model.safetensors")
         expected = load_file(local.folder / "clients" / str(number) / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(mine[name], expected[name]) for name in expected)
+        card = (kept_of(tmp_path, f"client-{number}") / "README.md").read_text()
+        assert f"holds out (nats per token) | {ours['clients'][str(number)]['loss']:.4f} |" in card
 
 
 def test_the_adapter_goes_nowhere_and_losses_alone_are_told(tmp_path: Path) -> None:

@@ -314,3 +314,4 @@ def test_the_servers_adapters_are_not_handed_on(recipe: Recipe, tmp_path: Path) 
     card = (kept_of(tmp_path, "client-0") / "README.md").read_text()
     assert "its B is this client's alone" in card
     assert "was sent to nobody" in card
+    assert "| Loss on what its client holds out (nats per token) |" in card

@@ -115,20 +115,12 @@ def write_card(
         f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         SHARED_ALONE if plan.shared_alone else "",
-        "\n".join(
-            [
-                "| metric | value |",
-                "|---|---|",
-                *(f"| {METRICS[key][1]} | {value:.4f} |" for key, value in known.items()),
-            ]
-        )
-        if known
-        else "",
+        _tabulate(known),
         f"## Privacy\n\n{explain_privacy(plan.privacy) if plan.privacy else NO_BOUND}",
         _how_to_use(recipe, model, plan.model_revision if on_a_hub else None, owner),
         f"## Recipe\n\n{to_markdown_code(recipe_to_toml(public), 'toml')}",
     ]
-    return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in text if part) + "\n"
+    return f"---\n{head}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n"
 
 
 def write_tasks(folder: Path) -> None:
@@ -181,18 +173,20 @@ def without_tasks(card: str) -> str:
     return f"{before}\n{card[behind.start() :]}" if mark else card
 
 
-def write_own_card(recipe: Recipe, revision: str, origin: str) -> str:
+def write_own_card(recipe: Recipe, revision: str, origin: str, loss: float | None) -> str:
     """Return the card of an adapter that a client keeps for itself: what it is made of, whose it is, and how to use it.
 
-    `revision` is the base model's, and `origin` says in a sentence or two how the adapter came about.
+    `revision` is the base model's, `origin` says in a sentence or two how the adapter came about, and `loss` is that on
+    what the client holds out, None where it is not known.
     """
+    known = {} if loss is None else {"own_loss": loss}
     method, whole = recipe.adapter.method, recipe.adapter.method == "full"
     on_a_hub = bool(COMMIT.fullmatch(revision))
     model = public_name(recipe.model.source, revision)
     head = _head(
         recipe.name,
         "the client's own documents",
-        {},
+        known,
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
         license="other",
@@ -205,9 +199,16 @@ def write_own_card(recipe: Recipe, revision: str, origin: str) -> str:
         f"# {recipe.name}: a client's own",
         f"{_describe(recipe.adapter)} {shown} ({to_markdown_text(revision)}). {origin}",
         f"It was made on its owner's machine and was sent to nobody. {ITS_OWNERS}",
+        _tabulate(known),
         f"## Use\n\n{_load(shown, whole=whole, on_a_hub=on_a_hub)}",
     ]
-    return f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{head}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _tabulate(known: Mapping[str, float]) -> str:
+    """Return a table of the figures that are known; nothing without any."""
+    rows = [f"| {METRICS[key][1]} | {value:.4f} |" for key, value in known.items()]
+    return "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else ""
 
 
 def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str:

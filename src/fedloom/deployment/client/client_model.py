@@ -294,6 +294,8 @@ class ClientModel:
         """
         adapter, losses = self._adapter_in(asked), KeptAdapter()
         origin = "Its A is that of all clients after the last round, its B is this client's alone."
+        digest, after = self._scored
+        after = after if digest == adapter.sha256() else None
         if task is not None:
             before = self._score(adapter)
             adapter = (yield from self._train(task)).adapter
@@ -304,7 +306,8 @@ class ClientModel:
             after = self._score(adapter) if before else None
             if before and after:
                 losses = KeptAdapter(before.loss, after.loss)
-        keep_adapter(self._adapted, adapter, self._home, write_own_card(self.recipe, self._source.revision, origin))
+        card = write_own_card(self.recipe, self._source.revision, origin, after.loss if after else None)
+        keep_adapter(self._adapted, adapter, self._home, card)
         say("own", f"{self._home}: an adapter of this client's own, which stays here")
         return pack_kept(losses)
 
