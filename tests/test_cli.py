@@ -174,7 +174,7 @@ BAD_INPUT = {
     "partition without its column": (['data.partition.kind="dirichlet"'], ["`data.partition`", "needs by and alpha"]),
     "too many documents": (
         ["data.documents_per_client=100000"],
-        ["usable documents, but the recipe asks for 300020", "lower data.documents_per_client"],
+        ["usable documents, but the recipe asks for 300020", "they are enough for data.documents_per_client = "],
     ),
     "a client without documents": (
         ['data.partition={kind="natural", by="package"}', "data.clients=50", "data.documents_per_client=1"],

@@ -338,21 +338,27 @@ def test_all_documents_are_taken_where_no_number_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents_per_client", "asked", "mend"),
+    ("documents_per_client", "clients", "asked", "fitting"),
     [
-        (20, "66 (6 central + 3 clients × 20)", "data.documents_per_client"),
-        (None, "9 (6 central + 3 clients × at", "data.clients"),
+        (20, 3, "66 (6 central + 3 clients × 20)", {"central_holdout": 1, "documents_per_client": 2}),
+        (2, 3, "12 (6 central + 3 clients × 2)", {"central_holdout": 1}),
+        (None, 3, "9 (6 central + 3 clients × at", {"central_holdout": 1}),
+        (20, 50, "1006 (6 central + 50 clients × 20)", {}),
     ],
 )
-def test_too_few_documents_is_an_error_with_both_numbers(
-    documents_per_client: int | None, asked: str, mend: str
+def test_too_few_documents_is_an_error_with_both_numbers_and_settings_that_fit(
+    documents_per_client: int | None, clients: int, asked: str, fitting: dict[str, int]
 ) -> None:
-    data = make_recipe(data={"documents_per_client": documents_per_client}).data
+    data = make_recipe(data={"documents_per_client": documents_per_client, "clients": clients}).data
     loaded = Documents(make_documents(8), {"empty": 4}, "planted", "none")
     with pytest.raises(DataError) as caught:
         split_documents(loaded, data, 7)
-    for words in ("8 usable documents", f"asks for {asked}", "skipped 4: 4 empty", f"lower {mend}"):
+    mend = " and ".join(f"data.{key} = {value}" for key, value in fitting.items())
+    enough = f"they are enough for {mend}" if fitting else "bring more of them, or lower data.clients"
+    for words in ("8 usable documents", f"asks for {asked}", "skipped 4: 4 empty", enough):
         assert words in str(caught.value)
+    if fitting:
+        split_documents(loaded, data.model_copy(update=fitting), 7)
 
 
 def test_a_client_can_be_left_without_documents() -> None:

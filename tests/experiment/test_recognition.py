@@ -18,6 +18,7 @@ from fedloom.recipe.loading import recipe_to_toml
 CHAT = [{"role": "user", "content": "say 7"}, {"role": "assistant", "content": "ok."}]
 SHARED = [{"from": "human", "value": "say 7"}, {"from": "gpt", "value": "ok."}]
 QUESTION = {"prompt": "{prompt}", "completion": "{completion}"}
+ALPACA = {key: getattr(fedloom.load_recipe("alpaca").data, key) for key in ("prompt", "completion")}
 
 
 def write(folder: Path, row: Any, *, data: str = "", name: str = "rows.jsonl") -> Path:
@@ -35,6 +36,10 @@ def write(folder: Path, row: Any, *, data: str = "", name: str = "rows.jsonl") -
         ({"conversations": SHARED}, {"messages": "conversations"}),
         ({"prompt": "say 7", "completion": "ok."}, QUESTION),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {**QUESTION, "chat_template": "tokenizer"}),
+        ({"instruction": "say 7", "input": "", "output": "ok."}, ALPACA),
+        ({"instruction": "say 7", "input": None, "output": "ok."}, ALPACA),
+        ({"instruction": "say 7", "output": "ok."}, ALPACA),
+        ({"instruction": "say 7", "input": "in words"}, {}),
         ({"text": "say 7", "messages": CHAT}, {}),
         ({"messages": "say 7"}, {}),
         ({"messages": []}, {}),
@@ -42,7 +47,6 @@ def write(folder: Path, row: Any, *, data: str = "", name: str = "rows.jsonl") -
         ({"prompt": "say 7", "completion": 7}, {}),
         ([1, 2], {}),
     ],
-    ids=["messages", "sharegpt", "trl", "trl-chat", "text", "words", "empty", "no-answer", "a-number", "no-row"],
 )
 def test_the_first_row_says_what_is_read(tmp_path: Path, row: Any, keys: dict[str, str], name: str) -> None:
     data = open_recipe(write(tmp_path, row, name=name)).data
@@ -94,6 +98,29 @@ def test_a_table_of_columns_is_recognised_too(tmp_path: Path) -> None:
     assert open_recipe(recipe, [f"data.source={tmp_path / 'rows.csv'}"]).data.completion == "{completion}"
 
 
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ("instruction,input,output\nsay 7,in words,ok.\nsay 8,,ok.\n", "\n\n### Input:\nin words\n\n### Response:\n"),
+        ("instruction,output\nsay 7,ok.\n", "Instruction:\nsay 7\n\n### Response:\n"),
+    ],
+)
+def test_a_table_of_instructions_may_have_no_inputs(table: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(table)
+    data = open_recipe(write(tmp_path, {}), [f"data.source={tmp_path / 'rows.csv'}"]).data
+    found = load_documents(data, 7)
+    assert any(text in form.prompt for document in found.documents if (form := document.form))
+    assert not found.skipped
+
+
+def test_a_later_row_may_have_an_input_where_the_first_has_none(tmp_path: Path) -> None:
+    recipe = write(tmp_path, {"instruction": "say 7", "output": "ok."})
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"instruction": "say 8", "input": "in words", "output": "ok."}\n')
+    found = load_documents(open_recipe(recipe).data, 7)
+    assert sum("### Input:\nin words" in document.text for document in found.documents) == 1
+
+
 def test_a_header_of_other_names_says_which_keys_name_them(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,answer\nsay 7,ok.\n")
     source = str(tmp_path / "rows.csv")
@@ -117,10 +144,11 @@ def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> No
         ({"messages": CHAT}, 'set data.messages = "messages"'),
         ({"conversations": SHARED}, 'set data.messages = "conversations"'),
         ({"prompt": "say 7", "completion": "ok."}, 'set data.prompt = "{prompt}" and data.completion = "{completion}"'),
+        ({"instruction": "say 7", "output": "ok."}, "set data.prompt and data.completion as `fedloom recipes alpaca`"),
         ({"body": "say 7"}, "name their columns: a text's in data.text, a question's"),
         ({"text": 7}, "check data.text"),
     ],
-    ids=["messages", "sharegpt", "trl", "other", "a-number"],
+    ids=["messages", "sharegpt", "trl", "alpaca", "other", "a-number"],
 )
 def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend: str) -> None:
     """Of a folder or a data set of the hub, the error says it."""
@@ -128,6 +156,12 @@ def test_a_source_that_is_no_file_is_told_the_key(tmp_path: Path, row: Any, mend
     with pytest.raises(DataError) as caught:
         load_documents(Data.model_validate({"source": str(tmp_path)}), 7)
     assert mend in str(caught.value)
+
+
+def test_a_column_of_conversations_with_another_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    with pytest.raises(DataError, match=r'set data\.messages = "messages", the column of conversations'):
+        load_documents(Data(source=str(tmp_path / "rows.jsonl"), messages="conversations"), 7)
 
 
 def test_a_name_that_no_file_can_have_is_told_by_whoever_reads_the_documents(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ class Prompting:
         if self._data.prompt is None:
             return asked
         template = parse_template(self._data.prompt)
-        needed = [name for pieces, optional in template.parts for name, column in pieces if column and not optional]
-        alone = {*needed} or {*template.columns}
+        needed = template.needed
+        alone = needed or template.columns
         row = dict.fromkeys(alone, asked) if len(alone) == 1 else None
         told: Any = None
         if row is None or asked.lstrip().startswith("{"):

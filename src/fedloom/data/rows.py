@@ -315,11 +315,14 @@ def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], 
     """Return what to do about a source without a usable row, by the reason that most rows have, or by its columns."""
     if not skipped:
         return "name another source, or put documents in it"
+    read = data.text if data.is_plain else data.messages
+    if read is not None and read not in columns and (chats := [name for name in CHATS if name in columns]):
+        return f'set data.messages = "{chats[0]}", the column of conversations'
     if data.is_plain and data.text not in columns:
-        if chats := [name for name in CHATS if name in columns]:
-            return f'set data.messages = "{chats[0]}", the column of conversations'
         if "prompt" in columns and "completion" in columns:
             return 'set data.prompt = "{prompt}" and data.completion = "{completion}"'
+        if "instruction" in columns and "output" in columns:
+            return "set data.prompt and data.completion as `fedloom recipes alpaca` has them"
         if columns and "text" not in data.model_fields_set:
             return f"name their columns: {CHOICES}"
         if columns:

@@ -91,6 +91,19 @@ def documents_needed(data: Data) -> int | None:
     return data.central_holdout + data.clients * data.documents_per_client
 
 
+def _settings_for(documents: int, data: Data) -> str:
+    """Return settings for which so few documents are enough, a fifth of them for the central hold-out at most."""
+    central = min(data.central_holdout, documents // 5)
+    each = (documents - central) // data.clients
+    if not each:
+        return "bring more of them, or lower data.clients"
+    asked = {"central_holdout": (data.central_holdout, central)}
+    if data.documents_per_client is not None:
+        asked["documents_per_client"] = data.documents_per_client, min(each, data.documents_per_client)
+    lower = [f"data.{key} = {less}" for key, (value, less) in asked.items() if less < value]
+    return f"they are enough for {' and '.join(lower)}"
+
+
 def split_documents(found: Documents, data: Data, seed: int, *, private: bool = False) -> Splits:
     """Give each document to one place: the central hold-out, a client's training or a client's hold-out.
 
@@ -108,8 +121,7 @@ def split_documents(found: Documents, data: Data, seed: int, *, private: bool = 
             f" ({data.central_holdout} central + {data.clients} clients × {data.documents_per_client or 'at least 1'})"
             + (f"; {skipped}" if skipped else ""),
             where=f'data.source = "{data.source}"',
-            mend=f"lower data.{'documents_per_client' if data.documents_per_client else 'clients'}"
-            " or data.central_holdout",
+            mend=_settings_for(len(documents), data),
         )
     central, pool = documents[: data.central_holdout], documents[data.central_holdout :]
     clients = tuple(

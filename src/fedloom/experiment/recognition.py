@@ -6,6 +6,7 @@ that a run keeps: nothing is guessed twice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +31,28 @@ def _is_text(value: Any) -> bool:
 
 
 ANSWERED = {"prompt": "{prompt}", "completion": "{completion}"}
+ALPACA = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+[[### Input:
+{input}
+
+]]### Response:
+"""
+"""Prompt of Alpaca's rows, as the recipe `alpaca` has it."""
+WITHOUT_INPUT = re.sub(r"\[\[.*\]\]", "", ALPACA, flags=re.DOTALL)
+"""The same for a table that has no column of inputs."""
 KINDS: tuple[tuple[dict[str, str], Callable[[Any], bool]], ...] = (
     *(({"messages": name}, _is_chat) for name in CHATS),
     (ANSWERED, _is_text),
     ({**ANSWERED, "chat_template": "tokenizer"}, _is_chat),
+    *(({"prompt": prompt, "completion": "{output}"}, _is_text) for prompt in (ALPACA, WITHOUT_INPUT)),
 )
-"""Keys of `data` that rows may be read by, in the order in which they are tried, and what their columns must hold: the
-shapes of `messages`, of ShareGPT and of TRL."""
+"""Keys of `data` that rows may be read by, in the order in which they are tried, and what the columns that they need
+must hold: the shapes of `messages`, of ShareGPT, of TRL and of Alpaca."""
 
 
 def open_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = (), say: Say | None = None) -> Recipe:
@@ -58,7 +74,7 @@ def recognise_rows(data: Data) -> dict[str, str]:
         unsaid = {key: value for key, value in keys.items() if key not in data.model_fields_set}
         told = data.model_copy(update=unsaid)
         row = _first_row(told)
-        if row is not None and all(fits(row[column]) for _, column in told.columns):
+        if row is not None and all(fits(row[column]) for column in told.needed_columns):
             return unsaid
     return {}
 
@@ -74,4 +90,4 @@ def _first_row(data: Data) -> Row | None:
     # Whatever is wrong with the file is told when it is read whole.
     except (StopIteration, DataError, UnreadableError, OSError):
         return None
-    return row if all(column in row for _, column in data.columns) else None
+    return row if all(column in row for column in data.needed_columns) else None

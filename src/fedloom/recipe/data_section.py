@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from fedloom.recipe.section import MOST, Section
-from fedloom.recipe.templates import parse_template
+from fedloom.recipe.templates import RowTemplate, parse_template
 
 PARTITION_KEYS: dict[str, tuple[str, ...]] = {
     "iid": (),
@@ -184,7 +184,17 @@ class Data(Section):
             return (("data.text", self.text),)
         if self.messages is not None:
             return (("data.messages", self.messages),)
-        templates = {"data.prompt": self.prompt, "data.completion": self.completion}
-        return tuple(
-            (key, column) for key, text in templates.items() if text for column in parse_template(text).columns
-        )
+        return tuple((key, column) for key, template in self._templates for column in template.columns)
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Return those of the columns without which a row has no text."""
+        if self.is_plain or self.messages is not None:
+            return tuple(column for _, column in self.columns)
+        return tuple(column for _, template in self._templates for column in template.needed)
+
+    @property
+    def _templates(self) -> tuple[tuple[str, RowTemplate], ...]:
+        """Return the templates of questions and answers, behind the keys that hold them."""
+        texts = (("data.prompt", self.prompt), ("data.completion", self.completion))
+        return tuple((key, parse_template(text)) for key, text in texts if text)

@@ -33,6 +33,12 @@ class RowTemplate(NamedTuple):
         return tuple(dict.fromkeys(piece.text for pieces, _ in self.parts for piece in pieces if piece.is_column))
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """Return those of the columns without which there is no text."""
+        sure = [piece for pieces, optional in self.parts if not optional for piece in pieces]
+        return tuple(dict.fromkeys(piece.text for piece in sure if piece.is_column))
+
+    @property
     def only_column(self) -> str | None:
         """Return its column where it is nothing beside it, so that the column may hold more than text."""
         pieces = [piece for pieces, _ in self.parts for piece in pieces]
