@@ -1,5 +1,6 @@
 """Attention without a mask against transformers' own, for every kind of model that gets it."""
 
+import math
 from typing import Any
 
 import pytest
@@ -147,6 +148,37 @@ def test_a_processor_with_tiles_evaluates_by_the_fused_kernel(monkeypatch: pytes
     assert not any("flash" in event.key for event in profile.key_averages())
     assert torch.equal(trained, kernels[False])
     torch.testing.assert_close(kernels[True], kernels[False], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seen", "added", "window"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (33, 33), (64, 64), (1, 40), (3, 40)])
+def test_texts_that_are_filled_up_are_attended_to_as_they_are(
+    queries: int, keys: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 a processor multiplies lengths that are a multiple; nothing that is filled in changes anything."""
+    sizes: set[int] = set()
+
+    def note_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **others: Any) -> torch.Tensor:
+        sizes.update((query.shape[2], key.shape[2]))
+        return plain_attention(query, key, value, **others)
+
+    monkeypatch.setattr(attention, "plain_attention", note_sizes)
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    masks = {"seen": seen, "added": torch.zeros(queries, keys).masked_fill(~seen, -math.inf).bfloat16()}
+    module, window = torch.nn.Identity(), {"sliding_window": 4} if kind == "window" else {}
+    heads = [torch.randn(2, 3, tokens, 8).bfloat16().requires_grad_() for tokens in (queries, keys, keys)]
+    wide = [part.detach().double().requires_grad_() for part in heads]
+    ours = causal_attention(module, *heads, masks.get(kind), **window)[0]
+    mask = seen.triu(keys - queries - 3) if kind == "window" else seen
+    theirs = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=mask).transpose(1, 2)
+    assert all(size == 1 or size % attention.EVEN == 0 for size in sizes)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.05)
+    for our, their in zip(
+        torch.autograd.grad(ours.double().square().sum(), heads),
+        torch.autograd.grad(theirs.square().sum(), wide),
+        strict=True,
+    ):
+        torch.testing.assert_close(our.double(), their, rtol=0.1, atol=0.1)
 
 
 def test_who_sees_nothing_gets_zeros_and_no_gradient() -> None:

@@ -27,7 +27,7 @@ from fedloom.data.packing import pack_blocks
 from fedloom.data.tokens import TokenBlocks
 from fedloom.evaluation.held_out import evaluate
 from fedloom.model import unpadding
-from fedloom.model.attention import MASKLESS
+from fedloom.model.attention import EVEN, MASKLESS
 from fedloom.privacy.noise import derive_key
 from fedloom.privacy.ration import Ration, Terms
 from fedloom.training.assumptions import try_unpadding
@@ -157,6 +157,26 @@ def test_batches_that_are_full_already_are_left_as_they_are() -> None:
     assert find_real(torch.full((2, 8), -100)) is None
     targets_NT = torch.tensor([[5, -100, 7, -100], [-100, -100, -100, -100], [-100, 3, -100, -100]])
     assert find_real(targets_NT).tolist() == [0, 1, 2, 8, 9]  # type: ignore[union-attr]
+    assert find_real(targets_NT, 4).tolist() == [0, 1, 2, 3, 4, 5, 8, 9]  # type: ignore[union-attr]
+    assert find_real(targets_NT, 32) is None, "there are no more"
+
+
+def test_rows_in_bfloat16_have_few_sizes_on_a_processor_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneDNN keeps what it compiles for each size: a run over texts of several lengths grew by a gigabyte."""
+    sizes: dict[str, set[int]] = {"bfloat16": set(), "float32": set()}
+
+    def note_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        sizes[dtype].add(x.numel() // x.shape[-1])
+        return linear(x, weight, bias)
+
+    linear, parts = nn.functional.linear, make_parts(width=60)
+    found = {dtype: make_adapted(dtype=dtype) for dtype in sizes}
+    monkeypatch.setattr(nn.functional, "linear", note_size)
+    for dtype, adapted in found.items():
+        train(adapted, parts)
+        evaluate(adapted, adapted.read(), parts[2], batch_size=64)
+    assert len(sizes["float32"]) > 3
+    assert all(size % EVEN == 0 for size in sizes["bfloat16"]), sizes["bfloat16"]
 
 
 def test_padding_that_counts_is_computed() -> None:

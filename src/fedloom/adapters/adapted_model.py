@@ -23,7 +23,7 @@ from fedloom.adapters.files import load_adapter, save_adapter, save_model
 from fedloom.adapters.lora import A_PARAMETER, ADAPTER_NAME, Residual, make_room_for_residuals
 from fedloom.adapters.peft_config import reason_of
 from fedloom.errors import ModelError
-from fedloom.model.attention import MASKLESS, call_model
+from fedloom.model.attention import MASKLESS, call_model, multiple_for
 from fedloom.model.loss_head import LossHead
 from fedloom.model.spreading import with_stand_ins
 from fedloom.recipe.methods import SEEDS
@@ -114,6 +114,8 @@ class AdaptedModel:
         )
         self.unpads = plain and base.config._attn_implementation == MASKLESS
         """True where the real tokens of a batch may be computed alone (`without_padding`)."""
+        self.row_multiple = multiple_for(base.device, base.dtype)
+        """Number of which such tokens are to be a multiple."""
         # A prompt is put before the tokens by PEFT's model, which the base model taken apart would leave out.
         self.loss_head = LossHead(base, self.logits if self.has_prompt else None)
 

@@ -279,7 +279,7 @@ def _score_batch(adapted: AdaptedModel, batches: Sequence[Batch], numbers: Seque
     found, question_M, counts = of_each_B[counted_M // width].unique(return_inverse=True, return_counts=True)
     # A GPU would be asked, and waited for, how long each text is.
     unpads = adapted.unpads and device.type == "cpu"
-    real_R = find_real(next_token_targets(batch.labels_BT)) if unpads else None
+    real_R = find_real(next_token_targets(batch.labels_BT), adapted.row_multiple) if unpads else None
     rows_M = counted_M if real_R is None else torch.searchsorted(real_R, counted_M)
     tokens_BT, mask_BT = send(batch.tokens_BT, device), None if batch.mask_BT is None else send(batch.mask_BT, device)
     with without_padding(real_R, tokens_BT.shape, mask_BT):

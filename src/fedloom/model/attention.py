@@ -42,6 +42,9 @@ NOISE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Largest share of the logits' spread that is taken for rounding, by dtype."""
 COARSE_NOISE = 0.02
 """The same in 16 bits."""
+EVEN = 32
+"""Number of which the tokens of texts, and of rows, are a multiple where oneDNN multiplies: it keeps what it compiles
+for each number that it meets, a megabyte and more, for good (docs/log.md)."""
 
 
 def choose_attention(config: PretrainedConfig, *, masked: bool = False) -> str:
@@ -148,6 +151,11 @@ def call_model(model: Any, tokens_BT: Tensor, mask_BT: Tensor | None) -> Any:
     if mask_BT is None:
         return model(input_ids=tokens_BT, use_cache=False)
     return model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+
+
+def multiple_for(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the number of which tokens that are multiplied together are to be a multiple."""
+    return EVEN if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def see_window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
@@ -260,13 +268,37 @@ def _attend(
     if softcap is not None or slow:
         groups = getattr(module, "num_key_value_groups", 1)
         drop = partial(functional.dropout, p=dropout, training=module.training)
+        queries = query.shape[2]
+        if slow and not (dropout and module.training):
+            query, key, value, attention_mask = _fill_up(query, key, value, attention_mask)
         key, value = repeat_heads(key, value, groups)
         heads = plain_attention(query, key, value, drop=drop, scale=scaling, mask=attention_mask, cap=softcap)
-        return heads.transpose(1, 2).contiguous()
+        return heads[:, :, :queries].transpose(1, 2).contiguous()
     result: Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )[0]
     return result
+
+
+def _fill_up(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return them with tokens on the right, up to a multiple of `EVEN`, which no token sees; a single query stays.
+
+    What is filled in sees something, so that it is a number and its gradient 0.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    more_queries, more_keys = -queries % EVEN if queries > 1 else 0, -keys % EVEN
+    if more_keys and mask is None and not queries == keys > 1:  # the last query would be beside the last key filled in
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if mask is not None:
+        sees, hidden = (True, False) if mask.dtype == torch.bool else (0.0, -math.inf)
+        mask = functional.pad(mask, (0, more_keys), value=hidden)
+        if mask.shape[-2] > 1:
+            mask = functional.pad(mask, (0, 0, 0, more_queries), value=sees)
+    query = functional.pad(query, (0, 0, 0, more_queries))
+    key, value = (functional.pad(part, (0, 0, 0, more_keys)) for part in (key, value))
+    return query, key, value, mask
 
 
 def plain_attention(

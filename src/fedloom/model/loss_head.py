@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from fedloom.model.attention import call_model
+from fedloom.model.attention import call_model, multiple_for
 from fedloom.model.devices import without_sorting
 from fedloom.model.frozen_products import multiply_frozen
 
@@ -168,7 +168,8 @@ class _RowLosses(torch.autograd.Function):
                 _write_exp(log_p, logits)
                 with without_sorting():
                     logits.scatter_(1, targets_M1, (own_M1.exp() - 1).to(logits.dtype))
-            gradients.append(multiply_frozen(chunk, weight_VD.mT))
+            chunk[len(chunk_targets) :].zero_()
+            gradients.append(multiply_frozen(chunk, weight_VD.mT)[: len(chunk_targets)])
         ctx.num_rows = len(states_ND)
         ctx.save_for_backward(torch.cat(gradients), rows_M)
         return torch.cat(losses)
@@ -198,20 +199,24 @@ def rows_at_a_time(vocabulary_size: int, device: torch.device) -> int:
 def _logit_chunks(
     states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = rows_at_a_time(len(weight_VD), weight_VD.device)
+    """Make logits in chunks, each with its targets, behind whose rows there may be others that mean nothing."""
+    multiple = multiple_for(states_MD.device, states_MD.dtype)
+    rows = max(1, rows_at_a_time(len(weight_VD), weight_VD.device) // multiple) * multiple
     for states, targets in zip(states_MD.split(rows), targets_M.split(rows), strict=True):
+        if lacking := -len(states) % multiple:
+            states = functional.pad(states, (0, 0, 0, lacking))
         yield multiply_frozen(states, weight_VD, bias_V), targets
 
 
 def _few_at_a_time(logits_MV: Tensor, targets_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a chunk's logits, which stay where they are, into as few rows as the processor's caches hold.
+    """Cut the logits of a chunk's targets, which stay where they are, into as few rows as the processor's caches hold.
 
     A row's numbers come out the same in whatever company. A GPU has its chunk whole.
     """
-    rows = len(logits_MV)
+    rows = len(targets_M)
     if logits_MV.device.type == "cpu":
         rows = max(1, CACHE_BYTES // (4 * logits_MV.shape[1])) * torch.get_num_threads()
-    return zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
+    return zip(logits_MV[: len(targets_M)].split(rows), targets_M.split(rows), strict=True)
 
 
 def _row_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:

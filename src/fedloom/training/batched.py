@@ -182,7 +182,7 @@ class ClientBatch:
         num_slots = num_slots or min(len(jobs), training.clients_at_once or len(jobs))
         self._device = adapted.device
         self._fixed_shapes = self._device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        self._unpads = adapted.unpads
+        self._unpads, self._multiple = adapted.unpads, adapted.row_multiple
         self._readout_apart = adapted.loss_head.is_apart
         self._kind = kind = kind_of_step(jobs, num_slots)
         self._max_norm = kind.max_norm
@@ -388,7 +388,7 @@ class ClientBatch:
         if self._room:
             positions = fill_room(targets_KM, shares_KM, self._room, need, readout_apart=self._readout_apart)
         else:
-            positions = look_up(targets_KM, shares_KM, sequences, unpads=self._unpads)
+            positions = look_up(targets_KM, shares_KM, sequences, unpads=self._unpads, multiple=self._multiple)
         return StepInputs(
             tokens_NT=tokens_KBT.flatten(0, 1),
             keys_N=self._dropout_keys(batches, sequences, number, ahead).flatten(),

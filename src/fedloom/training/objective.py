@@ -54,12 +54,16 @@ def is_needed(targets_NT: Tensor) -> Tensor:
     return torch.arange(targets_NT.shape[1]) < count_needed(targets_NT)[:, None]
 
 
-def find_real(targets_NT: Tensor) -> Tensor | None:
+def find_real(targets_NT: Tensor, multiple: int = 1) -> Tensor | None:
     """Return the places in the flattened tokens, [R], of all that is needed for what counts, in order.
 
-    None where leaving out the rest would save less than finding it costs, or where nothing counts.
+    With a `multiple`, R is one as far as there are others, of which the first are taken. None where leaving out the
+    rest would save less than finding it costs, or where nothing counts.
     """
-    real_R = is_needed(targets_NT).flatten().nonzero()[:, 0]
+    needed_M = is_needed(targets_NT).flatten()
+    lacking = -int(needed_M.sum()) % multiple
+    needed_M[(~needed_M).nonzero()[:lacking, 0]] = True
+    real_R = needed_M.nonzero()[:, 0]
     return real_R if 0 < len(real_R) <= WORTH_LEAVING * targets_NT.numel() else None
 
 

@@ -29,10 +29,10 @@ class Positions(NamedTuple):
     real_R: Tensor | None
 
 
-def look_up(targets_KM: Tensor, shares_KM: Tensor, sequences: int, *, unpads: bool) -> Positions:
-    """Return the positions whose loss counts, and with `unpads` the tokens that these need."""
+def look_up(targets_KM: Tensor, shares_KM: Tensor, sequences: int, *, unpads: bool, multiple: int = 1) -> Positions:
+    """Return the positions whose loss counts, and with `unpads` the tokens that these need, a `multiple` of some."""
     rows_M = (targets_KM != IGNORED).flatten().nonzero()[:, 0]
-    real_R = find_real(targets_KM.view(len(targets_KM) * sequences, -1)) if unpads else None
+    real_R = find_real(targets_KM.view(len(targets_KM) * sequences, -1), multiple) if unpads else None
     return Positions(
         rows_M=rows_M if real_R is None else torch.searchsorted(real_R, rows_M),
         targets_M=targets_KM.flatten()[rows_M],
