@@ -125,6 +125,14 @@ class OpenRound:
         """Seconds since the round was opened in which it waited for clients."""
         return time.perf_counter() - self._opened - self.aggregate_seconds
 
+    @property
+    def evaluate_seconds(self) -> float:
+        """Seconds of that time in which clients evaluated: of those who do so side by side, the longest's."""
+        told = [report.evaluate_seconds for report in self.reports]
+        # Those elsewhere, who show what they did before it counts; and what they tell may be anything.
+        at_once = bool(told) and bool(self._admission.foreseen)
+        return min(max(told), self.train_seconds) if at_once else sum(told)
+
     def _weighed(self, update: ClientUpdate) -> ClientUpdate:
         """Return an update with its weight capped."""
         if self._scales is None:

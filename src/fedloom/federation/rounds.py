@@ -237,7 +237,7 @@ class FederatedRun:
             TrainingError: more clients are lost than may be, or a loss is no longer a number.
         """
         # Clients evaluate while their updates are waited for.
-        evaluate_seconds = sum(report.evaluate_seconds for report in round.reports)
+        evaluate_seconds = round.evaluate_seconds
         if train_seconds is None:
             train_seconds = round.train_seconds - evaluate_seconds
         if aggregated := round.finish():
