@@ -78,6 +78,7 @@ class FederatedRun:
     `on_update` sees each client's update as soon as it is admitted. `sizes` is what clients are known to hold, where
     that is known, and `foresee` gives what tasks will have them train on: as much, if it is left out. `trial` marks its
     tasks among those of other runs. Adapters are evaluated after every `evaluate_every`-th round, and after the last.
+    Clients `elsewhere` are sent all that they share of an adapter in each round.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class FederatedRun:
         foresee: Callable[[Sequence[ClientTask]], Mapping[int, ClientSize]] | None = None,
         trial: int = 0,
         evaluate_every: int = 1,
+        elsewhere: bool = False,
     ) -> None:
         self._training, self._federation, self._seed = training, federation, seed
         self._fleet = fleet
@@ -104,7 +106,7 @@ class FederatedRun:
         self.trial = trial
         self._adapter = adapter
         self._state = aggregate.init(adapter)
-        self._evaluate_every = evaluate_every
+        self._evaluate_every, self._elsewhere = evaluate_every, elsewhere
         self.losses: list[float | None] = []
         """Losses by which adapters are judged, round 0 first; None after a round that was not evaluated."""
         self._sent = 0
@@ -267,8 +269,13 @@ class FederatedRun:
         )
 
     def _bytes_down(self, task: ClientTask) -> int:
-        """Return what a client has to be sent: with RoLoRA, one that was there last round lacks only what changed."""
+        """Return what a client has to be sent: with RoLoRA, one that was there last round lacks only what changed.
+
+        Clients elsewhere keep nothing of a round, and an adapter of a lower rank is sent to them with its zeros.
+        """
         section = self._federation
+        if self._elsewhere and task.shares_P is None:
+            return task.adapter.num_bytes
         if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:
             task = replace(task, trains_P=trained_part(task.adapter.layout, section.lora_rule, task.round - 1))
             return task.num_bytes
