@@ -19,6 +19,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
+from fedloom.records.privacy import explain_noise
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import to_markdown
@@ -386,6 +387,16 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
     assert "at once" not in there, "each node decides"
     assert "some documents (a digest)" in here
     assert "(unknown)" not in there
+
+
+def test_what_a_step_does_is_said_of_one_client_where_they_differ() -> None:
+    """A probability, a noise and steps were told as all clients' that one of them has."""
+    terms = {"units": 9, "rate": 0.5, "noise_multiplier": 1.0, "steps": 2, "epsilon": 2.0, "recognised": 0.1}
+    told = {"unit": "document", "delta": 1e-3, "max_norm": 1.0, "noise": "secret", "noise_over_signal": 0.1}
+    larger = {**terms, "units": 18, "rate": 0.25, "steps": 4, "epsilon": 1.9}
+    alike, differ = ({**told, "clients": {"0": other, "1": terms}} for other in (terms, larger))
+    assert explain_noise(alike).startswith("each step draws a document with probability 0.5, ")
+    assert explain_noise(differ).startswith("at client 1, whose ε is the largest, each step draws a document with")
 
 
 def test_a_report_while_it_runs(tmp_path: Path) -> None:
