@@ -295,6 +295,12 @@ def test_samples_are_those_of_short_last_batches(
     assert client_work(replace(made, clients=reports), 1)[0] == 3 * samples
 
 
+def test_samples_of_a_branch_are_all_its_clients_though_its_steps_are_those_of_one(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5], training={"batch_size": 2, "epochs": 2})
+    reports = [{**report, "examples": 30, "steps": 10} for report in made.clients]
+    assert client_work(replace(made, clients=reports), 1)[0] == 3 * 60
+
+
 def test_baselines_are_drawn_over_the_rounds_of_the_federation(tmp_path: Path) -> None:
     ends = {"pooled": {"losses": [3.0, 2.6, 2.4], "tokens": 9}}
     losses = [3.0, None, 2.5, None, 2.2]

@@ -202,9 +202,10 @@ def client_work(run: Run, round: int) -> tuple[int, int, int]:
 def _samples(report: Record, training: Record) -> int:
     """Return the samples of a client's steps: those of whole epochs, and whole steps of one that was cut short."""
     examples, size = int(report["examples"]), training["batch_size"] * training.get("gradient_accumulation", 1)
+    if not training.get("max_steps"):  # a branch has the examples of several clients, and the steps of the longest
+        return int(examples * training["epochs"])
     # The last step of an epoch has what is left, so an epoch may have fewer samples than its steps have room for.
     epochs, steps = divmod(report["steps"], max(1, math.ceil(examples / size)))
-    # A branch's report has the steps of several clients.
     return int(min(examples * training["epochs"], examples * epochs + size * steps))
 
 
