@@ -386,6 +386,8 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
     assert "1 (bob)" in there
     assert "(bob)" not in here
     assert "0 is alice, 1 is bob" in there
+    assert "The recipe as it was given:" in here
+    assert "The recipe as it was given, and the limits to what a client counts that a served run fills in" in there
     assert "3 in a round; split iid" in here
     assert "3 in a round; each with its owner's own documents" in there
     assert "split iid" not in there, "nothing was split"

@@ -333,11 +333,14 @@ def _repeat(run: Run) -> list[Block]:
         Text(f"Seed {run.recipe['seed']}; {name_versions(run.environment)}. The recipe is in this run's folder:"),
         # Without its clients, `run` would train on whatever the central hold-out is taken from.
         Code(f"fedloom {'serve' if run.plan.get('elsewhere') else 'run'} {shlex.quote(str(asked))} --out runs/again"),
-        Text("The recipe as it was given:"),
+        Text(f"The recipe as it was given{_FILLED_IN * bool(run.plan.get('elsewhere'))}:"),
         Code(text),
         Text("The recipe with every default:"),
         Code(tomlkit.dumps(_without_none(run.recipe))),
     ]
+
+
+_FILLED_IN = ", and the limits to what a client counts that a served run fills in where they are left out"
 
 
 def _who(clients: Sequence[int], everyone: int | None) -> str:
