@@ -101,6 +101,8 @@ def test_what_travels_is_counted_by_what_is_on_record(tmp_path: Path) -> None:
     assert "grown sends 1.5 times the bytes of usual in an update." in conclude([grown, usual], ["grown", "usual"])
     lossy = make_run(tmp_path / "lossy", [3.0, 2.5], lost={1: [0]})
     assert update_bytes(lossy) == 1000
+    away = {1: {"unasked": [0], "bytes_down": 2000}}
+    assert update_bytes(make_run(tmp_path / "away", [3.0, 2.5], lost={1: [0]}, more=away)) == 1000
     skipped = {1: {"clients": [], "lost": [2], "bytes_up": 0}}
     assert update_bytes(make_run(tmp_path / "skipped", [3.0, 2.5], more=skipped)) == 1000
     blocks = next(s for s in build_report(lossy).sections if s.title == "Communication").blocks

@@ -55,6 +55,8 @@ class OpenRound:
         self.reports: list[ClientReport] = []
         self._weights: dict[int, float] = {}
         self.lost: dict[int, str] = {}
+        self.unasked: list[int] = []
+        """Clients that were lost without being sent anything."""
         self.refused: list[tuple[int, str]] = []
         self.aggregate_seconds = 0.0
         admission.open(tasks)
@@ -69,6 +71,7 @@ class OpenRound:
         else:
             try:
                 if not isinstance(result, ClientUpdate):
+                    self.unasked += [result.client] * (not result.was_asked)
                     raise result.error
                 update = self._weighed(self._admission.check(result))
             except TrainingError as error:

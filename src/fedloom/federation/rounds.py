@@ -54,6 +54,8 @@ class RoundResult:
     reports: tuple[ClientReport, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
     """Clients of the cohort without an update, and why."""
+    unasked: Sequence[int] = ()
+    """Those of them that were sent nothing."""
     refused: tuple[str, ...] = ()
     """Updates that nobody asked for, and why: late, second, or of others. They cost no client its own."""
     shares: Mapping[int, float] = field(default_factory=dict)
@@ -248,7 +250,7 @@ class FederatedRun:
             raise round.error
         failpoint("round.aggregated")
         payloads = {task.client: task.num_bytes for task in round.tasks}
-        bytes_down = sum(self._bytes_down(task) for task in round.tasks)
+        bytes_down = sum(self._bytes_down(task) for task in round.tasks if task.client not in round.unasked)
         bytes_up = sum(payloads[report.client] for report in round.reports)
         self._sent += bytes_down + bytes_up
         return self._evaluate(
@@ -257,6 +259,7 @@ class FederatedRun:
             cohort=tuple(payloads),
             reports=tuple(sorted(round.reports, key=lambda report: report.client)),
             lost=round.lost,
+            unasked=round.unasked,
             refused=tuple(why for _, why in round.refused),
             shares=round.shares,
             capped=round.capped,
@@ -269,11 +272,9 @@ class FederatedRun:
         )
 
     def _bytes_down(self, task: ClientTask) -> int:
-        """Return what a client has to be sent: with RoLoRA, one that was there last round lacks only what changed.
-
-        Clients elsewhere keep nothing of a round, and an adapter of a lower rank is sent to them with its zeros.
-        """
+        """Return what a client has to be sent: with RoLoRA, one that was there last round lacks only what changed."""
         section = self._federation
+        # They keep nothing of a round, and an adapter of a lower rank is sent to them with its zeros.
         if self._elsewhere and task.shares_P is None:
             return task.adapter.num_bytes
         if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:

@@ -183,6 +183,7 @@ def round_record(result: RoundResult) -> RoundRecord:
         "clients": [report.client for report in reports],
         "lost": sorted(result.lost),
         "lost_because": {str(client): why for client, why in result.lost.items()} or None,
+        "unasked": list(result.unasked) or None,
         "refused": list(result.refused) or None,
         "shares": {str(client): share for client, share in result.shares.items()} or None,
         "capped": list(result.capped) or None,

@@ -279,8 +279,8 @@ def transfers(run: Run, records: Iterable[Record]) -> int:
     times = 0
     for record in records:
         back, lost = len(record.get("clients", ())), len(record.get("lost", ()))
-        # A round that lost too many ends there: it had been sent to all of its clients.
-        times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0)
+        # A round that lost too many ends there: it had been sent to all of its clients, but for those that were away.
+        times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0) - len(record.get("unasked", ()))
     return times
 
 
