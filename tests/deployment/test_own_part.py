@@ -98,6 +98,21 @@ def test_clients_that_sit_rounds_out_go_on_with_the_part_of_their_last(tmp_path:
     check_same(served, local, tmp_path, clients=3)
 
 
+@pytest.mark.parametrize("rule", ["rolora", "svd"])
+def test_bytes_that_are_counted_are_those_that_travelled(rule: str, tmp_path: Path) -> None:
+    """Half an adapter was counted on its way down, or its first ranks, where all of it is sent to clients elsewhere."""
+    ranks = ["federation.client_ranks=[1,4]"] if rule == "svd" else []
+    recipe = tiny("data.clients=2", "federation.rounds=2", f"federation.lora_rule={rule}", *ranks)
+    link = link_of(recipe, tmp_path)
+    served = serve_here(recipe, link, tmp_path / "served")
+    whole = served.plan["payload_bytes"]
+    for record in served.rounds[1:]:
+        asked = [frame for _, frame in asked_to(link, "train") if frame.manifest["round"] == record["round"]]
+        told = [frame for _, frame in told_of(link, "train") if frame.manifest["report"]["round"] == record["round"]]
+        assert record["bytes_down"] == sum(len(frame.payload) for frame in asked) == 2 * whole
+        assert record["bytes_up"] == sum(len(frame.payload) for frame in told) < 2 * whole
+
+
 def test_b_travels_neither_way_and_half_the_bytes_do(recipe: Recipe, tmp_path: Path) -> None:
     link = link_of(recipe, tmp_path)
     served = serve_here(recipe, link, tmp_path / "served")

@@ -1,6 +1,7 @@
 """Clients that lie about their sizes, their steps and their hold-outs set neither the model nor the judgement."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -343,3 +344,25 @@ def test_a_report_at_its_bounds_moves_neither_weights_nor_judgement_or_is_refuse
             assert [lost for *_, lost in found[1:]] == [[2]] * 3, "it has not as many, or too few for its steps"
         else:
             assert found == course_of(update, strategy={"kind": kind})
+
+
+@pytest.mark.parametrize("told", [0.5, 1e9], ids=["honest", "liar"])
+def test_seconds_of_clients_that_evaluate_side_by_side_are_not_added_up(told: float) -> None:
+    class Scoring(Elsewhere):
+        """Clients of whom each scored for half a second while they were waited for, but for the last one's word."""
+
+        def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult | ClientPreview]:
+            time.sleep(0.6)
+            for result in super().train(tasks):
+                made = result.update if isinstance(result, ClientPreview) else result
+                assert isinstance(made, ClientUpdate)
+                seconds = told if result.client == self.clients[-1] else 0.5
+                scored = replace(made, report=replace(made.report, evaluate_seconds=seconds))
+                yield ClientPreview(scored) if isinstance(result, ClientPreview) else scored
+
+    fleet = Scoring(update)
+    _, round, _ = run_rounds(make_run(fleet), fleet)
+    assert round.train_seconds >= 0
+    assert round.evaluate_seconds >= 0.5
+    if told < 1:
+        assert round.train_seconds >= 0.09, "three times half a second is more than all that was waited"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.made_runs import make_run
 from support.tiny import make_recipe
 
 from fedloom import run
@@ -36,6 +37,19 @@ def test_plain_lines_hold_the_plan_and_a_row_a_round(tmp_path: Path) -> None:
     assert table[0].split() == ["round", "train", "clients", "central", "proximal", "drift", "seconds", "bytes"]
     assert [row.split()[0] for row in table[1:4]] == ["0", "1", "2"]
     assert "central loss " in shown
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_last_lines_have_the_loss_that_chose_the_best_adapter(capped: bool, tmp_path: Path) -> None:
+    """Without a central hold-out, as in many a deployment, they had none."""
+    judged = {round: {"judged_loss": loss} for round, loss in enumerate((3.0, 2.0, 2.5))} if capped else {}
+    losses = [3.0, 2.25, 2.125]
+    made = make_run(tmp_path / "run", [None] * 3, clients=[losses, losses], more=judged)
+    screen = io.StringIO()
+    Terminal(Console(file=screen, width=100, highlight=False)).show_end(made, made.folder / "report.html")
+    told = "clients' middle hold-out loss 3.0000 → 2.5000" if capped else "clients' hold-out loss 3.0000 → 2.1250"
+    best = "round 1: 2.0000" if capped else "round 2: 2.1250"
+    assert f"{told} nats a token, best in {best}" in screen.getvalue()
 
 
 def test_a_terminal_has_a_bar_with_speed_and_time_left(tmp_path: Path) -> None:

@@ -41,6 +41,18 @@ def test_a_card_says_where_the_documents_were() -> None:
     assert "3 clients, each on its own documents, which stayed where they were; only adapters travelled." in there
 
 
+def test_a_card_names_no_clients_and_says_whose_documents_each_figure_is_of() -> None:
+    """A loss on the server's documents stood there as one on those of "local: alice, bob: each its own"."""
+    planned = replace(plan(make_recipe()), data="alice, bob: each its own", data_revision="unknown")
+    figures = {"round": 1, "central_loss": 1.5, "client_loss": 1.25}
+    card = write_card(make_recipe(), replace(planned, elsewhere=("alice", "bob")), figures)
+    assert "alice" not in card
+    assert re.search(r"^- Data: the clients' own documents, \d+ documents to train on", card, re.MULTILINE)
+    results = card.split("- task:")[1:]
+    assert ["server's own" in one for one in results] == ["value: 1.5" in one for one in results]
+    assert any("value: 1.25" in one and "clients' own" in one for one in results)
+
+
 def test_a_card_says_how_much_was_learnt_from_and_what_its_split_is_worth() -> None:
     card, clients = card_of(make_recipe()), plan(make_recipe()).clients
     learnt, held_out = (sum(getattr(one, f"{side}_documents") for one in clients) for side in ("train", "holdout"))

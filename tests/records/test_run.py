@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedloom import read_run, run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
 from fedloom.records import kinds
+from fedloom.records import writer as writer_module
 from fedloom.records.run import RoundRecord
 from fedloom.records.writer import RunWriter
 from fedloom.training.client_report import ClientReport
@@ -67,6 +69,20 @@ def test_a_status_of_other_kinds_is_not_gone_on_from(key: str, value: object, tm
         with pytest.raises(RunError, match=rf'status.json: "{key}" is not what it should be; see what else is'):
             RunWriter(run.folder, resume=True)
     assert path.read_bytes() == before
+
+
+def test_a_pause_lasts_until_the_run_is_at_work_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes to load a model, and to wait for clients elsewhere, is in no run's time at its start either."""
+    run = make_run(tmp_path / "run", [3.0, 2.0], state="interrupted")
+    stopped = datetime.fromisoformat(run.status["updated"])
+    monkeypatch.setattr(writer_module, "seconds_since", lambda moment: (clock - datetime.fromisoformat(moment)).seconds)
+    clock = stopped + timedelta(seconds=10)
+    writer = RunWriter(run.folder, resume=True)
+    clock = stopped + timedelta(seconds=50)  # its clients are there
+    writer.write_status("running")
+    writer.write_status("running", round=2)
+    assert writer.status["paused"] == 50
+    writer.close()
 
 
 def test_files_are_replaced_whole(tmp_path: Path) -> None:

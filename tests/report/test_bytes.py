@@ -10,6 +10,7 @@ from support.tiny import make_recipe
 from fedloom.experiment.run import plan, run
 from fedloom.monitoring.display import describe_plan
 from fedloom.monitoring.observer import Observer
+from fedloom.report.communication_section import show_communication
 from fedloom.report.comparison import conclude, summarize
 from fedloom.report.figures import bytes_moved, full_model_bytes, update_bytes
 from fedloom.report.observations import the_payload
@@ -100,7 +101,24 @@ def test_what_travels_is_counted_by_what_is_on_record(tmp_path: Path) -> None:
     assert "grown sends 1.5 times the bytes of usual in an update." in conclude([grown, usual], ["grown", "usual"])
     lossy = make_run(tmp_path / "lossy", [3.0, 2.5], lost={1: [0]})
     assert update_bytes(lossy) == 1000
+    away = {1: {"unasked": [0], "bytes_down": 2000}}
+    assert update_bytes(make_run(tmp_path / "away", [3.0, 2.5], lost={1: [0]}, more=away)) == 1000
     skipped = {1: {"clients": [], "lost": [2], "bytes_up": 0}}
     assert update_bytes(make_run(tmp_path / "skipped", [3.0, 2.5], more=skipped)) == 1000
     blocks = next(s for s in build_report(lossy).sections if s.title == "Communication").blocks
     assert blocks[1].rows[0][-1] == f"{5 * full_model_bytes(lossy) / 1e6:.1f} MB"  # type: ignore[union-attr]
+
+
+def test_adapters_that_are_sent_to_be_scored_are_named_beside_those_of_training(tmp_path: Path) -> None:
+    """Of three rounds of three clients they are twelve, beside the eighteen that train: they were nowhere."""
+    scored = {round: {"client_losses": {"0": 2.0, "1": 2.0}} for round in range(3)}
+    for name, planned, told in (
+        ("here", {}, "adapters would have been sent 6 times more, 6.0 kB."),
+        ("served", {"elsewhere": ["a", "b", "c"]}, "adapters were sent 6 times more, 6.0 kB."),
+        ("grows", {"elsewhere": ["a", "b", "c"], "bytes_are": "at first"}, "sent 6 times more, at least 6.0 kB."),
+    ):
+        made = make_run(tmp_path / name, [3.0, 2.5, 2.4], more=scored, plan=planned)
+        text = show_communication(made)[0].text  # type: ignore[union-attr]
+        assert text.endswith(told)
+    none = make_run(tmp_path / "none", [3.0, 2.5], more={round: {"client_losses": {}} for round in range(2)})
+    assert "scored" not in show_communication(none)[0].text  # type: ignore[union-attr]

@@ -43,6 +43,8 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_gap, {"central": FALLING, "train": [2.0, 1.8, 1.5]}, "In round 3 the training loss is 0.5000 below the central loss", {"central": FALLING}),
     (o.the_gap, {"central": [*FALLING, None], "train": [2.0, 1.8, 1.5, 1.0]}, "In round 3 the training loss is 0.5000 below", {"central": [*FALLING, None], "train": [2.5, 2.2, 2.0, 1.0]}),
     (o.the_clients, {"central": [3, 2], "clients": [[3, 2.0], [3, 2.1], [3, 2.6]]}, "client 0 ends at 2.0000 and client 2 at 2.6000, 27 %", {"central": [3, 2], "clients": [[3, 2.0], [3, 2.05]]}),
+    (o.the_unscored, {"central": FALLING, "clients": [FALLING, FALLING], "more": {2: {"client_losses": {"0": 2.2}}, 3: {"client_losses": {"0": 2.0}}}}, "not always scored (client 1's in 2 of 4 rounds): the clients' hold-out loss of those rounds is over the others'", {"central": FALLING, "clients": [FALLING, FALLING], "more": {2: {"client_losses": {}}}}),
+    (o.the_unscored, {"central": FALLING, "clients": [FALLING], "plan": {"clients": [{"holdout_tokens": 9}] * 2}}, "(client 1's in 4 of 4 rounds)", {"central": FALLING, "plan": {"clients": [{"holdout_tokens": 9}] * 2}}),
     (o.the_proximal_term, {"central": FALLING}, "With μ = 0.1 the proximal gradient was 6 %", {"central": FALLING, "training": {"proximal_mu": 0.0}}),
     (o.the_proximal_term, {"central": FALLING, "more": {3: {"proximal_ratio": 16.3}}}, "was 16 times the loss gradient in the last round (at most 16 times it in any round). With more", {"central": [3.0]}),
     (o.the_time, {"central": FALLING, "seconds": SLOW_EVALUATION}, "Evaluation took 92 % of the time in rounds.", {"central": FALLING, "seconds": EVEN}),
@@ -54,7 +56,7 @@ CASES: list[tuple[Callable[[Run], str | None], dict[str, Any], str, dict[str, An
     (o.the_weight, {"central": FALLING, "more": {2: {"shares": SHARES, "capped": [2]}}, "federation": {"max_share": 0.8}}, "Capped at 80 % of the weight (federation.max_share): client 2.", {"central": FALLING}),
     (o.the_scaled, {"central": FALLING, "more": {1: {"scaled": {"1": 12.0}}, 3: {"scaled": {"1": 1234.5}}}}, "scaled down: client 1 (up to 1,234 times)", {"central": FALLING}),
     (o.the_memory, {"central": FALLING, "at_once": {2: 4}}, "not enough in round 2: 4 clients at once from then on", {"central": FALLING}),
-    (o.the_payload, {"central": FALLING}, "18.0 kB of adapters were exchanged; the whole model would have been 399 times", {"central": [3.0]}),
+    (o.the_payload, {"central": FALLING}, "18.0 kB of adapters were exchanged in training; the whole model would have been 399 times", {"central": [3.0]}),
     (o.tell_tasks, {"central": FALLING, "evaluations": [{**QUIZ, "measures": RIGHT}, {**QUIZ, "round": 3, "measures": RIGHT}]}, "can't tell the adapter from the base model: quiz (50.0 to 50.0 %, accuracy)", {"central": FALLING, "evaluations": [{**QUIZ, "measures": RIGHT}]}),
     (o.did_it_help, {"central": FALLING, "baselines": ALONE}, "Judged by the central hold-out, federation helped: its best loss is 0.3000 nats", {"central": FALLING}),
 ]  # fmt: skip

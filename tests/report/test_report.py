@@ -19,6 +19,7 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
+from fedloom.records.privacy import explain_noise
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import to_markdown
@@ -294,6 +295,12 @@ def test_samples_are_those_of_short_last_batches(
     assert client_work(replace(made, clients=reports), 1)[0] == 3 * samples
 
 
+def test_samples_of_a_branch_are_all_its_clients_though_its_steps_are_those_of_one(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0, 2.5], training={"batch_size": 2, "epochs": 2})
+    reports = [{**report, "examples": 30, "steps": 10} for report in made.clients]
+    assert client_work(replace(made, clients=reports), 1)[0] == 3 * 60
+
+
 def test_baselines_are_drawn_over_the_rounds_of_the_federation(tmp_path: Path) -> None:
     ends = {"pooled": {"losses": [3.0, 2.6, 2.4], "tokens": 9}}
     losses = [3.0, None, 2.5, None, 2.2]
@@ -379,6 +386,8 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
     assert "1 (bob)" in there
     assert "(bob)" not in here
     assert "0 is alice, 1 is bob" in there
+    assert "The recipe as it was given:" in here
+    assert "The recipe as it was given, and the limits to what a client counts that a served run fills in" in there
     assert "3 in a round; split iid" in here
     assert "3 in a round; each with its owner's own documents" in there
     assert "split iid" not in there, "nothing was split"
@@ -386,6 +395,16 @@ def test_a_report_says_where_the_clients_were(tmp_path: Path) -> None:
     assert "at once" not in there, "each node decides"
     assert "some documents (a digest)" in here
     assert "(unknown)" not in there
+
+
+def test_what_a_step_does_is_said_of_one_client_where_they_differ() -> None:
+    """A probability, a noise and steps were told as all clients' that one of them has."""
+    terms = {"units": 9, "rate": 0.5, "noise_multiplier": 1.0, "steps": 2, "epsilon": 2.0, "recognised": 0.1}
+    told = {"unit": "document", "delta": 1e-3, "max_norm": 1.0, "noise": "secret", "noise_over_signal": 0.1}
+    larger = {**terms, "units": 18, "rate": 0.25, "steps": 4, "epsilon": 1.9}
+    alike, differ = ({**told, "clients": {"0": other, "1": terms}} for other in (terms, larger))
+    assert explain_noise(alike).startswith("each step draws a document with probability 0.5, ")
+    assert explain_noise(differ).startswith("at client 1, whose ε is the largest, each step draws a document with")
 
 
 def test_a_report_while_it_runs(tmp_path: Path) -> None:

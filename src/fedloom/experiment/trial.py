@@ -189,6 +189,7 @@ def set_up(
         foresee=fleet.foresee,
         trial=number,
         evaluate_every=recipe.evaluation.every,
+        elsewhere=bool(prepared.plan.elsewhere),
     )
     return Trial(recipe, prepared, run, fleet, recorder, open_examiner(recipe, prepared, session, writer.folder))
 

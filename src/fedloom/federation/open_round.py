@@ -55,6 +55,8 @@ class OpenRound:
         self.reports: list[ClientReport] = []
         self._weights: dict[int, float] = {}
         self.lost: dict[int, str] = {}
+        self.unasked: list[int] = []
+        """Clients that were lost without being sent anything."""
         self.refused: list[tuple[int, str]] = []
         self.aggregate_seconds = 0.0
         admission.open(tasks)
@@ -69,6 +71,7 @@ class OpenRound:
         else:
             try:
                 if not isinstance(result, ClientUpdate):
+                    self.unasked += [result.client] * (not result.was_asked)
                     raise result.error
                 update = self._weighed(self._admission.check(result))
             except TrainingError as error:
@@ -124,6 +127,14 @@ class OpenRound:
     def train_seconds(self) -> float:
         """Seconds since the round was opened in which it waited for clients."""
         return time.perf_counter() - self._opened - self.aggregate_seconds
+
+    @property
+    def evaluate_seconds(self) -> float:
+        """Seconds of that time in which clients evaluated: of those who do so side by side, the longest's."""
+        told = [report.evaluate_seconds for report in self.reports]
+        # Those elsewhere, who show what they did before it counts; and what they tell may be anything.
+        at_once = bool(told) and bool(self._admission.foreseen)
+        return min(max(told), self.train_seconds) if at_once else sum(told)
 
     def _weighed(self, update: ClientUpdate) -> ClientUpdate:
         """Return an update with its weight capped."""

@@ -54,6 +54,8 @@ class RoundResult:
     reports: tuple[ClientReport, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
     """Clients of the cohort without an update, and why."""
+    unasked: Sequence[int] = ()
+    """Those of them that were sent nothing."""
     refused: tuple[str, ...] = ()
     """Updates that nobody asked for, and why: late, second, or of others. They cost no client its own."""
     shares: Mapping[int, float] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class FederatedRun:
     `on_update` sees each client's update as soon as it is admitted. `sizes` is what clients are known to hold, where
     that is known, and `foresee` gives what tasks will have them train on: as much, if it is left out. `trial` marks its
     tasks among those of other runs. Adapters are evaluated after every `evaluate_every`-th round, and after the last.
+    Clients `elsewhere` are sent all that they share of an adapter in each round.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class FederatedRun:
         foresee: Callable[[Sequence[ClientTask]], Mapping[int, ClientSize]] | None = None,
         trial: int = 0,
         evaluate_every: int = 1,
+        elsewhere: bool = False,
     ) -> None:
         self._training, self._federation, self._seed = training, federation, seed
         self._fleet = fleet
@@ -104,7 +108,7 @@ class FederatedRun:
         self.trial = trial
         self._adapter = adapter
         self._state = aggregate.init(adapter)
-        self._evaluate_every = evaluate_every
+        self._evaluate_every, self._elsewhere = evaluate_every, elsewhere
         self.losses: list[float | None] = []
         """Losses by which adapters are judged, round 0 first; None after a round that was not evaluated."""
         self._sent = 0
@@ -237,7 +241,7 @@ class FederatedRun:
             TrainingError: more clients are lost than may be, or a loss is no longer a number.
         """
         # Clients evaluate while their updates are waited for.
-        evaluate_seconds = sum(report.evaluate_seconds for report in round.reports)
+        evaluate_seconds = round.evaluate_seconds
         if train_seconds is None:
             train_seconds = round.train_seconds - evaluate_seconds
         if aggregated := round.finish():
@@ -246,7 +250,7 @@ class FederatedRun:
             raise round.error
         failpoint("round.aggregated")
         payloads = {task.client: task.num_bytes for task in round.tasks}
-        bytes_down = sum(self._bytes_down(task) for task in round.tasks)
+        bytes_down = sum(self._bytes_down(task) for task in round.tasks if task.client not in round.unasked)
         bytes_up = sum(payloads[report.client] for report in round.reports)
         self._sent += bytes_down + bytes_up
         return self._evaluate(
@@ -255,6 +259,7 @@ class FederatedRun:
             cohort=tuple(payloads),
             reports=tuple(sorted(round.reports, key=lambda report: report.client)),
             lost=round.lost,
+            unasked=round.unasked,
             refused=tuple(why for _, why in round.refused),
             shares=round.shares,
             capped=round.capped,
@@ -269,6 +274,9 @@ class FederatedRun:
     def _bytes_down(self, task: ClientTask) -> int:
         """Return what a client has to be sent: with RoLoRA, one that was there last round lacks only what changed."""
         section = self._federation
+        # They keep nothing of a round, and an adapter of a lower rank is sent to them with its zeros.
+        if self._elsewhere and task.shares_P is None:
+            return task.adapter.num_bytes
         if section.lora_rule == "rolora" and section.fraction == 1 and task.round > 1:
             task = replace(task, trains_P=trained_part(task.adapter.layout, section.lora_rule, task.round - 1))
             return task.num_bytes

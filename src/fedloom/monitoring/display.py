@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from fedloom.records.plan import (
     explain_weights,
 )
 from fedloom.records.privacy import explain_noise, explain_privacy
+from fedloom.records.run import judged_loss
 from fedloom.text import count, format_bytes, format_number, format_seconds, list_reasons, show_controls
 
 if TYPE_CHECKING:
@@ -200,10 +202,10 @@ class Terminal(Observer):
         self._print("")
         if run.status.get("stopped_early"):
             self._print(f"stopped early: {run.status['stopped_early']}")
-        losses = [record["central_loss"] for record in run.rounds if "central_loss" in record]
+        losses = [loss for record in run.rounds if math.isfinite(loss := judged_loss(record))]
         if losses:
             best = f"best in round {run.best_round}: {min(losses):.4f}"
-            self._print(f"central loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
+            self._print(f"{_name_judge(run)} loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token, {best}")
         self._print(f"best adapter  {run.folder / 'adapters' / 'best'}")
         self._print(f"report        {report}")
 
@@ -259,6 +261,13 @@ def explain_losses(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "lost", why
     for client, times in record.get("scaled", {}).items():
         yield "scaled", f"client {client}: its change was {times:,.0f} times the middle one"
+
+
+def _name_judge(run: Run) -> str:
+    """Name the hold-out whose loss chose the best adapter."""
+    if any("central_loss" in record for record in run.rounds):
+        return "central"
+    return f"clients' {'middle ' * any('judged_loss' in record for record in run.rounds)}hold-out"
 
 
 def is_working(phases: Iterable[str]) -> bool:

@@ -28,6 +28,8 @@ METRICS = {
     "own_loss": ("loss", "Loss on what its client holds out (nats per token)"),
 }
 """Key of a round's record -> the hub's type, and what to call it."""
+CLIENTS_OWN, SERVERS_OWN = "the clients' own documents", "the server's own documents"
+"""Words on a card for what clients elsewhere hold, and for what is held out centrally beside them."""
 CARD = "README.md"
 TASKS = "## Tasks\n"
 """Heading of what tasks found."""
@@ -73,7 +75,10 @@ def write_card(
     known = {key: record[key] for key in METRICS if record and key in record}
     # Only what a hub has, has a commit for a revision; a path is nobody else's business.
     on_a_hub = COMMIT.fullmatch(plan.model_revision)
-    model, data = public_name(plan.model, plan.model_revision), public_name(plan.data, plan.data_revision)
+    model = public_name(plan.model, plan.model_revision)
+    # Who the clients elsewhere are is nobody else's business either; and what the server holds out is none of theirs.
+    data = CLIENTS_OWN if plan.elsewhere else public_name(plan.data, plan.data_revision)
+    held = {key: SERVERS_OWN if plan.elsewhere and key.startswith("central") else data for key in known}
     method, whole = recipe.adapter.method, recipe.adapter.method == "full"
     public = recipe.model_copy(
         update={
@@ -88,7 +93,7 @@ def write_card(
     )
     head = _head(
         recipe.name,
-        data,
+        held,
         known,
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
@@ -185,7 +190,7 @@ def write_own_card(recipe: Recipe, revision: str, origin: str, loss: float | Non
     model = public_name(recipe.model.source, revision)
     head = _head(
         recipe.name,
-        "the client's own documents",
+        dict.fromkeys(known, "the client's own documents"),
         known,
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
@@ -211,16 +216,16 @@ def _tabulate(known: Mapping[str, float]) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else ""
 
 
-def _head(name: str, data: str, known: Mapping[str, float], **facts: Any) -> str:
-    """Write what a hub reads of the model, and of its results if there are any, as YAML."""
+def _head(name: str, data: Mapping[str, str], known: Mapping[str, float], **facts: Any) -> str:
+    """Write what a hub reads of the model, and of its results on data if there are any, as YAML."""
     # Needed when a run is written down, and slow to import: not at the start.
     from huggingface_hub import EvalResult, ModelCardData
 
     results: Any = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=data,
-            dataset_name=data,
+            dataset_type=data[key],
+            dataset_name=data[key],
             metric_type=METRICS[key][0],
             metric_name=METRICS[key][1],
             metric_value=value,

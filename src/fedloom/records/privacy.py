@@ -94,13 +94,15 @@ def explain_noise(privacy: Mapping[str, Any]) -> str:
 
 
 def _explain_steps(privacy: Mapping[str, Any]) -> str:
-    """Say what each step of a client does to its units' gradients."""
-    terms, unit = terms_of(privacy), privacy["unit"]
+    """Say what each step of a client does to its units' gradients: of clients that differ, the one it is least for."""
+    (client, terms), unit = name_worst(privacy), privacy["unit"]
+    how = {(told["rate"], told["noise_multiplier"], told["steps"]) for told in privacy["clients"].values()}
+    whose = f"at client {client}, whose ε is the largest, " if len(how) > 1 else ""
     noise = f"{terms['noise_multiplier']:.3g} times that, {terms['steps']:,} times a round"
     drawn, taken = ("a document", "") if unit == DOCUMENT else (f"each {unit}", "takes one of its texts by chance, ")
     return (
-        f"each step draws {drawn} with probability {terms['rate']:.3g}, {taken}scales its gradient to a norm of at most"
-        f" {privacy['max_norm']:g}, and adds noise of {noise}"
+        f"{whose}each step draws {drawn} with probability {terms['rate']:.3g}, {taken}scales its gradient to a norm of"
+        f" at most {privacy['max_norm']:g}, and adds noise of {noise}"
     )
 
 

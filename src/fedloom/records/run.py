@@ -46,6 +46,7 @@ class RoundRecord(TypedDict, total=False):
     capped: list[int]
     scaled: dict[str, float]
     away: dict[ClientNumber, float]
+    unasked: list[int]
     train_seconds: Required[float]
     aggregate_seconds: Required[float]
     evaluate_seconds: Required[float]

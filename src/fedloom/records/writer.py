@@ -45,8 +45,7 @@ class RunWriter:
         self._lock = take_lock(folder)
         try:
             self._status: Record = read_record(folder / "status.json") or {"started": now()}
-            if self._status.get("updated"):  # from here on it is at work again
-                self._status["paused"] = self._status.get("paused", 0.0) + seconds_since(self._status["updated"])
+            self._rests_since: str = self._status.get("updated", "")
             self._digests = {name: hash_start(folder / name) for name in RECORDS}
         except BaseException:
             self.close()
@@ -97,6 +96,10 @@ class RunWriter:
         if state == "running":
             for key in ("error", "stopped_early"):  # of an earlier try
                 self._status.pop(key, None)
+            # Until it had its model, and its clients were there, it was no more at work than before its start.
+            if self._rests_since:
+                self._status["paused"] = self._status.get("paused", 0.0) + seconds_since(self._rests_since)
+                self._rests_since = ""
         self._status |= {"state": state, **_known(more)}
         self.note_work()
 
@@ -180,6 +183,7 @@ def round_record(result: RoundResult) -> RoundRecord:
         "clients": [report.client for report in reports],
         "lost": sorted(result.lost),
         "lost_because": {str(client): why for client, why in result.lost.items()} or None,
+        "unasked": list(result.unasked) or None,
         "refused": list(result.refused) or None,
         "shares": {str(client): share for client, share in result.shares.items()} or None,
         "capped": list(result.capped) or None,

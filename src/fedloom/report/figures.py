@@ -202,9 +202,10 @@ def client_work(run: Run, round: int) -> tuple[int, int, int]:
 def _samples(report: Record, training: Record) -> int:
     """Return the samples of a client's steps: those of whole epochs, and whole steps of one that was cut short."""
     examples, size = int(report["examples"]), training["batch_size"] * training.get("gradient_accumulation", 1)
+    if not training.get("max_steps"):  # a branch has the examples of several clients, and the steps of the longest
+        return int(examples * training["epochs"])
     # The last step of an epoch has what is left, so an epoch may have fewer samples than its steps have room for.
     epochs, steps = divmod(report["steps"], max(1, math.ceil(examples / size)))
-    # A branch's report has the steps of several clients.
     return int(min(examples * training["epochs"], examples * epochs + size * steps))
 
 
@@ -278,8 +279,8 @@ def transfers(run: Run, records: Iterable[Record]) -> int:
     times = 0
     for record in records:
         back, lost = len(record.get("clients", ())), len(record.get("lost", ()))
-        # A round that lost too many ends there: it had been sent to all of its clients.
-        times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0)
+        # A round that lost too many ends there: it had been sent to all of its clients, but for those that were away.
+        times += back + max(back + lost, run.plan["clients_per_round"] if lost else 0) - len(record.get("unasked", ()))
     return times
 
 

@@ -136,6 +136,21 @@ def the_clients(run: Run) -> str | None:
     )
 
 
+def the_unscored(run: Run) -> str | None:
+    """Name the clients whose hold-outs were not scored in every round, though the recipe asks for them."""
+    scored = [record["client_losses"] for record in run.rounds if record.get("client_losses")]
+    held = {str(client) for client, told in enumerate(run.plan["clients"]) if told.get("holdout_tokens")}
+    asked = set().union(*scored) | (set() if run.recipe["evaluation"].get("clients") else held)
+    lacks = {client: sum(client not in one for one in scored) for client in sorted(asked, key=int)}
+    named = [f"client {client}'s in {rounds} of {len(scored)} rounds" for client, rounds in lacks.items() if rounds]
+    if not named:
+        return None
+    return (
+        f"Hold-outs were not always scored ({list_some(named, 8)}): the clients' hold-out loss of those rounds is over"
+        " the others' documents, and says nothing beside that of other rounds."
+    )
+
+
 def the_proximal_term(run: Run) -> str | None:
     """Compare the proximal term's gradient with that of the loss."""
     mus = series(run, "proximal_mu")[1] or [run.recipe["training"]["proximal_mu"]]
@@ -249,7 +264,8 @@ def the_payload(run: Run) -> str | None:
         return None
     times = full_model_bytes(run) / update_bytes(run)
     told = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-    return f"{format_bytes(moved)} of adapters were exchanged; the whole model would have been {told} times as much."
+    whole = f"the whole model would have been {told} times as much"
+    return f"{format_bytes(moved)} of adapters were exchanged in training; {whole}."
 
 
 RULES: tuple[Callable[[Run], str | None], ...] = (
@@ -259,6 +275,7 @@ RULES: tuple[Callable[[Run], str | None], ...] = (
     overfitting,
     the_gap,
     the_clients,
+    the_unscored,
     the_proximal_term,
     the_time,
     the_absent,

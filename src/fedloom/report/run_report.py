@@ -17,6 +17,7 @@ from fedloom.recipe.sections import Strategy
 from fedloom.records.run import Record, Run, read_run
 from fedloom.report import figures
 from fedloom.report.baselines_section import show_baselines
+from fedloom.report.communication_section import show_communication
 from fedloom.report.document import (
     Block,
     Bullets,
@@ -35,7 +36,7 @@ from fedloom.report.privacy_section import show_privacy
 from fedloom.report.setup_section import STATES, name_versions, show_setup
 from fedloom.report.tasks_section import show_tasks
 from fedloom.report.worth_section import show_worth
-from fedloom.text import format_bytes, format_number, list_some
+from fedloom.text import format_number, list_some
 
 LOSS_AXIS = "loss (nats per token)"
 UNUSUAL = 3
@@ -101,7 +102,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
             *([Section("Answers", blocks)] if (blocks := _samples(run)) else []),
             Section("Runtime and throughput", _runtime(run)),
             Section("Federation", _federation(run)),
-            Section("Communication", _communication(run)),
+            Section("Communication", show_communication(run)),
             Section("Privacy", show_privacy(run)),
             Section("Observations", _observations(run)),
             Section("How to repeat it", _repeat(run)),
@@ -299,36 +300,6 @@ def _averages_factors(run: Run) -> bool:
     return weighs and section.get("lora_rule", "factors") not in ("svd", "fedex")
 
 
-def _communication(run: Run) -> list[Block]:
-    rounds = figures.trained_rounds(run)
-    if not rounds:
-        return [Text("Nothing has been exchanged yet.")]
-    whole = figures.full_model_bytes(run)
-    rows = [
-        [
-            str(record["round"]),
-            format_bytes(record["bytes_down"]),
-            format_bytes(record["bytes_up"]),
-            format_bytes(record["bytes_up"] / len(record["clients"])) if record["clients"] else "",
-            format_bytes(whole * figures.transfers(run, [record])),
-        ]
-        for record in rounds
-    ]
-    header = ["Round", "Down", "Up", "Up, a client", "The full model, both ways"]
-    moved, sizes = figures.bytes_moved(run), f"he whole model in float32 has {format_bytes(whole)}"
-    is_whole = run.recipe["adapter"]["method"] == "full"
-    sizes = f"T{sizes}" if is_whole else f"An adapter has {format_bytes(run.plan['payload_bytes'])}, t{sizes}"
-    local = (
-        " These are the adapters alone: what carries them adds its own."
-        if run.plan.get("elsewhere")
-        else " All clients were on this machine: this is what a network would have carried."
-    )
-    return [
-        Text(f"{sizes}. Both ways, {format_bytes(moved)} were exchanged in all.{local}"),
-        Table(header, rows),
-    ]
-
-
 _ANSWERS = (("answer", "right answer, as held out"), ("base", "base model"), ("tuned", "with the adapter"))
 """Answers to a question by their key in `samples.json`, with their headings."""
 
@@ -362,11 +333,14 @@ def _repeat(run: Run) -> list[Block]:
         Text(f"Seed {run.recipe['seed']}; {name_versions(run.environment)}. The recipe is in this run's folder:"),
         # Without its clients, `run` would train on whatever the central hold-out is taken from.
         Code(f"fedloom {'serve' if run.plan.get('elsewhere') else 'run'} {shlex.quote(str(asked))} --out runs/again"),
-        Text("The recipe as it was given:"),
+        Text(f"The recipe as it was given{_FILLED_IN * bool(run.plan.get('elsewhere'))}:"),
         Code(text),
         Text("The recipe with every default:"),
         Code(tomlkit.dumps(_without_none(run.recipe))),
     ]
+
+
+_FILLED_IN = ", and the limits to what a client counts that a served run fills in where they are left out"
 
 
 def _who(clients: Sequence[int], everyone: int | None) -> str:

@@ -184,6 +184,8 @@ class ClientFailure:
     client: int
     error: TrainingError
     trial: int = 0
+    was_asked: bool = True
+    """False where nothing was sent to the client."""
 
 
 ClientResult = ClientUpdate | ClientFailure

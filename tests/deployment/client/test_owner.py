@@ -258,6 +258,17 @@ def test_a_round_is_two_lines_to_its_owner(data: Path, capsys: Screen) -> None:
     assert re.fullmatch(rf"told      the adapter of round 1, [\d.]+ k?B: \d+ steps in 0:\d\d, {losses}", told)
 
 
+def test_a_round_that_is_cut_short_stands_in_the_journal_as_what_it_was(data: Path, capsys: Screen) -> None:
+    """Whole epochs of all documents stood there, whatever training.max_steps left of them."""
+    short = make_recipe(training={"engine": "reference", "epochs": 2, "max_steps": 3})
+    report = worker_of(data).answer(training(1, adapters(1)[0], short)).manifest["report"]
+    noted = lines(data)[-1]
+    assert (noted["steps"], noted["tokens"]) == (report["steps"], report["tokens"])
+    assert noted["steps"] == 3
+    assert "epochs" not in noted
+    assert "round 1   training, of 2 rounds: 3 steps\n" in capsys.readouterr().out
+
+
 def test_what_is_kept_in_every_round_is_said_once_and_again_when_it_changes(data: Path, capsys: Screen) -> None:
     worker = worker_of(data, Policy(max_scores_a_day=1))
     worker.answer(ask("meet"))

@@ -12,6 +12,7 @@ from fedloom.errors import TrainingError
 from fedloom.evaluation.held_out import Score
 from fedloom.federation.lora_rules import LORA_RULES
 from fedloom.federation.rounds import FederatedRun, run_rounds
+from fedloom.records.writer import round_record
 from fedloom.training.jobs import ClientFailure, ClientResult, ClientTask
 
 
@@ -52,6 +53,20 @@ def test_a_round_that_is_skipped_leaves_the_adapter_and_the_strategy_as_they_wer
     assert skipped.adapter.sha256() == before.adapter.sha256() != after.adapter.sha256()
     assert "no answer" in skipped.lost[1]
     assert not after.lost
+
+
+@pytest.mark.parametrize("was_asked", [True, False])
+def test_what_is_sent_to_nobody_is_not_counted(was_asked: bool) -> None:
+    """A client that stays away is asked nothing, and an adapter was counted for it in every round."""
+
+    class LosesWho(LosesTheFirstRound):
+        def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
+            for result in super().train(tasks):
+                yield replace(result, was_asked=was_asked) if isinstance(result, ClientFailure) else result
+
+    _, first, second = (round_record(result) for result in run_rounds(open_run("skip"), LosesWho()))
+    assert first["bytes_down"] == second["bytes_down"] // (1 if was_asked else 2)
+    assert first.get("unasked", []) == ([] if was_asked else [1])
 
 
 def test_else_the_run_ends_with_the_reason() -> None:

@@ -212,6 +212,8 @@ def test_who_is_late_is_lost_and_is_not_waited_for_while_it_is_gone() -> None:
     assert "no answer within" in found[1]
     transport.there = [node("0"), node("2")]
     assert "is still not connected" in outcome(fleet, 2)[1]
+    lost = [result for result in fleet.train(tasks(fleet, 3)) if isinstance(result, ClientFailure)]
+    assert [(one.client, one.was_asked) for one in lost] == [(1, False)]
 
 
 def test_a_client_under_another_node_is_asked_again_and_counted_once() -> None:

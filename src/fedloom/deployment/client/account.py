@@ -211,8 +211,7 @@ class Account:
             limits["judge"] = partial(self._judge_round, run, bound)
         self._note(run, event, told, **limits)
         self._begun, run.is_last = event, task.round == task.rounds and not run.keeps
-        work = f"{count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}"
-        self._say(f"round {task.round}", f"training, of {count(task.rounds, 'round')}: {work}")
+        self._say(f"round {task.round}", f"training, of {count(task.rounds, 'round')}: {_describe_work(told)}")
         if bound:
             self._show_spent(standing(self._journal.read()), bound)
             failpoint("round.noted")
@@ -303,7 +302,7 @@ class Account:
             PolicyError: too many were made today.
             DeploymentError: the journal can't be kept.
         """
-        work = f": {count(told['epochs'], 'epoch')}, {count(told['steps'], 'step')}" if "epochs" in told else ""
+        work = f": {_describe_work(told)}" if "steps" in told else ""
         self._say("asked", f"to keep an adapter of its own{work}")
         run = self._running()
         self._note(run, hash_task(asked), told, kind="own", at_most=self.policy.max_rounds_a_day)
@@ -348,3 +347,8 @@ class Account:
     def _note(self, run: Run, event: str, told: Mapping[str, Any], **limits: Any) -> None:
         """Write down what is about to be done in a run."""
         self._journal.note(event, {"server": self._server, "recipe": run.recipe, "run": run.id, **told}, **limits)
+
+
+def _describe_work(told: Mapping[str, Any]) -> str:
+    """Say how long a training will be: in epochs, too, where they are whole."""
+    return ", ".join(count(told[f"{name}s"], name) for name in ("epoch", "step") if f"{name}s" in told)

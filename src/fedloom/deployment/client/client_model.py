@@ -231,15 +231,19 @@ class ClientModel:
         return personal_task(recipe, self._adapter_in(asked), client, round)
 
     def describe(self, task: ClientTask) -> dict[str, Any]:
-        """Describe a task for its owner's journal."""
-        epochs, blocks = task.training.epochs, self._blocks.train
-        steps = self._terms.steps if self._terms else task.training.steps_of(len(blocks))
+        """Describe a task for its owner's journal; epochs that training.max_steps cuts short are none."""
+        training, blocks, terms = task.training, self._blocks.train, self._terms
+        steps = terms.steps if terms else training.steps_of(len(blocks))
+        uncut = training.model_copy(update={"max_steps": None}).steps_of(terms.units if terms else len(blocks))
+        tokens = training.epochs * blocks.num_tokens
+        if steps < uncut:  # which rows a private run draws is not known before
+            tokens = round(tokens * steps / uncut) if terms else ClientJob(**vars(task), blocks=blocks).count_tokens()
         return {
             "model": self.recipe.model.source,
             "round": task.round,
-            "epochs": epochs,
+            **({"epochs": training.epochs} if steps == uncut else {}),
             "steps": steps,
-            "tokens": epochs * blocks.num_tokens,
+            "tokens": tokens,
             **({"outdated": True} if self.is_outdated() else {}),
         }
 

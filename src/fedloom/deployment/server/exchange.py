@@ -23,6 +23,8 @@ ATTEND_SECONDS = 1.0
 """Time between two looks at who is there."""
 TRIES = 3
 """Tries of a question that Flower could not deliver or whose process died."""
+NOT_CONNECTED = "is still not connected"
+"""Words on a client that was lost before, and is asked nothing while it is away."""
 GONE_SECONDS = 3.0
 """Time before a node that went away is asked again, if it is listed all the same."""
 ClientPhase = Literal["loading", "connected", "refused", "training", "scoring", "answered", "lost", "late", "gone"]
@@ -178,7 +180,7 @@ class Exchange:
                 if first_look:
                     for name in [name for name in waiting if name in missing and name not in present]:
                         del waiting[name]
-                        yield name, "is still not connected"
+                        yield name, NOT_CONNECTED
                     first_look = False
                 else:
                     # Before those who are back are asked: until now they did nothing, also where nobody saw them go.

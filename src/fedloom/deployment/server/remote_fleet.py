@@ -17,7 +17,7 @@ from torch import Tensor
 from fedloom.adapters.adapter import Adapter
 from fedloom.deployment.messages import pack_adapter, pack_task, unpack_progress, unpack_score, unpack_update
 from fedloom.deployment.own_messages import KeptAdapter, ask_tasks, unpack_answers, unpack_kept
-from fedloom.deployment.server.exchange import Exchange
+from fedloom.deployment.server.exchange import NOT_CONNECTED, Exchange
 from fedloom.errors import MessageError, TrainingError
 from fedloom.evaluation.held_out import Score
 from fedloom.evaluation.task_counts import OwnAnswers
@@ -226,7 +226,8 @@ class RemoteFleet:
             return unpack_update(found, task, private=self.exchange.private)
         except MessageError as error:
             where = {"round": task.round, "client": task.client, "stage": self.named[task.client]}
-            return ClientFailure(task.client, TrainingError(str(error), **where))  # type: ignore[arg-type]
+            lost = TrainingError(str(error), **where)  # type: ignore[arg-type]
+            return ClientFailure(task.client, lost, was_asked=found != NOT_CONNECTED)
 
     def _note(self, name: str, found: Frame | str, do: str) -> None:
         if isinstance(found, str):
