@@ -212,6 +212,10 @@ def test_secrets_that_were_never_planted_are_hardly_ever_called_remembered() -> 
     drawn = np.random.default_rng(0)
     found = [judge_canaries(drawn.normal(size=len(COPIES) + REFERENCES), None, 1) for _ in range(300)]
     assert [attack.word for attack in found].count(YES) <= 6, "of 300"
+    # As rare as it says, though it is the rarer of two looks.
+    told = [float(attack.found["chance"]) for attack in found]  # type: ignore[arg-type]
+    for chance in (0.05, 0.1, 0.2):
+        assert np.mean([one < chance for one in told]) <= chance + 0.05
     exposures = [one for attack in found for one in attack.found["exposures"]]  # type: ignore[union-attr]
     assert np.mean(exposures) == pytest.approx(np.log2(np.e), abs=0.1), "of what was not planted"
 
