@@ -245,6 +245,10 @@ def test_what_is_written_of_others_too_was_not_learnt_from_members() -> None:
     after = type(sent.start)(sent.start.layout, sent.start.weights_P + sent.change_P)
     found = repeat_verbatim(adapted, sent.start, after, document, join_blocks([document, document]))
     assert found.word == TOO_FEW
+    members, others = (join_blocks([document, random_blocks(number, 48, seed=4)]) for number in (1, 2))
+    found = repeat_verbatim(adapted, sent.start, after, members, others)
+    assert (found.found["repeated"], found.found["repeated_others"]) == (1, 1)
+    assert found.word == TOO_FEW, "of 2 members is no more than of 3 others, but by chance"
 
 
 def test_enough_documents_of_which_none_is_repeated_are_a_no() -> None:
